@@ -1,0 +1,94 @@
+"""The one error tree: what can go wrong, and whose move it is.
+
+    QaicRayError
+    ├── UsageError           the request itself is wrong: one sentence with the remedy, exit code 2
+    │   ├── JobError         a field of the job tree (names the field and the value)
+    │   ├── CheckpointError  the model is missing, unsafe or of a kind we do not run
+    │   ├── SpecializationError  shapes that no compiler takes
+    │   └── SdkNotFound      no Cloud AI SDK where one was asked for
+    ├── ExportError          the graph could not be made, or does not agree with PyTorch
+    ├── CompileError         the vendor's compiler said no (carries its text and exit code)
+    ├── RowError             one prompt cannot be answered; the others go on
+    └── DeviceError          a card or its runtime said no (carries the vendor's status)
+        ├── DeviceBusy       not enough free NSPs or DRAM on the card
+        └── DeviceLost       the card or its worker is gone
+
+`retryable` says whether the same work may succeed on another card.
+"""
+
+from __future__ import annotations
+
+
+class QaicRayError(Exception):
+    """Root of everything this package raises on purpose."""
+
+    retryable = False
+
+
+class UsageError(QaicRayError):
+    """The request is wrong; the message says what to do instead."""
+
+
+class JobError(UsageError):
+    """A field of the job tree is missing, unknown or has an impossible value."""
+
+
+class CheckpointError(UsageError):
+    """The checkpoint cannot be used."""
+
+
+class SpecializationError(UsageError):
+    """Static shapes that cannot be compiled together."""
+
+
+class SdkNotFound(UsageError):
+    """No Cloud AI SDK at the place that was asked for."""
+
+
+class ExportError(QaicRayError):
+    """The exported graph could not be made or is not equal to PyTorch's."""
+
+
+class CompileError(QaicRayError):
+    """The SDK's compiler failed; `exit_code` and `log` are its own."""
+
+    def __init__(self, message: str, *, exit_code: int | None = None, log: str = "") -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.log = log
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_compile_error, (str(self), self.exit_code, self.log)
+
+
+def _rebuild_compile_error(message: str, exit_code: int | None, log: str) -> CompileError:
+    return CompileError(message, exit_code=exit_code, log=log)
+
+
+class RowError(QaicRayError):
+    """One prompt cannot be answered; never stops the others."""
+
+
+class DeviceError(QaicRayError):
+    """A card or its runtime refused; `status` is the vendor's `QStatus` name, if there is one."""
+
+    retryable = True
+
+    def __init__(self, message: str, *, status: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_device_error, (type(self), str(self), self.status)
+
+
+def _rebuild_device_error(kind: type[DeviceError], message: str, status: str | None) -> DeviceError:
+    return kind(message, status=status)
+
+
+class DeviceBusy(DeviceError):
+    """The card has too few free NSPs, virtual channels or bytes of DRAM for this program."""
+
+
+class DeviceLost(DeviceError):
+    """The card, or the process that held it, is gone."""
