@@ -1,0 +1,1 @@
+"""One compiler: variants of a model, built once and kept by content."""

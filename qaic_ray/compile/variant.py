@@ -1,0 +1,188 @@
+"""One compile of a model: precision, NSPs and shapes; its name, its argv, and the grid of many."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import product
+from pathlib import Path
+
+from qaic_ray.contract import MAX_CORES, Specializations
+from qaic_ray.errors import UsageError
+from qaic_ray.sdk import Sdk
+
+
+class Precision(str, Enum):
+    """How weights and KV cache are kept on the card."""
+
+    FP16 = "fp16"
+    MX6 = "mx6"
+    """MatMul weights as MXFP6 (`-mxfp6-matmul`), the rest fp16."""
+    FP32 = "fp32"
+    """Nothing converted, KV cache included: for exact checks."""
+
+    @classmethod
+    def parse(cls, text: str) -> Precision:
+        """Read a precision as users write it.
+
+        Raises:
+            UsageError: naming what there is.
+        """
+        try:
+            return cls(text.lower())
+        except ValueError:
+            known = ", ".join(p.value for p in cls)
+            raise UsageError(f"Precision must be one of {known}, not {text!r}.") from None
+
+
+def check_num_cores(num_cores: int) -> int:
+    """NSPs of a program, 1 to 16.
+
+    Raises:
+        UsageError: for any other number.
+    """
+    if not 1 <= num_cores <= MAX_CORES:
+        raise UsageError(
+            f"The number of NSPs must be from 1 to {MAX_CORES}, not {num_cores} "
+            "(a Standard card, as in a DL2q instance, has 14)."
+        )
+    return num_cores
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is compiled: an exported model, as files.
+
+    `name` is its folder's (`<base>-kv`); `digest` stands for graph and weights together.
+    `custom_io` is absent for a model whose state is left as the graph has it.
+    """
+
+    name: str
+    onnx: Path
+    custom_io: Path | None
+    digest: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A source compiled one way."""
+
+    source: Source
+    precision: Precision
+    num_cores: int
+    specializations: Specializations
+
+    def __post_init__(self) -> None:
+        check_num_cores(self.num_cores)
+
+    @property
+    def name(self) -> str:
+        """Folder name, as the published recipe builds it, with the precision at its end."""
+        s = self.specializations
+        return (
+            f"{self.source.name}-{s.prompt_len}pl-{s.ctx_len}cl-{self.num_cores}c-"
+            f"{s.batch_size}BS-{self.precision.value}"
+        )
+
+    @property
+    def label(self) -> str:
+        """Short name for tables and the Ray dashboard."""
+        s = self.specializations
+        return (
+            f"{self.precision.value} {self.num_cores}c pl{s.prompt_len} cl{s.ctx_len} "
+            f"bs{s.batch_size}"
+        )
+
+    def argv(self, sdk: Sdk, specializations: Path, binary_dir: Path) -> list[str]:
+        """The compiler's command line, in the vendor's words.
+
+        Args:
+            sdk: decides binary, `-aic-hw-version` and whether `-compile-only` is said.
+            specializations: the JSON file, written in the form that this SDK reads.
+            binary_dir: where the QPC goes; must not exist yet.
+        """
+        argv = [
+            str(sdk.compiler),
+            "-aic-hw",
+            f"-aic-hw-version={sdk.hw_version}",
+            f"-m={self.source.onnx}",
+            "-retained-state",
+        ]
+        if sdk.compile_only:
+            argv.append("-compile-only")
+        if self.precision is not Precision.FP32:
+            argv.append("-convert-to-fp16")
+        if self.precision is Precision.MX6:
+            argv.append("-mxfp6-matmul")
+        argv += [
+            f"-aic-num-cores={self.num_cores}",
+            f"-network-specialization-config={specializations}",
+        ]
+        if self.precision is not Precision.FP32 and self.source.custom_io is not None:
+            argv.append(f"-custom-IO-list-file={self.source.custom_io}")
+        argv.append(f"-aic-binary-dir={binary_dir}")
+        return argv
+
+    def key_entries(self, sdk: Sdk, compiler_digest: str) -> list[tuple[str, str]]:
+        """What the result depends on, by name: the cache key, explainable entry by entry."""
+        custom_io = self.source.custom_io
+        takes_io = self.precision is not Precision.FP32 and custom_io is not None
+        here = Path("-")
+        flags = [a for a in self.argv(sdk, here, here)[1:] if not a.startswith(_PATH_FLAGS)]
+        return [
+            ("format", "1"),
+            ("model", self.source.digest),
+            ("flags", " ".join(flags)),
+            ("specializations", self.specializations.to_json(named=sdk.named_specializations)),
+            ("custom_io", _sha256(custom_io.read_bytes()) if takes_io and custom_io else ""),
+            ("sdk", f"{sdk.kind} {sdk.apps_version}"),
+            ("compiler", compiler_digest),
+        ]
+
+
+_PATH_FLAGS = ("-m=", "-network-", "-custom-IO", "-aic-binary-dir=")
+
+
+def key_digest(entries: Iterable[tuple[str, str]]) -> str:
+    """One digest of all key entries, order included."""
+    return _sha256(json.dumps(list(entries)).encode())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every combination of the lists; the order is precision, NSPs, batch, prompt, context."""
+
+    precisions: Sequence[Precision]
+    num_cores: Sequence[int]
+    batch_sizes: Sequence[int]
+    prompt_lens: Sequence[int]
+    ctx_lens: Sequence[int]
+
+    def variants(self, source: Source, *, continuous: bool) -> list[Variant]:
+        """The grid's variants of a source.
+
+        Args:
+            source: what is compiled.
+            continuous: whether the graph is a continuous-batching one; `batch_sizes` then are
+                numbers of slots.
+        """
+        return [
+            Variant(
+                source,
+                precision,
+                cores,
+                Specializations.build(
+                    batch_size=batch, prompt_len=prompt, ctx_len=ctx, continuous=continuous
+                ),
+            )
+            for precision, cores, batch, prompt, ctx in product(
+                self.precisions, self.num_cores, self.batch_sizes, self.prompt_lens, self.ctx_lens
+            )
+        ]

@@ -1,0 +1,258 @@
+"""Finds and opens a Cloud AI SDK folder: its version, commands, modules and devices.
+
+An SDK is a folder (`/opt/qti-aic` on a machine with cards). The emulated SDK is another such
+folder, laid down by its own installer; past this file nobody asks which of the two it is, except
+to print it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+
+from qaic_ray.errors import DeviceError, SdkNotFound
+from qaic_ray.folders import cache_folder
+
+VENDOR_ROOT = Path("/opt/qti-aic")
+SDK_VARIABLE = "QAIC_RAY_SDK"
+EMULATED_MARKER = "emulated-sdk.json"
+QAIC_UTIL_TIMEOUT_S = 30.0
+
+_NAMED_SPECIALIZATIONS_FROM = (1, 22)
+_AI100_HW_VERSION_FROM = (1, 21)
+
+
+@dataclass(frozen=True)
+class EmulatedCards:
+    """What the emulated SDK is asked to be, where it takes the vendor's place."""
+
+    cards: int = 4
+    sku: str = "standard"
+    apps_version: str = "1.20"
+
+
+@dataclass(frozen=True)
+class Device:
+    """One Cloud AI 100 SoC as `qaic-util -q` tells of it; `qid` is the id that qaicrt takes."""
+
+    qid: int
+    status: str
+    sku: str
+    nsp_total: int
+    nsp_free: int
+    dram_total_bytes: int
+    dram_free_bytes: int
+
+    @property
+    def ready(self) -> bool:
+        """Whether programs can be loaded on it."""
+        return self.status.lower() == "ready"
+
+
+@dataclass(frozen=True)
+class Sdk:
+    """An SDK folder that exists. `kind` is "real" or "emulated"."""
+
+    root: Path
+    kind: str
+    apps_version: str
+
+    @property
+    def label(self) -> str:
+        """How reports name it."""
+        return f"{self.kind} SDK {self.apps_version}"
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Apps version as numbers, for comparisons."""
+        return tuple(int(part) for part in re.findall(r"\d+", self.apps_version))
+
+    @property
+    def compiler(self) -> Path:
+        """`qaic-compile` where the SDK has it, else `qaic-exec`."""
+        newer = self.root / "exec" / "qaic-compile"
+        return newer if newer.exists() else self.root / "exec" / "qaic-exec"
+
+    @property
+    def hw_version(self) -> str:
+        """Value of `-aic-hw-version` that this generation's recipes pass."""
+        return "ai100" if self.version >= _AI100_HW_VERSION_FROM else "2.0"
+
+    @property
+    def compile_only(self) -> bool:
+        """Whether `-compile-only` must be said; qaic-compile does nothing else."""
+        return self.compiler.name == "qaic-exec"
+
+    @property
+    def named_specializations(self) -> bool:
+        """Whether the compiler reads `{name, symbols}` specializations; older ones exit 255."""
+        return self.version >= _NAMED_SPECIALIZATIONS_FROM
+
+    @property
+    def python_paths(self) -> tuple[Path, Path]:
+        """Folders that hold `qaicrt` and `QAicApi_pb2`."""
+        return (
+            self.root / "dev" / "lib" / platform.machine(),
+            self.root / "dev" / "python",
+        )
+
+    def devices(self) -> list[Device]:
+        """The machine's cards, by `qaic-util -q`.
+
+        Raises:
+            DeviceError: when the tool is missing, fails or does not answer.
+        """
+        command = [str(self.root / "tools" / "qaic-util"), "-q"]
+        try:
+            result = subprocess.run(
+                command, capture_output=True, text=True, timeout=QAIC_UTIL_TIMEOUT_S, check=False
+            )
+        except OSError as error:
+            raise DeviceError(f"Cannot run {command[0]}: {error.strerror}.") from error
+        except subprocess.TimeoutExpired as error:
+            raise DeviceError(
+                f"{command[0]} did not answer within {QAIC_UTIL_TIMEOUT_S:.0f} s."
+            ) from error
+        if result.returncode != 0:
+            raise DeviceError(f"{command[0]} failed: {result.stderr.strip() or result.stdout}")
+        return parse_devices(result.stdout)
+
+
+def find_sdk(name: str | None = None, emulated: EmulatedCards | None = None) -> Sdk:
+    """Choose the SDK and open its folder.
+
+    Args:
+        name: "real", "emulated", a folder, or None (or "auto"): then the variable QAIC_RAY_SDK,
+            then /opt/qti-aic, then, on a machine with neither SDK nor card, the emulated one.
+        emulated: what the emulated SDK should be, where it is the one chosen.
+
+    Raises:
+        SdkNotFound: where the SDK that was asked for is not there.
+    """
+    if name in (None, "auto"):
+        name = os.environ.get(SDK_VARIABLE) or _default_name()
+    if name == "emulated":
+        return open_sdk(_installed_emulated(emulated or EmulatedCards()))
+    if name == "real":
+        if not VENDOR_ROOT.is_dir():
+            raise SdkNotFound(
+                f"There is no Cloud AI SDK at {VENDOR_ROOT}: install the Platform and Apps SDK, "
+                "give its folder with --sdk, or use --sdk emulated."
+            )
+        sdk = open_sdk(VENDOR_ROOT)
+        if sdk.kind != "real":
+            raise SdkNotFound(
+                f"The SDK at {VENDOR_ROOT} is the emulated one, and the real one was asked for."
+            )
+        return sdk
+    return open_sdk(Path(str(name)).expanduser())
+
+
+def open_sdk(root: Path) -> Sdk:
+    """Open an SDK folder.
+
+    Raises:
+        SdkNotFound: naming the folder and what it lacks.
+    """
+    if not root.is_dir():
+        raise SdkNotFound(f"There is no Cloud AI SDK folder {root}.")
+    has_compiler = any((root / "exec" / name).exists() for name in ("qaic-compile", "qaic-exec"))
+    versions = root / "versions" / "apps.xml"
+    if not has_compiler or not versions.is_file():
+        lacking = "versions/apps.xml" if has_compiler else "exec/qaic-exec and exec/qaic-compile"
+        raise SdkNotFound(f"{root} is not a Cloud AI SDK folder: it has no {lacking}.")
+    kind = "emulated" if (root / EMULATED_MARKER).is_file() else "real"
+    return Sdk(root=root.resolve(), kind=kind, apps_version=_base_version(versions))
+
+
+def parse_devices(text: str) -> list[Device]:
+    """Read `qaic-util -q`: both the open tool's MB and the 1.21 tool's KB."""
+    devices = []
+    for block in re.split(r"(?m)^QID ", text)[1:]:
+        qid, _, body = block.partition("\n")
+        fields = dict(re.findall(r"(?m)^\s*([^:\n]+?)\s*:\s*(.*?)\s*$", body))
+        devices.append(
+            Device(
+                qid=int(qid.strip()),
+                status=fields.get("Status", "Unknown"),
+                sku=fields.get("Sku Type", "Unknown"),
+                nsp_total=int(fields.get("Nsp Total", "0")),
+                nsp_free=int(fields.get("Nsp Free", "0")),
+                dram_total_bytes=_dram_bytes(fields.get("Dram Total", "0 MB")),
+                dram_free_bytes=_dram_bytes(fields.get("Dram Free", "0 MB")),
+            )
+        )
+    return devices
+
+
+def has_cards() -> bool:
+    """Whether the kernel shows a Cloud AI 100 device node, new style or old."""
+    return any(
+        any(folder.glob(pattern))
+        for folder, pattern in (
+            (Path("/dev/accel"), "accel*"),
+            (Path("/dev"), "qaic_aic100_*"),
+        )
+    )
+
+
+def _default_name() -> str:
+    if VENDOR_ROOT.is_dir():
+        return str(VENDOR_ROOT)
+    if has_cards():
+        raise SdkNotFound(
+            f"This machine has Cloud AI 100 cards but no SDK at {VENDOR_ROOT}: install the Apps "
+            "SDK, or give its folder with --sdk."
+        )
+    return "emulated"
+
+
+def _installed_emulated(wanted: EmulatedCards) -> Path:
+    folder = f"{wanted.apps_version}-{wanted.cards}x{wanted.sku}"
+    prefix = cache_folder() / "emulated-sdk" / folder
+    command = [
+        *(sys.executable, "-m", "qaic_ray.emulator.install", str(prefix)),
+        *("--apps-version", wanted.apps_version),
+        *("--cards", str(wanted.cards), "--sku", wanted.sku),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise SdkNotFound(result.stderr.strip() or "The emulated SDK could not be laid down.")
+    return prefix
+
+
+def compiler_digest(sdk: Sdk) -> str:
+    """Stands for the compiler's own identity in cache keys.
+
+    The emulated SDK's is the digest of its sources, so its QPCs are rebuilt when it changes; the
+    vendor's is the size and time of its binary, beside the version that the key names anyway.
+    """
+    marker = sdk.root / EMULATED_MARKER
+    if marker.is_file():
+        return str(json.loads(marker.read_text(encoding="utf-8"))["digest"])
+    binary = sdk.compiler.stat()
+    return f"{binary.st_size} {binary.st_mtime_ns}"
+
+
+def _base_version(path: Path) -> str:
+    try:
+        tree = ElementTree.parse(path)
+    except ElementTree.ParseError as error:
+        raise SdkNotFound(f"{path} is not XML: {error}.") from error
+    element = next(tree.iter("base_version"), None)
+    if element is None or not (element.text or "").strip():
+        raise SdkNotFound(f"{path} has no base_version element.")
+    return str(element.text).strip()
+
+
+def _dram_bytes(text: str) -> int:
+    number, _, unit = text.partition(" ")
+    scale = {"KB": 2**10, "MB": 2**20, "GB": 2**30}.get(unit.strip(), 2**20)
+    return int(number) * scale

@@ -1,0 +1,139 @@
+"""Finding SDK folders, and reading what their device tool prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qaic_ray import sdk as module
+from qaic_ray.errors import DeviceError, SdkNotFound
+from qaic_ray.sdk import Sdk, find_sdk, open_sdk, parse_devices
+
+# The open tool's text (MB) for one card, and the 1.21 tool's (KB) for another that is not ready.
+QAIC_UTIL = """\
+QID 0
+\tStatus:Ready
+\tPCI Address:0000:36:00.0
+\tDram Total:16308 MB
+\tDram Free:16000 MB
+\tDram Fragmentation:0.00%
+\tNsp Total:14
+\tNsp Free:7
+\tNSP Frequency(Mhz):595.20
+\tSku Type:PCIe
+QID 3
+\tStatus:Error
+\tPCI Address:0000:37:00.0
+QID 4
+\tStatus:Ready
+\tDram Total:31391744 KB
+\tDram Free:31391744 KB
+\tNsp Total:16
+\tNsp Free:16
+\tSku Type:PCIe Ultra
+"""
+
+
+def make(root: Path, *, apps: str = "1.20", util: str = "exit 0", emulated: bool = False) -> Path:
+    for folder in ("exec", "tools", "versions"):
+        (root / folder).mkdir(parents=True)
+    (root / "exec" / "qaic-exec").touch()
+    (root / "versions" / "apps.xml").write_text(
+        f"<versions><ci_build><base_version>{apps}</base_version></ci_build></versions>"
+    )
+    tool = root / "tools" / "qaic-util"
+    tool.write_text("#!/bin/sh\n" + util)
+    tool.chmod(0o755)
+    if emulated:
+        (root / "emulated-sdk.json").write_text("{}")
+    return root
+
+
+def test_devices_of_both_tools_are_read() -> None:
+    first, second, third = parse_devices(QAIC_UTIL)
+    assert (first.qid, first.ready, first.sku) == (0, True, "PCIe")
+    assert (first.nsp_total, first.nsp_free) == (14, 7)
+    assert first.dram_total_bytes == 16308 * 2**20
+    assert (second.qid, second.ready, second.nsp_total) == (3, False, 0)
+    assert third.dram_total_bytes == 31391744 * 2**10
+
+
+def test_no_device_is_an_empty_list() -> None:
+    assert parse_devices("") == []
+
+
+def test_folder_tells_kind_and_version(tmp_path: Path) -> None:
+    real = open_sdk(make(tmp_path / "real", apps="1.14.2.0A"))
+    assert (real.kind, real.version) == ("real", (1, 14, 2, 0))
+    assert open_sdk(make(tmp_path / "other", emulated=True)).kind == "emulated"
+
+
+@pytest.mark.parametrize(
+    ("apps", "named", "hw_version"),
+    [("1.14.2.0A", False, "2.0"), ("1.20", False, "2.0"), ("1.21.6", False, "ai100"),
+     ("1.22.0.119", True, "ai100")],
+)  # fmt: skip
+def test_generation_decides_the_compiler_s_words(apps: str, named: bool, hw_version: str) -> None:
+    sdk = Sdk(Path("/opt/qti-aic"), "real", apps)
+    assert (sdk.named_specializations, sdk.hw_version) == (named, hw_version)
+
+
+def test_folder_that_is_no_sdk_is_refused_with_what_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(SdkNotFound, match="exec/qaic-exec"):
+        open_sdk(tmp_path)
+    with pytest.raises(SdkNotFound, match="no Cloud AI SDK folder"):
+        open_sdk(tmp_path / "gone")
+
+
+def test_broken_version_file_is_named(tmp_path: Path) -> None:
+    root = make(tmp_path / "sdk")
+    (root / "versions" / "apps.xml").write_text("<versions>")
+    with pytest.raises(SdkNotFound, match=r"apps\.xml is not XML"):
+        open_sdk(root)
+    (root / "versions" / "apps.xml").write_text("<versions/>")
+    with pytest.raises(SdkNotFound, match="no base_version"):
+        open_sdk(root)
+
+
+def test_choice_goes_name_then_variable_then_vendor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named, variable, vendor = (make(tmp_path / name) for name in ("named", "variable", "vendor"))
+    monkeypatch.setenv("QAIC_RAY_SDK", str(variable))
+    monkeypatch.setattr(module, "VENDOR_ROOT", vendor)
+    assert find_sdk(str(named)).root == named
+    assert find_sdk().root == variable
+    monkeypatch.delenv("QAIC_RAY_SDK")
+    assert find_sdk("auto").root == vendor
+    assert find_sdk("real").root == vendor
+
+
+def test_real_is_never_answered_by_the_emulated_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "VENDOR_ROOT", tmp_path / "none")
+    with pytest.raises(SdkNotFound, match="use --sdk emulated"):
+        find_sdk("real")
+    monkeypatch.setattr(module, "VENDOR_ROOT", make(tmp_path / "fake", emulated=True))
+    with pytest.raises(SdkNotFound, match="is the emulated one"):
+        find_sdk("real")
+
+
+def test_cards_without_an_sdk_are_not_emulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("QAIC_RAY_SDK", raising=False)
+    monkeypatch.setattr(module, "VENDOR_ROOT", tmp_path / "none")
+    monkeypatch.setattr(module, "has_cards", lambda: True)
+    with pytest.raises(SdkNotFound, match="has Cloud AI 100 cards but no SDK"):
+        find_sdk()
+
+
+def test_failing_device_tool_says_why(tmp_path: Path) -> None:
+    sdk = open_sdk(make(tmp_path / "sdk", util="echo 'no driver' >&2; exit 1"))
+    with pytest.raises(DeviceError, match="no driver"):
+        sdk.devices()
+    (sdk.root / "tools" / "qaic-util").unlink()
+    with pytest.raises(DeviceError, match="Cannot run"):
+        sdk.devices()

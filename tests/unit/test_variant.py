@@ -1,0 +1,124 @@
+"""A variant's name, argv and key; the grid of many."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qaic_ray.compile.variant import Grid, Precision, Source, Variant, check_num_cores, key_digest
+from qaic_ray.contract import Specializations
+from qaic_ray.errors import UsageError
+from qaic_ray.sdk import Sdk
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    custom_io = tmp_path / "custom_io.yaml"
+    custom_io.write_text(" - IOName: past_key.0\n   Precision: float16\n")
+    onnx = Path("m-kv/generatedModels/m-kv_fp16_simplified.onnx")
+    return Source("m-kv", onnx, custom_io, "d" * 64)
+
+
+def sdk(tmp_path: Path, apps_version: str, compiler: str) -> Sdk:
+    root = tmp_path / f"sdk-{apps_version}"
+    (root / "exec").mkdir(parents=True, exist_ok=True)
+    (root / "exec" / compiler).touch()
+    return Sdk(root, "emulated", apps_version)
+
+
+def variant(source: Source, precision: Precision = Precision.MX6) -> Variant:
+    shapes = Specializations.build(batch_size=1, prompt_len=256, ctx_len=2048, continuous=False)
+    return Variant(source, precision, 14, shapes)
+
+
+def test_argv_is_the_recipe_s_on_an_old_sdk(source: Source, tmp_path: Path) -> None:
+    old = sdk(tmp_path, "1.14.2", "qaic-exec")
+    argv = variant(source).argv(old, Path("specializations.json"), Path("out"))
+    assert argv[0] == str(old.root / "exec" / "qaic-exec")
+    # The flags of the recipe's compileModel_single_soc.sh, in any order.
+    assert set(argv[1:]) == {
+        f"-m={source.onnx}",
+        "-aic-hw",
+        "-aic-hw-version=2.0",
+        "-network-specialization-config=specializations.json",
+        "-convert-to-fp16",
+        "-aic-num-cores=14",
+        f"-custom-IO-list-file={source.custom_io}",
+        "-compile-only",
+        "-aic-binary-dir=out",
+        "-retained-state",
+        "-mxfp6-matmul",
+    }
+
+
+def test_argv_on_a_new_sdk_uses_its_compiler_and_hardware_name(
+    source: Source, tmp_path: Path
+) -> None:
+    new = sdk(tmp_path, "1.22.0.119", "qaic-compile")
+    argv = variant(source).argv(new, Path("s"), Path("o"))
+    assert argv[0].endswith("exec/qaic-compile")
+    assert "-aic-hw-version=ai100" in argv
+    assert "-compile-only" not in argv
+    assert (new.named_specializations, sdk(tmp_path, "1.21.6", "x").named_specializations) == (
+        True,
+        False,
+    )
+
+
+def test_fp32_converts_nothing(source: Source, tmp_path: Path) -> None:
+    argv = variant(source, Precision.FP32).argv(sdk(tmp_path, "1.20", "q"), Path("s"), Path("o"))
+    assert "-convert-to-fp16" not in argv
+    assert not [a for a in argv if a.startswith(("-custom-IO", "-mxfp6"))]
+
+
+def test_name_is_the_recipe_s_with_batch_and_precision(source: Source) -> None:
+    assert variant(source).name == "m-kv-256pl-2048cl-14c-1BS-mx6"
+
+
+def test_every_input_of_the_compile_changes_the_key(source: Source, tmp_path: Path) -> None:
+    base = variant(source)
+    here = sdk(tmp_path, "1.20", "qaic-exec")
+    shapes = Specializations.build(batch_size=2, prompt_len=256, ctx_len=2048, continuous=False)
+    keys = [
+        key_digest(v.key_entries(s, digest))
+        for v, s, digest in [
+            (base, here, "a"),
+            (base, here, "b"),
+            (base, sdk(tmp_path, "1.17", "qaic-exec"), "a"),
+            (replace(base, precision=Precision.FP16), here, "a"),
+            (replace(base, num_cores=7), here, "a"),
+            (replace(base, specializations=shapes), here, "a"),
+            (replace(base, source=replace(source, digest="e" * 64)), here, "a"),
+        ]
+    ]
+    assert source.custom_io is not None
+    source.custom_io.write_text(" - IOName: past_key.0\n   Precision: mxint8\n")
+    keys.append(key_digest(base.key_entries(here, "a")))
+    assert len(set(keys)) == len(keys)
+
+
+def test_key_does_not_depend_on_where_things_stand(source: Source, tmp_path: Path) -> None:
+    here = sdk(tmp_path, "1.20", "qaic-exec")
+    moved_sdk = replace(here, root=tmp_path / "elsewhere")
+    moved = replace(source, onnx=Path("/other/model.onnx"))
+    assert variant(source).key_entries(here, "a") == variant(moved).key_entries(moved_sdk, "a")
+
+
+@pytest.mark.parametrize("cores", [0, 17, -1])
+def test_impossible_core_counts_are_refused(cores: int) -> None:
+    with pytest.raises(UsageError, match=f"from 1 to 16, not {cores}"):
+        check_num_cores(cores)
+
+
+def test_unknown_precision_is_refused_naming_what_there_is() -> None:
+    with pytest.raises(UsageError, match="fp16, mx6, fp32, not 'mx7'"):
+        Precision.parse("mx7")
+
+
+def test_grid_is_every_combination(source: Source) -> None:
+    grid = Grid([Precision.MX6, Precision.FP16], [7, 14], [1], [32, 128], [512])
+    names = [v.name for v in grid.variants(source, continuous=True)]
+    assert len(set(names)) == len(names) == 8
+    assert names[0] == "m-kv-32pl-512cl-7c-1BS-mx6"
