@@ -1,0 +1,262 @@
+"""The Job tree: one file in jobs/, read once, frozen, unknown keys refused.
+
+Every default of the package stands here and nowhere else. Knows nothing of Ray, ONNX or cards.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from qaic_ray.contract import MAX_CORES, IoContract, Specializations
+from qaic_ray.errors import JobError, SpecializationError
+
+PrecisionName = Literal["mx6", "fp16", "fp32"]
+Sku = Literal["standard", "pro", "ultra"]
+AppsVersion = Literal["1.14.2", "1.17", "1.20", "1.21.6", "1.22"]
+PositiveInt = Annotated[int, Field(ge=1)]
+NumCores = Annotated[int, Field(ge=1, le=MAX_CORES)]
+
+
+def _as_tuple(value: Any) -> Any:
+    """A single value stands for a list of one."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _no_duplicates(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) != len(values):
+        raise ValueError("holds the same value twice")
+    if not values:
+        raise ValueError("must hold at least one value")
+    return values
+
+
+def _power_of_two(value: int) -> int:
+    if value & (value - 1):
+        raise ValueError(f"must be a power of two, not {value}")
+    return value
+
+
+T = TypeVar("T")
+Listed = Annotated[tuple[T, ...], BeforeValidator(_as_tuple), AfterValidator(_no_duplicates)]
+
+
+def _device_ids(value: Any) -> Any:
+    ids = value if isinstance(value, list | tuple) else (value,)
+    if ids == ("all",):
+        return "all"
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ValueError("must be 'all' or a list of device ids from 0")
+    return _no_duplicates(tuple(ids))
+
+
+Devices = Annotated[Literal["all"] | tuple[int, ...], BeforeValidator(_device_ids)]
+PromptLen = Annotated[int, Field(ge=1), AfterValidator(_power_of_two)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelPart(_Part):
+    """Which checkpoint."""
+
+    name: str
+    """Local folder, hub id, .gguf file, or `smollm2-135m`."""
+    model_class: Literal["LlamaForCausalLM"] = "LlamaForCausalLM"
+    trust_remote_code: bool = False
+
+
+class ExportPart(_Part):
+    """How the graph is made."""
+
+    output: str | None = None
+    """Folder to write; `<base>-kv` under the current folder when absent."""
+    io: IoContract = IoContract.POSITION_IDS
+    continuous_batching: bool = True
+    opset: PositiveInt = 17
+    verify: Literal["full", "quick", "off"] = "full"
+
+
+class CompilePart(_Part):
+    """The grid of variants: every combination of the lists is compiled."""
+
+    precision: Listed[PrecisionName] = ("mx6",)
+    num_cores: Listed[NumCores] = (14,)
+    batch_size: Listed[PositiveInt] = (8,)
+    """Rows of a static program, slots of a continuous-batching one."""
+    prompt_len: Listed[PromptLen] = (32,)
+    ctx_len: Listed[PositiveInt] = (512,)
+    output: str = "qpc"
+    """Folder that holds one folder a variant."""
+    parallel: PositiveInt | None = None
+    """Compiles at once; as many as there are CPUs when absent."""
+
+
+class VariantChoice(_Part):
+    """Which variant of the grid is run; what is absent must have one value in the grid."""
+
+    precision: PrecisionName | None = None
+    num_cores: NumCores | None = None
+    batch_size: PositiveInt | None = None
+    prompt_len: PromptLen | None = None
+    ctx_len: PositiveInt | None = None
+
+
+class RunPart(_Part):
+    """What is answered, by what, how."""
+
+    variant: VariantChoice = VariantChoice()
+    devices: Devices = "all"
+    prompts: str | None = None
+    """A prompts file; a relative path is relative to the job file."""
+    prompt: str | None = None
+    """Prompts separated by `|`, as in the published recipe; `\\|` is a pipe of the text."""
+    generation_len: PositiveInt | None = None
+    chat: bool = False
+    output: str = "runs"
+    """Folder that holds one folder a run."""
+
+
+class EmulatorPart(_Part):
+    """What the emulated SDK is asked to be, where it takes the vendor's place."""
+
+    cards: Annotated[int, Field(ge=1, le=256)] = 4
+    sku: Sku = "standard"
+    apps_version: AppsVersion = "1.20"
+
+
+class RayPart(_Part):
+    """The cluster."""
+
+    address: str | None = None
+    """A running cluster; absent: a local Ray for the length of the job."""
+    dashboard: bool = False
+
+
+class Job(_Part):
+    """One runnable scenario."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    model: ModelPart
+    export: ExportPart = ExportPart()
+    compile: CompilePart = CompilePart()
+    run: RunPart = RunPart()
+    sdk: str = "auto"
+    """`auto`, `real`, `emulated`, or an SDK folder."""
+    emulator: EmulatorPart = EmulatorPart()
+    ray: RayPart = RayPart()
+
+
+def load_job(path: Path, overrides: Iterable[str] = ()) -> Job:
+    """Read a job file.
+
+    Args:
+        path: the YAML file.
+        overrides: `key=value` with a dotted key, the value read as YAML.
+
+    Raises:
+        JobError: naming the file, the key, the value and the nearest known key.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise JobError(f"Cannot read the job {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise JobError(f"{path} is not YAML: {_one_line(error)}.") from error
+    if not isinstance(document, dict):
+        raise JobError(f"{path} must hold a mapping with at least 'name' and 'model'.")
+    for override in overrides:
+        _override(document, override)
+    job = job_from(document, source=str(path))
+    return _with_prompts_beside(job, path.resolve().parent)
+
+
+def job_from(document: dict[str, Any], *, source: str) -> Job:
+    """Check a document and freeze it; `source` names it in errors."""
+    try:
+        job = Job.model_validate(document)
+    except ValidationError as error:
+        raise JobError(f"{source}: {_first_error(error)}") from error
+    _check_shapes(job, source)
+    return job
+
+
+def dump_job(job: Job) -> str:
+    """The job as YAML, every default written out."""
+    return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _check_shapes(job: Job, source: str) -> None:
+    grid = job.compile
+    continuous = job.export.continuous_batching
+    for prompt_len in grid.prompt_len:
+        for ctx_len in grid.ctx_len:
+            try:
+                Specializations.build(
+                    batch_size=grid.batch_size[0],
+                    prompt_len=prompt_len,
+                    ctx_len=ctx_len,
+                    continuous=continuous,
+                )
+            except SpecializationError as error:
+                raise JobError(f"{source}: compile: {error}") from error
+    if job.run.prompts is not None and job.run.prompt is not None:
+        raise JobError(f"{source}: run has both prompts and prompt: keep one of them.")
+
+
+def _with_prompts_beside(job: Job, folder: Path) -> Job:
+    prompts = job.run.prompts
+    if prompts is None or prompts == "-":
+        return job
+    absolute = str(folder / Path(prompts).expanduser())
+    return job.model_copy(update={"run": job.run.model_copy(update={"prompts": absolute})})
+
+
+def _override(document: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise JobError(f"--set takes key=value, like run.generation_len=64, not {override!r}.")
+    *parents, last = key.split(".")
+    place = document
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise JobError(f"--set {override}: {parent} is not a mapping in the job.")
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise JobError(f"--set {override}: the value is not YAML: {_one_line(error)}.") from error
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    place = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}."
+        return f"unknown key {place!r}; {hint}"
+    if first["type"] == "missing":
+        return f"the key {place!r} is missing."
+    return f"{place}: {first['msg'].removeprefix('Value error, ')} (given: {first['input']!r})."
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    part: Any = Job
+    for name in location:
+        field = part.model_fields[name].annotation
+        part = next(
+            t for t in (field, *get_args(field)) if isinstance(t, type) and issubclass(t, BaseModel)
+        )
+    return list(part.model_fields)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,115 @@
+"""The Job tree: read once, frozen, misspelt keys refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from qaic_ray import config
+from qaic_ray.config import Job, dump_job, job_from, load_job
+from qaic_ray.errors import JobError
+
+JOBS = sorted((Path(__file__).parents[2] / "jobs").glob("*.yaml"))
+SMALL = {"name": "small", "model": {"name": "smollm2-135m"}}
+
+
+def with_part(part: str, **keys: object) -> dict[str, object]:
+    return {**SMALL, part: keys}
+
+
+def test_shipped_jobs_are_read() -> None:
+    assert {path.name for path in JOBS} >= {"smollm2.yaml", "dl2q-llama-7b.yaml"}
+    for path in JOBS:
+        assert load_job(path).name == path.stem
+
+
+def test_every_part_is_frozen_and_refuses_unknown_keys() -> None:
+    parts = [
+        part
+        for part in vars(config).values()
+        if isinstance(part, type) and issubclass(part, BaseModel) and part is not BaseModel
+    ]
+    assert len(parts) >= 9
+    for part in parts:
+        assert part.model_config["frozen"]
+        assert part.model_config["extra"] == "forbid"
+    with pytest.raises(ValidationError, match="frozen"):
+        job_from(SMALL, source="x").name = "other"  # type: ignore[misc]
+
+
+def test_written_job_reads_back_equal() -> None:
+    job = job_from(with_part("compile", precision=["mx6", "fp16"], num_cores=7), source="x")
+    assert job_from(yaml.safe_load(dump_job(job)), source="x") == job
+
+
+def test_single_value_stands_for_a_list_of_one() -> None:
+    assert job_from(with_part("compile", num_cores=7), source="x").compile.num_cores == (7,)
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({**SMALL, "compil": {}}, "unknown key 'compil'; did you mean 'compile'"),
+        (with_part("compile", precison="mx6"), "'compile.precison'; did you mean 'precision'"),
+        (with_part("run", zzz=1), "unknown key 'run.zzz'; known here: variant, devices"),
+        (with_part("compile", precision="mx7"), r"compile\.precision.*'mx7'"),
+        (with_part("compile", num_cores=0), r"compile\.num_cores.*given: 0"),
+        (with_part("compile", num_cores=17), r"compile\.num_cores.*given: 17"),
+        (with_part("compile", prompt_len=48), "power of two, not 48"),
+        (with_part("compile", prompt_len=64, ctx_len=32), "64 does not fit into ctx_len 32"),
+        (with_part("compile", batch_size=[]), "at least one value"),
+        (with_part("run", devices=[0, 0]), "same value twice"),
+        (with_part("run", devices=[-1]), "device ids from 0"),
+        (with_part("run", prompt="a", prompts="b"), "keep one of them"),
+        (with_part("emulator", sku="lite"), "'lite'"),
+        ({"name": "x"}, "the key 'model' is missing"),
+        ({**SMALL, "name": "../x"}, "name: .*'../x'"),
+    ],
+)
+def test_wrong_jobs_are_refused_in_one_sentence(document: dict[str, object], message: str) -> None:
+    with pytest.raises(JobError, match=message) as caught:
+        job_from(document, source="job.yaml")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("job.yaml: ")
+
+
+def test_overrides_change_one_key(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    job = load_job(path, ["run.generation_len=7", "compile.precision=[mx6, fp16]"])
+    assert job.run.generation_len == 7
+    assert job.compile.precision == ("mx6", "fp16")
+
+
+@pytest.mark.parametrize("override", ["run.generation_len", "=3", "name.x=1", "run.x=[1", "zz=1"])
+def test_wrong_overrides_are_refused(tmp_path: Path, override: str) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    with pytest.raises(JobError):
+        load_job(path, [override])
+
+
+def test_prompts_file_is_beside_the_job(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(with_part("run", prompts="prompts/a.jsonl")))
+    assert load_job(path).run.prompts == str(tmp_path / "prompts" / "a.jsonl")
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "", "!!python/object:os.system {}"])
+def test_files_that_are_no_job_are_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(JobError, match=r"x\.yaml"):
+        load_job(path)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="gone"):
+        load_job(tmp_path / "gone.yaml")
+
+
+def test_defaults_are_a_whole_job() -> None:
+    assert isinstance(job_from(SMALL, source="x"), Job)
