@@ -1,0 +1,206 @@
+"""Writes an ONNX graph node by node, keeping the type and shape of every value.
+
+Knows nothing of models: scopes, shapes and operators come from the caller. Nodes and values are
+named as PyTorch's exporter names them: `/model/layers.3/self_attn/q_proj/MatMul`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+Dim = int | str | None
+Shape = tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value of the graph: its name, element type (of `onnx.TensorProto`) and shape."""
+
+    name: str
+    dtype: int
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """A tensor of the graph whose bytes come later, from the checkpoint or from a table.
+
+    `shape` is the one in the graph; with `transpose` the checkpoint's is its reverse. `source` is
+    the name in the checkpoint, None for a rotary table.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    source: str | None
+    transpose: bool = False
+
+
+class GraphBuilder:
+    """One graph under construction.
+
+    Args:
+        dtype: element type of weights and activations.
+    """
+
+    def __init__(self, dtype: int) -> None:
+        self.dtype = dtype
+        self.weights: list[WeightSpec] = []
+        self._inputs: list[Value] = []
+        self._outputs: list[Value] = []
+        self._nodes: list[onnx.NodeProto] = []
+        self._inner: list[Value] = []
+        self._constants: dict[str, TensorProto] = {}
+        self._shapes: dict[str, Value] = {}
+        self._num_uses: dict[str, int] = {}
+
+    def input(self, name: str, dtype: int, shape: Shape) -> Value:
+        """Declare a graph input."""
+        value = Value(name, dtype, shape)
+        self._inputs.append(value)
+        return value
+
+    def weight(
+        self, name: str, shape: tuple[int, ...], *, source: str | None, transpose: bool = False
+    ) -> Value:
+        """Declare a tensor that is written beside the model."""
+        self.weights.append(WeightSpec(name, shape, source, transpose))
+        return Value(name, self.dtype, shape)
+
+    def constant(self, values: Any, dtype: int = TensorProto.INT64) -> Value:
+        """A small constant; equal ones are one initializer."""
+        array = np.asarray(values, dtype=helper.tensor_dtype_to_np_dtype(dtype))
+        text = "x".join(str(v) for v in array.ravel().tolist())
+        name = f"constant_{array.dtype}_{'vector' if array.ndim else 'scalar'}_{text}"
+        if name not in self._constants:
+            self._constants[name] = numpy_helper.from_array(array, name)
+        return Value(name, dtype, array.shape)
+
+    def op(
+        self,
+        kind: str,
+        scope: str,
+        inputs: Sequence[Value],
+        shape: Shape,
+        *,
+        dtype: int | None = None,
+        output: str | None = None,
+        domain: str = "",
+        **attributes: Any,
+    ) -> Value:
+        """Add a node.
+
+        Args:
+            kind: the operator.
+            scope: path of the module that the node belongs to, as in the checkpoint.
+            inputs: its inputs.
+            shape: of its one result.
+            dtype: of its result, the first input's where not given.
+            output: name of the result where it is a graph output.
+            domain: of the operator.
+            attributes: of the operator.
+        """
+        path = f"{scope}/{kind}"
+        num_uses = self._num_uses.get(path, 0)
+        self._num_uses[path] = num_uses + 1
+        name = f"{path}_{num_uses}" if num_uses else path
+        value = Value(
+            output or f"{name}_output_0", inputs[0].dtype if dtype is None else dtype, shape
+        )
+        names = [i.name for i in inputs]
+        self._nodes.append(
+            helper.make_node(kind, names, [value.name], name=name, domain=domain, **attributes)
+        )
+        (self._outputs if output else self._inner).append(value)
+        return value
+
+    def elementwise(self, kind: str, scope: str, *inputs: Value, dtype: int | None = None) -> Value:
+        """An operator whose result has the broadcast shape of its inputs."""
+        return self.op(kind, scope, inputs, broadcast(*(i.shape for i in inputs)), dtype=dtype)
+
+    def matmul(self, scope: str, left: Value, right: Value) -> Value:
+        """[.., M, K] times [.., K, N]."""
+        batch = broadcast(left.shape[:-2], right.shape[:-2])
+        return self.op("MatMul", scope, [left, right], (*batch, left.shape[-2], right.shape[-1]))
+
+    def reshape(self, scope: str, value: Value, pattern: Sequence[int], shape: Shape) -> Value:
+        """`pattern` is ONNX's: 0 keeps a dimension, -1 is the rest; `shape` is what it gives."""
+        return self.op("Reshape", scope, [value, self.constant(pattern)], shape)
+
+    def transpose(self, scope: str, value: Value, order: Sequence[int]) -> Value:
+        """Permute the dimensions."""
+        shape = tuple(value.shape[i] for i in order)
+        return self.op("Transpose", scope, [value], shape, perm=list(order))
+
+    def unsqueeze(self, scope: str, value: Value, axis: int) -> Value:
+        """Insert a dimension of 1, where `axis` counts from the front."""
+        shape = (*value.shape[:axis], 1, *value.shape[axis:])
+        return self.op("Unsqueeze", scope, [value, self.constant([axis])], shape)
+
+    def gather(self, scope: str, data: Value, indices: Value) -> Value:
+        """Rows of `data` at `indices`."""
+        return self.op("Gather", scope, [data, indices], (*indices.shape, *data.shape[1:]), axis=0)
+
+    def dimension(self, scope: str, value: Value, axis: int) -> Value:
+        """The size of one dimension as a scalar, which specialization makes a constant."""
+        shape = self._shapes.get(value.name)
+        if shape is None:
+            shape = self.op("Shape", scope, [value], (len(value.shape),), dtype=TensorProto.INT64)
+            self._shapes[value.name] = shape
+        return self.gather(scope, shape, self.constant(axis))
+
+    def finish(
+        self,
+        name: str,
+        *,
+        outputs: Sequence[str],
+        opset: int,
+        functions: Sequence[onnx.FunctionProto],
+    ) -> Any:
+        """The `onnx.ModelProto`; its weights are graph inputs until their bytes have a place.
+
+        `outputs` gives their order.
+        """
+        made = {value.name: value for value in self._outputs}
+        weights = [Value(w.name, self.dtype, w.shape) for w in self.weights]
+        graph = helper.make_graph(
+            self._nodes,
+            name,
+            [_value_info(v) for v in (*self._inputs, *weights)],
+            [_value_info(made[output]) for output in outputs],
+            initializer=list(self._constants.values()),
+            value_info=[_value_info(v) for v in self._inner],
+        )
+        domains = dict.fromkeys(f.domain for f in functions)
+        return helper.make_model(
+            graph,
+            opset_imports=[
+                helper.make_opsetid("", opset),
+                *(helper.make_opsetid(domain, 1) for domain in domains),
+            ],
+            functions=functions,
+            ir_version=8,
+            producer_name="qaic-ray",
+        )
+
+
+def broadcast(*shapes: Shape) -> Shape:
+    """The shape that ONNX broadcasting gives; two different names never meet."""
+    rank = max(len(shape) for shape in shapes)
+    padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
+    result: list[Dim] = []
+    for dims in zip(*padded, strict=True):
+        sizes = [d for d in dict.fromkeys(dims) if d != 1]
+        if len(sizes) > 1:
+            raise ValueError(f"shapes {shapes} do not broadcast")
+        result.append(sizes[0] if sizes else 1)
+    return tuple(result)
+
+
+def _value_info(value: Value) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(value.name, value.dtype, list(value.shape))

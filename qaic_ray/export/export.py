@@ -1,0 +1,265 @@
+"""Checkpoint to model folder: authors the graph, streams the weights, puts both in place at once.
+
+The folder has the layout of the published recipe, whose scripts build file names from its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from qaic_ray import __version__
+from qaic_ray.contract import past_names, retained
+from qaic_ray.errors import ExportError, UsageError
+from qaic_ray.export.architecture import Architecture, read_architecture
+from qaic_ray.export.graph import COSINE_TABLE, SINE_TABLE, author
+from qaic_ray.export.options import ExportOptions
+from qaic_ray.export.rope import table_blocks
+from qaic_ray.export.simplify import Simplification
+from qaic_ray.export.tensors import read_entries
+from qaic_ray.export.verify import (
+    VerifyReport,
+    default_level,
+    read_report,
+    verify_export,
+    write_report,
+)
+from qaic_ray.export.weights import (
+    Placement,
+    Table,
+    WeightPlan,
+    plan_weights,
+    weights_sha256,
+    write_weights,
+)
+from qaic_ray.folders import building, locked
+from qaic_ray.manifest import (
+    CUSTOM_IO_FILE,
+    FORMAT,
+    MANIFEST_FILE,
+    ModelManifest,
+    SourceFile,
+    read_manifest,
+)
+from qaic_ray.model import Checkpoint
+
+GRAPH_FOLDER = "generatedModels"
+
+_TOOLS = ("numpy", "onnx", "onnxsim")
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What `export_model` left: a finished folder, and whether it was there already.
+
+    `verification` is None where it was off and had not been done before.
+    """
+
+    folder: Path
+    onnx_path: Path
+    manifest: ModelManifest
+    reused: bool
+    verification: VerifyReport | None
+
+
+def export_model(
+    checkpoint: Checkpoint,
+    options: ExportOptions | None = None,
+    *,
+    output: Path | None = None,
+    verify: str | None = None,
+) -> ExportResult:
+    """Write the model folder of a checkpoint, or find that it is there already.
+
+    Args:
+        checkpoint: opened with its weights.
+        options: what changes the graph.
+        output: the folder, `<base>-kv` in the current one where not given. An earlier export there
+            is reused when it comes from the same weights, options and tools, and else replaced.
+        verify: `full`, `quick` or `off`; by default full up to two billion parameters.
+
+    Raises:
+        UsageError: the checkpoint cannot be exported, or the folder is somebody else's.
+        ExportError: the graph disagrees with PyTorch, or the disk is full. Nothing is left behind.
+    """
+    folder = (output or Path(f"{checkpoint.base}-kv")).absolute()
+    architecture = read_architecture(checkpoint.config)
+    making = _Making(checkpoint, architecture, options or ExportOptions(), folder.name)
+    level = default_level(architecture) if verify is None else verify
+    if level not in ("full", "quick", "off"):
+        raise UsageError(f"verify must be full, quick or off, not {level!r}.")
+    _refuse_foreign(folder)
+    try:
+        with locked(folder):
+            return making.reuse(folder, level) or making.build(folder, level)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise UsageError(f"Cannot write {error.filename or folder}: {error.strerror}.") from error
+    except OSError as error:
+        raise ExportError(f"Cannot write {folder}: {error.strerror}.") from error
+
+
+def custom_io(num_layers: int, precision: str) -> str:
+    """The compiler's custom_io.yaml: the KV cache, in and out, in `precision`."""
+    names = [n for name in past_names(num_layers) for n in (name, retained(name))]
+    return "".join(f" - IOName: {name}\n   Precision: {precision}\n\n" for name in names)
+
+
+@dataclass(frozen=True)
+class _Making:
+    checkpoint: Checkpoint
+    architecture: Architecture
+    options: ExportOptions
+    name: str
+
+    def reuse(self, folder: Path, level: str) -> ExportResult | None:
+        """The export that is in `folder`, if making it again would give the same."""
+        if not (folder / MANIFEST_FILE).is_file():
+            return None
+        try:
+            old = read_manifest(folder)
+        except UsageError:
+            return None  # of another version of this tool: made again
+        if not self._manifest(old.weights_sha256, old.num_clipped).same_making(old):
+            return None
+        onnx_path = folder / old.onnx_file
+        if not onnx_path.is_file() or not _data_path(onnx_path).is_file():
+            return None
+        if old.sources != self._sources() and self._hash_weights() != old.weights_sha256:
+            return None
+        report = read_report(folder)
+        if level != "off" and (report is None or (level == "full" and report.level != "full")):
+            report = verify_export(folder, self.checkpoint, level=level)
+            report.raise_if_different()
+            write_report(report, folder)
+        return ExportResult(folder, onnx_path, old, reused=True, verification=report)
+
+    def build(self, folder: Path, level: str) -> ExportResult:
+        """Make the folder anew."""
+        report = None
+        with building(folder) as fresh:
+            manifest = self._write(fresh)
+            if level != "off":
+                report = verify_export(fresh, self.checkpoint, level=level)
+                report.raise_if_different()
+                write_report(report, fresh)
+        path = folder / manifest.onnx_file
+        return ExportResult(folder, path, manifest, reused=False, verification=report)
+
+    def _write(self, folder: Path) -> ModelManifest:
+        sources = self._sources()
+        graph = author(self.architecture, self.options)
+        plan = plan_weights(
+            graph.weights, read_entries(self.checkpoint.weight_files), self.options.dtype
+        )
+        manifest = self._manifest("", 0)
+        onnx_path = folder / manifest.onnx_file
+        onnx_path.parent.mkdir()
+        # Beside the new folder, where the next builder sweeps it away after a kill.
+        with (
+            tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
+            Simplification(graph.model, Path(scratch)) as simplification,
+        ):
+            written = write_weights(plan, _data_path(onnx_path), self._tables())
+            model = simplification.result()
+        _attach_weights(model, plan, _data_path(onnx_path).name)
+        onnx.save(model, onnx_path)
+        onnx.checker.check_model(str(onnx_path))
+        if self._sources() != sources:
+            raise ExportError(f"The weights of {self.checkpoint.name} changed while being read.")
+        manifest = self._manifest(written.sha256, written.num_clipped)
+        (folder / CUSTOM_IO_FILE).write_text(custom_io(self.architecture.num_layers, "float16"))
+        (folder / MANIFEST_FILE).write_text(manifest.to_json())
+        return manifest
+
+    def _manifest(self, weights: str, num_clipped: int) -> ModelManifest:
+        a, o = self.architecture, self.options
+        digest = hashlib.sha256(json.dumps(asdict(a), sort_keys=True).encode()).hexdigest()
+        return ModelManifest(
+            format=FORMAT,
+            name=self.name,
+            source=self.checkpoint.name,
+            contract=o.contract,
+            continuous=o.continuous,
+            architecture=a.kind,
+            num_layers=a.num_layers,
+            hidden_size=a.hidden_size,
+            intermediate_size=a.intermediate_size,
+            num_heads=a.num_heads,
+            num_kv_heads=a.num_kv_heads,
+            head_dim=a.head_dim,
+            vocab_size=a.vocab_size,
+            max_position=a.max_position,
+            opset=o.opset,
+            dtype=o.dtype,
+            eos_ids=self.checkpoint.eos_ids,
+            onnx_file=f"{GRAPH_FOLDER}/{self.name}_fp16_simplified.onnx",
+            weights_sha256=weights,
+            architecture_sha256=digest,
+            num_clipped=num_clipped,
+            tool_versions={"qaic-ray": __version__} | {tool: version(tool) for tool in _TOOLS},
+            sources=self._sources(),
+        )
+
+    def _sources(self) -> tuple[SourceFile, ...]:
+        return tuple(SourceFile.of(path) for path in self.checkpoint.weight_files)
+
+    def _hash_weights(self) -> str:
+        entries = read_entries(self.checkpoint.weight_files)
+        specs = author(self.architecture, self.options).weights
+        return weights_sha256(plan_weights(specs, entries, self.options.dtype))
+
+    def _tables(self) -> Mapping[str, Table]:
+        return {
+            COSINE_TABLE: partial(table_blocks, self.architecture, sine=False),
+            SINE_TABLE: partial(table_blocks, self.architecture, sine=True),
+        }
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """An export replaces its folder, so it must be an export or nothing."""
+    if not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / MANIFEST_FILE).is_file()):
+        raise UsageError(
+            f"{folder} exists and is not an exported model; choose another --output, or remove it."
+        )
+
+
+def _data_path(onnx_path: Path) -> Path:
+    return onnx_path.with_name(f"{onnx_path.name}.data")
+
+
+def _attach_weights(model: Any, plan: WeightPlan, location: str) -> None:
+    """Turn the inputs that stand for weights into initializers in the external data file."""
+    places = {placement.spec.name: placement for placement in plan.placements}
+    graph = model.graph
+    weights = [value for value in graph.input if value.name in places]
+    if len(weights) != len(places):
+        raise ExportError("The simplified graph has lost weights.")
+    inputs = [value for value in graph.input if value.name not in places]
+    del graph.input[:]
+    graph.input.extend(inputs)
+    for value in weights:
+        dtype = value.type.tensor_type.elem_type
+        graph.initializer.append(_external(places[value.name], dtype, location))
+
+
+def _external(place: Placement, dtype: int, location: str) -> onnx.TensorProto:
+    tensor = onnx.TensorProto(name=place.spec.name, data_type=dtype, dims=place.spec.shape)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (
+        ("location", location),
+        ("offset", place.offset),
+        ("length", place.num_bytes),
+    ):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor

@@ -1,0 +1,223 @@
+"""Authors the decoder as an ONNX graph: architecture in, nodes out. Knows nothing of files.
+
+Operators, their order and their names are those of the published Llama exports; every MatMul with
+a weight has it as a constant [K, N] right operand, which is what the compiler can hold in MXFP6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from onnx import TensorProto
+
+from qaic_ray import contract
+from qaic_ray.export.architecture import Architecture
+from qaic_ray.export.builder import GraphBuilder, Value, WeightSpec
+from qaic_ray.export.functions import AISW_DOMAIN, card_functions
+from qaic_ray.export.options import ExportOptions
+from qaic_ray.export.position_ids import PositionIdsCache
+
+COSINE_TABLE = "model.cos_cached"
+SINE_TABLE = "model.sin_cached"
+
+_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+_INT64_MAX = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class AuthoredGraph:
+    """A model (`onnx.ModelProto`) whose weights are still graph inputs, and those weights."""
+
+    model: Any
+    weights: tuple[WeightSpec, ...]
+
+
+def author(architecture: Architecture, options: ExportOptions) -> AuthoredGraph:
+    """Write the graph of a decoder."""
+    g = GraphBuilder(_TYPES[options.dtype])
+    cache = PositionIdsCache(g, architecture, continuous=options.continuous)
+    _Decoder(g, architecture, cache).write()
+    functions = card_functions(continuous=options.continuous, opset=options.opset)
+    states = [contract.retained(name) for name in contract.past_names(architecture.num_layers)]
+    model = g.finish(
+        architecture.kind,
+        outputs=[contract.LOGITS, *states],
+        opset=options.opset,
+        functions=functions,
+    )
+    return AuthoredGraph(model, tuple(g.weights))
+
+
+class _Decoder:
+    def __init__(
+        self, g: GraphBuilder, architecture: Architecture, cache: PositionIdsCache
+    ) -> None:
+        self._g = g
+        self._a = architecture
+        self._cache = cache
+
+    def write(self) -> None:
+        g, a = self._g, self._a
+        embedding = self._weight("model.embed_tokens.weight", a.vocab_size, a.hidden_size)
+        hidden = g.gather("/model/embed_tokens", embedding, self._cache.input_ids)
+        hidden = self._scaled("/model", hidden, a.embedding_multiplier)
+        self._rotary = (self._table(COSINE_TABLE), self._table(SINE_TABLE))
+        for layer in range(a.num_layers):
+            hidden = self._layer(layer, hidden)
+        hidden = self._norm("model.norm", hidden, a.hidden_size)
+        self._logits(self._cache.last_token(hidden))
+
+    def _layer(self, layer: int, hidden: Value) -> Value:
+        g, a = self._g, self._a
+        module = f"model.layers.{layer}"
+        scope = _scope(module)
+        normed = self._norm(f"{module}.input_layernorm", hidden, a.hidden_size)
+        attended = self._attention(layer, normed)
+        attended = self._scaled(scope, attended, a.residual_multiplier)
+        hidden = g.elementwise("Add", scope, hidden, attended)
+        normed = self._norm(f"{module}.post_attention_layernorm", hidden, a.hidden_size)
+        fed = self._scaled(scope, self._mlp(f"{module}.mlp", normed), a.residual_multiplier)
+        return g.elementwise("Add", scope, hidden, fed)
+
+    def _attention(self, layer: int, hidden: Value) -> Value:
+        g, a = self._g, self._a
+        module = f"model.layers.{layer}.self_attn"
+        scope = _scope(module)
+        query = self._rotate(scope, self._heads(module, "q", hidden, a.num_heads))
+        key = self._rotate(scope, self._heads(module, "k", hidden, a.num_kv_heads))
+        value = self._heads(module, "v", hidden, a.num_kv_heads)
+        keys, values = self._cache.update(layer, key, value)
+        keys, values = self._repeat(scope, keys), self._repeat(scope, values)
+        scores = g.matmul(scope, query, g.transpose(scope, keys, [0, 1, 3, 2]))
+        scores = self._scaled(scope, scores, a.attention_scale)
+        weights = self._softmax(scope, self._cache.mask(scope, scores))
+        mixed = g.transpose(scope, g.matmul(scope, weights, values), [0, 2, 1, 3])
+        width = a.num_heads * a.head_dim
+        joined = g.reshape(scope, mixed, [0, 0, width], ("batch_size", "seq_len", width))
+        return self._linear(f"{module}.o_proj", joined, a.hidden_size, bias=a.output_bias)
+
+    def _heads(self, module: str, which: str, hidden: Value, num_heads: int) -> Value:
+        """[batch, heads, seq, head_dim] of a query, key or value projection."""
+        g, a = self._g, self._a
+        projected = self._linear(
+            f"{module}.{which}_proj", hidden, num_heads * a.head_dim, bias=a.qkv_bias
+        )
+        shape = ("batch_size", "seq_len", num_heads, a.head_dim)
+        split = g.reshape(_scope(module), projected, [0, 0, num_heads, a.head_dim], shape)
+        if a.qk_norm and which != "v":
+            split = self._norm(f"{module}.{which}_norm", split, a.head_dim)
+        return g.transpose(_scope(module), split, [0, 2, 1, 3])
+
+    def _rotate(self, scope: str, heads: Value) -> Value:
+        g, half = self._g, self._a.head_dim // 2
+        cosine, sine = self._rotary
+        straight = g.elementwise("Mul", scope, heads, cosine)
+        first = self._slice(scope, heads, 0, half)
+        second = self._slice(scope, heads, half, _INT64_MAX)
+        negated = g.elementwise("Neg", scope, second)
+        turned = g.op("Concat", scope, [negated, first], heads.shape, axis=-1)
+        return g.elementwise("Add", scope, straight, g.elementwise("Mul", scope, turned, sine))
+
+    def _slice(self, scope: str, heads: Value, start: int, stop: int) -> Value:
+        g = self._g
+        bounds = [g.constant([start]), g.constant([stop]), g.constant([3]), g.constant([1])]
+        return g.op("Slice", scope, [heads, *bounds], (*heads.shape[:3], self._a.head_dim // 2))
+
+    def _repeat(self, scope: str, heads: Value) -> Value:
+        """Give every query head its own copy of the key or value head that it shares."""
+        g, a = self._g, self._a
+        if a.num_groups == 1:
+            return heads
+        batch, kv_heads, ctx_len, dim = heads.shape
+        one_more = g.unsqueeze(scope, heads, 2)
+        copies = (batch, kv_heads, a.num_groups, ctx_len, dim)
+        pattern = g.constant([1, 1, a.num_groups, 1, 1])
+        expanded = g.op("Expand", scope, [one_more, pattern], copies)
+        shape = (batch, a.num_heads, ctx_len, dim)
+        return g.reshape(scope, expanded, [0, a.num_heads, -1, a.head_dim], shape)
+
+    def _softmax(self, scope: str, scores: Value) -> Value:
+        """In float32 whatever the type of the graph."""
+        g = self._g
+        wide = self._cast(scope, scores, TensorProto.FLOAT)
+        return self._cast(scope, g.op("Softmax", scope, [wide], wide.shape, axis=-1), g.dtype)
+
+    def _mlp(self, module: str, hidden: Value) -> Value:
+        g, a = self._g, self._a
+        scope = _scope(module)
+        gate = self._linear(f"{module}.gate_proj", hidden, a.intermediate_size, bias=a.mlp_bias)
+        up = self._linear(f"{module}.up_proj", hidden, a.intermediate_size, bias=a.mlp_bias)
+        sigmoid = g.elementwise("Sigmoid", f"{scope}/act_fn", gate)
+        active = g.elementwise("Mul", f"{scope}/act_fn", gate, sigmoid)
+        product = g.elementwise("Mul", scope, active, up)
+        return self._linear(f"{module}.down_proj", product, a.hidden_size, bias=a.mlp_bias)
+
+    def _logits(self, hidden: Value) -> None:
+        g, a = self._g, self._a
+        source = "model.embed_tokens.weight" if a.tied_embeddings else "lm_head.weight"
+        weight = g.weight(
+            "lm_head.weight", (a.hidden_size, a.vocab_size), source=source, transpose=True
+        )
+        shape = ("batch_size", 1, a.vocab_size)
+        # The result that is the output of the graph has to be made under the output's name.
+        ends = g.dtype == TensorProto.FLOAT and a.logits_scaling == 1.0
+        output = contract.LOGITS
+        logits = g.op(
+            "MatMul", "/lm_head", [hidden, weight], shape, output=output if ends else None
+        )
+        if a.logits_scaling != 1.0:
+            divisor = g.constant(a.logits_scaling, g.dtype)
+            ends = g.dtype == TensorProto.FLOAT
+            logits = g.op("Div", "", [logits, divisor], shape, output=output if ends else None)
+        if not ends:
+            float32 = TensorProto.FLOAT
+            g.op("Cast", "", [logits], shape, dtype=float32, output=output, to=float32)
+
+    def _linear(self, module: str, value: Value, width: int, *, bias: bool) -> Value:
+        g, scope = self._g, _scope(module)
+        source = f"{module}.weight"
+        weight = g.weight(source, (int(value.shape[-1] or 0), width), source=source, transpose=True)
+        product = g.matmul(scope, value, weight)
+        if not bias:
+            return product
+        return g.elementwise("Add", scope, self._weight(f"{module}.bias", width), product)
+
+    def _norm(self, module: str, value: Value, width: int) -> Value:
+        return self._g.op(
+            "CustomRMSNorm",
+            _scope(module),
+            [value, self._weight(f"{module}.weight", width)],
+            value.shape,
+            domain=AISW_DOMAIN,
+            epsilon=self._a.rms_norm_eps,
+        )
+
+    def _weight(self, name: str, *shape: int) -> Value:
+        return self._g.weight(name, shape, source=name)
+
+    def _table(self, name: str) -> Value:
+        """[batch, 1, seq, head_dim]: the rows of a rotary table for every token."""
+        g, a = self._g, self._a
+        table = g.weight(name, (a.max_position, a.head_dim), source=None)
+        rows = g.gather("/model/rotary_emb", table, self._cache.position_ids)
+        return g.unsqueeze("/model/rotary_emb", rows, 1)
+
+    def _scaled(self, scope: str, value: Value, factor: float) -> Value:
+        if factor == 1.0:
+            return value
+        return self._g.elementwise("Mul", scope, value, self._g.constant(factor, self._g.dtype))
+
+    def _cast(self, scope: str, value: Value, dtype: int) -> Value:
+        if value.dtype == dtype:
+            return value
+        return self._g.op("Cast", scope, [value], value.shape, dtype=dtype, to=dtype)
+
+
+def _scope(module: str) -> str:
+    """`model.layers.3.self_attn` -> `/model/layers.3/self_attn`."""
+    parts = module.split(".")
+    if "layers" in parts:
+        at = parts.index("layers")
+        parts[at : at + 2] = [".".join(parts[at : at + 2])]
+    return "/" + "/".join(parts)

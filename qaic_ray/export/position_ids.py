@@ -1,0 +1,118 @@
+"""The `position-ids` contract inside the graph: inputs, cache update, mask and the row of logits.
+
+Every token says its own position, -1 is padding, and a row's cache slot is its position. Knows
+nothing of the decoder around it.
+"""
+
+from __future__ import annotations
+
+from onnx import TensorProto
+
+from qaic_ray import contract
+from qaic_ray.export.architecture import Architecture
+from qaic_ray.export.builder import GraphBuilder, Shape, Value
+from qaic_ray.export.functions import CLOUD_DOMAIN, SKIP
+
+INT64 = TensorProto.INT64
+BOOL = TensorProto.BOOL
+
+
+class PositionIdsCache:
+    """The KV cache of one graph; construction declares the inputs in the contract's order."""
+
+    def __init__(self, g: GraphBuilder, architecture: Architecture, *, continuous: bool) -> None:
+        self._g = g
+        rows = "full_batch_size" if continuous else "batch_size"
+        shape = (rows, architecture.num_kv_heads, "ctx_len", architecture.head_dim)
+        self.input_ids = g.input(contract.INPUT_IDS, INT64, ("batch_size", "seq_len"))
+        self.position_ids = g.input(contract.POSITION_IDS, INT64, ("batch_size", "seq_len"))
+        self._past = {
+            name: g.input(name, g.dtype, shape)
+            for name in contract.past_names(architecture.num_layers)
+        }
+        self._slots: tuple[Value, ...] = ()
+        if continuous:
+            self._slots = (g.input(contract.BATCH_INDEX, INT64, ("batch_size", 1)),)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What all layers share: where to write, what to read, what to mask."""
+        g, scope = self._g, "/model"
+        self._write_at = self.position_ids
+        if self._slots:
+            padding = g.elementwise("Less", scope, self.position_ids, g.constant(0), dtype=BOOL)
+            self._write_at = g.elementwise(
+                "Where", scope, padding, g.constant(SKIP), self.position_ids, dtype=INT64
+            )
+        self._ctx_len = g.dimension(scope, self._past[contract.past_key(0)], 2)
+        span = [g.constant(0), self._ctx_len, g.constant(1)]
+        positions = g.op("Range", scope, span, ("ctx_len",), dtype=INT64)
+        own = g.unsqueeze(scope, self.position_ids, 2)
+        later = g.elementwise("Greater", scope, positions, own, dtype=BOOL)
+        self._masked = g.unsqueeze(scope, later, 1)
+        limit = g.op(
+            "ReduceMax", scope, [self.position_ids], ("batch_size", 1), axes=[1], keepdims=1
+        )
+        limit = g.unsqueeze(scope, limit, 1)
+        beyond = g.elementwise("Greater", scope, positions, limit, dtype=BOOL)
+        self._read_at = g.elementwise(
+            "Where", scope, beyond, g.constant(SKIP), positions, dtype=INT64
+        )
+        self._beyond = g.unsqueeze(scope, beyond, 3)
+
+    def update(self, layer: int, key: Value, value: Value) -> tuple[Value, Value]:
+        """Write a layer's new keys and values, and read back what its queries may see."""
+        g, scope = self._g, f"/model/layers.{layer}/self_attn"
+        keys = self._cycle(scope, contract.past_key(layer), key)
+        values = self._cycle(scope, contract.past_value(layer), value)
+        # A slot never written may hold anything, and 0 times infinity is not 0.
+        zero = g.constant(0, g.dtype)
+        return keys, g.elementwise("Where", scope, self._beyond, zero, values, dtype=g.dtype)
+
+    def _cycle(self, scope: str, name: str, update: Value) -> Value:
+        g, past, suffix = self._g, self._past[name], "CB" if self._slots else ""
+        written = g.op(
+            f"CtxScatter{suffix}",
+            scope,
+            [past, *self._slots, self._write_at, update],
+            past.shape,
+            output=contract.retained(name),
+            domain=CLOUD_DOMAIN,
+        )
+        shape: Shape = ("batch_size", *past.shape[1:])
+        return g.op(
+            f"CtxGather{suffix}",
+            scope,
+            [written, *self._slots, self._read_at, self._ctx_len],
+            shape,
+            domain=CLOUD_DOMAIN,
+        )
+
+    def mask(self, scope: str, scores: Value) -> Value:
+        """Scores with minus infinity where a key is later than its query."""
+        g = self._g
+        nothing = g.constant(float("-inf"), scores.dtype)
+        return g.elementwise("Where", scope, self._masked, nothing, scores, dtype=scores.dtype)
+
+    def last_token(self, hidden: Value) -> Value:
+        """[batch, 1, hidden]: of every row the token with the highest position.
+
+        The rows are counted in one flat list, so that one Gather along one axis is enough.
+        """
+        g, width = self._g, int(hidden.shape[-1] or 0)
+        # onnxruntime's ArgMax has no INT64 form, so the published graphs take INT32 too.
+        narrow = g.op(
+            "Cast",
+            "",
+            [self.position_ids],
+            self.position_ids.shape,
+            dtype=TensorProto.INT32,
+            to=TensorProto.INT32,
+        )
+        column = g.op("ArgMax", "", [narrow], ("batch_size", 1), dtype=INT64, axis=1, keepdims=1)
+        seq_len = g.dimension("", self.position_ids, 1)
+        span = [g.constant(0), g.dimension("", self.position_ids, 0), g.constant(1)]
+        rows = g.op("Range", "", span, ("batch_size",), dtype=INT64)
+        starts = g.unsqueeze("", g.elementwise("Mul", "", rows, seq_len), 1)
+        flat = g.reshape("", hidden, [-1, width], (None, width))
+        return g.gather("", flat, g.elementwise("Add", "", starts, column))

@@ -1,0 +1,283 @@
+"""Checkpoints: finds a model's files by name, checks that they are safe and of a kind we run.
+
+The only reader of transformers; importing this module loads neither it nor torch. Knows nothing
+of ONNX.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qaic_ray.errors import CheckpointError
+from qaic_ray.folders import building, cache_folder, locked
+from qaic_ray.model_sources import (
+    NAMED_MODELS,
+    convert_gguf,
+    fetch_hub,
+    fetch_named,
+    file_sha256,
+)
+from qaic_ray.tokenizer import TOKENIZER_FILE, Tokenizer, open_tokenizer, read_json, read_settings
+
+SUPPORTED_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GraniteForCausalLM",
+)
+PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+_OLD_TOKENIZERS = ("tokenizer.model", "vocab.json", "merges.txt")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's files on this machine.
+
+    `name` is what the user wrote, `base` the name that exported folders take from it, `config` the
+    model's own `config.json`. `weight_files` is empty when opened with `weights=False`.
+    """
+
+    name: str
+    folder: Path
+    base: str
+    config: Mapping[str, Any]
+    eos_ids: tuple[int, ...]
+    weight_files: tuple[Path, ...]
+    trust_remote_code: bool = False
+
+
+def open_checkpoint(
+    name: str,
+    *,
+    cache_dir: Path | None = None,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+) -> Checkpoint:
+    """Find a model and check it.
+
+    Args:
+        name: a local folder, a local `.gguf` file, a hub id (`org/name`) or `smollm2-135m`.
+        cache_dir: where fetched and converted models are kept, instead of the user's cache.
+        trust_remote_code: let transformers run a tokenizer's own code from the checkpoint.
+        weights: False where only the configuration and the tokenizer are needed.
+
+    Raises:
+        CheckpointError: one sentence with the remedy.
+    """
+    folder, base = _resolve(name, cache_dir=cache_dir, weights=weights)
+    config = read_json(folder / "config.json")
+    check_supported(config, name)
+    return Checkpoint(
+        name=name,
+        folder=folder,
+        base=base,
+        config=config,
+        eos_ids=_eos_ids(folder, config),
+        weight_files=_weight_files(folder) if weights else (),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The checkpoint's tokenizer; needs no torch where the checkpoint has a `tokenizer.json`."""
+    if (checkpoint.folder / TOKENIZER_FILE).is_file():
+        return open_tokenizer(checkpoint.folder, checkpoint.eos_ids)
+    return open_tokenizer(_converted_tokenizer(checkpoint), checkpoint.eos_ids)
+
+
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint comes with any tokenizer files."""
+    return any((checkpoint.folder / name).is_file() for name in (TOKENIZER_FILE, *_OLD_TOKENIZERS))
+
+
+def load_torch_model(checkpoint: Checkpoint, *, layers: Sequence[int] | None = None) -> Any:
+    """transformers' own float32 model of the checkpoint, which exports are held against.
+
+    Args:
+        checkpoint: opened with its weights.
+        layers: the layers to load, where not all; the others are left out of the model.
+    """
+    import torch
+    import transformers
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    how = {"dtype": torch.float32, "attn_implementation": "eager", "trust_remote_code": False}
+    kind = getattr(transformers, check_supported(checkpoint.config, checkpoint.name))
+    if layers is None:
+        model = kind.from_pretrained(
+            checkpoint.folder, local_files_only=True, use_safetensors=True, **how
+        )
+        return model.eval()
+    config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    config.num_hidden_layers = len(layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in layers]
+    tensors = _read_layers(checkpoint, layers)
+    return kind.from_pretrained(None, config=config, state_dict=tensors, **how).eval()
+
+
+def check_supported(config: Mapping[str, Any], name: str) -> str:
+    """The checkpoint's architecture.
+
+    Raises:
+        CheckpointError: it is not one we run, or its weights are quantized.
+    """
+    architectures = config.get("architectures") or ["none named"]
+    architecture = str(architectures[0])
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise CheckpointError(
+            f"{name} is a {architecture} (config.json, architectures); supported: "
+            f"{', '.join(SUPPORTED_ARCHITECTURES)}."
+        )
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown")
+        raise CheckpointError(
+            f"{name} holds weights quantized with {method}; use the original float weights (the "
+            "compiler quantizes with mx6)."
+        )
+    return architecture
+
+
+def _resolve(name: str, *, cache_dir: Path | None, weights: bool) -> tuple[Path, str]:
+    """The local folder of a model name, and the base of the names made from it."""
+    models = (cache_dir or cache_folder()) / "models"
+    if name in NAMED_MODELS:
+        return fetch_named(name, models), name
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path, path.name or path.resolve().name
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"There is no GGUF file {path}.")
+        return convert_gguf(path, models), path.stem
+    if path.is_file():
+        raise CheckpointError(
+            f"{path} is a file; give the folder of the checkpoint, or a .gguf file."
+        )
+    if _HUB_ID.fullmatch(name):
+        return fetch_hub(name, cache_dir=cache_dir, weights=weights), name.rpartition("/")[2]
+    raise CheckpointError(
+        f"There is no model {name!r}: it is neither a local folder, nor a .gguf file, nor a hub id "
+        f"like org/name, nor {' or '.join(NAMED_MODELS)}."
+    )
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a folder; a name in the index may not lead out of it."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} lists no tensors under 'weight_map'.")
+        names = sorted({str(shard) for shard in weight_map.values()})
+        return tuple(_shard(folder, shard) for shard in names)
+    found = sorted(folder.glob("*.safetensors"))
+    single = folder / "model.safetensors"
+    if single in found:
+        return (single,)
+    if len(found) == 1:
+        return (found[0],)
+    if found:
+        raise CheckpointError(
+            f"{folder} has {len(found)} safetensors files but no {index.name} that says which "
+            "tensor is where."
+        )
+    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED_SUFFIXES)
+    if pickled:
+        raise CheckpointError(
+            f"{folder} holds only pickled weights ({pickled[0]}), and opening a pickle can run any "
+            "code; convert them to safetensors with a tool you trust, or take a revision that has "
+            "safetensors."
+        )
+    raise CheckpointError(f"{folder} holds no weights: no *.safetensors file is there.")
+
+
+def _shard(folder: Path, name: str) -> Path:
+    if Path(name).name != name or name in ("", "..") or not name.endswith(".safetensors"):
+        raise CheckpointError(
+            f"The safetensors index of {folder} names {name!r}, which is not a file of that folder."
+        )
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError(
+            f"The shard {name} is missing from {folder}; fetch the checkpoint again."
+        )
+    return path
+
+
+def _read_layers(checkpoint: Checkpoint, layers: Sequence[int]) -> dict[str, Any]:
+    """The torch tensors of some layers, which are numbered anew, and all that is in no layer."""
+    from safetensors import safe_open
+
+    numbers = {str(layer): str(number) for number, layer in enumerate(layers)}
+    tensors = {}
+    for path in checkpoint.weight_files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # not a mapping: it only has keys()
+                head, found, tail = name.partition("model.layers.")
+                number, dot, rest = tail.partition(".")
+                if not found:
+                    tensors[name] = file.get_tensor(name)
+                elif number in numbers:
+                    kept = f"{head}{found}{numbers[number]}{dot}{rest}"
+                    tensors[kept] = file.get_tensor(name)
+    return tensors
+
+
+def _eos_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Ids that end an answer: of generation_config.json, else config.json, else the tokenizer."""
+    generation = folder / "generation_config.json"
+    sources = [read_json(generation)] if generation.is_file() else []
+    for source in (*sources, config):
+        ids = source.get("eos_token_id")
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (int(ids),)
+    token = read_settings(folder).get("eos_token")
+    if token is None or not (folder / TOKENIZER_FILE).is_file():
+        return ()
+    added = read_json(folder / TOKENIZER_FILE).get("added_tokens", [])
+    return tuple(entry["id"] for entry in added if entry.get("content") == token)
+
+
+def _converted_tokenizer(checkpoint: Checkpoint) -> Path:
+    """A folder with a tokenizer.json made by transformers from older tokenizer files, kept."""
+    sources = [checkpoint.folder / n for n in _OLD_TOKENIZERS]
+    digests = [file_sha256(path) for path in sources if path.is_file()]
+    if not digests and not checkpoint.trust_remote_code:
+        raise CheckpointError(
+            f"{checkpoint.folder} has no {TOKENIZER_FILE} and no tokenizer.model; add the "
+            "tokenizer files of the model."
+        )
+    key = hashlib.sha256("".join(digests).encode()).hexdigest()
+    folder = cache_folder() / "tokenizers" / key[:16]
+    with locked(folder):
+        if not folder.is_dir():
+            with building(folder) as fresh:
+                _convert_tokenizer(checkpoint, fresh)
+    return folder
+
+
+def _convert_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.folder,
+            local_files_only=True,
+            trust_remote_code=checkpoint.trust_remote_code,
+        )
+    except (ImportError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"transformers cannot read the tokenizer of {checkpoint.name}: {error}."
+        ) from error
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,216 @@
+"""The model folder around the graph: options, manifest, custom IO, and whose folder it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qaic_ray.contract import IoContract
+from qaic_ray.errors import CheckpointError, ExportError, UsageError
+from qaic_ray.export.architecture import read_architecture
+from qaic_ray.export.export import custom_io, export_model
+from qaic_ray.export.options import ExportOptions
+from qaic_ray.export.verify import (
+    ScenarioDifference,
+    VerifyReport,
+    default_level,
+    read_report,
+    write_report,
+)
+from qaic_ray.manifest import FORMAT, ModelManifest, SourceFile, read_manifest
+from qaic_ray.model import Checkpoint, open_checkpoint
+
+MANIFEST = ModelManifest(
+    format=FORMAT,
+    name="m-kv",
+    source="org/m",
+    contract=IoContract.POSITION_IDS,
+    continuous=True,
+    architecture="LlamaForCausalLM",
+    num_layers=2,
+    hidden_size=8,
+    intermediate_size=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    vocab_size=10,
+    max_position=64,
+    opset=17,
+    dtype="float32",
+    eos_ids=(2, 3),
+    onnx_file="generatedModels/m-kv_fp16_simplified.onnx",
+    weights_sha256="ab",
+    architecture_sha256="cd",
+    num_clipped=0,
+    tool_versions={"onnx": "1"},
+    sources=(SourceFile("model.safetensors", 1, 2, 3, 4),),
+)
+
+REPORT = VerifyReport(
+    level="full",
+    layers=(0, 1),
+    ctx_len=64,
+    tolerance=2e-3,
+    scenarios=(ScenarioDifference("prefill", 1e-5, 1e-6, 1e-6, 2, 2),),
+)
+
+
+def test_custom_io_is_the_published_text() -> None:
+    assert custom_io(1, "float16") == (
+        " - IOName: past_key.0\n   Precision: float16\n\n"
+        " - IOName: past_key.0_RetainedState\n   Precision: float16\n\n"
+        " - IOName: past_value.0\n   Precision: float16\n\n"
+        " - IOName: past_value.0_RetainedState\n   Precision: float16\n\n"
+    )
+
+
+def test_manifest_survives_the_disk(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(MANIFEST.to_json())
+    assert read_manifest(tmp_path) == MANIFEST
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "not an exported model"),
+        ("{", "Cannot read"),
+        ("[]", "not a manifest of this version"),
+        ("{}", "not a manifest of this version"),
+        (json.dumps({"format": FORMAT + 1}), "not a manifest of this version"),
+        (MANIFEST.to_json().replace("position-ids", "other"), "not a manifest of this version"),
+    ],
+)
+def test_a_manifest_we_cannot_use_is_named(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_manifest(tmp_path)
+    assert "export" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": FORMAT + 1},
+        {"contract": IoContract.CACHE_INDEX},
+        {"continuous": False},
+        {"opset": 13},
+        {"dtype": "float16"},
+        {"eos_ids": (2,)},
+        {"onnx_file": "other.onnx"},
+        {"weights_sha256": "x"},
+        {"architecture_sha256": "x"},
+        {"tool_versions": {"onnx": "2"}},
+    ],
+)
+def test_whatever_changes_the_files_changes_the_key(change: dict[str, Any]) -> None:
+    assert not MANIFEST.same_making(replace(MANIFEST, **change))
+
+
+def test_where_it_came_from_does_not_change_the_key() -> None:
+    assert MANIFEST.same_making(replace(MANIFEST, source="./m", sources=()))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"opset": 12}, "opset must be .*not 12"),
+        ({"dtype": "bfloat16"}, "dtype must be float32 or float16, not 'bfloat16'"),
+    ],
+)
+def test_options_are_checked(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ExportOptions(**fields)
+
+
+def test_report_survives_the_disk(tmp_path: Path) -> None:
+    assert read_report(tmp_path) is None
+    write_report(REPORT, tmp_path)
+    assert read_report(tmp_path) == REPORT
+    assert json.loads((tmp_path / "verify.json").read_text())["passed"] is True
+    (tmp_path / "verify.json").write_text("{}")
+    with pytest.raises(UsageError, match="verify again"):
+        read_report(tmp_path)
+
+
+@pytest.mark.parametrize("worst", [2.1e-3, float("inf"), float("nan")])
+def test_a_difference_is_an_error_that_names_it(worst: float) -> None:
+    REPORT.raise_if_different()
+    bad = ScenarioDifference("slot reuse", worst, 0.0, 0.0, 1, 0)
+    with pytest.raises(ExportError, match="slot reuse"):
+        replace(REPORT, scenarios=(*REPORT.scenarios, bad)).raise_if_different()
+
+
+def test_large_models_are_checked_quickly() -> None:
+    llama_8b = {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+    }
+    big = read_architecture(llama_8b)
+    # 8,030,261,248 with the norms, which are not counted.
+    assert big.num_parameters == 8_030_261_248 - 65 * 4096
+    assert default_level(big) == "quick"
+    assert default_level(read_architecture(llama_8b | {"num_hidden_layers": 2})) == "full"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    """A checkpoint whose weight file is cut short: nothing can be written from it."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 1,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_attention_heads": 1,
+        "vocab_size": 8,
+        "max_position_embeddings": 8,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(b"\x10")
+    return open_checkpoint(str(folder))
+
+
+def test_a_bad_checkpoint_leaves_nothing_behind(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "tiny-kv"
+    with pytest.raises(CheckpointError, match="cut short"):
+        export_model(checkpoint, output=out, verify="off")
+    assert os.listdir(out.parent) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "foreign folder"])
+def test_somebody_elses_folder_is_left_alone(
+    checkpoint: Checkpoint, tmp_path: Path, kind: str
+) -> None:
+    out = tmp_path / "work"
+    if kind == "file":
+        out.touch()
+    else:
+        out.mkdir()
+        (out / "thesis.tex").touch()
+    with pytest.raises(UsageError, match="exists and is not an exported model"):
+        export_model(checkpoint, output=out, verify="off")
+    assert out.is_file() or os.listdir(out) == ["thesis.tex"]
+
+
+def test_unknown_verify_level(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="full, quick or off, not 'half'"):
+        export_model(checkpoint, output=tmp_path / "out", verify="half")
+
+
+def test_a_parent_that_is_a_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="Cannot write"):
+        export_model(checkpoint, output=tmp_path / "file" / "tiny-kv", verify="off")

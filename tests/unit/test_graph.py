@@ -1,0 +1,298 @@
+"""The authored graph against the published interface, and its cache functions against numpy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from qaic_ray.errors import CheckpointError
+from qaic_ray.export.architecture import Architecture, read_architecture
+from qaic_ray.export.builder import broadcast
+from qaic_ray.export.cut import cut_layers, kept_layers
+from qaic_ray.export.functions import (
+    CLOUD_DOMAIN,
+    PLAIN_DOMAIN,
+    SKIP,
+    card_functions,
+    use_plain_functions,
+)
+from qaic_ray.export.graph import AuthoredGraph, author
+from qaic_ray.export.options import ExportOptions
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 3,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 100,
+    "max_position_embeddings": 64,
+}
+
+
+def architecture(**changes: Any) -> Architecture:
+    return read_architecture(CONFIG | changes)
+
+
+def authored(continuous: bool = False, **changes: Any) -> AuthoredGraph:
+    return author(architecture(**changes), ExportOptions(continuous=continuous))
+
+
+def described(values: Any) -> dict[str, tuple[int, list[Any]]]:
+    """Name -> element type and dims, in order."""
+    return {
+        v.name: (
+            v.type.tensor_type.elem_type,
+            [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim],
+        )
+        for v in values
+    }
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_interface_is_the_published_one(continuous: bool) -> None:
+    graph = authored(continuous)
+    weights = {w.name for w in graph.weights}
+    inputs = described(v for v in graph.model.graph.input if v.name not in weights)
+    rows = "full_batch_size" if continuous else "batch_size"
+    past = (TensorProto.FLOAT, [rows, 2, "ctx_len", 8])
+    ids = (TensorProto.INT64, ["batch_size", "seq_len"])
+    names = [f"past_{kind}.{layer}" for layer in range(3) for kind in ("key", "value")]
+    expected: dict[str, tuple[int, list[Any]]] = {"input_ids": ids, "position_ids": ids}
+    expected |= dict.fromkeys(names, past)
+    if continuous:
+        expected["batch_index"] = (TensorProto.INT64, ["batch_size", 1])
+    assert inputs == expected
+    assert list(inputs) == list(expected)
+    outputs = described(graph.model.graph.output)
+    logits = (TensorProto.FLOAT, ["batch_size", 1, 100])
+    assert outputs == {"logits": logits} | {f"{name}_RetainedState": past for name in names}
+    assert next(iter(outputs)) == "logits"
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_operators_per_layer_are_the_published_ones(continuous: bool) -> None:
+    model = authored(continuous).model
+    suffix = "CB" if continuous else ""
+    custom = Counter((n.domain, n.op_type) for n in model.graph.node if n.domain)
+    assert custom == {
+        ("com.qti.aisw.onnx", "CustomRMSNorm"): 2 * 3 + 1,
+        ("com.qualcomm.cloud", f"CtxScatter{suffix}"): 2 * 3,
+        ("com.qualcomm.cloud", f"CtxGather{suffix}"): 2 * 3,
+    }
+    assert {(f.domain, f.name) for f in model.functions} == set(custom)
+    versions = {o.domain: o.version for o in model.opset_import}
+    assert versions == {"": 17, "com.qti.aisw.onnx": 1, "com.qualcomm.cloud": 1}
+    assert model.ir_version == 8
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("continuous", [False, True])
+def test_checker_and_shape_inference_agree(continuous: bool, dtype: str) -> None:
+    graph = author(architecture(), ExportOptions(continuous=continuous, dtype=dtype))
+    onnx.checker.check_model(graph.model, full_check=True)
+    ours = described(graph.model.graph.value_info)
+    results = {name for node in graph.model.graph.node for name in node.output}
+    assert results == ours.keys() | {v.name for v in graph.model.graph.output}
+    bare = onnx.ModelProto.FromString(graph.model.SerializeToString())
+    del bare.graph.value_info[:]
+    inferred = onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=True)
+    compared = 0
+    for name, (kind, dims) in described(inferred.graph.value_info).items():
+        if not dims or len(dims) != len(ours[name][1]):
+            continue
+        assert kind == ours[name][0], name
+        for theirs, own in zip(dims, ours[name][1], strict=True):
+            if theirs in ("batch_size", "seq_len") or (isinstance(theirs, int) and theirs):
+                assert theirs == own, name
+                compared += 1
+    assert compared > 200
+
+
+def test_every_weight_matmul_is_constant_and_k_by_n() -> None:
+    graph = authored()
+    specs = {w.name: w for w in graph.weights}
+    found = {}
+    for node in graph.model.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in specs:
+            found[node.name] = specs[node.input[1]]
+    assert len(found) == 7 * 3 + 1
+    query = found["/model/layers.2/self_attn/q_proj/MatMul"]
+    assert (query.source, query.shape) == ("model.layers.2.self_attn.q_proj.weight", (24, 48))
+    assert query.transpose
+    assert found["/lm_head/MatMul"].shape == (24, 100)
+
+
+def test_tied_embeddings_share_their_source() -> None:
+    weights = {w.name: w for w in authored(tie_word_embeddings=True).weights}
+    assert weights["lm_head.weight"].source == "model.embed_tokens.weight"
+    assert weights["model.embed_tokens.weight"].shape == (100, 24)
+
+
+def test_what_the_old_compiler_refuses_is_not_there() -> None:
+    model = authored(continuous=True).model
+    constants = {t.name for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Range":
+            assert node.input[0] in constants
+            assert node.input[2] in constants
+        if node.op_type in ("Reshape", "Expand", "Slice", "Unsqueeze"):
+            assert constants.issuperset(node.input[1:]), node.name
+    assert len({n.name for n in model.graph.node}) == len(model.graph.node)
+
+
+def test_eighty_layers_are_authored_at_once() -> None:
+    graph = authored(num_hidden_layers=80, hidden_size=8192, num_attention_heads=64, head_dim=128)
+    assert sum(n.op_type == "Softmax" for n in graph.model.graph.node) == 80
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"num_key_value_heads": 4}, "not a multiple"),
+        ({"head_dim": 7}, "odd"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"hidden_size": "24"}, "hidden_size"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope'"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8}}, "low_freq_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"layer_types": ["sliding_attention"]}, "sliding_attention"),
+    ],
+)
+def test_what_we_do_not_compute_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        architecture(**changes)
+
+
+def test_sliding_window_bounds_the_context() -> None:
+    assert architecture(sliding_window=16).max_position == 16
+    assert architecture(sliding_window=512).max_position == 64
+    assert architecture(sliding_window=None).max_position == 64
+
+
+@given(st.data())
+def test_broadcast_is_numpys(data: st.DataObject) -> None:
+    full = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    shapes = []
+    for _ in range(data.draw(st.integers(1, 3))):
+        shape = [d if data.draw(st.booleans()) else 1 for d in full]
+        shapes.append(tuple(shape[data.draw(st.integers(0, len(full) - 1)) :]))
+    assert broadcast(*shapes) == np.broadcast_shapes(*shapes)
+
+
+def test_broadcast_refuses_two_names() -> None:
+    with pytest.raises(ValueError, match="do not broadcast"):
+        broadcast(("seq_len",), ("ctx_len",))
+
+
+def cache_session(name: str, *, continuous: bool, plain: bool) -> onnxruntime.InferenceSession:
+    """A model of one call of a cache function."""
+    functions = card_functions(continuous=continuous, opset=17)
+    function = next(f for f in functions if f.name == name)
+    kinds = {"data": TensorProto.FLOAT, "updates": TensorProto.FLOAT}
+    ranks = {"data": 4, "updates": 4, "ctx_indices": 3, "comp_ctx_len": 0}
+    inputs = [
+        helper.make_tensor_value_info(i, kinds.get(i, TensorProto.INT64), [None] * ranks.get(i, 2))
+        for i in function.input
+    ]
+    node = helper.make_node(name, list(function.input), ["out"], domain=CLOUD_DOMAIN)
+    output = helper.make_tensor_value_info("out", TensorProto.FLOAT, [None] * 4)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(CLOUD_DOMAIN, 1)]
+    model = helper.make_model(
+        helper.make_graph([node], "g", inputs, [output]),
+        opset_imports=opsets,
+        functions=[function],
+        ir_version=8,
+    )
+    if plain:
+        use_plain_functions(model)
+        assert PLAIN_DOMAIN in {o.domain for o in model.opset_import}
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+
+
+SESSIONS = {
+    (name, plain): cache_session(name, continuous=name.endswith("CB"), plain=plain)
+    for name in ("CtxScatter", "CtxGather", "CtxScatterCB", "CtxGatherCB")
+    for plain in (False, True)
+}
+
+
+@settings(deadline=None)
+@given(
+    plain=st.booleans(),
+    continuous=st.booleans(),
+    sizes=st.tuples(*[st.integers(1, 4)] * 5),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_cache_functions_do_what_they_say(
+    plain: bool, continuous: bool, sizes: tuple[int, ...], seed: int
+) -> None:
+    """Written tokens are read back; what is outside the cache is dropped, if promised."""
+    batch, heads, ctx_len, seq_len, dim = sizes
+    rng = np.random.default_rng(seed)
+    num_slots = batch + 2 if continuous else batch
+    data = rng.standard_normal((num_slots, heads, ctx_len, dim)).astype(np.float32)
+    seq_len = min(seq_len, ctx_len)
+    updates = rng.standard_normal((batch, heads, seq_len, dim)).astype(np.float32)
+    positions = np.stack([rng.permutation(ctx_len)[:seq_len] for _ in range(batch)])
+    if plain:
+        outside = rng.choice([-1, ctx_len, SKIP], positions.shape)
+        positions = np.where(rng.random(positions.shape) < 0.4, outside, positions)
+    slots = rng.permutation(num_slots)[:batch] if continuous else np.arange(batch)
+    extra = {"batch_index": slots[:, None]} if continuous else {}
+    suffix = "CB" if continuous else ""
+    expected = data.copy()
+    for row in range(batch):
+        for token in range(seq_len):
+            if 0 <= positions[row, token] < ctx_len:
+                expected[slots[row], :, positions[row, token]] = updates[row, :, token]
+    feed = {"data": data, "position_ids": positions, "updates": updates, **extra}
+    (written,) = SESSIONS[f"CtxScatter{suffix}", plain].run(None, feed)
+    np.testing.assert_array_equal(written, expected)
+
+    wanted = np.arange(ctx_len)[None, None].repeat(batch, 0)
+    limit = rng.integers(0, ctx_len, (batch, 1, 1))
+    skipped = wanted > limit if plain else np.zeros_like(wanted, bool)
+    indices = np.where(skipped, SKIP, wanted)
+    feed = {"data": written, "ctx_indices": indices, **extra}
+    session = SESSIONS[f"CtxGather{suffix}", plain]
+    if any(i.name == "comp_ctx_len" for i in session.get_inputs()):
+        feed["comp_ctx_len"] = np.array(ctx_len)
+    (gathered,) = session.run(None, feed)
+    seen = np.broadcast_to(~skipped[..., None], gathered.shape)
+    np.testing.assert_array_equal(gathered[seen], expected[slots][seen])
+
+
+def test_cutting_keeps_a_valid_graph_of_the_kept_layers() -> None:
+    model = authored(num_hidden_layers=6).model
+    cut_layers(model, kept_layers(6, "quick"))
+    assert kept_layers(6, "quick") == (0, 1, 4, 5)
+    onnx.checker.check_model(model, full_check=True)
+    layers = {n.name.split("/")[2] for n in model.graph.node if n.name.startswith("/model/layers.")}
+    assert layers == {"layers.0", "layers.1", "layers.4", "layers.5"}
+    norm = next(n for n in model.graph.node if n.name.startswith("/model/layers.4/input_layernorm"))
+    assert norm.input[0] == "/model/layers.1/Add_1_output_0"
+    names = {v.name for v in model.graph.input}
+    assert "past_key.4" in names
+    assert "past_key.2" not in names
+
+
+def test_cutting_nothing_changes_nothing() -> None:
+    model = authored().model
+    before = model.SerializeToString(deterministic=True)
+    cut_layers(model, kept_layers(3, "full"))
+    assert model.SerializeToString(deterministic=True) == before
