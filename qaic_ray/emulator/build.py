@@ -1,0 +1,179 @@
+"""Writes the program of one compile: weights rounded and packed, graphs, descriptor.
+
+Knows what was asked for (`Build`), not how it was asked.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional
+
+from . import aicapi, graph, lowering, netdesc, network, rounding, shapes
+from .configs import Partition
+from .constants import ConstantsWriter
+from .graph import GraphError, Precision, State
+from .qpc import QpcWriter
+from .view import NotLowered
+
+_FLOATS = (aicapi.FLOAT_TYPE, aicapi.FLOAT_16_TYPE, aicapi.BFLOAT16_TYPE)
+_IO_TYPES = {
+    "float": aicapi.FLOAT_TYPE,
+    rounding.FLOAT16: aicapi.FLOAT_16_TYPE,
+    rounding.MXINT8: aicapi.INT8_TYPE,
+}
+
+
+class Build(NamedTuple):
+    """Everything a compile needs to know, checked.
+
+    `symbols` has one entry a specialization, `io_precisions` is IO name -> precision, `batch_size`
+    the value of a leading dimension that no symbol gives one.
+    """
+
+    model_path: str
+    target: str
+    apps_version: str
+    precision: Precision
+    partition: Partition
+    symbols: List[Dict[str, int]]
+    io_precisions: Dict[str, str]
+    retained: bool
+    batch_size: Optional[int]
+
+    @property
+    def network_name(self) -> str:
+        """Name of the program: the model's file name."""
+        return os.path.splitext(os.path.basename(self.model_path))[0]
+
+
+class Report(NamedTuple):
+    """What there is to say about a finished build; `not_lowered` is a reason, if there is one."""
+
+    warnings: List[str]
+    not_lowered: Optional[str]
+
+
+def write(build: Build, model: Any, path: str) -> Report:
+    """Write the program of `model` (as `graph.load` gives it; it is consumed) to a new file.
+
+    Raises:
+        GraphError: where the model cannot be compiled.
+        ConstantError: where a weight cannot be read.
+    """
+    states = _states(build, model)
+    described = _describe(build, model, states)
+    kinds = {i.name: graph.compute_kind(i) for i in graph.inputs(model)}
+    with open(path, "wb") as file:
+        writer = QpcWriter(file)
+        constants = ConstantsWriter(writer)
+        folder = os.path.dirname(os.path.abspath(build.model_path))
+        graph.store_weights(model, constants, folder=folder, precision=build.precision)
+        graph.widen_to_float32(model)
+        graph.narrow_lookups(model, {c.name: c.kind for c in constants.table})
+        graphs, not_lowered = _lowered(model, states, constants, _ctx_len(described, states))
+        graph.round_states(model, states)
+        graphs[network.REFERENCE] = graph.expand(model).SerializeToString()
+        size = writer.end_segment()
+        program = network.Program(
+            apps_version=build.apps_version,
+            convert_to_fp16=build.precision.convert_to_fp16,
+            mxfp6_matmul=build.precision.mxfp6_matmul,
+            num_devices=build.partition.num_devices,
+            states={name: state.output for name, state in states.items()},
+            constants=constants.table,
+            input_kinds=kinds,
+            graphs=graphs,
+        )
+        # The vendor's field for the size of the constants has 32 bits, and wraps.
+        constants_desc = struct.pack("<I", size & 0xFFFFFFFF)
+        for data in (network.serialize(program), netdesc.serialize(described), constants_desc):
+            writer.write(data)
+            writer.end_segment()
+        writer.finish()
+    return Report(_warnings(constants), not_lowered)
+
+
+def _states(build: Build, model: Any) -> Dict[str, State]:
+    states = {}
+    pairs = graph.retained_pairs(model) if build.retained else {}
+    for name, output in pairs.items():
+        kind = build.io_precisions.get(output, build.io_precisions.get(name))
+        if kind in (None, "float"):
+            kind = rounding.FLOAT16 if build.precision.convert_to_fp16 else None
+        states[name] = State(output, kind if graph.is_float_input(model, name) else None)
+    return states
+
+
+def _lowered(
+    model: Any, states: Mapping[str, State], constants: ConstantsWriter, ctx_len: int
+) -> Any:
+    """Graphs by name (none or the lowered one), and why there is none."""
+    if not states:
+        return {}, None
+    try:
+        lowered = lowering.lower(model, states, constants.read, ctx_len)
+    except NotLowered as reason:
+        return {}, str(reason)
+    for name, array in lowered.tables.items():
+        constants.add_float32(name, array)
+    return {network.LOWERED: lowered.model.SerializeToString()}, None
+
+
+def _ctx_len(described: netdesc.Network, states: Mapping[str, State]) -> int:
+    sizes = [io.dims[2] for io in described.inputs if io.name in states and len(io.dims) == 4]
+    return max(sizes, default=0)
+
+
+def _warnings(constants: ConstantsWriter) -> List[str]:
+    return [
+        f"Warning: {count} values of constant '{name}' will {what} after conversion to 16-bit"
+        for name, rounding in constants.roundings.items()
+        for count, what in (
+            (rounding.num_underflows, "underflow"),
+            (rounding.num_overflows, "overflow"),
+        )
+        if count
+    ]
+
+
+def _describe(build: Build, model: Any, states: Mapping[str, State]) -> netdesc.Network:
+    resolved = [shapes.resolve(model, s, build.batch_size) for s in build.symbols]
+    largest = shapes.largest(resolved)
+    varying = {name for name in largest if len({entry[name] for entry in resolved}) > 1}
+    for name in varying & set(states):
+        raise GraphError(f"Retained state '{name}' has different shapes in the specializations")
+    partial = varying | set(states) | {state.output for state in states.values()}
+    sides: List[List[netdesc.Io]] = []
+    for values in (graph.inputs(model), list(model.graph.output)):
+        ios = [
+            netdesc.Io(v.name, _io_type(build, v), largest[v.name], v.name in partial)
+            for v in values
+        ]
+        _permute(ios, f"{build.network_name}/{len(sides)}")
+        sides.append(ios)
+    order = sides[0] + sides[1]
+    allowed = [tuple((io.type, entry[io.name]) for io in order) for entry in resolved]
+    return netdesc.Network(
+        name=build.network_name,
+        inputs=tuple(sides[0]),
+        outputs=tuple(sides[1]),
+        num_cores=build.partition.num_cores,
+        batch_size=build.symbols[0].get("batch_size", build.batch_size or 1),
+        allowed_shapes=tuple(allowed) if len(allowed) > 1 else (),
+    )
+
+
+def _io_type(build: Build, value: Any) -> int:
+    type_ = shapes.binding_type(value)
+    kind = build.io_precisions.get(value.name)
+    return _IO_TYPES[kind] if kind is not None and type_ in _FLOATS else type_
+
+
+def _permute(ios: List[netdesc.Io], seed: str) -> None:
+    # A real compiler orders bindings as it likes; programs have to go by name.
+    order = list(ios)
+    random.Random(seed).shuffle(ios)
+    if ios == order:
+        ios.reverse()

@@ -1,0 +1,227 @@
+"""Weights on their way into `constants.bin` and out of it: read, rounded, packed, unpacked.
+
+One tensor at a time and in pieces, so that a model of any size passes through little memory.
+Float constants become float16 under `-convert-to-fp16` (IEEE: ties to even, beyond 65504 becomes
+infinity), MatMul weights MXFP6 under `-mxfp6-matmul`; all come back as float32. Knows no graph.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, Dict, List, NamedTuple, Tuple
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+
+from . import mxfp6
+from .qpc import QpcError, QpcWriter
+
+FLOAT16 = "float16"
+FLOAT32 = "float32"
+MXFP6 = "mxfp6"
+KINDS = frozenset([FLOAT16, FLOAT32, MXFP6, "int64", "int32", "int16", "int8", "uint8", "bool"])
+
+_ALIGN_BYTES = 64
+_PIECE = 1 << 22
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+
+
+class ConstantError(Exception):
+    """A weight that cannot be read; the message says which and why."""
+
+
+class Constant(NamedTuple):
+    """Where and how one tensor lies in `constants.bin`.
+
+    `kind` is `float16`, `float32`, `mxfp6` or a numpy dtype name of integers. A transposed MXFP6
+    tensor is stored as its transpose, because its K axis is its last one.
+    """
+
+    name: str
+    shape: Tuple[int, ...]
+    kind: str
+    offset: int
+    size_bytes: int
+    transposed: bool = False
+
+
+class Rounding(NamedTuple):
+    """What `-convert-to-fp16` did to one tensor."""
+
+    num_underflows: int
+    num_overflows: int
+
+
+def is_float(tensor: Any) -> bool:
+    """Whether an initializer holds numbers that the precision flags round."""
+    return tensor.data_type in _FLOATS
+
+
+def open_initializer(tensor: Any, directory: str) -> Any:
+    """An initializer's array: a view of its bytes, memory-mapped where it is external.
+
+    bfloat16 comes as uint16.
+
+    Raises:
+        ConstantError: where the external file is missing, too short or outside of the folder.
+    """
+    if tensor.data_location != TensorProto.EXTERNAL:
+        if tensor.data_type == TensorProto.BFLOAT16 and tensor.raw_data:
+            return np.frombuffer(tensor.raw_data, np.uint16).reshape(tuple(tensor.dims))
+        return numpy_helper.to_array(tensor)
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    path = os.path.normpath(os.path.join(directory, location))
+    if os.path.isabs(location) or not path.startswith(os.path.normpath(directory) + os.sep):
+        raise ConstantError(
+            f"External data of '{tensor.name}' lies outside of the model's folder: {location}"
+        )
+    bfloat = tensor.data_type == TensorProto.BFLOAT16
+    dtype = np.dtype(np.uint16) if bfloat else helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    shape = tuple(tensor.dims)
+    needed = math.prod(shape) * dtype.itemsize
+    offset = int(entries.get("offset", 0))
+    try:
+        if os.path.getsize(path) < offset + needed:
+            raise ConstantError(
+                f"External data of '{tensor.name}' is too short: "
+                f"{path} needs {needed} bytes from {offset}"
+            )
+        if needed == 0:
+            return np.empty(shape, dtype)
+        return np.memmap(path, dtype, "r", offset, shape)
+    except OSError as error:
+        raise ConstantError(
+            f"External data of '{tensor.name}' cannot be read: {path} ({error.strerror})"
+        ) from error
+
+
+def to_float32(array: Any, data_type: int) -> Any:
+    """Float values of an array as `open_initializer` gives it; a view where it is one already."""
+    if data_type == TensorProto.BFLOAT16 and array.dtype == np.uint16:
+        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32, copy=False)
+
+
+def to_float16(values: Any) -> Tuple[Any, Rounding]:
+    """Round to float16 as IEEE says; and how many values became zero or infinity by it."""
+    with np.errstate(over="ignore", under="ignore"):
+        half = values.astype(np.float16)
+    zeros = int(np.count_nonzero(half.view(np.uint16) & 0x7FFF == 0))
+    underflows = zeros - int(np.count_nonzero(values == 0)) if zeros else 0
+    overflows = 0
+    if not np.isfinite(half).all():
+        overflows = int(np.count_nonzero(np.isinf(half) & np.isfinite(values)))
+    return half, Rounding(underflows, overflows)
+
+
+class ConstantsWriter:
+    """Streams tensors into the open segment of a container, and keeps the table of them."""
+
+    def __init__(self, writer: QpcWriter) -> None:
+        self._writer = writer
+        self.table: List[Constant] = []
+        self.roundings: Dict[str, Rounding] = {}
+
+    def add(self, name: str, array: Any, data_type: int, kind: str) -> None:
+        """Append one tensor as `kind` (see `Constant`)."""
+        self._writer.align(_ALIGN_BYTES)
+        start = self._writer.write(b"")
+        flat = array.reshape(-1)
+        for first in range(0, flat.size, _PIECE):
+            piece = flat[first : first + _PIECE]
+            if kind == FLOAT16:
+                self._writer.write(self._half(name, to_float32(piece, data_type)))
+            elif kind == FLOAT32:
+                self._writer.write(np.ascontiguousarray(to_float32(piece, data_type)))
+            else:
+                self._writer.write(np.ascontiguousarray(piece))
+        self._close(name, array.shape, kind, (start, False))
+
+    def add_mxfp6(self, name: str, array: Any, data_type: int, *, transposed: bool) -> None:
+        """Append a MatMul weight [..., K, N] (or [..., N, K] where transposed) as MXFP6."""
+        self._writer.align(_ALIGN_BYTES)
+        start = self._writer.write(b"")
+        matrices = array.reshape((-1, *array.shape[-2:]))
+        for matrix in matrices:
+            weight = matrix.T if transposed else matrix
+            rows = max(1, _PIECE // max(1, weight.shape[1]) // mxfp6.BLOCK) * mxfp6.BLOCK
+            for first in range(0, weight.shape[0], rows):
+                piece = to_float32(weight[first : first + rows], data_type)
+                self._writer.write(mxfp6.encode(piece))
+        self._close(name, array.shape, MXFP6, (start, transposed))
+
+    def add_float32(self, name: str, array: Any) -> None:
+        """Append a float32 table as it is."""
+        self.add(name, array, TensorProto.FLOAT, FLOAT32)
+
+    def read(self, name: str) -> Any:
+        """One tensor that was added, as it is computed with."""
+        constant = next(c for c in self.table if c.name == name)
+        return read_constant(self._writer.open_segment(), constant)
+
+    def _half(self, name: str, values: Any) -> Any:
+        half, rounding = to_float16(values)
+        before = self.roundings.get(name, Rounding(0, 0))
+        self.roundings[name] = Rounding(
+            before.num_underflows + rounding.num_underflows,
+            before.num_overflows + rounding.num_overflows,
+        )
+        return half
+
+    def _close(
+        self, name: str, shape: Tuple[int, ...], kind: str, placed: Tuple[int, bool]
+    ) -> None:
+        start, transposed = placed
+        size = self._writer.write(b"") - start
+        self.table.append(Constant(name, tuple(shape), kind, start, size, transposed))
+
+
+def stored_view(segment: Any, constant: Constant) -> Any:
+    """A view of one tensor as it is stored; None for a packed one.
+
+    Raises:
+        QpcError: where the table does not fit the segment.
+    """
+    end = constant.offset + constant.size_bytes
+    if constant.offset < 0 or end > len(segment) or _stored_bytes(constant) != constant.size_bytes:
+        raise QpcError(f"constant '{constant.name}' does not fit into constants.bin")
+    if constant.kind == MXFP6:
+        return None
+    data = segment[constant.offset : end]
+    return data.view(np.dtype(constant.kind)).reshape(constant.shape)
+
+
+def read_constant(segment: Any, constant: Constant, out: Any = None) -> Any:
+    """One tensor as it is computed with: float32, or its integer type; into `out` if given.
+
+    Raises:
+        QpcError: where the table does not fit the segment.
+    """
+    values = stored_view(segment, constant)
+    if out is None:
+        widened = values is None or constant.kind == FLOAT16
+        out = np.empty(constant.shape, np.float32 if widened else values.dtype)
+    if values is not None:
+        np.copyto(out, values)
+    elif out.size:
+        _read_mxfp6(segment[constant.offset :][: constant.size_bytes], constant, out)
+    return out
+
+
+def _stored_bytes(constant: Constant) -> int:
+    shape = constant.shape
+    if constant.kind != MXFP6:
+        return math.prod(shape) * np.dtype(constant.kind).itemsize
+    rows, columns = (shape[-1], shape[-2]) if constant.transposed else shape[-2:]
+    return math.prod(shape[:-2]) * math.prod(mxfp6.packed_shape(rows, columns))
+
+
+def _read_mxfp6(data: Any, constant: Constant, out: Any) -> None:
+    matrices = out.reshape((-1, *out.shape[-2:]))
+    for matrix, piece in zip(matrices, data.reshape(len(matrices), -1)):
+        weight = matrix.T if constant.transposed else matrix
+        packed = piece.reshape(mxfp6.packed_shape(*weight.shape))
+        mxfp6.decode(packed, weight.shape[0], out=weight)

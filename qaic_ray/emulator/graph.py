@@ -1,0 +1,337 @@
+"""An ONNX file made ready to run as a card would: weights apart, card operators, rounded KV cache.
+
+The result is the reference graph: always correct, for any graph that onnxruntime can run. Knows
+nothing of shapes, flags' names or files other than the model's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Set
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import TensorProto, helper, inliner, numpy_helper
+
+from . import cardops, rounding
+from .constants import (
+    FLOAT16,
+    FLOAT32,
+    ConstantsWriter,
+    is_float,
+    open_initializer,
+    to_float16,
+    to_float32,
+)
+
+RETAINED_SUFFIX = "_RetainedState"
+EXTERNAL_LOCATION = "constants.bin"
+
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+_INLINE_ELEMENTS = 64
+_LARGE_TABLE = 1 << 20
+_MIN_OPSET = 13
+_MICROSOFT = "com.microsoft"
+
+
+class GraphError(Exception):
+    """A model that cannot be compiled; the message is what the compiler prints."""
+
+
+class State(NamedTuple):
+    """A retained input's output, and what it is rounded to when it is kept (None: not at all)."""
+
+    output: str
+    rounding: Optional[str]
+
+
+class Precision(NamedTuple):
+    """How the weights are stored."""
+
+    convert_to_fp16: bool
+    mxfp6_matmul: bool
+
+    @property
+    def kind(self) -> str:
+        """Kind of the constants that are no MXFP6."""
+        return FLOAT16 if self.convert_to_fp16 else FLOAT32
+
+
+def load(path: str) -> Any:
+    """The model without its external data, other functions than the card's own inlined.
+
+    Raises:
+        GraphError: where there is no readable ONNX model of a known form.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise GraphError(f"Cannot open ONNX model file: {path} ({error.strerror})") from error
+    except DecodeError as error:
+        raise GraphError(f"Unable to parse ONNX model: {path}") from error
+    if not model.graph.output or not model.graph.node:
+        raise GraphError(f"Unable to parse ONNX model: {path} has no graph")
+    opset = opset_of(model)
+    if opset < _MIN_OPSET:
+        raise GraphError(f"opset_version-{opset} is not supported, the oldest is {_MIN_OPSET}")
+    foreign = [(f.domain, f.name) for f in model.functions]
+    foreign = [key for key in foreign if key not in cardops.NAMES]
+    if foreign:
+        model = inliner.inline_selected_functions(model, foreign)
+    del model.functions[:]
+    _check_operators(model)
+    return model
+
+
+def _check_operators(model: Any) -> None:
+    """Refuse an operator that nobody knows, as the vendor's compiler does."""
+    versions = {i.domain: i.version for i in model.opset_import}
+    for node in model.graph.node:
+        known = (node.domain, node.op_type) in cardops.NAMES or node.domain == _MICROSOFT
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        if not known and not onnx.defs.has(node.op_type, versions.get(node.domain, 1), domain):
+            raise GraphError(
+                f"[Operator-'{node.name}', opset_version-{opset_of(model)}, "
+                f"ir_version-{model.ir_version}] : {node.op_type}: Unsupported operator"
+            )
+
+
+def opset_of(model: Any) -> int:
+    """Version of the default operator set."""
+    versions = [i.version for i in model.opset_import if i.domain in ("", "ai.onnx")]
+    return int(max(versions, default=0))
+
+
+def expand(model: Any) -> Any:
+    """The model with the card's operators replaced by plain ones, for onnxruntime to run."""
+    graph = model.graph
+    shapes: Dict[str, str] = {}
+    for value in [*graph.input, *graph.output, *graph.value_info]:
+        shapes[value.name] = str(value.type.tensor_type.shape)
+    _set_nodes(graph, cardops.expand(list(graph.node), shapes.get))
+    model.functions.extend(cardops.functions(opset_of(model)))
+    import_domain(model, cardops.LOCAL)
+    import_domain(model, _MICROSOFT)
+    # onnxruntime would expand the functions too, but refuses some of them before opset 16.
+    return inliner.inline_local_functions(model)
+
+
+def import_domain(model: Any, domain: str) -> None:
+    """Let a model use the operators of another domain."""
+    if not any(i.domain == domain for i in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(domain, 1))
+
+
+def structure(model: Any) -> Any:
+    """A copy of a model without the bytes of its weights."""
+    copy = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    graph = copy.graph
+    graph.name = model.graph.name
+    for field in ("node", "input", "output", "value_info"):
+        getattr(graph, field).extend(getattr(model.graph, field))
+    for tensor in model.graph.initializer:
+        if math.prod(tensor.dims) < _INLINE_ELEMENTS:
+            graph.initializer.add().CopyFrom(tensor)
+        else:
+            graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+            _replace_by_stub(graph.initializer[-1], tensor.data_type)
+    return copy
+
+
+def infer_shapes(model: Any) -> Any:
+    """A copy of the graph of a model with what is known of its values' shapes.
+
+    Raises:
+        GraphError: where operators contradict each other.
+    """
+    copy = structure(model)
+    copy.functions.extend(cardops.shape_functions(opset_of(model)))
+    import_domain(copy, cardops.CLOUD)
+    import_domain(copy, cardops.AISW)
+    try:
+        return onnx.shape_inference.infer_shapes(copy, check_type=True, data_prop=True).graph
+    except (RuntimeError, ValueError) as error:
+        raise GraphError(f"Shape inference failed: {error}") from error
+
+
+def retained_pairs(model: Any) -> Dict[str, str]:
+    """Input -> output of each state that a program may keep: `X` and `X_RetainedState`."""
+    outputs = {o.name for o in model.graph.output}
+    return {
+        i.name: i.name + RETAINED_SUFFIX
+        for i in inputs(model)
+        if i.name + RETAINED_SUFFIX in outputs
+    }
+
+
+def inputs(model: Any) -> List[Any]:
+    """Inputs that a caller gives: those that are no initializer."""
+    initializers = {t.name for t in model.graph.initializer}
+    return [i for i in model.graph.input if i.name not in initializers]
+
+
+def is_float_input(model: Any, name: str) -> bool:
+    """Whether an input holds floating point."""
+    elem_types = {i.name: i.type.tensor_type.elem_type for i in inputs(model)}
+    return elem_types[name] in _FLOATS
+
+
+def compute_kind(value: Any) -> str:
+    """Numpy name of the dtype that an input is computed in."""
+    elem_type = value.type.tensor_type.elem_type
+    if elem_type in _FLOATS:
+        return "float32"
+    return str(helper.tensor_dtype_to_np_dtype(elem_type).name)
+
+
+def matmul_weights(model: Any) -> Dict[str, bool]:
+    """Initializers that are only ever a constant MatMul or Gemm weight -> whether K is last."""
+    candidates: Dict[str, bool] = {}
+    refused: Set[str] = set()
+    for node in model.graph.node:
+        for position, name in enumerate(node.input):
+            weight = position == 1 and node.op_type in ("MatMul", "Gemm") and not node.domain
+            transposed = weight and any(a.name == "transB" and a.i for a in node.attribute)
+            if not weight or candidates.setdefault(name, transposed) != transposed:
+                refused.add(name)
+    refused.update(o.name for o in model.graph.output)
+    return {
+        t.name: candidates[t.name]
+        for t in model.graph.initializer
+        if t.name in candidates and t.name not in refused and len(t.dims) >= 2
+    }
+
+
+def store_weights(
+    model: Any, writer: ConstantsWriter, *, folder: str, precision: Precision
+) -> None:
+    """Move each large initializer into `writer`, and round what stays in the graph.
+
+    The model keeps a float32 (or integer) stand-in without bytes for each moved tensor. Inline
+    bytes are dropped as soon as they are written. `folder` is what external data is relative to.
+    """
+    packed = matmul_weights(model) if precision.mxfp6_matmul else {}
+    for tensor in model.graph.initializer:
+        array = open_initializer(tensor, folder)
+        if array.size < _INLINE_ELEMENTS:
+            if is_float(tensor):
+                tensor.CopyFrom(_rounded(tensor.name, array, tensor.data_type, precision))
+            elif tensor.data_location == TensorProto.EXTERNAL:
+                tensor.CopyFrom(numpy_helper.from_array(np.array(array), tensor.name))
+            continue
+        if not is_float(tensor):
+            writer.add(tensor.name, array, tensor.data_type, array.dtype.name)
+            data_type = tensor.data_type
+        else:
+            data_type = TensorProto.FLOAT
+            if tensor.name in packed:
+                writer.add_mxfp6(
+                    tensor.name, array, tensor.data_type, transposed=packed[tensor.name]
+                )
+            else:
+                writer.add(tensor.name, array, tensor.data_type, precision.kind)
+        del array
+        _replace_by_stub(tensor, data_type)
+    for node in model.graph.node:
+        _round_constant(node, precision)
+
+
+def _replace_by_stub(tensor: Any, data_type: int) -> None:
+    stub = TensorProto(name=tensor.name, data_type=data_type, dims=tensor.dims)
+    stub.data_location = TensorProto.EXTERNAL
+    stub.external_data.add(key="location", value=EXTERNAL_LOCATION)
+    tensor.CopyFrom(stub)
+
+
+def _rounded(name: str, array: Any, data_type: int, precision: Precision) -> Any:
+    values = to_float32(np.array(array), data_type)
+    if precision.convert_to_fp16:
+        values = to_float16(values)[0].astype(np.float32)
+    return numpy_helper.from_array(np.asarray(values, np.float32), name)
+
+
+def _round_constant(node: Any, precision: Precision) -> None:
+    if node.op_type not in ("Constant", "ConstantOfShape") or node.domain:
+        return
+    for attribute in node.attribute:
+        if attribute.name == "value" and is_float(attribute.t):
+            array = numpy_helper.to_array(attribute.t).astype(np.float32)
+            rounded = _rounded(attribute.t.name, array, TensorProto.FLOAT, precision)
+            attribute.t.CopyFrom(rounded)
+        elif attribute.name == "value_float" and precision.convert_to_fp16:
+            attribute.f = float(to_float16(np.float32(attribute.f))[0])
+
+
+def widen_to_float32(model: Any) -> None:
+    """Make every float16 or bfloat16 value of the graph float32: what it is computed with."""
+    narrow = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    graph = model.graph
+    for value in list(graph.input) + list(graph.output):
+        if value.type.tensor_type.elem_type in narrow:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i in narrow:
+                attribute.i = TensorProto.FLOAT
+    for value in graph.value_info:
+        if value.type.tensor_type.elem_type in narrow:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+
+
+def narrow_lookups(model: Any, kinds: Dict[str, str]) -> None:
+    """Look rows up in a large float16 table as it is stored, and widen only those rows.
+
+    `kinds`: constant -> how it is stored. The values are the same; the table need not be decoded.
+    """
+    graph = model.graph
+    readers: Dict[str, List[Any]] = {}
+    for node in graph.node:
+        for position, name in enumerate(node.input):
+            lookup = node.op_type == "Gather" and not node.domain and position == 0
+            readers.setdefault(name, []).append(node if lookup else None)
+    tables = [
+        t
+        for t in graph.initializer
+        if kinds.get(t.name) == FLOAT16
+        and math.prod(t.dims) >= _LARGE_TABLE
+        and None not in readers.get(t.name, [None])
+    ]
+    widened: Dict[str, str] = {}
+    for tensor in tables:
+        tensor.data_type = TensorProto.FLOAT16
+        for node in readers[tensor.name]:
+            widened[node.output[0]] = node.output[0] + "/float16"
+    nodes: List[Any] = []
+    for node in graph.node:
+        name = node.output[0]
+        nodes.append(node)
+        if name in widened:
+            node.output[0] = widened[name]
+            nodes.append(
+                helper.make_node("Cast", [widened[name]], [name], name=name, to=TensorProto.FLOAT)
+            )
+    _set_nodes(graph, nodes)
+
+
+def _set_nodes(graph: Any, nodes: List[Any]) -> None:
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+
+
+def round_states(model: Any, states: Mapping[str, State]) -> None:
+    """Round each state where it is made, so that every reader sees what the card would hold."""
+    graph = model.graph
+    roundings = {s.output: s.rounding for s in states.values() if s.rounding is not None}
+    ranks = {o.name: len(o.type.tensor_type.shape.dim) for o in graph.output}
+    nodes: List[Any] = []
+    for node in graph.node:
+        nodes.append(node)
+        for name in [o for o in node.output if o in roundings]:
+            exact = name + "/exact"
+            node.output[list(node.output).index(name)] = exact
+            added, initializers = rounding.nodes(roundings[name], exact, name, ranks[name])
+            nodes.extend(added)
+            graph.initializer.extend(initializers)
+    _set_nodes(graph, nodes)

@@ -1,0 +1,248 @@
+"""Lays an emulated SDK folder down: `python -m qaic_ray.emulator.install PREFIX`.
+
+The folder has the vendor's layout, and one file more, `emulated-sdk.json`, which is how anyone
+can tell. It may be moved; its commands find it by their own place. A folder that we did not make
+is never touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Dict, Iterator, Mapping, Optional, Sequence
+
+from .folder import MARKER, ROOT_VARIABLE, FolderError
+from .sku import SKUS
+
+APPS_VERSIONS = ("1.14.2", "1.17", "1.20", "1.21.6", "1.22")
+DEFAULT_APPS_VERSION = "1.20"
+"""The newest widely used one that takes flat specializations and has `qaic-exec`."""
+
+DEFAULT_CARDS = 4
+PACKAGE = "qaic_emulated_sdk"
+PYTHON_VARIABLE = "QAIC_EMULATOR_PYTHON"
+
+_MAX_CARDS = 64
+_QAIC_COMPILE_SINCE = (1, 21, 6)
+_TOOLS = {
+    "exec/qaic-exec": "compiler",
+    "tools/qaic-util": "util",
+    "tools/qaic-qpc": "qpc_tool",
+    "tools/qaic-device-partition": "partition_tool",
+}
+_COMMAND = """\
+#!/bin/sh
+root=$(dirname "$(dirname "$(readlink -f "$0")")")
+{root_variable}=$root
+export {root_variable}
+lib=$(set -- "$root"/dev/lib/*/{package}; dirname "$1")
+exec "${{{python_variable}:-{python}}}" -E -c 'import sys
+sys.path[:] = [sys.argv.pop(1)] + [p for p in sys.path if p]
+from {package}.{module} import main
+sys.exit(main(sys.argv[1:]))' "$lib" "$@"
+"""
+_VERSIONS_XML = """\
+<?xml version="1.0"?>
+<versions>
+        <ci_build>
+                <base_version>{base}</base_version>
+                <build_id>0</build_id>
+        </ci_build>
+</versions>
+"""
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+class InstallError(ValueError):
+    """The folder cannot be laid down there; the message says why and what to do."""
+
+
+def install(
+    prefix: Path,
+    *,
+    apps_version: str = DEFAULT_APPS_VERSION,
+    cards: int = DEFAULT_CARDS,
+    sku: str = "standard",
+) -> bool:
+    """Make `prefix` an emulated SDK; False when it is already this very one.
+
+    Raises:
+        InstallError: for an unknown version or SKU, for a folder that is not ours, and where
+            nothing can be written.
+    """
+    _check_request(apps_version, cards, sku)
+    sources = _sources()
+    marker = {
+        "emulated": True,
+        "apps_version": apps_version,
+        "platform_version": apps_version,
+        "cards": cards,
+        "sku": sku,
+        "digest": _digest(sources),
+    }
+    prefix = Path(os.path.realpath(prefix))
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        with _only_installer(prefix.parent):
+            if _existing(prefix) == marker:
+                return False
+            _replace(prefix, sources, marker)
+    except OSError as error:
+        raise InstallError(f"cannot write {prefix}: {error.strerror}; choose another") from error
+    return True
+
+
+def _check_request(apps_version: str, cards: int, sku: str) -> None:
+    if apps_version not in APPS_VERSIONS:
+        raise InstallError(
+            f"unknown Apps version {apps_version}: one of {', '.join(APPS_VERSIONS)}"
+        )
+    if not 1 <= cards <= _MAX_CARDS:
+        raise InstallError(f"{cards} cards: between 1 and {_MAX_CARDS}")
+    if sku not in SKUS:
+        raise InstallError(f"unknown SKU {sku}: one of {', '.join(SKUS)}")
+
+
+@contextlib.contextmanager
+def _only_installer(parent: Path) -> Iterator[None]:
+    descriptor = os.open(parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _existing(prefix: Path) -> Optional[Dict[str, object]]:
+    """The marker of the SDK at `prefix`, None when there is nothing; refuses what is not ours."""
+    try:
+        content = sorted(os.listdir(prefix))
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:
+        raise InstallError(f"{prefix} is a file; name a folder") from None
+    if not content:
+        return None
+    refusal = InstallError(
+        f"{prefix} was not made by this tool (no {MARKER}); choose another folder"
+    )
+    if MARKER not in content:
+        raise refusal
+    try:
+        marker = json.loads((prefix / MARKER).read_text(encoding="utf-8"))
+    except ValueError:
+        raise refusal from None
+    if not isinstance(marker, dict) or marker.get("emulated") is not True:
+        raise refusal
+    return marker
+
+
+def _replace(prefix: Path, sources: Mapping[str, bytes], marker: Mapping[str, object]) -> None:
+    built = Path(tempfile.mkdtemp(prefix=f".{prefix.name}.installing-", dir=prefix.parent))
+    try:
+        _build(built, sources, marker)
+        built.chmod(0o755)
+        if prefix.exists() and any(prefix.iterdir()):
+            _exchange(built, prefix)
+        else:
+            built.replace(prefix)
+    finally:
+        shutil.rmtree(built, ignore_errors=True)
+
+
+def _exchange(built: Path, prefix: Path) -> None:
+    """Swap the two folders, so that at no moment there is no SDK."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is not None:
+        paths = os.fsencode(built), os.fsencode(prefix)
+        if rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
+            return
+    # An older kernel or another file system: the SDK is away between two renames.
+    aside = built.with_name(f"{built.name}.old")
+    prefix.replace(aside)
+    built.replace(prefix)
+    aside.replace(built)
+
+
+def _build(root: Path, sources: Mapping[str, bytes], marker: Mapping[str, object]) -> None:
+    apps_version = str(marker["apps_version"])
+    library = root / "dev" / "lib" / platform.machine()
+    for name, content in sources.items():
+        _write(library / PACKAGE / name, content)
+    _write(library / "qaicrt.py", sources["door.py"])
+    _write(root / "dev" / "python" / "QAicApi_pb2.py", sources["aicapi.py"])
+    tools = dict(_TOOLS)
+    if tuple(int(part) for part in apps_version.split(".")) >= _QAIC_COMPILE_SINCE:
+        tools["exec/qaic-compile"] = "compiler"
+    for name, module in tools.items():
+        script = _COMMAND.format(
+            root_variable=ROOT_VARIABLE,
+            package=PACKAGE,
+            python_variable=PYTHON_VARIABLE,
+            python=shlex.quote(sys.executable),
+            module=module,
+        )
+        _write(root / name, script.encode(), mode=0o755)
+    for name, key in (("apps.xml", "apps_version"), ("platform.xml", "platform_version")):
+        _write(root / "versions" / name, _VERSIONS_XML.format(base=marker[key]).encode())
+    _write(root / MARKER, (json.dumps(marker, indent=1) + "\n").encode())
+
+
+def _write(path: Path, content: bytes, mode: int = 0o644) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(content)
+        os.fchmod(file.fileno(), mode)
+        os.fsync(file.fileno())
+
+
+def _sources() -> Dict[str, bytes]:
+    here = Path(__file__).resolve().parent
+    return {path.name: path.read_bytes() for path in sorted(here.glob("*.py"))}
+
+
+def _digest(sources: Mapping[str, bytes]) -> str:
+    digest = hashlib.sha256(f"{sys.prefix}\n{platform.machine()}\n".encode())
+    for name, content in sources.items():
+        digest.update(f"{name}\n{len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="install", description="Lay an emulated SDK folder down.")
+    parser.add_argument("prefix", type=Path)
+    parser.add_argument("--apps-version", default=DEFAULT_APPS_VERSION, choices=APPS_VERSIONS)
+    parser.add_argument("--cards", type=int, default=DEFAULT_CARDS)
+    parser.add_argument("--sku", default="standard", choices=sorted(SKUS))
+    return parser
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """The command; 2 when the request cannot be met."""
+    asked = _parser().parse_args(arguments)
+    try:
+        is_new = install(
+            asked.prefix, apps_version=asked.apps_version, cards=asked.cards, sku=asked.sku
+        )
+    except (InstallError, FolderError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{asked.prefix}: {'installed' if is_new else 'already installed'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""From the reference graph to the fastest graph with the same results on a CPU.
+
+Attention over a cache in memory that stays in place (GroupQueryAttention), rotary embeddings and
+RMS norms as one operator each. A graph is lowered as a whole or not at all: where any retained
+state is used in a way that is not known, the reference graph runs.
+
+The lowered graph takes rows of any length without padding: `position_ids` are all valid, two more
+inputs say how long each row's context is (`SEQLENS`, `TOTAL`), and each past input has to be the
+same memory as its retained output. Rows and slots are planned in `rows.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Set, Tuple
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from . import attention, rotary, rounding
+from .gqa import BATCH_INDEX, POSITION_IDS, SEQLENS, TOTAL, Attention, Cache, kernel_node
+from .graph import State, expand
+from .view import GraphView, NotLowered
+
+INPUT_IDS = "input_ids"
+
+_HEADS_FIRST = [0, 2, 1, 3]
+
+
+class Lowered(NamedTuple):
+    """A lowered model, and the new float32 tables that it reads beside the weights."""
+
+    model: Any
+    tables: Dict[str, Any]
+
+
+def lower(
+    model: Any, states: Mapping[str, State], values: Callable[[str], Any], ctx_len: int
+) -> Lowered:
+    """Lower a float32 model whose states are not rounded yet.
+
+    Args:
+        model: as `graph.widen_to_float32` leaves it.
+        states: retained input -> its output and rounding.
+        values: reads an initializer that is stored apart.
+        ctx_len: positions that a row can have.
+
+    Raises:
+        NotLowered: saying what about the graph is not known.
+    """
+    view = GraphView(model, values)
+    _check_interface(view, states)
+    attentions = attention.find(view, states)
+    rewriter = _Rewriter(view, rotary.RotaryFinder(view, ctx_len))
+    for found in attentions:
+        rewriter.replace(found)
+    return rewriter.finish()
+
+
+def _check_interface(view: GraphView, states: Mapping[str, State]) -> None:
+    needed = {INPUT_IDS, POSITION_IDS}
+    known = needed | {BATCH_INDEX} | set(states)
+    if not states or not needed <= view.inputs <= known:
+        raise NotLowered(f"the inputs are not {', '.join(sorted(known - set(states)))} and pasts")
+    sizes = [view.shape(name)[axis] for name in states for axis in (0, 2)]
+    if any(isinstance(size, int) for size in (*view.shape(INPUT_IDS), *sizes)):
+        raise NotLowered("rows, tokens or context have one size only")
+    if view.types[POSITION_IDS] != TensorProto.INT64:
+        raise NotLowered(f"{POSITION_IDS} is not INT64")
+    batch = view.shape(INPUT_IDS)[0]
+    for name in view.outputs - {state.output for state in states.values()}:
+        shape = view.shape(name)
+        if shape[0] != batch or not all(isinstance(d, int) for d in shape[1:]):
+            raise NotLowered(f"{name} does not have one row per row of {INPUT_IDS}")
+
+
+class _Rewriter:
+    def __init__(self, view: GraphView, finder: rotary.RotaryFinder) -> None:
+        self._view = view
+        self._finder = finder
+        self._added: Dict[int, List[Any]] = {}
+        self._dropped: Set[int] = set()
+        self._initializers: List[Any] = []
+        self._tables: Dict[str, Any] = {}
+        self._table_names: Dict[bytes, str] = {}
+        self._shapes: Dict[Tuple[int, ...], str] = {}
+
+    def replace(self, found: Attention) -> None:
+        """Put the kernel in the place of one attention."""
+        view = self._view
+        nodes: List[Any] = []
+        query = self._rotated(found.query, found.num_heads, nodes)
+        key = self._rotated(found.key.update, found.num_kv_heads, nodes)
+        value = self._flat(found.value.update, found.num_kv_heads, nodes)
+        key = self._round(key, found.key, nodes)
+        value = self._round(value, found.value, nodes)
+        joined = self._joined(found)
+        output = joined or found.output + "/flat"
+        nodes.append(kernel_node(found, (query, key, value), output))
+        if joined is None:
+            split, dims = found.output + "/split", [0, 0, found.num_heads, found.head_dim]
+            nodes.append(self._reshape(output, dims, split))
+            nodes.append(self._transpose(split, found.output))
+        for present in (found.key.present, found.value.present):
+            self._dropped.add(view.producer[present])
+        last = view.producer[joined or found.output]
+        self._dropped.add(last)
+        self._added[last] = nodes
+
+    def _joined(self, found: Attention) -> Any:
+        """The value [B, S, heads * dim] made of the output, where nothing else reads it."""
+        view = self._view
+        width = found.num_heads * found.head_dim
+        readers = view.readers(found.output)
+        if len(readers) != 1 or not _is_heads_first(readers[0]):
+            return None
+        middle = readers[0].output[0]
+        readers = view.readers(middle)
+        if len(readers) != 1 or readers[0].op_type != "Reshape":
+            return None
+        flat = readers[0].output[0]
+        shape = view.shapes.get(flat, ())
+        fits = len(shape) == 3 and shape[2] == width and flat not in view.outputs
+        return flat if fits and middle not in view.outputs else None
+
+    def _rotated(self, name: str, num_heads: int, nodes: List[Any]) -> str:
+        rotation = self._finder.find(name)
+        if rotation is None:
+            return self._flat(name, num_heads, nodes)
+        source = self._flat(rotation.source, num_heads, nodes)
+        tables = (self._table(rotation.cos), self._table(rotation.sin))
+        nodes.append(rotary.kernel_node(source, tables, name + "/rotated", num_heads))
+        return name + "/rotated"
+
+    def _flat(self, name: str, num_heads: int, nodes: List[Any]) -> str:
+        """`name` [B, heads, S, dim] as [B, S, heads * dim]; the value it was made of, if it was."""
+        view = self._view
+        width = num_heads * int(view.shape(name)[3])
+        node = view.node(name)
+        source, made = name + "/seq", False
+        if node is not None and _is_heads_first(node):
+            source, made = node.input[0], True
+            before = view.node(source)
+            if before is not None and before.op_type == "Reshape":
+                shape = view.shapes.get(before.input[0], ())
+                if len(shape) == 3 and shape[2] == width:
+                    return str(before.input[0])
+        if not made:
+            nodes.append(self._transpose(name, source))
+        nodes.append(self._reshape(source, [0, 0, width], name + "/flat"))
+        return name + "/flat"
+
+    def _round(self, name: str, cache: Cache, nodes: List[Any]) -> str:
+        if cache.rounding is None:
+            return name
+        target = cache.present + "/update"
+        added, initializers = rounding.nodes(cache.rounding, name, target, 3)
+        nodes.extend(added)
+        self._initializers.extend(initializers)
+        return target
+
+    def _table(self, array: Any) -> str:
+        data = array.tobytes()
+        if data not in self._table_names:
+            name = f"lowered/rotary_{len(self._tables)}"
+            self._table_names[data] = name
+            self._tables[name] = array
+        return self._table_names[data]
+
+    def _transpose(self, source: str, target: str) -> Any:
+        return helper.make_node("Transpose", [source], [target], name=target, perm=_HEADS_FIRST)
+
+    def _reshape(self, source: str, dims: List[int], target: str) -> Any:
+        key = tuple(dims)
+        if key not in self._shapes:
+            self._shapes[key] = f"lowered/shape_{len(self._shapes)}"
+            array = np.array(dims, np.int64)
+            self._initializers.append(numpy_helper.from_array(array, self._shapes[key]))
+        return helper.make_node("Reshape", [source, self._shapes[key]], [target], name=target)
+
+    def finish(self) -> Lowered:
+        """The whole lowered model."""
+        view = self._view
+        nodes: List[Any] = []
+        for index, node in enumerate(view.nodes):
+            nodes.extend(self._added.get(index, ()))
+            if index not in self._dropped:
+                nodes.append(node)
+        nodes = _needed(nodes, view.outputs)
+        model = onnx.ModelProto()
+        model.CopyFrom(view.model)
+        graph = model.graph
+        del graph.node[:]
+        del graph.value_info[:]
+        graph.node.extend(nodes)
+        graph.initializer.extend(self._initializers)
+        for name, array in self._tables.items():
+            graph.initializer.append(_stub(name, array))
+        read = {name for node in nodes for name in node.input}
+        if BATCH_INDEX in read:
+            raise NotLowered(f"{BATCH_INDEX} is read by more than the cache")
+        _keep(graph.initializer, read)
+        batch = view.shape(INPUT_IDS)[0]
+        graph.input.append(helper.make_tensor_value_info(SEQLENS, TensorProto.INT32, [batch]))
+        graph.input.append(helper.make_tensor_value_info(TOTAL, TensorProto.INT32, []))
+        _free_rows(graph, view)
+        return Lowered(expand(model), self._tables)
+
+
+def _is_heads_first(node: Any) -> bool:
+    order = [list(a.ints) for a in node.attribute if a.name == "perm"]
+    return node.op_type == "Transpose" and order == [_HEADS_FIRST]
+
+
+def _needed(nodes: List[Any], outputs: Set[str]) -> List[Any]:
+    wanted, kept = set(outputs), []
+    for node in reversed(nodes):
+        if wanted.intersection(node.output):
+            wanted.update(node.input)
+            kept.append(node)
+    return kept[::-1]
+
+
+def _stub(name: str, array: Any) -> Any:
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="constants.bin")
+    return tensor
+
+
+def _keep(initializers: Any, names: Set[str]) -> None:
+    kept = [t for t in initializers if t.name in names]
+    copies = [TensorProto.FromString(t.SerializeToString()) for t in kept]
+    del initializers[:]
+    initializers.extend(copies)
+
+
+def _free_rows(graph: Any, view: GraphView) -> None:
+    """Let the lowered graph run over any rows and slots: states as many as there are rows."""
+    batch = view.shape(INPUT_IDS)[0]
+    rows = batch if isinstance(batch, str) else "rows"
+    for value in list(graph.input) + list(graph.output):
+        dims = value.type.tensor_type.shape.dim
+        if len(dims):
+            dims[0].dim_param = rows

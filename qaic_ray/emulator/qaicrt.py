@@ -1,0 +1,77 @@
+"""The vendor's Python runtime API, whole: every class that programs for LLMs use.
+
+Covered: contexts, queues, programs (load, activate, deactivate, unload, device groups), ExecObjs
+(lists of QBuffers, lists of tuples, slices), inference sets, program groups, device queries; the
+statuses and exceptions of each as far as public sources tell them. Inferred: which side of a slice
+its offset counts on, and that slices last for one inference. Not covered: profiling handles, live
+reporting, DMA buffers.
+"""
+
+from __future__ import annotations
+
+from . import folder
+from .buffers import BufferDimensionsVecRef, BufferMapping, QBuffer
+from .context import Context, Qpc
+from .device_query import Util
+from .execution import ExecObj, Queue
+from .inference_set import (
+    InferenceBenchmarkSet,
+    InferenceHandle,
+    InferenceSet,
+    InferenceVector,
+)
+from .placement import Program
+from .program_group import ProgramGroup
+from .runtime_types import (
+    BenchmarkProperties,
+    BufferIoTypeEnum,
+    QAicBufferDataTypeEnum,
+    QAicDeviceType,
+    QAicProgramGroupProperties,
+    QAicProgramGroupPropertiesProtocol,
+    QAicProgramStatus,
+    QAicQueueProperties,
+    QDevInfo,
+    QDevStatus,
+    QIDList,
+    QLogLevel,
+    QPerformanceInfo,
+    QResourceInfo,
+    QStatus,
+    program_property_class,
+)
+
+QAicProgramProperties = program_property_class(folder.current().version)
+
+__all__ = [
+    "BenchmarkProperties",
+    "BufferDimensionsVecRef",
+    "BufferIoTypeEnum",
+    "BufferMapping",
+    "Context",
+    "ExecObj",
+    "InferenceBenchmarkSet",
+    "InferenceHandle",
+    "InferenceSet",
+    "InferenceVector",
+    "Program",
+    "ProgramGroup",
+    "QAicBufferDataTypeEnum",
+    "QAicDeviceType",
+    "QAicProgramGroupProperties",
+    "QAicProgramGroupPropertiesProtocol",
+    "QAicProgramProperties",
+    "QAicProgramStatus",
+    "QAicQueueProperties",
+    "QBuffer",
+    "QDevInfo",
+    "QDevStatus",
+    "QIDList",
+    "QLogLevel",
+    "QPerformanceInfo",
+    "QResourceInfo",
+    "QStatus",
+    "Qpc",
+    "Queue",
+    "Util",
+]

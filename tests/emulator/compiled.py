@@ -1,0 +1,61 @@
+"""Compiles the tiny Llama with the emulated compiler, in this process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+from tiny_llama import TinyLlama
+
+from qaic_ray.emulator import compiler
+from qaic_ray.emulator.program import Qpc
+
+SLOTS = 3
+PROMPT_LEN = 4
+CTX_LEN = 16
+
+
+def write_inputs(
+    folder: Path, llama: TinyLlama, *, kv: str | None = None, named: bool = False
+) -> list[str]:
+    """The model and its config files in `folder`; returns the argv that names them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    onnx.save(llama.onnx(), folder / "tiny.onnx")
+    prefill_rows = 1 if llama.continuous else SLOTS
+    entries: list[dict[str, Any]] = [
+        {"batch_size": str(rows), "seq_len": str(length), "ctx_len": str(CTX_LEN)}
+        for rows, length in ((prefill_rows, PROMPT_LEN), (SLOTS, 1))
+    ]
+    if llama.continuous:
+        for entry in entries:
+            entry["full_batch_size"] = str(SLOTS)
+    if named:
+        entries = [{"name": f"S{i}", "symbols": entry} for i, entry in enumerate(entries)]
+    (folder / "specializations.json").write_text(json.dumps({"specializations": entries}))
+    argv = [
+        f"-m={folder / 'tiny.onnx'}",
+        "-aic-hw",
+        "-aic-hw-version=2.0",
+        "-compile-only",
+        "-retained-state",
+        "-aic-num-cores=14",
+        f"-network-specialization-config={folder / 'specializations.json'}",
+        f"-aic-binary-dir={folder / 'qpc'}",
+    ]
+    if kv is not None:
+        lines = [
+            f" - IOName: {name}{suffix}\n   Precision: {kv}\n"
+            for name in llama.past_names()
+            for suffix in ("", "_RetainedState")
+        ]
+        (folder / "custom_io.yaml").write_text("\n".join(lines))
+        argv.append(f"-custom-IO-list-file={folder / 'custom_io.yaml'}")
+    return argv
+
+
+def compile_tiny(folder: Path, llama: TinyLlama, *flags: str, kv: str | None = None) -> Qpc:
+    """Compile and open; the compiler has to succeed."""
+    assert compiler.main([*write_inputs(folder, llama, kv=kv), *flags]) == 0
+    return Qpc.open(str(folder / "qpc"))

@@ -1,0 +1,206 @@
+"""A lowered graph equals its reference graph, on any schedule; and what is not equal stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import onnx
+import pytest
+from compiled import CTX_LEN, PROMPT_LEN, SLOTS, compile_tiny
+from hypothesis import given, settings
+from tiny_llama import TinyLlama
+
+from qaic_ray.emulator.program import Activation, LoadedProgram, Qpc
+from qaic_ray.emulator.rows import MAX_IDLE_RUN, Call, plan
+
+TOLERANCE = 1e-4
+
+
+def ops_of(qpc: Qpc, graph: str = "lowered") -> list[str]:
+    model = onnx.ModelProto.FromString(qpc.graphs[graph])
+    return [node.op_type for node in model.graph.node]
+
+
+class Pair:
+    """The same activation twice: on the lowered and on the reference graph."""
+
+    def __init__(self, folder: Path, llama: TinyLlama, kv: str | None, *flags: str) -> None:
+        self.llama = llama
+        self.qpc = compile_tiny(folder, llama, *flags, kv=kv)
+        self.programs = [LoadedProgram(self.qpc, 1, use_lowered=use) for use in (True, False)]
+        assert self.programs[0].lowered is not None
+        # Where the last bits differ, a rounded cache may differ by one step of float16.
+        self.tolerance = TOLERANCE if kv is None else 2e-3
+        self.activations: list[Activation] = []
+
+    def start(self) -> None:
+        self.activations = [program.activate() for program in self.programs]
+
+    def run(self, positions: np.ndarray, slots: np.ndarray, ids: np.ndarray) -> None:
+        inputs = {"input_ids": ids, "position_ids": positions}
+        if self.llama.continuous:
+            inputs["batch_index"] = slots[:, None]
+        wanted = {"logits": (len(ids), 1, self.llama.vocab)}
+        lowered, reference = (a.run(inputs, wanted)["logits"] for a in self.activations)
+        active = (positions >= 0).any(axis=1)
+        np.testing.assert_allclose(lowered[active], reference[active], atol=self.tolerance)
+        for name in self.llama.past_names():
+            states = [a.state(name) for a in self.activations]
+            np.testing.assert_allclose(*states, atol=self.tolerance, err_msg=name)
+
+
+@pytest.fixture(scope="module", params=["continuous", "static", "continuous-fp16"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("lowering")
+    llama = TinyLlama(continuous=request.param != "static")
+    if request.param.endswith("fp16"):
+        return Pair(folder, llama, "float16", "-convert-to-fp16")
+    return Pair(folder, llama, None)
+
+
+@st.composite
+def prefill(draw: st.DrawFn, continuous: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and slots of one chunk: ragged rows, any start, now and then no simple form."""
+    num_rows = 1 if continuous else SLOTS
+    positions = np.full((num_rows, PROMPT_LEN), -1, np.int64)
+    for row in positions:
+        length = draw(st.integers(0, PROMPT_LEN))
+        start = draw(st.integers(0, CTX_LEN - PROMPT_LEN))
+        row[:length] = np.arange(start, start + length)
+        if draw(st.integers(0, 9)) == 0:
+            row[:] = draw(st.permutations(list(row)))
+    slots = draw(st.lists(st.integers(0, SLOTS - 1), min_size=num_rows, max_size=num_rows))
+    return positions, np.array(slots, np.int64)
+
+
+@st.composite
+def decode(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and slots of one decode step: idle rows, rows in any order."""
+    where = st.one_of(st.just(-1), st.integers(0, CTX_LEN - 1))
+    positions = draw(st.lists(where, min_size=SLOTS, max_size=SLOTS))
+    slots = draw(st.permutations(range(SLOTS)))
+    return np.array(positions, np.int64)[:, None], np.array(slots, np.int64)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_lowered_equals_reference_on_random_schedules(pair: Pair, data: st.DataObject) -> None:
+    pair.start()
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    steps = st.lists(st.one_of(prefill(pair.llama.continuous), decode()), min_size=1, max_size=8)
+    for positions, slots in data.draw(steps):
+        pair.run(positions, slots, rng.integers(0, pair.llama.vocab, positions.shape))
+
+
+def test_the_reference_graph_takes_over_for_positions_of_no_simple_form(pair: Pair) -> None:
+    pair.start()
+    rows = 1 if pair.llama.continuous else SLOTS
+    for pattern in ([2, 0, 1, 3], [0, -1, 1, 2], [0, 2, 4, -1], [13, 14, 15, 16]):
+        positions = np.tile(np.array(pattern, np.int64), (rows, 1))
+        pair.run(positions, np.arange(rows), np.arange(rows * PROMPT_LEN).reshape(rows, -1))
+
+
+def test_lowered_graph_is_made_of_fused_operators(pair: Pair) -> None:
+    ops = ops_of(pair.qpc)
+    layers = pair.llama.num_layers
+    assert ops.count("GroupQueryAttention") == layers
+    assert ops.count("RotaryEmbedding") == 2 * layers
+    assert ops.count("SimplifiedLayerNormalization") == 2 * layers + 1
+    assert not {"Softmax", "Transpose", "ScatterND", "CtxScatter", "CtxGatherCB"} & set(ops)
+
+
+SAME = {
+    "scale by division": ("Mul (raw_{i}, scale)", "Mul (scale, raw_{i})"),
+    "values not zeroed": ("Where (invalid_v, nought, vg_{i})", "Identity (vg_{i})"),
+    "rotation negated twice": ("Add (kcos_{i}, ksin_{i})", "Add (ksin_{i}, kcos_{i})"),
+}
+OTHER = {
+    "strict mask": ("Where (masked, minus, scaled_{i})", "Where (masked_3d, minus, scaled_{i})"),
+    "no mask": ("Where (masked, minus, scaled_{i})", "Identity (scaled_{i})"),
+    "scores squared": ("Mul (raw_{i}, scale)", "Mul (raw_{i}, raw_{i})"),
+    "softmax over queries": ("Softmax <axis = -1>", "Softmax <axis = 1>"),
+    "keys twice": ("Unsqueeze (kg_{i}, i2)", "Unsqueeze (vg_{i}, i2)"),
+}
+
+
+@pytest.mark.parametrize("edit", list(SAME))
+def test_other_ways_to_write_the_same_are_lowered(tmp_path: Path, edit: str) -> None:
+    pair = Pair(tmp_path, TinyLlama(edits=(SAME[edit],)), None)
+    pair.start()
+    pair.run(np.array([[0, 1, 2, -1]]), np.array([1]), np.array([[5, 6, 7, 8]]))
+    pair.run(np.array([[0], [3], [-1]]), np.arange(3), np.array([[5], [6], [7]]))
+
+
+@pytest.mark.parametrize("edit", list(OTHER))
+def test_other_attention_is_not_lowered(
+    tmp_path: Path, edit: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama = TinyLlama(num_kv_heads=4, edits=(OTHER[edit],))
+    qpc = compile_tiny(tmp_path, llama)
+    assert "lowered" not in qpc.graphs
+    assert "runs as it is" in capsys.readouterr().out
+    activation = LoadedProgram(qpc, 1).activate()
+    inputs = {
+        "input_ids": np.array([[1, 2, 3, 4]]),
+        "position_ids": np.array([[0, 1, 2, 3]]),
+        "batch_index": np.array([[0]]),
+    }
+    assert activation.run(inputs, {"logits": (1, 1, llama.vocab)})["logits"].shape[2] == llama.vocab
+
+
+def rows_of(calls: list[Call]) -> Iterator[tuple[int, int, int]]:
+    for call in calls:
+        for index, row in enumerate(call.rows):
+            if row >= 0:
+                yield row, call.first + index, call.length
+
+
+@given(
+    slots=st.permutations(range(40)),
+    lengths=st.lists(st.integers(0, 3), min_size=1, max_size=40),
+    starts=st.lists(st.integers(0, 5), min_size=40, max_size=40),
+)
+def test_plan_covers_every_valid_row_once(
+    slots: list[int], lengths: list[int], starts: list[int]
+) -> None:
+    positions = np.full((len(lengths), 3), -1)
+    for row, (length, start) in enumerate(zip(lengths, starts, strict=False)):
+        positions[row, :length] = np.arange(start, start + length)
+    index = np.array(slots[: len(lengths)])
+    calls = plan(positions, index, 40, 8)
+    assert calls is not None
+    expected = [(r, int(index[r]), n) for r, n in enumerate(lengths) if n]
+    assert sorted(rows_of(calls)) == expected
+    covered = [call.first + i for call in calls for i in range(call.num_slots)]
+    assert len(set(covered)) == len(covered)
+    assert all(call.rows[0] >= 0 and call.rows[-1] >= 0 for call in calls)
+    assert all(call.length == 1 or -1 not in call.rows for call in calls)
+
+
+def test_plan_joins_decode_rows_over_short_gaps_only() -> None:
+    def decode_of(*slots: int) -> Any:
+        return plan(np.zeros((len(slots), 1), int), np.array(slots), 64, 8)
+
+    assert decode_of(0, 3) == [Call(0, (0, -1, -1, 1), 1)]
+    assert decode_of(3, 0) == [Call(0, (1, -1, -1, 0), 1)]
+    far = MAX_IDLE_RUN + 2
+    assert decode_of(0, far) == [Call(0, (0,), 1), Call(far, (1,), 1)]
+
+
+@pytest.mark.parametrize(
+    ("positions", "slots"),
+    [
+        ([[0, 2]], [0]),
+        ([[-1, 0]], [0]),
+        ([[7, 8]], [0]),
+        ([[0], [0]], [1, 1]),
+        ([[0]], [4]),
+        ([[0]], [-1]),
+    ],
+)
+def test_plan_refuses_what_is_not_simple(positions: Any, slots: Any) -> None:
+    assert plan(np.array(positions), np.array(slots), 4, 8) is None
