@@ -1,0 +1,277 @@
+"""A Ray to work on: started here or joined, with the cards it offers; compile tasks; runs on it.
+
+With `actors.py` the only room of Ray. Decides nothing: who answers what is decided in
+`dispatch.py`, and Ray's own retries are off.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
+
+import ray
+import ray.exceptions as ray_errors
+
+from qaic_ray.errors import CompileError, DeviceBusy, QaicRayError, UsageError
+from qaic_ray.fleet.actors import CARD_CPUS, CARD_RESOURCE, CardActors, first_line
+from qaic_ray.fleet.driver import Audience, Driver
+from qaic_ray.fleet.result import FleetResult
+from qaic_ray.rows import Prompt, Row
+
+if TYPE_CHECKING:
+    from qaic_ray.fleet.worker import CardWorker, WorkerSpec
+
+OBJECT_STORE_BYTES = 256 * 2**20
+
+_START_ATTEMPTS = 2
+_PROBE_TIMEOUT_S = 5.0
+_BUSY_TIMEOUT_S = 20.0
+_CANCEL_TIMEOUT_S = 5.0
+_QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
+
+Request = TypeVar("Request")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[Result]):
+    """What came of one compile task: its result, or the error of ours in its place."""
+
+    label: str
+    result: Result | QaicRayError
+
+
+class Cluster:
+    """A Ray to work on: the one at `address`, or one that is started here for `num_cards` cards.
+
+    A Ray that this process has joined already is used as it is. Leaving the context ends what
+    entering it began, and nothing else.
+
+    Args:
+        num_cards: the cards of this machine; a cluster that runs already knows its own.
+        address: `host:port` of a running cluster's head, or `auto` for this machine's.
+        dashboard: whether a Ray that is started has one, on the loopback interface.
+    """
+
+    def __init__(
+        self, num_cards: int, *, address: str | None = None, dashboard: bool = False
+    ) -> None:
+        self._num_cards = num_cards
+        self._address = address
+        self._dashboard = dashboard
+        self._joined = False
+        self.dashboard_url: str | None = None
+
+    def __enter__(self) -> Cluster:
+        if not ray.is_initialized():
+            context = (
+                _start(self._num_cards, dashboard=self._dashboard)
+                if self._address is None
+                else _join(self._address)
+            )
+            self._joined = True
+            self.dashboard_url = context.dashboard_url or None
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._joined:
+            ray.shutdown()
+
+    def compile_variants(
+        self,
+        build: Callable[[Request], Result],
+        requests: Mapping[str, Request],
+        *,
+        parallel: int,
+        on_done: Callable[[Outcome[Result]], None] | None = None,
+    ) -> list[Outcome[Result]]:
+        """Run `build` on every request, each as one Ray task named `compile <label>`.
+
+        Args:
+            build: a module's function, so that another process finds it.
+            requests: label -> request.
+            parallel: how many run at a time.
+            on_done: called with each outcome as it comes.
+
+        Returns:
+            The outcomes, in the order of the requests. An error of ours is an outcome; a task whose
+            process died is a CompileError.
+        """
+        waiting = deque(requests.items())
+        running: dict[Any, str] = {}
+        outcomes: dict[str, Outcome[Result]] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < parallel:
+                    label, request = waiting.popleft()
+                    options = _BUILD.options(name=f"compile {label}", num_cpus=1, max_retries=0)
+                    running[options.remote(build, request)] = label
+                (ref,), _ = ray.wait(list(running), num_returns=1)
+                label = running.pop(ref)
+                outcomes[label] = Outcome(label, _built(label, ref))
+                if on_done is not None:
+                    on_done(outcomes[label])
+        finally:
+            _cancel(list(running))
+        return [outcomes[label] for label in requests]
+
+    def run_prompts(
+        self,
+        prompts: Iterable[Prompt | Row],
+        specs: Sequence[WorkerSpec],
+        *,
+        worker_class: type[CardWorker],
+        audience: Audience | None = None,
+    ) -> FleetResult:
+        """Answer every prompt on an actor for each spec; see `Driver`.
+
+        Raises:
+            UsageError: the cluster has not so many cards, or a worker found the request wrong.
+            DeviceBusy: the cluster's cards are held by others.
+        """
+        _check_cards(sum(len(spec.device_ids) for spec in specs))
+        with CardActors(specs, worker_class) as cards:
+            return Driver(cards, prompts, audience or Audience()).run()
+
+
+def _start(num_cards: int, *, dashboard: bool) -> Any:
+    """Start a Ray of this machine.
+
+    On a busy machine Ray's own start-up timeout sometimes strikes (ray-project/ray#65983), so a
+    start that fails is tried again, once.
+    """
+    failures = 0
+    while True:
+        try:
+            return ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, math.ceil(CARD_CPUS * num_cards) + 1),
+                resources={CARD_RESOURCE: num_cards} if num_cards else {},
+                include_dashboard=dashboard,
+                dashboard_host="127.0.0.1",
+                object_store_memory=OBJECT_STORE_BYTES,
+                **_QUIET,
+            )
+        except Exception as error:  # what Ray raises when it does not start is a bare Exception
+            ray.shutdown()
+            failures += 1
+            if failures == _START_ATTEMPTS:
+                raise QaicRayError(f"Ray did not start on this machine: {error}") from error
+
+
+def _join(address: str) -> Any:
+    if address.startswith("ray://"):
+        raise UsageError(
+            f"{address} is for Ray Client, which is too slow for this: run on a machine of the "
+            "cluster, with --address auto."
+        )
+    if address != "auto":
+        _probe(address)
+    with tempfile.TemporaryFile() as said:
+        try:
+            with _native_stderr_to(said):
+                return ray.init(address=address, **_QUIET)
+        except (ray_errors.AuthenticationError, OSError, RuntimeError, ValueError) as error:
+            ray.shutdown()
+            said.seek(0)
+            refused = isinstance(error, ray_errors.AuthenticationError)
+            if refused or b"InvalidAuthToken" in said.read():
+                raise UsageError(
+                    f"The Ray cluster at {address} wants its token: copy ~/.ray/auth_token from "
+                    "its head to this machine, or put the token into RAY_AUTH_TOKEN, and set "
+                    "RAY_AUTH_MODE=token."
+                ) from error
+            raise UsageError(
+                f"The Ray cluster at {address} could not be joined ({first_line(error)}): run on "
+                f"one of its machines, with its version of Ray; here it is {ray.__version__}."
+            ) from error
+
+
+@contextmanager
+def _native_stderr_to(file: IO[bytes]) -> Iterator[None]:
+    """Keep what Ray's C++ half writes to the terminal, past Python."""
+    kept = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _probe(address: str) -> None:
+    """Ask whether anything listens there: Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UsageError(f"{address} is no address of a Ray cluster: write host:port, or auto.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"No Ray cluster answers at {address} ({error}): start one with `ray start --head`, or "
+            "leave --address out to start one here."
+        ) from error
+
+
+def _check_cards(num_cards: int) -> None:
+    """See that the cluster can give so many cards: Ray itself would wait for ever."""
+    offered = ray.cluster_resources().get(CARD_RESOURCE, 0)
+    if offered < num_cards:
+        head = ray.get_runtime_context().gcs_address
+        raise UsageError(
+            f"{num_cards} cards are asked for and the Ray cluster offers {offered:g}: start Ray on "
+            f"the nodes that have them with `ray start --address={head} "
+            f"--resources='{{\"{CARD_RESOURCE}\": <cards of the node>}}'`."
+        )
+    deadline_s = time.monotonic() + _BUSY_TIMEOUT_S
+    while (free := ray.available_resources().get(CARD_RESOURCE, 0)) < num_cards:
+        if time.monotonic() > deadline_s:
+            raise DeviceBusy(
+                f"{num_cards} cards are asked for and {free:g} of the cluster's {offered:g} are "
+                "free: wait for the job that holds the others, or ask for fewer."
+            )
+        time.sleep(0.1)
+
+
+def _build(build: Callable[[Request], Result], request: Request) -> Result | QaicRayError:
+    try:
+        return build(request)
+    except QaicRayError as error:
+        return error
+
+
+_BUILD = ray.remote(_build)
+
+
+def _built(label: str, ref: Any) -> Any:
+    try:
+        return ray.get(ref)
+    except ray_errors.RayTaskError as error:
+        raise error.cause from error
+    except ray_errors.RayError as error:
+        return CompileError(
+            f"The process that compiled {label} died ({type(error).__name__}): most often the "
+            "machine ran out of memory; compile fewer at a time with --jobs."
+        )
+
+
+def _cancel(refs: list[Any]) -> None:
+    """Interrupt tasks, and give them a moment to end what they started."""
+    for ref in refs:
+        ray.cancel(ref)
+    if refs:
+        ray.wait(refs, num_returns=len(refs), timeout=_CANCEL_TIMEOUT_S)

@@ -1,0 +1,106 @@
+"""What a run over many cards came to, and how it is added up while rows arrive. Knows no clock."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from qaic_ray.metrics import Measurement, Span, tokens_per_s, total
+from qaic_ray.rows import Row
+
+if TYPE_CHECKING:
+    from qaic_ray.fleet.worker import WorkerInfo
+
+
+@dataclass(frozen=True)
+class WorkerResult:
+    """One card's part in a run.
+
+    `measurement` has the rows and tokens of the answers that were kept, so that the workers' sum is
+    what the outputs hold; its steps are the engine's own, zero for a worker that was lost.
+    `info` is None for one that never got ready, `error` says why one was lost.
+    """
+
+    name: str
+    info: WorkerInfo | None
+    measurement: Measurement
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class FleetResult:
+    """What a run came to.
+
+    Attributes:
+        workers: in the order they were asked for.
+        unassigned: rows that no worker was to blame for: malformed input, no card left.
+        span: first shard handed out to last row in, on the driver's clock; None when no card ran.
+        length_counts: generated tokens of an answer -> how many answers had that many.
+        error: set when every card was lost and prompts were given up for that.
+    """
+
+    workers: tuple[WorkerResult, ...]
+    unassigned: Measurement
+    span: Span | None
+    length_counts: Mapping[int, int]
+    error: str | None = None
+
+    @property
+    def total(self) -> Measurement:
+        """All rows of the input."""
+        return total([*(worker.measurement for worker in self.workers), self.unassigned])
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Merged rate: all generated tokens over the time in which any card worked."""
+        return tokens_per_s(self.total.generated_tokens, self.span)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every row was answered."""
+        return self.total.failed_rows == 0
+
+
+@dataclass
+class _Counts:
+    """The rows of one worker, so far."""
+
+    rows: int = 0
+    failed_rows: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    ttft_s: list[float] = field(default_factory=list)
+
+
+class Tally:
+    """Adds rows up by worker, in constant time a row."""
+
+    def __init__(self) -> None:
+        self.length_counts: Counter[int] = Counter()
+        self._counts: dict[str, _Counts] = {}
+
+    def add(self, row: Row) -> None:
+        """Count one final row."""
+        counts = self._counts.setdefault(row.worker, _Counts())
+        counts.rows += 1
+        counts.prompt_tokens += row.prompt_tokens
+        counts.generated_tokens += row.generated_tokens
+        if row.ok:
+            counts.ttft_s.append(row.ttft_s)
+            self.length_counts[row.generated_tokens] += 1
+        else:
+            counts.failed_rows += 1
+
+    def measurement(self, worker: str, engine: Measurement | None = None) -> Measurement:
+        """The rows counted for `worker` ("" for none), with the steps that its engine reports."""
+        counts = self._counts.get(worker, _Counts())
+        return replace(
+            engine or Measurement(),
+            rows=counts.rows,
+            failed_rows=counts.failed_rows,
+            prompt_tokens=counts.prompt_tokens,
+            generated_tokens=counts.generated_tokens,
+            ttft_s=tuple(counts.ttft_s),
+        )

@@ -1,0 +1,34 @@
+"""A driver of its own: joins the cluster at argv[1], runs the prompts in argv[3:] on two cards."""
+
+from __future__ import annotations
+
+import sys
+
+import fake_worker
+import ray
+
+from qaic_ray.fleet.cluster import Cluster
+from qaic_ray.fleet.driver import Audience
+from qaic_ray.fleet.worker import WorkerInfo
+from qaic_ray.rows import Prompt
+
+
+def tell(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def print_pid(info: WorkerInfo) -> None:
+    tell(info.sdk.split("pid ")[1].split(",")[0])
+
+
+ray.cloudpickle.register_pickle_by_value(fake_worker)
+address, row_s, *texts = sys.argv[1:]
+with Cluster(0, address=address) as cluster:
+    result = cluster.run_prompts(
+        [Prompt(i, text) for i, text in enumerate(texts)],
+        fake_worker.specs(2, row_s=float(row_s)),  # type: ignore[arg-type]
+        worker_class=fake_worker.FakeWorker,  # type: ignore[arg-type]
+        audience=Audience(on_worker_ready=print_pid),
+    )
+    tell(f"failed {result.total.failed_rows}")

@@ -1,0 +1,116 @@
+"""A worker with a card's methods and none of its work: sleeps, answers, fails, dies on order."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from qaic_ray.errors import CompileError, DeviceError, UsageError
+from qaic_ray.fleet.worker import WorkerInfo
+from qaic_ray.metrics import Measurement
+from qaic_ray.rows import FinishReason, Prompt, Row
+
+
+@dataclass(frozen=True)
+class FakeSpec:
+    """`row_s`: seconds of card time a prompt; `slice_rows`: rows yielded at a time."""
+
+    name: str
+    device_ids: tuple[int, ...]
+    slots: int = 4
+    row_s: float = 0.0
+    slice_rows: int = 1
+    open_error: str = ""
+    open_s: float = 0.0
+
+
+class FakeWorker:
+    """Prompts are orders: `die` ends the process, `break` fails the card, `bug` is a bug."""
+
+    def __init__(self, spec: FakeSpec) -> None:
+        if spec.open_error == "make":
+            raise ModuleNotFoundError("No module named 'nowhere'")
+        self.spec = spec
+        self._card = threading.Lock()
+        self._rows = 0
+
+    def open(self) -> WorkerInfo:
+        time.sleep(self.spec.open_s)
+        match self.spec.open_error:
+            case "usage":
+                raise UsageError("The QPC was compiled for 14 NSPs.")
+            case "device":
+                raise DeviceError("No NSPs are free.", status="QS_NODEV")
+            case "exit":
+                os._exit(1)
+            case "bug":
+                raise KeyError("a bug")
+        return WorkerInfo(
+            self.spec.name,
+            self.spec.device_ids,
+            f"pid {os.getpid()}, OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}",
+            self.spec.slots,
+            32,
+            512,
+            0.0,
+        )
+
+    def answer(self, prompts: Sequence[Prompt], attempt: int) -> Iterator[list[Row]]:
+        rows: list[Row] = []
+        for prompt in prompts:
+            with self._card:
+                time.sleep(self.spec.row_s)
+            match prompt.text:
+                case "die":
+                    os._exit(1)
+                case "break":
+                    raise DeviceError("The card is off.", status="QS_ERROR")
+                case "bug":
+                    raise KeyError("a bug")
+            rows.append(
+                Row(
+                    index=prompt.index,
+                    prompt=prompt.text,
+                    text=prompt.text[::-1],
+                    finish_reason=FinishReason.STOP,
+                    token_ids=(1, 2),
+                    prompt_tokens=3,
+                    ttft_s=0.5,
+                    worker=self.spec.name,
+                    attempts=attempt,
+                )
+            )
+            if len(rows) == self.spec.slice_rows:
+                yield rows
+                rows = []
+        if rows:
+            yield rows
+        self._rows += len(prompts)
+
+    def measurement(self) -> Measurement:
+        return Measurement(rows=self._rows, decode_steps=7, decode_tokens=70, decode_s=2.0)
+
+    def close(self) -> None:
+        self.spec = None  # type: ignore[assignment]
+
+
+def specs(count: int, **options: object) -> list[FakeSpec]:
+    """One spec a card."""
+    return [FakeSpec(f"card {i}", (i,), **options) for i in range(count)]  # type: ignore[arg-type]
+
+
+def build(request: tuple[str, float]) -> str:
+    """What a compile task does here: takes its time, and then what it is told."""
+    what, seconds = request
+    time.sleep(seconds)
+    match what:
+        case "refuse":
+            raise CompileError("The compiler said no.", exit_code=255, log="text")
+        case "die":
+            os._exit(1)
+        case "bug":
+            raise KeyError("a bug")
+    return f"built {what}"

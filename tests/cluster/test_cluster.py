@@ -1,0 +1,408 @@
+"""Real Ray: actors, streams, deaths, compile tasks, and what a driver leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fake_worker
+import pytest
+import ray
+from fake_worker import FakeWorker, build, specs
+
+from qaic_ray.errors import CompileError, DeviceBusy, QaicRayError, UsageError
+from qaic_ray.fleet import cluster as cluster_module
+from qaic_ray.fleet.cluster import Cluster, Outcome
+from qaic_ray.fleet.driver import Audience
+from qaic_ray.fleet.result import FleetResult
+from qaic_ray.fleet.worker import WorkerInfo
+from qaic_ray.rows import Prompt, Row
+
+pytestmark = pytest.mark.cluster
+
+
+def run(
+    cluster: Cluster,
+    prompts: Sequence[Prompt],
+    cards: Sequence[Any],
+    **audience: Callable[[Any], None],
+) -> tuple[FleetResult, list[Row]]:
+    rows: list[Row] = []
+    result = cluster.run_prompts(
+        prompts,
+        cards,
+        worker_class=FakeWorker,  # type: ignore[arg-type]
+        audience=Audience(on_row=rows.append, **audience),
+    )
+    assert [row.index for row in rows] == list(range(len(prompts)))
+    return result, rows
+
+
+def texts(*texts: str) -> list[Prompt]:
+    return [Prompt(i, text) for i, text in enumerate(texts)]
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Poll, because nothing tells us."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not come true in time"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
+
+
+# -- runs
+
+
+def test_every_prompt_is_answered_in_order_by_all_cards(cluster: Cluster) -> None:
+    infos: list[WorkerInfo] = []
+    prompts = texts(*(f"prompt {i}" for i in range(100)))
+    result, rows = run(cluster, prompts, specs(4, row_s=0.02), on_worker_ready=infos.append)
+    assert [row.text for row in rows] == [prompt.text[::-1] for prompt in prompts]
+    assert result.ok
+    assert result.error is None
+    assert sorted(info.name for info in infos) == ["card 0", "card 1", "card 2", "card 3"]
+    assert all(info.sdk.endswith("OMP_NUM_THREADS=1") for info in infos)
+    assert [worker.info.device_ids for worker in result.workers if worker.info] == [
+        (0,),
+        (1,),
+        (2,),
+        (3,),
+    ]
+    assert sum(worker.measurement.rows for worker in result.workers) == 100
+    assert all(worker.measurement.decode_tokens == 70 for worker in result.workers)
+    assert result.total.generated_tokens == 200
+
+
+def test_rows_come_while_their_shard_still_runs(cluster: Cluster) -> None:
+    arrived_s: list[float] = []
+    rows: list[Row] = []
+    cluster.run_prompts(
+        texts(*"abcdef"),
+        specs(1, row_s=0.1, slots=6),
+        worker_class=FakeWorker,  # type: ignore[arg-type]
+        audience=Audience(
+            on_row=lambda row: (rows.append(row), arrived_s.append(time.monotonic()))
+        ),
+    )
+    assert len(rows) == 6
+    assert arrived_s[-1] - arrived_s[0] > 0.3
+
+
+def test_a_card_whose_process_dies_gives_its_prompts_to_the_others(cluster: Cluster) -> None:
+    prompts = texts(*("die" if i == 7 else f"prompt {i}" for i in range(40)))
+    result, rows = run(cluster, prompts, specs(4))
+    assert [row.index for row in rows if not row.ok] == [7]
+    assert rows[7].attempts == 3
+    assert rows[7].error is not None
+    assert "Given up after 3 attempts" in rows[7].error
+    assert "ActorDiedError" in rows[7].error
+    lost = [worker for worker in result.workers if worker.error]
+    assert len(lost) == 3
+    assert all("ActorDiedError" in (worker.error or "") for worker in lost)
+    assert result.error is None
+
+
+def test_a_killed_process_is_an_event_while_others_go_on(cluster: Cluster) -> None:
+    victims: list[int] = []
+
+    def kill_the_first(info: WorkerInfo) -> None:
+        if info.name == "card 0":
+            victims.append(int(info.sdk.split("pid ")[1].split(",")[0]))
+
+    def on_progress(progress: Any) -> None:
+        if progress.rows_done >= 10 and victims:
+            os.kill(victims.pop(), signal.SIGKILL)
+
+    prompts = texts(*(f"prompt {i}" for i in range(60)))
+    result, rows = run(
+        cluster,
+        prompts,
+        specs(2, row_s=0.02),
+        on_worker_ready=kill_the_first,
+        on_progress=on_progress,
+    )
+    assert result.ok
+    assert result.workers[0].error is not None
+    assert result.workers[1].error is None
+    assert max(row.attempts for row in rows) == 2
+
+
+def test_a_card_that_breaks_is_retired_with_its_own_words(cluster: Cluster) -> None:
+    result, rows = run(cluster, texts("a", "break", "c", "d"), specs(4, slots=1))
+    assert [row.ok for row in rows] == [True, False, True, True]
+    assert rows[1].error is not None
+    assert rows[1].error.endswith("DeviceError: The card is off.")
+    assert sum(worker.error is not None for worker in result.workers) == 3
+
+
+def test_a_bug_in_a_worker_costs_the_row_and_no_card(cluster: Cluster) -> None:
+    result, rows = run(cluster, texts("a", "bug", "c"), specs(1))
+    assert [row.ok for row in rows] == [True, False, True]
+    assert rows[1].error is not None
+    assert rows[1].error.endswith("KeyError: 'a bug'")
+    assert result.workers[0].error is None
+
+
+def test_all_cards_gone(cluster: Cluster) -> None:
+    result, rows = run(cluster, texts("die", "die", "c", "d"), specs(2, slots=1))
+    assert not all(row.ok for row in rows)
+    assert result.error is not None
+    assert all("ActorDiedError" in (worker.error or "") for worker in result.workers)
+
+
+@pytest.mark.parametrize("how", ["device", "exit"])
+def test_a_card_that_cannot_be_opened_is_named(cluster: Cluster, how: str) -> None:
+    cards = [*specs(1), fake_worker.FakeSpec("card 1", (1,), open_error=how)]
+    result, _ = run(cluster, texts(*"abcd"), cards)
+    assert result.ok
+    # A quick run may end before the other card has failed.
+    assert result.workers[1].info is None
+    cards = [fake_worker.FakeSpec("card 1", (1,), open_error=how)]
+    result, rows = run(cluster, texts(*"ab"), cards)
+    assert not any(row.ok for row in rows)
+    expected = "DeviceError: No NSPs are free." if how == "device" else "ActorDiedError: "
+    assert (result.workers[0].error or "").startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "text"),
+    [
+        ("usage", UsageError, "The QPC was compiled for 14 NSPs."),
+        ("bug", KeyError, "a bug"),
+        (
+            "make",
+            UsageError,
+            r"card \d cannot be made .*: No module named 'nowhere'\).*same qaic-ray",
+        ),
+    ],
+)
+def test_a_wrong_request_ends_the_run(
+    cluster: Cluster, how: str, error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text) as info:
+        run(cluster, texts("a"), specs(2, open_error=how))
+    assert type(info.value) is error
+
+
+def test_cards_are_given_back(cluster: Cluster) -> None:
+    run(cluster, texts("a"), specs(4))
+    with pytest.raises(ZeroDivisionError):
+        cluster.run_prompts(
+            texts("a"),
+            specs(4),
+            worker_class=FakeWorker,  # type: ignore[arg-type]
+            audience=Audience(on_row=lambda row: 1 // 0),  # type: ignore[arg-type, return-value]
+        )
+    until(lambda: ray.available_resources().get("QAIC") == 4)
+
+
+def test_more_cards_than_the_cluster_has_are_refused_with_the_remedy(cluster: Cluster) -> None:
+    with pytest.raises(UsageError, match=r"5 cards .* offers 4: .*ray start --address=.*QAIC"):
+        run(cluster, texts("a"), specs(5))
+
+
+def test_cards_that_others_hold_are_busy(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_module, "_BUSY_TIMEOUT_S", 0.3)
+    holder = ray.remote(FakeWorker).options(resources={"QAIC": 2}, num_cpus=0).remote(specs(1)[0])
+    ray.get(holder.open.remote())
+    try:
+        until(lambda: ray.available_resources().get("QAIC") == 2)
+        with pytest.raises(DeviceBusy, match="3 cards are asked for and 2 of the cluster's 4"):
+            run(cluster, texts("a"), specs(3))
+    finally:
+        ray.kill(holder)
+
+
+# -- compile tasks
+
+
+def test_variants_are_built_in_order_with_errors_as_values(cluster: Cluster) -> None:
+    done: list[str] = []
+    outcomes = cluster.compile_variants(
+        build,
+        {"slow": ("slow", 1.0), "no": ("refuse", 0.0), "dead": ("die", 0.0), "ok": ("ok", 0.0)},
+        parallel=2,
+        on_done=lambda outcome: done.append(outcome.label),
+    )
+    assert [outcome.label for outcome in outcomes] == ["slow", "no", "dead", "ok"]
+    assert outcomes[0] == Outcome("slow", "built slow")
+    refused, dead = outcomes[1].result, outcomes[2].result
+    assert type(refused) is CompileError
+    assert (str(refused), refused.exit_code, refused.log) == ("The compiler said no.", 255, "text")
+    assert isinstance(dead, CompileError)
+    assert "The process that compiled dead died" in str(dead)
+    assert done[0] == "no"
+    assert sorted(done) == ["dead", "no", "ok", "slow"]
+
+
+def test_variants_are_built_side_by_side(cluster: Cluster) -> None:
+    start_s = time.monotonic()
+    cluster.compile_variants(build, {"a": ("a", 1.5), "b": ("b", 1.5)}, parallel=2)
+    assert time.monotonic() - start_s < 2.9
+
+
+def test_a_bug_in_a_build_is_raised(cluster: Cluster) -> None:
+    with pytest.raises(KeyError, match="a bug"):
+        cluster.compile_variants(build, {"a": ("bug", 0.0)}, parallel=1)
+
+
+# -- drivers of their own
+
+
+@contextmanager
+def own_driver(*texts: str, row_s: float) -> Iterator[subprocess.Popen[str]]:
+    """A driver process on the session's Ray."""
+    script = Path(__file__).parent / "driver_script.py"
+    address = ray.get_runtime_context().gcs_address
+    with subprocess.Popen(
+        [sys.executable, str(script), address, str(row_s), *texts],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as driver:
+        yield driver
+        driver.kill()
+
+
+def test_a_driver_on_a_running_cluster_prints_nothing_of_rays(cluster: Cluster) -> None:
+    with own_driver("a", "die", "b", row_s=0.0) as driver:
+        out, err = driver.communicate(timeout=120)
+    assert (driver.returncode, err) == (0, "")
+    *pids, last = out.splitlines()
+    assert all(pid.isdecimal() for pid in pids)
+    assert last.startswith("failed ")
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_driver_leaves_no_actor_behind(
+    cluster: Cluster, how: signal.Signals
+) -> None:
+    with own_driver(*["again"] * 1000, row_s=0.5) as driver:
+        assert driver.stdout is not None
+        pids = [int(driver.stdout.readline()) for _ in range(2)]
+        assert all(map(is_running, pids))
+        os.killpg(driver.pid, how)
+        _, err = driver.communicate(timeout=60)
+    assert driver.returncode == -how
+    if how == signal.SIGINT:
+        assert err.splitlines()[-1] == "KeyboardInterrupt"
+    until(lambda: not any(map(is_running, pids)))
+    until(lambda: ray.available_resources().get("QAIC") == 4)
+
+
+# -- addresses
+
+
+JOIN = """
+from qaic_ray.errors import UsageError
+from qaic_ray.fleet.cluster import Cluster
+try:
+    with Cluster(1, address={address!r}):
+        print("joined")
+except UsageError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("127.0.0.1:1", "No Ray cluster answers at 127.0.0.1:1"),
+        ("nowhere", "nowhere is no address of a Ray cluster: write host:port, or auto."),
+        ("127.0.0.1:999999", "No Ray cluster answers at 127.0.0.1:999999"),
+        ("ray://127.0.0.1:10001", "is for Ray Client"),
+    ],
+)
+def test_an_address_without_a_cluster_is_one_sentence(address: str, sentence: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", JOIN.format(address=address)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert sentence in result.stdout
+    assert len(result.stdout.splitlines()) == 1
+
+
+def refuse(said: bytes, error: Exception) -> Callable[..., None]:
+    """A `ray.init` that says something past Python, and fails."""
+
+    def init(**_: object) -> None:
+        os.write(2, said)
+        raise error
+
+    return init
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "sentence"),
+    [
+        (
+            b"gcs: InvalidAuthToken",
+            ConnectionError("no"),
+            "The Ray cluster at auto wants its token",
+        ),
+        (b"", ray.exceptions.AuthenticationError("no token"), "wants its token"),
+        (b"gcs: x", ConnectionError("Failed\nto"), r"could not be joined \(Failed\): run on one"),
+        (b"", RuntimeError("Version mismatch"), r"joined \(Version mismatch\)"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    said: bytes,
+    error: Exception,
+    sentence: str,
+) -> None:
+    monkeypatch.setattr(ray, "init", refuse(said, error))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(UsageError, match=sentence), Cluster(1, address="auto"):
+        pass
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_start_that_fails_is_tried_once_more(
+    monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    class Context:
+        dashboard_url = ""
+
+    tries: list[dict[str, object]] = []
+
+    def init(**options: object) -> Context:
+        tries.append(options)
+        if len(tries) <= failures:
+            raise Exception("The current node timed out during startup.")
+        return Context()
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    if failures == 2:
+        with pytest.raises(QaicRayError, match=r"did not start .*timed out during"), Cluster(1):
+            pass
+    else:
+        with Cluster(3) as started:
+            assert started.dashboard_url is None
+    assert len(tries) == 2
+    assert tries[-1]["dashboard_host"] == "127.0.0.1"
+    assert tries[-1]["resources"] == {"QAIC": 1 if failures == 2 else 3}

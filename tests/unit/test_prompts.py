@@ -1,0 +1,273 @@
+"""Prompt sources: what the user wrote is what the card gets, and nothing is lost or made up."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qaic_ray.errors import QaicRayError, UsageError
+from qaic_ray.fleet.prompts import (
+    PromptFormat,
+    prompts_from_file,
+    prompts_from_text,
+    split_prompts,
+)
+from qaic_ray.rows import Prompt, Row
+
+TEXTS = st.text(st.characters(exclude_categories=("Cs",)) | st.sampled_from("|\\\n \"'"))
+
+
+def escaped(text: str) -> str:
+    """A prompt as a user must write it to have it between two pipes."""
+    before_pipe = re.sub(r"(\\*)\|", lambda run: run[1] * 2 + r"\|", text)
+    return re.sub(r"(\\+)\Z", lambda run: run[1] * 2, before_pipe)
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+# -- --prompt
+
+
+@pytest.mark.parametrize(
+    ("argument", "prompts"),
+    [
+        ("My name is|The capital of France is", ["My name is", "The capital of France is"]),
+        ("one", ["one"]),
+        ("", [""]),
+        ("|", ["", ""]),
+        ("a||b", ["a", "", "b"]),
+        (r"a\|b", ["a|b"]),
+        (r"a\\|b", ["a\\", "b"]),
+        (r"a\\\|b", [r"a\|b"]),
+        (r"a\\\\|b", [r"a\\", "b"]),
+        (r"\|", ["|"]),
+        (r"\|\||\|", ["||", "|"]),
+        (r"C:\new|\d+\s", [r"C:\new", r"\d+\s"]),
+        (r"ends in \ ", [r"ends in \ "]),
+        ("ends in \\\\", ["ends in \\\\"]),
+        ("  two spaces  | one", ["  two spaces  ", " one"]),
+        ("line\nline|\t\r\n", ["line\nline", "\t\r\n"]),
+        ("\"quoted\"|'it''s'", ['"quoted"', "'it''s'"]),
+        ("naïve 東京 🐈|e\u0301\u200b\u2028", ["naïve 東京 🐈", "e\u0301\u200b\u2028"]),
+    ],
+)
+def test_split(argument: str, prompts: list[str]) -> None:
+    assert split_prompts(argument) == prompts
+
+
+@given(st.lists(TEXTS, min_size=1, max_size=5))
+def test_any_list_of_prompts_can_be_written(prompts: list[str]) -> None:
+    # The last piece has no pipe behind it, so its closing backslashes are themselves.
+    *others, last = prompts
+    argument = "|".join([*map(escaped, others), re.sub(r"(\\+)\Z", "", escaped(last))])
+    last_backslashes = re.search(r"(\\*)\Z", last)
+    assert last_backslashes is not None
+    assert split_prompts(argument + last_backslashes[1]) == prompts
+
+
+def test_many_backslashes_take_no_time() -> None:
+    assert split_prompts("\\" * 200_000 + "x") == ["\\" * 200_000 + "x"]
+
+
+def test_an_empty_piece_is_an_error_row_in_its_place() -> None:
+    first, second, third = prompts_from_text("a|| ")
+    assert first == Prompt(0, "a")
+    assert isinstance(second, Row)
+    assert (second.index, second.ok, second.error) == (1, False, "The prompt is empty.")
+    assert second.attempts == 0
+    assert third == Prompt(2, " ")
+
+
+def test_an_argument_that_was_not_utf8_is_an_error_row_that_can_be_written() -> None:
+    (row,) = prompts_from_text(b"caf\xe9".decode("utf-8", "surrogateescape"))
+    assert isinstance(row, Row)
+    assert row.prompt == "caf?"
+    json.dumps(row.to_json(), ensure_ascii=False).encode()
+
+
+# -- text files
+
+
+def test_text_lines_lose_their_line_end_and_nothing_else(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.txt", "a \r\n  b\n\tc\rd\u2028e\u0085f\x0bg\n|x".encode())
+    assert list(prompts_from_file(path)) == [
+        Prompt(0, "a "),
+        Prompt(1, "  b"),
+        Prompt(2, "\tc\rd\u2028e\u0085f\x0bg"),
+        Prompt(3, "|x"),
+    ]
+
+
+@given(st.lists(TEXTS.filter(lambda t: "\n" not in t and not t.endswith("\r") and t), max_size=6))
+def test_a_text_file_gives_back_what_was_written(prompts: list[str]) -> None:
+    # hypothesis runs this many times, so the file is stdin.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(prompts).encode())))
+        bom = prompts[:1] and prompts[0].startswith("\ufeff")
+        expected = [prompts[0][1:], *prompts[1:]] if bom else prompts
+        assert [getattr(p, "text", "") for p in prompts_from_file("-")] == expected
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
+def test_a_final_newline_begins_no_prompt(tmp_path: Path, end: bytes) -> None:
+    assert list(prompts_from_file(write(tmp_path / "p", b"a\nb" + end))) == [
+        Prompt(0, "a"),
+        Prompt(1, "b"),
+    ]
+
+
+def test_an_empty_file_has_no_prompts(tmp_path: Path) -> None:
+    assert list(prompts_from_file(write(tmp_path / "p", b""))) == []
+
+
+def test_an_empty_line_is_an_error_row(tmp_path: Path) -> None:
+    _, row, last = prompts_from_file(write(tmp_path / "p", b"a\n\nb\n"))
+    assert isinstance(row, Row)
+    assert (row.index, row.error) == (1, "The prompt is empty.")
+    assert last == Prompt(2, "b")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
+    assert list(prompts_from_file(write(tmp_path / "p", b"\xef\xbb\xbfa\n\xef\xbb\xbfb"))) == [
+        Prompt(0, "a"),
+        Prompt(1, "\ufeffb"),
+    ]
+
+
+def test_a_line_that_is_not_utf8_stops_no_other(tmp_path: Path) -> None:
+    first, row, last = prompts_from_file(write(tmp_path / "p", b"a\ncaf\xe9\nb"))
+    assert (first, last) == (Prompt(0, "a"), Prompt(2, "b"))
+    assert isinstance(row, Row)
+    assert (row.prompt, row.error) == ("caf\ufffd", "Not UTF-8: byte 4 is 0xe9.")
+
+
+def test_lines_are_read_when_they_are_asked_for() -> None:
+    class Terminal(io.BytesIO):
+        lines = 0
+
+        def __next__(self) -> bytes:
+            self.lines += 1
+            return b"again\n"
+
+    stream = Terminal()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", type("Stdin", (), {"buffer": stream})())
+        prompts = prompts_from_file("-")
+        assert stream.lines == 0
+        assert next(prompts) == Prompt(0, "again")
+        assert stream.lines == 1
+
+
+# -- JSONL
+
+
+def test_jsonl_has_prompts_and_ids(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "p.JSONL",
+        b'{"prompt": " a\\n\\u6771 |", "id": "x", "answer": [1]}\r\n{"id": 7, "prompt": "b"}\n'
+        b'{"prompt": "c", "id": null}',
+    )
+    assert list(prompts_from_file(path)) == [
+        Prompt(0, " a\n東 |", "x"),
+        Prompt(1, "b", "7"),
+        Prompt(2, "c"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        (b"", "The line is empty."),
+        (b"   ", "The line is empty."),
+        (b'{"prompt": "a"', "Not JSON: Expecting ',' delimiter at character 15."),
+        (b"hello", "Not JSON: Expecting value at character 1."),
+        (b'{"prompt": "a"} {"prompt": "b"}', "Not JSON: Extra data at character 17."),
+        (b'{"prompt": "\xff"}', "Not UTF-8: byte 13 is 0xff."),
+        (b'"prompt"', 'Not a JSON object: write {"prompt": "..."}.'),
+        (b"[]", 'Not a JSON object: write {"prompt": "..."}.'),
+        (b"null", 'Not a JSON object: write {"prompt": "..."}.'),
+        (b'{"text": "a"}', 'There is no "prompt" in it.'),
+        (b'{"prompt": null}', '"prompt" is null, not a string.'),
+        (b'{"prompt": ["a"]}', '"prompt" is a list, not a string.'),
+        (b'{"prompt": 1.5}', '"prompt" is a number, not a string.'),
+        (b'{"prompt": "a", "id": true}', '"id" is a boolean, not a string or a whole number.'),
+        (b'{"prompt": "a", "id": {}}', '"id" is an object, not a string or a whole number.'),
+        (b'{"prompt": "a", "id": 1.0}', '"id" is a number, not a string or a whole number.'),
+        (b'{"prompt": "a", "id": "\\ud800"}', "The id holds half of a surrogate pair"),
+        (b'{"prompt": "\\ud83d"}', "The prompt holds half of a surrogate pair"),
+        (b'{"prompt": ""}', "The prompt is empty."),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", "Not JSON that can be read: "),
+        (b"[" * 100_000, "Not JSON that can be read: "),
+    ],
+    ids=lambda value: str(value[:24]),
+)
+def test_a_malformed_line_is_an_error_row_with_its_number(
+    tmp_path: Path, line: bytes, error: str
+) -> None:
+    path = write(tmp_path / "p.jsonl", b'{"prompt": "a"}\n' + line + b'\n{"prompt": "b"}\n')
+    first, row, last = prompts_from_file(path)
+    assert (first, last) == (Prompt(0, "a"), Prompt(2, "b"))
+    assert isinstance(row, Row)
+    assert not row.ok
+    assert row.index == 1
+    assert row.error is not None
+    assert row.error.startswith(f"p.jsonl line 2: {error}")
+    json.dumps(row.to_json(), ensure_ascii=False).encode()
+
+
+def test_an_error_row_keeps_the_id(tmp_path: Path) -> None:
+    (row,) = prompts_from_file(write(tmp_path / "p.jsonl", b'{"prompt": "", "id": "x"}'))
+    assert isinstance(row, Row)
+    assert (row.id, row.prompt) == ("x", "")
+
+
+def test_the_format_can_be_said(tmp_path: Path) -> None:
+    line = b'{"prompt": "a"}'
+    path = write(tmp_path / "p.txt", line)
+    assert list(prompts_from_file(path)) == [Prompt(0, line.decode())]
+    assert list(prompts_from_file(path, PromptFormat.JSONL)) == [Prompt(0, "a")]
+
+
+# -- files that are none
+
+
+def test_no_such_file_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"There is no prompts file .*p\.txt\."):
+        prompts_from_file(tmp_path / "p.txt")
+
+
+def test_a_folder_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is a folder"):
+        prompts_from_file(tmp_path)
+
+
+def test_a_prompt_given_as_a_file_name_is_no_crash() -> None:
+    with pytest.raises(UsageError, match="There is no prompts file"):
+        prompts_from_file("The capital of France is " * 500)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_file_that_may_not_be_read_is_said_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "p", b"a")
+    path.chmod(0)
+    with pytest.raises(UsageError, match="permissions"):
+        prompts_from_file(path)
+
+
+def test_a_file_that_goes_away_is_one_sentence(tmp_path: Path) -> None:
+    path = write(tmp_path / "p", b"a")
+    prompts = prompts_from_file(path)
+    path.unlink()
+    with pytest.raises(QaicRayError, match="cannot be read: No such file"):
+        next(prompts)
