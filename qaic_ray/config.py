@@ -80,7 +80,8 @@ class ExportPart(_Part):
     io: IoContract = IoContract.POSITION_IDS
     continuous_batching: bool = True
     opset: PositiveInt = 17
-    verify: Literal["full", "quick", "off"] = "full"
+    verify: Literal["auto", "full", "quick", "off"] = "auto"
+    """`auto`: full under two billion parameters, else quick (the first and last two layers)."""
 
 
 class CompilePart(_Part):
@@ -185,6 +186,14 @@ def job_from(document: dict[str, Any], *, source: str) -> Job:
         raise JobError(f"{source}: {_first_error(error)}") from error
     _check_shapes(job, source)
     return job
+
+
+def emulator_from(document: dict[str, Any]) -> EmulatorPart:
+    """The emulator part alone, for commands without a job file."""
+    try:
+        return EmulatorPart.model_validate(document)
+    except ValidationError as error:
+        raise JobError(f"emulator: {_first_error(error)}") from error
 
 
 def dump_job(job: Job) -> str:

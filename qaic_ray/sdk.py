@@ -31,11 +31,11 @@ _AI100_HW_VERSION_FROM = (1, 21)
 
 @dataclass(frozen=True)
 class EmulatedCards:
-    """What the emulated SDK is asked to be, where it takes the vendor's place."""
+    """What the emulated SDK is asked to be; the job tree has the defaults."""
 
-    cards: int = 4
-    sku: str = "standard"
-    apps_version: str = "1.20"
+    cards: int
+    sku: str
+    apps_version: str
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Sdk:
         return parse_devices(result.stdout)
 
 
-def find_sdk(name: str | None = None, emulated: EmulatedCards | None = None) -> Sdk:
+def find_sdk(name: str | None, emulated: EmulatedCards) -> Sdk:
     """Choose the SDK and open its folder.
 
     Args:
@@ -139,7 +139,8 @@ def find_sdk(name: str | None = None, emulated: EmulatedCards | None = None) -> 
     if name in (None, "auto"):
         name = os.environ.get(SDK_VARIABLE) or _default_name()
     if name == "emulated":
-        return open_sdk(_installed_emulated(emulated or EmulatedCards()))
+        folder = f"{emulated.apps_version}-{emulated.cards}x{emulated.sku}"
+        return open_sdk(install_emulated(cache_folder() / "emulated-sdk" / folder, emulated))
     if name == "real":
         if not VENDOR_ROOT.is_dir():
             raise SdkNotFound(
@@ -153,6 +154,23 @@ def find_sdk(name: str | None = None, emulated: EmulatedCards | None = None) -> 
             )
         return sdk
     return open_sdk(Path(str(name)).expanduser())
+
+
+def install_emulated(prefix: Path, wanted: EmulatedCards) -> Path:
+    """Lay the emulated SDK down at `prefix`; does nothing where the same one stands already.
+
+    Raises:
+        SdkNotFound: with the installer's own sentence.
+    """
+    command = [
+        *(sys.executable, "-m", "qaic_ray.emulator.install", str(prefix)),
+        *("--apps-version", wanted.apps_version),
+        *("--cards", str(wanted.cards), "--sku", wanted.sku),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise SdkNotFound(result.stderr.strip() or "The emulated SDK could not be laid down.")
+    return prefix
 
 
 def open_sdk(root: Path) -> Sdk:
@@ -212,20 +230,6 @@ def _default_name() -> str:
             "SDK, or give its folder with --sdk."
         )
     return "emulated"
-
-
-def _installed_emulated(wanted: EmulatedCards) -> Path:
-    folder = f"{wanted.apps_version}-{wanted.cards}x{wanted.sku}"
-    prefix = cache_folder() / "emulated-sdk" / folder
-    command = [
-        *(sys.executable, "-m", "qaic_ray.emulator.install", str(prefix)),
-        *("--apps-version", wanted.apps_version),
-        *("--cards", str(wanted.cards), "--sku", wanted.sku),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise SdkNotFound(result.stderr.strip() or "The emulated SDK could not be laid down.")
-    return prefix
 
 
 def compiler_digest(sdk: Sdk) -> str:

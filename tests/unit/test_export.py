@@ -14,6 +14,7 @@ from qaic_ray.contract import IoContract
 from qaic_ray.errors import CheckpointError, ExportError, UsageError
 from qaic_ray.export.architecture import read_architecture
 from qaic_ray.export.export import custom_io, export_model
+from qaic_ray.export.headroom import Activation
 from qaic_ray.export.options import ExportOptions
 from qaic_ray.export.verify import (
     ScenarioDifference,
@@ -57,14 +58,16 @@ REPORT = VerifyReport(
     ctx_len=64,
     tolerance=2e-3,
     scenarios=(ScenarioDifference("prefill", 1e-5, 1e-6, 1e-6, 2, 2),),
+    largest=Activation(0, "/model/layers.0/Add_output_0", 7e4),
+    overflows=(Activation(0, "/model/layers.0/Add_output_0", 7e4),),
 )
 
 
 def test_custom_io_is_the_published_text() -> None:
     assert custom_io(1, "float16") == (
         " - IOName: past_key.0\n   Precision: float16\n\n"
-        " - IOName: past_key.0_RetainedState\n   Precision: float16\n\n"
         " - IOName: past_value.0\n   Precision: float16\n\n"
+        " - IOName: past_key.0_RetainedState\n   Precision: float16\n\n"
         " - IOName: past_value.0_RetainedState\n   Precision: float16\n\n"
     )
 

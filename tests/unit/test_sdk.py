@@ -8,7 +8,9 @@ import pytest
 
 from qaic_ray import sdk as module
 from qaic_ray.errors import DeviceError, SdkNotFound
-from qaic_ray.sdk import Sdk, find_sdk, open_sdk, parse_devices
+from qaic_ray.sdk import EmulatedCards, Sdk, find_sdk, open_sdk, parse_devices
+
+CARDS = EmulatedCards(cards=4, sku="standard", apps_version="1.20")
 
 # The open tool's text (MB) for one card, and the 1.21 tool's (KB) for another that is not ready.
 QAIC_UTIL = """\
@@ -102,11 +104,11 @@ def test_choice_goes_name_then_variable_then_vendor(
     named, variable, vendor = (make(tmp_path / name) for name in ("named", "variable", "vendor"))
     monkeypatch.setenv("QAIC_RAY_SDK", str(variable))
     monkeypatch.setattr(module, "VENDOR_ROOT", vendor)
-    assert find_sdk(str(named)).root == named
-    assert find_sdk().root == variable
+    assert find_sdk(str(named), CARDS).root == named
+    assert find_sdk(None, CARDS).root == variable
     monkeypatch.delenv("QAIC_RAY_SDK")
-    assert find_sdk("auto").root == vendor
-    assert find_sdk("real").root == vendor
+    assert find_sdk("auto", CARDS).root == vendor
+    assert find_sdk("real", CARDS).root == vendor
 
 
 def test_real_is_never_answered_by_the_emulated_one(
@@ -114,10 +116,10 @@ def test_real_is_never_answered_by_the_emulated_one(
 ) -> None:
     monkeypatch.setattr(module, "VENDOR_ROOT", tmp_path / "none")
     with pytest.raises(SdkNotFound, match="use --sdk emulated"):
-        find_sdk("real")
+        find_sdk("real", CARDS)
     monkeypatch.setattr(module, "VENDOR_ROOT", make(tmp_path / "fake", emulated=True))
     with pytest.raises(SdkNotFound, match="is the emulated one"):
-        find_sdk("real")
+        find_sdk("real", CARDS)
 
 
 def test_cards_without_an_sdk_are_not_emulated(
@@ -127,7 +129,7 @@ def test_cards_without_an_sdk_are_not_emulated(
     monkeypatch.setattr(module, "VENDOR_ROOT", tmp_path / "none")
     monkeypatch.setattr(module, "has_cards", lambda: True)
     with pytest.raises(SdkNotFound, match="has Cloud AI 100 cards but no SDK"):
-        find_sdk()
+        find_sdk(None, CARDS)
 
 
 def test_failing_device_tool_says_why(tmp_path: Path) -> None:

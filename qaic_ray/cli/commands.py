@@ -1,0 +1,359 @@
+"""The commands and their options, each a few lines over one function of a lower floor."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qaic_ray import __version__
+from qaic_ray.errors import UsageError
+
+if TYPE_CHECKING:
+    from qaic_ray.cli.screen import Screen
+    from qaic_ray.sdk import Sdk
+
+app = typer.Typer(
+    name="qaic-ray",
+    help="Run Llama-family models over every Cloud AI 100 card you own, with or without a card.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+emulator_app = typer.Typer(help="The emulated SDK: lay it down, run any program on it.")
+app.add_typer(emulator_app, name="emulator", no_args_is_help=True)
+
+
+@dataclass
+class GlobalOptions:
+    """What stands before the command."""
+
+    debug: bool = False
+
+
+options = GlobalOptions()
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"qaic-ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def before(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+    options.debug = debug
+
+
+SdkOption = Annotated[
+    str,
+    typer.Option("--sdk", help="auto, real, emulated, or an SDK folder (also: $QAIC_RAY_SDK)."),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="End stdout with one JSON object on one line.")
+]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model-name",
+        "--model_name",
+        help="Local folder, hub id, .gguf file, or smollm2-135m.",
+        show_default=False,
+    ),
+]
+
+
+@app.command()
+def launch(
+    job: Annotated[Path, typer.Argument(help="A job file, like jobs/smollm2.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one key: run.generation_len=64."),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster, instead of a local one.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a whole job: export, compile, run on every card, report."""
+    from qaic_ray.cli.screen import Screen
+    from qaic_ray.config import load_job
+    from qaic_ray.pipeline.job import launch_job
+
+    changes = [*(overrides or ())]
+    if address is not None:
+        changes.append(f"ray.address={json.dumps(address)}")
+    screen = Screen(stream=True)
+    summary = launch_job(load_job(job, changes), screen)
+    screen.finish(summary, as_json=as_json)
+
+
+@app.command()
+def plan(
+    job: Annotated[Path, typer.Argument(help="A job file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key.")
+    ] = None,
+) -> None:
+    """Show what a job would compile, with the compiler's command lines; runs nothing."""
+    from qaic_ray.cli.screen import Screen
+    from qaic_ray.config import load_job
+    from qaic_ray.pipeline.job import plan_job
+
+    loaded = load_job(job, overrides or ())
+    Screen().plan(plan_job(loaded))
+
+
+@app.command()
+def export(
+    model_name: ModelOption,
+    model_class: Annotated[
+        str, typer.Option("--model-class", "--model_class", help="As in the published recipe.")
+    ] = "LlamaForCausalLM",
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write; its name is the model's.", show_default="<base>-kv"),
+    ] = None,
+    io: Annotated[
+        str, typer.Option(help="The interface: position-ids (SDKs from 1.16 on).")
+    ] = "position-ids",
+    continuous_batching: Annotated[
+        bool,
+        typer.Option("--continuous-batching", help="Slots, refilled while others run."),
+    ] = False,
+    opset: Annotated[int, typer.Option(help="ONNX opset.")] = 17,
+    verify: Annotated[
+        str, typer.Option(help="Check against PyTorch: full, quick or off.")
+    ] = "full",
+    as_json: JsonOption = False,
+) -> None:
+    """Make an ONNX model with its KV cache from a checkpoint, and check it against PyTorch."""
+    from qaic_ray.cli.screen import Screen
+    from qaic_ray.config import job_from
+    from qaic_ray.pipeline.export_step import export_step
+
+    document = {
+        "name": "export",
+        "model": {"name": model_name, "model_class": model_class},
+        "export": {
+            "output": None if output is None else str(output),
+            "io": io,
+            "continuous_batching": continuous_batching,
+            "opset": opset,
+            "verify": verify,
+        },
+    }
+    screen = Screen()
+    job = job_from(document, source="export")
+    screen.exported(export_step(job.model, job.export, screen), as_json=as_json)
+
+
+@app.command()
+def compile(  # the recipe's word
+    model_dir: Annotated[Path, typer.Argument(help="Folder that export made (<base>-kv).")],
+    precision_argument: Annotated[
+        str | None, typer.Argument(metavar="[mx6|fp16|fp32]", show_default="mx6")
+    ] = None,
+    cores_argument: Annotated[
+        str | None, typer.Argument(metavar="[NSP]", show_default="14")
+    ] = None,
+    specializations: Annotated[
+        Path | None,
+        typer.Option(help="A specializations.json, instead of the three options below."),
+    ] = None,
+    batch_size: Annotated[
+        str, typer.Option("--batch-size", "--batch_size", help="Rows, or slots; lists: 1,8.")
+    ] = "1",
+    prompt_len: Annotated[
+        str,
+        typer.Option("--prompt-len", "--prompt_len", help="Tokens of a prefill; lists: 32,64."),
+    ] = "32",
+    ctx_len: Annotated[
+        str, typer.Option("--ctx-len", "--ctx_len", help="Tokens of a context; lists: 512,2048.")
+    ] = "512",
+    num_cores: Annotated[
+        str | None, typer.Option("--num-cores", "--num_cores", help="NSPs; lists: 7,14.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="Lists: mx6,fp16.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder that gets one folder a variant.")] = Path(
+        "qpc"
+    ),
+    jobs: Annotated[int | None, typer.Option(help="Compiles at once.", min=1)] = None,
+    sdk: SdkOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Compile a model into QPCs: every combination of the lists, in parallel, each built once."""
+    from qaic_ray.cli.screen import Screen
+    from qaic_ray.pipeline.compile_step import CompileRequest, compile_step
+
+    request = CompileRequest(
+        model_dir=model_dir,
+        precisions=_words(_one(precision_argument, precision, "precision") or "mx6"),
+        num_cores=_numbers(_one(cores_argument, num_cores, "NSP") or "14", "NSP"),
+        batch_sizes=_numbers(batch_size, "--batch-size"),
+        prompt_lens=_numbers(prompt_len, "--prompt-len"),
+        ctx_lens=_numbers(ctx_len, "--ctx-len"),
+        specializations=specializations,
+        store=output,
+        parallel=jobs,
+    )
+    screen = Screen()
+    outcomes = compile_step(request, _find_sdk(sdk, screen), screen)
+    screen.compiled_all(outcomes, as_json=as_json)
+
+
+@app.command()
+def run(
+    model_name: ModelOption,
+    qpc: Annotated[Path, typer.Option(help="Folder of a compiled variant.", show_default=False)],
+    device_id: Annotated[
+        str, typer.Option("--device-id", "--device_id", help="Cards: 0,1,2,3 or all.")
+    ] = "all",
+    prompt: Annotated[
+        str | None, typer.Option(help=r"Prompts separated by |; \| is a pipe of the text.")
+    ] = None,
+    prompts_file: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts-file", "--prompts_file", help="Lines of text, .jsonl, or - for stdin."
+        ),
+    ] = None,
+    input_len: Annotated[
+        int | None,
+        typer.Option("--input-len", "--input_len", help="Must be what the QPC was compiled for."),
+    ] = None,
+    ctx_len: Annotated[
+        int | None,
+        typer.Option("--ctx-len", "--ctx_len", help="Must be what the QPC was compiled for."),
+    ] = None,
+    generation_len: Annotated[
+        int | None,
+        typer.Option(
+            "--generation-len", "--generation_len", min=1, help="Most tokens of an answer."
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder that gets one folder a run.")] = Path("runs"),
+    stream: Annotated[bool, typer.Option(help="Print answers as they come.")] = True,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
+    sdk: SdkOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Answer prompts on every card, one Ray actor a card; print texts and tokens/s."""
+    from qaic_ray.cli.screen import Screen
+    from qaic_ray.pipeline.run_step import RunRequest, run_step
+
+    request = RunRequest(
+        name="run",
+        model=model_name,
+        qpc=qpc,
+        devices=_devices(device_id),
+        prompt=prompt,
+        prompts_file=prompts_file,
+        input_len=input_len,
+        ctx_len=ctx_len,
+        generation_len=generation_len,
+        output=output,
+        ray_address=address,
+    )
+    screen = Screen(stream=stream)
+    screen.finish(run_step(request, _find_sdk(sdk, screen), screen), as_json=as_json)
+
+
+@app.command()
+def devices(sdk: SdkOption = "auto", as_json: JsonOption = False) -> None:
+    """List the machine's cards: status, SKU, free NSPs and DRAM."""
+    from qaic_ray.cli.screen import Screen
+
+    screen = Screen()
+    found = _find_sdk(sdk, screen)
+    screen.devices(found, found.devices(), as_json=as_json)
+
+
+@emulator_app.command("install")
+def emulator_install(
+    prefix: Annotated[Path, typer.Argument(help="Folder to make, like ./sdk or /opt/qti-aic.")],
+    apps_version: Annotated[
+        str | None, typer.Option(help="1.14.2, 1.17, 1.20, 1.21.6 or 1.22.")
+    ] = None,
+    cards: Annotated[int | None, typer.Option(min=1, help="How many cards.")] = None,
+    sku: Annotated[str | None, typer.Option(help="standard, pro or ultra.")] = None,
+) -> None:
+    """Lay the emulated SDK down as a folder."""
+    from qaic_ray.config import emulator_from
+    from qaic_ray.pipeline.devices import emulated_cards
+    from qaic_ray.sdk import install_emulated, open_sdk
+
+    given = {"apps_version": apps_version, "cards": cards, "sku": sku}
+    part = emulator_from({key: value for key, value in given.items() if value is not None})
+    sdk = open_sdk(install_emulated(prefix, emulated_cards(part)))
+    typer.echo(f"The {sdk.label} is at {sdk.root}: {part.cards} {part.sku} cards.")
+
+
+@emulator_app.command(
+    "run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def emulator_run(
+    command: Annotated[list[str], typer.Argument(help="-- COMMAND and its arguments.")],
+    sdk: SdkOption = "emulated",
+) -> None:
+    """Run any program with the emulated SDK on its paths; the exit code is the program's."""
+    from qaic_ray.cli.screen import Screen
+
+    found = _find_sdk(sdk, Screen())
+    environment = dict(os.environ)
+    paths = [str(path) for path in found.python_paths]
+    environment["PYTHONPATH"] = os.pathsep.join([*paths, *_entries("PYTHONPATH")])
+    folders = [str(found.root / "exec"), str(found.root / "tools")]
+    environment["PATH"] = os.pathsep.join([*folders, *_entries("PATH")])
+    environment["QAIC_RAY_SDK"] = str(found.root)
+    try:
+        code = subprocess.run(command, env=environment, check=False).returncode
+    except OSError as error:
+        raise UsageError(f"Cannot run {command[0]}: {error.strerror}.") from error
+    raise typer.Exit(code if code >= 0 else 128 - code)
+
+
+def _entries(variable: str) -> list[str]:
+    return [entry for entry in os.environ.get(variable, "").split(os.pathsep) if entry]
+
+
+def _find_sdk(name: str, screen: Screen) -> Sdk:
+    from qaic_ray.config import EmulatorPart
+    from qaic_ray.pipeline.devices import choose_sdk
+
+    return choose_sdk(name, EmulatorPart(), screen)
+
+
+def _one(positional: str | None, option: str | None, what: str) -> str | None:
+    if positional is not None and option is not None:
+        raise UsageError(f"{what} is given twice, as {positional} and as {option}: give it once.")
+    return positional if positional is not None else option
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+def _numbers(text: str, what: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UsageError(
+            f"{what} takes a whole number, or several separated by commas, not {text!r}."
+        ) from None
+
+
+def _devices(text: str) -> tuple[int, ...] | None:
+    return None if text == "all" else tuple(_numbers(text, "--device-id"))

@@ -1,0 +1,205 @@
+"""What the user sees: stages and progress on stderr, results on stdout.
+
+The pipeline's listener. Knows how to draw; decides nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qaic_ray.compile.store import Build
+from qaic_ray.errors import CompileError
+
+if TYPE_CHECKING:
+    from qaic_ray.export.export import ExportResult
+    from qaic_ray.export.verify import VerifyReport
+    from qaic_ray.fleet.report import RunSummary
+    from qaic_ray.fleet.worker import WorkerInfo
+    from qaic_ray.pipeline.job import Plan
+    from qaic_ray.pipeline.listener import CompileOutcome
+    from qaic_ray.rows import Row
+    from qaic_ray.sdk import Device, Sdk
+
+GIB = 2**30
+
+
+class Screen:
+    """Draws for people; `stream` says whether answers are printed as they come."""
+
+    def __init__(self, *, stream: bool = False) -> None:
+        self._stream = stream
+        self._out = Console(soft_wrap=True, highlight=False)
+        self._err = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._began_s = time.monotonic()
+
+    # -- while it runs: the pipeline's Listener
+
+    def sdk_chosen(self, sdk: Sdk) -> None:
+        """Say which SDK everything goes through, and what that means for figures."""
+        if sdk.kind == "emulated":
+            self._note(
+                f"[yellow]{sdk.label}[/]: no card here; the road is the production one, the speed "
+                "is this machine's."
+            )
+        else:
+            self._note(f"{sdk.label} at {escape(str(sdk.root))}")
+
+    def began(self, stage: str) -> None:
+        """A stage begins."""
+        self._began_s = time.monotonic()
+        self._note(f"[dim]… {escape(stage)}[/]")
+
+    def ended(self, stage: str) -> None:
+        """The stage that began last is done."""
+        seconds = time.monotonic() - self._began_s
+        self._note(f"[green]✓[/] {escape(stage)} [dim]{seconds:.1f} s[/]")
+
+    def compiled(self, outcome: CompileOutcome) -> None:
+        """One variant is there, or failed."""
+        label = escape(outcome.variant.label)
+        if isinstance(outcome.result, Build):
+            built = outcome.result
+            how = "kept" if built.reused else f"{built.seconds:.1f} s"
+            self._note(
+                f"  [green]✓[/] compile {label} [dim]{how}, {built.qpc_bytes / 2**20:.0f} MiB[/]"
+            )
+        else:
+            self._note(f"  [red]✗[/] compile {label}: {escape(str(outcome.result))}")
+
+    def card_ready(self, info: WorkerInfo) -> None:
+        """A card has loaded its program."""
+        self._note(
+            f"  [green]✓[/] {escape(info.name)} ready [dim]{info.load_s:.1f} s, "
+            f"{info.slots} slots of {info.ctx_len} tokens[/]"
+        )
+
+    def answered(self, row: Row) -> None:
+        """Print the next answer, in input order."""
+        if not self._stream:
+            return
+        head = f"[bold cyan]{row.index}[/]" + (f" [cyan]{escape(row.id)}[/]" if row.id else "")
+        self._out.print(f"{head} [dim]{escape(_one_line(row.prompt))}[/]")
+        if row.ok:
+            self._out.print(escape(row.text), end="\n\n")
+        else:
+            self._out.print(f"[red]{escape(row.error or '')}[/]", end="\n\n")
+
+    # -- at the end
+
+    def finish(self, summary: RunSummary, *, as_json: bool) -> None:
+        """Print a run's tables; exit code 1 when rows failed."""
+        if self._stream:
+            self._out.rule(style="dim")
+        for part in summary.renderables():
+            self._out.print(part)
+        if as_json:
+            self._json(summary.document())
+        if not summary.ok:
+            raise SystemExit(1)
+
+    def exported(self, result: ExportResult, *, as_json: bool) -> None:
+        """Print where the model is and how far it is from PyTorch."""
+        report = result.verification
+        if report is not None:
+            self._out.print(_verification_table(report))
+        self._out.print(escape(str(result.folder)))
+        if as_json:
+            manifest = json.loads(result.manifest.to_json())
+            self._json({"folder": str(result.folder), "reused": result.reused, **manifest})
+
+    def compiled_all(self, outcomes: Sequence[CompileOutcome], *, as_json: bool) -> None:
+        """Print the folders; exit code 1 when a variant failed."""
+        for outcome in outcomes:
+            if isinstance(outcome.result, Build):
+                self._out.print(escape(str(outcome.result.path)))
+        if as_json:
+            self._json({"variants": [_outcome_document(outcome) for outcome in outcomes]})
+        if not all(outcome.ok for outcome in outcomes):
+            raise SystemExit(1)
+
+    def devices(self, sdk: Sdk, devices: Sequence[Device], *, as_json: bool) -> None:
+        """Print the cards."""
+        table = Table(title=f"Cards ({sdk.label})", title_justify="left")
+        table.add_column("QID", justify="right")
+        for column in ("status", "SKU"):
+            table.add_column(column)
+        for column in ("NSPs free", "DRAM free"):
+            table.add_column(column, justify="right")
+        for device in devices:
+            free, total = device.dram_free_bytes / GIB, device.dram_total_bytes / GIB
+            colour = "green" if device.ready else "red"
+            table.add_row(
+                str(device.qid),
+                f"[{colour}]{escape(device.status)}[/]",
+                escape(device.sku),
+                f"{device.nsp_free} of {device.nsp_total}",
+                f"{free:.1f} of {total:.1f} GiB",
+            )
+        self._out.print(table)
+        if as_json:
+            self._json({"sdk": sdk.label, "devices": [vars(device) for device in devices]})
+
+    def plan(self, plan: Plan) -> None:
+        """Print what a job would do."""
+        self._out.print(f"[bold]{escape(plan.job)}[/]: {escape(plan.text)}")
+        for name, argv, chosen in plan.compiles:
+            mark = " [green](this one is run)[/]" if chosen else ""
+            self._out.print(f"\n[bold]{escape(name)}[/]{mark}")
+            self._out.print(escape(" \\\n    ".join(argv)))
+
+    def _note(self, markup: str) -> None:
+        self._err.print(markup)
+
+    def _json(self, document: dict[str, Any]) -> None:
+        # Not through the console: it would wrap or colour what programs read.
+        sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
+
+
+def _verification_table(report: VerifyReport) -> Table:
+    what = "all layers" if report.level == "full" else f"layers {report.layers}"
+    table = Table(
+        title=f"Largest absolute difference to PyTorch ({what})",
+        title_justify="left",
+        caption=f"a logit may differ by {report.tolerance:g}",
+        caption_justify="left",
+    )
+    table.add_column("check")
+    for column in ("logits", "past keys", "past values", "top-1 equal"):
+        table.add_column(column, justify="right")
+    for line in report.scenarios:
+        table.add_row(
+            escape(line.scenario),
+            *(f"{value:.1e}" for value in (line.logits, line.past_keys, line.past_values)),
+            f"{line.num_top1_equal} of {line.num_rows}",
+        )
+    return table
+
+
+def _one_line(text: str, limit: int = 100) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _outcome_document(outcome: CompileOutcome) -> dict[str, Any]:
+    document: dict[str, Any] = {"name": outcome.variant.name, "ok": outcome.ok}
+    if isinstance(outcome.result, Build):
+        built = outcome.result
+        document |= {
+            "path": str(built.path),
+            "reused": built.reused,
+            "seconds": round(built.seconds, 3),
+            "qpc_bytes": built.qpc_bytes,
+        }
+    else:
+        document["error"] = str(outcome.result)
+        if isinstance(outcome.result, CompileError):
+            document["exit_code"] = outcome.result.exit_code
+    return document

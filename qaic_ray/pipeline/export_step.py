@@ -1,0 +1,49 @@
+"""Step 1: a job's checkpoint to a model folder."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qaic_ray.config import ExportPart, ModelPart
+from qaic_ray.errors import ExportError
+from qaic_ray.pipeline.listener import Listener
+
+if TYPE_CHECKING:
+    from qaic_ray.export.export import ExportResult
+
+
+def export_step(model: ModelPart, part: ExportPart, listener: Listener) -> ExportResult:
+    """Export a model; a folder that is still right is kept as it is.
+
+    Runs in a process of its own: checking against PyTorch takes gigabytes, and the driver of a
+    fleet should not keep them.
+    """
+    listener.began(f"export {model.name}")
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        try:
+            result = pool.submit(_export, model, part).result()
+        except BrokenProcessPool as error:
+            raise ExportError(
+                f"The process that exported {model.name} died: most often the machine ran out of "
+                "memory; try --verify quick, or off."
+            ) from error
+    listener.ended(f"export {result.folder.name} {'kept' if result.reused else 'written'}")
+    return result
+
+
+def _export(model: ModelPart, part: ExportPart) -> ExportResult:
+    from qaic_ray.export.export import export_model
+    from qaic_ray.export.options import ExportOptions
+    from qaic_ray.model import open_checkpoint
+
+    checkpoint = open_checkpoint(model.name, trust_remote_code=model.trust_remote_code)
+    return export_model(
+        checkpoint,
+        ExportOptions(contract=part.io, continuous=part.continuous_batching, opset=part.opset),
+        output=None if part.output is None else Path(part.output),
+        verify=None if part.verify == "auto" else part.verify,
+    )

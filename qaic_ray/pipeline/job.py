@@ -1,0 +1,158 @@
+"""A job from end to end: export, compile, run, report; and the plan of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qaic_ray.compile.store import Build, BuildRequest
+from qaic_ray.compile.variant import Grid, Precision, Source, Variant
+from qaic_ray.config import Job, dump_job
+from qaic_ray.errors import SdkNotFound, UsageError
+from qaic_ray.manifest import CUSTOM_IO_FILE
+from qaic_ray.pipeline.compile_step import CompileRequest, compile_on, requested_variants
+from qaic_ray.pipeline.devices import choose_devices, choose_sdk, emulated_cards
+from qaic_ray.pipeline.export_step import export_step
+from qaic_ray.pipeline.listener import Listener
+from qaic_ray.pipeline.run_step import RunRequest, run_on
+from qaic_ray.sdk import VENDOR_ROOT, Sdk, find_sdk
+
+if TYPE_CHECKING:
+    from qaic_ray.fleet.report import RunSummary
+
+
+def launch_job(job: Job, listener: Listener) -> RunSummary:
+    """The whole road of a job, on one Ray from the first compile to the last row.
+
+    Raises:
+        UsageError: as early as it can be known.
+        CompileError: when the variant to be run could not be compiled.
+    """
+    chosen_at = chosen_index(job)
+    sdk = choose_sdk(job.sdk, job.emulator, listener)
+    devices = choose_devices(sdk, None if job.run.devices == "all" else job.run.devices)
+    request = RunRequest(
+        name=job.name,
+        model=job.model.name,
+        qpc=Path(),
+        devices=devices,
+        prompt=job.run.prompt,
+        prompts_file=job.run.prompts,
+        generation_len=job.run.generation_len,
+        chat=job.run.chat,
+        output=Path(job.run.output),
+        job_text=dump_job(job),
+    )
+    prompts = request.open_prompts()
+    exported = export_step(job.model, job.export, listener)
+    compiling = _compile_request(job, exported.folder)
+    builds = [
+        BuildRequest(variant, sdk, compiling.store)
+        for variant in requested_variants(compiling, sdk)
+    ]
+    from qaic_ray.fleet.cluster import Cluster
+
+    listener.began("Ray")
+    with Cluster(len(devices), address=job.ray.address, dashboard=job.ray.dashboard) as cluster:
+        where = f", dashboard at {cluster.dashboard_url}" if cluster.dashboard_url else ""
+        listener.ended(f"Ray{where}")
+        outcomes = compile_on(cluster, builds, compiling.parallel, listener)
+        chosen = outcomes[chosen_at].result
+        if not isinstance(chosen, Build):
+            raise chosen
+        return run_on(cluster, request.on(chosen.path), prompts, sdk=sdk, listener=listener)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job would do; `compiles` holds name, argv and whether it is the variant run."""
+
+    job: str
+    text: str
+    compiles: tuple[tuple[str, list[str], bool], ...]
+
+
+def plan_job(job: Job) -> Plan:
+    """Lay a job out without touching model, compiler or card.
+
+    Where the SDK that the job asks for is not on this machine, the argv is the one for the
+    vendor's folder at the version that the emulator part names.
+    """
+    try:
+        sdk = find_sdk(job.sdk, emulated_cards(job.emulator))
+    except SdkNotFound:
+        sdk = Sdk(VENDOR_ROOT, "real", job.emulator.apps_version)
+    folder = Path(job.export.output or f"{_base(job.model.name)}-kv")
+    name = folder.resolve().name
+    onnx = folder / "generatedModels" / f"{name}_fp16_simplified.onnx"
+    chosen = chosen_index(job)
+    compiles = []
+    for index, variant in enumerate(
+        _variants(job, Source(name, onnx, folder / CUSTOM_IO_FILE, ""))
+    ):
+        target = Path(job.compile.output) / variant.name
+        argv = variant.argv(sdk, target / "specializations.json", target)
+        compiles.append((variant.name, argv, index == chosen))
+    cards = "all cards" if job.run.devices == "all" else f"{len(job.run.devices)} cards"
+    text = (
+        f"export {job.model.name} to {folder}, compile {len(compiles)} variant(s) with the "
+        f"{sdk.label}, run one on {cards}"
+    )
+    return Plan(job.name, text, tuple(compiles))
+
+
+def chosen_index(job: Job) -> int:
+    """Index, in the grid's order, of the variant that is run.
+
+    Raises:
+        UsageError: where the choice fits none of the variants, or several.
+    """
+    variants = _variants(job, Source("", Path(), None, ""))
+    fitting = [index for index, variant in enumerate(variants) if _fits(variant, job)]
+    if len(fitting) == 1:
+        return fitting[0]
+    raise UsageError(
+        f"run.variant of the job {job.name} fits {len(fitting)} of the {len(variants)} compiled "
+        "variants: say which one with precision, num_cores, batch_size, prompt_len or ctx_len."
+    )
+
+
+def _compile_request(job: Job, model_dir: Path) -> CompileRequest:
+    grid = job.compile
+    return CompileRequest(
+        model_dir=model_dir,
+        precisions=grid.precision,
+        num_cores=grid.num_cores,
+        batch_sizes=grid.batch_size,
+        prompt_lens=grid.prompt_len,
+        ctx_lens=grid.ctx_len,
+        store=Path(grid.output),
+        parallel=grid.parallel,
+    )
+
+
+def _variants(job: Job, source: Source) -> list[Variant]:
+    grid = job.compile
+    precisions = [Precision.parse(name) for name in grid.precision]
+    lens = grid.batch_size, grid.prompt_len, grid.ctx_len
+    return Grid(precisions, grid.num_cores, *lens).variants(
+        source, continuous=job.export.continuous_batching
+    )
+
+
+def _fits(variant: Variant, job: Job) -> bool:
+    shapes = variant.specializations
+    facts = {
+        "precision": variant.precision.value,
+        "num_cores": variant.num_cores,
+        "batch_size": shapes.batch_size,
+        "prompt_len": shapes.prompt_len,
+        "ctx_len": shapes.ctx_len,
+    }
+    return all(getattr(job.run.variant, key) in (None, value) for key, value in facts.items())
+
+
+def _base(model_name: str) -> str:
+    path = Path(model_name)
+    return path.stem if path.suffix == ".gguf" else path.name

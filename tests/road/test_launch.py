@@ -1,0 +1,167 @@
+"""The whole road as a user takes it: the command, its files, its exit code. Real Ray and actors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.cluster
+
+# What must survive unchanged on the way to the outputs: the issue's own list.
+TEXTS = [
+    "plain",
+    "  leading and trailing  ",
+    "quotes \" and ' and \\ backslash",
+    "new\nline",
+    "日本語 – naïve – 🙂",
+    "a | b",
+    "",
+    "x" * 300,
+]
+
+
+def qaic_ray(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from qaic_ray.cli import main; main()", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled", "QAIC_RAY_SDK": "emulated"},
+    )
+
+
+def rows_of(run_folder: Path, name: str = "outputs.jsonl") -> list[dict[str, Any]]:
+    lines = (run_folder / name).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+@pytest.fixture(scope="module")
+def launched(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """One launched job in a folder of its own."""
+    work = tmp_path_factory.mktemp("road")
+    (work / "prompts.jsonl").write_text(
+        "".join(json.dumps({"id": f"p{i}", "prompt": t}) + "\n" for i, t in enumerate(TEXTS)),
+        encoding="utf-8",
+    )
+    job = {
+        "name": "tiny",
+        "model": {"name": str(tiny_checkpoint)},
+        "export": {"verify": "off"},
+        "compile": {
+            "precision": ["fp16", "mx6", "fp32"],
+            "num_cores": 14,
+            "batch_size": 2,
+            "prompt_len": 16,
+            "ctx_len": 128,
+        },
+        "run": {
+            "variant": {"precision": "fp32"},
+            "devices": [0, 2],
+            "prompts": "prompts.jsonl",
+            "generation_len": 6,
+        },
+    }
+    (work / "tiny.yaml").write_text(yaml.safe_dump(job))
+    return work, qaic_ray("launch", "tiny.yaml", "--json", cwd=work)
+
+
+def test_launch_ends_with_its_figures_and_says_that_rows_failed(
+    launched: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    work, result = launched
+    assert result.returncode == 1, result.stderr  # two rows cannot be answered
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert (report["rows"], report["failed_rows"]) == (len(TEXTS), 2)
+    assert report["sdk"].startswith("emulated SDK")
+    run_folder = Path(report["folder"])
+    assert run_folder.parent == work / "runs"
+    assert {p.name for p in run_folder.iterdir()} >= {
+        "job.yaml", "outputs.jsonl", "errors.jsonl", "report.json", "report.html"
+    }  # fmt: skip
+    rows = rows_of(run_folder)
+    assert report["generated_tokens"] == sum(len(row["token_ids"]) for row in rows)
+    assert report["tokens_per_s"] == pytest.approx(
+        report["generated_tokens"] / report["seconds"], rel=0.01
+    )
+    assert "card 0" in result.stdout
+    assert "not a card's speed" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_rows_are_in_input_order_with_their_text_unchanged(
+    launched: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    work, _ = launched
+    (run_folder,) = (work / "runs").iterdir()
+    rows = rows_of(run_folder)
+    assert [row["index"] for row in rows] == list(range(len(TEXTS)))
+    assert [row["prompt"] for row in rows] == TEXTS
+    assert [row["id"] for row in rows] == [f"p{i}" for i in range(len(TEXTS))]
+    assert {row["worker"] for row in rows if row["token_ids"]} <= {"card 0", "card 2"}
+    errors = rows_of(run_folder, "errors.jsonl")
+    assert [row["index"] for row in errors] == [6, 7]
+    assert "empty" in errors[0]["error"]
+    assert "300 tokens, more than the context of 128" in errors[1]["error"]
+
+
+def test_every_variant_is_compiled_and_answers_are_transformers_own(
+    launched: tuple[Path, subprocess.CompletedProcess[str]], tiny_checkpoint: Path
+) -> None:
+    work, _ = launched
+    assert sorted(p.name for p in (work / "qpc").iterdir()) == [
+        f"tiny-kv-16pl-128cl-14c-2BS-{precision}" for precision in ("fp16", "fp32", "mx6")
+    ]
+    torch = pytest.importorskip("torch")
+    from qaic_ray.model import load_tokenizer, load_torch_model, open_checkpoint
+
+    checkpoint = open_checkpoint(str(tiny_checkpoint))
+    model, tokenizer = load_torch_model(checkpoint), load_tokenizer(checkpoint)
+    (run_folder,) = (work / "runs").iterdir()
+    for row in rows_of(run_folder):
+        if row["finish_reason"] == "error":
+            continue
+        ids = torch.tensor([tokenizer.encode(row["prompt"])])
+        with torch.inference_mode():
+            output = model.generate(
+                ids, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(ids)
+            )
+        assert row["token_ids"] == output[0, ids.shape[1] :].tolist()
+
+
+def test_the_three_steps_by_hand_and_what_a_qpc_is_not(
+    launched: tuple[Path, subprocess.CompletedProcess[str]], tiny_checkpoint: Path
+) -> None:
+    work, _ = launched
+    exported = qaic_ray("export", "--model_name", str(tiny_checkpoint), "--verify", "off", cwd=work)
+    assert exported.returncode == 0, exported.stderr
+    compiled = qaic_ray(
+        *("compile", "tiny-kv", "mx6", "14", "--prompt-len", "16", "--ctx-len", "64", "--json"),
+        cwd=work,
+    )
+    assert compiled.returncode == 0, compiled.stderr
+    (variant,) = json.loads(compiled.stdout.splitlines()[-1])["variants"]
+    assert Path(variant["path"]) == work / "qpc" / "tiny-kv-16pl-64cl-14c-1BS-mx6"
+    run = ["run", "--model_name", str(tiny_checkpoint), "--qpc", variant["path"]]
+    asked = [*run, "--device_id", "0,1,2,3", "--prompt", r"My name is|The capital \| of", "--json"]
+    answered = qaic_ray(*asked, "--generation-len", "5", "--input-len", "16", cwd=work)
+    assert answered.returncode == 0, answered.stderr
+    report = json.loads(answered.stdout.splitlines()[-1])
+    rows = rows_of(Path(report["folder"]))
+    assert [row["prompt"] for row in rows] == ["My name is", "The capital | of"]
+    runs = sorted((work / "runs").iterdir())
+    wrong = qaic_ray(*run, "--prompt", "a", "--input-len", "32", cwd=work)
+    assert wrong.returncode == 2
+    assert "--input-len is 32" in wrong.stderr
+    assert "compiled for 16" in wrong.stderr
+    assert sorted((work / "runs").iterdir()) == runs  # nothing half-written
