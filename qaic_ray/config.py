@@ -1,6 +1,7 @@
 """The Job tree: one file in jobs/, read once, frozen, unknown keys refused.
 
-Every default of the package stands here and nowhere else. Knows nothing of Ray, ONNX or cards.
+Every default of a job stands here, those of a variant in `contract.py`, and nowhere else. Knows
+nothing of Ray, ONNX or cards.
 """
 
 from __future__ import annotations
@@ -13,7 +14,16 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from qaic_ray.contract import MAX_CORES, IoContract, Specializations
+from qaic_ray.contract import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_CORES,
+    DEFAULT_CTX_LEN,
+    DEFAULT_PRECISION,
+    DEFAULT_PROMPT_LEN,
+    MAX_CORES,
+    IoContract,
+    Specializations,
+)
 from qaic_ray.errors import JobError, SpecializationError
 
 PrecisionName = Literal["mx6", "fp16", "fp32"]
@@ -87,12 +97,12 @@ class ExportPart(_Part):
 class CompilePart(_Part):
     """The grid of variants: every combination of the lists is compiled."""
 
-    precision: Listed[PrecisionName] = ("mx6",)
-    num_cores: Listed[NumCores] = (14,)
-    batch_size: Listed[PositiveInt] = (8,)
+    precision: Listed[PrecisionName] = (DEFAULT_PRECISION,)
+    num_cores: Listed[NumCores] = (DEFAULT_CORES,)
+    batch_size: Listed[PositiveInt] = (DEFAULT_BATCH_SIZE,)
     """Rows of a static program, slots of a continuous-batching one."""
-    prompt_len: Listed[PromptLen] = (32,)
-    ctx_len: Listed[PositiveInt] = (512,)
+    prompt_len: Listed[PromptLen] = (DEFAULT_PROMPT_LEN,)
+    ctx_len: Listed[PositiveInt] = (DEFAULT_CTX_LEN,)
     output: str = "qpc"
     """Folder that holds one folder a variant."""
     parallel: PositiveInt | None = None

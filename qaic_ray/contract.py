@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qaic_ray.errors import SpecializationError
 
@@ -19,14 +19,24 @@ POSITION_IDS = "position_ids"
 BATCH_INDEX = "batch_index"
 ATTENTION_MASK = "attention_mask"
 CACHE_INDEX = "cache_index"
+NUM_LOGITS_TO_KEEP = "num_logits_to_keep"
 LOGITS = "logits"
+NEXT_TOKENS = "next_tokens"
 RETAINED_SUFFIX = "_RetainedState"
 
 PADDING_POSITION = -1
 """`position_ids` of a padding token in the `position-ids` contract."""
 
 MAX_CORES = 16
-"""NSPs of the largest Cloud AI 100 SoC (Pro, Ultra); a Standard card has 14."""
+"""NSPs of the largest Cloud AI 100 SoC (Pro, Ultra)."""
+
+# What is compiled where nothing else is said: the published recipe's specializations.json, for the
+# NSPs of a Standard card.
+DEFAULT_PRECISION: Literal["mx6"] = "mx6"
+DEFAULT_CORES = 14
+DEFAULT_BATCH_SIZE = 1
+DEFAULT_PROMPT_LEN = 256
+DEFAULT_CTX_LEN = 2048
 
 
 class IoContract(str, Enum):

@@ -12,6 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qaic_ray import __version__
+from qaic_ray.contract import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_CORES,
+    DEFAULT_CTX_LEN,
+    DEFAULT_PRECISION,
+    DEFAULT_PROMPT_LEN,
+)
 from qaic_ray.errors import UsageError
 
 if TYPE_CHECKING:
@@ -164,10 +171,10 @@ def export(
 def compile(  # the recipe's word
     model_dir: Annotated[Path, typer.Argument(help="Folder that export made (<base>-kv).")],
     precision_argument: Annotated[
-        str | None, typer.Argument(metavar="[mx6|fp16|fp32]", show_default="mx6")
+        str | None, typer.Argument(metavar="[mx6|fp16|fp32]", show_default=DEFAULT_PRECISION)
     ] = None,
     cores_argument: Annotated[
-        str | None, typer.Argument(metavar="[NSP]", show_default="14")
+        str | None, typer.Argument(metavar="[NSP]", show_default=str(DEFAULT_CORES))
     ] = None,
     specializations: Annotated[
         Path | None,
@@ -175,14 +182,14 @@ def compile(  # the recipe's word
     ] = None,
     batch_size: Annotated[
         str, typer.Option("--batch-size", "--batch_size", help="Rows, or slots; lists: 1,8.")
-    ] = "1",
+    ] = str(DEFAULT_BATCH_SIZE),
     prompt_len: Annotated[
         str,
         typer.Option("--prompt-len", "--prompt_len", help="Tokens of a prefill; lists: 32,64."),
-    ] = "32",
+    ] = str(DEFAULT_PROMPT_LEN),
     ctx_len: Annotated[
         str, typer.Option("--ctx-len", "--ctx_len", help="Tokens of a context; lists: 512,2048.")
-    ] = "512",
+    ] = str(DEFAULT_CTX_LEN),
     num_cores: Annotated[
         str | None, typer.Option("--num-cores", "--num_cores", help="NSPs; lists: 7,14.")
     ] = None,
@@ -200,8 +207,8 @@ def compile(  # the recipe's word
 
     request = CompileRequest(
         model_dir=model_dir,
-        precisions=_words(_one(precision_argument, precision, "precision") or "mx6"),
-        num_cores=_numbers(_one(cores_argument, num_cores, "NSP") or "14", "NSP"),
+        precisions=_words(_one(precision_argument, precision, "precision") or DEFAULT_PRECISION),
+        num_cores=_numbers(_one(cores_argument, num_cores, "NSP") or str(DEFAULT_CORES), "NSP"),
         batch_sizes=_numbers(batch_size, "--batch-size"),
         prompt_lens=_numbers(prompt_len, "--prompt-len"),
         ctx_lens=_numbers(ctx_len, "--ctx-len"),

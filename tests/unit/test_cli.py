@@ -99,7 +99,7 @@ def test_missing_things_are_named(run: Run, arguments: list[str], words: str) ->
         (["mx6", "many"], "whole number"),
         (["mx6", "14", "--precision", "fp16"], "given twice"),
         (["mx6", "14", "--prompt-len", "48"], "power of two, not 48"),
-        (["mx6", "14", "--prompt-len", "1024"], "1024 does not fit into ctx_len 512"),
+        (["mx6", "14", "--prompt-len", "4096"], "4096 does not fit into ctx_len 2048"),
         (["mx6", "14", "--batch-size", "0"], "batch_size must be at least 1, not 0"),
         (["mx6", "14", "--ctx-len", "4096"], "4096 is more than the 2048 positions"),
     ],

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import fields
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qaic_ray.metrics import Measurement, Span, quantile, tokens_per_s, total
@@ -25,11 +25,13 @@ MEASUREMENTS = st.builds(
 )
 
 
+@settings(max_examples=40)
 @given(MEASUREMENTS, MEASUREMENTS, MEASUREMENTS)
 def test_measurements_add_associatively(a: Measurement, b: Measurement, c: Measurement) -> None:
     assert (a + b) + c == a + (b + c) == total([a, b, c])
 
 
+@settings(max_examples=40)
 @given(MEASUREMENTS, MEASUREMENTS)
 def test_every_field_is_added(a: Measurement, b: Measurement) -> None:
     for field in fields(Measurement):
@@ -37,6 +39,7 @@ def test_every_field_is_added(a: Measurement, b: Measurement) -> None:
         assert getattr(a + b, field.name) == added
 
 
+@settings(max_examples=40)
 @given(MEASUREMENTS)
 def test_zero(a: Measurement) -> None:
     assert a + Measurement() == Measurement() + a == total([a]) == a
@@ -50,6 +53,7 @@ def test_the_rate_of_a_sum_is_no_sum_and_no_mean_of_rates() -> None:
     assert Measurement().decode_tokens_per_s == 0.0
 
 
+@settings(max_examples=40)
 @given(SECONDS, SECONDS, SECONDS, SECONDS)
 def test_spans_cover_both(a: float, b: float, c: float, d: float) -> None:
     one, other = Span(min(a, b), max(a, b)), Span(min(c, d), max(c, d))
@@ -64,12 +68,14 @@ def test_merged_rate() -> None:
     assert tokens_per_s(500, Span(3.0, 3.0)) == 0.0
 
 
+@settings(max_examples=40)
 @given(st.lists(SECONDS, min_size=1))
 def test_median_is_the_median(values: list[float]) -> None:
     assert quantile(values, 0.5) == pytest.approx(statistics.median(values))
     assert (quantile(values, 0.0), quantile(values, 1.0)) == (min(values), max(values))
 
 
+@settings(max_examples=40)
 @given(st.lists(SECONDS, min_size=2), st.integers(1, 19))
 def test_quantile_is_the_inclusive_one(values: list[float], twentieths: int) -> None:
     cuts = statistics.quantiles(values, n=20, method="inclusive")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError, UsageError
@@ -66,6 +66,7 @@ def test_split(argument: str, prompts: list[str]) -> None:
     assert split_prompts(argument) == prompts
 
 
+@settings(max_examples=40)
 @given(st.lists(TEXTS, min_size=1, max_size=5))
 def test_any_list_of_prompts_can_be_written(prompts: list[str]) -> None:
     # The last piece has no pipe behind it, so its closing backslashes are themselves.
@@ -109,6 +110,7 @@ def test_text_lines_lose_their_line_end_and_nothing_else(tmp_path: Path) -> None
     ]
 
 
+@settings(max_examples=40)
 @given(st.lists(TEXTS.filter(lambda t: "\n" not in t and not t.endswith("\r") and t), max_size=6))
 def test_a_text_file_gives_back_what_was_written(prompts: list[str]) -> None:
     # hypothesis runs this many times, so the file is stdin.
