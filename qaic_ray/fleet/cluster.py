@@ -36,6 +36,9 @@ _START_ATTEMPTS = 2
 _PROBE_TIMEOUT_S = 5.0
 _BUSY_TIMEOUT_S = 20.0
 _CANCEL_TIMEOUT_S = 5.0
+# What an HTTP/2 connection begins with, and the type of the frame that answers it (RFC 9113, 3.4).
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+_HTTP2_SETTINGS = b"\x04"
 _QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 
 Request = TypeVar("Request")
@@ -214,17 +217,25 @@ def _native_stderr_to(file: IO[bytes]) -> Iterator[None]:
 
 
 def _probe(address: str) -> None:
-    """Ask whether anything listens there: Ray itself would wait for minutes."""
+    """Ask whether a gRPC server answers there, as a Ray head is one: Ray would wait for minutes."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         raise UsageError(f"{address} is no address of a Ray cluster: write host:port, or auto.")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_TIMEOUT_S).close()
+        where = (host.strip("[]"), int(port))
+        with socket.create_connection(where, timeout=_PROBE_TIMEOUT_S) as connection:
+            connection.sendall(_HTTP2_PREFACE)
+            answer = connection.recv(4, socket.MSG_WAITALL)
     except (OSError, OverflowError) as error:
         raise UsageError(
             f"No Ray cluster answers at {address} ({error}): start one with `ray start --head`, or "
             "leave --address out to start one here."
         ) from error
+    if answer[3:] != _HTTP2_SETTINGS and "RAY_USE_TLS" not in os.environ:
+        raise UsageError(
+            f"What answers at {address} is no Ray head: its port is 6379 where none was chosen, "
+            "and 8265 is its dashboard's."
+        )
 
 
 def _check_cards(num_cards: int) -> None:

@@ -307,7 +307,9 @@ class Dispatcher:
         return not self._exhausted or self._num_waiting > SHARDS_IN_FLIGHT * self._num_slots()
 
     def _num_slots(self) -> int:
-        return sum(worker.slots for worker in self._workers.values())
+        """Slots of all workers; one that still opens will have as many as the largest open one."""
+        slots = [worker.slots for worker in self._workers.values()]
+        return sum(slots) + slots.count(0) * max(slots, default=0)
 
     def _num_unfinished(self, worker: _Worker) -> int:
         return sum(len(self._shards[shard_id].unfinished) for shard_id in worker.shards)

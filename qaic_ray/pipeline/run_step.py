@@ -97,7 +97,7 @@ def run_on(
 ) -> RunSummary:
     """Answer prompts on a cluster; the request's devices are chosen, its QPC is there."""
     from qaic_ray.fleet.driver import Audience
-    from qaic_ray.fleet.outputs import row_writer
+    from qaic_ray.fleet.outputs import OUTPUTS_NAME, row_writer
     from qaic_ray.fleet.report import RunSummary, write_report
     from qaic_ray.fleet.worker import CardWorker
 
@@ -113,7 +113,8 @@ def run_on(
             specs = _worker_specs(request, sdk)
             result = cluster.run_prompts(prompts, specs, worker_class=CardWorker, audience=audience)
     except UsageError:
-        shutil.rmtree(folder)  # found wrong before any row was answered
+        if not (folder / OUTPUTS_NAME).stat().st_size:
+            shutil.rmtree(folder)  # the request was wrong, and nothing was answered
         raise
     summary = RunSummary(
         result,

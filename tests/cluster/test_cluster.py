@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -200,11 +202,11 @@ def test_a_wrong_request_ends_the_run(
 
 
 def test_cards_are_given_back(cluster: Cluster) -> None:
-    run(cluster, texts("a"), specs(4))
+    run(cluster, texts("a"), specs(2))
     with pytest.raises(ZeroDivisionError):
         cluster.run_prompts(
             texts("a"),
-            specs(4),
+            specs(2),
             worker_class=FakeWorker,  # type: ignore[arg-type]
             audience=Audience(on_row=lambda row: 1 // 0),  # type: ignore[arg-type, return-value]
         )
@@ -339,6 +341,24 @@ def test_an_address_without_a_cluster_is_one_sentence(address: str, sentence: st
     )
     assert sentence in result.stdout
     assert len(result.stdout.splitlines()) == 1
+
+
+def test_an_address_of_something_else_is_one_sentence() -> None:
+    """As of the dashboard in the head's place."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1024)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(UsageError, match="is no Ray head: its port is 6379"):
+            cluster_module._probe(address)
+        thread.join()
 
 
 def refuse(said: bytes, error: Exception) -> Callable[..., None]:
