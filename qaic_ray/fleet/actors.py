@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 CARD_RESOURCE = "QAIC"
 """One unit of this Ray resource is one card."""
 CARD_CPUS = 0.1
-"""What an actor asks of its node, so that a node with few cores still holds all its cards. Below
-one CPU Ray sets OMP_NUM_THREADS to 1, which is what an emulated card computes with."""
+"""The least an actor asks of its node, so that a node with few cores still holds all its cards. Ray
+sets OMP_NUM_THREADS to what is asked, or to 1, and that is what an emulated card computes with."""
 CONTROL_GROUP = "control"
 
 _CLOSE_TIMEOUT_S = 10.0
@@ -44,7 +44,13 @@ _CLOSE_TIMEOUT_S = 10.0
 class CardActors:
     """The driver's `Cards`, each an actor that is named for its worker and holds its cards."""
 
-    def __init__(self, specs: Sequence[WorkerSpec], worker_class: type[CardWorker]) -> None:
+    def __init__(
+        self,
+        specs: Sequence[WorkerSpec],
+        worker_class: type[CardWorker],
+        *,
+        num_cpus: float = CARD_CPUS,
+    ) -> None:
         self.names = tuple(spec.name for spec in specs)
         self._infos: dict[str, WorkerInfo] = {}
         # In flight: what Ray will hear of -> (worker, shard); the shard is None while it opens.
@@ -56,7 +62,7 @@ class CardActors:
             actor = actor_class.options(
                 name=spec.name,
                 namespace=namespace,
-                num_cpus=CARD_CPUS,
+                num_cpus=num_cpus,
                 resources={CARD_RESOURCE: len(spec.device_ids)},
                 max_restarts=0,
                 max_task_retries=0,

@@ -147,8 +147,13 @@ class Cluster:
             DeviceBusy: the cluster's cards are held by others.
         """
         _check_cards(sum(len(spec.device_ids) for spec in specs))
-        with CardActors(specs, worker_class) as cards:
+        with CardActors(specs, worker_class, num_cpus=self._cpus_each(len(specs))) as cards:
             return Driver(cards, prompts, audience or Audience()).run()
+
+    def _cpus_each(self, num_workers: int) -> float:
+        """An even share of this machine where the Ray is ours; of a shared one, next to nothing."""
+        share = (os.cpu_count() or 1) // num_workers
+        return share if self._joined and self._address is None and share else CARD_CPUS
 
 
 def _start(num_cards: int, *, dashboard: bool) -> Any:

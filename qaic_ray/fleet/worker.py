@@ -132,7 +132,7 @@ class CardWorker:
         return WorkerInfo(
             name=self.spec.name,
             device_ids=self.spec.device_ids,
-            sdk=sdk.label,
+            sdk=", ".join(filter(None, (sdk.label, session.simulated_time))),
             slots=shapes.batch_size,
             prompt_len=shapes.prompt_len,
             ctx_len=shapes.ctx_len,

@@ -119,7 +119,7 @@ def run_on(
     summary = RunSummary(
         result,
         job=request.name,
-        sdk=sdk.label,
+        sdk=next((worker.info.sdk for worker in result.workers if worker.info), sdk.label),
         folder=folder,
         model=request.model,
         qpc=request.qpc.name,

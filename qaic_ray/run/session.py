@@ -8,6 +8,7 @@ as zero-size buffers, in and out.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from qaic_ray.sdk import Sdk
 
 DATA_PATH_TIMEOUT_MS = 60_000
 """How long the runtime may wait for one inference; QEfficient's value."""
+
+# Set in this process by the emulated SDK, as its documented sign.
+_SIMULATED_TIME_VARIABLE = "QAIC_EMULATOR_TIMING_ACTIVE"
 
 _BUSY = {"QS_NOMEM", "QS_NOSPC", "QS_BUSY"}
 _LOST = {"QS_NODEV", "QS_DEV_ERROR"}
@@ -134,6 +138,11 @@ class Session:
     def prefill_rows(self) -> int:
         """Rows of the prefill shape."""
         return self.specializations.prefill.batch_size
+
+    @property
+    def simulated_time(self) -> str:
+        """What the emulated SDK says of a time model that is on; empty for real times."""
+        return os.environ.get(_SIMULATED_TIME_VARIABLE, "")
 
     @property
     def _devices_text(self) -> str:

@@ -35,3 +35,13 @@ def test_no_room_without_a_purpose() -> None:
     # The emulated SDK's util.py is named for the vendor's qaic-util.
     found = {names(path) for path in FILES if path.stem in NO_ROOM or path.parent.name in NO_ROOM}
     assert found <= {"emulator/util.py"}
+
+
+def test_readme_tree_names_every_file_outside_the_emulator() -> None:
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    tree = readme.split("## Where things are")[1].split("```")[1]
+    apart = {PACKAGE / "emulator"}
+    expected = {
+        path.name for path in FILES if path.name != "__init__.py" and not apart & set(path.parents)
+    }
+    assert {name for name in expected if name not in tree} == set()
