@@ -45,9 +45,10 @@ def find(view: GraphView, states: Mapping[str, State]) -> List[Attention]:
         matmul = _matmul_before(view, softmax, set(keys))
         attention = _attention(view, keys[matmul], value, view.nodes[matmul].input[0])
         part = _part(view, attention)
-        if part.key not in proven:
-            proven[part.key] = prove(part, attention)
-        found.append(attention._replace(scale=proven[part.key]))
+        key = part.key()
+        if key not in proven:
+            proven[key] = prove(part, attention)
+        found.append(attention._replace(scale=proven[key]))
     return found
 
 
@@ -57,7 +58,7 @@ def _cache(view: GraphView, past: str, state: State) -> Cache:
     if node is None or node.domain != CLOUD or node.op_type not in ("CtxScatter", "CtxScatterCB"):
         raise NotLowered(f"{present} is not made by CtxScatter")
     continuous = node.op_type == "CtxScatterCB"
-    if node.input[0] != past or (continuous and node.input[1] != BATCH_INDEX):
+    if node.input[0] != past:
         raise NotLowered(f"{present} is not written into {past}")
     readers = {id(n) for n in view.readers(past) if n.op_type != "Shape"}
     if readers != {id(node)}:
@@ -113,8 +114,8 @@ def _matmul_before(view: GraphView, softmax: int, matmuls: Set[int]) -> int:
 
 def _attention(view: GraphView, key: Cache, value: Cache, query: str) -> Attention:
     output = view.nodes[_matmul_of(view, value.present)].output[0]
-    heads, dim = view.shape(query)[1], view.shape(query)[3]
-    kv_heads = view.shape(key.past)[1]
+    _, heads, _, dim = view.shape(query, rank=4)
+    kv_heads = view.shape(key.past, rank=4)[1]
     if not all(isinstance(n, int) for n in (heads, dim, kv_heads)) or heads % kv_heads:
         raise NotLowered(f"the heads of {query} are not static")
     return Attention(query, key, value, output, heads, kv_heads, dim, 0.0)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import random
 import struct
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
-from . import aicapi, graph, lowering, netdesc, network, rounding, shapes
+from . import aicapi, graph, lowering, mxint8, netdesc, network, rounding, shapes
 from .configs import Partition
 from .constants import ConstantsWriter
-from .graph import GraphError, Precision, State
+from .graph import GraphError, State
 from .qpc import QpcWriter
+from .storing import Precision, store_weights
 from .view import NotLowered
 
 _FLOATS = (aicapi.FLOAT_TYPE, aicapi.FLOAT_16_TYPE, aicapi.BFLOAT16_TYPE)
@@ -69,7 +70,7 @@ def write(build: Build, model: Any, path: str) -> Report:
         writer = QpcWriter(file)
         constants = ConstantsWriter(writer)
         folder = os.path.dirname(os.path.abspath(build.model_path))
-        graph.store_weights(model, constants, folder=folder, precision=build.precision)
+        store_weights(model, constants, folder=folder, precision=build.precision)
         graph.widen_to_float32(model)
         graph.narrow_lookups(model, {c.name: c.kind for c in constants.table})
         graphs, not_lowered = _lowered(model, states, constants, _ctx_len(described, states))
@@ -82,6 +83,8 @@ def write(build: Build, model: Any, path: str) -> Report:
             mxfp6_matmul=build.precision.mxfp6_matmul,
             num_devices=build.partition.num_devices,
             states={name: state.output for name, state in states.items()},
+            roundings={name: s.rounding for name, s in states.items() if s.rounding is not None},
+            mxint8=_packed(build, described),
             constants=constants.table,
             input_kinds=kinds,
             graphs=graphs,
@@ -93,6 +96,11 @@ def write(build: Build, model: Any, path: str) -> Report:
             writer.end_segment()
         writer.finish()
     return Report(_warnings(constants), not_lowered)
+
+
+def _packed(build: Build, described: netdesc.Network) -> List[str]:
+    names = [io.name for io in described.inputs + described.outputs]
+    return [name for name in names if build.io_precisions.get(name) == rounding.MXINT8]
 
 
 def _states(build: Build, model: Any) -> Dict[str, State]:
@@ -139,7 +147,7 @@ def _warnings(constants: ConstantsWriter) -> List[str]:
 
 
 def _describe(build: Build, model: Any, states: Mapping[str, State]) -> netdesc.Network:
-    resolved = [shapes.resolve(model, s, build.batch_size) for s in build.symbols]
+    resolved = [_buffer_dims(build, model, symbols) for symbols in build.symbols]
     largest = shapes.largest(resolved)
     varying = {name for name in largest if len({entry[name] for entry in resolved}) > 1}
     for name in varying & set(states):
@@ -163,6 +171,23 @@ def _describe(build: Build, model: Any, states: Mapping[str, State]) -> netdesc.
         batch_size=build.symbols[0].get("batch_size", build.batch_size or 1),
         allowed_shapes=tuple(allowed) if len(allowed) > 1 else (),
     )
+
+
+def _buffer_dims(
+    build: Build, model: Any, symbols: Mapping[str, int]
+) -> Dict[str, Tuple[int, ...]]:
+    """Dims of every buffer under one specialization; a packed one has its bytes as last axis."""
+    resolved = shapes.resolve(model, symbols, build.batch_size)
+    for name, kind in build.io_precisions.items():
+        if kind == rounding.MXINT8 and name in resolved:
+            *outer, width = resolved[name]
+            if width % mxint8.BLOCK:
+                raise GraphError(
+                    f"'{name}' cannot be mxint8: its last dimension is {width}, not a multiple "
+                    f"of {mxint8.BLOCK}"
+                )
+            resolved[name] = (*outer, width // mxint8.BLOCK * mxint8.BLOCK_BYTES)
+    return resolved
 
 
 def _io_type(build: Build, value: Any) -> int:

@@ -27,8 +27,9 @@ from .build import Build, Report
 from .configs import ConfigError, Partition
 from .constants import ConstantError
 from .folder import FolderError, current
-from .graph import GraphError, Precision
+from .graph import GraphError
 from .qpc import FILE_NAME
+from .storing import Precision
 
 VERSION_VARIABLE = "QAIC_EMULATOR_APPS_VERSION"
 

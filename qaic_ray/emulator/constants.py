@@ -15,7 +15,7 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from . import mxfp6
-from .qpc import QpcError, QpcWriter
+from .qpc import CONSTANTS, QpcError, QpcWriter
 
 FLOAT16 = "float16"
 FLOAT32 = "float32"
@@ -115,6 +115,14 @@ def to_float16(values: Any) -> Tuple[Any, Rounding]:
     if not np.isfinite(half).all():
         overflows = int(np.count_nonzero(np.isinf(half) & np.isfinite(values)))
     return half, Rounding(underflows, overflows)
+
+
+def replace_by_stub(tensor: Any, data_type: int) -> None:
+    """Leave an initializer's name and shape, and that its bytes are a constant of the program."""
+    stub = TensorProto(name=tensor.name, data_type=data_type, dims=tensor.dims)
+    stub.data_location = TensorProto.EXTERNAL
+    stub.external_data.add(key="location", value=CONSTANTS)
+    tensor.CopyFrom(stub)
 
 
 class ConstantsWriter:

@@ -18,6 +18,7 @@ from .view import ORT_ERRORS, NotLowered, Part, part_session
 
 POSITION_IDS = "position_ids"
 BATCH_INDEX = "batch_index"
+COMP_CTX_LENGTHS = "comp_ctx_lengths"
 SEQLENS = "lowered/seqlens_k"
 TOTAL = "lowered/total_sequence_length"
 
@@ -71,13 +72,7 @@ def prove(part: Part, attention: Attention) -> float:
     run = part.session()
     rng = np.random.default_rng(0)
     cases = [_case(attention, rng, *shape) for shape in _CASES]
-    sizes = {"full_batch_size": _SLOTS, "ctx_len": _CTX}
-    expected = []
-    for case in cases:
-        batch, length = case.positions.shape
-        named = dict(sizes, batch_size=batch, seq_len=length)
-        named.update(_named_sizes(part, case))
-        expected.append(run(case.feeds(attention), named))
+    expected = [run(case.feeds(attention), _named_sizes(part, case)) for case in cases]
     for scale in _scales(part, attention.head_dim):
         candidate = attention._replace(scale=scale)
         kernel = _kernel(part.view.model, candidate)
@@ -96,7 +91,7 @@ def _named_sizes(part: Part, case: Case) -> Dict[Any, int]:
         for dim, size in zip(view.shapes.get(name, ()), dims):
             if isinstance(dim, str):
                 sizes[dim] = size
-    for name in view.inputs & {"comp_ctx_lengths"}:
+    for name in view.inputs & {COMP_CTX_LENGTHS}:
         sizes.update({d: _CTX for d in view.shapes[name] if isinstance(d, str)})
     return sizes
 

@@ -7,29 +7,21 @@ nothing of shapes, flags' names or files other than the model's.
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Set
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 
-import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import TensorProto, helper, inliner, numpy_helper
+from onnx import AttributeProto, TensorProto, helper, inliner
 
 from . import cardops, rounding
-from .constants import (
-    FLOAT16,
-    FLOAT32,
-    ConstantsWriter,
-    is_float,
-    open_initializer,
-    to_float16,
-    to_float32,
-)
+from .constants import FLOAT16, replace_by_stub
 
 RETAINED_SUFFIX = "_RetainedState"
-EXTERNAL_LOCATION = "constants.bin"
 
-_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
-_INLINE_ELEMENTS = 64
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+INLINE_ELEMENTS = 64
+"""Tensors of fewer elements stay in the graph."""
+
 _LARGE_TABLE = 1 << 20
 _MIN_OPSET = 13
 _MICROSOFT = "com.microsoft"
@@ -44,18 +36,6 @@ class State(NamedTuple):
 
     output: str
     rounding: Optional[str]
-
-
-class Precision(NamedTuple):
-    """How the weights are stored."""
-
-    convert_to_fp16: bool
-    mxfp6_matmul: bool
-
-    @property
-    def kind(self) -> str:
-        """Kind of the constants that are no MXFP6."""
-        return FLOAT16 if self.convert_to_fp16 else FLOAT32
 
 
 def load(path: str) -> Any:
@@ -81,7 +61,27 @@ def load(path: str) -> Any:
         model = inliner.inline_selected_functions(model, foreign)
     del model.functions[:]
     _check_operators(model)
+    _take_constants_out(model)
     return model
+
+
+def _take_constants_out(model: Any) -> None:
+    """Make initializers of the large Constant nodes, as some exporters write weights so."""
+    graph = model.graph
+    for index in reversed(range(len(graph.node))):
+        node = graph.node[index]
+        if node.op_type == "Constant" and not node.domain and node.attribute[0].name == "value":
+            tensor = node.attribute[0].t
+            if math.prod(tensor.dims) >= INLINE_ELEMENTS:
+                tensor.name = node.output[0]
+                graph.initializer.append(tensor)
+                del graph.node[index]
+
+
+def has_subgraphs(model: Any) -> bool:
+    """Whether a node has a graph of its own, which may read any value of the main one."""
+    kinds = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
+    return any(a.type in kinds for node in model.graph.node for a in node.attribute)
 
 
 def _check_operators(model: Any) -> None:
@@ -104,7 +104,10 @@ def opset_of(model: Any) -> int:
 
 
 def expand(model: Any) -> Any:
-    """The model with the card's operators replaced by plain ones, for onnxruntime to run."""
+    """The model with the card's operators replaced by plain ones, for onnxruntime to run.
+
+    Use the returned one only.
+    """
     graph = model.graph
     shapes: Dict[str, str] = {}
     for value in [*graph.input, *graph.output, *graph.value_info]:
@@ -114,7 +117,11 @@ def expand(model: Any) -> Any:
     import_domain(model, cardops.LOCAL)
     import_domain(model, _MICROSOFT)
     # onnxruntime would expand the functions too, but refuses some of them before opset 16.
-    return inliner.inline_local_functions(model)
+    inlined = inliner.inline_local_functions(model)
+    for index, node in enumerate(inlined.graph.node):
+        # Some of its optimizers make two nodes of one name out of nodes without names.
+        node.name = f"{node.name or node.op_type}#{index}"
+    return inlined
 
 
 def import_domain(model: Any, domain: str) -> None:
@@ -131,11 +138,11 @@ def structure(model: Any) -> Any:
     for field in ("node", "input", "output", "value_info"):
         getattr(graph, field).extend(getattr(model.graph, field))
     for tensor in model.graph.initializer:
-        if math.prod(tensor.dims) < _INLINE_ELEMENTS:
+        if math.prod(tensor.dims) < INLINE_ELEMENTS:
             graph.initializer.add().CopyFrom(tensor)
         else:
             graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-            _replace_by_stub(graph.initializer[-1], tensor.data_type)
+            replace_by_stub(graph.initializer[-1], tensor.data_type)
     return copy
 
 
@@ -185,87 +192,9 @@ def compute_kind(value: Any) -> str:
     return str(helper.tensor_dtype_to_np_dtype(elem_type).name)
 
 
-def matmul_weights(model: Any) -> Dict[str, bool]:
-    """Initializers that are only ever a constant MatMul or Gemm weight -> whether K is last."""
-    candidates: Dict[str, bool] = {}
-    refused: Set[str] = set()
-    for node in model.graph.node:
-        for position, name in enumerate(node.input):
-            weight = position == 1 and node.op_type in ("MatMul", "Gemm") and not node.domain
-            transposed = weight and any(a.name == "transB" and a.i for a in node.attribute)
-            if not weight or candidates.setdefault(name, transposed) != transposed:
-                refused.add(name)
-    refused.update(o.name for o in model.graph.output)
-    return {
-        t.name: candidates[t.name]
-        for t in model.graph.initializer
-        if t.name in candidates and t.name not in refused and len(t.dims) >= 2
-    }
-
-
-def store_weights(
-    model: Any, writer: ConstantsWriter, *, folder: str, precision: Precision
-) -> None:
-    """Move each large initializer into `writer`, and round what stays in the graph.
-
-    The model keeps a float32 (or integer) stand-in without bytes for each moved tensor. Inline
-    bytes are dropped as soon as they are written. `folder` is what external data is relative to.
-    """
-    packed = matmul_weights(model) if precision.mxfp6_matmul else {}
-    for tensor in model.graph.initializer:
-        array = open_initializer(tensor, folder)
-        if array.size < _INLINE_ELEMENTS:
-            if is_float(tensor):
-                tensor.CopyFrom(_rounded(tensor.name, array, tensor.data_type, precision))
-            elif tensor.data_location == TensorProto.EXTERNAL:
-                tensor.CopyFrom(numpy_helper.from_array(np.array(array), tensor.name))
-            continue
-        if not is_float(tensor):
-            writer.add(tensor.name, array, tensor.data_type, array.dtype.name)
-            data_type = tensor.data_type
-        else:
-            data_type = TensorProto.FLOAT
-            if tensor.name in packed:
-                writer.add_mxfp6(
-                    tensor.name, array, tensor.data_type, transposed=packed[tensor.name]
-                )
-            else:
-                writer.add(tensor.name, array, tensor.data_type, precision.kind)
-        del array
-        _replace_by_stub(tensor, data_type)
-    for node in model.graph.node:
-        _round_constant(node, precision)
-
-
-def _replace_by_stub(tensor: Any, data_type: int) -> None:
-    stub = TensorProto(name=tensor.name, data_type=data_type, dims=tensor.dims)
-    stub.data_location = TensorProto.EXTERNAL
-    stub.external_data.add(key="location", value=EXTERNAL_LOCATION)
-    tensor.CopyFrom(stub)
-
-
-def _rounded(name: str, array: Any, data_type: int, precision: Precision) -> Any:
-    values = to_float32(np.array(array), data_type)
-    if precision.convert_to_fp16:
-        values = to_float16(values)[0].astype(np.float32)
-    return numpy_helper.from_array(np.asarray(values, np.float32), name)
-
-
-def _round_constant(node: Any, precision: Precision) -> None:
-    if node.op_type not in ("Constant", "ConstantOfShape") or node.domain:
-        return
-    for attribute in node.attribute:
-        if attribute.name == "value" and is_float(attribute.t):
-            array = numpy_helper.to_array(attribute.t).astype(np.float32)
-            rounded = _rounded(attribute.t.name, array, TensorProto.FLOAT, precision)
-            attribute.t.CopyFrom(rounded)
-        elif attribute.name == "value_float" and precision.convert_to_fp16:
-            attribute.f = float(to_float16(np.float32(attribute.f))[0])
-
-
 def widen_to_float32(model: Any) -> None:
-    """Make every float16 or bfloat16 value of the graph float32: what it is computed with."""
-    narrow = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    """Make every value of another floating type float32: what it is computed with."""
+    narrow = (TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
     graph = model.graph
     for value in list(graph.input) + list(graph.output):
         if value.type.tensor_type.elem_type in narrow:
@@ -284,6 +213,8 @@ def narrow_lookups(model: Any, kinds: Dict[str, str]) -> None:
 
     `kinds`: constant -> how it is stored. The values are the same; the table need not be decoded.
     """
+    if has_subgraphs(model):
+        return
     graph = model.graph
     readers: Dict[str, List[Any]] = {}
     for node in graph.node:

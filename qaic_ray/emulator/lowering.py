@@ -18,8 +18,18 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from . import attention, rotary, rounding
-from .gqa import BATCH_INDEX, POSITION_IDS, SEQLENS, TOTAL, Attention, Cache, kernel_node
-from .graph import State, expand
+from .constants import replace_by_stub
+from .gqa import (
+    BATCH_INDEX,
+    COMP_CTX_LENGTHS,
+    POSITION_IDS,
+    SEQLENS,
+    TOTAL,
+    Attention,
+    Cache,
+    kernel_node,
+)
+from .graph import State, expand, has_subgraphs
 from .view import GraphView, NotLowered
 
 INPUT_IDS = "input_ids"
@@ -59,11 +69,14 @@ def lower(
 
 def _check_interface(view: GraphView, states: Mapping[str, State]) -> None:
     needed = {INPUT_IDS, POSITION_IDS}
-    known = needed | {BATCH_INDEX} | set(states)
+    known = needed | {BATCH_INDEX, COMP_CTX_LENGTHS} | set(states)
+    if has_subgraphs(view.model):
+        raise NotLowered("a node has a graph of its own")
     if not states or not needed <= view.inputs <= known:
-        raise NotLowered(f"the inputs are not {', '.join(sorted(known - set(states)))} and pasts")
-    sizes = [view.shape(name)[axis] for name in states for axis in (0, 2)]
-    if any(isinstance(size, int) for size in (*view.shape(INPUT_IDS), *sizes)):
+        unknown = sorted(view.inputs - known) or sorted(needed - view.inputs) or ["no past"]
+        raise NotLowered(f"its inputs are of another kind ({', '.join(unknown)})")
+    sizes = [view.shape(name, rank=4)[axis] for name in states for axis in (0, 2)]
+    if any(isinstance(size, int) for size in (*view.shape(INPUT_IDS, rank=2), *sizes)):
         raise NotLowered("rows, tokens or context have one size only")
     if view.types[POSITION_IDS] != TensorProto.INT64:
         raise NotLowered(f"{POSITION_IDS} is not INT64")
@@ -135,7 +148,7 @@ class _Rewriter:
     def _flat(self, name: str, num_heads: int, nodes: List[Any]) -> str:
         """`name` [B, heads, S, dim] as [B, S, heads * dim]; the value it was made of, if it was."""
         view = self._view
-        width = num_heads * int(view.shape(name)[3])
+        width = num_heads * int(view.shape(name, rank=4)[3])
         node = view.node(name)
         source, made = name + "/seq", False
         if node is not None and _is_heads_first(node):
@@ -195,10 +208,15 @@ class _Rewriter:
         graph.node.extend(nodes)
         graph.initializer.extend(self._initializers)
         for name, array in self._tables.items():
-            graph.initializer.append(_stub(name, array))
+            graph.initializer.add(name=name, dims=array.shape)
+            replace_by_stub(graph.initializer[-1], TensorProto.FLOAT)
         read = {name for node in nodes for name in node.input}
-        if BATCH_INDEX in read:
-            raise NotLowered(f"{BATCH_INDEX} is read by more than the cache")
+        cache_only = {BATCH_INDEX, COMP_CTX_LENGTHS}
+        if read & cache_only:
+            raise NotLowered(f"{read & cache_only} is read by more than the cache")
+        for index in reversed(range(len(graph.input))):
+            if graph.input[index].name in cache_only:
+                del graph.input[index]
         _keep(graph.initializer, read)
         batch = view.shape(INPUT_IDS)[0]
         graph.input.append(helper.make_tensor_value_info(SEQLENS, TensorProto.INT32, [batch]))
@@ -219,13 +237,6 @@ def _needed(nodes: List[Any], outputs: Set[str]) -> List[Any]:
             wanted.update(node.input)
             kept.append(node)
     return kept[::-1]
-
-
-def _stub(name: str, array: Any) -> Any:
-    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
-    tensor.data_location = TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="constants.bin")
-    return tensor
 
 
 def _keep(initializers: Any, names: Set[str]) -> None:

@@ -81,7 +81,8 @@ def decode(packed: Any, num_rows: int, element: ElementFormat = E2M3, out: Any =
     for tile in range(num_tiles):
         rows = min(BLOCK, num_rows - tile * BLOCK)
         for start in range(0, num_columns, _COLUMNS):
-            values = _decode_tile(packed[tile, :, start : start + _COLUMNS], element)
+            with np.errstate(over="ignore"):
+                values = _decode_tile(packed[tile, :, start : start + _COLUMNS], element)
             into = out[tile * BLOCK : tile * BLOCK + rows, start : start + _COLUMNS]
             np.copyto(into, values[:rows])
     return out

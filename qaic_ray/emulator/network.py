@@ -15,7 +15,7 @@ from .qpc import NETWORK, QpcError
 REFERENCE = "reference"
 LOWERED = "lowered"
 
-_MAGIC = b"QAICEMU1"
+_MAGIC = b"QAICEMU2"
 _LENGTH_BYTES = 8
 _INPUT_KINDS = {"float32", "int64", "int32", "int16", "int8", "uint8", "bool"}
 
@@ -23,8 +23,9 @@ _INPUT_KINDS = {"float32", "int64", "int32", "int16", "int8", "uint8", "bool"}
 class Program(NamedTuple):
     """A compiled program but for its weights' bytes and its bindings.
 
-    `states` is retained input -> output, `input_kinds` the numpy dtype that an input is computed
-    in, `graphs` serialized ONNX models by `REFERENCE` and `LOWERED`.
+    `states` is retained input -> output, `roundings` retained input -> what it is rounded to,
+    `mxint8` the bindings whose buffers hold packed MXINT8, `input_kinds` the numpy dtype that an
+    input is computed in, `graphs` serialized ONNX models by `REFERENCE` and `LOWERED`.
     """
 
     apps_version: str
@@ -32,6 +33,8 @@ class Program(NamedTuple):
     mxfp6_matmul: bool
     num_devices: int
     states: Dict[str, str]
+    roundings: Dict[str, str]
+    mxint8: List[str]
     constants: List[Constant]
     input_kinds: Dict[str, str]
     graphs: Dict[str, bytes]
@@ -54,7 +57,9 @@ def parse(data: bytes) -> Program:
         QpcError: where it was not made by this SDK, or is damaged.
     """
     if not data.startswith(_MAGIC):
-        raise QpcError(f"{NETWORK} was not made by this SDK's compiler")
+        raise QpcError(
+            f"{NETWORK} was not made by this version of the emulated SDK; compile the model again"
+        )
     start = len(_MAGIC) + _LENGTH_BYTES
     end = start + int.from_bytes(data[len(_MAGIC) : start], "little")
     try:
@@ -85,6 +90,8 @@ def _program(facts: Dict[str, Any], blob: bytes) -> Program:
         mxfp6_matmul=bool(facts["mxfp6_matmul"]),
         num_devices=int(facts["num_devices"]),
         states={str(name): str(output) for name, output in facts["states"].items()},
+        roundings={str(name): str(kind) for name, kind in facts["roundings"].items()},
+        mxint8=[str(name) for name in facts["mxint8"]],
         constants=[_constant(*row) for row in facts["constants"]],
         input_kinds=kinds,
         graphs=graphs,

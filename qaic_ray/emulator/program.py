@@ -10,6 +10,7 @@ activations between operators to float16, and the order of sums inside a card.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import threading
@@ -20,12 +21,14 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
-from . import aicapi, netdesc, network
-from .lowered import LoweredState, agree, probe
+from . import aicapi, mxint8, netdesc, network, rounding
+from .lowered import LoweredState, Probe
 from .qpc import CONSTANTS, CONSTANTS_DESC, NETWORK, NETWORK_DESC, Container, QpcError
 from .shapes import ITEM_BYTES
 from .view import ORT_ERRORS
 from .weights import Weights, packs_into_its_own_memory
+
+_log = logging.getLogger(__name__)
 
 _DTYPES = {
     aicapi.FLOAT_TYPE: np.dtype(np.float32),
@@ -220,19 +223,20 @@ class LoadedProgram:
         return weights.session(model, self._num_threads), weights
 
     def _lowered_session(self) -> Any:
-        """The lowered session with its weights in memory once; None where it is not sound.
-
-        Two things are made sure of by running it: that a row's result depends on no padding and
-        no other row, and that onnxruntime no longer reads the weights it has packed.
-        """
-        session, self._weights = self._session(network.LOWERED)
-        plain = probe(session, self.qpc.states, padded=False)
-        self._weights.release()
-        if agree(plain, probe(session, self.qpc.states, padded=True)):
-            return session
-        self._weights.restore()
-        if agree(plain, probe(session, self.qpc.states, padded=True)):
-            return session
+        """The lowered session with its weights in memory once; None where it is not sound."""
+        try:
+            session, self._weights = self._session(network.LOWERED)
+            probe = Probe(session, self.qpc.states)
+            self._weights.release()
+            if probe.holds():
+                return session
+            self._weights.restore()
+            if probe.holds():
+                return session
+            reason = "other results for the same tokens in other forms"
+        except (QpcError, *ORT_ERRORS) as error:
+            reason = str(error)
+        _log.warning("%s runs without faster operators: %s", self.qpc.name, reason)
         return None
 
 
@@ -243,6 +247,7 @@ class Activation:
         self._program = program
         self._qpc = program.qpc
         self._lock = threading.Lock()
+        self._packed = set(self._qpc.program.mxint8)
         self._bindings = {b.name: b for b in self._qpc.bindings}
         self._kinds = {n: np.dtype(k) for n, k in self._qpc.program.input_kinds.items()}
         self.reset()
@@ -250,8 +255,7 @@ class Activation:
     def reset(self) -> None:
         """Set every retained state to zero."""
         self._states = {
-            name: np.zeros(self._bindings[name].dims, self._kinds[name])
-            for name in self._qpc.states
+            name: np.zeros(self._compute_dims(name), self._kinds[name]) for name in self._qpc.states
         }
         self._lowered = None
         if self._program.lowered is not None:
@@ -279,10 +283,12 @@ class Activation:
         with self._lock:
             feeds = {}
             for name, array in inputs.items():
+                values = self._to_compute(name, array)
                 if name in self._states:
-                    np.copyto(self._states[name], self._to_compute(name, array))
+                    kind = self._qpc.program.roundings.get(name)
+                    np.copyto(self._states[name], rounding.apply(kind, values))
                 else:
-                    feeds[name] = self._to_compute(name, array)
+                    feeds[name] = values
             try:
                 made = self._compute(feeds)
             except ORT_ERRORS as error:
@@ -306,18 +312,28 @@ class Activation:
             np.copyto(self._states[name], made.pop(out))
         return made
 
+    def _compute_dims(self, name: str) -> Tuple[int, ...]:
+        dims = self._bindings[name].dims
+        if name not in self._packed:
+            return dims
+        return (*dims[:-1], dims[-1] // mxint8.BLOCK_BYTES * mxint8.BLOCK)
+
     def _to_compute(self, name: str, array: Any) -> Any:
         kind = self._kinds[name]
+        if name in self._packed:
+            packed = array.view(np.uint8).reshape(*array.shape[:-1], -1, mxint8.BLOCK_BYTES)
+            return mxint8.decode(packed, packed.shape[-2] * mxint8.BLOCK)
         values = array != 0 if kind == np.bool_ else array.astype(kind, copy=False)
         return np.ascontiguousarray(values)
 
     def _to_buffer(self, name: str, array: Any) -> Any:
+        if name in self._packed:
+            return mxint8.encode(array).reshape(*array.shape[:-1], -1).view(np.int8)
         with np.errstate(over="ignore"):
             copy = name in self._qpc.states.values()
             return array.astype(self._bindings[name].dtype, copy=copy)
 
     def _check(self, inputs: Mapping[str, Any], outputs: Mapping[str, Tuple[int, ...]]) -> None:
-        kept = set(self._qpc.states.values())
         for name in list(inputs) + list(outputs):
             if name not in self._bindings or self._bindings[name].is_input != (name in inputs):
                 raise ShapeError(f"'{name}' is no binding of {self._qpc.name}")
@@ -328,10 +344,7 @@ class Activation:
         given = {name: tuple(array.shape) for name, array in inputs.items()}
         given.update({name: tuple(dims) for name, dims in outputs.items()})
         for shapes in self._specializations():
-            if all(
-                _fits(dims, shapes[n], n in kept or n in self._qpc.states)
-                for n, dims in given.items()
-            ):
+            if all(shapes[name] == dims for name, dims in given.items()):
                 return
         shown = ", ".join(f"{n}{list(d)}" for n, d in sorted(given.items()))
         raise NoMatchingDimension(f"No matching dimension found for {shown}")
@@ -344,12 +357,3 @@ class Activation:
             {name: dims for name, (_, dims) in zip(names, shapes)}
             for shapes in self._qpc.allowed_shapes
         ]
-
-
-def _fits(dims: Tuple[int, ...], allowed: Tuple[int, ...], _is_state: bool) -> bool:
-    return dims == allowed
-
-
-def _numpy_name(type_: str) -> str:
-    name = type_[len("tensor(") : -1]
-    return {"float": "float32", "double": "float64"}.get(name, name)

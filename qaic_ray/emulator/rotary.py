@@ -11,13 +11,14 @@ from __future__ import annotations
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
-from onnx import TensorProto, helper
+from onnx import helper
 
 from .gqa import POSITION_IDS
 from .view import GraphView, NotLowered, Part, part_session, run_part
 
 _HEADS_FIRST = [0, 2, 1, 3]
 _TOLERANCE = 1e-5
+_PIECE = 1024
 
 
 class Rotation(NamedTuple):
@@ -43,11 +44,12 @@ class RotaryFinder:
             if source is None:
                 return None
             part = Part(self._view, (source, POSITION_IDS), (rotated,))
-            if part.key not in self._proven:
-                self._proven[part.key] = self._prove(part, source)
+            key = part.key()
+            if key not in self._proven:
+                self._proven[key] = self._prove(part, source)
         except NotLowered:
             return None
-        tables = self._proven[part.key]
+        tables = self._proven[key]
         return None if tables is None else Rotation(source, *tables)
 
     def _source(self, rotated: str) -> Optional[str]:
@@ -69,28 +71,38 @@ class RotaryFinder:
         return found.pop() if len(found) == 1 and rotated not in found else None
 
     def _prove(self, part: Part, source: str) -> Optional[Tuple[Any, Any]]:
-        heads, dim = self._view.shape(source)[1], self._view.shape(source)[3]
+        _, heads, _, dim = self._view.shape(source, rank=4)
         if not isinstance(heads, int) or not isinstance(dim, int) or dim % 2:
             return None
-        run, half = part.session(), dim // 2
-        ids = np.arange(self._ctx_len)[None]
-        names = self._view.shape(POSITION_IDS)
-        sizes = {n: s for n, s in zip(names, ids.shape) if isinstance(n, str)}
+        run, rng = part.session(), np.random.default_rng(0)
+        names = self._view.shape(POSITION_IDS, rank=2)
+        cos, sin = (np.empty((self._ctx_len, dim // 2), np.float32) for _ in range(2))
+        for start in range(0, self._ctx_len, _PIECE):
+            ids = np.arange(start, min(start + _PIECE, self._ctx_len))[None]
+            sizes = {n: s for n, s in zip(names, ids.shape) if isinstance(n, str)}
+            halves = np.zeros((1, heads, ids.size, dim), np.float32)
+            halves[..., : dim // 2] = 1
+            x = rng.standard_normal(halves.shape).astype(np.float32)
+            turned = run({source: halves, POSITION_IDS: ids}, sizes)[0]
+            if turned.shape != halves.shape:
+                return None
+            cos[ids[0]], sin[ids[0]] = np.split(turned[0, 0], 2, axis=1)
+            expected = run({source: x, POSITION_IDS: ids}, sizes)[0]
+            made = self._kernel(x, ids, cos, sin)
+            if not np.allclose(made, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
+                return None
+        return cos, sin
 
-        def rotate(x: Any) -> Any:
-            return run({source: x, POSITION_IDS: ids}, sizes)[0]
-
-        ones = np.zeros((1, heads, self._ctx_len, dim), np.float32)
-        ones[..., :half] = 1
-        turned = rotate(ones)
-        if turned.shape != ones.shape:
-            return None
-        cos = np.ascontiguousarray(turned[0, 0, :, :half])
-        sin = np.ascontiguousarray(turned[0, 0, :, half:])
-        x = np.random.default_rng(0).standard_normal(ones.shape).astype(np.float32)
-        kernel = _kernel(self._view.model, cos, sin)
-        close = np.allclose(kernel(x, ids), rotate(x), rtol=_TOLERANCE, atol=_TOLERANCE)
-        return (cos, sin) if close else None
+    def _kernel(self, x: Any, ids: Any, cos: Any, sin: Any) -> Any:
+        feeds = {"x": x, POSITION_IDS: ids, "cos": cos, "sin": sin}
+        infos = [
+            helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
+            for n, a in feeds.items()
+        ]
+        outputs = [helper.make_empty_tensor_value_info("y")]
+        node = kernel_node("x", ("cos", "sin"), "y", 0)
+        graph = helper.make_graph([node], "rotary", infos, outputs)
+        return run_part(part_session(self._view.model, graph), feeds)[0]
 
 
 def kernel_node(source: str, tables: Tuple[str, str], output: str, num_heads: int) -> Any:
@@ -103,16 +115,3 @@ def kernel_node(source: str, tables: Tuple[str, str], output: str, num_heads: in
         domain="com.microsoft",
         num_heads=num_heads,
     )
-
-
-def _kernel(model: Any, cos: Any, sin: Any) -> Any:
-    infos = [
-        helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, None, None, 2 * cos.shape[1]]),
-        helper.make_tensor_value_info(POSITION_IDS, TensorProto.INT64, [1, None]),
-        helper.make_tensor_value_info("cos", TensorProto.FLOAT, list(cos.shape)),
-        helper.make_tensor_value_info("sin", TensorProto.FLOAT, list(sin.shape)),
-    ]
-    outputs = [helper.make_empty_tensor_value_info("y")]
-    graph = helper.make_graph([kernel_node("x", ("cos", "sin"), "y", 0)], "k", infos, outputs)
-    session = part_session(model, graph)
-    return lambda x, ids: run_part(session, {"x": x, POSITION_IDS: ids, "cos": cos, "sin": sin})[0]

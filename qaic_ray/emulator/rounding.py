@@ -1,15 +1,16 @@
-"""Rounding of a tensor to what a card keeps in its KV cache, as plain ONNX nodes."""
+"""Rounding of a tensor to what a card keeps in its KV cache: as ONNX nodes, and of an array."""
 
 from __future__ import annotations
 
-from typing import Any, List, Tuple
+from typing import Any, List, Optional, Tuple
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
+from . import mxint8
+
 FLOAT16 = "float16"
 MXINT8 = "mxint8"
-MXINT8_BLOCK = 32
 
 
 def nodes(kind: str, source: str, target: str, rank: int) -> Tuple[List[Any], List[Any]]:
@@ -20,6 +21,14 @@ def nodes(kind: str, source: str, target: str, rank: int) -> Tuple[List[Any], Li
     if kind == FLOAT16:
         return _round_float16(source, target), []
     return _round_mxint8(source, target, rank)
+
+
+def apply(kind: Optional[str], values: Any) -> Any:
+    """Round an array as `nodes` does."""
+    if kind == FLOAT16:
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).astype(np.float32)
+    return mxint8.quantize(values) if kind == MXINT8 else values
 
 
 def _round_float16(source: str, target: str) -> List[Any]:
@@ -38,7 +47,7 @@ def _round_mxint8(source: str, target: str, rank: int) -> Tuple[List[Any], List[
     constants = {
         "powers": powers,
         "steps": np.ldexp(np.concatenate([powers[:1], powers]), -6),
-        "blocks": np.array([0] * (rank - 1) + [-1, MXINT8_BLOCK]),
+        "blocks": np.array([0] * (rank - 1) + [-1, mxint8.BLOCK]),
         "limit": np.float32(127),
         "minus": np.float32(-127),
         "axes": np.array([-1]),

@@ -16,7 +16,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi import onnxruntime_pybind11_state
 
-from .graph import expand, infer_shapes
+from .graph import GraphError, expand, infer_shapes
 
 Dim = Any
 Shape = Tuple[Dim, ...]
@@ -74,20 +74,23 @@ class GraphView:
             return numpy_helper.to_array(attribute.t)
         return np.asarray(helper.get_attribute_value(attribute))
 
-    def shape(self, name: str) -> Shape:
+    def shape(self, name: str, *, rank: Optional[int] = None) -> Shape:
         """Dims of a value: ints, or names of dimensions.
 
         Raises:
-            NotLowered: where a dim is unknown.
+            NotLowered: where a dim is unknown, or there are not `rank` of them.
         """
         shape = self.shapes.get(name)
-        if shape is None or None in shape:
+        if shape is None or None in shape or rank not in (None, len(shape)):
             raise NotLowered(f"the shape of {name} is unknown")
         return shape
 
 
 def _shapes(model: Any) -> Tuple[Dict[str, Shape], Dict[str, int]]:
-    graph = infer_shapes(model)
+    try:
+        graph = infer_shapes(model)
+    except GraphError as error:
+        raise NotLowered(str(error)) from error
     shapes: Dict[str, Shape] = {t.name: tuple(t.dims) for t in model.graph.initializer}
     types: Dict[str, int] = {t.name: t.data_type for t in model.graph.initializer}
     for value in list(graph.value_info) + list(graph.input) + list(graph.output):
@@ -151,7 +154,6 @@ class Part:
         self.measured = [name for name in self.measured if name not in made]
         return sorted(found)
 
-    @property
     def key(self) -> str:
         """Equal for parts that compute the same by the same nodes, whatever their names."""
         short: Dict[str, str] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from tiny_llama import TinyLlama
 from qaic_ray.emulator import compiler
 from qaic_ray.emulator.program import Qpc
 
+FUZZ_EXAMPLES = int(os.environ.get("QAIC_FUZZ_EXAMPLES", "200"))
+"""Inputs of each fuzz test; the long run of all together takes 100,000."""
+
 SLOTS = 3
 PROMPT_LEN = 4
 CTX_LEN = 16
+COMP_CTX_LENGTHS = (8, CTX_LEN)
 
 
 def write_inputs(
@@ -28,9 +33,11 @@ def write_inputs(
         {"batch_size": str(rows), "seq_len": str(length), "ctx_len": str(CTX_LEN)}
         for rows, length in ((prefill_rows, PROMPT_LEN), (SLOTS, 1))
     ]
-    if llama.continuous:
-        for entry in entries:
+    for entry, compute_ctx in zip(entries, COMP_CTX_LENGTHS, strict=True):
+        if llama.continuous:
             entry["full_batch_size"] = str(SLOTS)
+        if llama.comp_ctx_lengths:
+            entry["comp_ctx_lengths"] = str(compute_ctx)
     if named:
         entries = [{"name": f"S{i}", "symbols": entry} for i, entry in enumerate(entries)]
     (folder / "specializations.json").write_text(json.dumps({"specializations": entries}))

@@ -10,11 +10,11 @@ import hypothesis.strategies as st
 import numpy as np
 import onnx
 import pytest
-from compiled import CTX_LEN, PROMPT_LEN, SLOTS, compile_tiny
+from compiled import COMP_CTX_LENGTHS, CTX_LEN, PROMPT_LEN, SLOTS, compile_tiny
 from hypothesis import given, settings
 from tiny_llama import TinyLlama
 
-from qaic_ray.emulator.program import Activation, LoadedProgram, Qpc
+from qaic_ray.emulator.program import Activation, LoadedProgram, NoMatchingDimension, Qpc
 from qaic_ray.emulator.rows import MAX_IDLE_RUN, Call, plan
 
 TOLERANCE = 1e-4
@@ -111,6 +111,30 @@ def test_lowered_graph_is_made_of_fused_operators(pair: Pair) -> None:
     assert ops.count("RotaryEmbedding") == 2 * layers
     assert ops.count("SimplifiedLayerNormalization") == 2 * layers + 1
     assert not {"Softmax", "Transpose", "ScatterND", "CtxScatter", "CtxGatherCB"} & set(ops)
+
+
+@pytest.mark.parametrize("position", [3, 6])
+def test_only_as_much_context_as_the_specialization_has_is_read(
+    tmp_path: Path, position: int
+) -> None:
+    pair = Pair(tmp_path, TinyLlama(comp_ctx_lengths=True), None)
+    pair.start()
+    positions = np.arange(position, position + PROMPT_LEN)[None]
+    ids = np.array([[5, 6, 7, 8]])
+    made = []
+    for activation in pair.activations:
+        inputs = {
+            "input_ids": ids,
+            "position_ids": positions,
+            "batch_index": np.array([[1]]),
+            "comp_ctx_lengths": np.zeros(COMP_CTX_LENGTHS[0], np.int64),
+        }
+        wanted = {"logits": (1, 1, pair.llama.vocab)}
+        made.append(activation.run(inputs, wanted)["logits"])
+        inputs["comp_ctx_lengths"] = np.zeros(CTX_LEN, np.int64)
+        with pytest.raises(NoMatchingDimension):
+            activation.run(inputs, wanted)
+    np.testing.assert_allclose(*made, atol=TOLERANCE)
 
 
 SAME = {

@@ -14,8 +14,9 @@ from compiled import CTX_LEN, PROMPT_LEN, SLOTS, compile_tiny
 from onnx import numpy_helper
 from tiny_llama import NumpyLlama, TinyLlama
 
-from qaic_ray.emulator import aicapi, compiler, mxfp6, program
+from qaic_ray.emulator import aicapi, compiler, mxfp6, mxint8, program
 from qaic_ray.emulator.program import LoadedProgram, NoMatchingDimension, Qpc, ShapeError
+from qaic_ray.emulator.weights import Weights, packs_into_its_own_memory
 
 PRECISIONS = {
     "fp32": (),
@@ -177,6 +178,17 @@ def test_retained_state_can_be_read_and_replaced(qpcs: dict[Any, Qpc], use_lower
     assert not np.allclose(logits_of(first, llama, decode)[1], expected[1], atol=1e-3)
 
 
+@pytest.mark.parametrize("use_lowered", [True, False])
+def test_a_state_given_by_the_caller_is_rounded_too(tmp_path: Path, use_lowered: bool) -> None:
+    qpc = compile_tiny(tmp_path, TinyLlama(), "-convert-to-fp16")
+    activation = LoadedProgram(qpc, 1, use_lowered=use_lowered).activate()
+    past = np.random.default_rng(0).standard_normal((SLOTS, 2, CTX_LEN, 8)).astype(np.float32)
+    activation.run({**step(TinyLlama(), {0: ([1], 0)}, 1), "past_key.1": past}, {})
+    np.testing.assert_array_equal(
+        activation.state("past_key.1")[1:], past[1:].astype(np.float16).astype(np.float32)
+    )
+
+
 def test_padding_rows_leave_their_slots_alone(qpcs: dict[Any, Qpc]) -> None:
     llama = TinyLlama()
     activation = LoadedProgram(qpcs[True, "fp32"], 1).activate()
@@ -204,7 +216,18 @@ def test_mxint8_cache_holds_mxint8_values(tmp_path: Path) -> None:
         np.testing.assert_array_equal(steps, np.rint(steps))
         assert np.abs(steps).max() <= 127
         results.append(made)
+        name = "past_key.1_RetainedState"
+        dims = (SLOTS, 1, CTX_LEN, 33)
+        packed = activation.run(step(llama, {}, 1), {name: dims})[name]
+        np.testing.assert_array_equal(
+            mxint8.decode(packed[0, 0, :3, None].view(np.uint8), 32), cache
+        )
+        other = loaded.activate()
+        other.run({**step(llama, {}, 1), "past_key.1": packed}, {})
+        np.testing.assert_array_equal(other.state("past_key.1"), activation.state("past_key.1"))
     np.testing.assert_allclose(results[0], results[1], atol=1e-4)
+    binding = next(b for b in qpc.bindings if b.name == "past_key.1")
+    assert (binding.type, binding.size) == (aicapi.INT8_TYPE, SLOTS * CTX_LEN * 33)
 
 
 RUNNING_SUM = """
@@ -303,3 +326,30 @@ def test_threads_come_from_the_environment(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert program.num_threads_of_environment() == threads
+
+
+def test_a_lowered_graph_that_does_not_hold_is_left(
+    qpcs: dict[Any, Qpc], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    llama = TinyLlama()
+    good = LoadedProgram(qpcs[True, "mx6"], 1)
+    monkeypatch.setattr(program.Probe, "holds", lambda _: False)
+    other = LoadedProgram(qpcs[True, "mx6"], 1)
+    assert (good.lowered is not None, other.lowered is not None) == (True, False)
+    assert "without faster operators" in caplog.text
+    inputs = step(llama, {2: ([9, 8, 7], 0)}, PROMPT_LEN)
+    made = [logits_of(p.activate(), llama, inputs) for p in (good, other)]
+    np.testing.assert_allclose(*made, atol=1e-4)
+
+
+def test_released_weights_can_be_restored(qpcs: dict[Any, Qpc]) -> None:
+    qpc = qpcs[True, "mx6"]
+    model = onnx.ModelProto.FromString(qpc.graphs["reference"])
+    constants = {c.name: c for c in qpc.program.constants}
+    weights = Weights(model, constants, qpc.constants_segment())
+    expected = mxfp6.quantize(TinyLlama().weights["wq_0"])
+    np.testing.assert_array_equal(weights.arrays["wq_0"], expected)
+    weights.release()
+    weights.restore()
+    np.testing.assert_array_equal(weights.arrays["wq_0"], expected)
+    assert packs_into_its_own_memory()

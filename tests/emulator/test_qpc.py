@@ -8,7 +8,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
-from compiled import compile_tiny
+from compiled import FUZZ_EXAMPLES, compile_tiny
 from hypothesis import HealthCheck, given, settings
 from tiny_llama import TinyLlama
 
@@ -126,7 +126,9 @@ def spoil(data: st.DataObject, good: bytes, region: tuple[int, int]) -> bytes:
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=FUZZ_EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
 def test_fuzzed_files_are_opened_or_refused(
@@ -141,7 +143,9 @@ def test_fuzzed_files_are_opened_or_refused(
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=FUZZ_EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
 def test_fuzzed_segments_with_right_checksums_are_opened_or_refused(
@@ -162,4 +166,4 @@ def test_fuzzed_descriptors_are_refused(data: bytes) -> None:
     with contextlib.suppress(QpcError):
         netdesc.parse(data)
     with pytest.raises(QpcError):
-        network.parse(b"QAICEMU1" + data)
+        network.parse(b"QAICEMU2" + data)

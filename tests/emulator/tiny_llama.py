@@ -34,8 +34,7 @@ llama ({inputs}) => ({outputs})
   nought = Constant <value = float {{0}}> ()
   padding = Less (position_ids, zero)
   {scatter_pos}
-  past_dims = Shape (past_key_0)
-  ctx_1d = Slice (past_dims, i2, i3)
+  {ctx_1d}
   ctx = Squeeze (ctx_1d)
   kv_range = Range (zero, ctx, one)
   kv_3d = Unsqueeze (kv_range, i0)
@@ -151,6 +150,7 @@ class TinyLlama:
     max_positions: int = 64
     seed: int = 0
     edits: tuple[tuple[str, str], ...] = ()
+    comp_ctx_lengths: bool = False
     weights: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -193,6 +193,10 @@ class TinyLlama:
         inputs += past
         if self.continuous:
             inputs.append("int64[batch_size, 1] batch_index")
+        ctx_1d = "past_dims = Shape (past_key_0)\n  ctx_1d = Slice (past_dims, i2, i3)"
+        if self.comp_ctx_lengths:
+            inputs.append("int64[comp_ctx_lengths] comp_ctx_lengths")
+            ctx_1d = "ctx_1d = Shape (comp_ctx_lengths)"
         outputs = [f"float[batch_size, 1, {self.vocab}] logits"]
         outputs += [p + "_RetainedState" for p in past]
         suffix, slots = ("CB", "batch_index, ") if self.continuous else ("", "")
@@ -202,7 +206,7 @@ class TinyLlama:
         text = _HEAD.format(
             inputs=", ".join(inputs), outputs=", ".join(outputs), heads=self.num_heads,
             kv=self.num_kv_heads, dim=self.head_dim, half=self.head_dim // 2, hidden=self.hidden,
-            scale=self.head_dim**-0.5, scatter_pos=scatter_pos,
+            scale=self.head_dim**-0.5, scatter_pos=scatter_pos, ctx_1d=ctx_1d,
         )  # fmt: skip
         layer = _LAYER
         for old, new in self.edits:
