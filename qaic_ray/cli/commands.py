@@ -251,6 +251,9 @@ def run(
             "--generation-len", "--generation_len", min=1, help="Most tokens of an answer."
         ),
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")
+    ] = False,
     output: Annotated[Path, typer.Option(help="Folder that gets one folder a run.")] = Path("runs"),
     stream: Annotated[bool, typer.Option(help="Print answers as they come.")] = True,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
@@ -271,6 +274,7 @@ def run(
         input_len=input_len,
         ctx_len=ctx_len,
         generation_len=generation_len,
+        chat=chat,
         output=output,
         ray_address=address,
     )

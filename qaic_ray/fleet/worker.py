@@ -114,6 +114,11 @@ class CardWorker:
         start_s = time.perf_counter()
         checkpoint = open_checkpoint(self.spec.model, weights=False)
         tokenizer = load_tokenizer(checkpoint)
+        if self.spec.generation.chat and not tokenizer.has_chat_template:
+            raise UsageError(
+                f"{self.spec.model} has no chat template: leave --chat (run.chat) out, or use the "
+                "chat version of the model."
+            )
         sdk = open_sdk(Path(self.spec.sdk_root))
         session = Session(sdk, Path(self.spec.qpc), self.spec.device_ids)
         try:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import yaml
 
 from qaic_ray.compile.compiler import QPC_FILE
 from qaic_ray.errors import UsageError
@@ -27,7 +29,7 @@ class RunRequest:
     """Prompts for one QPC on some cards; `devices` None means all of the machine's.
 
     `input_len` and `ctx_len`, where given, must be what the QPC was compiled for. `job_text` is
-    what the run folder keeps as job.yaml.
+    the job that this is a part of, for the run folder's job.yaml; without one the request itself.
     """
 
     name: str
@@ -166,6 +168,13 @@ def _new_run_folder(request: RunRequest) -> Path:
         except OSError as error:
             raise UsageError(f"Cannot write to {folder.parent}: {error.strerror}.") from error
         (folder / "logs").mkdir()
-        (folder / "job.yaml").write_text(request.job_text, encoding="utf-8")
+        (folder / "job.yaml").write_text(request.job_text or _own_text(request), encoding="utf-8")
         return folder
     raise UsageError(f"{request.output} has a thousand runs of this second: use another --output.")
+
+
+def _own_text(request: RunRequest) -> str:
+    fields = asdict(request) | {"qpc": str(request.qpc), "output": str(request.output)}
+    fields["devices"] = list(request.devices or ())
+    del fields["job_text"]
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)

@@ -164,4 +164,7 @@ def test_the_three_steps_by_hand_and_what_a_qpc_is_not(
     assert wrong.returncode == 2
     assert "--input-len is 32" in wrong.stderr
     assert "compiled for 16" in wrong.stderr
+    unable = qaic_ray(*run, "--prompt", "a", "--chat", cwd=work)
+    assert unable.returncode == 2
+    assert "no chat template" in unable.stderr
     assert sorted((work / "runs").iterdir()) == runs  # nothing half-written
