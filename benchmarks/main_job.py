@@ -1,9 +1,9 @@
 """The main job as a user starts it: wall time, memory of all its processes, and a peer beside it.
 
 `python benchmarks/main_job.py` runs `qaic-ray launch jobs/smollm2.yaml` in an empty folder with the
-model in the user's cache, then lets transformers' `generate` answer the same prompts in batches of
-eight in one process. Prints a table, and one JSON object as its last line. The rates are this
-machine's, through the emulated SDK: never a card's.
+model in the user's cache, then lets transformers' `generate` answer every fourth of the same
+prompts in batches of eight in one process. Prints a table, and one JSON object as its last line.
+The rates are this machine's, through the emulated SDK: never a card's.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ job = load_job(Path(sys.argv[1]))
 checkpoint = open_checkpoint(job.model.name)
 model, tokenizer = load_torch_model(checkpoint), load_tokenizer(checkpoint)
 lines = Path(job.run.prompts).read_text(encoding="utf-8").splitlines()
-prompts = sorted((tokenizer.encode(json.loads(line)["prompt"]) for line in lines), key=len)
+texts = [json.loads(line)["prompt"] for line in lines[::4]]
+chats = (tokenizer.chat([{"role": "user", "content": text}]) for text in texts)
+prompts = sorted(chats if job.run.chat else map(tokenizer.encode, texts), key=len)
 start_s, tokens = time.monotonic(), 0
 for at in range(0, len(prompts), 8):
     rows = prompts[at : at + 8]
@@ -99,7 +101,7 @@ print(json.dumps({"generated_tokens": tokens, "tokens_per_s": round(tokens / sec
 
 
 def peer(cwd: Path) -> dict[str, Any]:
-    """transformers, float32, the same prompts, in one process."""
+    """transformers, float32, every fourth prompt, in one process."""
     output, wall_s, peak = measure([sys.executable, "-c", PEER, str(JOB)], cwd)
     figures: dict[str, Any] = json.loads(output.splitlines()[-1])
     return {"wall_s": round(wall_s, 1), "peak_pss_gb": round(peak / 1e9, 2), **figures}
