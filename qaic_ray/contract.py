@@ -78,12 +78,14 @@ class Specialization:
     `batch_size` rows of `seq_len` tokens at once, each with a context of `ctx_len` tokens.
     `full_batch_size` is the number of slots of a continuous-batching program, None for a static
     one; its prefill then has `batch_size` 1 and its decode `batch_size` = `full_batch_size`.
+    `num_logits_to_keep` is for graphs that have such an input.
     """
 
     batch_size: int
     seq_len: int
     ctx_len: int
     full_batch_size: int | None = None
+    num_logits_to_keep: int | None = None
 
     def symbols(self) -> dict[str, str]:
         """ONNX dim_param -> value, as strings: the compiler's JSON reader takes nothing else."""
@@ -94,6 +96,8 @@ class Specialization:
         }
         if self.full_batch_size is not None:
             symbols["full_batch_size"] = str(self.full_batch_size)
+        if self.num_logits_to_keep is not None:
+            symbols[NUM_LOGITS_TO_KEEP] = str(self.num_logits_to_keep)
         return symbols
 
 
@@ -193,7 +197,7 @@ def _entry(entry: Any, source: str, index: int) -> Specialization:
     symbols = entry.get("symbols", entry) if isinstance(entry, dict) else None
     if not isinstance(symbols, dict):
         raise SpecializationError(f"{source}: specialization {index} must be an object.")
-    known = ("batch_size", "seq_len", "ctx_len", "full_batch_size")
+    known = ("batch_size", "seq_len", "ctx_len", "full_batch_size", NUM_LOGITS_TO_KEEP)
     values: dict[str, int] = {}
     for key, value in symbols.items():
         if key in ("name", "full_batch_exec_size"):
@@ -233,6 +237,7 @@ def check_specializations(entries: tuple[Specialization, ...]) -> None:
             ("seq_len", s.seq_len),
             ("ctx_len", s.ctx_len),
             ("full_batch_size", s.full_batch_size),
+            (NUM_LOGITS_TO_KEEP, s.num_logits_to_keep),
         ):
             if value is not None and value < 1:
                 raise SpecializationError(f"{key} must be at least 1, not {value}.")

@@ -18,7 +18,7 @@ MANIFEST_FILE = "manifest.json"
 CUSTOM_IO_FILE = "custom_io.yaml"
 VERIFY_FILE = "verify.json"
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same options would give other files, so that older exports are made again."""
 
 
@@ -46,7 +46,9 @@ class ModelManifest:
     `onnx_file` is relative to the folder. `max_position` is the longest context (`ctx_len`) that
     the graph is right for. `weights_sha256` is over the checkpoint's tensors, however sharded.
     `num_clipped` weights were beyond the range of float16. `sources` tell a later export whether
-    the weight files are still the same without reading them.
+    the weight files are still the same without reading them. `num_kv_heads` is the cache's: the
+    checkpoint's times `num_replicate_kv_heads`. `logits` and `next_tokens` say what the first
+    output is, `kv_dtype` what custom_io.yaml asks for.
     """
 
     format: int
@@ -72,6 +74,10 @@ class ModelManifest:
     num_clipped: int
     tool_versions: Mapping[str, str]
     sources: tuple[SourceFile, ...]
+    kv_dtype: str = "float16"
+    logits: str = "last"
+    next_tokens: bool = False
+    num_replicate_kv_heads: int = 1
 
     def same_making(self, other: ModelManifest) -> bool:
         """Whether both come from equal weights, options, format and tools."""
@@ -94,6 +100,10 @@ _KEY = (
     "weights_sha256",
     "architecture_sha256",
     "tool_versions",
+    "kv_dtype",
+    "logits",
+    "next_tokens",
+    "num_replicate_kv_heads",
 )
 
 

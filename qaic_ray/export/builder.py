@@ -17,6 +17,11 @@ from onnx import TensorProto, helper, numpy_helper
 Dim = int | str | None
 Shape = tuple[Dim, ...]
 
+_IR_VERSIONS = {13: 7, 17: 8}
+"""Those of the published exports; the compilers of a time may know no later one."""
+
+_RANKS = ("scalar", "vector", "matrix")
+
 
 @dataclass(frozen=True)
 class Value:
@@ -32,13 +37,22 @@ class WeightSpec:
     """A tensor of the graph whose bytes come later, from the checkpoint or from a table.
 
     `shape` is the one in the graph; with `transpose` the checkpoint's is its reverse. `source` is
-    the name in the checkpoint, None for a rotary table.
+    the name in the checkpoint, None for a rotary table. Of the checkpoint's rows every
+    `copied_rows` (a head) lie `copies` times in a row.
     """
 
     name: str
     shape: tuple[int, ...]
     source: str | None
     transpose: bool = False
+    copies: int = 1
+    copied_rows: int = 1
+
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        """The checkpoint's shape."""
+        rows, *others = self.shape[::-1] if self.transpose else self.shape
+        return (rows // self.copies, *others)
 
 
 class GraphBuilder:
@@ -57,6 +71,7 @@ class GraphBuilder:
         self._inner: list[Value] = []
         self._constants: dict[str, TensorProto] = {}
         self._shapes: dict[str, Value] = {}
+        self._sizes: dict[str, Value] = {}
         self._num_uses: dict[str, int] = {}
 
     def input(self, name: str, dtype: int, shape: Shape) -> Value:
@@ -65,18 +80,16 @@ class GraphBuilder:
         self._inputs.append(value)
         return value
 
-    def weight(
-        self, name: str, shape: tuple[int, ...], *, source: str | None, transpose: bool = False
-    ) -> Value:
-        """Declare a tensor that is written beside the model."""
-        self.weights.append(WeightSpec(name, shape, source, transpose))
+    def weight(self, name: str, shape: tuple[int, ...], *, source: str | None, **how: Any) -> Value:
+        """Declare a tensor that is written beside the model; `how` is of `WeightSpec`."""
+        self.weights.append(WeightSpec(name, shape, source, **how))
         return Value(name, self.dtype, shape)
 
     def constant(self, values: Any, dtype: int = TensorProto.INT64) -> Value:
         """A small constant; equal ones are one initializer."""
         array = np.asarray(values, dtype=helper.tensor_dtype_to_np_dtype(dtype))
         text = "x".join(str(v) for v in array.ravel().tolist())
-        name = f"constant_{array.dtype}_{'vector' if array.ndim else 'scalar'}_{text}"
+        name = f"constant_{array.dtype}_{_RANKS[array.ndim]}_{text}"
         if name not in self._constants:
             self._constants[name] = numpy_helper.from_array(array, name)
         return Value(name, dtype, array.shape)
@@ -142,9 +155,42 @@ class GraphBuilder:
         shape = (*value.shape[:axis], 1, *value.shape[axis:])
         return self.op("Unsqueeze", scope, [value, self.constant([axis])], shape)
 
-    def gather(self, scope: str, data: Value, indices: Value) -> Value:
-        """Rows of `data` at `indices`."""
-        return self.op("Gather", scope, [data, indices], (*indices.shape, *data.shape[1:]), axis=0)
+    def gather(self, scope: str, data: Value, indices: Value, *, axis: int = 0) -> Value:
+        """Entries of `data` at `indices`, along an axis that counts from the front."""
+        shape = (*data.shape[:axis], *indices.shape, *data.shape[axis + 1 :])
+        return self.op("Gather", scope, [data, indices], shape, axis=axis)
+
+    def range(self, scope: str, stop: Value, name: str) -> Value:
+        """0 to `stop`, a dimension called `name`."""
+        span = [self.constant(0), stop, self.constant(1)]
+        return self.op("Range", scope, span, (name,), dtype=TensorProto.INT64)
+
+    def shape_of(self, scope: str, *sizes: Value | int) -> Value:
+        """A shape made of dimensions (scalars, from `dimension`) and numbers."""
+        parts = []
+        for size in sizes:
+            if isinstance(size, int):
+                parts.append(self.constant([size]))
+                continue
+            if size.name not in self._sizes:
+                self._sizes[size.name] = self.unsqueeze(scope, size, 0)
+            parts.append(self._sizes[size.name])
+        return self.op("Concat", scope, parts, (len(sizes),), axis=0)
+
+    def concat(self, scope: str, *parts: Value) -> Value:
+        """Join along the last axis, whose sizes are numbers."""
+        width = sum(int(part.shape[-1] or 0) for part in parts)
+        return self.op("Concat", scope, parts, (*parts[0].shape[:-1], width), axis=-1)
+
+    def expand(self, scope: str, value: Value, pattern: Value, shape: Shape) -> Value:
+        """Broadcast to `pattern`, which gives `shape`."""
+        return self.op("Expand", scope, [value, pattern], shape)
+
+    def cast(self, scope: str, value: Value, dtype: int, *, output: str | None = None) -> Value:
+        """Nothing where the type is right already, unless a graph output has to be made."""
+        if value.dtype == dtype and output is None:
+            return value
+        return self.op("Cast", scope, [value], value.shape, dtype=dtype, output=output, to=dtype)
 
     def dimension(self, scope: str, value: Value, axis: int) -> Value:
         """The size of one dimension as a scalar, which specialization makes a constant."""
@@ -184,7 +230,7 @@ class GraphBuilder:
                 *(helper.make_opsetid(domain, 1) for domain in domains),
             ],
             functions=functions,
-            ir_version=8,
+            ir_version=_IR_VERSIONS[opset],
             producer_name="qaic-ray",
         )
 

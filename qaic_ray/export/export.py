@@ -5,6 +5,7 @@ The folder has the layout of the published recipe, whose scripts build file name
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import tempfile
@@ -104,12 +105,14 @@ def export_model(
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UsageError(f"Cannot write {error.filename or folder}: {error.strerror}.") from error
     except OSError as error:
-        raise ExportError(f"Cannot write {folder}: {error.strerror}.") from error
+        kind = UsageError if error.errno == errno.EROFS else ExportError
+        raise kind(f"Cannot write {error.filename or folder}: {error.strerror}.") from error
 
 
 def custom_io(num_layers: int, precision: str) -> str:
     """The compiler's custom_io.yaml: the KV cache, in and out, in `precision`."""
-    names = [n for name in past_names(num_layers) for n in (name, retained(name))]
+    inputs = past_names(num_layers)
+    names = [*inputs, *(retained(name) for name in inputs)]
     return "".join(f" - IOName: {name}\n   Precision: {precision}\n\n" for name in names)
 
 
@@ -176,7 +179,8 @@ class _Making:
         if self._sources() != sources:
             raise ExportError(f"The weights of {self.checkpoint.name} changed while being read.")
         manifest = self._manifest(written.sha256, written.num_clipped)
-        (folder / CUSTOM_IO_FILE).write_text(custom_io(self.architecture.num_layers, "float16"))
+        text = custom_io(self.architecture.num_layers, self.options.kv_dtype)
+        (folder / CUSTOM_IO_FILE).write_text(text)
         (folder / MANIFEST_FILE).write_text(manifest.to_json())
         return manifest
 
@@ -194,7 +198,7 @@ class _Making:
             hidden_size=a.hidden_size,
             intermediate_size=a.intermediate_size,
             num_heads=a.num_heads,
-            num_kv_heads=a.num_kv_heads,
+            num_kv_heads=a.num_kv_heads * o.num_replicate_kv_heads,
             head_dim=a.head_dim,
             vocab_size=a.vocab_size,
             max_position=a.max_position,
@@ -207,6 +211,10 @@ class _Making:
             num_clipped=num_clipped,
             tool_versions={"qaic-ray": __version__} | {tool: version(tool) for tool in _TOOLS},
             sources=self._sources(),
+            kv_dtype=o.kv_dtype,
+            logits=o.logits,
+            next_tokens=o.next_tokens,
+            num_replicate_kv_heads=o.num_replicate_kv_heads,
         )
 
     def _sources(self) -> tuple[SourceFile, ...]:

@@ -20,7 +20,7 @@ SKIP = 2**31 - 1
 
 RMS_NORM = """
 CustomRMSNorm <epsilon> (hidden_states, weight) => (normed)
-{
+{{
     hidden = Cast <to = 1> (hidden_states)
     scale = Cast <to = 1> (weight)
     two = Constant <value_float = 2.0> ()
@@ -32,8 +32,8 @@ CustomRMSNorm <epsilon> (hidden_states, weight) => (normed)
     inverse = Reciprocal (root)
     unit = Mul (hidden, inverse)
     scaled = Mul (scale, unit)
-    normed = CastLike (scaled, hidden_states)
-}
+    normed = Cast <to = {dtype}> (scaled)
+}}
 """
 
 # Row b, head h, token s: `updates` goes to slot position_ids[b, s].
@@ -114,10 +114,24 @@ CtxGather (data, ctx_indices, comp_ctx_len) => (gathered)
 }
 """
 
+# Its form up to opset 13: as many slots as the cache has.
+CTX_GATHER_13 = """
+CtxGather (data, ctx_indices) => (gathered)
+{
+    axes = Constant <value_ints = [0, 1, 2]> ()
+    data_shape = Shape (data)
+    shape = Gather (data_shape, axes)
+    expanded = Expand (ctx_indices, shape)
+    last_axis = Constant <value_ints = [-1]> ()
+    indices = Unsqueeze (expanded, last_axis)
+    gathered = GatherND <batch_dims = 2> (data, indices)
+}
+"""
+
 # The same, and row b of the batch is row batch_index[b] of the cache.
 CTX_GATHER_CB = """
-CtxGatherCB (data, batch_index, ctx_indices, comp_ctx_len) => (gathered)
-{
+CtxGatherCB (data, batch_index, ctx_indices{more_inputs}) => (gathered)
+{{
     i0 = Constant <value_int = 0> ()
     i1 = Constant <value_int = 1> ()
     v0 = Constant <value_ints = [0]> ()
@@ -143,7 +157,7 @@ CtxGatherCB (data, batch_index, ctx_indices, comp_ctx_len) => (gathered)
     position_index = Expand (positions_4d, shape)
     indices = Concat <axis = 3> (row_index, head_index, position_index)
     gathered = GatherND (data, indices)
-}
+}}
 """
 
 # The cache gets one slot more, which takes the writes that a kernel drops and is cut off again.
@@ -181,13 +195,28 @@ _PLAIN_GATHER = """
 }}
 """
 
-_CACHE_FUNCTIONS = {False: (CTX_SCATTER, CTX_GATHER), True: (CTX_SCATTER_CB, CTX_GATHER_CB)}
+
+_CACHE_FUNCTIONS = {
+    (CLOUD_DOMAIN, name + suffix) for name in ("CtxScatter", "CtxGather") for suffix in ("", "CB")
+}
 
 
-def card_functions(*, continuous: bool, opset: int) -> list[onnx.FunctionProto]:
-    """The functions of an exported graph."""
-    cache = [_function(text, CLOUD_DOMAIN, opset) for text in _CACHE_FUNCTIONS[continuous]]
-    return [_function(RMS_NORM, AISW_DOMAIN, opset), *cache]
+def has_ctx_len_input(opset: int) -> bool:
+    """Whether the gather functions are told the length of the context, as from opset 17 on."""
+    return opset >= 17
+
+
+def card_functions(
+    *, continuous: bool, opset: int, dtype: int = onnx.TensorProto.FLOAT
+) -> list[onnx.FunctionProto]:
+    """The functions of an exported graph whose activations have the type `dtype`."""
+    told = has_ctx_len_input(opset)
+    gather_cb = CTX_GATHER_CB.format(more_inputs=", comp_ctx_len" if told else "")
+    cache = (CTX_SCATTER_CB, gather_cb)
+    if not continuous:
+        cache = (CTX_SCATTER, CTX_GATHER if told else CTX_GATHER_13)
+    norm = _function(RMS_NORM.format(dtype=dtype), AISW_DOMAIN, opset)
+    return [norm, *(_function(text, CLOUD_DOMAIN, opset) for text in cache)]
 
 
 def use_plain_functions(model: Any) -> None:
@@ -195,7 +224,9 @@ def use_plain_functions(model: Any) -> None:
 
     The function of a graph's own then is called from the new one, under another domain.
     """
-    cache = [function for function in model.functions if function.domain == CLOUD_DOMAIN]
+    cache = [f for f in model.functions if (f.domain, f.name) in _CACHE_FUNCTIONS]
+    if not cache:
+        return
     plain = [_plain(function) for function in cache]
     for function in cache:
         function.domain = PLAIN_DOMAIN

@@ -6,17 +6,20 @@ a weight has it as a constant [K, N] right operand, which is what the compiler c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from onnx import TensorProto
 
 from qaic_ray import contract
+from qaic_ray.contract import IoContract
+from qaic_ray.errors import UsageError
 from qaic_ray.export.architecture import Architecture
 from qaic_ray.export.builder import GraphBuilder, Value, WeightSpec
-from qaic_ray.export.functions import AISW_DOMAIN, card_functions
-from qaic_ray.export.options import ExportOptions
-from qaic_ray.export.position_ids import PositionIdsCache
+from qaic_ray.export.cache_index import CacheIndexContract
+from qaic_ray.export.functions import card_functions
+from qaic_ray.export.options import LAST, ExportOptions
+from qaic_ray.export.position_ids import PositionIdsContract
 
 COSINE_TABLE = "model.cos_cached"
 SINE_TABLE = "model.sin_cached"
@@ -34,39 +37,67 @@ class AuthoredGraph:
 
 
 def author(architecture: Architecture, options: ExportOptions) -> AuthoredGraph:
-    """Write the graph of a decoder."""
+    """Write the graph of a decoder.
+
+    Raises:
+        UsageError: its heads cannot be shared out as the options say.
+    """
+    num_copies = options.num_replicate_kv_heads
+    if architecture.num_groups % num_copies:
+        raise UsageError(
+            f"num_replicate_kv_heads must divide the {architecture.num_groups} query heads that "
+            f"share one of the model's key and value heads; {num_copies} does not."
+        )
     g = GraphBuilder(_TYPES[options.dtype])
-    cache = PositionIdsCache(g, architecture, continuous=options.continuous)
-    _Decoder(g, architecture, cache).write()
-    functions = card_functions(continuous=options.continuous, opset=options.opset)
-    states = [contract.retained(name) for name in contract.past_names(architecture.num_layers)]
+    stored = replace(architecture, num_kv_heads=architecture.num_kv_heads * num_copies)
+    decoder = _Decoder(g, stored, options)
+    decoder.write()
+    functions = []
+    if options.contract is IoContract.POSITION_IDS:
+        functions = card_functions(
+            continuous=options.continuous, opset=options.opset, dtype=g.dtype
+        )
     model = g.finish(
         architecture.kind,
-        outputs=[contract.LOGITS, *states],
+        outputs=output_names(architecture, options),
         opset=options.opset,
         functions=functions,
     )
     return AuthoredGraph(model, tuple(g.weights))
 
 
+def output_names(architecture: Architecture, options: ExportOptions) -> list[str]:
+    """The graph's outputs in the contract's order: the answer, then what stays on the card."""
+    answer = contract.NEXT_TOKENS if options.next_tokens else contract.LOGITS
+    states = contract.past_names(architecture.num_layers)
+    if options.contract is IoContract.CACHE_INDEX:
+        states.append(contract.ATTENTION_MASK)
+    return [answer, *(contract.retained(name) for name in states)]
+
+
 class _Decoder:
-    def __init__(
-        self, g: GraphBuilder, architecture: Architecture, cache: PositionIdsCache
-    ) -> None:
+    def __init__(self, g: GraphBuilder, architecture: Architecture, options: ExportOptions) -> None:
         self._g = g
         self._a = architecture
-        self._cache = cache
+        self._options = options
+        self._contract: CacheIndexContract | PositionIdsContract
+        if options.contract is IoContract.CACHE_INDEX:
+            self._contract = CacheIndexContract(g, architecture, options)
+        else:
+            self._contract = PositionIdsContract(g, architecture, options)
 
     def write(self) -> None:
         g, a = self._g, self._a
         embedding = self._weight("model.embed_tokens.weight", a.vocab_size, a.hidden_size)
-        hidden = g.gather("/model/embed_tokens", embedding, self._cache.input_ids)
+        hidden = g.gather("/model/embed_tokens", embedding, self._contract.input_ids)
         hidden = self._scaled("/model", hidden, a.embedding_multiplier)
         self._rotary = (self._table(COSINE_TABLE), self._table(SINE_TABLE))
         for layer in range(a.num_layers):
             hidden = self._layer(layer, hidden)
         hidden = self._norm("model.norm", hidden, a.hidden_size)
-        self._logits(self._cache.last_token(hidden))
+        # What divides the logits can as well divide what they are made of.
+        hidden = self._scaled("/model", hidden, 1.0 / a.logits_scaling)
+        self._answer(self._contract.chosen(hidden))
 
     def _layer(self, layer: int, hidden: Value) -> Value:
         g, a = self._g, self._a
@@ -87,11 +118,11 @@ class _Decoder:
         query = self._rotate(scope, self._heads(module, "q", hidden, a.num_heads))
         key = self._rotate(scope, self._heads(module, "k", hidden, a.num_kv_heads))
         value = self._heads(module, "v", hidden, a.num_kv_heads)
-        keys, values = self._cache.update(layer, key, value)
+        keys, values = self._contract.update(layer, key, value)
         keys, values = self._repeat(scope, keys), self._repeat(scope, values)
         scores = g.matmul(scope, query, g.transpose(scope, keys, [0, 1, 3, 2]))
         scores = self._scaled(scope, scores, a.attention_scale)
-        weights = self._softmax(scope, self._cache.mask(scope, scores))
+        weights = self._softmax(scope, self._contract.mask(scope, scores))
         mixed = g.transpose(scope, g.matmul(scope, weights, values), [0, 2, 1, 3])
         width = a.num_heads * a.head_dim
         joined = g.reshape(scope, mixed, [0, 0, width], ("batch_size", "seq_len", width))
@@ -100,14 +131,19 @@ class _Decoder:
     def _heads(self, module: str, which: str, hidden: Value, num_heads: int) -> Value:
         """[batch, heads, seq, head_dim] of a query, key or value projection."""
         g, a = self._g, self._a
+        scope, copies = _scope(module), 1 if which == "q" else self._options.num_replicate_kv_heads
         projected = self._linear(
-            f"{module}.{which}_proj", hidden, num_heads * a.head_dim, bias=a.qkv_bias
+            f"{module}.{which}_proj",
+            hidden,
+            num_heads * a.head_dim,
+            bias=a.qkv_bias,
+            copies=copies,
         )
         shape = ("batch_size", "seq_len", num_heads, a.head_dim)
-        split = g.reshape(_scope(module), projected, [0, 0, num_heads, a.head_dim], shape)
+        split = g.reshape(scope, projected, [0, 0, num_heads, a.head_dim], shape)
         if a.qk_norm and which != "v":
             split = self._norm(f"{module}.{which}_norm", split, a.head_dim)
-        return g.transpose(_scope(module), split, [0, 2, 1, 3])
+        return g.transpose(scope, split, [0, 2, 1, 3])
 
     def _rotate(self, scope: str, heads: Value) -> Value:
         g, half = self._g, self._a.head_dim // 2
@@ -140,8 +176,8 @@ class _Decoder:
     def _softmax(self, scope: str, scores: Value) -> Value:
         """In float32 whatever the type of the graph."""
         g = self._g
-        wide = self._cast(scope, scores, TensorProto.FLOAT)
-        return self._cast(scope, g.op("Softmax", scope, [wide], wide.shape, axis=-1), g.dtype)
+        wide = g.cast(scope, scores, TensorProto.FLOAT)
+        return g.cast(scope, g.op("Softmax", scope, [wide], wide.shape, axis=-1), g.dtype)
 
     def _mlp(self, module: str, hidden: Value) -> Value:
         g, a = self._g, self._a
@@ -153,45 +189,60 @@ class _Decoder:
         product = g.elementwise("Mul", scope, active, up)
         return self._linear(f"{module}.down_proj", product, a.hidden_size, bias=a.mlp_bias)
 
-    def _logits(self, hidden: Value) -> None:
+    def _answer(self, hidden: Value) -> None:
+        """The graph's first output: logits of the chosen tokens, or their most likely ids."""
         g, a = self._g, self._a
         source = "model.embed_tokens.weight" if a.tied_embeddings else "lm_head.weight"
         weight = g.weight(
             "lm_head.weight", (a.hidden_size, a.vocab_size), source=source, transpose=True
         )
-        shape = ("batch_size", 1, a.vocab_size)
+        shape, float32 = (*hidden.shape[:-1], a.vocab_size), TensorProto.FLOAT
         # The result that is the output of the graph has to be made under the output's name.
-        ends = g.dtype == TensorProto.FLOAT and a.logits_scaling == 1.0
-        output = contract.LOGITS
-        logits = g.op(
-            "MatMul", "/lm_head", [hidden, weight], shape, output=output if ends else None
-        )
-        if a.logits_scaling != 1.0:
-            divisor = g.constant(a.logits_scaling, g.dtype)
-            ends = g.dtype == TensorProto.FLOAT
-            logits = g.op("Div", "", [logits, divisor], shape, output=output if ends else None)
-        if not ends:
-            float32 = TensorProto.FLOAT
-            g.op("Cast", "", [logits], shape, dtype=float32, output=output, to=float32)
+        name = None if self._options.next_tokens else contract.LOGITS
+        narrow = g.dtype != float32
+        output = None if narrow else name
+        logits = g.op("MatMul", "/lm_head", [hidden, weight], shape, output=output)
+        if narrow:
+            logits = g.cast("", logits, float32, output=name)
+        if self._options.next_tokens:
+            self._next_tokens(logits)
 
-    def _linear(self, module: str, value: Value, width: int, *, bias: bool) -> Value:
-        g, scope = self._g, _scope(module)
+    def _next_tokens(self, logits: Value) -> None:
+        """Ids of the largest logits; the last dimension, vocab_size wide, becomes 1."""
+        g = self._g
+        output, int64 = contract.NEXT_TOKENS, TensorProto.INT64
+        width = int(logits.shape[-1] or 0)
+        if len(logits.shape) == 2:
+            shape = ("batch_size", 1)
+            g.op("ArgMax", "", [logits], shape, dtype=int64, output=output, axis=1, keepdims=1)
+            return
+        flat = g.reshape("", logits, [-1, width], (None, width))
+        ids = g.op("ArgMax", "", [flat], (None, 1), dtype=int64, axis=1, keepdims=1)
+        pattern = g.constant([-1, 1, 1])
+        if self._options.logits != LAST:
+            pattern = g.shape_of("", -1, g.dimension("", logits, 1), 1)
+        g.op("Reshape", "", [ids, pattern], (*logits.shape[:-1], 1), output=output)
+
+    def _linear(
+        self, module: str, value: Value, width: int, *, bias: bool, copies: int = 1
+    ) -> Value:
+        """A projection; with `copies` every head of its output is there so many times."""
+        g, scope, dim = self._g, _scope(module), self._a.head_dim
         source = f"{module}.weight"
-        weight = g.weight(source, (int(value.shape[-1] or 0), width), source=source, transpose=True)
+        rows = int(value.shape[-1] or 0)
+        weight = g.weight(
+            source, (rows, width), source=source, transpose=True, copies=copies, copied_rows=dim
+        )
         product = g.matmul(scope, value, weight)
         if not bias:
             return product
-        return g.elementwise("Add", scope, self._weight(f"{module}.bias", width), product)
+        source = f"{module}.bias"
+        added = g.weight(source, (width,), source=source, copies=copies, copied_rows=dim)
+        return g.elementwise("Add", scope, added, product)
 
     def _norm(self, module: str, value: Value, width: int) -> Value:
-        return self._g.op(
-            "CustomRMSNorm",
-            _scope(module),
-            [value, self._weight(f"{module}.weight", width)],
-            value.shape,
-            domain=AISW_DOMAIN,
-            epsilon=self._a.rms_norm_eps,
-        )
+        weight = self._weight(f"{module}.weight", width)
+        return self._contract.norm(_scope(module), value, weight, self._a.rms_norm_eps)
 
     def _weight(self, name: str, *shape: int) -> Value:
         return self._g.weight(name, shape, source=name)
@@ -200,18 +251,13 @@ class _Decoder:
         """[batch, 1, seq, head_dim]: the rows of a rotary table for every token."""
         g, a = self._g, self._a
         table = g.weight(name, (a.max_position, a.head_dim), source=None)
-        rows = g.gather("/model/rotary_emb", table, self._cache.position_ids)
+        rows = g.gather("/model/rotary_emb", table, self._contract.position_ids)
         return g.unsqueeze("/model/rotary_emb", rows, 1)
 
     def _scaled(self, scope: str, value: Value, factor: float) -> Value:
         if factor == 1.0:
             return value
         return self._g.elementwise("Mul", scope, value, self._g.constant(factor, self._g.dtype))
-
-    def _cast(self, scope: str, value: Value, dtype: int) -> Value:
-        if value.dtype == dtype:
-            return value
-        return self._g.op("Cast", scope, [value], value.shape, dtype=dtype, to=dtype)
 
 
 def _scope(module: str) -> str:

@@ -11,18 +11,21 @@ from onnx import TensorProto
 from qaic_ray import contract
 from qaic_ray.export.architecture import Architecture
 from qaic_ray.export.builder import GraphBuilder, Shape, Value
-from qaic_ray.export.functions import CLOUD_DOMAIN, SKIP
+from qaic_ray.export.functions import AISW_DOMAIN, CLOUD_DOMAIN, SKIP, has_ctx_len_input
+from qaic_ray.export.options import ALL, ExportOptions
 
+INT32 = TensorProto.INT32
 INT64 = TensorProto.INT64
 BOOL = TensorProto.BOOL
 
 
-class PositionIdsCache:
-    """The KV cache of one graph; construction declares the inputs in the contract's order."""
+class PositionIdsContract:
+    """The inputs and the KV cache of one graph; construction declares the inputs in order."""
 
-    def __init__(self, g: GraphBuilder, architecture: Architecture, *, continuous: bool) -> None:
+    def __init__(self, g: GraphBuilder, architecture: Architecture, options: ExportOptions) -> None:
         self._g = g
-        rows = "full_batch_size" if continuous else "batch_size"
+        self._options = options
+        rows = "full_batch_size" if options.continuous else "batch_size"
         shape = (rows, architecture.num_kv_heads, "ctx_len", architecture.head_dim)
         self.input_ids = g.input(contract.INPUT_IDS, INT64, ("batch_size", "seq_len"))
         self.position_ids = g.input(contract.POSITION_IDS, INT64, ("batch_size", "seq_len"))
@@ -31,8 +34,12 @@ class PositionIdsCache:
             for name in contract.past_names(architecture.num_layers)
         }
         self._slots: tuple[Value, ...] = ()
-        if continuous:
+        if options.continuous:
             self._slots = (g.input(contract.BATCH_INDEX, INT64, ("batch_size", 1)),)
+        self._kept: Value | None = None
+        if options.logits == contract.NUM_LOGITS_TO_KEEP:
+            name = contract.NUM_LOGITS_TO_KEEP
+            self._kept = g.input(name, INT64, (name, 1))
         self._prepare()
 
     def _prepare(self) -> None:
@@ -45,8 +52,9 @@ class PositionIdsCache:
                 "Where", scope, padding, g.constant(SKIP), self.position_ids, dtype=INT64
             )
         self._ctx_len = g.dimension(scope, self._past[contract.past_key(0)], 2)
-        span = [g.constant(0), self._ctx_len, g.constant(1)]
-        positions = g.op("Range", scope, span, ("ctx_len",), dtype=INT64)
+        positions = g.range(scope, self._ctx_len, "ctx_len")
+        axes = g.constant([0, 1])
+        positions = g.op("Unsqueeze", scope, [positions, axes], (1, 1, "ctx_len"))
         own = g.unsqueeze(scope, self.position_ids, 2)
         later = g.elementwise("Greater", scope, positions, own, dtype=BOOL)
         self._masked = g.unsqueeze(scope, later, 1)
@@ -59,6 +67,17 @@ class PositionIdsCache:
             "Where", scope, beyond, g.constant(SKIP), positions, dtype=INT64
         )
         self._beyond = g.unsqueeze(scope, beyond, 3)
+
+    def norm(self, scope: str, hidden: Value, weight: Value, epsilon: float) -> Value:
+        """RMS norm over the last axis: the card has a kernel of its own for it."""
+        return self._g.op(
+            "CustomRMSNorm",
+            scope,
+            [hidden, weight],
+            hidden.shape,
+            domain=AISW_DOMAIN,
+            epsilon=epsilon,
+        )
 
     def update(self, layer: int, key: Value, value: Value) -> tuple[Value, Value]:
         """Write a layer's new keys and values, and read back what its queries may see."""
@@ -80,10 +99,11 @@ class PositionIdsCache:
             domain=CLOUD_DOMAIN,
         )
         shape: Shape = ("batch_size", *past.shape[1:])
+        length = [self._ctx_len] if has_ctx_len_input(self._options.opset) else []
         return g.op(
             f"CtxGather{suffix}",
             scope,
-            [written, *self._slots, self._read_at, self._ctx_len],
+            [written, *self._slots, self._read_at, *length],
             shape,
             domain=CLOUD_DOMAIN,
         )
@@ -94,25 +114,40 @@ class PositionIdsCache:
         nothing = g.constant(float("-inf"), scores.dtype)
         return g.elementwise("Where", scope, self._masked, nothing, scores, dtype=scores.dtype)
 
-    def last_token(self, hidden: Value) -> Value:
-        """[batch, 1, hidden]: of every row the token with the highest position.
+    def chosen(self, hidden: Value) -> Value:
+        """[batch, tokens, hidden] of the tokens whose logits are asked for.
 
         The rows are counted in one flat list, so that one Gather along one axis is enough.
         """
+        if self._options.logits == ALL:
+            return hidden
         g, width = self._g, int(hidden.shape[-1] or 0)
-        # onnxruntime's ArgMax has no INT64 form, so the published graphs take INT32 too.
-        narrow = g.op(
-            "Cast",
-            "",
-            [self.position_ids],
-            self.position_ids.shape,
-            dtype=TensorProto.INT32,
-            to=TensorProto.INT32,
-        )
-        column = g.op("ArgMax", "", [narrow], ("batch_size", 1), dtype=INT64, axis=1, keepdims=1)
+        column = self._last_column()
+        if self._kept is not None:
+            column = self._columns_up_to(column, self._kept)
         seq_len = g.dimension("", self.position_ids, 1)
-        span = [g.constant(0), g.dimension("", self.position_ids, 0), g.constant(1)]
-        rows = g.op("Range", "", span, ("batch_size",), dtype=INT64)
+        rows = g.range("", g.dimension("", self.position_ids, 0), "batch_size")
         starts = g.unsqueeze("", g.elementwise("Mul", "", rows, seq_len), 1)
         flat = g.reshape("", hidden, [-1, width], (None, width))
         return g.gather("", flat, g.elementwise("Add", "", starts, column))
+
+    def _last_column(self) -> Value:
+        """[batch, 1]: of every row the token with the highest position."""
+        g = self._g
+        # onnxruntime's ArgMax has no INT64 form, so the published graphs take INT32 too.
+        narrow = g.cast("", self.position_ids, INT32)
+        return g.op("ArgMax", "", [narrow], ("batch_size", 1), dtype=INT64, axis=1, keepdims=1)
+
+    def _columns_up_to(self, last: Value, kept: Value) -> Value:
+        """[batch, num_logits_to_keep]: the tokens that end with the last one, or the first ones.
+
+        Only the length of `kept` counts.
+        """
+        g = self._g
+        length = g.dimension("", kept, 0)
+        short = g.elementwise("Less", "", last, length, dtype=BOOL)
+        after = g.elementwise("Add", "", last, g.constant(1))
+        first = g.elementwise("Sub", "", after, length)
+        first = g.elementwise("Where", "", short, g.constant(0), first, dtype=INT64)
+        span = g.range("", length, contract.NUM_LOGITS_TO_KEEP)
+        return g.elementwise("Add", "", first, g.unsqueeze("", span, 0))

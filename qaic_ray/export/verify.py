@@ -1,7 +1,7 @@
 """Holds an exported graph against PyTorch: the same prompts through both, differences as data.
 
-The graph runs on onnxruntime with the meaning that a card gives to indices outside the cache
-written into its functions. Prints nothing, and needs nothing but a model folder and its checkpoint.
+Prints nothing, and needs nothing but a model folder and its checkpoint. What PyTorch does is in
+`reference.py`, what the graph does in `replay.py`.
 """
 
 from __future__ import annotations
@@ -12,23 +12,21 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import onnx
 
-from qaic_ray import contract
 from qaic_ray.errors import ExportError, UsageError
 from qaic_ray.export.architecture import Architecture
-from qaic_ray.export.cut import cut_layers, kept_layers
-from qaic_ray.export.functions import use_plain_functions
-from qaic_ray.export.weights import FLOAT16_MAX
+from qaic_ray.export.cut import kept_layers
+from qaic_ray.export.headroom import Activation, beyond_float16, largest_activation
+from qaic_ray.export.reference import Floats, Trace, trace_prompts
+from qaic_ray.export.replay import Answer, Replay, open_replay
 from qaic_ray.manifest import VERIFY_FILE, ModelManifest, read_manifest
-from qaic_ray.model import Checkpoint, has_tokenizer, load_tokenizer, load_torch_model
+from qaic_ray.model import Checkpoint, has_tokenizer, load_tokenizer
 
 PROMPTS = (
     "My name is",
+    "The three largest cities of Japan by population are",
     "The capital of France is Paris, and the river that flows through the old town is called the",
 )
 NUM_DECODE_STEPS = 2
@@ -39,11 +37,10 @@ FLOAT16_TOLERANCE = 2e-2
 FULL_PARAMETERS = 2_000_000_000
 """Models below this are checked with all their layers by default."""
 
-_CTX_LEN = 64
-_CHUNK_LEN = 8
-_NUM_SLOTS = 3
-
-Floats = npt.NDArray[np.floating]
+CTX_LEN = 64
+"""Context of a verification, where the model has as much."""
+CHUNK_LEN = 8
+"""Tokens of a prefill chunk of a verification."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +57,19 @@ class ScenarioDifference:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The outcome of `verify_export`; `layers` are those that were looked at."""
+    """The outcome of `verify_export`; `layers` are those that were looked at.
+
+    `overflows` are the activations that the prompts drove beyond float16, so that a card cannot
+    hold them; `largest` is the one that came nearest to it, or went farthest.
+    """
 
     level: str
     layers: tuple[int, ...]
     ctx_len: int
     tolerance: float
     scenarios: tuple[ScenarioDifference, ...]
+    largest: Activation
+    overflows: tuple[Activation, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -101,12 +104,37 @@ def verify_export(model_dir: Path, checkpoint: Checkpoint, *, level: str = "full
         UsageError: `model_dir` is not an exported model.
     """
     manifest = read_manifest(model_dir)
+    ctx_len = min(CTX_LEN, manifest.max_position)
+    chunk_len = max(1, min(CHUNK_LEN, (ctx_len - NUM_DECODE_STEPS) // 2))
+    # Whole chunks, because rows that are padded on the left take so much of the context.
+    longest = (ctx_len - NUM_DECODE_STEPS) // chunk_len * chunk_len
+    prompts = _prompt_ids(checkpoint, manifest, longest=longest)
+    return compare(
+        model_dir, checkpoint, prompts, ctx_len=ctx_len, chunk_len=chunk_len, level=level
+    )
+
+
+def compare(
+    model_dir: Path,
+    checkpoint: Checkpoint,
+    prompts: Sequence[Sequence[int]],
+    *,
+    ctx_len: int,
+    chunk_len: int,
+    level: str = "full",
+) -> VerifyReport:
+    """`verify_export` with prompts (token ids) and sizes of one's own."""
+    manifest = read_manifest(model_dir)
     layers = kept_layers(manifest.num_layers, level)
-    ctx_len = min(_CTX_LEN, manifest.max_position)
-    prompts = _prompt_ids(checkpoint, manifest, longest=ctx_len - NUM_DECODE_STEPS - 1)
-    traces = _trace(checkpoint, manifest, layers, prompts)
-    graph = _Graph(model_dir / manifest.onnx_file, manifest, layers, ctx_len)
-    scenarios = _Scenarios(graph, traces)
+    traces = trace_prompts(
+        checkpoint,
+        prompts,
+        num_steps=NUM_DECODE_STEPS,
+        layers=None if len(layers) == manifest.num_layers else layers,
+        clip=manifest.num_clipped > 0,
+    )
+    replay = open_replay(model_dir, manifest, layers, ctx_len)
+    scenarios = _Scenarios(replay, manifest, traces, chunk_len)
     scenarios.prefill_and_decode()
     scenarios.chunked_prefill()
     scenarios.mixed_batch()
@@ -115,7 +143,15 @@ def verify_export(model_dir: Path, checkpoint: Checkpoint, *, level: str = "full
     tolerance = FLOAT32_TOLERANCE
     if manifest.dtype == "float16":
         tolerance = FLOAT16_TOLERANCE * max(float(np.abs(t.logits).max()) for t in traces)
-    return VerifyReport(level, layers, ctx_len, tolerance, tuple(scenarios.differences))
+    return VerifyReport(
+        level=level,
+        layers=layers,
+        ctx_len=ctx_len,
+        tolerance=tolerance,
+        scenarios=tuple(scenarios.differences),
+        largest=largest_activation(replay.largest),
+        overflows=beyond_float16(replay.largest),
+    )
 
 
 def write_report(report: VerifyReport, model_dir: Path) -> None:
@@ -136,24 +172,11 @@ def read_report(model_dir: Path) -> VerifyReport | None:
         fields.pop("passed")
         fields["layers"] = tuple(fields["layers"])
         fields["scenarios"] = tuple(ScenarioDifference(**s) for s in fields["scenarios"])
+        fields["largest"] = Activation(**fields["largest"])
+        fields["overflows"] = tuple(Activation(**a) for a in fields["overflows"])
         return VerifyReport(**fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"{path} is damaged ({error}); delete it and verify again.") from error
-
-
-@dataclass(frozen=True)
-class _Trace:
-    """What PyTorch does with one prompt: logits after it and after each decoded token.
-
-    `tokens` is the prompt and the tokens decoded from it; `keys` and `values` have a row [heads,
-    tokens, head_dim] for every layer.
-    """
-
-    prompt_len: int
-    tokens: npt.NDArray[np.int64]
-    logits: Floats
-    keys: list[Floats]
-    values: list[Floats]
 
 
 def _prompt_ids(
@@ -167,194 +190,114 @@ def _prompt_ids(
     return [[byte % manifest.vocab_size for byte in prompt][:longest] for prompt in raw]
 
 
-def _trace(
-    checkpoint: Checkpoint,
-    manifest: ModelManifest,
-    layers: Sequence[int],
-    prompts: Sequence[Sequence[int]],
-) -> list[_Trace]:
-    import torch
-
-    every = len(layers) == manifest.num_layers
-    model = load_torch_model(checkpoint, layers=None if every else layers)
-    if manifest.num_clipped:
-        for parameter in model.parameters():
-            clipped = parameter.clamp(-FLOAT16_MAX, FLOAT16_MAX)
-            parameter.data = torch.where(parameter.isneginf(), parameter, clipped)
-    traces = []
-    with torch.inference_mode():
-        for prompt in prompts:
-            tokens, logits = list(prompt), []
-            cache: Any = None
-            for _ in range(NUM_DECODE_STEPS + 1):
-                fresh = tokens if cache is None else tokens[-1:]
-                result = model(torch.tensor([fresh]), past_key_values=cache, use_cache=True)
-                cache = result.past_key_values
-                logits.append(result.logits[0, -1].numpy())
-                tokens.append(int(logits[-1].argmax()))
-            keys = [layer.keys[0].numpy() for layer in cache.layers]
-            values = [layer.values[0].numpy() for layer in cache.layers]
-            ids = np.array(tokens[:-1], np.int64)
-            traces.append(_Trace(len(prompt), ids, np.stack(logits), keys, values))
-    return traces
-
-
-class _Graph:
-    """The exported graph on onnxruntime, with the state that a card would retain."""
-
-    def __init__(
-        self, path: Path, manifest: ModelManifest, layers: Sequence[int], ctx_len: int
-    ) -> None:
-        import onnxruntime
-
-        model = onnx.load(path, load_external_data=False)
-        use_plain_functions(model)
-        cut_layers(model, layers)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(path.parent)
-        )
-        self._session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        self.continuous = manifest.continuous
-        self.layers = tuple(layers)
-        self._shape = (manifest.num_kv_heads, ctx_len, manifest.head_dim)
-        self._dtype = np.dtype(manifest.dtype)
-        self._past: dict[str, Any] = {}
-
-    def reset(self, num_rows: int) -> None:
-        """Empty rows of cache; what is in them is noise, as on a card."""
-        noise = np.random.default_rng(0).standard_normal((num_rows, *self._shape))
-        names = [n for i in self.layers for n in (contract.past_key(i), contract.past_value(i))]
-        self._past = {name: noise.astype(self._dtype) for name in names}
-
-    def run(
-        self, ids: npt.ArrayLike, positions: npt.ArrayLike, slots: Sequence[int]
-    ) -> npt.NDArray[np.float32]:
-        """Logits [rows, vocab] of [rows, seq] tokens; `slots` are rows of a continuous cache."""
-        feed: dict[str, Any] = {
-            contract.INPUT_IDS: np.asarray(ids, np.int64),
-            contract.POSITION_IDS: np.asarray(positions, np.int64),
-            **self._past,
-        }
-        if self.continuous:
-            feed[contract.BATCH_INDEX] = np.asarray(slots, np.int64)[:, None]
-        outputs = [contract.LOGITS, *(contract.retained(name) for name in self._past)]
-        logits, *past = self._session.run(outputs, feed)
-        self._past = dict(zip(self._past, past, strict=True))
-        return np.asarray(logits)[:, 0]
-
-    def row(self, slot: int, num_tokens: int) -> tuple[list[Floats], list[Floats]]:
-        """Keys and values of the first tokens of a row, a list over the layers."""
-        keys = [self._past[contract.past_key(i)][slot, :, :num_tokens] for i in self.layers]
-        values = [self._past[contract.past_value(i)][slot, :, :num_tokens] for i in self.layers]
-        return keys, values
-
-
 class _Scenarios:
-    def __init__(self, graph: _Graph, traces: Sequence[_Trace]) -> None:
-        self._graph = graph
+    def __init__(
+        self, replay: Replay, manifest: ModelManifest, traces: Sequence[Trace], chunk_len: int
+    ) -> None:
+        self._replay = replay
+        self._continuous = manifest.continuous
+        self._num_copies = manifest.num_replicate_kv_heads
         self._traces = traces
+        self._chunk_len = chunk_len
+        # One slot more than rows, so that one is always somebody else's.
+        self._num_slots = len(traces) + 1
         self.differences: list[ScenarioDifference] = []
 
     def prefill_and_decode(self) -> None:
         """Each prompt alone, in one prefill, and then its decode steps."""
-        graph = self._graph
-        prefill, decode = _Difference("prefill"), _Difference("decode")
+        prefill, decode = self._difference("prefill"), self._difference("decode")
         for trace in self._traces:
-            graph.reset(_NUM_SLOTS if graph.continuous else 1)
-            self._prefill(trace, 0, trace.prompt_len, prefill)
+            self._reset(1)
+            self._prefill([trace], [0], trace.prompt_len, prefill)
             self._decode([trace], [0], decode)
         self.differences += [prefill.total(), decode.total()]
 
     def chunked_prefill(self) -> None:
-        """The longest prompt in chunks, the last of them padded."""
-        graph, difference = self._graph, _Difference("chunked prefill")
+        """The longest prompt in chunks, one of them padded."""
+        difference = self._difference("chunked prefill")
         trace = max(self._traces, key=lambda t: t.prompt_len)
-        graph.reset(_NUM_SLOTS if graph.continuous else 1)
-        self._prefill(trace, 0, _CHUNK_LEN, difference)
+        self._reset(1)
+        self._prefill([trace], [0], self._chunk_len, difference)
         self._decode([trace], [0], difference)
         self.differences.append(difference.total())
 
     def mixed_batch(self) -> None:
         """Prompts of different lengths decoded together."""
-        graph, difference = self._graph, _Difference("mixed batch")
-        rows = list(range(len(self._traces)))
-        if graph.continuous:
-            graph.reset(_NUM_SLOTS)
-            slots = [_NUM_SLOTS - 1 - row for row in rows]
+        difference = self._difference("mixed batch")
+        slots = list(range(len(self._traces)))
+        self._reset(len(slots))
+        if self._continuous:
+            slots = [self._num_slots - 1 - slot for slot in slots]
             for trace, slot in zip(self._traces, slots, strict=True):
-                self._prefill(trace, slot, _CHUNK_LEN, difference)
+                self._prefill([trace], [slot], self._chunk_len, difference)
         else:
-            graph.reset(len(rows))
-            slots = rows
-            self._prefill_together(difference)
+            self._prefill(self._traces, slots, self._chunk_len, difference)
         self._decode(self._traces, slots, difference)
         self.differences.append(difference.total())
 
     def slot_reuse(self) -> None:
         """A short prompt in the slot that a longer one has left."""
-        graph, difference = self._graph, _Difference("slot reuse")
-        long, short = sorted(self._traces, key=lambda t: -t.prompt_len)[:2]
-        graph.reset(_NUM_SLOTS)
-        self._prefill(long, 1, _CHUNK_LEN, _Difference("left behind"))
-        self._prefill(short, 1, _CHUNK_LEN, difference)
-        self._decode([short], [1], difference)
+        difference = self._difference("slot reuse")
+        ordered = sorted(self._traces, key=lambda t: t.prompt_len)
+        self._reset(1)
+        self._prefill([ordered[-1]], [1], self._chunk_len, self._difference("left behind"))
+        self._prefill([ordered[0]], [1], self._chunk_len, difference)
+        self._decode([ordered[0]], [1], difference)
         self.differences.append(difference.total())
 
-    def _prefill(self, trace: _Trace, slot: int, chunk_len: int, into: _Difference) -> None:
-        for start in range(0, trace.prompt_len, chunk_len):
-            ids, positions = _chunk(trace, start, chunk_len)
-            logits = self._graph.run([ids], [positions], [slot])
-        into.add(trace, 0, logits[0], self._graph.row(slot, trace.prompt_len))
+    def _difference(self, scenario: str) -> _Difference:
+        return _Difference(scenario, self._num_copies)
 
-    def _prefill_together(self, into: _Difference) -> None:
-        """One static batch: shorter rows have chunks of nothing but padding at the end."""
-        last: dict[int, Floats] = {}
-        for start in range(0, max(t.prompt_len for t in self._traces), _CHUNK_LEN):
-            chunks = [_chunk(trace, start, _CHUNK_LEN) for trace in self._traces]
-            ids, positions = zip(*chunks, strict=True)
-            logits = self._graph.run(ids, positions, range(len(chunks)))
-            last |= {i: logits[i] for i, t in enumerate(self._traces) if start < t.prompt_len}
-        for i, trace in enumerate(self._traces):
-            into.add(trace, 0, last[i], self._graph.row(i, trace.prompt_len))
+    def _reset(self, num_rows: int) -> None:
+        self._replay.reset(self._num_slots if self._continuous else num_rows)
 
-    def _decode(self, traces: Sequence[_Trace], slots: Sequence[int], into: _Difference) -> None:
+    def _prefill(
+        self, traces: Sequence[Trace], slots: Sequence[int], chunk_len: int, into: _Difference
+    ) -> None:
+        prompts = [trace.tokens[: trace.prompt_len] for trace in traces]
+        for answer in self._replay.prefill(prompts, slots, chunk_len):
+            into.add_answer(traces[answer.row], answer)
+        self._compare_caches(traces, slots, 0, into)
+
+    def _decode(self, traces: Sequence[Trace], slots: Sequence[int], into: _Difference) -> None:
         for step in range(NUM_DECODE_STEPS):
-            at = [trace.prompt_len + step for trace in traces]
-            ids = [[trace.tokens[p]] for trace, p in zip(traces, at, strict=True)]
-            logits = self._graph.run(ids, [[p] for p in at], slots)
-            for i, trace in enumerate(traces):
-                into.add(trace, step + 1, logits[i], self._graph.row(slots[i], at[i] + 1))
+            tokens = [int(trace.tokens[trace.prompt_len + step]) for trace in traces]
+            for answer in self._replay.decode(tokens, slots):
+                into.add_answer(traces[answer.row], answer)
+            self._compare_caches(traces, slots, step + 1, into)
 
-
-def _chunk(trace: _Trace, start: int, length: int) -> tuple[list[int], list[int]]:
-    ids = trace.tokens[: trace.prompt_len][start : start + length].tolist()
-    padding = length - len(ids)
-    positions = list(range(start, start + len(ids)))
-    return ids + [0] * padding, positions + [contract.PADDING_POSITION] * padding
+    def _compare_caches(
+        self, traces: Sequence[Trace], slots: Sequence[int], step: int, into: _Difference
+    ) -> None:
+        for trace, slot in zip(traces, slots, strict=True):
+            into.add_cache(trace, self._replay.row(slot, trace.prompt_len + step))
 
 
 class _Difference:
     """Grows over the rows of one scenario."""
 
-    def __init__(self, scenario: str) -> None:
+    def __init__(self, scenario: str, num_copies: int) -> None:
         self._scenario = scenario
+        self._num_copies = num_copies
         self._largest: list[list[float]] = [[0.0], [0.0], [0.0]]
         self._top1: list[bool] = []
 
-    def add(
-        self, trace: _Trace, step: int, logits: Floats, past: tuple[list[Floats], list[Floats]]
-    ) -> None:
-        """Compare the state after `step` decoded tokens."""
-        expected = trace.logits[step]
-        self._largest[0].append(_largest(logits, expected))
-        self._top1.append(int(logits.argmax()) == int(expected.argmax()))
+    def add_answer(self, trace: Trace, answer: Answer) -> None:
+        """Compare logits; of a token id, how far its logit is from the largest one."""
+        expected = trace.logits[answer.position]
+        if answer.values.dtype.kind == "i":
+            token = int(answer.values[0])
+            self._largest[0].append(float(expected.max() - expected[token]))
+        else:
+            token = int(answer.values.argmax())
+            self._largest[0].append(_largest(answer.values, expected))
+        self._top1.append(token == int(expected.argmax()))
+
+    def add_cache(self, trace: Trace, past: tuple[list[Floats], list[Floats]]) -> None:
+        """Compare the keys and values of a row, a list over the layers each."""
         for which, (got, truth) in enumerate(zip(past, (trace.keys, trace.values), strict=True)):
             for layer, layer_truth in zip(got, truth, strict=True):
-                seen = layer_truth[:, : layer.shape[1]]
+                seen = np.repeat(layer_truth[:, : layer.shape[1]], self._num_copies, axis=0)
                 self._largest[which + 1].append(_largest(layer, seen))
 
     def total(self) -> ScenarioDifference:

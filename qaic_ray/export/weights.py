@@ -20,20 +20,21 @@ import numpy.typing as npt
 
 from qaic_ray.errors import CheckpointError
 from qaic_ray.export.builder import WeightSpec
+from qaic_ray.export.conversion import Array, Converter
 from qaic_ray.export.tensors import ITEM_BYTES, TensorEntry, read_into
 
 ALIGNMENT_BYTES = 4096
 """Of every tensor's offset, so that readers can map it."""
 
-FLOAT16_MAX = 65504.0
-
-Array = npt.NDArray[np.floating]
 Table = Callable[[], Iterator[npt.NDArray[np.float32]]]
 
-_BLOCK_ELEMENTS = 1 << 22
+_BLOCK_ELEMENTS = 1 << 19
 _NUM_WORKERS = 2
 _STRIPE_ROWS = 16
-"""Rows transposed at once: as many as fill one cache line of the result."""
+"""Rows transposed at once: about as many as fill one cache line of the result."""
+
+_GROUP_ELEMENTS = 1 << 25
+"""Values of a transposed tensor that are written together."""
 
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 """Tables that older checkpoints carry and that follow from the configuration."""
@@ -159,32 +160,58 @@ def weights_sha256(plan: WeightPlan) -> str:
     return _combine(plan, {name: digest_of(name) for name in plan.by_source()})
 
 
-def clip_to_float16(values: Array) -> int:
-    """Bring finite values and +inf into the range of float16, in place; -inf stays what it is.
-
-    Returns:
-        How many values changed.
-
-    Raises:
-        ValueError: one of them is not a number.
-    """
-    low, high = values.min(initial=0.0), values.max(initial=0.0)
-    if low >= -FLOAT16_MAX and high <= FLOAT16_MAX:
-        return 0
-    if np.isnan(low) or np.isnan(high):
-        raise ValueError("not a number")
-    outside = (values > FLOAT16_MAX) | ((values < -FLOAT16_MAX) & ~np.isneginf(values))
-    np.copyto(values, np.clip(values, -FLOAT16_MAX, FLOAT16_MAX), where=outside)
-    return int(np.count_nonzero(outside))
-
-
 class _Buffers:
-    """Memory of one worker: fresh pages cost more than the work on them, so they are kept."""
+    """Memory of one worker."""
 
-    def __init__(self, item_bytes: int, num_elements: int) -> None:
+    def __init__(self, dtype: np.dtype[np.floating], num_elements: int) -> None:
         self.raw = np.empty(num_elements * 4, np.uint8)
-        self.wide = np.empty(num_elements, np.float32)
-        self.turned = np.empty(num_elements * item_bytes, np.uint8)
+        self.converter = Converter(dtype, num_elements)
+        # Only what is used of it is real.
+        self.turned = np.empty(max(_GROUP_ELEMENTS, num_elements), dtype)
+
+
+class _Transposed:
+    """Collects blocks of rows of one tensor as columns, and writes as many of them as fit at once.
+
+    Every write of a part of a row is a call of its own, so there should be few, long ones.
+    """
+
+    def __init__(self, place: Placement, memory: Array, step: int) -> None:
+        self._place = place
+        width, self._num_columns = place.spec.shape
+        fitting = memory.size // width
+        self._most = min(self._num_columns, max(step, fitting - fitting % step))
+        self._memory = memory
+        self._start = 0
+        self._filled = 0
+
+    def add(self, block: Array, descriptor: int) -> None:
+        """Put the next rows of the checkpoint into their columns."""
+        group = self._group()
+        rows = len(block)
+        for top in range(0, rows, _STRIPE_ROWS):
+            stripe = block[top : top + _STRIPE_ROWS]
+            at = self._filled + top
+            group[:, at : at + len(stripe)] = stripe.T
+        self._filled += rows
+        if self._filled == group.shape[1]:
+            self._write(group, descriptor)
+
+    def _group(self) -> Array:
+        width = self._place.spec.shape[0]
+        columns = min(self._most, self._num_columns - self._start)
+        return self._memory[: width * columns].reshape(width, columns)
+
+    def _write(self, group: Array, descriptor: int) -> None:
+        item, offset = group.itemsize, self._place.offset
+        if group.shape[1] == self._num_columns:
+            _pwrite(descriptor, group, offset)
+        else:
+            for row, part in enumerate(group):
+                at = offset + (row * self._num_columns + self._start) * item
+                _pwrite(descriptor, part, at)
+        self._start += group.shape[1]
+        self._filled = 0
 
 
 class _Writer:
@@ -194,12 +221,11 @@ class _Writer:
         self._descriptor = descriptor
         self._plan = plan
         self._places = plan.by_source()
-        widest = max((p.spec.shape[-1] for p in plan.placements), default=1)
-        tallest = max((p.spec.shape[0] for p in plan.placements), default=1)
-        num_elements = max(_BLOCK_ELEMENTS, widest, tallest)
+        least = max(_least_elements(placement.spec) for placement in plan.placements)
+        num_elements = max(_BLOCK_ELEMENTS, least)
         self._free: SimpleQueue[_Buffers] = SimpleQueue()
         for _ in range(_NUM_WORKERS):
-            self._free.put(_Buffers(plan.dtype.itemsize, num_elements))
+            self._free.put(_Buffers(plan.dtype, num_elements))
 
     def write(self, source: str) -> tuple[str, str, int]:
         """The tensor's name, its digest and how many of its values were clipped."""
@@ -212,45 +238,41 @@ class _Writer:
     def _write(self, entry: TensorEntry, buffers: _Buffers) -> tuple[str, str, int]:
         rows, width = entry.shape[0], prod(entry.shape[1:])
         row_bytes = width * ITEM_BYTES[entry.dtype]
-        step = max(1, buffers.wide.size // width)
-        if step < rows and step > 1024:
-            step -= step % 1024  # whole pages of the result, where it is transposed
+        copies, step = self._rows_at_once(entry, buffers.raw.size // 4 // width)
+        places = self._places[entry.name]
+        turned = [place for place in places if place.spec.transpose]
+        assert len(turned) <= 1, "the memory for columns is that of one place"
+        columns = [_Transposed(place, buffers.turned, step * copies) for place in turned]
         digest, num_clipped = hashlib.sha256(), 0
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             raw = buffers.raw[: (stop - start) * row_bytes]
             read_into(entry, start * row_bytes, raw)
             digest.update(raw.data)
-            values = _widen(raw, entry.dtype, buffers.wide)
             try:
-                num_clipped += clip_to_float16(values)
+                values, clipped = buffers.converter.convert(raw, entry.dtype)
             except ValueError:
                 raise CheckpointError(
                     f"The tensor {entry.name} of {entry.path.name} holds a value that is not a "
                     "number (NaN); the checkpoint is damaged."
                 ) from None
-            block = values.reshape(stop - start, width)
-            for place in self._places[entry.name]:
-                self._put(place, block, start, buffers)
+            num_clipped += clipped
+            block = _with_copies(values.reshape(stop - start, width), places[0].spec)
+            for place in places:
+                if not place.spec.transpose:
+                    at = place.offset + start * copies * width * values.itemsize
+                    _pwrite(self._descriptor, block, at)
+            for place_columns in columns:
+                place_columns.add(block, self._descriptor)
         return entry.name, digest.hexdigest(), num_clipped
 
-    def _put(self, place: Placement, block: Array, start: int, buffers: _Buffers) -> None:
-        dtype, (rows, width) = self._plan.dtype, block.shape
-        target = buffers.turned.view(dtype)[: block.size]
-        if not place.spec.transpose:
-            data = block if block.dtype == dtype else _copy(block, target.reshape(block.shape))
-            _pwrite(self._descriptor, data, place.offset + start * width * dtype.itemsize)
-            return
-        turned = target.reshape(width, rows)
-        for top in range(0, rows, _STRIPE_ROWS):
-            turned[:, top : top + _STRIPE_ROWS] = block[top : top + _STRIPE_ROWS].T
-        full_rows = place.spec.shape[-1]
-        if rows == full_rows:
-            _pwrite(self._descriptor, turned, place.offset)
-            return
-        for row in range(width):
-            at = place.offset + (row * full_rows + start) * dtype.itemsize
-            _pwrite(self._descriptor, turned[row], at)
+    def _rows_at_once(self, entry: TensorEntry, fitting: int) -> tuple[int, int]:
+        """How often a row is written, and the rows of one block: whole heads if more than once."""
+        spec = self._places[entry.name][0].spec
+        if spec.copies > 1:
+            num_heads = fitting // (spec.copies * spec.copied_rows)
+            return spec.copies, max(1, num_heads) * spec.copied_rows
+        return 1, max(1, min(fitting, entry.shape[0]))
 
 
 def _check(spec: WeightSpec, entries: Mapping[str, TensorEntry]) -> None:
@@ -259,11 +281,10 @@ def _check(spec: WeightSpec, entries: Mapping[str, TensorEntry]) -> None:
     entry = entries.get(spec.source)
     if entry is None:
         raise CheckpointError(f"The checkpoint has no tensor {spec.source}.")
-    expected = spec.shape[::-1] if spec.transpose else spec.shape
-    if entry.shape != expected:
+    if entry.shape != spec.source_shape:
         raise CheckpointError(
             f"The tensor {entry.name} has the shape {list(entry.shape)}; config.json says "
-            f"{list(expected)}."
+            f"{list(spec.source_shape)}."
         )
     if entry.dtype not in ITEM_BYTES:
         raise CheckpointError(
@@ -272,24 +293,17 @@ def _check(spec: WeightSpec, entries: Mapping[str, TensorEntry]) -> None:
         )
 
 
-def _widen(raw: npt.NDArray[np.uint8], dtype: str, wide: npt.NDArray[np.float32]) -> Array:
-    """The float32 values of raw bytes, in `wide` where they are not float32 already."""
-    if dtype == "F32":
-        return raw.view(np.float32)
-    num_elements = raw.size // ITEM_BYTES[dtype]
-    values = wide[:num_elements]
-    if dtype == "F16":
-        return _copy(raw.view(np.float16), values)
-    # A bfloat16 is the upper half of a float32.
-    bits = values.view(np.uint32)
-    bits[:] = raw.view(np.uint16)
-    bits <<= np.uint32(16)
-    return values
+def _least_elements(spec: WeightSpec) -> int:
+    """Of a block: one row of the checkpoint, or one head with its copies."""
+    num_rows = spec.copies * spec.copied_rows if spec.copies > 1 else 1
+    return num_rows * prod(spec.source_shape[1:])
 
 
-def _copy(values: Array, target: Array) -> Array:
-    target[...] = values
-    return target
+def _with_copies(block: Array, spec: WeightSpec) -> Array:
+    if spec.copies == 1:
+        return block
+    heads = block.reshape(-1, spec.copied_rows, block.shape[1])
+    return np.repeat(heads, spec.copies, axis=0).reshape(-1, block.shape[1])
 
 
 def _write_table(

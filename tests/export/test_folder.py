@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
+from qaic_ray.contract import IoContract
 from qaic_ray.errors import CheckpointError, ExportError
 from qaic_ray.export import export
 from qaic_ray.export.export import export_model
@@ -119,10 +120,19 @@ def test_a_kill_leaves_nothing_or_the_old(
     assert os.listdir(out.parent) == ["tiny-kv"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ExportOptions(continuous=True),
+        ExportOptions(contract=IoContract.CACHE_INDEX, opset=13),
+    ],
+    ids=["position-ids", "cache-index"],
+)
 def test_onnxsim_finds_nothing_to_simplify(
     make_checkpoint: Callable[..., Checkpoint],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    options: ExportOptions,
 ) -> None:
     """So the graph that other tests take without it is the one that is shipped."""
     seen = []
@@ -134,10 +144,12 @@ def test_onnxsim_finds_nothing_to_simplify(
 
     monkeypatch.setattr(export.Simplification, "result", result)
     checkpoint = make_checkpoint("Granite", attention_bias=True, embedding_multiplier=2.0)
-    options = ExportOptions(continuous=True)
-    export_model(checkpoint, options, output=tmp_path / "out-kv", verify="full")
+    written = export_model(checkpoint, options, output=tmp_path / "out-kv", verify="full")
     authored, simplified = seen
     assert [n.name for n in simplified.graph.node] == [n.name for n in authored.graph.node]
+    graph = onnx.load(written.onnx_path, load_external_data=False).graph
+    annotated = {v.name for v in (*graph.value_info, *graph.output)}
+    assert annotated == {name for node in graph.node for name in node.output}
 
 
 @pytest.mark.usefixtures("no_onnxsim")

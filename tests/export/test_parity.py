@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,19 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from random_models import write_checkpoint
+from safetensors.torch import load_file, save_file
 
+from qaic_ray.contract import IoContract
 from qaic_ray.errors import ExportError
 from qaic_ray.export.architecture import read_architecture
+from qaic_ray.export.conversion import FLOAT16_MAX
 from qaic_ray.export.export import export_model
-from qaic_ray.export.options import ExportOptions
+from qaic_ray.export.options import DTYPES, LOGITS, OPSETS, ExportOptions
 from qaic_ray.export.rope import inverse_frequencies, table_blocks
+from qaic_ray.export.verify import NUM_DECODE_STEPS, VerifyReport, compare, verify_export
 from qaic_ray.model import Checkpoint, load_torch_model
 
 pytestmark = pytest.mark.usefixtures("no_onnxsim")
@@ -70,20 +78,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_bias": True,
         },
     ),
-} | {f"rope {name}": ("Llama", {"rope_parameters": rope}) for name, rope in ROPES.items()}
+}
+ROPE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    f"rope {name}": ("Llama", {"rope_parameters": rope}) for name, rope in ROPES.items()
+}
 
 
-@pytest.mark.parametrize("continuous", [False, True], ids=["static", "continuous"])
-@pytest.mark.parametrize("name", MODELS)
-def test_equals_transformers(
-    make_checkpoint: Callable[..., Checkpoint], tmp_path: Path, name: str, continuous: bool
-) -> None:
-    kind, changes = MODELS[name]
-    checkpoint = make_checkpoint(kind, **changes)
-    result = export_model(
-        checkpoint, ExportOptions(continuous=continuous), output=tmp_path / "out-kv", verify="full"
-    )
-    report = result.verification
+STATIC = ExportOptions()
+CONTINUOUS = ExportOptions(continuous=True)
+CACHE_INDEX = ExportOptions(contract=IoContract.CACHE_INDEX, opset=13)
+CONTRACTS = {"static": STATIC, "continuous": CONTINUOUS, "cache-index": CACHE_INDEX}
+
+
+def check(report: VerifyReport | None, *, continuous: bool) -> None:
     assert report is not None
     names = ["prefill", "decode", "chunked prefill", "mixed batch"]
     assert [s.scenario for s in report.scenarios] == names + ["slot reuse"] * continuous
@@ -92,6 +99,108 @@ def test_equals_transformers(
         assert scenario.past_keys < 1e-4
         assert scenario.past_values < 1e-4
         assert scenario.num_top1_equal == scenario.num_rows > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [*product(MODELS, CONTRACTS), *((name, "static") for name in ROPE_MODELS)],
+)
+def test_equals_transformers(
+    make_checkpoint: Callable[..., Checkpoint], tmp_path: Path, name: str, which: str
+) -> None:
+    kind, changes = (MODELS | ROPE_MODELS)[name]
+    options = CONTRACTS[which]
+    result = export_model(
+        make_checkpoint(kind, **changes), options, output=tmp_path / "out-kv", verify="full"
+    )
+    check(result.verification, continuous=options.continuous)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Checkpoint]:
+    """One of every architecture."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    names = ("grouped heads", "Mistral", "Qwen2", "Qwen3", "Granite")
+    return [
+        write_checkpoint(folder / str(i), MODELS[name][0], **MODELS[name][1])
+        for i, name in enumerate(names)
+    ]
+
+
+OPTIONS = st.one_of(
+    st.builds(
+        ExportOptions,
+        continuous=st.booleans(),
+        opset=st.sampled_from(OPSETS),
+        logits=st.sampled_from(LOGITS),
+        next_tokens=st.booleans(),
+        num_replicate_kv_heads=st.sampled_from([1, 2]),
+    ),
+    st.builds(
+        ExportOptions,
+        contract=st.just(IoContract.CACHE_INDEX),
+        opset=st.sampled_from(OPSETS),
+        logits=st.sampled_from(["last", "all"]),
+        next_tokens=st.booleans(),
+        num_replicate_kv_heads=st.sampled_from([1, 2]),
+    ),
+)
+
+
+@settings(
+    deadline=None,
+    max_examples=20,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(data=st.data(), which=st.integers(0, 4), options=OPTIONS)
+def test_any_shape_and_option_equals_transformers(
+    checkpoints: list[Checkpoint],
+    tmp_path: Path,
+    data: st.DataObject,
+    which: int,
+    options: ExportOptions,
+) -> None:
+    """Batches of 1 to 3 rows of mixed lengths, each of 1 to 4 chunks."""
+    chunk_len = data.draw(st.sampled_from([1, 2, 4, 8]))
+    lengths = data.draw(st.lists(st.integers(1, 4 * chunk_len), min_size=1, max_size=3))
+    least = 4 * chunk_len + NUM_DECODE_STEPS
+    ctx_len = data.draw(st.integers(least, least + 9))
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    prompts = [rng.integers(0, 300, length).tolist() for length in lengths]
+    out = tmp_path / "out-kv"
+    export_model(checkpoints[which], options, output=out, verify="off")
+    report = compare(out, checkpoints[which], prompts, ctx_len=ctx_len, chunk_len=chunk_len)
+    check(report, continuous=options.continuous)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("which", CONTRACTS)
+def test_card_runs_out_of_float16(
+    make_checkpoint: Callable[..., Checkpoint], tmp_path: Path, which: str, dtype: str
+) -> None:
+    """The report names what a card cannot hold, and the layers that it reaches."""
+    checkpoint = make_checkpoint()
+    tensors = load_file(checkpoint.weight_files[0])
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 2e4
+    save_file(tensors, checkpoint.weight_files[0], metadata={"format": "pt"})
+    options = replace(CONTRACTS[which], dtype=dtype)
+    export_model(checkpoint, options, output=tmp_path / "out-kv", verify="off")
+    report = verify_export(tmp_path / "out-kv", checkpoint)
+    assert report.largest.largest > FLOAT16_MAX
+    layers = [activation.layer for activation in report.overflows]
+    assert layers[0] == 1
+    first = {a.name for a in report.overflows if a.layer == 1}
+    assert "/model/layers.1/mlp/down_proj/MatMul_output_0" in first
+    assert not any("self_attn" in name for name in first)
+
+
+def test_an_ordinary_model_has_headroom(
+    make_checkpoint: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    result = export_model(make_checkpoint(), output=tmp_path / "out-kv", verify="full")
+    assert result.verification is not None
+    assert result.verification.overflows == ()
+    assert 1 < result.verification.largest.largest < 1e3
 
 
 @pytest.mark.parametrize(
@@ -146,8 +255,6 @@ def test_weights_beyond_float16_are_clipped_and_counted(
     make_checkpoint: Callable[..., Checkpoint], tmp_path: Path
 ) -> None:
     checkpoint = make_checkpoint()
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(checkpoint.weight_files[0])
     tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = 1e5
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = -7e4

@@ -114,3 +114,13 @@ def test_retained_state_names_pair_up() -> None:
         assert contract.is_past(name)
         assert contract.is_past(contract.retained(name))
     assert not contract.is_past(contract.LOGITS)
+
+
+def test_num_logits_to_keep_is_read_and_written() -> None:
+    text = Specializations(
+        (Specialization(1, 8, 32, None, 1), Specialization(1, 1, 32, None, 1))
+    ).to_json(named=False)
+    assert '"num_logits_to_keep": "1"' in text
+    assert Specializations.from_json(text, source="f").decode.num_logits_to_keep == 1
+    with pytest.raises(SpecializationError, match="num_logits_to_keep must be at least 1, not 0"):
+        Specializations((Specialization(1, 1, 32, None, 0),))

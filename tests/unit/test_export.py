@@ -109,6 +109,10 @@ def test_a_manifest_we_cannot_use_is_named(tmp_path: Path, text: str | None, mes
         {"weights_sha256": "x"},
         {"architecture_sha256": "x"},
         {"tool_versions": {"onnx": "2"}},
+        {"kv_dtype": "mxint8"},
+        {"logits": "all"},
+        {"next_tokens": True},
+        {"num_replicate_kv_heads": 2},
     ],
 )
 def test_whatever_changes_the_files_changes_the_key(change: dict[str, Any]) -> None:
@@ -124,6 +128,14 @@ def test_where_it_came_from_does_not_change_the_key() -> None:
     [
         ({"opset": 12}, "opset must be .*not 12"),
         ({"dtype": "bfloat16"}, "dtype must be float32 or float16, not 'bfloat16'"),
+        ({"kv_dtype": "int8"}, "kv_dtype must be float16 or mxint8, not 'int8'"),
+        ({"logits": "first"}, "logits must be last or all or num_logits_to_keep, not 'first'"),
+        ({"num_replicate_kv_heads": 0}, "num_replicate_kv_heads must be at least 1, not 0"),
+        ({"contract": IoContract.CACHE_INDEX, "continuous": True}, "no continuous batching"),
+        (
+            {"contract": IoContract.CACHE_INDEX, "logits": "num_logits_to_keep"},
+            "no num_logits_to_keep",
+        ),
     ],
 )
 def test_options_are_checked(fields: dict[str, Any], message: str) -> None:

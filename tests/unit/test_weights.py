@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from qaic_ray.errors import CheckpointError
 from qaic_ray.export import weights
 from qaic_ray.export.builder import WeightSpec
+from qaic_ray.export.conversion import Converter, clip_to_float16
 from qaic_ray.export.tensors import read_entries
-from qaic_ray.export.weights import clip_to_float16, plan_weights, weights_sha256, write_weights
+from qaic_ray.export.weights import plan_weights, weights_sha256, write_weights
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}
 DTYPES["BF16"] = np.dtype(ml_dtypes.bfloat16)
@@ -74,6 +75,7 @@ def test_every_value_arrives(data: st.DataObject, tmp_path_factory: pytest.TempP
     plan = plan_weights(specs, read_entries(files), target.name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "_BLOCK_ELEMENTS", data.draw(st.sampled_from([1, 64, 1 << 16])))
+        patch.setattr(weights, "_GROUP_ELEMENTS", data.draw(st.sampled_from([1, 100, 1 << 16])))
         written = write_weights(
             plan, folder / "data", {"table": lambda: iter([table[:3], table[3:]])}
         )
@@ -99,6 +101,47 @@ def test_tied_tensor_is_read_once_and_lies_twice(tmp_path: Path) -> None:
     }
     np.testing.assert_array_equal(both["e"], tensor.ravel())
     np.testing.assert_array_equal(both["head"], tensor.T.ravel())
+
+
+@settings(deadline=None)
+@given(
+    num_heads=st.integers(1, 5),
+    head_dim=st.integers(1, 6),
+    width=st.integers(1, 7),
+    copies=st.integers(1, 4),
+    block=st.sampled_from([1, 16, 1 << 10]),
+)
+def test_heads_are_copied_side_by_side(
+    num_heads: int,
+    head_dim: int,
+    width: int,
+    copies: int,
+    block: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("copies")
+    rows = num_heads * head_dim
+    weight = np.arange(rows * width, dtype=np.float32).reshape(rows, width)
+    bias = np.arange(rows, dtype=np.float32)
+    entries = read_entries([save(folder / "a.safetensors", {"w": weight, "b": bias})])
+    how: dict[str, Any] = {"copies": copies, "copied_rows": head_dim}
+    specs = [
+        WeightSpec("w", (width, rows * copies), "w", transpose=True, **how),
+        WeightSpec("b", (rows * copies,), "b", **how),
+    ]
+    plan = plan_weights(specs, entries, "float32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "_BLOCK_ELEMENTS", block)
+        patch.setattr(weights, "_GROUP_ELEMENTS", block)
+        write_weights(plan, folder / "data", {})
+    found = {
+        p.spec.name: np.fromfile(folder / "data", np.float32, p.num_bytes // 4, offset=p.offset)
+        for p in plan.placements
+    }
+    heads = [h for h in range(num_heads) for _ in range(copies)]
+    expected = weight.reshape(num_heads, head_dim, width)[heads].reshape(-1, width)
+    np.testing.assert_array_equal(found["w"].reshape(width, -1), expected.T)
+    np.testing.assert_array_equal(found["b"], bias.reshape(num_heads, head_dim)[heads].ravel())
 
 
 def digest(folder: Path, *shards: Mapping[str, np.ndarray[Any, Any]]) -> str:
@@ -135,6 +178,29 @@ def test_clip_keeps_what_a_card_can_hold(numbers: list[float]) -> None:
     np.testing.assert_array_equal(np.isneginf(values), np.isneginf(before))
     outside = ~inside & ~np.isneginf(before)
     np.testing.assert_array_equal(values[outside], np.sign(before[outside]) * 65504)
+
+
+@pytest.mark.parametrize("target", ["float32", "float16"])
+@pytest.mark.parametrize("kind", ["BF16", "F16"])
+def test_every_half_precision_number_is_converted(kind: str, target: str) -> None:
+    """All 65,536 of them: as numpy converts them, clipped, and not a number refused."""
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    exact = patterns.view(DTYPES[kind]).astype(np.float32)
+    numbers = ~np.isnan(exact)
+    ordinary = numbers & (np.abs(exact) <= 65504)
+    dtype = np.dtype(target)
+    converter = Converter(dtype, 1 << 16)
+    got, num_clipped = converter.convert(patterns[ordinary].view(np.uint8), kind)
+    np.testing.assert_array_equal(got, exact[ordinary].astype(dtype))
+    assert got.dtype == dtype
+    assert num_clipped == 0
+    got, num_clipped = converter.convert(patterns[numbers].view(np.uint8), kind)
+    expected = np.clip(exact[numbers], -65504, 65504)
+    expected[np.isneginf(exact[numbers])] = -np.inf
+    np.testing.assert_array_equal(got, expected.astype(dtype))
+    assert num_clipped == np.count_nonzero(expected != exact[numbers])
+    with pytest.raises(ValueError, match="not a number"):
+        converter.convert(patterns.view(np.uint8), kind)
 
 
 def test_clipped_weights_are_counted(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ import onnx
 import onnxruntime
 import pytest
 
+from qaic_ray.contract import IoContract
 from qaic_ray.export.export import export_model
 from qaic_ray.export.functions import use_plain_functions
+from qaic_ray.export.options import ExportOptions
 from qaic_ray.export.verify import VerifyReport, verify_export
 from qaic_ray.manifest import read_manifest
 from qaic_ray.model import Checkpoint
@@ -40,8 +42,16 @@ def test_continuous_export_equals_transformers(exported: Path, checkpoint: Check
     check(report)
 
 
-def test_static_export_equals_transformers(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    result = export_model(checkpoint, output=tmp_path / "smollm2-135m-kv", verify="quick")
+@pytest.mark.parametrize(
+    "options",
+    [ExportOptions(), ExportOptions(contract=IoContract.CACHE_INDEX, opset=13)],
+    ids=["static", "cache-index"],
+)
+def test_other_exports_equal_transformers(
+    checkpoint: Checkpoint, tmp_path: Path, options: ExportOptions
+) -> None:
+    output = tmp_path / "smollm2-135m-kv"
+    result = export_model(checkpoint, options, output=output, verify="quick")
     assert result.verification is not None
     check(result.verification)
 

@@ -1,0 +1,94 @@
+"""How near the activations of a graph come to the end of float16, in which a card computes.
+
+Adds one number to the graph for every activation: its largest magnitude. Knows nothing of prompts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from onnx import TensorProto, helper
+
+from qaic_ray.export.conversion import FLOAT16_MAX
+
+EMBEDDING = "/model/embed_tokens/"
+"""Where activations begin; what does not come from there is indices and masks."""
+
+_LAYER = re.compile(r"^(?:/model/layers|past_key|past_value)\.(\d+)")
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
+_PREFIX = "largest:"
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The largest magnitude that was seen of a value of the graph; `layer` is None outside all."""
+
+    layer: int | None
+    name: str
+    largest: float
+
+
+def watch_activations(model: Any) -> dict[str, str]:
+    """Give an `onnx.ModelProto` one more scalar output for each of its activations, in place.
+
+    Returns:
+        The names of those outputs, and what each of them is about.
+    """
+    graph = model.graph
+    made = _activations(graph)
+    watched = {}
+    for value in [*graph.value_info, *graph.output]:
+        kind = value.type.tensor_type.elem_type
+        if kind not in _FLOATS or value.name not in made:
+            continue
+        name = _PREFIX + value.name
+        wide, size = f"{name}/wide", f"{name}/size"
+        graph.node.extend(
+            [
+                helper.make_node("Cast", [value.name], [wide], to=TensorProto.FLOAT),
+                helper.make_node("Abs", [wide], [size]),
+                helper.make_node("ReduceMax", [size], [name], keepdims=0),
+            ]
+        )
+        watched[name] = value.name
+    graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, []) for n in watched)
+    return watched
+
+
+def _activations(graph: Any) -> set[str]:
+    """Values that come from the embedding, but for masked scores, which are meant to be far off."""
+    made: set[str] = set()
+    producers = {}
+    masked = set()
+    for node in graph.node:
+        producers[node.output[0]] = node
+        if node.name.startswith(EMBEDDING) or made.intersection(node.input):
+            made.update(node.output)
+        if node.op_type == "Softmax":
+            before = producers[node.input[0]]
+            masked |= {node.input[0], *(before.input if before.op_type == "Cast" else ())}
+    return made - masked
+
+
+def beyond_float16(largest: Mapping[str, float]) -> tuple[Activation, ...]:
+    """Those that float16 cannot hold, in the order of the layers."""
+    found = [
+        Activation(_layer_of(name), name, size)
+        for name, size in largest.items()
+        if not size <= FLOAT16_MAX
+    ]
+    return tuple(sorted(found, key=lambda a: (a.layer is None, a.layer or 0, a.name)))
+
+
+def largest_activation(largest: Mapping[str, float]) -> Activation:
+    """The one nearest to the end of float16, or farthest beyond it."""
+    name = max(largest, key=lambda n: largest[n])
+    return Activation(_layer_of(name), name, largest[name])
+
+
+def _layer_of(name: str) -> int | None:
+    match = _LAYER.match(name)
+    return int(match.group(1)) if match else None

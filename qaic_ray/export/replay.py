@@ -1,0 +1,244 @@
+"""An exported graph on onnxruntime, fed as a runner feeds a card: chunks, slots, retained state.
+
+The meaning that a card gives to indices outside the cache is written into the graph's functions
+first. Knows nothing of what the results should be.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from qaic_ray import contract
+from qaic_ray.contract import IoContract
+from qaic_ray.export.cut import cut_layers
+from qaic_ray.export.functions import use_plain_functions
+from qaic_ray.export.headroom import watch_activations
+from qaic_ray.export.options import ALL, LAST
+from qaic_ray.manifest import ModelManifest
+
+NUM_KEPT = 2
+"""Length of `num_logits_to_keep`, where a graph has it and a run has as many tokens."""
+
+Floats = npt.NDArray[np.floating]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a run says follows the token at `position` of a row: logits, or one token id."""
+
+    row: int
+    position: int
+    values: npt.NDArray[Any]
+
+
+class Replay(ABC):
+    """A graph and the state that a card would retain; `open_replay` makes the fitting kind.
+
+    Args:
+        session: runs the graph as `onnxruntime.InferenceSession` does.
+        manifest: of the model.
+        layers: those that the graph has.
+        ctx_len: of the cache.
+        watched: outputs of the graph that say how large an activation is, and which.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        manifest: ModelManifest,
+        layers: Sequence[int],
+        *,
+        ctx_len: int,
+        watched: Mapping[str, str],
+    ) -> None:
+        self._session = session
+        self._watched = watched
+        self._manifest = manifest
+        self._layers = tuple(layers)
+        self._ctx_len = ctx_len
+        self._past: dict[str, Any] = {}
+        self.largest: dict[str, float] = {}
+
+    def reset(self, num_rows: int) -> None:
+        """Empty rows of cache; what is in them is noise, as on a card."""
+        shape = (num_rows, self._manifest.num_kv_heads, self._ctx_len, self._manifest.head_dim)
+        noise = np.random.default_rng(0).standard_normal(shape).astype(self._manifest.dtype)
+        names = [n for i in self._layers for n in (contract.past_key(i), contract.past_value(i))]
+        self._past = dict.fromkeys(names, noise)
+
+    @abstractmethod
+    def prefill(
+        self, prompts: Sequence[Ints], slots: Sequence[int], chunk_len: int
+    ) -> list[Answer]:
+        """Run prompts from their beginning, `chunk_len` tokens at once, in rows of the cache."""
+
+    @abstractmethod
+    def decode(self, tokens: Sequence[int], slots: Sequence[int]) -> list[Answer]:
+        """Run one more token of every row."""
+
+    @abstractmethod
+    def _start(self, slot: int) -> int:
+        """The cache slot of a row's first token."""
+
+    def row(self, slot: int, num_tokens: int) -> tuple[list[Floats], list[Floats]]:
+        """Keys and values of the first tokens of a row, a list over the layers."""
+        seen = np.s_[slot, :, self._start(slot) : self._start(slot) + num_tokens]
+        keys = [self._past[contract.past_key(i)][seen] for i in self._layers]
+        values = [self._past[contract.past_value(i)][seen] for i in self._layers]
+        return keys, values
+
+    def _run(self, feed: Mapping[str, Any], positions: Ints, extra: Sequence[str] = ()) -> Any:
+        """The answers of one run and its `extra` outputs; positions below 0 are padding."""
+        manifest, feed = self._manifest, dict(feed)
+        num_kept = min(NUM_KEPT, positions.shape[1])
+        if manifest.logits == contract.NUM_LOGITS_TO_KEEP:
+            feed[contract.NUM_LOGITS_TO_KEEP] = np.zeros((num_kept, 1), np.int64)
+        first = contract.NEXT_TOKENS if manifest.next_tokens else contract.LOGITS
+        outputs = [first, *extra, *(contract.retained(name) for name in self._past)]
+        watched = list(self._watched)
+        results = self._session.run(outputs + watched, feed | self._past)
+        largest = results[len(outputs) :]
+        # A padding row may hold anything: only runs without padding say what a card has to hold.
+        if (positions >= 0).all():
+            for name, value in zip(self._watched.values(), largest, strict=True):
+                self.largest[name] = max(self.largest.get(name, 0.0), float(value))
+        answer, *states = results[: len(outputs)]
+        self._past = dict(zip(self._past, states[len(extra) :], strict=True))
+        return self._answers(answer, positions, num_kept), states[: len(extra)]
+
+    def _answers(self, answer: Any, positions: Ints, num_kept: int) -> list[Answer]:
+        num_rows, seq_len = positions.shape
+        answer = np.asarray(answer).reshape(num_rows, -1, answer.shape[-1])
+        found = []
+        for row in range(num_rows):
+            last = int(positions[row].argmax())
+            columns = range(max(0, last + 1 - num_kept), max(0, last + 1 - num_kept) + num_kept)
+            if self._manifest.logits in (LAST, ALL):
+                columns = range(last, last + 1)
+                if self._manifest.logits == ALL:
+                    columns = range(seq_len)
+            for place, column in enumerate(columns):
+                if positions[row, column] >= 0:
+                    found.append(Answer(row, int(positions[row, column]), answer[row, place]))
+        return found
+
+
+class PositionIdsReplay(Replay):
+    """Rows padded on the right; each has its own positions, and a slot where they are continuous.
+
+    Static rows keep their place, so `slots` are 0, 1, 2 there.
+    """
+
+    def reset(self, num_rows: int) -> None:
+        super().reset(num_rows)
+        self._lengths: dict[int, int] = {}
+
+    def prefill(
+        self, prompts: Sequence[Ints], slots: Sequence[int], chunk_len: int
+    ) -> list[Answer]:
+        self._lengths |= zip(slots, map(len, prompts), strict=True)
+        found = []
+        for start in range(0, max(map(len, prompts)), chunk_len):
+            ids = np.zeros((len(prompts), chunk_len), np.int64)
+            positions = np.full_like(ids, contract.PADDING_POSITION)
+            for row, prompt in enumerate(prompts):
+                chunk = prompt[start : start + chunk_len]
+                ids[row, : len(chunk)] = chunk
+                positions[row, : len(chunk)] = np.arange(start, start + len(chunk))
+            found += self._step(ids, positions, slots)
+        return found
+
+    def decode(self, tokens: Sequence[int], slots: Sequence[int]) -> list[Answer]:
+        positions = np.array([[self._lengths[slot]] for slot in slots], np.int64)
+        for slot in slots:
+            self._lengths[slot] += 1
+        return self._step(np.array(tokens, np.int64)[:, None], positions, slots)
+
+    def _start(self, slot: int) -> int:
+        return 0
+
+    def _step(self, ids: Ints, positions: Ints, slots: Sequence[int]) -> list[Answer]:
+        feed = {contract.INPUT_IDS: ids, contract.POSITION_IDS: positions}
+        if self._manifest.continuous:
+            feed[contract.BATCH_INDEX] = np.array(slots, np.int64)[:, None]
+        answers: list[Answer] = self._run(feed, positions)[0]
+        return answers
+
+
+class CacheIndexReplay(Replay):
+    """Rows padded on the left to whole chunks, as the published recipe's runModel.py does."""
+
+    def prefill(
+        self, prompts: Sequence[Ints], slots: Sequence[int], chunk_len: int
+    ) -> list[Answer]:
+        lengths = np.array([len(prompt) for prompt in prompts])
+        self._input_len = -(-int(lengths.max()) // chunk_len) * chunk_len
+        self._lengths, self._cache_index = lengths, 0
+        ids = np.zeros((len(prompts), self._input_len), np.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, self._input_len - len(prompt) :] = prompt
+        positions = np.arange(self._input_len) - (self._input_len - lengths[:, None])
+        found = []
+        for start in range(0, self._input_len, chunk_len):
+            stop = start + chunk_len
+            self._mask = np.zeros((len(prompts), self._ctx_len), bool)
+            self._mask[:, :stop] = positions[:, :stop] >= 0
+            found += self._step(ids[:, start:stop], positions[:, start:stop])
+        return found
+
+    def decode(self, tokens: Sequence[int], slots: Sequence[int]) -> list[Answer]:
+        positions = self._lengths[:, None] + (self._cache_index - self._input_len)
+        return self._step(np.array(tokens, np.int64)[:, None], positions)
+
+    def _start(self, slot: int) -> int:
+        return self._input_len - int(self._lengths[slot])
+
+    def _step(self, ids: Ints, positions: Ints) -> list[Answer]:
+        feed = {
+            contract.INPUT_IDS: ids,
+            contract.ATTENTION_MASK: self._mask,
+            contract.POSITION_IDS: np.maximum(positions, 0),
+            contract.CACHE_INDEX: np.array([self._cache_index], np.int64),
+        }
+        name = contract.retained(contract.ATTENTION_MASK)
+        answers, (self._mask,) = self._run(feed, positions, [name])
+        self._cache_index += ids.shape[1]
+        found: list[Answer] = answers
+        return found
+
+
+def replay_of(contract_: IoContract) -> type[Replay]:
+    """The kind of replay that feeds a contract."""
+    return CacheIndexReplay if contract_ is IoContract.CACHE_INDEX else PositionIdsReplay
+
+
+def open_replay(
+    model_dir: Path, manifest: ModelManifest, layers: Sequence[int], ctx_len: int
+) -> Replay:
+    """An exported model on onnxruntime, with some of its layers."""
+    import onnxruntime
+
+    path = model_dir / manifest.onnx_file
+    model = onnx.load(path, load_external_data=False)
+    use_plain_functions(model)
+    cut_layers(model, layers)
+    watched = watch_activations(model)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(path.parent)
+    )
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    kind = replay_of(manifest.contract)
+    return kind(session, manifest, layers, ctx_len=ctx_len, watched=watched)
