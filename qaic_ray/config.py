@@ -89,7 +89,17 @@ class ExportPart(_Part):
     """Folder to write; `<base>-kv` under the current folder when absent."""
     io: IoContract = IoContract.POSITION_IDS
     continuous_batching: bool = True
-    opset: PositiveInt = 17
+    opset: Literal[13, 17] | None = None
+    """17, or 13 for the SDKs up to Apps 1.20; absent: what the contract's own SDKs take."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of the weights in the ONNX files; what the card computes with is the variant's precision."""
+    kv_dtype: Literal["float16", "mxint8"] = "float16"
+    """Of the KV cache on the card (custom_io.yaml)."""
+    logits: Literal["last", "all", "num_logits_to_keep"] = "last"
+    next_tokens: bool = False
+    """The most likely token ids as output, in place of logits."""
+    replicate_kv_heads: PositiveInt = 1
+    """Copies of every key and value head, for device groups that share out the heads."""
     verify: Literal["auto", "full", "quick", "off"] = "auto"
     """`auto`: full under two billion parameters, else quick (the first and last two layers)."""
 

@@ -134,13 +134,31 @@ def export(
         typer.Option(help="Folder to write; its name is the model's.", show_default="<base>-kv"),
     ] = None,
     io: Annotated[
-        str, typer.Option(help="The interface: position-ids (SDKs from 1.16 on).")
+        str, typer.Option(help="The interface: position-ids, or cache-index as the recipe's.")
     ] = "position-ids",
     continuous_batching: Annotated[
         bool,
         typer.Option("--continuous-batching", help="Slots, refilled while others run."),
     ] = False,
-    opset: Annotated[int, typer.Option(help="ONNX opset.")] = 17,
+    opset: Annotated[
+        int | None,
+        typer.Option(help="17, or 13 for SDKs up to Apps 1.20.", show_default="by the interface"),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Weights in the files: float32 or float16.")
+    ] = "float32",
+    kv_dtype: Annotated[
+        str, typer.Option("--kv-dtype", help="KV cache on the card: float16 or mxint8.")
+    ] = "float16",
+    logits: Annotated[
+        str, typer.Option(help="Of which tokens: last, all or num_logits_to_keep.")
+    ] = "last",
+    next_tokens: Annotated[
+        bool, typer.Option("--next-tokens", help="Token ids as output, in place of logits.")
+    ] = False,
+    replicate_kv_heads: Annotated[
+        int, typer.Option("--replicate-kv-heads", help="Copies of each head, for device groups.")
+    ] = 1,
     verify: Annotated[
         str, typer.Option(help="Check against PyTorch: full, quick or off.")
     ] = "full",
@@ -159,6 +177,11 @@ def export(
             "io": io,
             "continuous_batching": continuous_batching,
             "opset": opset,
+            "dtype": dtype,
+            "kv_dtype": kv_dtype,
+            "logits": logits,
+            "next_tokens": next_tokens,
+            "replicate_kv_heads": replicate_kv_heads,
             "verify": verify,
         },
     }

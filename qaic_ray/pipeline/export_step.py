@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qaic_ray.config import ExportPart, ModelPart
+from qaic_ray.contract import IoContract
 from qaic_ray.errors import ExportError
 from qaic_ray.pipeline.listener import Listener
 
 if TYPE_CHECKING:
     from qaic_ray.export.export import ExportResult
+
+
+_OPSETS = {IoContract.POSITION_IDS: 17, IoContract.CACHE_INDEX: 13}
 
 
 def export_step(model: ModelPart, part: ExportPart, listener: Listener) -> ExportResult:
@@ -43,7 +47,16 @@ def _export(model: ModelPart, part: ExportPart) -> ExportResult:
     checkpoint = open_checkpoint(model.name, trust_remote_code=model.trust_remote_code)
     return export_model(
         checkpoint,
-        ExportOptions(contract=part.io, continuous=part.continuous_batching, opset=part.opset),
+        ExportOptions(
+            contract=part.io,
+            continuous=part.continuous_batching,
+            opset=part.opset or _OPSETS[part.io],
+            dtype=part.dtype,
+            kv_dtype=part.kv_dtype,
+            logits=part.logits,
+            next_tokens=part.next_tokens,
+            num_replicate_kv_heads=part.replicate_kv_heads,
+        ),
         output=None if part.output is None else Path(part.output),
         verify=None if part.verify == "auto" else part.verify,
     )

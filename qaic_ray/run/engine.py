@@ -135,7 +135,10 @@ class Engine:
         logits = self._program.run(step.seq_len, inputs, contract.LOGITS)
         if not any(chunk.samples for chunk in step.chunks):
             return [0] * len(rows)
-        tokens: list[int] = greedy(logits[rows, -1]).tolist()
+        # A program gives logits of the last token of a row, or of all of them.
+        every = logits.shape[1] > 1
+        at = [len(chunk.ids) - 1 if every else 0 for chunk in step.chunks]
+        tokens: list[int] = greedy(logits[rows, at]).tolist()
         return tokens
 
     def _new_inputs(self, batch_size: int, seq_len: int) -> dict[str, Array]:

@@ -47,6 +47,14 @@ _DTYPES: dict[str, Any] = {
     "INT8_TYPE": np.int8,
 }
 
+_INPUTS = {
+    contract.INPUT_IDS,
+    contract.POSITION_IDS,
+    contract.BATCH_INDEX,
+    contract.ATTENTION_MASK,
+    contract.CACHE_INDEX,
+}
+
 Array = npt.NDArray[Any]
 _BYTES: np.dtype[Any] = np.dtype(np.uint8)
 _NOTHING = (1, [0])
@@ -115,6 +123,9 @@ class Session:
             for entry in io.allowed_shapes
         ] or [{b.name: tuple(b.dims) for b in bindings}]
         self.contract = _contract(self._index, self.qpc)
+        _refuse_unknown_inputs(
+            [b.name for b in bindings if b.dir == api.BUFFER_IO_TYPE_INPUT], self.qpc
+        )
         self._shapes = {_seq_len(shape, self.qpc): shape for shape in shapes}
         self.specializations = Specializations(
             tuple(_specialization(shape) for shape in self._shapes.values())
@@ -274,6 +285,15 @@ def _contract(index: Mapping[str, int], qpc: Path) -> IoContract:
     if contract.CACHE_INDEX in index:
         return IoContract.CACHE_INDEX
     return IoContract.POSITION_IDS
+
+
+def _refuse_unknown_inputs(names: Iterable[str], qpc: Path) -> None:
+    unknown = [name for name in names if name not in _INPUTS and not contract.is_past(name)]
+    if unknown:
+        raise UsageError(
+            f"{qpc} has the input {' and '.join(unknown)}, which this tool does not feed: export "
+            "without what adds it."
+        )
 
 
 def _seq_len(shape: Mapping[str, tuple[int, ...]], qpc: Path) -> int:

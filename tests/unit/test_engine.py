@@ -41,7 +41,16 @@ def answer(prompt: list[int], limit: int) -> list[int]:
 class FormulaProgram:
     """Keeps each slot's tokens by position, as a card keeps keys and values."""
 
-    def __init__(self, *, slots: int, prompt_len: int, ctx_len: int, continuous: bool) -> None:
+    def __init__(
+        self,
+        *,
+        slots: int,
+        prompt_len: int,
+        ctx_len: int,
+        continuous: bool,
+        every_token: bool = False,
+    ) -> None:
+        self.every_token = every_token
         self.contract = IoContract.POSITION_IDS
         self.specializations = Specializations.build(
             batch_size=slots, prompt_len=prompt_len, ctx_len=ctx_len, continuous=continuous
@@ -63,7 +72,7 @@ class FormulaProgram:
         assert ids.shape == positions.shape == (self.shapes[seq_len], seq_len)
         slots = inputs.get(contract.BATCH_INDEX, np.arange(len(ids))[:, None])[:, 0]
         assert len(set(slots.tolist())) == len(slots)
-        logits = np.zeros((len(ids), 1, VOCAB), np.float32)
+        logits = np.zeros((len(ids), seq_len if self.every_token else 1, VOCAB), np.float32)
         for row, slot in enumerate(slots):
             for token, position in zip(ids[row], positions[row], strict=True):
                 if position >= 0:
@@ -71,7 +80,8 @@ class FormulaProgram:
             last = positions[row].max()
             seen = self.cache[slot, : last + 1].tolist()
             assert -1 not in seen, "a position was skipped"
-            logits[row, 0, next_token(seen) if seen else 0] = 1.0
+            at = max(int((positions[row] >= 0).sum()) - 1, 0) if self.every_token else 0
+            logits[row, at, next_token(seen) if seen else 0] = 1.0
         return logits
 
 
@@ -95,6 +105,7 @@ def run_all(engine: Engine, arrivals: list[tuple[int, Sequence]]) -> dict[int, S
     slots=st.integers(1, 4),
     prompt_len=st.sampled_from([1, 2, 8]),
     continuous=st.booleans(),
+    every_token=st.booleans(),
     rows=st.lists(
         st.tuples(
             st.integers(0, 12),
@@ -106,9 +117,19 @@ def run_all(engine: Engine, arrivals: list[tuple[int, Sequence]]) -> dict[int, S
     ),
 )
 def test_every_row_gets_its_own_answer_whatever_runs_beside_it(
-    slots: int, prompt_len: int, continuous: bool, rows: list[tuple[int, list[int], int]]
+    slots: int,
+    prompt_len: int,
+    continuous: bool,
+    every_token: bool,
+    rows: list[tuple[int, list[int], int]],
 ) -> None:
-    program = FormulaProgram(slots=slots, prompt_len=prompt_len, ctx_len=32, continuous=continuous)
+    program = FormulaProgram(
+        slots=slots,
+        prompt_len=prompt_len,
+        ctx_len=32,
+        continuous=continuous,
+        every_token=every_token,
+    )
     engine = Engine(program)
     arrivals = []
     for key, (step, prompt, wanted) in enumerate(sorted(rows, key=lambda r: r[0])):
