@@ -112,8 +112,8 @@ class Screen:
             self._out.print(_verification_table(report))
             for activation in report.overflows:
                 self._out.print(
-                    f"[yellow]{escape(activation.name)} reaches {activation.largest:.3g}[/]: beyond "
-                    "float16, so it overflows on the card."
+                    f"[yellow]{escape(activation.name)} reaches {activation.largest:.3g}[/]: "
+                    "beyond float16, so it overflows on the card."
                 )
         self._out.print(escape(str(result.folder)))
         if as_json:

@@ -1,10 +1,10 @@
 """The card's own operators in plain ONNX, with the card's meaning. Knows graphs, no files.
 
 QEfficient's exports call `CustomRMSNorm` (com.qti.aisw.onnx) and `CtxScatter`, `CtxGather` and
-their continuous-batching forms (com.qualcomm.cloud). The bodies that come with a model are for
-onnxruntime and differ from a card at the edges. On a card, a scatter to a position below 0 or at
-and beyond ctx_len writes nothing, and what a gather from such an index yields is never used (here
-it is zero).
+their continuous-batching forms (com.qualcomm.cloud); sampling on the card scatters without heads
+too (`3D`). The bodies that come with a model are for onnxruntime and differ from a card at the
+edges. On a card, a scatter to a position below 0 or at and beyond ctx_len writes nothing, and what
+a gather from such an index yields is never used (here it is zero).
 
 A graph is kept with these operators while it is searched, and expanded when it is to run. What a
 scatter or gather derives from its indices is the same in every layer, so it is computed once.
@@ -26,7 +26,11 @@ SCATTER = (CLOUD, "CtxScatter")
 SCATTER_CB = (CLOUD, "CtxScatterCB")
 GATHER = (CLOUD, "CtxGather")
 GATHER_CB = (CLOUD, "CtxGatherCB")
-NAMES = frozenset([RMS_NORM, SCATTER, SCATTER_CB, GATHER, GATHER_CB])
+SCATTER_3D = (CLOUD, "CtxScatter3D")
+SCATTER_3D_CB = (CLOUD, "CtxScatterCB3D")
+NAMES = frozenset(
+    [RMS_NORM, SCATTER, SCATTER_CB, GATHER, GATHER_CB, SCATTER_3D, SCATTER_3D_CB],
+)
 
 _SCALARS = """
   zero = Constant <value = int64 {0}> ()
@@ -84,6 +88,39 @@ ScatterApply (data, updates, indices, spare, ctx_len_1d) => (output)
   written = ScatterND (roomy, indices, updates)
   output = Slice (written, start, ctx_len_1d, axis)
 }
+"""
+# Without heads: positions are axis 1 of data, and data may be of any type.
+_SCATTER_3D = """
+{name} ({inputs}) => (output)
+{{
+  dims = Shape (data)
+  zero = Constant <value = int64 {{0}}> ()
+  one = Constant <value = int64 {{1}}> ()
+  i0 = Constant <value = int64[1] {{0}}> ()
+  i1 = Constant <value = int64[1] {{1}}> ()
+  i2 = Constant <value = int64[1] {{2}}> ()
+  last = Constant <value = int64[1] {{-1}}> ()
+  length_1d = Slice (dims, i1, i2)
+  length = Squeeze (length_1d)
+  position = Cast <to = 7> (position_ids)
+  below = Less (position, zero)
+  beyond = GreaterOrEqual (position, length)
+  skipped = Or (below, beyond)
+  target = Where (skipped, length, position)
+  update_dims = Shape (updates)
+  index_shape = Slice (update_dims, i0, i2)
+  {rows}
+  row_2d = Unsqueeze (rows, i1)
+  row_index = Expand (row_2d, index_shape)
+  target_index = Expand (target, index_shape)
+  row_3d = Unsqueeze (row_index, last)
+  target_3d = Unsqueeze (target_index, last)
+  indices = Concat <axis = -1> (row_3d, target_3d)
+  spare = Slice (data, i0, i1, i1)
+  roomy = Concat <axis = 1> (data, spare)
+  written = ScatterND (roomy, indices, updates)
+  output = Slice (written, i0, length_1d, i1)
+}}
 """
 _GATHER_INDEX = """
 {name} ({inputs}) => (indices, valid)
@@ -155,6 +192,12 @@ _FUNCTIONS = {
     "GatherIndexCB": _index(
         _GATHER_INDEX, "GatherIndexCB", "data, batch_index, ctx_indices", outer=_OUTER_SLOTS
     ),
+    "Scatter3D": _SCATTER_3D.format(
+        name="Scatter3D", inputs="data, position_ids, updates", rows=_ROW_RANGE
+    ),
+    "Scatter3DCB": _SCATTER_3D.format(
+        name="Scatter3DCB", inputs="data, batch_index, position_ids, updates", rows=_ROW_SLOTS
+    ),
     "ScatterApply": _SCATTER_APPLY,
     "GatherApply": _GATHER_APPLY,
     "GatherApplyCB": _GATHER_APPLY_CB,
@@ -182,6 +225,9 @@ _SHAPES = {
     RMS_NORM: "CustomRMSNorm (hidden, weight) => (output) { output = Mul (hidden, weight) }",
     SCATTER: "CtxScatter (data, positions, updates) => (output) { output = Identity (data) }",
     SCATTER_CB: "CtxScatterCB (data, slots, positions, updates) => (output) "
+    "{ output = Identity (data) }",
+    SCATTER_3D: "CtxScatter3D (data, positions, updates) => (output) { output = Identity (data) }",
+    SCATTER_3D_CB: "CtxScatterCB3D (data, slots, positions, updates) => (output) "
     "{ output = Identity (data) }",
 }
 
@@ -217,6 +263,9 @@ class _Expander:
         kind = (node.domain, node.op_type)
         if kind == RMS_NORM:
             return [rms_norm(node)]
+        if kind in (SCATTER_3D, SCATTER_3D_CB):
+            suffix = "CB" if kind == SCATTER_3D_CB else ""
+            return [self._apply(node, f"Scatter3D{suffix}", list(node.input))]
         if kind in (SCATTER, SCATTER_CB):
             suffix = "CB" if kind == SCATTER_CB else ""
             data, *index, updates = node.input

@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import AttributeProto, TensorProto, helper, inliner
+from onnx import AttributeProto, TensorProto, helper
 
 from . import cardops, rounding
 from .constants import FLOAT16, replace_by_stub
@@ -58,11 +58,22 @@ def load(path: str) -> Any:
     foreign = [(f.domain, f.name) for f in model.functions]
     foreign = [key for key in foreign if key not in cardops.NAMES]
     if foreign:
-        model = inliner.inline_selected_functions(model, foreign)
+        model = _inliner().inline_selected_functions(model, foreign)
     del model.functions[:]
     _check_operators(model)
     _take_constants_out(model)
     return model
+
+
+def _inliner() -> Any:
+    # Imported here: programs that only run a QPC may live with an onnx before 1.15.
+    try:
+        from onnx import inliner
+    except ImportError as error:
+        raise GraphError(
+            f"onnx {onnx.__version__} cannot inline functions; install onnx 1.15 or newer"
+        ) from error
+    return inliner
 
 
 def _take_constants_out(model: Any) -> None:
@@ -112,16 +123,41 @@ def expand(model: Any) -> Any:
     shapes: Dict[str, str] = {}
     for value in [*graph.input, *graph.output, *graph.value_info]:
         shapes[value.name] = str(value.type.tensor_type.shape)
+    _choose_booleans(model)
     _set_nodes(graph, cardops.expand(list(graph.node), shapes.get))
     model.functions.extend(cardops.functions(opset_of(model)))
     import_domain(model, cardops.LOCAL)
     import_domain(model, _MICROSOFT)
     # onnxruntime would expand the functions too, but refuses some of them before opset 16.
-    inlined = inliner.inline_local_functions(model)
+    inlined = _inliner().inline_local_functions(model)
     for index, node in enumerate(inlined.graph.node):
         # Some of its optimizers make two nodes of one name out of nodes without names.
         node.name = f"{node.name or node.op_type}#{index}"
     return inlined
+
+
+def _choose_booleans(model: Any) -> None:
+    """Write `Where` between booleans, which onnxruntime cannot compute, with And and Or."""
+    values = [*model.graph.input, *model.graph.output]
+    if all(v.type.tensor_type.elem_type != TensorProto.BOOL for v in values):
+        return
+    inferred = infer_shapes(model)
+    values = [*inferred.input, *inferred.output, *inferred.value_info]
+    booleans = {v.name for v in values if v.type.tensor_type.elem_type == TensorProto.BOOL}
+    nodes: List[Any] = []
+    for node in model.graph.node:
+        if node.op_type != "Where" or node.domain or node.output[0] not in booleans:
+            nodes.append(node)
+            continue
+        (condition, chosen, other), name = node.input, node.output[0]
+        names = [f"{name}/{part}" for part in ("chosen", "not", "other")]
+        nodes += [
+            helper.make_node("And", [condition, chosen], names[:1]),
+            helper.make_node("Not", [condition], names[1:2]),
+            helper.make_node("And", [names[1], other], names[2:]),
+            helper.make_node("Or", [names[0], names[2]], [name], name=node.name),
+        ]
+    _set_nodes(model.graph, nodes)
 
 
 def import_domain(model: Any, domain: str) -> None:

@@ -7,7 +7,8 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 from onnx import TensorProto
 
 from . import aicapi
-from .graph import GraphError, infer_shapes, structure
+from .dims import output_dims
+from .graph import GraphError
 from .graph import inputs as graph_inputs
 
 Dims = Tuple[int, ...]
@@ -72,10 +73,12 @@ def resolve(
             )
         dims[value.name] = tuple(shape)
     outputs = {o.name: _dims(o, symbols) for o in model.graph.output}
-    unknown = [name for name, shape in outputs.items() if -1 in shape or not shape]
-    if unknown:
-        inferred = _infer(model, dims)
-        outputs.update({name: inferred.get(name, outputs[name]) for name in unknown})
+    if any(-1 in shape or not shape for shape in outputs.values()):
+        # Exporters leave out an output's rank, or make names for its dims that nobody knows.
+        inferred = output_dims(model, dims)
+        outputs.update(
+            {n: list(inferred.get(n, [-1])) for n, s in outputs.items() if -1 in s or not s}
+        )
     for name, shape in outputs.items():
         if -1 in shape:
             raise GraphError(f"The shape of output '{name}' cannot be inferred")
@@ -102,17 +105,6 @@ def _symbol_names(value: Any) -> str:
     dims = value.type.tensor_type.shape.dim
     names = [d.dim_param or "?" for d in dims if not d.HasField("dim_value")]
     return ", ".join(f"'{name}'" for name in names)
-
-
-def _infer(model: Any, inputs: Mapping[str, Dims]) -> Dict[str, List[int]]:
-    copy = structure(model)
-    for value in copy.graph.input:
-        for dim, size in zip(value.type.tensor_type.shape.dim, inputs.get(value.name, ())):
-            dim.dim_value = size
-    for value in copy.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    del copy.graph.value_info[:]
-    return {o.name: _dims(o, {}) for o in infer_shapes(copy).output}
 
 
 def largest(shapes: Sequence[Mapping[str, Dims]]) -> Dict[str, Dims]:
