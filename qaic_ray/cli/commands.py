@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qaic_ray import __version__
+from qaic_ray.cli.arguments import device_ids, given_once, numbers, words
 from qaic_ray.contract import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_CORES,
@@ -230,11 +231,15 @@ def compile(  # the recipe's word
 
     request = CompileRequest(
         model_dir=model_dir,
-        precisions=_words(_one(precision_argument, precision, "precision") or DEFAULT_PRECISION),
-        num_cores=_numbers(_one(cores_argument, num_cores, "NSP") or str(DEFAULT_CORES), "NSP"),
-        batch_sizes=_numbers(batch_size, "--batch-size"),
-        prompt_lens=_numbers(prompt_len, "--prompt-len"),
-        ctx_lens=_numbers(ctx_len, "--ctx-len"),
+        precisions=words(
+            given_once(precision_argument, precision, "precision") or DEFAULT_PRECISION
+        ),
+        num_cores=numbers(
+            given_once(cores_argument, num_cores, "NSP") or str(DEFAULT_CORES), "NSP"
+        ),
+        batch_sizes=numbers(batch_size, "--batch-size"),
+        prompt_lens=numbers(prompt_len, "--prompt-len"),
+        ctx_lens=numbers(ctx_len, "--ctx-len"),
         specializations=specializations,
         store=output,
         parallel=jobs,
@@ -291,7 +296,7 @@ def run(
         name="run",
         model=model_name,
         qpc=qpc,
-        devices=_devices(device_id),
+        devices=device_ids(device_id),
         prompt=prompt,
         prompts_file=prompts_file,
         input_len=input_len,
@@ -368,26 +373,3 @@ def _find_sdk(name: str, screen: Screen) -> Sdk:
     from qaic_ray.pipeline.devices import choose_sdk
 
     return choose_sdk(name, EmulatorPart(), screen)
-
-
-def _one(positional: str | None, option: str | None, what: str) -> str | None:
-    if positional is not None and option is not None:
-        raise UsageError(f"{what} is given twice, as {positional} and as {option}: give it once.")
-    return positional if positional is not None else option
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",")]
-
-
-def _numbers(text: str, what: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise UsageError(
-            f"{what} takes a whole number, or several separated by commas, not {text!r}."
-        ) from None
-
-
-def _devices(text: str) -> tuple[int, ...] | None:
-    return None if text == "all" else tuple(_numbers(text, "--device-id"))

@@ -1,0 +1,32 @@
+"""Words of the command line to values. Knows no command."""
+
+from __future__ import annotations
+
+from qaic_ray.errors import UsageError
+
+
+def given_once(positional: str | None, option: str | None, what: str) -> str | None:
+    """What was given as an argument or as an option; both is one too many."""
+    if positional is not None and option is not None:
+        raise UsageError(f"{what} is given twice, as {positional} and as {option}: give it once.")
+    return positional if positional is not None else option
+
+
+def words(text: str) -> list[str]:
+    """A list separated by commas."""
+    return [word.strip() for word in text.split(",")]
+
+
+def numbers(text: str, what: str) -> list[int]:
+    """Whole numbers separated by commas; `what` names them in the error."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UsageError(
+            f"{what} takes a whole number, or several separated by commas, not {text!r}."
+        ) from None
+
+
+def device_ids(text: str) -> tuple[int, ...] | None:
+    """Device ids, or None for `all`."""
+    return None if text == "all" else tuple(numbers(text, "--device-id"))
