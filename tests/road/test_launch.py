@@ -14,7 +14,7 @@ import yaml
 
 pytestmark = pytest.mark.cluster
 
-# What must survive unchanged on the way to the outputs: the issue's own list.
+# What must survive unchanged on the way to the outputs; the last two cannot be answered.
 TEXTS = [
     "plain",
     "  leading and trailing  ",
