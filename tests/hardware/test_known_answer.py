@@ -47,7 +47,7 @@ def test_known_answer_comes_from_the_card(tmp_path: Path) -> None:
     session = Session(sdk, qpc, [device.qid])
     try:
         engine = Engine(session)
-        row = Sequence(0, tuple(tokenizer.encode("My name is")), 16, frozenset(checkpoint.eos_ids))
+        row = Sequence(0, tuple(tokenizer.encode("My name is")), 24, frozenset(checkpoint.eos_ids))
         engine.add(row)
         while engine.busy:
             engine.step()
