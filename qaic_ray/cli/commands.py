@@ -82,6 +82,16 @@ ModelOption = Annotated[
     ),
 ]
 
+KvDtypeOption = Annotated[
+    str, typer.Option("--kv-dtype", help="KV cache on the card: float16 or mxint8.")
+]
+LogitsOption = Annotated[
+    str, typer.Option(help="Of which tokens: last, all or num_logits_to_keep.")
+]
+NextTokensOption = Annotated[
+    bool, typer.Option("--next-tokens", help="Token ids as output, in place of logits.")
+]
+
 
 @app.command()
 def launch(
@@ -148,15 +158,9 @@ def export(
     dtype: Annotated[
         str, typer.Option(help="Weights in the files: float32 or float16.")
     ] = "float32",
-    kv_dtype: Annotated[
-        str, typer.Option("--kv-dtype", help="KV cache on the card: float16 or mxint8.")
-    ] = "float16",
-    logits: Annotated[
-        str, typer.Option(help="Of which tokens: last, all or num_logits_to_keep.")
-    ] = "last",
-    next_tokens: Annotated[
-        bool, typer.Option("--next-tokens", help="Token ids as output, in place of logits.")
-    ] = False,
+    kv_dtype: KvDtypeOption = "float16",
+    logits: LogitsOption = "last",
+    next_tokens: NextTokensOption = False,
     replicate_kv_heads: Annotated[
         int, typer.Option("--replicate-kv-heads", help="Copies of each head, for device groups.")
     ] = 1,
