@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    ValidationError,
+)
 
 from qaic_ray.contract import (
     DEFAULT_BATCH_SIZE,
@@ -21,10 +30,12 @@ from qaic_ray.contract import (
     DEFAULT_PRECISION,
     DEFAULT_PROMPT_LEN,
     MAX_CORES,
+    NUM_LOGITS_TO_KEEP,
     IoContract,
     Specializations,
 )
-from qaic_ray.errors import JobError, SpecializationError
+from qaic_ray.errors import JobError, RowError, SpecializationError
+from qaic_ray.sampling_params import MAX_SEED, SamplingParams
 
 PrecisionName = Literal["mx6", "fp16", "fp32"]
 Sku = Literal["standard", "pro", "ultra"]
@@ -46,14 +57,29 @@ def _no_duplicates(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-def _power_of_two(value: int) -> int:
-    if value & (value - 1):
-        raise ValueError(f"must be a power of two, not {value}")
-    return value
-
-
 T = TypeVar("T")
 Listed = Annotated[tuple[T, ...], BeforeValidator(_as_tuple), AfterValidator(_no_duplicates)]
+
+
+def prompt_lens(value: int | str) -> tuple[int, ...]:
+    """The prefill lengths of one program: `32`, or `32+128` for a program that has both.
+
+    Raises:
+        ValueError: where it is neither.
+    """
+    words = str(value).split("+")
+    if not all(word.strip().isdecimal() for word in words):
+        raise ValueError("must be a number of tokens, or several like 32+128")
+    lens = tuple(map(int, words))
+    for length in lens:
+        if length < 1 or length & (length - 1):
+            raise ValueError(f"must be a power of two, not {length}")
+    return lens
+
+
+def _prompt_len(value: Any) -> Any:
+    lens = prompt_lens(value)
+    return lens[0] if len(lens) == 1 else "+".join(map(str, lens))
 
 
 def _device_ids(value: Any) -> Any:
@@ -65,8 +91,28 @@ def _device_ids(value: Any) -> Any:
     return _no_duplicates(tuple(ids))
 
 
+def _sampling(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return SamplingParams() if value is None else value
+    if {"max_tokens", "max_completion_tokens"} & value.keys():
+        raise ValueError("max_tokens has another name in a job, run.generation_len: use that")
+    try:
+        return SamplingParams().updated(value)
+    except RowError as error:
+        raise ValueError(str(error).rstrip(".")) from error
+
+
+def _sampling_fields(params: SamplingParams) -> dict[str, Any]:
+    fields = {key: list(v) if isinstance(v, tuple) else v for key, v in vars(params).items()}
+    del fields["max_tokens"]
+    return fields
+
+
+Sampling = Annotated[
+    InstanceOf[SamplingParams], BeforeValidator(_sampling), PlainSerializer(_sampling_fields)
+]
 Devices = Annotated[Literal["all"] | tuple[int, ...], BeforeValidator(_device_ids)]
-PromptLen = Annotated[int, Field(ge=1), AfterValidator(_power_of_two)]
+PromptLen = Annotated[int | str, BeforeValidator(_prompt_len)]
 
 
 class _Part(BaseModel):
@@ -100,6 +146,8 @@ class ExportPart(_Part):
     """The most likely token ids as output, in place of logits."""
     replicate_kv_heads: PositiveInt = 1
     """Copies of every key and value head, for device groups that share out the heads."""
+    comp_ctx_lengths: bool = False
+    """An input that says how much of the context is computed with."""
     verify: Literal["auto", "full", "quick", "off"] = "auto"
     """`auto`: full under two billion parameters, else quick (the first and last two layers)."""
 
@@ -112,7 +160,12 @@ class CompilePart(_Part):
     batch_size: Listed[PositiveInt] = (DEFAULT_BATCH_SIZE,)
     """Rows of a static program, slots of a continuous-batching one."""
     prompt_len: Listed[PromptLen] = (DEFAULT_PROMPT_LEN,)
+    """Tokens of a prefill; `32+128` is one program that has both lengths."""
     ctx_len: Listed[PositiveInt] = (DEFAULT_CTX_LEN,)
+    num_speculative_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens guessed ahead in a decode step; needs `export.logits: num_logits_to_keep`."""
+    comp_ctx_lengths: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple)] = ()
+    """Contexts that every program can compute with, beside ctx_len; needs the export's."""
     output: str = "qpc"
     """Folder that holds one folder a variant."""
     parallel: PositiveInt | None = None
@@ -139,7 +192,26 @@ class RunPart(_Part):
     prompt: str | None = None
     """Prompts separated by `|`, as in the published recipe; `\\|` is a pipe of the text."""
     generation_len: PositiveInt | None = None
+    """Most tokens of an answer (`max_tokens` of a row); until the context is full when absent."""
+    sampling: Sampling = SamplingParams()
+    """How tokens are chosen and where answers end: the fields of `SamplingParams`, greedy when
+    absent. A row's own fields go before these."""
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    """What rows without a seed of their own get theirs from; drawn when absent, and then in the
+    run folder's job.yaml, which so repeats the run. (`sampling.seed` is one seed for every row.)"""
     chat: bool = False
+    """Put each prompt into the model's chat template; rows of `messages` always are."""
+    system: str | None = None
+    """With chat: the system message of conversations that bring none."""
+    max_stall_s: Annotated[float, Field(ge=0)] = 1.0
+    """Seconds that running rows may wait for other rows' prefill."""
+    prefix_reuse: bool = True
+    """Start a prompt from what a slot's cache holds of it already."""
+    drafts: Literal["auto", "none", "prompt-lookup"] = "auto"
+    """Who drafts tokens for a QPC of `num_speculative_tokens`; auto: the draft QPC where there is
+    one, else prompt lookup."""
+    draft_qpc: str | None = None
+    """Folder of a smaller model's QPC, compiled for NSPs that the other one leaves free."""
     output: str = "runs"
     """Folder that holds one folder a run."""
 
@@ -229,12 +301,20 @@ def _check_shapes(job: Job, source: str) -> None:
             try:
                 Specializations.build(
                     batch_size=grid.batch_size[0],
-                    prompt_len=prompt_len,
+                    prompt_len=prompt_lens(prompt_len),
                     ctx_len=ctx_len,
                     continuous=continuous,
+                    num_speculative_tokens=grid.num_speculative_tokens,
+                    comp_ctx_lengths=grid.comp_ctx_lengths,
                 )
             except SpecializationError as error:
                 raise JobError(f"{source}: compile: {error}") from error
+    if grid.num_speculative_tokens and job.export.logits != NUM_LOGITS_TO_KEEP:
+        raise JobError(
+            f"{source}: compile.num_speculative_tokens needs export.logits: {NUM_LOGITS_TO_KEEP}."
+        )
+    if grid.comp_ctx_lengths and not job.export.comp_ctx_lengths:
+        raise JobError(f"{source}: compile.comp_ctx_lengths needs export.comp_ctx_lengths: true.")
     if job.run.prompts is not None and job.run.prompt is not None:
         raise JobError(f"{source}: run has both prompts and prompt: keep one of them.")
 

@@ -7,6 +7,7 @@ QEfficient from 1.16 on (`position-ids`). Knows nothing of ONNX files, compilers
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -20,6 +21,7 @@ BATCH_INDEX = "batch_index"
 ATTENTION_MASK = "attention_mask"
 CACHE_INDEX = "cache_index"
 NUM_LOGITS_TO_KEEP = "num_logits_to_keep"
+COMP_CTX_LENGTHS = "comp_ctx_lengths"
 LOGITS = "logits"
 NEXT_TOKENS = "next_tokens"
 RETAINED_SUFFIX = "_RetainedState"
@@ -29,6 +31,9 @@ PADDING_POSITION = -1
 
 MAX_CORES = 16
 """NSPs of the largest Cloud AI 100 SoC (Pro, Ultra)."""
+
+COMP_CTX_STEP = 32
+"""Multiples that compute-context lengths are kept to where one has to give way to another."""
 
 # What is compiled where nothing else is said: the published recipe's specializations.json, for the
 # NSPs of a Standard card.
@@ -78,7 +83,9 @@ class Specialization:
     `batch_size` rows of `seq_len` tokens at once, each with a context of `ctx_len` tokens.
     `full_batch_size` is the number of slots of a continuous-batching program, None for a static
     one; its prefill then has `batch_size` 1 and its decode `batch_size` = `full_batch_size`.
-    `num_logits_to_keep` is for graphs that have such an input.
+    `num_logits_to_keep` and `comp_ctx_lengths` are for graphs that have such inputs: of how many
+    tokens of a row there are logits, and how many positions of the context are computed with (no
+    position of such a run may reach it).
     """
 
     batch_size: int
@@ -86,24 +93,37 @@ class Specialization:
     ctx_len: int
     full_batch_size: int | None = None
     num_logits_to_keep: int | None = None
+    comp_ctx_lengths: int | None = None
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every one of its tokens has logits: one token a row, or several (speculative)."""
+        return self.seq_len == (self.num_logits_to_keep or 1)
+
+    @property
+    def reach(self) -> int:
+        """Positions that it can compute: those from 0 to below this."""
+        return self.comp_ctx_lengths or self.ctx_len
 
     def symbols(self) -> dict[str, str]:
         """ONNX dim_param -> value, as strings: the compiler's JSON reader takes nothing else."""
-        symbols = {
-            "batch_size": str(self.batch_size),
-            "seq_len": str(self.seq_len),
-            "ctx_len": str(self.ctx_len),
-        }
-        if self.full_batch_size is not None:
-            symbols["full_batch_size"] = str(self.full_batch_size)
-        if self.num_logits_to_keep is not None:
-            symbols[NUM_LOGITS_TO_KEEP] = str(self.num_logits_to_keep)
-        return symbols
+        values = {key: getattr(self, key) for key in SYMBOLS}
+        return {key: str(value) for key, value in values.items() if value is not None}
+
+
+SYMBOLS = (
+    "batch_size", "seq_len", "ctx_len", "full_batch_size", NUM_LOGITS_TO_KEEP, COMP_CTX_LENGTHS
+)  # fmt: skip
+"""The fields of a specialization; the first three are always there."""
 
 
 @dataclass(frozen=True)
 class Specializations:
-    """The prefill and decode shapes of one QPC; a decode-only QPC (`pl1`) has no prefill.
+    """The prefill and decode shapes of one QPC.
+
+    A QPC has at least one decode shape; several differ in `comp_ctx_lengths`, or one is for
+    speculation (several tokens a row, logits of each) beside another of one token. It may have
+    several prefill shapes, or none (`pl1`).
 
     Raises:
         SpecializationError: on construction, where the shapes cannot live in one program.
@@ -115,24 +135,39 @@ class Specializations:
         check_specializations(self.entries)
 
     @property
+    def prefills(self) -> tuple[Specialization, ...]:
+        """The prefill shapes by rising `seq_len`, then `comp_ctx_lengths`; none of a `pl1`."""
+        return tuple(sorted((s for s in self.entries if not s.is_decode), key=_size))
+
+    @property
+    def decodes(self) -> tuple[Specialization, ...]:
+        """The decode shapes by rising `seq_len`, then `comp_ctx_lengths`."""
+        return tuple(sorted((s for s in self.entries if s.is_decode), key=_size))
+
+    @property
     def prefill(self) -> Specialization:
-        """The shape with the longest `seq_len`."""
-        return max(self.entries, key=lambda s: s.seq_len)
+        """The longest prefill shape; the decode one where there is none."""
+        return (self.prefills or self.decodes)[-1]
 
     @property
     def decode(self) -> Specialization:
-        """The shape with `seq_len` 1."""
-        return min(self.entries, key=lambda s: s.seq_len)
+        """The decode shape with the fewest tokens a row, and of those the longest context."""
+        return max(self.decodes, key=lambda s: (-s.seq_len, s.reach))
 
     @property
     def prompt_len(self) -> int:
-        """Tokens of one prefill chunk."""
-        return self.prefill.seq_len
+        """Tokens of one prefill chunk at most; 1 where there is no prefill shape."""
+        return self.prefills[-1].seq_len if self.prefills else 1
+
+    @property
+    def decode_len(self) -> int:
+        """Tokens of a row in the longest decode shape: 1, or more where it is for speculation."""
+        return self.decodes[-1].seq_len
 
     @property
     def ctx_len(self) -> int:
         """Tokens, prompt and answer together, that one row can hold."""
-        return self.decode.ctx_len
+        return self.entries[0].ctx_len
 
     @property
     def batch_size(self) -> int:
@@ -142,29 +177,69 @@ class Specializations:
     @property
     def continuous(self) -> bool:
         """Whether rows have slots of their own that are refilled while others run."""
-        return self.decode.full_batch_size is not None
+        return self.entries[0].full_batch_size is not None
 
     @classmethod
     def build(
-        cls, *, batch_size: int, prompt_len: int, ctx_len: int, continuous: bool
+        cls,
+        *,
+        batch_size: int,
+        prompt_len: int | Sequence[int],
+        ctx_len: int,
+        continuous: bool,
+        num_logits_to_keep: bool = False,
+        num_speculative_tokens: int = 0,
+        comp_ctx_lengths: Sequence[int] = (),
     ) -> Specializations:
-        """The usual pair: one prefill and one decode shape (one shape where `prompt_len` is 1)."""
+        """The usual shapes: a prefill one per length over 1, and a decode one per context.
+
+        Args:
+            batch_size: rows, or slots.
+            prompt_len: tokens of a prefill; 1 alone makes a decode-only program.
+            ctx_len: tokens of a row's context.
+            continuous: whether rows have slots of their own.
+            num_logits_to_keep: whether the graph has that input; it has for speculation.
+            num_speculative_tokens: tokens guessed ahead in a decode step, beside the one that is
+                known.
+            comp_ctx_lengths: of the decode shapes; `ctx_len` is among them in any case. No prefill
+                shape may share a decode shape's value, says the compiler, so the prefill ones have
+                the next lower multiple of 32 below `ctx_len`: a prompt's positions beyond it are
+                for the decode shapes.
+        """
         slots = batch_size if continuous else None
-        decode = Specialization(batch_size, 1, ctx_len, slots)
-        if prompt_len == 1:
-            return cls((decode,))
-        prefill = Specialization(1 if continuous else batch_size, prompt_len, ctx_len, slots)
-        return cls((prefill, decode))
+        rows = 1 if continuous else batch_size
+        length = 1 + num_speculative_tokens
+        first, each = (1, length) if num_logits_to_keep or length > 1 else (None, None)
+        lens = {prompt_len} if isinstance(prompt_len, int) else set(prompt_len)
+        contexts = sorted({*comp_ctx_lengths, ctx_len}) if comp_ctx_lengths else [None]
+        below = _free_context(ctx_len, comp_ctx_lengths) if comp_ctx_lengths else None
+        prefills = [
+            Specialization(rows, seq_len, ctx_len, slots, first, below)
+            for seq_len in sorted(lens - {1})
+        ]
+        decodes = [
+            Specialization(batch_size, length, ctx_len, slots, each, context)
+            for context in contexts
+        ]
+        return cls((*prefills, *decodes))
 
     def to_json(self, *, named: bool) -> str:
         """The compiler's file: flat for the SDKs up to 1.21, `{name, symbols}` from 1.22 on."""
         entries: list[Any] = [s.symbols() for s in self.entries]
         if named:
             entries = [
-                {"name": "Decode" if s.seq_len == 1 else "Prefill", "symbols": s.symbols()}
-                for s in self.entries
+                {"name": name, "symbols": symbols}
+                for name, symbols in zip(self._names(), entries, strict=True)
             ]
         return json.dumps({"specializations": entries}, indent=2) + "\n"
+
+    def _names(self) -> list[str]:
+        """`Prefill` and `Decode`, numbered from 0 where there are several."""
+        kinds = ["Decode" if s.is_decode else "Prefill" for s in self.entries]
+        return [
+            f"{kind}_{kinds[:index].count(kind)}" if kinds.count(kind) > 1 else kind
+            for index, kind in enumerate(kinds)
+        ]
 
     @classmethod
     def from_json(cls, text: str, *, source: str) -> Specializations:
@@ -197,15 +272,14 @@ def _entry(entry: Any, source: str, index: int) -> Specialization:
     symbols = entry.get("symbols", entry) if isinstance(entry, dict) else None
     if not isinstance(symbols, dict):
         raise SpecializationError(f"{source}: specialization {index} must be an object.")
-    known = ("batch_size", "seq_len", "ctx_len", "full_batch_size", NUM_LOGITS_TO_KEEP)
     values: dict[str, int] = {}
     for key, value in symbols.items():
         if key in ("name", "full_batch_exec_size"):
             continue
-        if key not in known:
+        if key not in SYMBOLS:
             raise SpecializationError(
                 f"{source}: specialization {index} has the unknown key {key!r}; "
-                f"use {', '.join(known)}."
+                f"use {', '.join(SYMBOLS)}."
             )
         try:
             if isinstance(value, bool):
@@ -215,12 +289,22 @@ def _entry(entry: Any, source: str, index: int) -> Specialization:
             raise SpecializationError(
                 f"{source}: {key} of specialization {index} must be a whole number, not {value!r}."
             ) from None
-    missing = [key for key in known[:3] if key not in values]
+    missing = [key for key in SYMBOLS[:3] if key not in values]
     if missing:
         raise SpecializationError(
             f"{source}: specialization {index} lacks {' and '.join(missing)}."
         )
     return Specialization(**values)
+
+
+def _size(shape: Specialization) -> tuple[int, int]:
+    return shape.seq_len, shape.reach
+
+
+def _free_context(ctx_len: int, taken: Sequence[int]) -> int:
+    """The highest multiple of 32 below a context that is not taken, or any other number."""
+    steps = range((ctx_len - 1) // COMP_CTX_STEP * COMP_CTX_STEP, 0, -COMP_CTX_STEP)
+    return next((n for n in (*steps, *range(ctx_len - 1, 0, -1)) if n not in taken), 0)
 
 
 def check_specializations(entries: tuple[Specialization, ...]) -> None:
@@ -232,41 +316,78 @@ def check_specializations(entries: tuple[Specialization, ...]) -> None:
     if not entries:
         raise SpecializationError("There must be at least one specialization.")
     for s in entries:
-        for key, value in (
-            ("batch_size", s.batch_size),
-            ("seq_len", s.seq_len),
-            ("ctx_len", s.ctx_len),
-            ("full_batch_size", s.full_batch_size),
-            (NUM_LOGITS_TO_KEEP, s.num_logits_to_keep),
-        ):
-            if value is not None and value < 1:
-                raise SpecializationError(f"{key} must be at least 1, not {value}.")
-    _check_equal("ctx_len", [s.ctx_len for s in entries])
-    _check_equal("full_batch_size", [s.full_batch_size for s in entries])
-    if entries[0].full_batch_size is None:
-        _check_equal("batch_size", [s.batch_size for s in entries])
-    decodes = [s for s in entries if s.seq_len == 1]
-    if len(decodes) != 1:
-        raise SpecializationError(
-            "Exactly one specialization must be the decode one, with seq_len 1; "
-            f"seq_len here: {', '.join(str(s.seq_len) for s in entries)}."
-        )
-    for s in entries:
-        if s.seq_len & (s.seq_len - 1):
+        _check_one(s)
+    for key in ("ctx_len", "full_batch_size"):
+        _check_equal(key, entries)
+    for key in (NUM_LOGITS_TO_KEEP, COMP_CTX_LENGTHS):
+        if len({getattr(s, key) is None for s in entries}) > 1:
             raise SpecializationError(
-                f"seq_len of a prefill specialization must be a power of two, not {s.seq_len}."
+                f"{key} must be in every specialization or in none: it is an input of the graph."
             )
-        if s.seq_len > s.ctx_len:
-            raise SpecializationError(f"seq_len {s.seq_len} does not fit into ctx_len {s.ctx_len}.")
+    decodes = [s for s in entries if s.is_decode]
+    prefills = [s for s in entries if not s.is_decode]
+    if not decodes:
+        lengths = ", ".join(str(s.seq_len) for s in entries)
+        raise SpecializationError(
+            "At least one specialization must be a decode one, with seq_len 1 (or with as many "
+            f"num_logits_to_keep, for speculation); seq_len here: {lengths}."
+        )
+    if len(set(entries)) < len(entries):
+        raise SpecializationError(
+            "Two specializations are equal: shapes of one program must differ in something."
+        )
     slots = entries[0].full_batch_size
+    for group in [entries] if slots is None else [prefills, decodes]:
+        _check_equal("batch_size", group)
     if slots is not None and decodes[0].batch_size > slots:
         raise SpecializationError(
             f"batch_size {decodes[0].batch_size} of the decode specialization is more than its "
             f"full_batch_size {slots}."
         )
+    _check_contexts(prefills, decodes)
 
 
-def _check_equal(key: str, values: list[int | None] | list[int]) -> None:
+def _check_one(s: Specialization) -> None:
+    for key in SYMBOLS:
+        value = getattr(s, key)
+        if value is not None and value < 1:
+            raise SpecializationError(f"{key} must be at least 1, not {value}.")
+    if not s.is_decode and s.num_logits_to_keep not in (None, 1):
+        raise SpecializationError(
+            f"num_logits_to_keep must be 1 (prefill) or seq_len (decode), not "
+            f"{s.num_logits_to_keep} where seq_len is {s.seq_len}."
+        )
+    if not s.is_decode and s.seq_len & (s.seq_len - 1):
+        raise SpecializationError(
+            f"seq_len of a prefill specialization must be a power of two, not {s.seq_len}."
+        )
+    if s.reach > s.ctx_len:
+        raise SpecializationError(
+            f"comp_ctx_lengths {s.reach} does not fit into ctx_len {s.ctx_len}."
+        )
+    if s.seq_len > s.reach:
+        room = "ctx_len" if s.comp_ctx_lengths is None else COMP_CTX_LENGTHS
+        raise SpecializationError(f"seq_len {s.seq_len} does not fit into {room} {s.reach}.")
+
+
+def _check_contexts(prefills: list[Specialization], decodes: list[Specialization]) -> None:
+    if decodes[0].comp_ctx_lengths is None:
+        return
+    ctx_len, longest = decodes[0].ctx_len, max(s.reach for s in decodes)
+    if longest < ctx_len:
+        raise SpecializationError(
+            f"comp_ctx_lengths of one decode specialization must be ctx_len ({ctx_len}): with "
+            f"{longest} at most, no answer gets farther."
+        )
+    for value in {s.reach for s in prefills} & {s.reach for s in decodes}:
+        raise SpecializationError(
+            f"comp_ctx_lengths {value} is both of a prefill and of a decode specialization, which "
+            f"the compiler does not take: give the prefill one {_free_context(value, ())}."
+        )
+
+
+def _check_equal(key: str, entries: Sequence[Specialization]) -> None:
+    values = [getattr(s, key) for s in entries]
     if len(set(values)) > 1:
         raise SpecializationError(
             f"{key} must be the same in every specialization, not "

@@ -48,7 +48,8 @@ class ModelManifest:
     `num_clipped` weights were beyond the range of float16. `sources` tell a later export whether
     the weight files are still the same without reading them. `num_kv_heads` is the cache's: the
     checkpoint's times `num_replicate_kv_heads`. `logits` and `next_tokens` say what the first
-    output is, `kv_dtype` what custom_io.yaml asks for.
+    output is, `kv_dtype` what custom_io.yaml asks for, `comp_ctx_lengths` whether there is such an
+    input.
     """
 
     format: int
@@ -78,6 +79,7 @@ class ModelManifest:
     logits: str = "last"
     next_tokens: bool = False
     num_replicate_kv_heads: int = 1
+    comp_ctx_lengths: bool = False
 
     def same_making(self, other: ModelManifest) -> bool:
         """Whether both come from equal weights, options, format and tools."""
@@ -104,6 +106,7 @@ _KEY = (
     "logits",
     "next_tokens",
     "num_replicate_kv_heads",
+    "comp_ctx_lengths",
 )
 
 

@@ -9,7 +9,7 @@ sum or mean of rates.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 
 @dataclass(frozen=True)
@@ -17,32 +17,29 @@ class Measurement:
     """Counts and times of some work; adds associatively, with `Measurement()` as zero.
 
     Times in seconds. `ttft_s` holds one value a row, so that medians of sums are true medians.
+    `reused_tokens` are prompt tokens that a slot held already; `decode_slots` counts the rows that
+    decode steps had room for; of `drafted_tokens` so many were `accepted_tokens`.
     """
 
     rows: int = 0
     failed_rows: int = 0
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     generated_tokens: int = 0
     prefill_steps: int = 0
     prefill_s: float = 0.0
     decode_steps: int = 0
+    decode_slots: int = 0
+    decode_rows: int = 0
     decode_tokens: int = 0
     decode_s: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     ttft_s: tuple[float, ...] = ()
 
     def __add__(self, other: Measurement) -> Measurement:
-        return Measurement(
-            rows=self.rows + other.rows,
-            failed_rows=self.failed_rows + other.failed_rows,
-            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
-            generated_tokens=self.generated_tokens + other.generated_tokens,
-            prefill_steps=self.prefill_steps + other.prefill_steps,
-            prefill_s=self.prefill_s + other.prefill_s,
-            decode_steps=self.decode_steps + other.decode_steps,
-            decode_tokens=self.decode_tokens + other.decode_tokens,
-            decode_s=self.decode_s + other.decode_s,
-            ttft_s=self.ttft_s + other.ttft_s,
-        )
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        return Measurement(**sums)
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -50,9 +47,48 @@ class Measurement:
         return self.decode_tokens / self.decode_s if self.decode_s > 0 else 0.0
 
     @property
+    def occupancy(self) -> float:
+        """Share of the decode steps' rows that were answered; 0 where nothing was decoded."""
+        return self.decode_rows / self.decode_slots if self.decode_slots else 0.0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafted tokens that were right; 0 where nothing was drafted."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
+
+    @property
+    def tokens_per_row_step(self) -> float:
+        """Tokens that a row gets from a decode step: 1 without drafts; 0 without decode steps."""
+        return self.decode_tokens / self.decode_rows if self.decode_rows else 0.0
+
+    @property
     def ttft_median_s(self) -> float:
         """Median time to first token; 0 where no row was answered."""
         return quantile(self.ttft_s, 0.5)
+
+
+@dataclass
+class Meter:
+    """A measurement in the making: the fields of `Measurement`, counted up where work is done."""
+
+    rows: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_steps: int = 0
+    prefill_s: float = 0.0
+    decode_steps: int = 0
+    decode_slots: int = 0
+    decode_rows: int = 0
+    decode_tokens: int = 0
+    decode_s: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    ttft_s: list[float] = field(default_factory=list)
+
+    def measurement(self) -> Measurement:
+        """What was counted so far."""
+        return Measurement(**(vars(self) | {"ttft_s": tuple(self.ttft_s)}))
 
 
 @dataclass(frozen=True)

@@ -2,29 +2,67 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+
+from qaic_ray.sampling_params import SamplingParams, TokenLogprob
+
+Message = Mapping[str, str]
+"""One turn of a conversation: `role` and `content`."""
 
 
 class FinishReason(str, Enum):
     """Why a row ended."""
 
     STOP = "stop"
-    """An EOS token of the model's list; it counts as one generated token."""
+    """An EOS token of the model's list or a stop token, each of which counts as one generated
+    token; or a stop string. `stop_reason` tells which."""
     LENGTH = "length"
-    """`generation_len` tokens were made, or the context is full."""
+    """`max_tokens` (`generation_len`) tokens were made, or the context is full."""
     ERROR = "error"
     """The row could not be answered; `error` says why."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One user prompt and its place in the input; `index` counts from 0 over the whole input."""
+    """One user prompt and its place in the input; `index` counts from 0 over the whole input.
+
+    Where there are `messages`, they are the prompt, and `text` is what its row shows of them: the
+    last thing the user said. `sampling` None means the run's.
+    """
 
     index: int
     text: str
     id: str | None = None
+    messages: tuple[Message, ...] | None = None
+    sampling: SamplingParams | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One of the several answers to a prompt that `n` asks for; fields as a row's."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+    def to_json(self, index: int) -> dict[str, Any]:
+        """The sample as an entry of the row's `choices`."""
+        document: dict[str, Any] = {
+            "index": index,
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "finish_reason": self.finish_reason.value,
+        }
+        if self.stop_reason is not None:
+            document["stop_reason"] = self.stop_reason
+        if self.logprobs is not None:
+            document["logprobs"] = _logprobs_json(self.logprobs)
+        return document
 
 
 @dataclass(frozen=True)
@@ -34,6 +72,10 @@ class Row:
     `token_ids` holds the generated tokens only, an EOS included. `ttft_s` runs from the row
     entering the engine to its first token, `decode_s` from there to its last. `worker` names the
     card; `attempts` counts how often the row was handed to one.
+
+    `stop_reason` is the stop string that ended the row, or the stop token if that is not EOS;
+    `logprobs` has an entry a token where they were asked for. With `n` over 1 `choices` holds all
+    answers, and the row's own text and tokens are those of the first one.
     """
 
     index: int
@@ -41,18 +83,28 @@ class Row:
     text: str
     finish_reason: FinishReason
     id: str | None = None
-    token_ids: tuple[int, ...] = field(default=())
+    messages: tuple[Message, ...] | None = None
+    token_ids: tuple[int, ...] = ()
+    stop_reason: str | int | None = None
     prompt_tokens: int = 0
     ttft_s: float = 0.0
     decode_s: float = 0.0
     worker: str = ""
     attempts: int = 1
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    choices: tuple[Sample, ...] = ()
     error: str | None = None
 
     @property
+    def answer_lens(self) -> tuple[int, ...]:
+        """Tokens kept in each answer; EOS counts once. One answer, unless `n` asked for more."""
+        answers = [choice.token_ids for choice in self.choices] or [self.token_ids]
+        return tuple(map(len, answers))
+
+    @property
     def generated_tokens(self) -> int:
-        """Tokens kept in the answer; EOS counts once."""
-        return len(self.token_ids)
+        """Tokens kept in all answers of the row."""
+        return sum(self.answer_lens)
 
     @property
     def ok(self) -> bool:
@@ -66,6 +118,7 @@ class Row:
             index=prompt.index,
             id=prompt.id,
             prompt=prompt.text,
+            messages=prompt.messages,
             text="",
             finish_reason=FinishReason.ERROR,
             worker=worker,
@@ -74,19 +127,45 @@ class Row:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The row as the documented JSON object, keys in the documented order."""
-        fields = asdict(self)
-        document: dict[str, Any] = {
-            key: fields[key] for key in ("index", "id", "prompt", "text", "token_ids")
-        }
+        """The row as the documented JSON object, keys in the documented order.
+
+        `messages`, `stop_reason`, `logprobs`, `choices` and `error` are there where the row has
+        them.
+        """
+        document: dict[str, Any] = {"index": self.index, "id": self.id, "prompt": self.prompt}
+        if self.messages is not None:
+            document["messages"] = [dict(message) for message in self.messages]
+        document["text"] = self.text
         document["token_ids"] = list(self.token_ids)
         document["finish_reason"] = self.finish_reason.value
+        if self.stop_reason is not None:
+            document["stop_reason"] = self.stop_reason
         document["prompt_tokens"] = self.prompt_tokens
         document["generated_tokens"] = self.generated_tokens
         document["ttft_s"] = round(self.ttft_s, 6)
         document["decode_s"] = round(self.decode_s, 6)
         document["worker"] = self.worker
         document["attempts"] = self.attempts
+        if self.logprobs is not None:
+            document["logprobs"] = _logprobs_json(self.logprobs)
+        if self.choices:
+            document["choices"] = [c.to_json(index) for index, c in enumerate(self.choices)]
         if self.error is not None:
             document["error"] = self.error
         return document
+
+
+def _logprobs_json(logprobs: tuple[TokenLogprob, ...]) -> list[dict[str, Any]]:
+    """One object a token, natural logs."""
+    return [
+        {
+            **_logprob_json(token.token_id, token.logprob),
+            "top": [_logprob_json(*other) for other in token.top],
+        }
+        for token in logprobs
+    ]
+
+
+def _logprob_json(token_id: int, logprob: float) -> dict[str, Any]:
+    # JSON has no infinity; this stands for it in the OpenAI interface.
+    return {"token_id": token_id, "logprob": max(round(logprob, 6), -9999.0)}

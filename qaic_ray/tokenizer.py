@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qaic_ray.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from tokenizers import Tokenizer as Backend
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -22,7 +24,7 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class Tokenizer:
-    """The tokenizer of one checkpoint.
+    """The tokenizer of one checkpoint; threads may share it.
 
     Args:
         backend: the loaded `tokenizer.json`.
@@ -46,6 +48,8 @@ class Tokenizer:
         self._settings = settings
         self._chat_template = chat_template
         self._bos_id = backend.token_to_id(str(settings.get("bos_token")))
+        added = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(id_ for id_, token in added.items() if token.special)
         self.eos_ids = eos_ids
 
     @property
@@ -69,6 +73,21 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without special tokens and with every space as the model wrote it."""
         return self._backend.decode(ids, skip_special_tokens=True)
+
+    def piece(self, token_id: int) -> str | None:
+        """A token as the vocabulary has it; None where it has no text: special, or unknown."""
+        return None if token_id in self._special_ids else self._backend.id_to_token(token_id)
+
+    @property
+    def decoder_steps(self) -> list[dict[str, Any]]:
+        """How pieces become text: the steps of tokenizer.json's `decoder`, one after the other."""
+        decoder = self._backend.decoder
+        return [] if decoder is None else _steps(json.loads(decoder.__getstate__()))
+
+    def join(self, pieces: Sequence[str]) -> str:
+        """The text of pieces, as `decode` makes it."""
+        decoder = self._backend.decoder
+        return " ".join(pieces) if decoder is None else decoder.decode(list(pieces))
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer.
@@ -133,6 +152,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
+def _steps(decoder: dict[str, Any]) -> list[dict[str, Any]]:
+    if decoder["type"] != "Sequence":
+        return [decoder]
+    return [step for inner in decoder["decoders"] for step in _steps(inner)]
+
+
 def _read_backend(path: Path) -> Backend:
     from tokenizers import Tokenizer as Backend
 
@@ -158,7 +183,25 @@ def _read_chat_template(folder: Path) -> str | None:
 
 
 def _render(template: str, **values: Any) -> str:
-    """Render as transformers does: a sandbox, since the text comes from the checkpoint."""
+    from jinja2 import TemplateError
+
+    try:
+        return _compiled(template).render(**values)
+    except (
+        TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as e:
+        # A template is a program of the checkpoint: whatever it stumbles over, it says no.
+        raise UsageError(f"The model's chat template refuses these messages: {e}.") from e
+
+
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> Template:
+    """Compile as transformers does: in a sandbox, since the text comes from the checkpoint."""
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -174,7 +217,4 @@ def _render(template: str, **values: Any) -> str:
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(template).render(**values)
-    except TemplateError as error:
-        raise UsageError(f"The model's chat template refuses these messages: {error}.") from error
+    return environment.from_string(template)

@@ -27,6 +27,18 @@ def numbers(text: str, what: str) -> list[int]:
         ) from None
 
 
+def number_groups(text: str, what: str) -> list[list[int]]:
+    """Groups separated by commas, their numbers by `+`: `32,64+256`."""
+    return [numbers(word.replace("+", ","), what) for word in words(text)]
+
+
 def device_ids(text: str) -> tuple[int, ...] | None:
     """Device ids, or None for `all`."""
     return None if text == "all" else tuple(numbers(text, "--device-id"))
+
+
+def chosen(text: str, known: tuple[str, ...], what: str) -> str:
+    """One of the known words; `what` names the option in the error."""
+    if text not in known:
+        raise UsageError(f"{what} takes {', '.join(known[:-1])} or {known[-1]}, not {text!r}.")
+    return text

@@ -7,12 +7,14 @@ import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from qaic_ray import __version__
-from qaic_ray.cli.arguments import device_ids, given_once, numbers, words
+from qaic_ray.cli.arguments import given_once, number_groups, numbers, words
+from qaic_ray.cli.options import JsonOption, ModelOption, SdkOption, find_sdk
+from qaic_ray.cli.run_command import run
 from qaic_ray.contract import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_CORES,
@@ -21,10 +23,6 @@ from qaic_ray.contract import (
     DEFAULT_PROMPT_LEN,
 )
 from qaic_ray.errors import UsageError
-
-if TYPE_CHECKING:
-    from qaic_ray.cli.screen import Screen
-    from qaic_ray.sdk import Sdk
 
 app = typer.Typer(
     name="qaic-ray",
@@ -65,23 +63,6 @@ def before(
     options.debug = debug
 
 
-SdkOption = Annotated[
-    str,
-    typer.Option("--sdk", help="auto, real, emulated, or an SDK folder (also: $QAIC_RAY_SDK)."),
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="End stdout with one JSON object on one line.")
-]
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model-name",
-        "--model_name",
-        help="Local folder, hub id, .gguf file, or smollm2-135m.",
-        show_default=False,
-    ),
-]
-
 KvDtypeOption = Annotated[
     str, typer.Option("--kv-dtype", help="KV cache on the card: float16 or mxint8.")
 ]
@@ -90,6 +71,16 @@ LogitsOption = Annotated[
 ]
 NextTokensOption = Annotated[
     bool, typer.Option("--next-tokens", help="Token ids as output, in place of logits.")
+]
+
+ComputedOption = Annotated[
+    bool, typer.Option("--comp-ctx-lengths", help="An input for how much context is computed.")
+]
+SpeculatedOption = Annotated[
+    int, typer.Option("--num-speculative-tokens", min=0, help="Guessed ahead in a decode step.")
+]
+ContextsOption = Annotated[
+    str | None, typer.Option("--comp-ctx-lengths", help="Contexts to compute with: 512,1024.")
 ]
 
 
@@ -164,6 +155,7 @@ def export(
     replicate_kv_heads: Annotated[
         int, typer.Option("--replicate-kv-heads", help="Copies of each head, for device groups.")
     ] = 1,
+    comp_ctx_lengths: ComputedOption = False,
     verify: Annotated[
         str, typer.Option(help="Check against PyTorch: full, quick or off.")
     ] = "full",
@@ -187,6 +179,7 @@ def export(
             "logits": logits,
             "next_tokens": next_tokens,
             "replicate_kv_heads": replicate_kv_heads,
+            "comp_ctx_lengths": comp_ctx_lengths,
             "verify": verify,
         },
     }
@@ -206,18 +199,22 @@ def compile(  # the recipe's word
     ] = None,
     specializations: Annotated[
         Path | None,
-        typer.Option(help="A specializations.json, instead of the three options below."),
+        typer.Option(help="A specializations.json, instead of the five options below."),
     ] = None,
     batch_size: Annotated[
         str, typer.Option("--batch-size", "--batch_size", help="Rows, or slots; lists: 1,8.")
     ] = str(DEFAULT_BATCH_SIZE),
     prompt_len: Annotated[
         str,
-        typer.Option("--prompt-len", "--prompt_len", help="Tokens of a prefill; lists: 32,64."),
+        typer.Option(
+            "--prompt-len", "--prompt_len", help="Prefill; lists: 32,64; both in one QPC: 32+64."
+        ),
     ] = str(DEFAULT_PROMPT_LEN),
     ctx_len: Annotated[
         str, typer.Option("--ctx-len", "--ctx_len", help="Tokens of a context; lists: 512,2048.")
     ] = str(DEFAULT_CTX_LEN),
+    speculated: SpeculatedOption = 0,
+    contexts: ContextsOption = None,
     num_cores: Annotated[
         str | None, typer.Option("--num-cores", "--num_cores", help="NSPs; lists: 7,14.")
     ] = None,
@@ -242,76 +239,20 @@ def compile(  # the recipe's word
             given_once(cores_argument, num_cores, "NSP") or str(DEFAULT_CORES), "NSP"
         ),
         batch_sizes=numbers(batch_size, "--batch-size"),
-        prompt_lens=numbers(prompt_len, "--prompt-len"),
+        prompt_lens=number_groups(prompt_len, "--prompt-len"),
         ctx_lens=numbers(ctx_len, "--ctx-len"),
+        num_speculative_tokens=speculated,
+        comp_ctx_lengths=numbers(contexts, "--comp-ctx-lengths") if contexts else (),
         specializations=specializations,
         store=output,
         parallel=jobs,
     )
     screen = Screen()
-    outcomes = compile_step(request, _find_sdk(sdk, screen), screen)
+    outcomes = compile_step(request, find_sdk(sdk, screen), screen)
     screen.compiled_all(outcomes, as_json=as_json)
 
 
-@app.command()
-def run(
-    model_name: ModelOption,
-    qpc: Annotated[Path, typer.Option(help="Folder of a compiled variant.", show_default=False)],
-    device_id: Annotated[
-        str, typer.Option("--device-id", "--device_id", help="Cards: 0,1,2,3 or all.")
-    ] = "all",
-    prompt: Annotated[
-        str | None, typer.Option(help=r"Prompts separated by |; \| is a pipe of the text.")
-    ] = None,
-    prompts_file: Annotated[
-        str | None,
-        typer.Option(
-            "--prompts-file", "--prompts_file", help="Lines of text, .jsonl, or - for stdin."
-        ),
-    ] = None,
-    input_len: Annotated[
-        int | None,
-        typer.Option("--input-len", "--input_len", help="Must be what the QPC was compiled for."),
-    ] = None,
-    ctx_len: Annotated[
-        int | None,
-        typer.Option("--ctx-len", "--ctx_len", help="Must be what the QPC was compiled for."),
-    ] = None,
-    generation_len: Annotated[
-        int | None,
-        typer.Option(
-            "--generation-len", "--generation_len", min=1, help="Most tokens of an answer."
-        ),
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")
-    ] = False,
-    output: Annotated[Path, typer.Option(help="Folder that gets one folder a run.")] = Path("runs"),
-    stream: Annotated[bool, typer.Option(help="Print answers as they come.")] = True,
-    address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
-    sdk: SdkOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
-    """Answer prompts on every card, one Ray actor a card; print texts and tokens/s."""
-    from qaic_ray.cli.screen import Screen
-    from qaic_ray.pipeline.run_step import RunRequest, run_step
-
-    request = RunRequest(
-        name="run",
-        model=model_name,
-        qpc=qpc,
-        devices=device_ids(device_id),
-        prompt=prompt,
-        prompts_file=prompts_file,
-        input_len=input_len,
-        ctx_len=ctx_len,
-        generation_len=generation_len,
-        chat=chat,
-        output=output,
-        ray_address=address,
-    )
-    screen = Screen(stream=stream)
-    screen.finish(run_step(request, _find_sdk(sdk, screen), screen), as_json=as_json)
+app.command()(run)
 
 
 @app.command()
@@ -320,7 +261,7 @@ def devices(sdk: SdkOption = "auto", as_json: JsonOption = False) -> None:
     from qaic_ray.cli.screen import Screen
 
     screen = Screen()
-    found = _find_sdk(sdk, screen)
+    found = find_sdk(sdk, screen)
     screen.devices(found, found.devices(), as_json=as_json)
 
 
@@ -354,7 +295,7 @@ def emulator_run(
     """Run any program with the emulated SDK on its paths; the exit code is the program's."""
     from qaic_ray.cli.screen import Screen
 
-    found = _find_sdk(sdk, Screen())
+    found = find_sdk(sdk, Screen())
     environment = dict(os.environ)
     paths = [str(path) for path in found.python_paths]
     environment["PYTHONPATH"] = os.pathsep.join([*paths, *_entries("PYTHONPATH")])
@@ -370,10 +311,3 @@ def emulator_run(
 
 def _entries(variable: str) -> list[str]:
     return [entry for entry in os.environ.get(variable, "").split(os.pathsep) if entry]
-
-
-def _find_sdk(name: str, screen: Screen) -> Sdk:
-    from qaic_ray.config import EmulatorPart
-    from qaic_ray.pipeline.devices import choose_sdk
-
-    return choose_sdk(name, EmulatorPart(), screen)

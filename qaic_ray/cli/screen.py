@@ -87,10 +87,12 @@ class Screen:
             return
         head = f"[bold cyan]{row.index}[/]" + (f" [cyan]{escape(row.id)}[/]" if row.id else "")
         self._out.print(f"{head} [dim]{escape(_one_line(row.prompt))}[/]")
-        if row.ok:
-            self._out.print(escape(row.text), end="\n\n")
-        else:
+        if not row.ok:
             self._out.print(f"[red]{escape(row.error or '')}[/]", end="\n\n")
+            return
+        for number, choice in enumerate(row.choices, start=1):
+            self._out.print(f"[dim]{number} of {len(row.choices)}[/] {escape(choice.text)}")
+        self._out.print("" if row.choices else f"{escape(row.text)}\n")
 
     # -- at the end
 

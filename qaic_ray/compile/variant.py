@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 
 from qaic_ray.contract import MAX_CORES, Specializations
-from qaic_ray.errors import UsageError
+from qaic_ray.errors import SpecializationError, UsageError
 from qaic_ray.sdk import Sdk
 
 
@@ -81,19 +81,22 @@ class Variant:
     @property
     def name(self) -> str:
         """Folder name, as the published recipe builds it, with the precision at its end."""
-        s = self.specializations
+        s, speculated = self.specializations, ""
+        if s.decode_len > 1:
+            speculated = f"{s.decode_len - 1}spec-"
         return (
-            f"{self.source.name}-{s.prompt_len}pl-{s.ctx_len}cl-{self.num_cores}c-"
-            f"{s.batch_size}BS-{self.precision.value}"
+            f"{self.source.name}-{_prompt_lens(s)}pl-{_contexts(s)}cl-{self.num_cores}c-"
+            f"{s.batch_size}BS-{speculated}{_mark(s)}{self.precision.value}"
         )
 
     @property
     def label(self) -> str:
         """Short name for tables and the Ray dashboard."""
         s = self.specializations
+        speculated = f" spec{s.decode_len - 1}" if s.decode_len > 1 else ""
         return (
-            f"{self.precision.value} {self.num_cores}c pl{s.prompt_len} cl{s.ctx_len} "
-            f"bs{s.batch_size}"
+            f"{self.precision.value} {self.num_cores}c pl{_prompt_lens(s)} cl{_contexts(s)} "
+            f"bs{s.batch_size}{speculated}"
         )
 
     def argv(self, sdk: Sdk, specializations: Path, binary_dir: Path) -> list[str]:
@@ -143,6 +146,35 @@ class Variant:
         ]
 
 
+def _prompt_lens(shapes: Specializations) -> str:
+    lens = dict.fromkeys(s.seq_len for s in shapes.prefills) or {1: None}
+    return "+".join(map(str, lens))
+
+
+def _contexts(shapes: Specializations) -> str:
+    return "+".join(map(str, dict.fromkeys(sorted(s.reach for s in shapes.decodes))))
+
+
+def _mark(shapes: Specializations) -> str:
+    """Nothing for the usual shapes; a few digits of a digest for a file's, which a name omits."""
+    first, decodes = shapes.entries[0], shapes.decodes
+    try:
+        usual = Specializations.build(
+            batch_size=shapes.batch_size,
+            prompt_len=[1, *(s.seq_len for s in shapes.prefills)],
+            ctx_len=shapes.ctx_len,
+            continuous=shapes.continuous,
+            num_logits_to_keep=first.num_logits_to_keep is not None,
+            num_speculative_tokens=shapes.decode_len - 1,
+            comp_ctx_lengths=[s.comp_ctx_lengths for s in decodes if s.comp_ctx_lengths],
+        )
+    except SpecializationError:
+        usual = None
+    if usual is not None and set(usual.entries) == set(shapes.entries):
+        return ""
+    return _sha256(shapes.to_json(named=False).encode())[:6] + "-"
+
+
 _PATH_FLAGS = ("-m=", "-network-", "-custom-IO", "-aic-binary-dir=")
 
 
@@ -157,13 +189,20 @@ def _sha256(data: bytes) -> str:
 
 @dataclass(frozen=True)
 class Grid:
-    """Every combination of the lists; the order is precision, NSPs, batch, prompt, context."""
+    """Every combination of the lists; the order is precision, NSPs, batch, prompt, context.
+
+    An entry of `prompt_lens` may be several lengths, for one program that has them all. The rest is
+    the same in every variant (see `Specializations.build`).
+    """
 
     precisions: Sequence[Precision]
     num_cores: Sequence[int]
     batch_sizes: Sequence[int]
-    prompt_lens: Sequence[int]
+    prompt_lens: Sequence[int | Sequence[int]]
     ctx_lens: Sequence[int]
+    num_logits_to_keep: bool = False
+    num_speculative_tokens: int = 0
+    comp_ctx_lengths: Sequence[int] = ()
 
     def variants(self, source: Source, *, continuous: bool) -> list[Variant]:
         """The grid's variants of a source.
@@ -179,7 +218,13 @@ class Grid:
                 precision,
                 cores,
                 Specializations.build(
-                    batch_size=batch, prompt_len=prompt, ctx_len=ctx, continuous=continuous
+                    batch_size=batch,
+                    prompt_len=prompt,
+                    ctx_len=ctx,
+                    continuous=continuous,
+                    num_logits_to_keep=self.num_logits_to_keep,
+                    num_speculative_tokens=self.num_speculative_tokens,
+                    comp_ctx_lengths=self.comp_ctx_lengths,
                 ),
             )
             for precision, cores, batch, prompt, ctx in product(

@@ -18,6 +18,9 @@ from .qpc import QpcWriter
 from .storing import Precision, store_weights
 from .view import NotLowered
 
+_MAX_JOINT_LENGTH = 16
+"""A graph of joint rows has a kernel a token: with many tokens it is no longer the faster one."""
+
 _FLOATS = (aicapi.FLOAT_TYPE, aicapi.FLOAT_16_TYPE, aicapi.BFLOAT16_TYPE)
 _IO_TYPES = {
     "float": aicapi.FLOAT_TYPE,
@@ -73,7 +76,8 @@ def write(build: Build, model: Any, path: str) -> Report:
         store_weights(model, constants, folder=folder, precision=build.precision)
         graph.widen_to_float32(model)
         graph.narrow_lookups(model, {c.name: c.kind for c in constants.table})
-        graphs, not_lowered = _lowered(model, states, constants, _ctx_len(described, states))
+        lens = _ctx_len(described, states), _joint_length(build.symbols)
+        graphs, not_lowered = _lowered(model, states, constants, lens)
         graph.round_states(model, states)
         graphs[network.REFERENCE] = graph.expand(model).SerializeToString()
         size = writer.end_segment()
@@ -115,23 +119,36 @@ def _states(build: Build, model: Any) -> Dict[str, State]:
 
 
 def _lowered(
-    model: Any, states: Mapping[str, State], constants: ConstantsWriter, ctx_len: int
+    model: Any, states: Mapping[str, State], constants: ConstantsWriter, lens: Tuple[int, int]
 ) -> Any:
-    """Graphs by name (none or the lowered one), and why there is none."""
+    """Graphs by name (none or lowered ones), and why there is none; `lens`: context, joint rows."""
     if not states:
         return {}, None
     try:
-        lowered = lowering.lower(model, states, constants.read, ctx_len)
+        lowered = lowering.lower(model, states, constants.read, lens)
     except NotLowered as reason:
         return {}, str(reason)
     for name, array in lowered.tables.items():
         constants.add_float32(name, array)
-    return {network.LOWERED: lowered.model.SerializeToString()}, None
+    graphs = {network.LOWERED: lowered.model.SerializeToString()}
+    if lowered.joint is not None:
+        graphs[network.JOINT] = lowered.joint.SerializeToString()
+    return graphs, None
 
 
 def _ctx_len(described: netdesc.Network, states: Mapping[str, State]) -> int:
     sizes = [io.dims[2] for io in described.inputs if io.name in states and len(io.dims) == 4]
     return max(sizes, default=0)
+
+
+def _joint_length(symbols: List[Dict[str, int]]) -> int:
+    """Tokens of a row in the longest shape of several rows that keeps the logits of every token."""
+    lens = [
+        s["seq_len"]
+        for s in symbols
+        if s.get("num_logits_to_keep", 0) == s.get("seq_len") and s.get("batch_size", 1) > 1
+    ]
+    return max((n for n in lens if 1 < n <= _MAX_JOINT_LENGTH), default=0)
 
 
 def _warnings(constants: ConstantsWriter) -> List[str]:

@@ -19,6 +19,24 @@ from .graph import GraphError, opset_of
 from .graph import inputs as graph_inputs
 
 Dims = Tuple[int, ...]
+NamedDims = Optional[Tuple[Any, ...]]
+
+# Sizes for a graph's dimensions: no product of two of them is one of them, and a slice of a cache
+# to a compute-context length is as long as that.
+_PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43)
+_RISING = {
+    name: order
+    for order, name in enumerate(
+        (
+            "batch_size",
+            "num_logits_to_keep",
+            "seq_len",
+            "full_batch_size",
+            "comp_ctx_lengths",
+            "ctx_len",
+        )
+    )
+}
 
 _MAX_ELEMENTS = 1024
 """Larger values than this are no part of a shape, and are not computed."""
@@ -42,6 +60,42 @@ def output_dims(model: Any, inputs: Mapping[str, Dims]) -> Dict[str, Dims]:
     return {name: dims for name, dims in known.items() if dims is not None}
 
 
+def named_dims(model: Any) -> Dict[str, NamedDims]:
+    """Dims of all values: numbers, names of the inputs' dimensions, or None where it is neither.
+
+    Two walks with other sizes for the same names: what is the same in both is a number.
+
+    Raises:
+        GraphError: where an operator cannot take what it is given.
+    """
+    values = graph_inputs(model)
+    names = {d.dim_param for v in values for d in v.type.tensor_type.shape.dim if d.dim_param}
+    rising = sorted(names, key=lambda name: _RISING.get(name, len(_RISING) / 2))
+    walks = []
+    for primes in (_PRIMES, _PRIMES[1:]):
+        sizes = dict(zip(rising, primes))
+        walk = _Walk(model)
+        for value in values:
+            dims = value.type.tensor_type.shape.dim
+            known = [d.dim_value or sizes.get(d.dim_param, 1) for d in dims]
+            walk.learn(value.name, value.type.tensor_type.elem_type, known)
+        for node in model.graph.node:
+            walk.visit(node)
+        walks.append((walk, {size: name for name, size in sizes.items()}))
+    return {name: _named(walks, name) for name in walks[0][0].names()}
+
+
+def _named(walks: List[Tuple[_Walk, Dict[int, str]]], name: str) -> NamedDims:
+    found = [(walk.dims(name), symbols) for walk, symbols in walks]
+    (one, symbols), (other, other_symbols) = found
+    if one is None or other is None or len(one) != len(other):
+        return None
+    return tuple(
+        a if a == b else symbols.get(a) if symbols.get(a) == other_symbols.get(b) else None
+        for a, b in zip(one, other)
+    )
+
+
 class _Walk:
     """What is known of the values made so far: their types with dims, and small ones' content."""
 
@@ -60,6 +114,9 @@ class _Walk:
 
     def learn(self, name: str, elem_type: int, dims: Iterable[int]) -> None:
         self._types[name] = helper.make_tensor_type_proto(elem_type, list(dims))
+
+    def names(self) -> Iterable[str]:
+        return self._types
 
     def dims(self, name: str) -> Optional[Dims]:
         kind = self._types.get(name)

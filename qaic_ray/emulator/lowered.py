@@ -6,41 +6,139 @@ memory. Knows nothing of QPCs; `rows.py` plans the calls, `lowering.py` says wha
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 import onnxruntime as ort
 
-from .gqa import BATCH_INDEX, COMP_CTX_LENGTHS, POSITION_IDS, SEQLENS, TOTAL
+from .gqa import (
+    BATCH_INDEX,
+    COMP_CTX_LENGTHS,
+    NUM_LOGITS_TO_KEEP,
+    POSITION_IDS,
+    SEQLENS,
+    TOTAL,
+    token_name,
+)
 from .lowering import INPUT_IDS
 from .rows import Call, plan
 
 _MAX_BINDINGS = 64
 _TOKENS = np.array([1, 2, 0, 2, 1, 0])
 _PIECES = (3, 2, 1)
+_PROBE_CTX_LEN = 16
 _CHECK_TOLERANCE = 1e-3
 
 
-class LoweredState:
-    """The states of one activation and the bindings to views of them.
+class Runner:
+    """A session over views of states that stay where they are.
 
     Args:
-        session: onnxruntime's session of the lowered graph.
+        session: onnxruntime's session of a lowered graph.
         states: retained input -> array [slots, heads, ctx_len, dim]; written in place.
         outputs: retained input -> output.
     """
 
     def __init__(self, session: Any, states: Mapping[str, Any], outputs: Mapping[str, str]) -> None:
         self._session = session
-        self._states = states
-        self._outputs = outputs
-        self._results = {
+        self.states = states
+        shapes = {i.name: i.shape for i in session.get_inputs()}
+        self._length = shapes[INPUT_IDS][1]
+        self._kept = shapes.get(NUM_LOGITS_TO_KEEP, (None,))[0]
+        self.joint_length = sum(name.startswith(token_name(SEQLENS, "")) for name in shapes)
+        tokens = range(self.joint_length - 1)
+        self._written = {
+            name: [output, *(token_name(output, token) for token in tokens)]
+            for name, output in outputs.items()
+        }
+        kept = {name for names in self._written.values() for name in names}
+        self.results = {
             o.name: (tuple(o.shape[1:]), _RESULT_TYPES[o.type])
             for o in session.get_outputs()
-            if o.name not in outputs.values()
+            if o.name not in kept
         }
         self._bindings: Dict[Tuple[int, int], Tuple[Any, List[Any]]] = {}
-        first = next(iter(states.values()))
+
+    def execute(self, first: int, tokens: Any, where: Any, num_kept: int = 1) -> Dict[str, Any]:
+        """Run rows of equal length in slots from `first` on; `where` are their positions.
+
+        A graph of joint rows takes `joint_length` tokens, and writes each token where it says; any
+        other writes from each row's first position on. Where a row has fewer tokens than logits are
+        to be kept of, there are so many less.
+        """
+        num, length = tokens.shape
+        num_kept = min(num_kept, length)
+        binding = self._binding(first, num)
+        binding.bind_cpu_input(INPUT_IDS, tokens)
+        binding.bind_cpu_input(POSITION_IDS, where)
+        if self.joint_length:
+            for token in range(length):
+                seqlens = where[:, token].astype(np.int32)
+                binding.bind_cpu_input(token_name(SEQLENS, token), seqlens)
+            last = where.max()
+        else:
+            seqlens = (where[:, 0] + length - 1).astype(np.int32)
+            binding.bind_cpu_input(SEQLENS, seqlens)
+            last = seqlens.max()
+        binding.bind_cpu_input(TOTAL, np.array(last + 1, np.int32))
+        if self._kept is not None:
+            binding.bind_cpu_input(NUM_LOGITS_TO_KEEP, np.zeros((num_kept, 1), np.int64))
+        made: Dict[str, Any] = {}
+        for name, shape in self.result_shapes(num, length, num_kept).items():
+            made[name] = np.empty(shape, self.results[name][1])
+            binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(made[name]))
+        self._session.run_with_iobinding(binding)
+        return made
+
+    def result_shapes(self, num: int, length: int, num_kept: int) -> Dict[str, Tuple[int, ...]]:
+        """Shapes of what a run of so many rows and tokens makes."""
+        sizes = {self._length: length, self._kept: num_kept}
+        return {
+            name: (num, *(d if isinstance(d, int) else sizes[d] for d in dims))
+            for name, (dims, _) in self.results.items()
+        }
+
+    def of_token(self, made: Mapping[str, Any], column: int) -> Dict[str, Any]:
+        """Of results that there are for every token, those of one; the others as they are."""
+        per_token = {n for n, (dims, _) in self.results.items() if dims[0] == self._length}
+        return {n: a[:, column] if n in per_token else a for n, a in made.items()}
+
+    def _binding(self, first: int, num: int) -> Any:
+        key = (first, num)
+        if key not in self._bindings:
+            if len(self._bindings) >= _MAX_BINDINGS:
+                self._bindings.clear()
+            binding, values = self._session.io_binding(), []
+            for name, array in self.states.items():
+                value = ort.OrtValue.ortvalue_from_numpy(array[first : first + num])
+                binding.bind_ortvalue_input(name, value)
+                for output in self._written[name]:
+                    binding.bind_ortvalue_output(output, value)
+                values.append(value)
+            self._bindings[key] = (binding, values)
+        return self._bindings[key][0]
+
+
+class LoweredState:
+    """The states of one activation, and the lowered graphs that write them.
+
+    Args:
+        runner: of the graph for any rows.
+        joint: gives the runner of the graph of joint rows when it is first needed, or None.
+        joint_length: tokens of a row that it takes, 0 where there is no such graph.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        joint: Callable[[], Optional[Runner]],
+        joint_length: int,
+    ) -> None:
+        self._runner = runner
+        self._get_joint = joint
+        self._joint: Optional[Runner] = None
+        self._joint_length = max(1, joint_length)
+        first = next(iter(runner.states.values()))
         self._num_slots, self._ctx_len = first.shape[0], first.shape[2]
 
     def run(self, inputs: Mapping[str, Any]) -> Optional[Dict[str, Any]]:
@@ -49,80 +147,73 @@ class LoweredState:
         A row that is all padding gets zeros.
         """
         ids, positions = inputs[INPUT_IDS], inputs[POSITION_IDS]
-        slots = inputs.get(BATCH_INDEX)
-        slots = np.arange(len(ids)) if slots is None else slots.reshape(-1)
-        ctx_len = self._ctx_len
-        if COMP_CTX_LENGTHS in inputs:
-            ctx_len = min(ctx_len, len(inputs[COMP_CTX_LENGTHS]))
-        calls = plan(positions, slots, self._num_slots, ctx_len)
+        calls = self._plan(inputs)
         if calls is None:
             return None
+        num_kept = len(inputs.get(NUM_LOGITS_TO_KEEP, ()))
+        shapes = self._runner.result_shapes(len(ids), ids.shape[1], num_kept)
         results: Dict[str, Any] = {}
         for call in calls:
-            made = self._call(call, ids, positions)
-            if call.rows == tuple(range(len(ids))):
+            made = self._call(call, ids, positions, num_kept)
+            whole = all(made[name].shape == shape for name, shape in shapes.items())
+            if whole and call.rows == tuple(range(len(ids))):
                 return made
             for name, array in made.items():
                 if name not in results:
-                    results[name] = np.zeros((len(ids), *array.shape[1:]), array.dtype)
+                    results[name] = np.zeros(shapes[name], array.dtype)
+                width = min(array.shape[1], shapes[name][1])
                 for index, row in enumerate(call.rows):
                     if row >= 0:
-                        results[name][row] = array[index]
-        for name, (dims, dtype) in self._results.items():
-            results.setdefault(name, np.zeros((len(ids), *dims), dtype))
+                        results[name][row, :width] = array[index, :width]
+        for name, (_, dtype) in self._runner.results.items():
+            results.setdefault(name, np.zeros(shapes[name], dtype))
         return results
 
-    def _call(self, call: Call, ids: Any, positions: Any) -> Dict[str, Any]:
-        tokens = np.zeros((call.num_slots, call.length), np.int64)
-        where = np.zeros((call.num_slots, call.length), np.int64)
+    def _plan(self, inputs: Mapping[str, Any]) -> Optional[List[Call]]:
+        positions, slots = inputs[POSITION_IDS], inputs.get(BATCH_INDEX)
+        slots = np.arange(len(positions)) if slots is None else slots.reshape(-1)
+        ctx_len = self._ctx_len
+        if COMP_CTX_LENGTHS in inputs:
+            ctx_len = min(ctx_len, len(inputs[COMP_CTX_LENGTHS]))
+
+        def planned() -> Optional[List[Call]]:
+            joint = self._joint_length
+            return plan(positions, slots, self._num_slots, ctx_len, joint_length=joint)
+
+        calls = planned()
+        if self._joint is None and calls is not None and any(map(_is_joint, calls)):
+            self._joint = self._get_joint()
+            if self._joint is None:
+                self._joint_length = 1
+                return planned()
+        return calls
+
+    def _call(self, call: Call, ids: Any, positions: Any, num_kept: int) -> Dict[str, Any]:
+        runner, length = self._runner, call.length
+        if self._joint is not None and _is_joint(call):
+            runner, length = self._joint, self._joint_length
+        tokens = np.zeros((call.num_slots, length), np.int64)
+        where = np.zeros((call.num_slots, length), np.int64)
         idle = []
         for index, row in enumerate(call.rows):
             if row < 0:
                 idle.append(call.first + index)
                 continue
-            tokens[index] = ids[row, : call.length]
-            where[index] = positions[row, : call.length]
-        # An idle row is computed as one token at position 0, whose cache is put back afterwards.
+            # A row that has fewer tokens computes its last one again.
+            columns = np.minimum(np.arange(length), np.count_nonzero(positions[row] >= 0) - 1)
+            tokens[index], where[index] = ids[row, columns], positions[row, columns]
+        # An idle row is computed as tokens at position 0, whose cache is put back afterwards.
         saved = [(array, slot, array[slot, :, 0].copy())
-                 for slot in idle for array in self._states.values()]  # fmt: skip
+                 for slot in idle for array in runner.states.values()]  # fmt: skip
         try:
-            return self.execute(call.first, tokens, where)
+            return runner.execute(call.first, tokens, where, num_kept)
         finally:
             for array, slot, kept in saved:
                 array[slot, :, 0] = kept
 
-    def execute(self, first: int, tokens: Any, where: Any) -> Dict[str, Any]:
-        """Run rows of equal length in slots from `first` on; `where` are their positions.
 
-        What is written is decided by each row's first position, whatever the others say.
-        """
-        num, length = tokens.shape
-        seqlens = (where[:, 0] + length - 1).astype(np.int32)
-        binding = self._binding(first, num)
-        binding.bind_cpu_input(INPUT_IDS, tokens)
-        binding.bind_cpu_input(POSITION_IDS, where)
-        binding.bind_cpu_input(SEQLENS, seqlens)
-        binding.bind_cpu_input(TOTAL, np.array(seqlens.max() + 1, np.int32))
-        made = {}
-        for name, (dims, dtype) in self._results.items():
-            made[name] = np.empty((num, *dims), dtype)
-            binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(made[name]))
-        self._session.run_with_iobinding(binding)
-        return made
-
-    def _binding(self, first: int, num: int) -> Any:
-        key = (first, num)
-        if key not in self._bindings:
-            if len(self._bindings) >= _MAX_BINDINGS:
-                self._bindings.clear()
-            binding, values = self._session.io_binding(), []
-            for name, array in self._states.items():
-                value = ort.OrtValue.ortvalue_from_numpy(array[first : first + num])
-                binding.bind_ortvalue_input(name, value)
-                binding.bind_ortvalue_output(self._outputs[name], value)
-                values.append(value)
-            self._bindings[key] = (binding, values)
-        return self._bindings[key][0]
+def _is_joint(call: Call) -> bool:
+    return call.length > 1 and call.num_slots > 1
 
 
 _RESULT_TYPES = {
@@ -162,7 +253,7 @@ class Probe:
             where = np.arange(start, start + length)[None]
             made = state.execute(0, _TOKENS[where], where)
             start += length
-        return made
+        return state.of_token(made, length - 1)
 
     def _padded(self) -> Dict[str, Any]:
         length = _PIECES[0]
@@ -170,16 +261,38 @@ class Probe:
         tokens = np.stack([_TOKENS[: length + 1], _TOKENS[::-1][: length + 1]])
         # The padding's position only has to be lower than the last token's.
         where[0, length] = 0
-        made = self._state(2).execute(0, tokens, where)
+        state = self._state(2)
+        made = state.of_token(state.execute(0, tokens, where), length - 1)
         return {name: array[:1] for name, array in made.items()}
 
-    def _state(self, num_slots: int) -> LoweredState:
-        states = {
-            i.name: np.zeros((num_slots, i.shape[1], len(_TOKENS), i.shape[3]), np.float32)
-            for i in self._session.get_inputs()
-            if i.name in self._outputs
-        }
-        return LoweredState(self._session, states, self._outputs)
+    def joins(self, session: Any) -> bool:
+        """Whether another session makes of joint rows what this one makes of each alone."""
+        joint = Runner(session, _states(session, self._outputs, 2), self._outputs)
+        length = joint.joint_length
+        alone = self._state(2)
+        short = length - 1
+        tokens = np.resize(_TOKENS, (2, length))
+        where = np.tile(np.arange(length), (2, 1))
+        where[1, short:], tokens[1, short:] = short - 1, tokens[1, short - 1]
+        together = joint.execute(0, tokens, where)
+        for row, size in enumerate((length, short)):
+            made = alone.execute(row, tokens[row : row + 1, :size], where[row : row + 1, :size])
+            mine = {n: a[row : row + 1] for n, a in joint.of_token(together, size - 1).items()}
+            if not _agree(alone.of_token(made, size - 1), mine):
+                return False
+        return _agree(alone.states, joint.states)
+
+    def _state(self, num_slots: int) -> Runner:
+        states = _states(self._session, self._outputs, num_slots)
+        return Runner(self._session, states, self._outputs)
+
+
+def _states(session: Any, outputs: Mapping[str, str], num_slots: int) -> Dict[str, Any]:
+    return {
+        i.name: np.zeros((num_slots, i.shape[1], _PROBE_CTX_LEN, i.shape[3]), np.float32)
+        for i in session.get_inputs()
+        if i.name in outputs
+    }
 
 
 def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -4,6 +4,10 @@ Attention over a cache in memory that stays in place (GroupQueryAttention), rota
 RMS norms as one operator each. A graph is lowered as a whole or not at all: where any retained
 state is used in a way that is not known, the reference graph runs.
 
+A kernel over a past takes several tokens of one row or one token of several rows. For programs
+with a shape of several rows of a few tokens (speculation) there is a second graph beside it, which
+takes one kernel a token (`joint`).
+
 The lowered graph takes rows of any length without padding: `position_ids` are all valid, two more
 inputs say how long each row's context is (`SEQLENS`, `TOTAL`), and each past input has to be the
 same memory as its retained output. Rows and slots are planned in `rows.py`.
@@ -11,7 +15,7 @@ same memory as its retained output. Rows and slots are planned in `rows.py`.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Set, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 import numpy as np
 import onnx
@@ -22,12 +26,16 @@ from .constants import replace_by_stub
 from .gqa import (
     BATCH_INDEX,
     COMP_CTX_LENGTHS,
+    NUM_LOGITS_TO_KEEP,
     POSITION_IDS,
     SEQLENS,
+    TOKEN_SIZES,
     TOTAL,
     Attention,
     Cache,
+    joint_nodes,
     kernel_node,
+    token_name,
 )
 from .graph import State, expand, has_subgraphs
 from .view import GraphView, NotLowered
@@ -38,14 +46,21 @@ _HEADS_FIRST = [0, 2, 1, 3]
 
 
 class Lowered(NamedTuple):
-    """A lowered model, and the new float32 tables that it reads beside the weights."""
+    """A lowered model, and the new float32 tables that it reads beside the weights.
+
+    `joint` is the same model for a fixed number of tokens of several rows, where it was asked for.
+    """
 
     model: Any
+    joint: Optional[Any]
     tables: Dict[str, Any]
 
 
 def lower(
-    model: Any, states: Mapping[str, State], values: Callable[[str], Any], ctx_len: int
+    model: Any,
+    states: Mapping[str, State],
+    values: Callable[[str], Any],
+    lens: Tuple[int, int],
 ) -> Lowered:
     """Lower a float32 model whose states are not rounded yet.
 
@@ -53,7 +68,8 @@ def lower(
         model: as `graph.widen_to_float32` leaves it.
         states: retained input -> its output and rounding.
         values: reads an initializer that is stored apart.
-        ctx_len: positions that a row can have.
+        lens: positions that a row can have, and tokens of each row that a model of joint rows is
+            for (0: no such model).
 
     Raises:
         NotLowered: saying what about the graph is not known.
@@ -61,15 +77,22 @@ def lower(
     view = GraphView(model, values)
     _check_interface(view, states)
     attentions = attention.find(view, states)
-    rewriter = _Rewriter(view, rotary.RotaryFinder(view, ctx_len))
-    for found in attentions:
-        rewriter.replace(found)
-    return rewriter.finish()
+    ctx_len, joint_length = lens
+    finder, tables = rotary.RotaryFinder(view, ctx_len), _Tables()
+
+    def rewritten(length: int) -> Any:
+        rewriter = _Rewriter(view, finder, tables, length)
+        for found in attentions:
+            rewriter.replace(found)
+        return rewriter.finish()
+
+    joint = rewritten(joint_length) if joint_length else None
+    return Lowered(rewritten(0), joint, tables.arrays)
 
 
 def _check_interface(view: GraphView, states: Mapping[str, State]) -> None:
     needed = {INPUT_IDS, POSITION_IDS}
-    known = needed | {BATCH_INDEX, COMP_CTX_LENGTHS} | set(states)
+    known = needed | {BATCH_INDEX, COMP_CTX_LENGTHS, NUM_LOGITS_TO_KEEP} | set(states)
     if has_subgraphs(view.model):
         raise NotLowered("a node has a graph of its own")
     if not states or not needed <= view.inputs <= known:
@@ -80,22 +103,42 @@ def _check_interface(view: GraphView, states: Mapping[str, State]) -> None:
         raise NotLowered("rows, tokens or context have one size only")
     if view.types[POSITION_IDS] != TensorProto.INT64:
         raise NotLowered(f"{POSITION_IDS} is not INT64")
-    batch = view.shape(INPUT_IDS)[0]
+    batch, length = view.shape(INPUT_IDS)
+    per_token = {length, *view.shapes.get(NUM_LOGITS_TO_KEEP, ())[:1]}
     for name in view.outputs - {state.output for state in states.values()}:
         shape = view.shape(name)
-        if shape[0] != batch or not all(isinstance(d, int) for d in shape[1:]):
+        rest = shape[2:] if len(shape) > 2 and shape[1] in per_token else shape[1:]
+        if shape[0] != batch or not all(isinstance(d, int) for d in rest):
             raise NotLowered(f"{name} does not have one row per row of {INPUT_IDS}")
 
 
+class _Tables:
+    """New constants, each kept once."""
+
+    def __init__(self) -> None:
+        self.arrays: Dict[str, Any] = {}
+        self._names: Dict[bytes, str] = {}
+
+    def name(self, array: Any) -> str:
+        data = array.tobytes()
+        if data not in self._names:
+            self._names[data] = f"lowered/rotary_{len(self.arrays)}"
+            self.arrays[self._names[data]] = array
+        return self._names[data]
+
+
 class _Rewriter:
-    def __init__(self, view: GraphView, finder: rotary.RotaryFinder) -> None:
+    def __init__(
+        self, view: GraphView, finder: rotary.RotaryFinder, tables: _Tables, joint_length: int
+    ) -> None:
         self._view = view
         self._finder = finder
+        self._tables = tables
+        self._joint_length = joint_length
+        self._states: List[str] = []
         self._added: Dict[int, List[Any]] = {}
         self._dropped: Set[int] = set()
         self._initializers: List[Any] = []
-        self._tables: Dict[str, Any] = {}
-        self._table_names: Dict[bytes, str] = {}
         self._shapes: Dict[Tuple[int, ...], str] = {}
 
     def replace(self, found: Attention) -> None:
@@ -109,12 +152,16 @@ class _Rewriter:
         value = self._round(value, found.value, nodes)
         joined = self._joined(found)
         output = joined or found.output + "/flat"
-        nodes.append(kernel_node(found, (query, key, value), output))
+        if self._joint_length:
+            nodes += joint_nodes(found, (query, key, value), output, self._joint_length)
+        else:
+            nodes.append(kernel_node(found, (query, key, value), output))
         if joined is None:
             split, dims = found.output + "/split", [0, 0, found.num_heads, found.head_dim]
             nodes.append(self._reshape(output, dims, split))
             nodes.append(self._transpose(split, found.output))
         for present in (found.key.present, found.value.present):
+            self._states.append(present)
             self._dropped.add(view.producer[present])
         last = view.producer[joined or found.output]
         self._dropped.add(last)
@@ -141,7 +188,7 @@ class _Rewriter:
         if rotation is None:
             return self._flat(name, num_heads, nodes)
         source = self._flat(rotation.source, num_heads, nodes)
-        tables = (self._table(rotation.cos), self._table(rotation.sin))
+        tables = (self._tables.name(rotation.cos), self._tables.name(rotation.sin))
         nodes.append(rotary.kernel_node(source, tables, name + "/rotated", num_heads))
         return name + "/rotated"
 
@@ -172,14 +219,6 @@ class _Rewriter:
         self._initializers.extend(initializers)
         return target
 
-    def _table(self, array: Any) -> str:
-        data = array.tobytes()
-        if data not in self._table_names:
-            name = f"lowered/rotary_{len(self._tables)}"
-            self._table_names[data] = name
-            self._tables[name] = array
-        return self._table_names[data]
-
     def _transpose(self, source: str, target: str) -> Any:
         return helper.make_node("Transpose", [source], [target], name=target, perm=_HEADS_FIRST)
 
@@ -191,7 +230,7 @@ class _Rewriter:
             self._initializers.append(numpy_helper.from_array(array, self._shapes[key]))
         return helper.make_node("Reshape", [source, self._shapes[key]], [target], name=target)
 
-    def finish(self) -> Lowered:
+    def finish(self) -> Any:
         """The whole lowered model."""
         view = self._view
         nodes: List[Any] = []
@@ -207,7 +246,7 @@ class _Rewriter:
         del graph.value_info[:]
         graph.node.extend(nodes)
         graph.initializer.extend(self._initializers)
-        for name, array in self._tables.items():
+        for name, array in self._tables.arrays.items():
             graph.initializer.add(name=name, dims=array.shape)
             replace_by_stub(graph.initializer[-1], TensorProto.FLOAT)
         read = {name for node in nodes for name in node.input}
@@ -218,11 +257,29 @@ class _Rewriter:
             if graph.input[index].name in cache_only:
                 del graph.input[index]
         _keep(graph.initializer, read)
-        batch = view.shape(INPUT_IDS)[0]
-        graph.input.append(helper.make_tensor_value_info(SEQLENS, TensorProto.INT32, [batch]))
-        graph.input.append(helper.make_tensor_value_info(TOTAL, TensorProto.INT32, []))
+        for value in graph.output:
+            _set_dims(value, view.shape(value.name))
+        self._add_interface(graph)
         _free_rows(graph, view)
-        return Lowered(expand(model), self._tables)
+        return expand(model)
+
+    def _add_interface(self, graph: Any) -> None:
+        """The inputs, outputs and constants that the kernels have on top."""
+        length, lengths = self._joint_length, [SEQLENS]
+        if length:
+            lengths = [token_name(SEQLENS, token) for token in range(length)]
+            ones = numpy_helper.from_array(np.ones(length, np.int64), TOKEN_SIZES)
+            graph.initializer.append(ones)
+        batch = self._view.shape(INPUT_IDS)[0]
+        for name in lengths:
+            graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT32, [batch]))
+        graph.input.append(helper.make_tensor_value_info(TOTAL, TensorProto.INT32, []))
+        presents = [o for o in graph.output if o.name in self._states]
+        for token in range(length - 1):
+            for present in presents:
+                # An output, because only those can be given memory.
+                graph.output.add().CopyFrom(present)
+                graph.output[-1].name = token_name(present.name, token)
 
 
 def _is_heads_first(node: Any) -> bool:
@@ -246,11 +303,22 @@ def _keep(initializers: Any, names: Set[str]) -> None:
     initializers.extend(copies)
 
 
+def _set_dims(value: Any, dims: Tuple[Any, ...]) -> None:
+    """Give an output the names of dimensions that inputs have too."""
+    shape = value.type.tensor_type.shape
+    del shape.dim[:]
+    for dim in dims:
+        if isinstance(dim, int):
+            shape.dim.add(dim_value=dim)
+        else:
+            shape.dim.add(dim_param=dim)
+
+
 def _free_rows(graph: Any, view: GraphView) -> None:
     """Let the lowered graph run over any rows and slots: states as many as there are rows."""
     batch = view.shape(INPUT_IDS)[0]
     rows = batch if isinstance(batch, str) else "rows"
     for value in list(graph.input) + list(graph.output):
         dims = value.type.tensor_type.shape.dim
-        if len(dims):
+        if len(dims) and value.name != NUM_LOGITS_TO_KEEP:
             dims[0].dim_param = rows

@@ -14,6 +14,7 @@ from .qpc import NETWORK, QpcError
 
 REFERENCE = "reference"
 LOWERED = "lowered"
+JOINT = "joint"
 
 _MAGIC = b"QAICEMU2"
 _LENGTH_BYTES = 8
@@ -25,7 +26,8 @@ class Program(NamedTuple):
 
     `states` is retained input -> output, `roundings` retained input -> what it is rounded to,
     `mxint8` the bindings whose buffers hold packed MXINT8, `input_kinds` the numpy dtype that an
-    input is computed in, `graphs` serialized ONNX models by `REFERENCE` and `LOWERED`.
+    input is computed in, `graphs` serialized ONNX models by `REFERENCE`, `LOWERED`
+    and `JOINT`.
     """
 
     apps_version: str

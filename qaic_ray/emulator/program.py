@@ -15,14 +15,15 @@ import math
 import os
 import threading
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
 from . import aicapi, mxint8, netdesc, network, rounding
-from .lowered import LoweredState, Probe
+from .gqa import joint_length
+from .lowered import LoweredState, Probe, Runner
 from .qpc import CONSTANTS, CONSTANTS_DESC, NETWORK, NETWORK_DESC, Container, QpcError
 from .shapes import ITEM_BYTES
 from .view import ORT_ERRORS
@@ -195,11 +196,15 @@ class LoadedProgram:
         self._lock = threading.Lock()
         self._constants = {c.name: c for c in qpc.program.constants}
         self._reference: Any = None
+        self._joint: Any = None
+        self.joint_length = 0
         self.lowered: Any = None
         if use_lowered and network.LOWERED in qpc.graphs:
             self.lowered = self._lowered_session()
         if self.lowered is None:
             self.reference()
+        elif network.JOINT in qpc.graphs:
+            self.joint_length = joint_length(self._model(network.JOINT))
 
     def reference(self) -> Any:
         """The session of the reference graph, made when it is first needed."""
@@ -210,15 +215,27 @@ class LoadedProgram:
                     self._reference_weights.release()
             return self._reference
 
+    def joint(self) -> Any:
+        """The session of the graph of joint rows, made when it is first needed; None: not sound."""
+        with self._lock:
+            if self._joint is None and self.joint_length:
+                self._joint = self._joint_session()
+                if self._joint is None:
+                    self.joint_length = 0
+            return self._joint
+
     def activate(self) -> Activation:
         """A new activation, with its retained state all zero."""
         return Activation(self)
 
-    def _session(self, name: str) -> Tuple[Any, Weights]:
+    def _model(self, name: str) -> Any:
         try:
-            model = onnx.ModelProto.FromString(self.qpc.graphs[name])
+            return onnx.ModelProto.FromString(self.qpc.graphs[name])
         except DecodeError as error:
             raise QpcError(f"a graph of {self.qpc.path} cannot be parsed") from error
+
+    def _session(self, name: str) -> Tuple[Any, Weights]:
+        model = self._model(name)
         weights = Weights(model, self._constants, self.qpc.constants_segment())
         return weights.session(model, self._num_threads), weights
 
@@ -237,6 +254,19 @@ class LoadedProgram:
         except (QpcError, *ORT_ERRORS) as error:
             reason = str(error)
         _log.warning("%s runs without faster operators: %s", self.qpc.name, reason)
+        return None
+
+    def _joint_session(self) -> Any:
+        try:
+            session, self._joint_weights = self._session(network.JOINT)
+            if packs_into_its_own_memory():
+                self._joint_weights.release()
+            if Probe(self.lowered, self.qpc.states).joins(session):
+                return session
+            reason = "joint rows have other results"
+        except (QpcError, *ORT_ERRORS) as error:
+            reason = str(error)
+        _log.warning("%s runs rows of several tokens one by one: %s", self.qpc.name, reason)
         return None
 
 
@@ -258,8 +288,14 @@ class Activation:
             name: np.zeros(self._compute_dims(name), self._kinds[name]) for name in self._qpc.states
         }
         self._lowered = None
-        if self._program.lowered is not None:
-            self._lowered = LoweredState(self._program.lowered, self._states, self._qpc.states)
+        lowered, states = self._program.lowered, self._qpc.states
+        if lowered is not None:
+            runner = Runner(lowered, self._states, states)
+            self._lowered = LoweredState(runner, self._joint, self._program.joint_length)
+
+    def _joint(self) -> Optional[Runner]:
+        session = self._program.joint()
+        return None if session is None else Runner(session, self._states, self._qpc.states)
 
     def run(
         self, inputs: Mapping[str, Any], outputs: Mapping[str, Tuple[int, ...]]

@@ -1,10 +1,10 @@
 """Which rows and slots of one inference run together; pure, over arrays of positions.
 
-A call covers slots `first` to `first + num_slots - 1` with `length` tokens each, without padding.
-Rows of several tokens run one by one (the attention kernel takes one row after the first chunk).
-Rows of one token are put together even where idle slots lie between them: a call reads every
-weight once, whatever its number of rows. What an idle slot's cache holds where such a call writes
-is saved and restored by the caller.
+A call covers slots `first` to `first + num_slots - 1`, with `length` tokens in the longest row.
+Rows of many tokens run one by one (the attention kernel takes one row after the first chunk).
+Rows of few tokens, often one, are put together even where idle slots lie between them: a call
+reads every weight once, whatever its number of rows. What an idle slot's cache holds where such a
+call writes is saved and restored by the caller.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class Call(NamedTuple):
         return len(self.rows)
 
 
-def plan(positions: Any, slots: Any, num_slots: int, ctx_len: int) -> Optional[List[Call]]:
+def plan(
+    positions: Any, slots: Any, num_slots: int, ctx_len: int, *, joint_length: int = 1
+) -> Optional[List[Call]]:
     """Split an inference into calls.
 
     Args:
@@ -38,6 +40,7 @@ def plan(positions: Any, slots: Any, num_slots: int, ctx_len: int) -> Optional[L
         slots: [rows], the slot of each row.
         num_slots: slots that the cache has.
         ctx_len: positions that a slot has.
+        joint_length: tokens of a row, at most, that may be put together with another.
 
     Returns:
         Calls that together write and read what the whole inference would; None where a row is
@@ -57,16 +60,19 @@ def plan(positions: Any, slots: Any, num_slots: int, ctx_len: int) -> Optional[L
         return None
     calls: List[Call] = []
     for slot, row in sorted(zip(taken, active)):
-        _join(calls, slot, row, int(lengths[row]))
+        call = Call(slot, (row,), int(lengths[row]))
+        joined = _joined(calls[-1], call, joint_length) if calls else None
+        if joined is None:
+            calls.append(call)
+        else:
+            calls[-1] = joined
     return calls
 
 
-def _join(calls: List[Call], slot: int, row: int, length: int) -> None:
-    """Add a row to the last call where it fits, else as a new one."""
-    if calls and calls[-1].length == length == 1:
-        last = calls[-1]
-        num_idle = slot - last.first - last.num_slots
-        if num_idle <= MAX_IDLE_RUN:
-            calls[-1] = last._replace(rows=last.rows + (-1,) * num_idle + (row,))
-            return
-    calls.append(Call(slot, (row,), length))
+def _joined(one: Call, other: Call, joint_length: int) -> Optional[Call]:
+    """Both in one call, where they fit into one."""
+    length = max(one.length, other.length)
+    num_idle = other.first - one.first - one.num_slots
+    if length > joint_length or num_idle > MAX_IDLE_RUN:
+        return None
+    return Call(one.first, one.rows + (-1,) * num_idle + other.rows, length)

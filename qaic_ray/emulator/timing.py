@@ -44,6 +44,8 @@ _NUMBERS = {
     "seed": 0.0,
 }
 _MASK = (1 << 64) - 1
+_LEAST_VOCABULARY = 256
+"""Tokens that any model has: where there are no logits, nothing says how many it has."""
 
 
 class TimingFileError(ValueError):
@@ -160,12 +162,18 @@ class SimulatedProgram:
     def run(
         self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, Tuple[int, ...]]
     ) -> Dict[str, np.ndarray]:
-        """Zeros of the wanted shapes, and in `logits` a one at the rule's token of each row."""
+        """Zeros of the wanted shapes, but for the rule's tokens.
+
+        `logits` have a one at the rule's token, `next_tokens` are those tokens.
+        """
         self._check_shapes({**{name: a.shape for name, a in inputs.items()}, **outputs})
         types = {binding.name: NUMPY_TYPES[binding.type] for binding in self._qpc.bindings}
         results = {name: np.zeros(dims, types[name]) for name, dims in outputs.items()}
-        if "logits" in results and "input_ids" in inputs:
-            self._fill_logits(results["logits"], inputs)
+        if "input_ids" in inputs:
+            if "logits" in results:
+                self._fill_logits(results["logits"], inputs)
+            if "next_tokens" in results:
+                self._fill_tokens(results["next_tokens"], inputs)
         return results
 
     def _check_shapes(self, given: Mapping[str, Tuple[int, ...]]) -> None:
@@ -178,16 +186,24 @@ class SimulatedProgram:
         raise self._no_match("No matching dimension found")
 
     def _fill_logits(self, logits: np.ndarray, inputs: Mapping[str, np.ndarray]) -> None:
+        rows = logits.reshape(logits.shape[0], -1, logits.shape[-1])
+        tokens = self._tokens(inputs, rows.shape[1]) % rows.shape[2]
+        np.put_along_axis(rows, tokens[:, :, None], 1.0, axis=2)
+
+    def _fill_tokens(self, next_tokens: np.ndarray, inputs: Mapping[str, np.ndarray]) -> None:
+        rows = next_tokens.reshape(next_tokens.shape[0], -1)
+        rows[:] = self._tokens(inputs, rows.shape[1]) % _LEAST_VOCABULARY
+
+    def _tokens(self, inputs: Mapping[str, np.ndarray], num_kept: int) -> np.ndarray:
+        """The rule's tokens after so many tokens of each row: its last ones, or its first ones."""
         ids = inputs["input_ids"]
         positions = inputs.get("position_ids", np.broadcast_to(np.arange(ids.shape[1]), ids.shape))
-        last = positions.argmax(axis=1)
-        rows = logits.reshape(logits.shape[0], -1, logits.shape[-1])
-        num_kept = rows.shape[1]
-        for row, column in enumerate(last.tolist()):
-            for k in range(num_kept):
-                at = max(0, column - (num_kept - 1 - k))
-                token = self._next_token(int(ids[row, at]), int(positions[row, at]))
-                rows[row, k, token % rows.shape[2]] = 1.0
+        tokens = np.zeros((len(ids), num_kept), np.int64)
+        for row, last in enumerate(positions.argmax(axis=1).tolist()):
+            first = max(0, last + 1 - num_kept)
+            for k, at in enumerate(range(first, min(first + num_kept, ids.shape[1]))):
+                tokens[row, k] = self._next_token(int(ids[row, at]), int(positions[row, at]))
+        return tokens
 
     def _next_token(self, token: int, position: int) -> int:
         mixed = (token * 0x9E3779B97F4A7C15 + position * 0xBF58476D1CE4E5B9) & _MASK

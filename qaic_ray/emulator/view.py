@@ -8,7 +8,7 @@ attention.
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Set, Tuple
 
 import numpy as np
 import onnx
@@ -16,6 +16,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi import onnxruntime_pybind11_state
 
+from .dims import named_dims
 from .graph import GraphError, expand, infer_shapes
 
 Dim = Any
@@ -48,6 +49,7 @@ class GraphView:
         self.inputs = {i.name for i in model.graph.input} - set(self.initializers)
         self.outputs = {o.name for o in model.graph.output}
         self.shapes, self.types = _shapes(model)
+        self._is_walked = False
         self._values = values
 
     def node(self, name: str) -> Optional[Any]:
@@ -81,9 +83,24 @@ class GraphView:
             NotLowered: where a dim is unknown, or there are not `rank` of them.
         """
         shape = self.shapes.get(name)
+        if (shape is None or None in shape) and not self._is_walked:
+            self._walk()
+            shape = self.shapes.get(name)
         if shape is None or None in shape or rank not in (None, len(shape)):
             raise NotLowered(f"the shape of {name} is unknown")
         return shape
+
+    def _walk(self) -> None:
+        """Learn dims that inference does not see, because exporters compute them on the way."""
+        self._is_walked = True
+        try:
+            walked = named_dims(self.model)
+        except GraphError as error:
+            raise NotLowered(str(error)) from error
+        for name, dims in walked.items():
+            known = self.shapes.get(name)
+            if dims is not None and (known is None or None in known):
+                self.shapes[name] = dims
 
 
 def _shapes(model: Any) -> Tuple[Dict[str, Shape], Dict[str, int]]:
@@ -93,18 +110,20 @@ def _shapes(model: Any) -> Tuple[Dict[str, Shape], Dict[str, int]]:
         raise NotLowered(str(error)) from error
     shapes: Dict[str, Shape] = {t.name: tuple(t.dims) for t in model.graph.initializer}
     types: Dict[str, int] = {t.name: t.data_type for t in model.graph.initializer}
+    # Exporters make up names for dims that they do not know; those of inputs get a value.
+    names = {d.dim_param for i in graph.input for d in i.type.tensor_type.shape.dim}
     for value in list(graph.value_info) + list(graph.input) + list(graph.output):
         tensor = value.type.tensor_type
         types[value.name] = tensor.elem_type
         if tensor.HasField("shape"):
-            shapes[value.name] = tuple(_dim(d) for d in tensor.shape.dim)
+            shapes[value.name] = tuple(_dim(d, names) for d in tensor.shape.dim)
     return shapes, types
 
 
-def _dim(dim: Any) -> Dim:
+def _dim(dim: Any, names: Set[str]) -> Dim:
     if dim.HasField("dim_value"):
         return dim.dim_value
-    return dim.dim_param or None
+    return dim.dim_param if dim.dim_param and dim.dim_param in names else None
 
 
 class Part:

@@ -215,6 +215,7 @@ class _Making:
             logits=o.logits,
             next_tokens=o.next_tokens,
             num_replicate_kv_heads=o.num_replicate_kv_heads,
+            comp_ctx_lengths=o.comp_ctx_lengths,
         )
 
     def _sources(self) -> tuple[SourceFile, ...]:

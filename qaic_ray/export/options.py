@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qaic_ray.contract import NUM_LOGITS_TO_KEEP, IoContract
+from qaic_ray.contract import COMP_CTX_LENGTHS, NUM_LOGITS_TO_KEEP, IoContract
 from qaic_ray.errors import UsageError
 
 OPSETS = (13, 17)
@@ -26,7 +26,8 @@ class ExportOptions:
     (float32 always): the last one of a row, all, or as many as the input `num_logits_to_keep` is
     long. With `next_tokens` the output is their most likely token ids instead of logits.
     `num_replicate_kv_heads` stores every key and value head so many times, for device groups that
-    share out the heads.
+    share out the heads. With `comp_ctx_lengths` there is an input of that name, whose length says
+    how many positions of the context a run computes with.
 
     Raises:
         UsageError: on construction, for a value that is not among the known ones.
@@ -40,6 +41,7 @@ class ExportOptions:
     logits: str = LAST
     next_tokens: bool = False
     num_replicate_kv_heads: int = 1
+    comp_ctx_lengths: bool = False
 
     def __post_init__(self) -> None:
         for key, known in (
@@ -66,3 +68,12 @@ class ExportOptions:
                     f"The cache-index contract has no {NUM_LOGITS_TO_KEEP}; use position-ids, or "
                     "logits last or all."
                 )
+            if self.comp_ctx_lengths:
+                raise UsageError(
+                    f"The cache-index contract has no {COMP_CTX_LENGTHS}; use position-ids."
+                )
+        if self.comp_ctx_lengths and self.opset < 17:
+            raise UsageError(
+                f"{COMP_CTX_LENGTHS} needs opset 17: the compilers of older opsets know no such "
+                "input."
+            )

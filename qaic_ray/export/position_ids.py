@@ -33,6 +33,10 @@ class PositionIdsContract:
             name: g.input(name, g.dtype, shape)
             for name in contract.past_names(architecture.num_layers)
         }
+        self._computed: Value | None = None
+        if options.comp_ctx_lengths:
+            name = contract.COMP_CTX_LENGTHS
+            self._computed = g.input(name, INT64, (name,))
         self._slots: tuple[Value, ...] = ()
         if options.continuous:
             self._slots = (g.input(contract.BATCH_INDEX, INT64, ("batch_size", 1)),)
@@ -51,10 +55,15 @@ class PositionIdsContract:
             self._write_at = g.elementwise(
                 "Where", scope, padding, g.constant(SKIP), self.position_ids, dtype=INT64
             )
-        self._ctx_len = g.dimension(scope, self._past[contract.past_key(0)], 2)
-        positions = g.range(scope, self._ctx_len, "ctx_len")
+        # Only as many positions of the cache as the input is long are read and masked.
+        self._context = "ctx_len" if self._computed is None else contract.COMP_CTX_LENGTHS
+        measured, axis = self._past[contract.past_key(0)], 2
+        if self._computed is not None:
+            measured, axis = self._computed, 0
+        self._ctx_len = g.dimension(scope, measured, axis)
+        positions = g.range(scope, self._ctx_len, self._context)
         axes = g.constant([0, 1])
-        positions = g.op("Unsqueeze", scope, [positions, axes], (1, 1, "ctx_len"))
+        positions = g.op("Unsqueeze", scope, [positions, axes], (1, 1, self._context))
         own = g.unsqueeze(scope, self.position_ids, 2)
         later = g.elementwise("Greater", scope, positions, own, dtype=BOOL)
         self._masked = g.unsqueeze(scope, later, 1)
@@ -98,7 +107,7 @@ class PositionIdsContract:
             output=contract.retained(name),
             domain=CLOUD_DOMAIN,
         )
-        shape: Shape = ("batch_size", *past.shape[1:])
+        shape: Shape = ("batch_size", past.shape[1], self._context, past.shape[3])
         length = [self._ctx_len] if has_ctx_len_input(self._options.opset) else []
         return g.op(
             f"CtxGather{suffix}",

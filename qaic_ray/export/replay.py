@@ -102,6 +102,10 @@ class Replay(ABC):
         num_kept = min(NUM_KEPT, positions.shape[1])
         if manifest.logits == contract.NUM_LOGITS_TO_KEEP:
             feed[contract.NUM_LOGITS_TO_KEEP] = np.zeros((num_kept, 1), np.int64)
+        if manifest.comp_ctx_lengths:
+            # Only the length counts: as little of the context as there is.
+            needed = max(1, int(positions.max()) + 1)
+            feed[contract.COMP_CTX_LENGTHS] = np.zeros(needed, np.int64)
         first = contract.NEXT_TOKENS if manifest.next_tokens else contract.LOGITS
         outputs = [first, *extra, *(contract.retained(name) for name in self._past)]
         watched = list(self._watched)
@@ -158,10 +162,17 @@ class PositionIdsReplay(Replay):
         return found
 
     def decode(self, tokens: Sequence[int], slots: Sequence[int]) -> list[Answer]:
-        positions = np.array([[self._lengths[slot]] for slot in slots], np.int64)
-        for slot in slots:
-            self._lengths[slot] += 1
-        return self._step(np.array(tokens, np.int64)[:, None], positions, slots)
+        return self.extend([[token] for token in tokens], slots)
+
+    def extend(self, tokens: Sequence[Sequence[int]], slots: Sequence[int]) -> list[Answer]:
+        """Run more tokens of every row at once, as a check of guessed ones does."""
+        ids = np.zeros((len(tokens), max(map(len, tokens))), np.int64)
+        positions = np.full_like(ids, contract.PADDING_POSITION)
+        for row, (more, slot) in enumerate(zip(tokens, slots, strict=True)):
+            ids[row, : len(more)] = more
+            positions[row, : len(more)] = np.arange(len(more)) + self._lengths[slot]
+            self._lengths[slot] += len(more)
+        return self._step(ids, positions, slots)
 
     def _start(self, slot: int) -> int:
         return 0

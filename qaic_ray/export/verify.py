@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
+from qaic_ray.contract import NUM_LOGITS_TO_KEEP
 from qaic_ray.errors import ExportError, UsageError
 from qaic_ray.export.architecture import Architecture
 from qaic_ray.export.cut import kept_layers
 from qaic_ray.export.headroom import Activation, beyond_float16, largest_activation
 from qaic_ray.export.reference import Floats, Trace, trace_prompts
-from qaic_ray.export.replay import Answer, Replay, open_replay
+from qaic_ray.export.replay import Answer, PositionIdsReplay, Replay, open_replay
 from qaic_ray.manifest import VERIFY_FILE, ModelManifest, read_manifest
 from qaic_ray.model import Checkpoint, has_tokenizer, load_tokenizer
 
@@ -140,6 +141,8 @@ def compare(
     scenarios.mixed_batch()
     if manifest.continuous:
         scenarios.slot_reuse()
+    if isinstance(replay, PositionIdsReplay) and manifest.logits == NUM_LOGITS_TO_KEEP:
+        scenarios.speculation(replay)
     tolerance = FLOAT32_TOLERANCE
     if manifest.dtype == "float16":
         tolerance = FLOAT16_TOLERANCE * max(float(np.abs(t.logits).max()) for t in traces)
@@ -224,14 +227,7 @@ class _Scenarios:
     def mixed_batch(self) -> None:
         """Prompts of different lengths decoded together."""
         difference = self._difference("mixed batch")
-        slots = list(range(len(self._traces)))
-        self._reset(len(slots))
-        if self._continuous:
-            slots = [self._num_slots - 1 - slot for slot in slots]
-            for trace, slot in zip(self._traces, slots, strict=True):
-                self._prefill([trace], [slot], self._chunk_len, difference)
-        else:
-            self._prefill(self._traces, slots, self._chunk_len, difference)
+        slots = self._prefill_all(difference)
         self._decode(self._traces, slots, difference)
         self.differences.append(difference.total())
 
@@ -245,11 +241,39 @@ class _Scenarios:
         self._decode([ordered[0]], [1], difference)
         self.differences.append(difference.total())
 
+    def speculation(self, replay: PositionIdsReplay) -> None:
+        """Several tokens of every row in one step, and one of the last row."""
+        difference = self._difference("speculation")
+        slots = self._prefill_all(difference)
+        ends = [trace.prompt_len + NUM_DECODE_STEPS for trace in self._traces]
+        ends[-1] = self._traces[-1].prompt_len + 1
+        more = [
+            [int(token) for token in trace.tokens[trace.prompt_len : end]]
+            for trace, end in zip(self._traces, ends, strict=True)
+        ]
+        for answer in replay.extend(more, slots):
+            difference.add_answer(self._traces[answer.row], answer)
+        for trace, slot, end in zip(self._traces, slots, ends, strict=True):
+            difference.add_cache(trace, replay.row(slot, end))
+        self.differences.append(difference.total())
+
     def _difference(self, scenario: str) -> _Difference:
         return _Difference(scenario, self._num_copies)
 
     def _reset(self, num_rows: int) -> None:
         self._replay.reset(self._num_slots if self._continuous else num_rows)
+
+    def _prefill_all(self, into: _Difference) -> list[int]:
+        """Every prompt in a row of its own; the rows."""
+        slots = list(range(len(self._traces)))
+        self._reset(len(slots))
+        if not self._continuous:
+            self._prefill(self._traces, slots, self._chunk_len, into)
+            return slots
+        slots = [self._num_slots - 1 - slot for slot in slots]
+        for trace, slot in zip(self._traces, slots, strict=True):
+            self._prefill([trace], [slot], self._chunk_len, into)
+        return slots
 
     def _prefill(
         self, traces: Sequence[Trace], slots: Sequence[int], chunk_len: int, into: _Difference

@@ -3,27 +3,50 @@
 Every piece of input becomes exactly one item, in order: a `Prompt`, or, where it cannot be one, the
 error `Row` that stands in its place. Sources are read lazily, a line when it is asked for, and are
 never held in memory. Knows no tokenizer and no Ray.
+
+A line of JSONL is an object:
+
+- `prompt`, a text, or `messages`, a conversation as the OpenAI interface has it: objects with
+  `role` and `content`, both strings; content may be a list of parts of type `text`, which are
+  joined as they stand. A conversation goes through the model's chat template.
+- `id`, a string or a whole number, if wanted.
+- Sampling fields (`SamplingParams`: `temperature`, `max_tokens`, `seed`, `stop`, ...), in place of
+  the run's; null leaves the run's value.
+- Any other key is the user's own and is not looked at, but one that reads like a sampling field
+  (`temprature`, `topk`, `max_new_tokens`) is an error: left out in silence, it would give other
+  answers than were asked for.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from qaic_ray.errors import QaicRayError, RowError, UsageError
-from qaic_ray.rows import Prompt, Row
+from qaic_ray.rows import Message, Prompt, Row
+from qaic_ray.sampling_params import FIELDS, SamplingParams
 
 STDIN = "-"
+GREEDY = SamplingParams()
 
 _PIPE = re.compile(r"(?<!\\)(\\*)\|")
 _BOM = b"\xef\xbb\xbf"
+
+_NOT_OFFERED = {
+    "best_of", "do_sample", "logit_bias", "max_new_tokens", "response_format", "sampling_params",
+    "tools", "top_logprobs",
+}  # fmt: skip
+"""What other programs take beside a prompt, and answer otherwise for."""
 
 
 class PromptFormat(str, Enum):
@@ -32,7 +55,7 @@ class PromptFormat(str, Enum):
     TEXT = "text"
     """A prompt, as it stands."""
     JSONL = "jsonl"
-    """A JSON object with `prompt`, and `id` if wanted; other keys are not looked at."""
+    """A JSON object, as the text of this module says."""
 
 
 def split_prompts(text: str) -> list[str]:
@@ -68,7 +91,9 @@ def prompts_from_text(text: str) -> Iterator[Prompt | Row]:
 
 
 def prompts_from_file(
-    path: str | Path, prompt_format: PromptFormat | None = None
+    path: str | Path,
+    prompt_format: PromptFormat | None = None,
+    sampling: SamplingParams = GREEDY,
 ) -> Iterator[Prompt | Row]:
     r"""The prompts of a file, or of stdin for `-`; one item a line, so that index = line - 1.
 
@@ -78,6 +103,7 @@ def prompts_from_file(
     Args:
         path: what to read.
         prompt_format: None means JSONL for a name ending in `.jsonl`, text for all else and stdin.
+        sampling: the run's, for what a row's own fields leave open.
 
     Raises:
         UsageError: at once, when there is no such file, or none that may be read.
@@ -93,7 +119,7 @@ def prompts_from_file(
     if prompt_format is PromptFormat.TEXT:
         return _numbered(lines)
     name = "stdin" if path == STDIN else Path(path).name
-    return (_from_json_line(name, index, line) for index, line in enumerate(lines))
+    return (_from_json_line(name, index, line, sampling) for index, line in enumerate(lines))
 
 
 def _check_readable(path: str) -> None:
@@ -129,19 +155,26 @@ def _numbered(texts: Iterable[str | bytes]) -> Iterator[Prompt | Row]:
             yield _error_row(index, text, str(error))
 
 
-def _from_json_line(name: str, index: int, line: bytes) -> Prompt | Row:
+def _from_json_line(name: str, index: int, line: bytes, sampling: SamplingParams) -> Prompt | Row:
     where = f"{name} line {index + 1}"
     try:
-        text, id_ = _prompt_and_id(_decoded(line))
+        document = _object(_decoded(line))
+        messages = _messages(document)
+        text = _text(document) if messages is None else _last_said(messages)
+        id_ = _id(document)
     except RowError as error:
         return _error_row(index, line, f"{where}: {error}")
     try:
-        return _prompt(index, text, id_)
+        own = _sampling(document, sampling)
+        if messages is None:
+            return _prompt(index, text, id_, own)
+        return Prompt(index, text, id_, messages, own)
     except RowError as error:
-        return _error_row(index, text, f"{where}: {error}", id_)
+        row = _error_row(index, text, f"{where}: {error}")
+        return replace(row, id=id_, messages=messages)
 
 
-def _prompt_and_id(line: str) -> tuple[str, str | None]:
+def _object(line: str) -> dict[str, Any]:
     """Read one JSON line.
 
     Raises:
@@ -157,24 +190,108 @@ def _prompt_and_id(line: str) -> tuple[str, str | None]:
         raise RowError(f"Not JSON that can be read: {error}.") from error
     if not isinstance(document, dict):
         raise RowError('Not a JSON object: write {"prompt": "..."}.')
+    return document
+
+
+def _text(document: Mapping[str, Any]) -> str:
     if "prompt" not in document:
-        raise RowError('There is no "prompt" in it.')
-    text, id_ = document["prompt"], document.get("id")
+        raise RowError('There is no "prompt" and no "messages" in it.')
+    text = document["prompt"]
     if not isinstance(text, str):
         raise RowError(f'"prompt" is {_json_type(text)}, not a string.')
+    return text
+
+
+def _id(document: Mapping[str, Any]) -> str | None:
+    id_ = document.get("id")
     if id_ is None:
-        return text, None
+        return None
     if type(id_) not in (str, int):
         raise RowError(f'"id" is {_json_type(id_)}, not a string or a whole number.')
     _check_unicode("id", str(id_))
-    return text, str(id_)
+    return str(id_)
 
 
-def _prompt(index: int, text: str, id_: str | None = None) -> Prompt:
+def _messages(document: Mapping[str, Any]) -> tuple[Message, ...] | None:
+    messages = document.get("messages")
+    if messages is None:
+        return None
+    if document.get("prompt") is not None:
+        raise RowError('It has both "prompt" and "messages": keep one of them.')
+    if not isinstance(messages, list):
+        raise RowError(f'"messages" is {_json_type(messages)}, not a list.')
+    if not messages:
+        raise RowError('"messages" is an empty list.')
+    return tuple(_message(f"Message {i}", message) for i, message in enumerate(messages, start=1))
+
+
+def _message(name: str, message: object) -> Message:
+    if not isinstance(message, dict):
+        raise RowError(f'{name} is {_json_type(message)}, not an object with "role" and "content".')
+    for key, value in message.items():
+        if key not in ("role", "content") and value is not None:
+            raise RowError(f'{name} has "{key}": only "role" and "content" can be answered.')
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise RowError(f'{name}: "role" is {_json_type(role)}, not a string.')
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join([_part(name, part) for part in content])
+    if not isinstance(content, str):
+        raise RowError(f'{name}: "content" is {_json_type(content)}, not a string.')
+    _check_unicode(name.lower(), role + content)
+    return {"role": role, "content": content}
+
+
+def _part(name: str, part: object) -> str:
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        raise RowError(
+            f'{name}: a part of its "content" is not {{"type": "text", "text": "..."}}, and only '
+            "text can be answered."
+        )
+    return text
+
+
+def _last_said(messages: tuple[Message, ...]) -> str:
+    """What the row of a conversation shows as its prompt."""
+    said = [message["content"] for message in messages if message["role"] == "user"]
+    return said[-1] if said else messages[-1]["content"]
+
+
+def _sampling(document: Mapping[str, Any], defaults: SamplingParams) -> SamplingParams | None:
+    """The row's own parameters, None where it says nothing about them."""
+    for key in document:
+        mistake = _mistake(key)
+        if mistake is not None:
+            raise RowError(mistake)
+    own = {key: value for key, value in document.items() if key in FIELDS and value is not None}
+    return defaults.updated(own) if own else None
+
+
+@lru_cache(maxsize=1024)  # the rows of a file have the same keys
+def _mistake(key: str) -> str | None:
+    """What is wrong with a key that was meant for a sampling field."""
+    if key in FIELDS:
+        return None
+    if key in _NOT_OFFERED:
+        return f'"{key}" is not offered; the sampling fields are {", ".join(FIELDS)}.'
+    plain = key.lower().replace("-", "_")
+    near = difflib.get_close_matches(plain, FIELDS, n=1, cutoff=0.88)
+    if not near:
+        return None
+    return (
+        f'Unknown sampling field "{key}": write "{near[0]}", or give a key of yours another name.'
+    )
+
+
+def _prompt(
+    index: int, text: str, id_: str | None = None, sampling: SamplingParams | None = None
+) -> Prompt:
     if not text:
         raise RowError("The prompt is empty.")
     _check_unicode("prompt", text)
-    return Prompt(index, text, id_)
+    return Prompt(index, text, id_, sampling=sampling)
 
 
 def _check_unicode(what: str, text: str) -> None:
@@ -195,12 +312,11 @@ def _decoded(text: str | bytes) -> str:
         ) from error
 
 
-def _error_row(index: int, raw: str | bytes, error: str, id_: str | None = None) -> Row:
+def _error_row(index: int, raw: str | bytes, error: str) -> Row:
     """The row of input that no card gets to see; its `prompt` is what was there, made writable."""
     if isinstance(raw, str):
         raw = raw.encode(errors="replace")
-    prompt = Prompt(index, raw.decode(errors="replace"), id_)
-    return Row.failed(prompt, error, attempts=0)
+    return Row.failed(Prompt(index, raw.decode(errors="replace")), error, attempts=0)
 
 
 def _json_type(value: object) -> str:

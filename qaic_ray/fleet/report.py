@@ -25,7 +25,7 @@ from qaic_ray.fleet.outputs import ERRORS_NAME
 from qaic_ray.fleet.page import html_page
 from qaic_ray.fleet.result import FleetResult, WorkerResult
 from qaic_ray.folders import sync_path
-from qaic_ray.metrics import quantile
+from qaic_ray.metrics import Measurement, quantile
 
 FORMAT = 1
 REPORT_NAME = "report.json"
@@ -70,6 +70,7 @@ class RunSummary:
             "tokens_per_s": round(self.result.tokens_per_s, 3),
             "ttft_median_s": round(total.ttft_median_s, 6),
             "ttft_p90_s": round(quantile(total.ttft_s, 0.9), 6),
+            **_engine_document(total),
             "error": self.result.error,
             "workers": [_worker_document(worker) for worker in self.result.workers],
             "ttft_s_histogram": histogram(Counter(total.ttft_s)),
@@ -125,6 +126,9 @@ def tables(document: Document) -> Iterator[RenderableType]:
         f"  ({count_text(document['generated_tokens'])} tokens generated in ",
         f"{seconds_text(document['seconds'])}, first shard out to last row in)",
     )
+    remarks = ", ".join(_engine_remarks(document))
+    if remarks:
+        yield Text(remarks, style="dim")
     failed = document["failed_rows"]
     if failed:
         rows = f"{count_text(failed)} of {count_text(document['rows'])} rows failed"
@@ -135,6 +139,30 @@ def tables(document: Document) -> Iterator[RenderableType]:
     if document["error"]:
         yield Text(document["error"], style="red")
     yield Text.assemble(("run folder  ", "dim"), document["folder"])
+
+
+def _engine_document(work: Measurement) -> Document:
+    """How well the cards were filled; shares are null where there was nothing to share."""
+    return {
+        "occupancy": round(work.occupancy, 6) if work.decode_slots else None,
+        "reused_tokens": work.reused_tokens,
+        "drafted_tokens": work.drafted_tokens,
+        "accepted_tokens": work.accepted_tokens,
+        "acceptance": round(work.acceptance, 6) if work.drafted_tokens else None,
+        "tokens_per_row_step": round(work.tokens_per_row_step, 3) if work.decode_rows else None,
+    }
+
+
+def _engine_remarks(document: Document) -> Iterator[str]:
+    if document["occupancy"] is not None:
+        yield f"{document['occupancy']:.0%} of the rows of decode steps were used"
+    if document["reused_tokens"]:
+        yield f"{count_text(document['reused_tokens'])} prompt tokens were in a slot already"
+    if document["acceptance"] is not None:
+        yield (
+            f"{document['acceptance']:.0%} of {count_text(document['drafted_tokens'])} drafted "
+            f"tokens were right: {document['tokens_per_row_step']:.2f} tokens a row and step"
+        )
 
 
 def _heading(document: Document) -> Text:
@@ -185,6 +213,7 @@ def _worker_document(worker: WorkerResult) -> Document:
         "decode_steps": work.decode_steps,
         "decode_tokens": work.decode_tokens,
         "decode_s": round(work.decode_s, 6),
+        **_engine_document(work),
         "decode_tokens_per_s": round(work.decode_tokens_per_s, 3) if work.decode_s > 0 else None,
         "error": worker.error,
     }

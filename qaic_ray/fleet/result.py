@@ -89,7 +89,7 @@ class Tally:
         counts.generated_tokens += row.generated_tokens
         if row.ok:
             counts.ttft_s.append(row.ttft_s)
-            self.length_counts[row.generated_tokens] += 1
+            self.length_counts.update(row.answer_lens)
         else:
             counts.failed_rows += 1
 

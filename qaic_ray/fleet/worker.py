@@ -1,8 +1,8 @@
 """One card's work: prompts in, rows out. A tokenizer, a session and an engine; no Ray.
 
 Shards overlap: each `answer` call tokenizes in its caller's thread, drops its sequences into the
-one engine, and takes its own rows back as they finish. One thread runs the engine, so the card is
-never driven by two.
+one engine, and takes its own rows back as they finish; their text is made in its thread too. One
+thread runs the engine, so the card is never driven by two.
 """
 
 from __future__ import annotations
@@ -11,33 +11,22 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qaic_ray.contract import Specializations
+from qaic_ray.detokenizer import StopReader
 from qaic_ray.errors import DeviceError, QaicRayError, RowError, UsageError
+from qaic_ray.fleet.answers import Answer, Answerer, Generation
+from qaic_ray.fleet.speculation import Drafting, open_drafting
 from qaic_ray.metrics import Measurement
-from qaic_ray.model import load_tokenizer, open_checkpoint
+from qaic_ray.model import Checkpoint, load_tokenizer, open_checkpoint
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.run import batch
-from qaic_ray.run.engine import Engine
+from qaic_ray.run.engine import MAX_STALL_S, Engine, Finished
 from qaic_ray.run.session import Session
 from qaic_ray.sdk import open_sdk
 from qaic_ray.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Generation:
-    """How answers are made, and what of the QPC is relied on.
-
-    `generation_len` None means: until the context is full. `prompt_len` and `ctx_len`, where
-    given, must be what the QPC was compiled for.
-    """
-
-    generation_len: int | None = None
-    chat: bool = False
-    prompt_len: int | None = None
-    ctx_len: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +41,7 @@ class WorkerSpec:
     sdk_root: str
     qpc: str
     model: str
-    generation: Generation = Generation()
+    generation: Generation = field(default_factory=Generation)
 
 
 @dataclass(frozen=True)
@@ -69,26 +58,26 @@ class WorkerInfo:
 
 
 @dataclass(frozen=True)
-class _Finished:
-    """What the engine's thread hands back to one `answer` call."""
-
-    sequence: batch.Sequence
-    ttft_s: float
-    decode_s: float
-
-
-@dataclass(frozen=True)
 class _Card:
     """Everything an opened worker holds."""
 
-    tokenizer: Tokenizer
-    stop_ids: frozenset[int]
+    answerer: Answerer
     session: Session
+    drafting: Drafting
     engine: Engine
     thread: threading.Thread
 
 
-_Outcome = queue.SimpleQueue[_Finished | QaicRayError]
+_Outcome = queue.SimpleQueue[Finished | QaicRayError]
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """A sequence for the engine's thread, and where to put what became of it."""
+
+    sequence: batch.Sequence
+    reader: StopReader | None
+    outcome: _Outcome
 
 
 class CardWorker:
@@ -96,10 +85,9 @@ class CardWorker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
-        self._keys = 0
         self._failed_rows = 0
         self._lock = threading.Condition()
-        self._arrived: list[tuple[batch.Sequence, _Outcome]] = []
+        self._arrived: list[_Arrival] = []
         self._failure: QaicRayError | None = None
         self._closed = False
         self._opened: _Card | None = None
@@ -122,17 +110,13 @@ class CardWorker:
         sdk = open_sdk(Path(self.spec.sdk_root))
         session = Session(sdk, Path(self.spec.qpc), self.spec.device_ids)
         try:
-            engine = Engine(session)
             self._check_shapes(session.specializations)
-        except UsageError:
+            drafting = open_drafting(self.spec.generation.speculation, sdk, session)
+        except QaicRayError:
             session.close()
             raise
-        thread = threading.Thread(
-            target=self._run, args=(engine,), name=self.spec.name, daemon=True
-        )
-        stop_ids = frozenset(checkpoint.eos_ids)
-        self._opened = _Card(tokenizer, stop_ids, session, engine, thread)
-        thread.start()
+        self._opened = self._start(checkpoint, tokenizer, session, drafting)
+        self._opened.thread.start()
         shapes = session.specializations
         return WorkerInfo(
             name=self.spec.name,
@@ -152,24 +136,33 @@ class CardWorker:
         Raises:
             DeviceError: when the card fails; prompts without a row yet were not answered.
         """
-        finished: _Outcome = queue.SimpleQueue()
-        pending: dict[batch.Sequence, Prompt] = {}
+        answerer = self._card.answerer
+        begun: list[Answer] = []
         refused: list[Row] = []
         for prompt in prompts:
             try:
-                pending[self._sequence(prompt)] = prompt
+                begun.append(answerer.begin(prompt))
             except RowError as error:
                 row = Row.failed(prompt, str(error), worker=self.spec.name, attempts=attempt)
                 refused.append(row)
+        outcome: _Outcome = queue.SimpleQueue()
         with self._lock:
             self._failed_rows += len(refused)
             self._raise_failure()
-            self._arrived.extend((sequence, finished) for sequence in pending)
+            self._arrived.extend(_arrivals(begun, outcome))
             self._lock.notify()
         if refused:
             yield refused
+        pending = {sequence: answer for answer in begun for sequence in answer.sequences}
         while pending:
-            yield [self._row(pending.pop(done.sequence), done, attempt) for done in _take(finished)]
+            complete = []
+            for done in _take(outcome):
+                answer = pending.pop(done.sequence)
+                answer.finished.append(done)
+                if answer.is_complete:
+                    complete.append(answerer.row(answer, worker=self.spec.name, attempts=attempt))
+            if complete:
+                yield complete
 
     def measurement(self) -> Measurement:
         """All work since `open`; may be asked for while answers are being made."""
@@ -185,6 +178,7 @@ class CardWorker:
         card, self._opened = self._opened, None
         if card is not None:
             card.thread.join()
+            card.drafting.close()
             card.session.close()
 
     @property
@@ -192,6 +186,24 @@ class CardWorker:
         if self._opened is None:
             raise DeviceError(f"{self.spec.name} is not open.")
         return self._opened
+
+    def _start(
+        self, checkpoint: Checkpoint, tokenizer: Tokenizer, session: Session, drafting: Drafting
+    ) -> _Card:
+        """Everything around an opened session; the thread is not started."""
+        generation = self.spec.generation
+        max_stall_s = generation.max_stall_s
+        engine = Engine(
+            session,
+            max_stall_s=MAX_STALL_S if max_stall_s is None else max_stall_s,
+            prefix_reuse=generation.prefix_reuse,
+            proposer=drafting.proposer,
+        )
+        thread = threading.Thread(
+            target=self._run, args=(engine,), name=self.spec.name, daemon=True
+        )
+        answerer = Answerer(tokenizer, checkpoint.eos_ids, generation, engine)
+        return _Card(answerer, session, drafting, engine, thread)
 
     def _check_shapes(self, shapes: Specializations) -> None:
         for option, wanted, compiled in (
@@ -204,39 +216,6 @@ class CardWorker:
                     f"give {compiled}, or compile another variant."
                 )
 
-    def _sequence(self, prompt: Prompt) -> batch.Sequence:
-        card = self._card
-        if not prompt.text:
-            raise RowError("The prompt is empty: it has no token to start from.")
-        with self._lock:  # the tokenizer's Rust half must not be borrowed by two threads
-            self._keys += 1
-            key = self._keys
-            if self.spec.generation.chat:
-                ids = card.tokenizer.chat([{"role": "user", "content": prompt.text}])
-            else:
-                ids = card.tokenizer.encode(prompt.text)
-        limit = card.engine.new_token_limit(len(ids), self.spec.generation.generation_len)
-        return batch.Sequence(key, tuple(ids), limit, card.stop_ids)
-
-    def _row(self, prompt: Prompt, done: _Finished, attempt: int) -> Row:
-        sequence = done.sequence
-        assert sequence.finish_reason is not None
-        with self._lock:
-            text = self._card.tokenizer.decode(sequence.output_ids)
-        return Row(
-            index=prompt.index,
-            id=prompt.id,
-            prompt=prompt.text,
-            text=text,
-            finish_reason=sequence.finish_reason,
-            token_ids=tuple(sequence.output_ids),
-            prompt_tokens=len(sequence.prompt_ids),
-            ttft_s=done.ttft_s,
-            decode_s=done.decode_s,
-            worker=self.spec.name,
-            attempts=attempt,
-        )
-
     def _run(self, engine: Engine) -> None:
         """The engine's thread: take in what arrived, step, hand back what finished."""
         owner: dict[batch.Sequence, _Outcome] = {}
@@ -246,26 +225,29 @@ class CardWorker:
             except QaicRayError as error:
                 self._fail(error, owner)
                 return
-            for sequence, ttft_s, decode_s in done:
-                owner.pop(sequence).put(_Finished(sequence, ttft_s, decode_s))
+            except BaseException as error:
+                self._fail(DeviceError(f"{self.spec.name}: the engine failed: {error!r}."), owner)
+                raise
+            for finished in done:
+                owner.pop(finished.sequence).put(finished)
 
     def _take_in(self, engine: Engine, owner: dict[batch.Sequence, _Outcome]) -> bool:
         with self._lock:
             while not (self._arrived or engine.busy or self._closed):
                 self._lock.wait()
-            for sequence, finished in self._arrived:
-                owner[sequence] = finished
-                engine.add(sequence)
+            for arrival in self._arrived:
+                owner[arrival.sequence] = arrival.outcome
+                engine.add(arrival.sequence, arrival.reader)
             self._arrived.clear()
             return not self._closed
 
     def _fail(self, error: QaicRayError, owner: dict[batch.Sequence, _Outcome]) -> None:
         with self._lock:
             self._failure = error
-            waiting = {*owner.values(), *(finished for _, finished in self._arrived)}
+            waiting = {*owner.values(), *(arrival.outcome for arrival in self._arrived)}
             self._arrived.clear()
-        for finished in waiting:
-            finished.put(error)
+        for outcome in waiting:
+            outcome.put(error)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -274,12 +256,18 @@ class CardWorker:
             raise DeviceError(f"{self.spec.name} is closed.")
 
 
-def _take(finished: _Outcome) -> list[_Finished]:
+def _arrivals(answers: Sequence[Answer], outcome: _Outcome) -> Iterator[_Arrival]:
+    for answer in answers:
+        for sequence, reader in zip(answer.sequences, answer.readers, strict=True):
+            yield _Arrival(sequence, reader, outcome)
+
+
+def _take(outcome: _Outcome) -> list[Finished]:
     """Wait for one, then take whatever else is there."""
-    items = [finished.get()]
-    while not finished.empty():
-        items.append(finished.get())
+    items = [outcome.get()]
+    while not outcome.empty():
+        items.append(outcome.get())
     for item in items:
         if isinstance(item, QaicRayError):
             raise item
-    return [item for item in items if isinstance(item, _Finished)]
+    return [item for item in items if isinstance(item, Finished)]

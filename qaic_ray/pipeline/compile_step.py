@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from qaic_ray.compile.store import Build, BuildRequest, build
 from qaic_ray.compile.variant import Grid, Precision, Source, Variant, check_num_cores
-from qaic_ray.contract import Specializations
+from qaic_ray.contract import NUM_LOGITS_TO_KEEP, Specializations
 from qaic_ray.errors import CompileError, UsageError
 from qaic_ray.manifest import CUSTOM_IO_FILE, ModelManifest, read_manifest
 from qaic_ray.pipeline.devices import check_cores
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CompileRequest:
-    """A grid over one exported model; `specializations` stands in place of the three lists.
+    """A grid over one exported model; `specializations` stands in place of all shapes.
 
+    An entry of `prompt_lens` is one length, or several for one program that has them all.
     `parallel` None means as many compiles at once as there are CPUs.
     """
 
@@ -33,9 +34,11 @@ class CompileRequest:
     precisions: Sequence[str]
     num_cores: Sequence[int]
     batch_sizes: Sequence[int]
-    prompt_lens: Sequence[int]
+    prompt_lens: Sequence[int | Sequence[int]]
     ctx_lens: Sequence[int]
     store: Path
+    num_speculative_tokens: int = 0
+    comp_ctx_lengths: Sequence[int] = ()
     specializations: Path | None = None
     parallel: int | None = None
 
@@ -68,8 +71,27 @@ def requested_variants(request: CompileRequest, sdk: Sdk) -> list[Variant]:
     precisions = [Precision.parse(name) for name in request.precisions]
     cores = [check_num_cores(number) for number in request.num_cores]
     if request.specializations is None:
-        lens = request.batch_sizes, request.prompt_lens, request.ctx_lens
-        variants = Grid(precisions, cores, *lens).variants(source, continuous=manifest.continuous)
+        _check_inputs(
+            manifest,
+            num_logits_to_keep=request.num_speculative_tokens > 0 or None,
+            comp_ctx_lengths=len(request.comp_ctx_lengths) > 0,
+        )
+        grid = Grid(
+            precisions,
+            cores,
+            request.batch_sizes,
+            request.prompt_lens,
+            request.ctx_lens,
+            num_logits_to_keep=manifest.logits == NUM_LOGITS_TO_KEEP,
+            num_speculative_tokens=request.num_speculative_tokens,
+            comp_ctx_lengths=request.comp_ctx_lengths,
+        )
+        variants = grid.variants(source, continuous=manifest.continuous)
+    elif request.num_speculative_tokens or request.comp_ctx_lengths:
+        raise UsageError(
+            f"{request.specializations} says all shapes: leave --num-speculative-tokens and "
+            "--comp-ctx-lengths out."
+        )
     else:
         shapes = _shapes_of(request.specializations, manifest, request.model_dir)
         variants = [Variant(source, p, c, shapes) for p in precisions for c in cores]
@@ -129,7 +151,35 @@ def _shapes_of(path: Path, manifest: ModelManifest, model_dir: Path) -> Speciali
             f"{path} does not fit {model_dir}, which {how} exported for continuous batching "
             "(full_batch_size)."
         )
+    first = shapes.entries[0]
+    _check_inputs(
+        manifest,
+        num_logits_to_keep=first.num_logits_to_keep is not None,
+        comp_ctx_lengths=first.comp_ctx_lengths is not None,
+    )
     return shapes
+
+
+def _check_inputs(
+    manifest: ModelManifest, *, num_logits_to_keep: bool | None, comp_ctx_lengths: bool
+) -> None:
+    """Refuse shapes whose symbols are not those of the graph; None fits either."""
+    if num_logits_to_keep not in (None, manifest.logits == NUM_LOGITS_TO_KEEP):
+        raise UsageError(
+            f"{manifest.name} was exported without num_logits_to_keep, which speculation needs: "
+            "export it with --logits num_logits_to_keep."
+            if num_logits_to_keep
+            else f"{manifest.name} was exported with num_logits_to_keep: every specialization must "
+            "say how many."
+        )
+    if comp_ctx_lengths != manifest.comp_ctx_lengths:
+        raise UsageError(
+            f"{manifest.name} was exported without compute-context lengths: export it with "
+            "--comp-ctx-lengths."
+            if comp_ctx_lengths
+            else f"{manifest.name} was exported with compute-context lengths: say which ones, like "
+            "--comp-ctx-lengths 512,1024 (ctx_len is added)."
+        )
 
 
 def _build_here(request: BuildRequest) -> CompileOutcome:

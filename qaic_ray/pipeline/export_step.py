@@ -56,6 +56,7 @@ def _export(model: ModelPart, part: ExportPart) -> ExportResult:
             logits=part.logits,
             next_tokens=part.next_tokens,
             num_replicate_kv_heads=part.replicate_kv_heads,
+            comp_ctx_lengths=part.comp_ctx_lengths,
         ),
         output=None if part.output is None else Path(part.output),
         verify=None if part.verify == "auto" else part.verify,

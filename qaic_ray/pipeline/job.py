@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 from qaic_ray.compile.store import Build, BuildRequest
 from qaic_ray.compile.variant import Grid, Precision, Source, Variant
-from qaic_ray.config import Job, dump_job
+from qaic_ray.config import Job, dump_job, prompt_lens
+from qaic_ray.contract import NUM_LOGITS_TO_KEEP, Specializations
 from qaic_ray.errors import SdkNotFound, UsageError
 from qaic_ray.manifest import CUSTOM_IO_FILE
 from qaic_ray.pipeline.compile_step import CompileRequest, compile_on, requested_variants
 from qaic_ray.pipeline.devices import choose_devices, choose_sdk, emulated_cards
 from qaic_ray.pipeline.export_step import export_step
 from qaic_ray.pipeline.listener import Listener
-from qaic_ray.pipeline.run_step import RunRequest, run_on
+from qaic_ray.pipeline.run_step import RunRequest, drawn_seed, run_on
 from qaic_ray.sdk import VENDOR_ROOT, Sdk, find_sdk
 
 if TYPE_CHECKING:
@@ -32,18 +33,7 @@ def launch_job(job: Job, listener: Listener) -> RunSummary:
     chosen_at = chosen_index(job)
     sdk = choose_sdk(job.sdk, job.emulator, listener)
     devices = choose_devices(sdk, None if job.run.devices == "all" else job.run.devices)
-    request = RunRequest(
-        name=job.name,
-        model=job.model.name,
-        qpc=Path(),
-        devices=devices,
-        prompt=job.run.prompt,
-        prompts_file=job.run.prompts,
-        generation_len=job.run.generation_len,
-        chat=job.run.chat,
-        output=Path(job.run.output),
-        job_text=dump_job(job),
-    )
+    request = _run_request(job, devices)
     prompts = request.open_prompts()
     exported = export_step(job.model, job.export, listener)
     compiling = _compile_request(job, exported.folder)
@@ -118,6 +108,32 @@ def chosen_index(job: Job) -> int:
     )
 
 
+def _run_request(job: Job, devices: tuple[int, ...]) -> RunRequest:
+    """The run of a job, but for the QPC."""
+    seed = drawn_seed() if job.run.seed is None else job.run.seed
+    resolved = job.model_copy(update={"run": job.run.model_copy(update={"seed": seed})})
+    run = resolved.run
+    return RunRequest(
+        name=job.name,
+        model=job.model.name,
+        qpc=Path(),
+        devices=devices,
+        prompt=run.prompt,
+        prompts_file=run.prompts,
+        generation_len=run.generation_len,
+        sampling=run.sampling,
+        seed=seed,
+        chat=run.chat,
+        system=run.system,
+        max_stall_s=run.max_stall_s,
+        prefix_reuse=run.prefix_reuse,
+        drafts=run.drafts,
+        draft_qpc=None if run.draft_qpc is None else Path(run.draft_qpc),
+        output=Path(run.output),
+        job_text=dump_job(resolved),
+    )
+
+
 def _compile_request(job: Job, model_dir: Path) -> CompileRequest:
     grid = job.compile
     return CompileRequest(
@@ -125,8 +141,10 @@ def _compile_request(job: Job, model_dir: Path) -> CompileRequest:
         precisions=grid.precision,
         num_cores=grid.num_cores,
         batch_sizes=grid.batch_size,
-        prompt_lens=grid.prompt_len,
+        prompt_lens=[prompt_lens(value) for value in grid.prompt_len],
         ctx_lens=grid.ctx_len,
+        num_speculative_tokens=grid.num_speculative_tokens,
+        comp_ctx_lengths=grid.comp_ctx_lengths,
         store=Path(grid.output),
         parallel=grid.parallel,
     )
@@ -134,11 +152,23 @@ def _compile_request(job: Job, model_dir: Path) -> CompileRequest:
 
 def _variants(job: Job, source: Source) -> list[Variant]:
     grid = job.compile
+    if job.export.comp_ctx_lengths and not grid.comp_ctx_lengths:
+        raise UsageError(
+            f"The job {job.name} exports with comp_ctx_lengths: say which ones with "
+            "compile.comp_ctx_lengths, like [512, 1024] (ctx_len is added)."
+        )
     precisions = [Precision.parse(name) for name in grid.precision]
-    lens = grid.batch_size, grid.prompt_len, grid.ctx_len
-    return Grid(precisions, grid.num_cores, *lens).variants(
-        source, continuous=job.export.continuous_batching
+    shapes = Grid(
+        precisions,
+        grid.num_cores,
+        grid.batch_size,
+        [prompt_lens(value) for value in grid.prompt_len],
+        grid.ctx_len,
+        num_logits_to_keep=job.export.logits == NUM_LOGITS_TO_KEEP,
+        num_speculative_tokens=grid.num_speculative_tokens,
+        comp_ctx_lengths=grid.comp_ctx_lengths,
     )
+    return shapes.variants(source, continuous=job.export.continuous_batching)
 
 
 def _fits(variant: Variant, job: Job) -> bool:
@@ -147,10 +177,15 @@ def _fits(variant: Variant, job: Job) -> bool:
         "precision": variant.precision.value,
         "num_cores": variant.num_cores,
         "batch_size": shapes.batch_size,
-        "prompt_len": shapes.prompt_len,
+        "prompt_len": _prompt_len(shapes),
         "ctx_len": shapes.ctx_len,
     }
     return all(getattr(job.run.variant, key) in (None, value) for key, value in facts.items())
+
+
+def _prompt_len(shapes: Specializations) -> int | str:
+    lens = [s.seq_len for s in shapes.prefills]
+    return "+".join(map(str, lens)) if len(lens) > 1 else shapes.prompt_len
 
 
 def _base(model_name: str) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING
 import yaml
 
 from qaic_ray.compile.compiler import QPC_FILE
-from qaic_ray.errors import UsageError
+from qaic_ray.errors import RowError, UsageError
 from qaic_ray.pipeline.devices import choose_devices
 from qaic_ray.pipeline.listener import Listener
+from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.sdk import Sdk
 
 if TYPE_CHECKING:
@@ -24,12 +26,19 @@ if TYPE_CHECKING:
     from qaic_ray.rows import Prompt, Row
 
 
+def drawn_seed() -> int:
+    """A run's seed, where none is given."""
+    return secrets.randbits(32)
+
+
 @dataclass(frozen=True)
 class RunRequest:
     """Prompts for one QPC on some cards; `devices` None means all of the machine's.
 
-    `input_len` and `ctx_len`, where given, must be what the QPC was compiled for. `job_text` is
-    the job that this is a part of, for the run folder's job.yaml; without one the request itself.
+    `sampling` and `generation_len` (its `max_tokens`) are for rows that say nothing else; `seed` is
+    what rows without a seed get theirs from. `drafts` and `draft_qpc` are those of `Speculation`.
+    `input_len` and `ctx_len`, where given, must be what the QPC was compiled for. `job_text` is the
+    job that this is a part of, for the run folder's job.yaml; without one the request itself.
     """
 
     name: str
@@ -41,7 +50,14 @@ class RunRequest:
     input_len: int | None = None
     ctx_len: int | None = None
     generation_len: int | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    seed: int = field(default_factory=drawn_seed)
     chat: bool = False
+    system: str | None = None
+    max_stall_s: float | None = None
+    prefix_reuse: bool = True
+    drafts: str = "auto"
+    draft_qpc: Path | None = None
     output: Path = Path("runs")
     ray_address: str | None = None
     job_text: str = ""
@@ -50,20 +66,39 @@ class RunRequest:
         """The same request for another QPC."""
         return replace(self, qpc=qpc)
 
+    @property
+    def defaults(self) -> SamplingParams:
+        """The parameters of a row that brings none.
+
+        Raises:
+            UsageError: where those of the run do not go together.
+        """
+        try:
+            return replace(self.sampling, max_tokens=self.generation_len)
+        except RowError as error:
+            raise UsageError(str(error)) from error
+
     def open_prompts(self) -> Iterator[Prompt | Row]:
         """The prompts; a file is opened now and read as it is needed.
 
         Raises:
-            UsageError: where there are none, or two sources of them.
+            UsageError: where there are none, or two sources of them, or parameters that no row
+                could be answered with.
         """
         from qaic_ray.fleet.prompts import prompts_from_file, prompts_from_text
 
+        defaults = self.defaults
+        if self.system is not None and not self.chat:
+            raise UsageError(
+                "A system prompt (--system, run.system) has its place in the chat template: give "
+                "--chat (run.chat) too, or leave it out."
+            )
         if self.prompt is not None and self.prompts_file is not None:
             raise UsageError("Give one of --prompt and --prompts-file, not both.")
         if self.prompt is not None:
             return prompts_from_text(self.prompt)
         if self.prompts_file is not None:
-            return prompts_from_file(self.prompts_file)
+            return prompts_from_file(self.prompts_file, sampling=defaults)
         raise UsageError('There is nothing to answer: give --prompt "a|b" or --prompts-file FILE.')
 
 
@@ -131,12 +166,22 @@ def run_on(
 
 
 def _worker_specs(request: RunRequest, sdk: Sdk) -> list[WorkerSpec]:
-    from qaic_ray.fleet.worker import Generation, WorkerSpec
+    from qaic_ray.fleet.answers import Generation
+    from qaic_ray.fleet.speculation import Drafts, Speculation
+    from qaic_ray.fleet.worker import WorkerSpec
 
     model = Path(request.model).expanduser()
     generation = Generation(
-        generation_len=request.generation_len,
+        sampling=request.defaults,
         chat=request.chat,
+        system=request.system,
+        run_seed=request.seed,
+        max_stall_s=request.max_stall_s,
+        prefix_reuse=request.prefix_reuse,
+        speculation=Speculation(
+            Drafts(request.drafts),
+            None if request.draft_qpc is None else str(request.draft_qpc.absolute()),
+        ),
         prompt_len=request.input_len,
         ctx_len=request.ctx_len,
     )
@@ -176,5 +221,6 @@ def _new_run_folder(request: RunRequest) -> Path:
 def _own_text(request: RunRequest) -> str:
     fields = asdict(request) | {"qpc": str(request.qpc), "output": str(request.output)}
     fields["devices"] = list(request.devices or ())
-    del fields["job_text"]
+    fields["draft_qpc"] = None if request.draft_qpc is None else str(request.draft_qpc)
+    del fields["job_text"], fields["sampling"]["max_tokens"]
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)

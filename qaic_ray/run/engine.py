@@ -1,27 +1,36 @@
 """The token loop of one card: plan, run, commit. Token ids only, never text.
 
-`Engine.step` asks the batcher for a step, lays its tokens out as the program's inputs, runs it on
-the session, picks a token for each row that asks for one, and tells the batcher. It keeps the
-counts and times of section "words for speed": everything else is somebody else's.
+`Engine.step` asks the batcher for a step, has the feed lay its tokens out as the program's inputs,
+runs it on the session, chooses tokens for the rows that are answered, and tells the batcher. It
+keeps the counts and times of `metrics.py`. A card offers no second queue: what can be done while it
+works (reading new tokens for stop strings) is done then, and everything else is kept short.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Listed
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from qaic_ray import contract
-from qaic_ray.contract import IoContract, Specializations
-from qaic_ray.errors import UsageError
-from qaic_ray.metrics import Measurement
-from qaic_ray.run.batch import Batcher, Sequence, Step
-from qaic_ray.run.sampling import greedy
+from qaic_ray.contract import IoContract, Specialization, Specializations
+from qaic_ray.errors import RowError
+from qaic_ray.metrics import Measurement, Meter
+from qaic_ray.run.batch import Batcher, Sequence
+from qaic_ray.run.feed import CacheIndexFeed, Drafts, Feed, Laid, PositionIdsFeed
+from qaic_ray.run.sampling import Selector
+from qaic_ray.run.shapes import ProgramShapes
+from qaic_ray.run.waves import WaveBatcher
+from qaic_ray.sampling_params import SamplingParams
 
 Array = npt.NDArray[Any]
+
+MAX_STALL_S = 1.0
+"""How long running rows may wait for the prefill of others, where nothing else is said."""
 
 
 class Program(Protocol):
@@ -29,16 +38,44 @@ class Program(Protocol):
 
     contract: IoContract
     specializations: Specializations
-
-    @property
-    def prefill_rows(self) -> int:
-        """Rows of the prefill shape."""
+    emits_tokens: bool
 
     def input_dtype(self, name: str) -> np.dtype[Any]:
         """dtype of an input."""
 
-    def run(self, seq_len: int, inputs: dict[str, Array], output: str) -> Array:
-        """Execute once."""
+    def run(
+        self,
+        shape: Specialization,
+        inputs: Mapping[str, Array],
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Array:
+        """Execute once; `meanwhile` is called while the card works."""
+
+
+class Reader(Protocol):
+    """Reads a row's tokens as they come, and may end it (stop strings)."""
+
+    def read(self, token_ids: Listed[int]) -> int | None:
+        """Take the row's next tokens; a number ends it with so many of all its tokens."""
+
+
+class Proposer(Protocol):
+    """Guesses what comes next, for a program that checks several tokens a row at once."""
+
+    def propose(self, rows: Listed[Sequence], room: Listed[int]) -> Drafts:
+        """At most `room[i]` tokens for row i, each list as long as it is likely to be right."""
+
+    def release(self, sequence: Sequence) -> None:
+        """A row that was proposed for has ended."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A row that ended: `ttft_s` from entering the engine, `decode_s` from there to its end."""
+
+    sequence: Sequence
+    ttft_s: float
+    decode_s: float
 
 
 class Engine:
@@ -47,35 +84,48 @@ class Engine:
     Args:
         program: an opened session (or its stand-in in tests).
         clock: monotonic seconds.
-
-    Raises:
-        UsageError: for a program of a contract that the engine does not drive.
+        max_stall_s: how long rows that decode may wait for the prefill of others; one step of
+            prefill is done even where it takes longer.
+        prefix_reuse: whether a prompt may start from what a slot's cache holds already.
+        proposer: who drafts tokens, for a program whose decode shape takes several a row.
+        ride_len: see `Batcher`.
     """
 
-    def __init__(self, program: Program, clock: Callable[[], float] = time.perf_counter) -> None:
-        if program.contract is not IoContract.POSITION_IDS:
-            raise UsageError(
-                f"The engine runs QPCs of the {IoContract.POSITION_IDS.value} contract, and this "
-                f"one has {program.contract.value}: export with --io position-ids."
-            )
-        shapes = program.specializations
-        self.batcher = Batcher(
-            num_slots=shapes.batch_size,
-            prompt_len=shapes.prompt_len,
-            ctx_len=shapes.ctx_len,
-            prefill_rows=program.prefill_rows,
-            continuous=shapes.continuous,
-        )
+    def __init__(
+        self,
+        program: Program,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        max_stall_s: float = MAX_STALL_S,
+        prefix_reuse: bool = True,
+        proposer: Proposer | None = None,
+        ride_len: int | None = None,
+    ) -> None:
+        shapes = self._shapes = ProgramShapes.of(program.specializations)
+        self.batcher: Batcher | WaveBatcher
+        self._feed: Feed
+        if program.contract is IoContract.CACHE_INDEX:
+            self.batcher = WaveBatcher(shapes)
+            self._feed = CacheIndexFeed(shapes, program.input_dtype)
+        else:
+            self.batcher = Batcher(shapes, prefix_reuse=prefix_reuse, ride_len=ride_len)
+            self._feed = PositionIdsFeed(shapes, program.input_dtype, self.batcher)
         self._program = program
-        self._continuous = shapes.continuous
         self._clock = clock
-        self._work = Measurement()
-        self._ttft_s: list[float] = []
-        self._entered: dict[Sequence, float] = {}
-        self._first: dict[Sequence, float] = {}
-        self._inputs = {
-            s.seq_len: self._new_inputs(s.batch_size, s.seq_len) for s in shapes.entries
-        }
+        self._max_stall_s = max_stall_s
+        self._proposer = proposer if self._shapes.decode_len > 1 else None
+        self._selector = Selector(self._shapes.num_slots)
+        self._in_selector: dict[Sequence, int] = {}
+        self._special: set[Sequence] = set()
+        self._readers: dict[Sequence, Reader] = {}
+        self._num_read: dict[Sequence, int] = {}
+        self._unread: list[Sequence] = []
+        self._stops: dict[Sequence, int] = {}
+        self._meter = Meter()
+        self._awaiting: dict[Sequence, float] = {}
+        self._first: dict[Sequence, tuple[float, float]] = {}
+        self._stalled_since_s = 0.0
+        self._has_stalled = False
 
     @property
     def busy(self) -> bool:
@@ -85,94 +135,228 @@ class Engine:
     @property
     def measurement(self) -> Measurement:
         """All work so far."""
-        return self._work + Measurement(ttft_s=tuple(self._ttft_s))
+        return self._meter.measurement()
 
-    def new_token_limit(self, prompt_tokens: int, generation_len: int | None) -> int:
-        """See `Batcher.new_token_limit`."""
-        return self.batcher.new_token_limit(prompt_tokens, generation_len)
+    def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
+        """How many tokens a prompt may generate; see the batcher's."""
+        return self.batcher.new_token_limit(prompt_tokens, wanted)
 
-    def add(self, sequence: Sequence) -> None:
+    def refuse_unanswerable(self, params: SamplingParams) -> None:
+        """Raise RowError for what this program's output cannot answer."""
+        if self._program.emits_tokens and not params.is_plain:
+            raise RowError(
+                "This QPC was exported with --next-tokens: it gives the most likely token only, "
+                "so there is no temperature, penalty, min_tokens or logprobs; leave them out, or "
+                "export without it."
+            )
+
+    def add(self, sequence: Sequence, reader: Reader | None = None) -> None:
         """Queue a sequence; its time to first token starts now."""
-        self._entered[sequence] = self._clock()
+        self._awaiting[sequence] = self._clock()
+        if reader is not None:
+            self._readers[sequence] = reader
+            self._num_read[sequence] = len(sequence.output_ids)
+        if not sequence.params.is_plain:
+            self._special.add(sequence)
         self.batcher.add(sequence)
 
-    def step(self) -> list[tuple[Sequence, float, float]]:
-        """Advance: one prefill chunk, or one token for every running row.
+    def step(self) -> list[Finished]:
+        """Advance: one prefill step, or one decode step for every row that can decode.
 
         Returns:
-            The sequences that finished, each with its `ttft_s` and `decode_s`.
+            The sequences that finished.
 
         Raises:
             DeviceError: from the session; the engine's rows are then lost with the card's state.
         """
-        step = self.batcher.plan()
+        start_s = self._clock()
+        could_decode = self.batcher.num_decoding > 0
+        step: Any = self.batcher.plan(decode_first=self._must_decode(start_s))
         if step is None:
             return []
-        start_s = self._clock()
-        tokens = self._forward(step)
+        drafts = None if self._proposer is None or step.is_prefill else self._draft(step)
+        laid = self._feed.lay(step, drafts)
+        output = self._program.run(laid.shape, laid.inputs, self._read if self._unread else None)
+        chosen = self._choose(step, laid, drafts, output)
+        num_before = 0 if drafts is None else _num_output(step)
+        ended = self.batcher.commit(step, chosen)
         end_s = self._clock()
-        finished = self.batcher.commit(step, tokens)
-        self._measure(step, start_s, end_s)
-        return [self._finish(sequence, end_s) for sequence in finished]
+        self._measure(step, laid, end_s - start_s)
+        if drafts is not None:
+            self._count_drafts(drafts, _num_output(step) - num_before - sum(laid.answers))
+        self._has_stalled = step.is_prefill and could_decode
+        if not self._has_stalled:
+            self._stalled_since_s = end_s
+        if self._awaiting:
+            self._note_first(step, laid, end_s)
+        if self._readers:
+            rows = [
+                row for (_, row), answered in zip(step.rows, laid.answers, strict=True) if answered
+            ]
+            self._unread = [row for row in rows if row in self._readers]
+        if self._stops or ended:
+            ended = self._end(ended)
+        return [self._finish(sequence, end_s) for sequence in ended]
 
-    def _forward(self, step: Step) -> list[int]:
-        """Run a step; one token a chunk, meaningful where the chunk samples."""
-        inputs = self._inputs[step.seq_len]
-        ids, positions = inputs[contract.INPUT_IDS], inputs[contract.POSITION_IDS]
-        positions.fill(contract.PADDING_POSITION)
-        # In a continuous prefill the rows are few and say which slot they mean; everywhere else
-        # row r is slot r.
-        indexed = self._continuous and not step.is_decode
-        rows = []
-        for position, chunk in enumerate(step.chunks):
-            row = position if indexed else chunk.slot
-            end = len(chunk.ids)
-            ids[row, :end] = chunk.ids
-            positions[row, :end] = range(chunk.start, chunk.start + end)
-            if indexed:
-                inputs[contract.BATCH_INDEX][row, 0] = chunk.slot
-            rows.append(row)
-        logits = self._program.run(step.seq_len, inputs, contract.LOGITS)
-        if not any(chunk.samples for chunk in step.chunks):
-            return [0] * len(rows)
-        # A program gives logits of the last token of a row, or of all of them.
-        every = logits.shape[1] > 1
-        at = [len(chunk.ids) - 1 if every else 0 for chunk in step.chunks]
-        tokens: list[int] = greedy(logits[rows, at]).tolist()
-        return tokens
+    def _must_decode(self, now_s: float) -> bool:
+        """Whether another prefill would make running rows wait longer than they may."""
+        if not self._has_stalled:
+            return False
+        waited_s = now_s - self._stalled_since_s
+        return waited_s + self.batcher.costs.slowest_s > self._max_stall_s
 
-    def _new_inputs(self, batch_size: int, seq_len: int) -> dict[str, Array]:
-        def empty(name: str, *dims: int) -> Array:
-            return np.zeros(dims, self._program.input_dtype(name))
+    def _draft(self, step: Any) -> Drafts:
+        assert self._proposer is not None
+        longest = self._shapes.decode_len
+        room = [
+            min(longest - count, sequence.max_new_tokens - len(sequence.output_ids) - 1)
+            if count == sequence.num_uncomputed
+            else 0
+            for (_, sequence), count in zip(step.rows, step.counts, strict=True)
+        ]
+        return self._proposer.propose([sequence for _, sequence in step.rows], room)
 
-        inputs = {
-            contract.INPUT_IDS: empty(contract.INPUT_IDS, batch_size, seq_len),
-            contract.POSITION_IDS: empty(contract.POSITION_IDS, batch_size, seq_len),
-        }
-        if self._continuous:
-            inputs[contract.BATCH_INDEX] = empty(contract.BATCH_INDEX, batch_size, 1)
-            inputs[contract.BATCH_INDEX][:, 0] = range(batch_size)
-        return inputs
+    def _choose(
+        self, step: Any, laid: Laid, drafts: Drafts | None, output: Array
+    ) -> Listed[Listed[int]]:
+        """The tokens of each row; nothing for a row that is not answered."""
+        if not any(laid.answers):
+            return [()] * len(laid.rows)
+        if self._special and any(row in self._special for _, row in step.rows):
+            return self._choose_each(step, laid, drafts, output)
+        if output.shape[1] == 1 and drafts is None and len(laid.rows) == len(output):
+            tokens = output[:, 0] if self._program.emits_tokens else output[:, 0].argmax(axis=-1)
+            every = tokens.tolist()
+            return [(every[row],) for row in laid.rows]
+        return [
+            self._likeliest(laid, i, drafts[i] if drafts is not None else (), output)
+            if laid.answers[i]
+            else ()
+            for i in range(len(laid.rows))
+        ]
 
-    def _measure(self, step: Step, start_s: float, end_s: float) -> None:
-        sampled = [chunk.sequence for chunk in step.chunks if chunk.samples]
-        for sequence in sampled:
-            if sequence not in self._first:
-                self._first[sequence] = end_s
-                self._ttft_s.append(end_s - self._entered[sequence])
-        if step.is_decode:
-            self._work += Measurement(
-                decode_steps=1, decode_tokens=len(sampled), decode_s=end_s - start_s
-            )
-        else:
-            self._work += Measurement(prefill_steps=1, prefill_s=end_s - start_s)
+    def _likeliest(self, laid: Laid, i: int, draft: Listed[int], output: Array) -> list[int]:
+        """The most likely tokens of one row, as long as its draft is right, and one more."""
+        first = laid.column(i, output.shape[1], len(draft))
+        piece = output[laid.rows[i], first : first + len(draft) + 1]
+        tokens = piece if self._program.emits_tokens else piece.argmax(axis=-1)
+        return _accepted(tokens.tolist(), draft)
 
-    def _finish(self, sequence: Sequence, end_s: float) -> tuple[Sequence, float, float]:
-        first_s = self._first.pop(sequence)
-        ttft_s = first_s - self._entered.pop(sequence)
-        self._work += Measurement(
-            rows=1,
-            prompt_tokens=len(sequence.prompt_ids),
-            generated_tokens=len(sequence.output_ids),
-        )
-        return sequence, ttft_s, end_s - first_s
+    def _choose_each(
+        self, step: Any, laid: Laid, drafts: Drafts | None, output: Array
+    ) -> list[list[int]]:
+        """Tokens by every row's own parameters; a drafted token is kept where it is chosen."""
+        num_columns = output.shape[1]
+        flat = output.reshape(-1, output.shape[-1])
+        chosen: list[list[int]] = [[] for _ in laid.rows]
+        tails = drafts if drafts is not None else [()] * len(chosen)
+        racing = [i for i, answered in enumerate(laid.answers) if answered]
+        self._enter([step.rows[i] for i in racing])
+        while racing:
+            at = [
+                laid.rows[i] * num_columns
+                + laid.column(i, num_columns, len(tails[i]))
+                + len(chosen[i])
+                for i in racing
+            ]
+            logits = flat if at == list(range(len(flat))) else flat[at]
+            choice = self._selector.choose(logits, [step.rows[i][0] for i in racing])
+            for i, token, logprob in zip(racing, choice.tokens, choice.logprobs, strict=True):
+                chosen[i].append(token)
+                if logprob is not None:
+                    step.rows[i][1].logprobs.append(logprob)
+            racing = [
+                i
+                for i in racing
+                if len(chosen[i]) <= len(tails[i]) and chosen[i][-1] == tails[i][len(chosen[i]) - 1]
+            ]
+        return chosen
+
+    def _enter(self, rows: Iterable[tuple[int, Sequence]]) -> None:
+        for slot, sequence in rows:
+            if sequence not in self._in_selector:
+                self._in_selector[sequence] = slot
+                self._selector.enter(slot, sequence)
+
+    def _read(self) -> None:
+        """Have new tokens read; called while the card works."""
+        for sequence in self._unread:
+            self._read_new(sequence)
+        self._unread.clear()
+
+    def _read_new(self, sequence: Sequence) -> None:
+        start = self._num_read[sequence]
+        self._num_read[sequence] = len(sequence.output_ids)
+        kept = self._readers[sequence].read(sequence.output_ids[start:])
+        if kept is not None:
+            self._stops[sequence] = kept
+
+    def _end(self, ended: list[Sequence]) -> list[Sequence]:
+        """Rows that ended by themselves, and rows that their readers end."""
+        for sequence in ended:
+            # What a reader has ended in earlier tokens is not read on.
+            if sequence in self._readers and sequence not in self._stops:
+                self._read_new(sequence)
+        every = [*ended, *(sequence for sequence in self._stops if sequence not in ended)]
+        for sequence, kept in self._stops.items():
+            self._meter.decode_tokens -= self.batcher.stop(sequence, kept)
+        self._stops.clear()
+        self._unread = [sequence for sequence in self._unread if sequence not in every]
+        return every
+
+    def _measure(self, step: Any, laid: Laid, seconds: float) -> None:
+        meter = self._meter
+        if step.is_prefill:
+            meter.prefill_steps += 1
+            meter.prefill_s += seconds
+            self.batcher.costs.measured(step.seq_len, seconds)
+            return
+        num_answered = sum(laid.answers)
+        meter.decode_steps += 1
+        meter.decode_s += seconds
+        meter.decode_slots += self._shapes.num_rows
+        meter.decode_rows += num_answered
+        meter.decode_tokens += num_answered
+
+    def _count_drafts(self, drafts: Drafts, num_kept: int) -> None:
+        """`num_kept` of the drafted tokens are in answers now."""
+        self._meter.drafted_tokens += sum(map(len, drafts))
+        self._meter.accepted_tokens += num_kept
+        self._meter.decode_tokens += num_kept
+
+    def _note_first(self, step: Any, laid: Laid, end_s: float) -> None:
+        for (_, sequence), answered in zip(step.rows, laid.answers, strict=True):
+            if answered and sequence in self._awaiting:
+                entered_s = self._awaiting.pop(sequence)
+                self._first[sequence] = (entered_s, end_s)
+                self._meter.ttft_s.append(end_s - entered_s)
+
+    def _finish(self, sequence: Sequence, end_s: float) -> Finished:
+        entered_s, first_s = self._first.pop(sequence)
+        slot = self._in_selector.pop(sequence, None)
+        if slot is not None:
+            self._selector.leave(slot)
+        self._special.discard(sequence)
+        if self._readers.pop(sequence, None) is not None:
+            del self._num_read[sequence]
+        if self._proposer is not None:
+            self._proposer.release(sequence)
+        del sequence.logprobs[len(sequence.output_ids) :]
+        meter = self._meter
+        meter.rows += 1
+        meter.prompt_tokens += len(sequence.prompt_ids)
+        meter.reused_tokens += sequence.num_reused
+        meter.generated_tokens += len(sequence.output_ids)
+        return Finished(sequence, first_s - entered_s, end_s - first_s)
+
+
+def _num_output(step: Any) -> int:
+    return sum(len(sequence.output_ids) for _, sequence in step.rows)
+
+
+def _accepted(tokens: list[int], draft: Listed[int]) -> list[int]:
+    """The tokens up to the first that differs from the draft, that one included."""
+    for position, drafted in enumerate(draft):
+        if tokens[position] != drafted:
+            return tokens[: position + 1]
+    return tokens

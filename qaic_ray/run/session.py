@@ -1,8 +1,7 @@
-"""A QPC loaded on a card through qaicrt: bindings, buffers, retained state, status -> error.
+"""A QPC loaded on a card through qaicrt: load, activate, execute, status -> error.
 
-The only file that touches qaicrt, and only with calls that public programs make. Knows shapes and
-dtypes; knows nothing of sequences or text. The KV cache never leaves the card: its bindings travel
-as zero-size buffers, in and out.
+With `buffers.py` the only file that touches qaicrt, and only with calls that public programs make.
+Knows shapes and dtypes; knows nothing of sequences or text.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -19,9 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qaic_ray import contract
-from qaic_ray.contract import IoContract, Specialization, Specializations
+from qaic_ray.contract import Specialization
 from qaic_ray.errors import DeviceBusy, DeviceError, DeviceLost, SdkNotFound, UsageError
+from qaic_ray.run.buffers import LISTED_SINCE, Buffers, ListedBuffers, PositionalBuffers
+from qaic_ray.run.descriptor import read_interface
 from qaic_ray.sdk import Sdk
 
 DATA_PATH_TIMEOUT_MS = 60_000
@@ -34,30 +34,7 @@ _BUSY = {"QS_NOMEM", "QS_NOSPC", "QS_BUSY"}
 _LOST = {"QS_NODEV", "QS_DEV_ERROR"}
 _NO_NSPS = "too few free NSPs"
 
-# QAicApi's element types; BFLOAT16 (11) is missing from older modules.
-_DTYPES: dict[str, Any] = {
-    "FLOAT_TYPE": np.float32,
-    "FLOAT_16_TYPE": np.float16,
-    "INT8_Q_TYPE": np.int8,
-    "UINT8_Q_TYPE": np.uint8,
-    "INT16_Q_TYPE": np.int16,
-    "INT32_Q_TYPE": np.int32,
-    "INT32_I_TYPE": np.int32,
-    "INT64_I_TYPE": np.int64,
-    "INT8_TYPE": np.int8,
-}
-
-_INPUTS = {
-    contract.INPUT_IDS,
-    contract.POSITION_IDS,
-    contract.BATCH_INDEX,
-    contract.ATTENTION_MASK,
-    contract.CACHE_INDEX,
-}
-
 Array = npt.NDArray[Any]
-_BYTES: np.dtype[Any] = np.dtype(np.uint8)
-_NOTHING = (1, [0])
 
 
 class Session:
@@ -81,13 +58,14 @@ class Session:
         # Each may stay None when a later call of the constructor fails: close() copes.
         self._program: Any = None
         self._exec_obj: Any = None
+        self._buffers: Any = None
         try:
-            self._open(api)
+            self._open(api, sdk.version)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, api: ModuleType) -> None:
+    def _open(self, api: ModuleType, version: tuple[int, ...]) -> None:
         rt = self._rt
         with _runtime_errors(f"Cannot open {self.qpc} on device {self._devices_text}"):
             self._context = rt.Context(rt.QIDList(list(self.device_ids)))
@@ -95,7 +73,11 @@ class Session:
             program_file = rt.Qpc(str(self.qpc))
             status, descriptor = program_file.getIoDescriptor()
         self._check(status, "read the descriptor of")
-        self._describe(api, descriptor)
+        interface = read_interface(api, bytes(descriptor), self.qpc)
+        self.contract = interface.contract
+        self.specializations = interface.specializations
+        self.emits_tokens = interface.emits_tokens
+        self._interface = interface
         properties = _properties(rt, self.device_ids)
         single = self.device_ids[0] if len(self.device_ids) == 1 else None
         with _runtime_errors(f"Cannot load {self.qpc} on device {self._devices_text}"):
@@ -103,52 +85,10 @@ class Session:
             self._check(self._program.load(), "load", busy="too little free DRAM")
             self._check(self._program.activate(), "activate", busy=_NO_NSPS)
             self._exec_obj = rt.ExecObj(self._context, self._program)
-
-    def _describe(self, api: ModuleType, descriptor: Any) -> None:
-        io = api.IoDesc()
-        io.ParseFromString(bytes(descriptor))
-        bindings = list(io.selected_set.bindings)
-        dtypes = {
-            getattr(api, name): np.dtype(kind)
-            for name, kind in _DTYPES.items()
-            if hasattr(api, name)
-        }
-        self._index = {b.name: b.index for b in bindings}
-        self._dtype: dict[str, np.dtype[Any]] = {
-            b.name: dtypes.get(b.type, _BYTES) for b in bindings
-        }
-        self._num_bindings = max(self._index.values(), default=-1) + 1
-        shapes = [
-            {b.name: tuple(entry.shapes[b.index].dims) for b in bindings}
-            for entry in io.allowed_shapes
-        ] or [{b.name: tuple(b.dims) for b in bindings}]
-        self.contract = _contract(self._index, self.qpc)
-        _refuse_unknown_inputs(
-            [b.name for b in bindings if b.dir == api.BUFFER_IO_TYPE_INPUT], self.qpc
-        )
-        self._shapes = {_seq_len(shape, self.qpc): shape for shape in shapes}
-        self.specializations = Specializations(
-            tuple(_specialization(shape) for shape in self._shapes.values())
-        )
-        self.vocab_size = shapes[0][contract.LOGITS][-1]
-        self._slots = {seq_len: self._buffers(shape) for seq_len, shape in self._shapes.items()}
-
-    def _buffers(self, shape: Mapping[str, tuple[int, ...]]) -> tuple[list[Any], Any]:
-        """Buffers and dims of one specialization: nothing for what stays on the card."""
-        rt = self._rt
-        buffers: list[Any] = [rt.QBuffer(b"") for _ in range(self._num_bindings)]
-        dims: list[tuple[int, Any]] = [_NOTHING] * self._num_bindings
-        for name, index in self._index.items():
-            if not contract.is_past(name):
-                size = self._dtype[name].itemsize
-                buffers[index] = rt.QBuffer(bytes(size * int(np.prod(shape[name]))))
-                dims[index] = (size, list(shape[name]))
-        return buffers, rt.BufferDimensionsVecRef(dims)
-
-    @property
-    def prefill_rows(self) -> int:
-        """Rows of the prefill shape."""
-        return self.specializations.prefill.batch_size
+        if version >= LISTED_SINCE:
+            self._buffers = ListedBuffers(self._exec_obj, interface, rt.QStatus.QS_SUCCESS)
+        else:
+            self._buffers = PositionalBuffers(rt, self._exec_obj, interface)
 
     @property
     def simulated_time(self) -> str:
@@ -159,39 +99,55 @@ class Session:
     def _devices_text(self) -> str:
         return ",".join(map(str, self.device_ids))
 
-    def run(self, seq_len: int, inputs: Mapping[str, Array], output: str) -> Array:
-        """Execute once in the specialization of `seq_len`.
+    def run(
+        self,
+        shape: Specialization,
+        inputs: Mapping[str, Array],
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Array:
+        """Execute once.
 
         Args:
-            seq_len: 1 for decode, the prompt length for prefill.
-            inputs: every input but the KV cache, in the binding's shape and dtype.
-            output: name of the output to bring back.
+            shape: one of `specializations`.
+            inputs: contiguous, in the bindings' dtypes; what is not among them (the KV cache, and
+                a mask that stays on the card) is taken from the card.
+            meanwhile: called while the card works.
 
         Returns:
-            The output, shaped as the specialization says; read-only memory of the runtime.
+            Logits [rows, tokens, vocab], or token ids [rows, tokens] of a program that
+            `emits_tokens`; valid until the next run, and not to be written to.
 
         Raises:
-            DeviceError: with the vendor's status and, for a refused shape, both shapes.
+            DeviceError: with the vendor's status and, for a refused shape, the shapes.
         """
-        rt = self._rt
-        buffers, dims = self._slots[seq_len]
-        for name, array in inputs.items():
-            buffers[self._index[name]] = rt.QBuffer(array.tobytes())
+        buffers: Buffers = self._buffers
         with _runtime_errors(f"Cannot run {self.qpc} on device {self._devices_text}"):
-            self._check(self._exec_obj.setData(buffers, dims), "set the buffers of")
+            status = buffers.send(shape, inputs)
+            self._check(status, "set the buffers of")
             self._check(self._queue.enqueue(self._exec_obj), "enqueue")
+            if meanwhile is not None:
+                meanwhile()
             self._check(self._exec_obj.waitForCompletion(), "run", shapes=inputs)
-            status, results = self._exec_obj.getData()
+            status, output = buffers.receive(shape)
         self._check(status, "read the outputs of")
-        raw = np.frombuffer(bytes(results[self._index[output]]), dtype=self._dtype[output])
-        return raw.reshape(self._shapes[seq_len][output])
+        if self.emits_tokens:
+            return output.reshape(output.shape[0], -1)
+        return output if output.ndim == 3 else output[:, np.newaxis]
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Width of the logits; None for a program of token ids."""
+        if self.emits_tokens:
+            return None
+        return self._interface.output_dims[self.specializations.decode][-1]
 
     def input_dtype(self, name: str) -> np.dtype[Any]:
         """dtype of a binding."""
-        return self._dtype[name]
+        return self._interface.dtype[name]
 
     def close(self) -> None:
         """Give the card back; safe to call twice, and after a constructor that failed."""
+        self._buffers = None  # it holds the ExecObj too
         self._exec_obj = None  # the runtime refuses to deactivate under a live ExecObj
         program, self._program = self._program, None
         if program is not None:
@@ -272,39 +228,3 @@ def _properties(rt: ModuleType, device_ids: tuple[int, ...]) -> Any:
     if len(device_ids) > 1:
         properties.devMapping = ":".join(map(str, device_ids))
     return properties
-
-
-def _contract(index: Mapping[str, int], qpc: Path) -> IoContract:
-    needed = {contract.INPUT_IDS, contract.POSITION_IDS, contract.past_key(0), contract.LOGITS}
-    missing = sorted(needed - set(index))
-    if missing:
-        raise UsageError(
-            f"{qpc} is not the QPC of a language model this tool runs: "
-            f"it has no binding {' or '.join(missing)}."
-        )
-    if contract.CACHE_INDEX in index:
-        return IoContract.CACHE_INDEX
-    return IoContract.POSITION_IDS
-
-
-def _refuse_unknown_inputs(names: Iterable[str], qpc: Path) -> None:
-    unknown = [name for name in names if name not in _INPUTS and not contract.is_past(name)]
-    if unknown:
-        raise UsageError(
-            f"{qpc} has the input {' and '.join(unknown)}, which this tool does not feed: export "
-            "without what adds it."
-        )
-
-
-def _seq_len(shape: Mapping[str, tuple[int, ...]], qpc: Path) -> int:
-    dims = shape[contract.INPUT_IDS]
-    if len(dims) != 2:
-        raise UsageError(f"{qpc}: input_ids must be [batch, seq_len], not {dims}.")
-    return dims[1]
-
-
-def _specialization(shape: Mapping[str, tuple[int, ...]]) -> Specialization:
-    batch_size, seq_len = shape[contract.INPUT_IDS]
-    slots, _, ctx_len, _ = shape[contract.past_key(0)]
-    continuous = contract.BATCH_INDEX in shape
-    return Specialization(batch_size, seq_len, ctx_len, slots if continuous else None)

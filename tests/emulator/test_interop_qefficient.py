@@ -71,6 +71,48 @@ def own_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+COMPUTED_DIMS = """
+<ir_version: 8, opset_import: ["": 17, "com.qualcomm.cloud": 1]>
+view (int64[batch_size, seq_len] ids, float[full_batch_size, 2, ctx_len, 8] past,
+      int64[batch_size, 1] slots, int64[comp_ctx_lengths] computed) => (float[a, b, c] out)
+{
+  zero = Constant <value = int64 {0}> ()
+  one = Constant <value = int64 {1}> ()
+  i0 = Constant <value = int64[1] {0}> ()
+  last = Constant <value = int64[1] {-1}> ()
+  eight = Constant <value = int64[1] {8}> ()
+  hidden = Gather (embed, ids)
+  sizes = Shape (hidden)
+  rows = Gather (sizes, i0)
+  tokens_0d = Gather (sizes, one)
+  tokens = Unsqueeze (tokens_0d, i0)
+  view = Concat <axis = 0> (rows, tokens, last, eight)
+  heads = Reshape (hidden, view)
+  flat_shape = Concat <axis = 0> (last, eight)
+  flat = Reshape (heads, flat_shape)
+  length_1d = Shape (computed)
+  length = Squeeze (length_1d)
+  span = Range (zero, length, one)
+  axes = Constant <value = int64[2] {0, 1}> ()
+  where = Unsqueeze (span, axes)
+  keys = com.qualcomm.cloud.CtxGatherCB (past, slots, where)
+  out = Identity (hidden)
+}
+"""
+
+
+def test_dims_are_told_from_names_by_two_walks() -> None:
+    model = onnx.parser.parse_model(COMPUTED_DIMS)
+    embed = np.zeros((7, 32), np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(embed, "embed"))
+    found = dims.named_dims(model)
+    assert found["heads"] == ("batch_size", "seq_len", 4, 8)
+    assert found["flat"] == (None, 8)  # a product of two
+    assert found["keys"] == ("batch_size", 2, "comp_ctx_lengths", 8)
+    assert found["past"] == ("full_batch_size", 2, "ctx_len", 8)
+    assert found["out"] == ("batch_size", "seq_len", 32)
+
+
 def as_exported(path: Path, *, splits_tensors: bool) -> None:
     """Make a model's file what torch.onnx and QEfficient's transforms write.
 

@@ -110,6 +110,25 @@ def test_replace_looks_at_the_last_real_token_of_each_row(qaicrt: ModuleType) ->
     assert logits[0].argmax() == logits[1].argmax()
 
 
+def test_replace_answers_every_kept_token_of_a_row(qaicrt: ModuleType) -> None:
+    """The k-th answer is to the k-th token, in a row with fewer valid tokens too."""
+    program = timing.SimulatedProgram(
+        qaicrt.Qpc("vocab=64").contents, timing.parse(REPLACE, "t"), ValueError
+    )
+    ids = np.array([[4, 5, 0, 0], [4, 5, 6, 7]])
+    positions = np.array([[2, 3, -1, -1], [2, 3, 4, 5]])
+    inputs = {"input_ids": ids, "position_ids": positions}
+    logits, tokens = np.zeros((2, 4, 256), np.float32), np.zeros((2, 4, 1), np.int64)
+    program._fill_logits(logits, inputs)
+    program._fill_tokens(tokens, inputs)
+    np.testing.assert_array_equal(logits.argmax(axis=2), tokens[:, :, 0])
+    np.testing.assert_array_equal(tokens[0, :2], tokens[1, :2])
+    assert len(set(tokens[1, :, 0].tolist())) > 1
+    last = np.zeros((2, 1, 1), np.int64)
+    program._fill_tokens(last, inputs)
+    assert last[:, 0, 0].tolist() == [tokens[0, 1, 0], tokens[1, 3, 0]]
+
+
 def test_loading_takes_its_time(qaicrt: ModuleType, write_file: Write) -> None:
     write_file(timing.VARIABLE, "{mode: replace, load_gb_s: 20}")
     start = time.monotonic()

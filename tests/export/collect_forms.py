@@ -20,7 +20,13 @@ from onnx import TensorProto, helper
 from qaic_ray.export.forms import FORMS_FILE, operator_forms
 from qaic_ray.export.functions import use_plain_functions
 
-SIZES = {"batch_size": 2, "seq_len": 2, "ctx_len": 16, "full_batch_size": 4}
+SIZES = {
+    "batch_size": 2,
+    "seq_len": 2,
+    "ctx_len": 16,
+    "full_batch_size": 4,
+    "comp_ctx_lengths": 8,
+}
 
 
 def types_of(model: Any) -> dict[str, tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,15 @@ from qaic_ray.export import export
 from qaic_ray.export.export import ExportResult, export_model
 from qaic_ray.export.options import ExportOptions
 from qaic_ray.export.reference import Trace, trace_prompts
-from qaic_ray.export.replay import NUM_KEPT, Replay, replay_of
+from qaic_ray.export.replay import NUM_KEPT, PositionIdsReplay, Replay, replay_of
 from qaic_ray.manifest import ModelManifest
 from qaic_ray.model import Checkpoint
 from qaic_ray.sdk import EmulatedCards, Sdk, find_sdk
 
 CACHE_INDEX = IoContract.CACHE_INDEX
-CTX_LEN, CHUNK_LEN, NUM_STEPS = 32, 4, 3
+CTX_LEN, CHUNK_LEN, NUM_STEPS = 32, 4, 5
 PROMPT_LENGTHS = (3, 14, 9)
+CONTEXTS = (8, 16)
 
 OLD = ("1.14.2", "1.17", "1.20")
 NEW = ("1.21.6", "1.22")
@@ -47,6 +49,13 @@ CHANGED = {
     "all": ExportOptions(logits="all"),
     "all, cache-index": ExportOptions(contract=CACHE_INDEX, opset=13, logits="all"),
     "num_logits_to_keep": ExportOptions(continuous=True, logits=contract.NUM_LOGITS_TO_KEEP),
+    "num_logits_to_keep, next_tokens": ExportOptions(
+        logits=contract.NUM_LOGITS_TO_KEEP, next_tokens=True
+    ),
+    "comp_ctx_lengths": ExportOptions(continuous=True, comp_ctx_lengths=True),
+    "comp_ctx_lengths, num_logits_to_keep": ExportOptions(
+        comp_ctx_lengths=True, logits=contract.NUM_LOGITS_TO_KEEP
+    ),
     "replicated heads": ExportOptions(continuous=True, num_replicate_kv_heads=2),
     "replicated heads, cache-index": ExportOptions(
         contract=CACHE_INDEX, opset=13, num_replicate_kv_heads=2
@@ -57,10 +66,14 @@ CHANGED = {
 
 
 def specializations(options: ExportOptions, sdk: Sdk) -> str:
-    num_rows = len(PROMPT_LENGTHS)
+    num_rows, shapes = len(PROMPT_LENGTHS), [(CHUNK_LEN, CTX_LEN), (1, CTX_LEN)]
+    if options.comp_ctx_lengths:
+        shapes += [(1, contexts) for contexts in CONTEXTS]
+    if options.logits == contract.NUM_LOGITS_TO_KEEP:
+        shapes.append((NUM_KEPT, CTX_LEN))
     entries = []
-    for seq_len in (CHUNK_LEN, 1):
-        prefill = options.continuous and seq_len > 1
+    for seq_len, contexts in shapes:
+        prefill = options.continuous and seq_len == CHUNK_LEN
         symbols = {
             "batch_size": "1" if prefill else str(num_rows),
             "seq_len": str(seq_len),
@@ -71,6 +84,8 @@ def specializations(options: ExportOptions, sdk: Sdk) -> str:
             symbols["batch_size"] = "1" if prefill else str(num_rows)
         if options.logits == contract.NUM_LOGITS_TO_KEEP:
             symbols[contract.NUM_LOGITS_TO_KEEP] = str(min(NUM_KEPT, seq_len))
+        if options.comp_ctx_lengths:
+            symbols[contract.COMP_CTX_LENGTHS] = str(contexts)
         entries.append(symbols)
     named = [{"name": f"S{i}", "symbols": symbols} for i, symbols in enumerate(entries)]
     return json.dumps({"specializations": named if sdk.named_specializations else entries})
@@ -117,6 +132,10 @@ class OnCard:
         # As the recipe's runModel.py: in decode the mask is the one that stayed on the card.
         kept = {contract.ATTENTION_MASK} if seq_len == 1 else set()
         inputs = {n: v for n, v in feed.items() if not contract.is_past(n) and n not in kept}
+        if contract.COMP_CTX_LENGTHS in inputs:
+            needed = len(inputs[contract.COMP_CTX_LENGTHS])
+            known = [n for n in CONTEXTS if n >= needed and seq_len == 1]
+            inputs[contract.COMP_CTX_LENGTHS] = np.zeros(min(known, default=CTX_LEN), np.int64)
         answer = self._activation.run(inputs, {outputs[0]: dims})[outputs[0]]
         return [answer, *(feed.get(name.removesuffix("_RetainedState")) for name in outputs[1:])]
 
@@ -141,10 +160,19 @@ def check_answers(
             found += [(row, answer) for answer in answers]
     else:
         found = [(a.row, a) for a in replay.prefill(tokens, slots, CHUNK_LEN)]
-    for step in range(NUM_STEPS):
+    if result.manifest.logits == contract.NUM_LOGITS_TO_KEEP:
+        assert isinstance(replay, PositionIdsReplay)
+        ends = [trace.prompt_len + NUM_KEPT for trace in traces]
+        ends[-1] -= 1
+        more = [
+            trace.tokens[trace.prompt_len : end] for trace, end in zip(traces, ends, strict=True)
+        ]
+        found += [(answer.row, answer) for answer in replay.extend(more, slots)]
+        traces = [replace(t, prompt_len=end) for t, end in zip(traces, ends, strict=True)]
+    for step in range(NUM_STEPS - NUM_KEPT):
         fresh = [int(trace.tokens[trace.prompt_len + step]) for trace in traces]
         found += [(answer.row, answer) for answer in replay.decode(fresh, slots)]
-    assert len(found) >= len(traces) * (NUM_STEPS + 1)
+    assert len(found) >= len(traces) * (1 + NUM_STEPS - NUM_KEPT)
     for row, answer in found:
         expected = traces[row].logits[answer.position]
         if result.manifest.next_tokens:
@@ -216,4 +244,5 @@ def test_every_option_compiles_and_runs(
     exact = name not in ("float16 files", "mxint8 cache")
     flags = [f"-custom-IO-list-file={result.folder / 'custom_io.yaml'}", "-convert-to-fp16"]
     program = compiled(tmp_path, result, options, "1.20", *([] if exact else flags))
+    assert (program.lowered is not None) == (options.contract is IoContract.POSITION_IDS)
     check_answers(program, traces, result, 1e-4 if exact else 0.5)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from random_models import write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from qaic_ray.contract import IoContract
+from qaic_ray.contract import NUM_LOGITS_TO_KEEP, IoContract
 from qaic_ray.errors import ExportError
 from qaic_ray.export.architecture import read_architecture
 from qaic_ray.export.conversion import FLOAT16_MAX
@@ -90,10 +90,12 @@ CACHE_INDEX = ExportOptions(contract=IoContract.CACHE_INDEX, opset=13)
 CONTRACTS = {"static": STATIC, "continuous": CONTINUOUS, "cache-index": CACHE_INDEX}
 
 
-def check(report: VerifyReport | None, *, continuous: bool) -> None:
+def check(report: VerifyReport | None, options: ExportOptions) -> None:
     assert report is not None
     names = ["prefill", "decode", "chunked prefill", "mixed batch"]
-    assert [s.scenario for s in report.scenarios] == names + ["slot reuse"] * continuous
+    names += ["slot reuse"] * options.continuous
+    names += ["speculation"] * (options.logits == NUM_LOGITS_TO_KEEP)
+    assert [s.scenario for s in report.scenarios] == names
     for scenario in report.scenarios:
         assert scenario.logits < 1e-4
         assert scenario.past_keys < 1e-4
@@ -113,7 +115,7 @@ def test_equals_transformers(
     result = export_model(
         make_checkpoint(kind, **changes), options, output=tmp_path / "out-kv", verify="full"
     )
-    check(result.verification, continuous=options.continuous)
+    check(result.verification, options)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,13 @@ OPTIONS = st.one_of(
         logits=st.sampled_from(LOGITS),
         next_tokens=st.booleans(),
         num_replicate_kv_heads=st.sampled_from([1, 2]),
+    ),
+    st.builds(
+        ExportOptions,
+        continuous=st.booleans(),
+        logits=st.sampled_from(LOGITS),
+        next_tokens=st.booleans(),
+        comp_ctx_lengths=st.just(True),
     ),
     st.builds(
         ExportOptions,
@@ -170,7 +179,7 @@ def test_any_shape_and_option_equals_transformers(
     out = tmp_path / "out-kv"
     export_model(checkpoints[which], options, output=out, verify="off")
     report = compare(out, checkpoints[which], prompts, ctx_len=ctx_len, chunk_len=chunk_len)
-    check(report, continuous=options.continuous)
+    check(report, options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -78,8 +78,8 @@ def answer(
         while arriving or engine.busy:
             if arriving and (steps % every == 0 or not engine.busy):
                 engine.add(arriving.pop(0))
-            for sequence, _, _ in engine.step():
-                done[sequence.key] = tuple(sequence.output_ids)
+            for finished in engine.step():
+                done[finished.sequence.key] = tuple(finished.sequence.output_ids)
             steps += 1
     finally:
         session.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -168,3 +169,82 @@ def test_the_three_steps_by_hand_and_what_a_qpc_is_not(
     assert unable.returncode == 2
     assert "no chat template" in unable.stderr
     assert sorted((work / "runs").iterdir()) == runs  # nothing half-written
+
+
+def test_speculative_decoding_gives_the_same_text_in_fewer_steps(
+    launched: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    work, _ = launched
+    job = yaml.safe_load((work / "tiny.yaml").read_text())
+    job["export"]["logits"] = "num_logits_to_keep"
+    job["compile"] |= {"precision": "fp32", "num_speculative_tokens": 3}
+    job["run"] |= {"variant": {}, "generation_len": 24, "devices": 1}
+    shutil.copy(work / "prompts.jsonl", tmp_path)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(job))
+    found = {}
+    for drafts in ("none", "prompt-lookup"):
+        result = qaic_ray(
+            "launch", "tiny.yaml", "--set", f"run.drafts={drafts}", "--json", cwd=tmp_path
+        )
+        assert result.returncode == 1, result.stderr  # some of the prompts cannot be answered
+        report = json.loads(result.stdout.splitlines()[-1])
+        found[drafts] = (report, rows_of(Path(report["folder"])))
+    (plain, plain_rows), (lookup, lookup_rows) = found["none"], found["prompt-lookup"]
+    assert [row["token_ids"] for row in lookup_rows] == [row["token_ids"] for row in plain_rows]
+    assert plain["acceptance"] is None
+    assert 0 < lookup["accepted_tokens"] <= lookup["drafted_tokens"]
+    assert lookup["tokens_per_row_step"] > plain["tokens_per_row_step"] == 1.0
+
+
+WISHES: list[dict[str, Any]] = [
+    {"prompt": "plain"},
+    {"prompt": "plain", "temperature": 0, "max_tokens": 3},
+    {"messages": [{"role": "user", "content": "日本語 🙂"}], "temperature": 0, "logprobs": 1},
+    {"prompt": "several", "n": 3},
+    {"prompt": "plain", "seed": 5},
+    {"prompt": "plain", "seed": 5},
+    {"prompt": "plain", "temprature": 0},
+    {"messages": [{"role": "tool", "content": "x"}]},
+]
+
+
+def test_rows_get_what_they_ask_for_on_any_card_again(
+    launched: tuple[Path, subprocess.CompletedProcess[str]], tiny_checkpoint: Path
+) -> None:
+    work, _ = launched
+    chat = work / "tiny-chat"
+    shutil.copytree(tiny_checkpoint, chat)
+    (chat / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}"
+        "{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    )
+    (work / "wishes.jsonl").write_text("".join(json.dumps(wish) + "\n" for wish in WISHES))
+    asked = ["run", "--model-name", str(chat), "--qpc", "qpc/tiny-kv-16pl-128cl-14c-2BS-fp32"]
+    asked += ["--prompts-file", "wishes.jsonl", "--generation_len", "6", "--json"]
+    asked += ["--temperature", "0.9", "--chat", "--system", "Be brief.", "--run-seed", "3"]
+    runs = []
+    for cards in ("1,2,3", "0"):
+        result = qaic_ray(*asked, "--device-id", cards, cwd=work)
+        assert result.returncode == 1, result.stderr  # two rows cannot be answered
+        report = json.loads(result.stdout.splitlines()[-1])
+        assert report["failed_rows"] == 2
+        runs.append(rows_of(Path(report["folder"])))
+    job = yaml.safe_load((Path(report["folder"]) / "job.yaml").read_text())
+    assert (job["seed"], job["system"], job["sampling"]["temperature"]) == (3, "Be brief.", 0.9)
+    rows = runs[0]
+    answered = [(row["token_ids"], row["text"], row.get("choices")) for row in rows]
+    assert answered == [(row["token_ids"], row["text"], row.get("choices")) for row in runs[1]]
+    drawn, short, conversation, several, seeded, again, misspelt, refused = rows
+    assert len(short["token_ids"]) == 3
+    assert "logprobs" not in short
+    assert "choices" not in short
+    assert drawn["token_ids"] != seeded["token_ids"] == again["token_ids"]
+    assert conversation["prompt"] == "日本語 🙂"
+    assert conversation["messages"] == WISHES[2]["messages"]
+    rendered = "[system]Be brief.[user]日本語 🙂"
+    assert conversation["prompt_tokens"] == len(rendered.encode())
+    assert [entry["token_id"] for entry in conversation["logprobs"]] == conversation["token_ids"]
+    assert [choice["index"] for choice in several["choices"]] == [0, 1, 2]
+    assert len({tuple(choice["token_ids"]) for choice in several["choices"]}) > 1
+    assert 'Unknown sampling field "temprature"' in misspelt["error"]
+    assert "refuses these messages: no tools" in refused["error"]

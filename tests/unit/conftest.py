@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,9 @@ from qaic_ray.manifest import CUSTOM_IO_FILE, FORMAT, MANIFEST_FILE, ModelManife
 def make_model_dir(tmp_path: Path) -> Callable[..., Path]:
     """Write a folder that `qaic-ray compile` takes for an exported model."""
 
-    def make(name: str = "m-kv", *, continuous: bool = False, max_position: int = 2048) -> Path:
+    def make(
+        name: str = "m-kv", *, continuous: bool = False, max_position: int = 2048, **changes: Any
+    ) -> Path:
         folder = tmp_path / name
         onnx_file = f"generatedModels/{name}_fp16_simplified.onnx"
         (folder / onnx_file).parent.mkdir(parents=True)
@@ -45,6 +48,7 @@ def make_model_dir(tmp_path: Path) -> Callable[..., Path]:
             num_clipped=0,
             tool_versions={},
             sources=(),
+            **changes,
         )
         (folder / MANIFEST_FILE).write_text(manifest.to_json())
         return folder

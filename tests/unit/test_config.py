@@ -9,8 +9,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from qaic_ray import config
-from qaic_ray.config import Job, dump_job, job_from, load_job
+from qaic_ray.config import Job, RunPart, dump_job, job_from, load_job
 from qaic_ray.errors import JobError
+from qaic_ray.run.engine import MAX_STALL_S
+from qaic_ray.sampling_params import FIELDS, SamplingParams
 
 JOBS = sorted((Path(__file__).parents[2] / "jobs").glob("*.yaml"))
 SMALL = {"name": "small", "model": {"name": "smollm2-135m"}}
@@ -61,7 +63,20 @@ def test_single_value_stands_for_a_list_of_one() -> None:
         (with_part("compile", prompt_len=48), "power of two, not 48"),
         (with_part("compile", prompt_len=64, ctx_len=32), "64 does not fit into ctx_len 32"),
         (with_part("compile", batch_size=[]), "at least one value"),
+        (with_part("compile", prompt_len="32+48"), "power of two, not 48"),
+        (with_part("compile", prompt_len="32+"), "several like 32.128 .given: '32.'"),
+        (with_part("compile", num_speculative_tokens=3), "needs export.logits: num_logits_to_keep"),
+        (with_part("compile", comp_ctx_lengths=[512]), "needs export.comp_ctx_lengths: true"),
+        (
+            with_part("compile", comp_ctx_lengths=4096) | {"export": {"comp_ctx_lengths": True}},
+            "comp_ctx_lengths 4096 does not fit into ctx_len 2048",
+        ),
         (with_part("run", devices=[0, 0]), "same value twice"),
+        (with_part("run", sampling={"temprature": 1}), "did you mean temperature"),
+        (with_part("run", sampling={"top_p": 0}), r"run\.sampling: top_p is 0; allowed is"),
+        (with_part("run", sampling={"max_tokens": 4}), "another name in a job, run.generation_len"),
+        (with_part("run", sampling=[1]), r"run\.sampling: .*given: \[1\]"),
+        (with_part("run", seed=-1), r"run\.seed.*given: -1"),
         (with_part("run", devices=[-1]), "device ids from 0"),
         (with_part("run", prompt="a", prompts="b"), "keep one of them"),
         (with_part("emulator", sku="lite"), "'lite'"),
@@ -82,6 +97,30 @@ def test_overrides_change_one_key(tmp_path: Path) -> None:
     job = load_job(path, ["run.generation_len=7", "compile.precision=[mx6, fp16]"])
     assert job.run.generation_len == 7
     assert job.compile.precision == ("mx6", "fp16")
+
+
+def test_sampling_is_read_checked_and_written_back(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, "run": {"sampling": {"stop": "a", "seed": 3}}}))
+    job = load_job(path, ["run.sampling.temperature=0.7", "run.sampling.stop_token_ids=[4]"])
+    assert job.run.sampling == SamplingParams(
+        temperature=0.7, seed=3, stop=("a",), stop_token_ids=(4,)
+    )
+    written = yaml.safe_load(dump_job(job))
+    assert set(written["run"]["sampling"]) == set(FIELDS) - {"max_tokens", "max_completion_tokens"}
+    assert job_from(written, source="x") == job
+    assert job_from(with_part("run", sampling=None), source="x").run.sampling == SamplingParams()
+
+
+def test_defaults_are_the_engines() -> None:
+    assert RunPart().max_stall_s == MAX_STALL_S
+
+
+def test_prompt_lens_together_are_one_entry_of_the_grid() -> None:
+    job = job_from(with_part("compile", prompt_len=[16, "32+128"]), source="x")
+    assert job.compile.prompt_len == (16, "32+128")
+    assert [config.prompt_lens(value) for value in job.compile.prompt_len] == [(16,), (32, 128)]
+    assert job_from(yaml.safe_load(dump_job(job)), source="x") == job
 
 
 @pytest.mark.parametrize("override", ["run.generation_len", "=3", "name.x=1", "run.x=[1", "zz=1"])

@@ -40,13 +40,31 @@ def test_continuous_batching_prefills_one_row_and_decodes_all_slots() -> None:
     ]
 
 
-@given(st.integers(1, 64), st.sampled_from([1, 2, 32, 256]), st.integers(256, 4096), st.booleans())
+@given(
+    batch_size=st.integers(1, 64),
+    prompt_len=st.sampled_from([1, 2, 32, 128]),
+    ctx_len=st.integers(256, 4096),
+    continuous=st.booleans(),
+    speculated=st.sampled_from([0, 0, 1, 6]),
+    contexts=st.sampled_from([(), (), (256,), (130, 192)]),
+)
 def test_both_forms_of_the_file_read_back_equal(
-    batch_size: int, prompt_len: int, ctx_len: int, continuous: bool
+    batch_size: int,
+    prompt_len: int,
+    ctx_len: int,
+    continuous: bool,
+    speculated: int,
+    contexts: tuple[int, ...],
 ) -> None:
     shapes = Specializations.build(
-        batch_size=batch_size, prompt_len=prompt_len, ctx_len=ctx_len, continuous=continuous
+        batch_size=batch_size,
+        prompt_len=prompt_len,
+        ctx_len=ctx_len,
+        continuous=continuous,
+        num_speculative_tokens=speculated,
+        comp_ctx_lengths=contexts,
     )
+    assert shapes.decode_len == speculated + 1
     for named in (False, True):
         assert Specializations.from_json(shapes.to_json(named=named), source="x") == shapes
     assert (shapes.batch_size, shapes.prompt_len) == (batch_size, prompt_len)
@@ -72,8 +90,32 @@ DECODE = {"batch_size": "1", "seq_len": "1", "ctx_len": "128"}
         ([PREFILL, {**DECODE, "ctx_len": "256"}], "ctx_len must be the same .* 128 and 256"),
         ([PREFILL, {**DECODE, "batch_size": "2"}], "batch_size must be the same .* 1 and 2"),
         ([{**PREFILL, "seq_len": "48"}, DECODE], "power of two, not 48"),
-        ([PREFILL, {**DECODE, "seq_len": "2"}], "with seq_len 1; seq_len here: 32, 2"),
-        ([PREFILL, DECODE, DECODE], "Exactly one"),
+        ([PREFILL, {**DECODE, "seq_len": "2"}], "with seq_len 1 .*; seq_len here: 32, 2"),
+        ([PREFILL, DECODE, DECODE], "Two specializations are equal"),
+        ([PREFILL, {**DECODE, "num_logits_to_keep": "1"}], "num_logits_to_keep must be in every"),
+        ([PREFILL, {**DECODE, "comp_ctx_lengths": "64"}], "comp_ctx_lengths must be in every"),
+        (
+            [{**PREFILL, "num_logits_to_keep": "2"}, {**DECODE, "num_logits_to_keep": "1"}],
+            "num_logits_to_keep must be 1 .* not 2 where seq_len is 32",
+        ),
+        (
+            [{**PREFILL, "comp_ctx_lengths": "16"}, {**DECODE, "comp_ctx_lengths": "128"}],
+            "seq_len 32 does not fit into comp_ctx_lengths 16",
+        ),
+        ([{**DECODE, "comp_ctx_lengths": "256"}], "comp_ctx_lengths 256 does not fit into ctx_len"),
+        ([{**DECODE, "comp_ctx_lengths": "64"}], r"must be ctx_len \(128\): with 64 at most"),
+        (
+            [{**PREFILL, "comp_ctx_lengths": "128"}, {**DECODE, "comp_ctx_lengths": "128"}],
+            "both of a prefill and of a decode .* give the prefill one 96",
+        ),
+        (
+            [
+                {"batch_size": "1", "seq_len": "32", "ctx_len": "128", "full_batch_size": "4"},
+                {**DECODE, "batch_size": "2", "full_batch_size": "4"},
+                {**DECODE, "seq_len": "1", "batch_size": "4", "full_batch_size": "4"},
+            ],
+            "batch_size must be the same .* 2 and 4",
+        ),
         ([{**PREFILL, "seq_len": "256"}, DECODE], "256 does not fit into ctx_len 128"),
         ([{**PREFILL, "batch_size": "0"}, DECODE], "batch_size must be at least 1, not 0"),
         ([{**PREFILL, "ctx_length": "1"}, DECODE], "unknown key 'ctx_length'"),
@@ -114,6 +156,96 @@ def test_retained_state_names_pair_up() -> None:
         assert contract.is_past(name)
         assert contract.is_past(contract.retained(name))
     assert not contract.is_past(contract.LOGITS)
+
+
+def test_several_prefill_lengths_in_one_program() -> None:
+    shapes = Specializations.build(
+        batch_size=8, prompt_len=(128, 1, 32), ctx_len=1024, continuous=True
+    )
+    assert [s.seq_len for s in shapes.prefills] == [32, 128]
+    assert [s.seq_len for s in shapes.decodes] == [shapes.decode_len] == [1]
+    assert (shapes.prompt_len, shapes.prefill.batch_size, shapes.decode.batch_size) == (128, 1, 8)
+    named = json.loads(shapes.to_json(named=True))["specializations"]
+    assert [entry["name"] for entry in named] == ["Prefill_0", "Prefill_1", "Decode"]
+
+
+def test_speculation_has_logits_of_all_its_tokens() -> None:
+    shapes = Specializations.build(
+        batch_size=4, prompt_len=32, ctx_len=128, continuous=True, num_speculative_tokens=3
+    )
+    # As QEfficient writes it for a target model: num_speculative_tokens 3, full_batch_size 4.
+    assert [s.symbols() for s in shapes.entries] == [
+        {"batch_size": "1", "seq_len": "32", "ctx_len": "128", "full_batch_size": "4",
+         "num_logits_to_keep": "1"},
+        {"batch_size": "4", "seq_len": "4", "ctx_len": "128", "full_batch_size": "4",
+         "num_logits_to_keep": "4"},
+    ]  # fmt: skip
+    assert (shapes.decode_len, shapes.prompt_len, shapes.decode.is_decode) == (4, 32, True)
+    one = Specialization(4, 1, 128, 4, 1)
+    both = Specializations((*shapes.entries, one))
+    assert (both.decode, both.decode_len, both.decodes[0]) == (one, 4, one)
+    alone = Specializations((shapes.decodes[0],))
+    assert (alone.prefills, alone.prompt_len, alone.prefill) == ((), 1, alone.decode)
+
+
+@pytest.mark.parametrize(
+    ("ctx_len", "given", "prefill", "decode"),
+    [
+        # QEfficient's own rule for values that collide: 4096 becomes 4064.
+        (4096, (1024, 2048, 4096), 4064, [1024, 2048, 4096]),
+        (4096, (1024,), 4064, [1024, 4096]),
+        (128, (96, 64), 32, [64, 96, 128]),
+        (32, (16,), 31, [16, 32]),
+    ],
+)
+def test_contexts_of_prefill_and_decode_are_not_shared(
+    ctx_len: int, given: tuple[int, ...], prefill: int, decode: list[int]
+) -> None:
+    shapes = Specializations.build(
+        batch_size=1, prompt_len=16, ctx_len=ctx_len, continuous=False, comp_ctx_lengths=given
+    )
+    assert [s.reach for s in shapes.prefills] == [prefill]
+    assert [s.comp_ctx_lengths for s in shapes.decodes] == decode
+    assert shapes.decode.reach == shapes.ctx_len == ctx_len
+    names = [e["name"] for e in json.loads(shapes.to_json(named=True))["specializations"]]
+    assert names == ["Prefill", *(f"Decode_{i}" for i in range(len(decode)))]
+
+
+QEFFICIENT = {
+    # Rows, tokens, context, and what else a specialization of its files has.
+    "target of speculation, 0 or 3 tokens": [
+        (1, 32, 128, {"num_logits_to_keep": "1"}),
+        (1, 1, 128, {"num_logits_to_keep": "1"}),
+        (1, 4, 128, {"num_logits_to_keep": "4"}),
+    ],
+    "contexts": [
+        *((1, 128, 4096, {"comp_ctx_lengths": str(n)}) for n in (992, 4064)),
+        *((1, 1, 4096, {"comp_ctx_lengths": str(n)}) for n in (1024, 2048, 4096)),
+    ],
+    "decode only": [(8, 1, 128, {"full_batch_exec_size": "8", "full_batch_size": "8"})],
+}
+
+
+@pytest.mark.parametrize("name", QEFFICIENT)
+def test_files_of_qefficient_are_read(name: str) -> None:
+    entries = [
+        {
+            "name": f"Any_{index}",
+            "symbols": {"batch_size": str(rows), "seq_len": str(seq_len), "ctx_len": str(ctx_len)}
+            | more,
+        }
+        for index, (rows, seq_len, ctx_len, more) in enumerate(QEFFICIENT[name])
+    ]
+    shapes = Specializations.from_json(document(*entries), source="specializations.json")
+    found = [(s.seq_len, s.reach) for s in (*shapes.prefills, *shapes.decodes)]
+    assert (
+        found
+        == {
+            "target of speculation, 0 or 3 tokens": [(32, 128), (1, 128), (4, 128)],
+            "contexts": [(128, 992), (128, 4064), (1, 1024), (1, 2048), (1, 4096)],
+            "decode only": [(1, 128)],
+        }[name]
+    )
 
 
 def test_num_logits_to_keep_is_read_and_written() -> None:

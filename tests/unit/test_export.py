@@ -113,6 +113,7 @@ def test_a_manifest_we_cannot_use_is_named(tmp_path: Path, text: str | None, mes
         {"logits": "all"},
         {"next_tokens": True},
         {"num_replicate_kv_heads": 2},
+        {"comp_ctx_lengths": True},
     ],
 )
 def test_whatever_changes_the_files_changes_the_key(change: dict[str, Any]) -> None:
@@ -127,6 +128,11 @@ def test_where_it_came_from_does_not_change_the_key() -> None:
     ("fields", "message"),
     [
         ({"opset": 12}, "opset must be .*not 12"),
+        ({"comp_ctx_lengths": True, "opset": 13}, "needs opset 17"),
+        (
+            {"comp_ctx_lengths": True, "contract": IoContract.CACHE_INDEX, "opset": 13},
+            "no comp_ctx_lengths",
+        ),
         ({"dtype": "bfloat16"}, "dtype must be float32 or float16, not 'bfloat16'"),
         ({"kv_dtype": "int8"}, "kv_dtype must be float16 or mxint8, not 'int8'"),
         ({"logits": "first"}, "logits must be last or all or num_logits_to_keep, not 'first'"),

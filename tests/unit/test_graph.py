@@ -72,7 +72,7 @@ ALL_OPTIONS = [
     for logits in LOGITS
     for next_tokens in (False, True)
     if (chosen.get("contract"), logits) != (CACHE_INDEX, "num_logits_to_keep")
-]
+] + [ExportOptions(continuous=continuous, comp_ctx_lengths=True) for continuous in (False, True)]
 KINDS: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Llama with biases": {"attention_bias": True, "mlp_bias": True},
@@ -199,12 +199,14 @@ def test_answer_is_what_was_asked_for(options: dict[str, Any], name: str, dims: 
     assert next(iter(outputs.items())) == (name, (kind, dims))
 
 
-def test_num_logits_to_keep_is_the_last_input() -> None:
-    options = ExportOptions(continuous=True, logits="num_logits_to_keep")
+def test_inputs_that_only_have_a_length_stand_where_they_are_published() -> None:
+    options = ExportOptions(continuous=True, logits="num_logits_to_keep", comp_ctx_lengths=True)
     graph = author(architecture(), options)
     weights = {w.name for w in graph.weights}
     inputs = described(v for v in graph.model.graph.input if v.name not in weights)
-    assert list(inputs)[-2:] == ["batch_index", "num_logits_to_keep"]
+    expected_names = ["past_value.2", "comp_ctx_lengths", "batch_index", "num_logits_to_keep"]
+    assert list(inputs)[-4:] == expected_names
+    assert inputs["comp_ctx_lengths"] == (TensorProto.INT64, ["comp_ctx_lengths"])
     expected = (TensorProto.INT64, ["num_logits_to_keep", 1])
     assert inputs["num_logits_to_keep"] == expected
 

@@ -21,6 +21,7 @@ from qaic_ray.fleet.prompts import (
     split_prompts,
 )
 from qaic_ray.rows import Prompt, Row
+from qaic_ray.sampling_params import FIELDS, SamplingParams
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)) | st.sampled_from("|\\\n \"'"))
 
@@ -199,7 +200,7 @@ def test_jsonl_has_prompts_and_ids(tmp_path: Path) -> None:
         (b'"prompt"', 'Not a JSON object: write {"prompt": "..."}.'),
         (b"[]", 'Not a JSON object: write {"prompt": "..."}.'),
         (b"null", 'Not a JSON object: write {"prompt": "..."}.'),
-        (b'{"text": "a"}', 'There is no "prompt" in it.'),
+        (b'{"text": "a"}', 'There is no "prompt" and no "messages" in it.'),
         (b'{"prompt": null}', '"prompt" is null, not a string.'),
         (b'{"prompt": ["a"]}', '"prompt" is a list, not a string.'),
         (b'{"prompt": 1.5}', '"prompt" is a number, not a string.'),
@@ -209,6 +210,28 @@ def test_jsonl_has_prompts_and_ids(tmp_path: Path) -> None:
         (b'{"prompt": "a", "id": "\\ud800"}', "The id holds half of a surrogate pair"),
         (b'{"prompt": "\\ud83d"}', "The prompt holds half of a surrogate pair"),
         (b'{"prompt": ""}', "The prompt is empty."),
+        (b'{"prompt": "a", "messages": []}', 'It has both "prompt" and "messages"'),
+        (b'{"messages": "a"}', '"messages" is a string, not a list.'),
+        (b'{"messages": []}', '"messages" is an empty list.'),
+        (b'{"messages": ["a"]}', "Message 1 is a string, not an object"),
+        (b'{"messages": [{"content": "a"}]}', 'Message 1: "role" is null, not a string.'),
+        (b'{"messages": [{"role": "user"}]}', 'Message 1: "content" is null, not a string.'),
+        (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', "The message 1 holds half"),
+        (
+            b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+            "Message 1: a part of its",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b",'
+            b' "tool_calls": [1]}]}',
+            'Message 2 has "tool_calls"',
+        ),
+        (b'{"prompt": "a", "temperature": "1"}', "temperature is '1'; allowed is a number"),
+        (b'{"prompt": "a", "max_tokens": 0}', "max_tokens is 0; allowed is a whole number from 1"),
+        (b'{"prompt": "a", "n": 2}', "n is 2; allowed is 1 with temperature 0"),
+        (b'{"prompt": "a", "temprature": 1}', 'Unknown sampling field "temprature": write "temp'),
+        (b'{"prompt": "a", "topK": 1}', 'Unknown sampling field "topK": write "top_k"'),
+        (b'{"prompt": "a", "max_new_tokens": 1}', '"max_new_tokens" is not offered; the sampling'),
         (b'{"prompt": ' + b"9" * 5000 + b"}", "Not JSON that can be read: "),
         (b"[" * 100_000, "Not JSON that can be read: "),
     ],
@@ -226,6 +249,65 @@ def test_a_malformed_line_is_an_error_row_with_its_number(
     assert row.error is not None
     assert row.error.startswith(f"p.jsonl line 2: {error}")
     json.dumps(row.to_json(), ensure_ascii=False).encode()
+
+
+def test_a_conversation_is_read_and_its_row_shows_what_the_user_said_last(tmp_path: Path) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "東"}, {"type": "text", "text": "京"}],
+        },
+        {"role": "assistant", "content": "", "refusal": None},
+    ]
+    lines = [
+        {"messages": messages, "id": 3},
+        {"messages": messages[:1], "prompt": None},
+        {"messages": [{**messages[0], "role": 1}], "id": 4},
+        {"messages": messages, "id": 5, "seed": -1},
+    ]
+    path = write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, lines)).encode())
+    first, second, third, fourth = prompts_from_file(path)
+    assert first == Prompt(
+        0,
+        "東京",
+        "3",
+        (
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "東京"},
+            {"role": "assistant", "content": ""},
+        ),
+    )
+    assert isinstance(second, Prompt)
+    assert second.text == "Be brief."
+    assert isinstance(third, Row)
+    assert third.error == 'p.jsonl line 3: Message 1: "role" is a number, not a string.'
+    assert isinstance(fourth, Row)
+    assert (fourth.id, fourth.prompt, fourth.messages) == ("5", "東京", first.messages)
+
+
+def test_fields_of_a_row_go_before_those_of_the_run(tmp_path: Path) -> None:
+    lines = (
+        b'{"prompt": "a", "seed": 3, "stop": "\\n", "max_completion_tokens": 5, "top_p": null}\n'
+        b'{"prompt": "b"}\n{"prompt": "c", "temperature": null}'
+    )
+    run = SamplingParams(temperature=0.5, top_p=0.9, max_tokens=9)
+    first, *others = prompts_from_file(write(tmp_path / "p.jsonl", lines), sampling=run)
+    own = SamplingParams(temperature=0.5, top_p=0.9, max_tokens=5, seed=3, stop=("\n",))
+    assert first == Prompt(0, "a", sampling=own)
+    assert others == [Prompt(1, "b"), Prompt(2, "c")]
+
+
+def test_keys_of_the_users_own_are_not_looked_at(tmp_path: Path) -> None:
+    # Those of our own outputs too, so that a run's answers can be a run's prompts.
+    names = [
+        *("answer", "category", "question", "topic", "step", "tokens", "text", "temp", "model"),
+        *("index", "token_ids", "finish_reason", "stop_reason", "prompt_tokens", "ttft_s"),
+        *("generated_tokens", "decode_s", "worker", "attempts", "choices", "source", "language"),
+    ]
+    assert not set(names) & set(FIELDS)
+    line = json.dumps({"prompt": "a"} | {name: [{"x": 1}] for name in names})
+    assert list(prompts_from_file(write(tmp_path / "p.jsonl", line.encode()))) == [Prompt(0, "a")]
 
 
 def test_an_error_row_keeps_the_id(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +76,53 @@ def test_fp32_converts_nothing(source: Source, tmp_path: Path) -> None:
 
 def test_name_is_the_recipe_s_with_batch_and_precision(source: Source) -> None:
     assert variant(source).name == "m-kv-256pl-2048cl-14c-1BS-mx6"
+
+
+def test_names_and_keys_tell_shapes_apart(source: Source, tmp_path: Path) -> None:
+    grids = [
+        Grid([Precision.MX6], [14], [8], [32, (32, 128)], [2048], **more)
+        for more in (
+            {},
+            {"num_logits_to_keep": True, "num_speculative_tokens": 3},
+            {"comp_ctx_lengths": (512, 1024)},
+        )
+    ]
+    variants = [v for grid in grids for v in grid.variants(source, continuous=True)]
+    assert [v.name for v in variants] == [
+        "m-kv-32pl-2048cl-14c-8BS-mx6",
+        "m-kv-32+128pl-2048cl-14c-8BS-mx6",
+        "m-kv-32pl-2048cl-14c-8BS-3spec-mx6",
+        "m-kv-32+128pl-2048cl-14c-8BS-3spec-mx6",
+        "m-kv-32pl-512+1024+2048cl-14c-8BS-mx6",
+        "m-kv-32+128pl-512+1024+2048cl-14c-8BS-mx6",
+    ]
+    here = sdk(tmp_path, "1.20", "qaic-exec")
+    assert len({key_digest(v.key_entries(here, "a")) for v in variants}) == len(variants)
+    assert variants[3].label == "mx6 14c pl32+128 cl2048 bs8 spec3"
+
+
+def test_shapes_that_a_name_cannot_say_have_a_mark_in_it(source: Source) -> None:
+    usual = variant(source).specializations
+    prefill, decode = usual.entries
+    longer = Specializations((prefill, replace(prefill, seq_len=4), decode))
+    names = {
+        Variant(source, Precision.FP16, 14, shapes).name
+        for shapes in (
+            usual,
+            longer,
+            Specializations((decode, prefill)),
+            Specializations((replace(decode, batch_size=2, full_batch_size=4),)),
+            Specializations((replace(decode, batch_size=4, full_batch_size=4),)),
+        )
+    }
+    plain = {
+        "m-kv-256pl-2048cl-14c-1BS-fp16",
+        "m-kv-4+256pl-2048cl-14c-1BS-fp16",
+        "m-kv-1pl-2048cl-14c-4BS-fp16",
+    }
+    assert plain < names
+    (marked,) = names - plain
+    assert re.fullmatch(r"m-kv-1pl-2048cl-14c-4BS-[0-9a-f]{6}-fp16", marked)
 
 
 def test_every_input_of_the_compile_changes_the_key(source: Source, tmp_path: Path) -> None:

@@ -1,0 +1,212 @@
+"""From a prompt to the sequences that answer it, and from those to its row. No card, no Ray.
+
+All text work of a card is here, and all of it is done in the thread that wants the answer; the
+engine's thread only reads along where a stop string may end a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from qaic_ray.detokenizer import StopReader
+from qaic_ray.errors import RowError, UsageError
+from qaic_ray.fleet.speculation import Speculation
+from qaic_ray.rows import FinishReason, Message, Prompt, Row, Sample
+from qaic_ray.run import batch
+from qaic_ray.run.engine import Finished
+from qaic_ray.sampling_params import MAX_SEED, SamplingParams
+from qaic_ray.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How answers are made, and what of the QPC is relied on.
+
+    `sampling` is for prompts that bring no parameters of their own; its `max_tokens` None means:
+    until the context is full. `system` begins every conversation that has no system message.
+    Prompts without a seed get theirs from `run_seed`. `max_stall_s` None means the engine's own.
+    `prompt_len` and `ctx_len`, where given, must be what the QPC was compiled for.
+    """
+
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    chat: bool = False
+    system: str | None = None
+    run_seed: int = 0
+    max_stall_s: float | None = None
+    prefix_reuse: bool = True
+    speculation: Speculation = field(default_factory=Speculation)
+    prompt_len: int | None = None
+    ctx_len: int | None = None
+
+
+class Limits(Protocol):
+    """What the engine says of a prompt before it takes it."""
+
+    def refuse_unanswerable(self, params: SamplingParams) -> None:
+        """Raise RowError for what the program cannot give."""
+
+    def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
+        """Tokens that may be generated; RowError where that is none."""
+
+
+@dataclass(eq=False)
+class Answer:
+    """A prompt in flight: a sequence for each of its `n` samples, and those that are done."""
+
+    prompt: Prompt
+    params: SamplingParams
+    sequences: tuple[batch.Sequence, ...]
+    readers: tuple[StopReader | None, ...]
+    finished: list[Finished] = field(default_factory=list)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every sample is done."""
+        return len(self.finished) == len(self.sequences)
+
+
+class Answerer:
+    """Makes sequences of prompts and rows of what became of them.
+
+    Args:
+        tokenizer: the checkpoint's.
+        eos_ids: tokens that end an answer.
+        generation: the run's.
+        limits: the engine.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        eos_ids: Sequence[int],
+        generation: Generation,
+        limits: Limits,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._eos_ids = frozenset(eos_ids)
+        self._generation = generation
+        self._limits = limits
+
+    def begin(self, prompt: Prompt) -> Answer:
+        """Tokenize a prompt.
+
+        Raises:
+            RowError: for a prompt that cannot be answered, or not so.
+        """
+        params = prompt.sampling or self._generation.sampling
+        self._limits.refuse_unanswerable(params)
+        prompt_ids = tuple(self._prompt_ids(prompt))
+        limit = self._limits.new_token_limit(len(prompt_ids), params.max_tokens)
+        stop_ids = frozenset(params.stop_token_ids) | self._ending_ids(params)
+        sequences = [
+            batch.Sequence(
+                key=prompt.index,
+                prompt_ids=prompt_ids,
+                max_new_tokens=limit,
+                stop_ids=stop_ids,
+                params=params,
+                seed=sample_seed(params, self._generation.run_seed, prompt.index, sample),
+            )
+            for sample in range(params.n)
+        ]
+        readers = [
+            StopReader(self._tokenizer, params) if params.stop else None for _ in range(params.n)
+        ]
+        return Answer(prompt, params, tuple(sequences), tuple(readers))
+
+    def row(self, answer: Answer, *, worker: str, attempts: int) -> Row:
+        """The row of a complete answer."""
+        samples = [
+            self._sample(answer.params, sequence, reader)
+            for sequence, reader in zip(answer.sequences, answer.readers, strict=True)
+        ]
+        first, prompt = samples[0], answer.prompt
+        ttft_s = min(done.ttft_s for done in answer.finished)
+        return Row(
+            index=prompt.index,
+            id=prompt.id,
+            prompt=prompt.text,
+            messages=prompt.messages,
+            text=first.text,
+            finish_reason=first.finish_reason,
+            token_ids=first.token_ids,
+            stop_reason=first.stop_reason,
+            prompt_tokens=len(answer.sequences[0].prompt_ids),
+            ttft_s=ttft_s,
+            decode_s=max(done.ttft_s + done.decode_s for done in answer.finished) - ttft_s,
+            worker=worker,
+            attempts=attempts,
+            logprobs=first.logprobs,
+            choices=tuple(samples) if len(samples) > 1 else (),
+        )
+
+    def _ending_ids(self, params: SamplingParams) -> frozenset[int]:
+        return frozenset() if params.ignore_eos else self._eos_ids
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        messages = self._messages(prompt)
+        if messages is not None:
+            try:
+                return self._tokenizer.chat(messages)
+            except UsageError as error:
+                raise RowError(str(error)) from error
+        if not prompt.text:
+            raise RowError("The prompt is empty: it has no token to start from.")
+        return self._tokenizer.encode(prompt.text)
+
+    def _messages(self, prompt: Prompt) -> list[Message] | None:
+        """The conversation to answer; None for a prompt that is a text to go on with."""
+        if prompt.messages is not None:
+            messages = list(prompt.messages)
+        elif self._generation.chat and prompt.text:
+            messages = [{"role": "user", "content": prompt.text}]
+        else:
+            return None
+        system = self._generation.system
+        if system is not None and messages[0]["role"] not in ("system", "developer"):
+            return [{"role": "system", "content": system}, *messages]
+        return messages
+
+    def _sample(
+        self, params: SamplingParams, sequence: batch.Sequence, reader: StopReader | None
+    ) -> Sample:
+        assert sequence.finish_reason is not None
+        token_ids = tuple(sequence.output_ids)
+        stop_reason: str | int | None = None
+        if reader is not None and reader.stop is not None:
+            text, stop_reason = reader.text, reader.stop
+        else:
+            shown = token_ids
+            if sequence.finish_reason is FinishReason.STOP:
+                last = token_ids[-1]
+                stop_reason = None if last in self._ending_ids(params) else last
+                # A stop token is for the text what a stop string is.
+                shown = token_ids if params.include_stop_str_in_output else token_ids[:-1]
+            text = self._tokenizer.decode(shown)
+        logprobs = tuple(sequence.logprobs[: len(token_ids)])
+        return Sample(
+            text=text,
+            token_ids=token_ids,
+            finish_reason=sequence.finish_reason,
+            stop_reason=stop_reason,
+            logprobs=None if params.logprobs is None else logprobs,
+        )
+
+
+def sample_seed(params: SamplingParams, run_seed: int, index: int, sample: int) -> int:
+    """The seed of one sample of the row `index`: the same whatever card and attempt it is made by.
+
+    A seed of the row's own is that of its first sample. All others are mixed from what names the
+    sample.
+    """
+    if params.seed is None:
+        return _mixed("run", run_seed, index, sample)
+    return params.seed if sample == 0 else _mixed("row", params.seed, sample)
+
+
+def _mixed(*parts: str | int) -> int:
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") & MAX_SEED

@@ -1,0 +1,21 @@
+"""Fixtures of every folder: a tiny Llama, compiled by the emulated SDK in any shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tiny_qpcs import TinyQpcs
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyQpcs]:
+    """QPCs of one tiny Llama, made as they are asked for, and what transformers answers."""
+    # Imported here: most tests need no torch.
+    from tiny_qpcs import TinyQpcs
+
+    with TinyQpcs(tmp_path_factory.mktemp("tiny")) as made:
+        yield made

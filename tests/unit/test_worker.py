@@ -1,0 +1,296 @@
+"""One worker on a card of formulas: what rows ask for is what they get, alone and in company."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+from formula_program import EOS, VOCAB, FormulaProgram, answer
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from qaic_ray.contract import Specializations
+from qaic_ray.errors import DeviceError, DeviceLost
+from qaic_ray.fleet import worker as worker_module
+from qaic_ray.fleet.answers import Generation, sample_seed
+from qaic_ray.fleet.worker import CardWorker, WorkerSpec
+from qaic_ray.rows import FinishReason, Prompt, Row
+from qaic_ray.sampling_params import MAX_SEED, SamplingParams
+from qaic_ray.tokenizer import Tokenizer
+
+LETTERS = [chr(ord("A") + index) for index in range(VOCAB)]
+CTX_LEN = 40
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "{{ m.role[0] | upper }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}A{% endif %}"
+)
+
+
+def letters(chat_template: str | None = TEMPLATE) -> Tokenizer:
+    """A token a letter from A on."""
+    vocabulary = {letter: index for index, letter in enumerate(LETTERS)}
+    backend = Backend(models.WordLevel(vocabulary, unk_token="A"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    return Tokenizer(backend, settings={}, chat_template=chat_template, eos_ids=(EOS,))
+
+
+def ids_of(text: str) -> tuple[int, ...]:
+    return tuple(map(LETTERS.index, text))
+
+
+def text_of(ids: list[int]) -> str:
+    return "".join(LETTERS[id_] for id_ in ids)
+
+
+class FormulaSession(FormulaProgram):
+    simulated_time = None
+
+    def close(self) -> None:
+        self.calls.clear()
+
+
+Open = Callable[..., CardWorker]
+
+
+@pytest.fixture
+def open_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
+    """Open a worker on a card of formulas; what it is given is the `Generation`'s."""
+    opened: list[CardWorker] = []
+
+    def open_one(
+        *, slots: int = 3, tokenizer: Tokenizer | None = None, **generation: object
+    ) -> CardWorker:
+        shapes = Specializations.build(
+            batch_size=slots, prompt_len=4, ctx_len=CTX_LEN, continuous=True
+        )
+        stand_ins = {
+            "open_checkpoint": lambda *_, **__: SimpleNamespace(eos_ids=(EOS,)),
+            "load_tokenizer": lambda _: tokenizer or letters(),
+            "open_sdk": lambda _: SimpleNamespace(label="formulas"),
+            "Session": lambda *_: FormulaSession(shapes),
+        }
+        for name, stand_in in stand_ins.items():
+            monkeypatch.setattr(worker_module, name, stand_in)
+        spec = WorkerSpec("card 0", (0,), "", "", "", Generation(**generation))  # type: ignore[arg-type]
+        worker = CardWorker(spec)
+        worker.open()
+        opened.append(worker)
+        return worker
+
+    yield open_one
+    for worker in opened:
+        worker.close()
+
+
+def answers(worker: CardWorker, *prompts: Prompt, attempt: int = 1) -> list[Row]:
+    rows = [row for some in worker.answer(prompts, attempt) for row in some]
+    assert len(rows) == len(prompts)
+    return sorted(rows, key=lambda row: row.index)
+
+
+def prompt(text: str = "HELLO", index: int = 0, **sampling: object) -> Prompt:
+    own = SamplingParams(**sampling) if sampling else None  # type: ignore[arg-type]
+    return Prompt(index, text, sampling=own)
+
+
+def greedy(text: str = "HELLO", limit: int = CTX_LEN) -> list[int]:
+    return answer(ids_of(text), min(limit, CTX_LEN - len(text) + 1))
+
+
+# -- where answers end
+
+
+def test_a_row_is_the_formulas_answer_up_to_eos(open_worker: Open) -> None:
+    rows = answers(open_worker(), *(prompt(text, i) for i, text in enumerate(["HI", "YES", "NO"])))
+    for row, text in zip(rows, ["HI", "YES", "NO"], strict=True):
+        expected = greedy(text)
+        ended = expected[-1] == EOS
+        assert list(row.token_ids) == expected
+        assert row.text == text_of(expected[:-1] if ended else expected)
+        assert row.finish_reason is (FinishReason.STOP if ended else FinishReason.LENGTH)
+        assert row.stop_reason is None
+        assert (row.prompt_tokens, row.choices, row.logprobs) == (len(text), (), None)
+        assert row.ttft_s > 0
+
+
+def test_a_rows_own_limit_goes_before_the_runs(open_worker: Open) -> None:
+    worker = open_worker(sampling=SamplingParams(max_tokens=3))
+    shorter, plain, longer = answers(
+        worker, prompt(max_tokens=2), prompt(index=1), prompt(index=2, max_tokens=6)
+    )
+    assert [row.token_ids for row in (shorter, plain, longer)] == [
+        tuple(greedy(limit=limit)) for limit in (2, 3, 6)
+    ]
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_ends_the_row_with_the_token_that_completes_it(
+    open_worker: Open, include: bool
+) -> None:
+    expected = greedy(limit=8)
+    stop = text_of(expected[3:5])
+    own = {"stop": ("zz", stop), "include_stop_str_in_output": include}
+    (row,) = answers(open_worker(), prompt(max_tokens=30, **own))
+    assert list(row.token_ids) == expected[:5]
+    assert (row.finish_reason, row.stop_reason) == (FinishReason.STOP, stop)
+    assert row.text == text_of(expected[: 5 if include else 3])
+
+
+def test_a_stop_string_in_the_last_tokens_counts(open_worker: Open) -> None:
+    expected = greedy(limit=4)
+    (row,) = answers(open_worker(), prompt(max_tokens=4, stop=(text_of(expected[2:]),)))
+    assert (row.text, row.finish_reason) == (text_of(expected[:2]), FinishReason.STOP)
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_token_ends_the_row_and_is_no_part_of_its_text(
+    open_worker: Open, include: bool
+) -> None:
+    expected = greedy(limit=8)
+    assert expected[3] not in expected[:3]
+    own = {"stop_token_ids": (expected[3],), "include_stop_str_in_output": include}
+    (row,) = answers(open_worker(), prompt(**own))
+    assert list(row.token_ids) == expected[:4]
+    assert (row.finish_reason, row.stop_reason) == (FinishReason.STOP, expected[3])
+    assert row.text == text_of(expected[: 4 if include else 3])
+
+
+def test_eos_can_be_ignored_and_named(open_worker: Open) -> None:
+    texts = [first + second for first, second in pairwise(LETTERS)]
+    text = next(text for text in texts if EOS in greedy(text, 12)[1:])
+    plain, beyond, named = answers(
+        open_worker(),
+        prompt(text, 0, max_tokens=12),
+        prompt(text, 1, max_tokens=12, ignore_eos=True),
+        prompt(text, 2, max_tokens=12, ignore_eos=True, stop_token_ids=(EOS,)),
+    )
+    assert plain.token_ids[-1] == named.token_ids[-1] == EOS
+    assert (plain.stop_reason, named.stop_reason) == (None, EOS)
+    assert len(beyond.token_ids) == 12
+    assert beyond.token_ids[: len(plain.token_ids)] == plain.token_ids
+
+
+# -- samples and seeds
+
+
+def test_samples_are_one_row_and_the_same_again(open_worker: Open) -> None:
+    own = {"n": 3, "temperature": 1.5, "max_tokens": 6, "logprobs": 2}
+    prompts = [prompt("HELLO", i, **own) for i in range(3)]
+    rows = answers(open_worker(run_seed=7), *prompts)
+    for row in rows:
+        assert len(row.choices) == 3
+        assert len({choice.token_ids for choice in row.choices}) > 1
+        first = row.choices[0]
+        assert (row.text, row.token_ids, row.logprobs) == (
+            first.text,
+            first.token_ids,
+            first.logprobs,
+        )
+        assert row.generated_tokens == sum(len(choice.token_ids) for choice in row.choices)
+        for choice in row.choices:
+            assert choice.logprobs is not None
+            assert tuple(token.token_id for token in choice.logprobs) == choice.token_ids
+            assert {len(token.top) for token in choice.logprobs} == {2}
+    assert len({row.token_ids for row in rows}) > 1
+    # Another worker, other company, another attempt: the same text.
+    again = open_worker(slots=1, run_seed=7)
+    (row,) = answers(again, prompts[1], attempt=2)
+    assert row.choices == rows[1].choices
+    (other,) = answers(open_worker(run_seed=8), prompts[1])
+    assert other.choices != rows[1].choices
+
+
+def test_seeds() -> None:
+    drawn = SamplingParams(temperature=1)
+    own = replace(drawn, seed=5)
+    assert sample_seed(own, 1, 2, 0) == 5
+    assert sample_seed(own, 1, 2, 3) == sample_seed(own, 9, 9, 3) != 5
+    seeds = [sample_seed(drawn, run, i, s) for run in range(3) for i in range(3) for s in range(3)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed <= MAX_SEED for seed in seeds)
+    # A run can be repeated with a later version too.
+    assert sample_seed(drawn, 0, 0, 0) == 8462577025998501614
+
+
+# -- conversations
+
+
+@pytest.mark.parametrize(
+    ("generation", "given", "rendered"),
+    [
+        ({"chat": True}, Prompt(0, "HI"), "UHIA"),
+        ({"chat": True, "system": "BE"}, Prompt(0, "HI"), "SBEUHIA"),
+        ({}, Prompt(0, "HI"), "HI"),
+        ({}, Prompt(0, "HI", messages=({"role": "user", "content": "HI"},)), "UHIA"),
+        (
+            {"chat": True, "system": "BE"},
+            Prompt(
+                0,
+                "",
+                messages=({"role": "system", "content": "OWN"}, {"role": "user", "content": ""}),
+            ),
+            "SOWNUA",
+        ),
+        (
+            {"chat": True, "system": "BE"},
+            Prompt(0, "Q", messages=({"role": "user", "content": "Q"},)),
+            "SBEUQA",
+        ),
+    ],
+)
+def test_conversations_go_through_the_template(
+    open_worker: Open, generation: dict[str, object], given: Prompt, rendered: str
+) -> None:
+    limit = SamplingParams(max_tokens=4)
+    (row,) = answers(open_worker(sampling=limit, **generation), given)
+    assert list(row.token_ids) == greedy(rendered, 4)
+    assert row.prompt_tokens == len(rendered)
+    assert (row.prompt, row.messages) == (given.text, given.messages)
+
+
+def test_what_cannot_be_answered_is_a_row_of_its_own(open_worker: Open) -> None:
+    tool = ({"role": "tool", "content": "x"},)
+    rows = answers(
+        open_worker(sampling=SamplingParams(max_tokens=2)),
+        Prompt(0, "x", messages=tool),
+        Prompt(1, ""),
+        Prompt(2, "A" * (CTX_LEN + 1)),
+        Prompt(3, "HELLO"),
+    )
+    errors = ["refuses these messages: no tools", "prompt is empty", "more than the context", None]
+    for row, error in zip(rows, errors, strict=True):
+        assert (row.error is None) if error is None else (error in (row.error or ""))
+    assert rows[0].messages == tool
+    assert list(rows[3].token_ids) == greedy(limit=2)
+    bare = open_worker(tokenizer=letters(chat_template=None))
+    (row,) = answers(bare, Prompt(0, "x", messages=({"role": "user", "content": "x"},)))
+    assert "no chat template" in (row.error or "")
+
+
+# -- what goes wrong
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised", "words"),
+    [(DeviceLost("gone"), DeviceLost, "gone"), (KeyError("bug"), DeviceError, r"KeyError\('bug'")],
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whoever_waits_hears_that_the_engine_failed(
+    open_worker: Open,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: Exception,
+    raised: type[Exception],
+    words: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    worker = open_worker()
+    monkeypatch.setattr(FormulaSession, "run", fail)
+    for _ in range(2):
+        with pytest.raises(raised, match=words):
+            list(worker.answer([prompt()]))
