@@ -3,5 +3,20 @@
 Importing the package loads nothing heavy: no ray, torch, onnxruntime or transformers.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qaic_ray.predictor import CardPredictor
+
 __version__ = "0.1.0"
-__all__ = ["__version__"]
+__all__ = ["CardPredictor", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CardPredictor":
+        from qaic_ray.predictor import CardPredictor
+
+        return CardPredictor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -189,6 +189,8 @@ class RunPart(_Part):
     devices: Devices = "all"
     prompts: str | None = None
     """A prompts file; a relative path is relative to the job file."""
+    prompts_format: Literal["text", "jsonl", "openai", "parquet"] | None = None
+    """What the prompts file holds; known by its name and content when absent."""
     prompt: str | None = None
     """Prompts separated by `|`, as in the published recipe; `\\|` is a pipe of the text."""
     generation_len: PositiveInt | None = None
@@ -212,8 +214,16 @@ class RunPart(_Part):
     one, else prompt lookup."""
     draft_qpc: str | None = None
     """Folder of a smaller model's QPC, compiled for NSPs that the other one leaves free."""
+    partitions: PositiveInt = 1
+    """Workers of one card, each with as many of its NSPs; the QPC is compiled for so few."""
+    group_size: PositiveInt = 1
+    """Cards of one worker, for a QPC whose tensors are sliced over so many."""
     output: str = "runs"
     """Folder that holds one folder a run."""
+    output_formats: Annotated[
+        tuple[Literal["openai", "parquet"], ...], BeforeValidator(_as_tuple)
+    ] = ()
+    """Other forms of the outputs, beside `outputs.jsonl`."""
 
 
 class EmulatorPart(_Part):

@@ -25,6 +25,17 @@ class FinishReason(str, Enum):
     """The row could not be answered; `error` says why."""
 
 
+class ErrorClass(str, Enum):
+    """Why a row has no answer, for programs; `error` says it in a sentence."""
+
+    MALFORMED = "malformed"
+    """What stands in the input is no prompt."""
+    REFUSED = "refused"
+    """It cannot be answered, or not so, with this model and QPC."""
+    DEVICE = "device"
+    """Cards failed over it, as often as it was tried."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One user prompt and its place in the input; `index` counts from 0 over the whole input.
@@ -94,6 +105,7 @@ class Row:
     logprobs: tuple[TokenLogprob, ...] | None = None
     choices: tuple[Sample, ...] = ()
     error: str | None = None
+    error_class: ErrorClass | None = None
 
     @property
     def answer_lens(self) -> tuple[int, ...]:
@@ -112,7 +124,15 @@ class Row:
         return self.finish_reason is not FinishReason.ERROR
 
     @classmethod
-    def failed(cls, prompt: Prompt, error: str, *, worker: str = "", attempts: int = 1) -> Row:
+    def failed(
+        cls,
+        prompt: Prompt,
+        error: str,
+        *,
+        worker: str = "",
+        attempts: int = 1,
+        error_class: ErrorClass = ErrorClass.REFUSED,
+    ) -> Row:
         """The row of a prompt that could not be answered."""
         return cls(
             index=prompt.index,
@@ -124,13 +144,14 @@ class Row:
             worker=worker,
             attempts=attempts,
             error=error,
+            error_class=error_class,
         )
 
     def to_json(self) -> dict[str, Any]:
         """The row as the documented JSON object, keys in the documented order.
 
-        `messages`, `stop_reason`, `logprobs`, `choices` and `error` are there where the row has
-        them.
+        `messages`, `stop_reason`, `logprobs`, `choices`, `error` and `error_class` are there where
+        the row has them.
         """
         document: dict[str, Any] = {"index": self.index, "id": self.id, "prompt": self.prompt}
         if self.messages is not None:
@@ -152,6 +173,8 @@ class Row:
             document["choices"] = [c.to_json(index) for index, c in enumerate(self.choices)]
         if self.error is not None:
             document["error"] = self.error
+        if self.error_class is not None:
+            document["error_class"] = self.error_class.value
         return document
 
 

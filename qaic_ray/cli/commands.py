@@ -13,8 +13,19 @@ import typer
 
 from qaic_ray import __version__
 from qaic_ray.cli.arguments import given_once, number_groups, numbers, words
+from qaic_ray.cli.cluster_commands import (
+    DetachOption,
+    FolderOption,
+    PythonOption,
+    SendPromptsOption,
+    detached,
+    enter,
+    logs,
+    status,
+    stop,
+)
 from qaic_ray.cli.options import JsonOption, ModelOption, SdkOption, find_sdk
-from qaic_ray.cli.run_command import run
+from qaic_ray.cli.run_command import ResumeOption, RetryOption, StreamOption, run
 from qaic_ray.contract import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_CORES,
@@ -94,9 +105,17 @@ def launch(
     address: Annotated[
         str | None, typer.Option(help="A running Ray cluster, instead of a local one.")
     ] = None,
+    detach: DetachOption = False,
+    folder: FolderOption = None,
+    python: PythonOption = None,
+    send_prompts: SendPromptsOption = True,
+    resume: ResumeOption = None,
+    retry_errors: RetryOption = False,
+    stream: StreamOption = True,
     as_json: JsonOption = False,
 ) -> None:
     """Run a whole job: export, compile, run on every card, report."""
+    from qaic_ray.cli.job_screen import ProgressLog
     from qaic_ray.cli.screen import Screen
     from qaic_ray.config import load_job
     from qaic_ray.pipeline.job import launch_job
@@ -104,8 +123,16 @@ def launch(
     changes = [*(overrides or ())]
     if address is not None:
         changes.append(f"ray.address={json.dumps(address)}")
-    screen = Screen(stream=True)
-    summary = launch_job(load_job(job, changes), screen)
+    loaded = load_job(job, changes)
+    if detach:
+        detached(loaded, folder, python, send_prompts=send_prompts, as_json=as_json)
+        return
+    if folder is not None:
+        enter(folder)
+    screen = Screen(stream=True) if stream else ProgressLog()
+    if retry_errors and resume is None:
+        raise UsageError("--retry-errors is for --resume: give the folder of the run with it.")
+    summary = launch_job(loaded, screen, resume=resume, retry_errors=retry_errors)
     screen.finish(summary, as_json=as_json)
 
 
@@ -253,16 +280,34 @@ def compile(  # the recipe's word
 
 
 app.command()(run)
+app.command()(status)
+app.command()(logs)
+app.command()(stop)
 
 
 @app.command()
-def devices(sdk: SdkOption = "auto", as_json: JsonOption = False) -> None:
-    """List the machine's cards: status, SKU, free NSPs and DRAM."""
+def devices(
+    address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster: the cards of all its nodes.")
+    ] = None,
+    sdk: SdkOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """List cards: status, SKU, free NSPs and DRAM; on a cluster also who holds them."""
     from qaic_ray.cli.screen import Screen
 
     screen = Screen()
-    found = find_sdk(sdk, screen)
-    screen.devices(found, found.devices(), as_json=as_json)
+    if address is None:
+        found = find_sdk(sdk, screen)
+        screen.devices(found, found.devices(), as_json=as_json)
+        return
+    from qaic_ray.config import EmulatorPart
+    from qaic_ray.fleet.cluster import Cluster
+    from qaic_ray.pipeline.devices import emulated_cards
+
+    with Cluster(0, address=address) as cluster:
+        nodes = cluster.inventory(sdk, emulated_cards(EmulatorPart()))
+        screen.inventory(nodes, cluster.problems(nodes), as_json=as_json)
 
 
 @emulator_app.command("install")

@@ -8,6 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from qaic_ray.cli.screen import Screen
+    from qaic_ray.pipeline.run_step import SdkChoice
     from qaic_ray.sdk import Sdk
 
 SdkOption = Annotated[
@@ -26,6 +27,15 @@ ModelOption = Annotated[
         show_default=False,
     ),
 ]
+
+
+def sdk_choice(name: str, screen: Screen) -> SdkChoice:
+    """The SDK of that name here, and what the nodes of a cluster are to look for."""
+    from qaic_ray.config import EmulatorPart
+    from qaic_ray.pipeline.devices import emulated_cards
+    from qaic_ray.pipeline.run_step import SdkChoice
+
+    return SdkChoice(find_sdk(name, screen), name, emulated_cards(EmulatorPart()))
 
 
 def find_sdk(name: str, screen: Screen) -> Sdk:

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qaic_ray.cli.arguments import chosen, device_ids, numbers
-from qaic_ray.cli.options import JsonOption, ModelOption, SdkOption, find_sdk
+from qaic_ray.cli.options import JsonOption, SdkOption, sdk_choice
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.sampling_params import FIELDS, SamplingParams
+
+if TYPE_CHECKING:
+    from qaic_ray.pipeline.request import RunRequest
+
+FREE_WITH_RESUME = {
+    "resume": "--resume",
+    "retry_errors": "--retry-errors",
+    "device_id": "--device-id",
+    "address": "--address",
+    "stream": "--stream",
+    "sdk": "--sdk",
+    "as_json": "--json",
+}
+FORMATS = ("text", "jsonl", "openai", "parquet")
 
 
 def _option(panel: str, name: str, text: str, **how: Any) -> Any:
@@ -20,11 +35,18 @@ def _option(panel: str, name: str, text: str, **how: Any) -> Any:
     return typer.Option(*spellings, help=text, rich_help_panel=panel, **how)
 
 
+REQUIRED = "What is run (needed, but with --resume)"
 PROMPTS = "Prompts"
-QpcOption = Annotated[Path, typer.Option(help="Folder of a compiled variant.", show_default=False)]
-DevicesOption = Annotated[
-    str, typer.Option("--device-id", "--device_id", help="Cards: 0,1,2,3 or all.")
+ModelNameOption = Annotated[
+    str | None,
+    _option(
+        REQUIRED,
+        "--model-name",
+        "Local folder, hub id, .gguf file, or smollm2-135m.",
+        show_default=False,
+    ),
 ]
+QpcOption = Annotated[Path | None, _option(REQUIRED, "--qpc", "Folder of a compiled variant.")]
 PromptOption = Annotated[
     str | None, _option(PROMPTS, "--prompt", r"Prompts separated by |; \| is a pipe of the text.")
 ]
@@ -108,6 +130,38 @@ StopIdsOption = Annotated[
 ]
 IgnoreEosOption = Annotated[bool, _option(END, "--ignore-eos", "Go on after EOS.")]
 
+FormatOption = Annotated[
+    str | None,
+    _option(
+        PROMPTS,
+        "--prompts-format",
+        "text, jsonl, openai or parquet.",
+        show_default="by name and content",
+    ),
+]
+
+CARDS = "Cards"
+DevicesOption = Annotated[str, _option(CARDS, "--device-id", "0,1,2,3 or all.")]
+PartitionsOption = Annotated[
+    int, _option(CARDS, "--partitions", "Workers of one card, each with as many NSPs.", min=1)
+]
+GroupOption = Annotated[
+    int, _option(CARDS, "--group-size", "Cards of one worker, for a tensor-sliced QPC.", min=1)
+]
+
+FOLDER = "The run folder"
+OutputOption = Annotated[Path, _option(FOLDER, "--output", "Folder that gets one folder a run.")]
+OutputFormatOption = Annotated[
+    list[str] | None,
+    _option(FOLDER, "--output-format", "Beside outputs.jsonl: openai, parquet; may be repeated."),
+]
+ResumeOption = Annotated[
+    Path | None, _option(FOLDER, "--resume", "A run folder: go on where that run stopped.")
+]
+RetryOption = Annotated[
+    bool, _option(FOLDER, "--retry-errors", "With --resume: its rows of errors once more.")
+]
+
 CHECKS = "Checks"
 InputLenOption = Annotated[
     int | None, _option(CHECKS, "--input-len", "Must be what the QPC was compiled for.")
@@ -115,18 +169,17 @@ InputLenOption = Annotated[
 CtxLenOption = Annotated[
     int | None, _option(CHECKS, "--ctx-len", "Must be what the QPC was compiled for.")
 ]
-OutputOption = Annotated[Path, typer.Option(help="Folder that gets one folder a run.")]
 StreamOption = Annotated[bool, typer.Option(help="Print answers as they come.")]
 AddressOption = Annotated[str | None, typer.Option(help="A running Ray cluster.")]
 
 
 def run(
     context: typer.Context,
-    model_name: ModelOption,
-    qpc: QpcOption,
-    device_id: DevicesOption = "all",
+    model_name: ModelNameOption = None,
+    qpc: QpcOption = None,
     prompt: PromptOption = None,
     prompts_file: PromptsFileOption = None,
+    prompts_format: FormatOption = None,
     chat: ChatOption = False,
     system: SystemOption = None,
     temperature: TemperatureOption = None,
@@ -147,9 +200,15 @@ def run(
     ignore_eos: IgnoreEosOption = False,
     speculate: DraftsOption = "auto",
     draft_qpc: DraftQpcOption = None,
+    device_id: DevicesOption = "all",
+    partitions: PartitionsOption = 1,
+    group_size: GroupOption = 1,
     input_len: InputLenOption = None,
     ctx_len: CtxLenOption = None,
     output: OutputOption = Path("runs"),
+    output_format: OutputFormatOption = None,
+    resume: ResumeOption = None,
+    retry_errors: RetryOption = False,
     stream: StreamOption = True,
     address: AddressOption = None,
     sdk: SdkOption = "auto",
@@ -157,29 +216,60 @@ def run(
 ) -> None:
     """Answer prompts on every card, one Ray actor a card; print texts and tokens/s."""
     from qaic_ray.cli.screen import Screen
-    from qaic_ray.pipeline.run_step import RunRequest, drawn_seed, run_step
+    from qaic_ray.pipeline.run_step import run_step
 
-    request = RunRequest(
-        name="run",
-        model=model_name,
-        qpc=qpc,
-        devices=device_ids(device_id),
-        prompt=prompt,
-        prompts_file=prompts_file,
-        input_len=input_len,
-        ctx_len=ctx_len,
-        generation_len=generation_len,
-        sampling=_sampling(context.params),
-        seed=drawn_seed() if run_seed is None else run_seed,
-        chat=chat,
-        system=system,
-        drafts=chosen(speculate, ("auto", "none", "prompt-lookup"), "--speculate"),
-        draft_qpc=draft_qpc,
-        output=output,
-        ray_address=address,
-    )
     screen = Screen(stream=stream)
-    screen.finish(run_step(request, find_sdk(sdk, screen), screen), as_json=as_json)
+    request = _asked(context.params) if resume is None else _resumed(context, resume)
+    screen.finish(run_step(request, sdk_choice(sdk, screen), screen), as_json=as_json)
+
+
+def _asked(given: Mapping[str, Any]) -> RunRequest:
+    """The request that the options make."""
+    from qaic_ray.pipeline.request import RunRequest, drawn_seed
+
+    if given["model_name"] is None or given["qpc"] is None:
+        raise UsageError("Give --model-name and --qpc, or --resume with the folder of a run.")
+    if given["retry_errors"]:
+        raise UsageError("--retry-errors is for --resume: give the folder of the run with it.")
+    form, seed = given["prompts_format"], given["run_seed"]
+    same = (
+        *("qpc", "prompt", "prompts_file", "input_len", "ctx_len", "generation_len", "chat"),
+        *("system", "draft_qpc", "partitions", "group_size", "output"),
+    )
+    return RunRequest(
+        name="run",
+        model=given["model_name"],
+        devices=device_ids(given["device_id"]),
+        prompts_format=None if form is None else chosen(form, FORMATS, "--prompts-format"),
+        output_formats=tuple(
+            chosen(word, ("openai", "parquet"), "--output-format")
+            for word in given["output_format"] or ()
+        ),
+        sampling=_sampling(given),
+        seed=drawn_seed() if seed is None else seed,
+        drafts=chosen(given["speculate"], ("auto", "none", "prompt-lookup"), "--speculate"),
+        ray_address=given["address"],
+        **{name: given[name] for name in same},
+    )
+
+
+def _resumed(context: typer.Context, folder: Path) -> RunRequest:
+    """The request of a run folder; only what changes no answer may be said anew."""
+    from qaic_ray.pipeline.request import read_request
+
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    fixed = [name for name in given if name not in FREE_WITH_RESUME]
+    if fixed:
+        option = "--" + fixed[0].replace("_", "-")
+        raise UsageError(
+            f"{option} cannot be changed in the middle of a run: leave it out, {folder} knows it; "
+            f"only {', '.join(list(FREE_WITH_RESUME.values())[1:])} may stand beside --resume."
+        )
+    request = replace(read_request(folder), retry_errors=context.params["retry_errors"])
+    if "device_id" in given:
+        request = replace(request, devices=device_ids(context.params["device_id"]))
+    return replace(request, ray_address=context.params["address"])
 
 
 def _sampling(given: Mapping[str, Any]) -> SamplingParams:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -21,6 +22,7 @@ from qaic_ray.errors import CompileError
 if TYPE_CHECKING:
     from qaic_ray.export.export import ExportResult
     from qaic_ray.export.verify import VerifyReport
+    from qaic_ray.fleet.inventory import NodeCards
     from qaic_ray.fleet.report import RunSummary
     from qaic_ray.fleet.worker import WorkerInfo
     from qaic_ray.pipeline.job import Plan
@@ -81,6 +83,10 @@ class Screen:
             f"{info.slots} slots of {info.ctx_len} tokens[/]"
         )
 
+    def remark(self, text: str) -> None:
+        """Something that the user may want to mend."""
+        self._note(f"[yellow]{escape(text)}[/]")
+
     def answered(self, row: Row) -> None:
         """Print the next answer, in input order."""
         if not self._stream:
@@ -134,25 +140,25 @@ class Screen:
 
     def devices(self, sdk: Sdk, devices: Sequence[Device], *, as_json: bool) -> None:
         """Print the cards."""
-        table = Table(title=f"Cards ({sdk.label})", title_justify="left")
-        table.add_column("QID", justify="right")
-        for column in ("status", "SKU"):
-            table.add_column(column)
-        for column in ("NSPs free", "DRAM free"):
-            table.add_column(column, justify="right")
-        for device in devices:
-            free, total = device.dram_free_bytes / GIB, device.dram_total_bytes / GIB
-            colour = "green" if device.ready else "red"
-            table.add_row(
-                str(device.qid),
-                f"[{colour}]{escape(device.status)}[/]",
-                escape(device.sku),
-                f"{device.nsp_free} of {device.nsp_total}",
-                f"{free:.1f} of {total:.1f} GiB",
-            )
-        self._out.print(table)
+        self._out.print(_card_table(f"Cards ({sdk.label})", devices, {}))
         if as_json:
             self._json({"sdk": sdk.label, "devices": [vars(device) for device in devices]})
+
+    def inventory(
+        self, nodes: Sequence[NodeCards], problems: Sequence[str], *, as_json: bool
+    ) -> None:
+        """Print the cards of every node of a cluster, and what keeps some from being used."""
+        for found in nodes:
+            title = f"{found.host} ({found.node.address}), {found.node.offered} offered to Ray"
+            if found.devices:
+                title += f", {found.sdk}"
+                self._out.print(_card_table(title, found.devices, found.held or {}))
+            else:
+                self._out.print(f"{escape(title)}: {escape(found.error or 'no cards')}")
+        for problem in problems:
+            self.remark(problem)
+        if as_json:
+            self._json({"nodes": [asdict(found) for found in nodes], "problems": list(problems)})
 
     def plan(self, plan: Plan) -> None:
         """Print what a job would do."""
@@ -168,6 +174,29 @@ class Screen:
     def _json(self, document: dict[str, Any]) -> None:
         # Not through the console: it would wrap or colour what programs read.
         sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
+
+
+def _card_table(title: str, devices: Sequence[Device], held: Mapping[int, str]) -> Table:
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("QID", justify="right")
+    for column in ("status", "SKU"):
+        table.add_column(column)
+    for column in ("NSPs free", "DRAM free"):
+        table.add_column(column, justify="right")
+    if held:
+        table.add_column("held by")
+    for device in devices:
+        free, total = device.dram_free_bytes / GIB, device.dram_total_bytes / GIB
+        colour = "green" if device.ready else "red"
+        table.add_row(
+            str(device.qid),
+            f"[{colour}]{escape(device.status)}[/]",
+            escape(device.sku),
+            f"{device.nsp_free} of {device.nsp_total}",
+            f"{free:.1f} of {total:.1f} GiB",
+            *([escape(held.get(device.qid, ""))] if held else ()),
+        )
+    return table
 
 
 def _verification_table(report: VerifyReport) -> Table:

@@ -7,13 +7,14 @@ built in a temporary sibling and renamed, so a killed compile leaves nothing tha
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from qaic_ray.compile.compiler import check_qpc, run_compiler
+from qaic_ray.compile.compiler import QPC_FILE, check_qpc, run_compiler
 from qaic_ray.compile.variant import Variant, key_digest
 from qaic_ray.errors import CompileError
 from qaic_ray.folders import building, locked
@@ -22,6 +23,8 @@ from qaic_ray.sdk import Sdk, compiler_digest
 VARIANT_FILE = "variant.json"
 SPECIALIZATIONS_FILE = "specializations.json"
 LOG_FILE = "compile.log"
+
+_CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,18 @@ def is_current(folder: Path, entries: list[tuple[str, str]]) -> bool:
     except (OSError, json.JSONDecodeError):
         return False
     return bool(document.get("key") == key_digest(entries))
+
+
+def content_key(folder: Path) -> str:
+    """What a QPC folder is known by: its key, or for a QPC of others a digest of its program."""
+    try:
+        return str(json.loads((folder / VARIANT_FILE).read_text(encoding="utf-8"))["key"])
+    except (OSError, ValueError, KeyError, TypeError):
+        digest = hashlib.sha256()
+        with (folder / QPC_FILE).open("rb") as program:
+            while chunk := program.read(_CHUNK_BYTES):
+                digest.update(chunk)
+        return digest.hexdigest()
 
 
 def _compile_into(folder: Path, variant: Variant, sdk: Sdk, entries: list[tuple[str, str]]) -> None:

@@ -14,18 +14,30 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
 
 import ray
 import ray.exceptions as ray_errors
+from ray._private.state import available_resources_per_node
 
 from qaic_ray.errors import CompileError, DeviceBusy, QaicRayError, UsageError
-from qaic_ray.fleet.actors import CARD_CPUS, CARD_RESOURCE, CardActors, first_line
+from qaic_ray.fleet.actors import (
+    CARD_CPUS,
+    CardActors,
+    cards_needed,
+    chooses_units,
+    first_line,
+    loss,
+    on_node,
+)
 from qaic_ray.fleet.driver import Audience, Driver
+from qaic_ray.fleet.inventory import CARD_RESOURCE, Node, NodeCards, look, problems
+from qaic_ray.fleet.journal import Journal
 from qaic_ray.fleet.result import FleetResult
 from qaic_ray.rows import Prompt, Row
+from qaic_ray.sdk import EmulatedCards
 
 if TYPE_CHECKING:
     from qaic_ray.fleet.worker import CardWorker, WorkerSpec
@@ -36,6 +48,7 @@ _START_ATTEMPTS = 2
 _PROBE_TIMEOUT_S = 5.0
 _BUSY_TIMEOUT_S = 20.0
 _CANCEL_TIMEOUT_S = 5.0
+_LOOK_TIMEOUT_S = 60.0
 # What an HTTP/2 connection begins with, and the type of the frame that answers it (RFC 9113, 3.4).
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 _HTTP2_SETTINGS = b"\x04"
@@ -132,6 +145,36 @@ class Cluster:
             _cancel(list(running))
         return [outcomes[label] for label in requests]
 
+    def inventory(self, sdk: str | None, emulated: EmulatedCards) -> list[NodeCards]:
+        """The cards of every node, by the SDK that is found there.
+
+        A node that cannot tell is in the list with the reason.
+
+        Args:
+            sdk: as the job names it; see `find_sdk`.
+            emulated: what the emulated SDK is to be, where it is the one.
+        """
+        nodes = _nodes()
+        if self._is_ours:  # one node, and it is this one
+            return [look(node, sdk, emulated) for node in nodes]
+        refs = [
+            _LOOK.options(
+                name=f"look for cards on {node.address}",
+                num_cpus=0,
+                max_retries=0,
+                scheduling_strategy=on_node(node.node_id),
+            ).remote(node, sdk, emulated)
+            for node in nodes
+        ]
+        ray.wait(refs, num_returns=len(refs), timeout=_LOOK_TIMEOUT_S)
+        return [_seen(node, ref) for node, ref in zip(nodes, refs, strict=True)]
+
+    def problems(self, nodes: Sequence[NodeCards]) -> list[str]:
+        """What keeps cards of an inventory from being used, each with what mends it."""
+        if self._is_ours:
+            return []  # it offers what it was asked for
+        return problems(nodes, ray.get_runtime_context().gcs_address)
+
     def run_prompts(
         self,
         prompts: Iterable[Prompt | Row],
@@ -139,21 +182,31 @@ class Cluster:
         *,
         worker_class: type[CardWorker],
         audience: Audience | None = None,
+        journal: Journal | None = None,
+        on_wait: Callable[[str], None] | None = None,
     ) -> FleetResult:
         """Answer every prompt on an actor for each spec; see `Driver`.
+
+        Args:
+            on_wait: told once, in a sentence, where cards are held by others and are waited for.
 
         Raises:
             UsageError: the cluster has not so many cards, or a worker found the request wrong.
             DeviceBusy: the cluster's cards are held by others.
         """
-        _check_cards(sum(len(spec.device_ids) for spec in specs))
+        _await_cards(specs, on_wait)
         with CardActors(specs, worker_class, num_cpus=self._cpus_each(len(specs))) as cards:
-            return Driver(cards, prompts, audience or Audience()).run()
+            return Driver(cards, prompts, audience or Audience(), journal=journal).run()
+
+    @property
+    def _is_ours(self) -> bool:
+        """Whether the Ray was started here, for this machine."""
+        return self._joined and self._address is None
 
     def _cpus_each(self, num_workers: int) -> float:
         """An even share of this machine where the Ray is ours; of a shared one, next to nothing."""
         share = (os.cpu_count() or 1) // num_workers
-        return share if self._joined and self._address is None and share else CARD_CPUS
+        return share if self._is_ours and share else CARD_CPUS
 
 
 def _start(num_cards: int, *, dashboard: bool) -> Any:
@@ -243,24 +296,76 @@ def _probe(address: str) -> None:
         )
 
 
-def _check_cards(num_cards: int) -> None:
-    """See that the cluster can give so many cards: Ray itself would wait for ever."""
+def _nodes() -> list[Node]:
+    return [
+        Node(
+            node["NodeID"],
+            node["NodeManagerAddress"],
+            int(node["Resources"].get(CARD_RESOURCE, 0)),
+            is_head="node:__internal_head__" in node["Resources"],
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def _look_here(node: Node, sdk: str | None, emulated: EmulatedCards) -> NodeCards:
+    return look(replace(node, chooses=chooses_units()), sdk, emulated)
+
+
+_LOOK = ray.remote(_look_here)
+
+
+def _seen(node: Node, ref: Any) -> NodeCards:
+    try:
+        found: NodeCards = ray.get(ref, timeout=0)
+        return found
+    except ray_errors.GetTimeoutError:
+        error = f"it did not answer within {_LOOK_TIMEOUT_S:.0f} s"
+    except ray_errors.RayTaskError as failed:
+        error = f"the search failed there ({first_line(failed.cause)})"
+    except ray_errors.RayError as lost:
+        error = loss(lost)
+    return NodeCards(node, node.address, node.node_id, error=error)
+
+
+def _await_cards(specs: Sequence[WorkerSpec], on_wait: Callable[[str], None] | None) -> None:
+    """See that the cluster can give these cards: Ray itself would wait for ever."""
+    needed: dict[str, float] = {}
+    for spec in specs:
+        needed[spec.node_id] = needed.get(spec.node_id, 0.0) + cards_needed(spec)
+    total = math.ceil(sum(needed.values()))
     offered = ray.cluster_resources().get(CARD_RESOURCE, 0)
-    if offered < num_cards:
+    if offered < total:
         head = ray.get_runtime_context().gcs_address
         raise UsageError(
-            f"{num_cards} cards are asked for and the Ray cluster offers {offered:g}: start Ray on "
+            f"{total} cards are asked for and the Ray cluster offers {offered:g}: start Ray on "
             f"the nodes that have them with `ray start --address={head} "
             f"--resources='{{\"{CARD_RESOURCE}\": <cards of the node>}}'`."
         )
     deadline_s = time.monotonic() + _BUSY_TIMEOUT_S
-    while (free := ray.available_resources().get(CARD_RESOURCE, 0)) < num_cards:
+    while lacking := _lacking(needed):
+        words = f"{total} cards are asked for and {lacking:g} of them are held by others"
         if time.monotonic() > deadline_s:
-            raise DeviceBusy(
-                f"{num_cards} cards are asked for and {free:g} of the cluster's {offered:g} are "
-                "free: wait for the job that holds the others, or ask for fewer."
-            )
+            raise DeviceBusy(f"{words}: wait for the job that holds them, or ask for fewer.")
+        if on_wait is not None:
+            on_wait(f"{words}: waiting for up to {_BUSY_TIMEOUT_S:.0f} s.")
+            on_wait = None
         time.sleep(0.1)
+
+
+def _lacking(needed: Mapping[str, float]) -> float:
+    """How many cards are not free now, by node; those of no node may be anywhere."""
+    free: dict[str, float] = {
+        node_id: resources.get(CARD_RESOURCE, 0.0)
+        for node_id, resources in available_resources_per_node().items()
+    }
+    free[""] = sum(free.values()) - sum(needed.values()) + needed.get("", 0.0)
+    return sum(
+        math.ceil(number - free.get(node_id, 0.0))
+        for node_id, number in needed.items()
+        if number > free.get(node_id, 0.0) + 1e-6
+    )
 
 
 def _build(build: Callable[[Request], Result], request: Request) -> Result | QaicRayError:

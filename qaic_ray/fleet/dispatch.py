@@ -1,392 +1,399 @@
 """Which worker answers which prompts next: events in, commands out. Knows no clock, card or Ray.
 
-`handle` is the only door. What happened comes in as an event, what is to be done goes out as
-commands, and how that ended comes back as another event (`messages.py`). A prompt that was read is
-*waiting* (in the heap), *running* (in one shard, on one worker) or done.
+`handle` is the only door. What happened comes in as an event with the time at which it was heard,
+what is to be done goes out as commands, and how that ended comes back as another event
+(`messages.py`). A prompt that was read *waits* (`waiting.py`), *runs* (in a shard, on a worker) or
+is done; of one that is done nothing is kept. What an event costs does not grow with the fleet.
 
 The policy is guided self-scheduling. Long prompts go first, so that what is left for the end is
-short; by powers of two while much remains, so that prompts of about the same length go in input
-order and answers can be shown early, and exactly by length at the end. While much remains a shard
-is a few times the worker's slots and the next one is queued behind it, so that a card never drains
-between two; when the input has been read to its end, shards shrink with the work that is left, so
-that no card is left alone with a large one. Prompts come in bands, one for each read, and an older
-band goes first: a short prompt never waits for the end of a long input, and the rows held back to
-restore the input's order stay few.
+short. A shard is about a second of a worker's time by its own measured speed, and about as much is
+queued behind it, so that a card never drains. When the input has been read to its end, shards
+shrink with the work that is left; when nothing waits, what is queued in some cards is taken back
+for those that are idle, and the last prompts of a straggler run a second time (`ending.py`).
+Prompts come in bands, one for each read, and an older band goes first: a short prompt never waits
+for the end of a long input, and the rows held back to restore the input's order stay few.
 
-Retry is decided here and nowhere else. When a worker dies, the prompts it had not answered go to
-the others in smaller and smaller shards; the last attempt of a prompt runs alone on its worker, so
-that a prompt is given up only for what happened to itself, never for its neighbour.
+Retry is decided here and nowhere else. A worker that is lost, hangs or fails is opened again after
+a rest, and given up after MAX_FAILURES failures with no row in between; the run goes on with the
+others, and ends `abandoned` when there are none, with the open prompts undone. A prompt that was
+unfinished on a dying worker goes again in a smaller group, then alone, and dying alone twice makes
+it an error row, on two workers where there are two: a prompt is given up only for what happened to
+itself, never for its neighbour. Nor is a worker for its prompts: a death with a lone prompt counts
+for the prompt, and after a failure a worker shows with fresh prompts whether it is well before it
+is given suspects.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Sequence
 
+from qaic_ray.fleet import sizing
+from qaic_ray.fleet.ending import Ending
+from qaic_ray.fleet.ledger import Ledger, Shard
 from qaic_ray.fleet.messages import (
     Command,
     DeliverRows,
     Event,
     PromptsRead,
+    QuarantineWorker,
     ReadPrompts,
+    ReplaceWorker,
     RetireWorker,
     RowsFinished,
     RunShard,
     RunStarted,
     ShardFailed,
     ShardFinished,
+    ShardTakenBack,
+    TakeBackShard,
+    TimePassed,
+    WakeAt,
     WorkerFailedToOpen,
     WorkerLost,
+    WorkerProgress,
     WorkerReady,
 )
+from qaic_ray.fleet.roster import Roster
+from qaic_ray.fleet.standing import MAX_FAILURES, MAX_OPEN_S, MAX_TRANSIENTS, State, Worker
+from qaic_ray.fleet.waiting import ALONE_FROM, OpenPrompt
 from qaic_ray.rows import Prompt, Row
 
-MAX_ATTEMPTS = 3
-SHARDS_IN_FLIGHT = 2
-SHARD_ROUNDS = 4
-"""A full shard holds this many prompts for each of the worker's slots."""
-RETRY_SHRINK = 4
-"""A full shard is this many times smaller with each further attempt."""
-GUIDE = 3
-"""Near the end a shard is a worker's share of what is left, divided by this: two in flight leave
-a third of the share to whoever turns out to be quick."""
-READ_AHEAD = 8192
-"""Prompts read at once, and how many there are in a band."""
-ANSWER_WORK = 1024.0
-"""Work of one answer, in characters of prompt: decoding costs about what reading these does."""
-
-
-def text_work(prompt: Prompt) -> float:
-    """Estimated work of a prompt where nothing better is known, in characters."""
-    return len(prompt.text) + ANSWER_WORK
-
-
-@dataclass
-class _Open:
-    """A prompt that was read and is not done; `shard_id` None while it waits."""
-
-    prompt: Prompt
-    work: float
-    band: int
-    attempt: int = 1
-    shard_id: int | None = None
-
-
-@dataclass
-class _Shard:
-    """Prompts on a worker; `unfinished` are the indexes that have no row yet."""
-
-    worker: str
-    attempt: int
-    unfinished: set[int]
-
-
-@dataclass
-class _Worker:
-    """A worker that is not lost; `slots` 0 while it opens."""
-
-    slots: int = 0
-    shards: list[int] = field(default_factory=list)
+LATE_S = 1.0
+"""Woken so late, the driver did not listen in between: nobody was silent."""
+_PASSED_OVER = 8  # so many workers in a row that nothing fits are enough for one event
 
 
 class Dispatcher:
     """The state of one run; see the module's text for the policy.
 
-    `abandoned` becomes true when prompts were given up because no worker was left.
+    `abandoned` becomes true when every worker was given up while prompts were left: those stay
+    undone, and nothing more is read.
     """
 
     def __init__(
         self,
         *,
-        work_of: Callable[[Prompt], float] = text_work,
-        max_attempts: int = MAX_ATTEMPTS,
-        read_ahead: int = READ_AHEAD,
+        work_of: Callable[[Prompt], float] = sizing.text_work,
+        read_ahead: int = sizing.READ_AHEAD,
     ) -> None:
         self.abandoned = False
         self._work_of = work_of
-        self._max_attempts = max_attempts
         self._read_ahead = read_ahead
-
-        self._workers: dict[str, _Worker] = {}
-        self._last_loss = ""
+        self._roster = Roster()
+        self._ledger = Ledger()
+        self._ending = Ending(self._ledger, self._roster)
+        self._hungry: deque[Worker] = deque()
+        self._out: list[Command] = []
+        self._now_s = 0.0
+        self._wake_s = math.inf
         self._started = False
-
-        self._open: dict[int, _Open] = {}
-        self._shards: dict[int, _Shard] = {}
-        self._num_shards = 0
-        # Least first: (band, -attempt, -length, index). An entry whose prompt is done is stale.
-        self._heap: list[tuple[int, int, float, int]] = []
-        self._num_waiting = 0
-        self._waiting_work = 0.0
-
-        self._num_read = 0
-        self._num_done = 0
-        self._num_bands = 0
         self._reading = False
         self._exhausted = False
-        self._ending = False
+        self._exact = False
 
     @property
     def finished(self) -> bool:
-        """Whether the input has been read to its end and every prompt is done."""
-        return self._exhausted and not self._open
+        """Whether there is nothing left to do: every prompt is done, or there is no worker."""
+        return self.abandoned or (self._exhausted and not self._ledger.open)
 
-    def handle(self, event: Event) -> list[Command]:
-        """Take in what happened; return what is to be done now.
+    def handle(self, event: Event, now_s: float) -> list[Command]:
+        """Take in what was heard at `now_s`, on a clock that never goes back; return what to do.
 
-        Events of a worker or shard that is gone already change nothing but this: a row of a prompt
+        Events of an incarnation or a shard that is gone change nothing but this: a row of a prompt
         that is still open is kept, whoever sends it. The first row of a prompt is the one kept.
         """
-        num_waiting = self._num_waiting
-        commands = self._absorb(event)
-        if self._started and not self._workers:
-            commands += _deliver(self._abandon())
-        if not (self._ending or self._much_remains()):
-            self._begin_ending()
-        concerned: Iterable[str] = self._workers
-        if isinstance(event, WorkerReady | RowsFinished | ShardFinished):
-            # Nothing changed for the others, unless there is more to hand out than before.
-            concerned = (event.worker,) if self._num_waiting <= num_waiting else self._workers
-        return [*commands, *self._hand_out(list(concerned)), *self._read_on()]
+        if now_s > self._wake_s + LATE_S:
+            self._roster.listening_s = now_s
+        if now_s >= self._wake_s or isinstance(event, TimePassed):
+            self._wake_s = math.inf
+        self._now_s = now_s
+        self._out = []
+        self._absorb(event)
+        for worker in self._roster.due(now_s):
+            self._look_at(worker)
+        if self._started and not self._roster.workers and self._ledger.open:
+            self.abandoned = True
+        if not self.finished:
+            self._hand_out()
+            self._read_on()
+            self._ask_to_be_woken()
+        return self._out
 
-    def _absorb(self, event: Event) -> list[Command]:
+    def _absorb(self, event: Event) -> None:
         match event:
-            case RunStarted(workers):
-                self._workers = {name: _Worker() for name in workers}
-                self._started = True
+            case RowsFinished(shard_id=shard_id, rows=rows):
+                self._hear_rows(shard_id, rows)
+            case ShardFinished(name, shard_id):
+                self._hear_end(shard_id, f"{name} gave no row for it")
+            case WorkerProgress(name, num_steps, incarnation):
+                worker = self._roster.alive(name, incarnation)
+                if worker is not None:
+                    self._roster.stepped(worker, self._now_s, num_steps)
             case PromptsRead(prompts, exhausted):
-                self._take_in(prompts)
-                self._reading = False
-                self._exhausted = exhausted
-            case WorkerReady(worker, slots):
-                if worker in self._workers:
-                    self._workers[worker].slots = slots
-            case RowsFinished(rows=rows):
-                return _deliver(self._accept(rows))
-            case ShardFinished(worker, shard_id):
-                return _deliver(self._end_shard(shard_id, f"{worker} gave no row for it"))
-            case ShardFailed(worker, shard_id, error, retryable):
-                if retryable and worker in self._workers:
-                    return [*_deliver(self._lose(worker, error)), RetireWorker(worker)]
-                return _deliver(self._end_shard(shard_id, f"{worker}: {error}"))
-            case WorkerFailedToOpen(worker, error) | WorkerLost(worker, error):
-                return _deliver(self._lose(worker, error))
-        return []
+                self._hear_prompts(prompts, exhausted)
+            case ShardTakenBack(shard_id=shard_id, indexes=indexes):
+                self._hear_taken_back(shard_id, indexes)
+            case ShardFailed():
+                self._hear_failure(event)
+            case WorkerReady(name, slots, incarnation):
+                self._hear_ready(self._roster.alive(name, incarnation), slots)
+            case WorkerFailedToOpen() | WorkerLost():
+                worker = self._roster.alive(event.worker, event.incarnation)
+                self._fail(worker, event.error, runs=False)
+            case RunStarted(names):
+                self._started = True
+                self._roster.start(names, self._now_s)
 
     # -- what happened
 
-    def _take_in(self, prompts: Sequence[Prompt]) -> None:
-        for prompt in prompts:
-            entry = _Open(prompt, self._work_of(prompt), self._num_bands)
-            self._open[prompt.index] = entry
-            self._wait(entry)
-        self._num_read += len(prompts)
-        self._num_bands += 1
+    def _hear_prompts(self, prompts: Sequence[Prompt], exhausted: bool) -> None:
+        self._ledger.read(prompts, self._work_of)
+        self._reading = False
+        self._exhausted = exhausted
+        if exhausted:
+            self._ledger.waiting.forget_bands()
 
-    def _accept(self, rows: Iterable[Row]) -> list[Row]:
-        kept = []
-        for row in rows:
-            entry = self._open.get(row.index)
-            if entry is None:
-                continue
-            if entry.shard_id is None:
-                self._leave_waiting(entry)
-            else:
-                self._shards[entry.shard_id].unfinished.discard(row.index)
-            self._close(entry)
-            kept.append(row)
-        return kept
+    def _hear_ready(self, worker: Worker | None, slots: int) -> None:
+        if worker is not None and worker.state is State.OPENING:
+            self._roster.ready(worker, slots, self._now_s)
+            self._look_after(worker)
 
-    def _end_shard(self, shard_id: int, error: str) -> list[Row]:
-        """Take a shard off its worker; return the rows of prompts that had their last attempt."""
-        shard = self._shards.pop(shard_id, None)
+    def _hear_rows(self, shard_id: int, rows: Sequence[Row]) -> None:
+        shard = self._ledger.shards.get(shard_id)
         if shard is None:
-            return []
-        self._workers[shard.worker].shards.remove(shard_id)
-        given_up = []
-        for index in sorted(shard.unfinished):
-            entry = self._open[index]
-            if entry.attempt < self._max_attempts:
-                entry.attempt += 1
-                self._wait(entry)
-                continue
-            self._close(entry)
-            given_up.append(
-                Row.failed(
-                    entry.prompt,
-                    f"Given up after {entry.attempt} attempts; the last one: {error}",
-                    worker=shard.worker,
-                    attempts=entry.attempt,
-                )
-            )
-        return given_up
+            self._deliver(self._ledger.accept(rows))
+            return
+        worker = shard.worker
+        self._ledger.measure_row(shard, rows, self._now_s)
+        full, work = worker.num_unfinished >= worker.slots, worker.work
+        self._deliver(self._ledger.accept(rows))
+        self._roster.worked(worker, self._now_s, work - worker.work, full=full)
+        if any(row.ok for row in rows):
+            worker.answered()
+        self._look_after(worker)
 
-    def _lose(self, name: str, error: str) -> list[Row]:
-        worker = self._workers.get(name)
+    def _hear_end(self, shard_id: int, error: str) -> None:
+        """A shard ended; what it gave no row for is to blame itself."""
+        shard = self._ledger.shards.get(shard_id)
+        if shard is None:
+            return
+        if shard.asked and not shard.answered and shard.unfinished:
+            shard.ended = True  # they may have been taken back, which is heard next
+            return
+        self._blame(shard, error)
+        self._look_after(shard.worker)
+
+    def _hear_taken_back(self, shard_id: int, indexes: Sequence[int]) -> None:
+        shard = self._ledger.shards.get(shard_id)
+        if shard is None or not shard.asked or shard.answered:
+            return
+        self._ledger.give_back(shard, indexes)
+        if shard.ended:
+            self._hear_end(shard_id, f"{shard.worker.name} gave no row for it")
+            return
+        self._ending.note_queue(shard.worker, self._now_s)
+        self._look_after(shard.worker)
+
+    def _hear_failure(self, event: ShardFailed) -> None:
+        shard = self._ledger.shards.get(event.shard_id)
+        if shard is None:
+            return
+        worker = shard.worker
+        if not event.retryable:
+            self._blame(shard, f"{worker.name}: {event.error}")
+        elif worker.transients == MAX_TRANSIENTS:
+            self._fail(worker, event.error, runs=True)
+            return
+        else:
+            worker.transients += 1
+            if self._ledger.hold(shard, self._now_s):
+                worker.retry_s = self._now_s + worker.pause_s
+        self._look_after(worker)
+
+    def _fail(self, worker: Worker | None, error: str, *, runs: bool) -> None:
+        """A worker is lost, or of no use; `runs`: its process may still be there."""
         if worker is None:
-            return []
-        error = f"{name}: {error}"
-        rows = [row for id_ in list(worker.shards) for row in self._end_shard(id_, error)]
-        del self._workers[name]
-        self._last_loss = error
-        return rows
+            return
+        shards = [self._ledger.shards[shard_id] for shard_id in worker.shards]
+        ran = [shard for shard in shards if shard.unfinished and not shard.held]
+        # Where a lone prompt is to blame, the worker is not.
+        worker.failures += not any(shard.alone for shard in ran)
+        self._roster.rest(worker, self._now_s)
+        for shard in shards:
+            if shard.held:
+                self._ledger.release(shard)
+            else:
+                self._blame(shard, f"{worker.name}: {error}")
+        if worker.failures >= MAX_FAILURES:
+            del self._roster.workers[worker.name]
+            self._out.append(QuarantineWorker(worker.name, error))
+            return
+        if runs:
+            self._out.append(RetireWorker(worker.name, error))
+        self._roster.set_timer(worker)
 
-    def _abandon(self) -> list[Row]:
-        """Give up every open prompt: there is no worker left, and none on its way."""
-        if not self._open:
-            return []
-        error = f"No card is left to answer it; the last one to go was {self._last_loss}"
-        entries = [self._open[index] for index in sorted(self._open)]
-        self._heap.clear()
-        for entry in entries:
-            self._leave_waiting(entry)
-            self._close(entry)
-        self.abandoned = True
-        return [Row.failed(entry.prompt, error, attempts=entry.attempt - 1) for entry in entries]
+    def _blame(self, shard: Shard, error: str) -> None:
+        """End a shard; what it has no row for comes again with a mark, or has had its last go."""
+        self._deliver(self._ledger.blame(shard, self._ledger.end(shard), error))
 
-    # -- what is to be done
+    def _deliver(self, rows: Sequence[Row]) -> None:
+        if rows:
+            self._out.append(DeliverRows(tuple(rows)))
 
-    def _hand_out(self, names: Sequence[str]) -> list[Command]:
-        """Shards for these workers, one each and then another, until none takes more."""
-        commands: list[Command] = []
-        while hungry := [name for name in names if self._wants_shard(name)]:
-            commands += [self._new_shard(name) for name in hungry if self._wants_shard(name)]
-        return commands
+    # -- what time brings
 
-    def _wants_shard(self, name: str) -> bool:
-        worker = self._workers.get(name)
-        if worker is None or not worker.slots or not self._num_waiting:
-            return False
-        if not worker.shards:
-            return True
-        attempts = [self._next().attempt, *(self._shards[id_].attempt for id_ in worker.shards)]
-        if len(worker.shards) == SHARDS_IN_FLIGHT or any(map(self._is_last, attempts)):
-            return False
-        return self._num_unfinished(worker) < worker.slots or self._much_remains()
+    def _look_after(self, worker: Worker) -> None:
+        """Something changed for this worker: it may want work, and have another deadline."""
+        if not worker.hungry and self._wants(worker):
+            worker.hungry = True
+            self._hungry.append(worker)
+        if worker.timer_s == math.inf or worker.retry_s is not None or len(worker.shards) < 2:
+            self._roster.set_timer(worker)  # else the one that is set can only be too early
 
-    def _new_shard(self, name: str) -> RunShard:
-        worker = self._workers[name]
-        attempt = self._next().attempt
-        least, most, share = self._shard_size(worker, attempt)
-        entries: list[_Open] = []
-        work = 0.0
-        while self._num_waiting and len(entries) < most and self._next().attempt == attempt:
-            if len(entries) >= least and work >= share:
-                break
-            entry = self._next()
-            heapq.heappop(self._heap)
-            self._leave_waiting(entry)
-            entries.append(entry)
-            work += entry.work
-        shard_id = self._num_shards
-        self._num_shards += 1
-        for entry in entries:
-            entry.shard_id = shard_id
-        self._shards[shard_id] = _Shard(name, attempt, {entry.prompt.index for entry in entries})
-        worker.shards.append(shard_id)
-        return RunShard(name, shard_id, tuple(entry.prompt for entry in entries), attempt)
+    def _look_at(self, worker: Worker) -> None:
+        """The time has come that was set for this worker; it may have moved since."""
+        if self._now_s < worker.deadline_s(self._roster.listening_s):
+            self._roster.set_timer(worker)
+        elif worker.state is State.RESTING:
+            worker.reopen(self._now_s)
+            self._out.append(ReplaceWorker(worker.name, worker.incarnation))
+            self._roster.set_timer(worker)
+        elif worker.state is State.OPENING:
+            self._fail(worker, f"it did not open within {MAX_OPEN_S:.0f} s", runs=True)
+        elif self._now_s >= worker.stall_at_s(self._roster.listening_s):
+            self._fail(worker, f"it made no step for {worker.stall_s:.0f} s", runs=True)
+        else:
+            worker.retry_s = None
+            for shard in self._ledger.resume(worker):
+                self._order(shard)
+            self._look_after(worker)
 
-    def _shard_size(self, worker: _Worker, attempt: int) -> tuple[int, int, float]:
-        """Least and most prompts of the next shard, and the work after which it is full."""
-        if self._is_last(attempt):
-            return 1, 1, 0.0
-        most = max(1, SHARD_ROUNDS * worker.slots // RETRY_SHRINK ** (attempt - 1))
-        if not self._exhausted:
-            return most, most, math.inf
-        num_workers = len(self._workers)  # those that still open will want their share
-        fair = math.ceil(self._num_waiting / num_workers)
-        idle_slots = max(1, worker.slots - self._num_unfinished(worker))
-        return min(idle_slots, fair, most), most, self._waiting_work / (GUIDE * num_workers)
+    def _ask_to_be_woken(self) -> None:
+        time_s = self._roster.next_s
+        if self._hungry and self._is_ending:
+            time_s = min(time_s, self._ending.next_s)
+        if time_s < self._wake_s:
+            self._wake_s = time_s
+            self._out.append(WakeAt(time_s))
 
-    def _is_last(self, attempt: int) -> bool:
-        return 1 < attempt == self._max_attempts
+    # -- who gets what
+
+    def _wants(self, worker: Worker) -> bool:
+        return sizing.wants_shard(worker, self._ledger, self._roster, exhausted=self._exhausted)
 
     def _much_remains(self) -> bool:
-        return not self._exhausted or self._num_waiting > SHARDS_IN_FLIGHT * self._num_slots()
+        return sizing.much_remains(self._ledger.waiting, self._roster, exhausted=self._exhausted)
 
-    def _num_slots(self) -> int:
-        """Slots of all workers; one that still opens will have as many as the largest open one."""
-        slots = [worker.slots for worker in self._workers.values()]
-        return sum(slots) + slots.count(0) * max(slots, default=0)
+    def _hand_out(self) -> None:
+        """Shards for those that want one, one each and then another, until none takes more."""
+        waiting = self._ledger.waiting
+        if not (self._exact or self._much_remains()):
+            self._exact = True
+            waiting.order_exactly()
+        passed_over = 0
+        while waiting and self._hungry and passed_over < _PASSED_OVER:
+            worker = self._hungry.popleft()
+            worker.hungry = False
+            if not self._wants(worker):
+                continue
+            passed_over = 0 if self._give(worker) else passed_over + 1
+            self._look_after(worker)
+        if self._hungry and self._is_ending:
+            self._move_work()
 
-    def _num_unfinished(self, worker: _Worker) -> int:
-        return sum(len(self._shards[shard_id].unfinished) for shard_id in worker.shards)
+    def _give(self, worker: Worker) -> bool:
+        """A shard, or the promise of one; False where nothing that waits fits this worker."""
+        waiting = self._ledger.waiting
+        if not worker.failures or not waiting.fresh:
+            suspect = self._suspect_for(worker)
+            if suspect is not None and not worker.shards:
+                waiting.remove(suspect)
+                self._run(worker, [suspect], alone=True)
+                return True
+            if suspect is not None and len(waiting.suspects) > self._roster.num_draining:
+                self._roster.drain(worker, True)
+                return True
+        self._roster.drain(worker, False)
+        taken, alone = sizing.take_group(worker, waiting, self._roster, exhausted=self._exhausted)
+        if taken:
+            self._run(worker, taken, alone=alone)
+        return bool(taken)
 
-    def _read_on(self) -> list[Command]:
+    def _suspect_for(self, worker: Worker) -> OpenPrompt | None:
+        """One that did not die on this worker, if there is another worker for those that did."""
+        others = len(self._roster.workers) > 1
+        return self._ledger.waiting.suspect_for(worker.name if others else None)
+
+    def _run(self, worker: Worker, entries: Sequence[OpenPrompt], *, alone: bool) -> None:
+        self._roster.drain(worker, False)
+        shard = self._ledger.begin(worker, entries, self._now_s, alone=alone)
+        self._ending.note(shard, self._now_s)
+        self._order(shard)
+
+    def _order(self, shard: Shard) -> None:
+        self._out.append(RunShard(shard.worker.name, shard.id, shard.prompts, shard.attempt))
+
+    def _read_on(self) -> None:
         if not self._started or self._reading or self._exhausted:
-            return []
-        # Enough for two full shards on every worker, twice.
-        num_prompts = max(self._read_ahead, 2 * SHARDS_IN_FLIGHT * SHARD_ROUNDS * self._num_slots())
-        if self._num_waiting > num_prompts // 2:
-            return []
-        self._reading = True
-        return [ReadPrompts(num_prompts)]
+            return
+        num_prompts = sizing.num_to_read(self._ledger.waiting, self._roster, self._read_ahead)
+        if num_prompts:
+            self._reading = True
+            self._out.append(ReadPrompts(num_prompts))
 
-    # -- waiting prompts
+    # -- the end of the run
 
-    def _wait(self, entry: _Open) -> None:
-        entry.shard_id = None
-        heapq.heappush(self._heap, self._key(entry))
-        self._num_waiting += 1
-        self._waiting_work += entry.work
+    @property
+    def _is_ending(self) -> bool:
+        return self._exhausted and not self._ledger.waiting.num_grouped
 
-    def _key(self, entry: _Open) -> tuple[int, int, float, int]:
-        length = entry.work if self._ending else math.frexp(entry.work)[1]
-        return entry.band, -entry.attempt, -length, entry.prompt.index
+    def _move_work(self) -> None:
+        """Nothing waits, and somebody is idle."""
+        if not self._ending.begun:
+            self._ending.begin(self._now_s)
+        while self._ledger.num_asked < len(self._hungry):
+            shard = self._ending.next_to_ask()
+            if shard is None:
+                break
+            self._ledger.ask(shard)
+            self._out.append(TakeBackShard(shard.worker.name, shard.id))
+        while self._hungry:
+            entry = self._ending.next_to_run_again(self._now_s)
+            if entry is None:
+                break
+            worker = self._idle_for(entry)
+            if worker is None:
+                self._ending.later(entry, self._now_s)
+            else:
+                self._run(worker, [entry], alone=entry.attempt >= ALONE_FROM)
+                self._look_after(worker)
 
-    def _begin_ending(self) -> None:
-        self._ending = True
-        waiting = (entry for entry in self._open.values() if entry.shard_id is None)
-        self._heap = [self._key(entry) for entry in waiting]
-        heapq.heapify(self._heap)
-
-    def _leave_waiting(self, entry: _Open) -> None:
-        self._num_waiting -= 1
-        self._waiting_work -= entry.work
-
-    def _next(self) -> _Open:
-        """The waiting prompt whose turn it is; there must be one."""
-        while self._heap[0][-1] not in self._open:
-            heapq.heappop(self._heap)
-        return self._open[self._heap[0][-1]]
-
-    def _close(self, entry: _Open) -> None:
-        del self._open[entry.prompt.index]
-        self._num_done += 1
+    def _idle_for(self, entry: OpenPrompt) -> Worker | None:
+        """Of the first few that want work one that may run this prompt a second time."""
+        shard = self._ledger.shards[entry.shard_ids[0]]
+        for _ in range(min(_PASSED_OVER, len(self._hungry))):
+            worker = self._hungry.popleft()
+            worker.hungry = False
+            fits = worker is not shard.worker and not (shard.alone and worker.shards)
+            if self._wants(worker) and fits:
+                return worker
+            self._look_after(worker)
+        return None
 
     # -- invariants
 
     def check(self) -> None:
-        """Assert what always holds between two events; a failure is a bug of this module."""
-        assert self._num_read == len(self._open) + self._num_done
-        waiting = {index for index, entry in self._open.items() if entry.shard_id is None}
-        running = [index for shard in self._shards.values() for index in shard.unfinished]
-        assert len(running) == len(set(running)), "a prompt runs in two shards"
-        assert waiting.isdisjoint(running)
-        assert waiting | set(running) == set(self._open)
-        assert len(waiting) == self._num_waiting
-        assert waiting <= {key[-1] for key in self._heap}
-        assert math.isclose(
-            self._waiting_work, sum(self._open[i].work for i in waiting), abs_tol=1e-3
-        )
-        held = [shard_id for worker in self._workers.values() for shard_id in worker.shards]
-        assert sorted(held) == sorted(self._shards), "a shard is held by no worker, or by two"
-        for shard_id, shard in self._shards.items():
-            assert shard_id in self._workers[shard.worker].shards
-            assert 1 <= shard.attempt <= self._max_attempts
-            for index in shard.unfinished:
-                assert self._open[index].shard_id == shard_id
-                assert self._open[index].attempt == shard.attempt
-        for worker in self._workers.values():
-            assert len(worker.shards) <= SHARDS_IN_FLIGHT
-            assert worker.shards or not worker.slots or not waiting, "an idle worker, and work"
-            assert len(worker.shards) <= 1 or not any(
-                self._is_last(self._shards[shard_id].attempt) for shard_id in worker.shards
-            ), "a last attempt has company"
-        assert self._workers or not self._started or not self._open
-
-
-def _deliver(rows: Sequence[Row]) -> list[Command]:
-    return [DeliverRows(tuple(rows))] if rows else []
+        """Assert what always holds between two events; a failure is a bug of this package."""
+        self._ledger.check()
+        self._roster.check()
+        waiting = self._ledger.waiting
+        if self.finished:
+            return
+        for worker in self._roster.workers.values():
+            assert worker.hungry == (worker in self._hungry)
+            idle = worker.state is State.READY and not worker.shards
+            assert worker.hungry or not idle, "nobody will think of an idle worker"
+            assert not (idle and waiting.num_grouped), "an idle worker, and work"
+            assert not (idle and self._suspect_for(worker)), "an idle worker, and a suspect"

@@ -13,22 +13,29 @@ from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 from qaic_ray.fleet.dispatch import Dispatcher
+from qaic_ray.fleet.fingerprint import Intake
+from qaic_ray.fleet.journal import Journal
 from qaic_ray.fleet.messages import (
     Command,
     DeliverRows,
     Event,
     PromptsRead,
+    QuarantineWorker,
     ReadPrompts,
+    ReplaceWorker,
     RetireWorker,
     RowsFinished,
     RunShard,
     RunStarted,
     ShardFailed,
+    TakeBackShard,
+    TimePassed,
+    WakeAt,
     WorkerFailedToOpen,
     WorkerLost,
     WorkerReady,
 )
-from qaic_ray.fleet.outputs import InputOrder
+from qaic_ray.fleet.outputs import Delivery
 from qaic_ray.fleet.result import FleetResult, Tally, WorkerResult
 from qaic_ray.metrics import Measurement, Span
 from qaic_ray.rows import Prompt, Row
@@ -38,30 +45,61 @@ if TYPE_CHECKING:
 
 
 class Cards(Protocol):
-    """What the loop needs of the cards; opening them has begun."""
+    """What the loop needs of the cards; opening each for the first time has begun.
+
+    Nothing here blocks but `wait`, and nothing raises because a card is gone: that is an event.
+    What is said of a worker itself carries its incarnation, 0 for the first opening and then what
+    `replace` was told; what is said of a shard carries the shard's id, which is given once.
+    """
 
     @property
     def names(self) -> Sequence[str]:
         """Every worker that is being opened."""
 
-    def wait(self) -> Event:
-        """Block until a worker has something to say, and return it.
+    def wait(self, timeout_s: float | None) -> Event | None:
+        """Block until a worker has something to say, and return it; None after `timeout_s`.
+
+        In here the workers are asked for their engines' steps now and then, every few seconds for
+        each one that is ready, without waiting for the answer: what comes is a WorkerProgress. The
+        first, of 0 steps, follows WorkerReady and is made up here: from then on the worker is
+        watched, even if it never answers a single time.
 
         Raises:
             UsageError: a worker found that the request itself is wrong.
         """
 
     def run(self, shard: RunShard) -> None:
-        """Begin a shard; what comes of it is heard from `wait`."""
+        """Begin a shard; rows are answered in the order of its prompts, behind older shards.
+
+        What comes of it is heard from `wait`: RowsFinished, then one ShardFinished or ShardFailed,
+        or WorkerLost for all that the worker held.
+        """
+
+    def take_back(self, worker: str, shard_id: int) -> None:
+        """Ask a worker for the prompts of a shard that its engine has not begun.
+
+        One ShardTakenBack is heard for it, with no indexes where all have begun; of a worker that
+        is lost, retired or replaced none is needed. The shard itself goes on, and ends with
+        ShardFinished, which may be heard before the ShardTakenBack or after it.
+        """
 
     def retire(self, worker: str) -> None:
-        """End a worker at once; nothing more is heard of it."""
+        """End a worker's process at once, if it is there; nothing more is heard of it."""
+
+    def replace(self, worker: str, incarnation: int) -> None:
+        """Retire a worker, and begin to open it again with the same cards.
+
+        WorkerReady or WorkerFailedToOpen is heard, with this incarnation.
+        """
+
+    def quarantine(self, worker: str, error: str) -> None:
+        """Retire a worker for the rest of the run; its cards are given back."""
 
     def info(self, worker: str) -> WorkerInfo:
         """What a worker that is ready has."""
 
     def measurements(self) -> Mapping[str, Measurement]:
-        """The work of every worker that still lives."""
+        """The work of every worker that still lives, since it was last opened."""
 
 
 @dataclass(frozen=True)
@@ -84,18 +122,26 @@ class Audience:
     """Who is told what, while the run goes.
 
     Attributes:
-        on_row: each row of the input once, in input order, as soon as the order allows.
+        on_row: each row of the input once, in input order, as soon as the order allows and, where
+            there is a journal, it is on the disk.
+        on_earlier_row: in place of `on_row`, and before it is called at all, for each row whose
+            turn had come when an earlier session of the run ended.
         on_worker_ready: each worker that has opened.
         on_progress: after each change of the counts.
     """
 
     on_row: Callable[[Row], None] = _ignore
+    on_earlier_row: Callable[[Row], None] = _ignore
     on_worker_ready: Callable[[WorkerInfo], None] = _ignore
     on_progress: Callable[[Progress], None] = _ignore
 
 
 class Driver:
-    """One run of prompts over cards."""
+    """One run of prompts over cards.
+
+    With a `journal` that has rows of earlier sessions the run goes on: those rows are counted as
+    they are, and of the prompts only the others are answered.
+    """
 
     def __init__(
         self,
@@ -105,29 +151,62 @@ class Driver:
         *,
         dispatcher: Dispatcher | None = None,
         clock: Callable[[], float] = time.monotonic,
+        journal: Journal | None = None,
     ) -> None:
         self._cards = cards
-        self._prompts: Iterator[Prompt | Row] = iter(prompts)
+        self._intake = Intake()
+        self._prompts: Iterator[Prompt | Row] = self._intake.unanswered(prompts)
         self._audience = audience
         self._dispatcher = dispatcher or Dispatcher()
         self._clock = clock
 
-        self._order = InputOrder()
+        self._delivery = Delivery(journal, audience.on_row, audience.on_earlier_row, clock=clock)
         self._tally = Tally()
         self._infos: dict[str, WorkerInfo] = {}
         self._errors: dict[str, str] = {}
         self._span: Span | None = None
         self._progress = Progress()
+        self._wake_s: float | None = None
 
     def run(self) -> FleetResult:
-        """Answer every prompt, or say why not, and return what came of it."""
+        """Answer every prompt, or say why not, and return what came of it.
+
+        Raises:
+            UsageError: the input is not the one that earlier sessions had.
+            QaicRayError: the journal cannot be read or written.
+        """
+        self._take_up()
         events: deque[Event] = deque([RunStarted(tuple(self._cards.names))])
         while not self._dispatcher.finished:
-            event = events.popleft() if events else self._cards.wait()
+            event = events.popleft() if events else self._next_event()
             self._hear(event)
-            for command in self._dispatcher.handle(event):
+            for command in self._dispatcher.handle(event, self._clock()):
                 events.extend(self._obey(command))
+        self._delivery.finish()
         return self._result()
+
+    def _take_up(self) -> None:
+        """Take in what earlier sessions of the run have done."""
+        for entry in self._delivery.replay():
+            self._intake.leave_out(entry.row.index, entry.digest)
+            self._count([entry.row])
+        self._progress = replace(self._progress, rows_read=self._progress.rows_done)
+        if self._progress.rows_done:
+            self._audience.on_progress(self._progress)
+
+    def _next_event(self) -> Event:
+        """What the cards say next; while they say nothing, rows go their way."""
+        while True:
+            self._delivery.go_on()
+            wake_in_s = None if self._wake_s is None else max(0.0, self._wake_s - self._clock())
+            due_in_s = self._delivery.due_in_s()
+            timeout_s = min((s for s in (wake_in_s, due_in_s) if s is not None), default=None)
+            event = self._cards.wait(timeout_s)
+            if event is not None:
+                return event
+            if wake_in_s == timeout_s:
+                self._wake_s = None
+                return TimePassed()
 
     def _hear(self, event: Event) -> None:
         match event:
@@ -150,8 +229,18 @@ class Driver:
                 self._cards.run(command)
             case DeliverRows(rows):
                 self._deliver(rows)
-            case RetireWorker(worker):
+            case TakeBackShard(worker, shard_id):
+                self._cards.take_back(worker, shard_id)
+            case WakeAt(time_s):
+                self._wake_s = time_s
+            case RetireWorker(worker, error):
+                self._errors[worker] = error
                 self._cards.retire(worker)
+            case ReplaceWorker(worker, incarnation):
+                self._cards.replace(worker, incarnation)
+            case QuarantineWorker(worker, error):
+                self._errors[worker] = error
+                self._cards.quarantine(worker, error)
         return []
 
     def _read(self, num_items: int) -> PromptsRead:
@@ -168,10 +257,15 @@ class Driver:
         )
 
     def _deliver(self, rows: Sequence[Row]) -> None:
+        span_s = self._span.seconds if self._span else 0.0
+        for row in rows:
+            self._delivery.add(row, self._intake.settle(row.index), span_s)
+        self._count(rows)
+        self._audience.on_progress(self._progress)
+
+    def _count(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self._tally.add(row)
-            for ready in self._order.push(row):
-                self._audience.on_row(ready)
         before = self._progress
         self._progress = replace(
             before,
@@ -179,7 +273,6 @@ class Driver:
             rows_failed=before.rows_failed + sum(not row.ok for row in rows),
             generated_tokens=before.generated_tokens + sum(row.generated_tokens for row in rows),
         )
-        self._audience.on_progress(self._progress)
 
     def _worked(self) -> None:
         now_s = self._clock()
@@ -188,6 +281,8 @@ class Driver:
 
     def _result(self) -> FleetResult:
         engines = self._cards.measurements()
+        # Workers of earlier sessions that this one does without.
+        gone = sorted(self._tally.workers - {"", *self._cards.names})
         workers = tuple(
             WorkerResult(
                 name=name,
@@ -195,13 +290,24 @@ class Driver:
                 measurement=self._tally.measurement(name, engines.get(name)),
                 error=self._errors.get(name),
             )
-            for name in self._cards.names
+            for name in (*self._cards.names, *gone)
         )
         error = "Every card was lost; the prompts that were left have no answer."
         return FleetResult(
             workers=workers,
             unassigned=self._tally.measurement(""),
-            span=self._span,
+            span=self._whole_span(),
             length_counts=dict(self._tally.length_counts),
             error=error if self._dispatcher.abandoned else None,
+            rows_in=self._intake.num_rows,
+            inputs_sha256=self._intake.sha256,
         )
+
+    def _whole_span(self) -> Span | None:
+        """This session's span, with the time that cards worked in earlier ones put before it."""
+        earlier_s = self._delivery.earlier_s
+        if not earlier_s:
+            return self._span
+        now_s = self._clock()
+        span = self._span or Span(now_s, now_s)
+        return Span(span.start_s - earlier_s, span.end_s)

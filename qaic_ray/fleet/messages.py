@@ -2,9 +2,16 @@
 
 Each command that something must come of has its events:
 
-    ReadPrompts -> PromptsRead
-    RunShard    -> RowsFinished (any number), then ShardFinished, ShardFailed or WorkerLost
-    RetireWorker, DeliverRows   (nothing comes back)
+    ReadPrompts   -> PromptsRead
+    RunShard      -> RowsFinished (any number), then ShardFinished, ShardFailed or WorkerLost
+    TakeBackShard -> ShardTakenBack; before or after it the shard's own end, or WorkerLost
+    ReplaceWorker -> WorkerReady or WorkerFailedToOpen
+    WakeAt        -> TimePassed
+    DeliverRows, RetireWorker, QuarantineWorker   (nothing comes back)
+
+A worker has a life for each time that it is opened, counted from 0. What is said of the worker
+itself carries the `incarnation` that said it, so that the last words of one that was replaced are
+never taken for the new one's. What is said of a shard needs none: a shard's number is given once.
 """
 
 from __future__ import annotations
@@ -16,7 +23,7 @@ from qaic_ray.rows import Prompt, Row
 
 @dataclass(frozen=True)
 class RunStarted:
-    """These workers are being opened."""
+    """These workers are being opened, each for the first time."""
 
     workers: tuple[str, ...]
 
@@ -35,6 +42,7 @@ class WorkerReady:
 
     worker: str
     slots: int
+    incarnation: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class WorkerFailedToOpen:
 
     worker: str
     error: str
+    incarnation: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,20 @@ class WorkerLost:
 
     worker: str
     error: str
+    incarnation: int = 0
+
+
+@dataclass(frozen=True)
+class WorkerProgress:
+    """A worker's engine has made `num_steps` steps since it was opened.
+
+    A worker of which this was heard is watched from then on: while it has prompts and makes no step
+    for a limit that follows from its own speed, it is stalled.
+    """
+
+    worker: str
+    num_steps: int
+    incarnation: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +87,7 @@ class RowsFinished:
 
 @dataclass(frozen=True)
 class ShardFinished:
-    """A shard has given all its rows."""
+    """A shard has given all its rows, but for those that were taken back."""
 
     worker: str
     shard_id: int
@@ -72,12 +95,26 @@ class ShardFinished:
 
 @dataclass(frozen=True)
 class ShardFailed:
-    """A shard ended with an error. `retryable`: the worker is to blame, another may do it."""
+    """A shard ended with an error. `retryable`: the worker is to blame, and it may be passing."""
 
     worker: str
     shard_id: int
     error: str
     retryable: bool
+
+
+@dataclass(frozen=True)
+class ShardTakenBack:
+    """These prompts of a shard had not begun, and will not be answered there."""
+
+    worker: str
+    shard_id: int
+    indexes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TimePassed:
+    """Nothing happened until the time that was asked for."""
 
 
 Event = (
@@ -86,9 +123,12 @@ Event = (
     | WorkerReady
     | WorkerFailedToOpen
     | WorkerLost
+    | WorkerProgress
     | RowsFinished
     | ShardFinished
     | ShardFailed
+    | ShardTakenBack
+    | TimePassed
 )
 
 
@@ -110,6 +150,14 @@ class RunShard:
 
 
 @dataclass(frozen=True)
+class TakeBackShard:
+    """Let a worker give back those prompts of a shard that it has not begun."""
+
+    worker: str
+    shard_id: int
+
+
+@dataclass(frozen=True)
 class DeliverRows:
     """These rows are final, each the only one of its prompt."""
 
@@ -118,9 +166,42 @@ class DeliverRows:
 
 @dataclass(frozen=True)
 class RetireWorker:
-    """Give up a worker that still runs; whatever it holds has been taken back."""
+    """End a worker that may still run; whatever it holds has been taken back. It comes again."""
 
     worker: str
+    error: str
 
 
-Command = ReadPrompts | RunShard | DeliverRows | RetireWorker
+@dataclass(frozen=True)
+class ReplaceWorker:
+    """End whatever is left of a worker, and open it anew: that is its life `incarnation`."""
+
+    worker: str
+    incarnation: int
+
+
+@dataclass(frozen=True)
+class QuarantineWorker:
+    """End whatever is left of a worker, for this run; `error` says what the last straw was."""
+
+    worker: str
+    error: str
+
+
+@dataclass(frozen=True)
+class WakeAt:
+    """Say `TimePassed` at this time of the driver's clock, unless something is heard before."""
+
+    time_s: float
+
+
+Command = (
+    ReadPrompts
+    | RunShard
+    | TakeBackShard
+    | DeliverRows
+    | RetireWorker
+    | ReplaceWorker
+    | QuarantineWorker
+    | WakeAt
+)

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qaic_ray.fleet.figures import count_text, rate_text, seconds_text
-from qaic_ray.fleet.outputs import ERRORS_NAME
+from qaic_ray.fleet.outputs import ERRORS_NAME, Proof
 from qaic_ray.fleet.page import html_page
 from qaic_ray.fleet.result import FleetResult, WorkerResult
 from qaic_ray.folders import sync_path
@@ -45,6 +45,7 @@ class RunSummary:
     folder: Path
     model: str = ""
     qpc: str = ""
+    proof: Proof | None = None
 
     @property
     def ok(self) -> bool:
@@ -72,6 +73,7 @@ class RunSummary:
             "ttft_p90_s": round(quantile(total.ttft_s, 0.9), 6),
             **_engine_document(total),
             "error": self.result.error,
+            "proof": None if self.proof is None else self.proof.to_json(),
             "workers": [_worker_document(worker) for worker in self.result.workers],
             "ttft_s_histogram": histogram(Counter(total.ttft_s)),
             "generated_tokens_histogram": histogram(self.result.length_counts, whole=True),

@@ -37,8 +37,12 @@ class FleetResult:
         workers: in the order they were asked for.
         unassigned: rows that no worker was to blame for: malformed input, no card left.
         span: first shard handed out to last row in, on the driver's clock; None when no card ran.
+            In a run that was resumed the spans of the earlier sessions come before it, end to end:
+            the time in between, in which nothing ran, is left out.
         length_counts: generated tokens of an answer -> how many answers had that many.
         error: set when every card was lost and prompts were given up for that.
+        rows_in: rows of the input that were read.
+        inputs_sha256: over their digests, in order.
     """
 
     workers: tuple[WorkerResult, ...]
@@ -46,6 +50,8 @@ class FleetResult:
     span: Span | None
     length_counts: Mapping[int, int]
     error: str | None = None
+    rows_in: int = 0
+    inputs_sha256: str = ""
 
     @property
     def total(self) -> Measurement:
@@ -60,7 +66,7 @@ class FleetResult:
     @property
     def ok(self) -> bool:
         """Whether every row was answered."""
-        return self.total.failed_rows == 0
+        return self.error is None and self.total.failed_rows == 0
 
 
 @dataclass
@@ -80,6 +86,11 @@ class Tally:
     def __init__(self) -> None:
         self.length_counts: Counter[int] = Counter()
         self._counts: dict[str, _Counts] = {}
+
+    @property
+    def workers(self) -> set[str]:
+        """Everyone that rows were counted for, "" for none included."""
+        return set(self._counts)
 
     def add(self, row: Row) -> None:
         """Count one final row."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,35 +16,49 @@ from qaic_ray.pipeline.compile_step import CompileRequest, compile_on, requested
 from qaic_ray.pipeline.devices import choose_devices, choose_sdk, emulated_cards
 from qaic_ray.pipeline.export_step import export_step
 from qaic_ray.pipeline.listener import Listener
-from qaic_ray.pipeline.run_step import RunRequest, drawn_seed, run_on
+from qaic_ray.pipeline.request import RunRequest, drawn_seed, read_request
+from qaic_ray.pipeline.run_step import SdkChoice, run_on
 from qaic_ray.sdk import VENDOR_ROOT, Sdk, find_sdk
 
 if TYPE_CHECKING:
     from qaic_ray.fleet.report import RunSummary
 
 
-def launch_job(job: Job, listener: Listener) -> RunSummary:
+def launch_job(
+    job: Job, listener: Listener, *, resume: Path | None = None, retry_errors: bool = False
+) -> RunSummary:
     """The whole road of a job, on one Ray from the first compile to the last row.
+
+    Args:
+        job: as it was read.
+        listener: who is told.
+        resume: folder of a run of the same job that is to go on.
+        retry_errors: whether that run's rows of errors are tried again.
 
     Raises:
         UsageError: as early as it can be known.
         CompileError: when the variant to be run could not be compiled.
     """
     chosen_at = chosen_index(job)
-    sdk = choose_sdk(job.sdk, job.emulator, listener)
-    devices = choose_devices(sdk, None if job.run.devices == "all" else job.run.devices)
-    request = _run_request(job, devices)
+    sdk = SdkChoice(
+        choose_sdk(job.sdk, job.emulator, listener), job.sdk, emulated_cards(job.emulator)
+    )
+    request = _run_request(job, resume, retry_errors=retry_errors)
+    num_cards = 0
+    if job.ray.address is None:
+        devices = choose_devices(sdk.here, request.devices)
+        request, num_cards = replace(request, devices=devices), len(devices)
     prompts = request.open_prompts()
     exported = export_step(job.model, job.export, listener)
     compiling = _compile_request(job, exported.folder)
     builds = [
-        BuildRequest(variant, sdk, compiling.store)
-        for variant in requested_variants(compiling, sdk)
+        BuildRequest(variant, sdk.here, compiling.store)
+        for variant in requested_variants(compiling, sdk.here)
     ]
     from qaic_ray.fleet.cluster import Cluster
 
     listener.began("Ray")
-    with Cluster(len(devices), address=job.ray.address, dashboard=job.ray.dashboard) as cluster:
+    with Cluster(num_cards, address=job.ray.address, dashboard=job.ray.dashboard) as cluster:
         where = f", dashboard at {cluster.dashboard_url}" if cluster.dashboard_url else ""
         listener.ended(f"Ray{where}")
         outcomes = compile_on(cluster, builds, compiling.parallel, listener)
@@ -108,18 +122,22 @@ def chosen_index(job: Job) -> int:
     )
 
 
-def _run_request(job: Job, devices: tuple[int, ...]) -> RunRequest:
+def _run_request(job: Job, resume: Path | None, *, retry_errors: bool) -> RunRequest:
     """The run of a job, but for the QPC."""
-    seed = drawn_seed() if job.run.seed is None else job.run.seed
+    seed = job.run.seed
+    if seed is None:
+        seed = drawn_seed() if resume is None else read_request(resume).seed
     resolved = job.model_copy(update={"run": job.run.model_copy(update={"seed": seed})})
     run = resolved.run
     return RunRequest(
         name=job.name,
         model=job.model.name,
         qpc=Path(),
-        devices=devices,
+        devices=None if run.devices == "all" else run.devices,
         prompt=run.prompt,
         prompts_file=run.prompts,
+        prompts_format=run.prompts_format,
+        output_formats=run.output_formats,
         generation_len=run.generation_len,
         sampling=run.sampling,
         seed=seed,
@@ -129,8 +147,13 @@ def _run_request(job: Job, devices: tuple[int, ...]) -> RunRequest:
         prefix_reuse=run.prefix_reuse,
         drafts=run.drafts,
         draft_qpc=None if run.draft_qpc is None else Path(run.draft_qpc),
+        partitions=run.partitions,
+        group_size=run.group_size,
         output=Path(run.output),
+        ray_address=job.ray.address,
         job_text=dump_job(resolved),
+        resume=resume,
+        retry_errors=retry_errors,
     )
 
 

@@ -46,5 +46,8 @@ class Listener(Protocol):
     def card_ready(self, info: WorkerInfo) -> None:
         """A card has loaded its program."""
 
+    def remark(self, text: str) -> None:
+        """Something that the user may want to mend."""
+
     def answered(self, row: Row) -> None:
         """The next row, in input order."""

@@ -248,6 +248,8 @@ class Engine:
         """Tokens by every row's own parameters; a drafted token is kept where it is chosen."""
         num_columns = output.shape[1]
         flat = output.reshape(-1, output.shape[-1])
+        if drafts is None and all(laid.answers) and laid.rows == list(range(len(flat))):
+            return self._choose_all(step, flat)
         chosen: list[list[int]] = [[] for _ in laid.rows]
         tails = drafts if drafts is not None else [()] * len(chosen)
         racing = [i for i, answered in enumerate(laid.answers) if answered]
@@ -271,6 +273,15 @@ class Engine:
                 if len(chosen[i]) <= len(tails[i]) and chosen[i][-1] == tails[i][len(chosen[i]) - 1]
             ]
         return chosen
+
+    def _choose_all(self, step: Any, logits: Array) -> list[list[int]]:
+        """A token for every row of the program, all of which are answered, in their order."""
+        self._enter(step.rows)
+        choice = self._selector.choose(logits, [slot for slot, _ in step.rows])
+        for (_, sequence), logprob in zip(step.rows, choice.logprobs, strict=True):
+            if logprob is not None:
+                sequence.logprobs.append(logprob)
+        return [[token] for token in choice.tokens]
 
     def _enter(self, rows: Iterable[tuple[int, Sequence]]) -> None:
         for slot, sequence in rows:

@@ -100,9 +100,15 @@ class PositionIdsFeed:
         # Rows are in the order of their slots.
         where: Any = slice(None) if num_rows == len(ids) else rows
         at.fill(contract.PADDING_POSITION)
-        ids[where, 0] = [sequence.newest for _, sequence in step.rows]
+        # A row that has been answered before has its last answer to feed, and nothing else.
+        ids[where, 0] = [
+            sequence.output_ids[-1] if sequence.output_ids else sequence.newest
+            for _, sequence in step.rows
+        ]
         at[where, 0] = positions
-        answers = [sequence.num_uncomputed == 1 for _, sequence in step.rows]
+        answers = [
+            bool(sequence.output_ids) or sequence.num_uncomputed == 1 for _, sequence in step.rows
+        ]
         return Laid(shape, inputs, rows, [0] * num_rows, answers)
 
     def _lay_many(self, step: Step, drafts: Drafts | None) -> Laid:

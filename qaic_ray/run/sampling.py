@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from qaic_ray.run.drawing import ATTEMPTS, Drawer, Floats, Ints, Logits, Rules
+from qaic_ray.run.drawing import NUMBERS, Drawer, Floats, Ints, Logits, Rules
 from qaic_ray.run.logprobs import token_logprob
 from qaic_ray.sampling_params import SamplingParams, TokenLogprob
 
@@ -75,7 +74,7 @@ class Selector:
 
     def __init__(self, num_slots: int) -> None:
         self._rows: dict[int, _Row] = {}
-        self._uniforms = np.empty((num_slots, _SPAN, ATTEMPTS))
+        self._uniforms = np.empty((num_slots, _SPAN, NUMBERS))
         self._drawer = Drawer()
         self._changed = np.empty((0, 0), np.float32)
         self._group: _Group | None = None
@@ -144,21 +143,14 @@ class Selector:
         return self._changed
 
     def _draw(self, logits: Logits, group: _Group) -> Ints:
-        rows = group.drawn_rows
-        for slot, row in zip(group.drawn_slots, rows, strict=True):
+        numbers = []
+        for slot, row in zip(group.drawn_slots, group.drawn_rows, strict=True):
             if row.num_output >= row.end_of_span:
                 span = row.num_output // _SPAN
-                self._uniforms[slot] = _uniforms(row.seed, _SPAN * ATTEMPTS, 0, span).reshape(
-                    _SPAN, ATTEMPTS
-                )
+                self._uniforms[slot] = _uniforms(row.seed, span)
                 row.end_of_span = (span + 1) * _SPAN
-        numbers = np.array([row.num_output for row in rows]) % _SPAN
-        return self._drawer.draw(
-            logits,
-            group.rules,
-            self._uniforms[group.drawn_slots, numbers],
-            lambda row, turn: _uniforms(rows[row].seed, ATTEMPTS, turn, rows[row].num_output),
-        )
+            numbers.append(row.num_output % _SPAN)
+        return self._drawer.draw(logits, group.rules, self._uniforms[group.drawn_slots, numbers])
 
 
 class _Row:
@@ -168,12 +160,13 @@ class _Row:
         self.params = sequence.params
         self.seed = sequence.seed
         self.num_output = len(sequence.output_ids)
+        self._has_penalties = self.params.has_penalties
         self.end_of_span = 0
         self._stop_ids = np.array(sorted(sequence.stop_ids), np.int64)
         self._place: dict[int, int] = {}
         self._seen = np.empty(0, np.int64)
         self._count = np.empty(0, np.float32)
-        if self.params.has_penalties:
+        if self._has_penalties:
             for token in sequence.prompt_ids:
                 self._remember(token, 0)
             for token in sequence.output_ids:
@@ -182,12 +175,12 @@ class _Row:
     @property
     def adjusts(self) -> bool:
         """Whether the next token's logits are changed."""
-        return self.params.has_penalties or self.num_output < self.params.min_tokens
+        return self._has_penalties or self.num_output < self.params.min_tokens
 
     def adjust(self, logits: Logits) -> None:
         """Apply penalties and `min_tokens` to a row of logits, in place."""
         params = self.params
-        if params.has_penalties:
+        if self._has_penalties:
             num_seen = len(self._place)
             seen, count = self._seen[:num_seen], self._count[:num_seen]
             values = logits[seen]
@@ -205,7 +198,7 @@ class _Row:
     def take(self, token: int) -> None:
         """The row's next token is this one."""
         self.num_output += 1
-        if self.params.has_penalties:
+        if self._has_penalties:
             self._remember(token, 1)
 
     def _remember(self, token: int, times: int) -> None:
@@ -236,12 +229,11 @@ class _Group:
         )
 
 
-def _uniforms(seed: int, num: int, turn: int, number: int) -> Floats:
-    """Numbers in [0, 1), a function of seed, `turn` and `number` alone.
+def _uniforms(seed: int, span: int) -> Floats:
+    """Numbers in [0, 1) for the tokens of a span, a function of seed and span alone.
 
     The streams of numpy's bit generators never change; those of its Generator may.
     """
-    stream = np.random.Philox(key=seed, counter=(turn << 128) | (number << 64))
-    raw: npt.NDArray[np.uint64] = stream.random_raw(num)
+    raw = np.random.Philox(key=seed, counter=span << 64).random_raw(_SPAN * NUMBERS)
     uniforms: Floats = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return uniforms
+    return uniforms.reshape(_SPAN, NUMBERS)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from qaic_ray.errors import CompileError, DeviceError, UsageError
-from qaic_ray.fleet.worker import WorkerInfo
+from qaic_ray.fleet.locks import Part
+from qaic_ray.fleet.worker import TakenBack, WorkerInfo
 from qaic_ray.metrics import Measurement
 from qaic_ray.rows import FinishReason, Prompt, Row
 
 
 @dataclass(frozen=True)
 class FakeSpec:
-    """`row_s`: seconds of card time a prompt; `slice_rows`: rows yielded at a time."""
+    """`row_s`: seconds of card time a prompt; `slice_rows`: rows yielded at a time.
+
+    `well_from`: the incarnation from which on the worker obeys no order to die, break or hang.
+    """
 
     name: str
     device_ids: tuple[int, ...]
@@ -25,10 +30,16 @@ class FakeSpec:
     slice_rows: int = 1
     open_error: str = ""
     open_s: float = 0.0
+    well_from: int = 1000
+    node_id: str = ""
+    part: Part | None = None
+    choices: tuple[int, ...] = ()
+    incarnation: int = 0
 
 
 class FakeWorker:
-    """Prompts are orders: `die` ends the process, `break` fails the card, `bug` is a bug."""
+    """Prompts are orders: `die` ends the process, `break` fails the card, `bug` is a bug, `stop`
+    stops the process, which is still there then."""
 
     def __init__(self, spec: FakeSpec) -> None:
         if spec.open_error == "make":
@@ -36,8 +47,9 @@ class FakeWorker:
         self.spec = spec
         self._card = threading.Lock()
         self._rows = 0
+        self._asked: set[int] = set()
 
-    def open(self) -> WorkerInfo:
+    def open(self, device_ids: tuple[int, ...] | None = None) -> WorkerInfo:
         time.sleep(self.spec.open_s)
         match self.spec.open_error:
             case "usage":
@@ -50,26 +62,27 @@ class FakeWorker:
                 raise KeyError("a bug")
         return WorkerInfo(
             self.spec.name,
-            self.spec.device_ids,
+            device_ids or self.spec.device_ids,
             f"pid {os.getpid()}, OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}",
             self.spec.slots,
             32,
             512,
             0.0,
+            pid=os.getpid(),
         )
 
-    def answer(self, prompts: Sequence[Prompt], attempt: int) -> Iterator[list[Row]]:
+    def answer(
+        self, prompts: Sequence[Prompt], attempt: int, shard_id: int
+    ) -> Iterator[list[Row] | TakenBack]:
         rows: list[Row] = []
-        for prompt in prompts:
+        for done, prompt in enumerate(prompts):
+            if shard_id in self._asked:
+                yield TakenBack(tuple(left.index for left in prompts[done:]))
+                break
             with self._card:
                 time.sleep(self.spec.row_s)
-            match prompt.text:
-                case "die":
-                    os._exit(1)
-                case "break":
-                    raise DeviceError("The card is off.", status="QS_ERROR")
-                case "bug":
-                    raise KeyError("a bug")
+            self._obey(prompt.text)
+            self._rows += 1
             rows.append(
                 Row(
                     index=prompt.index,
@@ -88,7 +101,25 @@ class FakeWorker:
                 rows = []
         if rows:
             yield rows
-        self._rows += len(prompts)
+
+    def _obey(self, order: str) -> None:
+        if self.spec.incarnation >= self.spec.well_from:
+            return
+        match order:
+            case "die":
+                os._exit(1)
+            case "break":
+                raise DeviceError("The card is off.", status="QS_ERROR")
+            case "bug":
+                raise KeyError("a bug")
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+    def take_back(self, shard_id: int) -> None:
+        self._asked.add(shard_id)
+
+    def num_steps(self) -> int:
+        return self._rows
 
     def measurement(self) -> Measurement:
         return Measurement(rows=self._rows, decode_steps=7, decode_tokens=70, decode_s=2.0)

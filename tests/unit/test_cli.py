@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from qaic_ray.cli import main
-from qaic_ray.cli.run_command import CHECKS, DRAFTS, END, PROMPTS, SAMPLING
+from qaic_ray.cli.run_command import (
+    CARDS,
+    CHECKS,
+    DRAFTS,
+    END,
+    FOLDER,
+    PROMPTS,
+    REQUIRED,
+    SAMPLING,
+)
 from qaic_ray.cli.screen import Screen
 from qaic_ray.errors import UsageError
 from qaic_ray.folders import CACHE_VARIABLE
@@ -235,7 +244,7 @@ def test_run_help_is_in_groups(run: Run) -> None:
     code, out, _ = run("run", "--help")
     assert code == 0
     panels = [line.strip("╭─╮ ") for line in out.splitlines() if line.startswith("╭")]
-    assert panels[1:] == [PROMPTS, SAMPLING, END, DRAFTS, CHECKS]
+    assert panels[1:] == [REQUIRED, PROMPTS, SAMPLING, END, DRAFTS, CARDS, CHECKS, FOLDER]
 
 
 def test_run_needs_prompts_once(run: Run, sdk: Path, qpc: Path) -> None:

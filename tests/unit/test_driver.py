@@ -13,6 +13,7 @@ from qaic_ray.fleet.driver import Audience, Driver, Progress
 from qaic_ray.fleet.messages import Event, RunShard, ShardFailed
 from qaic_ray.fleet.prompts import prompts_from_text
 from qaic_ray.fleet.result import FleetResult
+from qaic_ray.fleet.worker import WorkerInfo
 from qaic_ray.metrics import Measurement, Span
 from qaic_ray.rows import Prompt, Row
 
@@ -95,35 +96,69 @@ def test_a_card_that_dies_is_named_and_its_prompts_are_answered_by_the_others() 
     assert sum(worker.measurement.rows for worker in result.workers) == 64
 
 
-def test_all_cards_gone_says_so_and_every_prompt_has_its_row() -> None:
+def test_a_prompt_that_kills_costs_no_card_and_no_other_prompt() -> None:
     cards = SimulatedCards([None, 2.0], dies=lambda card, prompt: prompt.index == 3)
     rows: list[Row] = []
     result = drive(cards, iter(same(10)), on_row=rows.append)
-    assert [row.index for row in rows] == list(range(10))
+    assert [row.index for row in rows if not row.ok] == [3]
+    assert len(rows) == 10
+    assert result.error is None
+    assert list(cards.quarantined) == ["card 0"]
+    assert [life for _, name, life in cards.replaced if name == "card 1"] == [1, 2, 3]
+
+
+def test_all_cards_gone_says_so_and_leaves_the_rest_undone() -> None:
+    cards = SimulatedCards([None, 2.0], dies=lambda card, prompt: prompt.index > 5)
+    rows: list[Row] = []
+    result = drive(cards, iter(same(100)), on_row=rows.append)
+    assert all(row.ok for row in rows)
+    assert len(rows) < 10
     assert result.error == "Every card was lost; the prompts that were left have no answer."
     assert [worker.error for worker in result.workers] == [
         "DeviceError: no",
         "ActorDiedError: killed",
     ]
-    assert result.total.failed_rows == result.unassigned.failed_rows == 10
+    assert set(cards.quarantined) == {"card 0", "card 1"}
+    assert result.total.failed_rows == 0
+    assert not result.ok
 
 
-def test_a_worker_that_is_retired_is_not_heard_of_again() -> None:
+def test_a_card_whose_shards_fail_is_opened_again_and_goes_on() -> None:
     class Failing(SimulatedCards):
-        failed = False
-
         def run(self, shard: RunShard) -> None:
             super().run(shard)
-            if shard.worker == "card 0" and not self.failed:
-                self.failed = True
+            if shard.worker == "card 0" and not self.replaced:
                 self._later(0.5, ShardFailed("card 0", shard.shard_id, "DeviceError: no", True))
 
     cards = Failing([0.0, 0.0], slots=1)
-    result = drive(cards, same(8))
+    infos: list[WorkerInfo] = []
+    result = drive(cards, same(40), on_worker_ready=infos.append)
     assert result.ok
     assert result.workers[0].error == "DeviceError: no"
-    assert result.workers[0].measurement == Measurement()
-    assert result.workers[1].measurement.rows == 8
+    assert [(name, life) for _, name, life in cards.replaced] == [("card 0", 1)]
+    assert [info.name for info in infos] == ["card 0", "card 1", "card 0"]
+    assert result.workers[0].measurement.rows > 0
+
+
+def test_a_card_that_hangs_is_opened_again_when_its_limit_is_over() -> None:
+    hung: list[int] = []
+
+    def hangs(card: str, prompt: Prompt) -> bool:
+        """The first that comes to it, once."""
+        if prompt.index == 5 and not hung:
+            hung.append(prompt.index)
+            return True
+        return False
+
+    cards = SimulatedCards([0.0], hangs=hangs, progress_s=2.0)
+    rows: list[Row] = []
+    result = drive(cards, same(30), on_row=rows.append)
+    assert [row.index for row in rows] == list(range(30))
+    assert result.ok
+    assert result.workers[0].error == "it made no step for 15 s"
+    ((replaced_s, name, life),) = cards.replaced
+    assert (name, life) == ("card 0", 1)
+    assert 15.0 <= replaced_s <= 18.0
 
 
 def test_progress_counts_up_and_knows_the_end_of_the_input() -> None:
@@ -167,7 +202,7 @@ def test_prompts_are_read_as_they_are_needed() -> None:
 
 def test_a_wrong_request_ends_the_run() -> None:
     class Wrong(SimulatedCards):
-        def wait(self) -> Event:
+        def wait(self, timeout_s: float | None = None) -> Event:
             raise UsageError("the QPC is for another model")
 
     with pytest.raises(UsageError, match="another model"):

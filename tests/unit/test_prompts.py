@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError, UsageError
+from qaic_ray.fleet import input_lines, prompt_fields
 from qaic_ray.fleet.prompts import (
     PromptFormat,
     prompts_from_file,
@@ -137,7 +138,7 @@ def test_an_empty_file_has_no_prompts(tmp_path: Path) -> None:
 def test_an_empty_line_is_an_error_row(tmp_path: Path) -> None:
     _, row, last = prompts_from_file(write(tmp_path / "p", b"a\n\nb\n"))
     assert isinstance(row, Row)
-    assert (row.index, row.error) == (1, "The prompt is empty.")
+    assert (row.index, row.error) == (1, "p line 2: The prompt is empty.")
     assert last == Prompt(2, "b")
 
 
@@ -152,24 +153,35 @@ def test_a_line_that_is_not_utf8_stops_no_other(tmp_path: Path) -> None:
     first, row, last = prompts_from_file(write(tmp_path / "p", b"a\ncaf\xe9\nb"))
     assert (first, last) == (Prompt(0, "a"), Prompt(2, "b"))
     assert isinstance(row, Row)
-    assert (row.prompt, row.error) == ("caf\ufffd", "Not UTF-8: byte 4 is 0xe9.")
+    assert (row.prompt, row.error) == ("caf\ufffd", "p line 2: Not UTF-8: byte 4 is 0xe9.")
 
 
-def test_lines_are_read_when_they_are_asked_for() -> None:
-    class Terminal(io.BytesIO):
-        lines = 0
-
-        def __next__(self) -> bytes:
-            self.lines += 1
-            return b"again\n"
-
-    stream = Terminal()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stdin", type("Stdin", (), {"buffer": stream})())
+def test_lines_are_read_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    with open(reading, "rb") as terminal, open(writing, "wb", buffering=0) as keyboard:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(terminal))
         prompts = prompts_from_file("-")
-        assert stream.lines == 0
-        assert next(prompts) == Prompt(0, "again")
-        assert stream.lines == 1
+        for index, text in enumerate(["a", "again", "b"]):
+            keyboard.write(text.encode() + b"\n")
+            assert next(prompts) == Prompt(index, text)
+
+
+def test_a_line_without_end_is_an_error_row_and_does_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 2**20
+    for module in (input_lines, prompt_fields):
+        monkeypatch.setattr(module, "MAX_LINE_BYTES", limit)
+    allowed = b"x" * limit
+    lines = b"\n".join([b"a", allowed, allowed + b"x\r", b"b", allowed * 2])
+    first, longest, long, second, last = prompts_from_file(write(tmp_path / "p", lines))
+    assert (first, second) == (Prompt(0, "a"), Prompt(3, "b"))
+    assert isinstance(longest, Prompt)
+    assert len(longest.text) == limit
+    assert isinstance(long, Row)
+    assert isinstance(last, Row)
+    assert long.error == "p line 3: The line is longer than 1 MiB."
+    assert (last.index, len(last.prompt)) == (4, 2**16)
 
 
 # -- JSONL

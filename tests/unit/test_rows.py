@@ -65,7 +65,8 @@ def test_an_error_row_says_why() -> None:
     row = Row.failed(Prompt(7, "p", id="y"), "too long", worker="card 1", attempts=3)
     document = row.to_json()
     assert not row.ok
-    assert list(document) == [*DOCUMENTED_KEYS, "error"]
+    assert list(document) == [*DOCUMENTED_KEYS, "error", "error_class"]
+    assert document["error_class"] == "refused"
     assert document["error"] == "too long"
     assert document["finish_reason"] == "error"
     assert (row.index, row.id, row.prompt, row.text) == (7, "y", "p", "")

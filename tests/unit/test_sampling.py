@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qaic_ray.run.drawing import ATTEMPTS, Drawer, Rules
+from qaic_ray.run.drawing import NUMBERS, Drawer, Rules
 from qaic_ray.run.sampling import Selector, greedy
 from qaic_ray.sampling_params import SamplingParams
 
@@ -137,6 +137,18 @@ def test_the_tail_has_its_exact_share() -> None:
     check_draws(groups[tokens].tolist(), np.bincount(groups, weights) / weights.sum())
 
 
+def test_top_p_allows_tokens_of_the_tail_wherever_they_are() -> None:
+    logits = logits_of("flat", LARGE)[0]
+    expected = probabilities(logits, top_p=0.6)
+    tokens = choose_many(SamplingParams(temperature=1.0, top_p=0.6), logits, 64, 8)
+    assert (expected[tokens] > 0).all()
+    quarters = np.arange(LARGE) % 768 // 192
+    check_draws(quarters[tokens].tolist(), np.bincount(quarters, expected))
+    in_head = np.zeros(LARGE, int)
+    in_head[np.argsort(-logits)[:48]] = 1
+    check_draws(in_head[tokens].tolist(), np.bincount(in_head, expected))
+
+
 def test_the_tail_reaches_the_last_tokens() -> None:
     # The vocabulary is 16 x 768 and 13 more: these are the only ones in the last row of cells.
     weights = np.zeros(LARGE)
@@ -154,14 +166,44 @@ def test_places_on_the_line_are_the_inverse_of_the_distribution() -> None:
     grid = np.linspace(0, 1, 501)[:-1] + 1 / 1000
     rows = np.repeat(logits_of("peaked", SMALL), grid.size, axis=0)
     expected = probabilities(rows[0], top_k=10)
-    uniforms = np.repeat(grid[:, None], ATTEMPTS, axis=1)
-    tokens = Drawer().draw(
-        rows, Rules([(1.0, 10, 1.0, 0.0)] * grid.size, SMALL), uniforms, lambda *_: uniforms[0]
-    )
+    uniforms = np.repeat(grid[:, None], NUMBERS, axis=1)
+    tokens = Drawer().draw(rows, Rules([(1.0, 10, 1.0, 0.0)] * grid.size, SMALL), uniforms)
     drawn = expected[tokens]
     assert (np.diff(drawn) <= 0).all()
     share = np.bincount(tokens, minlength=SMALL) / grid.size
     assert np.abs(share - expected).max() <= 1 / grid.size
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.4])
+def test_where_every_number_is_refused_the_last_one_is_a_place_among_the_allowed_tokens(
+    top_p: float,
+) -> None:
+    """The end of the longest line that may be is no token's place."""
+    grid = np.linspace(0, 1, 201)[:-1] + 1 / 400
+    logits = logits_of("peaked", LARGE)
+    logits[0, [4, 5]] = 3.0, 2.0
+    rows = np.repeat(logits, grid.size, axis=0)
+    uniforms = np.full((grid.size, NUMBERS), 1 - 2.0**-53)
+    uniforms[:, -1] = grid
+    rules = Rules([(1.5, 0, top_p, 0.0)] * grid.size, LARGE)
+    tokens = Drawer().draw(rows, rules, uniforms)
+    expected = probabilities(logits[0], 1.5, top_p=top_p)
+    assert (expected[tokens] > 0).all()
+    often = np.argsort(-expected)[:10]
+    share = np.bincount(tokens, minlength=LARGE) / grid.size
+    assert np.abs(share - expected)[often].max() <= 1 / grid.size
+    assert abs((share - expected)[often].sum()) <= 5 / grid.size
+
+
+def test_more_rows_than_are_drawn_at_once() -> None:
+    num_rows = 4100  # of 6 bits for a token 4,096 rows fit
+    rows = logits_of("tied", SMALL, rows=num_rows)
+    uniforms = np.random.default_rng(1).random((num_rows, NUMBERS))
+    asked = [(1.0, row % 3 * 9, 1 - row % 2 / 10, 0.0) for row in range(num_rows)]
+    tokens = Drawer().draw(rows, Rules(asked, SMALL), uniforms)
+    some = np.arange(0, num_rows, 41)
+    alone = Drawer().draw(rows[some], Rules([asked[row] for row in some], SMALL), uniforms[some])
+    assert tokens[some].tolist() == alone.tolist()
 
 
 def test_top_k_1_and_tiny_temperatures_are_greedy() -> None:

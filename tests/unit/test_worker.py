@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -16,7 +19,7 @@ from qaic_ray.contract import Specializations
 from qaic_ray.errors import DeviceError, DeviceLost
 from qaic_ray.fleet import worker as worker_module
 from qaic_ray.fleet.answers import Generation, sample_seed
-from qaic_ray.fleet.worker import CardWorker, WorkerSpec
+from qaic_ray.fleet.worker import CardWorker, TakenBack, WorkerSpec
 from qaic_ray.rows import FinishReason, Prompt, Row
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
 from qaic_ray.tokenizer import Tokenizer
@@ -71,7 +74,9 @@ def open_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
             "open_checkpoint": lambda *_, **__: SimpleNamespace(eos_ids=(EOS,)),
             "load_tokenizer": lambda _: tokenizer or letters(),
             "open_sdk": lambda _: SimpleNamespace(label="formulas"),
-            "Session": lambda *_: FormulaSession(shapes),
+            "Holding": lambda *_, **__: SimpleNamespace(
+                open=lambda *_: FormulaSession(shapes), release=lambda: None
+            ),
         }
         for name, stand_in in stand_ins.items():
             monkeypatch.setattr(worker_module, name, stand_in)
@@ -294,3 +299,110 @@ def test_whoever_waits_hears_that_the_engine_failed(
     for _ in range(2):
         with pytest.raises(raised, match=words):
             list(worker.answer([prompt()]))
+
+
+def fail_in_step(monkeypatch: pytest.MonkeyPatch, number: int, failure: Exception) -> None:
+    """Let one execution of the program fail."""
+    run, calls = FormulaSession.run, iter(range(10**9))
+
+    def fail_once(*args: object, **options: object) -> object:
+        if next(calls) == number:
+            raise failure
+        return run(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FormulaSession, "run", fail_once)
+
+
+def test_what_the_runtime_refuses_for_now_is_asked_for_again(
+    open_worker: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = open_worker()
+    fail_in_step(monkeypatch, 3, DeviceError("later", status="QS_AGAIN"))
+    rows = answers(worker, prompt("HI", 0), prompt("YES", 1))
+    assert [list(row.token_ids) for row in rows] == [greedy("HI"), greedy("YES")]
+
+
+def test_a_card_that_fails_once_answers_the_next_shard(
+    open_worker: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = open_worker()
+    fail_in_step(monkeypatch, 3, DeviceError("timed out", status="QS_TIMEDOUT"))
+    with pytest.raises(DeviceError, match="timed out"):
+        list(worker.answer([prompt("HI", 0), prompt("YES", 1)]))
+    before = worker.num_steps()
+    assert before == 3
+    rows = answers(worker, prompt("HI", 0), prompt("YES", 1), attempt=2)
+    assert [list(row.token_ids) for row in rows] == [greedy("HI"), greedy("YES")]
+    assert worker.num_steps() > before
+    assert worker.measurement().rows == 2
+
+
+# -- what is given back
+
+
+def test_prompts_that_have_not_begun_are_given_back(
+    open_worker: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows are in the engine, and what came behind them is still the worker's."""
+    gate, run = threading.Event(), FormulaSession.run
+
+    def held(*args: object, **options: object) -> object:
+        assert gate.wait(30)
+        return run(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FormulaSession, "run", held)
+    worker = open_worker(slots=2, sampling=SamplingParams(max_tokens=3))
+    twice = [prompt("HI", 6), prompt("HI", 7, n=2, temperature=1, max_tokens=3), prompt("HI", 8)]
+    shards = {3: [prompt("HI", 0), prompt("HI", 1)], 4: twice, 5: [prompt("NO", 9)]}
+    worker.take_back(5)  # before it came
+    with ThreadPoolExecutor(len(shards)) as pool:
+        heard = {}
+        for shard_id, prompts in shards.items():
+            heard[shard_id] = pool.submit(list, worker.answer(prompts, 1, shard_id))
+            assert wait_for(lambda n=shard_id: n == 5 or worker._shards[n].is_queued)
+        worker.take_back(3)  # all of it is in the engine
+        worker.take_back(4)
+        worker.take_back(2)  # was here, if ever, long ago
+        gate.set()
+    taken = {
+        shard_id: [item.indexes for item in some.result() if isinstance(item, TakenBack)]
+        for shard_id, some in heard.items()
+    }
+    assert taken == {3: [()], 4: [(6, 7, 8)], 5: [(9,)]}
+    rows = [row.index for some in heard.values() for item in some.result()
+            if not isinstance(item, TakenBack) for row in item]  # fmt: skip
+    assert sorted(rows) == [0, 1]
+    assert worker._shards == {}
+
+
+def test_a_prompt_of_which_a_sample_has_begun_stays(
+    open_worker: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, run = threading.Event(), FormulaSession.run
+
+    def held(*args: object, **options: object) -> object:
+        assert gate.wait(30)
+        return run(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FormulaSession, "run", held)
+    worker = open_worker(slots=1, sampling=SamplingParams(max_tokens=3))
+    prompts = [prompt("HI", 0, n=3, temperature=1, max_tokens=3), prompt("HI", 1)]
+    with ThreadPoolExecutor(1) as pool:
+        heard = pool.submit(list, worker.answer(prompts, 1, 0))
+        assert wait_for(lambda: worker._owner)
+        worker.take_back(0)
+        gate.set()
+    items = heard.result()
+    assert TakenBack((1,)) in items
+    (row,) = [row for item in items if isinstance(item, list) for row in item]
+    assert (row.index, len(row.choices)) == (0, 3)
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 30.0) -> bool:
+    """Poll: what is waited for happens in another thread."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.001)
+    return True

@@ -1,0 +1,23 @@
+"""A tokenizer of a token a byte beside a tiny checkpoint, so that it can be asked in words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from qaic_ray.model import Checkpoint
+
+
+def with_byte_tokenizer(checkpoint: Checkpoint, folder: Path) -> Path:
+    """A copy of a checkpoint that has such a tokenizer; its ids are below 256."""
+    shutil.copytree(checkpoint.name, folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: at for at, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({}))
+    return folder

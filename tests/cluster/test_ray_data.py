@@ -1,0 +1,96 @@
+"""CardPredictor on emulated cards: called by hand, and in Ray Data from parquet to parquet."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from byte_tokens import with_byte_tokenizer
+
+from qaic_ray import CardPredictor
+from qaic_ray.errors import DeviceBusy
+from qaic_ray.folders import CACHE_VARIABLE
+from qaic_ray.model import load_tokenizer, open_checkpoint
+
+if TYPE_CHECKING:
+    from tiny_qpcs import TinyQpcs
+
+pytestmark = pytest.mark.cluster
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "ray_data_parquet.py"
+NUM_TOKENS = 5
+
+
+@pytest.fixture
+def model(tiny: TinyQpcs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))  # the locks are there
+    return str(with_byte_tokenizer(tiny.checkpoint, tmp_path / "words"))
+
+
+def expected(tiny: TinyQpcs, model: str, text: str) -> list[int]:
+    """transformers' answer."""
+    prompt_ids = load_tokenizer(open_checkpoint(model, weights=False)).encode(text)
+    return tiny.reference(prompt_ids, NUM_TOKENS)
+
+
+def test_called_by_hand_it_answers_as_transformers_on_a_card_of_its_own(
+    tiny: TinyQpcs, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qaic_ray import predictor
+
+    monkeypatch.setattr(predictor, "CHOOSE_TIMEOUT_S", 0.1)
+    texts = ["Hello", "", "x" * 100, "cards"]
+    options = {"sdk": str(tiny.sdk.root), "sampling": {"max_tokens": NUM_TOKENS}}
+    with (
+        CardPredictor(model, str(tiny.qpc()), device_ids=(1, 2), **options) as first,
+        CardPredictor(model, str(tiny.qpc()), device_ids=(1, 2), **options) as second,
+    ):
+        assert [one.info.name for one in (first, second)] == ["card 1", "card 2"]
+        with pytest.raises(DeviceBusy, match=r"Card [12] is in use"):
+            CardPredictor(model, str(tiny.qpc()), device_ids=(1, 2), **options)
+        for one in (first, second):
+            answered = one({"prompt": np.array(texts, object), "mine": np.arange(4)})
+            assert list(answered["prompt"]) == texts
+            assert list(answered["mine"]) == [0, 1, 2, 3]
+            for at in (0, 3):
+                assert answered["token_ids"][at] == expected(tiny, model, texts[at])
+            assert list(answered["finish_reason"][1:3]) == ["error", "error"]
+            assert "empty" in answered["error"][1]
+            assert "100 tokens, more than the context" in answered["error"][2]
+            assert answered["generated_tokens"][0] == len(answered["token_ids"][0])
+
+
+def test_parquet_becomes_parquet(tiny: TinyQpcs, model: str, tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = [chr(ord("a") + at % 26) * (1 + at % 7) for at in range(150)]
+    texts[40], texts[70:140] = "", ["y" * 100] * 70  # a batch of errors alone among them
+    table = pa.table({"prompt": texts, "number": list(range(len(texts)))})
+    parquet.write_table(table, tmp_path / "prompts.parquet", row_group_size=50)
+    command = [
+        *(sys.executable, str(EXAMPLE), str(tmp_path / "prompts.parquet"), str(tmp_path / "out")),
+        *("--model", model, "--qpc", str(tiny.qpc()), "--sdk", str(tiny.sdk.root)),
+        *("--cards", "2", "--max-tokens", str(NUM_TOKENS)),
+    ]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+    answers = parquet.read_table(tmp_path / "out").sort_by("number")
+    assert answers.schema.field("token_ids").type == pa.list_(pa.int64())
+    rows = answers.to_pylist()
+    assert [row["prompt"] for row in rows] == texts
+    for row in rows:
+        if row["prompt"] == "" or len(row["prompt"]) == 100:
+            assert (row["finish_reason"], row["token_ids"]) == ("error", [])
+            assert row["error"]
+        else:
+            assert row["token_ids"] == expected(tiny, model, row["prompt"])
+    assert {row["worker"] for row in rows} <= {"", "card 0", "card 1"}

@@ -1,0 +1,128 @@
+"""A run whose driver is killed, and what `--resume` makes of it: the same outputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.cluster
+
+COMMAND = [sys.executable, "-c", "from qaic_ray.cli import main; main()"]
+ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "QAIC_RAY_SDK": "emulated"}
+NUM_ROWS = 600
+
+
+def qaic_ray(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env=ENVIRONMENT,
+    )
+
+
+@pytest.fixture(scope="module")
+def work(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a QPC, and prompts of which some cannot be answered."""
+    folder = tmp_path_factory.mktemp("resume")
+    lines: list[dict[str, Any]] = [
+        {"prompt": f"number {i}", "temperature": 0.7} for i in range(NUM_ROWS)
+    ]
+    lines[7] = {"no prompt": True}
+    lines[400] = {"prompt": "x" * 500}
+    (folder / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for command in (
+        [
+            "export",
+            "--model-name",
+            str(tiny_checkpoint),
+            "--continuous-batching",
+            "--verify",
+            "off",
+        ],
+        [
+            "compile",
+            "tiny-kv",
+            "fp32",
+            "7",
+            "--prompt-len",
+            "16",
+            "--ctx-len",
+            "128",
+            "--batch-size",
+            "2",
+        ],
+    ):
+        done = qaic_ray(*command, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def command(tiny_checkpoint: Path, output: str, *more: str) -> list[str]:
+    return [
+        *("run", "--model-name", str(tiny_checkpoint), "--prompts-file", "p.jsonl", "--no-stream"),
+        *("--qpc", "qpc/tiny-kv-16pl-128cl-7c-2BS-fp32", "--generation-len", "40"),
+        *("--run-seed", "3", "--output", output, "--output-format", "parquet", *more),
+    ]
+
+
+def answers(run: Path) -> list[tuple[Any, ...]]:
+    rows = [json.loads(line) for line in (run / "outputs.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == list(range(NUM_ROWS))
+    return [(row["token_ids"], row["finish_reason"], row.get("error")) for row in rows]
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(
+    work: Path, tiny_checkpoint: Path
+) -> None:
+    # Half of each of two cards, against all of it on one: where a row is answered changes nothing.
+    whole = qaic_ray(*command(tiny_checkpoint, "whole", "--device-id", "2"), cwd=work)
+    assert whole.returncode == 1, whole.stderr  # two rows cannot be answered
+    (undisturbed,) = (work / "whole").iterdir()
+    with (work / "said").open("w") as said:
+        running = subprocess.Popen(
+            [*COMMAND, *command(tiny_checkpoint, "cut", "--device-id", "0,1", "--partitions", "2")],
+            cwd=work,
+            env=ENVIRONMENT,
+            stdout=said,
+            stderr=said,
+        )
+    deadline_s = time.monotonic() + 120
+    while not any(p.stat().st_size > 20_000 for p in work.glob("cut/*/journal/*.jsonl")):
+        assert running.poll() is None, (work / "said").read_text()
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    (cut,) = (work / "cut").iterdir()
+    assert not (cut / "report.json").exists()
+
+    changed = qaic_ray("run", "--resume", str(cut), "--temperature", "1", cwd=work)
+    assert changed.returncode == 2
+    assert "--temperature cannot be changed" in changed.stderr
+
+    resumed = qaic_ray("run", "--resume", str(cut), "--no-stream", "--json", cwd=work)
+    assert resumed.returncode == 1, resumed.stderr
+    assert answers(cut) == answers(undisturbed)
+    report = json.loads(resumed.stdout.splitlines()[-1])
+    before = json.loads((undisturbed / "report.json").read_text())
+    assert report["proof"]["inputs_sha256"] == before["proof"]["inputs_sha256"]
+    assert (report["proof"]["rows_ok"], report["proof"]["rows_error"]) == (NUM_ROWS - 2, 2)
+    assert report["generated_tokens"] == before["generated_tokens"]
+    assert any("part 2/2, 7 NSPs" in worker["name"] for worker in report["workers"])
+    assert (cut / "outputs.parquet").exists()
+
+    again = qaic_ray("run", "--resume", str(cut), "--no-stream", cwd=work)
+    assert again.returncode == 1, again.stderr
+    assert answers(cut) == answers(undisturbed)

@@ -1,0 +1,65 @@
+"""A run's request, kept in its folder and read back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qaic_ray.errors import UsageError
+from qaic_ray.pipeline.request import REQUEST_NAME, RunRequest, read_request
+from qaic_ray.sampling_params import SamplingParams
+
+REQUEST = RunRequest(
+    name="r",
+    model="tiny",
+    qpc=Path("/q"),
+    devices=(0, 3),
+    prompt="a|b\n– ü",
+    prompts_file=None,
+    prompts_format="openai",
+    output_formats=("parquet",),
+    input_len=16,
+    ctx_len=64,
+    generation_len=9,
+    sampling=SamplingParams(temperature=0.5, stop=("x", "\n"), stop_token_ids=(3,), seed=4),
+    seed=2**31,
+    chat=True,
+    system="be: brief",
+    max_stall_s=0.25,
+    prefix_reuse=False,
+    drafts="none",
+    draft_qpc=Path("/d"),
+    partitions=2,
+    group_size=1,
+)
+
+
+def test_what_is_kept_is_what_is_read(tmp_path: Path) -> None:
+    (tmp_path / REQUEST_NAME).write_text(REQUEST.to_yaml(), encoding="utf-8")
+    assert read_request(tmp_path) == replace(REQUEST, resume=tmp_path)
+
+
+def test_every_field_differs_from_its_default_here_so_that_none_is_forgotten() -> None:
+    plain = RunRequest("r", "tiny", Path("/q"), None, None, None, seed=0)
+    process = {"output", "ray_address", "job_text", "resume", "retry_errors"}
+    same = {
+        name
+        for name, value in vars(REQUEST).items()
+        if value == getattr(plain, name) and name not in process
+    }
+    assert same == {"name", "model", "qpc", "prompts_file", "group_size"}
+
+
+def test_a_folder_that_is_no_runs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"not the folder of a run: it has no request\.yaml"):
+        read_request(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "name: r", REQUEST.to_yaml() + "more: 1\n"])
+def test_a_changed_request_is_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / REQUEST_NAME).write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match="cannot be gone on with") as caught:
+        read_request(tmp_path)
+    assert "\n" not in str(caught.value)
