@@ -182,7 +182,7 @@ class Dispatcher:
         if shard.asked and not shard.answered and shard.unfinished:
             shard.ended = True  # they may have been taken back, which is heard next
             return
-        self._blame(shard, error)
+        self._deliver(self._ledger.fail(shard, error))
         self._look_after(shard.worker)
 
     def _hear_taken_back(self, shard_id: int, indexes: Sequence[int]) -> None:
@@ -202,7 +202,7 @@ class Dispatcher:
             return
         worker = shard.worker
         if not event.retryable:
-            self._blame(shard, f"{worker.name}: {event.error}")
+            self._deliver(self._ledger.fail(shard, f"{worker.name}: {event.error}"))
         elif worker.transients == MAX_TRANSIENTS:
             self._fail(worker, event.error, runs=True)
             return
@@ -218,6 +218,9 @@ class Dispatcher:
             return
         shards = [self._ledger.shards[shard_id] for shard_id in worker.shards]
         ran = [shard for shard in shards if shard.unfinished and not shard.held]
+        # A worker begins prompts in the order they came, as many as it has slots: the others had
+        # no part in its end. One that fails again and again may have another order (static rows).
+        room = worker.slots if not worker.failures else worker.num_unfinished
         # Where a lone prompt is to blame, the worker is not.
         worker.failures += not any(shard.alone for shard in ran)
         self._roster.rest(worker, self._now_s)
@@ -225,7 +228,9 @@ class Dispatcher:
             if shard.held:
                 self._ledger.release(shard)
             else:
-                self._blame(shard, f"{worker.name}: {error}")
+                num_begun = min(room, len(shard.unfinished))
+                room -= num_begun
+                self._deliver(self._ledger.fail(shard, f"{worker.name}: {error}", num_begun))
         if worker.failures >= MAX_FAILURES:
             del self._roster.workers[worker.name]
             self._out.append(QuarantineWorker(worker.name, error))
@@ -233,10 +238,6 @@ class Dispatcher:
         if runs:
             self._out.append(RetireWorker(worker.name, error))
         self._roster.set_timer(worker)
-
-    def _blame(self, shard: Shard, error: str) -> None:
-        """End a shard; what it has no row for comes again with a mark, or has had its last go."""
-        self._deliver(self._ledger.blame(shard, self._ledger.end(shard), error))
 
     def _deliver(self, rows: Sequence[Row]) -> None:
         if rows:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from qaic_ray.fleet.standing import Worker
 from qaic_ray.fleet.waiting import ALONE_FROM, OpenPrompt, Waiting
@@ -174,6 +175,19 @@ class Ledger:
                 self._leave(entry, shard)
                 if not entry.shard_ids:
                     self.waiting.add(entry)
+
+    def fail(self, shard: Shard, error: str, num_begun: int | None = None) -> list[Row]:
+        """End a shard that came to a bad end; rows of what has had its last go.
+
+        Of its prompts without a row the first `num_begun`, all by default, are to blame; the others
+        wait again as if they had not been in it.
+        """
+        begun = set(islice(shard.unfinished, num_begun))
+        left = self.end(shard)
+        for entry in left:
+            if entry.prompt.index not in begun:
+                self.waiting.add(entry)
+        return self.blame(shard, [e for e in left if e.prompt.index in begun], error)
 
     def blame(self, shard: Shard, entries: Iterable[OpenPrompt], error: str) -> list[Row]:
         """Let prompts of a shard that came to a bad end try again, or give them up: their rows."""

@@ -286,8 +286,10 @@ def own_driver(*texts: str, row_s: float) -> Iterator[subprocess.Popen[str]]:
         text=True,
         start_new_session=True,
     ) as driver:
-        yield driver
-        driver.kill()
+        try:
+            yield driver
+        finally:
+            driver.kill()
 
 
 def test_a_driver_on_a_running_cluster_prints_nothing_of_rays(cluster: Cluster) -> None:
@@ -305,15 +307,15 @@ def test_an_interrupted_driver_leaves_no_actor_behind(
 ) -> None:
     with own_driver(*["again"] * 1000, row_s=0.5) as driver:
         assert driver.stdout is not None
-        pids = [int(driver.stdout.readline()) for _ in range(2)]
-        assert all(map(is_running, pids))
+        pid = int(driver.stdout.readline())  # of the card that is ready first
+        assert is_running(pid)
         os.killpg(driver.pid, how)
         _, err = driver.communicate(timeout=60)
     assert driver.returncode == -how
     if how == signal.SIGINT:
         assert err.splitlines()[-1] == "KeyboardInterrupt"
-    until(lambda: not any(map(is_running, pids)))
-    until(lambda: ray.available_resources().get("QAIC") == 4)
+    until(lambda: not is_running(pid))
+    until(lambda: ray.available_resources().get("QAIC") == 4)  # the other one is gone too
 
 
 # -- addresses

@@ -418,6 +418,38 @@ def test_a_prompt_that_only_waited_on_a_dying_worker_is_not_blamed(dispatcher: D
     assert shards(after(dispatcher, WorkerReady("b", 1))) == [("b", 2, [0], 1)]
 
 
+def test_of_a_dying_workers_prompts_only_those_it_had_begun_are_to_blame(
+    dispatcher: Dispatcher,
+) -> None:
+    after(dispatcher, RunStarted(("a", "b")), PromptsRead(same(100), exhausted=False))
+    given = shards(after(dispatcher, WorkerReady("a", 2)))
+    open_shards = {shard_id: indexes for _, shard_id, indexes, _ in given}
+    now_s = 0.0
+    # Quick rows: after some of them the worker is given more than its slots hold.
+    while sum(map(len, open_shards.values())) <= 4:
+        shard_id, indexes = next(iter(open_shards.items()))
+        del open_shards[shard_id]
+        now_s += 0.1
+        rows = RowsFinished("a", shard_id, rows_of(*indexes))
+        commands = after(dispatcher, rows, now_s=now_s)
+        commands += after(dispatcher, ShardFinished("a", shard_id), now_s=now_s)
+        open_shards |= {id_: indexes for _, id_, indexes, _ in shards(commands)}
+    queued = [index for indexes in open_shards.values() for index in indexes]
+    after(dispatcher, WorkerLost("a", "gone"), now_s=now_s)
+    taken: dict[int, int] = {}
+    commands = after(dispatcher, WorkerReady("b", 2), now_s=now_s)
+    while not set(queued) <= taken.keys():
+        for worker, shard_id, indexes, attempt in shards(commands):
+            taken |= dict.fromkeys(indexes, attempt)
+            last = (worker, shard_id, indexes)
+        worker, shard_id, indexes = last
+        rows = RowsFinished(worker, shard_id, rows_of(*indexes))
+        commands = [*after(dispatcher, rows, now_s=now_s)]
+        commands += after(dispatcher, ShardFinished(worker, shard_id), now_s=now_s)
+        now_s += 0.1
+    assert [index for index in queued if taken[index] > 1] == queued[:2]
+
+
 def test_a_shard_that_failed_by_itself_is_tried_again_on_the_same_worker(
     dispatcher: Dispatcher,
 ) -> None:
