@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,10 +11,9 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyQpcs]:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyQpcs:
     """QPCs of one tiny Llama, made as they are asked for, and what transformers answers."""
     # Imported here: most tests need no torch.
     from tiny_qpcs import TinyQpcs
 
-    with TinyQpcs(tmp_path_factory.mktemp("tiny")) as made:
-        yield made
+    return TinyQpcs(tmp_path_factory.mktemp("tiny"))

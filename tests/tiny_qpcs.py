@@ -6,7 +6,6 @@ answers are transformers' own.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,14 @@ from random_models import Untouched, write_checkpoint
 
 from qaic_ray.compile.store import BuildRequest, build
 from qaic_ray.compile.variant import Precision, Variant
+from qaic_ray.config import EmulatorPart
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP, IoContract, Specializations
-from qaic_ray.emulator import folder as sdk_folder
 from qaic_ray.export import export
 from qaic_ray.export.options import ExportOptions
 from qaic_ray.model import load_torch_model
 from qaic_ray.pipeline.compile_step import source_of
-from qaic_ray.sdk import EmulatedCards, Sdk, install_emulated, open_sdk
+from qaic_ray.pipeline.devices import emulated_cards
+from qaic_ray.sdk import Sdk, find_sdk
 
 VOCAB_SIZE = 300
 EOS_ID = 2
@@ -41,8 +41,8 @@ class TinyQpcs:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        cards = EmulatedCards(4, "standard", "1.22")
-        self.sdk: Sdk = open_sdk(install_emulated(folder / "sdk", cards))
+        # A process can have the runtime of one SDK only, and the tests of the real model have this.
+        self.sdk: Sdk = find_sdk("emulated", emulated_cards(EmulatorPart()))
         self.checkpoint = write_checkpoint(
             folder / "tiny", num_hidden_layers=2, max_position_embeddings=MAX_POSITION
         )
@@ -50,14 +50,6 @@ class TinyQpcs:
         self._qpcs: dict[tuple[ExportOptions, Specializations, int], Path] = {}
         self._answers: dict[tuple[int, ...], tuple[list[int], Any, list[Any]]] = {}
         self._model: Any = None
-
-    def __enter__(self) -> TinyQpcs:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        found = sdk_folder.read(self.sdk.root)
-        if found is not None:
-            shutil.rmtree(found.state_dir())
 
     def qpc(
         self,
