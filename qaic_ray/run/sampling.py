@@ -89,11 +89,6 @@ class Selector:
         del self._rows[slot]
         self._group = None
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether `greedy` alone answers every row."""
-        return all(row.params.is_plain for row in self._rows.values())
-
     def choose(self, logits: Logits, slots: list[int]) -> Choice:
         """The next token of the rows in these slots.
 

@@ -39,9 +39,9 @@ class OneRay:
         self._ends.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def one_ray() -> Iterator[OneRay]:
-    """Where every module of this folder has its Ray from."""
+    """Where a module has its Ray from; it ends with the module, and so does what was set for it."""
     one = OneRay()
     yield one
     one.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -63,8 +64,11 @@ class Fleet:
     infos: list[WorkerInfo] = field(default_factory=list)
 
     def set_faults(self, *faults: dict[str, Any]) -> None:
-        """For every process that opens a card from now on."""
-        self.faults.write_text(json.dumps({"faults": faults}))
+        """For every process that opens a card from now on.
+
+        The SDK's folder outlives the session and goes on counting for a file that it knows.
+        """
+        self.faults.write_text(json.dumps({"seed": secrets.randbits(32), "faults": faults}))
 
     def places(self, **options: Any) -> list[WorkerPlace]:
         return place(self.cluster.inventory(str(self.tiny.sdk.root), EMULATED), **options)

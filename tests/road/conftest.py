@@ -7,28 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from byte_tokens import byte_tokenizer
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN = 2, 32, 4, 2, 8, 48
-
-
-def byte_tokenizer() -> Tokenizer:
-    """One token a byte, and an end-of-text token behind them: every text survives it."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {character: index for index, character in enumerate(alphabet)}
-    vocab["<end>"] = len(vocab)
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<end>"])
-    return tokenizer
 
 
 def write_checkpoint(folder: Path, seed: int = 0) -> Path:
     """A LlamaForCausalLM checkpoint folder of a few hundred kilobytes."""
     folder.mkdir(parents=True)
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer("<end>")
     vocab_size = tokenizer.get_vocab_size()
     rng = np.random.default_rng(seed)
 
