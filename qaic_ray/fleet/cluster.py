@@ -1,22 +1,18 @@
-"""A Ray to work on: started here or joined, with the cards it offers; compile tasks; runs on it.
+"""A Ray to work on, with the cards it offers; compile tasks; runs on it.
 
-With `actors.py` the only room of Ray. Decides nothing: who answers what is decided in
-`dispatch.py`, and Ray's own retries are off.
+Decides nothing: who answers what is decided in `dispatch.py`, and Ray's own retries are off.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import socket
-import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import ray
 import ray.exceptions as ray_errors
@@ -32,27 +28,22 @@ from qaic_ray.fleet.actors import (
     loss,
     on_node,
 )
+from qaic_ray.fleet.dispatch import Dispatcher
 from qaic_ray.fleet.driver import Audience, Driver
 from qaic_ray.fleet.inventory import CARD_RESOURCE, Node, NodeCards, look, problems
+from qaic_ray.fleet.joining import join, start
 from qaic_ray.fleet.journal import Journal
 from qaic_ray.fleet.result import FleetResult
+from qaic_ray.fleet.sizing import text_work
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.sdk import EmulatedCards
 
 if TYPE_CHECKING:
     from qaic_ray.fleet.worker import CardWorker, WorkerSpec
 
-OBJECT_STORE_BYTES = 256 * 2**20
-
-_START_ATTEMPTS = 2
-_PROBE_TIMEOUT_S = 5.0
 _BUSY_TIMEOUT_S = 20.0
 _CANCEL_TIMEOUT_S = 5.0
 _LOOK_TIMEOUT_S = 60.0
-# What an HTTP/2 connection begins with, and the type of the frame that answers it (RFC 9113, 3.4).
-_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
-_HTTP2_SETTINGS = b"\x04"
-_QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
@@ -90,9 +81,9 @@ class Cluster:
     def __enter__(self) -> Cluster:
         if not ray.is_initialized():
             context = (
-                _start(self._num_cards, dashboard=self._dashboard)
+                start(self._num_cards, dashboard=self._dashboard)
                 if self._address is None
-                else _join(self._address)
+                else join(self._address)
             )
             self._joined = True
             self.dashboard_url = context.dashboard_url or None
@@ -183,11 +174,13 @@ class Cluster:
         worker_class: type[CardWorker],
         audience: Audience | None = None,
         journal: Journal | None = None,
+        work_of: Callable[[Prompt], float] = text_work,
         on_wait: Callable[[str], None] | None = None,
     ) -> FleetResult:
         """Answer every prompt on an actor for each spec; see `Driver`.
 
         Args:
+            work_of: the estimated work of a prompt, by which long ones go first.
             on_wait: told once, in a sentence, where cards are held by others and are waited for.
 
         Raises:
@@ -196,7 +189,9 @@ class Cluster:
         """
         _await_cards(specs, on_wait)
         with CardActors(specs, worker_class, num_cpus=self._cpus_each(len(specs))) as cards:
-            return Driver(cards, prompts, audience or Audience(), journal=journal).run()
+            dispatcher = Dispatcher(work_of=work_of)
+            told = audience or Audience()
+            return Driver(cards, prompts, told, dispatcher=dispatcher, journal=journal).run()
 
     @property
     def _is_ours(self) -> bool:
@@ -207,93 +202,6 @@ class Cluster:
         """An even share of this machine where the Ray is ours; of a shared one, next to nothing."""
         share = (os.cpu_count() or 1) // num_workers
         return share if self._is_ours and share else CARD_CPUS
-
-
-def _start(num_cards: int, *, dashboard: bool) -> Any:
-    """Start a Ray of this machine.
-
-    On a busy machine Ray's own start-up timeout sometimes strikes (ray-project/ray#65983), so a
-    start that fails is tried again, once.
-    """
-    failures = 0
-    while True:
-        try:
-            return ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, math.ceil(CARD_CPUS * num_cards) + 1),
-                resources={CARD_RESOURCE: num_cards} if num_cards else {},
-                include_dashboard=dashboard,
-                dashboard_host="127.0.0.1",
-                object_store_memory=OBJECT_STORE_BYTES,
-                **_QUIET,
-            )
-        except Exception as error:  # what Ray raises when it does not start is a bare Exception
-            ray.shutdown()
-            failures += 1
-            if failures == _START_ATTEMPTS:
-                raise QaicRayError(f"Ray did not start on this machine: {error}") from error
-
-
-def _join(address: str) -> Any:
-    if address.startswith("ray://"):
-        raise UsageError(
-            f"{address} is for Ray Client, which is too slow for this: run on a machine of the "
-            "cluster, with --address auto."
-        )
-    if address != "auto":
-        _probe(address)
-    with tempfile.TemporaryFile() as said:
-        try:
-            with _native_stderr_to(said):
-                return ray.init(address=address, **_QUIET)
-        except (ray_errors.AuthenticationError, OSError, RuntimeError, ValueError) as error:
-            ray.shutdown()
-            said.seek(0)
-            refused = isinstance(error, ray_errors.AuthenticationError)
-            if refused or b"InvalidAuthToken" in said.read():
-                raise UsageError(
-                    f"The Ray cluster at {address} wants its token: copy ~/.ray/auth_token from "
-                    "its head to this machine, or put the token into RAY_AUTH_TOKEN, and set "
-                    "RAY_AUTH_MODE=token."
-                ) from error
-            raise UsageError(
-                f"The Ray cluster at {address} could not be joined ({first_line(error)}): run on "
-                f"one of its machines, with its version of Ray; here it is {ray.__version__}."
-            ) from error
-
-
-@contextmanager
-def _native_stderr_to(file: IO[bytes]) -> Iterator[None]:
-    """Keep what Ray's C++ half writes to the terminal, past Python."""
-    kept = os.dup(2)
-    os.dup2(file.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-def _probe(address: str) -> None:
-    """Ask whether a gRPC server answers there, as a Ray head is one: Ray would wait for minutes."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UsageError(f"{address} is no address of a Ray cluster: write host:port, or auto.")
-    try:
-        where = (host.strip("[]"), int(port))
-        with socket.create_connection(where, timeout=_PROBE_TIMEOUT_S) as connection:
-            connection.sendall(_HTTP2_PREFACE)
-            answer = connection.recv(4, socket.MSG_WAITALL)
-    except (OSError, OverflowError) as error:
-        raise UsageError(
-            f"No Ray cluster answers at {address} ({error}): start one with `ray start --head`, or "
-            "leave --address out to start one here."
-        ) from error
-    if answer[3:] != _HTTP2_SETTINGS and "RAY_USE_TLS" not in os.environ:
-        raise UsageError(
-            f"What answers at {address} is no Ray head: its port is 6379 where none was chosen, "
-            "and 8265 is its dashboard's."
-        )
 
 
 def _nodes() -> list[Node]:

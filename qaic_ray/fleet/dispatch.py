@@ -17,8 +17,9 @@ Retry is decided here and nowhere else. A worker that is lost, hangs or fails is
 a rest, and given up after MAX_FAILURES failures with no row in between; the run goes on with the
 others, and ends `abandoned` when there are none, with the open prompts undone. A prompt that was
 unfinished on a dying worker goes again in a smaller group, then alone, and dying alone twice makes
-it an error row, on two workers where there are two: a prompt is given up only for what happened to
-itself, never for its neighbour. Nor is a worker for its prompts: a death with a lone prompt counts
+it an error row, on two workers where there are two, and more often where workers die of other
+things too (`suspicion.py`): a prompt is given up only for what happened to itself, never for its
+neighbour. Nor is a worker for its prompts: a death with a lone prompt counts
 for the prompt, and after a failure a worker shows with fresh prompts whether it is well before it
 is given suspects.
 """
@@ -216,21 +217,20 @@ class Dispatcher:
         """A worker is lost, or of no use; `runs`: its process may still be there."""
         if worker is None:
             return
-        shards = [self._ledger.shards[shard_id] for shard_id in worker.shards]
-        ran = [shard for shard in shards if shard.unfinished and not shard.held]
+        ran = [s for i in worker.shards if (s := self._ledger.shards[i]).unfinished and not s.held]
         # A worker begins prompts in the order they came, as many as it has slots: the others had
         # no part in its end. One that fails again and again may have another order (static rows).
-        room = worker.slots if not worker.failures else worker.num_unfinished
-        # Where a lone prompt is to blame, the worker is not.
+        num_begun = worker.slots if not worker.failures else worker.num_unfinished
+        # Where a lone prompt may be to blame, the worker is not.
         worker.failures += not any(shard.alone for shard in ran)
+        was_ready = worker.state is State.READY
         self._roster.rest(worker, self._now_s)
-        for shard in shards:
-            if shard.held:
-                self._ledger.release(shard)
-            else:
-                num_begun = min(room, len(shard.unfinished))
-                room -= num_begun
-                self._deliver(self._ledger.fail(shard, f"{worker.name}: {error}", num_begun))
+        if was_ready:
+            self._deliver(
+                self._ledger.bury(
+                    worker, error, self._now_s, num_begun=num_begun, up_s=self._roster.up_s
+                )
+            )
         if worker.failures >= MAX_FAILURES:
             del self._roster.workers[worker.name]
             self._out.append(QuarantineWorker(worker.name, error))

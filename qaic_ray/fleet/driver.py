@@ -292,7 +292,7 @@ class Driver:
             )
             for name in (*self._cards.names, *gone)
         )
-        error = "Every card was lost; the prompts that were left have no answer"
+        error = "Every card was lost; the prompts that were left have no answer."
         return FleetResult(
             workers=workers,
             unassigned=self._tally.measurement(""),

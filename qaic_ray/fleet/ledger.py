@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from itertools import islice
 
 from qaic_ray.fleet.standing import Worker
+from qaic_ray.fleet.suspicion import Suspicion
 from qaic_ray.fleet.waiting import ALONE_FROM, OpenPrompt, Waiting
 from qaic_ray.rows import ErrorClass, Prompt, Row
 
-MAX_ATTEMPTS = 4
-"""A prompt that came to a bad end so often is given up: the last two times it was alone."""
+ENOUGH_ATTEMPTS = 4
+"""A prompt that came to a bad end so often may be given up: the last two times it was alone."""
+MAX_ATTEMPTS = 8
+"""A prompt that came to a bad end so often is given up, whatever else dies."""
 MAX_SHARDS = 16
 """Most shards in flight on a worker. Two hold what it works on and what is queued in it; others
 hold a long row each that they were left with."""
@@ -66,6 +69,7 @@ class Ledger:
         self.shards: dict[int, Shard] = {}
         self.num_asked = 0
         self.second_per_work: float | None = None
+        self._suspicion = Suspicion()
         self._num_shards = 0
         self._num_bands = 0
         self._num_read = 0
@@ -155,11 +159,6 @@ class Ledger:
                 self.end(shard)
         return [shard for shard in held if shard.unfinished]
 
-    def release(self, shard: Shard) -> None:
-        """End a shard that did not run; its prompts wait again as if they had not been in it."""
-        for entry in self.end(shard):
-            self.waiting.add(entry)
-
     def ask(self, shard: Shard) -> None:
         """It is being asked to give back what has not begun."""
         shard.asked = True
@@ -176,30 +175,53 @@ class Ledger:
                 if not entry.shard_ids:
                     self.waiting.add(entry)
 
-    def fail(self, shard: Shard, error: str, num_begun: int | None = None) -> list[Row]:
-        """End a shard that came to a bad end; rows of what has had its last go.
+    def fail(self, shard: Shard, error: str) -> list[Row]:
+        """End a shard that came to a bad end by itself; rows of what has had its last go."""
+        return self._blame(shard, self.end(shard), error, is_guilty=True)
 
-        Of its prompts without a row the first `num_begun`, all by default, are to blame; the others
-        wait again as if they had not been in it.
+    def bury(
+        self, worker: Worker, error: str, now_s: float, *, num_begun: int, up_s: float
+    ) -> list[Row]:
+        """End every shard of a worker that is gone; rows of the prompts that are to blame.
+
+        Of its prompts the first `num_begun` may be; the others wait again as if they had not been
+        there, and so do those of shards that were held. For `up_s` see `Suspicion`.
         """
-        begun = set(islice(shard.unfinished, num_begun))
-        left = self.end(shard)
-        for entry in left:
-            if entry.prompt.index not in begun:
-                self.waiting.add(entry)
-        return self.blame(shard, [e for e in left if e.prompt.index in begun], error)
+        death = self._suspicion.died()
+        given_up: list[Row] = []
+        for shard in [self.shards[shard_id] for shard_id in worker.shards]:
+            begun = set() if shard.held else set(islice(shard.unfinished, num_begun))
+            num_begun -= len(begun)
+            left = self.end(shard)
+            suspects = [entry for entry in left if entry.prompt.index in begun]
+            for entry in left:
+                if entry.prompt.index not in begun:
+                    self.waiting.add(entry)
+            for entry in suspects:
+                entry.deaths += (death,)
+                if shard.alone:
+                    entry.alone_s += (now_s - shard.started_s,)
+            is_guilty = shard.alone and all(
+                self._suspicion.is_guilty(entry.deaths, entry.alone_s, up_s) for entry in suspects
+            )
+            given_up += self._blame(shard, suspects, f"{worker.name}: {error}", is_guilty=is_guilty)
+        return given_up
 
-    def blame(self, shard: Shard, entries: Iterable[OpenPrompt], error: str) -> list[Row]:
+    def _blame(
+        self, shard: Shard, entries: Iterable[OpenPrompt], error: str, *, is_guilty: bool
+    ) -> list[Row]:
         """Let prompts of a shard that came to a bad end try again, or give them up: their rows."""
         given_up = []
         for entry in entries:
-            if entry.attempt < MAX_ATTEMPTS:
+            enough = ENOUGH_ATTEMPTS if is_guilty else MAX_ATTEMPTS
+            if entry.attempt < enough:
                 entry.attempt += 1
                 if shard.alone:
                     entry.died_on = shard.worker.name
                 self.waiting.add(entry)
                 continue
             self._close(entry)
+            self._suspicion.explain(entry.deaths)
             text = f"Given up after {entry.attempt} attempts; the last one: {error}"
             row = Row.failed(
                 entry.prompt,

@@ -52,6 +52,16 @@ class RunSummary:
         """Whether every row was answered."""
         return self.result.ok
 
+    @property
+    def error(self) -> str | None:
+        """Why the run ended before its input did, and what to do; None where it did not."""
+        if self.result.error is None:
+            return None
+        return (
+            f"{self.result.error} When cards are well again, go on with `qaic-ray run --resume "
+            f"{self.folder}`."
+        )
+
     def document(self) -> Document:
         """The report as a JSON object."""
         total = self.result.total
@@ -72,7 +82,7 @@ class RunSummary:
             "ttft_median_s": round(total.ttft_median_s, 6),
             "ttft_p90_s": round(quantile(total.ttft_s, 0.9), 6),
             **_engine_document(total),
-            "error": self.result.error,
+            "error": self.error,
             "proof": None if self.proof is None else self.proof.to_json(),
             "workers": [_worker_document(worker) for worker in self.result.workers],
             "ttft_s_histogram": histogram(Counter(total.ttft_s)),

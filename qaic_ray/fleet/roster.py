@@ -19,13 +19,16 @@ class Roster:
 
     `listening_s`: since when the driver has heard what the workers say, without a gap;
     `num_awaited`: workers that were neither ready nor failed yet; `num_draining`: workers that are
-    being cleared for a prompt that must be alone.
+    being cleared for a prompt that must be alone; `up_s`: how long workers were ready, all added,
+    when one of them changed last.
     """
 
     def __init__(self) -> None:
         self.workers: dict[str, Worker] = {}
         self.num_draining = 0
         self.listening_s = -math.inf
+        self.up_s = 0.0
+        self._changed_s = 0.0
         self._timers: list[tuple[float, str]] = []
         self._num_ready = 0
         self._ready_slots = 0
@@ -56,6 +59,7 @@ class Roster:
     def ready(self, worker: Worker, slots: int, now_s: float) -> None:
         """It is open."""
         self.num_awaited -= worker.awaited
+        self._let_pass(now_s)
         worker.ready(slots, now_s)
         self._num_ready += 1
         self._ready_slots += slots
@@ -78,6 +82,7 @@ class Roster:
     def rest(self, worker: Worker, now_s: float) -> None:
         """It failed, and comes again after a while."""
         if worker.state is State.READY:
+            self._let_pass(now_s)
             self._num_ready -= 1
             self._ready_slots -= worker.slots
             self._measure(worker, -1)
@@ -89,6 +94,11 @@ class Roster:
         """Whether it takes nothing more until it may run a prompt alone."""
         self.num_draining += draining - worker.draining
         worker.draining = draining
+
+    def _let_pass(self, now_s: float) -> None:
+        """Until now as many workers were ready as there are."""
+        self.up_s += self._num_ready * (now_s - self._changed_s)
+        self._changed_s = now_s
 
     # -- the fleet
 

@@ -9,7 +9,9 @@ from qaic_ray.fleet.roster import Roster
 from qaic_ray.fleet.standing import State, Worker
 from qaic_ray.fleet.waiting import OpenPrompt, Size, Waiting
 from qaic_ray.rows import Prompt
+from qaic_ray.sampling_params import SamplingParams
 
+GREEDY = SamplingParams()
 READ_AHEAD = 8192
 """Prompts read at once, and how many there are in a band, where the fleet needs no more."""
 READ_ROUNDS = 4
@@ -33,16 +35,19 @@ TOKEN_WORK = 32.0
 """Work of one token of an answer, in characters of prompt."""
 
 
-def text_work(prompt: Prompt) -> float:
-    """Estimated work of a prompt where nothing better is known, in characters."""
+def text_work(prompt: Prompt, defaults: SamplingParams = GREEDY) -> float:
+    """Estimated work of a prompt where nothing better is known, in characters.
+
+    Args:
+        defaults: of prompts that bring no parameters of their own.
+    """
     if prompt.messages is None:
         length = len(prompt.text)
     else:
         length = sum(len(message.get("content", "")) for message in prompt.messages)
-    sampling, num_tokens = prompt.sampling, ANSWER_TOKENS
-    if sampling is not None and sampling.max_tokens is not None:
-        num_tokens = sampling.max_tokens * sampling.n
-    return length + TOKEN_WORK * num_tokens
+    sampling = prompt.sampling or defaults
+    num_tokens = ANSWER_TOKENS if sampling.max_tokens is None else sampling.max_tokens
+    return length + TOKEN_WORK * num_tokens * sampling.n
 
 
 def num_to_read(waiting: Waiting, roster: Roster, read_ahead: int) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
+from qaic_ray.fleet.suspicion import Death
 from qaic_ray.rows import Prompt
 
 ALONE_FROM = 3
@@ -31,7 +32,8 @@ class OpenPrompt:
 
     It waits, or runs in one shard, or in two where a straggler's prompt runs a second time.
     `attempt` is one more than the times it was unfinished when its shard came to a bad end;
-    `died_on` names the worker on which that happened last while it was alone.
+    `died_on` names the worker on which that happened last while it was alone. It had begun on the
+    workers that died the `deaths`, and was alone for `alone_s` each on those where it was that.
     """
 
     prompt: Prompt
@@ -41,6 +43,8 @@ class OpenPrompt:
     shard_ids: tuple[int, ...] = ()
     died_on: str = ""
     waiting: bool = False
+    deaths: tuple[Death, ...] = ()
+    alone_s: tuple[float, ...] = ()
 
 
 # Least first: band, length, index, and a number, because one prompt may be there twice.

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,6 +118,7 @@ def _answer(
     from qaic_ray.fleet.fingerprint import fingerprint
     from qaic_ray.fleet.journal import Journal
     from qaic_ray.fleet.outputs import row_writer
+    from qaic_ray.fleet.sizing import text_work
     from qaic_ray.fleet.worker import CardWorker
 
     same = fingerprint(
@@ -144,6 +146,7 @@ def _answer(
             worker_class=CardWorker,
             audience=audience,
             journal=journal,
+            work_of=partial(text_work, defaults=request.defaults),
             on_wait=listener.remark,
         )
     return result, write.proof(result.rows_in, result.inputs_sha256)

@@ -367,16 +367,10 @@ def test_logprobs_of_a_small_vocabulary_and_of_equal_tokens() -> None:
     assert sum(math.exp(value) for _, value in given_one.top) == pytest.approx(1)
 
 
-def test_a_plain_row_has_no_logprobs_and_says_that_it_is_plain() -> None:
+def test_a_plain_row_has_no_logprobs() -> None:
     selector = Selector(2)
-    assert selector.is_plain
     selector.enter(1, Asked(SamplingParams()))
-    assert selector.is_plain
     assert selector.choose(logits_of("flat", SMALL), [1]).logprobs == [None]
-    selector.enter(0, Asked(SamplingParams(temperature=1.0)))
-    assert not selector.is_plain
-    selector.leave(0)
-    assert selector.is_plain
 
 
 ROWS = st.fixed_dictionaries(

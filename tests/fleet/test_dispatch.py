@@ -39,6 +39,7 @@ from qaic_ray.fleet.messages import (
 )
 from qaic_ray.fleet.sizing import text_work
 from qaic_ray.fleet.standing import FIRST_STALL_S, MAX_OPEN_S, MIN_STALL_S
+from qaic_ray.fleet.suspicion import Suspicion
 from qaic_ray.fleet.waiting import OpenPrompt, Waiting
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
@@ -697,6 +698,36 @@ def test_only_the_prompts_that_kill_are_given_up(
     assert {row.index for row in rows if not row.ok} == killers
     assert all(row.attempts == 4 for row in rows if not row.ok)
     assert not cards.quarantined
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_where_workers_die_all_the_time_no_prompt_is_blamed_for_it(seed: int) -> None:
+    """Rows take a second of a life of eight: many prompts die with a worker again and again."""
+    killers = {seed, 100 + seed}
+    cards = SimulatedCards(
+        [0.0] * 4,
+        slots=4,
+        dies=lambda card, prompt: prompt.index in killers,
+        mean_life_s=8.0,
+        seed=seed,
+    )
+    rows = run(cards, same(400))
+    assert {row.index for row in rows if not row.ok} == killers
+    assert max(row.attempts for row in rows if row.ok) > 2
+
+
+def test_a_prompt_is_given_up_when_chance_would_hardly_do_it() -> None:
+    suspicion = Suspicion()
+    own = [suspicion.died() for _ in range(4)]
+    assert suspicion.is_guilty(own, [5.0, 5.0], up_s=10.0)  # nothing else has died
+    others = [suspicion.died() for _ in range(10)]
+    # One death in 10 s: a second alone ends badly for one prompt in ten.
+    for num_alone, is_guilty in ((2, False), (3, False), (4, True)):
+        assert suspicion.is_guilty(own, [1.0] * num_alone, up_s=100.0) is is_guilty
+    assert suspicion.is_guilty(own, [0.01, 0.01], up_s=100.0)  # what kills at once shows sooner
+    suspicion.explain(others)
+    suspicion.explain(others)
+    assert suspicion.is_guilty(own, [1.0, 1.0], up_s=100.0)
 
 
 @pytest.mark.parametrize(

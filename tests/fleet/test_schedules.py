@@ -26,7 +26,7 @@ from simulated_cards import SimulatedCards, answer
 
 from qaic_ray.fleet.dispatch import Dispatcher
 from qaic_ray.fleet.driver import Audience, Driver
-from qaic_ray.fleet.ledger import MAX_ATTEMPTS
+from qaic_ray.fleet.ledger import ENOUGH_ATTEMPTS, MAX_ATTEMPTS
 from qaic_ray.fleet.messages import (
     Command,
     DeliverRows,
@@ -152,7 +152,7 @@ class Schedules(RuleBasedStateMachine):
         assert shard.attempt <= 2 or (len(shard.prompts) == 1 and not company)
         for prompt in shard.prompts:
             assert prompt.index not in self.delivered
-            assert shard.attempt == self.bad_ends[prompt.index] + 1
+            assert shard.attempt <= self.bad_ends[prompt.index] + 1, "blamed for nothing"
             places = [s.worker for s in self.shards.values() if prompt in self.left[s.shard_id]]
             assert len(places) < 2, "it runs a third time"
             assert shard.worker not in places
@@ -161,7 +161,7 @@ class Schedules(RuleBasedStateMachine):
 
     def check_blame(self, row: Row) -> None:
         """An error row is of a prompt that came to two bad ends alone, on two workers if it can."""
-        assert row.attempts == self.bad_ends[row.index] == MAX_ATTEMPTS
+        assert ENOUGH_ATTEMPTS <= row.attempts <= min(MAX_ATTEMPTS, self.bad_ends[row.index])
         ends = self.lone_ends[row.index]
         assert len(ends) >= 2, "blamed for what happened to another"
 
@@ -182,7 +182,7 @@ class Schedules(RuleBasedStateMachine):
                     self.lone_ends.setdefault(index, []).append(shard.worker)
 
     def end_life(self, worker: str) -> None:
-        """It died, or was given up: every prompt on it came to a bad end."""
+        """It died, or was given up: any prompt on it may have come to a bad end."""
         for place in (self.opening, self.ready):
             if worker in place:
                 place.remove(worker)

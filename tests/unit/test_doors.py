@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 
@@ -39,16 +38,11 @@ def test_worker_loads_no_torch_and_no_transformers() -> None:
 
 
 def test_help_answers_and_names_every_command() -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = subprocess.run(
         [sys.executable, "-c", "from qaic_ray.cli import main; main()", "--help"],
         capture_output=True,
         text=True,
         check=True,
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     for command in ("launch", "plan", "export", "compile", "run", "devices", "emulator"):
         assert command in result.stdout
-    # CPU, not wall time: it does not depend on who else uses the machine.
-    used_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert used_s < 0.5
