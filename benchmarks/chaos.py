@@ -45,7 +45,7 @@ def prompts(count: int) -> Iterator[Any]:
 
 def drive(folder: Path, address: str, count: int) -> None:
     """One session of the run: until it is done, or this process is killed."""
-    from qaic_ray.fleet import actors, dispatch, standing
+    from qaic_ray.fleet import actors, standing
     from qaic_ray.fleet.answers import Generation
     from qaic_ray.fleet.cluster import Cluster
     from qaic_ray.fleet.driver import Audience
@@ -57,7 +57,6 @@ def drive(folder: Path, address: str, count: int) -> None:
     from qaic_ray.sdk import EmulatedCards
 
     standing.MIN_STALL_S = standing.FIRST_STALL_S = 6.0  # an hour of trouble in a minute
-    dispatch.MAX_FAILURES = 6
     actors.STEPS_EVERY_S = 0.5
     made = json.loads((folder.parent / "made.json").read_text())
     generation = Generation(SamplingParams(max_tokens=NUM_TOKENS))
@@ -229,7 +228,7 @@ def verdict(quiet: Run, fired: Run) -> list[str]:
 # -- the stage
 
 
-def make(folder: Path) -> Any:
+def make(folder: Path) -> None:
     """A tiny model with a byte tokenizer, and its QPC."""
     sys.path.append(str(ROOT / "tests"))
     from byte_tokens import with_byte_tokenizer
@@ -239,7 +238,6 @@ def make(folder: Path) -> Any:
     model = with_byte_tokenizer(tiny.checkpoint, folder / "model")
     made = {"sdk": str(tiny.sdk.root), "qpc": str(tiny.qpc(ctx_len=96)), "model": str(model)}
     (folder / "made.json").write_text(json.dumps(made))
-    return tiny
 
 
 def main() -> int:
@@ -267,29 +265,30 @@ def play(folder: Path, args: argparse.Namespace) -> int:
     faults = folder / "faults.json"
     faults.write_text(json.dumps({"faults": [SLOW]}))
     os.environ["QAIC_EMULATOR_FAULTS"] = str(faults)
+    os.environ["QAIC_EMULATOR_STATE"] = str(folder / "cards")  # nobody else's cards
     os.environ["QAIC_RAY_LOCKS"] = str(folder / "locks")
-    with make(folder):
-        nodes = Nodes(
-            initialize_head=True,
-            head_node_args=NODE
-            | {
-                "include_dashboard": False,
-                "_system_config": {
-                    "health_check_period_ms": 500,
-                    "health_check_failure_threshold": 6,
-                    "health_check_initial_delay_ms": 0,
-                },
+    make(folder)
+    nodes = Nodes(
+        initialize_head=True,
+        head_node_args=NODE
+        | {
+            "include_dashboard": False,
+            "_system_config": {
+                "health_check_period_ms": 500,
+                "health_check_failure_threshold": 6,
+                "health_check_initial_delay_ms": 0,
             },
-        )
-        try:
-            nodes.add_node(**NODE)
-            quiet = Run(folder / "undisturbed", nodes.address, args.prompts)
-            quietly(quiet)
-            fired = Run(folder / "under-fire", nodes.address, args.prompts)
-            under_fire(fired, nodes, faults, args)
-        finally:
-            nodes.shutdown()
-        wrong = verdict(quiet, fired)
+        },
+    )
+    try:
+        nodes.add_node(**NODE)
+        quiet = Run(folder / "undisturbed", nodes.address, args.prompts)
+        quietly(quiet)
+        fired = Run(folder / "under-fire", nodes.address, args.prompts)
+        under_fire(fired, nodes, faults, args)
+    finally:
+        nodes.shutdown()
+    wrong = verdict(quiet, fired)
     summary = json.loads((fired.folder / "summary.json").read_text())
     print(f"undisturbed  {quiet.deeds.seconds:6.1f} s  {quiet.num_rows} rows")
     print(f"under fire   {fired.deeds.seconds:6.1f} s  {fired.num_rows} rows, {fired.deeds}")

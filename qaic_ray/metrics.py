@@ -8,15 +8,18 @@ sum or mean of rates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+
+from qaic_ray.durations import Durations
 
 
 @dataclass(frozen=True)
 class Measurement:
     """Counts and times of some work; adds associatively, with `Measurement()` as zero.
 
-    Times in seconds. `ttft_s` holds one value a row, so that medians of sums are true medians.
+    Times in seconds. `ttft` has one duration a row, so that medians of sums are true medians.
     `reused_tokens` are prompt tokens that a slot held already; `decode_slots` counts the rows that
     decode steps had room for; of `drafted_tokens` so many were `accepted_tokens`.
     """
@@ -35,7 +38,7 @@ class Measurement:
     decode_s: float = 0.0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
-    ttft_s: tuple[float, ...] = ()
+    ttft: Durations = field(default_factory=Durations)
 
     def __add__(self, other: Measurement) -> Measurement:
         sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
@@ -64,12 +67,15 @@ class Measurement:
     @property
     def ttft_median_s(self) -> float:
         """Median time to first token; 0 where no row was answered."""
-        return quantile(self.ttft_s, 0.5)
+        return self.ttft.quantile(0.5)
 
 
 @dataclass
 class Meter:
-    """A measurement in the making: the fields of `Measurement`, counted up where work is done."""
+    """A measurement in the making: the fields of `Measurement`, counted up where work is done.
+
+    `ttft` counts the bins of `Durations`.
+    """
 
     rows: int = 0
     prompt_tokens: int = 0
@@ -84,11 +90,11 @@ class Meter:
     decode_s: float = 0.0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
-    ttft_s: list[float] = field(default_factory=list)
+    ttft: Counter[int] = field(default_factory=Counter)
 
     def measurement(self) -> Measurement:
         """What was counted so far."""
-        return Measurement(**(vars(self) | {"ttft_s": tuple(self.ttft_s)}))
+        return Measurement(**(vars(self) | {"ttft": Durations(dict(self.ttft))}))
 
 
 @dataclass(frozen=True)
@@ -117,14 +123,3 @@ def tokens_per_s(generated_tokens: int, span: Span | None) -> float:
 def total(measurements: Iterable[Measurement]) -> Measurement:
     """The sum, zero for none."""
     return sum(measurements, start=Measurement())
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """The q-quantile (0 to 1) by linear interpolation; 0 for no values."""
-    if not values:
-        return 0.0
-    ordered = sorted(values)
-    position = q * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)

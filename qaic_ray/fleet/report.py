@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from qaic_ray.fleet.outputs import ERRORS_NAME, Proof
 from qaic_ray.fleet.page import html_page
 from qaic_ray.fleet.result import FleetResult, WorkerResult
 from qaic_ray.folders import sync_path
-from qaic_ray.metrics import Measurement, quantile
+from qaic_ray.metrics import Measurement
 
 FORMAT = 1
 REPORT_NAME = "report.json"
@@ -80,12 +79,12 @@ class RunSummary:
             "seconds": round(self.result.span.seconds, 6) if self.result.span else 0.0,
             "tokens_per_s": round(self.result.tokens_per_s, 3),
             "ttft_median_s": round(total.ttft_median_s, 6),
-            "ttft_p90_s": round(quantile(total.ttft_s, 0.9), 6),
+            "ttft_p90_s": round(total.ttft.quantile(0.9), 6),
             **_engine_document(total),
             "error": self.error,
             "proof": None if self.proof is None else self.proof.to_json(),
             "workers": [_worker_document(worker) for worker in self.result.workers],
-            "ttft_s_histogram": histogram(Counter(total.ttft_s)),
+            "ttft_s_histogram": histogram(dict(total.ttft.items())),
             "generated_tokens_histogram": histogram(self.result.length_counts, whole=True),
         }
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from qaic_ray.durations import Durations, bin_of
 from qaic_ray.metrics import Measurement, Span, tokens_per_s, total
 from qaic_ray.rows import Row
 
@@ -77,7 +78,7 @@ class _Counts:
     failed_rows: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    ttft_s: list[float] = field(default_factory=list)
+    ttft: Counter[int] = field(default_factory=Counter)
 
 
 class Tally:
@@ -99,7 +100,7 @@ class Tally:
         counts.prompt_tokens += row.prompt_tokens
         counts.generated_tokens += row.generated_tokens
         if row.ok:
-            counts.ttft_s.append(row.ttft_s)
+            counts.ttft[bin_of(row.ttft_s)] += 1
             self.length_counts.update(row.answer_lens)
         else:
             counts.failed_rows += 1
@@ -113,5 +114,5 @@ class Tally:
             failed_rows=counts.failed_rows,
             prompt_tokens=counts.prompt_tokens,
             generated_tokens=counts.generated_tokens,
-            ttft_s=tuple(counts.ttft_s),
+            ttft=Durations(dict(counts.ttft)),
         )

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qaic_ray.contract import IoContract, Specialization, Specializations
+from qaic_ray.durations import bin_of
 from qaic_ray.errors import RowError
 from qaic_ray.metrics import Measurement, Meter
 from qaic_ray.run.batch import Batcher, Sequence
@@ -340,7 +341,7 @@ class Engine:
             if answered and sequence in self._awaiting:
                 entered_s = self._awaiting.pop(sequence)
                 self._first[sequence] = (entered_s, end_s)
-                self._meter.ttft_s.append(end_s - entered_s)
+                self._meter.ttft[bin_of(end_s - entered_s)] += 1
 
     def _finish(self, sequence: Sequence, end_s: float) -> Finished:
         entered_s, first_s = self._first.pop(sequence)

@@ -65,7 +65,7 @@ def check_every_row(engine: Engine, rows: Rows, memory: int | None = None) -> No
     assert work.rows == len(rows)
     assert work.generated_tokens == sum(map(len, expected.values()))
     assert work.prompt_tokens == sum(len(prompt) for _, prompt, _ in rows)
-    assert len(work.ttft_s) == len(rows)
+    assert len(work.ttft) == len(rows)
 
 
 @settings(max_examples=50, deadline=None)

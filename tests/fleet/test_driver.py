@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 from simulated_cards import SimulatedCards, answer
 
+from qaic_ray.durations import Durations
 from qaic_ray.errors import UsageError
 from qaic_ray.fleet.dispatch import Dispatcher
 from qaic_ray.fleet.driver import Audience, Driver, Progress
@@ -43,7 +44,7 @@ def test_rows_and_tokens_are_counted_from_the_rows_and_steps_from_the_engine() -
     assert result.total.rows == 20
     assert result.total.generated_tokens == sum(row.generated_tokens for row in expected)
     assert result.total.prompt_tokens == 80
-    assert result.total.ttft_s == (0.25,) * 20
+    assert result.total.ttft == Durations.of([0.25] * 20)
     assert result.total.decode_steps == 6
     assert sum(result.length_counts.values()) == 20
     assert result.length_counts == {1: 3, 2: 3, 3: 3, 4: 3, 5: 3, 6: 3, 7: 2}

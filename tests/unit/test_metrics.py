@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 from dataclasses import fields
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qaic_ray.metrics import Measurement, Span, quantile, tokens_per_s, total
+from qaic_ray.durations import Durations
+from qaic_ray.metrics import Measurement, Span, tokens_per_s, total
 
 COUNTS = st.integers(0, 10**6)
 # Multiples of 1/8 add exactly, so that equality is equality.
@@ -19,9 +20,9 @@ MEASUREMENTS = st.builds(
     **{
         field.name: SECONDS if field.name.endswith("_s") else COUNTS
         for field in fields(Measurement)
-        if field.name != "ttft_s"
+        if field.name != "ttft"
     },
-    ttft_s=st.lists(SECONDS, max_size=5).map(tuple),
+    ttft=st.lists(SECONDS, max_size=5).map(Durations.of),
 )
 
 
@@ -68,20 +69,21 @@ def test_merged_rate() -> None:
     assert tokens_per_s(500, Span(3.0, 3.0)) == 0.0
 
 
-@settings(max_examples=40)
-@given(st.lists(SECONDS, min_size=1))
-def test_median_is_the_median(values: list[float]) -> None:
-    assert quantile(values, 0.5) == pytest.approx(statistics.median(values))
-    assert (quantile(values, 0.0), quantile(values, 1.0)) == (min(values), max(values))
+@settings(max_examples=100)
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1), st.floats(0, 1))
+def test_a_quantile_is_right_to_a_tenth_of_a_percent(values: list[float], q: float) -> None:
+    expected = sorted(values)[math.floor(q * (len(values) - 1))]
+    assert Durations.of(values).quantile(q) == pytest.approx(expected, rel=0.00101)
 
 
-@settings(max_examples=40)
-@given(st.lists(SECONDS, min_size=2), st.integers(1, 19))
-def test_quantile_is_the_inclusive_one(values: list[float], twentieths: int) -> None:
-    cuts = statistics.quantiles(values, n=20, method="inclusive")
-    assert quantile(values, twentieths / 20) == pytest.approx(cuts[twentieths - 1])
+def test_durations_are_counted_in_few_numbers() -> None:
+    many = Durations.of(1e-3 * (1 + i % 5000) for i in range(100_000))
+    assert len(many) == sum(count for _, count in many.items()) == 100_000
+    assert len(many.counts) < 4300  # 1 ms to 5 s: log(5000) / log(1.002)
 
 
-def test_no_values_have_no_median() -> None:
+def test_no_duration_has_no_quantile_and_none_is_too_short() -> None:
+    assert Durations().quantile(0.5) == 0.0
+    assert round(Durations.of([0.0]).quantile(0.5), 6) == 0.0
     assert Measurement().ttft_median_s == 0.0
-    assert Measurement(ttft_s=(3.0, 1.0, 2.0)).ttft_median_s == 2.0
+    assert Measurement(ttft=Durations.of((3, 1, 2))).ttft_median_s == pytest.approx(2, rel=0.00101)
