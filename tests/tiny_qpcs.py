@@ -29,6 +29,7 @@ from qaic_ray.sdk import Sdk, find_sdk
 VOCAB_SIZE = 300
 EOS_ID = 2
 MAX_POSITION = 256
+DEFAULT_EMULATOR = EmulatorPart()
 
 
 class TinyQpcs:
@@ -39,12 +40,18 @@ class TinyQpcs:
         checkpoint: the model.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(
+        self,
+        folder: Path,
         # A process can have the runtime of one SDK only, and the tests of the real model have this.
-        self.sdk: Sdk = find_sdk("emulated", emulated_cards(EmulatorPart()))
+        emulator: EmulatorPart = DEFAULT_EMULATOR,
+        *,
+        max_position: int = MAX_POSITION,
+    ) -> None:
+        self._folder = folder
+        self.sdk: Sdk = find_sdk("emulated", emulated_cards(emulator))
         self.checkpoint = write_checkpoint(
-            folder / "tiny", num_hidden_layers=2, max_position_embeddings=MAX_POSITION
+            folder / "tiny", num_hidden_layers=2, max_position_embeddings=max_position
         )
         self._exports: dict[ExportOptions, Path] = {}
         self._qpcs: dict[tuple[ExportOptions, Specializations, int], Path] = {}
