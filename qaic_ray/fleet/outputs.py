@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ MAX_SHOWN_AT_ONCE = 512
 
 # Python's str.splitlines (and others) also break lines here; inside JSON they can be escaped.
 _LINE_BREAKS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+_LINE_BREAK = re.compile("[\x85\u2028\u2029]")
 
 _OFFSET_BITS = 40
 _FORGET_AT = 2**16
@@ -317,7 +319,7 @@ class RowWriter:
 
     def _write(self, row: Row) -> None:
         text = json.dumps(row.to_json(), ensure_ascii=False)
-        if not text.isascii():
+        if _LINE_BREAK.search(text):
             text = text.translate(_LINE_BREAKS)
         line = text.encode() + b"\n"
         with disk_errors_end_the_run(self._folder):

@@ -87,6 +87,9 @@ def _writable(text: str | bytes) -> str:
     return encoded.decode(errors="replace")
 
 
+_MOST_KNOWN = 1024
+
+
 class OwnSampling:
     """Sampling parameters of rows: a row's own fields over the run's.
 
@@ -96,8 +99,7 @@ class OwnSampling:
 
     def __init__(self, defaults: SamplingParams) -> None:
         self._defaults = defaults
-        self._last_fields = ""
-        self._last: SamplingParams | None = None
+        self._known: dict[str, SamplingParams] = {}
 
     def __call__(self, fields: dict[str, Any]) -> SamplingParams | None:
         """The row's parameters, None where it has no fields.
@@ -109,10 +111,12 @@ class OwnSampling:
             return None
         # The rows of a file often have the same. As text, because 1, 1.0 and True are equal.
         text = repr(fields)
-        if text != self._last_fields:
-            self._last = self._defaults.updated(fields)
-            self._last_fields = text
-        return self._last
+        params = self._known.get(text)
+        if params is None:
+            params = self._defaults.updated(fields)
+            if len(self._known) < _MOST_KNOWN:
+                self._known[text] = params
+        return params
 
 
 def sampling_fields(document: Document) -> dict[str, Any]:

@@ -9,7 +9,6 @@ soon begin, so that what is left can be given back to the driver.
 from __future__ import annotations
 
 import os
-import queue
 import threading
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from qaic_ray.contract import Specializations
 from qaic_ray.detokenizer import StopReader
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
 from qaic_ray.fleet.answers import Answer, Answerer, Generation
+from qaic_ray.fleet.handover import Handover
 from qaic_ray.fleet.holding import Holding
 from qaic_ray.fleet.locks import Part
 from qaic_ray.fleet.speculation import Drafting, open_drafting
@@ -100,9 +100,7 @@ class _Shard:
     `outcome` takes what becomes of its sequences: finished, given back unbegun, or lost.
     """
 
-    outcome: queue.SimpleQueue[Finished | list[batch.Sequence] | QaicRayError] = field(
-        default_factory=queue.SimpleQueue
-    )
+    outcome: Handover[Finished | list[batch.Sequence]] = field(default_factory=Handover)
     is_queued: bool = False
     is_asked: bool = False
 
@@ -288,7 +286,7 @@ class CardWorker:
         pending = {sequence: answer for answer in begun for sequence in answer.sequences}
         while pending:
             complete = []
-            for done in _take(shard):
+            for done in shard.outcome.take(len(pending)):
                 if isinstance(done, list):
                     left = dict.fromkeys(pending.pop(sequence) for sequence in done)
                     yield TakenBack(tuple(answer.prompt.index for answer in left))
@@ -384,14 +382,3 @@ class CardWorker:
         for shard in shards:
             shard.outcome.put(error)
         return lives
-
-
-def _take(shard: _Shard) -> list[Finished | list[batch.Sequence]]:
-    """Wait for one, then take whatever else is there."""
-    items = [shard.outcome.get()]
-    while not shard.outcome.empty():
-        items.append(shard.outcome.get())
-    for item in items:
-        if isinstance(item, QaicRayError):
-            raise item
-    return [item for item in items if not isinstance(item, QaicRayError)]

@@ -1,4 +1,4 @@
-"""The short form of `benchmarks/chaos.py`: everything is killed, and no row is lost or different."""
+"""The short form of `benchmarks/chaos.py`: everything is killed, no row is lost or different."""
 
 from __future__ import annotations
 
