@@ -123,9 +123,9 @@ def lay_programs(folder: Path, wanted: list[Case]) -> Path:
     return folder
 
 
-def lay_sdk(folder: Path, apps_version: str) -> Path:
-    """An SDK folder whose card takes no time."""
-    install_emulated(folder, EmulatedCards(cards=1, sku="standard", apps_version=apps_version))
+def lay_sdk(folder: Path, apps_version: str, num_cards: int = 1) -> Path:
+    """An SDK folder whose cards take no time of their own."""
+    install_emulated(folder, EmulatedCards(num_cards, "standard", apps_version))
     shutil.copy(HERE / "instant_card.py", open_sdk(folder).python_paths[0] / "qaicrt.py")
     return folder
 

@@ -1,13 +1,14 @@
 # ruff: noqa: N802 - the vendor's names
 """A `qaicrt` whose card takes no time: what is left between two inferences is the host's work.
 
-Copied as `qaicrt.py` into an SDK folder by `host_overhead.py`; knows nothing of who calls it. A
-program is a folder with a `program.json`: `batch_size`, `prompt_len`, `ctx_len`, `vocab_size`,
-`num_layers` and `output` (`logits` or `next_tokens`) of a continuous-batching language model.
+Copied as `qaicrt.py` into an SDK folder by `host_overhead.py` and `scaling.py`; knows nothing of
+who calls it. A program is a folder with a `program.json`: `batch_size`, `prompt_len`, `ctx_len`,
+`vocab_size`, `num_layers` and `output` (`logits` or `next_tokens`) of a continuous-batching
+language model. With a `step_ms` there every inference takes so long, asleep.
 
-Every call returns at once. What a card would write by DMA stands in memory beforehand: in the list
-door, in buffers of the runtime, which `bytes(buffer)` copies, because a QBuffer is not a bytes; in
-the door of arrays, in the caller's own array, which is filled when it is first seen.
+Every other call returns at once. What a card would write by DMA stands in memory beforehand: in
+the list door, in buffers of the runtime, which `bytes(buffer)` copies, because a QBuffer is not a
+bytes; in the door of arrays, in the caller's own array, which is filled when it is first seen.
 
 The answer of a row is the same in every step. Its logits fall by 1.6 for each natural logarithm of
 a token's rank, in an order of the row's own, as those of SmolLM2-135M do: over 36 positions of an
@@ -120,6 +121,8 @@ class ExecObj:
         self._result = qpc.result
         self._bytes = qpc.result.reshape(-1).view(np.uint8).data
         self._output_index = qpc.output_index
+        self._step_s = qpc.shape.get("step_ms", 0.0) / 1e3
+        self.started_s = 0.0
         self._filled: dict[int, Any] = {}
         self._buffers: list[QBuffer] = [_NOTHING] * qpc.num_bindings
         self._results: dict[int, QBuffer] = {}
@@ -140,7 +143,9 @@ class ExecObj:
             array.reshape(-1)[:] = self._result.reshape(-1)[: array.size]
 
     def waitForCompletion(self) -> QStatus:
-        """It is done."""
+        """It is done, or will be when its time is over."""
+        if self._step_s:
+            time.sleep(max(0.0, self.started_s + self._step_s - time.perf_counter()))
         COMPLETED_NS.append(time.perf_counter_ns())
         return QStatus.QS_SUCCESS
 
@@ -162,6 +167,7 @@ class Queue:
 
     def enqueue(self, exec_obj: ExecObj) -> QStatus:
         """It has started."""
+        exec_obj.started_s = time.perf_counter()
         ENQUEUED_NS.append(time.perf_counter_ns())
         return QStatus.QS_SUCCESS
 
