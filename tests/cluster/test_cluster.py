@@ -21,6 +21,7 @@ from fake_worker import FakeWorker, build, specs
 
 from qaic_ray.errors import CompileError, DeviceBusy, QaicRayError, UsageError
 from qaic_ray.fleet import cluster as cluster_module
+from qaic_ray.fleet import joining
 from qaic_ray.fleet.cluster import Cluster, Outcome
 from qaic_ray.fleet.driver import Audience
 from qaic_ray.fleet.result import FleetResult
@@ -367,7 +368,7 @@ def test_an_address_of_something_else_is_one_sentence() -> None:
         thread.start()
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(UsageError, match="is no Ray head: its port is 6379"):
-            cluster_module._probe(address)
+            joining._probe(address)
         thread.join()
 
 
