@@ -13,8 +13,10 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-HARDLY = 1e-4
+HARDLY = 1e-5
 """A prompt is to blame when chance alone would do it to fewer of the prompts that come so far."""
+_DEVIATIONS = 2.0
+"""The rate of chance is taken as so many standard deviations above what was counted."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,8 +46,13 @@ class Suspicion:
             up_s: how long workers of this run were up, all added.
         """
         others = self._num_unexplained - sum(not death.is_explained for death in deaths)
-        rate = others / up_s if up_s else 0.0
-        return math.prod(-math.expm1(-rate * seconds) for seconds in alone_s) < HARDLY
+        rate = (others + _DEVIATIONS * math.sqrt(others)) / up_s if up_s else 0.0
+        # Fisher's method: how often as many numbers between 0 and 1 have a product so small.
+        product = math.prod(-math.expm1(-rate * seconds) for seconds in alone_s)
+        if product == 0:
+            return True
+        terms = ((-math.log(product)) ** i / math.factorial(i) for i in range(len(alone_s)))
+        return product * sum(terms) < HARDLY
 
     def explain(self, deaths: Collection[Death]) -> None:
         """The prompt that had a part in these is to blame."""
