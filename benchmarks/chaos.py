@@ -11,6 +11,7 @@ row is lost, twice or different.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -223,15 +224,16 @@ def verdict(quiet: Run, fired: Run) -> list[str]:
     return wrong
 
 
-def spared(cards: Path, count: int) -> list[str]:
+def spared(cards: Path, faults: Path, count: int) -> list[str]:
     """Cards that never came to the inference in which they were to fail: the run was too short.
 
-    The emulated cards number their inferences in files of their state folder.
+    The emulated cards number their inferences in their state folder, anew for each text of faults.
     """
+    digest = hashlib.sha256(faults.read_bytes()).hexdigest()[:12]
     missing = []
     for fault in trouble(count):
-        numbered = cards.glob(f"events-*-{fault['device']}-inference")
-        if max((int(path.read_text()) for path in numbered), default=0) < fault["at"]:
+        numbered = cards / f"events-{digest}-{fault['device']}-inference"
+        if not numbered.exists() or int(numbered.read_text()) < fault["at"]:
             missing.append(f"card {fault['device']} had no {fault['kind']}")
     return missing
 
@@ -299,12 +301,12 @@ def play(folder: Path, args: argparse.Namespace) -> int:
         under_fire(fired, nodes, faults, args)
     finally:
         nodes.shutdown()
-    wrong = verdict(quiet, fired) + spared(folder / "cards", args.prompts)
+    wrong = verdict(quiet, fired) + spared(folder / "cards", faults, args.prompts)
     summary = json.loads((fired.folder / "summary.json").read_text())
     print(f"undisturbed  {quiet.deeds.seconds:6.1f} s  {quiet.num_rows} rows")
     print(f"under fire   {fired.deeds.seconds:6.1f} s  {fired.num_rows} rows, {fired.deeds}")
     for worker, error in summary["workers"].items():
-        print(f"  {worker}: {error or 'well'}")
+        print(f"  {worker}: {error or 'no error in the last session'}")
     print("\n".join(wrong[:20]) or "every row once, in order, with the same text")
     report = {"ok": not wrong, "wrong": wrong, "undisturbed_s": quiet.deeds.seconds}
     print(json.dumps(report | asdict(fired.deeds)))
