@@ -42,9 +42,9 @@ class Handover(Generic[Item]):
             except queue.Empty:
                 break
             if isinstance(item, QaicRayError):
+                self._error = item
                 if not taken:
                     raise item
-                self._error = item
                 break
             taken.append(item)
             until_s = until_s or time.monotonic() + GATHER_S

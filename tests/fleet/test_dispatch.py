@@ -191,6 +191,9 @@ def test_a_prompt_that_says_how_long_its_answer_may_be_counts_for_that() -> None
     assert text_work(short) < text_work(Prompt(0, "x")) < text_work(long)
     several = replace(long.sampling or SamplingParams(), n=4, temperature=1.0)
     assert text_work(Prompt(0, "x", sampling=several)) > 3 * text_work(long)
+    silent = Prompt(0, "x")
+    assert text_work(silent, SamplingParams(max_tokens=1000)) == text_work(long)
+    assert text_work(short, SamplingParams(max_tokens=1000)) == text_work(short)
     talk = ({"role": "system", "content": "y" * 5000}, {"role": "user", "content": "x"})
     assert text_work(Prompt(0, "x", messages=talk)) == text_work(Prompt(0, "x" * 5001))
 

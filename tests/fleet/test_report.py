@@ -285,3 +285,12 @@ def test_an_engines_steps_are_taken_and_its_rows_are_not() -> None:
 def test_ok_means_every_row_was_answered(tmp_path: Path, failed: int) -> None:
     rows = Measurement(rows=2, failed_rows=failed)
     assert make_summary(tmp_path, result=FleetResult((), rows, None, {})).ok is (failed == 0)
+
+
+def test_a_run_that_lost_its_cards_says_how_to_go_on(tmp_path: Path) -> None:
+    summary = make_summary(tmp_path)
+    assert summary.document()["error"] is None
+    lost = replace(summary.result, error="Every card was lost.")
+    error = replace(summary, result=lost).document()["error"]
+    assert error.startswith("Every card was lost. ")
+    assert f"`qaic-ray run --resume {tmp_path}`" in error
