@@ -1,0 +1,218 @@
+"""JSON, YAML and text from files of strangers, into checked types; and paths of strangers.
+
+The one reader of documents: whatever a file holds, what comes out is the type that was asked for,
+or an error of ours that names the file, the key and the value. Every other module calls these and
+names no library's exception.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from qaic_ray.errors import QaicRayError, UsageError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+MAX_DOCUMENT_BYTES = 64 * 2**20
+"""More than any document has; a tokenizer of a million merges has half of it."""
+MAX_NODES = 1_000_000
+"""Of a YAML document with every alias written out: a few lines of aliases can mean billions."""
+MAX_SHOWN_CHARS = 80
+
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+T = TypeVar("T")
+
+
+def user_path(text: str | os.PathLike[str], what: str) -> Path:
+    """A path that somebody has written, with `~` put in.
+
+    Args:
+        text: the path.
+        what: names it in errors: an option or a key.
+
+    Raises:
+        UsageError: for what no file system takes as a path.
+    """
+    raw = os.fspath(text)
+    try:
+        path = Path(raw).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            os.stat(path)  # it tells of a NUL, of a name that is too long, of half a surrogate pair
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{what} is {shown(raw)}, which is no path: {_reason(error)}.") from error
+    return path
+
+
+def read_text(
+    path: Path, *, raises: type[QaicRayError] = UsageError, max_bytes: int = MAX_DOCUMENT_BYTES
+) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Args:
+        path: of the file.
+        raises: the error to raise.
+        max_bytes: what is longer is refused before it is read.
+    """
+    try:
+        # Opening a pipe would wait for its writer.
+        if path.exists() and not path.is_file():
+            raise raises(f"{path} is not a file.")
+        with path.open("rb") as stream:
+            data = stream.read(max_bytes + 1)
+    except (OSError, ValueError) as error:
+        raise raises(f"{path} cannot be read: {_reason(error)}.") from error
+    if len(data) > max_bytes:
+        raise raises(f"{path} has more than {max_bytes >> 20} MiB, which is no such document.")
+    if data.startswith(_UTF16_MARKS):
+        raise raises(f"{path} is UTF-16: save it as UTF-8.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise raises(
+            f"{path} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}."
+        ) from error
+
+
+def read_json(path: Path, *, raises: type[QaicRayError] = UsageError) -> Any:
+    """The value that a JSON file holds; see `parse_json`."""
+    return parse_json(read_text(path, raises=raises), str(path), raises=raises)
+
+
+def read_object(path: Path, *, raises: type[QaicRayError] = UsageError) -> dict[str, Any]:
+    """The JSON object that a file holds."""
+    return as_object(read_json(path, raises=raises), str(path), raises=raises)
+
+
+def parse_json(text: str, source: str, *, raises: type[QaicRayError] = UsageError) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: the document.
+        source: names it in errors.
+        raises: the error to raise.
+    """
+    try:
+        return json.loads(text)
+    # Damage; a number of 5,000 digits; 10,000 brackets.
+    except (ValueError, RecursionError) as error:
+        raise raises(f"{source} is not JSON that can be read: {_reason(error)}.") from error
+
+
+def as_object(
+    value: Any, source: str, *, raises: type[QaicRayError] = UsageError
+) -> dict[str, Any]:
+    """A value of JSON as the object that it must be."""
+    if not isinstance(value, dict):
+        raise raises(f"{source} must hold a JSON object, not {shown(value)}.")
+    return value
+
+
+def read_yaml(path: Path, *, raises: type[QaicRayError] = UsageError) -> Any:
+    """The value that a YAML file holds; see `parse_yaml`."""
+    return parse_yaml(read_text(path, raises=raises), str(path), raises=raises)
+
+
+def parse_yaml(text: str, source: str, *, raises: type[QaicRayError] = UsageError) -> Any:
+    """The value of a YAML text: plain data, no key twice, dates as the text they are.
+
+    Args:
+        text: the document.
+        source: names it in errors.
+        raises: the error to raise, also for a text whose aliases mean more than `MAX_NODES` values.
+    """
+    import yaml
+
+    from qaic_ray.yaml_loader import PlainLoader
+
+    try:
+        value = yaml.load(text, PlainLoader)  # a SafeLoader
+        if _num_nodes(value, MAX_NODES) > MAX_NODES:
+            raise raises(f"{source} means more than {MAX_NODES} values: write fewer aliases.")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise raises(f"{source} is not YAML that can be read: {_reason(error)}.") from error
+    return value
+
+
+def checked(
+    kind: type[T], value: Any, source: str, *, raises: type[QaicRayError] = UsageError
+) -> T:
+    """A value of a document as the type that it must be, by pydantic.
+
+    Args:
+        kind: anything pydantic knows: a model, a dataclass, `dict[str, int]`.
+        value: of the document.
+        source: names it in errors.
+        raises: the error to raise.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise raises(f"{source}: {first_error(error)}") from error
+    except RecursionError as error:
+        raise raises(f"{source} is nested too deep to be read.") from error
+
+
+def first_error(error: ValidationError) -> str:
+    """The first thing that pydantic found wrong, as the rest of a sentence."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"the key {place!r} is missing."
+    said = first["msg"].removeprefix("Value error, ").rstrip(".")
+    where = f"{place}: " if place else ""
+    return f"{where}{said} (given: {shown(first['input'])})."
+
+
+def shown(value: object) -> str:
+    """A value of somebody's as an error shows it: on one line, and never long."""
+    if isinstance(value, str):
+        # Cut before it is escaped: what is shown of a million characters must not cost as much.
+        text = repr(value[: MAX_SHOWN_CHARS + 1])
+    elif isinstance(value, Mapping):
+        text = f"an object of {len(value)} keys" if value else "{}"
+    elif isinstance(value, (list, tuple)) and len(value) > 8:
+        text = f"a list of {len(value)}"
+    elif isinstance(value, int) and value.bit_length() > 256:
+        text = "a number of more than 70 digits"
+    else:
+        text = _repr(value)
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}..."
+
+
+def _repr(value: object) -> str:
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # a huge number, or nesting, inside a short list
+        return f"a {type(value).__name__}"
+
+
+def _reason(error: Exception) -> str:
+    """Why a library did not like it, on one line."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= 3 * MAX_SHOWN_CHARS else f"{text[: 3 * MAX_SHOWN_CHARS]}..."
+
+
+def _num_nodes(value: Any, limit: int) -> int:
+    """How many values there are with every alias written out; counting ends past `limit`."""
+    count, pending = 0, [value]
+    while pending and count <= limit:
+        inner = pending.pop()
+        count += 1
+        if isinstance(inner, dict):
+            pending.extend(inner.values())
+        elif isinstance(inner, list):
+            pending.extend(inner)
+    return count

@@ -1,0 +1,152 @@
+"""Documents of strangers: the type that was asked for, or one sentence that names the file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qaic_ray.documents import (
+    MAX_SHOWN_CHARS,
+    checked,
+    parse_json,
+    parse_yaml,
+    read_json,
+    read_object,
+    read_text,
+    read_yaml,
+    shown,
+    user_path,
+)
+from qaic_ray.errors import CheckpointError, UsageError
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n"
+    for before, name in zip("abcdefghi", "bcdefghij", strict=True)
+)
+
+
+def file(tmp_path: Path, content: bytes) -> Path:
+    path = tmp_path / "document"
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is not JSON"),
+        (b"\xff\xfe{\x00}\x00", "is UTF-16"),
+        (b'{"a": "\xff"}', "is not UTF-8: byte 7 is 0xff"),
+        (b"[" * 100_000, "nested too deep"),
+        (b"9" * 5_000, "is not JSON"),
+        (b'{"a": 1', "is not JSON"),
+        (b"[]", "must hold a JSON object"),
+        (b"null", "must hold a JSON object"),
+    ],
+)
+def test_json_that_no_parser_can_read(tmp_path: Path, content: bytes, words: str) -> None:
+    path = file(tmp_path, content)
+    with pytest.raises(CheckpointError) as caught:
+        read_object(path, raises=CheckpointError)
+    assert str(path) in str(caught.value)
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a: [" * 3_000, "nested too deep"),
+        (b"a: " + b"9" * 5_000, "is not YAML"),
+        (b"a: 1\na: 2\n", "'a' is given twice"),
+        (b"a: !!python/object/apply:os.system [true]\n", "is not YAML"),
+        (b"a: \x00\n", "is not YAML"),
+        (BOMB.encode(), "aliases"),
+        (b"a: &a [*a]\n", "aliases"),
+        (b"? [a, {b: c}]\n: d\n", "is not YAML"),
+    ],
+)
+def test_yaml_that_no_parser_can_read(tmp_path: Path, content: bytes, words: str) -> None:
+    path = file(tmp_path, content)
+    with pytest.raises(UsageError) as caught:
+        read_yaml(path)
+    assert str(path) in str(caught.value)
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_yaml_dates_are_text_and_merged_keys_may_be_given_anew() -> None:
+    text = "base: &base {a: 1, b: 2}\nown:\n  <<: *base\n  a: 3\nday: 2020-13-45\n"
+    assert parse_yaml(text, "x") == {
+        "base": {"a": 1, "b": 2},
+        "own": {"a": 3, "b": 2},
+        "day": "2020-13-45",
+    }
+
+
+def test_a_byte_order_mark_is_no_character(tmp_path: Path) -> None:
+    assert read_json(file(tmp_path, b'\xef\xbb\xbf{"a": 1}')) == {"a": 1}
+
+
+def test_what_is_no_file_is_said(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", tmp_path / "absent", tmp_path / ("x" * 5_000)):
+        with pytest.raises(UsageError):
+            read_text(path)
+
+
+def test_what_is_too_long_is_not_read(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="more than"):
+        read_text(file(tmp_path, b"x" * (2**20 + 1)), max_bytes=2**20)
+
+
+@pytest.mark.parametrize("text", ["a\0b", "x" * 5_000, "~nosuchuser/x", "\ud800"])
+def test_what_is_no_path(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^--output is .* no path"):
+        user_path(text, "--output")
+
+
+def test_a_path_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/x", "--output") == tmp_path / "x"
+
+
+def test_checked_names_key_and_value() -> None:
+    assert checked(dict[str, int], {"a": 1}, "x") == {"a": 1}
+    with pytest.raises(UsageError, match=r"^x: a: .*integer.* \(given: 'one'\)\.$"):
+        checked(dict[str, int], {"a": "one"}, "x")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(JSON)
+def test_what_json_wrote_is_read(value: Any) -> None:
+    text = json.dumps(value)
+    assert json.dumps(parse_json(text, "x")) == text
+
+
+@given(JSON | st.integers(10**5_000, 10**5_001))
+def test_what_is_shown_is_a_short_line(value: Any) -> None:
+    text = shown(value)
+    assert len(text) <= MAX_SHOWN_CHARS + 3
+    assert "\n" not in text
+
+
+@given(st.text())
+def test_any_text_is_yaml_or_one_sentence(text: str) -> None:
+    said = ""
+    try:
+        parse_yaml(text, "x")
+    except UsageError as error:
+        said = str(error)
+    assert "\n" not in said
