@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -37,11 +37,25 @@ class ErrorClass(str, Enum):
 
 
 @dataclass(frozen=True)
+class ChatOptions:
+    """How a conversation goes through the model's chat template, in transformers' words.
+
+    With `continue_final_message` the answer goes on with the last message, and the template adds
+    no beginning of another one. `template_kwargs` are variables of the template's own, like
+    `enable_thinking`.
+    """
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One user prompt and its place in the input; `index` counts from 0 over the whole input.
 
     Where there are `messages`, they are the prompt, and `text` is what its row shows of them: the
-    last thing the user said. `sampling` None means the run's.
+    last thing the user said. `sampling` None means the run's, and so does `chat`.
     """
 
     index: int
@@ -49,6 +63,7 @@ class Prompt:
     id: str | None = None
     messages: tuple[Message, ...] | None = None
     sampling: SamplingParams | None = None
+    chat: ChatOptions | None = None
 
 
 @dataclass(frozen=True)

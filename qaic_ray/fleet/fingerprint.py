@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.rows import Prompt, Row
+from qaic_ray.rows import ChatOptions, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -124,6 +124,8 @@ _DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
 def _plain(value: object) -> dict[str, Any]:
     if isinstance(value, SamplingParams):
         return {key: v for key, v in vars(value).items() if v != _DEFAULTS[key]}
+    if isinstance(value, ChatOptions):
+        return vars(value)
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"A prompt holds a {type(value).__name__}, which has no digest.")
