@@ -14,14 +14,14 @@ Prompts come in bands, one for each read, and an older band goes first: a short 
 for the end of a long input, and the rows held back to restore the input's order stay few.
 
 Retry is decided here and nowhere else. A worker that is lost, hangs or fails is opened again after
-a rest, and given up after MAX_FAILURES failures with no row in between; the run goes on with the
-others, and ends `abandoned` when there are none, with the open prompts undone. A prompt that was
-unfinished on a dying worker goes again in a smaller group, then alone, and dying alone twice makes
-it an error row, on two workers where there are two, and more often where workers die of other
-things too (`suspicion.py`): a prompt is given up only for what happened to itself, never for its
-neighbour. Nor is a worker for its prompts: a death with a lone prompt counts
-for the prompt, and after a failure a worker shows with fresh prompts whether it is well before it
-is given suspects.
+a rest, and given up when it cannot be opened, or gives no row in many more lives than it took
+before (`roster.py`); the run goes on with the others, and ends `abandoned` when there are none,
+with the open prompts undone. A prompt that was unfinished on a dying worker goes again in a smaller
+group, then alone, and dying alone twice makes it an error row, on two workers where there are two,
+and more often where workers die of other things too (`suspicion.py`): a prompt is given up only for
+what happened to itself, never for its neighbour. Nor is a worker for its prompts: a death with a
+lone prompt counts for the prompt, and after a failure a worker shows with fresh prompts whether it
+is well before it is given suspects.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from qaic_ray.fleet.messages import (
     WorkerReady,
 )
 from qaic_ray.fleet.roster import Roster
-from qaic_ray.fleet.standing import MAX_FAILURES, MAX_OPEN_S, MAX_TRANSIENTS, State, Worker
+from qaic_ray.fleet.standing import MAX_OPEN_S, MAX_TRANSIENTS, State, Worker
 from qaic_ray.fleet.waiting import ALONE_FROM, OpenPrompt
 from qaic_ray.rows import Prompt, Row
 
@@ -172,7 +172,7 @@ class Dispatcher:
         self._deliver(self._ledger.accept(rows))
         self._roster.worked(worker, self._now_s, work - worker.work, full=full)
         if any(row.ok for row in rows):
-            worker.answered()
+            self._roster.answered(worker)
         self._look_after(worker)
 
     def _hear_end(self, shard_id: int, error: str) -> None:
@@ -224,6 +224,7 @@ class Dispatcher:
         # Where a lone prompt may be to blame, the worker is not.
         worker.failures += not any(shard.alone for shard in ran)
         was_ready = worker.state is State.READY
+        worker.openings += not was_ready
         self._roster.rest(worker, self._now_s)
         if was_ready:
             self._deliver(
@@ -231,7 +232,7 @@ class Dispatcher:
                     worker, error, self._now_s, num_begun=num_begun, up_s=self._roster.up_s
                 )
             )
-        if worker.failures >= MAX_FAILURES:
+        if self._roster.is_hopeless(worker):
             del self._roster.workers[worker.name]
             self._out.append(QuarantineWorker(worker.name, error))
             return

@@ -17,8 +17,9 @@ from qaic_ray.rows import ErrorClass, Prompt, Row
 
 ENOUGH_ATTEMPTS = 4
 """A prompt that came to a bad end so often may be given up: the last two times it was alone."""
-MAX_ATTEMPTS = 8
-"""A prompt that came to a bad end so often is given up, whatever else dies."""
+MAX_ATTEMPTS = 30
+"""A prompt that came to a bad end so often is given up, whatever else dies. Where a card lives as
+long as a row takes in the mean, chance alone does not bring an innocent one that far."""
 MAX_SHARDS = 16
 """Most shards in flight on a worker. Two hold what it works on and what is queued in it; others
 hold a long row each that they were left with."""

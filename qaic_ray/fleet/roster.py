@@ -9,7 +9,7 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 
-from qaic_ray.fleet.standing import State, Worker
+from qaic_ray.fleet.standing import MAX_FAILURES, MAX_OPENINGS, PATIENCE, State, Worker
 
 _QUICKEST = 4.0
 
@@ -33,6 +33,8 @@ class Roster:
         self._num_ready = 0
         self._ready_slots = 0
         self._most_slots = 0
+        self._proven_lives = 0
+        self._fruitful_lives = 0
         # Of the ready workers whose speed is known: how many, their slots, and their speeds' sum.
         self._num_measured = 0
         self._measured_slots = 0
@@ -71,6 +73,25 @@ class Roster:
         self._measure(worker, -1)
         worker.finished_work(now_s, work, full=full)
         self._measure(worker, 1)
+
+    def answered(self, worker: Worker) -> None:
+        """It finished a row."""
+        if worker.proven_lives < worker.lives:
+            self._proven_lives += worker.lives - worker.proven_lives
+            self._fruitful_lives += 1
+        worker.answered()
+
+    def is_hopeless(self, worker: Worker) -> bool:
+        """Whether a worker that failed is given up.
+
+        What counts is whether rows come between failures, not how many failures there are. Until
+        its own first row it is measured by the others: a fleet where all die often is no reason.
+        """
+        lives, fruitful = worker.proven_lives, worker.fruitful_lives
+        if not fruitful:
+            lives, fruitful = self._proven_lives, self._fruitful_lives
+        patience = PATIENCE * lives / fruitful if fruitful else MAX_FAILURES
+        return worker.openings >= MAX_OPENINGS or worker.failures >= patience
 
     def stepped(self, worker: Worker, now_s: float, num_steps: int) -> None:
         """Its engine has made so many steps in this life."""

@@ -11,8 +11,13 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
-MAX_FAILURES = 3
-"""So many failures with no row finished in between, and a worker is given up."""
+MAX_OPENINGS = 3
+"""A worker that cannot be opened so often in a row is given up."""
+MAX_FAILURES = 6
+"""Where no worker has finished a row yet, one is given up after so many failures."""
+PATIENCE = 10
+"""Elsewhere it is given up when it failed so many times as often, with no row finished, as a row
+takes lives: chance makes one of 20,000 such series as long."""
 MAX_TRANSIENTS = 2
 """So often in a row a failed shard is tried again on the same worker."""
 MIN_BACKOFF_S = 0.5
@@ -48,6 +53,9 @@ class Worker:
         shards: ids of the shards it holds, oldest first.
         num_unfinished: prompts of these that have no row yet, and `work` their estimated work.
         failures: with no row finished since.
+        openings: of these the last ones, in which it could not be opened.
+        lives: times that it was opened.
+        proven_lives: those up to the last that gave a row; `fruitful_lives` of them did.
         transients: failed shards with no row finished since.
         retry_s: when shards that failed are begun again; None when there are none.
         alone: whether it runs a prompt that must have no company.
@@ -70,6 +78,10 @@ class Worker:
     work: float = 0.0
 
     failures: int = 0
+    openings: int = 0
+    lives: int = 0
+    proven_lives: int = 0
+    fruitful_lives: int = 0
     transients: int = 0
     retry_s: float | None = None
     alone: bool = False
@@ -93,6 +105,8 @@ class Worker:
     def ready(self, slots: int, now_s: float) -> None:
         """It is open."""
         self.state, self.since_s, self.slots = State.READY, now_s, slots
+        self.openings = 0
+        self.lives += 1
         self.timer_s = math.inf
         self.awaited = False
 
@@ -129,7 +143,9 @@ class Worker:
 
     def answered(self) -> None:
         """A row came: whatever went wrong before did not last."""
-        self.failures = self.transients = 0
+        self.failures = self.openings = self.transients = 0
+        self.fruitful_lives += self.proven_lives < self.lives
+        self.proven_lives = self.lives
 
     def stepped(self, now_s: float, num_steps: int) -> None:
         """Its engine has made so many steps in this life."""

@@ -291,23 +291,44 @@ def test_the_driver_is_told_when_to_wake(dispatcher: Dispatcher) -> None:
     assert dispatcher.handle(TimePassed(), 10.3) == [WakeAt(10.5)]  # woken early: again, please
 
 
-def test_three_failures_without_a_row_are_the_end_of_a_worker(dispatcher: Dispatcher) -> None:
+def live(dispatcher: Dispatcher, life: int, *, now_s: float, answers: bool) -> list[Command]:
+    """A life of worker `a` that ends with its death, a row of it before that or not."""
+    commands = after(dispatcher, WorkerReady("a", 1, life), now_s=now_s)
+    given = [command for command in commands if isinstance(command, RunShard)]
+    if answers:
+        row = rows_of(given[0].prompts[0].index)
+        after(dispatcher, RowsFinished("a", given[0].shard_id, row), now_s=now_s + 1)
+    commands = after(dispatcher, WorkerLost("a", "gone", life), now_s=now_s + 2)
+    after(dispatcher, TimePassed(), now_s=now_s + 60)
+    return [command for command in commands if isinstance(command, QuarantineWorker)]
+
+
+def test_a_worker_that_never_gave_a_row_is_given_up(dispatcher: Dispatcher) -> None:
     after(dispatcher, RunStarted(("a", "b")), PromptsRead(same(50), exhausted=True))
-    lost = [WorkerLost("a", "gone", life) for life in range(4)]
-    after(dispatcher, WorkerReady("a", 1), lost[0], now_s=1.0)
-    after(dispatcher, TimePassed(), WorkerReady("a", 1, 1), now_s=2.0)
-    after(dispatcher, lost[1], now_s=2.0)
-    commands = after(dispatcher, TimePassed(), WorkerReady("a", 1, 2), now_s=4.0)
-    ((_, shard_id, indexes, _),) = shards(commands)
-    after(dispatcher, RowsFinished("a", shard_id, rows_of(*indexes)), lost[2], now_s=5.0)
-    after(dispatcher, TimePassed(), WorkerReady("a", 1, 3), now_s=6.0)
-    assert after(dispatcher, lost[3], now_s=6.0) == []  # the row was a new beginning
-    (again,) = after(dispatcher, TimePassed(), now_s=8.0)
-    assert again == ReplaceWorker("a", 4)
-    failed = WorkerFailedToOpen("a", "DeviceError: off", 4)
-    assert after(dispatcher, failed, now_s=9.0) == [QuarantineWorker("a", "DeviceError: off")]
-    assert after(dispatcher, TimePassed(), now_s=99.0) == []
+    ends = [live(dispatcher, life, now_s=100.0 * life, answers=False) for life in range(6)]
+    assert ends == [[]] * 5 + [[QuarantineWorker("a", "gone")]]
     assert not dispatcher.abandoned
+
+
+def test_a_worker_that_gives_rows_between_its_deaths_is_kept(dispatcher: Dispatcher) -> None:
+    """A row in every fourth life: only ten times so many lives without one are its end."""
+    after(dispatcher, RunStarted(("a", "b")), PromptsRead(same(5000), exhausted=True))
+    for life in range(100):
+        assert live(dispatcher, life, now_s=100.0 * life, answers=life % 4 == 0) == []
+    life = 100
+    while not live(dispatcher, life, now_s=100.0 * life, answers=False):
+        life += 1
+    assert life - 95 == 39  # 10 x 97 lives / 25 that gave a row
+
+
+def test_a_worker_that_cannot_be_opened_is_given_up_whatever_it_did(dispatcher: Dispatcher) -> None:
+    after(dispatcher, RunStarted(("a", "b")), PromptsRead(same(50), exhausted=True))
+    live(dispatcher, 0, now_s=0.0, answers=True)
+    for life in range(1, 4):
+        failed = WorkerFailedToOpen("a", "DeviceError: off", life)
+        commands = after(dispatcher, failed, now_s=100.0 * life)
+        after(dispatcher, TimePassed(), now_s=100.0 * life + 60)
+    assert commands == [QuarantineWorker("a", "DeviceError: off")]
 
 
 def test_all_workers_given_up_leaves_the_prompts_undone(dispatcher: Dispatcher) -> None:
@@ -700,6 +721,15 @@ def test_only_the_prompts_that_kill_are_given_up(
     rows = run(cards, same(num_prompts))
     assert {row.index for row in rows if not row.ok} == killers
     assert all(row.attempts == 4 for row in rows if not row.ok)
+    assert not cards.quarantined
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cards_that_seldom_live_to_see_a_row_answer_all_of_them(seed: int) -> None:
+    """A row takes as long as a card lives in the mean."""
+    cards = SimulatedCards([0.0] * 4, mean_life_s=1.0, seed=seed)
+    rows = run(cards, same(150))
+    assert all(row.ok for row in rows)
     assert not cards.quarantined
 
 

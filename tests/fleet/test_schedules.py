@@ -50,7 +50,7 @@ from qaic_ray.fleet.messages import (
     WorkerProgress,
     WorkerReady,
 )
-from qaic_ray.fleet.standing import MAX_FAILURES
+from qaic_ray.fleet.standing import MAX_FAILURES, MAX_OPENINGS
 from qaic_ray.rows import Prompt, Row
 
 NUM_SEEDS = 20
@@ -74,6 +74,7 @@ class Schedules(RuleBasedStateMachine):
         self.hung: set[str] = set()
         self.quarantined: set[str] = set()
         self.failures: Counter[str] = Counter()
+        self.openings: Counter[str] = Counter()
         self.shards: dict[int, RunShard] = {}
         self.left: dict[int, list[Prompt]] = {}
         self.asked: list[int] = []
@@ -138,7 +139,8 @@ class Schedules(RuleBasedStateMachine):
                 self.lives[worker] = incarnation
                 self.opening.append(worker)
             case QuarantineWorker(worker):
-                assert self.failures[worker] >= MAX_FAILURES
+                shut = self.openings[worker] >= MAX_OPENINGS
+                assert shut or self.failures[worker] >= MAX_FAILURES
                 self.quarantined.add(worker)
             case WakeAt(time_s):
                 self.wake_s = time_s
@@ -187,6 +189,7 @@ class Schedules(RuleBasedStateMachine):
             if worker in place:
                 place.remove(worker)
                 self.failures[worker] += 1
+                self.openings[worker] += place is self.opening
         self.hung.discard(worker)
         if self.failing is not None and self.failing.worker == worker:
             # It was the last straw: the worker is retired with this shard on it.
@@ -223,6 +226,7 @@ class Schedules(RuleBasedStateMachine):
             self.tell(WorkerFailedToOpen(worker, "no", self.lives[worker]))
             return
         self.opening.remove(worker)
+        self.openings[worker] = 0
         self.ready.append(worker)
         self.tell(WorkerReady(worker, self.slots[worker], self.lives[worker]))
         self.tell(WorkerProgress(worker, 0, self.lives[worker]))
