@@ -15,13 +15,12 @@ for the end of a long input, and the rows held back to restore the input's order
 
 Retry is decided here and nowhere else. A worker that is lost, hangs or fails is opened again after
 a rest, and given up when it cannot be opened, or gives no row in many more lives than it took
-before (`roster.py`); the run goes on with the others, and ends `abandoned` when there are none,
-with the open prompts undone. A prompt that was unfinished on a dying worker goes again in a smaller
-group, then alone, and dying alone twice makes it an error row, on two workers where there are two,
-and more often where workers die of other things too (`suspicion.py`): a prompt is given up only for
-what happened to itself, never for its neighbour. Nor is a worker for its prompts: a death with a
-lone prompt counts for the prompt, and after a failure a worker shows with fresh prompts whether it
-is well before it is given suspects.
+before (`roster.py`); the run goes on with the others, and ends `abandoned` when there are none. A
+prompt that was unfinished on a dying worker goes again in a smaller group, then alone, and dying
+alone twice makes it an error row, on two workers where there are two, and more often where workers
+die of other things too (`suspicion.py`): never for its neighbour's sake. Nor is a worker given up
+for its prompts: a death with a lone prompt counts for the prompt, and after a failure a worker
+shows with fresh prompts whether it is well before it is given suspects.
 """
 
 from __future__ import annotations

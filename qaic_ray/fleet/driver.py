@@ -6,10 +6,8 @@ The cards are behind a `Cards`: actors on Ray in `cluster.py`, simulated ones in
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 from qaic_ray.fleet.dispatch import Dispatcher
@@ -36,12 +34,16 @@ from qaic_ray.fleet.messages import (
     WorkerReady,
 )
 from qaic_ray.fleet.outputs import Delivery
+from qaic_ray.fleet.reading import Batch, Reader, ThreadedReader
 from qaic_ray.fleet.result import FleetResult, Tally, WorkerResult
 from qaic_ray.metrics import Measurement, Span
 from qaic_ray.rows import Prompt, Row
 
 if TYPE_CHECKING:
     from qaic_ray.fleet.worker import WorkerInfo
+
+READ_POLL_S = 0.02
+"""How often the input is asked for more, while it has not given what it was asked for."""
 
 
 class Cards(Protocol):
@@ -140,7 +142,7 @@ class Driver:
     """One run of prompts over cards.
 
     With a `journal` that has rows of earlier sessions the run goes on: those rows are counted as
-    they are, and of the prompts only the others are answered.
+    they are, and of the prompts only the others are answered. `reader` makes what reads the input.
     """
 
     def __init__(
@@ -152,10 +154,12 @@ class Driver:
         dispatcher: Dispatcher | None = None,
         clock: Callable[[], float] = time.monotonic,
         journal: Journal | None = None,
+        reader: Callable[[Iterable[Prompt | Row]], Reader] = ThreadedReader,
     ) -> None:
         self._cards = cards
         self._intake = Intake()
-        self._prompts: Iterator[Prompt | Row] = self._intake.unanswered(prompts)
+        self._reader = reader(self._intake.unanswered(prompts))
+        self._is_reading = False
         self._audience = audience
         self._dispatcher = dispatcher or Dispatcher()
         self._clock = clock
@@ -173,15 +177,20 @@ class Driver:
 
         Raises:
             UsageError: the input is not the one that earlier sessions had.
-            QaicRayError: the journal cannot be read or written.
+            QaicRayError: the input or the journal cannot be read, or the journal not be written.
         """
         self._take_up()
-        events: deque[Event] = deque([RunStarted(tuple(self._cards.names))])
-        while not self._dispatcher.finished:
-            event = events.popleft() if events else self._next_event()
-            self._hear(event)
-            for command in self._dispatcher.handle(event, self._clock()):
-                events.extend(self._obey(command))
+        event: Event = RunStarted(tuple(self._cards.names))
+        try:
+            while True:
+                self._hear(event)
+                for command in self._dispatcher.handle(event, self._clock()):
+                    self._obey(command)
+                if self._dispatcher.finished:
+                    break
+                event = self._next_event()
+        finally:
+            self._reader.close()
         self._delivery.finish()
         return self._result()
 
@@ -195,12 +204,15 @@ class Driver:
             self._audience.on_progress(self._progress)
 
     def _next_event(self) -> Event:
-        """What the cards say next; while they say nothing, rows go their way."""
+        """What the input or the cards say next; while they say nothing, rows go their way."""
         while True:
+            if self._is_reading and (batch := self._reader.poll()) is not None:
+                return self._read(batch)
             self._delivery.go_on()
             wake_in_s = None if self._wake_s is None else max(0.0, self._wake_s - self._clock())
-            due_in_s = self._delivery.due_in_s()
-            timeout_s = min((s for s in (wake_in_s, due_in_s) if s is not None), default=None)
+            look_in_s = READ_POLL_S if self._is_reading else None
+            times = (wake_in_s, look_in_s, self._delivery.due_in_s())
+            timeout_s = min((s for s in times if s is not None), default=None)
             event = self._cards.wait(timeout_s)
             if event is not None:
                 return event
@@ -220,10 +232,11 @@ class Driver:
             case ShardFailed(worker, _, error, retryable=True):
                 self._errors[worker] = error
 
-    def _obey(self, command: Command) -> list[Event]:
+    def _obey(self, command: Command) -> None:
         match command:
             case ReadPrompts(num_prompts):
-                return [self._read(num_prompts)]
+                self._reader.ask(num_prompts)
+                self._is_reading = True
             case RunShard():
                 self._worked()
                 self._cards.run(command)
@@ -241,20 +254,17 @@ class Driver:
             case QuarantineWorker(worker, error):
                 self._errors[worker] = error
                 self._cards.quarantine(worker, error)
-        return []
 
-    def _read(self, num_items: int) -> PromptsRead:
-        items = list(islice(self._prompts, num_items))
-        exhausted = len(items) < num_items
+    def _read(self, batch: Batch) -> PromptsRead:
+        self._is_reading = False
         self._progress = replace(
             self._progress,
-            rows_read=self._progress.rows_read + len(items),
-            input_exhausted=exhausted,
+            rows_read=self._progress.rows_read + len(batch.items),
+            input_exhausted=batch.exhausted,
         )
-        self._deliver([item for item in items if isinstance(item, Row)])
-        return PromptsRead(
-            tuple(item for item in items if isinstance(item, Prompt)), exhausted=exhausted
-        )
+        self._deliver([item for item in batch.items if isinstance(item, Row)])
+        prompts = tuple(item for item in batch.items if isinstance(item, Prompt))
+        return PromptsRead(prompts, exhausted=batch.exhausted)
 
     def _deliver(self, rows: Sequence[Row]) -> None:
         span_s = self._span.seconds if self._span else 0.0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from qaic_ray.fleet.messages import (
     Event,
@@ -18,11 +19,30 @@ from qaic_ray.fleet.messages import (
     WorkerProgress,
     WorkerReady,
 )
+from qaic_ray.fleet.reading import Batch
 from qaic_ray.fleet.worker import WorkerInfo
 from qaic_ray.metrics import Measurement
 from qaic_ray.rows import FinishReason, Prompt, Row
 
 STEP_S = 0.02
+
+
+class DirectReader:
+    """The input for a driver whose time is simulated: all that is asked for is there at once."""
+
+    def __init__(self, items: Iterable[Prompt | Row]) -> None:
+        self._items = iter(items)
+        self._num_wanted = 0
+
+    def ask(self, num_items: int) -> None:
+        self._num_wanted = num_items
+
+    def poll(self) -> Batch:
+        items = tuple(islice(self._items, self._num_wanted))
+        return Batch(items, exhausted=len(items) < self._num_wanted)
+
+    def close(self) -> None:
+        pass
 
 
 def answer(prompt: Prompt, worker: str = "", attempt: int = 1) -> Row:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated_cards import SimulatedCards, answer
+from simulated_cards import DirectReader, SimulatedCards, answer
 
 from qaic_ray.fleet.dispatch import Dispatcher
 from qaic_ray.fleet.driver import Audience, Driver
@@ -699,7 +699,7 @@ def test_messages_cross_processes(message: Event | Command) -> None:
 def run(cards: SimulatedCards, given_prompts: Sequence[Prompt]) -> list[Row]:
     rows: list[Row] = []
     audience = Audience(on_row=rows.append)
-    Driver(cards, given_prompts, audience, clock=cards.clock).run()
+    Driver(cards, given_prompts, audience, clock=cards.clock, reader=DirectReader).run()
     assert [row.index for row in rows] == list(range(len(given_prompts)))
     return rows
 

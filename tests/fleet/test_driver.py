@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
-from simulated_cards import SimulatedCards, answer
+from simulated_cards import DirectReader, SimulatedCards, answer
 
 from qaic_ray.durations import Durations
-from qaic_ray.errors import UsageError
+from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.fleet.dispatch import Dispatcher
 from qaic_ray.fleet.driver import Audience, Driver, Progress
 from qaic_ray.fleet.messages import Event, RunShard, ShardFailed
@@ -24,7 +25,8 @@ def same(count: int) -> list[Prompt]:
 
 
 def drive(cards: SimulatedCards, prompts: object, **audience: object) -> FleetResult:
-    return Driver(cards, prompts, Audience(**audience), clock=cards.clock).run()  # type: ignore[arg-type]
+    told = Audience(**audience)  # type: ignore[arg-type]
+    return Driver(cards, prompts, told, clock=cards.clock, reader=DirectReader).run()  # type: ignore[arg-type]
 
 
 def test_rows_come_in_input_order_as_soon_as_they_can() -> None:
@@ -194,10 +196,42 @@ def test_prompts_are_read_as_they_are_needed() -> None:
         Audience(on_row=stop),
         dispatcher=Dispatcher(read_ahead=200),
         clock=cards.clock,
+        reader=DirectReader,
     )
     with pytest.raises(Enough):
         driver.run()
     assert num_read <= 1000 + 2 * 200
+
+
+def test_a_prompt_is_handed_out_before_the_next_one_is_read() -> None:
+    answered = threading.Event()
+
+    def typed() -> Iterator[Prompt]:
+        yield Prompt(0, "first")
+        assert answered.wait(60)
+        yield Prompt(1, "second")
+
+    cards = SimulatedCards([0.0])
+    rows: list[Row] = []
+
+    def on_row(row: Row) -> None:
+        rows.append(row)
+        answered.set()
+
+    result = Driver(cards, typed(), Audience(on_row=on_row), clock=cards.clock).run()
+    assert [row.text for row in rows] == ["FIRST", "SECOND"]
+    assert result.ok
+
+
+def test_what_ends_the_reading_ends_the_run_and_keeps_its_rows() -> None:
+    def broken() -> Iterator[Prompt]:
+        yield from same(3)
+        raise QaicRayError("The prompts in x cannot be read past line 3.")
+
+    cards = SimulatedCards([0.0])
+    driver = Driver(cards, broken(), Audience(), clock=cards.clock)
+    with pytest.raises(QaicRayError, match="past line 3"):
+        driver.run()
 
 
 def test_a_wrong_request_ends_the_run() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated_cards import SimulatedCards, answer
+from simulated_cards import DirectReader, SimulatedCards, answer
 
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.fleet.driver import Audience, Driver, Progress
@@ -77,7 +77,9 @@ def drive(
             seen(row)
 
         listeners = Audience(on_row=on_row, on_earlier_row=write.again, **audience)
-        driver = Driver(cards, iter(items), listeners, clock=cards.clock, journal=journal)
+        driver = Driver(
+            cards, iter(items), listeners, clock=cards.clock, journal=journal, reader=DirectReader
+        )
         result = driver.run()
     return result, write.proof(result.rows_in, result.inputs_sha256)
 

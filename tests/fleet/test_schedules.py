@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from simulated_cards import SimulatedCards, answer
+from simulated_cards import DirectReader, SimulatedCards, answer
 
 from qaic_ray.fleet.dispatch import Dispatcher
 from qaic_ray.fleet.driver import Audience, Driver
@@ -487,6 +487,7 @@ def fleet(number: int) -> tuple[int, int]:
         Audience(on_row=rows.append),
         dispatcher=Checked(read_ahead=draw.choice([8, 8192])),
         clock=cards.clock,
+        reader=DirectReader,
     )
     result = driver.run()
     num_deaths = sum(cards.lives_lost.values())
