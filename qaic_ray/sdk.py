@@ -22,6 +22,8 @@ from qaic_ray.folders import cache_folder
 
 VENDOR_ROOT = Path("/opt/qti-aic")
 SDK_VARIABLE = "QAIC_RAY_SDK"
+SDK_NAMES = ("auto", "real", "emulated")
+"""What stands for a folder in `find_sdk`."""
 EMULATED_MARKER = "emulated-sdk.json"
 QAIC_UTIL_TIMEOUT_S = 30.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qaic_ray.compile.store import Build, BuildRequest
 from qaic_ray.compile.variant import Grid, Precision, Source, Variant
@@ -16,9 +16,15 @@ from qaic_ray.pipeline.compile_step import CompileRequest, compile_on, requested
 from qaic_ray.pipeline.devices import choose_devices, choose_sdk, emulated_cards
 from qaic_ray.pipeline.export_step import export_step
 from qaic_ray.pipeline.listener import Listener
-from qaic_ray.pipeline.request import RunRequest, drawn_seed, read_request
+from qaic_ray.pipeline.request import (
+    RunRequest,
+    absolute_model,
+    absolute_path,
+    drawn_seed,
+    read_request,
+)
 from qaic_ray.pipeline.run_step import SdkChoice, run_on
-from qaic_ray.sdk import VENDOR_ROOT, Sdk, find_sdk
+from qaic_ray.sdk import SDK_NAMES, VENDOR_ROOT, Sdk, find_sdk
 
 if TYPE_CHECKING:
     from qaic_ray.fleet.report import RunSummary
@@ -43,7 +49,7 @@ def launch_job(
     sdk = SdkChoice(
         choose_sdk(job.sdk, job.emulator, listener), job.sdk, emulated_cards(job.emulator)
     )
-    request = _run_request(job, resume, retry_errors=retry_errors)
+    request = run_request(job, resume, retry_errors=retry_errors)
     num_cards = 0
     if job.ray.address is None:
         devices = choose_devices(sdk.here, request.devices)
@@ -122,7 +128,7 @@ def chosen_index(job: Job) -> int:
     )
 
 
-def _run_request(job: Job, resume: Path | None, *, retry_errors: bool) -> RunRequest:
+def run_request(job: Job, resume: Path | None = None, *, retry_errors: bool = False) -> RunRequest:
     """The run of a job, but for the QPC."""
     seed = job.run.seed
     if seed is None:
@@ -151,10 +157,29 @@ def _run_request(job: Job, resume: Path | None, *, retry_errors: bool) -> RunReq
         group_size=run.group_size,
         output=Path(run.output),
         ray_address=job.ray.address,
-        job_text=dump_job(resolved),
+        job_text=dump_job(_absolute(resolved)),
         resume=resume,
         retry_errors=retry_errors,
     )
+
+
+def _absolute(job: Job) -> Job:
+    """The job as it is understood in every folder."""
+    parts: dict[str, tuple[str, ...]] = {
+        "export": ("output",),
+        "compile": ("output",),
+        "run": ("output", "draft_qpc"),
+    }
+    changes: dict[str, Any] = {"model": {"name": absolute_model(job.model.name)}}
+    for part, keys in parts.items():
+        given = {key: getattr(getattr(job, part), key) for key in keys}
+        changes[part] = {key: absolute_path(path) for key, path in given.items() if path}
+    updated = {
+        part: getattr(job, part).model_copy(update=update) for part, update in changes.items()
+    }
+    if job.sdk not in SDK_NAMES:
+        updated["sdk"] = absolute_path(job.sdk)
+    return job.model_copy(update=updated)
 
 
 def _compile_request(job: Job, model_dir: Path) -> CompileRequest:

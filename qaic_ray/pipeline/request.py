@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from qaic_ray.documents import user_path
 from qaic_ray.errors import RowError, UsageError
+from qaic_ray.model_sources import NAMED_MODELS
 from qaic_ray.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -73,6 +75,17 @@ class RunRequest:
     def on(self, qpc: Path) -> RunRequest:
         """The same request for another QPC."""
         return replace(self, qpc=qpc)
+
+    def absolute(self) -> RunRequest:
+        """The same request as it is understood in every folder."""
+        prompts = self.prompts_file
+        return replace(
+            self,
+            model=absolute_model(self.model),
+            qpc=self.qpc.absolute(),
+            draft_qpc=None if self.draft_qpc is None else self.draft_qpc.expanduser().absolute(),
+            prompts_file=prompts if prompts in (None, STDIN) else absolute_path(prompts),
+        )
 
     @property
     def defaults(self) -> SamplingParams:
@@ -136,6 +149,19 @@ class RunRequest:
         del sampling["max_tokens"]
         document["sampling"] = sampling
         return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+
+
+def absolute_path(path: str) -> str:
+    """A path of the user's as it is understood in every folder."""
+    return str(user_path(path, "the path").absolute())
+
+
+def absolute_model(name: str) -> str:
+    """A model's name: a path means the same file everywhere, a name is looked up by each."""
+    if name in NAMED_MODELS:
+        return name
+    path = user_path(name, "the model's name")
+    return str(path.absolute()) if path.exists() else name
 
 
 def read_request(folder: Path) -> RunRequest:

@@ -15,7 +15,7 @@ from qaic_ray.compile.store import content_key
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.pipeline.devices import choose_devices
 from qaic_ray.pipeline.listener import Listener
-from qaic_ray.pipeline.request import REQUEST_NAME, RunRequest
+from qaic_ray.pipeline.request import REQUEST_NAME, RunRequest, absolute_model
 from qaic_ray.sdk import EmulatedCards, Sdk
 
 if TYPE_CHECKING:
@@ -174,14 +174,13 @@ def _places(
 def _worker_specs(request: RunRequest, places: Sequence[WorkerPlace]) -> list[WorkerSpec]:
     from qaic_ray.fleet.worker import WorkerSpec
 
-    model = Path(request.model).expanduser()
     generation = _generation(request)
+    model = absolute_model(request.model)
     return [
         WorkerSpec(
             **vars(where),
             qpc=str(request.qpc.absolute()),
-            # A path means the same file to every process; a name is looked up by each.
-            model=str(model.absolute()) if model.exists() else request.model,
+            model=model,
             generation=generation,
         )
         for where in places
@@ -236,7 +235,7 @@ def _new_run_folder(request: RunRequest) -> Path:
             continue
         except OSError as error:
             raise UsageError(f"Cannot write to {folder.parent}: {error.strerror}.") from error
-        kept = replace(request, qpc=request.qpc.absolute(), prompts_file=_absolute(request))
+        kept = request.absolute()
         try:
             (folder / "logs").mkdir()
             (folder / REQUEST_NAME).write_text(kept.to_yaml(), encoding="utf-8")
@@ -245,8 +244,3 @@ def _new_run_folder(request: RunRequest) -> Path:
             raise QaicRayError(f"Cannot write to {folder}: {error.strerror}.") from error
         return folder
     raise UsageError(f"{request.output} has a thousand runs of this second: use another --output.")
-
-
-def _absolute(request: RunRequest) -> str | None:
-    path = request.prompts_file
-    return path if path is None or path == "-" else str(Path(path).expanduser().absolute())

@@ -6,8 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
+from qaic_ray.config import load_job
 from qaic_ray.errors import UsageError
+from qaic_ray.pipeline.job import run_request
 from qaic_ray.pipeline.request import REQUEST_NAME, RunRequest, read_request
 from qaic_ray.sampling_params import SamplingParams
 
@@ -63,3 +66,45 @@ def test_a_changed_request_is_refused_in_one_sentence(tmp_path: Path, text: str)
     with pytest.raises(UsageError, match="cannot be gone on with") as caught:
         read_request(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_folder_keeps_means_the_same_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    request = replace(
+        REQUEST, model="./m", qpc=Path("q"), draft_qpc=Path("d"), prompt=None, prompts_file="p"
+    )
+    kept = request.absolute()
+    assert (kept.model, kept.prompts_file) == (str(tmp_path / "m"), str(tmp_path / "p"))
+    assert (kept.qpc, kept.draft_qpc) == (tmp_path / "q", tmp_path / "d")
+
+
+@pytest.mark.parametrize("name", ["org/name", "smollm2-135m"])
+def test_a_models_name_is_no_path(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m").mkdir()
+    assert replace(REQUEST, model=name, prompts_file="-").absolute().model == name
+    assert replace(REQUEST, prompts_file="-").absolute().prompts_file == "-"
+
+
+def test_a_jobs_kept_text_means_the_same_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "job.yaml").write_text(
+        "name: j\nmodel: {name: m}\nexport: {output: e}\ncompile: {output: c}\n"
+        "run: {prompts: p.txt, output: r, draft_qpc: d}\nsdk: s\n"
+    )
+    document = yaml.safe_load(run_request(load_job(Path("job.yaml"))).job_text)
+    assert document["model"]["name"] == str(tmp_path / "m")
+    assert document["export"]["output"] == str(tmp_path / "e")
+    assert document["compile"]["output"] == str(tmp_path / "c")
+    assert document["run"]["prompts"] == str(tmp_path / "p.txt")
+    assert document["run"]["output"] == str(tmp_path / "r")
+    assert document["run"]["draft_qpc"] == str(tmp_path / "d")
+    assert document["sdk"] == str(tmp_path / "s")
