@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
+from qaic_ray.errors import QaicRayError
 from qaic_ray.fleet.dispatch import Dispatcher
 from qaic_ray.fleet.fingerprint import Intake
 from qaic_ray.fleet.journal import Journal
@@ -160,6 +161,7 @@ class Driver:
         self._intake = Intake()
         self._reader = reader(self._intake.unanswered(prompts))
         self._is_reading = False
+        self._input_error: QaicRayError | None = None
         self._audience = audience
         self._dispatcher = dispatcher or Dispatcher()
         self._clock = clock
@@ -177,7 +179,7 @@ class Driver:
 
         Raises:
             UsageError: the input is not the one that earlier sessions had.
-            QaicRayError: the input or the journal cannot be read, or the journal not be written.
+            QaicRayError: the journal cannot be read or written.
         """
         self._take_up()
         event: Event = RunStarted(tuple(self._cards.names))
@@ -257,6 +259,7 @@ class Driver:
 
     def _read(self, batch: Batch) -> PromptsRead:
         self._is_reading = False
+        self._input_error = batch.error
         self._progress = replace(
             self._progress,
             rows_read=self._progress.rows_read + len(batch.items),
@@ -302,13 +305,14 @@ class Driver:
             )
             for name in (*self._cards.names, *gone)
         )
-        error = "Every card was lost; the prompts that were left have no answer."
+        lost = "Every card was lost; the prompts that were left have no answer."
         return FleetResult(
             workers=workers,
             unassigned=self._tally.measurement(""),
             span=self._whole_span(),
             length_counts=dict(self._tally.length_counts),
-            error=error if self._dispatcher.abandoned else None,
+            error=lost if self._dispatcher.abandoned else None,
+            input_error=None if self._input_error is None else str(self._input_error),
             rows_in=self._intake.num_rows,
             inputs_sha256=self._intake.sha256,
         )

@@ -240,7 +240,7 @@ class Proof:
     """That nothing was lost and nothing came twice: what went in and what came out.
 
     `inputs_sha256` is over the digests of the input's rows in order, `outputs_sha256` over the
-    bytes of `outputs.jsonl`.
+    bytes of `outputs.jsonl`. `complete`: the input was read to its end, and was one input.
     """
 
     rows_in: int
@@ -248,11 +248,12 @@ class Proof:
     rows_error: int
     inputs_sha256: str
     outputs_sha256: str
+    complete: bool = True
 
     @property
     def holds(self) -> bool:
-        """Whether every row that was read has its one row in the outputs."""
-        return self.rows_in == self.rows_ok + self.rows_error
+        """Whether every row of the input has its one row in the outputs."""
+        return self.complete and self.rows_in == self.rows_ok + self.rows_error
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in `report.json`."""
@@ -311,10 +312,15 @@ class RowWriter:
             os.close(fd)
             unfinished.unlink(missing_ok=True)
 
-    def proof(self, rows_in: int, inputs_sha256: str) -> Proof:
+    def proof(self, rows_in: int, inputs_sha256: str, *, complete: bool = True) -> Proof:
         """What was written, beside what was read."""
         return Proof(
-            rows_in, self._rows_ok, self._rows_error, inputs_sha256, self._sha256.hexdigest()
+            rows_in,
+            self._rows_ok,
+            self._rows_error,
+            inputs_sha256,
+            self._sha256.hexdigest(),
+            complete,
         )
 
     def _write(self, row: Row) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.rows import Prompt, Row
 
 STALL_S = 0.05
@@ -19,10 +20,14 @@ GATHER_S = 1.0
 
 @dataclass(frozen=True)
 class Batch:
-    """Items of the input in their order; `exhausted`: these are the last ones."""
+    """Items of the input in their order; `exhausted`: these are the last ones.
+
+    `error` says why the input ends with them, where that is not its end.
+    """
 
     items: tuple[Prompt | Row, ...]
     exhausted: bool
+    error: QaicRayError | None = None
 
 
 class Reader(Protocol):
@@ -35,7 +40,7 @@ class Reader(Protocol):
         """What there is to give now: all that was asked for, or what came of a slow input.
 
         Raises:
-            QaicRayError: what ended the reading, after all that was read before it was given.
+            UsageError: the input is not this run's; all that was read before has been given.
         """
 
     def close(self) -> None:
@@ -78,9 +83,14 @@ class ThreadedReader:
             return None
         items = tuple(self._ready.popleft() for _ in range(len(self._ready)))
         self._num_given += len(items)
-        if self._failure is not None and not items:
-            raise self._failure
-        return Batch(items, exhausted=is_over and self._failure is None)
+        failure = self._failure if is_over else None
+        if failure is None or (
+            isinstance(failure, QaicRayError) and not isinstance(failure, UsageError)
+        ):
+            return Batch(items, exhausted=is_over, error=failure)
+        if not items:
+            raise failure
+        return Batch(items, exhausted=False)
 
     def close(self) -> None:
         """See `Reader.close`."""

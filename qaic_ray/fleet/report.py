@@ -54,12 +54,15 @@ class RunSummary:
     @property
     def error(self) -> str | None:
         """Why the run ended before its input did, and what to do; None where it did not."""
-        if self.result.error is None:
-            return None
-        return (
-            f"{self.result.error} When cards are well again, go on with `qaic-ray run --resume "
-            f"{self.folder}`."
-        )
+        go_on = f"go on with `qaic-ray run --resume {self.folder}"
+        if self.result.input_error is not None:
+            return (
+                f"{self.result.input_error} What was read before that is answered. With the input "
+                f"as it was {go_on} --prompts-file FILE`; for another one begin a new run."
+            )
+        if self.result.error is not None:
+            return f"{self.result.error} When cards are well again, {go_on}`."
+        return None
 
     def document(self) -> Document:
         """The report as a JSON object."""

@@ -42,6 +42,7 @@ class FleetResult:
             the time in between, in which nothing ran, is left out.
         length_counts: generated tokens of an answer -> how many answers had that many.
         error: set when every card was lost and prompts were given up for that.
+        input_error: why the input was not read to its end; all rows that were read are there.
         rows_in: rows of the input that were read.
         inputs_sha256: over their digests, in order.
     """
@@ -51,6 +52,7 @@ class FleetResult:
     span: Span | None
     length_counts: Mapping[int, int]
     error: str | None = None
+    input_error: str | None = None
     rows_in: int = 0
     inputs_sha256: str = ""
 
@@ -66,8 +68,13 @@ class FleetResult:
 
     @property
     def ok(self) -> bool:
-        """Whether every row was answered."""
-        return self.error is None and self.total.failed_rows == 0
+        """Whether every row of the input was answered."""
+        return self.is_complete and self.total.failed_rows == 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every row of the input has its answer, or an error of its own."""
+        return self.error is None and self.input_error is None
 
 
 @dataclass

@@ -223,14 +223,27 @@ def test_a_prompt_is_handed_out_before_the_next_one_is_read() -> None:
     assert result.ok
 
 
-def test_what_ends_the_reading_ends_the_run_and_keeps_its_rows() -> None:
+def test_an_input_that_breaks_off_gives_the_rows_before_that_and_an_error() -> None:
     def broken() -> Iterator[Prompt]:
         yield from same(3)
         raise QaicRayError("The prompts in x cannot be read past line 3.")
 
     cards = SimulatedCards([0.0])
-    driver = Driver(cards, broken(), Audience(), clock=cards.clock)
-    with pytest.raises(QaicRayError, match="past line 3"):
+    rows: list[Row] = []
+    result = Driver(cards, broken(), Audience(on_row=rows.append), clock=cards.clock).run()
+    assert [row.ok for row in rows] == [True] * 3
+    assert result.input_error == "The prompts in x cannot be read past line 3."
+    assert not result.ok
+
+
+def test_an_input_of_another_run_ends_this_one_at_once() -> None:
+    def another() -> Iterator[Prompt]:
+        yield from same(3)
+        raise UsageError("Row 3 is another one.")
+
+    cards = SimulatedCards([0.0])
+    driver = Driver(cards, another(), Audience(), clock=cards.clock)
+    with pytest.raises(UsageError, match="Row 3"):
         driver.run()
 
 

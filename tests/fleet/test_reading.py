@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qaic_ray.errors import QaicRayError
+from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.fleet.reading import Batch, ThreadedReader
 from qaic_ray.rows import Prompt
 
@@ -86,16 +86,25 @@ def test_what_came_of_a_slow_input_is_given_while_it_waits_for_more() -> None:
         assert batch.items == (Prompt(2, "last"),)
 
 
-def test_an_error_comes_after_all_that_was_read_before_it() -> None:
-    def broken() -> Iterator[Prompt]:
-        yield from same(3)
-        raise QaicRayError("damaged")
+def ends_with(error: BaseException) -> Iterator[Prompt]:
+    yield from same(3)
+    raise error
 
-    with reading(broken()) as reader:
+
+def test_damage_is_an_end_with_a_reason() -> None:
+    error = QaicRayError("damaged")
+    with reading(ends_with(error)) as reader:
+        reader.ask(10)
+        assert next_batch(reader) == Batch(tuple(same(3)), exhausted=True, error=error)
+
+
+@pytest.mark.parametrize("error", [UsageError("another run's"), ZeroDivisionError("a bug")])
+def test_any_other_error_comes_after_all_that_was_read_before_it(error: Exception) -> None:
+    with reading(ends_with(error)) as reader:
         reader.ask(10)
         assert next_batch(reader) == Batch(tuple(same(3)), exhausted=False)
         reader.ask(10)
-        with pytest.raises(QaicRayError, match="damaged"):
+        with pytest.raises(type(error), match=str(error)):
             next_batch(reader)
 
 
