@@ -85,7 +85,7 @@ def drive(folder: Path, address: str, count: int) -> None:
         )
     proof = write.proof(result.rows_in, result.inputs_sha256)
     summary = {
-        "error": result.error,
+        "error": result.broken_off,
         "proof_holds": proof.holds,
         "workers": {worker.name: worker.error for worker in result.workers},
     }

@@ -131,7 +131,7 @@ def drive(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         )
         after_s = psutil.Process().cpu_times()
     if not result.ok or result.total.rows != options.prompts or result.span is None:
-        raise SystemExit(f"not every row was answered: {result.error}, {result.total}")
+        raise SystemExit(f"not every row was answered: {result.broken_off}, {result.total}")
     quarter = watch.samples[len(watch.samples) // 4][2]
     used_s = after_s.user + after_s.system - before_s.user - before_s.system
     return {

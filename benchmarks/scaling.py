@@ -161,7 +161,7 @@ def fleet(stage: dict[str, Any], some: Sequence[Any], specs: Sequence[Any]) -> d
             result = Driver(ready, some, Audience(on_row=write), journal=journal).run()
     total = result.total
     if not result.ok or total.generated_tokens != num_tokens(some) or result.span is None:
-        raise SystemExit(f"not every row was answered in full: {result.error}, {total}")
+        raise SystemExit(f"not every row was answered in full: {result.broken_off}, {total}")
     return {
         "makespan_s": result.span.seconds,
         "occupancy": total.occupancy,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 FREE_WITH_RESUME = {
     "resume": "--resume",
     "retry_errors": "--retry-errors",
+    "prompts_file": "--prompts-file",
     "device_id": "--device-id",
     "address": "--address",
     "stream": "--stream",
@@ -269,6 +270,9 @@ def _resumed(context: typer.Context, folder: Path) -> RunRequest:
     request = replace(read_request(folder), retry_errors=context.params["retry_errors"])
     if "device_id" in given:
         request = replace(request, devices=device_ids(context.params["device_id"]))
+    if "prompts_file" in given:
+        path = context.params["prompts_file"]
+        request = replace(request, prompt=None, prompts_file=path, new_input=True)
     return replace(request, ray_address=context.params["address"])
 
 

@@ -36,7 +36,7 @@ from qaic_ray.fleet.messages import (
 )
 from qaic_ray.fleet.outputs import Delivery
 from qaic_ray.fleet.reading import Batch, Reader, ThreadedReader
-from qaic_ray.fleet.result import FleetResult, Tally, WorkerResult
+from qaic_ray.fleet.result import BrokenOff, Cause, FleetResult, Tally, WorkerResult
 from qaic_ray.metrics import Measurement, Span
 from qaic_ray.rows import Prompt, Row
 
@@ -305,17 +305,23 @@ class Driver:
             )
             for name in (*self._cards.names, *gone)
         )
-        lost = "Every card was lost; the prompts that were left have no answer."
         return FleetResult(
             workers=workers,
             unassigned=self._tally.measurement(""),
             span=self._whole_span(),
             length_counts=dict(self._tally.length_counts),
-            error=lost if self._dispatcher.abandoned else None,
-            input_error=None if self._input_error is None else str(self._input_error),
+            broken_off=self._broken_off(),
             rows_in=self._intake.num_rows,
             inputs_sha256=self._intake.sha256,
         )
+
+    def _broken_off(self) -> BrokenOff | None:
+        if self._dispatcher.abandoned:
+            lost = "Every card was lost; the prompts that were left have no answer."
+            return BrokenOff(Cause.CARDS, lost)
+        if self._input_error is not None:
+            return BrokenOff(Cause.INPUT, str(self._input_error))
+        return None
 
     def _whole_span(self) -> Span | None:
         """This session's span, with the time that cards worked in earlier ones put before it."""

@@ -11,7 +11,6 @@ import json
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qaic_ray.errors import QaicRayError, UsageError
@@ -20,11 +19,12 @@ from qaic_ray.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from qaic_ray.fleet.answers import Generation
+    from qaic_ray.fleet.frozen_file import FrozenFile
 
 Fingerprint = Mapping[str, Any]
 """Names to JSON values, in any depth."""
 
-_CHUNK_BYTES = 2**20
+INPUT = "input"
 _SHOWN_CHARS = 80
 
 # They change when answers come, not what they are.
@@ -32,54 +32,37 @@ _OF_NO_EFFECT = ("max_stall_s", "prefix_reuse", "speculation")
 
 
 def fingerprint(
-    source: Fingerprint, *, qpc: str, model: str, generation: Generation
+    source: Fingerprint, *, qpc: str, model: Fingerprint, generation: Generation
 ) -> Fingerprint:
     """The fingerprint of a run.
 
     Args:
         source: of the input: `text_source`, `file_source` or `STREAM_SOURCE`.
         qpc: the compiled program's content key.
-        model: the checkpoint's name or digest.
+        model: the digest of each part of the checkpoint that an answer depends on.
         generation: the run's; its seed must have been drawn.
     """
     making = asdict(generation)
     for name in _OF_NO_EFFECT:
         del making[name]
-    whole = {"input": source, "qpc": qpc, "model": model, **making}
+    whole = {INPUT: source, "qpc": qpc, "model": model, **making}
     plain: Fingerprint = json.loads(json.dumps(whole))  # as it will be when read back
     return plain
 
 
-STREAM_SOURCE: Fingerprint = {"name": "-"}
+STREAM_SOURCE: Fingerprint = {"stream": True}
 """Of an input that cannot be read twice to be sure: its rows' digests are all there is."""
 
 
 def text_source(text: str) -> Fingerprint:
     """Of a `--prompt` argument."""
     content = text.encode(errors="surrogatepass")
-    return _source("--prompt", len(content), hashlib.sha256(content).hexdigest())
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def file_source(path: Path) -> Fingerprint:
-    """Of a prompts file, wherever it lies.
-
-    Raises:
-        QaicRayError: when it cannot be read.
-    """
-    digest = hashlib.sha256()
-    num_bytes = 0
-    try:
-        with path.open("rb", buffering=0) as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                num_bytes += len(chunk)
-    except OSError as error:
-        raise QaicRayError(f"The prompts in {path} cannot be read: {error.strerror}.") from error
-    return _source(path.name, num_bytes, digest.hexdigest())
-
-
-def _source(name: str, num_bytes: int, sha256: str) -> Fingerprint:
-    return {"name": name, "bytes": num_bytes, "sha256": sha256}
+def file_source(file: FrozenFile) -> Fingerprint:
+    """Of a prompts file, whatever its name is and wherever it lies."""
+    return {"bytes": file.num_bytes, "sha256": file.sha256}
 
 
 def differences(old: Fingerprint, new: Fingerprint) -> list[str]:

@@ -8,14 +8,15 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from qaic_ray.errors import QaicRayError, UsageError
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
+
+    from qaic_ray.fleet.frozen_file import FrozenFile
 
 STDIN = "-"
 
@@ -45,8 +46,8 @@ def check_readable(path: str) -> None:
         raise UsageError(f"The prompts file {path} may not be read: check its permissions.")
 
 
-def input_lines(path: str) -> Iterator[bytes]:
-    r"""The lines without their ends, each when it is asked for.
+def input_lines(path: str, frozen: FrozenFile | None = None) -> Iterator[bytes]:
+    r"""The lines without their ends, each when it is asked for; of the file as it was, if frozen.
 
     Lines end at `\n` or `\r\n`; a byte order mark before the first is left out. Gzip and zstd are
     known by their first bytes, whatever the name. Of a line that is longer than `MAX_LINE_BYTES`
@@ -59,7 +60,7 @@ def input_lines(path: str) -> Iterator[bytes]:
     # not stop the others.
     num_lines = 0
     try:
-        with _open(path) as stream:
+        with _open(path, frozen) as stream:
             for line in _whole_lines(stream):
                 start = len(_BOM) if num_lines == 0 and line.startswith(_BOM) else 0
                 yield line[start:].removesuffix(b"\n").removesuffix(b"\r")
@@ -75,8 +76,11 @@ def cannot_read(path: str, last: str | None, error: Exception) -> QaicRayError:
     return QaicRayError(f"The prompts in {path} cannot be read{past}: {reason}.")
 
 
-def _open(path: str) -> nullcontext[BinaryIO] | BinaryIO:
-    return nullcontext(sys.stdin.buffer) if path == STDIN else open(path, "rb")
+def _open(path: str, frozen: FrozenFile | None) -> BinaryIO:
+    if path == STDIN:
+        # Not sys.stdin: a thread that waits in it when the process ends would keep it from ending.
+        return open(sys.stdin.fileno(), "rb", closefd=False)
+    return open(path, "rb") if frozen is None else cast("BinaryIO", frozen.open())
 
 
 def _whole_lines(stream: BinaryIO) -> Iterator[bytes]:

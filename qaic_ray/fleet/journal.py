@@ -30,11 +30,11 @@ from filelock import FileLock, Timeout
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.fleet.fingerprint import Fingerprint, differences
+from qaic_ray.fleet.fingerprint import INPUT, Fingerprint, differences
 from qaic_ray.folders import sync_path
 from qaic_ray.rows import Row
 
-FORMAT = 1
+FORMAT = 2
 JOURNAL_NAME = "journal"
 LOCK_NAME = ".lock"
 SEGMENT_BYTES = 64 * 2**20
@@ -146,8 +146,9 @@ class Journal:
 
     Args:
         run_folder: is there.
-        fingerprint: must be that of the sessions before, if there were any.
+        fingerprint: must be that of the session before, if there was one.
         retry_errors: rows of finish_reason error count as not answered from now on.
+        new_input: the input may be another one; `Intake` sees that its answered rows are the same.
         segment_bytes: about how large a segment gets.
 
     Raises:
@@ -161,6 +162,7 @@ class Journal:
         fingerprint: Fingerprint,
         *,
         retry_errors: bool = False,
+        new_input: bool = False,
         segment_bytes: int = SEGMENT_BYTES,
     ) -> None:
         self._run_folder = run_folder
@@ -174,7 +176,7 @@ class Journal:
         try:
             with disk_errors_end_the_run(run_folder):
                 self._headers = self._recover()
-                self._header = self._next_header(fingerprint, retry_errors)
+                self._header = self._next_header(fingerprint, retry_errors, new_input)
                 self._segment = max(self._headers, default=-1)
                 self._begin_segment()
         except BaseException:
@@ -266,38 +268,28 @@ class Journal:
             elif num_bytes < path.stat().st_size:
                 os.truncate(path, num_bytes)
                 sync_path(path)
-        return {segment: self._read_header(segment) for segment in segments}
+        return {segment: _read_header(_segment_path(self._folder, segment)) for segment in segments}
 
-    def _read_header(self, segment: int) -> _Header:
-        path = _segment_path(self._folder, segment)
-        with path.open("rb") as stream:
-            line = stream.readline()
-        if not _is_whole(line):
-            raise _damaged(path, 1)
-        document = json.loads(line[_BEFORE_JSON:])
-        if document["format"] != FORMAT:
-            raise UsageError(
-                f"{path} has journal format {document['format']}, and this version writes "
-                f"{FORMAT}: resume the run with the version that began it, or begin a new one."
-            )
-        return _Header(**document)
-
-    def _next_header(self, fingerprint: Fingerprint, retry_errors: bool) -> _Header:
+    def _next_header(
+        self, fingerprint: Fingerprint, retry_errors: bool, new_input: bool
+    ) -> _Header:
         headers = list(self._headers.values())
         if not headers:
             return _Header(FORMAT, secrets.token_hex(8), 0, retry_errors, fingerprint)
-        first = headers[0]
+        first, last = headers[0], headers[-1]
         if any(header.run != first.run for header in headers):
             raise UsageError(
                 f"{self._folder} holds segments of several runs: take out those of all but one."
             )
-        if changes := differences(first.fingerprint, fingerprint):
+        before = last.fingerprint
+        if new_input:
+            before = {**before, INPUT: fingerprint[INPUT]}
+        if changes := differences(before, fingerprint):
             raise UsageError(
                 f"The run in {self._run_folder} cannot go on: {', '.join(changes)}. Resume it as "
                 "it was begun, or begin a new run."
             )
-        session = headers[-1].session + 1
-        return _Header(FORMAT, first.run, session, retry_errors, first.fingerprint)
+        return _Header(FORMAT, first.run, last.session + 1, retry_errors, fingerprint)
 
     def _begin_segment(self) -> None:
         """The next segment, its header on the disk."""
@@ -330,6 +322,34 @@ class Journal:
                 place = Place(segment, offset, len(line))
                 yield Entry(record.row, record.input, record.span_s, header.session, place)
                 offset += len(line)
+
+
+def last_fingerprint(run_folder: Path) -> Fingerprint | None:
+    """That of a run's last session; None where no session has begun a segment.
+
+    Raises:
+        UsageError: the journal is of another version.
+        QaicRayError: it is damaged.
+    """
+    with disk_errors_end_the_run(run_folder):
+        for path in sorted((run_folder / JOURNAL_NAME).glob("*.jsonl"), reverse=True):
+            if _whole_bytes(path):
+                return _read_header(path).fingerprint
+    return None
+
+
+def _read_header(path: Path) -> _Header:
+    with path.open("rb") as stream:
+        line = stream.readline()
+    if not _is_whole(line):
+        raise _damaged(path, 1)
+    document = json.loads(line[_BEFORE_JSON:])
+    if document["format"] != FORMAT:
+        raise UsageError(
+            f"{path} has journal format {document['format']}, and this version writes {FORMAT}: "
+            "resume the run with the version that began it, or begin a new one."
+        )
+    return _Header(**document)
 
 
 def _segment_path(folder: Path, segment: int) -> Path:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
+    from qaic_ray.fleet.frozen_file import FrozenFile
+
 PARQUET_MAGIC = b"PAR1"
 
 _BATCH_ROWS = 256
@@ -31,12 +33,15 @@ _WHOLE_NUMBERS = (
 )  # fmt: skip
 
 
-def prompts_from_parquet(path: str, sampling: SamplingParams) -> Iterator[Prompt | Row]:
+def prompts_from_parquet(
+    path: str, sampling: SamplingParams, frozen: FrozenFile | None = None
+) -> Iterator[Prompt | Row]:
     """An item for each row; its error, if it has one, counts rows from 0 as `index` does.
 
     Args:
         path: of the file.
         sampling: the run's.
+        frozen: the file as it was.
 
     Raises:
         UsageError: at once, for what is no parquet file, or has no prompts in it.
@@ -47,7 +52,8 @@ def prompts_from_parquet(path: str, sampling: SamplingParams) -> Iterator[Prompt
 
     try:
         # Not pre-buffered: that holds a whole row group, which may be the whole file.
-        table = ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        source = path if frozen is None else pyarrow.PythonFile(frozen.open(), mode="r")
+        table = ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False)
     except (OSError, pyarrow.ArrowException) as error:
         raise UsageError(
             f"{path} is no parquet file that can be read: {_first_line(error)}"

@@ -30,6 +30,7 @@ from itertools import chain
 from pathlib import Path, PurePath
 
 from qaic_ray.errors import RowError, UsageError
+from qaic_ray.fleet.frozen_file import FrozenFile
 from qaic_ray.fleet.input_lines import STDIN, check_readable, input_lines
 from qaic_ray.fleet.jsonl import json_object, prompts_from_json_lines
 from qaic_ray.fleet.parquet_prompts import PARQUET_MAGIC, prompts_from_parquet
@@ -101,6 +102,7 @@ def prompts_from_file(
     path: str | Path,
     prompt_format: PromptFormat | None = None,
     sampling: SamplingParams = GREEDY,
+    frozen: FrozenFile | None = None,
 ) -> Iterator[Prompt | Row]:
     r"""The prompts of a file, or of stdin for `-`; one item a line, so that index = line - 1.
 
@@ -113,6 +115,7 @@ def prompts_from_file(
             `.zst` behind it or not); where it does not, the first line does: a JSON object of one
             of the known kinds means JSONL, anything else text.
         sampling: the run's, for what a row's own fields leave open.
+        frozen: the file as it was when the run began; without it, it is read as it is.
 
     Raises:
         UsageError: at once, when there is no such file, or none that may be read, or a parquet file
@@ -124,8 +127,8 @@ def prompts_from_file(
         check_readable(path)
         # What is read from a pipe to look at it is gone.
         if os.path.isfile(path) and (prompt_format or _kind_of_file(path)) is PromptFormat.PARQUET:
-            return prompts_from_parquet(path, sampling)
-    return _from_lines(path, prompt_format, sampling)
+            return prompts_from_parquet(path, sampling, frozen)
+    return _from_lines(path, prompt_format, sampling, frozen)
 
 
 def _kind_of_file(path: str) -> PromptFormat | None:
@@ -137,9 +140,12 @@ def _kind_of_file(path: str) -> PromptFormat | None:
 
 
 def _from_lines(
-    path: str, prompt_format: PromptFormat | None, sampling: SamplingParams
+    path: str,
+    prompt_format: PromptFormat | None,
+    sampling: SamplingParams,
+    frozen: FrozenFile | None,
 ) -> Iterator[Prompt | Row]:
-    lines = input_lines(path)
+    lines = input_lines(path, frozen)
     first = next(lines, None)
     if first is None:
         return

@@ -22,7 +22,7 @@ from rich.text import Text
 from qaic_ray.fleet.figures import count_text, rate_text, seconds_text
 from qaic_ray.fleet.outputs import ERRORS_NAME, Proof
 from qaic_ray.fleet.page import html_page
-from qaic_ray.fleet.result import FleetResult, WorkerResult
+from qaic_ray.fleet.result import Cause, FleetResult, WorkerResult
 from qaic_ray.folders import sync_path
 from qaic_ray.metrics import Measurement
 
@@ -53,16 +53,20 @@ class RunSummary:
 
     @property
     def error(self) -> str | None:
-        """Why the run ended before its input did, and what to do; None where it did not."""
-        go_on = f"go on with `qaic-ray run --resume {self.folder}"
-        if self.result.input_error is not None:
-            return (
-                f"{self.result.input_error} What was read before that is answered. With the input "
-                f"as it was {go_on} --prompts-file FILE`; for another one begin a new run."
-            )
-        if self.result.error is not None:
-            return f"{self.result.error} When cards are well again, {go_on}`."
-        return None
+        """Why the run is not what it was meant to be, and what to do; None where it is."""
+        broken_off = self.result.broken_off
+        if broken_off is None:
+            return None
+        resume = f"`qaic-ray run --resume {self.folder}"
+        how = {
+            Cause.CARDS: f"When cards are well again, go on with {resume}`.",
+            Cause.INPUT: (
+                "What was read before that is answered. With a file whose answered rows are as "
+                f"they were, go on with {resume} --prompts-file FILE`, or begin a new run."
+            ),
+            Cause.CHANGED: "Begin a new run.",
+        }
+        return f"{broken_off.error} {how[broken_off.cause]}"
 
     def document(self) -> Document:
         """The report as a JSON object."""

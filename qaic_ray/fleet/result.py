@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from qaic_ray.durations import Durations, bin_of
@@ -30,6 +31,25 @@ class WorkerResult:
     error: str | None = None
 
 
+class Cause(str, Enum):
+    """What a run broke off for, which says how to go on with it."""
+
+    CARDS = "cards"
+    """Every card was lost; prompts that were left have no answer."""
+    INPUT = "input"
+    """The input could not be read to its end; all that was read of it is answered."""
+    CHANGED = "changed"
+    """What answers depend on was not the same at the end: they may be of either."""
+
+
+@dataclass(frozen=True)
+class BrokenOff:
+    """Why a run is not what it was meant to be: its cause, and a sentence."""
+
+    cause: Cause
+    error: str
+
+
 @dataclass(frozen=True)
 class FleetResult:
     """What a run came to.
@@ -41,8 +61,7 @@ class FleetResult:
             In a run that was resumed the spans of the earlier sessions come before it, end to end:
             the time in between, in which nothing ran, is left out.
         length_counts: generated tokens of an answer -> how many answers had that many.
-        error: set when every card was lost and prompts were given up for that.
-        input_error: why the input was not read to its end; all rows that were read are there.
+        broken_off: set when not every row of the input has an answer or an error of its own.
         rows_in: rows of the input that were read.
         inputs_sha256: over their digests, in order.
     """
@@ -51,8 +70,7 @@ class FleetResult:
     unassigned: Measurement
     span: Span | None
     length_counts: Mapping[int, int]
-    error: str | None = None
-    input_error: str | None = None
+    broken_off: BrokenOff | None = None
     rows_in: int = 0
     inputs_sha256: str = ""
 
@@ -69,12 +87,7 @@ class FleetResult:
     @property
     def ok(self) -> bool:
         """Whether every row of the input was answered."""
-        return self.is_complete and self.total.failed_rows == 0
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every row of the input has its answer, or an error of its own."""
-        return self.error is None and self.input_error is None
+        return self.broken_off is None and self.total.failed_rows == 0
 
 
 @dataclass

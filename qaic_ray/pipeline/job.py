@@ -54,7 +54,7 @@ def launch_job(
     if job.ray.address is None:
         devices = choose_devices(sdk.here, request.devices)
         request, num_cards = replace(request, devices=devices), len(devices)
-    prompts = request.open_prompts()
+    run_input = request.open_input()
     exported = export_step(job.model, job.export, listener)
     compiling = _compile_request(job, exported.folder)
     builds = [
@@ -71,7 +71,7 @@ def launch_job(
         chosen = outcomes[chosen_at].result
         if not isinstance(chosen, Build):
             raise chosen
-        return run_on(cluster, request.on(chosen.path), prompts, sdk=sdk, listener=listener)
+        return run_on(cluster, request.on(chosen.path), run_input, sdk=sdk, listener=listener)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -13,24 +12,34 @@ import yaml
 
 from qaic_ray.documents import user_path
 from qaic_ray.errors import RowError, UsageError
+from qaic_ray.folders import sync_path
 from qaic_ray.model_sources import NAMED_MODELS
 from qaic_ray.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from qaic_ray.fleet.fingerprint import Fingerprint
+    from qaic_ray.fleet.frozen_file import FrozenFile
     from qaic_ray.rows import Prompt, Row
 
 REQUEST_NAME = "request.yaml"
 STDIN = "-"
 
 # Of this process, not of the run.
-_NOT_KEPT = ("output", "ray_address", "job_text", "resume", "retry_errors")
+_NOT_KEPT = ("output", "ray_address", "job_text", "resume", "retry_errors", "new_input")
 _PATHS = ("qpc", "draft_qpc")
 
 
 def drawn_seed() -> int:
     """A run's seed, where none is given."""
     return secrets.randbits(32)
+
+
+@dataclass(frozen=True)
+class RunInput:
+    """The prompts of a run, which can be read once, and their part of its fingerprint."""
+
+    source: Fingerprint
+    prompts: Iterator[Prompt | Row]
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,8 @@ class RunRequest:
     `input_len` and `ctx_len`, where given, must be what the QPC was compiled for. A card is shared
     out to `partitions` workers, or `group_size` cards make one. `job_text` is the job that this is
     a part of, for the run folder's job.yaml; without one the request itself. `resume` is the folder
-    of a run that is to go on, there with its rows of errors again where `retry_errors`.
+    of a run that is to go on, there with its rows of errors again where `retry_errors`, and with
+    another file of prompts where `new_input`.
     """
 
     name: str
@@ -71,6 +81,7 @@ class RunRequest:
     job_text: str = ""
     resume: Path | None = None
     retry_errors: bool = False
+    new_input: bool = False
 
     def on(self, qpc: Path) -> RunRequest:
         """The same request for another QPC."""
@@ -99,13 +110,15 @@ class RunRequest:
         except RowError as error:
             raise UsageError(str(error)) from error
 
-    def open_prompts(self) -> Iterator[Prompt | Row]:
-        """The prompts; a file is opened now and read as it is needed.
+    def open_input(self) -> RunInput:
+        """The prompts, and what they are known by; a file is read through now, its rows later.
 
         Raises:
             UsageError: where there are none, or two sources of them, or parameters that no row
                 could be answered with.
+            InputChanged: the file is not what it was when the run that is resumed began.
         """
+        from qaic_ray.fleet.fingerprint import STREAM_SOURCE, file_source, text_source
         from qaic_ray.fleet.prompts import PromptFormat, prompts_from_file, prompts_from_text
 
         defaults = self.defaults
@@ -117,21 +130,30 @@ class RunRequest:
         if self.prompt is not None and self.prompts_file is not None:
             raise UsageError("Give one of --prompt and --prompts-file, not both.")
         if self.prompt is not None:
-            return prompts_from_text(self.prompt)
-        if self.prompts_file is not None:
-            form = None if self.prompts_format is None else PromptFormat(self.prompts_format)
-            return prompts_from_file(self.prompts_file, form, sampling=defaults)
-        raise UsageError('There is nothing to answer: give --prompt "a|b" or --prompts-file FILE.')
+            return RunInput(text_source(self.prompt), prompts_from_text(self.prompt))
+        path = self.prompts_file
+        if path is None:
+            raise UsageError(
+                'There is nothing to answer: give --prompt "a|b" or --prompts-file FILE.'
+            )
+        form = None if self.prompts_format is None else PromptFormat(self.prompts_format)
+        if path == STDIN or not user_path(path, "--prompts-file").is_file():
+            # A pipe can be read only once: its rows' digests are all there is.
+            return RunInput(STREAM_SOURCE, prompts_from_file(path, form, sampling=defaults))
+        frozen = self._frozen(user_path(path, "--prompts-file"))
+        prompts = prompts_from_file(frozen.path, form, sampling=defaults, frozen=frozen)
+        return RunInput(file_source(frozen), prompts)
 
-    def source(self) -> Fingerprint:
-        """The fingerprint of the input; a file is read through for it."""
-        from qaic_ray.fleet.fingerprint import STREAM_SOURCE, file_source, text_source
+    def _frozen(self, path: Path) -> FrozenFile:
+        """The prompts file as it is, or as much of it as the run that is resumed began with."""
+        from qaic_ray.fleet.fingerprint import INPUT
+        from qaic_ray.fleet.frozen_file import FrozenFile
+        from qaic_ray.fleet.journal import last_fingerprint
 
-        if self.prompt is not None:
-            return text_source(self.prompt)
-        path = self.prompts_file or STDIN
-        # A pipe can be read only once.
-        return file_source(Path(path)) if os.path.isfile(path) else STREAM_SOURCE
+        if self.resume is None or self.new_input:
+            return FrozenFile.of(path)
+        before = last_fingerprint(self.resume)
+        return FrozenFile.of(path, None if before is None else before[INPUT].get("bytes"))
 
     def to_yaml(self) -> str:
         """All of it that belongs to the run."""
@@ -162,6 +184,17 @@ def absolute_model(name: str) -> str:
         return name
     path = user_path(name, "the model's name")
     return str(path.absolute()) if path.exists() else name
+
+
+def write_request(request: RunRequest, folder: Path) -> str:
+    """Keep a request in its run folder, whole or not at all; return its text."""
+    text = request.absolute().to_yaml()
+    path = folder / REQUEST_NAME
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    sync_path(unfinished)
+    unfinished.replace(path)
+    return text
 
 
 def read_request(folder: Path) -> RunRequest:

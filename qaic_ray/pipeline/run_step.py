@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qaic_ray.compile.compiler import QPC_FILE
 from qaic_ray.compile.store import content_key
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.pipeline.devices import choose_devices
 from qaic_ray.pipeline.listener import Listener
-from qaic_ray.pipeline.request import REQUEST_NAME, RunRequest, absolute_model
+from qaic_ray.model import open_checkpoint
+from qaic_ray.pipeline.request import RunInput, RunRequest, absolute_model, write_request
 from qaic_ray.sdk import EmulatedCards, Sdk
+from qaic_ray.tokenizer_sources import tokenizer_digest
 
 if TYPE_CHECKING:
     from qaic_ray.fleet.answers import Generation
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from qaic_ray.fleet.report import RunSummary
     from qaic_ray.fleet.result import FleetResult
     from qaic_ray.fleet.worker import WorkerSpec
-    from qaic_ray.rows import Prompt, Row
+    from qaic_ray.rows import Row
 
 
 @dataclass(frozen=True)
@@ -56,19 +58,19 @@ def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSumm
     if request.ray_address is None:
         devices = choose_devices(sdk.here, request.devices)
         request, num_cards = replace(request, devices=devices), len(devices)
-    prompts = request.open_prompts()
+    run_input = request.open_input()
     from qaic_ray.fleet.cluster import Cluster
 
     listener.began("Ray")
     with Cluster(num_cards, address=request.ray_address) as cluster:
         listener.ended("Ray")
-        return run_on(cluster, request, prompts, sdk=sdk, listener=listener)
+        return run_on(cluster, request, run_input, sdk=sdk, listener=listener)
 
 
 def run_on(
     cluster: Cluster,
     request: RunRequest,
-    prompts: Iterator[Prompt | Row],
+    run_input: RunInput,
     *,
     sdk: SdkChoice,
     listener: Listener,
@@ -84,7 +86,7 @@ def run_on(
     folder = request.resume or _new_run_folder(request)
     try:
         result, proof = _answer(
-            cluster, request, specs, prompts=prompts, folder=folder, listener=listener
+            cluster, request, specs, run_input=run_input, folder=folder, listener=listener
         )
     except UsageError:
         if request.resume is None:  # the request was wrong, and nothing was answered
@@ -109,29 +111,30 @@ def _answer(
     request: RunRequest,
     specs: Sequence[WorkerSpec],
     *,
-    prompts: Iterator[Prompt | Row],
+    run_input: RunInput,
     folder: Path,
     listener: Listener,
 ) -> tuple[FleetResult, Proof]:
     """All rows that have no answer yet, journaled and written."""
     from qaic_ray.fleet.driver import Audience
-    from qaic_ray.fleet.fingerprint import fingerprint
+    from qaic_ray.fleet.fingerprint import differences, fingerprint
     from qaic_ray.fleet.journal import Journal
     from qaic_ray.fleet.outputs import row_writer
+    from qaic_ray.fleet.result import BrokenOff, Cause
     from qaic_ray.fleet.sizing import text_work
     from qaic_ray.fleet.worker import CardWorker
 
-    same = fingerprint(
-        request.source(),
-        qpc=content_key(request.qpc),
-        model=request.model,
-        generation=_generation(request),
-    )
+    parts = _parts(request)
+    same = fingerprint(run_input.source, generation=_generation(request), **parts)
     resumed = request.resume is not None
     with (
-        Journal(folder, same, retry_errors=request.retry_errors) as journal,
+        Journal(
+            folder, same, retry_errors=request.retry_errors, new_input=request.new_input
+        ) as journal,
         row_writer(folder, resumed=resumed) as write,
     ):
+        if request.new_input:
+            write_request(request, folder)
 
         def on_row(row: Row) -> None:
             write(row)
@@ -141,7 +144,7 @@ def _answer(
             on_row=on_row, on_earlier_row=write.again, on_worker_ready=listener.card_ready
         )
         result = cluster.run_prompts(
-            prompts,
+            run_input.prompts,
             specs,
             worker_class=CardWorker,
             audience=audience,
@@ -149,7 +152,18 @@ def _answer(
             work_of=partial(text_work, defaults=request.defaults),
             on_wait=listener.remark,
         )
-    return result, write.proof(result.rows_in, result.inputs_sha256)
+        if changes := differences(parts, _parts(request)):
+            error = f"While the run went, {' and '.join(changes)}: its rows may be of either."
+            result = replace(result, broken_off=BrokenOff(Cause.CHANGED, error))
+    complete = result.broken_off is None
+    return result, write.proof(result.rows_in, result.inputs_sha256, complete=complete)
+
+
+def _parts(request: RunRequest) -> dict[str, Any]:
+    """What an answer depends on beside its prompt and the request, by content."""
+    checkpoint = open_checkpoint(request.model, weights=False)
+    model = {"text": tokenizer_digest(checkpoint.folder), "eos_ids": list(checkpoint.eos_ids)}
+    return {"qpc": content_key(request.qpc), "model": model}
 
 
 def _places(
@@ -208,7 +222,7 @@ def _generation(request: RunRequest) -> Generation:
 def _export(request: RunRequest, folder: Path) -> None:
     """The run's rows in the other formats that are asked for."""
     from qaic_ray.fleet.exports import OutputFormat, export_outputs
-    from qaic_ray.model import load_tokenizer, open_checkpoint
+    from qaic_ray.model import load_tokenizer
 
     if not request.output_formats:
         return
@@ -235,11 +249,10 @@ def _new_run_folder(request: RunRequest) -> Path:
             continue
         except OSError as error:
             raise UsageError(f"Cannot write to {folder.parent}: {error.strerror}.") from error
-        kept = request.absolute()
         try:
             (folder / "logs").mkdir()
-            (folder / REQUEST_NAME).write_text(kept.to_yaml(), encoding="utf-8")
-            (folder / "job.yaml").write_text(request.job_text or kept.to_yaml(), encoding="utf-8")
+            text = write_request(request, folder)
+            (folder / "job.yaml").write_text(request.job_text or text, encoding="utf-8")
         except OSError as error:
             raise QaicRayError(f"Cannot write to {folder}: {error.strerror}.") from error
         return folder

@@ -77,7 +77,7 @@ def test_every_prompt_is_answered_in_order_by_all_cards(cluster: Cluster) -> Non
     result, rows = run(cluster, prompts, specs(4, row_s=0.02), on_worker_ready=infos.append)
     assert [row.text for row in rows] == [prompt.text[::-1] for prompt in prompts]
     assert result.ok
-    assert result.error is None
+    assert result.broken_off is None
     assert sorted(info.name for info in infos) == ["card 0", "card 1", "card 2", "card 3"]
     assert all(info.sdk.endswith("OMP_NUM_THREADS=1") for info in infos)
     assert [worker.info.device_ids for worker in result.workers if worker.info] == [
@@ -114,7 +114,7 @@ def test_a_prompt_that_kills_is_found_and_the_others_are_answered(cluster: Clust
     assert rows[7].error is not None
     assert "Given up after 4 attempts" in rows[7].error
     assert "its process died (ActorDiedError: " in rows[7].error
-    assert result.error is None
+    assert result.broken_off is None
 
 
 def test_a_killed_process_is_an_event_while_others_go_on(cluster: Cluster) -> None:
@@ -178,7 +178,7 @@ def test_cards_that_never_open_leave_the_prompts_undone(cluster: Cluster) -> Non
         audience=Audience(on_row=rows.append),
     )
     assert rows == []
-    assert result.error is not None
+    assert result.broken_off is not None
     assert result.workers[0].error == "DeviceError: No NSPs are free."
 
 

@@ -223,7 +223,7 @@ def test_a_card_that_turns_to_error_is_given_up_and_the_others_go_on(fleet: Flee
     result = fleet.run(prompts(150), fleet.places())
     failed = {worker.name: worker.error for worker in result.workers if worker.error}
     assert set(failed) == {"card 1"}
-    assert result.error is None
+    assert result.broken_off is None
 
 
 def test_a_card_that_hangs_is_replaced(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +246,6 @@ def test_a_node_that_is_killed_takes_only_its_cards_along(fleet: Fleet) -> None:
     fleet.set_faults(SLOW)
     result = fleet.run(prompts(200), fleet.places(), on_progress=on_progress)
     lost = {worker.name: worker.error or "" for worker in result.workers if worker.error}
-    assert result.error is None
+    assert result.broken_off is None
     assert len(lost) == 2
     assert all("its node is gone" in error for error in lost.values())

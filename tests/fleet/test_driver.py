@@ -14,7 +14,7 @@ from qaic_ray.fleet.dispatch import Dispatcher
 from qaic_ray.fleet.driver import Audience, Driver, Progress
 from qaic_ray.fleet.messages import Event, RunShard, ShardFailed
 from qaic_ray.fleet.prompts import prompts_from_text
-from qaic_ray.fleet.result import FleetResult
+from qaic_ray.fleet.result import BrokenOff, Cause, FleetResult
 from qaic_ray.fleet.worker import WorkerInfo
 from qaic_ray.metrics import Measurement, Span
 from qaic_ray.rows import Prompt, Row
@@ -71,7 +71,7 @@ def test_error_rows_of_the_source_keep_their_place_and_see_no_card() -> None:
     ]
     assert result.unassigned == Measurement(rows=1, failed_rows=1)
     assert not result.ok
-    assert result.error is None
+    assert result.broken_off is None
 
 
 def test_an_input_of_error_rows_alone_waits_for_no_card() -> None:
@@ -91,7 +91,7 @@ def test_a_card_that_dies_is_named_and_its_prompts_are_answered_by_the_others() 
     rows: list[Row] = []
     result = drive(cards, same(64), on_row=rows.append)
     assert result.ok
-    assert result.error is None
+    assert result.broken_off is None
     assert [worker.error for worker in result.workers] == [None, "ActorDiedError: killed"]
     assert max(row.attempts for row in rows) == 2
     assert {row.worker for row in rows if row.attempts == 2} == {"card 0"}
@@ -105,7 +105,7 @@ def test_a_prompt_that_kills_costs_no_card_and_no_other_prompt() -> None:
     result = drive(cards, iter(same(10)), on_row=rows.append)
     assert [row.index for row in rows if not row.ok] == [3]
     assert len(rows) == 10
-    assert result.error is None
+    assert result.broken_off is None
     assert list(cards.quarantined) == ["card 0"]
     assert [life for _, name, life in cards.replaced if name == "card 1"] == [1, 2, 3]
 
@@ -116,7 +116,8 @@ def test_all_cards_gone_says_so_and_leaves_the_rest_undone() -> None:
     result = drive(cards, iter(same(100)), on_row=rows.append)
     assert not any(row.ok for row in rows)
     assert len(rows) < 10
-    assert result.error == "Every card was lost; the prompts that were left have no answer."
+    lost = "Every card was lost; the prompts that were left have no answer."
+    assert result.broken_off == BrokenOff(Cause.CARDS, lost)
     assert [worker.error for worker in result.workers] == [
         "DeviceError: no",
         "ActorDiedError: age",
@@ -232,7 +233,8 @@ def test_an_input_that_breaks_off_gives_the_rows_before_that_and_an_error() -> N
     rows: list[Row] = []
     result = Driver(cards, broken(), Audience(on_row=rows.append), clock=cards.clock).run()
     assert [row.ok for row in rows] == [True] * 3
-    assert result.input_error == "The prompts in x cannot be read past line 3."
+    broken_off = BrokenOff(Cause.INPUT, "The prompts in x cannot be read past line 3.")
+    assert result.broken_off == broken_off
     assert not result.ok
 
 

@@ -27,6 +27,7 @@ from qaic_ray.fleet.fingerprint import (
     row_digest,
     text_source,
 )
+from qaic_ray.fleet.frozen_file import FrozenFile
 from qaic_ray.fleet.journal import MAX_OPEN_SEGMENTS, Entry, Journal
 from qaic_ray.rows import FinishReason, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
@@ -239,8 +240,8 @@ def test_another_job_another_version_and_another_run_are_refused(tmp_path: Path)
         Journal(tmp_path, RUN)
     segment(tmp_path, 7).unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qaic_ray.fleet.journal.FORMAT", 2)
-        with pytest.raises(UsageError, match="journal format 1, and this version writes 2"):
+        patch.setattr("qaic_ray.fleet.journal.FORMAT", 3)
+        with pytest.raises(UsageError, match="journal format 2, and this version writes 3"):
             Journal(tmp_path, RUN)
     assert rows_of(tmp_path) == [row(0)]
 
@@ -277,7 +278,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_half_written_counts(
 
 
 def made(source: Fingerprint = STREAM_SOURCE, **changes: typing.Any) -> Fingerprint:
-    names = {"qpc": "q", "model": "m"}
+    names = {"qpc": "q", "model": {"text": "m", "eos_ids": [2]}}
     names |= {key: changes.pop(key) for key in names if key in changes}
     return fingerprint(source, generation=Generation(**changes), **names)
 
@@ -286,7 +287,7 @@ def made(source: Fingerprint = STREAM_SOURCE, **changes: typing.Any) -> Fingerpr
     ("changes", "said"),
     [
         ({"qpc": "r"}, 'qpc was "q" and is "r"'),
-        ({"model": "n"}, 'model was "m" and is "n"'),
+        ({"model": {"text": "n", "eos_ids": [2]}}, 'model.text was "m" and is "n"'),
         ({"sampling": SamplingParams(temperature=0.8)}, "sampling.temperature was 0.0 and is 0.8"),
         ({"sampling": SamplingParams(max_tokens=9)}, "sampling.max_tokens was not set and is 9"),
         ({"sampling": SamplingParams(stop=("x",))}, 'sampling.stop was [] and is ["x"]'),
@@ -294,7 +295,7 @@ def made(source: Fingerprint = STREAM_SOURCE, **changes: typing.Any) -> Fingerpr
         ({"chat": True}, "chat was false and is true"),
         ({"system": "s" * 99}, f'system was not set and is "{"s" * 79}...'),
         ({"ctx_len": 512}, "ctx_len was not set and is 512"),
-        ({"source": text_source("a|b")}, "input.name was"),
+        ({"source": text_source("a|b")}, "input.stream was true and is not set"),
     ],
 )
 def test_each_part_of_a_fingerprint_is_named(changes: dict[str, typing.Any], said: str) -> None:
@@ -310,17 +311,28 @@ def test_every_field_of_a_generation_is_in_the_fingerprint_but_those_of_speed() 
     assert made(max_stall_s=9.0, prefix_reuse=False) == made()
 
 
-def test_an_input_file_is_known_by_content_wherever_it_lies(tmp_path: Path) -> None:
-    paths = [tmp_path / name / "p.txt" for name in ("a", "b")]
+def test_an_input_file_is_known_by_content_whatever_its_name(tmp_path: Path) -> None:
+    paths = [tmp_path / "a", tmp_path / "b.txt"]
     for path in paths:
-        path.parent.mkdir()
         path.write_bytes(b"one\ntwo\n")
-    first, second = map(file_source, paths)
+    first, second = (file_source(FrozenFile.of(path)) for path in paths)
     assert first == second
     paths[1].write_bytes(b"one\ntwx\n")
-    assert [part.split()[0] for part in differences(first, file_source(paths[1]))] == ["sha256"]
-    with pytest.raises(QaicRayError, match="cannot be read"):
-        file_source(tmp_path / "none")
+    changed = file_source(FrozenFile.of(paths[1]))
+    assert [part.split()[0] for part in differences(first, changed)] == ["sha256"]
+
+
+def test_only_the_input_of_a_run_may_be_given_anew(tmp_path: Path) -> None:
+    before, after = made(text_source("a")), made(text_source("b"))
+    Journal(tmp_path, before).close()
+    with pytest.raises(UsageError, match=r"cannot go on: input\.sha256 was"):
+        Journal(tmp_path, after)
+    with pytest.raises(UsageError, match="cannot go on: qpc was"):
+        Journal(tmp_path, made(text_source("b"), qpc="r"), new_input=True)
+    Journal(tmp_path, after, new_input=True).close()
+    Journal(tmp_path, after).close()  # it is the run's from now on
+    with pytest.raises(UsageError, match=r"cannot go on: input\.sha256 was"):
+        Journal(tmp_path, before)
 
 
 def test_all_that_an_answer_depends_on_is_in_the_digest_and_its_place_is_not() -> None:

@@ -29,7 +29,7 @@ from qaic_ray.fleet.report import (
     tables,
     write_report,
 )
-from qaic_ray.fleet.result import FleetResult, Tally, WorkerResult
+from qaic_ray.fleet.result import BrokenOff, Cause, FleetResult, Tally, WorkerResult
 from qaic_ray.metrics import Measurement, Span
 from qaic_ray.rows import FinishReason, Prompt, Row
 
@@ -62,7 +62,7 @@ def make_summary(folder: Path, **changes: Any) -> RunSummary:
 def nothing_ran() -> FleetResult:
     worker = WorkerResult("card 0", None, Measurement(), error="DeviceBusy: no NSPs are free")
     failed = Measurement(rows=2, failed_rows=2)
-    return FleetResult((worker,), failed, None, {}, error="Every card was lost.")
+    return FleetResult((worker,), failed, None, {}, broken_off=BrokenOff(Cause.CARDS, "Every card was lost."))
 
 
 def terminal(summary: RunSummary) -> str:
@@ -290,7 +290,7 @@ def test_ok_means_every_row_was_answered(tmp_path: Path, failed: int) -> None:
 def test_a_run_that_lost_its_cards_says_how_to_go_on(tmp_path: Path) -> None:
     summary = make_summary(tmp_path)
     assert summary.document()["error"] is None
-    lost = replace(summary.result, error="Every card was lost.")
+    lost = replace(summary.result, broken_off=BrokenOff(Cause.CARDS, "Every card was lost."))
     error = replace(summary, result=lost).document()["error"]
     assert error.startswith("Every card was lost. ")
     assert f"`qaic-ray run --resume {tmp_path}`" in error

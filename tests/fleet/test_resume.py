@@ -257,7 +257,7 @@ def test_a_run_that_no_card_is_left_for_goes_on_where_there_are_cards(
 ) -> None:
     killed(tmp_path, some(200), one_card(), after=90)
     result, proof = drive(tmp_path, some(200), SimulatedCards([None]))
-    assert result.error is not None
+    assert result.broken_off is not None
     assert not result.ok
     assert not proof.holds
     assert outputs(whole).startswith(outputs(tmp_path))

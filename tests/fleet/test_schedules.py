@@ -495,7 +495,7 @@ def fleet(number: int) -> tuple[int, int]:
     failed = {row.index for row in rows if not row.ok}
     by_chance = failed - poison
     assert all(cards.lone[index] >= 2 for index in failed), "blamed for another's death"
-    if result.error is None:
+    if result.broken_off is None:
         assert len(rows) == num_prompts
         assert failed >= poison
     return num_deaths, len(by_chance)
