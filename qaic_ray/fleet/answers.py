@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from qaic_ray.detokenizer import StopReader
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.fleet.speculation import Speculation
 from qaic_ray.rows import FinishReason, Message, Prompt, Row, Sample
 from qaic_ray.run import batch
 from qaic_ray.run.engine import Finished
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
+from qaic_ray.stop_strings import StopReader
 from qaic_ray.tokenizer import Tokenizer
 
 

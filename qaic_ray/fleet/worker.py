@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qaic_ray.contract import Specializations
-from qaic_ray.detokenizer import StopReader
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
 from qaic_ray.fleet.answers import Answer, Answerer, Generation
 from qaic_ray.fleet.handover import Handover
@@ -31,6 +30,7 @@ from qaic_ray.run import batch
 from qaic_ray.run.engine import MAX_STALL_S, Engine, Finished
 from qaic_ray.run.session import Session
 from qaic_ray.sdk import open_sdk
+from qaic_ray.stop_strings import StopReader
 
 STATIC_LOOKAHEAD = 4
 """Rows that the engine of a static program is given for each of its places: a wave is made of rows
