@@ -53,7 +53,8 @@ class ChatTemplate:
     def of_run(self, template: str | None, date: str | None) -> ChatTemplate:
         """The same with a template of the run's instead of the model's, and with the run's date."""
         moment = None if date is None else datetime.fromisoformat(date)
-        return replace(self, templates=template or self.templates, moment=moment)
+        templates = self.templates if template is None else template
+        return replace(self, templates=templates, moment=moment)
 
     def render(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> str:
         """The prompt text of a conversation, special tokens written out.
@@ -100,11 +101,7 @@ class ChatTemplate:
         _try_out(self._chosen(variables.get("tools")), messages, variables, options)
 
     def _variables(self, options: ChatOptions) -> dict[str, Any]:
-        reserved = RESERVED.intersection(options.template_kwargs)
-        if reserved:
-            raise UsageError(
-                f"chat_template_kwargs holds {min(reserved)!r}, which is no variable of a template."
-            )
+        check_kwargs(options.template_kwargs)
         begins_answer = options.add_generation_prompt and not options.continue_final_message
         return {
             **self.special_tokens,
@@ -128,6 +125,23 @@ class ChatTemplate:
                 "of them is the default: give one (--chat-template FILE, run.chat_template)."
             )
         return templates[chosen]
+
+
+def check_kwargs(template_kwargs: Mapping[str, Any]) -> None:
+    """Check that variables for a template are such, and plain data.
+
+    Raises:
+        UsageError: for a parameter of `apply_chat_template` itself, and for what is not JSON.
+    """
+    reserved = RESERVED.intersection(template_kwargs)
+    if reserved:
+        raise UsageError(
+            f"chat_template_kwargs holds {min(reserved)!r}, which is no variable of a template."
+        )
+    try:
+        json.dumps(template_kwargs, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"chat_template_kwargs holds what is not JSON: {error}.") from error
 
 
 def _refused(reason: str) -> UsageError:

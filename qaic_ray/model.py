@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qaic_ray.chat_template import ChatTemplate
 from qaic_ray.errors import CheckpointError
 from qaic_ray.folders import cache_folder
 from qaic_ray.model_sources import (
@@ -20,7 +21,7 @@ from qaic_ray.model_sources import (
     fetch_hub,
     fetch_named,
 )
-from qaic_ray.tokenizer import Tokenizer, open_tokenizer
+from qaic_ray.tokenizer import Tokenizer, open_chat_template, open_tokenizer
 from qaic_ray.tokenizer_sources import eos_token, has_vocabulary, loaded_tokenizer, read_json
 from qaic_ray.transformers_child import TOKENIZER_FILE
 
@@ -89,6 +90,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The checkpoint's tokenizer, as transformers' `AutoTokenizer` reads it; needs no torch."""
     folder = loaded_tokenizer(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
     return open_tokenizer(folder, checkpoint.eos_ids)
+
+
+def load_chat_template(checkpoint: Checkpoint) -> ChatTemplate:
+    """The checkpoint's chat templates alone."""
+    folder = loaded_tokenizer(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
+    return open_chat_template(folder)
 
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:

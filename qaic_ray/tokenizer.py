@@ -53,7 +53,7 @@ class Tokenizer:
         self._backend = backend
         self._cleans_up = bool(settings.get("clean_up_tokenization_spaces"))
         special_tokens = settings.get("special_tokens_map", {})
-        self._chat_template = ChatTemplate(chat_template, special_tokens)
+        self.chat_template = ChatTemplate(chat_template, special_tokens)
         added = backend.get_added_tokens_decoder()
         self._special = {id_: token.content for id_, token in added.items() if token.special}
         eos_id = backend.token_to_id(special_tokens.get("eos_token", ""))
@@ -67,12 +67,12 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether `chat` can be asked for."""
-        return bool(self._chat_template.templates)
+        return bool(self.chat_template.templates)
 
     def of_run(self, chat_template: str | None, date: str | None) -> Tokenizer:
         """The same with a chat template of the run's, where there is one, and with its date."""
         other = copy.copy(self)
-        other._chat_template = self._chat_template.of_run(chat_template, date)
+        other.chat_template = self.chat_template.of_run(chat_template, date)
         return other
 
     def encode(self, text: str) -> list[int]:
@@ -131,11 +131,7 @@ class Tokenizer:
         Raises:
             UsageError: the model has no chat template, or its template refuses these messages.
         """
-        return self._chat_template.render(messages, options or ChatOptions())
-
-    def try_chat(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> None:
-        """Find out whether conversations can be rendered at all; see `ChatTemplate.try_out`."""
-        self._chat_template.try_out(messages, options)
+        return self.chat_template.render(messages, options or ChatOptions())
 
     def _encode(self, text: str, *, adds_special: bool) -> list[int]:
         try:
@@ -152,13 +148,23 @@ def open_tokenizer(folder: Path, eos_ids: tuple[int, ...]) -> Tokenizer:
     Raises:
         CheckpointError: the folder is damaged.
     """
-    settings = read_object(folder / SETTINGS_FILE, raises=CheckpointError)
+    settings = _read_settings(folder)
     return Tokenizer(
         read_backend(folder / TOKENIZER_FILE),
         settings=settings,
         chat_template=settings.get("chat_template"),
         eos_ids=eos_ids,
     )
+
+
+def open_chat_template(folder: Path) -> ChatTemplate:
+    """The chat templates of such a folder, without its tokens."""
+    settings = _read_settings(folder)
+    return ChatTemplate(settings.get("chat_template"), settings.get("special_tokens_map", {}))
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    return read_object(folder / SETTINGS_FILE, raises=CheckpointError)
 
 
 def _steps(decoder: dict[str, Any]) -> list[dict[str, Any]]:

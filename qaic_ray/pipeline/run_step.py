@@ -57,12 +57,28 @@ def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSumm
         devices = choose_devices(sdk.here, request.devices)
         request, num_cards = replace(request, devices=devices), len(devices)
     prompts = request.open_prompts()
+    check_chat_template(request)
     from qaic_ray.fleet.cluster import Cluster
 
     listener.began("Ray")
     with Cluster(num_cards, address=request.ray_address) as cluster:
         listener.ended("Ray")
         return run_on(cluster, request, prompts, sdk=sdk, listener=listener)
+
+
+def check_chat_template(request: RunRequest) -> None:
+    """Find out, before Ray starts, whether prompts can be put into the model's chat template.
+
+    Raises:
+        UsageError: they cannot; one sentence.
+    """
+    from qaic_ray.fleet.answers import check_chat
+    from qaic_ray.model import load_chat_template, open_checkpoint
+
+    is_elsewhere = request.ray_address is not None and not Path(request.model).expanduser().exists()
+    if request.chat and not is_elsewhere:  # else each worker finds out when it is opened
+        template = load_chat_template(open_checkpoint(request.model, weights=False))
+        check_chat(template, _generation(request), request.model)
 
 
 def run_on(
@@ -197,6 +213,9 @@ def _generation(request: RunRequest) -> Generation:
         sampling=request.defaults,
         chat=request.chat,
         system=request.system,
+        chat_options=request.chat_options,
+        chat_template=request.chat_template,
+        date=request.date,
         run_seed=request.seed,
         max_stall_s=request.max_stall_s,
         prefix_reuse=request.prefix_reuse,
