@@ -85,7 +85,7 @@ def drive(folder: Path, address: str, count: int) -> None:
         )
     proof = write.proof(result.rows_in, result.inputs_sha256)
     summary = {
-        "error": result.broken_off,
+        "error": result.broken_off and result.broken_off.error,
         "proof_holds": proof.holds,
         "workers": {worker.name: worker.error for worker in result.workers},
     }

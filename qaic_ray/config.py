@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -89,6 +90,14 @@ def _device_ids(value: Any) -> Any:
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise ValueError("must be 'all' or a list of device ids from 0")
     return _no_duplicates(tuple(ids))
+
+
+def _iso_date(value: str) -> str:
+    try:
+        datetime.fromisoformat(value)
+    except ValueError:
+        raise ValueError("must be a date like 2026-01-31 or 2026-01-31T12:00:00") from None
+    return value
 
 
 def _sampling(value: Any) -> Any:
@@ -205,6 +214,17 @@ class RunPart(_Part):
     """Put each prompt into the model's chat template; rows of `messages` always are."""
     system: str | None = None
     """With chat: the system message of conversations that bring none."""
+    add_generation_prompt: bool = True
+    """With chat: end with the beginning of the assistant's answer."""
+    continue_final_message: bool = False
+    """With chat: the answer goes on with the last message."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """With chat: variables of the template's own, like `enable_thinking`; a row's go before."""
+    chat_template: str | None = None
+    """A Jinja file instead of the model's template; relative to the job file."""
+    date: Annotated[str, AfterValidator(_iso_date)] | None = None
+    """What a chat template takes for the date and time, like 2026-01-31T12:00:00; the run's
+    beginning when absent, and then in the run folder's job.yaml."""
     max_stall_s: Annotated[float, Field(ge=0)] = 1.0
     """Seconds that running rows may wait for other rows' prefill."""
     prefix_reuse: bool = True
@@ -277,7 +297,7 @@ def load_job(path: Path, overrides: Iterable[str] = ()) -> Job:
     for override in overrides:
         _override(document, override)
     job = job_from(document, source=str(path))
-    return _with_prompts_beside(job, path.resolve().parent)
+    return _with_files_beside(job, path.resolve().parent)
 
 
 def job_from(document: dict[str, Any], *, source: str) -> Job:
@@ -329,12 +349,14 @@ def _check_shapes(job: Job, source: str) -> None:
         raise JobError(f"{source}: run has both prompts and prompt: keep one of them.")
 
 
-def _with_prompts_beside(job: Job, folder: Path) -> Job:
-    prompts = job.run.prompts
-    if prompts is None or prompts == "-":
-        return job
-    absolute = str(folder / Path(prompts).expanduser())
-    return job.model_copy(update={"run": job.run.model_copy(update={"prompts": absolute})})
+def _with_files_beside(job: Job, folder: Path) -> Job:
+    files = {"prompts": job.run.prompts, "chat_template": job.run.chat_template}
+    absolute = {
+        name: str(folder / Path(path).expanduser())
+        for name, path in files.items()
+        if path not in (None, "-")
+    }
+    return job.model_copy(update={"run": job.run.model_copy(update=absolute)})
 
 
 def _override(document: dict[str, Any], override: str) -> None:

@@ -1,4 +1,4 @@
-"""Token ids to text while they come, and stop strings in it. Knows no engine and no card.
+"""Token ids to text while they come. Knows no engine and no card.
 
 A token need not be a text: a character may be spread over several tokens, and what a token reads
 as may depend on those around it. Text is *certain* when no later token can change it. Nothing is
@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
-from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
@@ -59,87 +58,6 @@ class IncrementalText:
     def _give(self, text: str) -> str:
         self._certain.append(text)
         return text
-
-
-class StopReader:
-    """Reads a row's tokens for the engine and ends the row at the first stop string.
-
-    A stop string is found wherever its characters meet the borders of tokens. The one whose last
-    character comes first wins; of several that end with the same character, the longest. One that
-    ends within the row's first `min_tokens - 1` tokens does not count.
-
-    Args:
-        tokenizer: the checkpoint's.
-        params: of the row.
-    """
-
-    stop: str | None = None
-    """The stop string that ended the row."""
-
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self._text = IncrementalText(tokenizer)
-        self._params = params
-        self._overlap = max(map(len, params.stop), default=1) - 1
-        self._num_read = 0
-        self._tail = ""  # of the certain text, as long as a stop string could still reach back
-        self._loose = ""
-        self._stopped_text = ""
-
-    @property
-    def text(self) -> str:
-        """The answer so far, half characters left out; cut at the stop string once there is one
-        (behind it with `include_stop_str_in_output`)."""
-        return self._text.text + self._loose if self.stop is None else self._stopped_text
-
-    @property
-    def certain(self) -> str:
-        """The beginning of the answer that neither a token nor a stop string can take back."""
-        if self.stop is not None:
-            return self._stopped_text
-        text = self._text.text
-        for length in range(min(self._overlap, len(text)), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._params.stop):
-                return text[:-length]
-        return text
-
-    def read(self, token_ids: Sequence[int]) -> int | None:
-        """Take the row's new tokens.
-
-        Returns:
-            None, or how many of the row's tokens are kept: the fewest whose text holds the stop
-            string.
-        """
-        for token_id in token_ids:
-            if self.stop is not None:
-                break
-            self._num_read += 1
-            self._look_at(self._text.push((token_id,)))
-        return None if self.stop is None else self._num_read
-
-    def _look_at(self, certain: str) -> None:
-        before = self._tail + self._loose
-        self._loose = self._text.loose
-        now = self._tail + certain + self._loose
-        num_seen = len(before) if now.startswith(before) else len(self._tail)
-        if self._num_read >= self._params.min_tokens:
-            self._look_for_stop(now, num_seen)
-        tail = self._tail + certain
-        self._tail = tail[max(0, len(tail) - self._overlap) :]
-
-    def _look_for_stop(self, window: str, num_seen: int) -> None:
-        """Find a stop string that ends behind the first `num_seen` characters of the window, which
-        is the end of the text."""
-        found = []
-        for stop in self._params.stop:
-            start = window.find(stop, max(0, num_seen - len(stop) + 1))
-            if start >= 0:
-                found.append((start + len(stop), start, stop))
-        if not found:
-            return
-        end, start, self.stop = min(found)
-        text = self._text.text + self._loose
-        cut = end if self._params.include_stop_str_in_output else start
-        self._stopped_text = text[: len(text) - len(window) + cut]
 
 
 class _Pieces(Protocol):

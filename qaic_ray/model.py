@@ -6,23 +6,24 @@ of ONNX.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qaic_ray.chat_template import ChatTemplate
 from qaic_ray.errors import CheckpointError
-from qaic_ray.folders import building, cache_folder, locked
+from qaic_ray.folders import cache_folder
 from qaic_ray.model_sources import (
     NAMED_MODELS,
     convert_gguf,
     fetch_hub,
     fetch_named,
-    file_sha256,
 )
-from qaic_ray.tokenizer import TOKENIZER_FILE, Tokenizer, open_tokenizer, read_json, read_settings
+from qaic_ray.tokenizer import Tokenizer, open_chat_template, open_tokenizer
+from qaic_ray.tokenizer_sources import eos_token, has_vocabulary, loaded_tokenizer, read_json
+from qaic_ray.transformers_child import TOKENIZER_FILE
 
 SUPPORTED_ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -33,7 +34,6 @@ SUPPORTED_ARCHITECTURES = (
 )
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
-_OLD_TOKENIZERS = ("tokenizer.model", "vocab.json", "merges.txt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -87,15 +87,20 @@ def open_checkpoint(
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The checkpoint's tokenizer; needs no torch where the checkpoint has a `tokenizer.json`."""
-    if (checkpoint.folder / TOKENIZER_FILE).is_file():
-        return open_tokenizer(checkpoint.folder, checkpoint.eos_ids)
-    return open_tokenizer(_converted_tokenizer(checkpoint), checkpoint.eos_ids)
+    """The checkpoint's tokenizer, as transformers' `AutoTokenizer` reads it; needs no torch."""
+    folder = loaded_tokenizer(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
+    return open_tokenizer(folder, checkpoint.eos_ids)
+
+
+def load_chat_template(checkpoint: Checkpoint) -> ChatTemplate:
+    """The checkpoint's chat templates alone."""
+    folder = loaded_tokenizer(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
+    return open_chat_template(folder)
 
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint comes with any tokenizer files."""
-    return any((checkpoint.folder / name).is_file() for name in (TOKENIZER_FILE, *_OLD_TOKENIZERS))
+    return has_vocabulary(checkpoint.folder)
 
 
 def load_torch_model(checkpoint: Checkpoint, *, layers: Sequence[int] | None = None) -> Any:
@@ -242,42 +247,8 @@ def _eos_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
         ids = source.get("eos_token_id")
         if ids is not None:
             return tuple(ids) if isinstance(ids, list) else (int(ids),)
-    token = read_settings(folder).get("eos_token")
+    token = eos_token(folder)
     if token is None or not (folder / TOKENIZER_FILE).is_file():
         return ()
     added = read_json(folder / TOKENIZER_FILE).get("added_tokens", [])
     return tuple(entry["id"] for entry in added if entry.get("content") == token)
-
-
-def _converted_tokenizer(checkpoint: Checkpoint) -> Path:
-    """A folder with a tokenizer.json made by transformers from older tokenizer files, kept."""
-    sources = [checkpoint.folder / n for n in _OLD_TOKENIZERS]
-    digests = [file_sha256(path) for path in sources if path.is_file()]
-    if not digests and not checkpoint.trust_remote_code:
-        raise CheckpointError(
-            f"{checkpoint.folder} has no {TOKENIZER_FILE} and no tokenizer.model; add the "
-            "tokenizer files of the model."
-        )
-    key = hashlib.sha256("".join(digests).encode()).hexdigest()
-    folder = cache_folder() / "tokenizers" / key[:16]
-    with locked(folder):
-        if not folder.is_dir():
-            with building(folder) as fresh:
-                _convert_tokenizer(checkpoint, fresh)
-    return folder
-
-
-def _convert_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.folder,
-            local_files_only=True,
-            trust_remote_code=checkpoint.trust_remote_code,
-        )
-    except (ImportError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"transformers cannot read the tokenizer of {checkpoint.name}: {error}."
-        ) from error
-    tokenizer.save_pretrained(folder)

@@ -1,26 +1,30 @@
-"""Text to token ids and back, and chat templates, from a checkpoint's own files.
+"""Text to token ids and back, and conversations to ids, as transformers' tokenizer does it.
 
-Uses the `tokenizers` and `jinja2` libraries directly: a worker loads no torch and no transformers
-for it. Knows nothing of weights.
+Uses the `tokenizers` library directly: a worker loads no torch, and transformers only for
+conversations. Knows nothing of weights.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qaic_ray.errors import CheckpointError, UsageError
+from qaic_ray.chat_template import ChatTemplate
+from qaic_ray.documents import read_object, read_text
+from qaic_ray.errors import CheckpointError, RowError
+from qaic_ray.rows import ChatOptions
+from qaic_ray.transformers_child import SETTINGS_FILE, TOKENIZER_FILE
 
 if TYPE_CHECKING:
-    from jinja2 import Template
     from tokenizers import Tokenizer as Backend
 
-TOKENIZER_FILE = "tokenizer.json"
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_CLEANED = (
+    *((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't")),
+    *((" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")),
+)
 
 
 class Tokenizer:
@@ -28,9 +32,10 @@ class Tokenizer:
 
     Args:
         backend: the loaded `tokenizer.json`.
-        settings: the checkpoint's `tokenizer_config.json`, special tokens as plain strings.
-        chat_template: Jinja text, None where the model is not a chat model.
-        eos_ids: ids that end an answer.
+        settings: what that file does not hold, in transformers' names: `special_tokens_map`,
+            `split_special_tokens`, `clean_up_tokenization_spaces`.
+        chat_template: Jinja text, or several with names; None where the model is not a chat model.
+        eos_ids: ids that end an answer; where there are none, that of the `eos_token`.
     """
 
     def __init__(
@@ -38,19 +43,21 @@ class Tokenizer:
         backend: Backend,
         *,
         settings: Mapping[str, Any],
-        chat_template: str | None,
+        chat_template: str | Mapping[str, str] | None,
         eos_ids: tuple[int, ...],
     ) -> None:
         # A prompt is never cut or padded here: the engine refuses what does not fit.
         backend.no_truncation()
         backend.no_padding()
+        backend.encode_special_tokens = bool(settings.get("split_special_tokens"))
         self._backend = backend
-        self._settings = settings
-        self._chat_template = chat_template
-        self._bos_id = backend.token_to_id(str(settings.get("bos_token")))
+        self._cleans_up = bool(settings.get("clean_up_tokenization_spaces"))
+        special_tokens = settings.get("special_tokens_map", {})
+        self.chat_template = ChatTemplate(chat_template, special_tokens)
         added = backend.get_added_tokens_decoder()
-        self._special_ids = frozenset(id_ for id_, token in added.items() if token.special)
-        self.eos_ids = eos_ids
+        self._special = {id_: token.content for id_, token in added.items() if token.special}
+        eos_id = backend.token_to_id(special_tokens.get("eos_token", ""))
+        self.eos_ids = eos_ids or (() if eos_id is None else (eos_id,))
 
     @property
     def vocab_size(self) -> int:
@@ -60,96 +67,104 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether `chat` can be asked for."""
-        return self._chat_template is not None
+        return bool(self.chat_template.templates)
+
+    def of_run(self, chat_template: str | None, date: str | None) -> Tokenizer:
+        """The same with a chat template of the run's, where there is one, and with its date."""
+        other = copy.copy(self)
+        other.chat_template = self.chat_template.of_run(chat_template, date)
+        return other
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with the beginning-of-text token where the model has one."""
-        adds_bos = self._settings.get("add_bos_token")
-        ids = self._backend.encode(text, add_special_tokens=adds_bos is not False).ids
-        if adds_bos and self._bos_id is not None and ids[:1] != [self._bos_id]:
-            ids.insert(0, self._bos_id)
-        return ids
+        """Token ids of `text`, with the beginning-of-text token where the model has one.
+
+        Raises:
+            RowError: for a text that is no Unicode.
+        """
+        return self._encode(text, adds_special=True)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, without special tokens and with every space as the model wrote it."""
-        return self._backend.decode(ids, skip_special_tokens=True)
+        """The text of `ids`, without special tokens."""
+        text = self._backend.decode(ids, skip_special_tokens=True)
+        return _cleaned(text) if self._cleans_up else text
 
     def piece(self, token_id: int) -> str | None:
         """A token as the vocabulary has it; None where it has no text: special, or unknown."""
-        return None if token_id in self._special_ids else self._backend.id_to_token(token_id)
+        return None if token_id in self._special else self._backend.id_to_token(token_id)
+
+    def special_text(self, token_id: int) -> str | None:
+        """How a special token is written; None for any other token."""
+        return self._special.get(token_id)
+
+    def writes_special(self, text: str) -> bool:
+        """Whether a special token is written out in `text`."""
+        return any(token in text for token in self._special.values())
 
     @property
     def decoder_steps(self) -> list[dict[str, Any]]:
         """How pieces become text: the steps of tokenizer.json's `decoder`, one after the other."""
         decoder = self._backend.decoder
-        return [] if decoder is None else _steps(json.loads(decoder.__getstate__()))
+        steps = [] if decoder is None else _steps(json.loads(decoder.__getstate__()))
+        return [*steps, {"type": "CleanUp"}] if self._cleans_up else steps
 
     def join(self, pieces: Sequence[str]) -> str:
         """The text of pieces, as `decode` makes it."""
         decoder = self._backend.decoder
-        return " ".join(pieces) if decoder is None else decoder.decode(list(pieces))
+        text = " ".join(pieces) if decoder is None else decoder.decode(list(pieces))
+        return _cleaned(text) if self._cleans_up else text
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's answer.
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None
+    ) -> list[int]:
+        """Token ids of a conversation; see `render_chat`."""
+        return self._encode(self.render_chat(messages, options), adds_special=False)
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None
+    ) -> str:
+        """The prompt text of a conversation, special tokens written out.
 
         Args:
             messages: `{"role": ..., "content": ...}` in order.
+            options: None: ready for the assistant's answer.
 
         Raises:
             UsageError: the model has no chat template, or its template refuses these messages.
         """
-        return self._backend.encode(self.render_chat(messages), add_special_tokens=False).ids
+        return self.chat_template.render(messages, options or ChatOptions())
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt text of a conversation, special tokens written out."""
-        if self._chat_template is None:
-            raise UsageError(
-                "This model has no chat template; send plain prompts, or use an instruct model."
-            )
-        tokens = {name: self._settings.get(name) for name in SPECIAL_TOKENS}
-        return _render(
-            self._chat_template, messages=list(messages), add_generation_prompt=True, **tokens
-        )
+    def _encode(self, text: str, *, adds_special: bool) -> list[int]:
+        try:
+            return self._backend.encode(text, add_special_tokens=adds_special).ids
+        except (TypeError, UnicodeError) as error:
+            raise RowError(
+                "The prompt holds half of a surrogate pair (like \\ud83d alone), which is no text."
+            ) from error
 
 
 def open_tokenizer(folder: Path, eos_ids: tuple[int, ...]) -> Tokenizer:
-    """Read the tokenizer files of a folder that has a `tokenizer.json`.
+    """Read a folder that `transformers_child.load` wrote.
 
     Raises:
-        CheckpointError: the file is missing or is not a tokenizer.
+        CheckpointError: the folder is damaged.
     """
-    path = folder / TOKENIZER_FILE
+    settings = _read_settings(folder)
     return Tokenizer(
-        _read_backend(path),
-        settings=read_settings(folder),
-        chat_template=_read_chat_template(folder),
+        read_backend(folder / TOKENIZER_FILE),
+        settings=settings,
+        chat_template=settings.get("chat_template"),
         eos_ids=eos_ids,
     )
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """`tokenizer_config.json` over `special_tokens_map.json`, special tokens as plain strings."""
-    settings: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = folder / name
-        if path.is_file():
-            settings |= read_json(path)
-    for name in SPECIAL_TOKENS:
-        token = settings.get(name)
-        if isinstance(token, dict):
-            settings[name] = token.get("content")
-    return settings
+def open_chat_template(folder: Path) -> ChatTemplate:
+    """The chat templates of such a folder, without its tokens."""
+    settings = _read_settings(folder)
+    return ChatTemplate(settings.get("chat_template"), settings.get("special_tokens_map", {}))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a checkpoint's file, or one sentence that names the file."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"Cannot read {path}: {error}.") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path} must hold a JSON object.")
-    return document
+def _read_settings(folder: Path) -> dict[str, Any]:
+    return read_object(folder / SETTINGS_FILE, raises=CheckpointError)
 
 
 def _steps(decoder: dict[str, Any]) -> list[dict[str, Any]]:
@@ -158,63 +173,23 @@ def _steps(decoder: dict[str, Any]) -> list[dict[str, Any]]:
     return [step for inner in decoder["decoders"] for step in _steps(inner)]
 
 
-def _read_backend(path: Path) -> Backend:
+def _cleaned(text: str) -> str:
+    """The text without spaces before marks, which tokenizers of words put there."""
+    for spaced, plain in _CLEANED:
+        text = text.replace(spaced, plain)
+    return text
+
+
+def read_backend(path: Path) -> Backend:
+    """Read a tokenizer.json.
+
+    Raises:
+        CheckpointError: the file is missing or is not a tokenizer.
+    """
     from tokenizers import Tokenizer as Backend
 
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"Cannot read the tokenizer {path}: {error.strerror}.") from error
+    text = read_text(path, raises=CheckpointError)
     try:
         return Backend.from_str(text)
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{path} is not a tokenizer of this format: {error}.") from error
-
-
-def _read_chat_template(folder: Path) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = read_settings(folder).get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
-
-
-def _render(template: str, **values: Any) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return _compiled(template).render(**values)
-    except (
-        TemplateError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as e:
-        # A template is a program of the checkpoint: whatever it stumbles over, it says no.
-        raise UsageError(f"The model's chat template refuses these messages: {e}.") from e
-
-
-@lru_cache(maxsize=8)
-def _compiled(template: str) -> Template:
-    """Compile as transformers does: in a sandbox, since the text comes from the checkpoint."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(value: Any, **options: Any) -> str:
-        return json.dumps(value, **({"ensure_ascii": False} | options))
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)

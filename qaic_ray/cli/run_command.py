@@ -12,6 +12,7 @@ import typer
 from qaic_ray.cli.arguments import chosen, device_ids, numbers
 from qaic_ray.cli.options import JsonOption, SdkOption, sdk_choice
 from qaic_ray.errors import RowError, UsageError
+from qaic_ray.rows import ChatOptions
 from qaic_ray.sampling_params import FIELDS, SamplingParams
 
 if TYPE_CHECKING:
@@ -62,6 +63,26 @@ ChatOption = Annotated[
 ]
 SystemOption = Annotated[
     str | None, _option(PROMPTS, "--system", "With --chat: the system message.")
+]
+TemplateOption = Annotated[
+    Path | None, _option(PROMPTS, "--chat-template", "A Jinja file instead of the model's own.")
+]
+TemplateKwargsOption = Annotated[
+    str | None,
+    _option(
+        PROMPTS,
+        "--chat-template-kwargs",
+        """Variables for the template: '{"enable_thinking": false}'.""",
+    ),
+]
+ContinueOption = Annotated[
+    bool, _option(PROMPTS, "--continue-final-message", "Go on with the last message of a chat.")
+]
+NoGenerationPromptOption = Annotated[
+    bool,
+    _option(
+        PROMPTS, "--no-add-generation-prompt", "Do not end a chat with the answer's beginning."
+    ),
 ]
 
 SAMPLING = "Sampling (a JSONL row's own fields go first)"
@@ -183,6 +204,10 @@ def run(
     prompts_format: FormatOption = None,
     chat: ChatOption = False,
     system: SystemOption = None,
+    chat_template: TemplateOption = None,
+    chat_template_kwargs: TemplateKwargsOption = None,
+    continue_final_message: ContinueOption = False,
+    no_add_generation_prompt: NoGenerationPromptOption = False,
     temperature: TemperatureOption = None,
     top_k: TopKOption = None,
     top_p: TopPOption = None,
@@ -247,6 +272,8 @@ def _asked(given: Mapping[str, Any]) -> RunRequest:
             for word in given["output_format"] or ()
         ),
         sampling=_sampling(given),
+        chat_options=_chat_options(given),
+        chat_template=_chat_template(given["chat_template"]),
         seed=drawn_seed() if seed is None else seed,
         drafts=chosen(given["speculate"], ("auto", "none", "prompt-lookup"), "--speculate"),
         ray_address=given["address"],
@@ -274,6 +301,24 @@ def _resumed(context: typer.Context, folder: Path) -> RunRequest:
         path = context.params["prompts_file"]
         request = replace(request, prompt=None, prompts_file=path, new_input=True)
     return replace(request, ray_address=context.params["address"])
+
+
+def _chat_options(given: Mapping[str, Any]) -> ChatOptions:
+    from qaic_ray.documents import as_object, parse_json
+
+    text, source = given["chat_template_kwargs"], "--chat-template-kwargs"
+    kwargs = {} if text is None else as_object(parse_json(text, source), source)
+    return ChatOptions(
+        add_generation_prompt=not given["no_add_generation_prompt"],
+        continue_final_message=given["continue_final_message"],
+        template_kwargs=kwargs,
+    )
+
+
+def _chat_template(path: Path | None) -> str | None:
+    from qaic_ray.documents import read_text, user_path
+
+    return None if path is None else read_text(user_path(path, "--chat-template"))
 
 
 def _sampling(given: Mapping[str, Any]) -> SamplingParams:

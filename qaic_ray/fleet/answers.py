@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from qaic_ray.detokenizer import StopReader
+from qaic_ray.chat_template import ChatTemplate
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.fleet.speculation import Speculation
-from qaic_ray.rows import FinishReason, Message, Prompt, Row, Sample
+from qaic_ray.rows import ChatOptions, FinishReason, Message, Prompt, Row, Sample
 from qaic_ray.run import batch
 from qaic_ray.run.engine import Finished
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
+from qaic_ray.stop_strings import StopReader
 from qaic_ray.tokenizer import Tokenizer
 
 
@@ -27,6 +28,9 @@ class Generation:
 
     `sampling` is for prompts that bring no parameters of their own; its `max_tokens` None means:
     until the context is full. `system` begins every conversation that has no system message.
+    `chat_options` are for prompts that bring none; their template variables are for all.
+    `chat_template` is Jinja text instead of the model's own, and `date` (ISO, local time) what a
+    template takes for the date; None: when a prompt is rendered.
     Prompts without a seed get theirs from `run_seed`. `max_stall_s` None means the engine's own.
     `prompt_len` and `ctx_len`, where given, must be what the QPC was compiled for.
     """
@@ -34,12 +38,20 @@ class Generation:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     chat: bool = False
     system: str | None = None
+    chat_options: ChatOptions = field(default_factory=ChatOptions)
+    chat_template: str | None = None
+    date: str | None = None
     run_seed: int = 0
     max_stall_s: float | None = None
     prefix_reuse: bool = True
     speculation: Speculation = field(default_factory=Speculation)
     prompt_len: int | None = None
     ctx_len: int | None = None
+
+    def example(self) -> list[Message]:
+        """A conversation as the run makes it of a prompt."""
+        user = {"role": "user", "content": "Hello"}
+        return [user] if self.system is None else [{"role": "system", "content": self.system}, user]
 
 
 class Limits(Protocol):
@@ -85,7 +97,7 @@ class Answerer:
         generation: Generation,
         limits: Limits,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer.of_run(generation.chat_template, generation.date)
         self._eos_ids = frozenset(eos_ids)
         self._generation = generation
         self._limits = limits
@@ -150,12 +162,20 @@ class Answerer:
         messages = self._messages(prompt)
         if messages is not None:
             try:
-                return self._tokenizer.chat(messages)
+                return self._tokenizer.chat(messages, self._chat_options(prompt))
             except UsageError as error:
                 raise RowError(str(error)) from error
         if not prompt.text:
             raise RowError("The prompt is empty: it has no token to start from.")
         return self._tokenizer.encode(prompt.text)
+
+    def _chat_options(self, prompt: Prompt) -> ChatOptions:
+        """The prompt's own, with the run's template variables where it has none of the name."""
+        run = self._generation.chat_options
+        if prompt.chat is None:
+            return run
+        kwargs = {**run.template_kwargs, **prompt.chat.template_kwargs}
+        return replace(prompt.chat, template_kwargs=kwargs)
 
     def _messages(self, prompt: Prompt) -> list[Message] | None:
         """The conversation to answer; None for a prompt that is a text to go on with."""
@@ -194,6 +214,23 @@ class Answerer:
             stop_reason=stop_reason,
             logprobs=None if params.logprobs is None else logprobs,
         )
+
+
+def check_chat(template: ChatTemplate, generation: Generation, model: str) -> None:
+    """Find out whether prompts can be put into a chat template, where the run asks for it.
+
+    Raises:
+        UsageError: there is none, it does not compile, or takes too long.
+    """
+    if not generation.chat:
+        return
+    template = template.of_run(generation.chat_template, generation.date)
+    if not template.templates:
+        raise UsageError(
+            f"{model} has no chat template: leave --chat (run.chat) out, give one "
+            "(--chat-template FILE, run.chat_template), or use the chat version of the model."
+        )
+    template.try_out(generation.example(), generation.chat_options)
 
 
 def sample_seed(params: SamplingParams, run_seed: int, index: int, sample: int) -> int:

@@ -77,10 +77,13 @@ def cannot_read(path: str, last: str | None, error: Exception) -> QaicRayError:
 
 
 def _open(path: str, frozen: FrozenFile | None) -> BinaryIO:
-    if path == STDIN:
-        # Not sys.stdin: a thread that waits in it when the process ends would keep it from ending.
+    if path != STDIN:
+        return open(path, "rb") if frozen is None else cast("BinaryIO", frozen.open())
+    try:
+        # Not sys.stdin: the end of the process would wait for a thread that is reading it.
         return open(sys.stdin.fileno(), "rb", closefd=False)
-    return open(path, "rb") if frozen is None else cast("BinaryIO", frozen.open())
+    except io.UnsupportedOperation:  # somebody put another stream in its place
+        return cast("BinaryIO", sys.stdin.buffer)
 
 
 def _whole_lines(stream: BinaryIO) -> Iterator[bytes]:

@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qaic_ray.contract import Specializations
-from qaic_ray.detokenizer import StopReader
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
-from qaic_ray.fleet.answers import Answer, Answerer, Generation
+from qaic_ray.fleet.answers import Answer, Answerer, Generation, check_chat
 from qaic_ray.fleet.handover import Handover
 from qaic_ray.fleet.holding import Holding
 from qaic_ray.fleet.locks import Part
@@ -31,6 +30,7 @@ from qaic_ray.run import batch
 from qaic_ray.run.engine import MAX_STALL_S, Engine, Finished
 from qaic_ray.run.session import Session
 from qaic_ray.sdk import open_sdk
+from qaic_ray.stop_strings import StopReader
 
 STATIC_LOOKAHEAD = 4
 """Rows that the engine of a static program is given for each of its places: a wave is made of rows
@@ -146,11 +146,7 @@ class CardWorker:
         device_ids = self.spec.device_ids if device_ids is None else device_ids
         checkpoint = open_checkpoint(self.spec.model, weights=False)
         tokenizer = load_tokenizer(checkpoint)
-        if self.spec.generation.chat and not tokenizer.has_chat_template:
-            raise UsageError(
-                f"{self.spec.model} has no chat template: leave --chat (run.chat) out, or use the "
-                "chat version of the model."
-            )
+        check_chat(tokenizer.chat_template, self.spec.generation, self.spec.model)
         sdk = open_sdk(Path(self.spec.sdk_root))
         session = self._holding.open(sdk, Path(self.spec.qpc), device_ids)
         try:
@@ -161,7 +157,7 @@ class CardWorker:
             self._holding.release()
             raise
         engine = self._engine(session, drafting)
-        answerer = Answerer(tokenizer, checkpoint.eos_ids, self.spec.generation, engine)
+        answerer = Answerer(tokenizer, tokenizer.eos_ids, self.spec.generation, engine)
         self._opened = _Card(answerer, session, drafting, engine)
         self._thread.start()
         shapes = session.specializations

@@ -10,6 +10,7 @@ from qaic_ray.compile.store import Build, BuildRequest
 from qaic_ray.compile.variant import Grid, Precision, Source, Variant
 from qaic_ray.config import Job, dump_job, prompt_lens
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP, Specializations
+from qaic_ray.documents import read_text
 from qaic_ray.errors import SdkNotFound, UsageError
 from qaic_ray.manifest import CUSTOM_IO_FILE
 from qaic_ray.pipeline.compile_step import CompileRequest, compile_on, requested_variants
@@ -20,10 +21,12 @@ from qaic_ray.pipeline.request import (
     RunRequest,
     absolute_model,
     absolute_path,
+    date_now,
     drawn_seed,
     read_request,
 )
-from qaic_ray.pipeline.run_step import SdkChoice, run_on
+from qaic_ray.pipeline.run_step import SdkChoice, check_chat_template, run_on
+from qaic_ray.rows import ChatOptions
 from qaic_ray.sdk import SDK_NAMES, VENDOR_ROOT, Sdk, find_sdk
 
 if TYPE_CHECKING:
@@ -56,6 +59,7 @@ def launch_job(
         request, num_cards = replace(request, devices=devices), len(devices)
     run_input = request.open_input()
     exported = export_step(job.model, job.export, listener)
+    check_chat_template(request)
     compiling = _compile_request(job, exported.folder)
     builds = [
         BuildRequest(variant, sdk.here, compiling.store)
@@ -130,10 +134,13 @@ def chosen_index(job: Job) -> int:
 
 def run_request(job: Job, resume: Path | None = None, *, retry_errors: bool = False) -> RunRequest:
     """The run of a job, but for the QPC."""
-    seed = job.run.seed
+    seed, date = job.run.seed, job.run.date
     if seed is None:
         seed = drawn_seed() if resume is None else read_request(resume).seed
-    resolved = job.model_copy(update={"run": job.run.model_copy(update={"seed": seed})})
+    if date is None:
+        date = date_now() if resume is None else read_request(resume).date
+    drawn = {"seed": seed, "date": date}
+    resolved = job.model_copy(update={"run": job.run.model_copy(update=drawn)})
     run = resolved.run
     return RunRequest(
         name=job.name,
@@ -149,6 +156,11 @@ def run_request(job: Job, resume: Path | None = None, *, retry_errors: bool = Fa
         seed=seed,
         chat=run.chat,
         system=run.system,
+        chat_options=ChatOptions(
+            run.add_generation_prompt, run.continue_final_message, run.chat_template_kwargs
+        ),
+        chat_template=None if run.chat_template is None else read_text(Path(run.chat_template)),
+        date=date,
         max_stall_s=run.max_stall_s,
         prefix_reuse=run.prefix_reuse,
         drafts=run.drafts,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from qaic_ray.documents import user_path
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.folders import sync_path
 from qaic_ray.model_sources import NAMED_MODELS
+from qaic_ray.rows import ChatOptions
 from qaic_ray.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -34,6 +36,11 @@ def drawn_seed() -> int:
     return secrets.randbits(32)
 
 
+def date_now() -> str:
+    """A run's date, where none is given: local time, to the second."""
+    return datetime.now().isoformat(timespec="seconds")
+
+
 @dataclass(frozen=True)
 class RunInput:
     """The prompts of a run, which can be read once, and their part of its fingerprint."""
@@ -47,7 +54,9 @@ class RunRequest:
     """Prompts for one QPC on some cards; `devices` None means all that there are.
 
     `sampling` and `generation_len` (its `max_tokens`) are for rows that say nothing else; `seed` is
-    what rows without a seed get theirs from. `drafts` and `draft_qpc` are those of `Speculation`.
+    what rows without a seed get theirs from. `chat_options` are for conversations that bring none,
+    `chat_template` is Jinja text instead of the model's own, and `date` is what a template takes
+    for the date. `drafts` and `draft_qpc` are those of `Speculation`.
     `input_len` and `ctx_len`, where given, must be what the QPC was compiled for. A card is shared
     out to `partitions` workers, or `group_size` cards make one. `job_text` is the job that this is
     a part of, for the run folder's job.yaml; without one the request itself. `resume` is the folder
@@ -70,6 +79,9 @@ class RunRequest:
     seed: int = field(default_factory=drawn_seed)
     chat: bool = False
     system: str | None = None
+    chat_options: ChatOptions = field(default_factory=ChatOptions)
+    chat_template: str | None = None
+    date: str = field(default_factory=date_now)
     max_stall_s: float | None = None
     prefix_reuse: bool = True
     drafts: str = "auto"
@@ -118,10 +130,12 @@ class RunRequest:
                 could be answered with.
             InputChanged: the file is not what it was when the run that is resumed began.
         """
+        from qaic_ray.chat_template import check_kwargs
         from qaic_ray.fleet.fingerprint import STREAM_SOURCE, file_source, text_source
         from qaic_ray.fleet.prompts import PromptFormat, prompts_from_file, prompts_from_text
 
         defaults = self.defaults
+        check_kwargs(self.chat_options.template_kwargs)
         if self.system is not None and not self.chat:
             raise UsageError(
                 "A system prompt (--system, run.system) has its place in the chat template: give "
@@ -163,6 +177,7 @@ class RunRequest:
         document |= {
             name: None if document[name] is None else str(document[name]) for name in _PATHS
         }
+        document["chat_options"] = vars(self.chat_options)
         document["devices"] = None if self.devices is None else list(self.devices)
         document["output_formats"] = list(self.output_formats)
         sampling = {
@@ -207,6 +222,7 @@ def read_request(folder: Path) -> RunRequest:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
         document["sampling"] = SamplingParams().updated(document["sampling"])
+        document["chat_options"] = ChatOptions(**document["chat_options"])
         document |= {
             name: None if document[name] is None else Path(document[name]) for name in _PATHS
         }

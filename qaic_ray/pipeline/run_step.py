@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from qaic_ray.compile.compiler import QPC_FILE
 from qaic_ray.compile.store import content_key
 from qaic_ray.errors import QaicRayError, UsageError
+from qaic_ray.model import open_checkpoint
 from qaic_ray.pipeline.devices import choose_devices
 from qaic_ray.pipeline.listener import Listener
-from qaic_ray.model import open_checkpoint
 from qaic_ray.pipeline.request import RunInput, RunRequest, absolute_model, write_request
 from qaic_ray.sdk import EmulatedCards, Sdk
 from qaic_ray.tokenizer_sources import tokenizer_digest
@@ -59,12 +59,27 @@ def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSumm
         devices = choose_devices(sdk.here, request.devices)
         request, num_cards = replace(request, devices=devices), len(devices)
     run_input = request.open_input()
+    check_chat_template(request)
     from qaic_ray.fleet.cluster import Cluster
 
     listener.began("Ray")
     with Cluster(num_cards, address=request.ray_address) as cluster:
         listener.ended("Ray")
         return run_on(cluster, request, run_input, sdk=sdk, listener=listener)
+
+
+def check_chat_template(request: RunRequest) -> None:
+    """Find out, before Ray starts, whether prompts can be put into the model's chat template.
+
+    Raises:
+        UsageError: they cannot; one sentence.
+    """
+    from qaic_ray.fleet.answers import check_chat
+    from qaic_ray.model import load_chat_template, open_checkpoint
+
+    if request.chat and _is_here(request):  # else each worker finds out when it is opened
+        template = load_chat_template(open_checkpoint(request.model, weights=False))
+        check_chat(template, _generation(request), request.model)
 
 
 def run_on(
@@ -160,10 +175,21 @@ def _answer(
 
 
 def _parts(request: RunRequest) -> dict[str, Any]:
-    """What an answer depends on beside its prompt and the request, by content."""
-    checkpoint = open_checkpoint(request.model, weights=False)
-    model = {"text": tokenizer_digest(checkpoint.folder), "eos_ids": list(checkpoint.eos_ids)}
+    """What an answer depends on beside its prompt and the request, by content.
+
+    A model that only the nodes of a cluster have is known by its name.
+    """
+    model: dict[str, Any] = {"name": request.model}
+    if _is_here(request):
+        checkpoint = open_checkpoint(request.model, weights=False)
+        digest = tokenizer_digest(checkpoint.folder)
+        model = {"text": digest, "eos_ids": list(checkpoint.eos_ids)}
     return {"qpc": content_key(request.qpc), "model": model}
+
+
+def _is_here(request: RunRequest) -> bool:
+    """Whether this machine has the model's files, or the nodes of a cluster alone."""
+    return request.ray_address is None or Path(request.model).expanduser().exists()
 
 
 def _places(
@@ -210,6 +236,9 @@ def _generation(request: RunRequest) -> Generation:
         sampling=request.defaults,
         chat=request.chat,
         system=request.system,
+        chat_options=request.chat_options,
+        chat_template=request.chat_template,
+        date=request.date,
         run_seed=request.seed,
         max_stall_s=request.max_stall_s,
         prefix_reuse=request.prefix_reuse,

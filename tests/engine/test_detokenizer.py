@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from qaic_ray.detokenizer import IncrementalText, StopReader
+from qaic_ray.detokenizer import IncrementalText
 from qaic_ray.sampling_params import SamplingParams
+from qaic_ray.stop_strings import StopReader
 from qaic_ray.tokenizer import Tokenizer
 
 CORPUS = [

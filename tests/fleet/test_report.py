@@ -62,7 +62,9 @@ def make_summary(folder: Path, **changes: Any) -> RunSummary:
 def nothing_ran() -> FleetResult:
     worker = WorkerResult("card 0", None, Measurement(), error="DeviceBusy: no NSPs are free")
     failed = Measurement(rows=2, failed_rows=2)
-    return FleetResult((worker,), failed, None, {}, broken_off=BrokenOff(Cause.CARDS, "Every card was lost."))
+    return FleetResult(
+        (worker,), failed, None, {}, broken_off=BrokenOff(Cause.CARDS, "Every card was lost.")
+    )
 
 
 def terminal(summary: RunSummary) -> str:

@@ -7,9 +7,10 @@ import json
 import pytest
 from conftest import PROMPTS
 
-from qaic_ray.detokenizer import IncrementalText, StopReader
+from qaic_ray.detokenizer import IncrementalText
 from qaic_ray.model import Checkpoint
 from qaic_ray.sampling_params import SamplingParams
+from qaic_ray.stop_strings import StopReader
 from qaic_ray.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.model

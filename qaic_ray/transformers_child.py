@@ -1,0 +1,190 @@
+"""transformers in a child process: it loads tokenizers, and renders a chat template first.
+
+What a checkpoint's files say, and what its templates do, is a stranger's: here it may hang, take
+all memory or end the process. The child loads no torch. Knows nothing of checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from qaic_ray.errors import QaicRayError
+
+TOKENIZER_FILE = "tokenizer.json"
+SETTINGS_FILE = "settings.json"
+LOAD_CPU_S = 900
+"""The slowest that is known, 256,000 SentencePiece pieces without merges, takes a tenth."""
+RENDER_CPU_S = 10
+RENDER_BYTES = 2**30
+"""What a rendering may take beyond the libraries."""
+
+MAX_CHARS = 300
+"""Of what a library said."""
+
+_IDLE_FACTOR = 30  # a busy machine gives little of its time, and imports come before the work
+# Neither is needed for a tokenizer; AutoTokenizer would load the first for two seconds, and give a
+# tokenizer of the second's own kind.
+_NOT_LOADED = ("torch", "mistral_common")
+
+
+class ChildFailed(QaicRayError):
+    """What the library raised; `is_final` where other messages would fare no better."""
+
+    def __init__(self, message: str, *, is_final: bool = True) -> None:
+        super().__init__(message)
+        self.is_final = is_final
+
+
+def load(folder: Path, output: Path, *, trust_remote_code: bool) -> None:
+    """Write what `AutoTokenizer` makes of a folder: a tokenizer.json, and a settings.json of what
+    that does not hold.
+
+    Raises:
+        ChildFailed: with what the library said.
+    """
+    task = {"folder": str(folder.absolute()), "output": str(output.absolute())}
+    _ask({"do": "load", **task, "trust_remote_code": trust_remote_code}, LOAD_CPU_S)
+
+
+def render(
+    template: str, messages: list[Any], variables: dict[str, Any], *, continue_final: bool
+) -> None:
+    """Compile a chat template and render it, within `RENDER_CPU_S` and `RENDER_BYTES`.
+
+    Raises:
+        ChildFailed: with what the library said.
+    """
+    task = {"template": template, "messages": messages, "variables": variables}
+    _ask({"do": "render", **task, "continue_final": continue_final}, RENDER_CPU_S)
+
+
+def _ask(task: dict[str, Any], cpu_s: int) -> None:
+    paths = [os.path.abspath(path) for path in sys.path if path]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-c", f"import {__name__} as child; child.main()"]
+    slow = ChildFailed(f"it takes more than {cpu_s} s")
+    try:
+        result = subprocess.run(
+            command,
+            input=json.dumps(task | {"parent": os.getpid(), "cpu_s": cpu_s}),
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd="/",  # so that no file beside the user's is taken for a library
+            timeout=cpu_s * _IDLE_FACTOR,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise slow from None
+    if result.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        raise slow
+    if result.returncode != 0:
+        said = result.stderr.strip().splitlines()[-1:] or [f"exit code {result.returncode}"]
+        raise ChildFailed(_short(said[0]))
+    answer = json.loads(result.stdout)
+    if answer["error"] is not None:
+        raise ChildFailed(_short(answer["error"]), is_final=answer["is_final"])
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_CHARS else f"{text[:MAX_CHARS]}..."
+
+
+# -- in the child
+
+
+def main() -> None:
+    """Do the task that stands in stdin, and say on stdout how it went."""
+    task = json.load(sys.stdin)
+    _die_with(task["parent"])
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what a library prints is no answer
+    for name in _NOT_LOADED:
+        if not task.get("trust_remote_code"):
+            sys.modules[name] = None  # type: ignore[assignment]
+    error: BaseException | None = None
+    try:
+        {"load": _load, "render": _render}[task["do"]](task)
+    except BaseException as raised:  # noqa: BLE001  # a panic of the Rust library is no Exception
+        error = raised
+    answer: dict[str, Any] = {"error": None}
+    if isinstance(error, MemoryError):
+        answer = {"error": "it takes more memory than there is for it", "is_final": True}
+    elif error is not None:
+        text = " ".join(str(error).split()).rstrip(".")
+        is_final = task.get("step") != "rendering"
+        answer = {"error": text or type(error).__name__, "is_final": is_final}
+    os.write(answers, json.dumps(answer).encode())
+    os._exit(0)
+
+
+def _die_with(parent: int) -> None:
+    import ctypes
+
+    set_death_signal = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _load(task: dict[str, Any]) -> None:
+    from transformers import AutoTokenizer
+
+    _limit_cpu(task["cpu_s"])
+    tokenizer = AutoTokenizer.from_pretrained(
+        task["folder"], local_files_only=True, trust_remote_code=task["trust_remote_code"]
+    )
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"{type(tokenizer).__name__} has no fast form")
+    cleans_up = bool(tokenizer.clean_up_tokenization_spaces) and (
+        type(backend.model).__name__ != "BPE"
+        or tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
+    )
+    settings = {
+        "special_tokens_map": tokenizer.special_tokens_map,
+        "chat_template": tokenizer.chat_template,
+        "split_special_tokens": bool(tokenizer.split_special_tokens),
+        "clean_up_tokenization_spaces": cleans_up,
+    }
+    output = Path(task["output"])
+    (output / TOKENIZER_FILE).write_text(backend.to_str(), encoding="utf-8")
+    (output / SETTINGS_FILE).write_text(json.dumps(settings), encoding="utf-8")
+
+
+def _render(task: dict[str, Any]) -> None:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils import chat_template_utils
+
+    tokenizer = PreTrainedTokenizerBase(chat_template=task["template"])
+    _limit_cpu(task["cpu_s"])
+    with open("/proc/self/statm") as pages:
+        used = int(pages.read().split()[0]) * resource.getpagesize()
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + RENDER_BYTES, most))
+    chat_template_utils._compile_jinja_template(task["template"])
+    task["step"] = "rendering"
+    tokenizer.apply_chat_template(
+        task["messages"],
+        tokenize=False,
+        continue_final_message=task["continue_final"],
+        **task["variables"],
+    )
+
+
+def _limit_cpu(seconds: int) -> None:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    limit = int(used.ru_utime + used.ru_stime) + 1 + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
