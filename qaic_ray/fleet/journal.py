@@ -287,7 +287,7 @@ class Journal:
         if changes := differences(before, fingerprint):
             raise UsageError(
                 f"The run in {self._run_folder} cannot go on: {', '.join(changes)}. Resume it as "
-                "it was begun, or begin a new run."
+                "it was begun (other prompts are given with --prompts-file), or begin a new run."
             )
         return _Header(FORMAT, first.run, last.session + 1, retry_errors, fingerprint)
 

@@ -128,7 +128,6 @@ class RunRequest:
         Raises:
             UsageError: where there are none, or two sources of them, or parameters that no row
                 could be answered with.
-            InputChanged: the file is not what it was when the run that is resumed began.
         """
         from qaic_ray.chat_template import check_kwargs
         from qaic_ray.fleet.fingerprint import STREAM_SOURCE, file_source, text_source
@@ -161,13 +160,19 @@ class RunRequest:
     def _frozen(self, path: Path) -> FrozenFile:
         """The prompts file as it is, or as much of it as the run that is resumed began with."""
         from qaic_ray.fleet.fingerprint import INPUT
-        from qaic_ray.fleet.frozen_file import FrozenFile
+        from qaic_ray.fleet.frozen_file import FrozenFile, InputChanged
         from qaic_ray.fleet.journal import last_fingerprint
 
         if self.resume is None or self.new_input:
             return FrozenFile.of(path)
         before = last_fingerprint(self.resume)
-        return FrozenFile.of(path, None if before is None else before[INPUT].get("bytes"))
+        try:
+            return FrozenFile.of(path, None if before is None else before[INPUT].get("bytes"))
+        except InputChanged as error:
+            raise UsageError(
+                f"{error} Go on with a file whose answered rows are as they were, by "
+                "--prompts-file FILE, or begin a new run."
+            ) from error
 
     def to_yaml(self) -> str:
         """All of it that belongs to the run."""

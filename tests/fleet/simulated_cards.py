@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.fleet.messages import (
     Event,
     RowsFinished,
@@ -38,8 +39,14 @@ class DirectReader:
         self._num_wanted = num_items
 
     def poll(self) -> Batch:
-        items = tuple(islice(self._items, self._num_wanted))
-        return Batch(items, exhausted=len(items) < self._num_wanted)
+        items: list[Prompt | Row] = []
+        try:
+            items.extend(islice(self._items, self._num_wanted))
+        except UsageError:
+            raise
+        except QaicRayError as error:
+            return Batch(tuple(items), exhausted=True, error=error)
+        return Batch(tuple(items), exhausted=len(items) < self._num_wanted)
 
     def close(self) -> None:
         pass
