@@ -92,13 +92,17 @@ def _ask(task: dict[str, Any], cpu_s: int) -> None:
         raise slow
     if result.returncode != 0:
         said = result.stderr.strip().splitlines()[-1:] or [f"exit code {result.returncode}"]
-        raise ChildFailed(_short(said[0]))
+        raise ChildFailed(said[0][:MAX_CHARS])
     answer = json.loads(result.stdout)
     if answer is not None:
-        raise ChildFailed(_short(answer["error"]), is_final=answer["is_final"])
+        raise ChildFailed(answer["error"], is_final=answer["is_final"])
 
 
-def _short(text: str) -> str:
+def reason(error: BaseException) -> str:
+    """What a library raised, on one line and never long, without a full stop."""
+    text = " ".join(str(error).split()).rstrip(".")
+    if not text or isinstance(error, (LookupError, TypeError, AttributeError)):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if len(text) <= MAX_CHARS else f"{text[:MAX_CHARS]}..."
 
 
@@ -125,10 +129,7 @@ def _failure(task: dict[str, Any]) -> dict[str, Any] | None:
     except MemoryError:
         return {"error": "it takes more memory than there is for it", "is_final": True}
     except BaseException as error:  # noqa: BLE001  # a panic of the Rust library is no Exception
-        text = " ".join(str(error).split()).rstrip(".")
-        if not isinstance(error, (OSError, ValueError, ImportError)):
-            text = f"{type(error).__name__}: {text}"
-        return {"error": text, "is_final": task.get("step") != "rendering"}
+        return {"error": reason(error), "is_final": task.get("step") != "rendering"}
     return None
 
 

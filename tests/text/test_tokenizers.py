@@ -62,8 +62,6 @@ def ours(folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module", params=FOLDERS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if request.param == "tiktoken-file":
-        pytest.importorskip("tiktoken")
     folder = tmp_path_factory.mktemp("folders") / request.param
     folder.mkdir()
     FOLDERS[request.param](folder)
