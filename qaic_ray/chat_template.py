@@ -89,7 +89,10 @@ class ChatTemplate:
             finally:
                 _moment.reset(token)
         except Exception as error:  # a template is a program: it may stumble over anything
-            raise _refused(str(error) or type(error).__name__) from error
+            reason = transformers_child.reason(error)
+            raise UsageError(
+                f"The model's chat template refuses these messages: {reason}."
+            ) from error
 
     def try_out(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> None:
         """Find out whether conversations can be rendered at all; these messages are an example.
@@ -142,13 +145,6 @@ def check_kwargs(template_kwargs: Mapping[str, Any]) -> None:
         json.dumps(template_kwargs, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"chat_template_kwargs holds what is not JSON: {error}.") from error
-
-
-def _refused(reason: str) -> UsageError:
-    reason = " ".join(reason.split()).rstrip(".")
-    if len(reason) > transformers_child.MAX_CHARS:
-        reason = f"{reason[: transformers_child.MAX_CHARS]}..."
-    return UsageError(f"The model's chat template refuses these messages: {reason}.")
 
 
 @lru_cache(maxsize=1)

@@ -92,14 +92,6 @@ def _device_ids(value: Any) -> Any:
     return _no_duplicates(tuple(ids))
 
 
-def _iso_date(value: str) -> str:
-    try:
-        datetime.fromisoformat(value)
-    except ValueError:
-        raise ValueError("must be a date like 2026-01-31 or 2026-01-31T12:00:00") from None
-    return value
-
-
 def _sampling(value: Any) -> Any:
     if not isinstance(value, dict):
         return SamplingParams() if value is None else value
@@ -122,6 +114,7 @@ Sampling = Annotated[
 ]
 Devices = Annotated[Literal["all"] | tuple[int, ...], BeforeValidator(_device_ids)]
 PromptLen = Annotated[int | str, BeforeValidator(_prompt_len)]
+Date = Annotated[str, AfterValidator(lambda text: datetime.fromisoformat(text).isoformat())]
 
 
 class _Part(BaseModel):
@@ -222,7 +215,7 @@ class RunPart(_Part):
     """With chat: variables of the template's own, like `enable_thinking`; a row's go before."""
     chat_template: str | None = None
     """A Jinja file instead of the model's template; relative to the job file."""
-    date: Annotated[str, AfterValidator(_iso_date)] | None = None
+    date: Date | None = None
     """What a chat template takes for the date and time, like 2026-01-31T12:00:00; the run's
     beginning when absent, and then in the run folder's job.yaml."""
     max_stall_s: Annotated[float, Field(ge=0)] = 1.0

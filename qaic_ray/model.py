@@ -22,8 +22,12 @@ from qaic_ray.model_sources import (
     fetch_named,
 )
 from qaic_ray.tokenizer import Tokenizer, open_chat_template, open_tokenizer
-from qaic_ray.tokenizer_sources import eos_token, has_vocabulary, loaded_tokenizer, read_json
-from qaic_ray.transformers_child import TOKENIZER_FILE
+from qaic_ray.tokenizer_sources import (
+    eos_token_ids,
+    has_vocabulary,
+    loaded_tokenizer,
+    read_json,
+)
 
 SUPPORTED_ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -247,8 +251,4 @@ def _eos_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
         ids = source.get("eos_token_id")
         if ids is not None:
             return tuple(ids) if isinstance(ids, list) else (int(ids),)
-    token = eos_token(folder)
-    if token is None or not (folder / TOKENIZER_FILE).is_file():
-        return ()
-    added = read_json(folder / TOKENIZER_FILE).get("added_tokens", [])
-    return tuple(entry["id"] for entry in added if entry.get("content") == token)
+    return eos_token_ids(folder)

@@ -150,7 +150,7 @@ def open_tokenizer(folder: Path, eos_ids: tuple[int, ...]) -> Tokenizer:
     """
     settings = _read_settings(folder)
     return Tokenizer(
-        read_backend(folder / TOKENIZER_FILE),
+        _read_backend(folder / TOKENIZER_FILE),
         settings=settings,
         chat_template=settings.get("chat_template"),
         eos_ids=eos_ids,
@@ -180,12 +180,7 @@ def _cleaned(text: str) -> str:
     return text
 
 
-def read_backend(path: Path) -> Backend:
-    """Read a tokenizer.json.
-
-    Raises:
-        CheckpointError: the file is missing or is not a tokenizer.
-    """
+def _read_backend(path: Path) -> Backend:
     from tokenizers import Tokenizer as Backend
 
     text = read_text(path, raises=CheckpointError)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,6 @@ from qaic_ray import transformers_child
 from qaic_ray.documents import checked, read_object, read_text
 from qaic_ray.errors import CheckpointError
 from qaic_ray.folders import building, cache_folder, locked
-from qaic_ray.tokenizer import read_backend
 from qaic_ray.transformers_child import SETTINGS_FILE, TOKENIZER_FILE
 
 FORMAT = 1
@@ -98,8 +98,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return read_object(path, raises=CheckpointError)
 
 
-def eos_token(folder: Path) -> str | None:
-    """The token that ends an answer, by a checkpoint's own files."""
+def eos_token_ids(folder: Path) -> tuple[int, ...]:
+    """Ids of the token that ends an answer, by a checkpoint's own tokenizer.json."""
     token: Any = None
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = folder / name
@@ -107,7 +107,17 @@ def eos_token(folder: Path) -> str | None:
             token = read_json(path).get("eos_token", token)
     if isinstance(token, dict):
         token = token.get("content")
-    return token if isinstance(token, str) else None
+    path = folder / TOKENIZER_FILE
+    if not isinstance(token, str) or not path.is_file():
+        return ()
+    added = read_json(path).get("added_tokens") or []
+    kind = list[dict[str, Any]]
+    entries = checked(kind, added, f"{path}: added_tokens", raises=CheckpointError)
+    return tuple(
+        entry["id"]
+        for entry in entries
+        if entry.get("content") == token and isinstance(entry.get("id"), int)
+    )
 
 
 def _is_whole(kept: Path) -> bool:
@@ -161,6 +171,12 @@ def _missing_library(folder: Path) -> str:
     return " and ".join(missing)
 
 
+@dataclass(frozen=True)
+class _NamedTemplate:
+    name: str
+    template: str
+
+
 _Token = str | dict[str, Any] | None
 _OBJECTS: dict[str, Any] = {
     "config.json": dict[str, Any],
@@ -171,7 +187,7 @@ _OBJECTS: dict[str, Any] = {
 }
 _SETTINGS: dict[str, Any] = {
     "added_tokens_decoder": dict[int, dict[str, Any]],
-    "chat_template": str | list[dict[str, str]] | dict[str, str] | None,
+    "chat_template": str | list[_NamedTemplate] | dict[str, str] | None,
     "extra_special_tokens": list[_Token] | dict[str, _Token] | None,
     "additional_special_tokens": list[_Token] | None,
     "tokenizer_class": str | None,
@@ -190,9 +206,6 @@ def _name_what_is_odd(folder: Path) -> None:
     for path in (folder / "chat_template.jinja", *folder.glob(f"{_TEMPLATE_FOLDER}/*.jinja")):
         if path.is_file():
             read_text(path, raises=CheckpointError)
-    path = folder / TOKENIZER_FILE
-    if path.is_file():
-        read_backend(path)
 
 
 def _check_settings(document: dict[str, Any], path: Path) -> None:

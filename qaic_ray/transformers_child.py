@@ -92,13 +92,17 @@ def _ask(task: dict[str, Any], cpu_s: int) -> None:
         raise slow
     if result.returncode != 0:
         said = result.stderr.strip().splitlines()[-1:] or [f"exit code {result.returncode}"]
-        raise ChildFailed(_short(said[0]))
+        raise ChildFailed(said[0][:MAX_CHARS])
     answer = json.loads(result.stdout)
-    if answer["error"] is not None:
-        raise ChildFailed(_short(answer["error"]), is_final=answer["is_final"])
+    if answer is not None:
+        raise ChildFailed(answer["error"], is_final=answer["is_final"])
 
 
-def _short(text: str) -> str:
+def reason(error: BaseException) -> str:
+    """What a library raised, on one line and never long, without a full stop."""
+    text = " ".join(str(error).split()).rstrip(".")
+    if not text or isinstance(error, (LookupError, TypeError, AttributeError)):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if len(text) <= MAX_CHARS else f"{text[:MAX_CHARS]}..."
 
 
@@ -114,20 +118,19 @@ def main() -> None:
     for name in _NOT_LOADED:
         if not task.get("trust_remote_code"):
             sys.modules[name] = None  # type: ignore[assignment]
-    error: BaseException | None = None
+    os.write(answers, json.dumps(_failure(task)).encode())
+    os._exit(0)
+
+
+def _failure(task: dict[str, Any]) -> dict[str, Any] | None:
+    """Do a task; None, or the arguments of the ChildFailed to raise for it."""
     try:
         {"load": _load, "render": _render}[task["do"]](task)
-    except BaseException as raised:  # noqa: BLE001  # a panic of the Rust library is no Exception
-        error = raised
-    answer: dict[str, Any] = {"error": None}
-    if isinstance(error, MemoryError):
-        answer = {"error": "it takes more memory than there is for it", "is_final": True}
-    elif error is not None:
-        text = " ".join(str(error).split()).rstrip(".")
-        is_final = task.get("step") != "rendering"
-        answer = {"error": text or type(error).__name__, "is_final": is_final}
-    os.write(answers, json.dumps(answer).encode())
-    os._exit(0)
+    except MemoryError:
+        return {"error": "it takes more memory than there is for it", "is_final": True}
+    except BaseException as error:  # noqa: BLE001  # a panic of the Rust library is no Exception
+        return {"error": reason(error), "is_final": task.get("step") != "rendering"}
+    return None
 
 
 def _die_with(parent: int) -> None:
@@ -143,9 +146,13 @@ def _load(task: dict[str, Any]) -> None:
     from transformers import AutoTokenizer
 
     _limit_cpu(task["cpu_s"])
-    tokenizer = AutoTokenizer.from_pretrained(
-        task["folder"], local_files_only=True, trust_remote_code=task["trust_remote_code"]
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            task["folder"], local_files_only=True, trust_remote_code=task["trust_remote_code"]
+        )
+    except BaseException:
+        _check_tokenizer_file(Path(task["folder"]) / TOKENIZER_FILE)
+        raise
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(f"{type(tokenizer).__name__} has no fast form")
@@ -164,6 +171,17 @@ def _load(task: dict[str, Any]) -> None:
     (output / SETTINGS_FILE).write_text(json.dumps(settings), encoding="utf-8")
 
 
+def _check_tokenizer_file(path: Path) -> None:
+    import tokenizers
+
+    if not path.is_file():
+        return
+    try:
+        tokenizers.Tokenizer.from_file(str(path))
+    except BaseException as error:
+        raise ValueError(f"{path.name} is not a tokenizer of this format: {error}") from error
+
+
 def _render(task: dict[str, Any]) -> None:
     from transformers import PreTrainedTokenizerBase
     from transformers.utils import chat_template_utils
@@ -173,7 +191,9 @@ def _render(task: dict[str, Any]) -> None:
     with open("/proc/self/statm") as pages:
         used = int(pages.read().split()[0]) * resource.getpagesize()
     _, most = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + RENDER_BYTES, most))
+    limit = used + RENDER_BYTES
+    if most == resource.RLIM_INFINITY or limit < most:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, most))
     chat_template_utils._compile_jinja_template(task["template"])
     task["step"] = "rendering"
     tokenizer.apply_chat_template(

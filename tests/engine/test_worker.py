@@ -16,11 +16,11 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from qaic_ray.contract import Specializations
-from qaic_ray.errors import DeviceError, DeviceLost
+from qaic_ray.errors import DeviceError, DeviceLost, UsageError
 from qaic_ray.fleet import worker as worker_module
 from qaic_ray.fleet.answers import Generation, sample_seed
 from qaic_ray.fleet.worker import CardWorker, TakenBack, WorkerSpec
-from qaic_ray.rows import FinishReason, Prompt, Row
+from qaic_ray.rows import ChatOptions, FinishReason, Prompt, Row
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
 from qaic_ray.tokenizer import Tokenizer
 
@@ -31,13 +31,17 @@ TEMPLATE = (
     "{{ m.role[0] | upper }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}A{% endif %}"
 )
 
+YEAR = "{{ 'J' if strftime_now('%Y') == '1999' else 'K' }}{{ messages[0].content }}"
 
-def letters(chat_template: str | None = TEMPLATE) -> Tokenizer:
-    """A token a letter from A on."""
+
+def letters(chat_template: str | None = TEMPLATE, special: str | None = None) -> Tokenizer:
+    """A token a letter from A on; one of them may be special."""
     vocabulary = {letter: index for index, letter in enumerate(LETTERS)}
     backend = Backend(models.WordLevel(vocabulary, unk_token="A"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.decoder = decoders.Fuse()
+    if special is not None:
+        backend.add_special_tokens([special])
     return Tokenizer(backend, settings={}, chat_template=chat_template, eos_ids=(EOS,))
 
 
@@ -229,6 +233,28 @@ def test_seeds() -> None:
     [
         ({"chat": True}, Prompt(0, "HI"), "UHIA"),
         ({"chat": True, "system": "BE"}, Prompt(0, "HI"), "SBEUHIA"),
+        ({"chat": True, "chat_template": "{{ messages[0].content }}X"}, Prompt(0, "HI"), "HIX"),
+        (
+            {"chat": True, "chat_template": YEAR, "date": "1999-12-31T00:00:00"},
+            Prompt(0, "HI"),
+            "JHI",
+        ),
+        ({"chat": True, "chat_options": ChatOptions(False)}, Prompt(0, "HI"), "UHI"),
+        ({"chat": True, "chat_options": ChatOptions(True, True)}, Prompt(0, "HI"), "UHI"),
+        (
+            {"chat": True},
+            Prompt(0, "HI", chat=ChatOptions(continue_final_message=True)),
+            "UHI",
+        ),
+        (
+            {
+                "chat": True,
+                "chat_template": "{{ a }}{{ b }}{{ messages[0].content }}",
+                "chat_options": ChatOptions(template_kwargs={"a": "P", "b": "Q"}),
+            },
+            Prompt(0, "HI", chat=ChatOptions(template_kwargs={"b": "R"})),
+            "PRHI",
+        ),
         ({}, Prompt(0, "HI"), "HI"),
         ({}, Prompt(0, "HI", messages=({"role": "user", "content": "HI"},)), "UHIA"),
         (
@@ -274,6 +300,30 @@ def test_what_cannot_be_answered_is_a_row_of_its_own(open_worker: Open) -> None:
     bare = open_worker(tokenizer=letters(chat_template=None))
     (row,) = answers(bare, Prompt(0, "x", messages=({"role": "user", "content": "x"},)))
     assert "no chat template" in (row.error or "")
+
+
+def test_a_template_that_cannot_be_used_ends_the_worker_before_its_card(
+    open_worker: Open,
+) -> None:
+    for template, words in [
+        ("{% if %}", "cannot be used: Expected"),
+        ("", "no chat"),
+    ]:
+        with pytest.raises(UsageError, match=words):
+            open_worker(tokenizer=letters(), chat=True, chat_template=template)
+    (row,) = answers(open_worker(chat_template="{% if %}"), prompt(max_tokens=2))
+    assert row.error is None  # nobody has asked for it
+
+
+def test_a_stop_text_that_is_a_special_token_ends_the_row(open_worker: Open) -> None:
+    whole = greedy()
+    special = LETTERS[whole[2]]
+    assert whole.index(whole[2]) == 2
+    tokenizer = letters(special=special)
+    (row,) = answers(open_worker(tokenizer=tokenizer), prompt(stop=(special,)))
+    assert list(row.token_ids) == whole[:3]
+    assert (row.text, row.stop_reason) == (text_of(whole[:2]), special)
+    assert row.finish_reason is FinishReason.STOP
 
 
 # -- what goes wrong

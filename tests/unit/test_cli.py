@@ -204,6 +204,10 @@ def qpc(tmp_path: Path) -> Path:
         (["--n", "2"], "set a temperature"),
         (["--min-tokens", "5", "--generation-len", "4"], "at most max_tokens, which is 4"),
         (["--system", "Be brief."], "give --chat"),
+        (["--chat-template-kwargs", "{x"], "--chat-template-kwargs is not JSON"),
+        (["--chat-template-kwargs", "[1]"], "--chat-template-kwargs must hold a JSON object"),
+        (["--chat-template-kwargs", '{"tokenize": true}'], "'tokenize'"),
+        (["--chat-template", "gone.jinja"], "gone.jinja"),
     ],
 )
 def test_impossible_runs_are_refused(

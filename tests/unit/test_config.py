@@ -137,6 +137,19 @@ def test_prompts_file_is_beside_the_job(tmp_path: Path) -> None:
     assert load_job(path).run.prompts == str(tmp_path / "prompts" / "a.jsonl")
 
 
+def test_a_jobs_chat_template_is_beside_it_and_its_variables_are_plain(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    kwargs = {"enable_thinking": False, "depth": [1, "x", None]}
+    part = with_part("run", chat_template="t.jinja", chat_template_kwargs=kwargs, date="2031-02-03")
+    path.write_text(yaml.safe_dump(part))
+    run = load_job(path, ["run.chat_template_kwargs.depth=2"]).run
+    assert run.chat_template == str(tmp_path / "t.jinja")
+    assert run.chat_template_kwargs == {"enable_thinking": False, "depth": 2}
+    assert run.date == "2031-02-03T00:00:00"
+    with pytest.raises(JobError, match=r"run\.date"):
+        load_job(path, ["run.date='31.1.2031'"])
+
+
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "", "!!python/object:os.system {}"])
 def test_files_that_are_no_job_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "x.yaml"

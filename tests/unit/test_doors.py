@@ -33,6 +33,7 @@ def test_nothing_heavy_is_loaded(code: str) -> None:
     assert loaded_by(code).isdisjoint(HEAVY)
 
 
+# What a worker loads for its first conversation: tests/text.
 def test_worker_loads_no_torch_and_no_transformers() -> None:
     assert loaded_by("import qaic_ray.fleet.worker").isdisjoint({"ray", "torch", "transformers"})
 

@@ -1,4 +1,4 @@
-"""Finding a checkpoint and refusing a bad one; text through the tokenizer and back."""
+"""Finding a checkpoint and refusing a bad one."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from qaic_ray import model_sources
-from qaic_ray.errors import CheckpointError, UsageError
+from qaic_ray.errors import CheckpointError
 from qaic_ray.model import open_checkpoint
-from qaic_ray.tokenizer import Tokenizer, open_tokenizer
 
 LLAMA: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "eos_token_id": 7}
 
@@ -186,66 +183,3 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     backend.save(str(path))
     return path
-
-
-@pytest.fixture(scope="module")
-def tokenizer(byte_tokenizer: Path) -> Tokenizer:
-    return open_tokenizer(byte_tokenizer.parent, (257,))
-
-
-@given(text=st.text())
-def test_text_survives(tokenizer: Tokenizer, text: str) -> None:
-    ids = tokenizer.encode(text)
-    assert len(ids) == len(text.encode())
-    assert tokenizer.decode(ids) == text
-
-
-def test_special_tokens_are_not_text(tokenizer: Tokenizer) -> None:
-    assert tokenizer.vocab_size == 258
-    assert tokenizer.decode([256, *tokenizer.encode(" a "), 257]) == " a "
-
-
-@pytest.mark.parametrize(("adds", "first"), [(True, [256]), (False, []), (None, [])])
-def test_bos_is_added_where_the_model_says_so(
-    byte_tokenizer: Path, tmp_path: Path, adds: bool | None, first: list[int]
-) -> None:
-    (tmp_path / "tokenizer.json").write_text(byte_tokenizer.read_text())
-    settings = {"bos_token": "<bos>", "add_bos_token": adds}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = open_tokenizer(tmp_path, ())
-    plain = tokenizer.encode("ab")[len(first) :]
-    assert tokenizer.encode("ab") == first + plain
-    assert len(plain) == 2
-
-
-def test_chat_is_rendered_in_a_sandbox(byte_tokenizer: Path, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text(byte_tokenizer.read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
-    template = tmp_path / "chat_template.jinja"
-    template.write_text(
-        "{% for m in messages %}\n"
-        "{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    tokenizer = open_tokenizer(tmp_path, ())
-    message = {"role": "user", "content": " <é>\n"}
-    assert tokenizer.render_chat([message]) == "user:  <é>\n<eos>assistant: "
-    assert tokenizer.chat([message]).count(257) == 1
-    template.write_text("{{ ''.__class__.__mro__ }}")
-    with pytest.raises(UsageError, match="refuses"):
-        open_tokenizer(tmp_path, ()).chat([message])
-    template.write_text("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(UsageError, match="roles must alternate"):
-        open_tokenizer(tmp_path, ()).chat([message])
-
-
-def test_no_chat_template_is_an_error(tokenizer: Tokenizer) -> None:
-    assert not tokenizer.has_chat_template
-    with pytest.raises(UsageError, match="no chat template"):
-        tokenizer.chat([{"role": "user", "content": "x"}])
-
-
-def test_damaged_tokenizer_is_named(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer"):
-        open_tokenizer(tmp_path, ())

@@ -12,6 +12,7 @@ from qaic_ray.config import load_job
 from qaic_ray.errors import UsageError
 from qaic_ray.pipeline.job import run_request
 from qaic_ray.pipeline.request import REQUEST_NAME, RunRequest, read_request
+from qaic_ray.rows import ChatOptions
 from qaic_ray.sampling_params import SamplingParams
 
 REQUEST = RunRequest(
@@ -30,6 +31,9 @@ REQUEST = RunRequest(
     seed=2**31,
     chat=True,
     system="be: brief",
+    chat_options=ChatOptions(False, True, {"enable_thinking": False, "parts": [1, {"x": None}]}),
+    chat_template="{{ messages }}\n  – ",
+    date="2031-02-03T04:05:06",
     max_stall_s=0.25,
     prefix_reuse=False,
     drafts="none",
@@ -58,6 +62,13 @@ def test_every_field_differs_from_its_default_here_so_that_none_is_forgotten() -
 def test_a_folder_that_is_no_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"not the folder of a run: it has no request\.yaml"):
         read_request(tmp_path)
+
+
+def test_variables_of_a_template_are_checked_before_anything_is_done() -> None:
+    for kwargs, words in [({"tokenize": 1}, "'tokenize'"), ({"x": float("nan")}, "not JSON")]:
+        options = ChatOptions(template_kwargs=kwargs)
+        with pytest.raises(UsageError, match=words):
+            replace(REQUEST, chat_options=options).open_prompts()
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "name: r", REQUEST.to_yaml() + "more: 1\n"])
