@@ -12,10 +12,10 @@ import typer
 from qaic_ray.cli.arguments import chosen, device_ids, numbers
 from qaic_ray.cli.options import JsonOption, SdkOption, sdk_choice
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.sampling_params import FIELDS, SamplingParams
 
 if TYPE_CHECKING:
     from qaic_ray.pipeline.request import RunRequest
+    from qaic_ray.sampling_params import SamplingParams
 
 FREE_WITH_RESUME = {
     "resume": "--resume",
@@ -26,7 +26,7 @@ FREE_WITH_RESUME = {
     "sdk": "--sdk",
     "as_json": "--json",
 }
-FORMATS = ("text", "jsonl", "openai", "parquet")
+FORMATS = ("text", "jsonl", "openai", "csv", "tsv", "parquet")
 
 
 def _option(panel: str, name: str, text: str, **how: Any) -> Any:
@@ -53,7 +53,7 @@ PromptOption = Annotated[
 PromptsFileOption = Annotated[
     str | None,
     _option(
-        PROMPTS, "--prompts-file", "Lines of text; .jsonl: prompt or messages a line; - for stdin."
+        PROMPTS, "--prompts-file", "Lines of text; .jsonl, .csv: prompt or messages; - for stdin."
     ),
 ]
 ChatOption = Annotated[
@@ -135,7 +135,7 @@ FormatOption = Annotated[
     _option(
         PROMPTS,
         "--prompts-format",
-        "text, jsonl, openai or parquet.",
+        "text, jsonl, openai, csv, tsv or parquet.",
         show_default="by name and content",
     ),
 ]
@@ -274,6 +274,8 @@ def _resumed(context: typer.Context, folder: Path) -> RunRequest:
 
 def _sampling(given: Mapping[str, Any]) -> SamplingParams:
     """The options that are named like sampling fields."""
+    from qaic_ray.sampling_params import FIELDS, SamplingParams
+
     fields = {name: given[name] for name in FIELDS if given.get(name) is not None}
     if "stop_token_ids" in fields:
         fields["stop_token_ids"] = numbers(fields["stop_token_ids"], "--stop-token-ids")
