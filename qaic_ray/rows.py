@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ class ErrorClass(str, Enum):
     """Cards failed over it, as often as it was tried."""
 
 
+_log = logging.getLogger(__name__)
+
 _PANIC = "PanicException"
 """What a library written in Rust raises over a fault of its own; it is no Exception."""
 
@@ -58,6 +61,7 @@ def row_alone() -> Iterator[None]:
     except QaicRayError as error:
         raise RowError(str(error)) from error
     except BaseException as error:
+        _log.debug("An error of one row:", exc_info=True)
         if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
             raise
         raise RowError(
