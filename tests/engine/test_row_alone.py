@@ -1,4 +1,4 @@
-"""What goes wrong over one row ends that row, and its neighbours have the answers they would have."""
+"""What goes wrong over one row ends that row, and its neighbours are answered as ever."""
 
 from __future__ import annotations
 
