@@ -191,7 +191,7 @@ class RunPart(_Part):
     devices: Devices = "all"
     prompts: str | None = None
     """A prompts file; a relative path is relative to the job file."""
-    prompts_format: Literal["text", "jsonl", "openai", "parquet"] | None = None
+    prompts_format: Literal["text", "jsonl", "openai", "csv", "tsv", "parquet"] | None = None
     """What the prompts file holds; known by its name and content when absent."""
     prompt: str | None = None
     """Prompts separated by `|`, as in the published recipe; `\\|` is a pipe of the text."""

@@ -18,7 +18,7 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -30,15 +30,17 @@ from numpy.typing import NDArray
 from qaic_ray.config import EmulatorPart
 from qaic_ray.errors import DeviceBusy, DeviceError, RowError, UsageError
 from qaic_ray.fleet.answers import Generation
+from qaic_ray.fleet.foreign_fields import ALIASES, NESTED
 from qaic_ray.fleet.inventory import CARD_RESOURCE, card_scope
 from qaic_ray.fleet.jsonl import FieldRows
 from qaic_ray.fleet.locks import CardLocks, Part, held_cards
 from qaic_ray.fleet.placement import cards_name
-from qaic_ray.fleet.prompt_fields import Draft, mistake
+from qaic_ray.fleet.prompt_fields import Draft
+from qaic_ray.fleet.row_fields import OwnFields, is_known, mistake
 from qaic_ray.fleet.worker import CardWorker, WorkerInfo, WorkerSpec
 from qaic_ray.pipeline.devices import emulated_cards
 from qaic_ray.rows import ErrorClass, Prompt, Row
-from qaic_ray.sampling_params import FIELDS, MAX_SEED, SamplingParams
+from qaic_ray.sampling_params import MAX_SEED, SamplingParams
 from qaic_ray.sdk import Sdk, find_sdk
 
 Batch = dict[str, NDArray[Any]]
@@ -77,8 +79,8 @@ class CardPredictor:
         sdk: auto, real, emulated, or an SDK folder.
         device_ids: cards to choose from; None for all of the node.
         sampling: fields of `SamplingParams` for rows that say nothing else, `max_tokens` among
-            them. Columns of these names are the rows' own. Rows without a seed get one from their
-            prompt: the same text whatever the batch and the card.
+            them. Columns of these names, or of other programs' for them, are the rows' own. Rows
+            without a seed get one from their prompt: the same text whatever the batch and the card.
         prompt_column: the name of the prompts' column.
         prefix: what to put before the names of the answers' columns.
         generation: other fields of `Generation`: chat, system, max_stall_s, ...
@@ -105,7 +107,7 @@ class CardPredictor:
         except RowError as error:
             raise UsageError(str(error)) from error
         self._prompt_column, self._prefix = prompt_column, prefix
-        self._read_row = FieldRows(self._sampling)
+        self._read_row = FieldRows(OwnFields(self._sampling))
         self._sdk = find_sdk(sdk, emulated_cards(EmulatorPart()))
         self._device_ids = device_ids
         self._spec = WorkerSpec(
@@ -142,7 +144,8 @@ class CardPredictor:
         Returns:
             Its columns, and beside them text, token_ids, finish_reason, stop_reason, prompt_tokens,
             generated_tokens, ttft_s, decode_s, worker, attempts and error; with `logprobs` or `n`
-            in the constructor's sampling also logprobs or choices. A row that cannot be answered
+            in the constructor's sampling, or a column that asks for them, also logprobs or
+            choices. A row that cannot be answered
             has finish_reason "error" and says why in error.
 
         Raises:
@@ -158,7 +161,7 @@ class CardPredictor:
             else:
                 prompts.append(item)
         self._answer(prompts, done)
-        answers = self._columns([done[index] for index in sorted(done)])
+        answers = self._columns([done[index] for index in sorted(done)], self._asked(batch))
         return batch | {self._prefix + name: column for name, column in answers.items()}
 
     def close(self) -> None:
@@ -216,7 +219,7 @@ class CardPredictor:
                 f'There is no column "{self._prompt_column}" and no "messages" (there are: '
                 f"{there}): name the prompts' by prompt_column."
             )
-        taken = {self._prefix + name for name in self._columns([])} & batch.keys()
+        taken = {self._prefix + n for n in self._columns([], self._asked(batch))} & batch.keys()
         if taken:
             raise UsageError(
                 f"The batch has columns of the names of the answers' ({', '.join(sorted(taken))}): "
@@ -226,18 +229,16 @@ class CardPredictor:
             raise UsageError(error)
 
     def _items(self, batch: Batch) -> Iterator[Prompt | Row]:
-        read = [name for name in ("messages", *FIELDS) if name in batch]
+        read = {name: name for name in batch if name == "messages" or is_known(name)}
         if self._prompt_column in batch:
-            read.append(self._prompt_column)
-        for index in range(len(batch[read[-1]])):
-            fields = {name: plain(batch[name][index]) for name in read}
-            if self._prompt_column in fields:
-                fields["prompt"] = fields.pop(self._prompt_column)
-            draft = Draft(index, str(fields.get("prompt", "")))
-            try:
-                yield self._seeded(self._read_row(draft, fields))
-            except RowError as error:
-                yield draft.error_row(str(error))
+            read[self._prompt_column] = "prompt"
+
+        def prompt(draft: Draft, index: int) -> Prompt:
+            fields = {name: plain(batch[column][index]) for column, name in read.items()}
+            return self._seeded(self._read_row(draft, fields))
+
+        for index in range(len(batch[next(reversed(read))])):
+            yield Draft(index, "").read(prompt, index)
 
     def _seeded(self, prompt: Prompt) -> Prompt:
         params = prompt.sampling or self._sampling
@@ -248,6 +249,17 @@ class CardPredictor:
         return replace(prompt, sampling=replace(params, seed=seed))
 
     # -- answers out
+
+    def _asked(self, batch: Batch) -> set[str]:
+        """The columns of answers that not every batch has: by its columns, not by its rows, so
+        that every block of a dataset has the same."""
+        names = {ALIASES.get(column, column) for column in batch}
+        asked = set()
+        if self._sampling.logprobs is not None or names & {"logprobs", "top_logprobs", *NESTED}:
+            asked.add("logprobs")
+        if self._sampling.n > 1 or names & {"n", *NESTED}:
+            asked.add("choices")
+        return asked
 
     def _answer(self, prompts: Sequence[Prompt], done: dict[int, Row]) -> None:
         shards = [prompts]
@@ -275,7 +287,7 @@ class CardPredictor:
         except DeviceError as error:
             self._reopen(error)
 
-    def _columns(self, rows: Sequence[Row]) -> Batch:
+    def _columns(self, rows: Sequence[Row], asked: Container[str]) -> Batch:
         # Nothing is null, so that a column has one type in every block.
         columns = {
             "text": objects(row.text for row in rows),
@@ -292,12 +304,14 @@ class CardPredictor:
             "attempts": np.array([row.attempts for row in rows], np.int64),
             "error": objects(row.error or "" for row in rows),
         }
-        if self._sampling.logprobs is not None:
+        if "logprobs" in asked:
             columns["logprobs"] = objects(
                 [token.logprob for token in row.logprobs or ()] for row in rows
             )
-        if self._sampling.n > 1:
-            columns["choices"] = objects([choice.text for choice in row.choices] for row in rows)
+        if "choices" in asked:
+            columns["choices"] = objects(
+                [choice.text for choice in row.choices or ([row] if row.ok else [])] for row in rows
+            )
         return columns
 
 
@@ -337,8 +351,10 @@ def granted() -> Grant:
 
 def plain(value: Any) -> Any:
     """A value of a column as JSON has it; NaN is how a table has a number that is missing."""
-    if isinstance(value, np.ndarray | list):
+    if isinstance(value, np.ndarray | list | tuple):
         return [plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and (math.isnan(value) or value.is_integer()):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from qaic_ray.documents import shown
+from qaic_ray.errors import DeviceError, QaicRayError, RowError
 from qaic_ray.sampling_params import SamplingParams, TokenLogprob
 
 Message = Mapping[str, str]
@@ -34,6 +38,36 @@ class ErrorClass(str, Enum):
     """It cannot be answered, or not so, with this model and QPC."""
     DEVICE = "device"
     """Cards failed over it, as often as it was tried."""
+
+
+_log = logging.getLogger(__name__)
+
+_PANIC = "PanicException"
+"""What a library written in Rust raises over a fault of its own; it is no Exception."""
+
+
+@contextmanager
+def row_alone() -> Iterator[None]:
+    """Around work for one row: what is raised there is that row's error, and no other's.
+
+    Raises:
+        RowError: in place of whatever was raised; of what nobody meant to raise it says so.
+        DeviceError: as it was, and so is what ends the process.
+    """
+    try:
+        yield
+    except (RowError, DeviceError):
+        raise
+    except QaicRayError as error:
+        raise RowError(str(error)) from error
+    except BaseException as error:
+        _log.debug("An error of one row:", exc_info=True)
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
+        raise RowError(
+            f"{type(error).__name__} came up over this row: {shown(str(error))}. That is a fault "
+            "of qaic-ray's: please report it with the row."
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,22 @@ Plain frozen data, checked when it is made. Knows nothing of logits, tokenizers 
 from __future__ import annotations
 
 import difflib
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import fields, replace
+from typing import Annotated, Any
 
+from pydantic import (
+    ConfigDict,
+    FailFast,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
+
+from qaic_ray.documents import shown
 from qaic_ray.errors import RowError
 
 GREEDY_BELOW = 1e-5
@@ -20,57 +31,121 @@ MAX_LOGPROBS = 20
 """Most alternatives a token's logprobs may list: the OpenAI limit, and vLLM's default."""
 
 MAX_SEED = 2**63 - 1
+MAX_SAMPLES = 128
+"""Most answers to one prompt: the OpenAI limit."""
+MAX_STOPS = 64
+"""Each is looked for after every token, in the time that the card leaves."""
+MAX_STOP_CHARS = 4096
+"""Of all stop texts of a row together."""
+MAX_STOP_IDS = 1024
+
+_INT32_MAX = 2**31 - 1
+
+_Count = Annotated[int, Field(ge=1, le=_INT32_MAX)]
+_Penalty = Annotated[float, Field(ge=-2, le=2, description="a number from -2 to 2")]
+_StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+_TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]
 
 
-@dataclass(frozen=True)
+@dataclass(
+    frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False, extra="forbid", title="row")
+)
 class SamplingParams:
     """How the tokens of one row are chosen and where the row ends. The defaults are greedy.
 
     Order of application (vLLM's): repetition, frequency and presence penalty, `min_tokens`,
-    temperature, `min_p`, `top_k`, `top_p`, one draw.
+    temperature, `min_p`, `top_k`, `top_p`, one draw. A field's description says what is allowed.
 
     Raises:
         RowError: for a value that is of the wrong type or out of its range, naming the field.
     """
 
-    n: int = 1
+    n: Annotated[
+        int, Field(ge=1, le=MAX_SAMPLES, description=f"a whole number from 1 to {MAX_SAMPLES}")
+    ] = 1
     """Answers per prompt; more than one needs a temperature."""
-    max_tokens: int | None = None
+    max_tokens: Annotated[
+        _Count | None, Field(description=f"a whole number from 1 to {_INT32_MAX}, or nothing")
+    ] = None
     """Most generated tokens; None: as many as the context holds."""
-    min_tokens: int = 0
+    min_tokens: Annotated[
+        int, Field(ge=0, le=_INT32_MAX, description=f"a whole number from 0 to {_INT32_MAX}")
+    ] = 0
     """Neither stop tokens nor stop strings end a row that has fewer generated tokens."""
-    temperature: float = 0.0
+    temperature: Annotated[
+        float, Field(ge=0, le=100, description="a number from 0 (greedy) to 100")
+    ] = 0.0
     """Divides the logits; 0 is greedy."""
-    top_k: int = 0
+    top_k: Annotated[
+        int,
+        Field(
+            ge=-1,
+            le=_INT32_MAX,
+            description=f"a whole number from 1 to {_INT32_MAX}, or 0 or -1 for all tokens",
+        ),
+    ] = 0
     """Only the k most likely tokens; 0 or -1: all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, description="a number above 0 and up to 1")] = 1.0
     """Only the most likely tokens that together reach this probability."""
-    min_p: float = 0.0
+    min_p: Annotated[float, Field(ge=0, le=1, description="a number from 0 to 1")] = 0.0
     """Only tokens at least this times as likely as the most likely one."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Annotated[
+        float, Field(ge=0.01, le=100, description="a number from 0.01 to 100")
+    ] = 1.0
     """Divides positive and multiplies negative logits of tokens of the prompt and the answer."""
-    presence_penalty: float = 0.0
+    presence_penalty: _Penalty = 0.0
     """Subtracted from the logit of each token that the answer already has."""
-    frequency_penalty: float = 0.0
+    frequency_penalty: _Penalty = 0.0
     """Subtracted from a token's logit once for each time the answer already has it."""
-    seed: int | None = None
+    seed: Annotated[
+        Annotated[int, Field(ge=0, le=MAX_SEED)] | None,
+        Field(description=f"a whole number from 0 to {MAX_SEED}, or nothing"),
+    ] = None
     """Same seed, prompt and model: same text. None: drawn for the run."""
-    stop: tuple[str, ...] = ()
+    stop: Annotated[
+        tuple[_StopText, ...],
+        FailFast(),
+        Field(
+            max_length=MAX_STOPS,
+            description=f"a text, or a list of up to {MAX_STOPS} texts, none of them empty, of "
+            f"{MAX_STOP_CHARS} characters together",
+        ),
+    ] = ()
     """Texts that end the answer."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: Annotated[
+        tuple[_TokenId, ...],
+        FailFast(),
+        Field(max_length=MAX_STOP_IDS, description=f"a list of up to {MAX_STOP_IDS} token ids"),
+    ] = ()
     """Tokens that end the answer, beside EOS."""
-    include_stop_str_in_output: bool = False
+    include_stop_str_in_output: Annotated[bool, Field(description="true or false")] = False
     """Keep the stop string that ended the answer."""
-    ignore_eos: bool = False
+    ignore_eos: Annotated[bool, Field(description="true or false")] = False
     """Go on after EOS."""
-    logprobs: int | None = None
+    logprobs: Annotated[
+        Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None,
+        Field(description=f"a whole number from 0 to {MAX_LOGPROBS}, or nothing"),
+    ] = None
     """Give each token's logprob, and those of so many most likely ones."""
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _or_row_error(
+        cls, given: Any, check: ModelWrapValidatorHandler[SamplingParams]
+    ) -> SamplingParams:
+        try:
+            return check(given)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name = str(first["loc"][0])
+            if name not in ALLOWED:
+                raise
+            # The whole list, not the one item of it that pydantic complains of.
+            raise _refusal(name, (given.kwargs or {}).get(name, first["input"])) from error
+
     def __post_init__(self) -> None:
-        for name, (allows, allowed) in _ALLOWED.items():
-            value = getattr(self, name)
-            if not allows(value):
-                raise RowError(f"{name} is {value!r}; allowed is {allowed}.")
+        if sum(map(len, self.stop)) > MAX_STOP_CHARS:
+            raise _refusal("stop", self.stop)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RowError(
                 f"min_tokens is {self.min_tokens}; allowed is at most max_tokens, which is "
@@ -115,16 +190,16 @@ class SamplingParams:
         Raises:
             RowError: for an unknown field, or as on construction.
         """
-        unknown = next((name for name in json_fields if name not in FIELDS), None)
-        if unknown is not None:
-            close = difflib.get_close_matches(unknown, FIELDS, n=1)
+        unknown = [name for name in json_fields if name not in FIELDS]
+        if unknown:
+            close = difflib.get_close_matches(str(unknown[0])[:MAX_NAME_CHARS], FIELDS, n=1)
             remedy = f"did you mean {close[0]}?" if close else f"known are {', '.join(FIELDS)}."
-            raise RowError(f"{unknown!r} is no sampling parameter: {remedy}")
+            raise RowError(f"{shown(unknown[0])} is no sampling parameter: {remedy}")
         changes = dict(json_fields)
         if _OTHER_NAME in changes:
-            if "max_tokens" in changes:
+            other = changes.pop(_OTHER_NAME)
+            if changes.setdefault("max_tokens", other) != other:
                 raise RowError(f"max_tokens and {_OTHER_NAME} are the same: give one of them.")
-            changes["max_tokens"] = changes.pop(_OTHER_NAME)
         for name in ("stop", "stop_token_ids"):
             if name in changes:
                 changes[name] = _as_tuple(changes[name])
@@ -136,8 +211,17 @@ _OTHER_NAME = "max_completion_tokens"
 FIELDS: tuple[str, ...] = (*(field.name for field in fields(SamplingParams)), _OTHER_NAME)
 """The names `SamplingParams.updated` knows."""
 
+ALLOWED: dict[str, str] = {
+    name: str(field.description)
+    for name, field in SamplingParams.__pydantic_fields__.items()  # type: ignore[attr-defined]
+}
+"""What a field may be, as the end of a sentence."""
 
-@dataclass(frozen=True)
+MAX_NAME_CHARS = 64
+"""Longer names are no misspelt ones."""
+
+
+@plain_dataclass(frozen=True)
 class TokenLogprob:
     """Natural log of the chosen token's probability, and the most likely tokens with theirs.
 
@@ -158,55 +242,5 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _whole(low: int, high: int | None = None) -> Callable[[Any], bool]:
-    def allows(value: Any) -> bool:
-        is_whole = isinstance(value, int) and not isinstance(value, bool)
-        return is_whole and low <= value and (high is None or value <= high)
-
-    return allows
-
-
-def _number(low: float, high: float, *, above: bool = False) -> Callable[[Any], bool]:
-    """Numbers from `low` (or, with `above`, greater than it) to `high`; never NaN or infinity."""
-
-    def allows(value: Any) -> bool:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return is_number and low <= value <= high and not (above and value == low)
-
-    return allows
-
-
-def _or_none(allows: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or allows(value)
-
-
-def _tuple_of(allows: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, tuple) and all(allows(item) for item in value)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "n": (_whole(1), "a whole number from 1"),
-    "max_tokens": (_or_none(_whole(1)), "a whole number from 1, or nothing"),
-    "min_tokens": (_whole(0), "a whole number from 0"),
-    "temperature": (_number(0.0, sys.float_info.max), "a number from 0 (greedy)"),
-    "top_k": (_whole(-1), "a whole number from 1, or 0 or -1 for all tokens"),
-    "top_p": (_number(0.0, 1.0, above=True), "a number above 0 and up to 1"),
-    "min_p": (_number(0.0, 1.0), "a number from 0 to 1"),
-    "repetition_penalty": (_number(0.0, sys.float_info.max, above=True), "a number above 0"),
-    "presence_penalty": (_number(-2.0, 2.0), "a number from -2 to 2"),
-    "frequency_penalty": (_number(-2.0, 2.0), "a number from -2 to 2"),
-    "seed": (_or_none(_whole(0, MAX_SEED)), f"a whole number from 0 to {MAX_SEED}, or nothing"),
-    "stop": (_tuple_of(_is_text), "a text, or a list of texts, none of them empty"),
-    "stop_token_ids": (_tuple_of(_whole(0)), "a list of token ids"),
-    "include_stop_str_in_output": (_is_bool, "true or false"),
-    "ignore_eos": (_is_bool, "true or false"),
-    "logprobs": (_or_none(_whole(0, MAX_LOGPROBS)), f"a whole number from 0 to {MAX_LOGPROBS}"),
-}
+def _refusal(name: str, value: Any) -> RowError:
+    return RowError(f"{name} is {shown(value)}; allowed is {ALLOWED[name]}.")

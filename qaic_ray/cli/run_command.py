@@ -12,11 +12,11 @@ import typer
 from qaic_ray.cli.arguments import chosen, device_ids, numbers
 from qaic_ray.cli.options import JsonOption, SdkOption, sdk_choice
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.rows import ChatOptions
-from qaic_ray.sampling_params import FIELDS, SamplingParams
 
 if TYPE_CHECKING:
     from qaic_ray.pipeline.request import RunRequest
+    from qaic_ray.rows import ChatOptions
+    from qaic_ray.sampling_params import SamplingParams
 
 FREE_WITH_RESUME = {
     "resume": "--resume",
@@ -28,7 +28,7 @@ FREE_WITH_RESUME = {
     "sdk": "--sdk",
     "as_json": "--json",
 }
-FORMATS = ("text", "jsonl", "openai", "parquet")
+FORMATS = ("text", "jsonl", "openai", "csv", "tsv", "parquet")
 
 
 def _option(panel: str, name: str, text: str, **how: Any) -> Any:
@@ -55,7 +55,7 @@ PromptOption = Annotated[
 PromptsFileOption = Annotated[
     str | None,
     _option(
-        PROMPTS, "--prompts-file", "Lines of text; .jsonl: prompt or messages a line; - for stdin."
+        PROMPTS, "--prompts-file", "Lines of text; .jsonl, .csv: prompt or messages; - for stdin."
     ),
 ]
 ChatOption = Annotated[
@@ -157,7 +157,7 @@ FormatOption = Annotated[
     _option(
         PROMPTS,
         "--prompts-format",
-        "text, jsonl, openai or parquet.",
+        "text, jsonl, openai, csv, tsv or parquet.",
         show_default="by name and content",
     ),
 ]
@@ -305,6 +305,7 @@ def _resumed(context: typer.Context, folder: Path) -> RunRequest:
 
 def _chat_options(given: Mapping[str, Any]) -> ChatOptions:
     from qaic_ray.documents import as_object, parse_json
+    from qaic_ray.rows import ChatOptions
 
     text, source = given["chat_template_kwargs"], "--chat-template-kwargs"
     kwargs = {} if text is None else as_object(parse_json(text, source), source)
@@ -323,6 +324,8 @@ def _chat_template(path: Path | None) -> str | None:
 
 def _sampling(given: Mapping[str, Any]) -> SamplingParams:
     """The options that are named like sampling fields."""
+    from qaic_ray.sampling_params import FIELDS, SamplingParams
+
     fields = {name: given[name] for name in FIELDS if given.get(name) is not None}
     if "stop_token_ids" in fields:
         fields["stop_token_ids"] = numbers(fields["stop_token_ids"], "--stop-token-ids")

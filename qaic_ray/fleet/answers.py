@@ -7,11 +7,13 @@ engine's thread only reads along where a stop string may end a row.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from qaic_ray.chat_template import ChatTemplate
+from qaic_ray.documents import shown
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.fleet.speculation import Speculation
 from qaic_ray.rows import ChatOptions, FinishReason, Message, Prompt, Row, Sample
@@ -20,6 +22,9 @@ from qaic_ray.run.engine import Finished
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
 from qaic_ray.stop_strings import StopReader
 from qaic_ray.tokenizer import Tokenizer
+
+MAX_HELD = 2**23
+"""Tokens and their log-probabilities in the answers to one prompt; 128 of 65,536 tokens each."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ class Answerer:
         eos_ids: tokens that end an answer.
         generation: the run's.
         limits: the engine.
+        vocab_size: tokens of the model; no number where nobody knows.
     """
 
     def __init__(
@@ -95,12 +101,15 @@ class Answerer:
         tokenizer: Tokenizer,
         eos_ids: Sequence[int],
         generation: Generation,
+        *,
         limits: Limits,
+        vocab_size: object,
     ) -> None:
         self._tokenizer = tokenizer.of_run(generation.chat_template, generation.date)
         self._eos_ids = frozenset(eos_ids)
         self._generation = generation
         self._limits = limits
+        self._vocab_size = vocab_size if isinstance(vocab_size, int) else math.inf
 
     def begin(self, prompt: Prompt) -> Answer:
         """Tokenize a prompt.
@@ -110,8 +119,11 @@ class Answerer:
         """
         params = prompt.sampling or self._generation.sampling
         self._limits.refuse_unanswerable(params)
+        self._refuse_unknown("stop_token_ids", params.stop_token_ids)
         prompt_ids = tuple(self._prompt_ids(prompt))
+        self._refuse_unknown("The prompt", prompt_ids)
         limit = self._limits.new_token_limit(len(prompt_ids), params.max_tokens)
+        _refuse_unholdable(params, len(prompt_ids), limit)
         stop_ids = frozenset(params.stop_token_ids) | self._ending_ids(params)
         sequences = [
             batch.Sequence(
@@ -130,7 +142,14 @@ class Answerer:
         return Answer(prompt, params, tuple(sequences), tuple(readers))
 
     def row(self, answer: Answer, *, worker: str, attempts: int) -> Row:
-        """The row of a complete answer."""
+        """The row of a complete answer.
+
+        Raises:
+            RowError: where one of its samples ended with an error.
+        """
+        for done in answer.finished:
+            if done.error is not None:
+                raise done.error
         samples = [
             self._sample(answer.params, sequence, reader)
             for sequence, reader in zip(answer.sequences, answer.readers, strict=True)
@@ -154,6 +173,16 @@ class Answerer:
             logprobs=first.logprobs,
             choices=tuple(samples) if len(samples) > 1 else (),
         )
+
+    def _refuse_unknown(self, what: str, token_ids: Sequence[int]) -> None:
+        """Refuse tokens for which the model has no row, and a card no answer."""
+        largest = max(token_ids, default=0)
+        if largest >= self._vocab_size:
+            text = self._tokenizer.piece(largest)
+            raise RowError(
+                f"{what} has the token {largest}{f' ({shown(text)})' if text else ''}, and the "
+                f"model's last one is {self._vocab_size - 1}: leave it out."
+            )
 
     def _ending_ids(self, params: SamplingParams) -> frozenset[int]:
         return frozenset() if params.ignore_eos else self._eos_ids
@@ -231,6 +260,21 @@ def check_chat(template: ChatTemplate, generation: Generation, model: str) -> No
             "(--chat-template FILE, run.chat_template), or use the chat version of the model."
         )
     template.try_out(generation.example(), generation.chat_options)
+
+
+def _refuse_unholdable(params: SamplingParams, prompt_tokens: int, limit: int) -> None:
+    if params.min_tokens > limit:
+        raise RowError(
+            f"min_tokens is {params.min_tokens}, and behind the {prompt_tokens} tokens of the "
+            f"prompt the context has room for {limit}: ask for fewer, or compile with a larger "
+            "ctx_len."
+        )
+    num_each = 1 if params.logprobs is None else 2 + params.logprobs
+    if params.n * limit * num_each > MAX_HELD:
+        raise RowError(
+            f"{params.n} answers of up to {limit} tokens, with what logprobs asks for, are more "
+            f"than {MAX_HELD} numbers: ask for a smaller n, max_tokens or logprobs."
+        )
 
 
 def sample_seed(params: SamplingParams, run_seed: int, index: int, sample: int) -> int:

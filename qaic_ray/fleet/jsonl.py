@@ -1,35 +1,28 @@
-"""Lines of JSON, as prompts: rows with fields, and requests of the OpenAI batch format."""
+"""JSON objects as prompts: rows with fields, and requests of the OpenAI batch format."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from qaic_ray.errors import RowError
 from qaic_ray.fleet.openai_requests import BatchRequests, is_request
-from qaic_ray.fleet.prompt_fields import (
-    Document,
-    Draft,
-    OwnSampling,
-    decoded,
-    mistake,
-    row_id,
-    sampling_fields,
-)
+from qaic_ray.fleet.prompt_fields import Document, Draft, decoded, row_id
+from qaic_ray.fleet.row_fields import OwnFields, read_fields
 from qaic_ray.rows import Prompt, Row
-from qaic_ray.sampling_params import SamplingParams
 
 
 class FieldRows:
-    """Reads rows that have a `prompt` or `messages`, an `id` and sampling fields.
+    """Reads rows that have a `prompt` or `messages`, an `id` and fields of their own.
 
     Args:
-        sampling: the run's.
+        own: the fields that the run says.
     """
 
-    def __init__(self, sampling: SamplingParams) -> None:
-        self._sampling = OwnSampling(sampling)
+    def __init__(self, own: OwnFields) -> None:
+        self._own = own
 
     def __call__(self, draft: Draft, document: Document) -> Prompt:
         """The prompt of a row.
@@ -39,48 +32,45 @@ class FieldRows:
         """
         draft.id = row_id(document)
         draft.read_prompt(document)
-        for key in document:
-            if error := mistake(key):
-                raise RowError(error)
-        return draft.prompt(self._sampling(sampling_fields(document)))
+        asked = read_fields(document, is_chat=draft.messages is not None)
+        return draft.prompt(self._own.sampling(asked), self._own.chat(asked))
 
 
-def prompts_from_json_lines(
-    name: str, lines: Iterable[bytes], sampling: SamplingParams, *, only_requests: bool = False
+def prompts_from_json(
+    name: str, documents: Iterable[bytes], own: OwnFields, *, only_requests: bool = False
 ) -> Iterator[Prompt | Row]:
-    """An item for each line.
+    """An item for each document.
 
     Args:
-        name: of the input, for its error rows.
-        lines: without their ends.
-        sampling: the run's.
-        only_requests: every line is a request of the OpenAI batch format; otherwise those are that
-            have a `custom_id` or a `body`, and neither `prompt` nor `messages`.
+        name: of the input and of what a document is in it, for its error rows: `p.jsonl line`.
+        documents: JSON objects, as text.
+        own: the fields that the run says.
+        only_requests: all are requests of the OpenAI batch format; otherwise those are that have a
+            `custom_id` or a `body`, and neither `prompt` nor `messages`.
     """
-    requests = BatchRequests(sampling)
-    rows = FieldRows(sampling)
-    for index, line in enumerate(lines):
-        draft = Draft(index, line)
-        item: Prompt | Row
-        try:
-            document = json_object(decoded(line))
-            read = requests if only_requests or is_request(document) else rows
-            item = read(draft, document)
-        except RowError as error:
-            item = draft.error_row(f"{name} line {index + 1}: {error}")
-        yield item
+    requests = BatchRequests(own)
+    rows = FieldRows(own)
+
+    def prompt(draft: Draft, text: bytes) -> Prompt:
+        document = json_object(decoded(text))
+        read = requests if only_requests or is_request(document) else rows
+        return read(draft, document)
+
+    for index, text in enumerate(documents):
+        draft = Draft(index, text)
+        yield draft.read(prompt, text, f"{name} {index + 1}: ")
 
 
-def json_object(line: str) -> dict[str, Any]:
-    """Read one line.
+def json_object(text: str) -> dict[str, Any]:
+    """Read one document.
 
     Raises:
         RowError: saying what is wrong with it.
     """
-    if not line.strip():
+    if not text.strip():
         raise RowError("The line is empty.")
     try:
-        document = json.loads(line)
+        document = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise RowError(f"Not JSON: {error.msg} at character {error.pos + 1}.") from error
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
@@ -88,3 +78,14 @@ def json_object(line: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise RowError('Not a JSON object: write {"prompt": "..."}.')
     return document
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise RowError(f'It has "{twice[:80]}" twice: keep one of them.')
+    return document
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_each_key_once)

@@ -7,10 +7,9 @@ A request is `{"custom_id": ..., "method": "POST", "url": ..., "body": {...}}`:
 - `custom_id` becomes the row's id. It is a text, and no two lines have the same.
 - `model` is whatever the file's author called it: the run's model answers, and the response names
   that one. But one run has one model, so all lines must name the same.
-- The body's sampling fields are `SamplingParams`', and what it leaves open is the run's, as in all
-  formats. In a conversation `logprobs` is true or false and `top_logprobs` how many.
-- What changes no answer (`user`, `metadata`, ...) is not looked at. All else that asks for
-  something (`tools`, `logit_bias`, `stream`, ...) is an error.
+- The body's other fields are those of all formats, and what it leaves open is the run's. In a
+  conversation `logprobs` is true or false and `top_logprobs` how many.
+- No key of a body is the file's author's own: one that is not known is an error.
 """
 
 from __future__ import annotations
@@ -18,46 +17,16 @@ from __future__ import annotations
 import hashlib
 from array import array
 from bisect import bisect_left
-from typing import Any
 
 from qaic_ray.errors import RowError
-from qaic_ray.fleet.prompt_fields import (
-    Document,
-    Draft,
-    OwnSampling,
-    check_unicode,
-    json_type,
-    mistake,
-    sampling_fields,
-)
+from qaic_ray.fleet.prompt_fields import Document, Draft, check_unicode, json_type
+from qaic_ray.fleet.row_fields import OwnFields, read_fields
 from qaic_ray.rows import Prompt
-from qaic_ray.sampling_params import FIELDS, SamplingParams
 
 COMPLETIONS_URL = "/v1/completions"
 CHAT_URL = "/v1/chat/completions"
 
 _PROMPT_FIELD = {COMPLETIONS_URL: "prompt", CHAT_URL: "messages"}
-
-_READ = frozenset([*FIELDS, "model", "prompt", "messages"])
-
-_WITHOUT_EFFECT = frozenset({
-    "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier",
-    "store", "stream_options", "user",
-})  # fmt: skip
-
-_AS_IF_ABSENT: dict[str, tuple[object, ...]] = {
-    "best_of": (1,),
-    "echo": (False,),
-    "logit_bias": ({},),
-    "modalities": (["text"],),
-    "parallel_tool_calls": (False, True),
-    "response_format": ({"type": "text"},),
-    "stream": (False,),
-    "suffix": ("",),
-    "tool_choice": ("auto", "none"),
-    "tools": ([],),
-}
-"""Values that ask for nothing."""
 
 
 def is_request(document: Document) -> bool:
@@ -71,11 +40,11 @@ class BatchRequests:
     """Reads the requests of one file.
 
     Args:
-        sampling: the run's.
+        own: the fields that the run says.
     """
 
-    def __init__(self, sampling: SamplingParams) -> None:
-        self._sampling = OwnSampling(sampling)
+    def __init__(self, own: OwnFields) -> None:
+        self._own = own
         self._ids = _DistinctIds()
         self._model: str | None = None
 
@@ -107,11 +76,10 @@ class BatchRequests:
         draft.read_prompt(body)
         self._check_model(body.get("model"))
         is_chat = url == CHAT_URL
-        for key, value in body.items():
-            if key not in _READ and not (is_chat and key == "top_logprobs"):
-                _check_key(key, value)
-        fields = _chat_fields(body) if is_chat else sampling_fields(body)
-        return draft.prompt(self._sampling(fields))
+        if is_chat and not isinstance(body.get("logprobs", False), bool | None):
+            raise RowError(f'"logprobs" is {json_type(body["logprobs"])}, not true or false.')
+        asked = read_fields(body, is_chat=is_chat, only_ours=True)
+        return draft.prompt(self._own.sampling(asked), self._own.chat(asked))
 
     def _check_model(self, model: object) -> None:
         if model is None:
@@ -137,30 +105,6 @@ def _custom_id(document: Document) -> str:
         raise RowError('"custom_id" is empty.')
     check_unicode("custom_id", id_)
     return id_
-
-
-def _chat_fields(body: Document) -> dict[str, Any]:
-    fields = sampling_fields(body)
-    wanted = fields.pop("logprobs", False)
-    if not isinstance(wanted, bool):
-        raise RowError(f'"logprobs" is {json_type(wanted)}, not true or false.')
-    num_top = body.get("top_logprobs")
-    if wanted:
-        fields["logprobs"] = 0 if num_top is None else num_top
-    elif num_top is not None:
-        raise RowError('"top_logprobs" needs "logprobs": true.')
-    return fields
-
-
-def _check_key(key: str, value: object) -> None:
-    """Refuse what asks for something that is not done."""
-    if value is None or key in _WITHOUT_EFFECT or value in _AS_IF_ABSENT.get(key, ()):
-        return
-    if key == "stream":
-        raise RowError('"stream" is not offered: a batch is answered in one piece.')
-    raise RowError(
-        mistake(key) or f'"{key}" is not offered, and the answer would be another: leave it out.'
-    )
 
 
 def _shown(value: object) -> str:

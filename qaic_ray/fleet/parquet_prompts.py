@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.fleet.input_lines import cannot_read
 from qaic_ray.fleet.jsonl import FieldRows
-from qaic_ray.fleet.prompt_fields import Draft, mistake
+from qaic_ray.fleet.prompt_fields import Draft
+from qaic_ray.fleet.row_fields import OwnFields, check_columns, is_known
 from qaic_ray.rows import Prompt, Row
-from qaic_ray.sampling_params import FIELDS, SamplingParams
 
 if TYPE_CHECKING:
     import pyarrow
@@ -22,26 +22,19 @@ if TYPE_CHECKING:
 
     from qaic_ray.fleet.frozen_file import FrozenFile
 
-PARQUET_MAGIC = b"PAR1"
-
 _BATCH_ROWS = 256
 _BUFFER_BYTES = 2**20
 
-# A column of whole numbers of which some are missing is one of floats in a pandas table.
-_WHOLE_NUMBERS = (
-    "n", "max_tokens", "max_completion_tokens", "min_tokens", "top_k", "seed", "logprobs",
-)  # fmt: skip
-
 
 def prompts_from_parquet(
-    path: str, sampling: SamplingParams, frozen: FrozenFile | None = None
+    path: str, own: OwnFields, frozen: FrozenFile | None = None
 ) -> Iterator[Prompt | Row]:
     """An item for each row; its error, if it has one, counts rows from 0 as `index` does.
 
     Args:
         path: of the file.
-        sampling: the run's.
-        frozen: the file as it was.
+        own: the fields that the run says.
+        frozen: the file as it was when the run began; without it, it is read as it is.
 
     Raises:
         UsageError: at once, for what is no parquet file, or has no prompts in it.
@@ -59,7 +52,9 @@ def prompts_from_parquet(
             f"{path} is no parquet file that can be read: {_first_line(error)}"
         ) from error
     columns = _columns(path, table.schema_arrow)
-    return _items(path, table, columns, sampling)
+    if table.metadata.num_rows == 0:
+        raise UsageError(f"There are no rows in {path}: give prompts.")
+    return _items(path, table, columns, own)
 
 
 def _columns(path: str, schema: pyarrow.Schema) -> list[str]:
@@ -70,14 +65,7 @@ def _columns(path: str, schema: pyarrow.Schema) -> list[str]:
     """
     import pyarrow.types as kinds
 
-    for name in schema.names:
-        if error := mistake(name):
-            raise UsageError(f"{path}: {error}")
-    if not {"prompt", "messages"} & set(schema.names):
-        raise UsageError(
-            f'{path} has no column "prompt" and no "messages": its columns are '
-            f"{', '.join(schema.names)}."
-        )
+    check_columns(path, schema.names)
     for name, allows, allowed in (
         ("prompt", _is_text, "texts"),
         ("messages", _is_list, 'lists of structs with "role" and "content"'),
@@ -87,7 +75,8 @@ def _columns(path: str, schema: pyarrow.Schema) -> list[str]:
             raise UsageError(
                 f'{path}: the column "{name}" is of {schema.types[index]}, not of {allowed}.'
             )
-    return [name for name in schema.names if name in ("prompt", "messages", "id", *FIELDS)]
+    read = ("prompt", "messages", "id")
+    return [name for name in schema.names if name in read or is_known(name)]
 
 
 def _is_text(kind: pyarrow.DataType) -> bool:
@@ -106,41 +95,37 @@ def _is_list(kind: pyarrow.DataType) -> bool:
 
 
 def _items(
-    path: str, table: ParquetFile, columns: list[str], sampling: SamplingParams
+    path: str, table: ParquetFile, columns: list[str], own: OwnFields
 ) -> Iterator[Prompt | Row]:
     from pathlib import PurePath
 
-    read = FieldRows(sampling)
+    read = FieldRows(own)
     name = PurePath(path).name
+
+    def prompt(draft: Draft, row: dict[str, Any] | Exception) -> Prompt:
+        if isinstance(row, UnicodeDecodeError):
+            raise RowError("Not UTF-8.") from row
+        if isinstance(row, Exception):
+            raise RowError(f"A value that cannot be read: {_first_line(row)[:200]}") from row
+        return read(draft, row)
+
     for index, row in enumerate(_rows(path, table, columns)):
         draft = Draft(index, "")
-        item: Prompt | Row
-        try:
-            if isinstance(row, UnicodeDecodeError):
-                raise RowError("Not UTF-8.")
-            item = read(draft, row)
-        except RowError as error:
-            item = draft.error_row(f"{name} row index {index}: {error}")
-        yield item
+        yield draft.read(prompt, row, f"{name} row index {index}: ")
 
 
 def _rows(
     path: str, table: ParquetFile, columns: list[str]
-) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
+) -> Iterator[dict[str, Any] | Exception]:
     import pyarrow
 
-    floats = [
-        name
-        for name in columns
-        if name in _WHOLE_NUMBERS and pyarrow.types.is_floating(table.schema_arrow.field(name).type)
-    ]
     num_rows = 0
     try:
         with table:
             for batch in table.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
                 for row in _python_rows(batch):
                     if isinstance(row, dict):
-                        row.update({name: _whole(row[name]) for name in floats})
+                        row = {name: _plain(value) for name, value in row.items()}
                     yield row
                 num_rows += batch.num_rows
     except (OSError, pyarrow.ArrowException) as error:
@@ -148,11 +133,12 @@ def _rows(
         raise cannot_read(path, last, OSError(_first_line(error))) from error
 
 
-def _python_rows(batch: pyarrow.RecordBatch) -> list[dict[str, Any] | UnicodeDecodeError]:
-    rows: list[dict[str, Any] | UnicodeDecodeError] = []
+def _python_rows(batch: pyarrow.RecordBatch) -> list[dict[str, Any] | Exception]:
+    rows: list[dict[str, Any] | Exception] = []
     try:
         rows.extend(batch.to_pylist())
-    except UnicodeDecodeError as error:  # parquet keeps any bytes as text
+    # Parquet keeps any bytes as text; a time of nanoseconds is none of Python's.
+    except (ValueError, ArithmeticError, TypeError) as error:
         if batch.num_rows == 1:
             return [error]
         for at in range(batch.num_rows):
@@ -160,8 +146,17 @@ def _python_rows(batch: pyarrow.RecordBatch) -> list[dict[str, Any] | UnicodeDec
     return rows
 
 
-def _whole(value: float | None) -> float | int | None:
-    return int(value) if value is not None and value.is_integer() else value
+def _plain(value: Any) -> Any:
+    """A value as JSON has it.
+
+    A column of whole numbers of which some are missing is one of floats in a pandas table, and a
+    struct has every key of every row.
+    """
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _first_line(error: Exception) -> str:

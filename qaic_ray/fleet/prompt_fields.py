@@ -1,33 +1,31 @@
-"""The fields of a row of input, each checked. Knows neither files nor formats.
+"""What a row of input is, its prompt and its id, each checked. Knows neither files nor formats.
 
 Whatever is wrong with one is a `RowError` with a sentence for the row's author.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from qaic_ray.errors import RowError
 from qaic_ray.fleet.input_lines import MAX_LINE_BYTES
-from qaic_ray.rows import ErrorClass, Message, Prompt, Row
-from qaic_ray.sampling_params import FIELDS, SamplingParams
+from qaic_ray.rows import ChatOptions, ErrorClass, Message, Prompt, Row, row_alone
+from qaic_ray.sampling_params import SamplingParams
 
 Document = Mapping[str, Any]
 """A row of input, as JSON has it."""
 
+T = TypeVar("T")
+
 MAX_SHOWN_CHARS = 2**16
 """Of a row that cannot be read, in the error row's `prompt`."""
 
-_NOT_OFFERED = {
-    "best_of", "do_sample", "logit_bias", "max_new_tokens", "response_format", "sampling_params",
-    "tools", "top_logprobs",
-}  # fmt: skip
-"""What other programs take beside a prompt, and answer otherwise for."""
+MAX_ERROR_CHARS = 900
+"""Of an error row's sentence."""
 
-_SAMPLING = frozenset(FIELDS)
+MAX_EXACT = 2**53
+"""Up to here every whole number is a float."""
 
 _JSON_TYPES = {
     bool: "a boolean",
@@ -61,23 +59,47 @@ class Draft:
         self.messages = _messages(document)
         self.text = _text(document) if self.messages is None else _last_said(self.messages)
 
-    def prompt(self, sampling: SamplingParams | None = None) -> Prompt:
+    def prompt(
+        self, sampling: SamplingParams | None = None, chat: ChatOptions | None = None
+    ) -> Prompt:
         """The row as a prompt.
 
         Raises:
-            RowError: it is an empty text, or one that cannot be encoded.
+            RowError: it is an empty text, one that cannot be encoded, or longer than a line may be.
         """
         text = self.text or ""
         if self.messages is None:
             if not text:
                 raise RowError("The prompt is empty.")
             check_unicode("prompt", text)
-        return Prompt(self._index, text, self.id, self.messages, sampling)
+        num_chars = sum(len(m["content"]) for m in self.messages or ()) or len(text)
+        if num_chars > MAX_LINE_BYTES:
+            raise RowError(f"The prompt is longer than {MAX_LINE_BYTES >> 20} MiB.")
+        return Prompt(self._index, text, self.id, self.messages, sampling, chat)
+
+    def read(self, read: Callable[[Draft, T], Prompt], given: T, place: str = "") -> Prompt | Row:
+        """What a reader makes of the row; whatever it raises is this row's error and no other's.
+
+        Args:
+            read: gives the prompt, by way of this draft.
+            given: what it reads.
+            place: of the row in its input, before its error.
+        """
+        try:
+            with row_alone():
+                return read(self, given)
+        except RowError as error:
+            return self.error_row(f"{place}{error}")
 
     def error_row(self, error: str) -> Row:
         """The row of input that no card gets to see."""
-        shown = _writable(self._raw)[:MAX_SHOWN_CHARS] if self.text is None else self.text
+        shown = self.text
+        if shown is None or len(shown) > MAX_LINE_BYTES:
+            start = (self._raw if shown is None else shown)[: 4 * MAX_SHOWN_CHARS]
+            shown = _writable(start)[:MAX_SHOWN_CHARS]
         prompt = Prompt(self._index, _writable(shown), self.id, self.messages)
+        if len(error) > MAX_ERROR_CHARS:
+            error = f"{error[:MAX_ERROR_CHARS]}..."
         return Row.failed(prompt, _writable(error), attempts=0, error_class=ErrorClass.MALFORMED)
 
 
@@ -85,59 +107,6 @@ def _writable(text: str | bytes) -> str:
     """What was there, as UTF-8 can have it: an error may quote half of a surrogate pair."""
     encoded = text.encode(errors="replace") if isinstance(text, str) else text
     return encoded.decode(errors="replace")
-
-
-_MOST_KNOWN = 1024
-
-
-class OwnSampling:
-    """Sampling parameters of rows: a row's own fields over the run's.
-
-    Args:
-        defaults: the run's.
-    """
-
-    def __init__(self, defaults: SamplingParams) -> None:
-        self._defaults = defaults
-        self._known: dict[str, SamplingParams] = {}
-
-    def __call__(self, fields: dict[str, Any]) -> SamplingParams | None:
-        """The row's parameters, None where it has no fields.
-
-        Raises:
-            RowError: for a value that is not allowed.
-        """
-        if not fields:
-            return None
-        # The rows of a file often have the same. As text, because 1, 1.0 and True are equal.
-        text = repr(fields)
-        params = self._known.get(text)
-        if params is None:
-            params = self._defaults.updated(fields)
-            if len(self._known) < _MOST_KNOWN:
-                self._known[text] = params
-        return params
-
-
-def sampling_fields(document: Document) -> dict[str, Any]:
-    """The sampling fields of a row that have a value."""
-    return {key: value for key, value in document.items() if key in _SAMPLING and value is not None}
-
-
-@lru_cache(maxsize=1024)  # the rows of a file have the same keys
-def mistake(key: str) -> str | None:
-    """What is wrong with a key that was meant for a sampling field."""
-    if key in _SAMPLING:
-        return None
-    if key in _NOT_OFFERED:
-        return f'"{key}" is not offered; the sampling fields are {", ".join(FIELDS)}.'
-    plain = key.lower().replace("-", "_")
-    near = difflib.get_close_matches(plain, FIELDS, n=1, cutoff=0.88)
-    if not near:
-        return None
-    return (
-        f'Unknown sampling field "{key}": write "{near[0]}", or give a key of yours another name.'
-    )
 
 
 def decoded(line: str | bytes) -> str:
@@ -155,10 +124,12 @@ def decoded(line: str | bytes) -> str:
 
 
 def row_id(document: Document) -> str | None:
-    """The field `id`, a string or a whole number."""
+    """The field `id`, a string or a whole number; 1.0 is 1, as tables with gaps have it."""
     id_ = document.get("id")
     if id_ is None:
         return None
+    if isinstance(id_, float) and id_.is_integer() and abs(id_) <= MAX_EXACT:
+        id_ = int(id_)
     if type(id_) not in (str, int):
         raise RowError(f'"id" is {json_type(id_)}, not a string or a whole number.')
     check_unicode("id", str(id_))
@@ -186,6 +157,10 @@ def _text(document: Document) -> str:
     if "prompt" not in document:
         raise RowError('There is no "prompt" and no "messages" in it.')
     text = document["prompt"]
+    if isinstance(text, list):
+        if len(text) != 1 or not isinstance(text[0], str):
+            raise RowError('"prompt" is a list: give each of its texts a row of its own.')
+        (text,) = text
     if not isinstance(text, str):
         raise RowError(f'"prompt" is {json_type(text)}, not a string.')
     return text
@@ -202,6 +177,11 @@ def _messages(document: Document) -> tuple[Message, ...] | None:
     if not messages:
         raise RowError('"messages" is an empty list.')
     return tuple(_message(i, message) for i, message in enumerate(messages, start=1))
+
+
+_TURN = ("role", "content")
+_NOTHING: tuple[object, ...] = (None, "", [], {}, False)
+"""Values of a message's other keys that ask for nothing."""
 
 
 def _message(number: int, message: object) -> Message:
@@ -221,13 +201,13 @@ def _whats_wrong(message: object) -> str:
     if not isinstance(message, dict):
         return f' is {json_type(message)}, not an object with "role" and "content".'
     if others := _others(message):
-        return f' has "{others[0]}": only "role" and "content" can be answered.'
+        return f' has "{others[0][:80]}": only "role" and "content" can be answered.'
     name = "content" if isinstance(message.get("role"), str) else "role"
     return f': "{name}" is {json_type(message.get(name))}, not a string.'
 
 
 def _others(message: Document) -> list[str]:
-    return [k for k, v in message.items() if k not in ("role", "content") and v is not None]
+    return [k for k, v in message.items() if k not in _TURN and v not in _NOTHING]
 
 
 def _part(number: int, part: object) -> str:

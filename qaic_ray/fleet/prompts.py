@@ -12,12 +12,11 @@ A line of JSONL is an object:
 - `id`, a string or a whole number, if wanted.
 - Sampling fields (`SamplingParams`: `temperature`, `max_tokens`, `seed`, `stop`, ...), in place of
   the run's; null leaves the run's value.
-- Any other key is the user's own and is not looked at, but one that reads like a sampling field
-  (`temprature`, `topk`, `max_new_tokens`) is an error: left out in silence, it would give other
-  answers than were asked for.
+- Fields of the chat template, and fields of other programs; see `row_fields.py`.
+- Any other key is the user's own.
 
-Or it is a request of the OpenAI batch format; see `openai_requests.py`. The columns of a parquet
-file are the fields of such an object; see `parquet_prompts.py`. Lines may be gzipped or in zstd.
+Or it is a request of the OpenAI batch format; see `openai_requests.py`. The columns of a CSV, TSV
+or parquet file are the fields of such an object; see `csv_prompts.py` and `parquet_prompts.py`.
 """
 
 from __future__ import annotations
@@ -25,45 +24,32 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
-from enum import Enum
-from itertools import chain
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from qaic_ray.errors import RowError, UsageError
+from qaic_ray.fleet.csv_prompts import prompts_from_csv
+from qaic_ray.fleet.formats import (
+    PARQUET_MAGIC,
+    Recognised,
+    input_name,
+    is_row,
+    named_format,
+    recognise,
+)
+from qaic_ray.fleet.formats import PromptFormat as PromptFormat
 from qaic_ray.fleet.frozen_file import FrozenFile
-from qaic_ray.fleet.input_lines import STDIN, check_readable, input_lines
-from qaic_ray.fleet.jsonl import json_object, prompts_from_json_lines
-from qaic_ray.fleet.parquet_prompts import PARQUET_MAGIC, prompts_from_parquet
+from qaic_ray.fleet.input_lines import STDIN, Input, check_readable
+from qaic_ray.fleet.json_array import array_items
+from qaic_ray.fleet.jsonl import json_object, prompts_from_json
+from qaic_ray.fleet.parquet_prompts import prompts_from_parquet
 from qaic_ray.fleet.prompt_fields import Draft, decoded
-from qaic_ray.rows import Prompt, Row
+from qaic_ray.fleet.row_fields import DEFAULT_CHAT, OwnFields
+from qaic_ray.rows import ChatOptions, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
 
 GREEDY = SamplingParams()
 
 _PIPE = re.compile(r"(?<!\\)(\\*)\|")
-_COMPRESSED = (".gz", ".zst")
-
-
-class PromptFormat(str, Enum):
-    """What a prompts file holds."""
-
-    TEXT = "text"
-    """A prompt on each line, as it stands."""
-    JSONL = "jsonl"
-    """A JSON object on each line, as the text of this module says."""
-    OPENAI = "openai"
-    """A request of the OpenAI batch format on each line, and nothing else."""
-    PARQUET = "parquet"
-    """A table with a column for each field."""
-
-
-_FORMAT_OF_SUFFIX = {
-    ".txt": PromptFormat.TEXT,
-    ".json": PromptFormat.JSONL,
-    ".jsonl": PromptFormat.JSONL,
-    ".ndjson": PromptFormat.JSONL,
-    ".parquet": PromptFormat.PARQUET,
-}
 
 
 def split_prompts(text: str) -> list[str]:
@@ -102,92 +88,111 @@ def prompts_from_file(
     path: str | Path,
     prompt_format: PromptFormat | None = None,
     sampling: SamplingParams = GREEDY,
+    chat: ChatOptions = DEFAULT_CHAT,
+    *,
     frozen: FrozenFile | None = None,
 ) -> Iterator[Prompt | Row]:
     r"""The prompts of a file, or of stdin for `-`; one item a line, so that index = line - 1.
 
     Lines end at `\n` or `\r\n`, and nothing else is stripped. An empty line is an error row; the
-    newline at the very end begins no line. Bytes are UTF-8, with or without a byte order mark.
+    newline at the very end begins no line. Bytes are UTF-8, with or without a byte order mark, or
+    UTF-16 or UTF-32 with one. A JSON array has an item in place of a line, a table a row.
 
     Args:
         path: what to read.
-        prompt_format: None means: the name says it (`.txt`, `.jsonl`, `.parquet`, with `.gz` or
-            `.zst` behind it or not); where it does not, the first line does: a JSON object of one
-            of the known kinds means JSONL, anything else text.
+        prompt_format: None means: the name says it (`.txt`, `.jsonl`, `.csv`, `.parquet`, with
+            `.gz`, `.zst`, `.bz2` or `.xz` behind it or not); where it does not, the beginning does.
         sampling: the run's, for what a row's own fields leave open.
+        chat: the run's, likewise.
         frozen: the file as it was when the run began; without it, it is read as it is.
 
     Raises:
-        UsageError: at once, when there is no such file, or none that may be read, or a parquet file
-            without prompts; while reading, for parquet that is not a file.
+        UsageError: at once, when there is no such file, or none that may be read, or one without
+            prompts; of a stream while reading.
         QaicRayError: while reading, when that fails.
     """
     path = os.fspath(path)
-    if path != STDIN:
-        check_readable(path)
-        # What is read from a pipe to look at it is gone.
-        if os.path.isfile(path) and (prompt_format or _kind_of_file(path)) is PromptFormat.PARQUET:
-            return prompts_from_parquet(path, sampling, frozen)
-    return _from_lines(path, prompt_format, sampling, frozen)
+    own = OwnFields(sampling, chat)
+    if path == STDIN:
+        return _from_stream(path, prompt_format, own)
+    check_readable(path)
+    if not os.path.isfile(path):  # what is read from a pipe to look at it is gone
+        return _from_stream(path, prompt_format, own)
+    if (prompt_format or _kind_of_file(path)) is PromptFormat.PARQUET:
+        return prompts_from_parquet(path, own, frozen)
+    with Input(path, frozen) as source:
+        known = recognise(source, path, prompt_format)
+    return _from_file(path, known, own, frozen)
 
 
 def _kind_of_file(path: str) -> PromptFormat | None:
     """PARQUET, or None for what only its lines can tell."""
-    with open(path, "rb") as stream:
-        has_magic = stream.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
-    is_named = PurePath(path).suffix.lower() == ".parquet"
-    return PromptFormat.PARQUET if has_magic or is_named else None
-
-
-def _from_lines(
-    path: str,
-    prompt_format: PromptFormat | None,
-    sampling: SamplingParams,
-    frozen: FrozenFile | None,
-) -> Iterator[Prompt | Row]:
-    lines = input_lines(path, frozen)
-    first = next(lines, None)
-    if first is None:
-        return
-    name = "stdin" if path == STDIN else PurePath(path).name
-    known = prompt_format or _recognised(path, first)
-    lines = chain([first], lines)
-    if known is PromptFormat.PARQUET:
-        raise UsageError(
-            f"The prompts from {name} are parquet in a stream, and parquet is read from a file: "
-            "save it unpacked and give its name."
-        )
-    if known is PromptFormat.TEXT:
-        yield from _numbered(lines, name)
-    else:
-        only_requests = known is PromptFormat.OPENAI
-        yield from prompts_from_json_lines(name, lines, sampling, only_requests=only_requests)
-
-
-def _recognised(path: str, first_line: bytes) -> PromptFormat:
-    if first_line.startswith(PARQUET_MAGIC):
-        return PromptFormat.PARQUET
-    name = PurePath(path)
-    if name.suffix.lower() in _COMPRESSED:
-        name = name.with_suffix("")
-    named = _FORMAT_OF_SUFFIX.get(name.suffix.lower())
-    if named is not None:
-        return named
     try:
-        fields = json_object(decoded(first_line))
-    except RowError:
-        return PromptFormat.TEXT
-    is_known = not fields.keys().isdisjoint(("prompt", "messages", "custom_id"))
-    return PromptFormat.JSONL if is_known else PromptFormat.TEXT
+        with open(path, "rb") as stream:
+            has_magic = stream.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+    return PromptFormat.PARQUET if has_magic else named_format(path)
 
 
-def _numbered(texts: Iterable[str | bytes], name: str | None = None) -> Iterator[Prompt | Row]:
+def _from_file(
+    path: str, known: Recognised, own: OwnFields, frozen: FrozenFile | None
+) -> Iterator[Prompt | Row]:
+    with Input(path, frozen) as source:
+        yield from _items(source, path, known, own)
+
+
+def _from_stream(
+    path: str, prompt_format: PromptFormat | None, own: OwnFields
+) -> Iterator[Prompt | Row]:
+    with Input(path) as source:
+        yield from _items(source, path, recognise(source, path, prompt_format), own)
+
+
+def _items(source: Input, path: str, known: Recognised, own: OwnFields) -> Iterator[Prompt | Row]:
+    """The rows of an input.
+
+    Raises:
+        UsageError: at the end, where there was none.
+    """
+    name = input_name(path)
+    items: Iterator[Prompt | Row]
+    if known.form is PromptFormat.TEXT:
+        items = _numbered(source.lines(), name, is_guess=known.is_guess)
+    elif known.form in (PromptFormat.CSV, PromptFormat.TSV):
+        items = prompts_from_csv(name, source, known.form, own)
+    else:
+        only_requests = known.form is PromptFormat.OPENAI
+        what = "item" if known.is_array else "line"
+        texts = array_items(source) if known.is_array else source.lines()
+        items = prompts_from_json(f"{name} {what}", texts, own, only_requests=only_requests)
+    first = next(items, None)
+    if first is None:
+        raise UsageError(f"There are no prompts in {name}: give some.")
+    yield first
+    yield from items
+
+
+def _numbered(
+    texts: Iterable[str | bytes], name: str | None = None, *, is_guess: bool = False
+) -> Iterator[Prompt | Row]:
+    def prompt(draft: Draft, text: str | bytes) -> Prompt:
+        draft.text = decoded(text)
+        if is_guess and draft.text.startswith("{") and is_row(_object_or_none(draft.text)):
+            raise RowError(
+                "A JSON object among lines of text: say which of both the input is, by "
+                "--prompts-format jsonl or text."
+            )
+        return draft.prompt()
+
     for index, text in enumerate(texts):
         draft = Draft(index, text)
-        item: Prompt | Row
-        try:
-            draft.text = decoded(text)
-            item = draft.prompt()
-        except RowError as error:
-            item = draft.error_row(f"{name} line {index + 1}: {error}" if name else str(error))
-        yield item
+        place = f"{name} line {index + 1}: " if name else ""
+        yield draft.read(prompt, text, place)
+
+
+def _object_or_none(text: str) -> object:
+    try:
+        return json_object(text)
+    except RowError:
+        return None

@@ -25,7 +25,7 @@ from qaic_ray.fleet.locks import Part
 from qaic_ray.fleet.speculation import Drafting, open_drafting
 from qaic_ray.metrics import Measurement
 from qaic_ray.model import load_tokenizer, open_checkpoint
-from qaic_ray.rows import Prompt, Row
+from qaic_ray.rows import Prompt, Row, row_alone
 from qaic_ray.run import batch
 from qaic_ray.run.engine import MAX_STALL_S, Engine, Finished
 from qaic_ray.run.session import Session
@@ -157,7 +157,13 @@ class CardWorker:
             self._holding.release()
             raise
         engine = self._engine(session, drafting)
-        answerer = Answerer(tokenizer, tokenizer.eos_ids, self.spec.generation, engine)
+        answerer = Answerer(
+            tokenizer,
+            tokenizer.eos_ids,
+            self.spec.generation,
+            limits=engine,
+            vocab_size=session.vocab_size or checkpoint.config.get("vocab_size"),
+        )
         self._opened = _Card(answerer, session, drafting, engine)
         self._thread.start()
         shapes = session.specializations
@@ -267,15 +273,15 @@ class CardWorker:
     def _answer(
         self, prompts: Sequence[Prompt], attempt: int, shard: _Shard
     ) -> Iterator[list[Row] | TakenBack]:
-        answerer = self._card.answerer
+        answerer, name = self._card.answerer, self.spec.name
         begun: list[Answer] = []
         refused: list[Row] = []
         for prompt in prompts:
             try:
-                begun.append(answerer.begin(prompt))
+                with row_alone():
+                    begun.append(answerer.begin(prompt))
             except RowError as error:
-                row = Row.failed(prompt, str(error), worker=self.spec.name, attempts=attempt)
-                refused.append(row)
+                refused.append(Row.failed(prompt, str(error), worker=name, attempts=attempt))
         self._queue(shard, begun, len(refused))
         if refused:
             yield refused
@@ -290,9 +296,19 @@ class CardWorker:
                 answer = pending.pop(done.sequence)
                 answer.finished.append(done)
                 if answer.is_complete:
-                    complete.append(answerer.row(answer, worker=self.spec.name, attempts=attempt))
+                    complete.append(self._row(answerer, answer, attempt))
             if complete:
                 yield complete
+
+    def _row(self, answerer: Answerer, answer: Answer, attempt: int) -> Row:
+        name = self.spec.name
+        try:
+            with row_alone():
+                return answerer.row(answer, worker=name, attempts=attempt)
+        except RowError as error:
+            with self._lock:
+                self._failed_rows += 1
+            return Row.failed(answer.prompt, str(error), worker=name, attempts=attempt)
 
     def _queue(self, shard: _Shard, answers: Sequence[Answer], num_refused: int) -> None:
         with self._lock:

@@ -133,8 +133,8 @@ class RunRequest:
         from qaic_ray.fleet.fingerprint import STREAM_SOURCE, file_source, text_source
         from qaic_ray.fleet.prompts import PromptFormat, prompts_from_file, prompts_from_text
 
-        defaults = self.defaults
-        check_kwargs(self.chat_options.template_kwargs)
+        defaults, chat = self.defaults, self.chat_options
+        check_kwargs(chat.template_kwargs)
         if self.system is not None and not self.chat:
             raise UsageError(
                 "A system prompt (--system, run.system) has its place in the chat template: give "
@@ -152,9 +152,9 @@ class RunRequest:
         form = None if self.prompts_format is None else PromptFormat(self.prompts_format)
         if path == STDIN or not user_path(path, "--prompts-file").is_file():
             # A pipe can be read only once: its rows' digests are all there is.
-            return RunInput(STREAM_SOURCE, prompts_from_file(path, form, sampling=defaults))
+            return RunInput(STREAM_SOURCE, prompts_from_file(path, form, defaults, chat))
         frozen = self._frozen(user_path(path, "--prompts-file"))
-        prompts = prompts_from_file(frozen.path, form, sampling=defaults, frozen=frozen)
+        prompts = prompts_from_file(frozen.path, form, defaults, chat, frozen=frozen)
         return RunInput(file_source(frozen), prompts)
 
     def _frozen(self, path: Path) -> FrozenFile:

@@ -21,6 +21,7 @@ from qaic_ray.contract import IoContract, Specialization, Specializations
 from qaic_ray.durations import bin_of
 from qaic_ray.errors import RowError
 from qaic_ray.metrics import Measurement, Meter
+from qaic_ray.rows import row_alone
 from qaic_ray.run.batch import Batcher, Sequence
 from qaic_ray.run.feed import CacheIndexFeed, Drafts, Feed, Laid, PositionIdsFeed
 from qaic_ray.run.sampling import Selector
@@ -72,11 +73,15 @@ class Proposer(Protocol):
 
 @dataclass(frozen=True)
 class Finished:
-    """A row that ended: `ttft_s` from entering the engine, `decode_s` from there to its end."""
+    """A row that ended: `ttft_s` from entering the engine, `decode_s` from there to its end.
+
+    With an `error` it has no answer; it is that of this row's own sampling or reading.
+    """
 
     sequence: Sequence
     ttft_s: float
     decode_s: float
+    error: RowError | None = None
 
 
 class Engine:
@@ -122,6 +127,7 @@ class Engine:
         self._num_read: dict[Sequence, int] = {}
         self._unread: list[Sequence] = []
         self._stops: dict[Sequence, int] = {}
+        self._errors: dict[Sequence, RowError] = {}
         self._meter = Meter()
         self._awaiting: dict[Sequence, float] = {}
         self._first: dict[Sequence, tuple[float, float]] = {}
@@ -250,11 +256,10 @@ class Engine:
         num_columns = output.shape[1]
         flat = output.reshape(-1, output.shape[-1])
         if drafts is None and all(laid.answers) and laid.rows == list(range(len(flat))):
-            return self._choose_all(step, flat)
+            return self._select(step.rows, flat)
         chosen: list[list[int]] = [[] for _ in laid.rows]
         tails = drafts if drafts is not None else [()] * len(chosen)
         racing = [i for i, answered in enumerate(laid.answers) if answered]
-        self._enter([step.rows[i] for i in racing])
         while racing:
             at = [
                 laid.rows[i] * num_columns
@@ -263,23 +268,30 @@ class Engine:
                 for i in racing
             ]
             logits = flat if at == list(range(len(flat))) else flat[at]
-            choice = self._selector.choose(logits, [step.rows[i][0] for i in racing])
-            for i, token, logprob in zip(racing, choice.tokens, choice.logprobs, strict=True):
-                chosen[i].append(token)
-                if logprob is not None:
-                    step.rows[i][1].logprobs.append(logprob)
+            tokens = self._select([step.rows[i] for i in racing], logits)
+            for i, some in zip(racing, tokens, strict=True):
+                chosen[i] += some
             racing = [
                 i
-                for i in racing
-                if len(chosen[i]) <= len(tails[i]) and chosen[i][-1] == tails[i][len(chosen[i]) - 1]
+                for i, some in zip(racing, tokens, strict=True)
+                if some
+                and len(chosen[i]) <= len(tails[i])
+                and some[0] == tails[i][len(chosen[i]) - 1]
             ]
         return chosen
 
-    def _choose_all(self, step: Any, logits: Array) -> list[list[int]]:
-        """A token for every row of the program, all of which are answered, in their order."""
-        self._enter(step.rows)
-        choice = self._selector.choose(logits, [slot for slot, _ in step.rows])
-        for (_, sequence), logprob in zip(step.rows, choice.logprobs, strict=True):
+    def _select(self, rows: Listed[tuple[int, Sequence]], logits: Array) -> list[list[int]]:
+        """The next token of every row; none of a row over which that fails, which so ends."""
+        try:
+            with row_alone():
+                self._enter(rows)
+                choice = self._selector.choose(logits, [slot for slot, _ in rows])
+        except RowError as error:
+            if len(rows) > 1:  # whose fault it is shows alone
+                return [self._select([row], logits[i : i + 1])[0] for i, row in enumerate(rows)]
+            self._end_with(error, rows[0][1])
+            return [[]]
+        for (_, sequence), logprob in zip(rows, choice.logprobs, strict=True):
             if logprob is not None:
                 sequence.logprobs.append(logprob)
         return [[token] for token in choice.tokens]
@@ -287,8 +299,13 @@ class Engine:
     def _enter(self, rows: Iterable[tuple[int, Sequence]]) -> None:
         for slot, sequence in rows:
             if sequence not in self._in_selector:
-                self._in_selector[sequence] = slot
                 self._selector.enter(slot, sequence)
+                self._in_selector[sequence] = slot
+
+    def _end_with(self, error: RowError, sequence: Sequence) -> None:
+        """End a row without an answer, when this step is done."""
+        self._errors[sequence] = error
+        self._stops[sequence] = len(sequence.output_ids)
 
     def _read(self) -> None:
         """Have new tokens read; called while the card works."""
@@ -299,7 +316,12 @@ class Engine:
     def _read_new(self, sequence: Sequence) -> None:
         start = self._num_read[sequence]
         self._num_read[sequence] = len(sequence.output_ids)
-        kept = self._readers[sequence].read(sequence.output_ids[start:])
+        try:
+            with row_alone():
+                kept = self._readers[sequence].read(sequence.output_ids[start:])
+        except RowError as error:
+            self._end_with(error, sequence)
+            return
         if kept is not None:
             self._stops[sequence] = kept
 
@@ -353,6 +375,9 @@ class Engine:
             del self._num_read[sequence]
         if self._proposer is not None:
             self._proposer.release(sequence)
+        error = self._errors.pop(sequence, None)
+        if error is not None:
+            return Finished(sequence, first_s - entered_s, end_s - first_s, error)
         del sequence.logprobs[len(sequence.output_ids) :]
         meter = self._meter
         meter.rows += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
@@ -17,10 +17,11 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from qaic_ray.contract import Specializations
 from qaic_ray.errors import DeviceError, DeviceLost, UsageError
+from qaic_ray.fleet import answers as answers_module
 from qaic_ray.fleet import worker as worker_module
 from qaic_ray.fleet.answers import Generation, sample_seed
 from qaic_ray.fleet.worker import CardWorker, TakenBack, WorkerSpec
-from qaic_ray.rows import ChatOptions, FinishReason, Prompt, Row
+from qaic_ray.rows import ChatOptions, ErrorClass, FinishReason, Prompt, Row
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
 from qaic_ray.tokenizer import Tokenizer
 
@@ -55,6 +56,7 @@ def text_of(ids: list[int]) -> str:
 
 class FormulaSession(FormulaProgram):
     simulated_time = None
+    vocab_size = VOCAB
 
     def close(self) -> None:
         self.calls.clear()
@@ -75,7 +77,7 @@ def open_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
             batch_size=slots, prompt_len=4, ctx_len=CTX_LEN, continuous=True
         )
         stand_ins = {
-            "open_checkpoint": lambda *_, **__: SimpleNamespace(eos_ids=(EOS,)),
+            "open_checkpoint": lambda *_, **__: SimpleNamespace(eos_ids=(EOS,), config={}),
             "load_tokenizer": lambda _: tokenizer or letters(),
             "open_sdk": lambda _: SimpleNamespace(label="formulas"),
             "Holding": lambda *_, **__: SimpleNamespace(
@@ -324,6 +326,69 @@ def test_a_stop_text_that_is_a_special_token_ends_the_row(open_worker: Open) -> 
     assert list(row.token_ids) == whole[:3]
     assert (row.text, row.stop_reason) == (text_of(whole[:2]), special)
     assert row.finish_reason is FinishReason.STOP
+
+
+class Stumbling(Tokenizer):
+    """Falls over some texts, on the way in and on the way out."""
+
+    def encode(self, text: str) -> list[int]:
+        if text == "BOOM":
+            raise OverflowError("x" * 10_000)
+        return super().encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        if list(ids) == greedy("HI", 3):
+            raise KeyError("no such piece")
+        return super().decode(ids)
+
+
+def test_whatever_is_raised_over_a_row_is_its_error(open_worker: Open) -> None:
+    plain = letters()
+    stumbling = Stumbling(plain._backend, settings={}, chat_template=None, eos_ids=(EOS,))
+    worker = open_worker(tokenizer=stumbling, sampling=SamplingParams(max_tokens=3))
+    for _ in range(2):
+        rows = answers(worker, *(prompt(text, i) for i, text in enumerate(["YES", "BOOM", "HI"])))
+        assert list(rows[0].token_ids) == greedy("YES", 3)
+        for row, name in zip(rows[1:], ("OverflowError", "KeyError"), strict=True):
+            assert str(row.error).startswith(f"{name} came up over this row: ")
+            assert row.error_class is ErrorClass.REFUSED
+            assert len(str(row.error)) < 300
+    assert (worker.measurement().failed_rows, worker.measurement().rows) == (4, 8)
+
+
+def test_what_the_model_has_no_token_for_is_refused(open_worker: Open) -> None:
+    vocabulary = {letter: index for index, letter in enumerate(LETTERS)} | {"~": VOCAB}
+    backend = Backend(models.WordLevel(vocabulary, unk_token="A"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    wider = Tokenizer(backend, settings={}, chat_template=None, eos_ids=(EOS,))
+    beyond, stop, well = answers(
+        open_worker(tokenizer=wider),
+        prompt("H~I", 0),
+        prompt("HI", 1, stop_token_ids=(VOCAB - 1, VOCAB)),
+        prompt("HI", 2, stop_token_ids=(VOCAB - 1,)),
+    )
+    assert beyond.error == (
+        "The prompt has the token 61 ('~'), and the model's last one is 60: leave it out."
+    )
+    assert str(stop.error).startswith("stop_token_ids has the token 61")
+    assert well.error is None
+
+
+@pytest.mark.parametrize(
+    ("sampling", "words"),
+    [
+        ({"min_tokens": 37}, "min_tokens is 37, and behind the 5 tokens of the prompt the context "
+         "has room for 36"),
+        ({"n": 128, "temperature": 1, "logprobs": 20}, "128 answers of up to 36 tokens"),
+    ],
+)  # fmt: skip
+def test_what_the_context_or_the_memory_cannot_hold_is_said(
+    open_worker: Open, monkeypatch: pytest.MonkeyPatch, sampling: dict[str, object], words: str
+) -> None:
+    monkeypatch.setattr(answers_module, "MAX_HELD", 128 * 36)
+    row, well = answers(open_worker(), prompt(**sampling), prompt(index=1, min_tokens=36))
+    assert words in str(row.error)
+    assert len(well.token_ids) == 36
 
 
 # -- what goes wrong

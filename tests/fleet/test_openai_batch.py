@@ -14,11 +14,12 @@ from pydantic import BaseModel, ConfigDict
 
 from qaic_ray.errors import QaicRayError, RowError
 from qaic_ray.fleet.exports import OutputFormat, export_outputs
-from qaic_ray.fleet.jsonl import prompts_from_json_lines
+from qaic_ray.fleet.jsonl import prompts_from_json
 from qaic_ray.fleet.openai_requests import BatchRequests, is_request
 from qaic_ray.fleet.outputs import row_writer
 from qaic_ray.fleet.prompt_fields import Draft
 from qaic_ray.fleet.prompts import PromptFormat, prompts_from_file
+from qaic_ray.fleet.row_fields import OwnFields
 from qaic_ray.rows import ErrorClass, FinishReason, Prompt, Row, Sample
 from qaic_ray.sampling_params import SamplingParams, TokenLogprob
 
@@ -32,7 +33,7 @@ def request(body: dict[str, Any], custom_id: str = "x") -> dict[str, Any]:
 
 
 def read(body: dict[str, Any], sampling: SamplingParams = RUN) -> Prompt:
-    return BatchRequests(sampling)(Draft(0, b""), request(body))
+    return BatchRequests(OwnFields(sampling))(Draft(0, b""), request(body))
 
 
 # -- requests
@@ -88,7 +89,7 @@ def test_logprobs_are_asked_for_in_two_ways(body: dict[str, Any], logprobs: int 
 
 
 def test_equal_numbers_of_different_types_are_not_taken_for_each_other() -> None:
-    requests = BatchRequests(SamplingParams())
+    requests = BatchRequests(OwnFields(SamplingParams()))
     body = {"prompt": "a", "max_tokens": 1}
     assert requests(Draft(0, b""), request(body, "0")).sampling == SamplingParams(max_tokens=1)
     for number, value in enumerate((True, 1.0, "1"), start=1):
@@ -96,11 +97,11 @@ def test_equal_numbers_of_different_types_are_not_taken_for_each_other() -> None
             requests(Draft(0, b""), request({**body, "max_tokens": value}, str(number)))
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=("Cs",)), min_size=1), max_size=20))
 def test_a_custom_id_is_good_once(ids: list[str]) -> None:
     lines = "\n".join(json.dumps(request({"prompt": "a"}, id_)) for id_ in ids)
-    items = list(prompts_from_json_lines("b", lines.encode().split(b"\n"), RUN))[: len(ids)]
+    items = list(prompts_from_json("b", lines.encode().split(b"\n"), OwnFields(RUN)))[: len(ids)]
     assert [item.id for item in items] == ids
     assert [isinstance(item, Prompt) for item in items] == [
         id_ not in ids[:number] for number, id_ in enumerate(ids)

@@ -184,7 +184,7 @@ def without_nulls(value: Any) -> Any:
     return row
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(ROWS, max_size=3))
 def test_any_row_comes_back_from_the_table(rows: list[Row]) -> None:
     documents = [row.to_json() for row in rows]

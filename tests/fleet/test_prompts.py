@@ -68,7 +68,7 @@ def test_split(argument: str, prompts: list[str]) -> None:
     assert split_prompts(argument) == prompts
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=5))
 def test_any_list_of_prompts_can_be_written(prompts: list[str]) -> None:
     # The last piece has no pipe behind it, so its closing backslashes are themselves.
@@ -112,15 +112,22 @@ def test_text_lines_lose_their_line_end_and_nothing_else(tmp_path: Path) -> None
     ]
 
 
-@settings(max_examples=40)
-@given(st.lists(TEXTS.filter(lambda t: "\n" not in t and not t.endswith("\r") and t), max_size=6))
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        TEXTS.filter(lambda t: "\n" not in t and "\r" not in t and "\0" not in t and t),
+        min_size=1,
+        max_size=6,
+    )
+)
 def test_a_text_file_gives_back_what_was_written(prompts: list[str]) -> None:
     # hypothesis runs this many times, so the file is stdin.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(prompts).encode())))
-        bom = prompts[:1] and prompts[0].startswith("\ufeff")
+        bom = prompts[0].startswith("\ufeff")
         expected = [prompts[0][1:], *prompts[1:]] if bom else prompts
-        assert [getattr(p, "text", "") for p in prompts_from_file("-")] == expected
+        read = prompts_from_file("-", PromptFormat.TEXT)
+        assert [getattr(p, "text", "") for p in read] == expected
 
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
@@ -131,8 +138,10 @@ def test_a_final_newline_begins_no_prompt(tmp_path: Path, end: bytes) -> None:
     ]
 
 
-def test_an_empty_file_has_no_prompts(tmp_path: Path) -> None:
-    assert list(prompts_from_file(write(tmp_path / "p", b""))) == []
+def test_an_empty_file_says_so_at_once(tmp_path: Path) -> None:
+    for name in ("p", "p.txt", "p.jsonl", "p.csv"):
+        with pytest.raises(UsageError, match=rf"There is nothing in {name}: give prompts."):
+            prompts_from_file(write(tmp_path / name, b""))
 
 
 def test_an_empty_line_is_an_error_row(tmp_path: Path) -> None:
@@ -214,11 +223,15 @@ def test_jsonl_has_prompts_and_ids(tmp_path: Path) -> None:
         (b"null", 'Not a JSON object: write {"prompt": "..."}.'),
         (b'{"text": "a"}', 'There is no "prompt" and no "messages" in it.'),
         (b'{"prompt": null}', '"prompt" is null, not a string.'),
-        (b'{"prompt": ["a"]}', '"prompt" is a list, not a string.'),
+        (b'{"prompt": ["a", "b"]}', '"prompt" is a list: give each of its texts a row of its own.'),
+        (b'{"prompt": [1, 2]}', '"prompt" is a list: give each'),
+        (b'{"prompt": "a", "prompt": "b"}', 'It has "prompt" twice: keep one of them.'),
         (b'{"prompt": 1.5}', '"prompt" is a number, not a string.'),
         (b'{"prompt": "a", "id": true}', '"id" is a boolean, not a string or a whole number.'),
         (b'{"prompt": "a", "id": {}}', '"id" is an object, not a string or a whole number.'),
-        (b'{"prompt": "a", "id": 1.0}', '"id" is a number, not a string or a whole number.'),
+        (b'{"prompt": "a", "id": 1.5}', '"id" is a number, not a string or a whole number.'),
+        (b'{"prompt": "a", "id": NaN}', '"id" is a number, not a string or a whole number.'),
+        (b'{"prompt": "a", "id": 1e300}', '"id" is a number, not a string or a whole number.'),
         (b'{"prompt": "a", "id": "\\ud800"}', "The id holds half of a surrogate pair"),
         (b'{"prompt": "\\ud83d"}', "The prompt holds half of a surrogate pair"),
         (b'{"prompt": ""}', "The prompt is empty."),
@@ -243,7 +256,10 @@ def test_jsonl_has_prompts_and_ids(tmp_path: Path) -> None:
         (b'{"prompt": "a", "n": 2}', "n is 2; allowed is 1 with temperature 0"),
         (b'{"prompt": "a", "temprature": 1}', 'Unknown sampling field "temprature": write "temp'),
         (b'{"prompt": "a", "topK": 1}', 'Unknown sampling field "topK": write "top_k"'),
-        (b'{"prompt": "a", "max_new_tokens": 1}', '"max_new_tokens" is not offered; the sampling'),
+        (
+            b'{"prompt": "a", "maxNewTokens": 1}',
+            'Unknown sampling field "maxNewTokens": write "max_to',
+        ),
         (b'{"prompt": ' + b"9" * 5000 + b"}", "Not JSON that can be read: "),
         (b"[" * 100_000, "Not JSON that can be read: "),
     ],

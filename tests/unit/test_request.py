@@ -50,7 +50,7 @@ def test_what_is_kept_is_what_is_read(tmp_path: Path) -> None:
 
 def test_every_field_differs_from_its_default_here_so_that_none_is_forgotten() -> None:
     plain = RunRequest("r", "tiny", Path("/q"), None, None, None, seed=0)
-    process = {"output", "ray_address", "job_text", "resume", "retry_errors"}
+    process = {"output", "ray_address", "job_text", "resume", "retry_errors", "new_input"}
     same = {
         name
         for name, value in vars(REQUEST).items()
@@ -68,7 +68,7 @@ def test_variables_of_a_template_are_checked_before_anything_is_done() -> None:
     for kwargs, words in [({"tokenize": 1}, "'tokenize'"), ({"x": float("nan")}, "not JSON")]:
         options = ChatOptions(template_kwargs=kwargs)
         with pytest.raises(UsageError, match=words):
-            replace(REQUEST, chat_options=options).open_prompts()
+            replace(REQUEST, chat_options=options).open_input()
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "name: r", REQUEST.to_yaml() + "more: 1\n"])

@@ -53,16 +53,21 @@ def test_what_changes_no_choice_is_plain(fields: dict[str, Any]) -> None:
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
-        ("temperature", 10**400),
+        ("temperature", 100.5),
         ("temperature", "1"),
         ("temperature", False),
         ("top_k", -2),
         ("top_k", 1.5),
+        ("top_k", 2**31),
+        ("max_tokens", 2**31),
+        ("min_tokens", 2**31),
+        ("n", 129),
         ("top_p", 0.0),
         ("top_p", 1.01),
         ("min_p", -0.01),
         ("min_p", 1.01),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-30),
         ("repetition_penalty", math.inf),
         ("presence_penalty", 2.01),
         ("frequency_penalty", -2.01),
@@ -72,6 +77,7 @@ def test_what_changes_no_choice_is_plain(fields: dict[str, Any]) -> None:
         ("stop", (1,)),
         ("stop_token_ids", (-1,)),
         ("stop_token_ids", ("2",)),
+        ("stop_token_ids", (10**20,)),
         ("include_stop_str_in_output", 1),
         ("ignore_eos", None),
         ("logprobs", -1),
@@ -87,11 +93,43 @@ def test_a_value_out_of_range_is_refused_with_its_field_and_what_is_allowed(
     assert str(error.value).startswith(f"{field} is {value!r}; allowed is ")
 
 
+HUGE = 10**400
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((name, HUGE) for name in ("n", "max_tokens", "min_tokens", "temperature", "top_k")),
+        *((name, HUGE) for name in ("top_p", "repetition_penalty", "seed", "logprobs")),
+        ("stop_token_ids", (HUGE,)),
+        ("stop_token_ids", (1,) * 1025),
+        ("stop_token_ids", ("x",) * 1_000_000),
+        ("stop", ("a",) * 65),
+        ("stop", ("a" * 4097,)),
+        ("stop", ("a" * 4096, "b")),
+        ("stop", "a" * 1_000_000),
+        ("stop", ("\ud800",)),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_no_memory_should_hold_is_refused_in_a_short_sentence(field: str, value: Any) -> None:
+    with pytest.raises(RowError) as error:
+        SamplingParams(**{field: value})
+    assert str(error.value).startswith(f"{field} is ")
+    assert len(str(error.value)) < 300
+
+
 def test_the_edges_of_the_ranges_are_allowed() -> None:
     params = SamplingParams(
         temperature=0, top_k=-1, top_p=1, min_p=1, presence_penalty=-2, frequency_penalty=2
     )
-    assert SamplingParams(top_k=2**40, seed=2**63 - 1, logprobs=20) != params
+    assert SamplingParams(top_k=2**31 - 1, seed=2**63 - 1, logprobs=20) != params
+    stops = SamplingParams(stop=("a" * 64,) * 64, stop_token_ids=tuple(range(1024)))
+    assert (len(stops.stop), len(stops.stop_token_ids)) == (64, 1024)
+    assert SamplingParams(n=128, temperature=100, repetition_penalty=0.01).n == 128
+    # A number is a number: as JSON has it, and as a table of floats does.
+    assert SamplingParams(temperature=1) == SamplingParams(temperature=1.0)
+    assert isinstance(SamplingParams(temperature=1).temperature, float)
 
 
 def test_min_tokens_over_max_tokens_are_refused() -> None:
@@ -118,6 +156,8 @@ def test_a_json_object_changes_the_fields_it_names() -> None:
     assert defaults.updated({"stop": None}).stop == ()
     assert defaults.updated({"max_tokens": None}).max_tokens is None
     assert defaults.updated({}) == defaults
+    same = {"max_tokens": 4, "max_completion_tokens": 4}
+    assert defaults.updated(same).max_tokens == 4
 
 
 @pytest.mark.parametrize(
@@ -129,13 +169,16 @@ def test_a_json_object_changes_the_fields_it_names() -> None:
         ({"stop": [3]}, "stop is"),
         ({"stop": {"a": 1}}, "stop is"),
         ({"max_completion_tokens": True}, "max_tokens is True"),
-        ({"max_tokens": 1, "max_completion_tokens": 1}, "give one of them"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "give one of them"),
+        ({7: 1}, "7 is no sampling parameter"),
+        ({"x" * 10**6: 1}, "is no sampling parameter"),
     ],
 )
 def test_a_json_object_with_a_fault_is_refused(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(RowError) as error:
         SamplingParams().updated(fields)
     assert words in str(error.value)
+    assert len(str(error.value)) < 500
 
 
 def test_every_known_field_can_be_given() -> None:
