@@ -8,10 +8,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
+from qaic_ray.errors import QaicRayError
 from qaic_ray.fleet.dispatch import Dispatcher
 from qaic_ray.fleet.fingerprint import Intake
 from qaic_ray.fleet.journal import Journal
@@ -171,10 +173,20 @@ class Driver:
     def run(self) -> FleetResult:
         """Answer every prompt, or say why not, and return what came of it.
 
+        Whatever ends it before, a KeyboardInterrupt too, finds the rows that came on the disk.
+
         Raises:
             UsageError: the input is not the one that earlier sessions had.
             QaicRayError: the journal cannot be read or written.
         """
+        try:
+            return self._run()
+        except BaseException:
+            with suppress(QaicRayError):  # of a disk that has said so already
+                self._delivery.save()
+            raise
+
+    def _run(self) -> FleetResult:
         self._take_up()
         events: deque[Event] = deque([RunStarted(tuple(self._cards.names))])
         while not self._dispatcher.finished:

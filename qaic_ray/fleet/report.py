@@ -23,11 +23,11 @@ from qaic_ray.fleet.figures import count_text, rate_text, seconds_text
 from qaic_ray.fleet.outputs import ERRORS_NAME, Proof
 from qaic_ray.fleet.page import html_page
 from qaic_ray.fleet.result import FleetResult, WorkerResult
+from qaic_ray.fleet.unfinished import REPORT_NAME
 from qaic_ray.folders import sync_path
 from qaic_ray.metrics import Measurement
 
 FORMAT = 1
-REPORT_NAME = "report.json"
 PAGE_NAME = "report.html"
 MAX_BINS = 25
 

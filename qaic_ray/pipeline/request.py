@@ -138,6 +138,13 @@ class RunRequest:
         return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
 
+def last_unfinished(output: Path, job: str = "") -> Path | None:
+    """The run in `output` that began last, of this job where one is named, and can go on."""
+    from qaic_ray.fleet.unfinished import last_unfinished
+
+    return last_unfinished(output, REQUEST_NAME, job)
+
+
 def read_request(folder: Path) -> RunRequest:
     """The request of a run folder, to go on with it.
 
