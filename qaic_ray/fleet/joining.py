@@ -55,7 +55,7 @@ class OwnRay:
         node = ray._private.worker._global_node
         for kind, process in node.dead_processes() if node is not None else ():
             if kind in _VITAL:
-                how = process.process.returncode
+                how = process.returncode
                 by = signal.Signals(-how).name if how < 0 else f"exit code {how}"
                 return f"The {_VITAL[kind]} of the Ray that was started here died ({by})"
         return None
