@@ -13,7 +13,6 @@ import atexit
 import os
 import select
 import signal
-import socket
 import sys
 import threading
 import time
@@ -44,7 +43,7 @@ class _State:
     depth = 0
     is_pending = False
     last_words: Callable[[], str] | None = None
-    wake: socket.socket | None = None
+    wake: int | None = None
 
 
 _state = _State()
@@ -53,18 +52,20 @@ _state = _State()
 def listen() -> None:
     """Let signals interrupt this process, but those that its parent had it ignore (`nohup`, `&`).
 
-    To be called once, in the main thread. In the end the process dies of its SIGINT, as a shell's
-    loop must know to end too.
+    To be called in the main thread; a second call does nothing. A process that SIGINT interrupted
+    dies of it in the end: a shell's loop ends with it only then.
     """
+    if _state.wake is not None:
+        return
     atexit.register(_die_of_sigint)  # first in, last out
     _listen_for_nudges()
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _heard)
-    reader, _state.wake = socket.socketpair()
-    _state.wake.setblocking(False)
+    reader, _state.wake = os.pipe()
+    os.set_blocking(_state.wake, False)
     # Also while the main thread is in a call that runs no Python.
-    signal.set_wakeup_fd(_state.wake.fileno(), warn_on_full_buffer=False)
+    signal.set_wakeup_fd(_state.wake, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
 
 
@@ -86,7 +87,7 @@ def lose(what: str) -> None:
     """
     _state.loss = what
     if _state.wake is not None:
-        _state.wake.send(bytes([_LOST]))
+        os.write(_state.wake, bytes([_LOST]))
     _thread.interrupt_main(_NUDGE)
 
 
@@ -164,14 +165,14 @@ def _heard(number: int, _: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _watch(reader: socket.socket) -> None:
+def _watch(reader: int) -> None:
     """Give the process up when an interruption has not ended it in time."""
     deadline_s: float | None = None
     while True:
         left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
         if not select.select([reader], [], [], left_s)[0]:
             _give_up()
-        for number in reader.recv(64):
+        for number in os.read(reader, 64):
             if number == _LOST:
                 grace_s = LOST_GRACE_S
             elif number in SIGNALS:

@@ -25,7 +25,6 @@ MAX_FOLDER_CHARS = 40
 """The name of a socket has at most 107 bytes (unix(7)), and Ray puts up to 65 behind the folder."""
 DEFAULT_BASE = Path("/tmp")
 
-_NAME_CHARS = len("qaic-ray-4294967295-12345678")
 _LOCK = "lock"
 _TOKEN = "token"
 _BEING_MADE_S = 60.0
@@ -104,9 +103,10 @@ def environment_of(session: RaySession) -> Iterator[None]:
 
 def _new_folder() -> Path:
     chosen = Path(tempfile.gettempdir()).absolute()
+    room = MAX_FOLDER_CHARS - len(f"/{_prefix()}12345678")
     problems = []
     for base in dict.fromkeys((chosen, DEFAULT_BASE)):
-        if len(os.fsencode(base)) + 1 + _NAME_CHARS > MAX_FOLDER_CHARS:
+        if len(os.fsencode(base)) > room:
             problems.append(f"{base} is too long")
             continue
         _sweep(base)
@@ -115,9 +115,8 @@ def _new_folder() -> Path:
         except OSError as error:
             problems.append(f"{base}: {error.strerror}")
     raise QaicRayError(
-        f"Ray's sockets need a temporary folder with a path of at most "
-        f"{MAX_FOLDER_CHARS - 1 - _NAME_CHARS} characters, and there is none ({'; '.join(problems)}"
-        "): set TMPDIR to one."
+        f"Ray's sockets need a temporary folder with a path of at most {room} characters, and "
+        f"there is none ({'; '.join(problems)}): set TMPDIR to one."
     )
 
 
