@@ -62,11 +62,8 @@ class OwnRay:
 
     def end(self) -> None:
         """Shut it down, and end whatever of it does not."""
-        try:
-            call_for(SHUTDOWN_TIMEOUT_S, ray.shutdown)
-        finally:
-            self.session.close()
-            _read_settings()
+        _end(self.session)
+        _read_settings()
 
 
 def start(num_cards: int, *, dashboard: bool) -> OwnRay:
@@ -90,14 +87,13 @@ def start(num_cards: int, *, dashboard: bool) -> OwnRay:
                     include_dashboard=dashboard,
                     dashboard_host="127.0.0.1",
                     object_store_memory=OBJECT_STORE_BYTES,
-                    _temp_dir=str(session.folder),
+                    _temp_dir=str(session.temp_dir),
                     **_QUIET,
                 )
             _check_loopback(context)
             return OwnRay(context, session)
         except BaseException as error:
-            call_for(SHUTDOWN_TIMEOUT_S, ray.shutdown)
-            session.close()
+            _end(session)
             # What Ray raises when it does not start is a bare Exception.
             if not isinstance(error, Exception) or isinstance(error, QaicRayError):
                 raise
@@ -138,6 +134,13 @@ def join(address: str) -> Any:
                 f"The Ray cluster at {address} could not be joined ({first_line(error)}): run on "
                 f"one of its machines, with its version of Ray; here it is {ray.__version__}."
             ) from error
+
+
+def _end(session: RaySession) -> None:
+    if call_for(SHUTDOWN_TIMEOUT_S, ray.shutdown):
+        session.close()
+    else:
+        session.kill()  # Ray goes on writing in this process: the folder is removed after its end
 
 
 def leave() -> None:

@@ -61,7 +61,10 @@ def main() -> None:
         # Nothing is ever written to stdin: it is ready when it is at its end.
         select.select(waiting, [], [])
     kill_marked(folder)
-    shutil.rmtree(folder, ignore_errors=True)
+    deadline_s = time.monotonic() + _TIMEOUT_S
+    while os.path.exists(folder) and time.monotonic() < deadline_s:
+        shutil.rmtree(folder, ignore_errors=True)  # what is being written there meanwhile
+        time.sleep(_PAUSE_S)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from qaic_ray.errors import QaicRayError
 from qaic_ray.fleet import keeper
 
 MAX_FOLDER_CHARS = 40
-"""The name of a socket has at most 107 bytes (unix(7)), and Ray puts up to 65 behind the folder."""
+"""The name of a socket has at most 107 bytes (unix(7)), and Ray puts up to 67 behind the folder."""
 DEFAULT_BASE = Path("/tmp")
 
 _LOCK = "lock"
@@ -36,6 +36,8 @@ class RaySession:
 
     def __init__(self) -> None:
         self.folder = _new_folder()
+        self.temp_dir = self.folder / "r"
+        """Where Ray makes its own; it lets everybody into that."""
         self.token_file = self.folder / _TOKEN
         # Held as long as this process lives; by it others know the folder of one that died.
         self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
