@@ -8,15 +8,38 @@
     │   └── SdkNotFound      no Cloud AI SDK where one was asked for
     ├── ExportError          the graph could not be made, or does not agree with PyTorch
     ├── CompileError         the vendor's compiler said no (carries its text and exit code)
+    ├── Unfinished           stopped before its end; the message says what goes on with it
+    ├── ClusterLost          the Ray that everything runs on is gone
     ├── RowError             one prompt cannot be answered; the others go on
     └── DeviceError          a card or its runtime said no (carries the vendor's status)
         ├── DeviceBusy       not enough free NSPs or DRAM on the card
         └── DeviceLost       the card or its worker is gone
 
-`retryable` says whether the same work may succeed on another card.
+`retryable` says whether the same work may succeed on another card. `ExitCode` is the whole table of
+what the command ends with.
 """
 
 from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What `qaic-ray` ends with; after a signal it is 128 + the signal's number.
+
+    The last two are those of sysexits.h, which programs that watch others know: EX_SOFTWARE, and
+    EX_TEMPFAIL, which invites to try again.
+    """
+
+    DONE = 0
+    FAILED = 1
+    """Done, and some rows or variants failed; or it could not be done at all."""
+    USAGE = 2
+    """The request itself is wrong."""
+    FAULT = 70
+    """A fault of qaic-ray's own; the message names the file with the traceback."""
+    UNFINISHED = 75
+    """Stopped before its end; the message names the command that goes on."""
 
 
 class QaicRayError(Exception):
@@ -63,6 +86,14 @@ class CompileError(QaicRayError):
 
 def _rebuild_compile_error(message: str, exit_code: int | None, log: str) -> CompileError:
     return CompileError(message, exit_code=exit_code, log=log)
+
+
+class Unfinished(QaicRayError):
+    """Stopped before its end, with all that was done kept; the message says what goes on."""
+
+
+class ClusterLost(QaicRayError):
+    """The Ray that everything runs on died, or does not answer any more."""
 
 
 class RowError(QaicRayError):

@@ -1,32 +1,30 @@
 """The command line: parse, call one function, print, exit. The only room of typer.
 
-Exit codes: 0 done, 1 some rows or variants failed, 2 the request itself is wrong. stdout carries
-results, stderr carries progress. Commands import what they need when they run, so that `--help`
-stays quick.
+stdout carries results, stderr carries progress; exit codes are `qaic_ray.errors.ExitCode`. Commands
+import what they need when they run, so that `--help` stays quick.
 """
 
 from __future__ import annotations
 
 import sys
 
-from qaic_ray.errors import QaicRayError, UsageError
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
+from qaic_ray import interruption
+from qaic_ray.cli import streams
+from qaic_ray.cli.ending import end
 
 
 def main() -> None:
-    """Entry point of `qaic-ray`: runs the app; an error of ours is one sentence on stderr."""
-    from qaic_ray.cli.commands import app, options
-
+    """Entry point of `qaic-ray`: runs the app; whatever goes wrong is one sentence on stderr."""
+    streams.guard()
+    interruption.listen()
+    debug = False
     try:
-        app()
-    except QaicRayError as error:
-        if options.debug:
-            raise
-        sys.stderr.write(f"qaic-ray: {error}\n")
-        sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
-    except KeyboardInterrupt:
-        sys.stderr.write("qaic-ray: stopped.\n")
-        sys.exit(EXIT_INTERRUPTED)
+        from qaic_ray.cli.commands import app, options
+
+        try:
+            app()
+        finally:
+            debug = options.debug
+            sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - here they all end
+        end(error, debug=debug)

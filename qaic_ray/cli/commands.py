@@ -7,9 +7,10 @@ import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from qaic_ray import __version__
 from qaic_ray.cli.arguments import given_once, number_groups, numbers, words
@@ -24,8 +25,16 @@ from qaic_ray.cli.cluster_commands import (
     status,
     stop,
 )
+from qaic_ray.cli.ending import Interrupted
 from qaic_ray.cli.options import JsonOption, ModelOption, SdkOption, find_sdk
-from qaic_ray.cli.run_command import ResumeOption, RetryOption, StreamOption, run
+from qaic_ray.cli.run_command import (
+    RESUME_LAST,
+    Resumable,
+    ResumeOption,
+    RetryOption,
+    StreamOption,
+    run,
+)
 from qaic_ray.contract import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_CORES,
@@ -35,8 +44,20 @@ from qaic_ray.contract import (
 )
 from qaic_ray.errors import UsageError
 
+
+class _Commands(TyperGroup):
+    """Lets an interruption through, of which typer would make an exit code of its own."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted(str(error)) from error
+
+
 app = typer.Typer(
     name="qaic-ray",
+    cls=_Commands,
     help="Run Llama-family models over every Cloud AI 100 card you own, with or without a card.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -95,7 +116,7 @@ ContextsOption = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=Resumable)
 def launch(
     job: Annotated[Path, typer.Argument(help="A job file, like jobs/smollm2.yaml.")],
     overrides: Annotated[
@@ -119,6 +140,7 @@ def launch(
     from qaic_ray.cli.screen import Screen
     from qaic_ray.config import load_job
     from qaic_ray.pipeline.job import launch_job
+    from qaic_ray.pipeline.request import last_unfinished
 
     changes = [*(overrides or ())]
     if address is not None:
@@ -132,6 +154,11 @@ def launch(
     screen = Screen(stream=True) if stream else ProgressLog()
     if retry_errors and resume is None:
         raise UsageError("--retry-errors is for --resume: give the folder of the run with it.")
+    if resume == RESUME_LAST:
+        resume = last_unfinished(Path(loaded.run.output), loaded.name)
+        if resume is None:
+            screen.remark(f"No run of {loaded.name} in {loaded.run.output} is unfinished.")
+            return
     summary = launch_job(loaded, screen, resume=resume, retry_errors=retry_errors)
     screen.finish(summary, as_json=as_json)
 
@@ -279,7 +306,7 @@ def compile(  # the recipe's word
     screen.compiled_all(outcomes, as_json=as_json)
 
 
-app.command()(run)
+app.command(cls=Resumable)(run)
 app.command()(status)
 app.command()(logs)
 app.command()(stop)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from qaic_ray.cli.arguments import chosen, device_ids, numbers
 from qaic_ray.cli.options import JsonOption, SdkOption, sdk_choice
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from qaic_ray.pipeline.request import RunRequest
     from qaic_ray.rows import ChatOptions
     from qaic_ray.sampling_params import SamplingParams
+
+RESUME_LAST = Path("last")
+"""What `--resume` means where nothing follows it: the run that began last and is not finished."""
 
 FREE_WITH_RESUME = {
     "resume": "--resume",
@@ -178,7 +182,13 @@ OutputFormatOption = Annotated[
     _option(FOLDER, "--output-format", "Beside outputs.jsonl: openai, parquet; may be repeated."),
 ]
 ResumeOption = Annotated[
-    Path | None, _option(FOLDER, "--resume", "A run folder: go on where that run stopped.")
+    Path | None,
+    _option(
+        FOLDER,
+        "--resume",
+        "Go on where a run stopped: its folder, or nothing for the last unfinished one.",
+        metavar="[RUN]",
+    ),
 ]
 RetryOption = Annotated[
     bool, _option(FOLDER, "--retry-errors", "With --resume: its rows of errors once more.")
@@ -193,6 +203,19 @@ CtxLenOption = Annotated[
 ]
 StreamOption = Annotated[bool, typer.Option(help="Print answers as they come.")]
 AddressOption = Annotated[str | None, typer.Option(help="A running Ray cluster.")]
+
+
+class Resumable(TyperCommand):
+    """A command whose `--resume` may stand without a folder, as typer's options may not."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Write out what is meant, then parse."""
+        ends = [word.startswith("-") for word in args[1:]] + [True]
+        full = [
+            f"--resume={RESUME_LAST}" if word == "--resume" and is_last else word
+            for word, is_last in zip(args, ends, strict=False)
+        ]
+        return list(super().parse_args(ctx, full))
 
 
 def run(
@@ -242,9 +265,15 @@ def run(
 ) -> None:
     """Answer prompts on every card, one Ray actor a card; print texts and tokens/s."""
     from qaic_ray.cli.screen import Screen
+    from qaic_ray.pipeline.request import last_unfinished
     from qaic_ray.pipeline.run_step import run_step
 
     screen = Screen(stream=stream)
+    if resume == RESUME_LAST:
+        resume = last_unfinished(output)
+        if resume is None:
+            screen.remark(f"No run in {output} is unfinished.")
+            return
     request = _asked(context.params) if resume is None else _resumed(context, resume)
     screen.finish(run_step(request, sdk_choice(sdk, screen), screen), as_json=as_json)
 
@@ -287,7 +316,8 @@ def _resumed(context: typer.Context, folder: Path) -> RunRequest:
 
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-    fixed = [name for name in given if name not in FREE_WITH_RESUME]
+    free = FREE_WITH_RESUME.keys() | ({"output"} if context.params["resume"] == RESUME_LAST else ())
+    fixed = [name for name in given if name not in free]
     if fixed:
         option = "--" + fixed[0].replace("_", "-")
         raise UsageError(

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qaic_ray.compile.store import Build
-from qaic_ray.errors import CompileError
+from qaic_ray.errors import CompileError, ExitCode, QaicRayError, Unfinished
 
 if TYPE_CHECKING:
     from qaic_ray.export.export import ExportResult
@@ -87,6 +88,10 @@ class Screen:
         """Something that the user may want to mend."""
         self._note(f"[yellow]{escape(text)}[/]")
 
+    def run_folder(self, folder: Path) -> None:
+        """Where the run is kept."""
+        self._note(f"[dim]run folder[/] {escape(str(folder))}")
+
     def answered(self, row: Row) -> None:
         """Print the next answer, in input order."""
         if not self._stream:
@@ -103,15 +108,21 @@ class Screen:
     # -- at the end
 
     def finish(self, summary: RunSummary, *, as_json: bool) -> None:
-        """Print a run's tables; exit code 1 when rows failed."""
+        """Print a run's tables; exit code 1 when rows failed.
+
+        Raises:
+            Unfinished: the run ended before its input did.
+        """
         if self._stream:
             self._out.rule(style="dim")
         for part in summary.renderables():
             self._out.print(part)
         if as_json:
             self._json(summary.document())
+        if summary.error is not None:
+            raise (Unfinished if summary.goes_on else QaicRayError)(summary.error)
         if not summary.ok:
-            raise SystemExit(1)
+            raise SystemExit(ExitCode.FAILED)
 
     def exported(self, result: ExportResult, *, as_json: bool) -> None:
         """Print where the model is and how far it is from PyTorch."""
@@ -136,7 +147,7 @@ class Screen:
         if as_json:
             self._json({"variants": [_outcome_document(outcome) for outcome in outcomes]})
         if not all(outcome.ok for outcome in outcomes):
-            raise SystemExit(1)
+            raise SystemExit(ExitCode.FAILED)
 
     def devices(self, sdk: Sdk, devices: Sequence[Device], *, as_json: bool) -> None:
         """Print the cards."""

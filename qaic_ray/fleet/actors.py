@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 import uuid
 from collections import deque
@@ -37,6 +38,7 @@ from qaic_ray.fleet.messages import (
     WorkerProgress,
     WorkerReady,
 )
+from qaic_ray.fleet.watching import call_for
 from qaic_ray.fleet.worker import TakenBack
 from qaic_ray.metrics import Measurement
 
@@ -54,6 +56,8 @@ MAX_ASKED_PER_S x STEPS_EVERY_S workers."""
 MAX_ASKED_PER_S = 100
 
 _CLOSE_TIMEOUT_S = 5.0
+_KILL_TIMEOUT_S = 2.0
+_PARENT_EVERY_S = 1.0
 # Ray counts in ten thousandths.
 _RESOURCE_STEPS = 10_000
 
@@ -100,11 +104,11 @@ class CardActors:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is None:
-            # One that still has work is a straggler whose rows are there by now, or hangs.
-            busy = {call.worker for call in self._in_flight.values()}
-            closing = [_control(self._actors[name].close) for name in self._infos.keys() - busy]
-            _wait_all(closing, _CLOSE_TIMEOUT_S)
+        """Have every worker close its card, and end those that hang."""
+        call_for(_CLOSE_TIMEOUT_S + _KILL_TIMEOUT_S, self._close)
+
+    def _close(self) -> None:
+        _wait_all([_control(actor.close) for actor in self._actors.values()], _CLOSE_TIMEOUT_S)
         for actor in self._actors.values():
             ray.kill(actor)
 
@@ -195,10 +199,7 @@ class CardActors:
             max_concurrency=MAX_SHARDS,
         ).remote(spec)
         self._actors[name] = actor
-        if spec.choices:
-            opened = actor.__ray_call__.options(name=f"open {name}").remote(_open_as_ray_chose)
-        else:
-            opened = actor.open.options(name=f"open {name}").remote()
+        opened = actor.__ray_call__.options(name=f"open {name}").remote(_open)
         self._in_flight[opened] = _Call(name, partial(self._opened, name))
 
     def _listen_to(self, stream: Any, worker: str, shard_id: int) -> None:
@@ -325,13 +326,35 @@ def chooses_units() -> bool:
     return CARD_RESOURCE in str(named).split(",")
 
 
-def _open_as_ray_chose(worker: CardWorker) -> WorkerInfo:
-    """Runs in the actor: open the cards whose unit numbers Ray has given to it."""
+def _open(worker: CardWorker) -> WorkerInfo:
+    """Runs in the actor: open its cards, which may be those whose unit numbers Ray gave to it."""
+    die_with_parent(worker.close)
+    choices = worker.spec.choices
+    if not choices:
+        return worker.open()
     from ray._private.worker import global_worker
 
     units = global_worker.core_worker.resource_ids().get(CARD_RESOURCE, [])
-    choices = worker.spec.choices
     return worker.open(tuple(choices[int(unit)] for unit, _ in sorted(units)))
+
+
+def die_with_parent(close: Callable[[], object]) -> None:
+    """Let this process, an actor's, not outlive the raylet that started it: it holds cards.
+
+    Ray ends such a process when the cluster's head has missed the raylet for a while.
+
+    Args:
+        close: gives the cards back; may hang.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_EVERY_S)
+        call_for(_CLOSE_TIMEOUT_S, close)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watch raylet", daemon=True).start()
 
 
 def _text(error: BaseException) -> str:

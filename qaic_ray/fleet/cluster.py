@@ -9,8 +9,10 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -18,7 +20,7 @@ import ray
 import ray.exceptions as ray_errors
 from ray._private.state import available_resources_per_node
 
-from qaic_ray.errors import CompileError, DeviceBusy, QaicRayError, UsageError
+from qaic_ray.errors import ClusterLost, CompileError, DeviceBusy, QaicRayError, UsageError
 from qaic_ray.fleet.actors import (
     CARD_CPUS,
     CardActors,
@@ -31,10 +33,11 @@ from qaic_ray.fleet.actors import (
 from qaic_ray.fleet.dispatch import Dispatcher
 from qaic_ray.fleet.driver import Audience, Driver
 from qaic_ray.fleet.inventory import CARD_RESOURCE, Node, NodeCards, look, problems
-from qaic_ray.fleet.joining import join, start
+from qaic_ray.fleet.joining import OwnRay, join, leave, start
 from qaic_ray.fleet.journal import Journal
 from qaic_ray.fleet.result import FleetResult
 from qaic_ray.fleet.sizing import text_work
+from qaic_ray.fleet.watching import ClusterWatch, call_for
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.sdk import EmulatedCards
 
@@ -75,18 +78,23 @@ class Cluster:
         self._num_cards = num_cards
         self._address = address
         self._dashboard = dashboard
+        self._own: OwnRay | None = None
         self._joined = False
+        self._watch: ClusterWatch | None = None
         self.dashboard_url: str | None = None
+        self.token_file: Path | None = None
 
     def __enter__(self) -> Cluster:
         if not ray.is_initialized():
-            context = (
-                start(self._num_cards, dashboard=self._dashboard)
-                if self._address is None
-                else join(self._address)
-            )
-            self._joined = True
+            if self._address is None:
+                self._own = start(self._num_cards, dashboard=self._dashboard)
+                context = self._own.context
+                self.token_file = self._own.session.token_file
+            else:
+                context = join(self._address)
+                self._joined = True
             self.dashboard_url = context.dashboard_url or None
+        self._watch = self._watching()
         return self
 
     def __exit__(
@@ -95,8 +103,14 @@ class Cluster:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._joined:
-            ray.shutdown()
+        try:
+            if self._watch is not None:
+                self._watch.close()
+        finally:
+            if self._own is not None:
+                self._own.end()
+            elif self._joined:
+                leave()
 
     def compile_variants(
         self,
@@ -118,22 +132,8 @@ class Cluster:
             The outcomes, in the order of the requests. An error of ours is an outcome; a task whose
             process died is a CompileError.
         """
-        waiting = deque(requests.items())
-        running: dict[Any, str] = {}
-        outcomes: dict[str, Outcome[Result]] = {}
-        try:
-            while waiting or running:
-                while waiting and len(running) < parallel:
-                    label, request = waiting.popleft()
-                    options = _BUILD.options(name=f"compile {label}", num_cpus=1, max_retries=0)
-                    running[options.remote(build, request)] = label
-                (ref,), _ = ray.wait(list(running), num_returns=1)
-                label = running.pop(ref)
-                outcomes[label] = Outcome(label, _built(label, ref))
-                if on_done is not None:
-                    on_done(outcomes[label])
-        finally:
-            _cancel(list(running))
+        with self._losses():
+            outcomes = _compile(build, requests, parallel, on_done)
         return [outcomes[label] for label in requests]
 
     def inventory(self, sdk: str | None, emulated: EmulatedCards) -> list[NodeCards]:
@@ -145,6 +145,10 @@ class Cluster:
             sdk: as the job names it; see `find_sdk`.
             emulated: what the emulated SDK is to be, where it is the one.
         """
+        with self._losses():
+            return self._inventory(sdk, emulated)
+
+    def _inventory(self, sdk: str | None, emulated: EmulatedCards) -> list[NodeCards]:
         nodes = _nodes()
         if self._is_ours:  # one node, and it is this one
             return [look(node, sdk, emulated) for node in nodes]
@@ -186,22 +190,49 @@ class Cluster:
         Raises:
             UsageError: the cluster has not so many cards, or a worker found the request wrong.
             DeviceBusy: the cluster's cards are held by others.
+            ClusterLost: the Ray is gone; rows that were answered are in the journal.
         """
-        _await_cards(specs, on_wait)
-        with CardActors(specs, worker_class, num_cpus=self._cpus_each(len(specs))) as cards:
-            dispatcher = Dispatcher(work_of=work_of)
-            told = audience or Audience()
-            return Driver(cards, prompts, told, dispatcher=dispatcher, journal=journal).run()
+        with self._losses():
+            _await_cards(specs, on_wait)
+            with CardActors(specs, worker_class, num_cpus=self._cpus_each(len(specs))) as cards:
+                dispatcher = Dispatcher(work_of=work_of)
+                told = audience or Audience()
+                return Driver(cards, prompts, told, dispatcher=dispatcher, journal=journal).run()
+
+    @contextmanager
+    def _losses(self) -> Iterator[None]:
+        """Make the one error of whatever comes of a Ray that is gone."""
+        try:
+            yield
+        except (KeyboardInterrupt, ray_errors.RayError, QaicRayError) as error:
+            if self._watch is not None and self._watch.loss is not None:
+                raise ClusterLost(f"{self._watch.loss}.") from error
+            raise
+
+    def _watching(self) -> ClusterWatch:
+        if self._own is not None:
+            return ClusterWatch(dead=self._own.dead, on_loss=self._own.session.kill)
+        where = "of this machine" if self._address in (None, "auto") else f"at {self._address}"
+        return ClusterWatch(ask=_answers, what=f"The Ray cluster {where}")
 
     @property
     def _is_ours(self) -> bool:
         """Whether the Ray was started here, for this machine."""
-        return self._joined and self._address is None
+        return self._own is not None
 
     def _cpus_each(self, num_workers: int) -> float:
         """An even share of this machine where the Ray is ours; of a shared one, next to nothing."""
         share = (os.cpu_count() or 1) // num_workers
         return share if self._is_ours and share else CARD_CPUS
+
+
+def _answers() -> bool:
+    """Whether the cluster answers, and counts this driver's node among the living."""
+    here = ray.get_runtime_context().get_node_id()
+    try:
+        return any(node["Alive"] and node["NodeID"] == here for node in ray.nodes())
+    except (ray_errors.RayError, RuntimeError, OSError):
+        return False  # it is asked again, and its silence counts
 
 
 def _nodes() -> list[Node]:
@@ -276,6 +307,31 @@ def _lacking(needed: Mapping[str, float]) -> float:
     )
 
 
+def _compile(
+    build: Callable[[Request], Result],
+    requests: Mapping[str, Request],
+    parallel: int,
+    on_done: Callable[[Outcome[Result]], None] | None,
+) -> dict[str, Outcome[Result]]:
+    waiting = deque(requests.items())
+    running: dict[Any, str] = {}
+    outcomes: dict[str, Outcome[Result]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < parallel:
+                label, request = waiting.popleft()
+                options = _BUILD.options(name=f"compile {label}", num_cpus=1, max_retries=0)
+                running[options.remote(build, request)] = label
+            (ref,), _ = ray.wait(list(running), num_returns=1)
+            label = running.pop(ref)
+            outcomes[label] = Outcome(label, _built(label, ref))
+            if on_done is not None:
+                on_done(outcomes[label])
+    finally:
+        _cancel(list(running))
+    return outcomes
+
+
 def _build(build: Callable[[Request], Result], request: Request) -> Result | QaicRayError:
     try:
         return build(request)
@@ -300,7 +356,11 @@ def _built(label: str, ref: Any) -> Any:
 
 def _cancel(refs: list[Any]) -> None:
     """Interrupt tasks, and give them a moment to end what they started."""
-    for ref in refs:
-        ray.cancel(ref)
-    if refs:
+
+    def cancel() -> None:
+        for ref in refs:
+            ray.cancel(ref)
         ray.wait(refs, num_returns=len(refs), timeout=_CANCEL_TIMEOUT_S)
+
+    if refs:
+        call_for(_CANCEL_TIMEOUT_S + 1.0, cancel)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -177,10 +178,20 @@ class Driver:
     def run(self) -> FleetResult:
         """Answer every prompt, or say why not, and return what came of it.
 
+        Whatever ends it before, a KeyboardInterrupt too, finds the rows that came on the disk.
+
         Raises:
             UsageError: the input is not the one that earlier sessions had.
             QaicRayError: the journal cannot be read or written.
         """
+        try:
+            return self._run()
+        except BaseException:
+            with suppress(QaicRayError):  # of a disk that has said so already
+                self._delivery.save()
+            raise
+
+    def _run(self) -> FleetResult:
         self._take_up()
         event: Event = RunStarted(tuple(self._cards.names))
         try:

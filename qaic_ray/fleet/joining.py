@@ -1,24 +1,40 @@
-"""Start a Ray on this machine, or join one that runs; and what keeps one from that, in words."""
+"""Start a Ray on this machine, or join one that runs; and what keeps one from that, in words.
+
+What is private to Ray in that is here: whose signals they are, where it listens, who is let in.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import IO, Any
 
 import ray
+import ray._private.utils
+import ray._private.worker
+import ray._raylet
 import ray.exceptions as ray_errors
+from ray._private import ray_constants
 
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.fleet.actors import CARD_CPUS, first_line
 from qaic_ray.fleet.inventory import CARD_RESOURCE
+from qaic_ray.fleet.session import RaySession, environment_of
+from qaic_ray.fleet.watching import call_for
 
 OBJECT_STORE_BYTES = 256 * 2**20
 
+SHUTDOWN_TIMEOUT_S = 10.0
+"""Of a Ray whose head is gone it takes seven seconds, and may take for ever."""
+
+_VITAL = {"raylet": "raylet", "gcs_server": "head process (GCS)"}
 _START_ATTEMPTS = 2
 _PROBE_TIMEOUT_S = 5.0
 # What an HTTP/2 connection begins with, and the type of the frame that answers it (RFC 9113, 3.4).
@@ -27,26 +43,60 @@ _HTTP2_SETTINGS = b"\x04"
 _QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
-def start(num_cards: int, *, dashboard: bool) -> Any:
-    """Start a Ray of this machine.
+@dataclass(frozen=True)
+class OwnRay:
+    """A Ray that was started here; `context` is what `ray.init` gave."""
 
-    On a busy machine Ray's own start-up timeout sometimes strikes (ray-project/ray#65983), so a
-    start that fails is tried again, once.
+    context: Any
+    session: RaySession
+
+    def dead(self) -> str | None:
+        """Which process that all rests on has died, as a sentence; does not call into Ray."""
+        node = ray._private.worker._global_node
+        for kind, process in node.dead_processes() if node is not None else ():
+            if kind in _VITAL:
+                how = process.returncode
+                by = signal.Signals(-how).name if how < 0 else f"exit code {how}"
+                return f"The {_VITAL[kind]} of the Ray that was started here died ({by})"
+        return None
+
+    def end(self) -> None:
+        """Shut it down, and end whatever of it does not."""
+        _end(self.session)
+        _read_settings()
+
+
+def start(num_cards: int, *, dashboard: bool) -> OwnRay:
+    """Start a Ray of this machine, for this process alone.
+
+    It listens on the loopback interface and lets in who has its token. On a busy machine Ray's own
+    start-up timeout sometimes strikes (ray-project/ray#65983), so a start that fails is tried
+    again, once.
     """
     failures = 0
     while True:
+        session = RaySession()
         try:
-            return ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, math.ceil(CARD_CPUS * num_cards) + 1),
-                resources={CARD_RESOURCE: num_cards} if num_cards else {},
-                include_dashboard=dashboard,
-                dashboard_host="127.0.0.1",
-                object_store_memory=OBJECT_STORE_BYTES,
-                **_QUIET,
-            )
-        except Exception as error:  # what Ray raises when it does not start is a bare Exception
-            ray.shutdown()
+            with environment_of(session), _on_loopback(), _signals_are_ours():
+                _read_settings()
+                _silence()
+                context = ray.init(
+                    address="local",
+                    num_cpus=max(os.cpu_count() or 1, math.ceil(CARD_CPUS * num_cards) + 1),
+                    resources={CARD_RESOURCE: num_cards} if num_cards else {},
+                    include_dashboard=dashboard,
+                    dashboard_host="127.0.0.1",
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _temp_dir=str(session.temp_dir),
+                    **_QUIET,
+                )
+            _check_loopback(context)
+            return OwnRay(context, session)
+        except BaseException as error:
+            _end(session)
+            # What Ray raises when it does not start is a bare Exception.
+            if not isinstance(error, Exception) or isinstance(error, QaicRayError):
+                raise
             failures += 1
             if failures == _START_ATTEMPTS:
                 raise QaicRayError(f"Ray did not start on this machine: {error}") from error
@@ -65,9 +115,10 @@ def join(address: str) -> Any:
         )
     if address != "auto":
         _probe(address)
+    _silence()
     with tempfile.TemporaryFile() as said:
         try:
-            with _native_stderr_to(said):
+            with _native_stderr_to(said), _signals_are_ours():
                 return ray.init(address=address, **_QUIET)
         except (ray_errors.AuthenticationError, OSError, RuntimeError, ValueError) as error:
             ray.shutdown()
@@ -83,6 +134,83 @@ def join(address: str) -> Any:
                 f"The Ray cluster at {address} could not be joined ({first_line(error)}): run on "
                 f"one of its machines, with its version of Ray; here it is {ray.__version__}."
             ) from error
+
+
+def _end(session: RaySession) -> None:
+    if call_for(SHUTDOWN_TIMEOUT_S, ray.shutdown):
+        session.close()
+    else:
+        session.kill()  # Ray goes on writing in this process: the folder is removed after its end
+
+
+def leave() -> None:
+    """Leave a Ray that was joined."""
+    call_for(SHUTDOWN_TIMEOUT_S, ray.shutdown)
+
+
+@contextmanager
+def _signals_are_ours() -> Iterator[None]:
+    """Keep Ray from taking SIGTERM for itself: it would print a stack, and exit by its own code.
+
+    It takes it twice, in Python and, when it connects, in its C++ half.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = signal.getsignal(signal.SIGTERM)
+    connect = ray._private.worker.connect
+
+    def connect_and_give_back(*arguments: Any, **options: Any) -> Any:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return connect(*arguments, **options)
+        finally:
+            signal.signal(signal.SIGTERM, ours)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    with ExitStack() as patches:
+        for place, name, value in (
+            (ray._private.utils, "set_sigterm_handler", lambda _: None),
+            (ray._private.worker, "connect", connect_and_give_back),
+        ):
+            patches.callback(setattr, place, name, getattr(place, name))
+            setattr(place, name, value)
+        yield
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have Ray take the loopback interface's address for this machine's."""
+    kept = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False  # read from the environment when Ray is imported
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = kept
+
+
+def _silence() -> None:
+    """Keep from stdout what Ray's processes want told, pages of it when one dies.
+
+    It is in their logs, and what matters of it an error of ours says.
+    """
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
+
+
+def _check_loopback(context: Any) -> None:
+    """Every port of a Ray is where the address of its node is."""
+    address = str(context.address_info["node_ip_address"])
+    if not address.startswith("127.") and address != "::1":
+        raise QaicRayError(
+            f"Ray {ray.__version__} would listen on {address}, for others to come in: install the "
+            "version that qaic-ray was tested with."
+        )
+
+
+def _read_settings() -> None:
+    """Have Ray read its settings and its token from the environment again."""
+    ray._raylet.Config.initialize("")
+    ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextmanager

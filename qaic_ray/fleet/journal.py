@@ -29,9 +29,10 @@ from typing import BinaryIO, ClassVar, NamedTuple
 from filelock import FileLock, Timeout
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from qaic_ray.errors import QaicRayError, UsageError
+from qaic_ray.errors import QaicRayError, Unfinished, UsageError
 from qaic_ray.fleet.fingerprint import INPUT, Fingerprint, differences
 from qaic_ray.folders import sync_path
+from qaic_ray.interruption import uninterrupted
 from qaic_ray.rows import Row
 
 FORMAT = 2
@@ -95,7 +96,7 @@ def disk_errors_end_the_run(run_folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise QaicRayError(
+        raise Unfinished(
             f"{run_folder} cannot be written: {error.strerror}. What was answered is kept: put "
             f"that right, then go on with `qaic-ray run --resume {run_folder}`."
         ) from error
@@ -217,11 +218,12 @@ class Journal:
         line = _line(json_bytes)
         if self._size >= self._segment_bytes:
             self.commit()
-            with disk_errors_end_the_run(self._run_folder):
+            with uninterrupted(), disk_errors_end_the_run(self._run_folder):
                 self._begin_segment()
-        place = Place(self._segment, self._size, len(line))
-        self._buffer.append(line)
-        self._size += len(line)
+        with uninterrupted():  # the next place is behind this line
+            place = Place(self._segment, self._size, len(line))
+            self._buffer.append(line)
+            self._size += len(line)
         return place
 
     def commit(self) -> None:
@@ -232,7 +234,7 @@ class Journal:
         """
         if not self._buffer:
             return
-        with disk_errors_end_the_run(self._run_folder):
+        with uninterrupted(), disk_errors_end_the_run(self._run_folder):
             try:
                 write_whole(self._fd, b"".join(self._buffer))
                 os.fdatasync(self._fd)
@@ -240,7 +242,7 @@ class Journal:
                 # A line may be half there: nothing may follow it.
                 self._close_segment()
                 raise
-        self._buffer.clear()
+            self._buffer.clear()
 
     def read(self, segment: int, offset: int) -> Row:
         """A row that was committed, by this session or an earlier one; see `RowReader`."""

@@ -214,17 +214,18 @@ class Delivery:
     def go_on(self) -> None:
         """Do what is due, and of showing rows only so much that the caller is soon free again."""
         if self._uncommitted and self._clock() >= self._commit_at_s:
-            self._commit()
+            self.save()
         for row in islice(self._order.ready(), MAX_SHOWN_AT_ONCE):
             self._on_row(row)
 
     def finish(self) -> None:
         """Commit and show all there is."""
-        self._commit()
+        self.save()
         for row in self._order.ready():
             self._on_row(row)
 
-    def _commit(self) -> None:
+    def save(self) -> None:
+        """Commit all there is."""
         if self._journal is None or not self._uncommitted:
             return
         begun_s = self._clock()

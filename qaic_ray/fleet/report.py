@@ -23,11 +23,11 @@ from qaic_ray.fleet.figures import count_text, rate_text, seconds_text
 from qaic_ray.fleet.outputs import ERRORS_NAME, Proof
 from qaic_ray.fleet.page import html_page
 from qaic_ray.fleet.result import Cause, FleetResult, WorkerResult
+from qaic_ray.fleet.unfinished import REPORT_NAME
 from qaic_ray.folders import sync_path
 from qaic_ray.metrics import Measurement
 
 FORMAT = 1
-REPORT_NAME = "report.json"
 PAGE_NAME = "report.html"
 MAX_BINS = 25
 
@@ -68,6 +68,12 @@ class RunSummary:
         }
         return f"{broken_off.error} {how[broken_off.cause]}"
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run broke off so that it can be gone on with."""
+        broken_off = self.result.broken_off
+        return broken_off is not None and broken_off.cause is not Cause.CHANGED
+
     def document(self) -> Document:
         """The report as a JSON object."""
         total = self.result.total
@@ -89,6 +95,7 @@ class RunSummary:
             "ttft_p90_s": round(total.ttft.quantile(0.9), 6),
             **_engine_document(total),
             "error": self.error,
+            "goes_on": self.goes_on,
             "proof": None if self.proof is None else self.proof.to_json(),
             "workers": [_worker_document(worker) for worker in self.result.workers],
             "ttft_s_histogram": histogram(dict(total.ttft.items())),

@@ -164,8 +164,15 @@ class CardWorker:
             limits=engine,
             vocab_size=session.vocab_size or checkpoint.config.get("vocab_size"),
         )
-        self._opened = _Card(answerer, session, drafting, engine)
-        self._thread.start()
+        with self._lock:
+            if not self._closed:
+                self._opened = _Card(answerer, session, drafting, engine)
+                self._thread.start()
+        if self._opened is None:  # it was closed meanwhile
+            drafting.close()
+            session.close()
+            self._holding.release()
+            raise DeviceError(f"{self.spec.name} was closed.")
         shapes = session.specializations
         return WorkerInfo(
             name=self.spec.name,
@@ -228,13 +235,14 @@ class CardWorker:
             return work + Measurement(rows=self._failed_rows, failed_rows=self._failed_rows)
 
     def close(self) -> None:
-        """Stop the engine and give the card back."""
+        """Stop the engine and give the card back; shards that are not done end with an error."""
         with self._lock:
             self._closed = True
             self._lock.notify()
-        card, self._opened = self._opened, None
+            card, self._opened = self._opened, None
         if card is not None:
             self._thread.join()
+            self._end_shards(DeviceError(f"{self.spec.name} was closed."))
             card.drafting.close()
             card.session.close()
         self._holding.release()
@@ -338,8 +346,8 @@ class CardWorker:
 
     def _run(self) -> None:
         """Take in what arrived, step, hand back what finished."""
-        card = self._card
-        while self._take_in(card.engine):
+        card = self._opened
+        while card is not None and self._take_in(card.engine):
             try:
                 done = self._step(card.engine)
             except QaicRayError as error:
@@ -388,9 +396,14 @@ class CardWorker:
                 card.engine = self._engine(card.session, card.drafting)
             else:
                 self._failure = error
+            self._end_shards(error)
+        return lives
+
+    def _end_shards(self, error: QaicRayError) -> None:
+        """Let whoever waits for rows of the engine have an error instead."""
+        with self._lock:
             shards = {*self._owner.values(), *(arrival.shard for arrival in self._backlog)}
             self._owner.clear()
             self._backlog.clear()
         for shard in shards:
             shard.outcome.put(error)
-        return lives

@@ -70,7 +70,8 @@ def launch_job(
     listener.began("Ray")
     with Cluster(num_cards, address=job.ray.address, dashboard=job.ray.dashboard) as cluster:
         where = f", dashboard at {cluster.dashboard_url}" if cluster.dashboard_url else ""
-        listener.ended(f"Ray{where}")
+        token = f" (its token is in {cluster.token_file})" if where and cluster.token_file else ""
+        listener.ended(f"Ray{where}{token}")
         outcomes = compile_on(cluster, builds, compiling.parallel, listener)
         chosen = outcomes[chosen_at].result
         if not isinstance(chosen, Build):

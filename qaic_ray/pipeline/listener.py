@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from qaic_ray.compile.store import Build
@@ -48,6 +49,9 @@ class Listener(Protocol):
 
     def remark(self, text: str) -> None:
         """Something that the user may want to mend."""
+
+    def run_folder(self, folder: Path) -> None:
+        """Where the run that begins, or goes on, keeps everything."""
 
     def answered(self, row: Row) -> None:
         """The next row, in input order."""

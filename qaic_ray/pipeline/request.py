@@ -217,6 +217,13 @@ def write_request(request: RunRequest, folder: Path) -> str:
     return text
 
 
+def last_unfinished(output: Path, job: str = "") -> Path | None:
+    """The run in `output` that began last, of this job where one is named, and can go on."""
+    from qaic_ray.fleet.unfinished import last_unfinished
+
+    return last_unfinished(output, REQUEST_NAME, job)
+
+
 def read_request(folder: Path) -> RunRequest:
     """The request of a run folder, to go on with it.
 

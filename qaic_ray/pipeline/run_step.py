@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qaic_ray import interruption
 from qaic_ray.compile.compiler import QPC_FILE
 from qaic_ray.compile.store import content_key
-from qaic_ray.errors import QaicRayError, UsageError
+from qaic_ray.errors import QaicRayError, Unfinished, UsageError
 from qaic_ray.model import open_checkpoint
 from qaic_ray.pipeline.devices import choose_devices
 from qaic_ray.pipeline.listener import Listener
-from qaic_ray.pipeline.request import RunInput, RunRequest, absolute_model, write_request
+from qaic_ray.pipeline.request import (
+    STDIN,
+    RunInput,
+    RunRequest,
+    absolute_model,
+    write_request,
+)
 from qaic_ray.sdk import EmulatedCards, Sdk
 from qaic_ray.tokenizer_sources import tokenizer_digest
 
@@ -95,18 +105,22 @@ def run_on(
     Raises:
         UsageError: where the request does not fit the QPC, the cards, or the run that it resumes.
     """
-    from qaic_ray.fleet.report import RunSummary, write_report
-
     specs = _worker_specs(request, _places(cluster, request, sdk, listener))
     folder = request.resume or _new_run_folder(request)
-    try:
+    listener.run_folder(folder)
+    with _kept(folder, _resume_command(request, sdk, folder), is_new=request.resume is None):
         result, proof = _answer(
             cluster, request, specs, run_input=run_input, folder=folder, listener=listener
         )
-    except UsageError:
-        if request.resume is None:  # the request was wrong, and nothing was answered
-            shutil.rmtree(folder)
-        raise
+        return _reported(request, folder, result, proof=proof, sdk=sdk)
+
+
+def _reported(
+    request: RunRequest, folder: Path, result: FleetResult, *, proof: Proof, sdk: SdkChoice
+) -> RunSummary:
+    """The end of a run: the other formats, and last the report, by which it is known as done."""
+    from qaic_ray.fleet.report import RunSummary, write_report
+
     _export(request, folder)
     summary = RunSummary(
         result,
@@ -119,6 +133,61 @@ def run_on(
     )
     write_report(summary)
     return summary
+
+
+@contextmanager
+def _kept(folder: Path, command: str, *, is_new: bool) -> Iterator[None]:
+    """Say, whatever ends a run before its end, how many rows are safe and what goes on with it.
+
+    Raises:
+        UsageError: as it came; a run that is new and has no row is gone then.
+        KeyboardInterrupt: with the sentence.
+        Unfinished: for all else.
+    """
+    from qaic_ray.fleet.unfinished import safe_rows
+
+    def sentence(why: str) -> str:
+        rows = safe_rows(folder)
+        return f"{why}: {rows:,} rows are safe in {folder}; go on with `{command}`."
+
+    def stopped() -> str:
+        number = interruption.received()
+        by = "" if number is None else f" by {signal.Signals(number).name}"
+        return sentence(interruption.loss() or f"stopped{by}")
+
+    try:
+        with interruption.last_words(stopped):
+            yield
+    except UsageError as error:
+        if safe_rows(folder):
+            raise UsageError(sentence(_unended(error))) from error
+        if is_new:  # the request was wrong, and nothing was answered
+            shutil.rmtree(folder)
+        raise
+    except KeyboardInterrupt as error:
+        error.args = (stopped(),)
+        raise
+    except Unfinished as error:
+        raise Unfinished(f"{error} ({safe_rows(folder):,} rows are safe.)") from error
+    except Exception as error:
+        raise Unfinished(sentence(_unended(error))) from error
+
+
+def _unended(error: Exception) -> str:
+    """What an error says, to be gone on with."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return text if isinstance(error, QaicRayError) else f"{type(error).__name__}: {text[:300]}"
+
+
+def _resume_command(request: RunRequest, sdk: SdkChoice, folder: Path) -> str:
+    """What a shell goes on with the run by."""
+    words = ["qaic-ray", "run", "--resume", str(folder)]
+    if request.ray_address is not None:
+        words += ["--address", request.ray_address]
+    if sdk.name != "auto":
+        words += ["--sdk", sdk.name]
+    stdin = " < the same input" if request.prompts_file == STDIN else ""
+    return shlex.join(words) + stdin
 
 
 def _answer(
@@ -152,7 +221,8 @@ def _answer(
             write_request(request, folder)
 
         def on_row(row: Row) -> None:
-            write(row)
+            with interruption.uninterrupted():
+                write(row)
             listener.answered(row)
 
         audience = Audience(
@@ -272,7 +342,8 @@ def _new_run_folder(request: RunRequest) -> Path:
     for number in range(2, 1000):
         folder = request.output.absolute() / name
         try:
-            folder.mkdir(parents=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700)  # prompts and answers are nobody else's
         except FileExistsError:
             name = f"{request.name}-{stamp}-{number}"
             continue

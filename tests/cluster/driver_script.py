@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import fake_worker
@@ -22,6 +23,8 @@ def print_pid(info: WorkerInfo) -> None:
     tell(info.sdk.split("pid ")[1].split(",")[0])
 
 
+# A shell's background job, as the tests may be in, has its children ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ray.cloudpickle.register_pickle_by_value(fake_worker)
 address, row_s, *texts = sys.argv[1:]
 with Cluster(0, address=address) as cluster:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from qaic_ray.errors import CompileError, DeviceError, UsageError
 from qaic_ray.fleet.locks import Part
@@ -145,3 +146,15 @@ def build(request: tuple[str, float]) -> str:
         case "bug":
             raise KeyError("a bug")
     return f"built {what}"
+
+
+def meet(request: tuple[str, int]) -> str:
+    """A compile task that ends only while others run: it waits for `request[1]` of them."""
+    folder, number = request
+    Path(folder, str(os.getpid())).touch()
+    deadline_s = time.monotonic() + 60
+    while len(os.listdir(folder)) < number:
+        if time.monotonic() > deadline_s:
+            raise CompileError("Nobody else came.")
+        time.sleep(0.02)
+    return "met"

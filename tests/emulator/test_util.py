@@ -8,6 +8,7 @@ import pty
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,7 +183,11 @@ def test_table_is_printed_once_where_nobody_watches(
 
 def test_table_on_a_terminal_goes_on_until_interrupted(sdk: Path, machine: Machine) -> None:
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([str(sdk / "tools" / "qaic-util"), "-t", "1"], stdout=theirs)
+    # A shell's background job, as this test may be in, has its children ignore SIGINT.
+    hears = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    hears += "os.execv(sys.argv[1], sys.argv[1:])"
+    tool = [str(sdk / "tools" / "qaic-util"), "-t", "1"]
+    process = subprocess.Popen([sys.executable, "-c", hears, *tool], stdout=theirs)
     os.close(theirs)
     seen = b""
     while seen.count(b"Date & time") < 2:

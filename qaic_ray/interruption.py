@@ -1,0 +1,200 @@
+"""How a command is interrupted: by a signal, or by a watcher that found what it waits for gone.
+
+Either raises KeyboardInterrupt in the main thread, but never between a row and its place on the
+disk (`uninterrupted`). A call that does not return even then, as one into a dead Ray may not, is
+given up: after a while the process says its last words and ends. Nothing here happens to a program
+that only imports this package: `listen` is the command's.
+"""
+
+from __future__ import annotations
+
+import _thread
+import atexit
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType, TracebackType
+
+from qaic_ray.errors import ExitCode
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FIRST_GRACE_S = 40.0
+"""How long the command may take to clean up after the first signal."""
+AGAIN_GRACE_S = 3.0
+"""And after any further one."""
+LOST_GRACE_S = 25.0
+"""And when what it waits for is gone."""
+
+# Python runs its handler when a thread asks for it; nobody ever sends it.
+_NUDGE = signal.Signals.SIGRTMAX
+_LOST = 0  # among the numbers of signals that the watcher reads: no signal, but a loss
+
+
+class _State:
+    """Of this process, as signals are."""
+
+    signal: int | None = None
+    loss: str | None = None
+    depth = 0
+    is_pending = False
+    last_words: Callable[[], str] | None = None
+    wake: int | None = None
+
+
+_state = _State()
+
+
+def listen() -> None:
+    """Let signals interrupt this process, but those that its parent had it ignore (`nohup`, `&`).
+
+    To be called in the main thread; a second call does nothing. A process that SIGINT interrupted
+    dies of it in the end: a shell's loop ends with it only then.
+    """
+    if _state.wake is not None:
+        return
+    atexit.register(_die_of_sigint)  # first in, last out
+    _listen_for_nudges()
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _heard)
+    reader, _state.wake = os.pipe()
+    os.set_blocking(_state.wake, False)
+    # Also while the main thread is in a call that runs no Python.
+    signal.set_wakeup_fd(_state.wake, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
+
+
+def received() -> int | None:
+    """The first signal that interrupted this process."""
+    return _state.signal
+
+
+def loss() -> str | None:
+    """What a watcher found gone, as a sentence."""
+    return _state.loss
+
+
+def lose(what: str) -> None:
+    """Interrupt the main thread, from another one: what it waits for is gone.
+
+    Args:
+        what: is gone, as a sentence.
+    """
+    _state.loss = what
+    if _state.wake is not None:
+        os.write(_state.wake, bytes([_LOST]))
+    _thread.interrupt_main(_NUDGE)
+
+
+def found_again() -> None:
+    """Forget a loss, which has been told."""
+    _state.loss = None
+
+
+def watchable() -> bool:
+    """Whether `lose` can interrupt the caller: it is the main thread, and hears."""
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    _listen_for_nudges()
+    return True
+
+
+class uninterrupted:  # noqa: N801 - used like a function
+    """A context in which no interruption is raised; one that came meanwhile is raised at its end.
+
+    In other threads than the main one nothing is ever raised.
+    """
+
+    def __enter__(self) -> None:
+        if threading.get_ident() == threading.main_thread().ident:
+            _state.depth += 1
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if threading.get_ident() != threading.main_thread().ident:
+            return
+        _state.depth -= 1
+        if _state.is_pending and not _state.depth:
+            _state.is_pending = False
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def last_words(words: Callable[[], str]) -> Iterator[None]:
+    """Have a process that must be given up say this, a sentence, on stderr; called in a thread.
+
+    Where the context ends with an error the words stay, until somebody has said them.
+    """
+    _state.last_words = words
+    yield
+    _state.last_words = None
+
+
+def said() -> None:
+    """Nothing is left to be said."""
+    _state.last_words = None
+
+
+def exit_code(otherwise: ExitCode) -> int:
+    """128 + the signal that interrupted this process, or another code where there was none."""
+    return otherwise if _state.signal is None else 128 + _state.signal
+
+
+def _listen_for_nudges() -> None:
+    if signal.getsignal(_NUDGE) is not _heard:
+        signal.signal(_NUDGE, _heard)
+
+
+def _heard(number: int, _: FrameType | None) -> None:
+    if _state.signal is not None or (number != _NUDGE and _state.loss is not None):
+        return  # one is being seen to; `_watch` sees that this comes to an end
+    if number != _NUDGE:
+        _state.signal = number
+    if _state.depth:
+        _state.is_pending = True
+        return
+    raise KeyboardInterrupt
+
+
+def _watch(reader: int) -> None:
+    """Give the process up when an interruption has not ended it in time."""
+    deadline_s: float | None = None
+    while True:
+        left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+        if not select.select([reader], [], [], left_s)[0]:
+            _give_up()
+        for number in os.read(reader, 64):
+            if number == _LOST:
+                grace_s = LOST_GRACE_S
+            elif number in SIGNALS:
+                grace_s = FIRST_GRACE_S if deadline_s is None else AGAIN_GRACE_S
+            else:
+                continue
+            until_s = time.monotonic() + grace_s
+            deadline_s = until_s if deadline_s is None else min(deadline_s, until_s)
+
+
+def _die_of_sigint() -> None:
+    if _state.signal == signal.SIGINT:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # nobody reads it any more
+                stream.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def _give_up() -> None:
+    words = _state.last_words
+    if words is not None:
+        with suppress(OSError):  # of a stderr that is closed
+            os.write(2, f"qaic-ray: {words()}\n".encode())
+    os._exit(exit_code(ExitCode.UNFINISHED))
