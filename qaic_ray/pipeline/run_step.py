@@ -76,7 +76,8 @@ def check_chat_template(request: RunRequest) -> None:
     from qaic_ray.model import load_chat_template, open_checkpoint
 
     is_elsewhere = request.ray_address is not None and not Path(request.model).expanduser().exists()
-    if request.chat and not is_elsewhere:  # else each worker finds out when it is opened
+    is_wanted = request.chat or request.chat_template is not None
+    if is_wanted and not is_elsewhere:  # else each worker finds out when it is opened
         template = load_chat_template(open_checkpoint(request.model, weights=False))
         check_chat(template, _generation(request), request.model)
 
