@@ -52,10 +52,12 @@ def tokenizer_digest(folder: Path) -> str:
     try:
         inner = folder / _TEMPLATE_FOLDER
         for path in [*sorted(folder.iterdir()), *sorted(inner.glob("*.jinja"))]:
-            if not path.is_file() or path.suffix in _WEIGHTS or path.stat().st_size > _MAX_BYTES:
+            if not path.is_file() or path.suffix in _WEIGHTS:
                 continue
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-            digest.update(json.dumps([str(path.relative_to(folder)), content]).encode())
+            size = path.stat().st_size
+            content = hashlib.sha256(path.read_bytes() if size <= _MAX_BYTES else b"").hexdigest()
+            entry = [str(path.relative_to(folder)), size, content]
+            digest.update(json.dumps(entry).encode())
     except OSError as error:
         raise CheckpointError(
             f"The tokenizer in {folder} cannot be read: {error.strerror} ({error.filename})."

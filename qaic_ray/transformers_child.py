@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qaic_ray.errors import QaicRayError
+from qaic_ray.errors import QaicRayError, UsageError
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "settings.json"
@@ -32,6 +32,7 @@ _IDLE_FACTOR = 30  # a busy machine gives little of its time, and imports come b
 # Neither is needed for a tokenizer; AutoTokenizer would load the first for two seconds, and give a
 # tokenizer of the second's own kind.
 _NOT_LOADED = ("torch", "mistral_common")
+_CLEANS_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 
 
 class ChildFailed(QaicRayError):
@@ -88,8 +89,14 @@ def _ask(task: dict[str, Any], cpu_s: int) -> None:
         )
     except subprocess.TimeoutExpired:
         raise slow from None
-    if result.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+    except OSError as error:
+        raise UsageError(
+            f"transformers could not be started in a child process: {error.strerror}."
+        ) from error
+    if result.returncode == -signal.SIGXCPU:
         raise slow
+    if result.returncode == -signal.SIGKILL:
+        raise ChildFailed("its process was killed, as the system does when memory is short")
     if result.returncode != 0:
         said = result.stderr.strip().splitlines()[-1:] or [f"exit code {result.returncode}"]
         raise ChildFailed(said[0][:MAX_CHARS])
@@ -158,7 +165,7 @@ def _load(task: dict[str, Any]) -> None:
         raise ValueError(f"{type(tokenizer).__name__} has no fast form")
     cleans_up = bool(tokenizer.clean_up_tokenization_spaces) and (
         type(backend.model).__name__ != "BPE"
-        or tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
+        or getattr(tokenizer, _CLEANS_BPE, True)  # before 5.4 there was no such distinction
     )
     settings = {
         "special_tokens_map": tokenizer.special_tokens_map,

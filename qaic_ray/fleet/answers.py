@@ -215,7 +215,8 @@ class Answerer:
         else:
             return None
         system = self._generation.system
-        if system is not None and messages[0]["role"] not in ("system", "developer"):
+        first = messages[0].get("role") if messages else None
+        if system is not None and first not in ("system", "developer"):
             return [{"role": "system", "content": system}, *messages]
         return messages
 
@@ -251,7 +252,7 @@ def check_chat(template: ChatTemplate, generation: Generation, model: str) -> No
     Raises:
         UsageError: there is none, it does not compile, or takes too long.
     """
-    if not generation.chat:
+    if not generation.chat and generation.chat_template is None:
         return
     template = template.of_run(generation.chat_template, generation.date)
     if not template.templates:

@@ -87,7 +87,8 @@ def check_chat_template(request: RunRequest) -> None:
     from qaic_ray.fleet.answers import check_chat
     from qaic_ray.model import load_chat_template, open_checkpoint
 
-    if request.chat and _is_here(request):  # else each worker finds out when it is opened
+    is_wanted = request.chat or request.chat_template is not None
+    if is_wanted and _is_here(request):  # else each worker finds out when it is opened
         template = load_chat_template(open_checkpoint(request.model, weights=False))
         check_chat(template, _generation(request), request.model)
 
