@@ -64,6 +64,8 @@ def row_alone() -> Iterator[None]:
         _log.debug("An error of one row:", exc_info=True)
         if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
             raise
+        if isinstance(error, RecursionError):
+            raise RowError("The row is nested too deep.") from error
         raise RowError(
             f"{type(error).__name__} came up over this row: {shown(str(error))}. That is a fault "
             "of qaic-ray's: please report it with the row."

@@ -21,7 +21,7 @@ from qaic_ray.fleet import answers as answers_module
 from qaic_ray.fleet import worker as worker_module
 from qaic_ray.fleet.answers import Generation, sample_seed
 from qaic_ray.fleet.worker import CardWorker, TakenBack, WorkerSpec
-from qaic_ray.rows import ErrorClass, FinishReason, Prompt, Row
+from qaic_ray.rows import ChatOptions, ErrorClass, FinishReason, Prompt, Row
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
 from qaic_ray.tokenizer import Tokenizer
 
@@ -339,6 +339,14 @@ def test_what_the_context_or_the_memory_cannot_hold_is_said(
     row, well = answers(open_worker(), prompt(**sampling), prompt(index=1, min_tokens=36))
     assert words in str(row.error)
     assert len(well.token_ids) == 36
+
+
+def test_options_of_the_template_need_a_conversation(open_worker: Open) -> None:
+    asking = replace(prompt("HI"), chat=ChatOptions(template_kwargs={"x": 1}))
+    (row,) = answers(open_worker(), asking)
+    assert "for a conversation" in str(row.error)
+    (row,) = answers(open_worker(chat=True), asking)
+    assert row.error is None
 
 
 # -- what goes wrong

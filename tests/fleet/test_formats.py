@@ -463,3 +463,18 @@ def test_a_prompt_is_there_as_soon_as_its_line_is(
         for index, line in enumerate(lines):
             keyboard.write(packed.get(pack, str.encode)(line + "\n"))
             assert next(prompts) == Prompt(index, ("aaa", "bbb", "ccc")[index])
+
+
+@pytest.mark.parametrize("start", [b"a\n", b'[{"prompt": "a"},"'], ids=["line", "item"])
+def test_a_row_without_end_ends_the_reading(
+    start: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (input_lines, json_array):
+        monkeypatch.setattr(module, "MAX_SKIPPED_BYTES", 2**21)
+        monkeypatch.setattr(module, "MAX_LINE_BYTES", 2**20)
+    path = tmp_path / "bomb.gz"
+    path.write_bytes(gzip.compress(start + b"x" * 2**23))
+    read: list[Prompt | Row] = []
+    with pytest.raises(QaicRayError, match=r"past (line|item) 1: a row is longer than"):
+        list(map(read.append, prompts_from_file(path)))
+    assert read == AB[:1]

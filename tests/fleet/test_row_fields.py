@@ -239,7 +239,13 @@ def test_a_key_of_the_users_own_passes(name: str) -> None:
 
 
 def test_options_of_a_question_are_its_own() -> None:
-    for options in ({"A": "Paris", "B": "Rome"}, {"n": "north", "s": "south"}, "x", None):
+    for options in (
+        {"A": "Paris", "B": "Rome"},
+        {"n": "north", "s": "south"},
+        {"model": "x", "user": "y"},
+        "x",
+        None,
+    ):
         assert sampling({"options": options}) is None
 
 
