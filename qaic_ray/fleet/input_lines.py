@@ -167,12 +167,15 @@ class Input:
         readline = self._from_the_start().readline
         limit = MAX_LINE_BYTES + 1
         num_lines = 0
-        while line := self._guarded(partial(readline, limit)):
-            if len(line) == limit and not line.endswith(b"\n"):
-                self._guarded(partial(_skip_line, readline))
-            yield line
-            num_lines += 1
-            self.last = f"line {num_lines}"
+        try:
+            while line := readline(limit):
+                if len(line) == limit and not line.endswith(b"\n"):
+                    _skip_line(readline)
+                yield line
+                num_lines += 1
+        except _DAMAGE as error:
+            self.last = f"line {num_lines}" if num_lines else ""
+            raise cannot_read(self._path, self.last or None, error) from error
 
     def chunks(self) -> Iterator[bytes]:
         """All of it in pieces as they come."""
