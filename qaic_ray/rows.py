@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -46,28 +45,36 @@ _PANIC = "PanicException"
 """What a library written in Rust raises over a fault of its own; it is no Exception."""
 
 
-@contextmanager
-def row_alone() -> Iterator[None]:
+class _RowAlone:
     """Around work for one row: what is raised there is that row's error, and no other's.
 
     Raises:
         RowError: in place of whatever was raised; of what nobody meant to raise it says so.
         DeviceError: as it was, and so is what ends the process.
     """
-    try:
-        yield
-    except (RowError, DeviceError):
-        raise
-    except QaicRayError as error:
-        raise RowError(str(error)) from error
-    except BaseException as error:
-        _log.debug("An error of one row:", exc_info=True)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None or isinstance(error, (RowError, DeviceError)):
+            return
         if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
-            raise
+            return
+        _log.debug("An error of one row:", exc_info=error)
+        if isinstance(error, QaicRayError):
+            raise RowError(str(error)) from error
+        if isinstance(error, RecursionError):
+            raise RowError("The row is nested too deep.") from error
         raise RowError(
             f"{type(error).__name__} came up over this row: {shown(str(error))}. That is a fault "
             "of qaic-ray's: please report it with the row."
         ) from error
+
+
+ROW_ALONE = _RowAlone()
+"""It has no state: one for all. A step of a card enters it for every row, so that it must be
+cheaper than a generator."""
 
 
 @dataclass(frozen=True)

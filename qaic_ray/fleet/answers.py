@@ -120,6 +120,11 @@ class Answerer:
         params = prompt.sampling or self._generation.sampling
         self._limits.refuse_unanswerable(params)
         self._refuse_unknown("stop_token_ids", params.stop_token_ids)
+        if prompt.chat and prompt.messages is None and not self._generation.chat:
+            raise RowError(
+                "Options of the chat template are for a conversation: give messages in place of "
+                "the prompt, or let the run say --chat."
+            )
         prompt_ids = tuple(self._prompt_ids(prompt))
         self._refuse_unknown("The prompt", prompt_ids)
         limit = self._limits.new_token_limit(len(prompt_ids), params.max_tokens)

@@ -87,6 +87,7 @@ def _records(source: Input, reader: Any) -> Iterator[tuple[int, list[str]] | tup
             return
         except csv.Error as error:
             if reader.line_num > line:
+                source.last = f"line {line - 1}"
                 raise source.broken(f"a cell that begins in line {line} is not closed") from error
             yield line, error
             continue

@@ -92,6 +92,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Number)
 
 
+def _is_count(value: object) -> bool:
+    return _is_number(value) and not isinstance(value, bool)
+
+
 def _is_object(value: object) -> bool:
     return isinstance(value, dict)
 
@@ -235,7 +239,7 @@ NOT_OFFERED: dict[str, NotOffered] = {
     # Probabilities.
     "decoder_input_details": NotOffered('write "logprobs": 0', is_meant=_is_bool),
     "logprob_start_len": _off(-1, instead='write "logprobs" for those of the answer'),
-    "prompt_logprobs": NotOffered('write "logprobs" for those of the answer', (False,), _is_number),
+    "prompt_logprobs": NotOffered('write "logprobs" for those of the answer', (), _is_count),
     "return_logprob": NotOffered('write "logprobs": 0', is_meant=_is_bool),
     "return_tokens_as_token_ids": NotOffered(is_meant=_is_bool),
     "top_logprobs_num": _off(0, instead='write "logprobs"'),

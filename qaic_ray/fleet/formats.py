@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import PurePath
 
 from qaic_ray.errors import UsageError
-from qaic_ray.fleet.input_lines import LOOK_BYTES, STDIN, Input
+from qaic_ray.fleet.input_lines import STDIN, Input
 
 PARQUET_MAGIC = b"PAR1"
 
@@ -46,6 +46,7 @@ _FORMAT_OF_SUFFIX = {
     ".tsv": PromptFormat.TSV,
     ".parquet": PromptFormat.PARQUET,
 }
+_JSON_LINES = (PromptFormat.JSONL, PromptFormat.OPENAI)
 _OBJECT_KEYS = ("prompt", "messages", "custom_id")
 _HEADER_CELL = re.compile(r"[\w .-]{1,64}")
 
@@ -108,19 +109,17 @@ def recognise(source: Input, path: str, said: PromptFormat | None) -> Recognised
             f"The prompts from {name} are parquet in a stream, and parquet is read from a file: "
             "save it unpacked and give its name."
         )
-    if form in (PromptFormat.JSONL, PromptFormat.OPENAI):
-        any_line = said is None and _suffix(path) == ".json"
-        is_array = _is_array(source, name, any_line=any_line)
-        if not is_array and _json(source.head.strip()) is None:
-            _refuse_old_ends(source.head, name)
-        return Recognised(form, is_array)
+    is_array, is_guess = False, form is None
     if form is None:
         form, is_array = _guessed(source, name)
-        if form is not PromptFormat.TEXT:
-            return Recognised(form, is_array, is_guess=True)
-    _refuse_binary(source.head, name)
-    _refuse_old_ends(source.head, name)
-    return Recognised(form, is_guess=said is None and named_format(path) is None)
+    elif form in _JSON_LINES:
+        any_line = said is None and _suffix(path) == ".json"
+        is_array = _is_array(source, name, any_line=any_line)
+    if form not in _JSON_LINES:
+        _refuse_binary(source.head, name)
+    if not is_array and _json(source.head.strip()) is None:
+        _refuse_old_ends(source.head, name)
+    return Recognised(form, is_array, is_guess)
 
 
 def _is_array(source: Input, name: str, *, any_line: bool) -> bool:
@@ -174,8 +173,7 @@ def _refuse_spread(head: bytes, name: str) -> None:
     lines = _lines(head)
     if len(lines) < 2 or any(isinstance(_json(line), dict) for line in lines):
         return
-    is_cut = len(head) >= LOOK_BYTES and lines[0] == b"{"
-    if is_cut or _is_spread(head):
+    if lines[0] == b"{" or _is_spread(head):
         raise UsageError(
             f"{name} holds a JSON object over several lines: write each row on one line "
             "(JSONL), or all of them in an array."

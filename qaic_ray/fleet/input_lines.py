@@ -32,6 +32,9 @@ STDIN = "-"
 MAX_LINE_BYTES = 2**24
 """What is longer was never meant as a prompt, and must not fill the memory: a disk image, a file of
 one line, a bomb in a gzip."""
+MAX_SKIPPED_BYTES = 2**30
+"""So much of a line that is too long is read over; what goes on is no file of prompts."""
+ENDLESS = f"a row is longer than {MAX_SKIPPED_BYTES >> 30} GiB"
 LOOK_BYTES = 2**16
 """How far a format is looked for."""
 
@@ -171,12 +174,15 @@ class Input:
         readline = self._from_the_start().readline
         limit = MAX_LINE_BYTES + 1
         num_lines = 0
-        while line := self._guarded(partial(readline, limit)):
-            if len(line) == limit and not line.endswith(b"\n"):
-                self._guarded(partial(_skip_line, readline))
-            yield line
-            num_lines += 1
-            self.last = f"line {num_lines}"
+        try:
+            while line := readline(limit):
+                if len(line) == limit and not line.endswith(b"\n"):
+                    _skip_line(readline)
+                yield line
+                num_lines += 1
+        except _DAMAGE as error:
+            self.last = f"line {num_lines}" if num_lines else ""
+            raise cannot_read(self._path, self.last or None, error) from error
 
     def chunks(self) -> Iterator[bytes]:
         """All of it in pieces as they come."""
@@ -265,8 +271,11 @@ def _rejoined(head: bytes, stream: _Stream) -> io.BufferedReader:
 
 
 def _skip_line(readline: Callable[[int], bytes]) -> None:
+    num_bytes = 0
     while (rest := readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-        pass
+        num_bytes += len(rest)
+        if num_bytes > MAX_SKIPPED_BYTES:
+            raise EOFError(ENDLESS)
 
 
 class _Pieces(io.RawIOBase):

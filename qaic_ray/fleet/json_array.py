@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from qaic_ray.fleet.input_lines import MAX_LINE_BYTES, Input
+from qaic_ray.fleet.input_lines import ENDLESS, MAX_LINE_BYTES, MAX_SKIPPED_BYTES, Input
 
 _STRUCTURE = re.compile(rb'["\\{}\[\],]')
 _QUOTE, _BACKSLASH, _COMMA = b'"\\,'
@@ -21,15 +21,18 @@ class _Item:
 
     def __init__(self) -> None:
         self._kept = bytearray()
+        self.num_bytes = 0
 
     def add(self, part: bytes) -> None:
         """Take in what comes next."""
+        self.num_bytes += len(part)
         self._kept += part[: max(0, MAX_LINE_BYTES + 1 - len(self._kept))]
 
     def take(self) -> bytes:
         """The item, as it stood; the next one begins."""
         item = bytes(self._kept).strip()
         self._kept.clear()
+        self.num_bytes = 0
         return item
 
 
@@ -89,5 +92,7 @@ def array_items(source: Input) -> Iterator[bytes]:
         if has_ended and chunk[start:].strip():
             raise source.broken("something stands behind the JSON array")
         item.add(chunk[start:])
+        if item.num_bytes > MAX_SKIPPED_BYTES:
+            raise source.broken(ENDLESS)
     if not has_ended:
         raise source.broken("the JSON array does not end")

@@ -73,7 +73,8 @@ def _columns(path: str, schema: pyarrow.Schema) -> list[str]:
         index = schema.get_field_index(name)
         if index >= 0 and not (allows(schema.types[index]) or kinds.is_null(schema.types[index])):
             raise UsageError(
-                f'{path}: the column "{name}" is of {schema.types[index]}, not of {allowed}.'
+                f'{path}: the column "{name}" is of {_short(schema.types[index])}, '
+                f"not of {allowed}."
             )
     read = ("prompt", "messages", "id")
     return [name for name in schema.names if name in read or is_known(name)]
@@ -106,7 +107,7 @@ def _items(
         if isinstance(row, UnicodeDecodeError):
             raise RowError("Not UTF-8.") from row
         if isinstance(row, Exception):
-            raise RowError(f"A value that cannot be read: {_first_line(row)[:200]}") from row
+            raise RowError(f"A value that cannot be read: {_first_line(row)}") from row
         return read(draft, row)
 
     for index, row in enumerate(_rows(path, table, columns)):
@@ -160,4 +161,8 @@ def _plain(value: Any) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".") + "."
+    return f"{_short(str(error).strip()).rstrip('.')}."
+
+
+def _short(text: object) -> str:
+    return str(text).partition("\n")[0][:200]

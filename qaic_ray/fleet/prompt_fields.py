@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from qaic_ray.errors import RowError
 from qaic_ray.fleet.input_lines import MAX_LINE_BYTES
-from qaic_ray.rows import ChatOptions, ErrorClass, Message, Prompt, Row, row_alone
+from qaic_ray.rows import ROW_ALONE, ChatOptions, ErrorClass, Message, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
 
 Document = Mapping[str, Any]
@@ -86,7 +86,7 @@ class Draft:
             place: of the row in its input, before its error.
         """
         try:
-            with row_alone():
+            with ROW_ALONE:
                 return read(self, given)
         except RowError as error:
             return self.error_row(f"{place}{error}")

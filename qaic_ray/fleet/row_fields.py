@@ -142,8 +142,7 @@ def _take_sampling(asked: Asked, key: str, value: Any, said: str) -> None:
 def _is_of_fields(value: Any) -> bool:
     """Whether an object is one of fields; `{"n": "north", "s": "south"}` is none."""
     return isinstance(value, dict) and any(
-        (is_known(key) or key in NO_EFFECT) and not (key == "n" and isinstance(item, str))
-        for key, item in value.items()
+        is_known(key) and not (key == "n" and isinstance(item, str)) for key, item in value.items()
     )
 
 
@@ -247,7 +246,7 @@ def check_columns(name: str, columns: Sequence[str]) -> None:
     for column in columns:
         if error := mistake(column):
             raise UsageError(f"{name}: {error}")
-        if column in _ONCE and columns.count(column) > 1:
+        if (column in _ONCE or is_known(column)) and columns.count(column) > 1:
             raise UsageError(f'{name} has several columns "{column}": keep one of them.')
     if _PROMPT.isdisjoint(columns):
         some = ", ".join(column[:40] for column in columns[:20])

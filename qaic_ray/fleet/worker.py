@@ -25,7 +25,7 @@ from qaic_ray.fleet.locks import Part
 from qaic_ray.fleet.speculation import Drafting, open_drafting
 from qaic_ray.metrics import Measurement
 from qaic_ray.model import load_tokenizer, open_checkpoint
-from qaic_ray.rows import Prompt, Row, row_alone
+from qaic_ray.rows import ROW_ALONE, Prompt, Row
 from qaic_ray.run import batch
 from qaic_ray.run.engine import MAX_STALL_S, Engine, Finished
 from qaic_ray.run.session import Session
@@ -286,7 +286,7 @@ class CardWorker:
         refused: list[Row] = []
         for prompt in prompts:
             try:
-                with row_alone():
+                with ROW_ALONE:
                     begun.append(answerer.begin(prompt))
             except RowError as error:
                 refused.append(Row.failed(prompt, str(error), worker=name, attempts=attempt))
@@ -311,7 +311,7 @@ class CardWorker:
     def _row(self, answerer: Answerer, answer: Answer, attempt: int) -> Row:
         name = self.spec.name
         try:
-            with row_alone():
+            with ROW_ALONE:
                 return answerer.row(answer, worker=name, attempts=attempt)
         except RowError as error:
             with self._lock:

@@ -21,7 +21,7 @@ from qaic_ray.contract import IoContract, Specialization, Specializations
 from qaic_ray.durations import bin_of
 from qaic_ray.errors import RowError
 from qaic_ray.metrics import Measurement, Meter
-from qaic_ray.rows import row_alone
+from qaic_ray.rows import ROW_ALONE
 from qaic_ray.run.batch import Batcher, Sequence
 from qaic_ray.run.feed import CacheIndexFeed, Drafts, Feed, Laid, PositionIdsFeed
 from qaic_ray.run.sampling import Selector
@@ -283,7 +283,7 @@ class Engine:
     def _select(self, rows: Listed[tuple[int, Sequence]], logits: Array) -> list[list[int]]:
         """The next token of every row; none of a row over which that fails, which so ends."""
         try:
-            with row_alone():
+            with ROW_ALONE:
                 self._enter(rows)
                 choice = self._selector.choose(logits, [slot for slot, _ in rows])
         except RowError as error:
@@ -317,7 +317,7 @@ class Engine:
         start = self._num_read[sequence]
         self._num_read[sequence] = len(sequence.output_ids)
         try:
-            with row_alone():
+            with ROW_ALONE:
                 kept = self._readers[sequence].read(sequence.output_ids[start:])
         except RowError as error:
             self._end_with(error, sequence)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qaic_ray.contract import IoContract, Specializations
 from qaic_ray.errors import DeviceError, RowError, UsageError
-from qaic_ray.rows import row_alone
+from qaic_ray.rows import ROW_ALONE
 from qaic_ray.run.batch import Sequence
 from qaic_ray.run.engine import Engine
 from qaic_ray.run.sampling import Selector
@@ -123,11 +123,11 @@ def test_neighbours_of_a_row_that_fails_are_answered(
 
 def test_a_panic_is_the_rows_and_an_interruption_is_nobodys() -> None:
     for error in (ValueError("x" * 10**6), MemoryError(), PanicException("x"), UsageError("x")):
-        with pytest.raises(RowError) as raised, row_alone():
+        with pytest.raises(RowError) as raised, ROW_ALONE:
             raise error
         assert len(str(raised.value)) < 300
         assert raised.value.__cause__ is error
     for whole in (KeyboardInterrupt(), SystemExit(1), DeviceError("gone"), RowError("mine")):
-        with pytest.raises(type(whole)) as same, row_alone():
+        with pytest.raises(type(whole)) as same, ROW_ALONE:
             raise whole
         assert same.value is whole

@@ -392,6 +392,14 @@ def test_what_the_context_or_the_memory_cannot_hold_is_said(
     assert len(well.token_ids) == 36
 
 
+def test_options_of_the_template_need_a_conversation(open_worker: Open) -> None:
+    asking = replace(prompt("HI"), chat=ChatOptions(template_kwargs={"x": 1}))
+    (row,) = answers(open_worker(), asking)
+    assert "for a conversation" in str(row.error)
+    (row,) = answers(open_worker(chat=True), asking)
+    assert row.error is None
+
+
 # -- what goes wrong
 
 
