@@ -23,7 +23,8 @@ from qaic_ray.export.verify import (
     read_report,
     write_report,
 )
-from qaic_ray.manifest import FORMAT, ModelManifest, SourceFile, read_manifest
+from qaic_ray.kept_files import SourceFile
+from qaic_ray.manifest import FORMAT, ModelManifest, read_manifest
 from qaic_ray.model import Checkpoint, open_checkpoint
 
 MANIFEST = ModelManifest(
@@ -81,11 +82,15 @@ def test_manifest_survives_the_disk(tmp_path: Path) -> None:
     ("text", "message"),
     [
         (None, "not an exported model"),
-        ("{", "Cannot read"),
-        ("[]", "not a manifest of this version"),
-        ("{}", "not a manifest of this version"),
-        (json.dumps({"format": FORMAT + 1}), "not a manifest of this version"),
-        (MANIFEST.to_json().replace("position-ids", "other"), "not a manifest of this version"),
+        ("{", "is not JSON"),
+        ("[]", "must hold a JSON object"),
+        ("{}", f"has format None, not {FORMAT}"),
+        (json.dumps({"format": FORMAT + 1}), f"has format {FORMAT + 1}, not {FORMAT}"),
+        (
+            MANIFEST.to_json().replace("position-ids", "other"),
+            r"manifest\.json: contract: .*'other'",
+        ),
+        (MANIFEST.to_json().replace("generatedModels", ".."), "leads out of the folder"),
     ],
 )
 def test_a_manifest_we_cannot_use_is_named(tmp_path: Path, text: str | None, message: str) -> None:

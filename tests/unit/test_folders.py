@@ -61,11 +61,12 @@ def test_a_kill_leaves_the_old_folder_and_the_next_builder_sweeps(target: Path) 
     assert names(target.parent) == [target.name]
 
 
-def test_lock_lies_in_the_cache(
+def test_lock_lies_with_the_target_and_goes_with_its_holder(
     target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QAIC_RAY_CACHE", str(tmp_path / "cache"))
     assert cache_folder() == tmp_path / "cache"
     with locked(target):
-        assert len(list((tmp_path / "cache" / "locks").iterdir())) == 1
-        assert not os.path.lexists(target.parent)
+        assert names(target.parent) == [f".{target.name}.lock"]
+    assert names(target.parent) == []
+    assert not os.path.lexists(cache_folder())

@@ -25,7 +25,7 @@ GOOD = r"""
 for arg in "$@"; do case $arg in -aic-binary-dir=*) out=${arg#*=};; esac; done
 echo run >> "$(dirname "$0")/runs"
 mkdir -p "$out"
-printf '\x7c\xcd\xa1\x00rest' > "$out/programqpc.bin"
+printf '\x7c\xcd\xa1\0\0\1\1\0\x1c\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0rest' > "$out/programqpc.bin"
 """
 
 
