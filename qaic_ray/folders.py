@@ -139,15 +139,20 @@ def building(target: Path) -> Iterator[Path]:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file, whole or not at all; no link that lies in its way is followed."""
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        with open(os.open(unfinished, flags, 0o666), "w", encoding="utf-8") as stream:
+        with open(new_file(unfinished), "w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def new_file(path: Path) -> int:
+    """Open a new file for writing in place of what has its name: no link there is followed."""
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
 def sync_tree(folder: Path) -> None:

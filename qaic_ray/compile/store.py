@@ -54,6 +54,11 @@ class BuildRequest:
         """The variant's folder."""
         return self.store.absolute() / self.variant.name
 
+    @property
+    def entries(self) -> list[tuple[str, str]]:
+        """All that the result depends on, by name."""
+        return self.variant.key_entries(self.sdk, compiler_digest(self.sdk))
+
 
 @dataclass(frozen=True)
 class Build:
@@ -87,7 +92,7 @@ def build(request: BuildRequest) -> Build:
     """
     variant, sdk, target = request.variant, request.sdk, request.target
     start_s = time.monotonic()
-    entries = variant.key_entries(sdk, compiler_digest(sdk))
+    entries = request.entries
     # Without the lock, which a store that one may only read does not give.
     reused = is_current(target, entries)
     if reused:
@@ -100,6 +105,16 @@ def build(request: BuildRequest) -> Build:
                 _build(target, variant, sdk, entries)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     return Build(target, variant.name, reused, time.monotonic() - start_s, size)
+
+
+def check_request(request: BuildRequest) -> None:
+    """See, before anything is compiled, whether the variant's folder is there or may be made.
+
+    Raises:
+        UsageError: for a folder of the variant's name that is not ours.
+    """
+    if not is_current(request.target, request.entries):
+        check_ours(request.target)
 
 
 def is_current(folder: Path, entries: list[tuple[str, str]]) -> bool:

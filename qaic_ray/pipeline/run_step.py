@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,8 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qaic_ray.compile.compiler import QPC_FILE
-from qaic_ray.compile.store import content_key
+from qaic_ray.compile.store import check_kept, content_key
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.pipeline.devices import choose_devices
 from qaic_ray.pipeline.listener import Listener
@@ -47,11 +47,8 @@ def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSumm
     Raises:
         UsageError: for a QPC, cards or prompts that are not there.
     """
-    if not (request.qpc / QPC_FILE).is_file():
-        raise UsageError(
-            f"{request.qpc} holds no {QPC_FILE}: give the folder of a compiled variant, like "
-            "qpc/<base>-kv-32pl-512cl-14c-1BS-mx6."
-        )
+    for qpc in filter(None, (request.qpc, request.draft_qpc)):
+        check_kept(qpc)
     num_cards = 0
     if request.ray_address is None:
         devices = choose_devices(sdk.here, request.devices)
@@ -87,7 +84,7 @@ def run_on(
             cluster, request, specs, prompts=prompts, folder=folder, listener=listener
         )
     except UsageError:
-        if request.resume is None:  # the request was wrong, and nothing was answered
+        if request.resume is None and not _has_rows(folder):  # the request was wrong
             shutil.rmtree(folder)
         raise
     _export(request, folder)
@@ -102,6 +99,18 @@ def run_on(
     )
     write_report(summary)
     return summary
+
+
+def _has_rows(folder: Path) -> bool:
+    """Whether the journal of a run folder holds anything beside headers."""
+    from qaic_ray.fleet.journal import JOURNAL_NAME
+
+    for path in (folder / JOURNAL_NAME).glob("*.jsonl"):
+        with path.open("rb") as stream:
+            stream.readline()
+            if stream.readline():
+                return True
+    return False
 
 
 def _answer(
@@ -230,8 +239,11 @@ def _new_run_folder(request: RunRequest) -> Path:
     for number in range(2, 1000):
         folder = request.output.absolute() / name
         try:
-            folder.mkdir(parents=True)
+            os.makedirs(folder.parent, exist_ok=True)
+            folder.mkdir(mode=0o700)  # prompts and answers are their user's
         except FileExistsError:
+            if not folder.parent.is_dir():
+                raise UsageError(f"{folder.parent} is not a folder.") from None
             name = f"{request.name}-{stamp}-{number}"
             continue
         except OSError as error:
