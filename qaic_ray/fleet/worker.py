@@ -156,12 +156,12 @@ class CardWorker:
         try:
             self._check_shapes(session.specializations)
             drafting = open_drafting(self.spec.generation.speculation, sdk, session)
-        except QaicRayError:
+            engine = self._engine(session, drafting)
+            answerer = Answerer(tokenizer, checkpoint.eos_ids, self.spec.generation, engine)
+        except BaseException:
             session.close()
             self._holding.release()
             raise
-        engine = self._engine(session, drafting)
-        answerer = Answerer(tokenizer, checkpoint.eos_ids, self.spec.generation, engine)
         self._opened = _Card(answerer, session, drafting, engine)
         self._thread.start()
         shapes = session.specializations
