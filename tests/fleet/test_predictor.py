@@ -202,7 +202,9 @@ def test_a_bad_sampling_field_of_a_row_is_its_error(make: Make) -> None:
     assert "top_p is 2" in answered["error"][0]
 
 
-@pytest.mark.parametrize("error", [UsageError("No such template."), Surprise(), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [UsageError("No such template."), Surprise(), KeyboardInterrupt()]
+)
 def test_a_constructor_that_fails_lets_its_card_go(
     make: Make, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
