@@ -75,8 +75,8 @@ class Build:
 class Record:
     """What `variant.json` says that is of use; `files` is empty in those of older versions."""
 
-    key: str
     num_cores: int
+    key: str = ""
     files: tuple[KeptFile, ...] = ()
 
 

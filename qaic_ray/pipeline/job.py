@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from qaic_ray.compile.store import Build
 from qaic_ray.compile.variant import Grid, Precision, Source, Variant
-from qaic_ray.config import Job, dump_job, prompt_lens
+from qaic_ray.config import Job, dump_job
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP, Specializations
 from qaic_ray.errors import SdkNotFound, UsageError
 from qaic_ray.manifest import CUSTOM_IO_FILE
+from qaic_ray.option_values import prompt_lens
 from qaic_ray.pipeline.compile_step import CompileRequest, compile_on, requested_builds
 from qaic_ray.pipeline.devices import choose_devices, choose_sdk, emulated_cards
 from qaic_ray.pipeline.export_step import export_step

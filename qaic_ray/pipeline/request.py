@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from qaic_ray.documents import checked, read_yaml
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.sampling_params import SamplingParams
 
@@ -145,22 +146,18 @@ def read_request(folder: Path) -> RunRequest:
         UsageError: when the folder is not a run's.
     """
     path = folder / REQUEST_NAME
+    if not path.exists():
+        raise UsageError(f"{folder} is not the folder of a run: it has no {REQUEST_NAME}.")
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        document["sampling"] = SamplingParams().updated(document["sampling"])
-        document |= {
-            name: None if document[name] is None else Path(document[name]) for name in _PATHS
-        }
-        devices = document["devices"]
-        document["devices"] = None if devices is None else tuple(devices)
-        document["output_formats"] = tuple(document["output_formats"])
-        return RunRequest(**document, resume=folder)
-    except OSError as error:
-        raise UsageError(
-            f"{folder} is not the folder of a run: it has no {REQUEST_NAME} ({error.strerror})."
-        ) from error
-    except (yaml.YAMLError, TypeError, KeyError, RowError) as error:
+        document = read_yaml(path)
+        known = {f.name for f in fields(RunRequest)} - set(_NOT_KEPT)
+        if not isinstance(document, dict) or not document.keys() <= known:
+            raise UsageError(f"{path} does not hold the keys of a request.")
+        sampling = checked(dict[str, Any], document.get("sampling"), f"{path}: sampling")
+        document["sampling"] = SamplingParams().updated(sampling)
+        return replace(checked(RunRequest, document, str(path)), resume=folder)
+    except (UsageError, RowError) as error:
         raise UsageError(
             f"{path} cannot be gone on with: it was written by another version, or changed "
-            f"({' '.join(str(error).split())})."
+            f"({str(error).rstrip('.')})."
         ) from error

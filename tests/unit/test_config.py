@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from qaic_ray import config
 from qaic_ray.config import Job, RunPart, dump_job, job_from, load_job
 from qaic_ray.errors import JobError
+from qaic_ray.option_values import prompt_lens
 from qaic_ray.run.engine import MAX_STALL_S
 from qaic_ray.sampling_params import FIELDS, SamplingParams
 
@@ -119,7 +120,7 @@ def test_defaults_are_the_engines() -> None:
 def test_prompt_lens_together_are_one_entry_of_the_grid() -> None:
     job = job_from(with_part("compile", prompt_len=[16, "32+128"]), source="x")
     assert job.compile.prompt_len == (16, "32+128")
-    assert [config.prompt_lens(value) for value in job.compile.prompt_len] == [(16,), (32, 128)]
+    assert [prompt_lens(value) for value in job.compile.prompt_len] == [(16,), (32, 128)]
     assert job_from(yaml.safe_load(dump_job(job)), source="x") == job
 
 
