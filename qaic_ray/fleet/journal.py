@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import zlib
 from collections import OrderedDict
@@ -29,6 +30,7 @@ from typing import BinaryIO, ClassVar, NamedTuple
 from filelock import FileLock, Timeout
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from qaic_ray.documents import as_object, checked, parse_json, shown
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.fleet.fingerprint import Fingerprint, differences
 from qaic_ray.folders import sync_path
@@ -41,6 +43,8 @@ SEGMENT_BYTES = 64 * 2**20
 MAX_OPEN_SEGMENTS = 16
 
 _BEFORE_JSON = len("01234567 ")
+_MAX_HEADER_BYTES = 2**20
+_SEGMENT = re.compile("[0-9]{6,12}")
 
 
 class Place(NamedTuple):
@@ -255,7 +259,8 @@ class Journal:
     def _recover(self) -> dict[int, _Header]:
         """Cut what a killed session left half-written; return the header of each segment."""
         self._folder.mkdir(exist_ok=True)
-        segments = sorted(int(path.stem) for path in self._folder.glob("*.jsonl"))
+        stems = (path.stem for path in self._folder.glob("*.jsonl"))
+        segments = sorted(int(stem) for stem in stems if _SEGMENT.fullmatch(stem))
         if segments:
             path = _segment_path(self._folder, segments[-1])
             num_bytes = _whole_bytes(path)
@@ -271,16 +276,18 @@ class Journal:
     def _read_header(self, segment: int) -> _Header:
         path = _segment_path(self._folder, segment)
         with path.open("rb") as stream:
-            line = stream.readline()
+            line = stream.readline(_MAX_HEADER_BYTES)
         if not _is_whole(line):
             raise _damaged(path, 1)
-        document = json.loads(line[_BEFORE_JSON:])
-        if document["format"] != FORMAT:
+        document = as_object(
+            parse_json(line[_BEFORE_JSON:].decode(errors="replace"), str(path)), str(path)
+        )
+        if document.get("format") != FORMAT:
             raise UsageError(
-                f"{path} has journal format {document['format']}, and this version writes "
-                f"{FORMAT}: resume the run with the version that began it, or begin a new one."
+                f"{path} has journal format {shown(document.get('format'))}, and this version "
+                f"writes {FORMAT}: resume with the version that began the run, or begin a new one."
             )
-        return _Header(**document)
+        return checked(_Header, document, str(path), raises=QaicRayError)
 
     def _next_header(self, fingerprint: Fingerprint, retry_errors: bool) -> _Header:
         headers = list(self._headers.values())
@@ -293,8 +300,8 @@ class Journal:
             )
         if changes := differences(first.fingerprint, fingerprint):
             raise UsageError(
-                f"The run in {self._run_folder} cannot go on: {', '.join(changes)}. Resume it as "
-                "it was begun, or begin a new run."
+                f"The run in {self._run_folder} cannot go on: {', '.join(changes[:8])}. Resume it "
+                "as it was begun, or begin a new run."
             )
         session = headers[-1].session + 1
         return _Header(FORMAT, first.run, session, retry_errors, first.fingerprint)

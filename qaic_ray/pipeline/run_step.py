@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qaic_ray.compile.store import check_kept, content_key
+from qaic_ray.documents import user_path
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.pipeline.devices import choose_devices
 from qaic_ray.pipeline.listener import Listener
@@ -183,7 +184,7 @@ def _places(
 def _worker_specs(request: RunRequest, places: Sequence[WorkerPlace]) -> list[WorkerSpec]:
     from qaic_ray.fleet.worker import WorkerSpec
 
-    model = Path(request.model).expanduser()
+    model = user_path(request.model, "The model")
     generation = _generation(request)
     return [
         WorkerSpec(
