@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -259,11 +259,8 @@ class Specializations:
                 f"{source} must be an object whose 'specializations' is a list with one entry for "
                 "prefill and one for decode."
             )
-        if len(entries) > MAX_VARIANTS:
-            raise SpecializationError(
-                f"{source} has {len(entries)} specializations: at most {MAX_VARIANTS} are read."
-            )
-        return cls(tuple(_entry(entry, source, i) for i, entry in enumerate(entries)))
+        read = (_entry(entry, source, i) for i, entry in enumerate(entries))
+        return cls(tuple(islice(read, MAX_VARIANTS + 1)))
 
     @classmethod
     def load(cls, path: Path) -> Specializations:
@@ -317,8 +314,10 @@ def check_specializations(entries: tuple[Specialization, ...]) -> None:
     Raises:
         SpecializationError: naming the key, the values and the rule.
     """
-    if not entries:
-        raise SpecializationError("There must be at least one specialization.")
+    if not 1 <= len(entries) <= MAX_VARIANTS:
+        raise SpecializationError(
+            f"There must be 1 to {MAX_VARIANTS} specializations, not {len(entries)}."
+        )
     for s in entries:
         _check_one(s)
     for key in ("ctx_len", "full_batch_size"):

@@ -7,12 +7,14 @@ inode and the same bytes.
 from __future__ import annotations
 
 import hashlib
+import os
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 _BLOCK_BYTES = 2**20
+_MAX_NAME_BYTES = 255
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,10 @@ def inside(name: str) -> str:
         ValueError: for any other.
     """
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\0" in name:
+    if path.is_absolute() or ".." in path.parts:
         raise ValueError("a path leads out of the folder")
+    if "\0" in name or any(len(os.fsencode(part)) > _MAX_NAME_BYTES for part in path.parts):
+        raise ValueError("no file system takes such a path")
     return name
 
 

@@ -19,6 +19,7 @@ PrecisionName = Literal["mx6", "fp16", "fp32"]
 Sku = Literal["standard", "pro", "ultra"]
 AppsVersion = Literal["1.14.2", "1.17", "1.20", "1.21.6", "1.22"]
 _LENGTH = re.compile(r"\s*[0-9]{1,9}\s*", re.ASCII)
+_MAX_REASON_CHARS = 500
 MAX_LISTED = 1024
 """Values of one list of a job; more than anybody has cards."""
 
@@ -102,7 +103,7 @@ def _sampling(value: Any) -> Any:
     try:
         return SamplingParams().updated(value)
     except RowError as error:
-        raise ValueError(str(error).rstrip(".")) from error
+        raise ValueError(str(error)[:_MAX_REASON_CHARS].rstrip(".")) from error
 
 
 def _sampling_fields(params: SamplingParams) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from qaic_ray.cli.cluster_commands import (
     stop,
 )
 from qaic_ray.cli.compile_command import compile
-from qaic_ray.cli.options import JsonOption, ModelOption, SdkOption, find_sdk
+from qaic_ray.cli.options import JsonOption, ModelOption, SdkOption, find_sdk, known_path
 from qaic_ray.cli.run_command import ResumeOption, RetryOption, StreamOption, run
 from qaic_ray.errors import UsageError
 
@@ -77,6 +77,14 @@ NextTokensOption = Annotated[
     bool, typer.Option("--next-tokens", help="Token ids as output, in place of logits.")
 ]
 
+ExportedOption = Annotated[
+    Path | None,
+    typer.Option(
+        callback=known_path,
+        help="Folder to write; its name is the model's.",
+        show_default="<base>-kv",
+    ),
+]
 ComputedOption = Annotated[
     bool, typer.Option("--comp-ctx-lengths", help="An input for how much context is computed.")
 ]
@@ -84,7 +92,9 @@ ComputedOption = Annotated[
 
 @app.command()
 def launch(
-    job: Annotated[Path, typer.Argument(help="A job file, like jobs/smollm2.yaml.")],
+    job: Annotated[
+        Path, typer.Argument(callback=known_path, help="A job file, like jobs/smollm2.yaml.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change one key: run.generation_len=64."),
@@ -125,7 +135,7 @@ def launch(
 
 @app.command()
 def plan(
-    job: Annotated[Path, typer.Argument(help="A job file.")],
+    job: Annotated[Path, typer.Argument(callback=known_path, help="A job file.")],
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key.")
     ] = None,
@@ -145,10 +155,7 @@ def export(
     model_class: Annotated[
         str, typer.Option("--model-class", "--model_class", help="As in the published recipe.")
     ] = "LlamaForCausalLM",
-    output: Annotated[
-        Path | None,
-        typer.Option(help="Folder to write; its name is the model's.", show_default="<base>-kv"),
-    ] = None,
+    output: ExportedOption = None,
     io: Annotated[
         str, typer.Option(help="The interface: position-ids, or cache-index as the recipe's.")
     ] = "position-ids",
@@ -236,7 +243,10 @@ def devices(
 
 @emulator_app.command("install")
 def emulator_install(
-    prefix: Annotated[Path, typer.Argument(help="Folder to make, like ./sdk or /opt/qti-aic.")],
+    prefix: Annotated[
+        Path,
+        typer.Argument(callback=known_path, help="Folder to make, like ./sdk or /opt/qti-aic."),
+    ],
     apps_version: Annotated[
         str | None, typer.Option(help="1.14.2, 1.17, 1.20, 1.21.6 or 1.22.")
     ] = None,

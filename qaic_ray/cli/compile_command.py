@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qaic_ray.cli.arguments import given_once, number_groups, numbers, words
-from qaic_ray.cli.options import JsonOption, SdkOption, find_sdk
+from qaic_ray.cli.options import JsonOption, SdkOption, find_sdk, known_path
 from qaic_ray.contract import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_CORES,
@@ -31,11 +31,18 @@ SHAPES = {
 }
 """The options in whose place a specializations.json may stand."""
 
+ModelDirArgument = Annotated[
+    Path, typer.Argument(callback=known_path, help="Folder that export made (<base>-kv).")
+]
+OutputOption = Annotated[
+    Path, typer.Option(callback=known_path, help="Folder that gets one folder a variant.")
+]
 SpecializationsOption = Annotated[
     Path | None,
     typer.Option(
+        callback=known_path,
         help="A specializations.json, instead of the five options below; the one of this folder is "
-        "used where none of them is given."
+        "used where none of them is given.",
     ),
 ]
 BatchOption = Annotated[
@@ -76,7 +83,7 @@ CoresOption = Annotated[
 
 def compile(  # the recipe's word
     context: typer.Context,
-    model_dir: Annotated[Path, typer.Argument(help="Folder that export made (<base>-kv).")],
+    model_dir: ModelDirArgument,
     precision_argument: Annotated[
         str | None, typer.Argument(metavar="[mx6|fp16|fp32]", show_default=DEFAULT_PRECISION)
     ] = None,
@@ -91,9 +98,7 @@ def compile(  # the recipe's word
     comp_ctx_lengths: ContextsOption = None,
     num_cores: CoresOption = None,
     precision: Annotated[str | None, typer.Option(help="Lists: mx6,fp16.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder that gets one folder a variant.")] = Path(
-        "qpc"
-    ),
+    output: OutputOption = Path("qpc"),
     jobs: Annotated[int | None, typer.Option(help="Compiles at once.", min=1)] = None,
     sdk: SdkOption = "auto",
     as_json: JsonOption = False,

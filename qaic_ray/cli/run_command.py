@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qaic_ray.cli.arguments import chosen, device_ids, numbers
-from qaic_ray.cli.options import JsonOption, SdkOption, sdk_choice
+from qaic_ray.cli.options import JsonOption, SdkOption, known_path, sdk_choice
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.sampling_params import FIELDS, SamplingParams
 
@@ -46,7 +46,9 @@ ModelNameOption = Annotated[
         show_default=False,
     ),
 ]
-QpcOption = Annotated[Path | None, _option(REQUIRED, "--qpc", "Folder of a compiled variant.")]
+QpcOption = Annotated[
+    Path | None, _option(REQUIRED, "--qpc", "Folder of a compiled variant.", callback=known_path)
+]
 PromptOption = Annotated[
     str | None, _option(PROMPTS, "--prompt", r"Prompts separated by |; \| is a pipe of the text.")
 ]
@@ -113,7 +115,12 @@ DraftsOption = Annotated[
 ]
 DraftQpcOption = Annotated[
     Path | None,
-    _option(DRAFTS, "--draft-qpc", "Folder of a smaller model's QPC, to run beside the other."),
+    _option(
+        DRAFTS,
+        "--draft-qpc",
+        "Folder of a smaller model's QPC, to run beside the other.",
+        callback=known_path,
+    ),
 ]
 
 END = "Where an answer ends"
@@ -150,13 +157,16 @@ GroupOption = Annotated[
 ]
 
 FOLDER = "The run folder"
-OutputOption = Annotated[Path, _option(FOLDER, "--output", "Folder that gets one folder a run.")]
+OutputOption = Annotated[
+    Path, _option(FOLDER, "--output", "Folder that gets one folder a run.", callback=known_path)
+]
 OutputFormatOption = Annotated[
     list[str] | None,
     _option(FOLDER, "--output-format", "Beside outputs.jsonl: openai, parquet; may be repeated."),
 ]
 ResumeOption = Annotated[
-    Path | None, _option(FOLDER, "--resume", "A run folder: go on where that run stopped.")
+    Path | None,
+    _option(FOLDER, "--resume", "A run folder: go on where that run stopped.", callback=known_path),
 ]
 RetryOption = Annotated[
     bool, _option(FOLDER, "--retry-errors", "With --resume: its rows of errors once more.")

@@ -298,10 +298,10 @@ class Journal:
             raise UsageError(
                 f"{self._folder} holds segments of several runs: take out those of all but one."
             )
-        if changes := differences(first.fingerprint, fingerprint):
+        if named := ", ".join(differences(first.fingerprint, fingerprint))[:800]:
             raise UsageError(
-                f"The run in {self._run_folder} cannot go on: {', '.join(changes[:8])}. Resume it "
-                "as it was begun, or begin a new run."
+                f"The run in {self._run_folder} cannot go on: {named}. Resume it as it was begun, "
+                "or begin a new run."
             )
         session = headers[-1].session + 1
         return _Header(FORMAT, first.run, session, retry_errors, first.fingerprint)

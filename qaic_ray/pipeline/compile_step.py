@@ -81,6 +81,7 @@ def requested_builds(request: CompileRequest, sdk: Sdk) -> list[BuildRequest]:
     store = user_path(request.store, "The folder of the QPCs").absolute()
     builds = [BuildRequest(v, sdk, store) for v in requested_variants(request, sdk)]
     for build_request in builds:
+        user_path(build_request.target, "The folder of the QPC")
         check_request(build_request)
     return builds
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 REQUEST_NAME = "request.yaml"
 STDIN = "-"
+_MAX_REASON_CHARS = 500
 
 # Of this process, not of the run.
 _NOT_KEPT = ("output", "ray_address", "job_text", "resume", "retry_errors")
@@ -159,5 +160,5 @@ def read_request(folder: Path) -> RunRequest:
     except (UsageError, RowError) as error:
         raise UsageError(
             f"{path} cannot be gone on with: it was written by another version, or changed "
-            f"({str(error).rstrip('.')})."
+            f"({str(error)[:_MAX_REASON_CHARS].rstrip('.')})."
         ) from error
