@@ -40,18 +40,6 @@ PYTHON_VARIABLE = "QAIC_EMULATOR_PYTHON"
 
 _MAX_CARDS = 64
 _MAX_NAMED = 3
-_OURS = (
-    MARKER,
-    "exec/qaic-exec",
-    "exec/qaic-compile",
-    "tools/qaic-*",
-    "versions/*.xml",
-    "dev/python/QAicApi_pb2.py",
-    "dev/lib/*/qaicrt.py",
-    f"dev/lib/*/{PACKAGE}/*.py",
-    "dev/*/__pycache__/*.pyc",
-)
-"""All that any version of this installer has put into a folder, and what Python adds."""
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 _QAIC_COMPILE_SINCE = (1, 21, 6)
 _TOOLS = {
@@ -60,6 +48,18 @@ _TOOLS = {
     "tools/qaic-qpc": "qpc_tool",
     "tools/qaic-device-partition": "partition_tool",
 }
+_OURS = (
+    MARKER,
+    *_TOOLS,
+    "exec/qaic-compile",
+    "versions/apps.xml",
+    "versions/platform.xml",
+    "dev/python/QAicApi_pb2.py",
+    "dev/lib/*/qaicrt.py",
+    f"dev/lib/*/{PACKAGE}/*.py",
+    "dev/*/__pycache__/*.pyc",
+)
+"""All that any version of this installer has put into a folder, and what Python adds."""
 _COMMAND = """\
 #!/bin/sh
 root=$(dirname "$(dirname "$(readlink -f "$0")")")
