@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from qaic_ray.errors import UsageError
+from qaic_ray.fleet.outputs import row_writer
 from qaic_ray.pipeline import run_step
 from qaic_ray.pipeline.request import RunRequest
 from qaic_ray.rows import FinishReason, Row
@@ -64,8 +65,6 @@ def test_a_place_for_runs_that_is_a_file_is_said(request_: RunRequest) -> None:
 
 
 def test_a_link_beside_the_outputs_is_not_written_through(tmp_path: Path) -> None:
-    from qaic_ray.fleet.outputs import row_writer
-
     mine = tmp_path / "mine"
     mine.write_text("precious")
     run_folder = tmp_path / "run"
