@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -197,8 +198,11 @@ class _Making:
         with (
             tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
             Simplification(graph.model, Path(scratch)) as simplification,
+            ThreadPoolExecutor(1) as pool,
         ):
             written = write_weights(plan, _data_path(onnx_path), self._tables())
+            # Read once more, while the structure is being simplified.
+            data = pool.submit(KeptFile.of, folder, f"{manifest.onnx_file}.data")
             model = simplification.result()
         _attach_weights(model, plan, _data_path(onnx_path).name)
         onnx.save(model, onnx_path)
@@ -207,10 +211,9 @@ class _Making:
             raise ExportError(f"The weights of {self.checkpoint.name} changed while being read.")
         text = custom_io(self.architecture.num_layers, self.options.kv_dtype)
         (folder / CUSTOM_IO_FILE).write_text(text)
-        names = (manifest.onnx_file, f"{manifest.onnx_file}.data", CUSTOM_IO_FILE)
+        small = [KeptFile.of(folder, name) for name in (manifest.onnx_file, CUSTOM_IO_FILE)]
         manifest = replace(
-            self._manifest(written.sha256, written.num_clipped),
-            files=tuple(KeptFile.of(folder, name) for name in names),
+            self._manifest(written.sha256, written.num_clipped), files=(*small, data.result())
         )
         (folder / MANIFEST_FILE).write_text(manifest.to_json())
         return manifest
