@@ -53,7 +53,8 @@ def drive(folder: Path, address: str, count: int) -> None:
     from qaic_ray.fleet.journal import Journal
     from qaic_ray.fleet.outputs import row_writer
     from qaic_ray.fleet.placement import place
-    from qaic_ray.fleet.worker import CardWorker, WorkerInfo, WorkerSpec
+    from qaic_ray.fleet.worker import CardWorker
+    from qaic_ray.fleet.worker_spec import WorkerInfo, WorkerSpec
     from qaic_ray.sampling_params import SamplingParams
     from qaic_ray.sdk import EmulatedCards
 

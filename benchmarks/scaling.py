@@ -311,7 +311,7 @@ def measure(num_cards: int, options: argparse.Namespace, folder: Path) -> dict[s
     from qaic_ray.config import EmulatorPart
     from qaic_ray.fleet.cluster import Cluster
     from qaic_ray.fleet.placement import place
-    from qaic_ray.fleet.worker import WorkerSpec
+    from qaic_ray.fleet.worker_spec import WorkerSpec
     from qaic_ray.pipeline.devices import emulated_cards
 
     stage = make(folder, num_cards)

@@ -8,21 +8,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    InstanceOf,
-    PlainSerializer,
-    ValidationError,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from qaic_ray.contract import (
     DEFAULT_BATCH_SIZE,
@@ -30,91 +21,30 @@ from qaic_ray.contract import (
     DEFAULT_CTX_LEN,
     DEFAULT_PRECISION,
     DEFAULT_PROMPT_LEN,
-    MAX_CORES,
+    MAX_SIZE,
+    MAX_VARIANTS,
     NUM_LOGITS_TO_KEEP,
     IoContract,
     Specializations,
 )
-from qaic_ray.errors import JobError, RowError, SpecializationError
+from qaic_ray.documents import MAX_SHOWN_CHARS, first_error, parse_yaml, read_yaml, shown
+from qaic_ray.errors import JobError, SpecializationError
+from qaic_ray.option_values import (
+    AppsVersion,
+    Date,
+    Devices,
+    Listed,
+    NumCores,
+    PathText,
+    PositiveInt,
+    PrecisionName,
+    PromptLen,
+    Sampling,
+    Sku,
+    as_tuple,
+    prompt_lens,
+)
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
-
-PrecisionName = Literal["mx6", "fp16", "fp32"]
-Sku = Literal["standard", "pro", "ultra"]
-AppsVersion = Literal["1.14.2", "1.17", "1.20", "1.21.6", "1.22"]
-PositiveInt = Annotated[int, Field(ge=1)]
-NumCores = Annotated[int, Field(ge=1, le=MAX_CORES)]
-
-
-def _as_tuple(value: Any) -> Any:
-    """A single value stands for a list of one."""
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-def _no_duplicates(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(set(values)) != len(values):
-        raise ValueError("holds the same value twice")
-    if not values:
-        raise ValueError("must hold at least one value")
-    return values
-
-
-T = TypeVar("T")
-Listed = Annotated[tuple[T, ...], BeforeValidator(_as_tuple), AfterValidator(_no_duplicates)]
-
-
-def prompt_lens(value: int | str) -> tuple[int, ...]:
-    """The prefill lengths of one program: `32`, or `32+128` for a program that has both.
-
-    Raises:
-        ValueError: where it is neither.
-    """
-    words = str(value).split("+")
-    if not all(word.strip().isdecimal() for word in words):
-        raise ValueError("must be a number of tokens, or several like 32+128")
-    lens = tuple(map(int, words))
-    for length in lens:
-        if length < 1 or length & (length - 1):
-            raise ValueError(f"must be a power of two, not {length}")
-    return lens
-
-
-def _prompt_len(value: Any) -> Any:
-    lens = prompt_lens(value)
-    return lens[0] if len(lens) == 1 else "+".join(map(str, lens))
-
-
-def _device_ids(value: Any) -> Any:
-    ids = value if isinstance(value, list | tuple) else (value,)
-    if ids == ("all",):
-        return "all"
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise ValueError("must be 'all' or a list of device ids from 0")
-    return _no_duplicates(tuple(ids))
-
-
-def _sampling(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return SamplingParams() if value is None else value
-    if {"max_tokens", "max_completion_tokens"} & value.keys():
-        raise ValueError("max_tokens has another name in a job, run.generation_len: use that")
-    try:
-        return SamplingParams().updated(value)
-    except RowError as error:
-        raise ValueError(str(error).rstrip(".")) from error
-
-
-def _sampling_fields(params: SamplingParams) -> dict[str, Any]:
-    fields = {key: list(v) if isinstance(v, tuple) else v for key, v in vars(params).items()}
-    del fields["max_tokens"]
-    return fields
-
-
-Sampling = Annotated[
-    InstanceOf[SamplingParams], BeforeValidator(_sampling), PlainSerializer(_sampling_fields)
-]
-Devices = Annotated[Literal["all"] | tuple[int, ...], BeforeValidator(_device_ids)]
-PromptLen = Annotated[int | str, BeforeValidator(_prompt_len)]
-Date = Annotated[str, AfterValidator(lambda text: datetime.fromisoformat(text).isoformat())]
 
 
 class _Part(BaseModel):
@@ -124,7 +54,7 @@ class _Part(BaseModel):
 class ModelPart(_Part):
     """Which checkpoint."""
 
-    name: str
+    name: PathText
     """Local folder, hub id, .gguf file, or `smollm2-135m`."""
     model_class: Literal["LlamaForCausalLM"] = "LlamaForCausalLM"
     trust_remote_code: bool = False
@@ -133,7 +63,7 @@ class ModelPart(_Part):
 class ExportPart(_Part):
     """How the graph is made."""
 
-    output: str | None = None
+    output: PathText | None = None
     """Folder to write; `<base>-kv` under the current folder when absent."""
     io: IoContract = IoContract.POSITION_IDS
     continuous_batching: bool = True
@@ -164,11 +94,11 @@ class CompilePart(_Part):
     prompt_len: Listed[PromptLen] = (DEFAULT_PROMPT_LEN,)
     """Tokens of a prefill; `32+128` is one program that has both lengths."""
     ctx_len: Listed[PositiveInt] = (DEFAULT_CTX_LEN,)
-    num_speculative_tokens: Annotated[int, Field(ge=0)] = 0
+    num_speculative_tokens: Annotated[int, Field(ge=0, le=MAX_SIZE)] = 0
     """Tokens guessed ahead in a decode step; needs `export.logits: num_logits_to_keep`."""
-    comp_ctx_lengths: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple)] = ()
+    comp_ctx_lengths: Annotated[tuple[PositiveInt, ...], BeforeValidator(as_tuple)] = ()
     """Contexts that every program can compute with, beside ctx_len; needs the export's."""
-    output: str = "qpc"
+    output: PathText = "qpc"
     """Folder that holds one folder a variant."""
     parallel: PositiveInt | None = None
     """Compiles at once; as many as there are CPUs when absent."""
@@ -189,7 +119,7 @@ class RunPart(_Part):
 
     variant: VariantChoice = VariantChoice()
     devices: Devices = "all"
-    prompts: str | None = None
+    prompts: PathText | None = None
     """A prompts file; a relative path is relative to the job file."""
     prompts_format: Literal["text", "jsonl", "openai", "csv", "tsv", "parquet"] | None = None
     """What the prompts file holds; known by its name and content when absent."""
@@ -213,28 +143,28 @@ class RunPart(_Part):
     """With chat: the answer goes on with the last message."""
     chat_template_kwargs: dict[str, Any] = {}
     """With chat: variables of the template's own, like `enable_thinking`; a row's go before."""
-    chat_template: str | None = None
+    chat_template: PathText | None = None
     """A Jinja file instead of the model's template; relative to the job file."""
     date: Date | None = None
     """What a chat template takes for the date and time, like 2026-01-31T12:00:00; the run's
     beginning when absent, and then in the run folder's job.yaml."""
-    max_stall_s: Annotated[float, Field(ge=0)] = 1.0
+    max_stall_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Seconds that running rows may wait for other rows' prefill."""
     prefix_reuse: bool = True
     """Start a prompt from what a slot's cache holds of it already."""
     drafts: Literal["auto", "none", "prompt-lookup"] = "auto"
     """Who drafts tokens for a QPC of `num_speculative_tokens`; auto: the draft QPC where there is
     one, else prompt lookup."""
-    draft_qpc: str | None = None
+    draft_qpc: PathText | None = None
     """Folder of a smaller model's QPC, compiled for NSPs that the other one leaves free."""
     partitions: PositiveInt = 1
     """Workers of one card, each with as many of its NSPs; the QPC is compiled for so few."""
     group_size: PositiveInt = 1
     """Cards of one worker, for a QPC whose tensors are sliced over so many."""
-    output: str = "runs"
+    output: PathText = "runs"
     """Folder that holds one folder a run."""
     output_formats: Annotated[
-        tuple[Literal["openai", "parquet"], ...], BeforeValidator(_as_tuple)
+        tuple[Literal["openai", "parquet"], ...], BeforeValidator(as_tuple)
     ] = ()
     """Other forms of the outputs, beside `outputs.jsonl`."""
 
@@ -258,12 +188,12 @@ class RayPart(_Part):
 class Job(_Part):
     """One runnable scenario."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     model: ModelPart
     export: ExportPart = ExportPart()
     compile: CompilePart = CompilePart()
     run: RunPart = RunPart()
-    sdk: str = "auto"
+    sdk: PathText = "auto"
     """`auto`, `real`, `emulated`, or an SDK folder."""
     emulator: EmulatorPart = EmulatorPart()
     ray: RayPart = RayPart()
@@ -279,12 +209,7 @@ def load_job(path: Path, overrides: Iterable[str] = ()) -> Job:
     Raises:
         JobError: naming the file, the key, the value and the nearest known key.
     """
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise JobError(f"Cannot read the job {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise JobError(f"{path} is not YAML: {_one_line(error)}.") from error
+    document = read_yaml(path, raises=JobError)
     if not isinstance(document, dict):
         raise JobError(f"{path} must hold a mapping with at least 'name' and 'model'.")
     for override in overrides:
@@ -299,6 +224,8 @@ def job_from(document: dict[str, Any], *, source: str) -> Job:
         job = Job.model_validate(document)
     except ValidationError as error:
         raise JobError(f"{source}: {_first_error(error)}") from error
+    except RecursionError as error:
+        raise JobError(f"{source} is nested too deep to be read.") from error
     _check_shapes(job, source)
     return job
 
@@ -318,6 +245,13 @@ def dump_job(job: Job) -> str:
 
 def _check_shapes(job: Job, source: str) -> None:
     grid = job.compile
+    lists = (grid.precision, grid.num_cores, grid.batch_size, grid.prompt_len, grid.ctx_len)
+    number = prod(map(len, lists))
+    if number > MAX_VARIANTS:
+        raise JobError(
+            f"{source}: compile makes a grid of {number} variants: at most {MAX_VARIANTS} are "
+            "compiled at once; shorten the lists."
+        )
     continuous = job.export.continuous_batching
     for prompt_len in grid.prompt_len:
         for ctx_len in grid.ctx_len:
@@ -344,42 +278,32 @@ def _check_shapes(job: Job, source: str) -> None:
 
 def _with_files_beside(job: Job, folder: Path) -> Job:
     files = {"prompts": job.run.prompts, "chat_template": job.run.chat_template}
-    absolute = {
-        name: str(folder / Path(path).expanduser())
-        for name, path in files.items()
-        if path not in (None, "-")
-    }
+    absolute = {name: str(folder / path) for name, path in files.items() if path not in (None, "-")}
     return job.model_copy(update={"run": job.run.model_copy(update=absolute)})
 
 
 def _override(document: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise JobError(f"--set takes key=value, like run.generation_len=64, not {override!r}.")
+        raise JobError(f"--set takes key=value, like run.generation_len=64, not {shown(override)}.")
     *parents, last = key.split(".")
     place = document
     for parent in parents:
         place = place.setdefault(parent, {})
         if not isinstance(place, dict):
-            raise JobError(f"--set {override}: {parent} is not a mapping in the job.")
-    try:
-        place[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise JobError(f"--set {override}: the value is not YAML: {_one_line(error)}.") from error
+            raise JobError(f"--set {shown(override)}: {shown(parent)} is not a mapping in the job.")
+    place[last] = parse_yaml(text, f"--set {shown(key)}: the value", raises=JobError)
 
 
 def _first_error(error: ValidationError) -> str:
-    first = error.errors()[0]
+    first = error.errors(include_url=False)[0]
+    if first["type"] != "extra_forbidden":
+        return first_error(error)
     location = [str(part) for part in first["loc"]]
-    place = ".".join(location)
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}."
-        return f"unknown key {place!r}; {hint}"
-    if first["type"] == "missing":
-        return f"the key {place!r} is missing."
-    return f"{place}: {first['msg'].removeprefix('Value error, ')} (given: {first['input']!r})."
+    known = _known_keys(location[:-1])
+    near = difflib.get_close_matches(location[-1][:MAX_SHOWN_CHARS], known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}."
+    return f"unknown key {shown('.'.join(location))}; {hint}"
 
 
 def _known_keys(location: Sequence[str]) -> list[str]:
@@ -390,7 +314,3 @@ def _known_keys(location: Sequence[str]) -> list[str]:
             t for t in (field, *get_args(field)) if isinstance(t, type) and issubclass(t, BaseModel)
         )
     return list(part.model_fields)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

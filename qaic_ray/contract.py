@@ -7,12 +7,15 @@ QEfficient from 1.16 on (`position-ids`). Knows nothing of ONNX files, compilers
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
+from qaic_ray.documents import parse_json, read_text, shown
 from qaic_ray.errors import SpecializationError
 
 INPUT_IDS = "input_ids"
@@ -31,6 +34,11 @@ PADDING_POSITION = -1
 
 MAX_CORES = 16
 """NSPs of the largest Cloud AI 100 SoC (Pro, Ultra)."""
+
+MAX_SIZE = 2**31 - 1
+"""Of any dimension: what 32 bits hold."""
+MAX_VARIANTS = 1000
+"""Of one grid; also how many specializations a file may hold."""
 
 COMP_CTX_STEP = 32
 """Multiples that compute-context lengths are kept to where one has to give way to another."""
@@ -244,28 +252,23 @@ class Specializations:
     @classmethod
     def from_json(cls, text: str, *, source: str) -> Specializations:
         """Read either form; `source` names the file in errors."""
-        try:
-            document = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise SpecializationError(f"{source} is not JSON: {error}.") from error
+        document = parse_json(text, source, raises=SpecializationError)
         entries = document.get("specializations") if isinstance(document, dict) else None
         if not isinstance(entries, list) or not entries:
             raise SpecializationError(
                 f"{source} must be an object whose 'specializations' is a list with one entry for "
                 "prefill and one for decode."
             )
-        return cls(tuple(_entry(entry, source, i) for i, entry in enumerate(entries)))
+        read = (_entry(entry, source, i) for i, entry in enumerate(entries))
+        return cls(tuple(islice(read, MAX_VARIANTS + 1)))
 
     @classmethod
     def load(cls, path: Path) -> Specializations:
         """Read a specializations.json."""
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise SpecializationError(
-                f"Cannot read the specializations file {path}: {error.strerror}."
-            ) from error
-        return cls.from_json(text, source=str(path))
+        return cls.from_json(read_text(path, raises=SpecializationError), source=str(path))
+
+
+_NUMBER = re.compile(r"\s*-?[0-9]{1,18}\s*", re.ASCII)
 
 
 def _entry(entry: Any, source: str, index: int) -> Specialization:
@@ -278,17 +281,15 @@ def _entry(entry: Any, source: str, index: int) -> Specialization:
             continue
         if key not in SYMBOLS:
             raise SpecializationError(
-                f"{source}: specialization {index} has the unknown key {key!r}; "
+                f"{source}: specialization {index} has the unknown key {shown(key)}; "
                 f"use {', '.join(SYMBOLS)}."
             )
-        try:
-            if isinstance(value, bool):
-                raise ValueError
-            values[key] = int(value)
-        except (TypeError, ValueError):
+        if type(value) is not int and not (isinstance(value, str) and _NUMBER.fullmatch(value)):
             raise SpecializationError(
-                f"{source}: {key} of specialization {index} must be a whole number, not {value!r}."
-            ) from None
+                f"{source}: {key} of specialization {index} must be a whole number, not "
+                f"{shown(value)}."
+            )
+        values[key] = int(value)
     missing = [key for key in SYMBOLS[:3] if key not in values]
     if missing:
         raise SpecializationError(
@@ -304,7 +305,7 @@ def _size(shape: Specialization) -> tuple[int, int]:
 def _free_context(ctx_len: int, taken: Sequence[int]) -> int:
     """The highest multiple of 32 below a context that is not taken, or any other number."""
     steps = range((ctx_len - 1) // COMP_CTX_STEP * COMP_CTX_STEP, 0, -COMP_CTX_STEP)
-    return next((n for n in (*steps, *range(ctx_len - 1, 0, -1)) if n not in taken), 0)
+    return next((n for n in chain(steps, range(ctx_len - 1, 0, -1)) if n not in taken), 0)
 
 
 def check_specializations(entries: tuple[Specialization, ...]) -> None:
@@ -313,8 +314,10 @@ def check_specializations(entries: tuple[Specialization, ...]) -> None:
     Raises:
         SpecializationError: naming the key, the values and the rule.
     """
-    if not entries:
-        raise SpecializationError("There must be at least one specialization.")
+    if not 1 <= len(entries) <= MAX_VARIANTS:
+        raise SpecializationError(
+            f"There must be 1 to {MAX_VARIANTS} specializations, not {len(entries)}."
+        )
     for s in entries:
         _check_one(s)
     for key in ("ctx_len", "full_batch_size"):
@@ -327,7 +330,7 @@ def check_specializations(entries: tuple[Specialization, ...]) -> None:
     decodes = [s for s in entries if s.is_decode]
     prefills = [s for s in entries if not s.is_decode]
     if not decodes:
-        lengths = ", ".join(str(s.seq_len) for s in entries)
+        lengths = ", ".join(str(s.seq_len) for s in entries[:8])
         raise SpecializationError(
             "At least one specialization must be a decode one, with seq_len 1 (or with as many "
             f"num_logits_to_keep, for speculation); seq_len here: {lengths}."
@@ -350,8 +353,9 @@ def check_specializations(entries: tuple[Specialization, ...]) -> None:
 def _check_one(s: Specialization) -> None:
     for key in SYMBOLS:
         value = getattr(s, key)
-        if value is not None and value < 1:
-            raise SpecializationError(f"{key} must be at least 1, not {value}.")
+        if value is not None and not 1 <= value <= MAX_SIZE:
+            limit = "at least 1" if value < 1 else f"at most {MAX_SIZE}"
+            raise SpecializationError(f"{key} must be {limit}, not {shown(value)}.")
     if not s.is_decode and s.num_logits_to_keep not in (None, 1):
         raise SpecializationError(
             f"num_logits_to_keep must be 1 (prefill) or seq_len (decode), not "
@@ -391,5 +395,5 @@ def _check_equal(key: str, entries: Sequence[Specialization]) -> None:
     if len(set(values)) > 1:
         raise SpecializationError(
             f"{key} must be the same in every specialization, not "
-            f"{' and '.join(str(v) for v in dict.fromkeys(values))}."
+            f"{' and '.join(map(str, list(dict.fromkeys(values))[:8]))}."
         )

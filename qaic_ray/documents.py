@@ -165,8 +165,10 @@ def first_error(error: ValidationError) -> str:
     """The first thing that pydantic found wrong, as the rest of a sentence."""
     first = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"])
+    if len(place) > MAX_SHOWN_CHARS or not place.isprintable():
+        place = shown(place)  # keys are a stranger's too
     if first["type"] == "missing":
-        return f"the key {place!r} is missing."
+        return f"the key '{place}' is missing."
     said = first["msg"].removeprefix("Value error, ").rstrip(".")
     where = f"{place}: " if place else ""
     return f"{where}{said} (given: {shown(first['input'])})."

@@ -1,17 +1,39 @@
-"""Where things are kept, and folders that appear whole or not at all. Knows nothing of models."""
+"""Where things are kept; folders that appear whole or not at all, built by one at a time, and
+replaced only where they are ours. Knows nothing of models."""
 
 from __future__ import annotations
 
-import glob
+import errno
+import fcntl
 import hashlib
+import logging
 import os
+import re
+import secrets
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
 
+from qaic_ray.errors import QaicRayError, UsageError
+
 CACHE_VARIABLE = "QAIC_RAY_CACHE"
+WAIT_SAID_S = 5.0
+"""A builder that waits for another one for so long says for whom."""
+
+_POLL_S = 0.1
+_MAX_NAME_BYTES = 200
+_MARK = ".qaic-ray"
+"""In a builder's workspace: whoever finds it knows that all of it may go."""
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+_HOLDER = re.compile(r"process \d+ on [\w.-]+ since [\dT:Z-]+")
+
+_log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
@@ -24,31 +46,84 @@ def cache_folder() -> Path:
     return Path(platformdirs.user_cache_path("qaic-ray", appauthor=False))
 
 
+def strangers(folder: Path, is_ours: Callable[[str], bool], *, limit: int = 3) -> list[str]:
+    """What lies in a folder beside what we put there, at most `limit` of it.
+
+    Args:
+        folder: is looked through with all below it; no link is followed.
+        is_ours: says it of the path of a file, relative to the folder, with `/`.
+        limit: how many are looked for.
+
+    Returns:
+        Relative paths of files that are not ours, links, empty folders (with a `/`) and the like.
+    """
+    found: list[str] = []
+    pending = [folder]
+    while pending and len(found) < limit:
+        place = pending.pop()
+        empty = True
+        with os.scandir(place) as entries:
+            for entry in entries:
+                empty = False
+                name = Path(entry.path).relative_to(folder).as_posix()
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(Path(entry.path))
+                elif not (entry.is_file(follow_symlinks=False) and is_ours(name)):
+                    found.append(name)
+                if len(found) == limit:
+                    break
+        if empty and place != folder:
+            found.append(f"{place.relative_to(folder).as_posix()}/")
+    return sorted(found)
+
+
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Hold this machine's lock for `target`; its file is in the cache folder, not beside it."""
-    from filelock import FileLock
+    """Hold the lock of all who build `target`, by whatever path, user, cache or node they come.
 
-    locks = cache_folder() / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(os.fsencode(target.absolute())).hexdigest()
-    with FileLock(locks / f"{digest[:24]}.lock"):
+    Its file lies beside the target while somebody holds it, and the kernel frees it with its
+    holder's process. Where the file system has no locks, that is said, and nobody is waited for.
+
+    Raises:
+        UsageError: where no lock file can be there.
+    """
+    target = Path(os.path.realpath(target))
+    path = _beside(target, "lock")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _acquire(path, target)
+    except OSError as error:
+        kind = QaicRayError if error.errno in _DISK else UsageError
+        raise kind(f"Cannot write {path}, the lock of {target}: {error.strerror}.") from error
+    try:
         yield
+    finally:
+        with suppress(OSError):  # another user's, in a folder where only the owner may remove
+            if _is_at(path, descriptor):
+                path.unlink()
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
 
 
 @contextmanager
 def building(target: Path) -> Iterator[Path]:
-    """Yield an empty sibling of `target` that takes its place when the block ends without an error.
+    """Yield an empty folder beside `target` that takes its place when the block ends without an
+    error.
 
     A kill at any moment leaves the old folder or none, and what a killed builder left beside it is
-    swept away by the next one. The caller holds `locked(target)`.
+    swept away by the next one. The caller holds `locked(target)`, and has seen that what is there
+    may be replaced.
     """
+    target = Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}.building-"
-    for leftover in target.parent.glob(f"{glob.escape(prefix)}*"):
-        shutil.rmtree(leftover)
+    prefix = f"{_beside(target, 'building').name}-"
+    for entry in list(os.scandir(target.parent)):
+        if entry.name.startswith(prefix) and _is_leftover(entry):
+            shutil.rmtree(entry.path)
     workspace = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
+        (workspace / _MARK).touch()
         fresh = workspace / "new"
         fresh.mkdir()
         yield fresh
@@ -59,6 +134,25 @@ def building(target: Path) -> Iterator[Path]:
         sync_path(target.parent)
     finally:
         shutil.rmtree(workspace)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all; no link that lies in its way is followed."""
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
+    try:
+        with open(new_file(unfinished), "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def new_file(path: Path) -> int:
+    """Open a new file for writing in place of what has its name: no link there is followed."""
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
 def sync_tree(folder: Path) -> None:
@@ -76,3 +170,100 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _beside(target: Path, what: str) -> Path:
+    """A hidden name beside a target, of a length that file systems take."""
+    name = target.name
+    if len(os.fsencode(name)) > _MAX_NAME_BYTES:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    return target.with_name(f".{name}.{what}")
+
+
+def _is_leftover(entry: os.DirEntry[str]) -> bool:
+    if not entry.is_dir(follow_symlinks=False):
+        return False
+    if entry.stat(follow_symlinks=False).st_uid != os.getuid():
+        return False  # only its owner may look into it
+    content = os.listdir(entry.path)
+    return not content or _MARK in content
+
+
+def _acquire(path: Path, target: Path) -> int:
+    """Open the lock file and wait for the lock; the descriptor that holds it."""
+    while True:
+        descriptor = _open_lock(path)
+        try:
+            has_locks = _wait(descriptor, target)
+            # Its last holder has removed it meanwhile: a lock that nobody else will find.
+            if not has_locks or _is_at(path, descriptor):
+                _sign(descriptor)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _wait(descriptor: int, target: Path) -> bool:
+    """Wait for the lock; False where the file system has none."""
+    said_at_s = time.monotonic() + WAIT_SAID_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= said_at_s:
+                _log.warning("Waiting for %s, which %s builds.", target, _holder(descriptor))
+                said_at_s = float("inf")
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            _log.warning(
+                "The file system of %s has no locks (%s): let nobody else build it meanwhile.",
+                target,
+                error.strerror,
+            )
+            return False
+        time.sleep(_POLL_S)
+
+
+def _open_lock(path: Path) -> int:
+    """Open a lock file that all who may build beside it can open too."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    while True:
+        # Not created where it is there: in a folder of all users the kernel refuses that for a
+        # file of somebody else's.
+        with suppress(FileNotFoundError):
+            descriptor = os.open(path, flags)
+            break
+        with suppress(FileExistsError):
+            descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            if path.parent.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                os.fchmod(descriptor, 0o666)  # past the umask
+            break
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        raise UsageError(f"{path} is not a lock file of this tool: remove it.")
+    return descriptor
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether a path still means the file that is open."""
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _sign(descriptor: int) -> None:
+    since = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    text = f"process {os.getpid()} on {os.uname().nodename} since {since}".encode()
+    os.pwrite(descriptor, text, 0)
+    os.ftruncate(descriptor, len(text))
+
+
+def _holder(descriptor: int) -> str:
+    text = os.pread(descriptor, 512, 0).decode(errors="replace")
+    return text if _HOLDER.fullmatch(text) else "another process"

@@ -6,13 +6,15 @@ Written by the export, read by whoever compiles or runs. Knows nothing of how ei
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from qaic_ray.contract import IoContract
+from qaic_ray.documents import checked, read_object, shown
 from qaic_ray.errors import UsageError
+from qaic_ray.kept_files import KeptFile, SourceFile, first_fault, inside
 
 MANIFEST_FILE = "manifest.json"
 CUSTOM_IO_FILE = "custom_io.yaml"
@@ -23,30 +25,14 @@ FORMAT = 2
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """A weight file as it was when it was read; unchanged status means unchanged content."""
-
-    name: str
-    num_bytes: int
-    mtime_ns: int
-    ctime_ns: int
-    inode: int
-
-    @classmethod
-    def of(cls, path: Path) -> SourceFile:
-        """The present state of a file."""
-        status = path.stat()
-        return cls(path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-
-
-@dataclass(frozen=True)
 class ModelManifest:
     """One exported model.
 
     `onnx_file` is relative to the folder. `max_position` is the longest context (`ctx_len`) that
     the graph is right for. `weights_sha256` is over the checkpoint's tensors, however sharded.
     `num_clipped` weights were beyond the range of float16. `sources` tell a later export whether
-    the weight files are still the same without reading them. `num_kv_heads` is the cache's: the
+    the weight files are still the same without reading them; `files` are the export's own (empty in
+    those of older versions). `num_kv_heads` is the cache's: the
     checkpoint's times `num_replicate_kv_heads`. `logits` and `next_tokens` say what the first
     output is, `kv_dtype` what custom_io.yaml asks for, `comp_ctx_lengths` whether there is such an
     input.
@@ -80,34 +66,21 @@ class ModelManifest:
     next_tokens: bool = False
     num_replicate_kv_heads: int = 1
     comp_ctx_lengths: bool = False
+    files: tuple[KeptFile, ...] = ()
 
     def same_making(self, other: ModelManifest) -> bool:
         """Whether both come from equal weights, options, format and tools."""
-        return all(getattr(self, name) == getattr(other, name) for name in _KEY)
+        names = (field.name for field in fields(self) if field.name not in _WHENCE)
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def to_json(self) -> str:
         """The text of `manifest.json`."""
-        fields = asdict(self) | {"contract": self.contract.value}
-        return json.dumps(fields, indent=2) + "\n"
+        document = asdict(self) | {"contract": self.contract.value}
+        return json.dumps(document, indent=2) + "\n"
 
 
-_KEY = (
-    "format",
-    "contract",
-    "continuous",
-    "opset",
-    "dtype",
-    "eos_ids",
-    "onnx_file",
-    "weights_sha256",
-    "architecture_sha256",
-    "tool_versions",
-    "kv_dtype",
-    "logits",
-    "next_tokens",
-    "num_replicate_kv_heads",
-    "comp_ctx_lengths",
-)
+_WHENCE = {"name", "source", "sources", "num_clipped", "files"}
+"""What may differ between two equal makings."""
 
 
 def read_manifest(model_dir: Path) -> ModelManifest:
@@ -117,29 +90,28 @@ def read_manifest(model_dir: Path) -> ModelManifest:
         UsageError: the folder is not an exported model, or one of another format.
     """
     path = model_dir / MANIFEST_FILE
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not os.path.lexists(path):
         raise UsageError(
             f"{model_dir} is not an exported model (it has no {MANIFEST_FILE}); make one with "
             "`qaic-ray export --model-name ...`."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UsageError(f"Cannot read {path}: {error}; export the model again.") from error
+        )
     try:
-        return _from_fields(fields)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(
-            f"{path} is not a manifest of this version ({error}); export the model again."
-        ) from error
+        document = read_object(path)
+        if document.get("format") != FORMAT:
+            raise UsageError(f"{path} has format {shown(document.get('format'))}, not {FORMAT}.")
+        manifest = checked(ModelManifest, document, str(path))
+        inside(manifest.onnx_file)
+    except (UsageError, ValueError) as error:
+        raise UsageError(f"{str(error).rstrip('.')}; export the model again.") from error
+    return manifest
 
 
-def _from_fields(fields: dict[str, Any]) -> ModelManifest:
-    if fields["format"] != FORMAT:
-        raise ValueError(f"format {fields['format']}, not {FORMAT}")
-    converted = {
-        "contract": IoContract(fields["contract"]),
-        "eos_ids": tuple(fields["eos_ids"]),
-        "sources": tuple(SourceFile(**entry) for entry in fields["sources"]),
-    }
-    return ModelManifest(**(fields | converted))
+def check_files(model_dir: Path, manifest: ModelManifest) -> None:
+    """Refuse an exported model whose files are not what was written.
+
+    Raises:
+        UsageError: naming the file.
+    """
+    fault = first_fault(model_dir, manifest.files)
+    if fault:
+        raise UsageError(f"{fault} in {model_dir}: export the model again.")

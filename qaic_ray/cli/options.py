@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from qaic_ray.documents import user_path
 
 if TYPE_CHECKING:
     from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.run_step import SdkChoice
     from qaic_ray.sdk import Sdk
+
+
+def known_path(parameter: typer.CallbackParam, value: Path | None) -> Path | None:
+    """The callback of options and arguments that are paths: `~` put in, or one sentence."""
+    what = parameter.opts[0] if parameter.param_type_name == "option" else str(parameter.name)
+    return None if value is None else user_path(value, what)
+
 
 SdkOption = Annotated[
     str,

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from qaic_ray.cli.arguments import chosen, device_ids, numbers
-from qaic_ray.cli.options import JsonOption, SdkOption, sdk_choice
+from qaic_ray.cli.options import JsonOption, SdkOption, known_path, sdk_choice
 from qaic_ray.errors import RowError, UsageError
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ ModelNameOption = Annotated[
         show_default=False,
     ),
 ]
-QpcOption = Annotated[Path | None, _option(REQUIRED, "--qpc", "Folder of a compiled variant.")]
+QpcOption = Annotated[
+    Path | None, _option(REQUIRED, "--qpc", "Folder of a compiled variant.", callback=known_path)
+]
 PromptOption = Annotated[
     str | None, _option(PROMPTS, "--prompt", r"Prompts separated by |; \| is a pipe of the text.")
 ]
@@ -139,7 +141,12 @@ DraftsOption = Annotated[
 ]
 DraftQpcOption = Annotated[
     Path | None,
-    _option(DRAFTS, "--draft-qpc", "Folder of a smaller model's QPC, to run beside the other."),
+    _option(
+        DRAFTS,
+        "--draft-qpc",
+        "Folder of a smaller model's QPC, to run beside the other.",
+        callback=known_path,
+    ),
 ]
 
 END = "Where an answer ends"
@@ -176,7 +183,9 @@ GroupOption = Annotated[
 ]
 
 FOLDER = "The run folder"
-OutputOption = Annotated[Path, _option(FOLDER, "--output", "Folder that gets one folder a run.")]
+OutputOption = Annotated[
+    Path, _option(FOLDER, "--output", "Folder that gets one folder a run.", callback=known_path)
+]
 OutputFormatOption = Annotated[
     list[str] | None,
     _option(FOLDER, "--output-format", "Beside outputs.jsonl: openai, parquet; may be repeated."),
@@ -188,6 +197,7 @@ ResumeOption = Annotated[
         "--resume",
         "Go on where a run stopped: its folder, or nothing for the last unfinished one.",
         metavar="[RUN]",
+        callback=known_path,
     ),
 ]
 RetryOption = Annotated[

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qaic_ray.export.verify import VerifyReport
     from qaic_ray.fleet.inventory import NodeCards
     from qaic_ray.fleet.report import RunSummary
-    from qaic_ray.fleet.worker import WorkerInfo
+    from qaic_ray.fleet.worker_spec import WorkerInfo
     from qaic_ray.pipeline.job import Plan
     from qaic_ray.pipeline.listener import CompileOutcome
     from qaic_ray.rows import Row

@@ -1,18 +1,23 @@
-"""Runs the SDK's compiler: its own process group, a log, a time limit, and the result checked.
+"""Runs the SDK's compiler: under a guard, with a log and a time limit, and the result checked.
 
 A Ray task that is cancelled interrupts Python code but not a wait for a child, and never a
-grandchild; hence the poll loop, and the group that is killed whatever happens.
+grandchild, and a process that is killed interrupts nothing; hence the poll loop, and the guard
+(`guard.py`) that ends the compiler and all it began, whatever happens to its caller.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import struct
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+from qaic_ray.compile import guard
 from qaic_ray.errors import CompileError
 
 POLL_S = 0.05
@@ -22,6 +27,11 @@ TIMEOUT_S = 6 * 3600.0
 QPC_FILE = "programqpc.bin"
 QPC_MAGIC = bytes.fromhex("7ccda100")
 """First bytes of a QPC: 0x00A1CD7C, little-endian."""
+
+_HEADER = struct.Struct("<4s4xQ")
+"""Of a QPC: the magic, version and compression, the size of the whole file."""
+_GUARD_ENDS_S = 10.0
+_MAX_WORDS = 1000
 
 
 def run_compiler(argv: list[str], log: Path, *, timeout_s: float = TIMEOUT_S) -> None:
@@ -35,21 +45,24 @@ def run_compiler(argv: list[str], log: Path, *, timeout_s: float = TIMEOUT_S) ->
     with log.open("wb") as output:
         output.write((" ".join(argv) + "\n").encode())
         output.flush()
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", guard.__file__],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
-            process = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise CompileError(f"Cannot start the compiler {argv[0]}: {error.strerror}.") from error
-        try:
+            _tell(process, argv)
             code = _wait(process, time.monotonic() + timeout_s)
         finally:
-            _kill_group(process)
+            _end(process)
     text = log.read_text(encoding="utf-8", errors="replace")
+    why = _last_words(text, 1)
+    if code == guard.NOT_STARTED and why.startswith(guard.CANNOT_START):
+        raise CompileError(
+            f"Cannot start the compiler {argv[0]}: {why.removeprefix(guard.CANNOT_START)}."
+        )
     if code is None:
         raise CompileError(f"The compiler was stopped after {timeout_s:.0f} s.", log=text)
     if code != 0:
@@ -64,19 +77,45 @@ def check_qpc(directory: Path, log: Path) -> None:
     """The compiler may exit 0 and leave nothing: look at what it made.
 
     Raises:
-        CompileError: when there is no QPC, or its first bytes are not a QPC's.
+        CompileError: when there is no QPC, or it is not a whole one.
+    """
+    fault = program_fault(directory)
+    if not fault:
+        return
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if not (directory / QPC_FILE).is_file():
+        fault = f"The compiler said it was done but left no {QPC_FILE}"
+    raise CompileError(f"{fault}: {_last_words(text)}", log=text)
+
+
+def program_fault(directory: Path) -> str:
+    """What is wrong with a folder's QPC by its header, as the begin of a sentence; empty for
+    nothing.
+
+    The header's size is what the vendor's loader compares with the file's.
     """
     binary = directory / QPC_FILE
     try:
+        if binary.exists() and not binary.is_file():
+            return f"{binary} is not a file"
         with binary.open("rb") as file:
-            magic = file.read(len(QPC_MAGIC))
+            header = file.read(_HEADER.size)
+            size = os.fstat(file.fileno()).st_size
     except OSError as error:
-        text = log.read_text(encoding="utf-8", errors="replace")
-        raise CompileError(
-            f"The compiler said it was done but left no {QPC_FILE}: {_last_words(text)}", log=text
-        ) from error
-    if magic != QPC_MAGIC:
-        raise CompileError(f"{QPC_FILE} of the compiler is not a QPC: it begins {magic.hex()}.")
+        return f"{binary} cannot be read ({error.strerror})"
+    if header[: len(QPC_MAGIC)] != QPC_MAGIC:
+        return f"{binary} is not a QPC: it begins {header[: len(QPC_MAGIC)].hex() or 'nowhere'}"
+    whole = _HEADER.unpack(header)[1] if len(header) == _HEADER.size else _HEADER.size
+    if size < whole:
+        return f"{binary} is cut short: it has {size} bytes of {whole}"
+    return ""
+
+
+def _tell(process: subprocess.Popen[bytes], argv: list[str]) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # its exit code tells
+        process.stdin.write(json.dumps(argv).encode() + b"\n")
+        process.stdin.flush()
 
 
 def _wait(process: subprocess.Popen[bytes], deadline_s: float) -> int | None:
@@ -88,13 +127,18 @@ def _wait(process: subprocess.Popen[bytes], deadline_s: float) -> int | None:
     return None
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    # The group outlives its leader where the compiler left children behind.
+def _end(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()  # the guard ends what it has begun, and then itself
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_GUARD_ENDS_S)
+    # Also where the guard was killed: its group outlives it.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _last_words(log: str, lines: int = 3) -> str:
-    words = [line.strip() for line in log.splitlines()[1:] if line.strip()]
+    words = [line.strip()[:_MAX_WORDS] for line in log.splitlines()[1:] if line.strip()]
     return " / ".join(words[-lines:]) or "it printed nothing."

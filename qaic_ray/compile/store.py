@@ -1,8 +1,9 @@
 """Compiled folders, kept by content: looked up, or built once however many ask.
 
 A QPC folder is named for people and known by its key: `variant.json` lists every input of the
-compile by name. A folder whose key differs, or that lacks the file, is not a result. Folders are
-built in a temporary sibling and renamed, so a killed compile leaves nothing that looks finished.
+compile by name, and what was made with its digest. A folder whose key differs, or whose files are
+not what they were, is not a result. Folders are built in a temporary sibling and renamed, so a
+killed compile leaves nothing that looks finished; what is not ours is never replaced.
 """
 
 from __future__ import annotations
@@ -11,20 +12,28 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from qaic_ray.compile.compiler import QPC_FILE, check_qpc, run_compiler
+from qaic_ray.compile.compiler import QPC_FILE, check_qpc, program_fault, run_compiler
 from qaic_ray.compile.variant import Variant, key_digest
-from qaic_ray.errors import CompileError
-from qaic_ray.folders import building, locked
+from qaic_ray.documents import checked, read_object, shown
+from qaic_ray.errors import CompileError, UsageError
+from qaic_ray.folders import building, locked, strangers, write_whole
+from qaic_ray.kept_files import KeptFile, SourceFile, first_fault, sha256_of
 from qaic_ray.sdk import Sdk, compiler_digest
 
 VARIANT_FILE = "variant.json"
 SPECIALIZATIONS_FILE = "specializations.json"
 LOG_FILE = "compile.log"
 
-_CHUNK_BYTES = 2**20
+_OURS = {VARIANT_FILE, SPECIALIZATIONS_FILE, LOG_FILE, QPC_FILE}
+_MARKS = (VARIANT_FILE, LOG_FILE)
+"""One of them is in every folder of ours, and in no QPC folder of others."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,16 @@ class BuildRequest:
         """Short name for tables and the Ray dashboard."""
         return self.variant.label
 
+    @property
+    def target(self) -> Path:
+        """The variant's folder."""
+        return self.store.absolute() / self.variant.name
+
+    @property
+    def entries(self) -> list[tuple[str, str]]:
+        """All that the result depends on, by name."""
+        return self.variant.key_entries(self.sdk, compiler_digest(self.sdk))
+
 
 @dataclass(frozen=True)
 class Build:
@@ -52,50 +71,129 @@ class Build:
     qpc_bytes: int
 
 
+@dataclass(frozen=True)
+class Record:
+    """What `variant.json` says that is of use; `files` is empty in those of older versions."""
+
+    num_cores: int
+    key: str = ""
+    files: tuple[KeptFile, ...] = ()
+
+
 def build(request: BuildRequest) -> Build:
     """Give the variant's QPC folder, compiling it if it is not there.
 
-    Concurrent callers of one variant, in any process of the machine, compile once: the others
-    wait and reuse.
+    Concurrent callers of one variant, in any process of any machine that sees the store, compile
+    once: the others wait and reuse.
 
     Raises:
         CompileError: from the compiler, with its log.
+        UsageError: for a folder of the variant's name that is not ours.
     """
-    variant, sdk = request.variant, request.sdk
+    variant, sdk, target = request.variant, request.sdk, request.target
     start_s = time.monotonic()
-    target = request.store.absolute() / variant.name
-    entries = variant.key_entries(sdk, compiler_digest(sdk))
-    with locked(target):
-        reused = is_current(target, entries)
-        if not reused:
-            try:
-                with building(target) as folder:
-                    _compile_into(folder, variant, sdk, entries)
-            except OSError as error:
-                raise CompileError(f"Cannot write {target}: {error.strerror}.") from error
+    entries = request.entries
+    # Without the lock, which a store that one may only read does not give.
+    reused = is_current(target, entries)
+    if reused:
+        _remember_anew(target)
+    else:
+        check_ours(target)
+        with locked(target):
+            reused = is_current(target, entries)
+            if not reused:
+                _build(target, variant, sdk, entries)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     return Build(target, variant.name, reused, time.monotonic() - start_s, size)
 
 
+def check_request(request: BuildRequest) -> None:
+    """See, before anything is compiled, whether the variant's folder is there or may be made.
+
+    Raises:
+        UsageError: for a folder of the variant's name that is not ours.
+    """
+    if not is_current(request.target, request.entries):
+        check_ours(request.target)
+
+
 def is_current(folder: Path, entries: list[tuple[str, str]]) -> bool:
-    """Whether a folder holds the result of exactly these key entries."""
-    try:
-        document = json.loads((folder / VARIANT_FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    """Whether a folder holds the whole result of exactly these key entries."""
+    record = read_record(folder)
+    if record is None or record.key != key_digest(entries) or program_fault(folder):
         return False
-    return bool(document.get("key") == key_digest(entries))
+    return not first_fault(folder, record.files)
+
+
+def check_ours(target: Path) -> None:
+    """Refuse to replace what is not a compile of ours.
+
+    Raises:
+        UsageError: naming what is there.
+    """
+    if not os.path.lexists(target):
+        return
+    remedy = "choose another --output (compile.output), or move it away"
+    if target.is_symlink() or not target.is_dir():
+        raise UsageError(f"{target} is not a folder, and the variant's name: {remedy}.")
+    record = read_record(target)
+    names = _OURS.union(file.name for file in record.files) if record else _OURS
+    try:
+        rest = strangers(target, names.__contains__)
+        if not rest and not any(os.path.lexists(target / mark) for mark in _MARKS):
+            rest = sorted(os.listdir(target))  # another tool's QPC
+    except OSError as error:
+        raise UsageError(f"{target} cannot be looked through: {error.strerror}.") from error
+    if rest:
+        raise UsageError(
+            f"{target} would be replaced by the variant of its name, and holds what was not "
+            f"compiled there ({', '.join(map(shown, rest[:3]))}): {remedy}."
+        )
+
+
+def check_kept(folder: Path) -> None:
+    """Refuse a QPC that is not whole, or no longer what was compiled.
+
+    Raises:
+        UsageError: naming what is wrong.
+    """
+    if not os.path.lexists(folder / QPC_FILE):
+        raise UsageError(
+            f"{folder} holds no {QPC_FILE}: give the folder of a compiled variant, like "
+            "qpc/<base>-kv-32pl-512cl-14c-1BS-mx6."
+        )
+    fault = program_fault(folder)
+    program = _program(folder)
+    if not fault and program is not None and _digest(folder) != program.sha256:
+        fault = f"{folder / QPC_FILE} has changed since it was compiled"
+    if fault:
+        raise UsageError(f"{fault}: compile it again.")
 
 
 def content_key(folder: Path) -> str:
-    """What a QPC folder is known by: its key, or for a QPC of others a digest of its program."""
+    """What a QPC folder is known by: the SHA-256 of its program, whoever compiled it."""
+    return _digest(folder)
+
+
+def read_record(folder: Path) -> Record | None:
+    """What `variant.json` says; None where there is none that is whole and as it was written."""
+    path = folder / VARIANT_FILE
     try:
-        return str(json.loads((folder / VARIANT_FILE).read_text(encoding="utf-8"))["key"])
-    except (OSError, ValueError, KeyError, TypeError):
-        digest = hashlib.sha256()
-        with (folder / QPC_FILE).open("rb") as program:
-            while chunk := program.read(_CHUNK_BYTES):
-                digest.update(chunk)
-        return digest.hexdigest()
+        document = read_object(path)
+        record = checked(Record, document, str(path))
+    except UsageError:
+        return None
+    is_sealed = document.pop("seal", None) == _seal(document)
+    return record if is_sealed or not record.files else None
+
+
+def _build(target: Path, variant: Variant, sdk: Sdk, entries: list[tuple[str, str]]) -> None:
+    check_ours(target)
+    try:
+        with building(target) as folder:
+            _compile_into(folder, variant, sdk, entries)
+    except OSError as error:
+        raise CompileError(f"Cannot write {target}: {error.strerror}.") from error
 
 
 def _compile_into(folder: Path, variant: Variant, sdk: Sdk, entries: list[tuple[str, str]]) -> None:
@@ -117,4 +215,54 @@ def _compile_into(folder: Path, variant: Variant, sdk: Sdk, entries: list[tuple[
         "num_cores": variant.num_cores,
         "sdk": sdk.label,
     }
-    (folder / VARIANT_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    _remember(folder, document, [path.relative_to(folder).as_posix() for path in _files(folder)])
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _remember_anew(folder: Path) -> None:
+    """Read a copy, or what an older version compiled, through once and not every time."""
+    record = read_record(folder)
+    names = [file.name for file in record.files] if record else []
+    if record is None or (names and all(file.is_untouched(folder) for file in record.files)):
+        return
+    # Where the store may only be read, it is every time.
+    with suppress(UsageError, OSError), locked(folder):
+        document = read_object(folder / VARIANT_FILE)
+        _remember(folder, document, names or [n for n in sorted(_OURS) if (folder / n).is_file()])
+
+
+def _remember(folder: Path, document: dict[str, Any], names: Iterable[str]) -> None:
+    """Write `variant.json`: a document, and what the files of these names are."""
+    document = {key: value for key, value in document.items() if key != "seal"}
+    # Nothing depends on the log, and people may delete it.
+    kept = [KeptFile.of(folder, name) for name in names if name not in _MARKS]
+    document["files"] = [asdict(file) for file in kept]
+    document["seal"] = _seal(document)
+    write_whole(folder / VARIANT_FILE, json.dumps(document, indent=2) + "\n")
+
+
+def _seal(document: dict[str, Any]) -> str:
+    """Tells a document that somebody has edited from the one that was written."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _program(folder: Path) -> KeptFile | None:
+    record = read_record(folder)
+    files = record.files if record else ()
+    return next((file for file in files if file.name == QPC_FILE), None)
+
+
+def _digest(folder: Path) -> str:
+    """The SHA-256 of the program; it is read only where its status changed."""
+    program = _program(folder)
+    if program is not None and program.is_untouched(folder):
+        return program.sha256
+    return _digest_of(folder / QPC_FILE, SourceFile.of(folder / QPC_FILE))
+
+
+@lru_cache(maxsize=16)
+def _digest_of(path: Path, status: SourceFile) -> str:
+    return sha256_of(path)

@@ -8,9 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import product
+from math import prod
 from pathlib import Path
 
-from qaic_ray.contract import MAX_CORES, Specializations
+from qaic_ray.contract import MAX_CORES, MAX_VARIANTS, Specializations
+from qaic_ray.documents import shown
 from qaic_ray.errors import SpecializationError, UsageError
 from qaic_ray.sdk import Sdk
 
@@ -35,7 +37,7 @@ class Precision(str, Enum):
             return cls(text.lower())
         except ValueError:
             known = ", ".join(p.value for p in cls)
-            raise UsageError(f"Precision must be one of {known}, not {text!r}.") from None
+            raise UsageError(f"Precision must be one of {known}, not {shown(text)}.") from None
 
 
 def check_num_cores(num_cores: int) -> int:
@@ -46,7 +48,7 @@ def check_num_cores(num_cores: int) -> int:
     """
     if not 1 <= num_cores <= MAX_CORES:
         raise UsageError(
-            f"The number of NSPs must be from 1 to {MAX_CORES}, not {num_cores} "
+            f"The number of NSPs must be from 1 to {MAX_CORES}, not {shown(num_cores)} "
             "(a Standard card, as in a DL2q instance, has 14)."
         )
     return num_cores
@@ -205,14 +207,23 @@ class Grid:
     comp_ctx_lengths: Sequence[int] = ()
 
     def variants(self, source: Source, *, continuous: bool) -> list[Variant]:
-        """The grid's variants of a source.
+        """The grid's variants of a source; equal ones are one.
 
         Args:
             source: what is compiled.
             continuous: whether the graph is a continuous-batching one; `batch_sizes` then are
                 numbers of slots.
         """
-        return [
+        lists = (
+            self.precisions, self.num_cores, self.batch_sizes, self.prompt_lens, self.ctx_lens
+        )  # fmt: skip
+        number = prod(map(len, lists))
+        if number > MAX_VARIANTS:
+            raise UsageError(
+                f"That is a grid of {number} variants: at most {MAX_VARIANTS} are compiled at "
+                "once; shorten the lists."
+            )
+        variants = [
             Variant(
                 source,
                 precision,
@@ -227,7 +238,6 @@ class Grid:
                     comp_ctx_lengths=self.comp_ctx_lengths,
                 ),
             )
-            for precision, cores, batch, prompt, ctx in product(
-                self.precisions, self.num_cores, self.batch_sizes, self.prompt_lens, self.ctx_lens
-            )
+            for precision, cores, batch, prompt, ctx in product(*lists)
         ]
+        return list(dict.fromkeys(variants))

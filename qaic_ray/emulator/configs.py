@@ -9,9 +9,10 @@ import json
 import re
 from typing import Any, Dict, List, NamedTuple, Tuple
 
+from .documents import read_text, shown
+
 PRECISIONS = ("float", "float16", "mxint8")
 
-_MAX_FILE_BYTES = 16 << 20
 _IO_LINE = re.compile(r"^\s*(-\s+)?(IOName|Precision|Layout)\s*:\s*(.*?)\s*$")
 
 
@@ -26,26 +27,12 @@ class Partition(NamedTuple):
     num_cores: int
 
 
-def _read(path: str) -> str:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"Failed to open file: {path} ({error})") from error
-    if len(data) > _MAX_FILE_BYTES:
-        raise ConfigError(f"Failed to read file: {path} is larger than {_MAX_FILE_BYTES} bytes")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"Failed to read file: {path} is not UTF-8 text") from error
-
-
 def _read_json(path: str) -> Any:
     try:
-        return json.loads(_read(path))
+        return json.loads(read_text(path, ConfigError))
     except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f"[json.exception.parse_error.101] parse error in {path}: {error}"
+            f"[json.exception.parse_error.101] parse error in {path}: {str(error)[:200]}"
         ) from error
 
 
@@ -95,7 +82,7 @@ def _type_error(wanted: str, value: Any) -> ConfigError:
 
 def _size(key: str, text: str) -> int:
     if not re.match(r"^[0-9]{1,9}$", text, re.ASCII) or int(text) == 0:
-        raise ConfigError(f"Invalid value '{text}' for symbol '{key}' in specializations")
+        raise ConfigError(f"Invalid value '{text[:40]}' for symbol '{key[:40]}' in specializations")
     return int(text)
 
 
@@ -103,19 +90,21 @@ def read_custom_io(path: str) -> Dict[str, str]:
     """IO name -> precision, from the flat YAML list of `IOName` and `Precision` pairs."""
     precisions: Dict[str, str] = {}
     name = ""
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path, ConfigError).splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         match = _IO_LINE.match(line.split(" #")[0])
         if match is None or (match[1] is None and not name):
-            raise ConfigError(f"Failed to parse custom IO file {path}: line {number}: {line!r}")
+            raise ConfigError(
+                f"Failed to parse custom IO file {path}: line {number}: {shown(line)}"
+            )
         value = match[3].strip("'\"")
         if match[2] == "IOName":
             name = value
         elif match[2] == "Precision":
             if value.lower() not in PRECISIONS:
                 raise ConfigError(
-                    f"Unsupported precision '{value}' for IO '{name}' in {path}; "
+                    f"Unsupported precision '{value[:40]}' for IO '{name[:40]}' in {path}; "
                     f"supported: {', '.join(PRECISIONS)}"
                 )
             precisions[name] = value.lower()
@@ -136,7 +125,7 @@ def read_partition(path: str) -> Partition:
         devices.extend(_device(path, row) for row in rows)
     ids = {device for device, _ in devices}
     if ids != set(range(len(ids))):
-        raise ConfigError(f"{path}: deviceId must count from 0, not {sorted(ids)}")
+        raise ConfigError(f"{path}: deviceId must count from 0, not {shown(str(sorted(ids)))}")
     return Partition(len(ids), max(cores for _, cores in devices))
 
 

@@ -28,10 +28,11 @@ from __future__ import annotations
 import difflib
 import fcntl
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Optional, Union
+
+from .documents import is_number, parse_mapping, read_text, shown
 
 VARIABLE = "QAIC_EMULATOR_FAULTS"
 
@@ -139,10 +140,7 @@ def from_environment(state: Path) -> Faults:
     named = os.environ.get(VARIABLE)
     if not named:
         return Faults((), 0, state)
-    try:
-        text = Path(named).read_text(encoding="utf-8")
-    except OSError as error:
-        raise FaultFileError(f"{VARIABLE}={named} cannot be read: {error.strerror}") from error
+    text = read_text(named, FaultFileError, VARIABLE)
     seed, faults = parse(text, named)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return Faults(faults, seed, state / f"events-{digest}")
@@ -150,38 +148,19 @@ def from_environment(state: Path) -> Faults:
 
 def parse(text: str, name: str) -> tuple[int, List[Fault]]:
     """Seed and faults of a file's text; `name` is for the messages."""
-    content = load_mapping(text, name)
+    content = parse_mapping(text, name, FaultFileError)
     unknown = set(content) - {"seed", "faults"}
     if unknown:
-        raise FaultFileError(f"{name}: unknown key {_suggest(min(unknown), ('seed', 'faults'))}")
+        raise FaultFileError(
+            f"{name}: unknown key {_suggest(min(map(str, unknown)), ('seed', 'faults'))}"
+        )
     entries = content.get("faults", [])
     if not isinstance(entries, list):
         raise FaultFileError(f"{name}: `faults` must be a list")
     seed = content.get("seed", 0)
-    if not isinstance(seed, int):
-        raise FaultFileError(f"{name}: `seed` must be an integer, not {seed!r}")
+    if not isinstance(seed, int) or not is_number(seed):
+        raise FaultFileError(f"{name}: `seed` must be an integer, not {shown(seed)}")
     return seed, [_fault(i, entry, f"{name}: fault {i + 1}") for i, entry in enumerate(entries)]
-
-
-def load_mapping(text: str, name: str) -> Mapping[str, Any]:
-    """The mapping in a YAML or JSON text."""
-    try:
-        import yaml
-    except ImportError:
-        try:
-            content = json.loads(text)
-        except ValueError as error:
-            raise FaultFileError(
-                f"{name} is not JSON ({error}); install PyYAML to read YAML, or write JSON"
-            ) from error
-    else:
-        try:
-            content = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise FaultFileError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise FaultFileError(f"{name} must be a mapping of names to values")
-    return content
 
 
 def _fault(order: int, entry: Any, where: str) -> Fault:
@@ -199,7 +178,7 @@ def _fault(order: int, entry: Any, where: str) -> Fault:
         event = entry.get("call", event)
         if event not in (LOAD, ACTIVATE, ENQUEUE):
             raise FaultFileError(
-                f"{where}: `call` must be load, activate or enqueue, not {event!r}"
+                f"{where}: `call` must be load, activate or enqueue, not {shown(event)}"
             )
     at = entry.get("at", 1 if kind == "again" and not _TRIGGERS & set(entry) else None)
     if kind == "kill" and not _TRIGGERS & set(entry):
@@ -227,29 +206,29 @@ def _numbers(value: Any, where: str) -> FrozenSet[int]:
 
 
 def _number(value: Any, where: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise FaultFileError(f"{where} must be a number of 0 or more, not {value!r}")
+    if not isinstance(value, int) or not is_number(value) or value < 0:
+        raise FaultFileError(f"{where} must be a number of 0 or more, not {shown(value)}")
     return value
 
 
 def _positive(value: Any, where: str) -> Optional[float]:
     if value is None:
         return None
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-        raise FaultFileError(f"{where} must be a positive number, not {value!r}")
+    if not is_number(value) or not value > 0:
+        raise FaultFileError(f"{where} must be a positive number, not {shown(value)}")
     return float(value)
 
 
 def _fraction(value: Any, where: str) -> Optional[float]:
     number = _positive(value, where)
     if number is not None and number > 1:
-        raise FaultFileError(f"{where} must be between 0 and 1, not {value!r}")
+        raise FaultFileError(f"{where} must be between 0 and 1, not {shown(value)}")
     return number
 
 
 def _suggest(word: Any, known: Union[Iterable[str], Mapping[str, Any]]) -> str:
-    close = difflib.get_close_matches(str(word), sorted(known), 1)
-    return f"{word!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+    close = difflib.get_close_matches(str(word)[:40], sorted(known), 1)
+    return shown(word) + (f"; did you mean {close[0]!r}?" if close else "")
 
 
 def _count(path: Path) -> int:

@@ -7,12 +7,13 @@ of what the cards do.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
 import tempfile
 from pathlib import Path
 from typing import NamedTuple, Optional, Tuple
+
+from .documents import parse_json, read_text
 
 MARKER = "emulated-sdk.json"
 ROOT_VARIABLE = "QAIC_EMULATED_SDK_ROOT"
@@ -58,18 +59,19 @@ class Folder(NamedTuple):
 
 def read(root: Path) -> Optional[Folder]:
     """The emulated SDK at `root`, or None when there is no marker of ours."""
+    path = root / MARKER
+    if not path.exists():
+        return None
+    marker = parse_json(read_text(str(path), FolderError), str(path), FolderError)
     try:
-        marker = json.loads((root / MARKER).read_text(encoding="utf-8"))
         return Folder(
             root=root.resolve(),
             apps_version=str(marker["apps_version"]),
             num_cards=int(marker["cards"]),
             sku=str(marker["sku"]),
         )
-    except FileNotFoundError:
-        return None
-    except (KeyError, TypeError, ValueError) as error:
-        raise FolderError(f"{root / MARKER} is damaged ({error}); install the SDK again") from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise FolderError(f"{path} is damaged ({error!r:.80}); install the SDK again") from error
 
 
 def current() -> Folder:

@@ -1,8 +1,9 @@
 """Lays an emulated SDK folder down: `python -m qaic_ray.emulator.install PREFIX`.
 
 The folder has the vendor's layout, and one file more, `emulated-sdk.json`, which is how anyone
-can tell. It may be moved; its commands find it by their own place. A folder that we did not make
-is never touched.
+can tell. It may be moved; its commands find it by their own place. A folder that we did not make,
+or in which somebody has put something, is never touched. With `--under` the folder's name is made
+of all that it depends on, so that two versions of this package each have their own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import errno
 import fcntl
+import fnmatch
 import hashlib
 import json
 import os
@@ -19,9 +22,11 @@ import shlex
 import shutil
 import sys
 import tempfile
+from itertools import islice
 from pathlib import Path
 from typing import Dict, Iterator, Mapping, Optional, Sequence
 
+from .documents import parse_json, read_text
 from .folder import MARKER, ROOT_VARIABLE, FolderError
 from .sku import SKUS
 
@@ -34,6 +39,8 @@ PACKAGE = "qaic_emulated_sdk"
 PYTHON_VARIABLE = "QAIC_EMULATOR_PYTHON"
 
 _MAX_CARDS = 64
+_MAX_NAMED = 3
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 _QAIC_COMPILE_SINCE = (1, 21, 6)
 _TOOLS = {
     "exec/qaic-exec": "compiler",
@@ -41,6 +48,18 @@ _TOOLS = {
     "tools/qaic-qpc": "qpc_tool",
     "tools/qaic-device-partition": "partition_tool",
 }
+_OURS = (
+    MARKER,
+    *_TOOLS,
+    "exec/qaic-compile",
+    "versions/apps.xml",
+    "versions/platform.xml",
+    "dev/python/QAicApi_pb2.py",
+    "dev/lib/*/qaicrt.py",
+    f"dev/lib/*/{PACKAGE}/*.py",
+    "dev/*/__pycache__/*.pyc",
+)
+"""All that any version of this installer has put into a folder, and what Python adds."""
 _COMMAND = """\
 #!/bin/sh
 root=$(dirname "$(dirname "$(readlink -f "$0")")")
@@ -61,6 +80,7 @@ _VERSIONS_XML = """\
         </ci_build>
 </versions>
 """
+_NAME_DIGITS = 12
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -84,7 +104,29 @@ def install(
     """
     _check_request(apps_version, cards, sku)
     sources = _sources()
-    marker = {
+    return _install(prefix, sources, _marker(sources, apps_version, cards, sku))
+
+
+def install_under(
+    parent: Path,
+    *,
+    apps_version: str = DEFAULT_APPS_VERSION,
+    cards: int = DEFAULT_CARDS,
+    sku: str = "standard",
+) -> Path:
+    """As `install`, in a folder below `parent` that is named by all that it is made of."""
+    _check_request(apps_version, cards, sku)
+    sources = _sources()
+    marker = _marker(sources, apps_version, cards, sku)
+    prefix = parent / f"{apps_version}-{cards}x{sku}-{_digest(sources)[:_NAME_DIGITS]}"
+    _install(prefix, sources, marker)
+    return prefix
+
+
+def _marker(
+    sources: Mapping[str, bytes], apps_version: str, cards: int, sku: str
+) -> Dict[str, object]:
+    return {
         "emulated": True,
         "apps_version": apps_version,
         "platform_version": apps_version,
@@ -92,6 +134,9 @@ def install(
         "sku": sku,
         "digest": _digest(sources),
     }
+
+
+def _install(prefix: Path, sources: Mapping[str, bytes], marker: Mapping[str, object]) -> bool:
     prefix = Path(os.path.realpath(prefix))
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -99,8 +144,11 @@ def install(
             if _existing(prefix) == marker:
                 return False
             _replace(prefix, sources, marker)
-    except OSError as error:
-        raise InstallError(f"cannot write {prefix}: {error.strerror}; choose another") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, InstallError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise InstallError(f"cannot write {prefix}: {reason}; choose another") from error
     return True
 
 
@@ -119,7 +167,12 @@ def _check_request(apps_version: str, cards: int, sku: str) -> None:
 def _only_installer(parent: Path) -> Iterator[None]:
     descriptor = os.open(parent, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            print(f"warning: {parent} has no locks ({error.strerror})", file=sys.stderr)
         yield
     finally:
         os.close(descriptor)
@@ -140,13 +193,30 @@ def _existing(prefix: Path) -> Optional[Dict[str, object]]:
     )
     if MARKER not in content:
         raise refusal
+    path = str(prefix / MARKER)
     try:
-        marker = json.loads((prefix / MARKER).read_text(encoding="utf-8"))
-    except ValueError:
-        raise refusal from None
+        marker = parse_json(read_text(path, InstallError), path, InstallError)
+    except InstallError as error:
+        raise refusal from error
     if not isinstance(marker, dict) or marker.get("emulated") is not True:
         raise refusal
+    others = list(islice(_others(prefix), _MAX_NAMED))
+    if others:
+        raise InstallError(
+            f"{prefix} holds what this tool did not put there ({', '.join(others)}); "
+            "move it away, or choose another folder"
+        )
     return marker
+
+
+def _others(prefix: Path) -> Iterator[str]:
+    """What somebody else has put into an SDK folder of ours; no link is followed."""
+    for folder, folders, files in os.walk(prefix):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        for name in sorted(files) + links:
+            relative = os.path.relpath(os.path.join(folder, name), prefix)
+            if not any(fnmatch.fnmatchcase(relative, pattern) for pattern in _OURS):
+                yield relative
 
 
 def _replace(prefix: Path, sources: Mapping[str, bytes], marker: Mapping[str, object]) -> None:
@@ -223,7 +293,9 @@ def _digest(sources: Mapping[str, bytes]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="install", description="Lay an emulated SDK folder down.")
-    parser.add_argument("prefix", type=Path)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("prefix", type=Path, nargs="?")
+    where.add_argument("--under", type=Path, help="a folder; the name below it is printed")
     parser.add_argument("--apps-version", default=DEFAULT_APPS_VERSION, choices=APPS_VERSIONS)
     parser.add_argument("--cards", type=int, default=DEFAULT_CARDS)
     parser.add_argument("--sku", default="standard", choices=sorted(SKUS))
@@ -233,10 +305,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """The command; 2 when the request cannot be met."""
     asked = _parser().parse_args(arguments)
+    what = {"apps_version": asked.apps_version, "cards": asked.cards, "sku": asked.sku}
     try:
-        is_new = install(
-            asked.prefix, apps_version=asked.apps_version, cards=asked.cards, sku=asked.sku
-        )
+        if asked.under is not None:
+            print(install_under(asked.under, **what))
+            return 0
+        is_new = install(asked.prefix, **what)
     except (InstallError, FolderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

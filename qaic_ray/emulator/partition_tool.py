@@ -7,12 +7,12 @@ semaphores and L2 region that are asked for are checked, and not counted.
 from __future__ import annotations
 
 import getopt
-import json
 import signal
 import sys
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from .card import Claim, Demand, Exhausted, Machine, NoDevice
+from .documents import is_number, parse_json, read_text
 from .faults import FaultFileError
 from .folder import FolderError
 from .qpc import QpcError
@@ -104,21 +104,15 @@ def _reserve(request: Request) -> List[Claim]:
 
 
 def _from_config(path: str) -> Demand:
-    try:
-        with open(path, encoding="utf-8") as file:
-            config: Any = json.load(file)
-    except OSError as error:
-        raise PartitionError(f"Failed to open partition config file {path}") from error
-    except ValueError as error:
-        raise PartitionError(f"{path} is not JSON: {error}") from error
+    config = parse_json(read_text(path, PartitionError), path, PartitionError)
     if not isinstance(config, dict):
         raise PartitionError(f"{path} must be a JSON object")
     for key in config:
         if key not in _KEYS + _OPTIONAL_KEYS:
-            raise PartitionError(f"Invalid config detected {key}")
+            raise PartitionError(f"Invalid config detected {key[:40]}")
     for key in _KEYS:
         value = config.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, int) or not is_number(value) or value < 0:
             raise PartitionError(f"{path}: {key} must be a number of 0 or more")
     return Demand(config["numNsp"], config["ddrSize"] * _MIB, config["numVc"])
 

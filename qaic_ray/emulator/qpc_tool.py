@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Dict, Optional, Sequence
@@ -62,10 +63,22 @@ def _extract(path: str, target: Path, patterns: Sequence[str]) -> int:
     files[f"{NETWORK_DESC}_dir/networkdesc.json"] = _as_json(network).encode()
     for name, content in files.items():
         if not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-            file = target / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content)
+            _write(target, name, content)
     return 0
+
+
+def _write(target: Path, name: str, content: bytes) -> None:
+    """Write a file below `target`, and nowhere else, whatever the QPC calls it and lies there."""
+    file = target / name
+    root = os.path.realpath(target)
+    if os.path.commonpath([root, os.path.realpath(file.parent)]) != root or ".." in file.parts:
+        raise QpcError(f"segment {name!r:.80} leads out of {target}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.islink(file):
+        raise QpcError(f"{file} is a link")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
+    with open(os.open(file, flags, 0o666), "wb") as stream:
+        stream.write(content)
 
 
 def _as_json(network: netdesc.Network) -> str:

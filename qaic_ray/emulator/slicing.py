@@ -52,8 +52,15 @@ class SlicingSpec:
         try:
             entries = json.loads(text)["BufferSpecs"]
             return cls([_buffer_spec(entry) for entry in entries])
-        except (ValueError, KeyError, TypeError, re.error) as error:
-            raise SpecError(str(error)) from error
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            ArithmeticError,
+            RecursionError,
+            re.error,
+        ) as error:
+            raise SpecError(str(error)[:200]) from error
 
     def find(self, name: str) -> Optional[BufferSpec]:
         """The first specification whose `Name` matches the whole of a binding's name."""

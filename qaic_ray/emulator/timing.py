@@ -22,13 +22,12 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Type
 
 import numpy as np
 
 from .buffers import NUMPY_TYPES
-from .faults import load_mapping
+from .documents import is_number, parse_mapping, read_text, shown
 
 VARIABLE = "QAIC_EMULATOR_TIMING"
 ECHO_VARIABLE = "QAIC_EMULATOR_TIMING_ACTIVE"
@@ -86,28 +85,27 @@ def from_environment() -> Optional[Model]:
     if not named:
         os.environ.pop(ECHO_VARIABLE, None)
         return None
-    try:
-        text = Path(named).read_text(encoding="utf-8")
-    except OSError as error:
-        raise TimingFileError(f"{VARIABLE}={named} cannot be read: {error.strerror}") from error
-    model = parse(text, named)
+    model = parse(read_text(named, TimingFileError, VARIABLE), named)
     os.environ[ECHO_VARIABLE] = model.statement()
     return model
 
 
 def parse(text: str, name: str) -> Model:
     """The model in a file's text; `name` is for the messages."""
-    content = dict(load_mapping(text, name))
+    content = parse_mapping(text, name, TimingFileError)
     mode = content.pop("mode", None)
-    if mode not in {PAD, REPLACE}:
-        raise TimingFileError(f"{name}: `mode` must be {PAD} or {REPLACE}, not {mode!r}")
+    if mode not in (PAD, REPLACE):
+        raise TimingFileError(f"{name}: `mode` must be {PAD} or {REPLACE}, not {shown(mode)}")
     values: Dict[str, float] = dict(_NUMBERS)
     for key, value in content.items():
         if key not in values:
-            raise TimingFileError(f"{name}: unknown key {key!r}; known are {', '.join(values)}")
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not value >= 0:
-            raise TimingFileError(f"{name}: `{key}` must be a number of 0 or more, not {value!r}")
+            raise TimingFileError(
+                f"{name}: unknown key {shown(key)}; known are {', '.join(values)}"
+            )
+        if not is_number(value) or value < 0:
+            raise TimingFileError(
+                f"{name}: `{key}` must be a number of 0 or more, not {shown(value)}"
+            )
         values[key] = float(value)
     if not 0 < values["efficiency"] <= 1:
         raise TimingFileError(f"{name}: `efficiency` must be above 0 and at most 1")

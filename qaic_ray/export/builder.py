@@ -20,6 +20,9 @@ Shape = tuple[Dim, ...]
 _IR_VERSIONS = {13: 7, 17: 8}
 """Those of the published exports; the compilers of a time may know no later one."""
 
+PRODUCER = "qaic-ray"
+"""Which program wrote a graph, as the graph says it."""
+
 _RANKS = ("scalar", "vector", "matrix")
 
 
@@ -231,7 +234,7 @@ class GraphBuilder:
             ],
             functions=functions,
             ir_version=_IR_VERSIONS[opset],
-            producer_name="qaic-ray",
+            producer_name=PRODUCER,
         )
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,8 +22,10 @@ import onnx
 
 from qaic_ray import __version__
 from qaic_ray.contract import past_names, retained
+from qaic_ray.documents import read_object, shown
 from qaic_ray.errors import ExportError, UsageError
 from qaic_ray.export.architecture import Architecture, read_architecture
+from qaic_ray.export.builder import PRODUCER
 from qaic_ray.export.graph import COSINE_TABLE, SINE_TABLE, author
 from qaic_ray.export.options import ExportOptions
 from qaic_ray.export.rope import table_blocks
@@ -42,13 +46,14 @@ from qaic_ray.export.weights import (
     weights_sha256,
     write_weights,
 )
-from qaic_ray.folders import building, locked
+from qaic_ray.folders import building, locked, strangers
+from qaic_ray.kept_files import KeptFile, SourceFile, first_fault
 from qaic_ray.manifest import (
     CUSTOM_IO_FILE,
     FORMAT,
     MANIFEST_FILE,
+    VERIFY_FILE,
     ModelManifest,
-    SourceFile,
     read_manifest,
 )
 from qaic_ray.model import Checkpoint
@@ -56,6 +61,11 @@ from qaic_ray.model import Checkpoint
 GRAPH_FOLDER = "generatedModels"
 
 _TOOLS = ("numpy", "onnx", "onnxsim")
+_OURS = {MANIFEST_FILE, CUSTOM_IO_FILE, VERIFY_FILE}
+_MARKS = {"format", "onnx_file", "weights_sha256", "architecture_sha256", "tool_versions"}
+"""Keys that the manifests of every version have."""
+_PRODUCER_WITHIN = 64
+"""First bytes of an ONNX file that say which program wrote it."""
 
 
 @dataclass(frozen=True)
@@ -92,16 +102,21 @@ def export_model(
         UsageError: the checkpoint cannot be exported, or the folder is somebody else's.
         ExportError: the graph disagrees with PyTorch, or the disk is full. Nothing is left behind.
     """
-    folder = (output or Path(f"{checkpoint.base}-kv")).absolute()
+    # A link stays, and what it means is written.
+    folder = Path(os.path.realpath(output or f"{checkpoint.base}-kv"))
     architecture = read_architecture(checkpoint.config)
     making = _Making(checkpoint, architecture, options or ExportOptions(), folder.name)
     level = default_level(architecture) if verify is None else verify
     if level not in ("full", "quick", "off"):
         raise UsageError(f"verify must be full, quick or off, not {level!r}.")
-    _refuse_foreign(folder)
     try:
+        # Without the lock, which a folder that one may only read does not give.
+        found = making.reuse(folder, level)
+        if found is not None:
+            return found
+        check_ours(folder)
         with locked(folder):
-            return making.reuse(folder, level) or making.build(folder, level)
+            return making.verified(folder, level) or making.build(folder, level)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UsageError(f"Cannot write {error.filename or folder}: {error.strerror}.") from error
     except OSError as error:
@@ -125,29 +140,42 @@ class _Making:
 
     def reuse(self, folder: Path, level: str) -> ExportResult | None:
         """The export that is in `folder`, if making it again would give the same."""
-        if not (folder / MANIFEST_FILE).is_file():
-            return None
-        try:
-            old = read_manifest(folder)
-        except UsageError:
-            return None  # of another version of this tool: made again
-        if not self._manifest(old.weights_sha256, old.num_clipped).same_making(old):
-            return None
-        onnx_path = folder / old.onnx_file
-        if not onnx_path.is_file() or not _data_path(onnx_path).is_file():
-            return None
-        if old.sources != self._sources() and self._hash_weights() != old.weights_sha256:
+        old = self._whole(folder)
+        if old is None:
             return None
         report = read_report(folder)
         if level != "off" and (report is None or (level == "full" and report.level != "full")):
-            report = verify_export(folder, self.checkpoint, level=level)
-            report.raise_if_different()
-            write_report(report, folder)
-        return ExportResult(folder, onnx_path, old, reused=True, verification=report)
+            return None
+        return ExportResult(folder, folder / old.onnx_file, old, reused=True, verification=report)
+
+    def verified(self, folder: Path, level: str) -> ExportResult | None:
+        """As `reuse`; an export that lacks nothing but its verification gets it."""
+        old = self._whole(folder)
+        if old is None or self.reuse(folder, level) is not None:
+            return self.reuse(folder, level)
+        report = verify_export(folder, self.checkpoint, level=level)
+        report.raise_if_different()
+        write_report(report, folder)
+        return ExportResult(folder, folder / old.onnx_file, old, reused=True, verification=report)
+
+    def _whole(self, folder: Path) -> ModelManifest | None:
+        """The manifest of an export that making it again would not change."""
+        try:
+            old = read_manifest(folder)
+        except UsageError:
+            return None  # none, or of another version of this tool: made again
+        if not self._manifest(old.weights_sha256, old.num_clipped).same_making(old):
+            return None
+        if not old.files or first_fault(folder, old.files):
+            return None
+        if old.sources != self._sources() and self._hash_weights() != old.weights_sha256:
+            return None
+        return old
 
     def build(self, folder: Path, level: str) -> ExportResult:
         """Make the folder anew."""
         report = None
+        check_ours(folder)
         with building(folder) as fresh:
             manifest = self._write(fresh)
             if level != "off":
@@ -170,17 +198,23 @@ class _Making:
         with (
             tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
             Simplification(graph.model, Path(scratch)) as simplification,
+            ThreadPoolExecutor(1) as pool,
         ):
             written = write_weights(plan, _data_path(onnx_path), self._tables())
+            # Read once more, while the structure is being simplified.
+            data = pool.submit(KeptFile.of, folder, f"{manifest.onnx_file}.data")
             model = simplification.result()
         _attach_weights(model, plan, _data_path(onnx_path).name)
         onnx.save(model, onnx_path)
         onnx.checker.check_model(str(onnx_path))
         if self._sources() != sources:
             raise ExportError(f"The weights of {self.checkpoint.name} changed while being read.")
-        manifest = self._manifest(written.sha256, written.num_clipped)
         text = custom_io(self.architecture.num_layers, self.options.kv_dtype)
         (folder / CUSTOM_IO_FILE).write_text(text)
+        small = [KeptFile.of(folder, name) for name in (manifest.onnx_file, CUSTOM_IO_FILE)]
+        manifest = replace(
+            self._manifest(written.sha256, written.num_clipped), files=(*small, data.result())
+        )
         (folder / MANIFEST_FILE).write_text(manifest.to_json())
         return manifest
 
@@ -233,14 +267,49 @@ class _Making:
         }
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """An export replaces its folder, so it must be an export or nothing."""
-    if not folder.exists():
+def check_ours(folder: Path) -> None:
+    """An export replaces its folder, so it must be an export of ours, or nothing.
+
+    Raises:
+        UsageError: naming what is there.
+    """
+    if not os.path.lexists(folder):
         return
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / MANIFEST_FILE).is_file()):
+    remedy = "choose another --output, or move it away"
+    onnx_file = _exported_file(folder) if folder.is_dir() else None
+    if onnx_file is None:
+        content = sorted(os.listdir(folder)) if folder.is_dir() else [folder.name]
+        if not content:
+            return
         raise UsageError(
-            f"{folder} exists and is not an exported model; choose another --output, or remove it."
+            f"{folder} exists and is not an exported model of this tool "
+            f"({', '.join(map(shown, content[:3]))}): {remedy}."
         )
+    ours = {onnx_file, f"{onnx_file}.data", *_OURS}
+    rest = strangers(folder, ours.__contains__)
+    if rest:
+        raise UsageError(
+            f"{folder} would be replaced, and holds what no export put there "
+            f"({', '.join(map(shown, rest))}): {remedy}."
+        )
+
+
+def _exported_file(folder: Path) -> str | None:
+    """The graph of an export of ours, of whatever version, by the marks that it has."""
+    try:
+        document = read_object(folder / MANIFEST_FILE)
+    except UsageError:
+        document = {}
+    named = document.get("onnx_file")
+    if isinstance(named, str) and document.keys() >= _MARKS:
+        return named
+    # A damaged manifest beside a graph that says who wrote it.
+    graphs = sorted((folder / GRAPH_FOLDER).glob("*.onnx"))
+    if (folder / MANIFEST_FILE).exists() and len(graphs) == 1 and graphs[0].is_file():
+        with graphs[0].open("rb") as stream:
+            if PRODUCER.encode() in stream.read(_PRODUCER_WITHIN):
+                return f"{GRAPH_FOLDER}/{graphs[0].name}"
+    return None
 
 
 def _data_path(onnx_path: Path) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from qaic_ray.export.cut import kept_layers
 from qaic_ray.export.headroom import Activation, beyond_float16, largest_activation
 from qaic_ray.export.reference import Floats, Trace, trace_prompts
 from qaic_ray.export.replay import Answer, PositionIdsReplay, Replay, open_replay
+from qaic_ray.folders import write_whole
 from qaic_ray.manifest import VERIFY_FILE, ModelManifest, read_manifest
 from qaic_ray.model import Checkpoint, has_tokenizer, load_tokenizer
 
@@ -159,10 +159,8 @@ def compare(
 
 def write_report(report: VerifyReport, model_dir: Path) -> None:
     """Put `verify.json` into a model folder, whole or not at all."""
-    path = model_dir / VERIFY_FILE
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(asdict(report) | {"passed": report.passed}, indent=2) + "\n")
-    os.replace(partial, path)
+    text = json.dumps(asdict(report) | {"passed": report.passed}, indent=2) + "\n"
+    write_whole(model_dir / VERIFY_FILE, text)
 
 
 def read_report(model_dir: Path) -> VerifyReport | None:

@@ -39,12 +39,13 @@ from qaic_ray.fleet.messages import (
     WorkerReady,
 )
 from qaic_ray.fleet.watching import call_for
-from qaic_ray.fleet.worker import TakenBack
+from qaic_ray.fleet.worker_spec import TakenBack
 from qaic_ray.metrics import Measurement
 
 if TYPE_CHECKING:
     from qaic_ray.fleet.locks import Part
-    from qaic_ray.fleet.worker import CardWorker, WorkerInfo, WorkerSpec
+    from qaic_ray.fleet.worker import CardWorker
+    from qaic_ray.fleet.worker_spec import WorkerInfo, WorkerSpec
 
 CARD_CPUS = 0.1
 """The least an actor asks of its node, so that a node with few cores still holds all its cards. Ray

@@ -18,7 +18,7 @@ from qaic_ray.fleet.journal import disk_errors_end_the_run
 from qaic_ray.fleet.openai_responses import Origin, response_line, token_number
 from qaic_ray.fleet.outputs import OUTPUTS_NAME
 from qaic_ray.fleet.parquet_rows import write_parquet
-from qaic_ray.folders import sync_path
+from qaic_ray.folders import new_file, sync_path
 
 PARQUET_NAME = "outputs.parquet"
 OPENAI_OUTPUT_NAME = "openai_output.jsonl"
@@ -91,7 +91,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     """Give a file that takes the name `path` when the block ends without an error."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        with unfinished.open("wb") as stream:
+        with open(new_file(unfinished), "wb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from qaic_ray.errors import DeviceBusy, DeviceError, QaicRayError
+from qaic_ray.errors import DeviceBusy, DeviceError
 from qaic_ray.fleet.inventory import card_scope
 from qaic_ray.fleet.locks import CardLocks, Part
 from qaic_ray.run.session import Session
@@ -52,7 +52,7 @@ class Holding:
             if self._is_used:
                 await_ready(sdk, device_ids)
             return self._load(sdk, qpc, device_ids)
-        except QaicRayError:
+        except BaseException:
             self.release()
             raise
 

@@ -2,54 +2,53 @@
 
 The truth of a run folder; `outputs.jsonl` is made from it. Knows no cards, no dispatcher, no Ray.
 
-    journal/000000.jsonl, 000001.jsonl, ...      segments, of about equal size
-    <CRC-32 of the JSON, 8 hex digits> <JSON>    a line; the first of a segment is its header
-
-A header has the format, the run's id and fingerprint, and the session: each process that writes to
-the folder is one, and begins a segment. Every other line is a row in full, with a short digest of
-its input and how long the session had worked by then. Only the last segment can end in the middle
-of a line; that tail is cut on opening. Damage anywhere else is an error. Whatever lines are gone,
-what is left is a run to go on with: a row that is not in the journal is answered again.
+`journal_segments.py` has the format. Only the last segment can end in the middle of a line; that
+tail is cut on opening. Damage anywhere else is an error. Whatever lines are gone, what is left is a
+run to go on with: a row that is not in the journal is answered again.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
-import zlib
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, ClassVar, NamedTuple
 
 from filelock import FileLock, Timeout
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from qaic_ray.errors import QaicRayError, Unfinished, UsageError
+from qaic_ray.errors import Unfinished, UsageError
 from qaic_ray.fleet.fingerprint import INPUT, Fingerprint, differences
+from qaic_ray.fleet.journal_segments import (
+    BEFORE_JSON,
+    FORMAT,
+    RECORD,
+    Header,
+    Place,
+    Record,
+    RowReader,
+    damaged,
+    is_whole,
+    line_of,
+    read_header,
+    segment_path,
+    whole_bytes,
+)
 from qaic_ray.folders import sync_path
 from qaic_ray.interruption import uninterrupted
 from qaic_ray.rows import Row
 
-FORMAT = 2
 JOURNAL_NAME = "journal"
 LOCK_NAME = ".lock"
 SEGMENT_BYTES = 64 * 2**20
-MAX_OPEN_SEGMENTS = 16
 
-_BEFORE_JSON = len("01234567 ")
-
-
-class Place(NamedTuple):
-    """Where a row's line is: its segment's number, and its first byte and size there."""
-
-    segment: int
-    offset: int
-    num_bytes: int
+_MAX_NAMED_CHARS = 800
+_SEGMENT = re.compile("[0-9]{6,12}")
 
 
 @dataclass(frozen=True)
@@ -67,29 +66,6 @@ class Entry:
     place: Place
 
 
-@dataclass(frozen=True)
-class _Header:
-    format: int
-    run: str
-    session: int
-    retry_errors: bool
-    fingerprint: Fingerprint
-
-
-@dataclass(frozen=True)
-class _Record:
-    """The JSON of a row's line. Not `Row.to_json`, which rounds times and drops what is derived."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(ser_json_inf_nan="constants")
-
-    input: int
-    span_s: float
-    row: Row
-
-
-_RECORD = TypeAdapter(_Record)
-
-
 @contextmanager
 def disk_errors_end_the_run(run_folder: Path) -> Iterator[None]:
     """Make the one sentence of what the disk refuses; the journal keeps the run resumable."""
@@ -100,44 +76,6 @@ def disk_errors_end_the_run(run_folder: Path) -> Iterator[None]:
             f"{run_folder} cannot be written: {error.strerror}. What was answered is kept: put "
             f"that right, then go on with `qaic-ray run --resume {run_folder}`."
         ) from error
-
-
-class RowReader:
-    """Reads rows back by their place, with few files open."""
-
-    def __init__(self, journal_folder: Path) -> None:
-        self._folder = journal_folder
-        self._streams: OrderedDict[int, BinaryIO] = OrderedDict()
-
-    def read(self, segment: int, offset: int) -> Row:
-        """The row whose line begins there, once it has been committed.
-
-        Raises:
-            QaicRayError: for a line that is not what it was.
-        """
-        stream = self._stream(segment)
-        stream.seek(offset)
-        line = stream.readline()
-        if not _is_whole(line):
-            raise QaicRayError(
-                f"{stream.name} has changed under the run at byte {offset}: look after that disk, "
-                "then resume the run."
-            )
-        return _RECORD.validate_json(line[_BEFORE_JSON:], strict=True).row
-
-    def close(self) -> None:
-        """Close the files."""
-        while self._streams:
-            self._streams.popitem()[1].close()
-
-    def _stream(self, segment: int) -> BinaryIO:
-        if segment in self._streams:
-            self._streams.move_to_end(segment)
-        else:
-            if len(self._streams) == MAX_OPEN_SEGMENTS:
-                self._streams.popitem(last=False)[1].close()
-            self._streams[segment] = _segment_path(self._folder, segment).open("rb")
-        return self._streams[segment]
 
 
 class Journal:
@@ -212,10 +150,8 @@ class Journal:
 
     def append(self, row: Row, digest: int, span_s: float) -> Place:
         """Take a row for the next `commit`; return where it will be."""
-        json_bytes = _RECORD.dump_json(
-            _Record(digest, round(span_s, 6), row), exclude_defaults=True
-        )
-        line = _line(json_bytes)
+        json_bytes = RECORD.dump_json(Record(digest, round(span_s, 6), row), exclude_defaults=True)
+        line = line_of(json_bytes)
         if self._size >= self._segment_bytes:
             self.commit()
             with uninterrupted(), disk_errors_end_the_run(self._run_folder):
@@ -256,13 +192,14 @@ class Journal:
 
     # -- segments
 
-    def _recover(self) -> dict[int, _Header]:
+    def _recover(self) -> dict[int, Header]:
         """Cut what a killed session left half-written; return the header of each segment."""
         self._folder.mkdir(exist_ok=True)
-        segments = sorted(int(path.stem) for path in self._folder.glob("*.jsonl"))
+        stems = (path.stem for path in self._folder.glob("*.jsonl"))
+        segments = sorted(int(stem) for stem in stems if _SEGMENT.fullmatch(stem))
         if segments:
-            path = _segment_path(self._folder, segments[-1])
-            num_bytes = _whole_bytes(path)
+            path = segment_path(self._folder, segments[-1])
+            num_bytes = whole_bytes(path)
             if num_bytes == 0:
                 path.unlink()
                 sync_path(self._folder)
@@ -270,14 +207,12 @@ class Journal:
             elif num_bytes < path.stat().st_size:
                 os.truncate(path, num_bytes)
                 sync_path(path)
-        return {segment: _read_header(_segment_path(self._folder, segment)) for segment in segments}
+        return {segment: read_header(segment_path(self._folder, segment)) for segment in segments}
 
-    def _next_header(
-        self, fingerprint: Fingerprint, retry_errors: bool, new_input: bool
-    ) -> _Header:
+    def _next_header(self, fingerprint: Fingerprint, retry_errors: bool, new_input: bool) -> Header:
         headers = list(self._headers.values())
         if not headers:
-            return _Header(FORMAT, secrets.token_hex(8), 0, retry_errors, fingerprint)
+            return Header(FORMAT, secrets.token_hex(8), 0, retry_errors, fingerprint)
         first, last = headers[0], headers[-1]
         if any(header.run != first.run for header in headers):
             raise UsageError(
@@ -286,20 +221,20 @@ class Journal:
         before = last.fingerprint
         if new_input:
             before = {**before, INPUT: fingerprint[INPUT]}
-        if changes := differences(before, fingerprint):
+        if named := ", ".join(differences(before, fingerprint))[:_MAX_NAMED_CHARS]:
             raise UsageError(
-                f"The run in {self._run_folder} cannot go on: {', '.join(changes)}. Resume it as "
-                "it was begun (other prompts are given with --prompts-file), or begin a new run."
+                f"The run in {self._run_folder} cannot go on: {named}. Resume it as it was begun "
+                "(other prompts are given with --prompts-file), or begin a new run."
             )
-        return _Header(FORMAT, first.run, last.session + 1, retry_errors, fingerprint)
+        return Header(FORMAT, first.run, last.session + 1, retry_errors, fingerprint)
 
     def _begin_segment(self) -> None:
         """The next segment, its header on the disk."""
         self._close_segment()
         self._segment += 1
-        path = _segment_path(self._folder, self._segment)
+        path = segment_path(self._folder, self._segment)
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        header = _line(json.dumps(asdict(self._header)).encode())
+        header = line_of(json.dumps(asdict(self._header)).encode())
         write_whole(self._fd, header)
         os.fsync(self._fd)
         sync_path(self._folder)
@@ -310,17 +245,17 @@ class Journal:
         if fd >= 0:
             os.close(fd)
 
-    def _entries(self, segment: int, header: _Header) -> Iterator[Entry]:
-        path = _segment_path(self._folder, segment)
+    def _entries(self, segment: int, header: Header) -> Iterator[Entry]:
+        path = segment_path(self._folder, segment)
         with path.open("rb", buffering=2**20) as stream:
             offset = len(stream.readline())
             for number, line in enumerate(stream, start=2):
-                if not _is_whole(line):
-                    raise _damaged(path, number)
+                if not is_whole(line):
+                    raise damaged(path, number)
                 try:
-                    record = _RECORD.validate_json(line[_BEFORE_JSON:], strict=True)
+                    record = RECORD.validate_json(line[BEFORE_JSON:], strict=True)
                 except ValidationError as error:
-                    raise _damaged(path, number) from error
+                    raise damaged(path, number) from error
                 place = Place(segment, offset, len(line))
                 yield Entry(record.row, record.input, record.span_s, header.session, place)
                 offset += len(line)
@@ -335,64 +270,9 @@ def last_fingerprint(run_folder: Path) -> Fingerprint | None:
     """
     with disk_errors_end_the_run(run_folder):
         for path in sorted((run_folder / JOURNAL_NAME).glob("*.jsonl"), reverse=True):
-            if _whole_bytes(path):
-                return _read_header(path).fingerprint
+            if whole_bytes(path):
+                return read_header(path).fingerprint
     return None
-
-
-def _read_header(path: Path) -> _Header:
-    with path.open("rb") as stream:
-        line = stream.readline()
-    if not _is_whole(line):
-        raise _damaged(path, 1)
-    document = json.loads(line[_BEFORE_JSON:])
-    if document["format"] != FORMAT:
-        raise UsageError(
-            f"{path} has journal format {document['format']}, and this version writes {FORMAT}: "
-            "resume the run with the version that began it, or begin a new one."
-        )
-    return _Header(**document)
-
-
-def _segment_path(folder: Path, segment: int) -> Path:
-    return folder / f"{segment:06}.jsonl"
-
-
-def _line(json_bytes: bytes) -> bytes:
-    return b"%08x %s\n" % (zlib.crc32(json_bytes), json_bytes)
-
-
-def _is_whole(line: bytes) -> bool:
-    if not line.endswith(b"}\n"):
-        return False
-    return line[:_BEFORE_JSON] == b"%08x " % zlib.crc32(memoryview(line)[_BEFORE_JSON:-1])
-
-
-def _whole_bytes(path: Path) -> int:
-    """How much of a segment is whole lines, from its start; after the end of those there is none.
-
-    Raises:
-        QaicRayError: for a damaged line that is not of the tail.
-    """
-    num_bytes = 0
-    damaged = None
-    with path.open("rb", buffering=2**20) as stream:
-        for number, line in enumerate(stream, start=1):
-            if not _is_whole(line):
-                damaged = damaged or number
-            elif damaged:
-                raise _damaged(path, damaged)
-            else:
-                num_bytes += len(line)
-    return num_bytes
-
-
-def _damaged(path: Path, number: int) -> QaicRayError:
-    what = "the file" if number == 1 else "that line"
-    return QaicRayError(
-        f"{path} is damaged at line {number}: delete {what}, and what it held is answered again "
-        "when the run is resumed."
-    )
 
 
 def write_whole(fd: int, data: bytes) -> None:

@@ -6,9 +6,12 @@ share it with each other and with nobody who wants it whole. Knows nothing of Ra
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import re
+import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -16,7 +19,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from qaic_ray.errors import DeviceBusy, DeviceError
+from qaic_ray.documents import checked, parse_json, shown
+from qaic_ray.errors import DeviceBusy, DeviceError, UsageError
 from qaic_ray.folders import CACHE_VARIABLE, cache_folder
 
 LOCKS_VARIABLE = "QAIC_RAY_LOCKS"
@@ -24,6 +28,9 @@ LOCKS_VARIABLE = "QAIC_RAY_LOCKS"
 SHARED_FOLDER = Path("/tmp/qaic-ray-locks")
 
 _POLL_S = 0.1
+_MAX_HOLDER_BYTES = 4096
+_MAX_WORDS = 80
+_LOCK_NAME = re.compile(r"[0-9]{1,6}(\.[0-9]+-of-[0-9]+)?\.lock")
 
 
 def locks_folder() -> Path:
@@ -68,7 +75,9 @@ class Holder:
         return cls(os.getpid(), _started(os.getpid()), since, what)
 
     def __str__(self) -> str:
-        return f"process {self.pid} ({self.what}) holds it since {self.since}"
+        what, since = self.what[:_MAX_WORDS], self.since[:_MAX_WORDS]
+        words = f"process {self.pid} ({what}) holds it since {since}"
+        return words if words.isprintable() else shown(words)
 
     @property
     def lives(self) -> bool:
@@ -179,6 +188,8 @@ def held_cards(scope: str = "") -> dict[int, list[Holder]]:
     folder = locks_folder()
     found: dict[int, list[Holder]] = {}
     for path in sorted(folder.glob(f"{_prefix(scope)}*.lock")):
+        if not _LOCK_NAME.fullmatch(path.name.removeprefix(_prefix(scope))):
+            continue
         found.setdefault(_device_id(path), []).extend(_read([path]))
     return {device_id: some for device_id, some in found.items() if some}
 
@@ -199,10 +210,18 @@ def _device_id(path: Path) -> int:
 def _read(paths: Iterable[Path]) -> list[Holder]:
     found = []
     for path in paths:
+        # Anybody may write there: only a file, only its begin, and only what is a holder.
         try:
-            holder = Holder(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            continue  # gone, or no file
+        try:
+            text = os.pread(descriptor, _MAX_HOLDER_BYTES, 0).decode(errors="replace")
+            holder = checked(Holder, parse_json(text, str(path)), str(path))
+        except (OSError, UsageError):
             continue  # of nobody, or being written just now
+        finally:
+            os.close(descriptor)
         if holder.lives:
             found.append(holder)
     return found
@@ -218,6 +237,9 @@ def _started(pid: int) -> str:
 
 
 def _make_shared(folder: Path) -> None:
+    # Anybody may make that one, and lead it into a folder of ours.
+    if folder == SHARED_FOLDER and folder.is_symlink():
+        raise NotADirectoryError(errno.ENOTDIR, "it is a link", str(folder))
     if folder.is_dir():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -227,12 +249,17 @@ def _make_shared(folder: Path) -> None:
 
 def _open_shared(path: Path) -> int:
     """Open a lock file that every user may open; the kernel lets nobody create what is there."""
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-    with suppress(FileNotFoundError):
-        return os.open(path, flags)
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
-    except FileExistsError:
-        return os.open(path, flags)
-    os.fchmod(descriptor, 0o666)  # past the umask
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:
+        try:
+            descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+            os.fchmod(descriptor, 0o666)  # past the umask
+        except FileExistsError:
+            descriptor = os.open(path, flags)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"{path.name} is no lock file: remove it", str(path))
     return descriptor

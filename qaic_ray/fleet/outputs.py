@@ -14,8 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qaic_ray.fleet.journal import Entry, Journal, Place, disk_errors_end_the_run, write_whole
-from qaic_ray.folders import sync_path
+from qaic_ray.fleet.journal import Entry, Journal, disk_errors_end_the_run, write_whole
+from qaic_ray.fleet.journal_segments import Place
+from qaic_ray.folders import new_file, sync_path
 from qaic_ray.rows import Row
 
 OUTPUTS_NAME = "outputs.jsonl"
@@ -276,9 +277,8 @@ class RowWriter:
         self._rows_ok = 0
         self._rows_error = 0
         self._sha256 = hashlib.sha256()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         with disk_errors_end_the_run(folder):
-            self._fds = [os.open(path, flags, 0o666) for path in self._unfinished]
+            self._fds = [new_file(path) for path in self._unfinished]
 
     def __call__(self, row: Row) -> None:
         """Write a row that is new; it is there for others to read at once."""

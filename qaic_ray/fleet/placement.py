@@ -5,12 +5,12 @@ Every worker gets cards of one node, and no node more than it offers to Ray.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qaic_ray.compile.store import VARIANT_FILE
+from qaic_ray.compile.store import read_record
+from qaic_ray.contract import MAX_CORES
 from qaic_ray.errors import DeviceError, UsageError
 from qaic_ray.fleet.inventory import CARD_RESOURCE, NodeCards, remedy, usable
 from qaic_ray.fleet.locks import Part
@@ -127,11 +127,8 @@ def allot(
 
 def qpc_cores(qpc: Path) -> int | None:
     """The NSPs that a QPC was compiled for; None where its folder does not say."""
-    try:
-        document = json.loads((qpc / VARIANT_FILE).read_text(encoding="utf-8"))
-        return int(document["num_cores"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    record = read_record(qpc)
+    return record.num_cores if record and 1 <= record.num_cores <= MAX_CORES else None
 
 
 def _shares(nodes: Sequence[NodeCards]) -> list[tuple[NodeCards, list[int]]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from qaic_ray.fleet.outputs import ERRORS_NAME, Proof
 from qaic_ray.fleet.page import html_page
 from qaic_ray.fleet.result import Cause, FleetResult, WorkerResult
 from qaic_ray.fleet.unfinished import REPORT_NAME
-from qaic_ray.folders import sync_path
+from qaic_ray.folders import write_whole
 from qaic_ray.metrics import Measurement
 
 FORMAT = 1
@@ -110,8 +109,10 @@ class RunSummary:
 def write_report(summary: RunSummary) -> None:
     """Write `report.json` and `report.html` into the run folder, each whole or not at all."""
     document = summary.document()
-    _write(summary.folder / REPORT_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-    _write(summary.folder / PAGE_NAME, html_page(document))
+    write_whole(
+        summary.folder / REPORT_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    )
+    write_whole(summary.folder / PAGE_NAME, html_page(document))
 
 
 def histogram(counts: Mapping[int, int] | Mapping[float, int], *, whole: bool = False) -> Document:
@@ -242,10 +243,3 @@ def _worker_document(worker: WorkerResult) -> Document:
         "decode_tokens_per_s": round(work.decode_tokens_per_s, 3) if work.decode_s > 0 else None,
         "error": worker.error,
     }
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    sync_path(unfinished)
-    os.replace(unfinished, path)

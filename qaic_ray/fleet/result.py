@@ -13,7 +13,7 @@ from qaic_ray.metrics import Measurement, Span, tokens_per_s, total
 from qaic_ray.rows import Row
 
 if TYPE_CHECKING:
-    from qaic_ray.fleet.worker import WorkerInfo
+    from qaic_ray.fleet.worker_spec import WorkerInfo
 
 
 @dataclass(frozen=True)

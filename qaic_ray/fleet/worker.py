@@ -18,11 +18,11 @@ from pathlib import Path
 
 from qaic_ray.contract import Specializations
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
-from qaic_ray.fleet.answers import Answer, Answerer, Generation, check_chat
+from qaic_ray.fleet.answers import Answer, Answerer, check_chat
 from qaic_ray.fleet.handover import Handover
 from qaic_ray.fleet.holding import Holding
-from qaic_ray.fleet.locks import Part
 from qaic_ray.fleet.speculation import Drafting, open_drafting
+from qaic_ray.fleet.worker_spec import TakenBack, WorkerInfo, WorkerSpec
 from qaic_ray.metrics import Measurement
 from qaic_ray.model import load_tokenizer, open_checkpoint
 from qaic_ray.rows import ROW_ALONE, Prompt, Row
@@ -38,48 +38,6 @@ of about one length, and must have some to choose from."""
 
 _AGAIN = "QS_AGAIN"
 _AGAIN_PAUSES_S = (0.01, 0.03, 0.1, 0.3, 1.0)
-
-
-@dataclass(frozen=True)
-class WorkerSpec:
-    """What one card is to do; plain data, made by the driver.
-
-    `model` is anything `open_checkpoint` takes; only its tokenizer and configuration are read. The
-    other fields are a `WorkerPlace`'s; `incarnation` is how often the worker was opened before.
-    """
-
-    name: str
-    device_ids: tuple[int, ...]
-    sdk_root: str
-    qpc: str
-    model: str
-    generation: Generation = field(default_factory=Generation)
-    node_id: str = ""
-    part: Part | None = None
-    choices: tuple[int, ...] = ()
-    incarnation: int = 0
-
-
-@dataclass(frozen=True)
-class WorkerInfo:
-    """What an opened worker has, and which process it is."""
-
-    name: str
-    device_ids: tuple[int, ...]
-    sdk: str
-    slots: int
-    prompt_len: int
-    ctx_len: int
-    load_s: float
-    pid: int = 0
-    host: str = ""
-
-
-@dataclass(frozen=True)
-class TakenBack:
-    """Prompts of a shard that will not be answered here, among its rows."""
-
-    indexes: tuple[int, ...]
 
 
 @dataclass
@@ -152,18 +110,18 @@ class CardWorker:
         try:
             self._check_shapes(session.specializations)
             drafting = open_drafting(self.spec.generation.speculation, sdk, session)
-        except QaicRayError:
+            engine = self._engine(session, drafting)
+            answerer = Answerer(
+                tokenizer,
+                tokenizer.eos_ids,
+                self.spec.generation,
+                limits=engine,
+                vocab_size=session.vocab_size or checkpoint.config.get("vocab_size"),
+            )
+        except BaseException:
             session.close()
             self._holding.release()
             raise
-        engine = self._engine(session, drafting)
-        answerer = Answerer(
-            tokenizer,
-            tokenizer.eos_ids,
-            self.spec.generation,
-            limits=engine,
-            vocab_size=session.vocab_size or checkpoint.config.get("vocab_size"),
-        )
         with self._lock:
             if not self._closed:
                 self._opened = _Card(answerer, session, drafting, engine)

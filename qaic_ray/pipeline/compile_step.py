@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qaic_ray.compile.store import Build, BuildRequest, build
-from qaic_ray.compile.variant import Grid, Precision, Source, Variant, check_num_cores
-from qaic_ray.contract import NUM_LOGITS_TO_KEEP, Specializations
+from qaic_ray.compile.store import (
+    SPECIALIZATIONS_FILE,
+    Build,
+    BuildRequest,
+    build,
+    check_request,
+)
+from qaic_ray.compile.variant import Grid, Precision, Variant, check_num_cores
+from qaic_ray.contract import Specializations
+from qaic_ray.documents import user_path
 from qaic_ray.errors import CompileError, UsageError
-from qaic_ray.manifest import CUSTOM_IO_FILE, ModelManifest, read_manifest
 from qaic_ray.pipeline.devices import check_cores
 from qaic_ray.pipeline.listener import CompileOutcome, Listener
+from qaic_ray.pipeline.sources import ModelFolder, open_folder
 from qaic_ray.sdk import Sdk
 
 if TYPE_CHECKING:
@@ -43,21 +49,41 @@ class CompileRequest:
     parallel: int | None = None
 
 
-def source_of(model_dir: Path) -> Source:
-    """An exported model folder as the compile floor takes it.
+def specializations_file(given: Path | None, shape_options: Sequence[str]) -> Path | None:
+    """The file that says all shapes: the one given, or the current folder's, as in the recipe.
+
+    Args:
+        given: by the user.
+        shape_options: the options for shapes that were given.
 
     Raises:
-        UsageError: where the folder is not one, or lost a file.
+        UsageError: where both say shapes.
     """
-    manifest = read_manifest(model_dir)
-    onnx = model_dir / manifest.onnx_file
-    custom_io = model_dir / CUSTOM_IO_FILE
-    for file in (onnx, custom_io):
-        if not file.is_file():
-            raise UsageError(f"{model_dir} has no {file.relative_to(model_dir)}: export it again.")
-    # The graph's file holds no weights: its bytes and the weights' digest are the whole content.
-    digest = hashlib.sha256(onnx.read_bytes() + manifest.weights_sha256.encode()).hexdigest()
-    return Source(model_dir.resolve().name, onnx.absolute(), custom_io.absolute(), digest)
+    here = Path(SPECIALIZATIONS_FILE)
+    path = given or (here if here.is_file() else None)
+    if path is None or not shape_options:
+        return path
+    named = f"{path} says all shapes, and {' and '.join(shape_options)} too"
+    if given is not None:
+        raise UsageError(f"{named}: leave one of them out.")
+    raise UsageError(
+        f"{named}: the file in this folder is used as the recipe's scripts do; leave the options "
+        "out, or move it away."
+    )
+
+
+def requested_builds(request: CompileRequest, sdk: Sdk) -> list[BuildRequest]:
+    """A request's builds, by paths that mean the same on every node.
+
+    Raises:
+        UsageError: as `requested_variants`, and for folders that may not be replaced.
+    """
+    store = user_path(request.store, "The folder of the QPCs").absolute()
+    builds = [BuildRequest(v, sdk, store) for v in requested_variants(request, sdk)]
+    for build_request in builds:
+        user_path(build_request.target, "The folder of the QPC")
+        check_request(build_request)
+    return builds
 
 
 def requested_variants(request: CompileRequest, sdk: Sdk) -> list[Variant]:
@@ -66,13 +92,13 @@ def requested_variants(request: CompileRequest, sdk: Sdk) -> list[Variant]:
     Raises:
         UsageError: for a model, shapes, a precision or NSPs that cannot be.
     """
-    manifest = read_manifest(request.model_dir)
-    source = source_of(request.model_dir)
+    model = open_folder(request.model_dir)
+    source = model.source
     precisions = [Precision.parse(name) for name in request.precisions]
     cores = [check_num_cores(number) for number in request.num_cores]
     if request.specializations is None:
         _check_inputs(
-            manifest,
+            model,
             num_logits_to_keep=request.num_speculative_tokens > 0 or None,
             comp_ctx_lengths=len(request.comp_ctx_lengths) > 0,
         )
@@ -82,24 +108,24 @@ def requested_variants(request: CompileRequest, sdk: Sdk) -> list[Variant]:
             request.batch_sizes,
             request.prompt_lens,
             request.ctx_lens,
-            num_logits_to_keep=manifest.logits == NUM_LOGITS_TO_KEEP,
+            num_logits_to_keep=model.num_logits_to_keep,
             num_speculative_tokens=request.num_speculative_tokens,
             comp_ctx_lengths=request.comp_ctx_lengths,
         )
-        variants = grid.variants(source, continuous=manifest.continuous)
+        variants = grid.variants(source, continuous=model.continuous)
     elif request.num_speculative_tokens or request.comp_ctx_lengths:
         raise UsageError(
             f"{request.specializations} says all shapes: leave --num-speculative-tokens and "
             "--comp-ctx-lengths out."
         )
     else:
-        shapes = _shapes_of(request.specializations, manifest, request.model_dir)
+        shapes = _shapes_of(request.specializations, model, request.model_dir)
         variants = [Variant(source, p, c, shapes) for p in precisions for c in cores]
     for variant in variants:
         ctx_len = variant.specializations.ctx_len
-        if ctx_len > manifest.max_position:
+        if model.max_position is not None and ctx_len > model.max_position:
             raise UsageError(
-                f"ctx_len {ctx_len} is more than the {manifest.max_position} positions that "
+                f"ctx_len {ctx_len} is more than the {model.max_position} positions that "
                 f"{source.name} was made for: choose a smaller one."
             )
     check_cores(variants, sdk)
@@ -112,7 +138,7 @@ def compile_step(request: CompileRequest, sdk: Sdk, listener: Listener) -> list[
     Raises:
         UsageError: before anything is compiled; a compile that fails is an outcome.
     """
-    requests = [BuildRequest(v, sdk, request.store) for v in requested_variants(request, sdk)]
+    requests = requested_builds(request, sdk)
     if len(requests) == 1:
         outcome = _build_here(requests[0])
         listener.compiled(outcome)
@@ -143,9 +169,9 @@ def compile_on(
     return [CompileOutcome(by_label[o.label].variant, o.result) for o in outcomes]
 
 
-def _shapes_of(path: Path, manifest: ModelManifest, model_dir: Path) -> Specializations:
+def _shapes_of(path: Path, model: ModelFolder, model_dir: Path) -> Specializations:
     shapes = Specializations.load(path)
-    if shapes.continuous != manifest.continuous:
+    if shapes.continuous != model.continuous:
         how = "was not" if shapes.continuous else "was"
         raise UsageError(
             f"{path} does not fit {model_dir}, which {how} exported for continuous batching "
@@ -153,7 +179,7 @@ def _shapes_of(path: Path, manifest: ModelManifest, model_dir: Path) -> Speciali
         )
     first = shapes.entries[0]
     _check_inputs(
-        manifest,
+        model,
         num_logits_to_keep=first.num_logits_to_keep is not None,
         comp_ctx_lengths=first.comp_ctx_lengths is not None,
     )
@@ -161,23 +187,24 @@ def _shapes_of(path: Path, manifest: ModelManifest, model_dir: Path) -> Speciali
 
 
 def _check_inputs(
-    manifest: ModelManifest, *, num_logits_to_keep: bool | None, comp_ctx_lengths: bool
+    model: ModelFolder, *, num_logits_to_keep: bool | None, comp_ctx_lengths: bool
 ) -> None:
     """Refuse shapes whose symbols are not those of the graph; None fits either."""
-    if num_logits_to_keep not in (None, manifest.logits == NUM_LOGITS_TO_KEEP):
+    name = model.source.name
+    if num_logits_to_keep not in (None, model.num_logits_to_keep):
         raise UsageError(
-            f"{manifest.name} was exported without num_logits_to_keep, which speculation needs: "
+            f"{name} was exported without num_logits_to_keep, which speculation needs: "
             "export it with --logits num_logits_to_keep."
             if num_logits_to_keep
-            else f"{manifest.name} was exported with num_logits_to_keep: every specialization must "
+            else f"{name} was exported with num_logits_to_keep: every specialization must "
             "say how many."
         )
-    if comp_ctx_lengths != manifest.comp_ctx_lengths:
+    if comp_ctx_lengths != model.comp_ctx_lengths:
         raise UsageError(
-            f"{manifest.name} was exported without compute-context lengths: export it with "
+            f"{name} was exported without compute-context lengths: export it with "
             "--comp-ctx-lengths."
             if comp_ctx_lengths
-            else f"{manifest.name} was exported with compute-context lengths: say which ones, like "
+            else f"{name} was exported with compute-context lengths: say which ones, like "
             "--comp-ctx-lengths 512,1024 (ctx_len is added)."
         )
 

@@ -6,14 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qaic_ray.compile.store import Build, BuildRequest
+from qaic_ray.compile.store import Build
 from qaic_ray.compile.variant import Grid, Precision, Source, Variant
-from qaic_ray.config import Job, dump_job, prompt_lens
+from qaic_ray.config import Job, dump_job
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP, Specializations
 from qaic_ray.documents import read_text
 from qaic_ray.errors import SdkNotFound, UsageError
 from qaic_ray.manifest import CUSTOM_IO_FILE
-from qaic_ray.pipeline.compile_step import CompileRequest, compile_on, requested_variants
+from qaic_ray.option_values import prompt_lens
+from qaic_ray.pipeline.compile_step import CompileRequest, compile_on, requested_builds
 from qaic_ray.pipeline.devices import choose_devices, choose_sdk, emulated_cards
 from qaic_ray.pipeline.export_step import export_step
 from qaic_ray.pipeline.listener import Listener
@@ -61,10 +62,7 @@ def launch_job(
     exported = export_step(job.model, job.export, listener)
     check_chat_template(request)
     compiling = _compile_request(job, exported.folder)
-    builds = [
-        BuildRequest(variant, sdk.here, compiling.store)
-        for variant in requested_variants(compiling, sdk.here)
-    ]
+    builds = requested_builds(compiling, sdk.here)
     from qaic_ray.fleet.cluster import Cluster
 
     listener.began("Ray")

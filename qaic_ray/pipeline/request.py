@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from qaic_ray.documents import user_path
+from qaic_ray.documents import checked, read_yaml, user_path
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.folders import sync_path
+from qaic_ray.folders import write_whole
 from qaic_ray.model_sources import NAMED_MODELS
 from qaic_ray.rows import ChatOptions
 from qaic_ray.sampling_params import SamplingParams
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 REQUEST_NAME = "request.yaml"
 STDIN = "-"
+_MAX_REASON_CHARS = 500
 
 # Of this process, not of the run.
 _NOT_KEPT = ("output", "ray_address", "job_text", "resume", "retry_errors", "new_input")
@@ -209,11 +210,7 @@ def absolute_model(name: str) -> str:
 def write_request(request: RunRequest, folder: Path) -> str:
     """Keep a request in its run folder, whole or not at all; return its text."""
     text = request.absolute().to_yaml()
-    path = folder / REQUEST_NAME
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    sync_path(unfinished)
-    unfinished.replace(path)
+    write_whole(folder / REQUEST_NAME, text)
     return text
 
 
@@ -231,23 +228,18 @@ def read_request(folder: Path) -> RunRequest:
         UsageError: when the folder is not a run's.
     """
     path = folder / REQUEST_NAME
+    if not path.exists():
+        raise UsageError(f"{folder} is not the folder of a run: it has no {REQUEST_NAME}.")
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        document["sampling"] = SamplingParams().updated(document["sampling"])
-        document["chat_options"] = ChatOptions(**document["chat_options"])
-        document |= {
-            name: None if document[name] is None else Path(document[name]) for name in _PATHS
-        }
-        devices = document["devices"]
-        document["devices"] = None if devices is None else tuple(devices)
-        document["output_formats"] = tuple(document["output_formats"])
-        return RunRequest(**document, resume=folder)
-    except OSError as error:
-        raise UsageError(
-            f"{folder} is not the folder of a run: it has no {REQUEST_NAME} ({error.strerror})."
-        ) from error
-    except (yaml.YAMLError, TypeError, KeyError, RowError) as error:
+        document = read_yaml(path)
+        known = {f.name for f in fields(RunRequest)} - set(_NOT_KEPT)
+        if not isinstance(document, dict) or not document.keys() <= known:
+            raise UsageError(f"{path} does not hold the keys of a request.")
+        sampling = checked(dict[str, Any], document.get("sampling"), f"{path}: sampling")
+        document["sampling"] = SamplingParams().updated(sampling)
+        return replace(checked(RunRequest, document, str(path)), resume=folder)
+    except (UsageError, RowError) as error:
         raise UsageError(
             f"{path} cannot be gone on with: it was written by another version, or changed "
-            f"({' '.join(str(error).split())})."
+            f"({str(error)[:_MAX_REASON_CHARS].rstrip('.')})."
         ) from error

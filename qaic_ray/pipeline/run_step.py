@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import signal
@@ -14,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qaic_ray import interruption
-from qaic_ray.compile.compiler import QPC_FILE
-from qaic_ray.compile.store import content_key
+from qaic_ray.compile.store import check_kept, content_key
 from qaic_ray.errors import QaicRayError, Unfinished, UsageError
 from qaic_ray.model import open_checkpoint
 from qaic_ray.pipeline.devices import choose_devices
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from qaic_ray.fleet.placement import WorkerPlace
     from qaic_ray.fleet.report import RunSummary
     from qaic_ray.fleet.result import FleetResult
-    from qaic_ray.fleet.worker import WorkerSpec
+    from qaic_ray.fleet.worker_spec import WorkerSpec
     from qaic_ray.rows import Row
 
 
@@ -59,11 +59,8 @@ def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSumm
     Raises:
         UsageError: for a QPC, cards or prompts that are not there.
     """
-    if not (request.qpc / QPC_FILE).is_file():
-        raise UsageError(
-            f"{request.qpc} holds no {QPC_FILE}: give the folder of a compiled variant, like "
-            "qpc/<base>-kv-32pl-512cl-14c-1BS-mx6."
-        )
+    for qpc in filter(None, (request.qpc, request.draft_qpc)):
+        check_kept(qpc)
     num_cards = 0
     if request.ray_address is None:
         devices = choose_devices(sdk.here, request.devices)
@@ -283,7 +280,7 @@ def _places(
 
 
 def _worker_specs(request: RunRequest, places: Sequence[WorkerPlace]) -> list[WorkerSpec]:
-    from qaic_ray.fleet.worker import WorkerSpec
+    from qaic_ray.fleet.worker_spec import WorkerSpec
 
     generation = _generation(request)
     model = absolute_model(request.model)
@@ -343,9 +340,11 @@ def _new_run_folder(request: RunRequest) -> Path:
     for number in range(2, 1000):
         folder = request.output.absolute() / name
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir(mode=0o700)  # prompts and answers are nobody else's
+            os.makedirs(folder.parent, exist_ok=True)
+            folder.mkdir(mode=0o700)  # prompts and answers are their user's
         except FileExistsError:
+            if not folder.parent.is_dir():
+                raise UsageError(f"{folder.parent} is not a folder.") from None
             name = f"{request.name}-{stamp}-{number}"
             continue
         except OSError as error:

@@ -32,7 +32,12 @@ _SIMULATED_TIME_VARIABLE = "QAIC_EMULATOR_TIMING_ACTIVE"
 
 _BUSY = {"QS_NOMEM", "QS_NOSPC", "QS_BUSY"}
 _LOST = {"QS_NODEV", "QS_DEV_ERROR"}
-_NO_NSPS = "too few free NSPs"
+_UNSAID = "QS_ERROR"
+"""Of load and activate: DRAM or NSPs that others hold, and all that has no status of its own."""
+
+# The runtime's texts, from its sources and from logs of real cards.
+_BUSY_TEXTS = ("NSP_ALLOC_FAILED", "allocate NSP", "Not enough NSPs", "suitable device")
+_LOST_TEXTS = ("Failed to create Context", "Invalid Device")
 
 Array = npt.NDArray[Any]
 
@@ -82,8 +87,8 @@ class Session:
         single = self.device_ids[0] if len(self.device_ids) == 1 else None
         with _runtime_errors(f"Cannot load {self.qpc} on device {self._devices_text}"):
             self._program = rt.Program(self._context, single, program_file, properties)
-            self._check(self._program.load(), "load", busy="too little free DRAM")
-            self._check(self._program.activate(), "activate", busy=_NO_NSPS)
+            self._check_room(self._program.load(), "load", "DRAM")
+            self._check_room(self._program.activate(), "activate", "NSPs")
             self._exec_obj = rt.ExecObj(self._context, self._program)
         if version >= LISTED_SINCE:
             self._buffers = ListedBuffers(self._exec_obj, interface, rt.QStatus.QS_SUCCESS)
@@ -156,28 +161,53 @@ class Session:
             program.unload()
 
     def _check(
-        self,
-        status: Any,
-        action: str,
-        *,
-        busy: str = "",
-        shapes: Mapping[str, Array] | None = None,
+        self, status: Any, action: str, *, shapes: Mapping[str, Array] | None = None
     ) -> None:
         if status == self._rt.QStatus.QS_SUCCESS:
             return
-        name = getattr(status, "name", str(status))
-        message = f"Device {self._devices_text} could not {action} {self.qpc}: {name}"
-        if busy:
-            message += f" (the card may have {busy})"
+        name, message = self._refusal(status, action)
         if shapes is not None:
             passed = {key: tuple(value.shape) for key, value in shapes.items()}
             message += f"; passed shapes {passed}"
-        kind = _error_kind(name, busy)
+        raise _error_kind(name)(message + ".", status=name)
+
+    def _check_room(self, status: Any, action: str, resource: str) -> None:
+        """As `_check`, for calls that need a resource of the card; a status that does not say
+        whether that is short is asked of the card."""
+        if status == self._rt.QStatus.QS_SUCCESS:
+            return
+        name, message = self._refusal(status, action)
+        kind = _error_kind(name)
+        if name == _UNSAID:
+            kind, found = self._state(resource)
+            message += f" ({found})"
         raise kind(message + ".", status=name)
 
+    def _refusal(self, status: Any, action: str) -> tuple[str, str]:
+        name = getattr(status, "name", str(status))
+        return name, f"Device {self._devices_text} could not {action} {self.qpc}: {name}"
 
-def _error_kind(status: str, busy: str) -> type[DeviceError]:
-    if busy or status in _BUSY:
+    def _state(self, resource: str) -> tuple[type[DeviceError], str]:
+        """Whether a card that refused without a reason is gone, full, or neither."""
+        util, rt = self._rt.Util(), self._rt
+        said = []
+        is_free = True
+        for qid in self.device_ids:
+            status, info = util.getDeviceInfo(qid)
+            if status != rt.QStatus.QS_SUCCESS or info.devStatus != rt.QDevStatus.QDS_READY:
+                return DeviceLost, f"card {qid} is not ready"
+            status, free = util.getResourceInfo(qid)
+            if status != rt.QStatus.QS_SUCCESS:
+                return DeviceLost, f"card {qid} does not tell what is free"
+            said.append(f"card {qid} has {free.nspFree} of {free.nspTotal} NSPs free")
+            is_free = is_free and free.nspFree == free.nspTotal
+        if resource == "NSPs" and is_free:  # nobody has any of them
+            return DeviceError, ", ".join(said)
+        return DeviceBusy, f"too little free {resource}, it seems: {', '.join(said)}"
+
+
+def _error_kind(status: str) -> type[DeviceError]:
+    if status in _BUSY:
         return DeviceBusy
     return DeviceLost if status in _LOST else DeviceError
 
@@ -189,8 +219,12 @@ def _runtime_errors(what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error)
-        busy = "NSP" in text or "suitable device" in text
-        raise (DeviceBusy if busy else DeviceError)(f"{what}: {text}") from error
+        kind: type[DeviceError] = DeviceError
+        if any(words in text for words in _BUSY_TEXTS):
+            kind = DeviceBusy
+        elif any(words in text for words in _LOST_TEXTS):
+            kind = DeviceLost
+        raise kind(f"{what}: {text}") from error
 
 
 def _import_runtime(sdk: Sdk) -> tuple[ModuleType, ModuleType]:

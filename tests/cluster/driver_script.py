@@ -10,7 +10,7 @@ import ray
 
 from qaic_ray.fleet.cluster import Cluster
 from qaic_ray.fleet.driver import Audience
-from qaic_ray.fleet.worker import WorkerInfo
+from qaic_ray.fleet.worker_spec import WorkerInfo
 from qaic_ray.rows import Prompt
 
 

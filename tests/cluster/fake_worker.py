@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qaic_ray.errors import CompileError, DeviceError, UsageError
 from qaic_ray.fleet.locks import Part
-from qaic_ray.fleet.worker import TakenBack, WorkerInfo
+from qaic_ray.fleet.worker_spec import TakenBack, WorkerInfo
 from qaic_ray.metrics import Measurement
 from qaic_ray.rows import FinishReason, Prompt, Row
 

@@ -25,7 +25,7 @@ from qaic_ray.fleet import joining
 from qaic_ray.fleet.cluster import Cluster, Outcome
 from qaic_ray.fleet.driver import Audience
 from qaic_ray.fleet.result import FleetResult
-from qaic_ray.fleet.worker import WorkerInfo
+from qaic_ray.fleet.worker_spec import WorkerInfo
 from qaic_ray.rows import Prompt, Row
 
 pytestmark = pytest.mark.cluster

@@ -30,7 +30,7 @@ from qaic_ray.fleet.messages import (
     WorkerProgress,
     WorkerReady,
 )
-from qaic_ray.fleet.worker import WorkerInfo
+from qaic_ray.fleet.worker_spec import WorkerInfo
 from qaic_ray.rows import Prompt, Row
 
 pytestmark = pytest.mark.cluster

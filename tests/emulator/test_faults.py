@@ -17,7 +17,7 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from qaic_ray.emulator import faults
 from qaic_ray.emulator.card import Machine
@@ -289,6 +289,7 @@ def test_probability_is_drawn_from_the_seed(tmp_path: Path) -> None:
 words = st.one_of(st.text(max_size=6), st.integers(-3, 3), st.floats(), st.none(), st.booleans())
 
 
+@settings(deadline=None)  # the first one imports PyYAML
 @given(
     st.dictionaries(
         st.sampled_from(["kind", "device", "at", "after", "probability", "call", "factor", "x"]),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,6 +118,38 @@ def test_what_is_not_ours_is_refused_in_one_sentence(
     assert line.startswith(f"error: {root} was not made by this tool")
     assert files(root) == set(content)
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_a_folder_of_ours_that_somebody_has_put_something_into_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "sdk"
+    install(root)
+    subprocess.run([str(root / "tools/qaic-util"), "-q"], check=True, capture_output=True)
+    assert install(root, cards=2)  # what running it has left is ours too
+    (root / "tools" / "mine.sh").write_text("precious")
+    (root / "dev" / "home").symlink_to(tmp_path)
+    before = files(root)
+    assert installer.main([str(root)]) == 2
+    assert "did not put there (dev/home, tools/mine.sh)" in capsys.readouterr().err
+    assert files(root) == before
+
+
+def test_a_name_of_all_that_a_folder_is_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def laid(**what: Any) -> Path:
+        return installer.install_under(tmp_path, **what)
+
+    first = laid()
+    assert laid() == first
+    others = {laid(cards=2), laid(sku="pro"), laid(apps_version="1.17")}
+    sources = installer._sources()
+    monkeypatch.setattr(installer, "_sources", lambda: {**sources, "card.py": b"# another version"})
+    inode = first.stat().st_ino
+    assert len({first, laid(), *others}) == 5
+    assert first.stat().st_ino == inode  # whoever uses it goes on with it
+    assert json.loads((first / folder.MARKER).read_text())["digest"][:12] in first.name
 
 
 def test_impossible_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

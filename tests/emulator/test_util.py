@@ -16,7 +16,7 @@ import pytest
 from qaic_ray.emulator import netdesc, qpc_tool, util
 from qaic_ray.emulator.card import Demand, Machine
 from qaic_ray.emulator.folder import Folder
-from qaic_ray.emulator.qpc import NETWORK_DESC, SEGMENTS, write_qpc
+from qaic_ray.emulator.qpc import NETWORK_DESC, SEGMENTS, QpcError, write_qpc
 
 # The open tool's lines in its order, with what is documented of their values.
 DOCUMENTED = [
@@ -288,3 +288,27 @@ def test_a_query_is_quick(sdk: Path, machine: Machine) -> None:
     cpu_s = after.children_user + after.children_system
     cpu_s -= before.children_user + before.children_system
     assert cpu_s < 0.5
+
+
+@pytest.mark.parametrize("kind", ["link", "linked folder", "dots", "absolute"])
+def test_nothing_is_extracted_beyond_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    target, mine = tmp_path / "out", tmp_path / "mine"
+    target.mkdir()
+    mine.mkdir()
+    (mine / "networkdesc.json").write_text("precious")
+    name = {"dots": "../mine/networkdesc.json", "absolute": str(mine / "networkdesc.json")}.get(
+        kind, "networkdesc.bin_dir/networkdesc.json"
+    )
+    if kind == "link":
+        (target / "networkdesc.bin_dir").mkdir()
+        (target / name).symlink_to(mine / "networkdesc.json")
+    elif kind == "linked folder":
+        (target / "networkdesc.bin_dir").symlink_to(mine)
+    with pytest.raises(QpcError):
+        qpc_tool._write(target, name, b"new")
+    assert (mine / "networkdesc.json").read_text() == "precious"
+    qpc_tool._write(target, "beside", b"old")
+    qpc_tool._write(target, "beside", b"new")
+    assert (target / "beside").read_bytes() == b"new"

@@ -20,7 +20,8 @@ from qaic_ray.errors import DeviceError, DeviceLost, UsageError
 from qaic_ray.fleet import answers as answers_module
 from qaic_ray.fleet import worker as worker_module
 from qaic_ray.fleet.answers import Generation, sample_seed
-from qaic_ray.fleet.worker import CardWorker, TakenBack, WorkerSpec
+from qaic_ray.fleet.worker import CardWorker
+from qaic_ray.fleet.worker_spec import TakenBack, WorkerSpec
 from qaic_ray.rows import ChatOptions, ErrorClass, FinishReason, Prompt, Row
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
 from qaic_ray.tokenizer import Tokenizer

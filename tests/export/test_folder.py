@@ -19,12 +19,13 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from qaic_ray.contract import IoContract
-from qaic_ray.errors import CheckpointError, ExportError
+from qaic_ray.errors import CheckpointError, ExportError, UsageError
 from qaic_ray.export import export
 from qaic_ray.export.export import export_model
 from qaic_ray.export.options import ExportOptions
 from qaic_ray.manifest import read_manifest
 from qaic_ray.model import Checkpoint, load_tokenizer, open_checkpoint
+from qaic_ray.pipeline.sources import open_folder
 
 KILLED = """
 import os, signal, sys
@@ -83,6 +84,47 @@ def test_made_again_only_when_something_changed(
     assert made_again(checkpoint)
     (out / "generatedModels" / "out-kv_fp16_simplified.onnx.data").unlink()
     assert made_again(checkpoint)
+
+
+GRAPH = "generatedModels/out-kv_fp16_simplified.onnx"
+
+
+@pytest.mark.usefixtures("no_onnxsim")
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (f"{GRAPH}.data", lambda data: data[:-1]),
+        (f"{GRAPH}.data", lambda data: data[:100] + b"\0" * 8 + data[108:]),
+        (GRAPH, lambda data: data + b"\0"),
+        ("custom_io.yaml", lambda _: b""),
+        ("manifest.json", lambda _: b"[]"),
+        ("manifest.json", lambda data: data[:-9]),
+        ("manifest.json", lambda data: data.replace(b'"num_layers": 3', b'"num_layers": 300000')),
+    ],
+)
+def test_an_export_that_is_not_what_was_written_is_neither_kept_nor_compiled(
+    make_checkpoint: Callable[..., Checkpoint],
+    tmp_path: Path,
+    name: str,
+    damage: Callable[[bytes], bytes],
+) -> None:
+    checkpoint, out = make_checkpoint(), tmp_path / "out-kv"
+    export_model(checkpoint, output=out, verify="off")
+    good = {file: (out / file).read_bytes() for file in files(out)}
+    open_folder(out)
+    (out / name).write_bytes(damage(good[name]))
+    assert (out / name).read_bytes() != good[name]
+    if b"300000" not in (out / name).read_bytes():  # what is compiled does not depend on it
+        with pytest.raises(UsageError, match="export"):
+            open_folder(out)
+    assert not export_model(checkpoint, output=out, verify="off").reused
+    made = {file: (out / file).read_bytes() for file in files(out)}
+    assert {k: v for k, v in made.items() if k != "manifest.json"} == {
+        k: v for k, v in good.items() if k != "manifest.json"
+    }
+    (out / f"{GRAPH}.data").touch()  # another time, the same bytes
+    open_folder(out)
+    assert export_model(checkpoint, output=out, verify="off").reused
 
 
 @pytest.mark.usefixtures("no_onnxsim")

@@ -21,7 +21,7 @@ from qaic_ray.fleet.messages import (
     WorkerReady,
 )
 from qaic_ray.fleet.reading import Batch
-from qaic_ray.fleet.worker import WorkerInfo
+from qaic_ray.fleet.worker_spec import WorkerInfo
 from qaic_ray.metrics import Measurement
 from qaic_ray.rows import FinishReason, Prompt, Row
 

@@ -28,7 +28,8 @@ from qaic_ray.fleet.fingerprint import (
     text_source,
 )
 from qaic_ray.fleet.frozen_file import FrozenFile
-from qaic_ray.fleet.journal import MAX_OPEN_SEGMENTS, Entry, Journal
+from qaic_ray.fleet.journal import Entry, Journal
+from qaic_ray.fleet.journal_segments import MAX_OPEN_SEGMENTS
 from qaic_ray.rows import FinishReason, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
 
@@ -240,7 +241,7 @@ def test_another_job_another_version_and_another_run_are_refused(tmp_path: Path)
         Journal(tmp_path, RUN)
     segment(tmp_path, 7).unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qaic_ray.fleet.journal.FORMAT", 3)
+        patch.setattr("qaic_ray.fleet.journal_segments.FORMAT", 3)
         with pytest.raises(UsageError, match="journal format 2, and this version writes 3"):
             Journal(tmp_path, RUN)
     assert rows_of(tmp_path) == [row(0)]

@@ -173,3 +173,48 @@ def test_where_the_files_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert locks_folder() == tmp_path / "cards"
     monkeypatch.delenv("QAIC_RAY_CACHE")
     assert locks_folder() == locks.SHARED_FOLDER
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe", "folder"])
+def test_what_is_no_lock_file_is_neither_written_nor_waited_for(folder: Path, kind: str) -> None:
+    """Everybody may write where the locks of all users are."""
+    folder.mkdir()
+    mine = folder.parent / "mine"
+    mine.write_text("precious")
+    host = os.uname().nodename
+    at = folder / f"{host}-card-0.lock"
+    if kind == "link":
+        at.symlink_to(mine)
+    elif kind == "hard link":
+        at.hardlink_to(mine)
+    elif kind == "pipe":
+        os.mkfifo(at)
+    else:
+        at.mkdir()
+    with pytest.raises(DeviceError, match="lock files of the cards cannot be written"):
+        CardLocks([0]).acquire()
+    assert held_cards() == {}
+    assert mine.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "null", '{"pid": 1}', '{"pid": "x", "started": 1, "since": [], "what": {}}'],
+)
+def test_a_lock_file_that_says_anything_else_has_no_holder(folder: Path, text: str) -> None:
+    folder.mkdir()
+    host = os.uname().nodename
+    (folder / f"{host}-card-0.lock").write_text(text)
+    (folder / f"{host}-card-zero.lock").write_text(text)
+    (folder / f"{host}-card-{'9' * 200}.lock").write_text(text)
+    assert held_cards() == {}
+
+
+def test_the_shared_folder_is_no_link(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = folder.parent / "home"
+    home.mkdir()
+    folder.symlink_to(home)
+    monkeypatch.setattr(locks, "SHARED_FOLDER", folder)
+    with pytest.raises(DeviceError, match="it is a link"):
+        CardLocks([0]).acquire()
+    assert list(home.iterdir()) == []

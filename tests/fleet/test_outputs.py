@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError
-from qaic_ray.fleet.journal import Journal, Place
+from qaic_ray.fleet.journal import Journal
+from qaic_ray.fleet.journal_segments import Place
 from qaic_ray.fleet.outputs import MAX_SHOWN_AT_ONCE, Delivery, InputOrder, Proof, row_writer
 from qaic_ray.rows import FinishReason, Prompt, Row
 

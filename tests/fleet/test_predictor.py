@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from qaic_ray import CardPredictor, predictor
 from qaic_ray.errors import DeviceBusy, DeviceError, UsageError
 from qaic_ray.fleet.locks import LOCKS_VARIABLE, CardLocks, Part
-from qaic_ray.fleet.worker import WorkerSpec
+from qaic_ray.fleet.worker_spec import WorkerSpec
 from qaic_ray.predictor import Grant, places, plain
 from qaic_ray.rows import FinishReason, Prompt, Row
 
@@ -55,6 +55,10 @@ class RuleWorker:
 
     def close(self) -> None:
         self.is_open = False
+
+
+class Surprise(Exception):
+    """Not one of ours."""
 
 
 Make = Callable[..., CardPredictor]
@@ -196,3 +200,39 @@ def test_a_bad_sampling_field_of_a_row_is_its_error(make: Make) -> None:
     answered = make()({"prompt": column("a", "b"), "top_p": np.array([2.0, 0.5])})
     assert list(answered["finish_reason"]) == ["error", "stop"]
     assert "top_p is 2" in answered["error"][0]
+
+
+@pytest.mark.parametrize(
+    "error", [UsageError("No such template."), Surprise(), KeyboardInterrupt()]
+)
+def test_a_constructor_that_fails_lets_its_card_go(
+    make: Make, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fails(_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RuleWorker, "open", fails)
+        with pytest.raises(type(error)) as caught:
+            make(device_ids=[0])
+    assert caught.value is error  # and its traceback keeps the predictor alive
+    make(device_ids=[0])
+
+
+@pytest.mark.parametrize("error", [UsageError("No."), Surprise()])
+def test_a_batch_that_fails_lets_the_card_go_and_the_next_one_opens_it_anew(
+    make: Make, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    one = make(device_ids=[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(RuleWorker, "answer", fails)
+        with pytest.raises(type(error)):
+            one({"prompt": column("ab")})
+    assert not RuleWorker.opened[0].is_open
+    with make(device_ids=[0]) as other:  # the card is free
+        assert list(other({"prompt": column("ab")})["text"]) == ["ba"]
+    assert list(one({"prompt": column("cd")})["text"]) == ["dc"]
+    assert len(RuleWorker.opened) == 3

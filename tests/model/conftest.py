@@ -15,8 +15,8 @@ from qaic_ray.compile.variant import Precision, Variant
 from qaic_ray.config import EmulatorPart
 from qaic_ray.contract import Specializations
 from qaic_ray.model import Checkpoint, load_tokenizer, open_checkpoint
-from qaic_ray.pipeline.compile_step import source_of
 from qaic_ray.pipeline.devices import emulated_cards
+from qaic_ray.pipeline.sources import source_of
 from qaic_ray.sdk import Sdk, find_sdk
 from qaic_ray.tokenizer import Tokenizer
 

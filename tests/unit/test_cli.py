@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -183,7 +184,8 @@ def test_compile_of_a_folder_that_is_no_model_is_refused(
 def qpc(tmp_path: Path) -> Path:
     folder = tmp_path / "qpc"
     folder.mkdir()
-    (folder / "programqpc.bin").write_bytes(bytes.fromhex("7ccda100"))
+    header = struct.pack("<4sBBHQQ", bytes.fromhex("7ccda100"), 0, 1, 1, 24, 0)
+    (folder / "programqpc.bin").write_bytes(header)
     return folder
 
 

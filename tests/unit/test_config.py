@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from qaic_ray import config
 from qaic_ray.config import Job, RunPart, dump_job, job_from, load_job
 from qaic_ray.errors import JobError
+from qaic_ray.option_values import prompt_lens
 from qaic_ray.run.engine import MAX_STALL_S
 from qaic_ray.sampling_params import FIELDS, SamplingParams
 
@@ -47,6 +48,12 @@ def test_written_job_reads_back_equal() -> None:
     assert job_from(yaml.safe_load(dump_job(job)), source="x") == job
 
 
+def test_a_value_that_is_written_twice_is_one() -> None:
+    twice = with_part("compile", precision=["mx6", "mx6"], batch_size=[4, 1, 4])
+    grid = job_from(twice, source="x").compile
+    assert (grid.precision, grid.batch_size) == (("mx6",), (4, 1))
+
+
 def test_single_value_stands_for_a_list_of_one() -> None:
     assert job_from(with_part("compile", num_cores=7), source="x").compile.num_cores == (7,)
 
@@ -80,6 +87,19 @@ def test_single_value_stands_for_a_list_of_one() -> None:
         (with_part("run", devices=[-1]), "device ids from 0"),
         (with_part("run", prompt="a", prompts="b"), "keep one of them"),
         (with_part("emulator", sku="lite"), "'lite'"),
+        (with_part("run", devices=["all", 0]), "device ids from 0"),
+        (with_part("run", max_stall_s=float("inf")), r"run\.max_stall_s"),
+        (with_part("compile", ctx_len=2**31), r"compile\.ctx_len.*given: 2147483648"),
+        (with_part("compile", ctx_len=True), r"compile\.ctx_len.*must be a number"),
+        (with_part("compile", batch_size=[1] * 5000), "at most 1024 values .given: a list of 5000"),
+        (
+            with_part("compile", batch_size=list(range(1, 999)), ctx_len=list(range(256, 999))),
+            "grid of 741514 variants: at most 1000",
+        ),
+        (with_part("compile", output="a\0b"), r"compile\.output: it is 'a.x00b', which is no path"),
+        (with_part("run", prompts="~nosuchuser/x"), r"run\.prompts: .*home directory"),
+        ({**SMALL, "model": {"name": "x" * 5000}}, r"model\.name: .*File name too long"),
+        ({**SMALL, "sdk": "a" * 5000}, "sdk: .*File name too long"),
         ({"name": "x"}, "the key 'model' is missing"),
         ({**SMALL, "name": "../x"}, "name: .*'../x'"),
     ],
@@ -119,7 +139,7 @@ def test_defaults_are_the_engines() -> None:
 def test_prompt_lens_together_are_one_entry_of_the_grid() -> None:
     job = job_from(with_part("compile", prompt_len=[16, "32+128"]), source="x")
     assert job.compile.prompt_len == (16, "32+128")
-    assert [config.prompt_lens(value) for value in job.compile.prompt_len] == [(16,), (32, 128)]
+    assert [prompt_lens(value) for value in job.compile.prompt_len] == [(16,), (32, 128)]
     assert job_from(yaml.safe_load(dump_job(job)), source="x") == job
 
 

@@ -256,3 +256,38 @@ def test_num_logits_to_keep_is_read_and_written() -> None:
     assert Specializations.from_json(text, source="f").decode.num_logits_to_keep == 1
     with pytest.raises(SpecializationError, match="num_logits_to_keep must be at least 1, not 0"):
         Specializations((Specialization(1, 1, 32, None, 0),))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"specializations": [{"batch_size": 1e400}]}', "whole number, not inf"),
+        ('{"specializations": [{"batch_size": 1.5}]}', "whole number, not 1.5"),
+        ('{"specializations": [{"batch_size": "%s"}]}' % ("9" * 5000), "whole number, not '999"),
+        ('{"specializations": [{"batch_size": %s}]}' % ("9" * 5000), "is not JSON that can"),
+        ('{"specializations": [{"%s": 1}]}' % ("k" * 5000), "unknown key 'kkk"),
+        (
+            '{"specializations": [{"batch_size": 1, "seq_len": 1, "ctx_len": 4294967296}]}',
+            "ctx_len must be at most 2147483647, not 4294967296",
+        ),
+        (
+            '{"specializations": [%s]}'  # noqa: UP031
+            % ",".join(['{"batch_size": 1, "seq_len": 1, "ctx_len": 8}'] * 5000),
+            "1 to 1000 specializations, not 1001",
+        ),
+        ("[" * 100_000, "nested too deep"),
+    ],
+    ids=range(8),
+)
+def test_files_of_odd_numbers_are_refused_in_a_short_sentence(text: str, words: str) -> None:
+    with pytest.raises(SpecializationError, match=words) as caught:
+        Specializations.from_json(text, source="f")
+    assert len(str(caught.value)) < 400
+
+
+def test_a_context_of_billions_costs_nothing() -> None:
+    taken = (2**31 - 32, 2**31 - 64)
+    shapes = Specializations.build(
+        batch_size=1, prompt_len=16, ctx_len=2**31 - 1, continuous=False, comp_ctx_lengths=taken
+    )
+    assert [s.reach for s in shapes.prefills] == [2**31 - 96]

@@ -13,7 +13,7 @@ import pytest
 from qaic_ray.contract import IoContract
 from qaic_ray.errors import CheckpointError, ExportError, UsageError
 from qaic_ray.export.architecture import read_architecture
-from qaic_ray.export.export import custom_io, export_model
+from qaic_ray.export.export import check_ours, custom_io, export_model
 from qaic_ray.export.headroom import Activation
 from qaic_ray.export.options import ExportOptions
 from qaic_ray.export.verify import (
@@ -23,7 +23,8 @@ from qaic_ray.export.verify import (
     read_report,
     write_report,
 )
-from qaic_ray.manifest import FORMAT, ModelManifest, SourceFile, read_manifest
+from qaic_ray.kept_files import SourceFile
+from qaic_ray.manifest import FORMAT, ModelManifest, read_manifest
 from qaic_ray.model import Checkpoint, open_checkpoint
 
 MANIFEST = ModelManifest(
@@ -81,11 +82,15 @@ def test_manifest_survives_the_disk(tmp_path: Path) -> None:
     ("text", "message"),
     [
         (None, "not an exported model"),
-        ("{", "Cannot read"),
-        ("[]", "not a manifest of this version"),
-        ("{}", "not a manifest of this version"),
-        (json.dumps({"format": FORMAT + 1}), "not a manifest of this version"),
-        (MANIFEST.to_json().replace("position-ids", "other"), "not a manifest of this version"),
+        ("{", "is not JSON"),
+        ("[]", "must hold a JSON object"),
+        ("{}", f"has format None, not {FORMAT}"),
+        (json.dumps({"format": FORMAT + 1}), f"has format {FORMAT + 1}, not {FORMAT}"),
+        (
+            MANIFEST.to_json().replace("position-ids", "other"),
+            r"manifest\.json: contract: .*'other'",
+        ),
+        (MANIFEST.to_json().replace("generatedModels", ".."), "leads out of the folder"),
     ],
 )
 def test_a_manifest_we_cannot_use_is_named(tmp_path: Path, text: str | None, message: str) -> None:
@@ -224,6 +229,48 @@ def test_somebody_elses_folder_is_left_alone(
     with pytest.raises(UsageError, match="exists and is not an exported model"):
         export_model(checkpoint, output=out, verify="off")
     assert out.is_file() or os.listdir(out) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"name": "my extension", "version": "1.0"}', "{", "[]", '{"format": 2}']
+)
+def test_a_stranger_s_manifest_is_no_mark_of_ours(
+    checkpoint: Checkpoint, tmp_path: Path, text: str
+) -> None:
+    out = tmp_path / "extension"
+    out.mkdir()
+    (out / "manifest.json").write_text(text)
+    with pytest.raises(UsageError, match=r"not an exported model .*'manifest\.json'"):
+        export_model(checkpoint, output=out, verify="off")
+    assert (out / "manifest.json").read_text() == text
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "generatedModels/mine.onnx", "empty/"])
+def test_what_somebody_has_put_into_an_export_is_never_deleted(
+    checkpoint: Checkpoint, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "m-kv"
+    (out / "generatedModels").mkdir(parents=True)
+    (out / "manifest.json").write_text(MANIFEST.to_json())
+    for ours in (MANIFEST.onnx_file, f"{MANIFEST.onnx_file}.data", "custom_io.yaml", "verify.json"):
+        (out / ours).write_text("of an export")
+    check_ours(out)
+    if name.endswith("/"):
+        (out / name).mkdir()
+    else:
+        (out / name).write_text("mine")
+    with pytest.raises(UsageError, match=f"holds what no export put there .'{name}'"):
+        export_model(checkpoint, output=out, verify="off")
+    assert (out / name).exists()
+
+
+def test_the_recipe_s_own_export_is_never_replaced(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    out = tmp_path / "m-kv"
+    (out / "generatedModels").mkdir(parents=True)
+    (out / MANIFEST.onnx_file).write_text("of generateONNX.py")
+    with pytest.raises(UsageError, match="not an exported model of this tool"):
+        export_model(checkpoint, output=out, verify="off")
+    assert (out / MANIFEST.onnx_file).is_file()
 
 
 def test_unknown_verify_level(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_real_is_never_answered_by_the_emulated_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "VENDOR_ROOT", tmp_path / "none")
-    with pytest.raises(SdkNotFound, match="use --sdk emulated"):
+    with pytest.raises(SdkNotFound, match="for `emulated`, in place of `real`"):
         find_sdk("real", CARDS)
     monkeypatch.setattr(module, "VENDOR_ROOT", make(tmp_path / "fake", emulated=True))
     with pytest.raises(SdkNotFound, match="is the emulated one"):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from qaic_ray.compile.compiler import run_compiler
-from qaic_ray.compile.store import BuildRequest, build
+from qaic_ray.compile.store import BuildRequest, build, check_kept, check_request, content_key
 from qaic_ray.compile.variant import Precision, Source, Variant
 from qaic_ray.contract import Specializations
-from qaic_ray.errors import CompileError
+from qaic_ray.errors import CompileError, UsageError
 from qaic_ray.folders import CACHE_VARIABLE
 from qaic_ray.sdk import Sdk, open_sdk
 
@@ -25,7 +29,7 @@ GOOD = r"""
 for arg in "$@"; do case $arg in -aic-binary-dir=*) out=${arg#*=};; esac; done
 echo run >> "$(dirname "$0")/runs"
 mkdir -p "$out"
-printf '\x7c\xcd\xa1\x00rest' > "$out/programqpc.bin"
+printf '\x7c\xcd\xa1\0\0\1\1\0\x1c\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0rest' > "$out/programqpc.bin"
 """
 
 
@@ -145,20 +149,279 @@ def test_killed_build_leaves_nothing_and_the_next_one_is_whole(tmp_path: Path) -
     assert [p.name for p in (tmp_path / "qpc").iterdir()] == [wanted.variant.name]
 
 
+def damaged(wanted: BuildRequest, name: str, content: bytes | None) -> Path:
+    """The built folder with one file that is not what it was."""
+    folder = build(wanted).path
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+    return folder
+
+
+HEADER = bytes.fromhex("7ccda100 00010100 1c00000000000000 0000000000000000")
+DAMAGES = [
+    ("programqpc.bin", HEADER),  # short
+    ("programqpc.bin", HEADER + b"best"),  # another of the same length
+    ("programqpc.bin", b"\0" * 28),
+    ("programqpc.bin", b""),
+    ("programqpc.bin", None),
+    ("specializations.json", b"{}"),
+    ("variant.json", b"[]"),
+    ("variant.json", b"null"),
+    ("variant.json", b'"x"'),
+    ("variant.json", b"{"),
+    ("variant.json", b"\xff"),
+    ("variant.json", None),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), DAMAGES)
+def test_what_is_not_what_was_built_is_built_again(
+    tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    wanted = request(tmp_path)
+    folder = damaged(wanted, name, content)
+    again = build(wanted)
+    assert (again.reused, again.path, runs(wanted)) == (False, folder, 2)
+    assert build(wanted).reused
+    assert (folder / "programqpc.bin").read_bytes() == HEADER + b"rest"
+
+
+def test_a_log_that_is_gone_is_not_missed(tmp_path: Path) -> None:
+    wanted = request(tmp_path)
+    damaged(wanted, "compile.log", None)
+    assert build(wanted).reused
+
+
+@pytest.mark.parametrize(("name", "content"), DAMAGES[:5])
+def test_a_broken_program_is_not_run(tmp_path: Path, name: str, content: bytes | None) -> None:
+    wanted = request(tmp_path)
+    check_kept(build(wanted).path)
+    with pytest.raises(UsageError, match=r"programqpc\.bin") as caught:
+        check_kept(damaged(wanted, name, content))
+    assert "compile" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_copy_is_read_through_once_and_is_the_same_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = request(tmp_path)
+    built = build(wanted).path
+    copy = tmp_path / "elsewhere" / built.name
+    shutil.copytree(built, copy)
+    digest = hashlib.sha256(HEADER + b"rest").hexdigest()
+    assert content_key(built) == content_key(copy) == digest
+    check_kept(copy)
+    assert build(replace(wanted, store=copy.parent)).reused
+
+    def not_again(path: Path) -> str:
+        pytest.fail(f"{path} is read again")
+
+    monkeypatch.setattr("qaic_ray.kept_files.sha256_of", not_again)
+    monkeypatch.setattr("qaic_ray.compile.store.sha256_of", not_again)
+    assert build(replace(wanted, store=copy.parent)).reused
+    assert content_key(copy) == digest
+
+
+def test_the_content_is_the_program_s_whatever_variant_json_is_made_to_say(tmp_path: Path) -> None:
+    wanted = request(tmp_path)
+    built = build(wanted).path
+    said = json.loads((built / "variant.json").read_text())
+    digest = said["files"][0]["sha256"]
+    said["files"][0]["sha256"] = "0" * 64
+    (built / "variant.json").write_text(json.dumps(said))
+    assert content_key(built) == digest
+    (built / "variant.json").unlink()
+    assert content_key(built) == digest
+    assert not build(wanted).reused
+
+
+def test_what_an_older_version_compiled_is_kept_and_remembered(tmp_path: Path) -> None:
+    wanted = request(tmp_path)
+    built = build(wanted).path
+    path = built / "variant.json"
+    said = json.loads(path.read_text())
+    del said["files"], said["seal"]
+    path.write_text(json.dumps(said))
+    (built / "notes.txt").touch()
+    assert build(wanted).reused
+    assert {file["name"] for file in json.loads(path.read_text())["files"]} == {
+        "programqpc.bin", "specializations.json"
+    }  # fmt: skip
+    check_kept(built)
+
+
+@pytest.mark.parametrize(
+    "content", [["notes.txt"], ["programqpc.bin"], ["variant.json", "notes.txt"], ["deep/"]]
+)
+def test_a_folder_that_is_not_ours_is_refused_before_anything_and_stays(
+    tmp_path: Path, content: list[str]
+) -> None:
+    wanted = request(tmp_path)
+    wanted.target.mkdir(parents=True)
+    for name in content:
+        if name.endswith("/"):
+            (wanted.target / name).mkdir()
+        else:
+            (wanted.target / name).write_text("mine")
+    for attempt in (check_request, build):
+        with pytest.raises(UsageError, match=f"not compiled there .*{content[-1]}"):
+            attempt(wanted)
+    assert {path.name for path in wanted.target.iterdir()} == {n.rstrip("/") for n in content}
+    assert runs(wanted) == 0
+
+
+def test_a_folder_with_notes_is_kept_while_it_is_current_and_then_refused(tmp_path: Path) -> None:
+    wanted = request(tmp_path)
+    folder = build(wanted).path
+    (folder / "notes.txt").write_text("mine")
+    check_request(wanted)
+    assert build(wanted).reused
+    (folder / "programqpc.bin").unlink()
+    with pytest.raises(UsageError, match=r"'notes\.txt'"):
+        build(wanted)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_link_of_the_variant_s_name_is_read_and_never_replaced(tmp_path: Path) -> None:
+    wanted = request(tmp_path)
+    folder = build(wanted).path
+    moved = folder.rename(tmp_path / "moved")
+    folder.symlink_to(moved)
+    assert build(wanted).reused
+    (moved / "programqpc.bin").unlink()
+    with pytest.raises(UsageError, match="is not a folder"):
+        build(wanted)
+    assert (moved / "variant.json").is_file()
+
+
+def test_a_store_that_may_only_be_read_is_reused(tmp_path: Path) -> None:
+    wanted = request(tmp_path)
+    built = build(wanted)
+    shutil.copytree(built.path, tmp_path / "shared" / built.name)
+    shared = replace(wanted, store=tmp_path / "shared")
+
+    def refuse(*_: object) -> None:
+        raise UsageError("Read-only file system")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qaic_ray.compile.store.locked", refuse)
+        assert build(shared).reused
+
+
+OTHER_BUILDER = """
+import pickle, sys
+from qaic_ray.compile.store import build
+wanted = pickle.loads(bytes.fromhex(sys.argv[1]))
+print(build(wanted).reused)
+"""
+
+
+def test_builders_of_other_caches_and_paths_compile_once(tmp_path: Path) -> None:
+    wanted = request(tmp_path, "sleep 0.5" + GOOD)
+    (tmp_path / "alias").symlink_to(tmp_path)
+    builders = []
+    for number, store in enumerate((tmp_path / "qpc", tmp_path / "alias" / "qpc") * 2):
+        argument = pickle.dumps(replace(wanted, store=store)).hex()
+        environment = os.environ | {CACHE_VARIABLE: str(tmp_path / f"cache{number}")}
+        command = [sys.executable, "-c", OTHER_BUILDER, argument]
+        builders.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        )
+    said = [builder.communicate()[0].strip() for builder in builders]
+    assert sorted(said) == ["False", "True", "True", "True"]
+    assert runs(wanted) == 1
+
+
 def test_compiler_that_hangs_is_stopped_with_its_children(tmp_path: Path) -> None:
     log = tmp_path / "log"
     child = tmp_path / "child"
     script = f"sleep 60 & echo $! > {child}; wait"
     with pytest.raises(CompileError, match="stopped after"):
         run_compiler(["/bin/sh", "-c", script], log, timeout_s=0.3)
-    pid = int(child.read_text())
-    deadline = time.monotonic() + 10
+    await_end(int(child.read_text()))
+
+
+def await_end(pid: int) -> None:
+    """Wait until a process is gone; whoever is init here may not have looked yet."""
+    deadline = time.monotonic() + 20
     while Path(f"/proc/{pid}/stat").exists():
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        if state == "Z":  # dead; whoever is init here has not looked yet
+        if state == "Z":
             break
-        assert time.monotonic() < deadline, "the compiler's child lives on"
+        assert time.monotonic() < deadline, f"process {pid} lives on"
         time.sleep(0.01)
+
+
+CALLER = """
+import signal, sys
+from pathlib import Path
+from qaic_ray.compile.compiler import run_compiler
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits none
+run_compiler(["/bin/bash", "-c", sys.argv[1]], Path("log"))
+"""
+# The compiler, a child of it, and one that begins a session of its own.
+FAMILY = "sleep 600 & echo $! >> pids; setsid sleep 600 & echo $! >> pids; echo $$ >> pids; wait"
+
+
+def family(folder: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
+    """A process that has a compiler run, and the processes of that."""
+    caller = subprocess.Popen([sys.executable, "-c", CALLER, FAMILY], cwd=folder)
+    deadline = time.monotonic() + 30
+    while len(pids := _lines(folder / "pids")) < 3:
+        assert time.monotonic() < deadline, "the compiler never started"
+        time.sleep(0.01)
+    return caller, [int(pid) for pid in pids]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["running", "stopped"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_compiler_outlives_its_caller(
+    tmp_path: Path, how: signal.Signals, is_stopped: bool
+) -> None:
+    caller, pids = family(tmp_path)
+    if is_stopped:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+    os.kill(caller.pid, how)
+    caller.wait()
+    for pid in pids:
+        await_end(pid)
+
+
+def test_a_compiler_does_not_outlive_its_guard_either(tmp_path: Path) -> None:
+    caller, pids = family(tmp_path)
+    guard = int(Path(f"/proc/{pids[-1]}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(guard, signal.SIGKILL)
+    assert caller.wait() == 1  # it says that the compiler ended with -9
+    for pid in (pids[0], pids[2]):  # one in a session of its own is not seen any more
+        await_end(pid)
+    os.kill(pids[1], signal.SIGKILL)
+
+
+def test_what_a_compiler_leaves_running_ends_with_it(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    script = f"(setsid sleep 600 & echo $! > {pids})"
+    run_compiler(["/bin/bash", "-c", script], tmp_path / "log")
+    await_end(int(pids.read_text()))
+
+
+@pytest.mark.parametrize(("script", "code"), [("exit 3", 3), ("kill -SEGV $$", -signal.SIGSEGV)])
+def test_a_compiler_s_end_is_told_as_it_was(tmp_path: Path, script: str, code: int) -> None:
+    with pytest.raises(CompileError) as caught:
+        run_compiler(["/bin/bash", "-c", script], tmp_path / "log")
+    assert caught.value.exit_code == code
+
+
+def test_exit_127_is_the_compiler_s_own(tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match=r"exit code 127.*no-such-tool"):
+        run_compiler(["/bin/bash", "-c", "no-such-tool"], tmp_path / "log")
 
 
 def test_missing_compiler_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,111 @@
+"""Runs one command and sees that nothing of it outlives the process that asked for it.
+
+Run as a script of its own, `python -I -S guard.py`: stdin brings the argv as a line of JSON and
+stays open as long as the caller wants the command. At its end, which the kernel makes when the
+caller dies of whatever signal, all that the command has begun is killed, stopped processes and
+those of sessions of their own too. Ends as the command ended. Imports nothing of the rest.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import sys
+from contextlib import suppress
+
+NOT_STARTED = 127
+CANNOT_START = "guard: cannot start: "
+"""Begin of the last line of the output where the command cannot be started; the code is 127."""
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
+_PR_SET_CHILD_SUBREAPER = 36
+_POLL_S = 0.02
+
+
+def main() -> int:
+    """Run the command that stdin brings; its exit code."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    # Whoever loses its parent below this process becomes its child, and is found.
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    line = sys.stdin.buffer.readline()
+    if not line.endswith(b"\n"):
+        return NOT_STARTED  # the caller is gone already
+    argv = json.loads(line)
+    child = _start(argv, libc)
+    code = _follow(child)
+    _kill_all()
+    if code < 0:
+        libc.prctl(_PR_SET_DUMPABLE, 0)  # the core file is the command's, not this one's
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code
+
+
+def _start(argv: list[str], libc: ctypes.CDLL) -> int:
+    here = os.getpid()
+    child = os.fork()
+    if child:
+        return child
+    try:
+        # Should even this process be killed: it has one thread, so its end is that thread's.
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != here:
+            os._exit(NOT_STARTED)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and so would the command
+        os.execvp(argv[0], argv)
+    except OSError as error:
+        os.write(2, f"{CANNOT_START}{error.strerror}\n".encode())
+    finally:
+        os._exit(NOT_STARTED)
+
+
+def _follow(child: int) -> int:
+    """Wait until the command ends, or nobody wants it any more; its exit code, or -signal."""
+    wanted = [sys.stdin.fileno()]
+    while True:
+        ended, status = os.waitpid(-1, os.WNOHANG)
+        if ended == child:
+            return os.waitstatus_to_exitcode(status)
+        if ended:
+            continue  # a grandchild
+        if select.select(wanted, [], [], _POLL_S)[0] and not os.read(wanted[0], 1):
+            return -signal.SIGKILL
+
+
+def _kill_all() -> None:
+    """Kill and reap every process below this one."""
+    while True:
+        for pid in _below(os.getpid()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        select.select([], [], [], _POLL_S)
+
+
+def _below(root: int) -> list[int]:
+    """The processes that a process began, and those that they began."""
+    children: dict[int, list[int]] = {}
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        with suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+            parent = int(file.read().rpartition(b")")[2].split()[1])
+            children.setdefault(parent, []).append(int(name))
+    found, pending = [], [root]
+    while pending:
+        own = children.get(pending.pop(), [])
+        found += own
+        pending += own
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
