@@ -236,8 +236,8 @@ class Journal:
             try:
                 write_whole(self._fd, b"".join(self._buffer))
                 os.fdatasync(self._fd)
-            except OSError:
-                # A line may be half there: nothing may follow it.
+            except BaseException:
+                # A line may be half there: nothing may follow it, and nothing come twice.
                 self._close_segment()
                 raise
             self._buffer.clear()
