@@ -57,8 +57,8 @@ class RunSummary:
         if self.result.error is None:
             return None
         return (
-            f"{self.result.error} When cards are well again, go on with `qaic-ray run --resume "
-            f"{self.folder}`."
+            f"{self.result.error} {self.result.total.rows:,} rows are safe: when cards are well "
+            f"again, go on with `qaic-ray run --resume {self.folder}`."
         )
 
     def document(self) -> Document:
