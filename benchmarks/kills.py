@@ -358,7 +358,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     # Short, as Ray's sockets lie in it.
-    with tempfile.TemporaryDirectory(prefix="k-", dir="/tmp") as name:
+    with tempfile.TemporaryDirectory(prefix="k", dir="/tmp") as name:
         return play(Path(name), args)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import _thread
 import atexit
+import ctypes
 import os
 import select
 import signal
@@ -32,6 +33,7 @@ LOST_GRACE_S = 25.0
 
 # Python runs its handler when a thread asks for it; nobody ever sends it.
 _NUDGE = signal.Signals.SIGRTMAX
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 _LOST = 0  # among the numbers of signals that the watcher reads: no signal, but a loss
 
 
@@ -49,11 +51,14 @@ class _State:
 _state = _State()
 
 
-def listen() -> None:
+def listen(first_grace_s: float = FIRST_GRACE_S) -> None:
     """Let signals interrupt this process, but those that its parent had it ignore (`nohup`, `&`).
 
     To be called in the main thread; a second call does nothing. A process that SIGINT interrupted
     dies of it in the end: a shell's loop ends with it only then.
+
+    Args:
+        first_grace_s: how long this process may take to clean up after the first signal.
     """
     if _state.wake is not None:
         return
@@ -66,7 +71,9 @@ def listen() -> None:
     os.set_blocking(_state.wake, False)
     # Also while the main thread is in a call that runs no Python.
     signal.set_wakeup_fd(_state.wake, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
+    threading.Thread(
+        target=_watch, args=(reader, first_grace_s), name="signals", daemon=True
+    ).start()
 
 
 def received() -> int | None:
@@ -77,6 +84,18 @@ def received() -> int | None:
 def loss() -> str | None:
     """What a watcher found gone, as a sentence."""
     return _state.loss
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends.
+
+    Args:
+        parent: that thread's process.
+    """
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it was quicker
+        os._exit(ExitCode.FAILED)
 
 
 def lose(what: str) -> None:
@@ -165,7 +184,7 @@ def _heard(number: int, _: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _watch(reader: int) -> None:
+def _watch(reader: int, first_grace_s: float) -> None:
     """Give the process up when an interruption has not ended it in time."""
     deadline_s: float | None = None
     while True:
@@ -176,7 +195,7 @@ def _watch(reader: int) -> None:
             if number == _LOST:
                 grace_s = LOST_GRACE_S
             elif number in SIGNALS:
-                grace_s = FIRST_GRACE_S if deadline_s is None else AGAIN_GRACE_S
+                grace_s = first_grace_s if deadline_s is None else AGAIN_GRACE_S
             else:
                 continue
             until_s = time.monotonic() + grace_s

@@ -124,6 +124,10 @@ class CardPredictor:
         self._claim: CardLocks | None = None
         self._worker: CardWorker | None = None
         self.info: WorkerInfo = self._open()
+        if _is_actor():
+            from qaic_ray.fleet.actors import die_with_parent
+
+            die_with_parent(self.close)
 
     def __enter__(self) -> CardPredictor:
         return self
@@ -347,9 +351,9 @@ def places(
 
 def granted() -> Grant:
     """What Ray gave to this process; a whole card, where it is no actor of Ray's."""
-    ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized() or not ray.get_runtime_context().get_actor_id():
+    if not _is_actor():
         return Grant()
+    import ray
     from ray._private.worker import global_worker
 
     from qaic_ray.fleet.actors import chooses_units
@@ -359,6 +363,13 @@ def granted() -> Grant:
         return Grant(share)
     units = global_worker.core_worker.resource_ids().get(CARD_RESOURCE, [])
     return Grant(share, tuple(sorted(int(unit) for unit, _ in units)))
+
+
+def _is_actor() -> bool:
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return False
+    return bool(ray.get_runtime_context().get_actor_id())
 
 
 def plain(value: Any) -> Any:

@@ -33,8 +33,9 @@ def end(error: BaseException, *, debug: bool) -> NoReturn:
         traceback.print_exception(error)
     elif _is_fault(error):
         words = f"{words} {_kept(error)}"
-    sys.stderr.write(f"qaic-ray: {words}\n")
-    sys.stderr.flush()
+    if words:
+        sys.stderr.write(f"qaic-ray: {words}\n")
+        sys.stderr.flush()
     interruption.said()
     sys.exit(code)
 
@@ -59,9 +60,9 @@ def _interruption(error: BaseException) -> tuple[str, int]:
     cause = error.__cause__ if isinstance(error, Interrupted) else error
     words = str(error)
     if isinstance(cause, StdoutGone):
-        why = f"stopped, as stdout is gone ({cause.reason})"
-        code = 128 + signal.SIGPIPE if cause.broken else ExitCode.FAILED
-        return words or f"{why}; what is done is kept.", code
+        if cause.broken:  # its reader has seen enough
+            return words, 128 + signal.SIGPIPE
+        return words or f"stdout cannot be written: {cause.reason}.", ExitCode.FAILED
     number = interruption.received()
     why = interruption.loss() or f"stopped by {signal.Signals(number or signal.SIGINT).name}"
     code = ExitCode.UNFINISHED if interruption.loss() else 128 + (number or signal.SIGINT)

@@ -279,6 +279,8 @@ def run(
     from qaic_ray.pipeline.run_step import run_step
 
     screen = Screen(stream=stream)
+    if resume is not None:
+        _refuse_changes(context, resume)
     if resume == RESUME_LAST:
         resume = last_unfinished(output)
         if resume is None:
@@ -320,22 +322,31 @@ def _asked(given: Mapping[str, Any]) -> RunRequest:
     )
 
 
-def _resumed(context: typer.Context, folder: Path) -> RunRequest:
-    """The request of a run folder; only what changes no answer may be said anew."""
-    from qaic_ray.pipeline.request import read_request
-
+def _given(context: typer.Context) -> list[str]:
+    """The options that stand on the command line."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
-    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-    free = FREE_WITH_RESUME.keys() | ({"output"} if context.params["resume"] == RESUME_LAST else ())
-    fixed = [name for name in given if name not in free]
+    return [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+
+
+def _refuse_changes(context: typer.Context, resume: Path) -> None:
+    """Only what changes no answer may be said anew of a run that goes on."""
+    free = FREE_WITH_RESUME.keys() | ({"output"} if resume == RESUME_LAST else ())
+    fixed = [name for name in _given(context) if name not in free]
     if fixed:
         option = "--" + fixed[0].replace("_", "-")
+        whose = "its folder" if resume == RESUME_LAST else resume
         raise UsageError(
-            f"{option} cannot be changed in the middle of a run: leave it out, {folder} knows it; "
+            f"{option} cannot be changed in the middle of a run: leave it out, {whose} knows it; "
             f"only {', '.join(list(FREE_WITH_RESUME.values())[1:])} may stand beside --resume."
         )
+
+
+def _resumed(context: typer.Context, folder: Path) -> RunRequest:
+    """The request of a run folder."""
+    from qaic_ray.pipeline.request import read_request
+
     request = replace(read_request(folder), retry_errors=context.params["retry_errors"])
-    if "device_id" in given:
+    if "device_id" in _given(context):
         request = replace(request, devices=device_ids(context.params["device_id"]))
     if "prompts_file" in given:
         path = context.params["prompts_file"]

@@ -5,8 +5,11 @@ In a process of its own: the library loads torch, and weights can be written mea
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,17 @@ import onnx
 
 from qaic_ray.errors import ExportError
 
+# The library starts processes of its own, which would outlive this one: all go with whoever waits.
 _PROGRAM = """
-import sys, onnx, onnxsim
+import os, signal, sys, threading, time
+
+def watch(parent):
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
+
+threading.Thread(target=watch, args=(int(sys.argv[3]),), daemon=True).start()
+import onnx, onnxsim
 model, _ = onnxsim.simplify(onnx.load(sys.argv[1]))
 onnx.save(model, sys.argv[2])
 """
@@ -36,19 +48,20 @@ class Simplification:
         onnx.save(model, source)
         self._log = (scratch / "onnxsim.log").open("w+", encoding="utf-8")
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, str(source), str(self._output)],
+            [sys.executable, "-c", _PROGRAM, str(source), str(self._output), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
     def __enter__(self) -> Simplification:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
+        with suppress(ProcessLookupError):  # all of it has ended
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
         self._log.close()
 
     def result(self) -> Any:

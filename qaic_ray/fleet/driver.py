@@ -186,7 +186,7 @@ class Driver:
         """
         try:
             return self._run()
-        except BaseException:
+        except (Exception, KeyboardInterrupt):
             with suppress(QaicRayError):  # of a disk that has said so already
                 self._delivery.save()
             raise

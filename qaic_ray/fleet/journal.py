@@ -175,7 +175,7 @@ class Journal:
                 write_whole(self._fd, b"".join(self._buffer))
                 os.fdatasync(self._fd)
             except BaseException:
-                # A line may be half there, or all of them: nothing may follow.
+                # A line may be half there: nothing may follow it, and nothing come twice.
                 self._close_segment()
                 raise
             self._buffer.clear()

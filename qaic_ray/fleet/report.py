@@ -57,11 +57,12 @@ class RunSummary:
         if broken_off is None:
             return None
         resume = f"`qaic-ray run --resume {self.folder}"
+        safe = f"{self.result.total.rows:,} rows are safe"
         how = {
-            Cause.CARDS: f"When cards are well again, go on with {resume}`.",
+            Cause.CARDS: f"{safe}: when cards are well again, go on with {resume}`.",
             Cause.INPUT: (
-                "What was read before that is answered. With a file whose answered rows are as "
-                f"they were, go on with {resume} --prompts-file FILE`, or begin a new run."
+                f"{safe}: with a file whose answered rows are as they were, go on with {resume} "
+                "--prompts-file FILE`, or begin a new run."
             ),
             Cause.CHANGED: "Begin a new run.",
         }

@@ -21,8 +21,8 @@ from pathlib import Path
 from qaic_ray.errors import QaicRayError
 from qaic_ray.fleet import keeper
 
-MAX_FOLDER_CHARS = 40
-"""The name of a socket has at most 107 bytes (unix(7)), and Ray puts up to 67 behind the folder."""
+MAX_FOLDER_CHARS = 34
+"""The name of a socket has at most 107 bytes (unix(7)), and Ray puts up to 73 behind the folder."""
 DEFAULT_BASE = Path("/tmp")
 
 _LOCK = "lock"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qaic_ray import interruption
 from qaic_ray.config import ExportPart, ModelPart
 from qaic_ray.contract import IoContract
 from qaic_ray.errors import ExportError
@@ -16,6 +18,9 @@ from qaic_ray.pipeline.listener import Listener
 if TYPE_CHECKING:
     from qaic_ray.export.export import ExportResult
 
+
+CLEAN_UP_S = 8.0
+"""How long an export that is interrupted may still be in a call that computes."""
 
 _OPSETS = {IoContract.POSITION_IDS: 17, IoContract.CACHE_INDEX: 13}
 
@@ -27,9 +32,15 @@ def export_step(model: ModelPart, part: ExportPart, listener: Listener) -> Expor
     fleet should not keep them.
     """
     listener.began(f"export {model.name}")
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        max_workers=1, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
+    ) as pool:
         try:
             result = pool.submit(_export, model, part).result()
+        except KeyboardInterrupt:
+            for child in active_children():
+                child.terminate()  # it is waited for below, and cleans up
+            raise
         except BrokenProcessPool as error:
             raise ExportError(
                 f"The process that exported {model.name} died: most often the machine ran out of "
@@ -37,6 +48,12 @@ def export_step(model: ModelPart, part: ExportPart, listener: Listener) -> Expor
             ) from error
     listener.ended(f"export {result.folder.name} {'kept' if result.reused else 'written'}")
     return result
+
+
+def _begin(parent: int) -> None:
+    """In the new process: it ends with the one that waits for it."""
+    interruption.die_with_parent(parent)
+    interruption.listen(first_grace_s=CLEAN_UP_S)
 
 
 def _export(model: ModelPart, part: ExportPart) -> ExportResult:

@@ -286,6 +286,8 @@ def own_driver(*texts: str, row_s: float) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # The Ray listens on the loopback interface, where Ray looks for one only when told.
+        env={**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},
     ) as driver:
         try:
             yield driver

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.cluster
+# Ten kills are ten to twenty starts of a Ray.
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 KILLS = Path(__file__).parents[2] / "benchmarks" / "kills.py"
 
 
 def test_whatever_is_killed_nothing_is_lost_or_left() -> None:
-    command = [sys.executable, str(KILLS), "--kills", "10", "--rows", "80"]
+    command = [sys.executable, str(KILLS), "--kills", "10", "--rows", "60"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     report = json.loads(result.stdout.splitlines()[-1])

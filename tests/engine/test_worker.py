@@ -531,3 +531,32 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 30.0) -> bool:
             return False
         time.sleep(0.001)
     return True
+
+
+def test_closing_ends_the_shards_that_wait(
+    open_worker: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stepping, let_go = threading.Event(), threading.Event()
+    step = worker_module.Engine.step
+
+    def slow_step(engine: worker_module.Engine) -> object:
+        stepping.set()
+        assert let_go.wait(30)
+        return step(engine)
+
+    monkeypatch.setattr(worker_module.Engine, "step", slow_step)
+    worker = open_worker()
+    with ThreadPoolExecutor() as pool:
+        answering = [
+            pool.submit(lambda i=i: list(worker.answer([Prompt(i, "BCD")], shard_id=i)))
+            for i in range(3)
+        ]
+        assert stepping.wait(30)
+        closing = pool.submit(worker.close)
+        let_go.set()
+        closing.result(30)
+        for answer_of in answering:
+            with pytest.raises(DeviceError, match="closed"):
+                answer_of.result(30)
+    with pytest.raises(DeviceError, match="not open"):
+        list(worker.answer([Prompt(9, "BCD")], shard_id=9))
