@@ -241,53 +241,34 @@ def _rope(keys: _Keys, head_dim: int, divisors: Sequence[float] | None) -> dict[
         kind = "linear"
     if kind == "none":
         kind, factor = "linear", 1.0
+    for key, neutral in _YARN_NEUTRAL.items():
+        if (value := keys.get(key)) is not None and value not in neutral:
+            raise keys.error(key, f"{neutral[-1]}, since nothing else is supported")
+    original = keys.size(_ORIGINAL, default=keys.size("context_length"))
     if kind == "yarn" and divisors is None:
-        return _yarn(keys, factor)
-    if kind != "linear" or not _only_attention_factor_1(keys):
-        raise keys.error(
-            "rope.scaling.type",
-            "none, linear or yarn"
-            if divisors is None
-            else f"none or linear beside the tensor {ROPE_DIVISORS}",
-        )
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original,
+        }
+    if kind != "linear":
+        known = "none, linear or yarn"
+        beside = f"none or linear beside the tensor {ROPE_DIVISORS}"
+        raise keys.error("rope.scaling.type", known if divisors is None else beside)
     if divisors is not None:
         return _divided([divisor * factor for divisor in divisors], head_dim)
     return {"rope_type": "default"} if factor == 1 else {"rope_type": "linear", "factor": factor}
 
 
-def _only_attention_factor_1(keys: _Keys) -> bool:
-    """The yarn keys have no part in other kinds; these two are about every kind."""
-    for key in _YARN_KEYS:
-        keys.get(key)
-    return keys.get("rope.scaling.attn_factor") in (None, 0, 1)
-
-
-_YARN_KEYS = (
-    "rope.scaling.original_context_length",
-    "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow",
-    "rope.scaling.yarn_ext_factor",
-    "rope.scaling.yarn_attn_factor",
-)
-
-
-def _yarn(keys: _Keys, factor: float) -> dict[str, Any]:
-    for key, neutral in (
-        ("rope.scaling.yarn_ext_factor", (None, -1, 1)),
-        ("rope.scaling.yarn_attn_factor", (None, -1, 0, 1)),
-        ("rope.scaling.attn_factor", (None, 0, 1)),
-    ):
-        if keys.get(key) not in neutral:
-            raise keys.error(key, "1, where rope.scaling.type is yarn")
-    return {
-        "rope_type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": keys.size(
-            "rope.scaling.original_context_length", default=keys.size("context_length")
-        ),
-        "beta_fast": keys.number("rope.scaling.yarn_beta_fast", default=32.0),
-        "beta_slow": keys.number("rope.scaling.yarn_beta_slow", default=1.0),
-    }
+_ORIGINAL = "rope.scaling.original_context_length"
+_YARN_NEUTRAL: dict[str, tuple[float, ...]] = {
+    "rope.scaling.attn_factor": (0, 1),
+    "rope.scaling.yarn_attn_factor": (-1, 0, 1),
+    "rope.scaling.yarn_beta_fast": (-1, 32),
+    "rope.scaling.yarn_beta_slow": (-1, 1),
+    "rope.scaling.yarn_ext_factor": (-1, 1),
+}
+"""llama.cpp reads these for some architectures only, so any other value has two meanings."""
 
 
 def _divided(divisors: Sequence[float], head_dim: int) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from qaic_ray.export.weights import (
     Placement,
     Table,
     WeightPlan,
+    fit_architecture,
     plan_weights,
     weights_sha256,
     write_weights,
@@ -94,11 +95,12 @@ def export_model(
     """
     folder = (output or Path(f"{checkpoint.base}-kv")).absolute()
     architecture = read_architecture(checkpoint.config)
-    making = _Making(checkpoint, architecture, options or ExportOptions(), folder.name)
     level = default_level(architecture) if verify is None else verify
     if level not in ("full", "quick", "off"):
         raise UsageError(f"verify must be full, quick or off, not {level!r}.")
     _refuse_foreign(folder)
+    architecture = fit_architecture(architecture, read_entries(checkpoint.weight_files))
+    making = _Making(checkpoint, architecture, options or ExportOptions(), folder.name)
     try:
         with locked(folder):
             return making.reuse(folder, level) or making.build(folder, level)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP
+from qaic_ray.documents import checked, read_object
 from qaic_ray.errors import ExportError, UsageError
 from qaic_ray.export.architecture import Architecture
 from qaic_ray.export.cut import kept_layers
@@ -161,7 +162,8 @@ def write_report(report: VerifyReport, model_dir: Path) -> None:
     """Put `verify.json` into a model folder, whole or not at all."""
     path = model_dir / VERIFY_FILE
     partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(asdict(report) | {"passed": report.passed}, indent=2) + "\n")
+    text = json.dumps(asdict(report) | {"passed": report.passed}, indent=2, allow_nan=False)
+    partial.write_text(text + "\n")
     os.replace(partial, path)
 
 
@@ -170,16 +172,12 @@ def read_report(model_dir: Path) -> VerifyReport | None:
     path = model_dir / VERIFY_FILE
     if not path.is_file():
         return None
+    fields = read_object(path)
+    fields.pop("passed", None)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        fields.pop("passed")
-        fields["layers"] = tuple(fields["layers"])
-        fields["scenarios"] = tuple(ScenarioDifference(**s) for s in fields["scenarios"])
-        fields["largest"] = Activation(**fields["largest"])
-        fields["overflows"] = tuple(Activation(**a) for a in fields["overflows"])
-        return VerifyReport(**fields)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"{path} is damaged ({error}); delete it and verify again.") from error
+        return checked(VerifyReport, fields, str(path))
+    except UsageError as error:
+        raise UsageError(f"{error} Delete the file and verify again.") from error
 
 
 def _prompt_ids(

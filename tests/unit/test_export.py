@@ -208,7 +208,7 @@ def test_a_bad_checkpoint_leaves_nothing_behind(checkpoint: Checkpoint, tmp_path
     out = tmp_path / "out" / "tiny-kv"
     with pytest.raises(CheckpointError, match="cut short"):
         export_model(checkpoint, output=out, verify="off")
-    assert os.listdir(out.parent) == []
+    assert not out.parent.exists()
 
 
 @pytest.mark.parametrize("kind", ["file", "foreign folder"])
@@ -233,5 +233,8 @@ def test_unknown_verify_level(checkpoint: Checkpoint, tmp_path: Path) -> None:
 
 def test_a_parent_that_is_a_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
+    header = b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+    data = len(header).to_bytes(8, "little") + header + bytes(4)
+    checkpoint.weight_files[0].write_bytes(data)
     with pytest.raises(UsageError, match="Cannot write"):
         export_model(checkpoint, output=tmp_path / "file" / "tiny-kv", verify="off")
