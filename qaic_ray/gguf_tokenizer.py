@@ -270,8 +270,6 @@ def _finish(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
 def _settings(vocabulary: _Vocabulary) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": vocabulary.adds_bos,
-        "add_eos_token": vocabulary.adds_eos,
         "clean_up_tokenization_spaces": False,
         **{key: token for key, token in vocabulary.special.items() if token is not None},
     }
