@@ -7,8 +7,7 @@ is said of a key here is what llama.cpp does with it. Knows nothing of weights' 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +88,7 @@ def family_of(gguf: GgufFile) -> Family:
         CheckpointError: it is of an architecture that we do not run, or no model at all.
     """
     name = gguf.keys.get("general.architecture")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise CheckpointError(
             f"{gguf.name} is of the architecture {shown(name)} (general.architecture); supported: "
             f"{', '.join(FAMILIES)}."
@@ -233,10 +232,9 @@ def _positions(keys: _Keys, head_dim: int, divisors: Sequence[float] | None) -> 
 
 def _rope(keys: _Keys, head_dim: int, divisors: Sequence[float] | None) -> dict[str, Any]:
     kind = keys.get("rope.scaling.type")
-    factors = [keys.get(key) for key in ("rope.scaling.factor", "rope.scale_linear")]
-    factor = next((float(value) for value in factors if value), 1.0)
-    if not math.isfinite(factor) or not 1e-6 <= factor <= 1e6:
-        raise keys.error("rope.scaling.factor", "a number above 0")
+    older = keys.number("rope.scale_linear") if keys.get("rope.scale_linear") else 1.0
+    given = keys.get("rope.scaling.factor")
+    factor = keys.number("rope.scaling.factor") if given else older
     if kind is None:  # llama.cpp's default
         kind = "linear"
     if kind == "none":
@@ -317,20 +315,37 @@ def _scales(keys: _Keys, head_dim: int) -> dict[str, Any]:
     }
 
 
-def end_ids(keys: Mapping[str, Any]) -> tuple[int, ...]:
-    """Ids that end an answer: those the file names, and control tokens known to end a turn."""
-    named = [keys.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    tokens = keys.get("tokenizer.ggml.tokens", ())
-    kinds = keys.get("tokenizer.ggml.token_type", ())
-    named += [
+def end_ids(gguf: GgufFile) -> tuple[int, ...]:
+    """Ids that end an answer: those the file names, and control tokens known to end a turn.
+
+    Raises:
+        CheckpointError: one of them is no token.
+    """
+    tokens = gguf.keys.get("tokenizer.ggml.tokens", [])
+    kinds = gguf.keys.get("tokenizer.ggml.token_type", [])
+    found = []
+    for key in (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")):
+        default = DEFAULT_EOS if gguf.keys.get("tokenizer.ggml.model") == "llama" else None
+        number = gguf.keys.get(key, default if key == "tokenizer.ggml.eos_token_id" else None)
+        if number is None:
+            continue
+        if type(number) is not int or not 0 <= number < max(len(tokens), 1):
+            raise CheckpointError(
+                f"{key} of {gguf.name} is {shown(number)}; it must be below the number of tokens, "
+                f"{len(tokens)}."
+            )
+        found.append(number)
+    found += [
         number
         for number, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
         if kind == CONTROL and token in END_OF_TURN
     ]
-    return tuple(dict.fromkeys(id_ for id_ in named if id_ is not None))
+    return tuple(dict.fromkeys(found))
 
 
 CONTROL = 3
+DEFAULT_EOS = 2
+"""What llama.cpp takes for a SentencePiece vocabulary that does not say."""
 END_OF_TURN = frozenset(
     {
         "<|eot_id|>",

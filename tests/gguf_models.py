@@ -191,6 +191,8 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_key_value(key, value, kind.INT32)
     elif isinstance(value, bool):
         writer.add_key_value(key, value, kind.BOOL)
+    elif isinstance(value, int) and value < 0:
+        writer.add_key_value(key, value, kind.INT32)
     elif isinstance(value, int):
         writer.add_key_value(key, value, kind.UINT32)
     elif isinstance(value, float):

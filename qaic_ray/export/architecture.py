@@ -166,7 +166,7 @@ def _read_head_dim(fields: Fields, name: str, default: int | None) -> int:
         raise fields.error("hidden_size", f"a multiple of num_attention_heads, {num_heads}")
     head_dim = fields.size("head_dim", default or hidden_size // num_heads)
     if head_dim % 2:
-        raise CheckpointError(f"head_dim {head_dim} of the model is odd; rotary needs it even.")
+        raise fields.error("head_dim", f"even for rotary, not {head_dim}")
     return head_dim
 
 
@@ -175,10 +175,7 @@ def _read_kv_heads(fields: Fields, num_heads: int, default: int | None) -> int:
     absent = default is not None and fields.absent("num_key_value_heads")
     num_kv_heads = fields.size("num_key_value_heads", default if absent else num_heads)
     if num_heads % num_kv_heads:
-        raise CheckpointError(
-            f"num_attention_heads {num_heads} of the model is not a multiple of its "
-            f"num_key_value_heads {num_kv_heads}."
-        )
+        raise fields.error("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}")
     return num_kv_heads
 
 

@@ -49,8 +49,9 @@ def read_rope(config: Fields, head_dim: int, max_position: int) -> Rope:
         CheckpointError: a kind or a number is unknown, missing or without meaning.
     """
     rope = config.fields("rope_scaling" if config.get("rope_scaling") else "rope_parameters")
-    # A value of another type may not count as nothing.
-    config.fields("rope_scaling")
+    # What loses must make sense too, and a value of another type may not count as nothing.
+    for key in ("rope_scaling", "rope_parameters"):
+        config.fields(key)
     for key in rope.names():
         if key not in _KNOWN:
             raise rope.error(key, "left out, since it is not supported")
@@ -62,10 +63,12 @@ def read_rope(config: Fields, head_dim: int, max_position: int) -> Rope:
         )
     if rope.number("partial_rotary_factor", 1.0, least=0, most=1) != 1:
         raise rope.error("partial_rotary_factor", "1, since nothing else is supported")
-    holder = config if rope.absent("rope_theta") else rope
     # A base of 1 has no logarithm to divide by.
-    least = 1.001 if kind == "yarn" else 1e-6
-    theta = holder.number("rope_theta", THETA, least=least, most=LARGEST_THETA)
+    bounds = {"least": 1.001 if kind == "yarn" else 1e-6, "most": LARGEST_THETA}
+    theta = THETA
+    if "rope_theta" in config or rope.absent("rope_theta"):
+        theta = config.number("rope_theta", THETA, **bounds)
+    theta = rope.number("rope_theta", theta, **bounds)
     reader = _Options(rope, config, max_position)
     options: dict[str, Any] = {}
     if kind in ("linear", "dynamic"):

@@ -98,7 +98,7 @@ def spellings(draw: st.DrawFn) -> dict[str, Any]:
     return config
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(changes=spellings())
 def test_rope_is_read_as_transformers_reads_it(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | SIZES | changes
@@ -131,7 +131,7 @@ def shapes(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     return kind, config
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(drawn=shapes())
 def test_tensors_are_those_of_transformers(drawn: tuple[str, dict[str, Any]]) -> None:
     kind, changes = drawn
@@ -326,7 +326,7 @@ def mutate(good: tuple[Path, dict[str, Any]], tmp_path: Path, data: st.DataObjec
     assert len(said) < 500
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_config_is_exported_or_one_sentence(
     good: tuple[Path, dict[str, Any]], tmp_path: Path, data: st.DataObject

@@ -11,9 +11,12 @@ import gguf
 import numpy as np
 import pytest
 from gguf_models import VOCAB, GgufModel, Quantization, random_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from llama_cpp import LlamaCpp
 from safetensors.numpy import load_file
 
+from qaic_ray import gguf_conversion
 from qaic_ray.errors import CheckpointError
 from qaic_ray.export.export import export_model
 from qaic_ray.export.options import ALL, ExportOptions
@@ -361,3 +364,45 @@ def test_all_ids_that_end_a_turn_are_known(tmp_path: Path) -> None:
     assert checkpoint.eos_ids == (258, 9, 10, 259)
     config = json.loads((checkpoint.folder / "config.json").read_text())
     assert config["eos_token_id"] == [258, 9, 10, 259]
+
+
+def test_a_file_that_changes_meanwhile_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = llama().write(tmp_path / "model.gguf")
+    read = gguf_conversion.read_gguf
+
+    def change_and_read(path: Path) -> Any:
+        llama(tie_word_embeddings=True).write(path)
+        return read(path)
+
+    monkeypatch.setattr(gguf_conversion, "read_gguf", change_and_read)
+    with pytest.raises(CheckpointError, match="changed while it was converted"):
+        open_checkpoint(str(path), cache_dir=tmp_path)
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+ODD = st.sampled_from(
+    [0, 1, 2**31, -1, 0.0, 1.5, float("nan"), float("inf"), "", "x", True, False, [1], ["x"], [0.5]]
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_key_is_read_or_one_sentence(tmp_path: Path, data: st.DataObject) -> None:
+    model = llama(num_hidden_layers=1)
+    more = ["llama.rope.scaling.type", "llama.rope.scaling.factor", "tokenizer.chat_template"]
+    more += [f"tokenizer.ggml.{key}" for key in ("add_bos_token", "eot_token_id", "scores")]
+    for _ in range(data.draw(st.integers(1, 2))):
+        key = data.draw(st.sampled_from([*model.keys, *more]))
+        model.keys[key] = data.draw(ODD)
+    if data.draw(st.booleans()):
+        model.keys["tokenizer.ggml.model"] = "llama"
+    path = model.write(tmp_path / "model.gguf")
+    said = ""
+    try:
+        open_checkpoint(str(path), cache_dir=tmp_path)
+    except CheckpointError as error:
+        said = str(error)
+    assert "\n" not in said
+    assert len(said) < 500

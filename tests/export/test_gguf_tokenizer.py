@@ -177,7 +177,10 @@ def damaged(changes: dict[str, Any], message: str) -> Any:
         damaged({"token_type": [1]}, "another number of types"),
         damaged({"bos_token_id": 10**6}, "bos_token_id of model.gguf is 1000000"),
         damaged({"eos_token_id": "x"}, "eos_token_id of model.gguf is 'x'"),
-        damaged({"model": "llama", "scores": None}, "no score for each token"),
+        damaged({"add_bos_token": "yes"}, r"add_bos_token of model\.gguf is 'yes'"),
+        damaged({"tokens": ["a" * 3000]}, "more than 2048 characters"),
+        damaged({"model": "llama", "scores": [float("nan")]}, "no number for each token"),
+        damaged({"model": "llama", "scores": None}, "no number for each token"),
     ],
 )
 def test_a_damaged_vocabulary_is_one_sentence(

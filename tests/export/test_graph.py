@@ -344,7 +344,7 @@ def test_eighty_layers_are_authored_at_once() -> None:
     ("changes", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"num_key_value_heads": 4}, "not a multiple"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads .*a divisor of"),
         ({"head_dim": 7}, "odd"),
         ({"vocab_size": None}, "vocab_size"),
         ({"hidden_size": "24"}, "hidden_size"),
