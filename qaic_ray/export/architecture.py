@@ -166,7 +166,7 @@ def _read_head_dim(fields: Fields, name: str, default: int | None) -> int:
         raise fields.error("hidden_size", f"a multiple of num_attention_heads, {num_heads}")
     head_dim = fields.size("head_dim", default or hidden_size // num_heads)
     if head_dim % 2:
-        raise fields.error("head_dim", f"even for rotary, not {head_dim}")
+        raise fields.error("head_dim", f"even, for rotary; {head_dim} is not")
     return head_dim
 
 

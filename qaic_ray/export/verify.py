@@ -172,9 +172,9 @@ def read_report(model_dir: Path) -> VerifyReport | None:
     path = model_dir / VERIFY_FILE
     if not path.is_file():
         return None
-    fields = read_object(path)
-    fields.pop("passed", None)
     try:
+        fields = read_object(path)
+        fields.pop("passed", None)
         return checked(VerifyReport, fields, str(path))
     except UsageError as error:
         raise UsageError(f"{error} Delete the file and verify again.") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +154,28 @@ def test_report_survives_the_disk(tmp_path: Path) -> None:
     write_report(REPORT, tmp_path)
     assert read_report(tmp_path) == REPORT
     assert json.loads((tmp_path / "verify.json").read_text())["passed"] is True
-    (tmp_path / "verify.json").write_text("{}")
-    with pytest.raises(UsageError, match="verify again"):
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        "[" * 100_000,
+        "5",
+        '{"level": 5}',
+        json.dumps(asdict(REPORT) | {"scenarios": "x"}),
+        json.dumps(asdict(REPORT) | {"largest": None}),
+        json.dumps(asdict(REPORT) | {"tolerance": "x"}),
+        json.dumps(asdict(REPORT) | {"layers": [None]}),
+    ],
+)
+def test_a_damaged_report_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "verify.json").write_text(text)
+    with pytest.raises(UsageError, match=r"verify\.json.* verify again") as caught:
         read_report(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("worst", [2.1e-3, float("inf"), float("nan")])
