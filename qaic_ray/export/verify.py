@@ -17,7 +17,7 @@ import numpy as np
 
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP
 from qaic_ray.documents import checked, read_object
-from qaic_ray.errors import ExportError, UsageError
+from qaic_ray.errors import CheckpointError, ExportError, UsageError
 from qaic_ray.export.architecture import Architecture
 from qaic_ray.export.cut import kept_layers
 from qaic_ray.export.headroom import Activation, beyond_float16, largest_activation
@@ -183,9 +183,18 @@ def read_report(model_dir: Path) -> VerifyReport | None:
 def _prompt_ids(
     checkpoint: Checkpoint, manifest: ModelManifest, *, longest: int
 ) -> list[list[int]]:
+    prompts: list[list[int]] = []
     if has_tokenizer(checkpoint):
         encode = load_tokenizer(checkpoint).encode
-        return [encode(prompt)[:longest] for prompt in PROMPTS]
+        prompts = [encode(prompt)[:longest] for prompt in PROMPTS]
+    largest = max((token for prompt in prompts for token in prompt), default=0)
+    if largest >= manifest.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer of {checkpoint.name} is of another model: it gives the token "
+            f"{largest}, and vocab_size in config.json is {manifest.vocab_size}."
+        )
+    if prompts and all(prompts):
+        return prompts
     # A checkpoint without a tokenizer still has a graph to check; its tokens have no meaning.
     raw = [list(prompt.encode()) for prompt in PROMPTS]
     return [[byte % manifest.vocab_size for byte in prompt][:longest] for prompt in raw]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from byte_tokens import with_byte_tokenizer
 from safetensors.torch import load_file, save_file
 
 from qaic_ray.errors import CheckpointError
@@ -356,6 +357,15 @@ def test_named_in_one_sentence(
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
     assert os.listdir(out) == []
+
+
+def test_a_tokenizer_of_another_model_is_named(
+    make_checkpoint: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(vocab_size=100)
+    folder = with_byte_tokenizer(checkpoint, tmp_path / "with")
+    with pytest.raises(CheckpointError, match=r"gives the token \d+, and vocab_size .* is 100"):
+        export_model(open_checkpoint(str(folder)), output=tmp_path / "kv", verify="full")
 
 
 def test_what_only_transformers_cannot_load_is_a_sentence_too(
