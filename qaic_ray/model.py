@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from qaic_ray.chat_template import ChatTemplate
+from qaic_ray.config_fields import Fields
+from qaic_ray.documents import read_object
 from qaic_ray.errors import CheckpointError
 from qaic_ray.folders import cache_folder
+from qaic_ray.gguf_file import model_name
 from qaic_ray.model_sources import (
     NAMED_MODELS,
     convert_gguf,
@@ -22,21 +25,17 @@ from qaic_ray.model_sources import (
     fetch_named,
 )
 from qaic_ray.tokenizer import Tokenizer, open_chat_template, open_tokenizer
-from qaic_ray.tokenizer_sources import (
-    eos_token_ids,
-    has_vocabulary,
-    loaded_tokenizer,
-    read_json,
-)
+from qaic_ray.tokenizer_sources import eos_token_ids, has_vocabulary, loaded_tokenizer
+from qaic_ray.weight_files import check_folder, find_weights
 
-SUPPORTED_ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "GraniteForCausalLM",
-)
-PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+SUPPORTED_ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "GraniteForCausalLM": "granite",
+}
+"""Classes of transformers, and the `model_type` of each."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -77,7 +76,8 @@ def open_checkpoint(
         CheckpointError: one sentence with the remedy.
     """
     folder, base = _resolve(name, cache_dir=cache_dir, weights=weights)
-    config = read_json(folder / "config.json")
+    check_folder(folder)
+    config = read_object(folder / "config.json", raises=CheckpointError)
     check_supported(config, name)
     return Checkpoint(
         name=name,
@@ -85,7 +85,7 @@ def open_checkpoint(
         base=base,
         config=config,
         eos_ids=_eos_ids(folder, config),
-        weight_files=_weight_files(folder) if weights else (),
+        weight_files=find_weights(folder, config) if weights else (),
         trust_remote_code=trust_remote_code,
     )
 
@@ -121,17 +121,24 @@ def load_torch_model(checkpoint: Checkpoint, *, layers: Sequence[int] | None = N
     logging.disable_progress_bar()
     how = {"dtype": torch.float32, "attn_implementation": "eager", "trust_remote_code": False}
     kind = getattr(transformers, check_supported(checkpoint.config, checkpoint.name))
-    if layers is None:
-        model = kind.from_pretrained(
-            checkpoint.folder, local_files_only=True, use_safetensors=True, **how
-        )
-        return model.eval()
-    config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    config.num_hidden_layers = len(layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in layers]
-    tensors = _read_layers(checkpoint, layers)
-    return kind.from_pretrained(None, config=config, state_dict=tensors, **how).eval()
+    try:
+        if layers is None:
+            model = kind.from_pretrained(
+                checkpoint.folder, local_files_only=True, use_safetensors=True, **how
+            )
+            return model.eval()
+        config = kind.config_class.from_pretrained(checkpoint.folder, local_files_only=True)
+        config.num_hidden_layers = len(layers)
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[layer] for layer in layers]
+        tensors = _read_layers(checkpoint, layers)
+        return kind.from_pretrained(None, config=config, state_dict=tensors, **how).eval()
+    except Exception as error:  # the library raises whatever its own code stumbles over
+        reason = " ".join(str(error).split())[:240]
+        raise CheckpointError(
+            f"transformers, against which an export is checked, cannot load {checkpoint.name}: "
+            f"{reason or type(error).__name__}."
+        ) from error
 
 
 def check_supported(config: Mapping[str, Any], name: str) -> str:
@@ -140,20 +147,23 @@ def check_supported(config: Mapping[str, Any], name: str) -> str:
     Raises:
         CheckpointError: it is not one we run, or its weights are quantized.
     """
-    architectures = config.get("architectures") or ["none named"]
-    architecture = str(architectures[0])
+    fields = Fields(config, f"config.json of {name}")
+    architecture = next(iter(fields.texts("architectures")), "none named")
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise CheckpointError(
-            f"{name} is a {architecture} (config.json, architectures); supported: "
+            f"{name} is a {architecture[:80]} (config.json, architectures); supported: "
             f"{', '.join(SUPPORTED_ARCHITECTURES)}."
         )
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown")
-        raise CheckpointError(
-            f"{name} holds weights quantized with {method}; use the original float weights (the "
-            "compiler quantizes with mx6)."
-        )
+    expected = SUPPORTED_ARCHITECTURES[architecture]
+    if fields.text("model_type", expected) != expected:
+        raise fields.error("model_type", f"{expected}, since its architecture is {architecture}")
+    for key in ("quantization_config", "compression_config"):
+        if key in fields:
+            method = fields.fields(key).text("quant_method", "unknown")
+            raise CheckpointError(
+                f"{name} holds weights quantized with {method[:80]} (config.json, {key}); use the "
+                "original float weights (the compiler quantizes with mx6)."
+            )
     return architecture
 
 
@@ -168,7 +178,7 @@ def _resolve(name: str, *, cache_dir: Path | None, weights: bool) -> tuple[Path,
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CheckpointError(f"There is no GGUF file {path}.")
-        return convert_gguf(path, models), path.stem
+        return convert_gguf(path, models), model_name(path)
     if path.is_file():
         raise CheckpointError(
             f"{path} is a file; give the folder of the checkpoint, or a .gguf file."
@@ -179,49 +189,6 @@ def _resolve(name: str, *, cache_dir: Path | None, weights: bool) -> tuple[Path,
         f"There is no model {name!r}: it is neither a local folder, nor a .gguf file, nor a hub id "
         f"like org/name, nor {' or '.join(NAMED_MODELS)}."
     )
-
-
-def _weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a folder; a name in the index may not lead out of it."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} lists no tensors under 'weight_map'.")
-        names = sorted({str(shard) for shard in weight_map.values()})
-        return tuple(_shard(folder, shard) for shard in names)
-    found = sorted(folder.glob("*.safetensors"))
-    single = folder / "model.safetensors"
-    if single in found:
-        return (single,)
-    if len(found) == 1:
-        return (found[0],)
-    if found:
-        raise CheckpointError(
-            f"{folder} has {len(found)} safetensors files but no {index.name} that says which "
-            "tensor is where."
-        )
-    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED_SUFFIXES)
-    if pickled:
-        raise CheckpointError(
-            f"{folder} holds only pickled weights ({pickled[0]}), and opening a pickle can run any "
-            "code; convert them to safetensors with a tool you trust, or take a revision that has "
-            "safetensors."
-        )
-    raise CheckpointError(f"{folder} holds no weights: no *.safetensors file is there.")
-
-
-def _shard(folder: Path, name: str) -> Path:
-    if Path(name).name != name or name in ("", "..") or not name.endswith(".safetensors"):
-        raise CheckpointError(
-            f"The safetensors index of {folder} names {name!r}, which is not a file of that folder."
-        )
-    path = folder / name
-    if not path.is_file():
-        raise CheckpointError(
-            f"The shard {name} is missing from {folder}; fetch the checkpoint again."
-        )
-    return path
 
 
 def _read_layers(checkpoint: Checkpoint, layers: Sequence[int]) -> dict[str, Any]:
@@ -246,9 +213,8 @@ def _read_layers(checkpoint: Checkpoint, layers: Sequence[int]) -> dict[str, Any
 def _eos_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """Ids that end an answer: of generation_config.json, else config.json, else the tokenizer."""
     generation = folder / "generation_config.json"
-    sources = [read_json(generation)] if generation.is_file() else []
-    for source in (*sources, config):
-        ids = source.get("eos_token_id")
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (int(ids),)
-    return eos_token_ids(folder)
+    sources = [Fields(config, f"config.json of {folder}")]
+    if generation.is_file():
+        sources.insert(0, Fields(read_object(generation, raises=CheckpointError), str(generation)))
+    found = [source.ids("eos_token_id") for source in sources]
+    return next((ids for ids in found if ids), None) or eos_token_ids(folder)

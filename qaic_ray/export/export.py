@@ -42,6 +42,7 @@ from qaic_ray.export.weights import (
     Placement,
     Table,
     WeightPlan,
+    fit_architecture,
     plan_weights,
     weights_sha256,
     write_weights,
@@ -105,10 +106,11 @@ def export_model(
     # A link stays, and what it means is written.
     folder = Path(os.path.realpath(output or f"{checkpoint.base}-kv"))
     architecture = read_architecture(checkpoint.config)
-    making = _Making(checkpoint, architecture, options or ExportOptions(), folder.name)
     level = default_level(architecture) if verify is None else verify
     if level not in ("full", "quick", "off"):
         raise UsageError(f"verify must be full, quick or off, not {level!r}.")
+    architecture = fit_architecture(architecture, read_entries(checkpoint.weight_files))
+    making = _Making(checkpoint, architecture, options or ExportOptions(), folder.name)
     try:
         # Without the lock, which a folder that one may only read does not give.
         found = making.reuse(folder, level)

@@ -6,7 +6,7 @@ Knows nothing of graphs. Positions beyond `max_position` are outside the table.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,17 +43,22 @@ def inverse_frequencies(architecture: Architecture) -> tuple[FloatArray, float]:
         frequencies = _llama3(frequencies, rope.options)
     elif rope.kind == "yarn":
         frequencies, scale = _yarn(rope.theta, architecture)
+    elif rope.kind == "longrope":
+        frequencies = _plain_frequencies(rope.theta, dim, rope.options["short_factor"])
+        scale = _longrope_scale(rope.options)
     # "dynamic" departs from the plain frequencies only beyond max_position.
     return frequencies.astype(np.float32), scale
 
 
-def _plain_frequencies(theta: float, dim: int) -> npt.NDArray[np.float64]:
+def _plain_frequencies(
+    theta: float, dim: int, divisors: Sequence[float] = (1.0,)
+) -> npt.NDArray[np.float64]:
     """In the float32 steps of transformers, each of them rounded exactly."""
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     powers: FloatArray = np.power(np.float64(theta), exponents.astype(np.float64)).astype(
         np.float32
     )
-    inverse: FloatArray = np.reciprocal(powers)
+    inverse: FloatArray = np.reciprocal(powers * np.asarray(divisors, np.float32))
     return inverse.astype(np.float64)
 
 
@@ -91,6 +96,14 @@ def _yarn(theta: float, architecture: Architecture) -> tuple[npt.NDArray[np.floa
     width = (high - low) or 0.001
     ramp = np.clip((np.arange(dim // 2, dtype=np.float64) - low) / width, 0, 1)
     return plain / factor * ramp + plain * (1 - ramp), _yarn_scale(options, factor)
+
+
+def _longrope_scale(options: Mapping[str, Any]) -> float:
+    given, factor = options.get("attention_factor"), float(options["factor"])
+    if given is not None:
+        return float(given)
+    original = float(options["original_max_position_embeddings"])
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def _yarn_scale(options: Mapping[str, Any], factor: float) -> float:

@@ -7,22 +7,23 @@ nothing of ONNX.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
+from qaic_ray.documents import as_object, parse_json, shown
 from qaic_ray.errors import CheckpointError
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 _MAX_HEADER_BYTES = 100 << 20
+_LFS_POINTER = b"version "
 
 
 @dataclass(frozen=True)
@@ -71,33 +72,65 @@ def _read_file(path: Path) -> list[TensorEntry]:
     try:
         size = os.path.getsize(path)
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if start == _LFS_POINTER:
+                raise CheckpointError(
+                    f"{path} is a pointer of git-lfs, not the weights; run `git lfs pull`."
+                )
             if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
                 raise CheckpointError(f"{path} is not a safetensors file, or is cut short.")
-            header = json.loads(file.read(length))
+            data = file.read(length)
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}.") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} is not a safetensors file: its header is no object.")
-    header.pop("__metadata__", None)
-    entries = [_entry(path, 8 + length, name, fields) for name, fields in header.items()]
-    end = max((e.offset + e.num_bytes for e in entries), default=0)
-    if end > size:
-        raise CheckpointError(
-            f"{path} is cut short: {size} bytes of {end}; fetch the checkpoint again."
-        )
-    return sorted(entries, key=lambda e: e.offset)
+    return _read_header(path, data, size)
 
 
-def _entry(path: Path, data_start: int, name: str, fields: Mapping[str, Any]) -> TensorEntry:
+def _read_header(path: Path, data: bytes, size: int) -> list[TensorEntry]:
+    source = f"The header of {path}"
     try:
-        dtype, shape = str(fields["dtype"]), tuple(int(d) for d in fields["shape"])
-        begin, end = (int(o) for o in fields["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"The header of {path} is malformed at {name}.") from error
-    expected = prod(shape) * ITEM_BYTES.get(dtype, 0)
-    if begin < 0 or end < begin or (dtype in ITEM_BYTES and end - begin != expected):
-        raise CheckpointError(f"The header of {path} gives {name} an impossible place.")
-    return TensorEntry(name, dtype, shape, path, data_start + begin, end - begin)
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{source} is not UTF-8, so it is not a safetensors file.") from error
+    header = as_object(
+        parse_json(text, source, raises=CheckpointError), source, raises=CheckpointError
+    )
+    header.pop("__metadata__", None)
+    entries = [_entry(path, 8 + len(data), name, fields) for name, fields in header.items()]
+    entries.sort(key=lambda e: (e.offset, e.num_bytes))
+    end = 8 + len(data)
+    for entry in entries:
+        if entry.offset != end:
+            raise CheckpointError(
+                f"{source} gives {shown(entry.name)} a place that is not behind the tensor before."
+            )
+        end = entry.offset + entry.num_bytes
+    if end != size:
+        raise CheckpointError(
+            f"{path} is {'cut short' if end > size else 'too long'}: {size} bytes of {end}; fetch "
+            "the checkpoint again."
+        )
+    return entries
+
+
+def _entry(path: Path, data_start: int, name: str, fields: Any) -> TensorEntry:
+    described = fields if isinstance(fields, dict) else {}
+    dtype, shape = described.get("dtype"), described.get("shape")
+    offsets = described.get("data_offsets")
+    if not (isinstance(dtype, str) and _is_sizes(shape) and _is_sizes(offsets, length=2)):
+        raise CheckpointError(
+            f"The header of {path} is malformed at {shown(name)}, which is {shown(fields)}."
+        )
+    begin, end = offsets
+    if end < begin or (dtype in ITEM_BYTES and end - begin != prod(shape) * ITEM_BYTES[dtype]):
+        raise CheckpointError(
+            f"The header of {path} gives {shown(name)} an impossible place, {shown(offsets)}."
+        )
+    return TensorEntry(name, dtype, tuple(shape), path, data_start + begin, end - begin)
+
+
+def _is_sizes(value: Any, length: int | None = None) -> TypeGuard[list[int]]:
+    """Whether a value of the header is a list of whole numbers from 0 on."""
+    if not isinstance(value, list) or length not in (None, len(value)):
+        return False
+    return all(type(item) is int and item >= 0 for item in value)

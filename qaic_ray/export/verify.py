@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP
-from qaic_ray.errors import ExportError, UsageError
+from qaic_ray.documents import checked, read_object
+from qaic_ray.errors import CheckpointError, ExportError, UsageError
 from qaic_ray.export.architecture import Architecture
 from qaic_ray.export.cut import kept_layers
 from qaic_ray.export.headroom import Activation, beyond_float16, largest_activation
@@ -159,8 +160,8 @@ def compare(
 
 def write_report(report: VerifyReport, model_dir: Path) -> None:
     """Put `verify.json` into a model folder, whole or not at all."""
-    text = json.dumps(asdict(report) | {"passed": report.passed}, indent=2) + "\n"
-    write_whole(model_dir / VERIFY_FILE, text)
+    text = json.dumps(asdict(report) | {"passed": report.passed}, indent=2, allow_nan=False)
+    write_whole(model_dir / VERIFY_FILE, text + "\n")
 
 
 def read_report(model_dir: Path) -> VerifyReport | None:
@@ -169,23 +170,28 @@ def read_report(model_dir: Path) -> VerifyReport | None:
     if not path.is_file():
         return None
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        fields.pop("passed")
-        fields["layers"] = tuple(fields["layers"])
-        fields["scenarios"] = tuple(ScenarioDifference(**s) for s in fields["scenarios"])
-        fields["largest"] = Activation(**fields["largest"])
-        fields["overflows"] = tuple(Activation(**a) for a in fields["overflows"])
-        return VerifyReport(**fields)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"{path} is damaged ({error}); delete it and verify again.") from error
+        fields = read_object(path)
+        fields.pop("passed", None)
+        return checked(VerifyReport, fields, str(path))
+    except UsageError as error:
+        raise UsageError(f"{error} Delete the file and verify again.") from error
 
 
 def _prompt_ids(
     checkpoint: Checkpoint, manifest: ModelManifest, *, longest: int
 ) -> list[list[int]]:
+    prompts: list[list[int]] = []
     if has_tokenizer(checkpoint):
         encode = load_tokenizer(checkpoint).encode
-        return [encode(prompt)[:longest] for prompt in PROMPTS]
+        prompts = [encode(prompt)[:longest] for prompt in PROMPTS]
+    largest = max((token for prompt in prompts for token in prompt), default=0)
+    if largest >= manifest.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer of {checkpoint.name} is of another model: it gives the token "
+            f"{largest}, and vocab_size in config.json is {manifest.vocab_size}."
+        )
+    if prompts and all(prompts):
+        return prompts
     # A checkpoint without a tokenizer still has a graph to check; its tokens have no meaning.
     raw = [list(prompt.encode()) for prompt in PROMPTS]
     return [[byte % manifest.vocab_size for byte in prompt][:longest] for prompt in raw]

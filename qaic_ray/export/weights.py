@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qaic_ray.errors import CheckpointError
+from qaic_ray.export.architecture import Architecture
 from qaic_ray.export.builder import WeightSpec
 from qaic_ray.export.conversion import Array, Converter
 from qaic_ray.export.tensors import ITEM_BYTES, TensorEntry, read_into
@@ -38,6 +39,19 @@ _GROUP_ELEMENTS = 1 << 25
 
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 """Tables that older checkpoints carry and that follow from the configuration."""
+_QUANTIZED_SUFFIXES = (
+    "qweight",
+    "qzeros",
+    "scales",
+    "g_idx",
+    "_scale",
+    "_scale_inv",
+    "_scale_2",
+    "_packed",
+    "_zero_point",
+    "absmax",
+    "_blocks",
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,26 @@ class WeightPlan:
         return sources
 
 
+def fit_architecture(
+    architecture: Architecture, entries: Mapping[str, TensorEntry]
+) -> Architecture:
+    """The architecture that a config.json and the checkpoint's tensors make together.
+
+    An `lm_head.weight` that is there is used, also where the embeddings are said to be tied, as in
+    transformers.
+
+    Raises:
+        CheckpointError: there are more layers than tensors.
+    """
+    if architecture.num_layers > len(entries):
+        raise CheckpointError(
+            f"num_hidden_layers in config.json is {architecture.num_layers}; the checkpoint has "
+            f"only {len(entries)} tensors."
+        )
+    tied = architecture.tied_embeddings and "lm_head.weight" not in entries
+    return replace(architecture, tied_embeddings=tied)
+
+
 def plan_weights(
     specs: Sequence[WeightSpec], entries: Mapping[str, TensorEntry], dtype: str
 ) -> WeightPlan:
@@ -92,11 +126,11 @@ def plan_weights(
     for spec in specs:
         _check(spec, entries)
     used = {spec.source for spec in specs}
-    tied = {"lm_head.weight"} if "model.embed_tokens.weight" in used else set()
-    for name in entries.keys() - used - tied:
+    for name in sorted(entries.keys() - used):
         if not name.endswith(_IGNORED_SUFFIXES):
             raise CheckpointError(
-                f"The checkpoint has a tensor {name} that its config.json does not account for."
+                f"The checkpoint has a tensor {name[:80]} that its config.json does not account "
+                f"for{_hint(name)}."
             )
 
     def reading_order(spec: WeightSpec) -> tuple[str, int]:
@@ -280,7 +314,9 @@ def _check(spec: WeightSpec, entries: Mapping[str, TensorEntry]) -> None:
         return
     entry = entries.get(spec.source)
     if entry is None:
-        raise CheckpointError(f"The checkpoint has no tensor {spec.source}.")
+        quantized = next((name for name in sorted(entries) if _hint(name)), None)
+        but = "" if quantized is None else f", but {quantized[:80]}{_hint(quantized)}"
+        raise CheckpointError(f"The checkpoint has no tensor {spec.source}{but}.")
     if entry.shape != spec.source_shape:
         raise CheckpointError(
             f"The tensor {entry.name} has the shape {list(entry.shape)}; config.json says "
@@ -291,6 +327,15 @@ def _check(spec: WeightSpec, entries: Mapping[str, TensorEntry]) -> None:
             f"The tensor {entry.name} has the type {entry.dtype}; supported: "
             f"{', '.join(ITEM_BYTES)}."
         )
+
+
+def _hint(name: str) -> str:
+    """What a tensor of this name tells of the checkpoint, as the rest of a sentence."""
+    if name.endswith(_QUANTIZED_SUFFIXES):
+        return ": its weights are quantized; use the original float weights"
+    if ".lora_" in name:
+        return ": it holds an adapter; merge it into its base model first"
+    return ""
 
 
 def _least_elements(spec: WeightSpec) -> int:

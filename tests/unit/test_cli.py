@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -322,3 +324,14 @@ def test_answers_are_printed_whole_and_each_of_several(
     assert head.startswith("1 x Why? Why?")
     assert text == "[b] so"
     assert others == ["1 of 2 [i]", "2 of 2 so", "", "2 p", "[no]", ""]
+
+
+@pytest.mark.parametrize("next_tokens", [True, False])
+def test_an_export_of_token_ids_says_what_a_host_cannot_see(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, next_tokens: bool
+) -> None:
+    manifest = SimpleNamespace(next_tokens=next_tokens)
+    result: Any = SimpleNamespace(folder=tmp_path, manifest=manifest, verification=None)
+    Screen(stream=True).exported(result, as_json=False)
+    out = " ".join(capsys.readouterr().out.split())
+    assert ("a row whose logits overflow is answered wrong without a sign" in out) is next_tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +159,28 @@ def test_report_survives_the_disk(tmp_path: Path) -> None:
     write_report(REPORT, tmp_path)
     assert read_report(tmp_path) == REPORT
     assert json.loads((tmp_path / "verify.json").read_text())["passed"] is True
-    (tmp_path / "verify.json").write_text("{}")
-    with pytest.raises(UsageError, match="verify again"):
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        "[" * 100_000,
+        "5",
+        '{"level": 5}',
+        json.dumps(asdict(REPORT) | {"scenarios": "x"}),
+        json.dumps(asdict(REPORT) | {"largest": None}),
+        json.dumps(asdict(REPORT) | {"tolerance": "x"}),
+        json.dumps(asdict(REPORT) | {"layers": [None]}),
+    ],
+)
+def test_a_damaged_report_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "verify.json").write_text(text)
+    with pytest.raises(UsageError, match=r"verify\.json.* verify again") as caught:
         read_report(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("worst", [2.1e-3, float("inf"), float("nan")])
@@ -213,7 +232,7 @@ def test_a_bad_checkpoint_leaves_nothing_behind(checkpoint: Checkpoint, tmp_path
     out = tmp_path / "out" / "tiny-kv"
     with pytest.raises(CheckpointError, match="cut short"):
         export_model(checkpoint, output=out, verify="off")
-    assert os.listdir(out.parent) == []
+    assert not out.parent.exists()
 
 
 @pytest.mark.parametrize("kind", ["file", "foreign folder"])
@@ -280,5 +299,8 @@ def test_unknown_verify_level(checkpoint: Checkpoint, tmp_path: Path) -> None:
 
 def test_a_parent_that_is_a_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
+    header = b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+    data = len(header).to_bytes(8, "little") + header + bytes(4)
+    checkpoint.weight_files[0].write_bytes(data)
     with pytest.raises(UsageError, match="Cannot write"):
         export_model(checkpoint, output=tmp_path / "file" / "tiny-kv", verify="off")

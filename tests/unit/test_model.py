@@ -59,6 +59,7 @@ def test_shards_come_from_the_index(folder: Path) -> None:
 )
 def test_index_may_not_leave_the_folder(folder: Path, shard: str) -> None:
     (folder.parent / "secret.safetensors").touch()
+    (folder / "model.safetensors").unlink()
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": shard}}))
     with pytest.raises(CheckpointError, match="not a file of that folder"):
@@ -66,6 +67,7 @@ def test_index_may_not_leave_the_folder(folder: Path, shard: str) -> None:
 
 
 def test_missing_shard_is_named(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": "model-2.safetensors"}}))
     with pytest.raises(CheckpointError, match=r"model-2\.safetensors is missing"):

@@ -1,0 +1,260 @@
+"""Reads the header of a GGUF file, or of all parts of a split one: keys, and where tensors lie.
+
+Every count is held against the size of the file before it is used, so a damaged file ends in one
+sentence and never in a long loop. Knows nothing of what keys and tensors mean.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from qaic_ray.documents import shown
+from qaic_ray.errors import CheckpointError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+MAX_ARRAY = 1 << 24
+"""Values of one array: more than any vocabulary has."""
+MAX_STRING_BYTES = 1 << 26
+MAX_DIMS = 4
+DEFAULT_ALIGNMENT = 32
+
+_SCALARS = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
+_STRING, _ARRAY = 8, 9
+_LEAST_KEY_BYTES = 13
+"""A name's length, a type and one byte."""
+_LEAST_TENSOR_BYTES = 24
+_PART = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """Where one tensor lies; `kind` is ggml's number of its type, `shape` has rows first."""
+
+    name: str
+    kind: int
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """The keys of a model (those of its first part) and the tensors of all its parts."""
+
+    name: str
+    paths: tuple[Path, ...]
+    keys: Mapping[str, Any]
+    tensors: Mapping[str, GgufTensor]
+
+
+def part_paths(path: Path) -> tuple[Path, ...]:
+    """All parts of the model that a file is of, in order; only itself where it is not split.
+
+    Raises:
+        CheckpointError: one of them is not there.
+    """
+    match = _PART.fullmatch(path.name)
+    if match is None:
+        return (path,)
+    count = int(match["count"])
+    if not 1 <= int(match["number"]) <= count:
+        raise CheckpointError(f"{path} is no part of {count}, as its name says.")
+    parts = []
+    for number in range(1, count + 1):
+        part = path.with_name(f"{match['name']}-{number:05d}-of-{count:05d}.gguf")
+        if not part.is_file():
+            raise CheckpointError(
+                f"{path.name} is a part of a split GGUF file, and its part {part.name} is missing "
+                f"from {part.parent}."
+            )
+        parts.append(part)
+    return tuple(parts)
+
+
+def model_name(path: Path) -> str:
+    """The name of the file without the number of its part and its ending."""
+    match = _PART.fullmatch(path.name)
+    return path.stem if match is None else match["name"]
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Read the header of a file and of the other parts of its model.
+
+    Raises:
+        CheckpointError: it is damaged, or a part is missing or of another model.
+    """
+    paths = part_paths(path)
+    files = [_read_part(part) for part in paths]
+    keys = files[0][0]
+    tensors: dict[str, GgufTensor] = {}
+    for part, (_, part_tensors) in zip(paths, files, strict=True):
+        for tensor in part_tensors:
+            if tensor.name in tensors:
+                raise CheckpointError(
+                    f"The tensor {shown(tensor.name)} is in {tensors[tensor.name].path.name} and "
+                    f"again in {part.name}."
+                )
+            tensors[tensor.name] = tensor
+    _check_split(paths, [part_keys for part_keys, _ in files], len(tensors))
+    return GgufFile(path.name, paths, keys, tensors)
+
+
+def _check_split(paths: tuple[Path, ...], keys: list[Mapping[str, Any]], num_tensors: int) -> None:
+    """Hold the counts that a split model carries against what was found."""
+    for number, (path, part) in enumerate(zip(paths, keys, strict=True)):
+        count, said = part.get("split.count", 0), part.get("split.no", 0)
+        if count in (0, 1) and len(paths) == 1:
+            continue
+        if count != len(paths) or said != number:
+            raise CheckpointError(
+                f"{path.name} says that it is part {shown(said)} (split.no, from 0) of "
+                f"{shown(count)} (split.count); its name says {number} of {len(paths)}: give the "
+                "parts the names they were made with."
+            )
+    total = keys[0].get("split.tensors.count", num_tensors)
+    if total != num_tensors:
+        raise CheckpointError(
+            f"{paths[0].name} says that there are {shown(total)} tensors (split.tensors.count); "
+            f"its parts have {num_tensors}."
+        )
+
+
+def _read_part(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
+    try:
+        with path.open("rb") as file:
+            return _Header(file, path).read()
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+
+
+class _Header:
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file = file
+        self._path = path
+        self._size = os.fstat(file.fileno()).st_size
+        self._at = 0
+
+    def read(self) -> tuple[dict[str, Any], list[GgufTensor]]:
+        self._check_start()
+        num_tensors, num_keys = self._scalar("Q"), self._scalar("Q")
+        self._check_count(num_keys, _LEAST_KEY_BYTES, "keys")
+        self._check_count(num_tensors, _LEAST_TENSOR_BYTES, "tensors")
+        keys: dict[str, Any] = {}
+        for _ in range(num_keys):
+            name = self._string()
+            if name in keys:
+                raise self._damaged(f"it has the key {shown(name)} twice")
+            keys[name] = self._value(self._scalar("I"))
+        tensors = [self._tensor() for _ in range(num_tensors)]
+        alignment = keys.get("general.alignment", DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise self._damaged(f"its general.alignment is {shown(alignment)}")
+        start = -(-self._at // alignment) * alignment
+        return keys, [self._placed(start, tensor) for tensor in tensors]
+
+    def _check_start(self) -> None:
+        start = self._take(4) if self._size >= 4 else b""
+        if start != MAGIC:
+            raise CheckpointError(f"{self._path} is not a GGUF file: it does not begin with GGUF.")
+        version = self._scalar("I")
+        if version & 0xFFFF == 0:
+            raise CheckpointError(
+                f"{self._path} is a big-endian GGUF file; convert it with gguf_convert_endian.py."
+            )
+        if version not in VERSIONS:
+            raise CheckpointError(
+                f"{self._path} is GGUF of version {version}; supported: "
+                f"{' and '.join(map(str, VERSIONS))}."
+            )
+
+    def _tensor(self) -> GgufTensor:
+        """The next tensor; its offset counts from where all of them begin."""
+        name, num_dims = self._string(), self._scalar("I")
+        if not 1 <= num_dims <= MAX_DIMS:
+            raise self._damaged(f"its tensor {shown(name)} has {num_dims} dimensions")
+        shape = tuple(reversed([self._scalar("Q") for _ in range(num_dims)]))
+        if prod(shape) < 1:
+            raise self._damaged(f"its tensor {shown(name)} has the shape {list(shape)}")
+        return GgufTensor(name, self._scalar("I"), shape, self._path, self._scalar("Q"))
+
+    def _placed(self, start: int, tensor: GgufTensor) -> GgufTensor:
+        begin = start + tensor.offset
+        end = begin + tensor_bytes(tensor.name, tensor.kind, tensor.shape)
+        if end > self._size:
+            raise CheckpointError(
+                f"{self._path} is cut short: {self._size} bytes, and its tensor "
+                f"{shown(tensor.name)} ends at {end}; fetch the file again."
+            )
+        return replace(tensor, offset=begin)
+
+    def _value(self, kind: int, *, nested: bool = False) -> Any:
+        if kind in _SCALARS:
+            return self._scalar(_SCALARS[kind])
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY or nested:
+            raise self._damaged(f"a key has the type {kind}")
+        item, count = self._scalar("I"), self._scalar("Q")
+        width = struct.calcsize(_SCALARS[item]) if item in _SCALARS else 8
+        self._check_count(count, width, "values of an array", most=MAX_ARRAY)
+        if item in _SCALARS:
+            return list(struct.unpack(f"<{count}{_SCALARS[item]}", self._take(count * width)))
+        return [self._value(item, nested=True) for _ in range(count)]
+
+    def _string(self) -> str:
+        length = self._scalar("Q")
+        self._check_count(length, 1, "bytes of a text", most=MAX_STRING_BYTES)
+        # A vocabulary may hold halves of characters; they survive the way to JSON and back.
+        return self._take(length).decode("utf-8", "surrogateescape")
+
+    def _scalar(self, code: str) -> Any:
+        return struct.unpack(f"<{code}", self._take(struct.calcsize(code)))[0]
+
+    def _take(self, num_bytes: int) -> bytes:
+        data = self._file.read(num_bytes)
+        self._at += num_bytes
+        if len(data) != num_bytes:
+            raise CheckpointError(
+                f"{self._path} is cut short: it ends inside its header; fetch the file again."
+            )
+        return data
+
+    def _check_count(self, count: int, width: int, what: str, *, most: int = 1 << 32) -> None:
+        if count > most or count * width > self._size - self._at:
+            raise self._damaged(f"it says that it has {count} {what}, with {self._size} bytes")
+
+    def _damaged(self, reason: str) -> CheckpointError:
+        return CheckpointError(f"{self._path} is a damaged GGUF file: {reason}.")
+
+
+def tensor_bytes(name: str, kind: int, shape: tuple[int, ...]) -> int:
+    """The bytes that a tensor takes.
+
+    Raises:
+        CheckpointError: its type is unknown, or does not fit its rows.
+    """
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    except (KeyError, ValueError):
+        raise CheckpointError(
+            f"The tensor {shown(name)} has the type {kind}, which the installed gguf package does "
+            "not know."
+        ) from None
+    if shape[-1] % block:
+        raise CheckpointError(
+            f"The tensor {shown(name)} has rows of {shape[-1]} values, which its type stores in "
+            f"blocks of {block}."
+        )
+    return int(prod(shape) // block * size)

@@ -1,0 +1,319 @@
+"""From the vocabulary of a GGUF file to the tokenizer files of a checkpoint.
+
+Text becomes the ids that llama.cpp makes of it. A vocabulary whose way of splitting text is not in
+the table here is refused by its name: a wrong split gives wrong ids in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qaic_ray.documents import shown
+from qaic_ray.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+MAX_TOKEN_CHARS = 2048
+"""More than any token or merge has."""
+
+_CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_REST}"
+_QWEN2 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}|{_REST}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
+_FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """How text is split before bytes are merged, one pattern after the other.
+
+    `whole_words`: a piece that is a token is taken as it is, whatever the merges say. `adds_bos` is
+    what holds where the file does not say.
+    """
+
+    patterns: tuple[str, ...]
+    whole_words: bool = False
+    adds_bos: bool = False
+
+
+_OF_LLAMA3 = Splitting((_LLAMA3,), whole_words=True, adds_bos=True)
+_OF_DIGITS = Splitting((r"\p{N}", _GPT2))
+_OF_QWEN2 = Splitting((_QWEN2,))
+_OF_GPT2 = Splitting((_GPT2,))
+
+SPLITTINGS = {
+    "default": Splitting(_DEFAULT),
+    "falcon": Splitting(_FALCON),
+    "tekken": Splitting((_TEKKEN,), whole_words=True, adds_bos=True),
+    "dbrx": Splitting((_LLAMA3,)),
+    "smaug-bpe": Splitting((_LLAMA3,)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), _OF_LLAMA3),
+    **dict.fromkeys(
+        ("smollm", "refact", "starcoder", "command-r", "codeshell", "exaone", "minerva-7b"),
+        _OF_DIGITS,
+    ),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez"), _OF_QWEN2),
+    **dict.fromkeys(("gpt-2", "mpt", "olmo", "phi-2"), _OF_GPT2),
+}
+"""By `tokenizer.ggml.pre`; each is held against llama.cpp by a test."""
+
+
+def write_tokenizer(keys: Mapping[str, Any], name: str, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json, or nothing where the file has no vocabulary.
+
+    Args:
+        keys: of the file.
+        name: names the file in errors.
+        folder: the checkpoint's.
+
+    Raises:
+        CheckpointError: the vocabulary is damaged or of a kind that we do not run.
+    """
+    model = keys.get("tokenizer.ggml.model", "none")
+    if model in ("none", "no_vocab"):
+        return
+    if model not in ("gpt2", "llama"):
+        raise CheckpointError(
+            f"{name} has a tokenizer of the kind {shown(model)} (tokenizer.ggml.model); supported: "
+            "gpt2, llama."
+        )
+    vocabulary = _Vocabulary.read(keys, name)
+    tokenizer = _byte_level(vocabulary) if model == "gpt2" else _sentencepiece(vocabulary)
+    try:
+        _finish(tokenizer, vocabulary)
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"The special tokens of {name} cannot be used: {error}.") from error
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = json.dumps(_settings(vocabulary), indent=2, ensure_ascii=False)
+    (folder / "tokenizer_config.json").write_text(settings + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """The checked lists of a file's tokenizer. Special tokens are None where there are none."""
+
+    name: str
+    keys: Mapping[str, Any]
+    tokens: list[str]
+    kinds: list[int]
+    special: Mapping[str, str | None]
+    adds_bos: bool
+    adds_eos: bool
+
+    @classmethod
+    def read(cls, keys: Mapping[str, Any], name: str) -> _Vocabulary:
+        tokens = _texts(keys, "tokens", name)
+        if len(set(tokens)) != len(tokens):
+            twice = next(token for token in tokens if tokens.count(token) > 1)
+            raise CheckpointError(f"{name} has the token {shown(twice)} twice.")
+        kinds = keys.get("tokenizer.ggml.token_type", [1] * len(tokens))
+        if not isinstance(kinds, list) or len(kinds) != len(tokens):
+            raise CheckpointError(
+                f"{name} has {len(tokens)} tokens and another number of types "
+                "(tokenizer.ggml.token_type)."
+            )
+        of_sentencepiece = keys["tokenizer.ggml.model"] == "llama"
+        special = {}
+        for token, key, default in _SPECIAL:
+            number = keys.get(f"tokenizer.ggml.{key}", default if of_sentencepiece else None)
+            special[f"{token}_token"] = None if number is None else _nth(tokens, number, key, name)
+        by_default = of_sentencepiece or _splitting(keys, name).adds_bos
+        adds_bos = _flag(keys, "add_bos_token", name, default=by_default)
+        return cls(
+            name=name,
+            keys=keys,
+            tokens=tokens,
+            kinds=kinds,
+            special=special,
+            adds_bos=adds_bos and special["bos_token"] is not None,
+            adds_eos=_flag(keys, "add_eos_token", name, default=False)
+            and special["eos_token"] is not None,
+        )
+
+    @property
+    def ids(self) -> dict[str, int]:
+        return {token: number for number, token in enumerate(self.tokens)}
+
+
+_SPECIAL = (
+    ("bos", "bos_token_id", 1),
+    ("eos", "eos_token_id", 2),
+    ("unk", "unknown_token_id", 0),
+    ("pad", "padding_token_id", None),
+)
+"""Name, key, and what llama.cpp takes for a SentencePiece vocabulary that does not say."""
+
+
+def _texts(keys: Mapping[str, Any], key: str, name: str) -> list[str]:
+    texts = keys.get(f"tokenizer.ggml.{key}")
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise CheckpointError(f"{name} has no list of texts tokenizer.ggml.{key}.")
+    if any(len(text) > MAX_TOKEN_CHARS for text in texts):
+        raise CheckpointError(
+            f"{name} has an entry of more than {MAX_TOKEN_CHARS} characters in "
+            f"tokenizer.ggml.{key}."
+        )
+    for number, text in enumerate(texts):
+        if not _is_utf8(text):
+            raise CheckpointError(
+                f"{name} has an entry in tokenizer.ggml.{key} that is not UTF-8: number {number}."
+            )
+    return texts
+
+
+def _nth(tokens: list[str], number: Any, key: str, name: str) -> str:
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(tokens):
+        raise CheckpointError(
+            f"tokenizer.ggml.{key} of {name} is {shown(number)}; it must be below the number of "
+            f"tokens, {len(tokens)}."
+        )
+    return tokens[number]
+
+
+def _flag(keys: Mapping[str, Any], key: str, name: str, *, default: bool) -> bool:
+    value = keys.get(f"tokenizer.ggml.{key}", default)
+    if not isinstance(value, bool):
+        raise CheckpointError(
+            f"tokenizer.ggml.{key} of {name} is {shown(value)}; it must be true or false."
+        )
+    return value
+
+
+def _splitting(keys: Mapping[str, Any], name: str) -> Splitting:
+    pre = keys.get("tokenizer.ggml.pre", "default")
+    if not isinstance(pre, str) or pre not in SPLITTINGS:
+        raise CheckpointError(
+            f"{name} splits text as {shown(pre)} (tokenizer.ggml.pre), which is not supported; "
+            "convert the original checkpoint's folder instead."
+        )
+    return SPLITTINGS[pre]
+
+
+def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    splitting = _splitting(vocabulary.keys, vocabulary.name)
+    ids, merges = vocabulary.ids, []
+    for merge in _texts(vocabulary.keys, "merges", vocabulary.name):
+        left, _, right = merge.partition(" ")
+        if left not in ids or right not in ids or left + right not in ids:
+            raise CheckpointError(
+                f"{vocabulary.name} has a merge {shown(merge)} whose parts or result are no tokens."
+            )
+        merges.append((left, right))
+    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=splitting.whole_words))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(text), "isolated") for text in splitting.patterns),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    scores = vocabulary.keys.get("tokenizer.ggml.scores")
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(vocabulary.tokens)
+        or not all(isinstance(score, (int, float)) and math.isfinite(score) for score in scores)
+    ):
+        raise CheckpointError(
+            f"{vocabulary.name} has no number for each token (tokenizer.ggml.scores)."
+        )
+    model = models.BPE(
+        vocabulary.ids,
+        _merges(vocabulary.ids, scores),
+        unk_token=vocabulary.special["unk_token"],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    prefix = _flag(vocabulary.keys, "add_space_prefix", vocabulary.name, default=True)
+    spaces = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] * prefix)])
+    return tokenizer
+
+
+def _merges(ids: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    """Every way to make a token of two others, the token of the best score first."""
+    found = []
+    for token, number in ids.items():
+        for at in range(1, len(token)):
+            left, right = token[:at], token[at:]
+            if left in ids and right in ids:
+                found.append((-scores[number], ids[left], ids[right], (left, right)))
+    return [pair for *_, pair in sorted(found)]
+
+
+def _finish(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
+    """Tokens that are found in a text before anything is split, and what is put around a text."""
+    from tokenizers import AddedToken, processors
+
+    whole = {UNKNOWN: True, CONTROL: True, USER_DEFINED: False}
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=whole[kind], normalized=False)
+            for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True)
+            if kind in whole and token
+        ]
+    )
+    before = [vocabulary.special["bos_token"]] * vocabulary.adds_bos
+    after = [vocabulary.special["eos_token"]] * vocabulary.adds_eos
+    if before or after:
+        ids = vocabulary.ids
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            pair=[*before, "$A", *after, *before, "$B", *after],
+            special_tokens=[(token, ids[token]) for token in {*before, *after} if token],
+        )
+
+
+def _settings(vocabulary: _Vocabulary) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **{key: token for key, token in vocabulary.special.items() if token is not None},
+    }
+    prefix = "tokenizer.chat_template"
+    templates = {
+        key.removeprefix(prefix).removeprefix(".") or "default": text
+        for key, text in vocabulary.keys.items()
+        if key == prefix or key.startswith(f"{prefix}.")
+    }
+    for which, text in templates.items():
+        if not isinstance(text, str) or not _is_utf8(text):
+            raise CheckpointError(
+                f"{vocabulary.name} has a chat template ({shown(which)}) that is no text of UTF-8."
+            )
+    if templates.keys() == {"default"}:
+        settings["chat_template"] = templates["default"]
+    elif templates:
+        settings["chat_template"] = [{"name": n, "template": t} for n, t in templates.items()]
+    return settings
+
+
+def _is_utf8(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
