@@ -24,8 +24,13 @@ HUB_PATTERNS = (
     "config.json",
     "generation_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
     "chat_template*",
+    "additional_chat_templates/*",
 )
 HUB_WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 
