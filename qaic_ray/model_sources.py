@@ -25,12 +25,17 @@ HUB_PATTERNS = (
     "config.json",
     "generation_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     # These say that it is something else.
     "adapter_config.json",
     "hf_quant_config.json",
     "model_index.json",
     "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
     "chat_template*",
+    "additional_chat_templates/*",
 )
 HUB_WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from chat_templates import CONVERSATIONS, KWARGS, TEMPLATES
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,9 +22,13 @@ from tokenizer_folders import FOLDERS
 
 from qaic_ray import chat_template, transformers_child
 from qaic_ray.chat_template import RESERVED, ChatTemplate
+from qaic_ray.config import job_from
 from qaic_ray.errors import UsageError
 from qaic_ray.folders import CACHE_VARIABLE
 from qaic_ray.model import load_tokenizer, open_checkpoint
+from qaic_ray.pipeline.job import _run_request
+from qaic_ray.pipeline.request import REQUEST_NAME, RunRequest
+from qaic_ray.pipeline.run_step import check_chat_template
 from qaic_ray.rows import ChatOptions
 from qaic_ray.tokenizer import Tokenizer
 
@@ -320,6 +325,26 @@ def test_what_does_not_compile_is_said_before_any_conversation(template: str, na
     with pytest.raises(UsageError, match=f"cannot be used: .*{named}") as caught:
         ChatTemplate(template).try_out(HELLO, ChatOptions())
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_hears_of_it_before_ray_starts(simple: Path) -> None:
+    request = RunRequest("r", str(simple), Path("/q"), None, "a", None, chat=True)
+    with pytest.raises(UsageError, match="has no chat template: leave --chat"):
+        check_chat_template(request)
+    check_chat_template(replace(request, chat_template="{{ messages[0].content }}"))
+    _in_settings(simple, "{% if %}")
+    with pytest.raises(UsageError, match="cannot be used: Expected an expression"):
+        check_chat_template(request)
+    check_chat_template(replace(request, chat=False))
+
+
+def test_a_job_that_goes_on_keeps_its_date(tmp_path: Path) -> None:
+    begun = RunRequest("r", "m", Path("/q"), None, "a", None, date="2031-02-03T04:05:06")
+    (tmp_path / REQUEST_NAME).write_text(begun.to_yaml())
+    job = job_from({"name": "r", "model": {"name": "m"}, "run": {"prompt": "a"}}, source="x")
+    assert _run_request(job, tmp_path, retry_errors=False).date == begun.date
+    fresh = _run_request(job, None, retry_errors=False)
+    assert yaml.safe_load(fresh.job_text)["run"]["date"] == fresh.date
 
 
 BOMBS = {
