@@ -161,7 +161,8 @@ class CardPredictor:
             else:
                 prompts.append(item)
         self._answer(prompts, done)
-        answers = self._columns([done[index] for index in sorted(done)], self._asked(batch))
+        rows = [done[index] for index in sorted(done)]
+        answers = self._columns(rows, self._asked(batch, rows))
         return batch | {self._prefix + name: column for name, column in answers.items()}
 
     def close(self) -> None:
@@ -250,14 +251,18 @@ class CardPredictor:
 
     # -- answers out
 
-    def _asked(self, batch: Batch) -> set[str]:
-        """The columns of answers that not every batch has: by its columns, not by its rows, so
-        that every block of a dataset has the same."""
+    def _asked(self, batch: Batch, rows: Sequence[Row] = ()) -> set[str]:
+        """The columns of answers that not every batch has: by its columns, so that every block of
+        a dataset has the same, and by what rows have been given all the same."""
         names = {ALIASES.get(column, column) for column in batch}
         asked = set()
-        if self._sampling.logprobs is not None or names & {"logprobs", "top_logprobs", *NESTED}:
+        if (
+            self._sampling.logprobs is not None
+            or names & {"logprobs", "top_logprobs", *NESTED}
+            or any(row.logprobs is not None for row in rows)
+        ):
             asked.add("logprobs")
-        if self._sampling.n > 1 or names & {"n", *NESTED}:
+        if self._sampling.n > 1 or names & {"n", *NESTED} or any(row.choices for row in rows):
             asked.add("choices")
         return asked
 
