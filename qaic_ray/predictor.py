@@ -15,10 +15,9 @@ watches over a card that hangs; `qaic-ray run` has them.
 from __future__ import annotations
 
 import hashlib
-import math
 import sys
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qaic_ray.columns import objects, plain
 from qaic_ray.config import EmulatorPart
 from qaic_ray.errors import DeviceBusy, DeviceError, RowError, UsageError
 from qaic_ray.fleet.answers import Generation
@@ -172,7 +172,8 @@ class CardPredictor:
         except BaseException:
             self.close()
             raise
-        answers = self._columns([done[index] for index in sorted(done)], self._asked(batch))
+        rows = [done[index] for index in sorted(done)]
+        answers = self._columns(rows, self._asked(batch, rows))
         return batch | {self._prefix + name: column for name, column in answers.items()}
 
     def close(self) -> None:
@@ -266,14 +267,18 @@ class CardPredictor:
 
     # -- answers out
 
-    def _asked(self, batch: Batch) -> set[str]:
-        """The columns of answers that not every batch has: by its columns, not by its rows, so
-        that every block of a dataset has the same."""
+    def _asked(self, batch: Batch, rows: Sequence[Row] = ()) -> set[str]:
+        """The columns of answers that not every batch has: by its columns, so that every block of
+        a dataset has the same, and by what rows have been given all the same."""
         names = {ALIASES.get(column, column) for column in batch}
         asked = set()
-        if self._sampling.logprobs is not None or names & {"logprobs", "top_logprobs", *NESTED}:
+        if (
+            self._sampling.logprobs is not None
+            or names & {"logprobs", "top_logprobs", *NESTED}
+            or any(row.logprobs is not None for row in rows)
+        ):
             asked.add("logprobs")
-        if self._sampling.n > 1 or names & {"n", *NESTED}:
+        if self._sampling.n > 1 or names & {"n", *NESTED} or any(row.choices for row in rows):
             asked.add("choices")
         return asked
 
@@ -370,25 +375,3 @@ def _is_actor() -> bool:
     if ray is None or not ray.is_initialized():
         return False
     return bool(ray.get_runtime_context().get_actor_id())
-
-
-def plain(value: Any) -> Any:
-    """A value of a column as JSON has it; NaN is how a table has a number that is missing."""
-    if isinstance(value, np.ndarray | list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and (math.isnan(value) or value.is_integer()):
-        return None if math.isnan(value) else int(value)
-    return value
-
-
-def objects(values: Iterable[Any]) -> NDArray[Any]:
-    """A column of Python objects: lists of one length would make a table of it."""
-    items = list(values)
-    column = np.empty(len(items), object)
-    for at, item in enumerate(items):
-        column[at] = item
-    return column

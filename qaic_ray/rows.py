@@ -41,6 +41,9 @@ class ErrorClass(str, Enum):
 
 _log = logging.getLogger(__name__)
 
+MAX_ERROR_CHARS = 900
+"""Of a row's error: whoever wrote it may have put his input into it."""
+
 _PANIC = "PanicException"
 """What a library written in Rust raises over a fault of its own; it is no Exception."""
 
@@ -189,7 +192,9 @@ class Row:
         attempts: int = 1,
         error_class: ErrorClass = ErrorClass.REFUSED,
     ) -> Row:
-        """The row of a prompt that could not be answered."""
+        """The row of a prompt that could not be answered; of a long error its beginning."""
+        if len(error) > MAX_ERROR_CHARS:
+            error = f"{error[:MAX_ERROR_CHARS]}..."
         return cls(
             index=prompt.index,
             id=prompt.id,

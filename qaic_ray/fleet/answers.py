@@ -27,6 +27,12 @@ MAX_HELD = 2**23
 """Tokens and their log-probabilities in the answers to one prompt; 128 of 65,536 tokens each."""
 
 
+BEGINNING_CHARS = 2**17
+_MUCH_MORE = 8
+_LAST_WORD = 64
+"""Tokens that the end of a beginning may have more than the same characters amid the text."""
+
+
 @dataclass(frozen=True)
 class Generation:
     """How answers are made, and what of the QPC is relied on.
@@ -125,6 +131,7 @@ class Answerer:
                 "Options of the chat template are for a conversation: give messages in place of "
                 "the prompt, or let the run say --chat."
             )
+        self._refuse_endless(prompt)
         prompt_ids = tuple(self._prompt_ids(prompt))
         self._refuse_unknown("The prompt", prompt_ids)
         limit = self._limits.new_token_limit(len(prompt_ids), params.max_tokens)
@@ -178,6 +185,22 @@ class Answerer:
             logprobs=first.logprobs,
             choices=tuple(samples) if len(samples) > 1 else (),
         )
+
+    def _refuse_endless(self, prompt: Prompt) -> None:
+        """Refuse a text of megabytes by its beginning: to tokenize all of it takes a minute."""
+        text = prompt.text
+        if prompt.messages is not None:
+            text = "".join(message["content"] for message in prompt.messages)
+        size = BEGINNING_CHARS
+        while size * _MUCH_MORE <= len(text):
+            num_tokens = len(self._tokenizer.encode(text[:size])) - _LAST_WORD
+            try:
+                self._limits.new_token_limit(max(1, num_tokens), None)
+            except RowError as error:
+                raise RowError(
+                    f"Its first {size} characters alone are too many. {error}"
+                ) from error
+            size *= _MUCH_MORE
 
     def _refuse_unknown(self, what: str, token_ids: Sequence[int]) -> None:
         """Refuse tokens for which the model has no row, and a card no answer."""

@@ -21,9 +21,6 @@ T = TypeVar("T")
 MAX_SHOWN_CHARS = 2**16
 """Of a row that cannot be read, in the error row's `prompt`."""
 
-MAX_ERROR_CHARS = 900
-"""Of an error row's sentence."""
-
 MAX_EXACT = 2**53
 """Up to here every whole number is a float."""
 
@@ -98,8 +95,6 @@ class Draft:
             start = (self._raw if shown is None else shown)[: 4 * MAX_SHOWN_CHARS]
             shown = _writable(start)[:MAX_SHOWN_CHARS]
         prompt = Prompt(self._index, _writable(shown), self.id, self.messages)
-        if len(error) > MAX_ERROR_CHARS:
-            error = f"{error[:MAX_ERROR_CHARS]}..."
         return Row.failed(prompt, _writable(error), attempts=0, error_class=ErrorClass.MALFORMED)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Listed
 from typing import Any
 
+import numpy as np
 import pytest
 from formula_program import EOS, VOCAB, FormulaProgram, answer, run_all
 from hypothesis import given, settings
@@ -131,3 +132,42 @@ def test_a_panic_is_the_rows_and_an_interruption_is_nobodys() -> None:
         with pytest.raises(type(whole)) as same, ROW_ALONE:
             raise whole
         assert same.value is whole
+
+
+ANY_PARAMS = st.fixed_dictionaries(
+    {},
+    optional={
+        "min_tokens": st.integers(0, 2**31 - 1),
+        "temperature": st.floats(0, 100),
+        "top_k": st.integers(-1, 2**31 - 1),
+        "top_p": st.floats(0, 1, exclude_min=True),
+        "min_p": st.floats(0, 1),
+        "repetition_penalty": st.floats(0.01, 100),
+        "presence_penalty": st.floats(-2, 2),
+        "frequency_penalty": st.floats(-2, 2),
+        "seed": st.integers(0, 2**63 - 1),
+        "logprobs": st.integers(0, 20),
+    },
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    asked=st.lists(ANY_PARAMS, min_size=1, max_size=4),
+    scale=st.sampled_from([0.0, 1.0, 1e-30, 1e4, 1e30]),
+    stop_ids=st.lists(st.integers(0, 2**31 - 1), max_size=3),
+)
+def test_whatever_the_bounds_allow_can_be_sampled(
+    asked: list[dict[str, Any]], scale: float, stop_ids: list[int]
+) -> None:
+    """Numbers that only some machines can hold are refused before; warnings are errors here."""
+    selector = Selector(len(asked))
+    for slot, fields in enumerate(asked):
+        params = SamplingParams(**fields)
+        ids = frozenset(stop_ids) - {7}
+        selector.enter(slot, Sequence(slot, (1, 2), 9, ids, params, seed=params.seed or 0))
+    random = np.random.default_rng(0)
+    for _ in range(3):
+        logits = (random.normal(size=(len(asked), VOCAB)) * scale).astype(np.float32)
+        choice = selector.choose(logits, list(range(len(asked))))
+        assert all(0 <= token < VOCAB for token in choice.tokens)

@@ -393,6 +393,29 @@ def test_what_the_context_or_the_memory_cannot_hold_is_said(
     assert len(well.token_ids) == 36
 
 
+def test_a_text_of_megabytes_is_refused_by_its_beginning(
+    open_worker: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers_module, "BEGINNING_CHARS", 128)
+    lens: list[int] = []
+
+    class Watched(Tokenizer):
+        def encode(self, text: str) -> list[int]:
+            lens.append(len(text))
+            return super().encode(text)
+
+    plain = letters()
+    watched = Watched(plain._backend, settings={}, chat_template=TEMPLATE, eos_ids=(EOS,))
+    worker = open_worker(tokenizer=watched)
+    endless = ({"role": "user", "content": "A" * 5000},)
+    for given in (prompt("A" * 5000), Prompt(0, "", messages=endless)):
+        (row,) = answers(worker, given)
+        assert str(row.error).startswith("Its first 128 characters alone are too many. The prompt")
+    assert lens == [128, 128]
+    (row,) = answers(worker, prompt("A" * 1000))
+    assert str(row.error).startswith("The prompt has 1000 tokens")
+
+
 def test_options_of_the_template_need_a_conversation(open_worker: Open) -> None:
     asking = replace(prompt("HI"), chat=ChatOptions(template_kwargs={"x": 1}))
     (row,) = answers(open_worker(), asking)

@@ -17,7 +17,8 @@ from qaic_ray.errors import DeviceBusy, DeviceError, UsageError
 from qaic_ray.fleet.locks import LOCKS_VARIABLE, CardLocks, Part
 from qaic_ray.fleet.worker_spec import WorkerSpec
 from qaic_ray.predictor import Grant, places, plain
-from qaic_ray.rows import FinishReason, Prompt, Row
+from qaic_ray.rows import FinishReason, Prompt, Row, Sample
+from qaic_ray.sampling_params import TokenLogprob
 
 NUM_CARDS = 4
 
@@ -51,6 +52,11 @@ class RuleWorker:
             text = prompt.text[::-1]
             ids = tuple(map(ord, text))
             made = {"token_ids": ids, "worker": self.spec.name, "attempts": attempt}
+            params = prompt.sampling or self.spec.generation.sampling
+            if params.logprobs is not None:
+                made["logprobs"] = tuple(TokenLogprob(id_, -1.0) for id_ in ids)
+            if params.n > 1:
+                made["choices"] = (Sample(text, ids, FinishReason.STOP),) * params.n
             yield [Row(prompt.index, prompt.text, text, FinishReason.STOP, **made)]  # type: ignore[arg-type]
 
     def close(self) -> None:
@@ -194,6 +200,38 @@ def test_values_of_columns_are_those_of_json(value: object) -> None:
     assert plain(value) == value
     assert type(plain(np.float64(2))) is int
     assert plain(np.nan) is None
+
+
+@pytest.mark.parametrize(
+    ("columns", "answers"),
+    [
+        ({"n": [2, 1], "temperature": [1, 1]}, {"choices": [["cba"] * 2, ["yx"]]}),
+        ({"num_return_sequences": [2, None], "temperature": [1, 1]}, None),
+        ({"sampling_params": [{"n": 2, "temperature": 1, "logprobs": 0}, None]}, None),
+        ({"options": [{"num_return_sequences": 2, "temperature": 1}, None]}, None),
+        ({"logprobs": [None, 0]}, {"logprobs": [[], [-1.0, -1.0]]}),
+        ({"n_probs": [3, 0]}, {"logprobs": [[-1.0] * 3, []]}),
+        ({"logprobs": [True, False], "top_logprobs": [2, 0]}, {"logprobs": [[-1.0] * 3, []]}),
+    ],
+)
+def test_what_a_rows_own_columns_ask_for_comes_back(
+    make: Make, columns: dict[str, list[Any]], answers: dict[str, list[Any]] | None
+) -> None:
+    batch = {name: column(*values) for name, values in columns.items()}
+    answered = make(prefix="a_")({"prompt": column("abc", "xy"), **batch})
+    assert list(answered["a_error"]) == ["", ""]
+    for name, values in (answers or {"choices": [["cba"] * 2, ["yx"]]}).items():
+        assert list(answered[f"a_{name}"]) == values
+
+
+def test_rows_of_other_programs_are_read_as_in_files(make: Make) -> None:
+    batch = {"prompt": column("a", "b", "c"), "num_beams": column(1, 4, None)}
+    answered = make()(batch | {"n_predict": np.array([5.0, np.nan, np.nan])})
+    assert list(answered["finish_reason"]) == ["stop", "error", "stop"]
+    assert answered["error"][1].startswith('"num_beams" is not offered')
+    asked = {prompt.index: prompt for prompt in RuleWorker.opened[-1].asked}
+    assert asked[0].sampling is not None
+    assert asked[0].sampling.max_tokens == 5
 
 
 def test_a_bad_sampling_field_of_a_row_is_its_error(make: Make) -> None:

@@ -26,7 +26,7 @@ from qaic_ray.config import job_from
 from qaic_ray.errors import UsageError
 from qaic_ray.folders import CACHE_VARIABLE
 from qaic_ray.model import load_tokenizer, open_checkpoint
-from qaic_ray.pipeline.job import _run_request
+from qaic_ray.pipeline.job import run_request
 from qaic_ray.pipeline.request import REQUEST_NAME, RunRequest
 from qaic_ray.pipeline.run_step import check_chat_template
 from qaic_ray.rows import ChatOptions
@@ -342,8 +342,8 @@ def test_a_job_that_goes_on_keeps_its_date(tmp_path: Path) -> None:
     begun = RunRequest("r", "m", Path("/q"), None, "a", None, date="2031-02-03T04:05:06")
     (tmp_path / REQUEST_NAME).write_text(begun.to_yaml())
     job = job_from({"name": "r", "model": {"name": "m"}, "run": {"prompt": "a"}}, source="x")
-    assert _run_request(job, tmp_path, retry_errors=False).date == begun.date
-    fresh = _run_request(job, None, retry_errors=False)
+    assert run_request(job, tmp_path, retry_errors=False).date == begun.date
+    fresh = run_request(job, None, retry_errors=False)
     assert yaml.safe_load(fresh.job_text)["run"]["date"] == fresh.date
 
 
