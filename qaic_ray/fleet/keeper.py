@@ -24,17 +24,27 @@ _PAUSE_S = 0.1
 
 
 def marked(folder: str) -> list[int]:
-    """The living processes of this user that belong to the session in `folder`."""
+    """The living processes of this user that belong to the session in `folder`.
+
+    Some of Ray's write their title over their environment: they write into the folder too.
+    """
     mark = f"{SESSION_VARIABLE}={folder}".encode()
     found = []
     for name in os.listdir("/proc"):
-        if not name.isdecimal():
-            continue
-        with suppress(OSError), open(f"/proc/{name}/environ", "rb") as stream:
-            # That of a zombie is empty.
-            if mark in stream.read().split(b"\0"):
-                found.append(int(name))
+        if name.isdecimal() and int(name) != os.getpid():
+            with suppress(OSError):
+                if _is_marked(f"/proc/{name}", mark) or _writes_into(f"/proc/{name}", folder):
+                    found.append(int(name))
     return found
+
+
+def _is_marked(process: str, mark: bytes) -> bool:
+    with open(f"{process}/environ", "rb") as stream:
+        return mark in stream.read().split(b"\0")  # that of a zombie is empty
+
+
+def _writes_into(process: str, folder: str) -> bool:
+    return any(os.readlink(f"{process}/fd/{fd}").startswith(f"{folder}/") for fd in (1, 2))
 
 
 def kill_marked(folder: str) -> None:
