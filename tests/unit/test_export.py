@@ -8,7 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from qaic_ray.contract import IoContract
 from qaic_ray.errors import CheckpointError, ExportError, UsageError
@@ -211,7 +213,7 @@ def test_large_models_are_checked_quickly() -> None:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Checkpoint:
-    """A checkpoint whose weight file is cut short: nothing can be written from it."""
+    """A checkpoint whose weights are all there, by their names and shapes."""
     folder = tmp_path / "tiny"
     folder.mkdir()
     config = {
@@ -224,12 +226,19 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
         "max_position_embeddings": 8,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model.safetensors").write_bytes(b"\x10")
+    layer = "model.layers.0"
+    matrices = ["model.embed_tokens", "lm_head", f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"]
+    matrices += [f"{layer}.mlp.down_proj", *(f"{layer}.self_attn.{x}_proj" for x in "qkvo")]
+    norms = ["model.norm", f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"]
+    tensors = {f"{name}.weight": np.ones((8, 8), np.float32) for name in matrices}
+    tensors |= {f"{name}.weight": np.ones(8, np.float32) for name in norms}
+    save_file(tensors, folder / "model.safetensors")
     return open_checkpoint(str(folder))
 
 
 def test_a_bad_checkpoint_leaves_nothing_behind(checkpoint: Checkpoint, tmp_path: Path) -> None:
     out = tmp_path / "out" / "tiny-kv"
+    (checkpoint.folder / "model.safetensors").write_bytes(b"\x10")
     with pytest.raises(CheckpointError, match="cut short"):
         export_model(checkpoint, output=out, verify="off")
     assert not out.parent.exists()
