@@ -17,7 +17,7 @@ from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.pipeline.devices import choose_devices
 from qaic_ray.pipeline.listener import Listener
 from qaic_ray.pipeline.request import REQUEST_NAME, RunRequest
-from qaic_ray.sdk import EmulatedCards, Sdk
+from qaic_ray.sdk import EmulatedCards, Sdk, name_for_others
 
 if TYPE_CHECKING:
     from qaic_ray.fleet.answers import Generation
@@ -169,7 +169,9 @@ def _places(
     from qaic_ray.fleet.placement import place, qpc_cores
 
     here = request.ray_address is None
-    nodes = cluster.inventory(str(sdk.here.root) if here else sdk.name, sdk.emulated)
+    nodes = cluster.inventory(
+        str(sdk.here.root) if here else name_for_others(sdk.name), sdk.emulated
+    )
     for problem in cluster.problems(nodes):
         listener.remark(problem)
     return place(
