@@ -35,9 +35,10 @@ def _path(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return str(user_path(value, "it"))
+        path = user_path(value, "it")
     except UsageError as error:
         raise ValueError(str(error)) from error
+    return str(path) if value.startswith("~") else value
 
 
 PositiveInt = Annotated[int, Field(ge=1, le=MAX_SIZE), BeforeValidator(_whole_number)]

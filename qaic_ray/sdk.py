@@ -172,6 +172,11 @@ def find_sdk(name: str | None, emulated: EmulatedCards) -> Sdk:
         raise SdkNotFound(str(error)) from error
 
 
+def name_for_others(name: str) -> str:
+    """A name for `find_sdk` that means the same on every node: a folder's path is absolute."""
+    return name if name in ("auto", "real", "emulated") else str(Path(name).expanduser().absolute())
+
+
 def install_emulated(prefix: Path, wanted: EmulatedCards) -> Path:
     """Lay the emulated SDK down at `prefix`; does nothing where the same one stands already.
 

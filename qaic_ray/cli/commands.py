@@ -262,9 +262,10 @@ def devices(
     from qaic_ray.config import EmulatorPart
     from qaic_ray.fleet.cluster import Cluster
     from qaic_ray.pipeline.devices import emulated_cards
+    from qaic_ray.sdk import name_for_others
 
     with Cluster(0, address=address) as cluster:
-        nodes = cluster.inventory(sdk, emulated_cards(EmulatorPart()))
+        nodes = cluster.inventory(name_for_others(sdk), emulated_cards(EmulatorPart()))
         screen.inventory(nodes, cluster.problems(nodes), as_json=as_json)
 
 

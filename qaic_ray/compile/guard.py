@@ -57,7 +57,8 @@ def _start(argv: list[str], libc: ctypes.CDLL) -> int:
         if os.getppid() != here:
             os._exit(NOT_STARTED)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and so would the command
+        for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and so by the command
+            signal.signal(ignored, signal.SIG_DFL)
         os.execvp(argv[0], argv)
     except OSError as error:
         os.write(2, f"{CANNOT_START}{error.strerror}\n".encode())

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,13 @@ def export_model(
         UsageError: the checkpoint cannot be exported, or the folder is somebody else's.
         ExportError: the graph disagrees with PyTorch, or the disk is full. Nothing is left behind.
     """
+    if verify is not None and verify not in ("full", "quick", "off"):
+        raise UsageError(f"verify must be full, quick or off, not {shown(verify)}.")
+    _check_extra(has_check=verify != "off")
     # A link stays, and what it means is written.
     folder = Path(os.path.realpath(output or f"{checkpoint.base}-kv"))
     architecture = read_architecture(checkpoint.config)
     level = default_level(architecture) if verify is None else verify
-    if level not in ("full", "quick", "off"):
-        raise UsageError(f"verify must be full, quick or off, not {level!r}.")
     architecture = fit_architecture(architecture, read_entries(checkpoint.weight_files))
     making = _Making(checkpoint, architecture, options or ExportOptions(), folder.name)
     try:
@@ -267,6 +269,16 @@ class _Making:
             COSINE_TABLE: partial(table_blocks, self.architecture, sine=False),
             SINE_TABLE: partial(table_blocks, self.architecture, sine=True),
         }
+
+
+def _check_extra(*, has_check: bool) -> None:
+    needed = ("onnxsim", "torch") if has_check else ("onnxsim",)
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"An export needs {' and '.join(missing)}, which this Python has not: install what "
+            "belongs to it with `pip install 'qaic-ray[export]'`."
+        )
 
 
 def check_ours(folder: Path) -> None:

@@ -27,7 +27,7 @@ from qaic_ray.pipeline.request import (
     absolute_model,
     write_request,
 )
-from qaic_ray.sdk import EmulatedCards, Sdk
+from qaic_ray.sdk import EmulatedCards, Sdk, name_for_others
 from qaic_ray.tokenizer_sources import tokenizer_digest
 
 if TYPE_CHECKING:
@@ -267,7 +267,9 @@ def _places(
     from qaic_ray.fleet.placement import place, qpc_cores
 
     here = request.ray_address is None
-    nodes = cluster.inventory(str(sdk.here.root) if here else sdk.name, sdk.emulated)
+    nodes = cluster.inventory(
+        str(sdk.here.root) if here else name_for_others(sdk.name), sdk.emulated
+    )
     for problem in cluster.problems(nodes):
         listener.remark(problem)
     return place(

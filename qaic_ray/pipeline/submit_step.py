@@ -219,7 +219,7 @@ def _report(log: str) -> dict[str, Any] | None:
     """The figures that end the log of a job that came to its end."""
     try:
         document = json.loads(log.rstrip().rpartition("\n")[2])
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     is_report = isinstance(document, dict) and {"rows", "failed_rows", "folder"} <= set(document)
     return document if is_report else None

@@ -28,8 +28,11 @@ def request_(tmp_path: Path) -> RunRequest:
 
 def run(request: RunRequest, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_step, "_places", lambda *_: [])
-    listener: Any = SimpleNamespace(answered=lambda _: None, card_ready=None, remark=None)
-    run_step.run_on(cluster, request, iter(()), sdk=None, listener=listener)  # type: ignore[arg-type]
+    monkeypatch.setattr(run_step, "_parts", lambda _: {"qpc": "q", "model": {}})
+    heard = {name: lambda _: None for name in ("answered", "card_ready", "remark", "run_folder")}
+    listener: Any = SimpleNamespace(**heard)
+    sdk: Any = SimpleNamespace(name="auto")
+    run_step.run_on(cluster, request, request.open_input(), sdk=sdk, listener=listener)
 
 
 @pytest.mark.parametrize("num_rows", [0, 1])

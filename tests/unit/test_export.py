@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from qaic_ray.contract import IoContract
 from qaic_ray.errors import CheckpointError, ExportError, UsageError
+from qaic_ray.export import export
 from qaic_ray.export.architecture import read_architecture
 from qaic_ray.export.export import check_ours, custom_io, export_model
 from qaic_ray.export.headroom import Activation
@@ -299,6 +300,15 @@ def test_the_recipe_s_own_export_is_never_replaced(checkpoint: Checkpoint, tmp_p
     with pytest.raises(UsageError, match="not an exported model of this tool"):
         export_model(checkpoint, output=out, verify="off")
     assert (out / MANIFEST.onnx_file).is_file()
+
+
+def test_a_missing_extra_is_named_with_the_command(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    for verify, names in (("off", "onnxsim"), ("quick", "onnxsim and torch")):
+        with pytest.raises(UsageError, match=rf"needs {names},.*qaic-ray\[export\]"):
+            export_model(checkpoint, output=tmp_path / "out", verify=verify)
 
 
 def test_unknown_verify_level(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -8,7 +8,14 @@ import pytest
 
 from qaic_ray import sdk as module
 from qaic_ray.errors import DeviceError, SdkNotFound
-from qaic_ray.sdk import EmulatedCards, Sdk, find_sdk, open_sdk, parse_devices
+from qaic_ray.sdk import (
+    EmulatedCards,
+    Sdk,
+    find_sdk,
+    name_for_others,
+    open_sdk,
+    parse_devices,
+)
 
 CARDS = EmulatedCards(cards=4, sku="standard", apps_version="1.20")
 
@@ -139,3 +146,19 @@ def test_failing_device_tool_says_why(tmp_path: Path) -> None:
     (sdk.root / "tools" / "qaic-util").unlink()
     with pytest.raises(DeviceError, match="Cannot run"):
         sdk.devices()
+
+
+def test_a_folder_s_name_means_the_driver_s_on_every_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert [name_for_others(word) for word in ("auto", "real", "emulated")] == [
+        "auto", "real", "emulated"
+    ]  # fmt: skip
+    assert name_for_others("./sdk") == str(tmp_path / "sdk")
+
+
+@pytest.mark.parametrize("text", ["QID x\n", f"QID {'9' * 5000}\n", "QID 0\n\tNsp Total:many\n"])
+def test_a_number_of_the_tool_that_is_none_is_a_device_error(text: str) -> None:
+    with pytest.raises(DeviceError, match="which is no number"):
+        parse_devices(text)
