@@ -17,7 +17,7 @@ from qaic_ray.pipeline.devices import choose_devices, choose_sdk, emulated_cards
 from qaic_ray.pipeline.export_step import export_step
 from qaic_ray.pipeline.listener import Listener
 from qaic_ray.pipeline.request import RunRequest, drawn_seed, read_request
-from qaic_ray.pipeline.run_step import SdkChoice, run_on
+from qaic_ray.pipeline.run_step import SdkChoice, resuming, run_on
 from qaic_ray.sdk import VENDOR_ROOT, Sdk, find_sdk
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def launch_job(
         UsageError: as early as it can be known.
         CompileError: when the variant to be run could not be compiled.
     """
-    chosen_at = chosen_index(job)
+    chosen_index(job)  # it is there
     sdk = SdkChoice(
         choose_sdk(job.sdk, job.emulator, listener), job.sdk, emulated_cards(job.emulator)
     )
@@ -48,6 +48,14 @@ def launch_job(
     if job.ray.address is None:
         devices = choose_devices(sdk.here, request.devices)
         request, num_cards = replace(request, devices=devices), len(devices)
+    with resuming(request, sdk):
+        return _launched(job, request, sdk, num_cards=num_cards, listener=listener)
+
+
+def _launched(
+    job: Job, request: RunRequest, sdk: SdkChoice, *, num_cards: int, listener: Listener
+) -> RunSummary:
+    chosen_at = chosen_index(job)
     prompts = request.open_prompts()
     exported = export_step(job.model, job.export, listener)
     compiling = _compile_request(job, exported.folder)
