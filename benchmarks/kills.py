@@ -317,7 +317,12 @@ def check_run(stage: Stage, blow: Blow, said: str, output: str) -> str:
     if not folders:  # it had not begun
         return ""
     named = re.search(r"([\d,]+) rows are safe in (\S+); go on with `qaic-ray run --resume", said)
-    if blow.exit_code != -signal.SIGKILL and (not named or named[2] != str(folders[0])):
+    has_begun = "… Ray" in said  # before that it is a command that has done nothing yet
+    if (
+        has_begun
+        and blow.exit_code != -signal.SIGKILL
+        and (not named or named[2] != str(folders[0]))
+    ):
         blow.wrong.append(f"no sentence: {said[-300:]}")
     return str(folders[0])
 

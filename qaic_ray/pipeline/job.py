@@ -26,7 +26,7 @@ from qaic_ray.pipeline.request import (
     drawn_seed,
     read_request,
 )
-from qaic_ray.pipeline.run_step import SdkChoice, check_chat_template, run_on
+from qaic_ray.pipeline.run_step import SdkChoice, check_chat_template, resuming, run_on
 from qaic_ray.rows import ChatOptions
 from qaic_ray.sdk import SDK_NAMES, VENDOR_ROOT, Sdk, find_sdk
 
@@ -49,7 +49,7 @@ def launch_job(
         UsageError: as early as it can be known.
         CompileError: when the variant to be run could not be compiled.
     """
-    chosen_at = chosen_index(job)
+    chosen_index(job)  # it is there
     sdk = SdkChoice(
         choose_sdk(job.sdk, job.emulator, listener), job.sdk, emulated_cards(job.emulator)
     )
@@ -58,6 +58,14 @@ def launch_job(
     if job.ray.address is None:
         devices = choose_devices(sdk.here, request.devices)
         request, num_cards = replace(request, devices=devices), len(devices)
+    with resuming(request, sdk):
+        return _launched(job, request, sdk, num_cards=num_cards, listener=listener)
+
+
+def _launched(
+    job: Job, request: RunRequest, sdk: SdkChoice, *, num_cards: int, listener: Listener
+) -> RunSummary:
+    chosen_at = chosen_index(job)
     run_input = request.open_input()
     exported = export_step(job.model, job.export, listener)
     check_chat_template(request)

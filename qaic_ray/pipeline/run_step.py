@@ -7,7 +7,7 @@ import shlex
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -70,7 +70,7 @@ def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSumm
     from qaic_ray.fleet.cluster import Cluster
 
     listener.began("Ray")
-    with Cluster(num_cards, address=request.ray_address) as cluster:
+    with resuming(request, sdk), Cluster(num_cards, address=request.ray_address) as cluster:
         listener.ended("Ray")
         return run_on(cluster, request, run_input, sdk=sdk, listener=listener)
 
@@ -104,9 +104,10 @@ def run_on(
         UsageError: where the request does not fit the QPC, the cards, or the run that it resumes.
     """
     specs = _worker_specs(request, _places(cluster, request, sdk, listener))
+    is_new = request.resume is None
     folder = request.resume or _new_run_folder(request)
     listener.run_folder(folder)
-    with _kept(folder, _resume_command(request, sdk, folder), is_new=request.resume is None):
+    with _kept(folder, _resume_command(request, sdk, folder)) if is_new else nullcontext():
         result, proof = _answer(
             cluster, request, specs, run_input=run_input, folder=folder, listener=listener
         )
@@ -133,8 +134,16 @@ def _reported(
     return summary
 
 
+def resuming(request: RunRequest, sdk: SdkChoice) -> AbstractContextManager[None]:
+    """Say what is safe of the run that goes on, whatever ends it from here on; see `_kept`."""
+    folder = request.resume
+    if folder is None:
+        return nullcontext()
+    return _kept(folder, _resume_command(request, sdk, folder), is_new=False)
+
+
 @contextmanager
-def _kept(folder: Path, command: str, *, is_new: bool) -> Iterator[None]:
+def _kept(folder: Path, command: str, *, is_new: bool = True) -> Iterator[None]:
     """Say, whatever ends a run before its end, how many rows are safe and what goes on with it.
 
     Raises:
@@ -157,10 +166,11 @@ def _kept(folder: Path, command: str, *, is_new: bool) -> Iterator[None]:
         with interruption.last_words(stopped):
             yield
     except UsageError as error:
+        if not is_new:
+            raise
         if safe_rows(folder):
             raise UsageError(sentence(_unended(error))) from error
-        if is_new:  # the request was wrong, and nothing was answered
-            shutil.rmtree(folder)
+        shutil.rmtree(folder)  # the request was wrong, and nothing was answered
         raise
     except KeyboardInterrupt as error:
         error.args = (stopped(),)
