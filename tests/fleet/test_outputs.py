@@ -259,7 +259,12 @@ def test_the_proof_counts_rows_and_digests_the_very_file(tmp_path: Path) -> None
 def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
-    (tmp_path / ".outputs.jsonl.unfinished").symlink_to("/dev/full")
+
+    def on_a_full_disk(path: Path) -> int:
+        path.touch()
+        return os.open("/dev/full", os.O_WRONLY)
+
+    monkeypatch.setattr("qaic_ray.fleet.outputs.new_file", on_a_full_disk)
     monkeypatch.setattr(os, "fsync", lambda fd: None)  # /dev/full has none
     with (
         pytest.raises(QaicRayError, match=r"cannot be written: No space left on device\. What"),
