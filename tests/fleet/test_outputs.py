@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -15,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError
-from qaic_ray.fleet.journal import Journal
-from qaic_ray.fleet.journal_segments import Place
+from qaic_ray.fleet.journal import Journal, Place
 from qaic_ray.fleet.outputs import MAX_SHOWN_AT_ONCE, Delivery, InputOrder, Proof, row_writer
 from qaic_ray.rows import FinishReason, Prompt, Row
 
@@ -259,10 +257,15 @@ def test_the_proof_counts_rows_and_digests_the_very_file(tmp_path: Path) -> None
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(fd: int, data: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
 
-    monkeypatch.setattr(os, "write", full)
+    def on_a_full_disk(path: Path) -> int:
+        path.touch()
+        return os.open("/dev/full", os.O_WRONLY)
+
+    monkeypatch.setattr("qaic_ray.fleet.outputs.new_file", on_a_full_disk)
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # /dev/full has none
     with (
         pytest.raises(QaicRayError, match=r"cannot be written: No space left on device\. What"),
         row_writer(tmp_path) as write,
