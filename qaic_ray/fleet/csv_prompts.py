@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -72,8 +73,9 @@ def prompts_from_csv(
 def _delimiter(header: str, possible: str) -> str:
     """What stands between the columns: that with which one of them has prompts."""
     for delimiter in possible:
-        if not _PROMPTS.isdisjoint(next(csv.reader([header], delimiter=delimiter), [])):
-            return delimiter
+        with suppress(csv.Error):  # of which the first record is told
+            if not _PROMPTS.isdisjoint(next(csv.reader([header], delimiter=delimiter), [])):
+                return delimiter
     return possible[0]
 
 

@@ -244,12 +244,12 @@ def check_columns(name: str, columns: Sequence[str]) -> None:
         UsageError: they do not.
     """
     for column in columns:
-        if error := mistake(column):
+        if column.isprintable() and (error := mistake(column)):
             raise UsageError(f"{name}: {error}")
         if (column in _ONCE or is_known(column)) and columns.count(column) > 1:
             raise UsageError(f'{name} has several columns "{column}": keep one of them.')
     if _PROMPT.isdisjoint(columns):
-        some = ", ".join(column[:40] for column in columns[:20])
+        some = ", ".join(c[:40] if c.isprintable() else repr(c[:40]) for c in columns[:20])
         raise UsageError(
             f'{name} has no column "prompt" and no "messages": its columns are {some}.'
         )

@@ -301,6 +301,8 @@ def test_a_cell_of_messages_is_json(tmp_path: Path) -> None:
         ("question,answer", 'no column "prompt" and no "messages": its columns are question, answ'),
         ("prompt,prompt", 'several columns "prompt"'),
         ("prompt,temprature", 'write "temperature"'),
+        ("a\rb,prompt", "the first line, which names the columns, is damaged"),
+        ("caf\udce9,temperature\udce9", r"columns are 'caf\udce9', 'temperature\udce9'"),
         (",".join(f"column {i} {'x' * 100}" for i in range(5000)), "no column"),
     ],
 )
@@ -308,7 +310,8 @@ def test_a_header_that_names_no_prompts_is_one_sentence(
     header: str, words: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "p.csv"
-    path.write_text(header + "\n" + "x," * header.count(",") + "x\n")
+    text = header + "\n" + "x," * header.count(",") + "x\n"
+    path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UsageError) as said:
         list(prompts_from_file(path))
     assert words in str(said.value)
@@ -478,3 +481,40 @@ def test_a_row_without_end_ends_the_reading(
     with pytest.raises(QaicRayError, match=r"past (line|item) 1: a row is longer than"):
         list(map(read.append, prompts_from_file(path)))
     assert read == AB[:1]
+
+
+ROWS = [{"prompt": "東京 a", "id": i, "mine": [1, {"y": "]"}]} for i in range(20)]
+WHOLE = [
+    "\n".join(map(json.dumps, ROWS)).encode(),
+    json.dumps(ROWS, indent=2).encode(),
+    b"prompt,id\n" + b"".join(b'"a ""q"", b",%d\n' % i for i in range(20)),
+    "a\nb\n東".encode("utf-16"),
+]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mutated_files_are_rows_or_one_sentence(seed: int, tmp_path: Path) -> None:
+    chance = random.Random(seed)
+    ways = {"read": 0, "refused": 0}
+    for _ in range(150):
+        data = bytearray(chance.choice([bytes, *PACKERS])(chance.choice(WHOLE)))
+        for _ in range(chance.randrange(4)):
+            at = chance.randrange(len(data) + 1)
+            new = chance.choice([b"\0", b'"', b"[", b"}", b"\n", b"\r", b"\xff\xfe", b"PAR1", b""])
+            data[at : at + chance.randrange(1, 30) * (not new)] = new
+        path = tmp_path / chance.choice(["p", "p.txt", "p.jsonl", "p.json", "p.csv", "p.tsv.gz"])
+        path.write_bytes(data)
+        try:
+            items = list(prompts_from_file(path, chance.choice([None, None, *PromptFormat])))
+        except QaicRayError as error:
+            ways["refused"] += 1
+            sentence = str(error)
+            assert len(sentence) < 1000, sentence
+            assert "\n" not in sentence
+            continue
+        ways["read"] += 1
+        assert [item.index for item in items] == list(range(len(items)))
+        for error_text in filter(None, errors(items)):
+            assert len(error_text) < 1000
+            assert "a fault of qaic-ray's" not in error_text
+    assert min(ways.values()) > 20
