@@ -26,5 +26,9 @@ def main() -> None:
         finally:
             debug = options.debug
             sys.stdout.flush()
+    except SystemExit:
+        if interruption.received() is None:
+            raise
+        end(KeyboardInterrupt(), debug=debug)  # typer heard it, while it was parsing
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - here they all end
         end(error, debug=debug)

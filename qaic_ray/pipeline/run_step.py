@@ -105,7 +105,7 @@ def run_on(
     """
     specs = _worker_specs(request, _places(cluster, request, sdk, listener))
     is_new = request.resume is None
-    folder = request.resume or _new_run_folder(request)
+    folder = request.resume.absolute() if request.resume else _new_run_folder(request)
     listener.run_folder(folder)
     with _kept(folder, _resume_command(request, sdk, folder)) if is_new else nullcontext():
         result, proof = _answer(
@@ -136,7 +136,7 @@ def _reported(
 
 def resuming(request: RunRequest, sdk: SdkChoice) -> AbstractContextManager[None]:
     """Say what is safe of the run that goes on, whatever ends it from here on; see `_kept`."""
-    folder = request.resume
+    folder = None if request.resume is None else request.resume.absolute()
     if folder is None:
         return nullcontext()
     return _kept(folder, _resume_command(request, sdk, folder), is_new=False)
