@@ -9,7 +9,7 @@ works (reading new tokens for stop strings) is done then, and everything else is
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,8 +23,8 @@ from qaic_ray.errors import RowError
 from qaic_ray.metrics import Measurement, Meter
 from qaic_ray.rows import ROW_ALONE
 from qaic_ray.run.batch import Batcher, Sequence
+from qaic_ray.run.choosing import Chooser
 from qaic_ray.run.feed import CacheIndexFeed, Drafts, Feed, Laid, PositionIdsFeed
-from qaic_ray.run.sampling import Selector
 from qaic_ray.run.shapes import ProgramShapes
 from qaic_ray.run.waves import WaveBatcher
 from qaic_ray.sampling_params import SamplingParams
@@ -120,9 +120,9 @@ class Engine:
         self._clock = clock
         self._max_stall_s = max_stall_s
         self._proposer = proposer if self._shapes.decode_len > 1 else None
-        self._selector = Selector(self._shapes.num_slots)
-        self._in_selector: dict[Sequence, int] = {}
-        self._special: set[Sequence] = set()
+        self._chooser = Chooser(
+            self._shapes.num_slots, emits_tokens=program.emits_tokens, fail=self._end_with
+        )
         self._readers: dict[Sequence, Reader] = {}
         self._num_read: dict[Sequence, int] = {}
         self._unread: list[Sequence] = []
@@ -163,8 +163,7 @@ class Engine:
         if reader is not None:
             self._readers[sequence] = reader
             self._num_read[sequence] = len(sequence.output_ids)
-        if not sequence.params.is_plain:
-            self._special.add(sequence)
+        self._chooser.add(sequence)
         self.batcher.add(sequence)
 
     def step(self) -> list[Finished]:
@@ -184,7 +183,7 @@ class Engine:
         drafts = None if self._proposer is None or step.is_prefill else self._draft(step)
         laid = self._feed.lay(step, drafts)
         output = self._program.run(laid.shape, laid.inputs, self._read if self._unread else None)
-        chosen = self._choose(step, laid, drafts, output)
+        chosen = self._chooser.choose(step, laid, drafts, output)
         num_before = 0 if drafts is None else _num_output(step)
         ended = self.batcher.commit(step, chosen)
         end_s = self._clock()
@@ -222,85 +221,6 @@ class Engine:
             for (_, sequence), count in zip(step.rows, step.counts, strict=True)
         ]
         return self._proposer.propose([sequence for _, sequence in step.rows], room)
-
-    def _choose(
-        self, step: Any, laid: Laid, drafts: Drafts | None, output: Array
-    ) -> Listed[Listed[int]]:
-        """The tokens of each row; nothing for a row that is not answered."""
-        if not any(laid.answers):
-            return [()] * len(laid.rows)
-        if self._special and any(row in self._special for _, row in step.rows):
-            return self._choose_each(step, laid, drafts, output)
-        if output.shape[1] == 1 and drafts is None and len(laid.rows) == len(output):
-            tokens = output[:, 0] if self._program.emits_tokens else output[:, 0].argmax(axis=-1)
-            every = tokens.tolist()
-            return [(every[row],) for row in laid.rows]
-        return [
-            self._likeliest(laid, i, drafts[i] if drafts is not None else (), output)
-            if laid.answers[i]
-            else ()
-            for i in range(len(laid.rows))
-        ]
-
-    def _likeliest(self, laid: Laid, i: int, draft: Listed[int], output: Array) -> list[int]:
-        """The most likely tokens of one row, as long as its draft is right, and one more."""
-        first = laid.column(i, output.shape[1], len(draft))
-        piece = output[laid.rows[i], first : first + len(draft) + 1]
-        tokens = piece if self._program.emits_tokens else piece.argmax(axis=-1)
-        return _accepted(tokens.tolist(), draft)
-
-    def _choose_each(
-        self, step: Any, laid: Laid, drafts: Drafts | None, output: Array
-    ) -> list[list[int]]:
-        """Tokens by every row's own parameters; a drafted token is kept where it is chosen."""
-        num_columns = output.shape[1]
-        flat = output.reshape(-1, output.shape[-1])
-        if drafts is None and all(laid.answers) and laid.rows == list(range(len(flat))):
-            return self._select(step.rows, flat)
-        chosen: list[list[int]] = [[] for _ in laid.rows]
-        tails = drafts if drafts is not None else [()] * len(chosen)
-        racing = [i for i, answered in enumerate(laid.answers) if answered]
-        while racing:
-            at = [
-                laid.rows[i] * num_columns
-                + laid.column(i, num_columns, len(tails[i]))
-                + len(chosen[i])
-                for i in racing
-            ]
-            logits = flat if at == list(range(len(flat))) else flat[at]
-            tokens = self._select([step.rows[i] for i in racing], logits)
-            for i, some in zip(racing, tokens, strict=True):
-                chosen[i] += some
-            racing = [
-                i
-                for i, some in zip(racing, tokens, strict=True)
-                if some
-                and len(chosen[i]) <= len(tails[i])
-                and some[0] == tails[i][len(chosen[i]) - 1]
-            ]
-        return chosen
-
-    def _select(self, rows: Listed[tuple[int, Sequence]], logits: Array) -> list[list[int]]:
-        """The next token of every row; none of a row over which that fails, which so ends."""
-        try:
-            with ROW_ALONE:
-                self._enter(rows)
-                choice = self._selector.choose(logits, [slot for slot, _ in rows])
-        except RowError as error:
-            if len(rows) > 1:  # whose fault it is shows alone
-                return [self._select([row], logits[i : i + 1])[0] for i, row in enumerate(rows)]
-            self._end_with(error, rows[0][1])
-            return [[]]
-        for (_, sequence), logprob in zip(rows, choice.logprobs, strict=True):
-            if logprob is not None:
-                sequence.logprobs.append(logprob)
-        return [[token] for token in choice.tokens]
-
-    def _enter(self, rows: Iterable[tuple[int, Sequence]]) -> None:
-        for slot, sequence in rows:
-            if sequence not in self._in_selector:
-                self._selector.enter(slot, sequence)
-                self._in_selector[sequence] = slot
 
     def _end_with(self, error: RowError, sequence: Sequence) -> None:
         """End a row without an answer, when this step is done."""
@@ -367,10 +287,7 @@ class Engine:
 
     def _finish(self, sequence: Sequence, end_s: float) -> Finished:
         entered_s, first_s = self._first.pop(sequence)
-        slot = self._in_selector.pop(sequence, None)
-        if slot is not None:
-            self._selector.leave(slot)
-        self._special.discard(sequence)
+        self._chooser.leave(sequence)
         if self._readers.pop(sequence, None) is not None:
             del self._num_read[sequence]
         if self._proposer is not None:
@@ -389,11 +306,3 @@ class Engine:
 
 def _num_output(step: Any) -> int:
     return sum(len(sequence.output_ids) for _, sequence in step.rows)
-
-
-def _accepted(tokens: list[int], draft: Listed[int]) -> list[int]:
-    """The tokens up to the first that differs from the draft, that one included."""
-    for position, drafted in enumerate(draft):
-        if tokens[position] != drafted:
-            return tokens[: position + 1]
-    return tokens

@@ -46,6 +46,12 @@ class Laid:
         last = self.lasts[row]
         return last - max(last + num_drafted + 1 - num_columns, 0)
 
+    def piece(self, row: int, output: Array, num_drafted: int) -> Array:
+        """The output for a row's last own token and its drafted ones."""
+        first = self.column(row, output.shape[1], num_drafted)
+        piece: Array = output[self.rows[row], first : first + num_drafted + 1]
+        return piece
+
 
 class Feed(Protocol):
     """Lays the steps of one batcher."""

@@ -9,6 +9,7 @@ own logits and tokens: not on its batch, its slot or the order of rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from qaic_ray.run.drawing import NUMBERS, Drawer, Floats, Ints, Logits, Rules
 from qaic_ray.run.logprobs import token_logprob
 from qaic_ray.sampling_params import SamplingParams, TokenLogprob
 
+_NONE = np.empty(0, np.int64)
 _SPAN = 64  # tokens whose uniform numbers are made at once
 
 
@@ -31,6 +33,31 @@ def greedy(logits: Logits) -> Ints:
     """
     tokens: Ints = logits.argmax(axis=-1)
     return tokens
+
+
+def overflowed(logits: Logits, tokens: Ints) -> Ints:
+    """The rows whose largest logit is no finite number, by the token that was chosen for it.
+
+    `greedy` and the drawer give the first NaN, else the first infinity, where there is one.
+
+    Args:
+        logits: float32 [rows, vocab], C-contiguous.
+        tokens: int64 [rows], what was chosen.
+
+    Returns:
+        int64: numbers of rows; as a rule none, which is told in two microseconds.
+    """
+    chosen = logits.reshape(-1).take(_first_of_rows(*logits.shape) + tokens)
+    is_finite = np.isfinite(chosen)
+    if np.count_nonzero(is_finite) == is_finite.size:
+        return _NONE
+    return np.flatnonzero(~is_finite)
+
+
+@lru_cache(maxsize=128)
+def _first_of_rows(num_rows: int, vocab: int) -> Ints:
+    """Where each row begins in the flat logits."""
+    return np.arange(0, num_rows * vocab, vocab)
 
 
 class Sampled(Protocol):

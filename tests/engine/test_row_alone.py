@@ -88,7 +88,7 @@ def test_neighbours_of_a_row_that_fails_are_answered(
         batch_size=slots, prompt_len=4, ctx_len=32, continuous=continuous
     )
     engine = Engine(FormulaProgram(shapes, io_contract=io_contract))
-    engine._selector = StumblingSelector(slots)
+    engine._chooser._selector = StumblingSelector(slots)
     arrivals, readers, expected = [], {}, {}
     for key, (step, prompt, wanted, kind) in enumerate(rows):
         limit = engine.new_token_limit(len(prompt), wanted)
