@@ -37,7 +37,8 @@ def end(error: BaseException, *, debug: bool) -> NoReturn:
         sys.stderr.write(f"qaic-ray: {words}\n")
         sys.stderr.flush()
     interruption.said()
-    sys.exit(code)
+    number = interruption.received()  # what else went wrong came of it
+    sys.exit(code if number is None else 128 + number)
 
 
 def _verdict(error: BaseException) -> tuple[str, int]:
