@@ -8,6 +8,7 @@ names no library's exception.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -103,6 +104,19 @@ def parse_json(text: str, source: str, *, raises: type[QaicRayError] = UsageErro
     # Damage; a number of 5,000 digits; 10,000 brackets.
     except (ValueError, RecursionError) as error:
         raise raises(f"{source} is not JSON that can be read: {_reason(error)}.") from error
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """A value as JSON that every reader takes: a float that is no finite number is null.
+
+    Args:
+        value: what JSON can have, beside such floats.
+        indent: for people; None: one line.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
 def as_object(
@@ -205,6 +219,14 @@ def _reason(error: Exception) -> str:
         return error.strerror
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return text if len(text) <= 3 * MAX_SHOWN_CHARS else f"{text[: 3 * MAX_SHOWN_CHARS]}..."
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _num_nodes(value: Any, limit: int) -> int:

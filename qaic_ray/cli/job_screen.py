@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qaic_ray.cli.screen import Screen
+from qaic_ray.documents import json_text
 from qaic_ray.pipeline.submit_step import JobStatus, Submission, progress_line
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _took(job: JobStatus) -> str:
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    write(json.dumps(document, ensure_ascii=False) + "\n")
+    write(json_text(document) + "\n")
 
 
 def write(text: str) -> None:

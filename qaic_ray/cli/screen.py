@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qaic_ray.compile.store import Build
+from qaic_ray.documents import json_text
 from qaic_ray.errors import CompileError, ExitCode, QaicRayError, Unfinished
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ class Screen:
 
     def _json(self, document: dict[str, Any]) -> None:
         # Not through the console: it would wrap or colour what programs read.
-        sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
+        sys.stdout.write(json_text(document) + "\n")
 
 
 def _card_table(title: str, devices: Sequence[Device], held: Mapping[int, str]) -> Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from array import array
@@ -14,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from qaic_ray.documents import json_text
 from qaic_ray.fleet.journal import Entry, Journal, disk_errors_end_the_run, write_whole
 from qaic_ray.fleet.journal_segments import Place
 from qaic_ray.folders import new_file, sync_path
@@ -325,7 +325,7 @@ class RowWriter:
         )
 
     def _write(self, row: Row) -> None:
-        text = json.dumps(row.to_json(), ensure_ascii=False)
+        text = json_text(row.to_json())
         if _LINE_BREAK.search(text):
             text = text.translate(_LINE_BREAKS)
         line = text.encode() + b"\n"

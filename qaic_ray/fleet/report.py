@@ -6,7 +6,6 @@ report can be drawn again from its run folder.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qaic_ray.documents import json_text
 from qaic_ray.fleet.figures import count_text, rate_text, seconds_text
 from qaic_ray.fleet.outputs import ERRORS_NAME, Proof
 from qaic_ray.fleet.page import html_page
@@ -110,9 +110,7 @@ class RunSummary:
 def write_report(summary: RunSummary) -> None:
     """Write `report.json` and `report.html` into the run folder, each whole or not at all."""
     document = summary.document()
-    write_whole(
-        summary.folder / REPORT_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    )
+    write_whole(summary.folder / REPORT_NAME, json_text(document, indent=2) + "\n")
     write_whole(summary.folder / PAGE_NAME, html_page(document))
 
 

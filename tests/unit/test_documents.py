@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from qaic_ray.documents import (
     MAX_SHOWN_CHARS,
     checked,
+    json_text,
     parse_json,
     parse_yaml,
     read_json,
@@ -133,6 +136,30 @@ JSON = st.recursive(
 def test_what_json_wrote_is_read(value: Any) -> None:
     text = json.dumps(value)
     assert json.dumps(parse_json(text, "x")) == text
+
+
+@given(JSON)
+def test_what_we_write_is_json_for_every_reader(value: Any) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = json_text(value)
+    assert "\n" not in text
+    read = json.loads(text, parse_constant=refuse)
+    if all(map(math.isfinite, floats_of(value))):
+        assert read == value
+    else:
+        assert "null" in text
+
+
+def floats_of(value: Any) -> Iterator[float]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from floats_of(inner)
+    elif isinstance(value, float):
+        yield value
 
 
 @given(JSON | st.integers(10**5_000, 10**5_001))
