@@ -27,6 +27,7 @@ FORMAT = 1
 _VOCABULARIES = (TOKENIZER_FILE, "vocab.json", "vocab.txt", "tekken.json")
 _VOCABULARY_SUFFIX = ".model"  # tokenizer.model, spiece.model, tiktoken.model
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+_FOR_PEOPLE = (".md", ".png", ".jpg", ".pdf", ".log")
 _TEMPLATE_FOLDER = "additional_chat_templates"
 _PROCESSOR_TEMPLATE = "chat_template.json"
 _MAX_BYTES = 256 * 2**20  # no file of a tokenizer is longer
@@ -39,20 +40,20 @@ def has_vocabulary(folder: Path) -> bool:
     )
 
 
-def tokenizer_digest(folder: Path) -> str:
-    """SHA-256 over all files of a checkpoint folder that its tokenizer and its chat templates may
-    come from, which are all but the weights, and over the versions of the libraries.
+def text_parts(folder: Path) -> dict[str, str]:
+    """What a checkpoint folder's text depends on, by content: names to digests and versions.
+
+    `text` is the SHA-256 over all files that a tokenizer and chat templates may come from, which
+    are all but weights and what people read; the others are the versions of the libraries.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
-    digest = hashlib.sha256(
-        json.dumps([FORMAT, version("transformers"), version("tokenizers")]).encode()
-    )
+    digest = hashlib.sha256()
     try:
         inner = folder / _TEMPLATE_FOLDER
         for path in [*sorted(folder.iterdir()), *sorted(inner.glob("*.jinja"))]:
-            if not path.is_file() or path.suffix in _WEIGHTS:
+            if not path.is_file() or path.suffix in _WEIGHTS or path.suffix in _FOR_PEOPLE:
                 continue
             size = path.stat().st_size
             content = hashlib.sha256(path.read_bytes() if size <= _MAX_BYTES else b"").hexdigest()
@@ -62,7 +63,13 @@ def tokenizer_digest(folder: Path) -> str:
         raise CheckpointError(
             f"The tokenizer in {folder} cannot be read: {error.strerror} ({error.filename})."
         ) from error
-    return digest.hexdigest()
+    versions = {name: version(name) for name in ("transformers", "tokenizers")}
+    return {"text": digest.hexdigest(), **versions}
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """SHA-256 over all that `loaded_tokenizer` makes something of."""
+    return hashlib.sha256(json.dumps([FORMAT, text_parts(folder)]).encode()).hexdigest()
 
 
 def loaded_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Path:

@@ -19,6 +19,7 @@ from pathlib import Path
 from qaic_ray.contract import Specializations
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
 from qaic_ray.fleet.answers import Answer, Answerer, check_chat
+from qaic_ray.fleet.fingerprint import differences
 from qaic_ray.fleet.handover import Handover
 from qaic_ray.fleet.holding import Holding
 from qaic_ray.fleet.speculation import Drafting, open_drafting
@@ -31,6 +32,7 @@ from qaic_ray.run.engine import MAX_STALL_S, Engine, Finished
 from qaic_ray.run.session import Session
 from qaic_ray.sdk import open_sdk
 from qaic_ray.stop_strings import StopReader
+from qaic_ray.tokenizer_sources import text_parts
 
 STATIC_LOOKAHEAD = 4
 """Rows that the engine of a static program is given for each of its places: a wave is made of rows
@@ -103,6 +105,7 @@ class CardWorker:
         start_s = time.perf_counter()
         device_ids = self.spec.device_ids if device_ids is None else device_ids
         checkpoint = open_checkpoint(self.spec.model, weights=False)
+        self._check_text(checkpoint.folder)
         tokenizer = load_tokenizer(checkpoint)
         check_chat(tokenizer.chat_template, self.spec.generation, self.spec.model)
         sdk = open_sdk(Path(self.spec.sdk_root))
@@ -216,6 +219,15 @@ class CardWorker:
             prefix_reuse=generation.prefix_reuse,
             proposer=drafting.proposer,
         )
+
+    def _check_text(self, folder: Path) -> None:
+        """See that this worker's rows are made as those of all others."""
+        changes = differences(self.spec.text, text_parts(folder)) if self.spec.text else []
+        if changes:
+            raise UsageError(
+                f"The tokenizer in {folder} on {os.uname().nodename} is not the one that the run "
+                f"began with ({', '.join(changes)}): one run has one tokenizer."
+            )
 
     def _check_shapes(self, shapes: Specializations) -> None:
         for option, wanted, compiled in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qaic_ray.fleet.answers import Generation
@@ -12,8 +13,9 @@ from qaic_ray.fleet.locks import Part
 class WorkerSpec:
     """What one card is to do; plain data, made by the driver.
 
-    `model` is anything `open_checkpoint` takes; only its tokenizer and configuration are read. The
-    other fields are a `WorkerPlace`'s; `incarnation` is how often the worker was opened before.
+    `model` is anything `open_checkpoint` takes; only its tokenizer and configuration are read, and
+    these must have the `text` parts that the run began with, where any are given. The other fields
+    are a `WorkerPlace`'s; `incarnation` is how often the worker was opened before.
     """
 
     name: str
@@ -22,6 +24,7 @@ class WorkerSpec:
     qpc: str
     model: str
     generation: Generation = field(default_factory=Generation)
+    text: Mapping[str, str] = field(default_factory=dict)
     node_id: str = ""
     part: Part | None = None
     choices: tuple[int, ...] = ()

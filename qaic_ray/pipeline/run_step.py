@@ -28,7 +28,7 @@ from qaic_ray.pipeline.request import (
     write_request,
 )
 from qaic_ray.sdk import EmulatedCards, Sdk, name_for_others
-from qaic_ray.tokenizer_sources import tokenizer_digest
+from qaic_ray.tokenizer_sources import text_parts
 
 if TYPE_CHECKING:
     from qaic_ray.fleet.answers import Generation
@@ -260,8 +260,7 @@ def _parts(request: RunRequest) -> dict[str, Any]:
     model: dict[str, Any] = {"name": request.model}
     if _is_here(request):
         checkpoint = open_checkpoint(request.model, weights=False)
-        digest = tokenizer_digest(checkpoint.folder)
-        model = {"text": digest, "eos_ids": list(checkpoint.eos_ids)}
+        model = {**text_parts(checkpoint.folder), "eos_ids": list(checkpoint.eos_ids)}
     return {"qpc": content_key(request.qpc), "model": model}
 
 
@@ -296,12 +295,15 @@ def _worker_specs(request: RunRequest, places: Sequence[WorkerPlace]) -> list[Wo
 
     generation = _generation(request)
     model = absolute_model(request.model)
+    is_here = _is_here(request)
+    text = text_parts(open_checkpoint(model, weights=False).folder) if is_here else {}
     return [
         WorkerSpec(
             **vars(where),
             qpc=str(request.qpc.absolute()),
             model=model,
             generation=generation,
+            text=text,
         )
         for where in places
     ]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 from formula_program import EOS, VOCAB, FormulaProgram, answer
@@ -25,6 +26,7 @@ from qaic_ray.fleet.worker_spec import TakenBack, WorkerSpec
 from qaic_ray.rows import ChatOptions, ErrorClass, FinishReason, Prompt, Row
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
 from qaic_ray.tokenizer import Tokenizer
+from qaic_ray.tokenizer_sources import text_parts
 
 LETTERS = [chr(ord("A") + index) for index in range(VOCAB)]
 CTX_LEN = 40
@@ -72,13 +74,20 @@ def open_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     opened: list[CardWorker] = []
 
     def open_one(
-        *, slots: int = 3, tokenizer: Tokenizer | None = None, **generation: object
+        *,
+        slots: int = 3,
+        tokenizer: Tokenizer | None = None,
+        folder: Path = Path(),
+        text: Mapping[str, str] = MappingProxyType({}),
+        **generation: object,
     ) -> CardWorker:
         shapes = Specializations.build(
             batch_size=slots, prompt_len=4, ctx_len=CTX_LEN, continuous=True
         )
         stand_ins = {
-            "open_checkpoint": lambda *_, **__: SimpleNamespace(eos_ids=(EOS,), config={}),
+            "open_checkpoint": lambda *_, **__: SimpleNamespace(
+                eos_ids=(EOS,), config={}, folder=folder
+            ),
             "load_tokenizer": lambda _: tokenizer or letters(),
             "open_sdk": lambda _: SimpleNamespace(label="formulas"),
             "Holding": lambda *_, **__: SimpleNamespace(
@@ -87,8 +96,8 @@ def open_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
         }
         for name, stand_in in stand_ins.items():
             monkeypatch.setattr(worker_module, name, stand_in)
-        spec = WorkerSpec("card 0", (0,), "", "", "", Generation(**generation))  # type: ignore[arg-type]
-        worker = CardWorker(spec)
+        made = Generation(**generation)  # type: ignore[arg-type]
+        worker = CardWorker(WorkerSpec("card 0", (0,), "", "", "", made, text=text))
         worker.open()
         opened.append(worker)
         return worker
@@ -328,6 +337,21 @@ def test_a_stop_text_that_is_a_special_token_ends_the_row(open_worker: Open) -> 
     assert list(row.token_ids) == whole[:3]
     assert (row.text, row.stop_reason) == (text_of(whole[:2]), special)
     assert row.finish_reason is FinishReason.STOP
+
+
+def test_a_worker_has_the_tokenizer_that_the_run_began_with(
+    open_worker: Open, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "README.md").write_text("one")
+    text = text_parts(tmp_path)
+    (tmp_path / "README.md").write_text("two")
+    open_worker(folder=tmp_path, text=text)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(UsageError, match=r"is not the one that the run began with \(text was"):
+        open_worker(folder=tmp_path, text=text)
+    with pytest.raises(UsageError, match=r'tokenizers was "0\.1" and is'):
+        open_worker(folder=tmp_path, text=text_parts(tmp_path) | {"tokenizers": "0.1"})
 
 
 class Stumbling(Tokenizer):
