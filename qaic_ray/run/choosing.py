@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Listed
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from qaic_ray.errors import RowError
@@ -85,7 +84,7 @@ class Chooser:
         tokens = output.argmax(axis=-1)
         every = tokens.tolist()
         chosen: list[Listed[int]] = [(every[row],) for row in laid.rows]
-        for row in overflowed(output, tokens).tolist():
+        for row in overflowed(output, every if len(every) == 1 else tokens):
             i = laid.rows.index(row)
             if laid.answers[i]:
                 self._fail(_overflow(output[row], every[row]), step.rows[i][1])
@@ -98,9 +97,8 @@ class Chooser:
             return _accepted(output.tolist(), draft)
         tokens = output.argmax(axis=-1)
         accepted = _accepted(tokens.tolist(), draft)
-        bad = overflowed(output, tokens)
-        if bad.size and bad[0] < len(accepted):
-            self._fail(_overflow(output[bad[0]], accepted[bad[0]]), row)
+        for column in overflowed(output[: len(accepted)], accepted)[:1]:
+            self._fail(_overflow(output[column], accepted[column]), row)
             return []
         return accepted
 
@@ -147,7 +145,7 @@ class Chooser:
             self._fail(error, rows[0][1])
             return [[]]
         chosen = [[token] for token in choice.tokens]
-        for i in overflowed(logits, np.array(choice.tokens)).tolist():
+        for i in overflowed(logits, choice.tokens):
             self._fail(_overflow(logits[i], choice.tokens[i]), rows[i][1])
             chosen[i] = []
         for (_, sequence), logprob in zip(rows, choice.logprobs, strict=True):

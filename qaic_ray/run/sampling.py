@@ -8,6 +8,7 @@ own logits and tokens: not on its batch, its slot or the order of rows.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -18,7 +19,6 @@ from qaic_ray.run.drawing import NUMBERS, Drawer, Floats, Ints, Logits, Rules
 from qaic_ray.run.logprobs import token_logprob
 from qaic_ray.sampling_params import SamplingParams, TokenLogprob
 
-_NONE = np.empty(0, np.int64)
 _SPAN = 64  # tokens whose uniform numbers are made at once
 
 
@@ -35,23 +35,25 @@ def greedy(logits: Logits) -> Ints:
     return tokens
 
 
-def overflowed(logits: Logits, tokens: Ints) -> Ints:
+def overflowed(logits: Logits, tokens: Ints | list[int]) -> list[int]:
     """The rows whose largest logit is no finite number, by the token that was chosen for it.
 
     `greedy` and the drawer give the first NaN, else the first infinity, where there is one.
 
     Args:
         logits: float32 [rows, vocab], C-contiguous.
-        tokens: int64 [rows], what was chosen.
+        tokens: what was chosen, one a row.
 
     Returns:
-        int64: numbers of rows; as a rule none, which is told in two microseconds.
+        Numbers of rows; as a rule none, which is told in a microsecond.
     """
-    chosen = logits.reshape(-1).take(_first_of_rows(*logits.shape) + tokens)
-    is_finite = np.isfinite(chosen)
+    if len(tokens) == 1:
+        return [] if math.isfinite(logits.item(tokens[0])) else [0]
+    is_finite = np.isfinite(logits.take(_first_of_rows(*logits.shape) + tokens))
     if np.count_nonzero(is_finite) == is_finite.size:
-        return _NONE
-    return np.flatnonzero(~is_finite)
+        return []
+    rows: list[int] = np.flatnonzero(~is_finite).tolist()
+    return rows
 
 
 @lru_cache(maxsize=128)

@@ -145,4 +145,14 @@ def test_ids_in_place_of_logits_tell_nothing() -> None:
 def test_large_finite_logits_are_no_overflow() -> None:
     logits = np.full((4, 8), np.finfo(np.float32).max, np.float32)
     logits[2, 3] = np.inf
-    assert overflowed(logits, logits.argmax(axis=-1)).tolist() == [2]
+    assert overflowed(logits, logits.argmax(axis=-1)) == [2]
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 40])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_row_and_many_are_told_alike(num_rows: int, bad: float) -> None:
+    logits = np.random.default_rng(0).normal(size=(num_rows, 9)).astype(np.float32)
+    logits[::3] = bad
+    tokens = logits.argmax(axis=-1)
+    expected = list(range(0, num_rows, 3))
+    assert overflowed(logits, tokens) == overflowed(logits, tokens.tolist()) == expected
