@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -116,11 +117,13 @@ def test_full_disk_keeps_the_old_export(
 ) -> None:
     """The new weights, or the new graph, find no room beside the old export."""
     checkpoint = make_checkpoint()
+    made = export_model(checkpoint, output=tmp_path / "tiny-kv", verify="off")
     with mounted(tmp_path / "disk", f"size={size}") as disk:
-        old = disk / "tiny-kv" / "generatedModels" / "graph.onnx"
+        # An export of ours whose graph is damaged: it would be made again.
+        old = disk / "tiny-kv" / made.manifest.onnx_file
         old.parent.mkdir(parents=True)
         old.write_bytes(b"old")
-        (disk / "tiny-kv" / "manifest.json").write_text("{}")
+        shutil.copy(made.folder / "manifest.json", disk / "tiny-kv")
         before = tree(disk)
         with pytest.raises(ExportError, match="No space left on device") as caught:
             export_model(checkpoint, output=disk / "tiny-kv", verify="off")
