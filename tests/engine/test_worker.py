@@ -532,6 +532,7 @@ def test_prompts_that_have_not_begun_are_given_back(
         for shard_id, prompts in shards.items():
             heard[shard_id] = pool.submit(list, worker.answer(prompts, 1, shard_id))
             assert wait_for(lambda n=shard_id: n == 5 or worker._shards[n].is_queued)
+            assert wait_for(lambda n=shard_id: n != 3 or not worker._backlog)
         worker.take_back(3)  # all of it is in the engine
         worker.take_back(4)
         worker.take_back(2)  # was here, if ever, long ago
