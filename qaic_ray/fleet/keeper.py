@@ -3,7 +3,8 @@
     python keeper.py FOLDER DRIVER
 
 Waits until stdin ends or the process DRIVER does, by whatever signal; then kills every process
-that was started with QAIC_RAY_SESSION=FOLDER in its environment, and removes FOLDER. Run by its
+that was started with QAIC_RAY_SESSION=FOLDER in its environment, with all that these started, and
+removes FOLDER. Run by its
 path, with the standard library and nothing else: it lives as long as the driver does.
 """
 
@@ -23,19 +24,31 @@ _TIMEOUT_S = 30.0
 _PAUSE_S = 0.1
 
 
-def marked(folder: str) -> list[int]:
-    """The living processes of this user that belong to the session in `folder`.
+def marked(folder: str, driver: int = 0) -> list[int]:
+    """The living processes that belong to the session in `folder`, but for its driver.
 
-    Some of Ray's write their title over their environment: they write into the folder too.
+    Some of Ray's write their title over their environment: these are told by their parents, or by
+    what they write into the folder.
     """
     mark = f"{SESSION_VARIABLE}={folder}".encode()
-    found = []
+    found = set()
+    parents = {}
     for name in os.listdir("/proc"):
-        if name.isdecimal() and int(name) != os.getpid():
+        if name.isdecimal() and int(name) not in (os.getpid(), driver):
             with suppress(OSError):
+                parents[int(name)] = _parent(f"/proc/{name}")
                 if _is_marked(f"/proc/{name}", mark) or _writes_into(f"/proc/{name}", folder):
-                    found.append(int(name))
-    return found
+                    found.add(int(name))
+    children = found
+    while children:
+        children = {pid for pid, parent in parents.items() if parent in children} - found
+        found |= children
+    return sorted(found)
+
+
+def _parent(process: str) -> int:
+    with open(f"{process}/stat", "rb") as stream:
+        return int(stream.read().rpartition(b")")[2].split()[1])
 
 
 def _is_marked(process: str, mark: bytes) -> bool:
@@ -44,15 +57,23 @@ def _is_marked(process: str, mark: bytes) -> bool:
 
 
 def _writes_into(process: str, folder: str) -> bool:
-    return any(os.readlink(f"{process}/fd/{fd}").startswith(f"{folder}/") for fd in (1, 2))
+    """Whether it has a file of the folder open for writing: one who only reads along is spared."""
+    for fd in os.listdir(f"{process}/fd"):
+        with suppress(OSError):  # it was closed just now
+            if os.readlink(f"{process}/fd/{fd}").startswith(f"{folder}/"):
+                with open(f"{process}/fdinfo/{fd}", encoding="ascii") as stream:
+                    flags = dict(line.split(":", 1) for line in stream)["flags"]
+                if int(flags, 8) & os.O_ACCMODE != os.O_RDONLY:
+                    return True
+    return False
 
 
-def kill_marked(folder: str) -> None:
+def kill_marked(folder: str, driver: int = 0) -> None:
     """Kill them, until two looks have found none: a process may be just starting another."""
     deadline_s = time.monotonic() + _TIMEOUT_S
     num_empty = 0
     while num_empty < 2 and time.monotonic() < deadline_s:
-        pids = marked(folder)
+        pids = marked(folder, driver)
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -70,7 +91,7 @@ def main() -> None:
         waiting.append(os.pidfd_open(driver))
         # Nothing is ever written to stdin: it is ready when it is at its end.
         select.select(waiting, [], [])
-    kill_marked(folder)
+    kill_marked(folder, driver)
     deadline_s = time.monotonic() + _TIMEOUT_S
     while os.path.exists(folder) and time.monotonic() < deadline_s:
         shutil.rmtree(folder, ignore_errors=True)  # what is being written there meanwhile

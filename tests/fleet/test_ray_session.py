@@ -89,7 +89,7 @@ def driver(base: Path) -> tuple[subprocess.Popen[str], Path, int]:
     )
     assert process.stdout is not None
     folder, pid = process.stdout.readline().split()
-    until(lambda: keeper.marked(folder) == [int(pid)])
+    until(lambda: keeper.marked(folder, process.pid) == [int(pid)])
     return process, Path(folder), int(pid)
 
 
@@ -99,6 +99,43 @@ def test_a_killed_driver_leaves_no_process_and_no_folder(base: Path) -> None:
     process.communicate()
     until(lambda: not folder.exists())
     assert keeper.marked(str(folder)) == []
+
+
+TITLED = """
+import os, subprocess, sys
+# As the agents of a Ray: nothing of the mark is left in the environment of the one that lives.
+code = "import sys, time; log = open(sys.argv[1], 'a'); print('on', flush=True); time.sleep(600)"
+command = [sys.executable, "-c", code, *sys.argv[1:]]
+child = subprocess.Popen(command, env={}, stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("parent_lives", [True, False])
+def test_what_hides_its_environment_is_told_by_its_parent_or_its_log(
+    base: Path, parent_lives: bool
+) -> None:
+    opened = RaySession()
+    log = "/dev/null" if parent_lives else str(opened.folder / "agent.log")
+    with environment_of(opened):
+        parent = subprocess.Popen(
+            [sys.executable, "-c", TITLED, log],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    assert parent.stdout is not None
+    hidden = int(parent.stdout.readline())
+    if not parent_lives:
+        parent.communicate()
+    with (opened.folder / "read along").open("w"), (opened.folder / "read along").open() as stream:
+        assert hidden in keeper.marked(str(opened.folder))
+        opened.close()
+        assert stream.read() == ""  # whoever reads along lives on
+    parent.communicate()
+    assert not Path(f"/proc/{hidden}/fd").exists() or not cmdline(Path(f"/proc/{hidden}"))
 
 
 def test_what_was_killed_with_its_keeper_is_swept_by_the_next(base: Path) -> None:

@@ -18,11 +18,13 @@ import pytest
 
 pytestmark = pytest.mark.cluster
 
-# As a terminal starts it: a shell's background job, as the tests may be in, ignores SIGINT.
+# As a terminal starts it: a shell's background job, as the tests may be in, ignores SIGINT, and
+# what nohup starts ignores SIGHUP.
 COMMAND = [
     sys.executable,
     "-c",
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL); "
     "from qaic_ray.cli import main; main()",
 ]
 NUM_ROWS = 400
