@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,13 @@ from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.fleet.actors import first_line
 
 LIVE_STATES = ("PENDING", "RUNNING")
+AGENT_TIMEOUT_S = 60.0
+"""How long a head may take, from its start on, until it can take jobs."""
 
 _PROBE_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 20.0
 _POLL_S = 0.2
+_AGENT_POLL_S = 1.0
 # These go before an address that is given, in Ray; here they stand for one that is not.
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 # What an HTTP/2 connection begins with: a Ray head answers it, and a web server refuses it.
@@ -94,15 +98,15 @@ class SubmittedJobs:
 
         The command's words reach the program as they are: no shell sees what is in them.
         """
+        submit = partial(
+            self._client.submit_job,
+            entrypoint=f"exec {shlex.join(command)}",
+            runtime_env={"working_dir": str(folder)},
+            submission_id=submission_id,
+            metadata=dict(metadata),
+        )
         with self._explained():
-            return str(
-                self._client.submit_job(
-                    entrypoint=f"exec {shlex.join(command)}",
-                    runtime_env={"working_dir": str(folder)},
-                    submission_id=submission_id,
-                    metadata=dict(metadata),
-                )
-            )
+            return str(_once_an_agent_is_there(submit))
 
     def all(self) -> list[SubmittedJob]:
         """Every job that was handed in, the newest first."""
@@ -173,6 +177,18 @@ class SubmittedJobs:
             raise QaicRayError(
                 f"The Ray cluster {where} did not take the request: {first_line(error)}"
             ) from error
+
+
+def _once_an_agent_is_there(submit: Callable[[], str]) -> str:
+    """Hand a job in; a head that has just started has nobody to take it for a while."""
+    deadline_s = time.monotonic() + AGENT_TIMEOUT_S
+    while True:
+        try:
+            return submit()
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() >= deadline_s:
+                raise
+        time.sleep(_AGENT_POLL_S)
 
 
 def _checked(address: str) -> str:
