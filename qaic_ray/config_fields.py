@@ -6,7 +6,7 @@ file, key and value.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +14,7 @@ from qaic_ray.documents import shown
 from qaic_ray.errors import CheckpointError
 
 MAX_SIZE = 2**31 - 1
+_LARGEST = sys.float_info.max
 
 
 class Fields:
@@ -49,7 +50,8 @@ class Fields:
         value = self._values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.error(key, "a number")
-        if not math.isfinite(value) or not least <= value <= most:
+        # NaN is in no range, and a whole number may be larger than any float.
+        if not max(least, -_LARGEST) <= value <= min(most, _LARGEST):
             raise self.error(key, f"a number from {least:g} to {most:g}")
         return float(value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from qaic_ray.config_fields import Fields
 from qaic_ray.errors import CheckpointError, QaicRayError
 from qaic_ray.export.architecture import read_architecture
 from qaic_ray.export.export import export_model
@@ -341,6 +343,15 @@ def test_2000_configs(
     good: tuple[Path, dict[str, Any]], tmp_path: Path, data: st.DataObject
 ) -> None:
     mutate(good, tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    "value", [10**400, -(10**400), float("inf"), float("nan"), "x", None, True]
+)
+def test_a_number_that_no_float_can_hold_is_named(value: object) -> None:
+    fields = Fields({"factor": value}, "config.json")
+    with pytest.raises(CheckpointError, match=r"^factor in config\.json is .* it must be a number"):
+        fields.number("factor", least=0, most=math.inf)
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, "", "{", "[]", "\x00", "NaN"])
