@@ -17,6 +17,7 @@ from pathlib import Path
 from qaic_ray.errors import CheckpointError
 from qaic_ray.folders import building, locked
 from qaic_ray.gguf_file import part_paths
+from qaic_ray.kept_files import sha256_of
 
 CONVERSION_FORMAT = 2
 """Raised when what `convert_gguf` writes changes, so that older conversions are not found."""
@@ -142,14 +143,10 @@ def fetch_hub(repo_id: str, *, cache_dir: Path | None, weights: bool) -> Path:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
+        return sha256_of(path)
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
-    return digest.hexdigest()
 
 
 def _conversion_name(gguf_sha256: str) -> str:

@@ -102,24 +102,19 @@ def loaded_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Path:
     return kept
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a checkpoint's file, or one sentence that names the file."""
-    return read_object(path, raises=CheckpointError)
-
-
 def eos_token_ids(folder: Path) -> tuple[int, ...]:
     """Ids of the token that ends an answer, by a checkpoint's own tokenizer.json."""
     token: Any = None
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = folder / name
         if path.is_file():
-            token = read_json(path).get("eos_token", token)
+            token = read_object(path, raises=CheckpointError).get("eos_token", token)
     if isinstance(token, dict):
         token = token.get("content")
     path = folder / TOKENIZER_FILE
     if not isinstance(token, str) or not path.is_file():
         return ()
-    added = read_json(path).get("added_tokens") or []
+    added = read_object(path, raises=CheckpointError).get("added_tokens") or []
     kind = list[dict[str, Any]]
     entries = checked(kind, added, f"{path}: added_tokens", raises=CheckpointError)
     return tuple(
@@ -151,7 +146,7 @@ def _load(folder: Path, fresh: Path, *, trust_remote_code: bool) -> None:
         raise CheckpointError(
             f"transformers cannot read the tokenizer of {folder}: {error}."
         ) from error
-    settings = read_json(fresh / SETTINGS_FILE)
+    settings = read_object(fresh / SETTINGS_FILE, raises=CheckpointError)
     if settings["chat_template"] is None:
         settings["chat_template"] = _processor_template(folder)
     checked(
@@ -169,7 +164,7 @@ def _processor_template(folder: Path) -> str | None:
     path = folder / _PROCESSOR_TEMPLATE
     if not path.is_file():
         return None
-    template = read_json(path).get("chat_template")
+    template = read_object(path, raises=CheckpointError).get("chat_template")
     return template if isinstance(template, str) else None
 
 
@@ -208,7 +203,7 @@ def _name_what_is_odd(folder: Path) -> None:
     for name, kind in _OBJECTS.items():
         path = folder / name
         if path.is_file():
-            document = read_json(path)
+            document = read_object(path, raises=CheckpointError)
             checked(kind, document, str(path), raises=CheckpointError)
             if name == "tokenizer_config.json":
                 _check_settings(document, path)

@@ -172,7 +172,7 @@ class Journal:
             return
         with uninterrupted(), disk_errors_end_the_run(self._run_folder):
             try:
-                write_whole(self._fd, b"".join(self._buffer))
+                write_all(self._fd, b"".join(self._buffer))
                 os.fdatasync(self._fd)
             except BaseException:
                 # A line may be half there: nothing may follow it, and nothing come twice.
@@ -235,7 +235,7 @@ class Journal:
         path = segment_path(self._folder, self._segment)
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         header = line_of(json.dumps(asdict(self._header)).encode())
-        write_whole(self._fd, header)
+        write_all(self._fd, header)
         os.fsync(self._fd)
         sync_path(self._folder)
         self._size = len(header)
@@ -275,7 +275,7 @@ def last_fingerprint(run_folder: Path) -> Fingerprint | None:
     return None
 
 
-def write_whole(fd: int, data: bytes) -> None:
+def write_all(fd: int, data: bytes) -> None:
     """Write all of it; an error may leave some of it there."""
     rest = memoryview(data)
     while rest:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qaic_ray.documents import json_text
-from qaic_ray.fleet.journal import Entry, Journal, disk_errors_end_the_run, write_whole
+from qaic_ray.fleet.journal import Entry, Journal, disk_errors_end_the_run, write_all
 from qaic_ray.fleet.journal_segments import Place
 from qaic_ray.folders import new_file, sync_path
 from qaic_ray.rows import Row
@@ -331,7 +331,7 @@ class RowWriter:
         line = text.encode() + b"\n"
         with disk_errors_end_the_run(self._folder):
             for fd in self._fds[: 1 if row.ok else 2]:
-                write_whole(fd, line)
+                write_all(fd, line)
         self._sha256.update(line)
         self._rows_ok += row.ok
         self._rows_error += not row.ok
