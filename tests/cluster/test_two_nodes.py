@@ -245,8 +245,12 @@ def test_a_node_that_is_killed_takes_only_its_cards_along(fleet: Fleet) -> None:
             fleet.nodes.remove_node(victim, allow_graceful=False)
 
     fleet.set_faults(SLOW)
-    result = fleet.run(prompts(200), fleet.places(), on_progress=on_progress)
+    places = fleet.places()
+    result = fleet.run(prompts(200), places, on_progress=on_progress)
     lost = {worker.name: worker.error or "" for worker in result.workers if worker.error}
     assert result.broken_off is None
+    assert set(lost) == {where.name for where in places if where.node_id == victim.node_id}
     assert len(lost) == 2
-    assert all("its node is gone" in error for error in lost.values())
+    # What Ray knows when it first reports the loss depends on which of its connections broke.
+    known = ("its node is gone", "its process died", "its process cannot be reached")
+    assert all(any(why in error for why in known) for error in lost.values())
