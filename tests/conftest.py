@@ -1,21 +1,73 @@
-"""Fixtures of every folder: a tiny Llama, compiled by the emulated SDK in any shape."""
+"""What every test has: one profile of hypothesis, a cache of its own, a process of its kind."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from qaic_ray.folders import CACHE_VARIABLE, cache_folder
+
 if TYPE_CHECKING:
     from tiny_qpcs import TinyQpcs
 
-
-# No test may mean the machine's speed.
+# No test may mean the machine's speed, and what CI says of a commit is what everybody sees.
 settings.register_profile(
-    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    "fast",
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=list(HealthCheck),
 )
-settings.load_profile("any machine")
+# Other examples each time, and more of them.
+settings.register_profile(
+    "slow", settings.get_profile("fast"), derandomize=False, max_examples=200, print_blob=True
+)
+settings.load_profile("fast")
+
+GROUPS = ("ray", "tiny", "model")
+"""Of tests that share what is dear, begun before all others: a Ray, the QPCs of `tiny`, SmolLM2."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have each process of tests use cards, locks and a cache that nobody else uses.
+
+    Where it cannot be passed on it is in the environment: tests start processes of their own.
+    """
+    models = cache_folder() / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    cache = Path(tempfile.mkdtemp(prefix="qaic-ray-tests-"))
+    config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+    (cache / "models").symlink_to(models.absolute())
+    os.environ[CACHE_VARIABLE] = str(cache)
+    # Tiny models are slower on several threads, and slower still beside another process of tests.
+    os.environ["QAIC_EMULATOR_THREADS"] = "1"
+    # As in a terminal: what a shell started with `&` ignores SIGINT, and so would its children.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep together, in one process, what shares something: a group of above, or a file."""
+    group_of = {item: _group(item) for item in items}
+    for item, group in group_of.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: [*GROUPS, group_of[item]].index(group_of[item]))
+
+
+def _group(item: pytest.Item) -> str:
+    if item.get_closest_marker("cluster"):
+        return "ray"
+    if item.get_closest_marker("model"):
+        return "model"
+    return "tiny" if "tiny" in getattr(item, "fixturenames", ()) else item.path.stem
 
 
 @pytest.fixture(scope="session")

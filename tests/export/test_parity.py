@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from random_models import write_checkpoint
 from safetensors.torch import load_file, save_file
@@ -156,11 +156,6 @@ OPTIONS = st.one_of(
 )
 
 
-@settings(
-    deadline=None,
-    max_examples=20,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 @given(data=st.data(), which=st.integers(0, 4), options=OPTIONS)
 def test_any_shape_and_option_equals_transformers(
     checkpoints: list[Checkpoint],

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError, UsageError
@@ -203,7 +203,6 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     rows=st.lists(st.fixed_dictionaries({"prompt": st.text("[]{},\"\\a\n東", min_size=1)},
                                         optional={"mine": JSON}), min_size=1, max_size=5),

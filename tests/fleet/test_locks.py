@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.errors import DeviceBusy, DeviceError
@@ -117,7 +117,6 @@ Wish = st.tuples(
 )
 
 
-@settings(max_examples=50, deadline=None)
 @given(steps=st.lists(st.one_of(Wish, st.integers(0, 9)), max_size=20))
 def test_locks_are_what_the_rules_say(
     steps: list[tuple[int, Part | None] | int],
