@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qaic_ray.contract import Specialization
-from qaic_ray.model import load_tokenizer, open_checkpoint
+from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.run.batch import Sequence
 from qaic_ray.run.draft import DraftProgram
 from qaic_ray.run.engine import MAX_STALL_S, Engine

@@ -94,7 +94,7 @@ def num_tokens(some: Sequence[Any]) -> int:
 def one_engine(stage: dict[str, Any], some: Sequence[Any]) -> tuple[float, float]:
     """Seconds of an engine without Ray, longest first as the dispatcher hands them out; and of a
     step in the mean, its share of the host's work with it."""
-    from qaic_ray.model import load_tokenizer, open_checkpoint
+    from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
     from qaic_ray.run.batch import Sequence as Row
     from qaic_ray.run.engine import Engine
     from qaic_ray.run.session import Session

@@ -22,7 +22,7 @@ from qaic_ray.export.cut import cut_layers
 from qaic_ray.export.functions import use_plain_functions
 from qaic_ray.export.headroom import watch_activations
 from qaic_ray.export.options import ALL, LAST
-from qaic_ray.manifest import ModelManifest
+from qaic_ray.model.manifest import ModelManifest
 
 NUM_KEPT = 2
 """Length of `num_logits_to_keep`, where a graph has it and a run has as many tokens."""

@@ -23,8 +23,8 @@ from qaic_ray.export.headroom import Activation, beyond_float16, largest_activat
 from qaic_ray.export.reference import Floats, Trace, trace_prompts
 from qaic_ray.export.replay import Answer, PositionIdsReplay, Replay, open_replay
 from qaic_ray.folders import write_whole
-from qaic_ray.manifest import VERIFY_FILE, ModelManifest, read_manifest
-from qaic_ray.model import Checkpoint, has_tokenizer, load_tokenizer
+from qaic_ray.model.checkpoint import Checkpoint, has_tokenizer, load_tokenizer
+from qaic_ray.model.manifest import VERIFY_FILE, ModelManifest, read_manifest
 
 PROMPTS = (
     "My name is",

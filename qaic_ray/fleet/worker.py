@@ -25,14 +25,14 @@ from qaic_ray.fleet.holding import Holding
 from qaic_ray.fleet.speculation import Drafting, open_drafting
 from qaic_ray.fleet.worker_spec import TakenBack, WorkerInfo, WorkerSpec
 from qaic_ray.metrics import Measurement
-from qaic_ray.model import load_tokenizer, open_checkpoint
+from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
+from qaic_ray.model.stop_strings import StopReader
+from qaic_ray.model.tokenizer_files import text_parts
 from qaic_ray.rows import ROW_ALONE, Prompt, Row
 from qaic_ray.run import batch
 from qaic_ray.run.engine import MAX_STALL_S, Engine, Finished
 from qaic_ray.run.session import Session
 from qaic_ray.sdk import open_sdk
-from qaic_ray.stop_strings import StopReader
-from qaic_ray.tokenizer_sources import text_parts
 
 STATIC_LOOKAHEAD = 4
 """Rows that the engine of a static program is given for each of its places: a wave is made of rows

@@ -12,7 +12,7 @@ from qaic_ray.config import Job, dump_job
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP, Specializations
 from qaic_ray.documents import read_text
 from qaic_ray.errors import SdkNotFound, UsageError
-from qaic_ray.manifest import CUSTOM_IO_FILE
+from qaic_ray.model.manifest import CUSTOM_IO_FILE
 from qaic_ray.option_values import prompt_lens
 from qaic_ray.pipeline.compile_step import CompileRequest, compile_on, requested_builds
 from qaic_ray.pipeline.devices import choose_devices, choose_sdk, emulated_cards

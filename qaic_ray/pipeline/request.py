@@ -14,7 +14,7 @@ import yaml
 from qaic_ray.documents import checked, read_yaml, user_path
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.folders import write_whole
-from qaic_ray.model_sources import NAMED_MODELS
+from qaic_ray.model.sources import NAMED_MODELS
 from qaic_ray.rows import ChatOptions
 from qaic_ray.sampling_params import SamplingParams
 
@@ -130,9 +130,9 @@ class RunRequest:
             UsageError: where there are none, or two sources of them, or parameters that no row
                 could be answered with.
         """
-        from qaic_ray.chat_template import check_kwargs
         from qaic_ray.fleet.fingerprint import STREAM_SOURCE, file_source, text_source
         from qaic_ray.fleet.prompts import PromptFormat, prompts_from_file, prompts_from_text
+        from qaic_ray.model.chat import check_kwargs
 
         defaults, chat = self.defaults, self.chat_options
         check_kwargs(chat.template_kwargs)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from qaic_ray import interruption
 from qaic_ray.compile.store import check_kept, content_key
 from qaic_ray.errors import QaicRayError, Unfinished, UsageError
-from qaic_ray.model import open_checkpoint
+from qaic_ray.model.checkpoint import open_checkpoint
+from qaic_ray.model.tokenizer_files import text_parts
 from qaic_ray.pipeline.devices import choose_devices
 from qaic_ray.pipeline.listener import Listener
 from qaic_ray.pipeline.request import (
@@ -28,7 +29,6 @@ from qaic_ray.pipeline.request import (
     write_request,
 )
 from qaic_ray.sdk import EmulatedCards, Sdk, name_for_others
-from qaic_ray.tokenizer_sources import text_parts
 
 if TYPE_CHECKING:
     from qaic_ray.fleet.answers import Generation
@@ -82,7 +82,7 @@ def check_chat_template(request: RunRequest) -> None:
         UsageError: they cannot; one sentence.
     """
     from qaic_ray.fleet.answers import check_chat
-    from qaic_ray.model import load_chat_template, open_checkpoint
+    from qaic_ray.model.checkpoint import load_chat_template, open_checkpoint
 
     is_wanted = request.chat or request.chat_template is not None
     if is_wanted and _is_here(request):  # else each worker finds out when it is opened
@@ -333,7 +333,7 @@ def _generation(request: RunRequest) -> Generation:
 def _export(request: RunRequest, folder: Path) -> None:
     """The run's rows in the other formats that are asked for."""
     from qaic_ray.fleet.exports import OutputFormat, export_outputs
-    from qaic_ray.model import load_tokenizer
+    from qaic_ray.model.checkpoint import load_tokenizer
 
     if not request.output_formats:
         return

@@ -27,12 +27,12 @@ from qaic_ray.fleet.placement import WorkerPlace, place
 from qaic_ray.fleet.result import FleetResult
 from qaic_ray.fleet.worker import CardWorker
 from qaic_ray.fleet.worker_spec import WorkerInfo, WorkerSpec
-from qaic_ray.model import load_tokenizer, open_checkpoint
+from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
+from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.pipeline.sources import source_of
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.sdk import EmulatedCards
-from qaic_ray.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from conftest import OneRay

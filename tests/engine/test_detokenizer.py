@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from qaic_ray.detokenizer import IncrementalText
+from qaic_ray.model.detokenizer import IncrementalText
+from qaic_ray.model.stop_strings import StopReader
+from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.sampling_params import SamplingParams
-from qaic_ray.stop_strings import StopReader
-from qaic_ray.tokenizer import Tokenizer
 
 CORPUS = [
     "the naïve cat – 日本語 🙂🐈 and  the  end\n",

@@ -23,10 +23,10 @@ from qaic_ray.fleet import worker as worker_module
 from qaic_ray.fleet.answers import Generation, sample_seed
 from qaic_ray.fleet.worker import CardWorker
 from qaic_ray.fleet.worker_spec import TakenBack, WorkerSpec
+from qaic_ray.model.tokenizer import Tokenizer
+from qaic_ray.model.tokenizer_files import text_parts
 from qaic_ray.rows import ChatOptions, ErrorClass, FinishReason, Prompt, Row
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
-from qaic_ray.tokenizer import Tokenizer
-from qaic_ray.tokenizer_sources import text_parts
 
 LETTERS = [chr(ord("A") + index) for index in range(VOCAB)]
 CTX_LEN = 40

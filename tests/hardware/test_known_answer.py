@@ -15,7 +15,7 @@ from qaic_ray.compile.variant import Precision, Variant
 from qaic_ray.contract import Specializations
 from qaic_ray.export.export import export_model
 from qaic_ray.export.options import ExportOptions
-from qaic_ray.model import load_tokenizer, open_checkpoint
+from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.pipeline.sources import source_of
 from qaic_ray.run.batch import Sequence
 from qaic_ray.run.engine import Engine

@@ -14,11 +14,11 @@ from qaic_ray.compile.store import BuildRequest, build
 from qaic_ray.compile.variant import Precision, Variant
 from qaic_ray.config import EmulatorPart
 from qaic_ray.contract import Specializations
-from qaic_ray.model import Checkpoint, load_tokenizer, open_checkpoint
+from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
+from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.pipeline.devices import emulated_cards
 from qaic_ray.pipeline.sources import source_of
 from qaic_ray.sdk import Sdk, find_sdk
-from qaic_ray.tokenizer import Tokenizer
 
 PROMPTS = Path(__file__).parents[2] / "jobs" / "prompts" / "english.jsonl"
 CTX_LEN = 512
@@ -39,7 +39,7 @@ def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 @pytest.fixture(scope="session")
 def torch_model(checkpoint: Checkpoint) -> Any:
     """transformers' own model: the truth."""
-    from qaic_ray.model import load_torch_model
+    from qaic_ray.model.checkpoint import load_torch_model
 
     return load_torch_model(checkpoint)
 

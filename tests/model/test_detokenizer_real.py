@@ -7,11 +7,11 @@ import json
 import pytest
 from conftest import PROMPTS
 
-from qaic_ray.detokenizer import IncrementalText
-from qaic_ray.model import Checkpoint
+from qaic_ray.model.checkpoint import Checkpoint
+from qaic_ray.model.detokenizer import IncrementalText
+from qaic_ray.model.stop_strings import StopReader
+from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.sampling_params import SamplingParams
-from qaic_ray.stop_strings import StopReader
-from qaic_ray.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.model
 

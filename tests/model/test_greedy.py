@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache
 
 from qaic_ray.compile.variant import Precision
-from qaic_ray.model import Checkpoint, load_torch_model
+from qaic_ray.model.checkpoint import Checkpoint, load_torch_model
 from qaic_ray.run import batch
 from qaic_ray.run.engine import Engine
 from qaic_ray.run.session import Session

@@ -20,17 +20,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_folders import FOLDERS
 
-from qaic_ray import chat_template, transformers_child
-from qaic_ray.chat_template import RESERVED, ChatTemplate
 from qaic_ray.config import job_from
 from qaic_ray.errors import UsageError
 from qaic_ray.folders import CACHE_VARIABLE
-from qaic_ray.model import load_tokenizer, open_checkpoint
+from qaic_ray.model import chat, transformers_child
+from qaic_ray.model.chat import RESERVED, ChatTemplate
+from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
+from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.pipeline.job import run_request
 from qaic_ray.pipeline.request import REQUEST_NAME, RunRequest
 from qaic_ray.pipeline.run_step import check_chat_template
 from qaic_ray.rows import ChatOptions
-from qaic_ray.tokenizer import Tokenizer
 
 Conversation = list[dict[str, Any]]
 HELLO = CONVERSATIONS["hello"]
@@ -47,7 +47,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first rendering is done here too: a start a template would take a second each."""
-    monkeypatch.setattr(chat_template, "_why_never", lambda *_: None)
+    monkeypatch.setattr(chat, "_why_never", lambda *_: None)
 
 
 def auto_tokenizer(folder: Path) -> Any:
@@ -176,7 +176,7 @@ def test_generated_templates_too(
     template = "{% set m = messages[0] %}" + "".join(pieces)
     options = ChatOptions(begins and not goes_on, goes_on)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat_template, "_why_never", lambda *_: None)
+        patch.setattr(chat, "_why_never", lambda *_: None)
         expected, given = both(pairs[0], template, messages, options)
     assert given == expected
 
@@ -292,7 +292,7 @@ def test_in_a_macro_too_and_others_in_the_process_keep_theirs(no_child: None) ->
     assert ChatTemplate(text).of_run(None, "1999-01-01").render(HELLO, ChatOptions()) == "1999"
     from transformers import PreTrainedTokenizerBase
 
-    tokenizer = PreTrainedTokenizerBase(chat_template=text)
+    tokenizer = PreTrainedTokenizerBase(chat=text)
     assert tokenizer.apply_chat_template(HELLO, tokenize=False) == str(datetime.now().year)
 
 
@@ -331,7 +331,7 @@ def test_a_run_hears_of_it_before_ray_starts(simple: Path) -> None:
     request = RunRequest("r", str(simple), Path("/q"), None, "a", None, chat=True)
     with pytest.raises(UsageError, match="has no chat template: leave --chat"):
         check_chat_template(request)
-    check_chat_template(replace(request, chat_template="{{ messages[0].content }}"))
+    check_chat_template(replace(request, chat="{{ messages[0].content }}"))
     _in_settings(simple, "{% if %}")
     with pytest.raises(UsageError, match="cannot be used: Expected an expression"):
         check_chat_template(request)
@@ -375,14 +375,14 @@ def test_a_conversation_that_is_refused_stops_no_other(monkeypatch: pytest.Monke
 def test_what_was_tried_out_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     template = ChatTemplate("tried once")
     template.try_out(HELLO, ChatOptions())
-    monkeypatch.setattr(chat_template, "_tried", {})  # as another process
+    monkeypatch.setattr(chat, "_tried", {})  # as another process
     monkeypatch.setattr(transformers_child, "render", None)
     assert template.render(HELLO, ChatOptions()) == "tried once"
 
 
 def test_rendering_loads_no_torch(own_cache: Path) -> None:
     program = (
-        "import sys; from qaic_ray.chat_template import *\n"
+        "import sys; from qaic_ray.model.chat import *\n"
         "t = ChatTemplate('{{ messages[0].content }}')\n"
         "assert t.render([{'role': 'user', 'content': 'x'}], ChatOptions()) == 'x'\n"
         "print('torch' in sys.modules)"

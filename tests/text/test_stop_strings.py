@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
+from qaic_ray.model.stop_strings import StopReader
+from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.sampling_params import SamplingParams
-from qaic_ray.stop_strings import StopReader
-from qaic_ray.tokenizer import Tokenizer
 
 END, TURN = 128, 129
 NAMES = {END: "<end>", TURN: "<turn>"}

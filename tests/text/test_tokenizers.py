@@ -17,13 +17,13 @@ from tokenizer_folders import FOLDERS, TEXTS
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from qaic_ray import tokenizer_sources, transformers_child
-from qaic_ray.detokenizer import IncrementalText
 from qaic_ray.errors import CheckpointError, RowError
 from qaic_ray.folders import CACHE_VARIABLE
-from qaic_ray.model import load_tokenizer, open_checkpoint
-from qaic_ray.tokenizer import Tokenizer
-from qaic_ray.tokenizer_sources import loaded_tokenizer
+from qaic_ray.model import tokenizer_files, transformers_child
+from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
+from qaic_ray.model.detokenizer import IncrementalText
+from qaic_ray.model.tokenizer import Tokenizer
+from qaic_ray.model.tokenizer_files import loaded_tokenizer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -191,7 +191,7 @@ def test_a_damaged_entry_is_made_again(simple: Path, loads: list[Path], name: st
 
 def test_loading_takes_no_torch(simple: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from qaic_ray.model import *\n"
+        "import sys; from pathlib import Path; from qaic_ray.model.checkpoint import *\n"
         f"t = load_tokenizer(open_checkpoint({str(simple)!r}, weights=False)); t.encode('a')\n"
         "print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
     )
@@ -217,9 +217,9 @@ def test_the_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     folder = tmp_path / "sp"
     folder.mkdir()
     FOLDERS["sentencepiece-file"](folder)
-    real = tokenizer_sources.find_spec
+    real = tokenizer_files.find_spec
     monkeypatch.setattr(
-        tokenizer_sources, "find_spec", lambda name: None if name == "sentencepiece" else real(name)
+        tokenizer_files, "find_spec", lambda name: None if name == "sentencepiece" else real(name)
     )
     (folder / "tokenizer.model").write_bytes(b"no model")
     with pytest.raises(CheckpointError, match=r"pip install 'qaic-ray\[sentencepiece\]'"):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qaic_ray.contract import IoContract
-from qaic_ray.manifest import CUSTOM_IO_FILE, FORMAT, MANIFEST_FILE, ModelManifest
+from qaic_ray.model.manifest import CUSTOM_IO_FILE, FORMAT, MANIFEST_FILE, ModelManifest
 
 
 @pytest.fixture

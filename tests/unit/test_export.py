@@ -27,8 +27,8 @@ from qaic_ray.export.verify import (
     write_report,
 )
 from qaic_ray.kept_files import SourceFile
-from qaic_ray.manifest import FORMAT, ModelManifest, read_manifest
-from qaic_ray.model import Checkpoint, open_checkpoint
+from qaic_ray.model.checkpoint import Checkpoint, open_checkpoint
+from qaic_ray.model.manifest import FORMAT, ModelManifest, read_manifest
 
 MANIFEST = ModelManifest(
     format=FORMAT,

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qaic_ray.errors import CheckpointError
-from qaic_ray.gguf_file import model_name, part_paths, read_gguf
+from qaic_ray.model.gguf_file import model_name, part_paths, read_gguf
 
 
 def write(path: Path, keys: dict[str, tuple[Any, gguf.GGUFValueType]], tensors: int = 2) -> Path:

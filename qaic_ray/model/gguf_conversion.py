@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qaic_ray.gguf_config import end_ids, family_of, read_config
-from qaic_ray.gguf_file import read_gguf
-from qaic_ray.gguf_tokenizer import write_tokenizer
-from qaic_ray.gguf_weights import read_divisors, write_weights
+from qaic_ray.model.gguf_config import end_ids, family_of, read_config
+from qaic_ray.model.gguf_file import read_gguf
+from qaic_ray.model.gguf_tokenizer import write_tokenizer
+from qaic_ray.model.gguf_weights import read_divisors, write_weights
 
 
 def write_conversion(path: Path, folder: Path) -> None:

@@ -17,9 +17,9 @@ from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
 
-from qaic_ray import transformers_child
 from qaic_ray.errors import UsageError
 from qaic_ray.folders import cache_folder
+from qaic_ray.model import transformers_child
 from qaic_ray.rows import ChatOptions
 
 RESERVED = frozenset(

@@ -12,21 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qaic_ray.chat_template import ChatTemplate
-from qaic_ray.config_fields import Fields
 from qaic_ray.documents import read_object
 from qaic_ray.errors import CheckpointError
 from qaic_ray.folders import cache_folder
-from qaic_ray.gguf_file import model_name
-from qaic_ray.model_sources import (
+from qaic_ray.model.chat import ChatTemplate
+from qaic_ray.model.config_fields import Fields
+from qaic_ray.model.gguf_file import model_name
+from qaic_ray.model.sources import (
     NAMED_MODELS,
     convert_gguf,
     fetch_hub,
     fetch_named,
 )
-from qaic_ray.tokenizer import Tokenizer, open_chat_template, open_tokenizer
-from qaic_ray.tokenizer_sources import eos_token_ids, has_vocabulary, loaded_tokenizer
-from qaic_ray.weight_files import check_folder, find_weights
+from qaic_ray.model.tokenizer import Tokenizer, open_chat_template, open_tokenizer
+from qaic_ray.model.tokenizer_files import eos_token_ids, has_vocabulary, loaded_tokenizer
+from qaic_ray.model.weight_files import check_folder, find_weights
 
 SUPPORTED_ARCHITECTURES = {
     "LlamaForCausalLM": "llama",

@@ -15,11 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qaic_ray import transformers_child
 from qaic_ray.documents import checked, read_object, read_text
 from qaic_ray.errors import CheckpointError
 from qaic_ray.folders import building, cache_folder, locked
-from qaic_ray.transformers_child import SETTINGS_FILE, TOKENIZER_FILE
+from qaic_ray.model import transformers_child
+from qaic_ray.model.transformers_child import SETTINGS_FILE, TOKENIZER_FILE
 
 FORMAT = 1
 """Raised when what is kept changes, so that what older versions kept is not found."""

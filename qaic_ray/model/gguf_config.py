@@ -13,7 +13,7 @@ from typing import Any
 
 from qaic_ray.documents import shown
 from qaic_ray.errors import CheckpointError
-from qaic_ray.gguf_file import GgufFile
+from qaic_ray.model.gguf_file import GgufFile
 
 ROPE_DIVISORS = "rope_freqs.weight"
 """Llama 3.1's scaling has no key: the tensor holds a divisor of each inverse frequency."""

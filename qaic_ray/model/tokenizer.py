@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qaic_ray.chat_template import ChatTemplate
 from qaic_ray.documents import read_object, read_text
 from qaic_ray.errors import CheckpointError, RowError
+from qaic_ray.model.chat import ChatTemplate
+from qaic_ray.model.transformers_child import SETTINGS_FILE, TOKENIZER_FILE
 from qaic_ray.rows import ChatOptions
-from qaic_ray.transformers_child import SETTINGS_FILE, TOKENIZER_FILE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend

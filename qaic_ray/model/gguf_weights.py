@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from qaic_ray.documents import shown
 from qaic_ray.errors import CheckpointError
-from qaic_ray.gguf_config import ROPE_DIVISORS, Family
-from qaic_ray.gguf_file import GgufFile, GgufTensor, tensor_bytes
+from qaic_ray.model.gguf_config import ROPE_DIVISORS, Family
+from qaic_ray.model.gguf_file import GgufFile, GgufTensor, tensor_bytes
 
 Floats = npt.NDArray[np.float32]
 
