@@ -13,14 +13,14 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from qaic_ray.documents import shown
+from qaic_ray.engine import batcher
+from qaic_ray.engine.engine import Finished
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.fleet.speculation import Speculation
 from qaic_ray.model.chat import ChatTemplate
 from qaic_ray.model.stop_strings import StopReader
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.rows import ChatOptions, FinishReason, Message, Prompt, Row, Sample
-from qaic_ray.run import batch
-from qaic_ray.run.engine import Finished
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
 
 MAX_HELD = 2**23
@@ -81,7 +81,7 @@ class Answer:
 
     prompt: Prompt
     params: SamplingParams
-    sequences: tuple[batch.Sequence, ...]
+    sequences: tuple[batcher.Sequence, ...]
     readers: tuple[StopReader | None, ...]
     finished: list[Finished] = field(default_factory=list)
 
@@ -138,7 +138,7 @@ class Answerer:
         _refuse_unholdable(params, len(prompt_ids), limit)
         stop_ids = frozenset(params.stop_token_ids) | self._ending_ids(params)
         sequences = [
-            batch.Sequence(
+            batcher.Sequence(
                 key=prompt.index,
                 prompt_ids=prompt_ids,
                 max_new_tokens=limit,
@@ -249,7 +249,7 @@ class Answerer:
         return messages
 
     def _sample(
-        self, params: SamplingParams, sequence: batch.Sequence, reader: StopReader | None
+        self, params: SamplingParams, sequence: batcher.Sequence, reader: StopReader | None
     ) -> Sample:
         assert sequence.finish_reason is not None
         token_ids = tuple(sequence.output_ids)

@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qaic_ray.contract import Specializations
+from qaic_ray.engine import batcher
+from qaic_ray.engine.engine import MAX_STALL_S, Engine, Finished
+from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
 from qaic_ray.fleet.answers import Answer, Answerer, check_chat
 from qaic_ray.fleet.fingerprint import differences
@@ -29,9 +32,6 @@ from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.model.stop_strings import StopReader
 from qaic_ray.model.tokenizer_files import text_parts
 from qaic_ray.rows import ROW_ALONE, Prompt, Row
-from qaic_ray.run import batch
-from qaic_ray.run.engine import MAX_STALL_S, Engine, Finished
-from qaic_ray.run.session import Session
 from qaic_ray.sdk import open_sdk
 
 STATIC_LOOKAHEAD = 4
@@ -60,7 +60,7 @@ class _Shard:
     `outcome` takes what becomes of its sequences: finished, given back unbegun, or lost.
     """
 
-    outcome: Handover[Finished | list[batch.Sequence]] = field(default_factory=Handover)
+    outcome: Handover[Finished | list[batcher.Sequence]] = field(default_factory=Handover)
     is_queued: bool = False
     is_asked: bool = False
 
@@ -69,7 +69,7 @@ class _Shard:
 class _Arrival:
     """A sequence for the engine, and whose it is."""
 
-    sequence: batch.Sequence
+    sequence: batcher.Sequence
     reader: StopReader | None
     answer: Answer
     shard: _Shard
@@ -83,7 +83,7 @@ class CardWorker:
         self._failed_rows = 0
         self._lock = threading.Condition()
         self._backlog: deque[_Arrival] = deque()
-        self._owner: dict[batch.Sequence, _Shard] = {}
+        self._owner: dict[batcher.Sequence, _Shard] = {}
         self._shards: dict[int, _Shard] = {}
         self._newest_shard = -1
         self._failure: QaicRayError | None = None

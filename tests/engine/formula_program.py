@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from qaic_ray import contract
 from qaic_ray.contract import IoContract, Specialization, Specializations
-from qaic_ray.run.batch import Sequence
-from qaic_ray.run.engine import Engine, Finished, Reader
+from qaic_ray.engine.batcher import Sequence
+from qaic_ray.engine.engine import Engine, Finished, StopReader
 
 VOCAB = 61
 EOS = 5
@@ -148,7 +148,7 @@ class FormulaProgram:
 def run_all(
     engine: Engine,
     arrivals: list[tuple[int, Sequence]],
-    readers: Mapping[int, Reader] | None = None,
+    readers: Mapping[int, StopReader] | None = None,
 ) -> dict[int, Finished]:
     """Feed each sequence at its step, and go on to the end."""
     arrivals = sorted(arrivals, key=lambda arrival: arrival[0])

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from qaic_ray.engine.batcher import Batcher, Sequence, Step, num_common
+from qaic_ray.engine.shapes import ProgramShapes
 from qaic_ray.errors import RowError
 from qaic_ray.rows import FinishReason
-from qaic_ray.run.batch import Batcher, Sequence, Step, num_common
-from qaic_ray.run.shapes import ProgramShapes
 
 EOS = 2
 SHAPES = ProgramShapes(

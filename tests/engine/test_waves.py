@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from qaic_ray.engine.batcher import Sequence
+from qaic_ray.engine.lockstep import LockstepBatcher
+from qaic_ray.engine.shapes import ProgramShapes
 from qaic_ray.errors import RowError
-from qaic_ray.run.batch import Sequence
-from qaic_ray.run.shapes import ProgramShapes
-from qaic_ray.run.waves import WaveBatcher
 
 EOS = 2
 SHAPES = ProgramShapes(
@@ -29,7 +29,7 @@ def sequence(key: int, prompt_tokens: int, max_new_tokens: int) -> Sequence:
     return Sequence(key, tuple(range(100, 100 + prompt_tokens)), max_new_tokens, frozenset({EOS}))
 
 
-def run_table(batcher: WaveBatcher) -> list[Told]:
+def run_table(batcher: LockstepBatcher) -> list[Told]:
     """Every step: its kind, cache index, slot and key of the rows that run, whether it answers."""
     table: list[Told] = []
     while (step := batcher.plan()) is not None:
@@ -42,7 +42,7 @@ def run_table(batcher: WaveBatcher) -> list[Told]:
 
 
 def test_rows_of_as_many_chunks_go_together_and_early_ends_keep_their_place_empty() -> None:
-    batcher = WaveBatcher(SHAPES)
+    batcher = LockstepBatcher(SHAPES)
     for added in (sequence(0, 6, 2), sequence(1, 3, 9), sequence(2, 8, 4)):
         batcher.add(added)
     assert run_table(batcher) == [
@@ -58,7 +58,7 @@ def test_rows_of_as_many_chunks_go_together_and_early_ends_keep_their_place_empt
 
 
 def test_a_shorter_row_takes_a_place_left_over_where_it_loses_nothing_by_the_padding() -> None:
-    batcher = WaveBatcher(SHAPES)
+    batcher = LockstepBatcher(SHAPES)
     batcher.add(sequence(0, 8, 1))
     batcher.add(sequence(1, 4, 13))  # 8 + 13 - 1 is more than the context: not beside row 0
     batcher.add(sequence(2, 4, 2))
@@ -68,7 +68,7 @@ def test_a_shorter_row_takes_a_place_left_over_where_it_loses_nothing_by_the_pad
 
 
 def test_the_row_that_waits_longest_leads_its_wave() -> None:
-    batcher = WaveBatcher(SHAPES)
+    batcher = LockstepBatcher(SHAPES)
     for key, length in enumerate((3, 9, 3, 3)):
         batcher.add(sequence(key, length, 6))
     leaders = [
@@ -78,7 +78,7 @@ def test_the_row_that_waits_longest_leads_its_wave() -> None:
 
 
 def test_decode_only_program_feeds_prompts_token_by_token() -> None:
-    batcher = WaveBatcher(replace(SHAPES, prefill_lens=()))
+    batcher = LockstepBatcher(replace(SHAPES, prefill_lens=()))
     batcher.add(sequence(0, 3, 2))
     batcher.add(sequence(1, 2, 1))
     assert run_table(batcher) == [
@@ -95,10 +95,10 @@ def test_decode_only_program_feeds_prompts_token_by_token() -> None:
 def test_answers_fit_the_context_behind_the_padding(
     prompt_tokens: int, wanted: int | None, allowed: int
 ) -> None:
-    assert WaveBatcher(SHAPES).new_token_limit(prompt_tokens, wanted) == allowed
+    assert LockstepBatcher(SHAPES).new_token_limit(prompt_tokens, wanted) == allowed
 
 
 @pytest.mark.parametrize("prompt_tokens", [0, 17])
 def test_prompts_that_do_not_fit_are_refused(prompt_tokens: int) -> None:
     with pytest.raises(RowError):
-        WaveBatcher(SHAPES).new_token_limit(prompt_tokens, 1)
+        LockstepBatcher(SHAPES).new_token_limit(prompt_tokens, 1)

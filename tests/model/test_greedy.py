@@ -16,10 +16,10 @@ import torch
 from transformers import DynamicCache
 
 from qaic_ray.compile.variant import Precision
+from qaic_ray.engine import batcher
+from qaic_ray.engine.engine import Engine
+from qaic_ray.engine.session import Session
 from qaic_ray.model.checkpoint import Checkpoint, load_torch_model
-from qaic_ray.run import batch
-from qaic_ray.run.engine import Engine
-from qaic_ray.run.session import Session
 from qaic_ray.sdk import Sdk
 
 pytestmark = pytest.mark.model
@@ -70,7 +70,7 @@ def answer(
     try:
         engine = Engine(session)
         arriving = [
-            batch.Sequence(i, p, engine.new_token_limit(len(p), new_tokens), frozenset(eos_ids))
+            batcher.Sequence(i, p, engine.new_token_limit(len(p), new_tokens), frozenset(eos_ids))
             for i, p in enumerate(prompts)
         ]
         done: dict[int, TokenIds] = {}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qaic_ray.run.sampling import Selector
+from qaic_ray.engine.sampler import Selector
 from qaic_ray.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.model

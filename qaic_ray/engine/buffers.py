@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qaic_ray.contract import Specialization
-from qaic_ray.run.descriptor import ProgramInterface
+from qaic_ray.engine.interface import ProgramInterface
 
 LISTED_SINCE = (1, 20)
 """First Apps version whose `setData` takes (binding, array) pairs."""

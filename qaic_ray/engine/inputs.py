@@ -14,16 +14,16 @@ import numpy.typing as npt
 
 from qaic_ray import contract
 from qaic_ray.contract import Specialization
-from qaic_ray.run.batch import Batcher, Step
-from qaic_ray.run.shapes import ProgramShapes
-from qaic_ray.run.waves import WaveStep
+from qaic_ray.engine.batcher import Batcher, Step
+from qaic_ray.engine.lockstep import LockstepStep
+from qaic_ray.engine.shapes import ProgramShapes
 
 Array = npt.NDArray[Any]
 Drafts = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Laid:
+class StepInputs:
     """A step, ready to run.
 
     Row i of the step stands in row `rows[i]` of the program; `lasts[i]` is the column of its last
@@ -53,14 +53,14 @@ class Laid:
         return piece
 
 
-class Feed(Protocol):
+class InputBuilder(Protocol):
     """Lays the steps of one batcher."""
 
-    def lay(self, step: Any, drafts: Drafts | None) -> Laid:
+    def build(self, step: Any, drafts: Drafts | None) -> StepInputs:
         """Fill the inputs for a step; `drafts` are tokens to try behind each row's own."""
 
 
-class PositionIdsFeed:
+class PositionIdsInputs:
     """Rows of any length, each at positions of its own; padding has position -1.
 
     Args:
@@ -85,13 +85,13 @@ class PositionIdsFeed:
             for shape in (*shapes.prefills, *shapes.decodes)
         }
 
-    def lay(self, step: Step, drafts: Drafts | None) -> Laid:
+    def build(self, step: Step, drafts: Drafts | None) -> StepInputs:
         """Fill the inputs for a step."""
         if step.is_prefill or drafts is not None or max(step.counts) > 1:
-            return self._lay_many(step, drafts)
-        return self._lay_newest(step)
+            return self._build_many(step, drafts)
+        return self._build_newest(step)
 
-    def _lay_newest(self, step: Step) -> Laid:
+    def _build_newest(self, step: Step) -> StepInputs:
         """One token a row: what nearly every step is."""
         positions = [sequence.num_computed for _, sequence in step.rows]
         shape = self._shapes.decode_shape(1, max(positions) + 1)
@@ -115,9 +115,9 @@ class PositionIdsFeed:
         answers = [
             bool(sequence.output_ids) or sequence.num_uncomputed == 1 for _, sequence in step.rows
         ]
-        return Laid(shape, inputs, rows, [0] * num_rows, answers)
+        return StepInputs(shape, inputs, rows, [0] * num_rows, answers)
 
-    def _lay_many(self, step: Step, drafts: Drafts | None) -> Laid:
+    def _build_many(self, step: Step, drafts: Drafts | None) -> StepInputs:
         counts = step.counts
         tails: Drafts = drafts if drafts is not None else [()] * len(counts)
         ends = [
@@ -144,7 +144,7 @@ class PositionIdsFeed:
             at[row, : own + len(tail)] = range(sequence.num_computed, end)
             rows.append(row)
             answers.append(sequence.num_computed + own == sequence.num_tokens)
-        return Laid(shape, inputs, rows, [own - 1 for own in counts], answers)
+        return StepInputs(shape, inputs, rows, [own - 1 for own in counts], answers)
 
     def _index(self, inputs: dict[str, Array], step: Step) -> None:
         """Name the slot of every row of the shape; rows without one get slots of nobody."""
@@ -167,7 +167,7 @@ class PositionIdsFeed:
         return inputs
 
 
-class CacheIndexFeed:
+class CacheIndexInputs:
     """Rows in lockstep, padded on the left; the attention mask says which tokens are.
 
     The mask goes to the card with a prefill and stays there: a decode sets its own token's place
@@ -192,7 +192,7 @@ class CacheIndexFeed:
             for shape in (*shapes.prefills, *shapes.decodes)
         }
 
-    def lay(self, step: WaveStep, drafts: Drafts | None) -> Laid:
+    def build(self, step: LockstepStep, drafts: Drafts | None) -> StepInputs:
         """Fill the inputs for a step; nothing is ever drafted here."""
         if step.is_prefill:
             # A decode-only program computes prompts in its decode shape.
@@ -212,22 +212,22 @@ class CacheIndexFeed:
                 at[slot, 0] = sequence.num_tokens - 1
         rows = [slot for slot, _ in step.rows]
         lasts = [step.seq_len - 1] * len(rows)
-        return Laid(shape, inputs, rows, lasts, [step.answers] * len(rows))
+        return StepInputs(shape, inputs, rows, lasts, [step.answers] * len(rows))
 
-    def _lay_prefill(self, step: WaveStep, ids: Array, at: Array) -> None:
+    def _lay_prefill(self, step: LockstepStep, ids: Array, at: Array) -> None:
         start, seq_len = step.cache_index, step.seq_len
         # A place without a row is a prompt of one padding token: a row all masked is nothing.
         for place in range(len(ids)):
             sequence = dict(step.rows).get(place)
             prompt_ids = (0,) if sequence is None else sequence.prompt_ids
-            _lay_padded(prompt_ids, start - (step.padded_len - len(prompt_ids)), ids[place])
+            _build_padded(prompt_ids, start - (step.padded_len - len(prompt_ids)), ids[place])
             pad = step.padded_len - len(prompt_ids)
             at[place] = np.maximum(np.arange(start, start + seq_len) - pad, 0)
             self._mask[place] = 0
             self._mask[place, pad : start + seq_len] = 1
 
 
-def _lay_padded(prompt_ids: tuple[int, ...], start: int, row: Array) -> None:
+def _build_padded(prompt_ids: tuple[int, ...], start: int, row: Array) -> None:
     """Write `prompt_ids[start:]` into a row, zeros where `start` is still before the prompt."""
     row.fill(0)
     skip = max(-start, 0)

@@ -15,8 +15,8 @@ from typing import Protocol
 
 import numpy as np
 
-from qaic_ray.run.drawing import NUMBERS, Drawer, Floats, Ints, Logits, Rules
-from qaic_ray.run.logprobs import token_logprob
+from qaic_ray.engine.categorical import NUMBERS, CategoricalSampler, Floats, Ints, Logits, Rules
+from qaic_ray.engine.logprobs import token_logprob
 from qaic_ray.sampling_params import SamplingParams, TokenLogprob
 
 _SPAN = 64  # tokens whose uniform numbers are made at once
@@ -104,7 +104,7 @@ class Selector:
     def __init__(self, num_slots: int) -> None:
         self._rows: dict[int, _Row] = {}
         self._uniforms = np.empty((num_slots, _SPAN, NUMBERS))
-        self._drawer = Drawer()
+        self._categorical = CategoricalSampler()
         self._changed = np.empty((0, 0), np.float32)
         self._group: _Group | None = None
 
@@ -174,7 +174,9 @@ class Selector:
                 self._uniforms[slot] = _uniforms(row.seed, span)
                 row.end_of_span = (span + 1) * _SPAN
             numbers.append(row.num_output % _SPAN)
-        return self._drawer.draw(logits, group.rules, self._uniforms[group.drawn_slots, numbers])
+        return self._categorical.draw(
+            logits, group.rules, self._uniforms[group.drawn_slots, numbers]
+        )
 
 
 class _Row:

@@ -19,14 +19,20 @@ import numpy.typing as npt
 
 from qaic_ray.contract import IoContract, Specialization, Specializations
 from qaic_ray.durations import bin_of
+from qaic_ray.engine.batcher import Batcher, Sequence
+from qaic_ray.engine.inputs import (
+    CacheIndexInputs,
+    Drafts,
+    InputBuilder,
+    PositionIdsInputs,
+    StepInputs,
+)
+from qaic_ray.engine.lockstep import LockstepBatcher
+from qaic_ray.engine.shapes import ProgramShapes
+from qaic_ray.engine.token_picker import TokenPicker
 from qaic_ray.errors import RowError
 from qaic_ray.metrics import Measurement, Meter
 from qaic_ray.rows import ROW_ALONE
-from qaic_ray.run.batch import Batcher, Sequence
-from qaic_ray.run.choosing import Chooser
-from qaic_ray.run.feed import CacheIndexFeed, Drafts, Feed, Laid, PositionIdsFeed
-from qaic_ray.run.shapes import ProgramShapes
-from qaic_ray.run.waves import WaveBatcher
 from qaic_ray.sampling_params import SamplingParams
 
 Array = npt.NDArray[Any]
@@ -54,7 +60,7 @@ class Program(Protocol):
         """Execute once; `meanwhile` is called while the card works."""
 
 
-class Reader(Protocol):
+class StopReader(Protocol):
     """Reads a row's tokens as they come, and may end it (stop strings)."""
 
     def read(self, token_ids: Listed[int]) -> int | None:
@@ -108,22 +114,22 @@ class Engine:
         ride_len: int | None = None,
     ) -> None:
         shapes = self._shapes = ProgramShapes.of(program.specializations)
-        self.batcher: Batcher | WaveBatcher
-        self._feed: Feed
+        self.batcher: Batcher | LockstepBatcher
+        self._inputs: InputBuilder
         if program.contract is IoContract.CACHE_INDEX:
-            self.batcher = WaveBatcher(shapes)
-            self._feed = CacheIndexFeed(shapes, program.input_dtype)
+            self.batcher = LockstepBatcher(shapes)
+            self._inputs = CacheIndexInputs(shapes, program.input_dtype)
         else:
             self.batcher = Batcher(shapes, prefix_reuse=prefix_reuse, ride_len=ride_len)
-            self._feed = PositionIdsFeed(shapes, program.input_dtype, self.batcher)
+            self._inputs = PositionIdsInputs(shapes, program.input_dtype, self.batcher)
         self._program = program
         self._clock = clock
         self._max_stall_s = max_stall_s
         self._proposer = proposer if self._shapes.decode_len > 1 else None
-        self._chooser = Chooser(
+        self._chooser = TokenPicker(
             self._shapes.num_slots, emits_tokens=program.emits_tokens, fail=self._end_with
         )
-        self._readers: dict[Sequence, Reader] = {}
+        self._readers: dict[Sequence, StopReader] = {}
         self._num_read: dict[Sequence, int] = {}
         self._unread: list[Sequence] = []
         self._stops: dict[Sequence, int] = {}
@@ -157,7 +163,7 @@ class Engine:
                 "export without it."
             )
 
-    def add(self, sequence: Sequence, reader: Reader | None = None) -> None:
+    def add(self, sequence: Sequence, reader: StopReader | None = None) -> None:
         """Queue a sequence; its time to first token starts now."""
         self._awaiting[sequence] = self._clock()
         if reader is not None:
@@ -181,7 +187,7 @@ class Engine:
         if step is None:
             return []
         drafts = None if self._proposer is None or step.is_prefill else self._draft(step)
-        laid = self._feed.lay(step, drafts)
+        laid = self._inputs.build(step, drafts)
         output = self._program.run(laid.shape, laid.inputs, self._read if self._unread else None)
         chosen = self._chooser.choose(step, laid, drafts, output)
         num_before = 0 if drafts is None else _num_output(step)
@@ -258,7 +264,7 @@ class Engine:
         self._unread = [sequence for sequence in self._unread if sequence not in every]
         return every
 
-    def _measure(self, step: Any, laid: Laid, seconds: float) -> None:
+    def _measure(self, step: Any, laid: StepInputs, seconds: float) -> None:
         meter = self._meter
         if step.is_prefill:
             meter.prefill_steps += 1
@@ -278,7 +284,7 @@ class Engine:
         self._meter.accepted_tokens += num_kept
         self._meter.decode_tokens += num_kept
 
-    def _note_first(self, step: Any, laid: Laid, end_s: float) -> None:
+    def _note_first(self, step: Any, laid: StepInputs, end_s: float) -> None:
         for (_, sequence), answered in zip(step.rows, laid.answers, strict=True):
             if answered and sequence in self._awaiting:
                 entered_s = self._awaiting.pop(sequence)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Listed
 
+from qaic_ray.engine.batcher import Sequence
+from qaic_ray.engine.engine import Engine, Program
 from qaic_ray.errors import UsageError
 from qaic_ray.metrics import Measurement
-from qaic_ray.run.batch import Sequence
-from qaic_ray.run.engine import Engine, Program
 
 RIDE_LEN = 4
 """New tokens that a row feeds one by one, together with the other rows, rather than in a prefill

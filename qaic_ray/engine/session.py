@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qaic_ray.contract import Specialization
+from qaic_ray.engine.buffers import LISTED_SINCE, Buffers, ListedBuffers, PositionalBuffers
+from qaic_ray.engine.interface import read_interface
 from qaic_ray.errors import DeviceBusy, DeviceError, DeviceLost, SdkNotFound, UsageError
-from qaic_ray.run.buffers import LISTED_SINCE, Buffers, ListedBuffers, PositionalBuffers
-from qaic_ray.run.descriptor import read_interface
 from qaic_ray.sdk import Sdk
 
 DATA_PATH_TIMEOUT_MS = 60_000

@@ -17,12 +17,12 @@ from collections import deque
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 
-from qaic_ray.run.batch import Sequence, limit_of
-from qaic_ray.run.shapes import ProgramShapes, ShapeCosts
+from qaic_ray.engine.batcher import Sequence, limit_of
+from qaic_ray.engine.shapes import ProgramShapes, ShapeCosts
 
 
 @dataclass(frozen=True)
-class WaveStep:
+class LockstepStep:
     """One execution of the program for the whole wave.
 
     The step writes the cache from `cache_index` on; `padded_len` is what every prompt is padded
@@ -41,7 +41,7 @@ class WaveStep:
         return self.cache_index + self.seq_len >= self.padded_len
 
 
-class WaveBatcher:
+class LockstepBatcher:
     """Gathers sequences into waves and plans their steps; the counterpart of `Batcher`.
 
     Args:
@@ -81,7 +81,7 @@ class WaveBatcher:
         """Queue a sequence whose `max_new_tokens` came from `new_token_limit`."""
         self.waiting.append(sequence)
 
-    def plan(self, *, decode_first: bool = False) -> WaveStep | None:
+    def plan(self, *, decode_first: bool = False) -> LockstepStep | None:
         """The next step, or None when nothing waits or runs.
 
         `decode_first` changes nothing: no row of a wave is ahead of the others.
@@ -93,9 +93,9 @@ class WaveBatcher:
         is_prefill = self._cache_index < self._padded_len
         seq_len = self._prompt_len if is_prefill else 1
         rows = tuple(self.running.items())
-        return WaveStep(is_prefill, seq_len, self._cache_index, self._padded_len, rows)
+        return LockstepStep(is_prefill, seq_len, self._cache_index, self._padded_len, rows)
 
-    def commit(self, step: WaveStep, chosen: Listed[Listed[int]]) -> list[Sequence]:
+    def commit(self, step: LockstepStep, chosen: Listed[Listed[int]]) -> list[Sequence]:
         """Take in a step's outcome; return the sequences it finished, in the step's order.
 
         Args:

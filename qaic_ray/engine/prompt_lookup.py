@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
 
-from qaic_ray.run.batch import Sequence
+from qaic_ray.engine.batcher import Sequence
 
 MAX_NGRAM = 3
 """Longest run of last tokens that is looked up; the longest that is found decides."""

@@ -18,9 +18,9 @@ from collections import deque
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
 
+from qaic_ray.engine.shapes import ProgramShapes, ShapeCosts
 from qaic_ray.errors import RowError
 from qaic_ray.rows import FinishReason
-from qaic_ray.run.shapes import ProgramShapes, ShapeCosts
 from qaic_ray.sampling_params import SamplingParams, TokenLogprob
 
 GREEDY = SamplingParams()

@@ -95,7 +95,7 @@ class _Line(NamedTuple):
     num_steps: int  # tokens of a block
 
 
-class Drawer:
+class CategoricalSampler:
     """Draws tokens; keeps its buffers from one call to the next."""
 
     def __init__(self) -> None:

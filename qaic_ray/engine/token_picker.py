@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy.typing as npt
 
+from qaic_ray.engine.batcher import Sequence
+from qaic_ray.engine.inputs import Drafts, StepInputs
+from qaic_ray.engine.sampler import Selector, overflowed
 from qaic_ray.errors import RowError
 from qaic_ray.rows import ROW_ALONE
-from qaic_ray.run.batch import Sequence
-from qaic_ray.run.feed import Drafts, Laid
-from qaic_ray.run.sampling import Selector, overflowed
 
 Array = npt.NDArray[Any]
 
 
-class Chooser:
+class TokenPicker:
     """Chooses tokens for the rows of one program.
 
     Args:
@@ -53,7 +53,7 @@ class Chooser:
         self._special.discard(sequence)
 
     def choose(
-        self, step: Any, laid: Laid, drafts: Drafts | None, output: Array
+        self, step: Any, laid: StepInputs, drafts: Drafts | None, output: Array
     ) -> Listed[Listed[int]]:
         """The tokens of each row; nothing for a row that is not answered, or that failed.
 
@@ -76,7 +76,7 @@ class Chooser:
             )
         ]
 
-    def _likeliest_of_all(self, step: Any, laid: Laid, output: Array) -> list[Listed[int]]:
+    def _likeliest_of_all(self, step: Any, laid: StepInputs, output: Array) -> list[Listed[int]]:
         """The most likely token of every row, of which the program gives one column."""
         if self._emits_tokens:
             every = output.tolist()
@@ -103,7 +103,7 @@ class Chooser:
         return accepted
 
     def _choose_each(
-        self, step: Any, laid: Laid, drafts: Drafts | None, output: Array
+        self, step: Any, laid: StepInputs, drafts: Drafts | None, output: Array
     ) -> list[list[int]]:
         """Tokens by every row's own parameters; a drafted token is kept where it is chosen."""
         num_columns = output.shape[1]
