@@ -92,9 +92,9 @@ def drive(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from qaic_ray.fleet.journal import Journal
     from qaic_ray.fleet.outputs import row_writer
     from qaic_ray.fleet.placement import place
-    from qaic_ray.fleet.prompts import prompts_from_file
     from qaic_ray.fleet.worker import CardWorker
     from qaic_ray.fleet.worker_spec import WorkerSpec
+    from qaic_ray.formats.prompts import prompts_from_file
     from qaic_ray.sampling_params import SamplingParams
     from qaic_ray.sdk import EmulatedCards
 

@@ -30,15 +30,15 @@ from qaic_ray.columns import objects, plain
 from qaic_ray.config import EmulatorPart
 from qaic_ray.errors import DeviceBusy, DeviceError, RowError, UsageError
 from qaic_ray.fleet.answers import Generation
-from qaic_ray.fleet.foreign_fields import ALIASES, NESTED
 from qaic_ray.fleet.inventory import CARD_RESOURCE, card_scope
-from qaic_ray.fleet.jsonl import FieldRows
 from qaic_ray.fleet.locks import CardLocks, Part, held_cards
 from qaic_ray.fleet.placement import cards_name
-from qaic_ray.fleet.prompt_fields import Draft
-from qaic_ray.fleet.row_fields import OwnFields, is_known, mistake
 from qaic_ray.fleet.worker import CardWorker
 from qaic_ray.fleet.worker_spec import WorkerInfo, WorkerSpec
+from qaic_ray.formats.foreign_fields import ALIASES, NESTED
+from qaic_ray.formats.jsonl import FieldRows
+from qaic_ray.formats.prompt_fields import Draft
+from qaic_ray.formats.row_fields import OwnFields, is_known, mistake
 from qaic_ray.pipeline.devices import emulated_cards
 from qaic_ray.rows import ErrorClass, Prompt, Row
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams

@@ -19,7 +19,7 @@ from qaic_ray.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from qaic_ray.fleet.answers import Generation
-    from qaic_ray.fleet.frozen_file import FrozenFile
+    from qaic_ray.formats.frozen_file import FrozenFile
 
 Fingerprint = Mapping[str, Any]
 """Names to JSON values, in any depth."""

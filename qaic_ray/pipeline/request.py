@@ -20,7 +20,7 @@ from qaic_ray.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from qaic_ray.fleet.fingerprint import Fingerprint
-    from qaic_ray.fleet.frozen_file import FrozenFile
+    from qaic_ray.formats.frozen_file import FrozenFile
     from qaic_ray.rows import Prompt, Row
 
 REQUEST_NAME = "request.yaml"
@@ -131,7 +131,7 @@ class RunRequest:
                 could be answered with.
         """
         from qaic_ray.fleet.fingerprint import STREAM_SOURCE, file_source, text_source
-        from qaic_ray.fleet.prompts import PromptFormat, prompts_from_file, prompts_from_text
+        from qaic_ray.formats.prompts import PromptFormat, prompts_from_file, prompts_from_text
         from qaic_ray.model.chat import check_kwargs
 
         defaults, chat = self.defaults, self.chat_options
@@ -161,8 +161,8 @@ class RunRequest:
     def _frozen(self, path: Path) -> FrozenFile:
         """The prompts file as it is, or as much of it as the run that is resumed began with."""
         from qaic_ray.fleet.fingerprint import INPUT
-        from qaic_ray.fleet.frozen_file import FrozenFile, InputChanged
         from qaic_ray.fleet.journal import last_fingerprint
+        from qaic_ray.formats.frozen_file import FrozenFile, InputChanged
 
         if self.resume is None or self.new_input:
             return FrozenFile.of(path)

@@ -332,7 +332,7 @@ def _generation(request: RunRequest) -> Generation:
 
 def _export(request: RunRequest, folder: Path) -> None:
     """The run's rows in the other formats that are asked for."""
-    from qaic_ray.fleet.exports import OutputFormat, export_outputs
+    from qaic_ray.formats.exports import OutputFormat, export_outputs
     from qaic_ray.model.checkpoint import load_tokenizer
 
     if not request.output_formats:

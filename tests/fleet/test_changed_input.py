@@ -14,10 +14,10 @@ from simulated_cards import DirectReader, SimulatedCards
 from qaic_ray.errors import UsageError
 from qaic_ray.fleet.dispatch import Dispatcher
 from qaic_ray.fleet.driver import Audience, Driver
-from qaic_ray.fleet.frozen_file import BLOCK_BYTES
 from qaic_ray.fleet.journal import Journal
 from qaic_ray.fleet.outputs import Proof, row_writer
 from qaic_ray.fleet.result import Cause, FleetResult
+from qaic_ray.formats.frozen_file import BLOCK_BYTES
 from qaic_ray.pipeline.request import RunRequest
 from qaic_ray.rows import Row
 

@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.fleet import input_lines, json_array, prompt_fields
-from qaic_ray.fleet.prompts import PromptFormat, prompts_from_file
+from qaic_ray.formats import json_array, lines, prompt_fields
+from qaic_ray.formats.prompts import PromptFormat, prompts_from_file
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
 
@@ -227,7 +227,7 @@ def test_any_array_in_any_pieces(
 def test_an_item_that_is_too_long_is_an_error_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (input_lines, prompt_fields, json_array):
+    for module in (lines, prompt_fields, json_array):
         monkeypatch.setattr(module, "MAX_LINE_BYTES", 2**20)
     long = json.dumps({"prompt": "x" * 2**21}).encode()
     first, row, last = both_ways(b'[{"prompt": "a"},' + long + b',{"prompt": "b"}]', tmp_path)
@@ -472,7 +472,7 @@ def test_a_prompt_is_there_as_soon_as_its_line_is(
 def test_a_row_without_end_ends_the_reading(
     start: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (input_lines, json_array):
+    for module in (lines, json_array):
         monkeypatch.setattr(module, "MAX_SKIPPED_BYTES", 2**21)
         monkeypatch.setattr(module, "MAX_LINE_BYTES", 2**20)
     path = tmp_path / "bomb.gz"

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError
-from qaic_ray.fleet import frozen_file
-from qaic_ray.fleet.frozen_file import FrozenFile, InputChanged
+from qaic_ray.formats import frozen_file
+from qaic_ray.formats.frozen_file import FrozenFile, InputChanged
 
 
 @pytest.fixture(autouse=True, scope="module")

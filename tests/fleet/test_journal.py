@@ -27,9 +27,9 @@ from qaic_ray.fleet.fingerprint import (
     row_digest,
     text_source,
 )
-from qaic_ray.fleet.frozen_file import FrozenFile
 from qaic_ray.fleet.journal import Entry, Journal
 from qaic_ray.fleet.journal_segments import MAX_OPEN_SEGMENTS
+from qaic_ray.formats.frozen_file import FrozenFile
 from qaic_ray.rows import FinishReason, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
 from qaic_ray.errors import QaicRayError, RowError
-from qaic_ray.fleet.exports import OutputFormat, export_outputs
-from qaic_ray.fleet.jsonl import prompts_from_json
-from qaic_ray.fleet.openai_requests import BatchRequests, is_request
 from qaic_ray.fleet.outputs import row_writer
-from qaic_ray.fleet.prompt_fields import Draft
-from qaic_ray.fleet.prompts import PromptFormat, prompts_from_file
-from qaic_ray.fleet.row_fields import OwnFields
+from qaic_ray.formats.exports import OutputFormat, export_outputs
+from qaic_ray.formats.jsonl import prompts_from_json
+from qaic_ray.formats.openai_requests import BatchRequests, is_request
+from qaic_ray.formats.prompt_fields import Draft
+from qaic_ray.formats.prompts import PromptFormat, prompts_from_file
+from qaic_ray.formats.row_fields import OwnFields
 from qaic_ray.rows import ErrorClass, FinishReason, Prompt, Row, Sample
 from qaic_ray.sampling_params import SamplingParams, TokenLogprob
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.fleet.exports import OutputFormat, export_outputs
 from qaic_ray.fleet.outputs import row_writer
-from qaic_ray.fleet.parquet_rows import row_schema, write_parquet
-from qaic_ray.fleet.prompts import PromptFormat, prompts_from_file
+from qaic_ray.formats.exports import OutputFormat, export_outputs
+from qaic_ray.formats.parquet_rows import row_schema, write_parquet
+from qaic_ray.formats.prompts import PromptFormat, prompts_from_file
 from qaic_ray.rows import ErrorClass, FinishReason, Prompt, Row, Sample
 from qaic_ray.sampling_params import SamplingParams, TokenLogprob
 
@@ -232,7 +232,7 @@ def test_a_runs_rows_are_a_table_and_that_can_be_a_prompts_file(tmp_path: Path) 
 
 
 def test_many_rows_are_written_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qaic_ray.fleet.parquet_rows._GROUP_ROWS", 1024)
+    monkeypatch.setattr("qaic_ray.formats.parquet_rows._GROUP_ROWS", 1024)
     row = Row(index=0, prompt="a", text="b", finish_reason=FinishReason.STOP).to_json()
     with (tmp_path / "t").open("wb") as stream:
         write_parquet(({**row, "index": index} for index in range(2500)), stream)

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.fleet import input_lines, prompt_fields
-from qaic_ray.fleet.prompts import (
+from qaic_ray.formats import lines, prompt_fields
+from qaic_ray.formats.prompts import (
     PromptFormat,
     prompts_from_file,
     prompts_from_text,
@@ -179,7 +179,7 @@ def test_a_line_without_end_is_an_error_row_and_does_not_fill_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = 2**20
-    for module in (input_lines, prompt_fields):
+    for module in (lines, prompt_fields):
         monkeypatch.setattr(module, "MAX_LINE_BYTES", limit)
     allowed = b"x" * limit
     lines = b"\n".join([b"a", allowed, allowed + b"x\r", b"b", allowed * 2])

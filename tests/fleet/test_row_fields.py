@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qaic_ray.fleet.foreign_fields import (
+from qaic_ray.formats.foreign_fields import (
     ALIASES,
     CHAT,
     MAYBE_NESTED,
@@ -22,10 +22,10 @@ from qaic_ray.fleet.foreign_fields import (
     NO_EFFECT,
     NOT_OFFERED,
 )
-from qaic_ray.fleet.jsonl import prompts_from_json
-from qaic_ray.fleet.parquet_prompts import prompts_from_parquet
-from qaic_ray.fleet.prompts import PromptFormat, prompts_from_file
-from qaic_ray.fleet.row_fields import OwnFields, mistake, read_fields
+from qaic_ray.formats.jsonl import prompts_from_json
+from qaic_ray.formats.parquet_prompts import prompts_from_parquet
+from qaic_ray.formats.prompts import PromptFormat, prompts_from_file
+from qaic_ray.formats.row_fields import OwnFields, mistake, read_fields
 from qaic_ray.predictor import CardPredictor
 from qaic_ray.rows import ChatOptions, Prompt, Row
 from qaic_ray.sampling_params import FIELDS, SamplingParams
@@ -396,7 +396,7 @@ def test_any_columns_are_prompts_or_error_rows(
 def test_any_batch_is_prompts_or_error_rows(columns: dict[str, list[Any]]) -> None:
     one = object.__new__(CardPredictor)  # no card: only its reading
     one._sampling, one._prompt_column, one._prefix = RUN, "prompt", "answer_"
-    from qaic_ray.fleet.jsonl import FieldRows
+    from qaic_ray.formats.jsonl import FieldRows
 
     one._read_row = FieldRows(OwnFields(RUN))
     batch = {"prompt": ["a", "b"]} | columns

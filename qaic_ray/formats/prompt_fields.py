@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from qaic_ray.errors import RowError
-from qaic_ray.fleet.input_lines import MAX_LINE_BYTES
+from qaic_ray.formats.lines import MAX_LINE_BYTES
 from qaic_ray.rows import ROW_ALONE, ChatOptions, ErrorClass, Message, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
 

@@ -19,8 +19,8 @@ from array import array
 from bisect import bisect_left
 
 from qaic_ray.errors import RowError
-from qaic_ray.fleet.prompt_fields import Document, Draft, check_unicode, json_type
-from qaic_ray.fleet.row_fields import OwnFields, read_fields
+from qaic_ray.formats.prompt_fields import Document, Draft, check_unicode, json_type
+from qaic_ray.formats.row_fields import OwnFields, read_fields
 from qaic_ray.rows import Prompt
 
 COMPLETIONS_URL = "/v1/completions"

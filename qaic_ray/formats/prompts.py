@@ -27,8 +27,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.fleet.csv_prompts import prompts_from_csv
-from qaic_ray.fleet.formats import (
+from qaic_ray.formats.csv import prompts_from_csv
+from qaic_ray.formats.detect import (
     PARQUET_MAGIC,
     Recognised,
     input_name,
@@ -36,14 +36,14 @@ from qaic_ray.fleet.formats import (
     named_format,
     recognise,
 )
-from qaic_ray.fleet.formats import PromptFormat as PromptFormat
-from qaic_ray.fleet.frozen_file import FrozenFile
-from qaic_ray.fleet.input_lines import STDIN, Input, check_readable
-from qaic_ray.fleet.json_array import array_items
-from qaic_ray.fleet.jsonl import json_object, prompts_from_json
-from qaic_ray.fleet.parquet_prompts import prompts_from_parquet
-from qaic_ray.fleet.prompt_fields import Draft, decoded
-from qaic_ray.fleet.row_fields import DEFAULT_CHAT, OwnFields
+from qaic_ray.formats.detect import PromptFormat as PromptFormat
+from qaic_ray.formats.frozen_file import FrozenFile
+from qaic_ray.formats.json_array import array_items
+from qaic_ray.formats.jsonl import json_object, prompts_from_json
+from qaic_ray.formats.lines import STDIN, Input, check_readable
+from qaic_ray.formats.parquet_prompts import prompts_from_parquet
+from qaic_ray.formats.prompt_fields import Draft, decoded
+from qaic_ray.formats.row_fields import DEFAULT_CHAT, OwnFields
 from qaic_ray.rows import ChatOptions, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
 

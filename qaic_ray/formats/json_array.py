@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from qaic_ray.fleet.input_lines import ENDLESS, MAX_LINE_BYTES, MAX_SKIPPED_BYTES, Input
+from qaic_ray.formats.lines import ENDLESS, MAX_LINE_BYTES, MAX_SKIPPED_BYTES, Input
 
 _STRUCTURE = re.compile(rb'["\\{}\[\],]')
 _QUOTE, _BACKSLASH, _COMMA = b'"\\,'

@@ -25,7 +25,7 @@ from qaic_ray.errors import QaicRayError, UsageError
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-    from qaic_ray.fleet.frozen_file import FrozenFile
+    from qaic_ray.formats.frozen_file import FrozenFile
 
 STDIN = "-"
 
@@ -278,7 +278,7 @@ def _skip_line(readline: Callable[[int], bytes]) -> None:
             raise EOFError(ENDLESS)
 
 
-class _Pieces(io.RawIOBase):
+class _InputPieces(io.RawIOBase):
     """A stream that is made piece by piece."""
 
     def __init__(self) -> None:
@@ -300,7 +300,7 @@ class _Pieces(io.RawIOBase):
         raise NotImplementedError
 
 
-class _Rejoined(_Pieces):
+class _Rejoined(_InputPieces):
     """A stream from its start, after `head` has been read from it."""
 
     def __init__(self, head: bytes, stream: _Stream, most: int = _BUFFER_BYTES) -> None:
@@ -313,7 +313,7 @@ class _Rejoined(_Pieces):
         return self._stream.read1(min(most, self._most))
 
 
-class _Damaged(_Pieces):
+class _Damaged(_InputPieces):
     """What is left of a stream that broke off."""
 
     def __init__(self, error: Exception) -> None:
@@ -324,7 +324,7 @@ class _Damaged(_Pieces):
         raise self._error
 
 
-class _Unpacked(_Pieces):
+class _Unpacked(_InputPieces):
     """One or more packed streams behind each other, with zeros between them or not."""
 
     def __init__(
@@ -356,7 +356,7 @@ class _Unpacked(_Pieces):
         return piece
 
 
-class _Recoded(_Pieces):
+class _Recoded(_InputPieces):
     """Text of an encoding with a mark, as UTF-8."""
 
     def __init__(self, stream: io.BufferedReader, encoding: str) -> None:

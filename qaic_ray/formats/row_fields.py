@@ -21,7 +21,7 @@ from typing import Any
 
 from qaic_ray.documents import shown
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.fleet.foreign_fields import (
+from qaic_ray.formats.foreign_fields import (
     ALIASES,
     CHAT,
     MAYBE_NESTED,
@@ -31,7 +31,7 @@ from qaic_ray.fleet.foreign_fields import (
     UNLIMITED,
     NotOffered,
 )
-from qaic_ray.fleet.prompt_fields import Document, check_unicode, json_type
+from qaic_ray.formats.prompt_fields import Document, check_unicode, json_type
 from qaic_ray.rows import ChatOptions
 from qaic_ray.sampling_params import FIELDS, MAX_NAME_CHARS, SamplingParams
 

@@ -10,17 +10,17 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.fleet.input_lines import cannot_read
-from qaic_ray.fleet.jsonl import FieldRows
-from qaic_ray.fleet.prompt_fields import Draft
-from qaic_ray.fleet.row_fields import OwnFields, check_columns, is_known
+from qaic_ray.formats.jsonl import FieldRows
+from qaic_ray.formats.lines import cannot_read
+from qaic_ray.formats.prompt_fields import Draft
+from qaic_ray.formats.row_fields import OwnFields, check_columns, is_known
 from qaic_ray.rows import Prompt, Row
 
 if TYPE_CHECKING:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    from qaic_ray.fleet.frozen_file import FrozenFile
+    from qaic_ray.formats.frozen_file import FrozenFile
 
 _BATCH_ROWS = 256
 _BUFFER_BYTES = 2**20

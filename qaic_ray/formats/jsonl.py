@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from qaic_ray.errors import RowError
-from qaic_ray.fleet.openai_requests import BatchRequests, is_request
-from qaic_ray.fleet.prompt_fields import Document, Draft, decoded, row_id
-from qaic_ray.fleet.row_fields import OwnFields, read_fields
+from qaic_ray.formats.openai_requests import BatchRequests, is_request
+from qaic_ray.formats.prompt_fields import Document, Draft, decoded, row_id
+from qaic_ray.formats.row_fields import OwnFields, read_fields
 from qaic_ray.rows import Prompt, Row
 
 

@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import PurePath
 
 from qaic_ray.errors import UsageError
-from qaic_ray.fleet.input_lines import STDIN, Input
+from qaic_ray.formats.lines import STDIN, Input
 
 PARQUET_MAGIC = b"PAR1"
 
