@@ -46,7 +46,8 @@ def prompts(count: int) -> Iterator[Any]:
 
 def drive(folder: Path, address: str, count: int) -> None:
     """One session of the run: until it is done, or this process is killed."""
-    from qaic_ray.fleet import actors, standing
+    from qaic_ray.dispatch import workers
+    from qaic_ray.fleet import actors
     from qaic_ray.fleet.answers import Generation
     from qaic_ray.fleet.cluster import Cluster
     from qaic_ray.fleet.driver import Audience
@@ -58,7 +59,7 @@ def drive(folder: Path, address: str, count: int) -> None:
     from qaic_ray.sampling_params import SamplingParams
     from qaic_ray.sdk import EmulatedCards
 
-    standing.MIN_STALL_S = standing.FIRST_STALL_S = 6.0  # an hour of trouble in a minute
+    workers.MIN_STALL_S = workers.FIRST_STALL_S = 6.0  # an hour of trouble in a minute
     actors.STEPS_EVERY_S = 0.5
     made = json.loads((folder.parent / "made.json").read_text())
     generation = Generation(SamplingParams(max_tokens=NUM_TOKENS))

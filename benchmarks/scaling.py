@@ -122,7 +122,7 @@ class AllOpen:
     """The driver's cards, each of which has opened before it begins."""
 
     def __init__(self, cards: Any) -> None:
-        from qaic_ray.fleet.messages import WorkerFailedToOpen, WorkerReady
+        from qaic_ray.dispatch.events import WorkerFailedToOpen, WorkerReady
 
         self._cards = cards
         self._heard: deque[Any] = deque()

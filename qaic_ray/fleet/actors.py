@@ -23,10 +23,7 @@ import ray
 import ray.exceptions as ray_errors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from qaic_ray.errors import DeviceError, QaicRayError, UsageError
-from qaic_ray.fleet.inventory import CARD_RESOURCE
-from qaic_ray.fleet.ledger import MAX_SHARDS
-from qaic_ray.fleet.messages import (
+from qaic_ray.dispatch.events import (
     Event,
     RowsFinished,
     RunShard,
@@ -38,6 +35,9 @@ from qaic_ray.fleet.messages import (
     WorkerProgress,
     WorkerReady,
 )
+from qaic_ray.dispatch.prompts import MAX_SHARDS
+from qaic_ray.errors import DeviceError, QaicRayError, UsageError
+from qaic_ray.fleet.inventory import CARD_RESOURCE
 from qaic_ray.fleet.watching import call_for
 from qaic_ray.fleet.worker_spec import TakenBack
 from qaic_ray.metrics import Measurement

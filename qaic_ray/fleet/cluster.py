@@ -20,6 +20,8 @@ import ray
 import ray.exceptions as ray_errors
 from ray._private.state import available_resources_per_node
 
+from qaic_ray.dispatch.dispatcher import Dispatcher
+from qaic_ray.dispatch.shard_size import text_work
 from qaic_ray.errors import ClusterLost, CompileError, DeviceBusy, QaicRayError, UsageError
 from qaic_ray.fleet.actors import (
     CARD_CPUS,
@@ -30,13 +32,11 @@ from qaic_ray.fleet.actors import (
     loss,
     on_node,
 )
-from qaic_ray.fleet.dispatch import Dispatcher
 from qaic_ray.fleet.driver import Audience, Driver
 from qaic_ray.fleet.inventory import CARD_RESOURCE, Node, NodeCards, look, problems
 from qaic_ray.fleet.joining import OwnRay, join, leave, start
 from qaic_ray.fleet.journal import Journal
 from qaic_ray.fleet.result import FleetResult
-from qaic_ray.fleet.sizing import text_work
 from qaic_ray.fleet.watching import ClusterWatch, call_for
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.sdk import EmulatedCards

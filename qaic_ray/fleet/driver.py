@@ -11,11 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from qaic_ray.errors import QaicRayError
-from qaic_ray.fleet.dispatch import Dispatcher
-from qaic_ray.fleet.fingerprint import Intake
-from qaic_ray.fleet.journal import Journal
-from qaic_ray.fleet.messages import (
+from qaic_ray.dispatch.dispatcher import Dispatcher
+from qaic_ray.dispatch.events import (
     Command,
     DeliverRows,
     Event,
@@ -35,6 +32,9 @@ from qaic_ray.fleet.messages import (
     WorkerLost,
     WorkerReady,
 )
+from qaic_ray.errors import QaicRayError
+from qaic_ray.fleet.fingerprint import Intake
+from qaic_ray.fleet.journal import Journal
 from qaic_ray.fleet.outputs import Delivery
 from qaic_ray.fleet.reading import Batch, Reader, ThreadedReader
 from qaic_ray.fleet.result import BrokenOff, Cause, FleetResult, Tally, WorkerResult

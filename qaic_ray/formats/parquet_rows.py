@@ -82,13 +82,13 @@ def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[pyarrow.RecordBatch]:
 
 
 def _columns(row: dict[str, Any]) -> dict[str, Any]:
-    row = _ending(row)
+    row = _tail(row)
     if "choices" in row:
-        row["choices"] = [_ending(choice) for choice in row["choices"]]
+        row["choices"] = [_tail(choice) for choice in row["choices"]]
     return row
 
 
-def _ending(answer: dict[str, Any]) -> dict[str, Any]:
+def _tail(answer: dict[str, Any]) -> dict[str, Any]:
     reason = answer.get("stop_reason")
     if isinstance(reason, int):
         return {**answer, "stop_reason": None, "stop_reason_token": reason}

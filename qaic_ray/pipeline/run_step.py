@@ -208,12 +208,12 @@ def _answer(
     listener: Listener,
 ) -> tuple[FleetResult, Proof]:
     """All rows that have no answer yet, journaled and written."""
+    from qaic_ray.dispatch.shard_size import text_work
     from qaic_ray.fleet.driver import Audience
     from qaic_ray.fleet.fingerprint import differences, fingerprint
     from qaic_ray.fleet.journal import Journal
     from qaic_ray.fleet.outputs import row_writer
     from qaic_ray.fleet.result import BrokenOff, Cause
-    from qaic_ray.fleet.sizing import text_work
     from qaic_ray.fleet.worker import CardWorker
 
     parts = _parts(request)

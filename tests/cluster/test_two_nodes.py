@@ -18,8 +18,8 @@ from ray.cluster_utils import Cluster as Nodes
 from qaic_ray.compile.compiler import run_compiler
 from qaic_ray.compile.variant import Precision, Variant
 from qaic_ray.contract import Specializations
+from qaic_ray.dispatch import workers
 from qaic_ray.export.options import ExportOptions
-from qaic_ray.fleet import standing
 from qaic_ray.fleet.answers import Generation
 from qaic_ray.fleet.cluster import Cluster
 from qaic_ray.fleet.driver import Audience
@@ -228,7 +228,7 @@ def test_a_card_that_turns_to_error_is_given_up_and_the_others_go_on(fleet: Flee
 
 
 def test_a_card_that_hangs_is_replaced(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standing, "FIRST_STALL_S", 4.0)
+    monkeypatch.setattr(workers, "FIRST_STALL_S", 4.0)
     fleet.set_faults({"kind": "hang", "device": 2, "at": 40})
     result = fleet.run(prompts(30), fleet.places(devices=[2]))
     assert "made no step for" in (result.workers[0].error or "")

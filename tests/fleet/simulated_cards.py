@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.fleet.messages import (
+from qaic_ray.dispatch.events import (
     Event,
     RowsFinished,
     RunShard,
@@ -20,6 +19,7 @@ from qaic_ray.fleet.messages import (
     WorkerProgress,
     WorkerReady,
 )
+from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.fleet.reading import Batch
 from qaic_ray.fleet.worker_spec import WorkerInfo
 from qaic_ray.metrics import Measurement

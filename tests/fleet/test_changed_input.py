@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from simulated_cards import DirectReader, SimulatedCards
 
+from qaic_ray.dispatch.dispatcher import Dispatcher
 from qaic_ray.errors import UsageError
-from qaic_ray.fleet.dispatch import Dispatcher
 from qaic_ray.fleet.driver import Audience, Driver
 from qaic_ray.fleet.journal import Journal
 from qaic_ray.fleet.outputs import Proof, row_writer

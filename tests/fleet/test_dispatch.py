@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_cards import DirectReader, SimulatedCards, answer
 
-from qaic_ray.fleet.dispatch import Dispatcher
-from qaic_ray.fleet.driver import Audience, Driver
-from qaic_ray.fleet.messages import (
+from qaic_ray.dispatch.dispatcher import Dispatcher
+from qaic_ray.dispatch.events import (
     Command,
     DeliverRows,
     Event,
@@ -37,10 +36,11 @@ from qaic_ray.fleet.messages import (
     WorkerProgress,
     WorkerReady,
 )
-from qaic_ray.fleet.sizing import text_work
-from qaic_ray.fleet.standing import FIRST_STALL_S, MAX_OPEN_S, MIN_STALL_S
-from qaic_ray.fleet.suspicion import Suspicion
-from qaic_ray.fleet.waiting import OpenPrompt, Waiting
+from qaic_ray.dispatch.poison import PoisonDetector
+from qaic_ray.dispatch.shard_size import text_work
+from qaic_ray.dispatch.waiting import OpenPrompt, Waiting
+from qaic_ray.dispatch.workers import FIRST_STALL_S, MAX_OPEN_S, MIN_STALL_S
+from qaic_ray.fleet.driver import Audience, Driver
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
 
@@ -750,19 +750,19 @@ def test_where_workers_die_all_the_time_no_prompt_is_blamed_for_it(seed: int) ->
 
 
 def test_a_prompt_is_given_up_when_chance_would_hardly_do_it() -> None:
-    suspicion = Suspicion()
-    own = [suspicion.died() for _ in range(4)]
-    assert suspicion.is_guilty(own, [5.0, 5.0], up_s=10.0)  # nothing else has died
-    others = [suspicion.died() for _ in range(10)]
+    poison = PoisonDetector()
+    own = [poison.died() for _ in range(4)]
+    assert poison.is_guilty(own, [5.0, 5.0], up_s=10.0)  # nothing else has died
+    others = [poison.died() for _ in range(10)]
     # One death in 10 s: a second alone ends badly for one prompt in ten, again and again.
-    assert not any(suspicion.is_guilty(own, [1.0] * n, up_s=100.0) for n in range(1, 6))
+    assert not any(poison.is_guilty(own, [1.0] * n, up_s=100.0) for n in range(1, 6))
     # What kills at once shows sooner.
-    assert not suspicion.is_guilty(own, [0.01, 0.01], up_s=100.0)
-    assert suspicion.is_guilty(own, [0.01] * 3, up_s=100.0)
-    assert suspicion.is_guilty(own, [0.001, 0.001], up_s=100.0)
-    suspicion.explain(others)
-    suspicion.explain(others)
-    assert suspicion.is_guilty(own, [1.0, 1.0], up_s=100.0)
+    assert not poison.is_guilty(own, [0.01, 0.01], up_s=100.0)
+    assert poison.is_guilty(own, [0.01] * 3, up_s=100.0)
+    assert poison.is_guilty(own, [0.001, 0.001], up_s=100.0)
+    poison.explain(others)
+    poison.explain(others)
+    assert poison.is_guilty(own, [1.0, 1.0], up_s=100.0)
 
 
 @pytest.mark.parametrize(

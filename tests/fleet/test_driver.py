@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import pytest
 from simulated_cards import DirectReader, SimulatedCards, answer
 
+from qaic_ray.dispatch.dispatcher import Dispatcher
+from qaic_ray.dispatch.events import Event, RunShard, ShardFailed
 from qaic_ray.durations import Durations
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.fleet.dispatch import Dispatcher
 from qaic_ray.fleet.driver import Audience, Driver, Progress
-from qaic_ray.fleet.messages import Event, RunShard, ShardFailed
 from qaic_ray.fleet.result import BrokenOff, Cause, FleetResult
 from qaic_ray.fleet.worker_spec import WorkerInfo
 from qaic_ray.formats.prompts import prompts_from_text

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_cards import DirectReader, SimulatedCards, answer
 
+from qaic_ray.dispatch.events import Event, RowsFinished
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.fleet.driver import Audience, Driver, Progress
 from qaic_ray.fleet.fingerprint import Fingerprint, row_digest
 from qaic_ray.fleet.journal import Journal
-from qaic_ray.fleet.messages import Event, RowsFinished
 from qaic_ray.fleet.outputs import Proof, row_writer
 from qaic_ray.fleet.result import FleetResult
 from qaic_ray.metrics import Span

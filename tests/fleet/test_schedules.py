@@ -24,10 +24,8 @@ from hypothesis.stateful import (
 )
 from simulated_cards import DirectReader, SimulatedCards, answer
 
-from qaic_ray.fleet.dispatch import Dispatcher
-from qaic_ray.fleet.driver import Audience, Driver
-from qaic_ray.fleet.ledger import ENOUGH_ATTEMPTS, MAX_ATTEMPTS
-from qaic_ray.fleet.messages import (
+from qaic_ray.dispatch.dispatcher import Dispatcher
+from qaic_ray.dispatch.events import (
     Command,
     DeliverRows,
     Event,
@@ -50,7 +48,9 @@ from qaic_ray.fleet.messages import (
     WorkerProgress,
     WorkerReady,
 )
-from qaic_ray.fleet.standing import MAX_FAILURES, MAX_OPENINGS
+from qaic_ray.dispatch.prompts import ENOUGH_ATTEMPTS, MAX_ATTEMPTS
+from qaic_ray.dispatch.workers import MAX_FAILURES, MAX_OPENINGS
+from qaic_ray.fleet.driver import Audience, Driver
 from qaic_ray.rows import Prompt, Row
 
 NUM_SEEDS = 20

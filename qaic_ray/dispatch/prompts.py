@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from qaic_ray.fleet.standing import Worker
-from qaic_ray.fleet.suspicion import Suspicion
-from qaic_ray.fleet.waiting import ALONE_FROM, OpenPrompt, Waiting
+from qaic_ray.dispatch.poison import PoisonDetector
+from qaic_ray.dispatch.waiting import ALONE_FROM, OpenPrompt, Waiting
+from qaic_ray.dispatch.workers import WorkerState
 from qaic_ray.rows import ErrorClass, Prompt, Row
 
 ENOUGH_ATTEMPTS = 4
@@ -41,7 +41,7 @@ class Shard:
     """
 
     id: int
-    worker: Worker
+    worker: WorkerState
     attempt: int
     alone: bool
     started_s: float
@@ -57,7 +57,7 @@ class Shard:
         return tuple(entry.prompt for entry in self.unfinished.values())
 
 
-class Ledger:
+class PromptTable:
     """All open prompts and all shards.
 
     `num_asked` shards were asked to give back and have not answered; `second_per_work` is how long
@@ -70,7 +70,7 @@ class Ledger:
         self.shards: dict[int, Shard] = {}
         self.num_asked = 0
         self.second_per_work: float | None = None
-        self._suspicion = Suspicion()
+        self._poison = PoisonDetector()
         self._num_shards = 0
         self._num_bands = 0
         self._num_read = 0
@@ -86,7 +86,7 @@ class Ledger:
         self._num_bands += 1
 
     def begin(
-        self, worker: Worker, entries: Sequence[OpenPrompt], now_s: float, *, alone: bool
+        self, worker: WorkerState, entries: Sequence[OpenPrompt], now_s: float, *, alone: bool
     ) -> Shard:
         """Put prompts that do not wait into a new shard on a worker."""
         unfinished = {entry.prompt.index: entry for entry in entries}
@@ -151,7 +151,7 @@ class Ledger:
             self.begin(shard.worker, left, now_s, alone=shard.alone).held = True
         return bool(left)
 
-    def resume(self, worker: Worker) -> list[Shard]:
+    def resume(self, worker: WorkerState) -> list[Shard]:
         """The shards that were held on a worker and have something to do, held no more."""
         held = [shard for id_ in worker.shards if (shard := self.shards[id_]).held]
         for shard in held:
@@ -180,15 +180,15 @@ class Ledger:
         """End a shard that came to a bad end by itself; rows of what has had its last go."""
         return self._blame(shard, self.end(shard), error, is_guilty=True)
 
-    def bury(
-        self, worker: Worker, error: str, now_s: float, *, num_begun: int, up_s: float
+    def on_worker_lost(
+        self, worker: WorkerState, error: str, now_s: float, *, num_begun: int, up_s: float
     ) -> list[Row]:
         """End every shard of a worker that is gone; rows of the prompts that are to blame.
 
         Of its prompts the first `num_begun` may be; the others wait again as if they had not been
         there, and so do those of shards that were held. For `up_s` see `Suspicion`.
         """
-        death = self._suspicion.died()
+        death = self._poison.died()
         given_up: list[Row] = []
         for shard in [self.shards[shard_id] for shard_id in worker.shards]:
             begun = set() if shard.held else set(islice(shard.unfinished, num_begun))
@@ -203,7 +203,7 @@ class Ledger:
                 if shard.alone:
                     entry.alone_s += (now_s - shard.started_s,)
             is_guilty = shard.alone and all(
-                self._suspicion.is_guilty(entry.deaths, entry.alone_s, up_s) for entry in suspects
+                self._poison.is_guilty(entry.deaths, entry.alone_s, up_s) for entry in suspects
             )
             given_up += self._blame(shard, suspects, f"{worker.name}: {error}", is_guilty=is_guilty)
         return given_up
@@ -222,7 +222,7 @@ class Ledger:
                 self.waiting.add(entry)
                 continue
             self._close(entry)
-            self._suspicion.explain(entry.deaths)
+            self._poison.explain(entry.deaths)
             text = f"Given up after {entry.attempt} attempts; the last one: {error}"
             row = Row.failed(
                 entry.prompt,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from qaic_ray.fleet.ledger import MAX_SHARDS, Ledger
-from qaic_ray.fleet.roster import Roster
-from qaic_ray.fleet.standing import State, Worker
-from qaic_ray.fleet.waiting import OpenPrompt, Size, Waiting
+from qaic_ray.dispatch.prompts import MAX_SHARDS, PromptTable
+from qaic_ray.dispatch.waiting import OpenPrompt, Size, Waiting
+from qaic_ray.dispatch.worker_pool import WorkerPool
+from qaic_ray.dispatch.workers import WorkerState, WorkerStatus
 from qaic_ray.rows import Prompt
 from qaic_ray.sampling_params import SamplingParams
 
@@ -50,48 +50,50 @@ def text_work(prompt: Prompt, defaults: SamplingParams = GREEDY) -> float:
     return length + TOKEN_WORK * num_tokens * sampling.n
 
 
-def num_to_read(waiting: Waiting, roster: Roster, read_ahead: int) -> int:
+def num_to_read(waiting: Waiting, pool: WorkerPool, read_ahead: int) -> int:
     """How many prompts to read now; 0 while enough of them wait."""
-    if waiting.num_grouped > max(read_ahead // 2, AHEAD_ROUNDS * roster.num_slots):
+    if waiting.num_grouped > max(read_ahead // 2, AHEAD_ROUNDS * pool.num_slots):
         return 0
-    return max(read_ahead, READ_ROUNDS * roster.num_slots)
+    return max(read_ahead, READ_ROUNDS * pool.num_slots)
 
 
-def much_remains(waiting: Waiting, roster: Roster, *, exhausted: bool) -> bool:
+def much_remains(waiting: Waiting, pool: WorkerPool, *, exhausted: bool) -> bool:
     """Whether it is too early to think of the end."""
-    return not exhausted or waiting.num_grouped > 2 * roster.num_slots
+    return not exhausted or waiting.num_grouped > 2 * pool.num_slots
 
 
-def wants_shard(worker: Worker, ledger: Ledger, roster: Roster, *, exhausted: bool) -> bool:
+def wants_shard(
+    worker: WorkerState, table: PromptTable, pool: WorkerPool, *, exhausted: bool
+) -> bool:
     """Whether a worker would take one.
 
     While much remains it fills its slots and its queue; then its slots, up to its share of all open
     prompts where others still open, who will want theirs.
     """
-    if worker.state is not State.READY or worker.alone or worker.retry_s is not None:
+    if worker.state is not WorkerStatus.READY or worker.alone or worker.retry_s is not None:
         return False
     if not worker.shards:
         return True
     if worker.draining or len(worker.shards) == MAX_SHARDS:
         return False
-    if not much_remains(ledger.waiting, roster, exhausted=exhausted):
+    if not much_remains(table.waiting, pool, exhausted=exhausted):
         share = math.inf
-        if roster.num_awaited:
-            share = math.ceil(len(ledger.open) / roster.num_sharing)
+        if pool.num_awaited:
+            share = math.ceil(len(table.open) / pool.num_sharing)
         return worker.num_unfinished < min(worker.slots, share)
     # Nothing is queued in a worker of unknown speed: it may be there for long.
     return worker.num_unfinished < worker.slots or worker.queued_work < SHARD_S * worker.work_per_s
 
 
-def is_slow(worker: Worker, roster: Roster) -> bool:
+def is_slow(worker: WorkerState, pool: WorkerPool) -> bool:
     """Whether a worker is known to be slower than the fleet by much: its steps, or its rows."""
     if worker.step_s is not None:
-        return SLOW * worker.step_s > roster.mean_step_s
-    return 0 < worker.work_per_s < SLOW * worker.slots * roster.work_per_slot
+        return SLOW * worker.step_s > pool.mean_step_s
+    return 0 < worker.work_per_s < SLOW * worker.slots * pool.work_per_slot
 
 
 def take_group(
-    worker: Worker, waiting: Waiting, roster: Roster, *, exhausted: bool
+    worker: WorkerState, waiting: Waiting, pool: WorkerPool, *, exhausted: bool
 ) -> tuple[list[OpenPrompt], bool]:
     """The prompts of a worker's next shard, none where none fits; whether they must be alone.
 
@@ -102,14 +104,14 @@ def take_group(
     alone = retried and worker.failures > 0
     if not waiting.num_grouped or (alone and worker.shards):
         return [], alone
-    size = _shard_size(worker, waiting, roster, exhausted=exhausted, retried=retried)
+    size = _shard_size(worker, waiting, pool, exhausted=exhausted, retried=retried)
     queue = waiting.retried if retried else waiting.fresh
-    slow = is_slow(worker, roster)
+    slow = is_slow(worker, pool)
     return waiting.take(queue, (1, 1, 0.0) if alone else size, shortest=slow), alone
 
 
 def _shard_size(
-    worker: Worker, waiting: Waiting, roster: Roster, *, exhausted: bool, retried: bool
+    worker: WorkerState, waiting: Waiting, pool: WorkerPool, *, exhausted: bool, retried: bool
 ) -> Size:
     """The size of a worker's next shard, of fresh prompts or of retried ones."""
     least = max(1, worker.slots - worker.num_unfinished)
@@ -118,6 +120,6 @@ def _shard_size(
     if retried:
         most = max(1, worker.slots // RETRY_SHRINK)
     if exhausted:
-        least = min(least, math.ceil(waiting.num_grouped / roster.num_sharing))
-        work = min(work, waiting.work * roster.part(worker) / GUIDE)
+        least = min(least, math.ceil(waiting.num_grouped / pool.num_sharing))
+        work = min(work, waiting.work * pool.part(worker) / GUIDE)
     return least, most, work

@@ -35,16 +35,16 @@ SPEED_S = 60.0
 """What was measured so long ago counts a third of what is measured now."""
 
 
-class State(Enum):
+class WorkerStatus(Enum):
     """Where a worker is in its life."""
 
     OPENING = "opening"
     READY = "ready"
-    RESTING = "resting"
+    BACKOFF = "resting"
 
 
 @dataclass(slots=True, eq=False)
-class Worker:
+class WorkerState:
     """One worker that is not given up.
 
     Attributes:
@@ -69,7 +69,7 @@ class Worker:
 
     name: str
     since_s: float
-    state: State = State.OPENING
+    state: WorkerStatus = WorkerStatus.OPENING
     incarnation: int = 0
     slots: int = 0
 
@@ -104,7 +104,7 @@ class Worker:
 
     def ready(self, slots: int, now_s: float) -> None:
         """It is open."""
-        self.state, self.since_s, self.slots = State.READY, now_s, slots
+        self.state, self.since_s, self.slots = WorkerStatus.READY, now_s, slots
         self.openings = 0
         self.lives += 1
         self.timer_s = math.inf
@@ -112,7 +112,7 @@ class Worker:
 
     def rest(self, now_s: float) -> None:
         """It failed, and comes again after a while."""
-        self.state, self.since_s, self.slots = State.RESTING, now_s, 0
+        self.state, self.since_s, self.slots = WorkerStatus.BACKOFF, now_s, 0
         self.retry_s, self._num_steps = None, None
         self.transients = 0
         self.timer_s = math.inf
@@ -120,7 +120,7 @@ class Worker:
 
     def reopen(self, now_s: float) -> None:
         """It is opened again."""
-        self.state, self.since_s = State.OPENING, now_s
+        self.state, self.since_s = WorkerStatus.OPENING, now_s
         self.incarnation += 1
 
     # -- what it does
@@ -188,15 +188,15 @@ class Worker:
 
     def stall_at_s(self, listening_s: float) -> float:
         """When it is stalled if nothing is heard; `listening_s`: since when it could be heard."""
-        if self._num_steps is None or not self.shards or self.state is not State.READY:
+        if self._num_steps is None or not self.shards or self.state is not WorkerStatus.READY:
             return math.inf
         return max(self._alive_s, listening_s) + self.stall_s
 
     def deadline_s(self, listening_s: float) -> float:
         """When it must be looked at if nothing is heard; infinity for never."""
-        if self.state is State.RESTING:
+        if self.state is WorkerStatus.BACKOFF:
             return self.since_s + self.backoff_s
-        if self.state is State.OPENING:
+        if self.state is WorkerStatus.OPENING:
             return max(self.since_s, listening_s) + MAX_OPEN_S
         stall_s = self.stall_at_s(listening_s)
         return stall_s if self.retry_s is None else min(self.retry_s, stall_s)

@@ -29,10 +29,8 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from qaic_ray.fleet import sizing
-from qaic_ray.fleet.ending import Ending
-from qaic_ray.fleet.ledger import Ledger, Shard
-from qaic_ray.fleet.messages import (
+from qaic_ray.dispatch import shard_size
+from qaic_ray.dispatch.events import (
     Command,
     DeliverRows,
     Event,
@@ -55,9 +53,11 @@ from qaic_ray.fleet.messages import (
     WorkerProgress,
     WorkerReady,
 )
-from qaic_ray.fleet.roster import Roster
-from qaic_ray.fleet.standing import MAX_OPEN_S, MAX_TRANSIENTS, State, Worker
-from qaic_ray.fleet.waiting import ALONE_FROM, OpenPrompt
+from qaic_ray.dispatch.prompts import PromptTable, Shard
+from qaic_ray.dispatch.tail import Tail
+from qaic_ray.dispatch.waiting import ALONE_FROM, OpenPrompt
+from qaic_ray.dispatch.worker_pool import WorkerPool
+from qaic_ray.dispatch.workers import MAX_OPEN_S, MAX_TRANSIENTS, WorkerState, WorkerStatus
 from qaic_ray.rows import Prompt, Row
 
 LATE_S = 1.0
@@ -75,16 +75,16 @@ class Dispatcher:
     def __init__(
         self,
         *,
-        work_of: Callable[[Prompt], float] = sizing.text_work,
-        read_ahead: int = sizing.READ_AHEAD,
+        work_of: Callable[[Prompt], float] = shard_size.text_work,
+        read_ahead: int = shard_size.READ_AHEAD,
     ) -> None:
         self.abandoned = False
         self._work_of = work_of
         self._read_ahead = read_ahead
-        self._roster = Roster()
-        self._ledger = Ledger()
-        self._ending = Ending(self._ledger, self._roster)
-        self._hungry: deque[Worker] = deque()
+        self._pool = WorkerPool()
+        self._table = PromptTable()
+        self._tail = Tail(self._table, self._pool)
+        self._hungry: deque[WorkerState] = deque()
         self._out: list[Command] = []
         self._now_s = 0.0
         self._wake_s = math.inf
@@ -96,7 +96,7 @@ class Dispatcher:
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to do: every prompt is done, or there is no worker."""
-        return self.abandoned or (self._exhausted and not self._ledger.open)
+        return self.abandoned or (self._exhausted and not self._table.open)
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
         """Take in what was heard at `now_s`, on a clock that never goes back; return what to do.
@@ -105,15 +105,15 @@ class Dispatcher:
         that is still open is kept, whoever sends it. The first row of a prompt is the one kept.
         """
         if now_s > self._wake_s + LATE_S:
-            self._roster.listening_s = now_s
+            self._pool.listening_s = now_s
         if now_s >= self._wake_s or isinstance(event, TimePassed):
             self._wake_s = math.inf
         self._now_s = now_s
         self._out = []
         self._absorb(event)
-        for worker in self._roster.due(now_s):
+        for worker in self._pool.due(now_s):
             self._look_at(worker)
-        if self._started and not self._roster.workers and self._ledger.open:
+        if self._started and not self._pool.workers and self._table.open:
             self.abandoned = True
         if not self.finished:
             self._hand_out()
@@ -128,9 +128,9 @@ class Dispatcher:
             case ShardFinished(name, shard_id):
                 self._hear_end(shard_id, f"{name} gave no row for it")
             case WorkerProgress(name, num_steps, incarnation):
-                worker = self._roster.alive(name, incarnation)
+                worker = self._pool.alive(name, incarnation)
                 if worker is not None:
-                    self._roster.stepped(worker, self._now_s, num_steps)
+                    self._pool.stepped(worker, self._now_s, num_steps)
             case PromptsRead(prompts, exhausted):
                 self._hear_prompts(prompts, exhausted)
             case ShardTakenBack(shard_id=shard_id, indexes=indexes):
@@ -138,106 +138,106 @@ class Dispatcher:
             case ShardFailed():
                 self._hear_failure(event)
             case WorkerReady(name, slots, incarnation):
-                self._hear_ready(self._roster.alive(name, incarnation), slots)
+                self._hear_ready(self._pool.alive(name, incarnation), slots)
             case WorkerFailedToOpen() | WorkerLost():
-                worker = self._roster.alive(event.worker, event.incarnation)
+                worker = self._pool.alive(event.worker, event.incarnation)
                 self._fail(worker, event.error, runs=False)
             case RunStarted(names):
                 self._started = True
-                self._roster.start(names, self._now_s)
+                self._pool.start(names, self._now_s)
 
     # -- what happened
 
     def _hear_prompts(self, prompts: Sequence[Prompt], exhausted: bool) -> None:
-        self._ledger.read(prompts, self._work_of)
+        self._table.read(prompts, self._work_of)
         self._reading = False
         self._exhausted = exhausted
         if exhausted:
-            self._ledger.waiting.forget_bands()
+            self._table.waiting.merge_bands()
 
-    def _hear_ready(self, worker: Worker | None, slots: int) -> None:
-        if worker is not None and worker.state is State.OPENING:
-            self._roster.ready(worker, slots, self._now_s)
+    def _hear_ready(self, worker: WorkerState | None, slots: int) -> None:
+        if worker is not None and worker.state is WorkerStatus.OPENING:
+            self._pool.ready(worker, slots, self._now_s)
             self._look_after(worker)
 
     def _hear_rows(self, shard_id: int, rows: Sequence[Row]) -> None:
-        shard = self._ledger.shards.get(shard_id)
+        shard = self._table.shards.get(shard_id)
         if shard is None:
-            self._deliver(self._ledger.accept(rows))
+            self._deliver(self._table.accept(rows))
             return
         worker = shard.worker
-        self._ledger.measure_row(shard, rows, self._now_s)
+        self._table.measure_row(shard, rows, self._now_s)
         full, work = worker.num_unfinished >= worker.slots, worker.work
-        self._deliver(self._ledger.accept(rows))
-        self._roster.worked(worker, self._now_s, work - worker.work, full=full)
+        self._deliver(self._table.accept(rows))
+        self._pool.worked(worker, self._now_s, work - worker.work, full=full)
         if any(row.ok for row in rows):
-            self._roster.answered(worker)
+            self._pool.answered(worker)
         self._look_after(worker)
 
     def _hear_end(self, shard_id: int, error: str) -> None:
         """A shard ended; what it gave no row for is to blame itself."""
-        shard = self._ledger.shards.get(shard_id)
+        shard = self._table.shards.get(shard_id)
         if shard is None:
             return
         if shard.asked and not shard.answered and shard.unfinished:
             shard.ended = True  # they may have been taken back, which is heard next
             return
-        self._deliver(self._ledger.fail(shard, error))
+        self._deliver(self._table.fail(shard, error))
         self._look_after(shard.worker)
 
     def _hear_taken_back(self, shard_id: int, indexes: Sequence[int]) -> None:
-        shard = self._ledger.shards.get(shard_id)
+        shard = self._table.shards.get(shard_id)
         if shard is None or not shard.asked or shard.answered:
             return
-        self._ledger.give_back(shard, indexes)
+        self._table.give_back(shard, indexes)
         if shard.ended:
             self._hear_end(shard_id, f"{shard.worker.name} gave no row for it")
             return
-        self._ending.note_queue(shard.worker, self._now_s)
+        self._tail.note_queue(shard.worker, self._now_s)
         self._look_after(shard.worker)
 
     def _hear_failure(self, event: ShardFailed) -> None:
-        shard = self._ledger.shards.get(event.shard_id)
+        shard = self._table.shards.get(event.shard_id)
         if shard is None:
             return
         worker = shard.worker
         if not event.retryable:
-            self._deliver(self._ledger.fail(shard, f"{worker.name}: {event.error}"))
+            self._deliver(self._table.fail(shard, f"{worker.name}: {event.error}"))
         elif worker.transients == MAX_TRANSIENTS:
             self._fail(worker, event.error, runs=True)
             return
         else:
             worker.transients += 1
-            if self._ledger.hold(shard, self._now_s):
+            if self._table.hold(shard, self._now_s):
                 worker.retry_s = self._now_s + worker.pause_s
         self._look_after(worker)
 
-    def _fail(self, worker: Worker | None, error: str, *, runs: bool) -> None:
+    def _fail(self, worker: WorkerState | None, error: str, *, runs: bool) -> None:
         """A worker is lost, or of no use; `runs`: its process may still be there."""
         if worker is None:
             return
-        ran = [s for i in worker.shards if (s := self._ledger.shards[i]).unfinished and not s.held]
+        ran = [s for i in worker.shards if (s := self._table.shards[i]).unfinished and not s.held]
         # A worker begins prompts in the order they came, as many as it has slots: the others had
         # no part in its end. One that fails again and again may have another order (static rows).
         num_begun = worker.slots if not worker.failures else worker.num_unfinished
         # Where a lone prompt may be to blame, the worker is not.
         worker.failures += not any(shard.alone for shard in ran)
-        was_ready = worker.state is State.READY
+        was_ready = worker.state is WorkerStatus.READY
         worker.openings += not was_ready
-        self._roster.rest(worker, self._now_s)
+        self._pool.rest(worker, self._now_s)
         if was_ready:
             self._deliver(
-                self._ledger.bury(
-                    worker, error, self._now_s, num_begun=num_begun, up_s=self._roster.up_s
+                self._table.on_worker_lost(
+                    worker, error, self._now_s, num_begun=num_begun, up_s=self._pool.up_s
                 )
             )
-        if self._roster.is_hopeless(worker):
-            del self._roster.workers[worker.name]
+        if self._pool.is_hopeless(worker):
+            del self._pool.workers[worker.name]
             self._out.append(QuarantineWorker(worker.name, error))
             return
         if runs:
             self._out.append(RetireWorker(worker.name, error))
-        self._roster.set_timer(worker)
+        self._pool.set_timer(worker)
 
     def _deliver(self, rows: Sequence[Row]) -> None:
         if rows:
@@ -245,51 +245,51 @@ class Dispatcher:
 
     # -- what time brings
 
-    def _look_after(self, worker: Worker) -> None:
+    def _look_after(self, worker: WorkerState) -> None:
         """Something changed for this worker: it may want work, and have another deadline."""
         if not worker.hungry and self._wants(worker):
             worker.hungry = True
             self._hungry.append(worker)
         if worker.timer_s == math.inf or worker.retry_s is not None or len(worker.shards) < 2:
-            self._roster.set_timer(worker)  # else the one that is set can only be too early
+            self._pool.set_timer(worker)  # else the one that is set can only be too early
 
-    def _look_at(self, worker: Worker) -> None:
+    def _look_at(self, worker: WorkerState) -> None:
         """The time has come that was set for this worker; it may have moved since."""
-        if self._now_s < worker.deadline_s(self._roster.listening_s):
-            self._roster.set_timer(worker)
-        elif worker.state is State.RESTING:
+        if self._now_s < worker.deadline_s(self._pool.listening_s):
+            self._pool.set_timer(worker)
+        elif worker.state is WorkerStatus.BACKOFF:
             worker.reopen(self._now_s)
             self._out.append(ReplaceWorker(worker.name, worker.incarnation))
-            self._roster.set_timer(worker)
-        elif worker.state is State.OPENING:
+            self._pool.set_timer(worker)
+        elif worker.state is WorkerStatus.OPENING:
             self._fail(worker, f"it did not open within {MAX_OPEN_S:.0f} s", runs=True)
-        elif self._now_s >= worker.stall_at_s(self._roster.listening_s):
+        elif self._now_s >= worker.stall_at_s(self._pool.listening_s):
             self._fail(worker, f"it made no step for {worker.stall_s:.0f} s", runs=True)
         else:
             worker.retry_s = None
-            for shard in self._ledger.resume(worker):
+            for shard in self._table.resume(worker):
                 self._order(shard)
             self._look_after(worker)
 
     def _ask_to_be_woken(self) -> None:
-        time_s = self._roster.next_s
+        time_s = self._pool.next_s
         if self._hungry and self._is_ending:
-            time_s = min(time_s, self._ending.next_s)
+            time_s = min(time_s, self._tail.next_s)
         if time_s < self._wake_s:
             self._wake_s = time_s
             self._out.append(WakeAt(time_s))
 
     # -- who gets what
 
-    def _wants(self, worker: Worker) -> bool:
-        return sizing.wants_shard(worker, self._ledger, self._roster, exhausted=self._exhausted)
+    def _wants(self, worker: WorkerState) -> bool:
+        return shard_size.wants_shard(worker, self._table, self._pool, exhausted=self._exhausted)
 
     def _much_remains(self) -> bool:
-        return sizing.much_remains(self._ledger.waiting, self._roster, exhausted=self._exhausted)
+        return shard_size.much_remains(self._table.waiting, self._pool, exhausted=self._exhausted)
 
     def _hand_out(self) -> None:
         """Shards for those that want one, one each and then another, until none takes more."""
-        waiting = self._ledger.waiting
+        waiting = self._table.waiting
         if not (self._exact or self._much_remains()):
             self._exact = True
             waiting.order_exactly()
@@ -304,33 +304,33 @@ class Dispatcher:
         if self._hungry and self._is_ending:
             self._move_work()
 
-    def _give(self, worker: Worker) -> bool:
+    def _give(self, worker: WorkerState) -> bool:
         """A shard, or the promise of one; False where nothing that waits fits this worker."""
-        waiting = self._ledger.waiting
+        waiting = self._table.waiting
         if not worker.failures or not waiting.fresh:
             suspect = self._suspect_for(worker)
             if suspect is not None and not worker.shards:
                 waiting.remove(suspect)
                 self._run(worker, [suspect], alone=True)
                 return True
-            if suspect is not None and len(waiting.suspects) > self._roster.num_draining:
-                self._roster.drain(worker, True)
+            if suspect is not None and len(waiting.suspects) > self._pool.num_draining:
+                self._pool.drain(worker, True)
                 return True
-        self._roster.drain(worker, False)
-        taken, alone = sizing.take_group(worker, waiting, self._roster, exhausted=self._exhausted)
+        self._pool.drain(worker, False)
+        taken, alone = shard_size.take_group(worker, waiting, self._pool, exhausted=self._exhausted)
         if taken:
             self._run(worker, taken, alone=alone)
         return bool(taken)
 
-    def _suspect_for(self, worker: Worker) -> OpenPrompt | None:
+    def _suspect_for(self, worker: WorkerState) -> OpenPrompt | None:
         """One that did not die on this worker, if there is another worker for those that did."""
-        others = len(self._roster.workers) > 1
-        return self._ledger.waiting.suspect_for(worker.name if others else None)
+        others = len(self._pool.workers) > 1
+        return self._table.waiting.suspect_for(worker.name if others else None)
 
-    def _run(self, worker: Worker, entries: Sequence[OpenPrompt], *, alone: bool) -> None:
-        self._roster.drain(worker, False)
-        shard = self._ledger.begin(worker, entries, self._now_s, alone=alone)
-        self._ending.note(shard, self._now_s)
+    def _run(self, worker: WorkerState, entries: Sequence[OpenPrompt], *, alone: bool) -> None:
+        self._pool.drain(worker, False)
+        shard = self._table.begin(worker, entries, self._now_s, alone=alone)
+        self._tail.note(shard, self._now_s)
         self._order(shard)
 
     def _order(self, shard: Shard) -> None:
@@ -339,7 +339,7 @@ class Dispatcher:
     def _read_on(self) -> None:
         if not self._started or self._reading or self._exhausted:
             return
-        num_prompts = sizing.num_to_read(self._ledger.waiting, self._roster, self._read_ahead)
+        num_prompts = shard_size.num_to_read(self._table.waiting, self._pool, self._read_ahead)
         if num_prompts:
             self._reading = True
             self._out.append(ReadPrompts(num_prompts))
@@ -348,32 +348,32 @@ class Dispatcher:
 
     @property
     def _is_ending(self) -> bool:
-        return self._exhausted and not self._ledger.waiting.num_grouped
+        return self._exhausted and not self._table.waiting.num_grouped
 
     def _move_work(self) -> None:
         """Nothing waits, and somebody is idle."""
-        if not self._ending.begun:
-            self._ending.begin(self._now_s)
-        while self._ledger.num_asked < len(self._hungry):
-            shard = self._ending.next_to_ask()
+        if not self._tail.begun:
+            self._tail.begin(self._now_s)
+        while self._table.num_asked < len(self._hungry):
+            shard = self._tail.next_to_ask()
             if shard is None:
                 break
-            self._ledger.ask(shard)
+            self._table.ask(shard)
             self._out.append(TakeBackShard(shard.worker.name, shard.id))
         while self._hungry:
-            entry = self._ending.next_to_run_again(self._now_s)
+            entry = self._tail.next_to_run_again(self._now_s)
             if entry is None:
                 break
             worker = self._idle_for(entry)
             if worker is None:
-                self._ending.later(entry, self._now_s)
+                self._tail.later(entry, self._now_s)
             else:
                 self._run(worker, [entry], alone=entry.attempt >= ALONE_FROM)
                 self._look_after(worker)
 
-    def _idle_for(self, entry: OpenPrompt) -> Worker | None:
+    def _idle_for(self, entry: OpenPrompt) -> WorkerState | None:
         """Of the first few that want work one that may run this prompt a second time."""
-        shard = self._ledger.shards[entry.shard_ids[0]]
+        shard = self._table.shards[entry.shard_ids[0]]
         for _ in range(min(_PASSED_OVER, len(self._hungry))):
             worker = self._hungry.popleft()
             worker.hungry = False
@@ -387,14 +387,14 @@ class Dispatcher:
 
     def check(self) -> None:
         """Assert what always holds between two events; a failure is a bug of this package."""
-        self._ledger.check()
-        self._roster.check()
-        waiting = self._ledger.waiting
+        self._table.check()
+        self._pool.check()
+        waiting = self._table.waiting
         if self.finished:
             return
-        for worker in self._roster.workers.values():
+        for worker in self._pool.workers.values():
             assert worker.hungry == (worker in self._hungry)
-            idle = worker.state is State.READY and not worker.shards
+            idle = worker.state is WorkerStatus.READY and not worker.shards
             assert worker.hungry or not idle, "nobody will think of an idle worker"
             assert not (idle and waiting.num_grouped), "an idle worker, and work"
             assert not (idle and self._suspect_for(worker)), "an idle worker, and a suspect"

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
-from qaic_ray.fleet.suspicion import Death
+from qaic_ray.dispatch.poison import Death
 from qaic_ray.rows import Prompt
 
 ALONE_FROM = 3
@@ -93,7 +93,7 @@ class Queue:
         self._len -= 1
         return entry
 
-    def forget_bands(self) -> None:
+    def merge_bands(self) -> None:
         """The input has ended: all that waits is one band."""
         for entry in self.entries():
             entry.band = 0
@@ -174,10 +174,10 @@ class Waiting:
         first = islice(self.suspects.values(), _LOOK_AHEAD)
         return next((entry for entry in first if entry.died_on != worker), None)
 
-    def forget_bands(self) -> None:
+    def merge_bands(self) -> None:
         """The input has ended: all that waits is one band."""
-        self.fresh.forget_bands()
-        self.retried.forget_bands()
+        self.fresh.merge_bands()
+        self.retried.merge_bands()
 
     def order_exactly(self) -> None:
         """From now on exactly by length."""

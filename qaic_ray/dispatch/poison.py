@@ -26,7 +26,7 @@ class Death:
     is_explained: bool = False
 
 
-class Suspicion:
+class PoisonDetector:
     """The deaths of a run, and what is known of them."""
 
     def __init__(self) -> None:

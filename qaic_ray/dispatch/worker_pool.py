@@ -9,12 +9,18 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 
-from qaic_ray.fleet.standing import MAX_FAILURES, MAX_OPENINGS, PATIENCE, State, Worker
+from qaic_ray.dispatch.workers import (
+    MAX_FAILURES,
+    MAX_OPENINGS,
+    PATIENCE,
+    WorkerState,
+    WorkerStatus,
+)
 
 _QUICKEST = 4.0
 
 
-class Roster:
+class WorkerPool:
     """The workers that are not given up.
 
     `listening_s`: since when the driver has heard what the workers say, without a gap;
@@ -24,7 +30,7 @@ class Roster:
     """
 
     def __init__(self) -> None:
-        self.workers: dict[str, Worker] = {}
+        self.workers: dict[str, WorkerState] = {}
         self.num_draining = 0
         self.listening_s = -math.inf
         self.up_s = 0.0
@@ -46,19 +52,23 @@ class Roster:
 
     def start(self, names: Sequence[str], now_s: float) -> None:
         """These are being opened."""
-        self.workers = {name: Worker(name, now_s) for name in names}
+        self.workers = {name: WorkerState(name, now_s) for name in names}
         self.num_awaited = len(names)
         for worker in self.workers.values():
             self.set_timer(worker)
 
-    def alive(self, name: str, incarnation: int) -> Worker | None:
+    def alive(self, name: str, incarnation: int) -> WorkerState | None:
         """The worker, unless this incarnation of it is over."""
         worker = self.workers.get(name)
-        if worker is None or worker.incarnation != incarnation or worker.state is State.RESTING:
+        if (
+            worker is None
+            or worker.incarnation != incarnation
+            or worker.state is WorkerStatus.BACKOFF
+        ):
             return None
         return worker
 
-    def ready(self, worker: Worker, slots: int, now_s: float) -> None:
+    def ready(self, worker: WorkerState, slots: int, now_s: float) -> None:
         """It is open."""
         self.num_awaited -= worker.awaited
         self._let_pass(now_s)
@@ -68,20 +78,20 @@ class Roster:
         self._most_slots = max(self._most_slots, slots)
         self._measure(worker, 1)
 
-    def worked(self, worker: Worker, now_s: float, work: float, *, full: bool) -> None:
+    def worked(self, worker: WorkerState, now_s: float, work: float, *, full: bool) -> None:
         """It did so much work; `full`: with all its slots taken."""
         self._measure(worker, -1)
         worker.finished_work(now_s, work, full=full)
         self._measure(worker, 1)
 
-    def answered(self, worker: Worker) -> None:
+    def answered(self, worker: WorkerState) -> None:
         """It finished a row."""
         if worker.proven_lives < worker.lives:
             self._proven_lives += worker.lives - worker.proven_lives
             self._fruitful_lives += 1
         worker.answered()
 
-    def is_hopeless(self, worker: Worker) -> bool:
+    def is_hopeless(self, worker: WorkerState) -> bool:
         """Whether a worker that failed is given up.
 
         What counts is whether rows come between failures, not how many failures there are. Until
@@ -93,16 +103,16 @@ class Roster:
         patience = PATIENCE * lives / fruitful if fruitful else MAX_FAILURES
         return worker.openings >= MAX_OPENINGS or worker.failures >= patience
 
-    def stepped(self, worker: Worker, now_s: float, num_steps: int) -> None:
+    def stepped(self, worker: WorkerState, now_s: float, num_steps: int) -> None:
         """Its engine has made so many steps in this life."""
         self._measure(worker, -1)
         worker.stepped(now_s, num_steps)
         self._measure(worker, 1)
         self.set_timer(worker)
 
-    def rest(self, worker: Worker, now_s: float) -> None:
+    def rest(self, worker: WorkerState, now_s: float) -> None:
         """It failed, and comes again after a while."""
-        if worker.state is State.READY:
+        if worker.state is WorkerStatus.READY:
             self._let_pass(now_s)
             self._num_ready -= 1
             self._ready_slots -= worker.slots
@@ -111,7 +121,7 @@ class Roster:
         self.num_awaited -= worker.awaited
         worker.rest(now_s)
 
-    def drain(self, worker: Worker, draining: bool) -> None:
+    def drain(self, worker: WorkerState, draining: bool) -> None:
         """Whether it takes nothing more until it may run a prompt alone."""
         self.num_draining += draining - worker.draining
         worker.draining = draining
@@ -143,16 +153,16 @@ class Roster:
         """Workers that share what is left: those that are ready or open for the first time."""
         return max(1, self._num_ready + self.num_awaited)
 
-    def part(self, worker: Worker) -> float:
+    def part(self, worker: WorkerState) -> float:
         """The part of the fleet's work that this worker does, by what is known of its speed."""
         speed = 1.0
         if worker.work_per_s:
             speed = worker.work_per_s * self._num_measured / self._work_per_s
         return min(speed, _QUICKEST) / self.num_sharing
 
-    def _measure(self, worker: Worker, sign: int) -> None:
+    def _measure(self, worker: WorkerState, sign: int) -> None:
         """Count a ready worker's speed in, or out."""
-        if worker.state is not State.READY:
+        if worker.state is not WorkerStatus.READY:
             return
         if worker.work_per_s:
             self._num_measured += sign
@@ -169,14 +179,14 @@ class Roster:
         """When a worker must be looked at, or earlier; infinity for never."""
         return self._timers[0][0] if self._timers else math.inf
 
-    def set_timer(self, worker: Worker) -> None:
+    def set_timer(self, worker: WorkerState) -> None:
         """See that it is looked at in time: too early does no harm, the timer is set again."""
         time_s = worker.deadline_s(self.listening_s)
         if time_s < worker.timer_s:
             worker.timer_s = time_s
             heapq.heappush(self._timers, (time_s, worker.name))
 
-    def due(self, now_s: float) -> Iterator[Worker]:
+    def due(self, now_s: float) -> Iterator[WorkerState]:
         """The workers to be looked at now; the caller sets their timers again."""
         while self._timers and self._timers[0][0] <= now_s:
             time_s, name = heapq.heappop(self._timers)
@@ -187,7 +197,7 @@ class Roster:
 
     def check(self) -> None:
         """Assert that the sums are true; a failure is a bug of this module."""
-        ready = [worker for worker in self.workers.values() if worker.state is State.READY]
+        ready = [worker for worker in self.workers.values() if worker.state is WorkerStatus.READY]
         measured = [worker for worker in ready if worker.work_per_s]
         assert self._num_ready == len(ready)
         assert self._ready_slots == sum(worker.slots for worker in ready)
@@ -204,4 +214,4 @@ class Roster:
         for worker in self.workers.values():
             assert worker.timer_s <= worker.deadline_s(self.listening_s), "nobody looks at it"
             assert worker.timer_s == math.inf or worker.name in timed
-            assert worker.state is State.READY or not worker.shards
+            assert worker.state is WorkerStatus.READY or not worker.shards
