@@ -46,6 +46,7 @@ def prompts(count: int) -> Iterator[Any]:
 
 def drive(folder: Path, address: str, count: int) -> None:
     """One session of the run: until it is done, or this process is killed."""
+    from qaic_ray.cards.placement import place
     from qaic_ray.dispatch import workers
     from qaic_ray.fleet import actors
     from qaic_ray.fleet.answers import Generation
@@ -53,7 +54,6 @@ def drive(folder: Path, address: str, count: int) -> None:
     from qaic_ray.fleet.driver import Audience
     from qaic_ray.fleet.journal import Journal
     from qaic_ray.fleet.outputs import row_writer
-    from qaic_ray.fleet.placement import place
     from qaic_ray.fleet.worker import CardWorker
     from qaic_ray.fleet.worker_spec import WorkerInfo, WorkerSpec
     from qaic_ray.sampling_params import SamplingParams

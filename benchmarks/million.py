@@ -86,12 +86,12 @@ def lay_stage(folder: Path) -> None:
 
 def drive(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The run, as `qaic-ray run` makes it."""
+    from qaic_ray.cards.placement import place
     from qaic_ray.fleet.answers import Generation
     from qaic_ray.fleet.cluster import Cluster
     from qaic_ray.fleet.driver import Audience
     from qaic_ray.fleet.journal import Journal
     from qaic_ray.fleet.outputs import row_writer
-    from qaic_ray.fleet.placement import place
     from qaic_ray.fleet.worker import CardWorker
     from qaic_ray.fleet.worker_spec import WorkerSpec
     from qaic_ray.formats.prompts import prompts_from_file

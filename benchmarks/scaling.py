@@ -308,9 +308,9 @@ def make(folder: Path, num_cards: int) -> dict[str, Any]:
 
 def measure(num_cards: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures of one number of cards."""
+    from qaic_ray.cards.placement import place
     from qaic_ray.config import EmulatorPart
     from qaic_ray.fleet.cluster import Cluster
-    from qaic_ray.fleet.placement import place
     from qaic_ray.fleet.worker_spec import WorkerSpec
     from qaic_ray.pipeline.devices import emulated_cards
 

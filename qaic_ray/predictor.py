@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qaic_ray.cards.inventory import CARD_RESOURCE, card_scope
+from qaic_ray.cards.locks import CardLocks, Part, held_cards
+from qaic_ray.cards.placement import cards_name
 from qaic_ray.columns import objects, plain
 from qaic_ray.config import EmulatorPart
 from qaic_ray.errors import DeviceBusy, DeviceError, RowError, UsageError
 from qaic_ray.fleet.answers import Generation
-from qaic_ray.fleet.inventory import CARD_RESOURCE, card_scope
-from qaic_ray.fleet.locks import CardLocks, Part, held_cards
-from qaic_ray.fleet.placement import cards_name
 from qaic_ray.fleet.worker import CardWorker
 from qaic_ray.fleet.worker_spec import WorkerInfo, WorkerSpec
 from qaic_ray.formats.foreign_fields import ALIASES, NESTED

@@ -22,9 +22,9 @@ from qaic_ray.documents import json_text
 from qaic_ray.errors import CompileError, ExitCode, QaicRayError, Unfinished
 
 if TYPE_CHECKING:
+    from qaic_ray.cards.inventory import NodeCards
     from qaic_ray.export.export import ExportResult
     from qaic_ray.export.verify import VerifyReport
-    from qaic_ray.fleet.inventory import NodeCards
     from qaic_ray.fleet.report import RunSummary
     from qaic_ray.fleet.worker_spec import WorkerInfo
     from qaic_ray.pipeline.job import Plan

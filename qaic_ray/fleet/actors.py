@@ -23,6 +23,7 @@ import ray
 import ray.exceptions as ray_errors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from qaic_ray.cards.inventory import CARD_RESOURCE
 from qaic_ray.dispatch.events import (
     Event,
     RowsFinished,
@@ -37,13 +38,12 @@ from qaic_ray.dispatch.events import (
 )
 from qaic_ray.dispatch.prompts import MAX_SHARDS
 from qaic_ray.errors import DeviceError, QaicRayError, UsageError
-from qaic_ray.fleet.inventory import CARD_RESOURCE
 from qaic_ray.fleet.watching import call_for
 from qaic_ray.fleet.worker_spec import TakenBack
 from qaic_ray.metrics import Measurement
 
 if TYPE_CHECKING:
-    from qaic_ray.fleet.locks import Part
+    from qaic_ray.cards.locks import Part
     from qaic_ray.fleet.worker import CardWorker
     from qaic_ray.fleet.worker_spec import WorkerInfo, WorkerSpec
 

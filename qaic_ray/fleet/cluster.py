@@ -20,6 +20,7 @@ import ray
 import ray.exceptions as ray_errors
 from ray._private.state import available_resources_per_node
 
+from qaic_ray.cards.inventory import CARD_RESOURCE, Node, NodeCards, look, problems
 from qaic_ray.dispatch.dispatcher import Dispatcher
 from qaic_ray.dispatch.shard_size import text_work
 from qaic_ray.errors import ClusterLost, CompileError, DeviceBusy, QaicRayError, UsageError
@@ -33,7 +34,6 @@ from qaic_ray.fleet.actors import (
     on_node,
 )
 from qaic_ray.fleet.driver import Audience, Driver
-from qaic_ray.fleet.inventory import CARD_RESOURCE, Node, NodeCards, look, problems
 from qaic_ray.fleet.joining import OwnRay, join, leave, start
 from qaic_ray.fleet.journal import Journal
 from qaic_ray.fleet.result import FleetResult

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qaic_ray.cards.lease import CardLease
 from qaic_ray.contract import Specializations
 from qaic_ray.engine import batcher
 from qaic_ray.engine.engine import MAX_STALL_S, Engine, Finished
@@ -24,7 +25,6 @@ from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, Usa
 from qaic_ray.fleet.answers import Answer, Answerer, check_chat
 from qaic_ray.fleet.fingerprint import differences
 from qaic_ray.fleet.handover import Handover
-from qaic_ray.fleet.holding import Holding
 from qaic_ray.fleet.speculation import Drafting, open_drafting
 from qaic_ray.fleet.worker_spec import TakenBack, WorkerInfo, WorkerSpec
 from qaic_ray.metrics import Measurement
@@ -89,7 +89,7 @@ class CardWorker:
         self._failure: QaicRayError | None = None
         self._closed = False
         self._opened: _Card | None = None
-        self._holding = Holding(spec.name, part=spec.part, is_used=spec.incarnation > 0)
+        self._lease = CardLease(spec.name, part=spec.part, is_used=spec.incarnation > 0)
         self._thread = threading.Thread(target=self._run, name=spec.name, daemon=True)
 
     def open(self, device_ids: tuple[int, ...] | None = None) -> WorkerInfo:
@@ -109,7 +109,7 @@ class CardWorker:
         tokenizer = load_tokenizer(checkpoint)
         check_chat(tokenizer.chat_template, self.spec.generation, self.spec.model)
         sdk = open_sdk(Path(self.spec.sdk_root))
-        session = self._holding.open(sdk, Path(self.spec.qpc), device_ids)
+        session = self._lease.open(sdk, Path(self.spec.qpc), device_ids)
         try:
             self._check_shapes(session.specializations)
             drafting = open_drafting(self.spec.generation.speculation, sdk, session)
@@ -123,7 +123,7 @@ class CardWorker:
             )
         except BaseException:
             session.close()
-            self._holding.release()
+            self._lease.release()
             raise
         with self._lock:
             if not self._closed:
@@ -132,7 +132,7 @@ class CardWorker:
         if self._opened is None:  # it was closed meanwhile
             drafting.close()
             session.close()
-            self._holding.release()
+            self._lease.release()
             raise DeviceError(f"{self.spec.name} was closed.")
         shapes = session.specializations
         return WorkerInfo(
@@ -206,7 +206,7 @@ class CardWorker:
             self._end_shards(DeviceError(f"{self.spec.name} was closed."))
             card.drafting.close()
             card.session.close()
-        self._holding.release()
+        self._lease.release()
 
     # -- opening
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from qaic_ray.cards.locks import Part
 from qaic_ray.fleet.answers import Generation
-from qaic_ray.fleet.locks import Part
 
 
 @dataclass(frozen=True)

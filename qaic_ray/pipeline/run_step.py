@@ -31,10 +31,10 @@ from qaic_ray.pipeline.request import (
 from qaic_ray.sdk import EmulatedCards, Sdk, name_for_others
 
 if TYPE_CHECKING:
+    from qaic_ray.cards.placement import WorkerPlace
     from qaic_ray.fleet.answers import Generation
     from qaic_ray.fleet.cluster import Cluster
     from qaic_ray.fleet.outputs import Proof
-    from qaic_ray.fleet.placement import WorkerPlace
     from qaic_ray.fleet.report import RunSummary
     from qaic_ray.fleet.result import FleetResult
     from qaic_ray.fleet.worker_spec import WorkerSpec
@@ -273,7 +273,7 @@ def _places(
     cluster: Cluster, request: RunRequest, sdk: SdkChoice, listener: Listener
 ) -> list[WorkerPlace]:
     """Which worker gets which cards."""
-    from qaic_ray.fleet.placement import place, qpc_cores
+    from qaic_ray.cards.placement import place, qpc_cores
 
     here = request.ray_address is None
     nodes = cluster.inventory(

@@ -14,6 +14,7 @@ import ray
 import ray.exceptions as ray_errors
 from fake_worker import FakeSpec, FakeWorker, specs
 
+from qaic_ray.cards.locks import Part
 from qaic_ray.dispatch import workers
 from qaic_ray.dispatch.events import (
     Event,
@@ -29,7 +30,6 @@ from qaic_ray.dispatch.events import (
 from qaic_ray.fleet.actors import CardActors, cards_needed, chooses_units, loss
 from qaic_ray.fleet.cluster import Cluster
 from qaic_ray.fleet.driver import Audience
-from qaic_ray.fleet.locks import Part
 from qaic_ray.fleet.worker_spec import WorkerInfo
 from qaic_ray.rows import Prompt, Row
 

@@ -15,6 +15,7 @@ import pytest
 from byte_tokens import with_byte_tokenizer
 from ray.cluster_utils import Cluster as Nodes
 
+from qaic_ray.cards.placement import WorkerPlace, place
 from qaic_ray.compile.compiler import run_compiler
 from qaic_ray.compile.variant import Precision, Variant
 from qaic_ray.contract import Specializations
@@ -23,7 +24,6 @@ from qaic_ray.export.options import ExportOptions
 from qaic_ray.fleet.answers import Generation
 from qaic_ray.fleet.cluster import Cluster
 from qaic_ray.fleet.driver import Audience
-from qaic_ray.fleet.placement import WorkerPlace, place
 from qaic_ray.fleet.result import FleetResult
 from qaic_ray.fleet.worker import CardWorker
 from qaic_ray.fleet.worker_spec import WorkerInfo, WorkerSpec

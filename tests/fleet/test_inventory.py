@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qaic_ray.cards import inventory, lease
+from qaic_ray.cards.inventory import Node, NodeCards, card_scope, look, problems
+from qaic_ray.cards.lease import await_ready
+from qaic_ray.cards.locks import CardLocks, Part
+from qaic_ray.cards.placement import WorkerPlace, allot, cards_name, place, qpc_cores
 from qaic_ray.errors import DeviceError, SdkNotFound, UsageError
-from qaic_ray.fleet import holding, inventory
-from qaic_ray.fleet.holding import await_ready
-from qaic_ray.fleet.inventory import Node, NodeCards, card_scope, look, problems
-from qaic_ray.fleet.locks import CardLocks, Part
-from qaic_ray.fleet.placement import WorkerPlace, allot, cards_name, place, qpc_cores
 from qaic_ray.sdk import Device, EmulatedCards, Sdk
 
 EMULATED = EmulatedCards(4, "standard", "1.20")
@@ -287,7 +287,7 @@ def test_the_cores_of_a_qpc(tmp_path: Path) -> None:
 
 
 def test_a_card_that_was_left_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(holding, "_POLL_S", 0.0)
+    monkeypatch.setattr(lease, "_POLL_S", 0.0)
     states = iter(["Initializing", "Initializing", "Ready"])
     sdk = SimpleNamespace(kind="emulated", devices=lambda: [device(0, next(states)), device(1)])
     await_ready(sdk, [0, 1])  # type: ignore[arg-type]
@@ -301,7 +301,7 @@ def test_a_card_that_was_left_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_card_that_does_not_come_back_is_an_error(
     monkeypatch: pytest.MonkeyPatch, status: str, words: str
 ) -> None:
-    monkeypatch.setattr(holding, "READY_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(lease, "READY_TIMEOUT_S", 0.0)
     sdk = SimpleNamespace(kind="emulated", devices=lambda: [device(0, status)])
     with pytest.raises(DeviceError, match=words):
         await_ready(sdk, [0])  # type: ignore[arg-type]

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qaic_ray.cards import locks
+from qaic_ray.cards.locks import CardLocks, Part, held_cards, locks_folder
 from qaic_ray.errors import DeviceBusy, DeviceError
-from qaic_ray.fleet import locks
-from qaic_ray.fleet.locks import CardLocks, Part, held_cards, locks_folder
 
 HOLD = """
 import sys, time
-from qaic_ray.fleet.locks import CardLocks, Part
+from qaic_ray.cards.locks import CardLocks, Part
 part = Part(*map(int, sys.argv[2:])) if sys.argv[2:] else None
 CardLocks([int(sys.argv[1])], part=part, what="another run").acquire()
 print("held", flush=True)

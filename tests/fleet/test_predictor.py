@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray import CardPredictor, predictor
+from qaic_ray.cards.locks import LOCKS_VARIABLE, CardLocks, Part
 from qaic_ray.columns import plain
 from qaic_ray.errors import DeviceBusy, DeviceError, UsageError
-from qaic_ray.fleet.locks import LOCKS_VARIABLE, CardLocks, Part
 from qaic_ray.fleet.worker_spec import WorkerSpec
 from qaic_ray.predictor import Grant, places
 from qaic_ray.rows import FinishReason, Prompt, Row, Sample

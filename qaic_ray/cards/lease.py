@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from qaic_ray.cards.inventory import card_scope
+from qaic_ray.cards.locks import CardLocks, Part
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceBusy, DeviceError
-from qaic_ray.fleet.inventory import card_scope
-from qaic_ray.fleet.locks import CardLocks, Part
 from qaic_ray.sdk import Sdk
 
 LOCK_TIMEOUT_S = 20.0
@@ -22,7 +22,7 @@ READY_TIMEOUT_S = 30.0
 _POLL_S = 0.2
 
 
-class Holding:
+class CardLease:
     """Holds cards from `open` until `release`, or until this process dies.
 
     Args:

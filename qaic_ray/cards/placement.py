@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qaic_ray.cards.inventory import CARD_RESOURCE, NodeCards, remedy, usable
+from qaic_ray.cards.locks import Part
 from qaic_ray.compile.store import read_record
 from qaic_ray.contract import MAX_CORES
 from qaic_ray.errors import DeviceError, UsageError
-from qaic_ray.fleet.inventory import CARD_RESOURCE, NodeCards, remedy, usable
-from qaic_ray.fleet.locks import Part
 from qaic_ray.sdk import Device
 
 

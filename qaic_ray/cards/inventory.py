@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qaic_ray.cards.locks import held_cards
 from qaic_ray.errors import DeviceError, SdkNotFound
-from qaic_ray.fleet.locks import held_cards
 from qaic_ray.sdk import Device, EmulatedCards, Sdk, find_sdk
 
 CARD_RESOURCE = "QAIC"
