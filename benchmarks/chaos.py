@@ -49,15 +49,15 @@ def drive(folder: Path, address: str, count: int) -> None:
     from qaic_ray.cards.placement import place
     from qaic_ray.dispatch import workers
     from qaic_ray.fleet import actors
-    from qaic_ray.fleet.answers import Generation
     from qaic_ray.fleet.cluster import Cluster
     from qaic_ray.fleet.driver import Audience
     from qaic_ray.fleet.journal import Journal
     from qaic_ray.fleet.outputs import row_writer
-    from qaic_ray.fleet.worker import CardWorker
-    from qaic_ray.fleet.worker_spec import WorkerInfo, WorkerSpec
     from qaic_ray.sampling_params import SamplingParams
     from qaic_ray.sdk import EmulatedCards
+    from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
+    from qaic_ray.worker.text import Generation
+    from qaic_ray.worker.worker import CardWorker
 
     workers.MIN_STALL_S = workers.FIRST_STALL_S = 6.0  # an hour of trouble in a minute
     actors.STEPS_EVERY_S = 0.5

@@ -148,7 +148,7 @@ def fleet(stage: dict[str, Any], some: Sequence[Any], specs: Sequence[Any]) -> d
     from qaic_ray.fleet.driver import Audience, Driver
     from qaic_ray.fleet.journal import Journal
     from qaic_ray.fleet.outputs import row_writer
-    from qaic_ray.fleet.worker import CardWorker
+    from qaic_ray.worker.worker import CardWorker
 
     folder = Path(tempfile.mkdtemp(dir=stage["folder"]))
     with (
@@ -199,7 +199,7 @@ def plain_actors(specs: Sequence[Any]) -> Iterator[list[Any]]:
     """The same workers as actors that answer a list at a time, all open."""
     import ray
 
-    from qaic_ray.fleet.worker import CardWorker
+    from qaic_ray.worker.worker import CardWorker
 
     class Plain(CardWorker):  # type: ignore[misc]
         """Gives the rows of a call when all are there."""
@@ -311,8 +311,8 @@ def measure(num_cards: int, options: argparse.Namespace, folder: Path) -> dict[s
     from qaic_ray.cards.placement import place
     from qaic_ray.config import EmulatorPart
     from qaic_ray.fleet.cluster import Cluster
-    from qaic_ray.fleet.worker_spec import WorkerSpec
     from qaic_ray.pipeline.devices import emulated_cards
+    from qaic_ray.worker.spec import WorkerSpec
 
     stage = make(folder, num_cards)
     some = prompts(num_cards, options.seconds)

@@ -32,9 +32,6 @@ from qaic_ray.cards.placement import cards_name
 from qaic_ray.columns import objects, plain
 from qaic_ray.config import EmulatorPart
 from qaic_ray.errors import DeviceBusy, DeviceError, RowError, UsageError
-from qaic_ray.fleet.answers import Generation
-from qaic_ray.fleet.worker import CardWorker
-from qaic_ray.fleet.worker_spec import WorkerInfo, WorkerSpec
 from qaic_ray.formats.foreign_fields import ALIASES, NESTED
 from qaic_ray.formats.jsonl import FieldRows
 from qaic_ray.formats.prompt_fields import Draft
@@ -43,6 +40,9 @@ from qaic_ray.pipeline.devices import emulated_cards
 from qaic_ray.rows import ErrorClass, Prompt, Row
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
 from qaic_ray.sdk import Sdk, find_sdk
+from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
+from qaic_ray.worker.text import Generation
+from qaic_ray.worker.worker import CardWorker
 
 Batch = dict[str, NDArray[Any]]
 """Columns of one length, as Ray Data's "numpy" batches have them."""

@@ -39,13 +39,13 @@ from qaic_ray.dispatch.events import (
 from qaic_ray.dispatch.prompts import MAX_SHARDS
 from qaic_ray.errors import DeviceError, QaicRayError, UsageError
 from qaic_ray.fleet.watching import call_for
-from qaic_ray.fleet.worker_spec import TakenBack
 from qaic_ray.metrics import Measurement
+from qaic_ray.worker.spec import TakenBack
 
 if TYPE_CHECKING:
     from qaic_ray.cards.locks import Part
-    from qaic_ray.fleet.worker import CardWorker
-    from qaic_ray.fleet.worker_spec import WorkerInfo, WorkerSpec
+    from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
+    from qaic_ray.worker.worker import CardWorker
 
 CARD_CPUS = 0.1
 """The least an actor asks of its node, so that a node with few cores still holds all its cards. Ray

@@ -42,8 +42,8 @@ from qaic_ray.rows import Prompt, Row
 from qaic_ray.sdk import EmulatedCards
 
 if TYPE_CHECKING:
-    from qaic_ray.fleet.worker import CardWorker
-    from qaic_ray.fleet.worker_spec import WorkerSpec
+    from qaic_ray.worker.spec import WorkerSpec
+    from qaic_ray.worker.worker import CardWorker
 
 _BUSY_TIMEOUT_S = 20.0
 _CANCEL_TIMEOUT_S = 5.0

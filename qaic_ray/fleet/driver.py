@@ -42,7 +42,7 @@ from qaic_ray.metrics import Measurement, Span
 from qaic_ray.rows import Prompt, Row
 
 if TYPE_CHECKING:
-    from qaic_ray.fleet.worker_spec import WorkerInfo
+    from qaic_ray.worker.spec import WorkerInfo
 
 READ_POLL_S = 0.02
 """How often the input is asked for more, while it has not given what it was asked for."""

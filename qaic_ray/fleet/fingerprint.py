@@ -18,8 +18,8 @@ from qaic_ray.rows import ChatOptions, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from qaic_ray.fleet.answers import Generation
     from qaic_ray.formats.frozen_file import FrozenFile
+    from qaic_ray.worker.text import Generation
 
 Fingerprint = Mapping[str, Any]
 """Names to JSON values, in any depth."""

@@ -13,7 +13,7 @@ from qaic_ray.metrics import Measurement, Span, tokens_per_s, total
 from qaic_ray.rows import Row
 
 if TYPE_CHECKING:
-    from qaic_ray.fleet.worker_spec import WorkerInfo
+    from qaic_ray.worker.spec import WorkerInfo
 
 
 @dataclass(frozen=True)

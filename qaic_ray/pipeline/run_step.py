@@ -32,13 +32,13 @@ from qaic_ray.sdk import EmulatedCards, Sdk, name_for_others
 
 if TYPE_CHECKING:
     from qaic_ray.cards.placement import WorkerPlace
-    from qaic_ray.fleet.answers import Generation
     from qaic_ray.fleet.cluster import Cluster
     from qaic_ray.fleet.outputs import Proof
     from qaic_ray.fleet.report import RunSummary
     from qaic_ray.fleet.result import FleetResult
-    from qaic_ray.fleet.worker_spec import WorkerSpec
     from qaic_ray.rows import Row
+    from qaic_ray.worker.spec import WorkerSpec
+    from qaic_ray.worker.text import Generation
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def check_chat_template(request: RunRequest) -> None:
     Raises:
         UsageError: they cannot; one sentence.
     """
-    from qaic_ray.fleet.answers import check_chat
     from qaic_ray.model.checkpoint import load_chat_template, open_checkpoint
+    from qaic_ray.worker.text import check_chat
 
     is_wanted = request.chat or request.chat_template is not None
     if is_wanted and _is_here(request):  # else each worker finds out when it is opened
@@ -214,7 +214,7 @@ def _answer(
     from qaic_ray.fleet.journal import Journal
     from qaic_ray.fleet.outputs import row_writer
     from qaic_ray.fleet.result import BrokenOff, Cause
-    from qaic_ray.fleet.worker import CardWorker
+    from qaic_ray.worker.worker import CardWorker
 
     parts = _parts(request)
     same = fingerprint(run_input.source, generation=_generation(request), **parts)
@@ -291,7 +291,7 @@ def _places(
 
 
 def _worker_specs(request: RunRequest, places: Sequence[WorkerPlace]) -> list[WorkerSpec]:
-    from qaic_ray.fleet.worker_spec import WorkerSpec
+    from qaic_ray.worker.spec import WorkerSpec
 
     generation = _generation(request)
     model = absolute_model(request.model)
@@ -310,8 +310,8 @@ def _worker_specs(request: RunRequest, places: Sequence[WorkerPlace]) -> list[Wo
 
 
 def _generation(request: RunRequest) -> Generation:
-    from qaic_ray.fleet.answers import Generation
-    from qaic_ray.fleet.speculation import Drafts, Speculation
+    from qaic_ray.worker.speculation import Drafts, Speculation
+    from qaic_ray.worker.text import Generation
 
     draft_qpc = None if request.draft_qpc is None else str(request.draft_qpc.absolute())
     return Generation(

@@ -25,8 +25,8 @@ from qaic_ray.fleet import joining
 from qaic_ray.fleet.cluster import Cluster, Outcome
 from qaic_ray.fleet.driver import Audience
 from qaic_ray.fleet.result import FleetResult
-from qaic_ray.fleet.worker_spec import WorkerInfo
 from qaic_ray.rows import Prompt, Row
+from qaic_ray.worker.spec import WorkerInfo
 
 pytestmark = pytest.mark.cluster
 

@@ -18,15 +18,15 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from qaic_ray.contract import Specializations
 from qaic_ray.errors import DeviceError, DeviceLost, UsageError
-from qaic_ray.fleet import answers as answers_module
-from qaic_ray.fleet import worker as worker_module
-from qaic_ray.fleet.answers import Generation, sample_seed
-from qaic_ray.fleet.worker import CardWorker
-from qaic_ray.fleet.worker_spec import TakenBack, WorkerSpec
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.model.tokenizer_files import text_parts
 from qaic_ray.rows import ChatOptions, ErrorClass, FinishReason, Prompt, Row
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
+from qaic_ray.worker import text as answers_module
+from qaic_ray.worker import worker as worker_module
+from qaic_ray.worker.spec import TakenBack, WorkerSpec
+from qaic_ray.worker.text import Generation, sample_seed
+from qaic_ray.worker.worker import CardWorker
 
 LETTERS = [chr(ord("A") + index) for index in range(VOCAB)]
 CTX_LEN = 40

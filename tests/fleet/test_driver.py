@@ -14,10 +14,10 @@ from qaic_ray.durations import Durations
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.fleet.driver import Audience, Driver, Progress
 from qaic_ray.fleet.result import BrokenOff, Cause, FleetResult
-from qaic_ray.fleet.worker_spec import WorkerInfo
 from qaic_ray.formats.prompts import prompts_from_text
 from qaic_ray.metrics import Measurement, Span
 from qaic_ray.rows import Prompt, Row
+from qaic_ray.worker.spec import WorkerInfo
 
 
 def same(count: int) -> list[Prompt]:

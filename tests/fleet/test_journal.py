@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.fleet.answers import Generation
 from qaic_ray.fleet.fingerprint import (
     STREAM_SOURCE,
     Fingerprint,
@@ -32,6 +31,7 @@ from qaic_ray.fleet.journal_segments import MAX_OPEN_SEGMENTS
 from qaic_ray.formats.frozen_file import FrozenFile
 from qaic_ray.rows import FinishReason, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
+from qaic_ray.worker.text import Generation
 
 RUN: Fingerprint = {"input": {"name": "-"}, "qpc": "q"}
 

@@ -16,10 +16,10 @@ from qaic_ray import CardPredictor, predictor
 from qaic_ray.cards.locks import LOCKS_VARIABLE, CardLocks, Part
 from qaic_ray.columns import plain
 from qaic_ray.errors import DeviceBusy, DeviceError, UsageError
-from qaic_ray.fleet.worker_spec import WorkerSpec
 from qaic_ray.predictor import Grant, places
 from qaic_ray.rows import FinishReason, Prompt, Row, Sample
 from qaic_ray.sampling_params import TokenLogprob
+from qaic_ray.worker.spec import WorkerSpec
 
 NUM_CARDS = 4
 

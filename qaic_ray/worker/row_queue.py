@@ -15,7 +15,7 @@ much as ten rows do."""
 Item = TypeVar("Item")
 
 
-class Handover(Generic[Item]):
+class RowQueue(Generic[Item]):
     """A queue between two threads, which an error ends."""
 
     def __init__(self) -> None:

@@ -16,12 +16,12 @@ from qaic_ray.documents import shown
 from qaic_ray.engine import batcher
 from qaic_ray.engine.engine import Finished
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.fleet.speculation import Speculation
 from qaic_ray.model.chat import ChatTemplate
 from qaic_ray.model.stop_strings import StopReader
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.rows import ChatOptions, FinishReason, Message, Prompt, Row, Sample
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
+from qaic_ray.worker.speculation import Speculation
 
 MAX_HELD = 2**23
 """Tokens and their log-probabilities in the answers to one prompt; 128 of 65,536 tokens each."""

@@ -22,17 +22,17 @@ from qaic_ray.engine import batcher
 from qaic_ray.engine.engine import MAX_STALL_S, Engine, Finished
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
-from qaic_ray.fleet.answers import Answer, Answerer, check_chat
 from qaic_ray.fleet.fingerprint import differences
-from qaic_ray.fleet.handover import Handover
-from qaic_ray.fleet.speculation import Drafting, open_drafting
-from qaic_ray.fleet.worker_spec import TakenBack, WorkerInfo, WorkerSpec
 from qaic_ray.metrics import Measurement
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.model.stop_strings import StopReader
 from qaic_ray.model.tokenizer_files import text_parts
 from qaic_ray.rows import ROW_ALONE, Prompt, Row
 from qaic_ray.sdk import open_sdk
+from qaic_ray.worker.row_queue import RowQueue
+from qaic_ray.worker.spec import TakenBack, WorkerInfo, WorkerSpec
+from qaic_ray.worker.speculation import Drafting, open_drafting
+from qaic_ray.worker.text import Answer, Answerer, check_chat
 
 STATIC_LOOKAHEAD = 4
 """Rows that the engine of a static program is given for each of its places: a wave is made of rows
@@ -60,7 +60,7 @@ class _Shard:
     `outcome` takes what becomes of its sequences: finished, given back unbegun, or lost.
     """
 
-    outcome: Handover[Finished | list[batcher.Sequence]] = field(default_factory=Handover)
+    outcome: RowQueue[Finished | list[batcher.Sequence]] = field(default_factory=RowQueue)
     is_queued: bool = False
     is_asked: bool = False
 
