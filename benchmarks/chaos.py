@@ -50,9 +50,9 @@ def drive(folder: Path, address: str, count: int) -> None:
     from qaic_ray.dispatch import workers
     from qaic_ray.fleet import actors
     from qaic_ray.fleet.cluster import Cluster
-    from qaic_ray.fleet.driver import Audience
-    from qaic_ray.fleet.journal import Journal
-    from qaic_ray.fleet.outputs import row_writer
+    from qaic_ray.runs.delivery import row_writer
+    from qaic_ray.runs.driver import Audience
+    from qaic_ray.runs.journal import Journal
     from qaic_ray.sampling_params import SamplingParams
     from qaic_ray.sdk import EmulatedCards
     from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
@@ -129,7 +129,7 @@ class Run:
     @property
     def num_safe(self) -> int:
         """Rows that are in the journal."""
-        from qaic_ray.fleet.unfinished import safe_rows
+        from qaic_ray.runs.run_folders import safe_rows
 
         return safe_rows(self.folder)
 

@@ -145,9 +145,9 @@ class AllOpen:
 def fleet(stage: dict[str, Any], some: Sequence[Any], specs: Sequence[Any]) -> dict[str, Any]:
     """The product, but for the workers' opening."""
     from qaic_ray.fleet.actors import CardActors
-    from qaic_ray.fleet.driver import Audience, Driver
-    from qaic_ray.fleet.journal import Journal
-    from qaic_ray.fleet.outputs import row_writer
+    from qaic_ray.runs.delivery import row_writer
+    from qaic_ray.runs.driver import Audience, Driver
+    from qaic_ray.runs.journal import Journal
     from qaic_ray.worker.worker import CardWorker
 
     folder = Path(tempfile.mkdtemp(dir=stage["folder"]))

@@ -33,12 +33,12 @@ from qaic_ray.fleet.actors import (
     loss,
     on_node,
 )
-from qaic_ray.fleet.driver import Audience, Driver
 from qaic_ray.fleet.joining import OwnRay, join, leave, start
-from qaic_ray.fleet.journal import Journal
-from qaic_ray.fleet.result import FleetResult
 from qaic_ray.fleet.watching import ClusterWatch, call_for
 from qaic_ray.rows import Prompt, Row
+from qaic_ray.runs.driver import Audience, Driver
+from qaic_ray.runs.journal import Journal
+from qaic_ray.runs.result import FleetResult
 from qaic_ray.sdk import EmulatedCards
 
 if TYPE_CHECKING:

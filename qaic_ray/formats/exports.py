@@ -14,11 +14,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qaic_ray.fleet.journal import disk_errors_end_the_run
-from qaic_ray.fleet.outputs import OUTPUTS_NAME
 from qaic_ray.folders import new_file, sync_path
 from qaic_ray.formats.openai_responses import Origin, response_line, token_number
 from qaic_ray.formats.parquet_rows import write_parquet
+from qaic_ray.runs.delivery import OUTPUTS_NAME
+from qaic_ray.runs.journal import disk_errors_end_the_run
 
 PARQUET_NAME = "outputs.parquet"
 OPENAI_OUTPUT_NAME = "openai_output.jsonl"

@@ -31,7 +31,7 @@ from qaic_ray.rows import ChatOptions
 from qaic_ray.sdk import SDK_NAMES, VENDOR_ROOT, Sdk, find_sdk
 
 if TYPE_CHECKING:
-    from qaic_ray.fleet.report import RunSummary
+    from qaic_ray.runs.report import RunSummary
 
 
 def launch_job(

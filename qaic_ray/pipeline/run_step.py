@@ -33,10 +33,10 @@ from qaic_ray.sdk import EmulatedCards, Sdk, name_for_others
 if TYPE_CHECKING:
     from qaic_ray.cards.placement import WorkerPlace
     from qaic_ray.fleet.cluster import Cluster
-    from qaic_ray.fleet.outputs import Proof
-    from qaic_ray.fleet.report import RunSummary
-    from qaic_ray.fleet.result import FleetResult
     from qaic_ray.rows import Row
+    from qaic_ray.runs.delivery import Proof
+    from qaic_ray.runs.report import RunSummary
+    from qaic_ray.runs.result import FleetResult
     from qaic_ray.worker.spec import WorkerSpec
     from qaic_ray.worker.text import Generation
 
@@ -118,7 +118,7 @@ def _reported(
     request: RunRequest, folder: Path, result: FleetResult, *, proof: Proof, sdk: SdkChoice
 ) -> RunSummary:
     """The end of a run: the other formats, and last the report, by which it is known as done."""
-    from qaic_ray.fleet.report import RunSummary, write_report
+    from qaic_ray.runs.report import RunSummary, write_report
 
     _export(request, folder)
     summary = RunSummary(
@@ -151,7 +151,7 @@ def _kept(folder: Path, command: str, *, is_new: bool = True) -> Iterator[None]:
         KeyboardInterrupt: with the sentence.
         Unfinished: for all else.
     """
-    from qaic_ray.fleet.unfinished import safe_rows
+    from qaic_ray.runs.run_folders import safe_rows
 
     def sentence(why: str) -> str:
         rows = safe_rows(folder)
@@ -209,11 +209,11 @@ def _answer(
 ) -> tuple[FleetResult, Proof]:
     """All rows that have no answer yet, journaled and written."""
     from qaic_ray.dispatch.shard_size import text_work
-    from qaic_ray.fleet.driver import Audience
-    from qaic_ray.fleet.fingerprint import differences, fingerprint
-    from qaic_ray.fleet.journal import Journal
-    from qaic_ray.fleet.outputs import row_writer
-    from qaic_ray.fleet.result import BrokenOff, Cause
+    from qaic_ray.runs.delivery import row_writer
+    from qaic_ray.runs.driver import Audience
+    from qaic_ray.runs.fingerprint import differences, fingerprint
+    from qaic_ray.runs.journal import Journal
+    from qaic_ray.runs.result import BrokenOff, Cause
     from qaic_ray.worker.worker import CardWorker
 
     parts = _parts(request)

@@ -23,9 +23,9 @@ from qaic_ray.errors import CompileError, DeviceBusy, QaicRayError, UsageError
 from qaic_ray.fleet import cluster as cluster_module
 from qaic_ray.fleet import joining
 from qaic_ray.fleet.cluster import Cluster, Outcome
-from qaic_ray.fleet.driver import Audience
-from qaic_ray.fleet.result import FleetResult
 from qaic_ray.rows import Prompt, Row
+from qaic_ray.runs.driver import Audience
+from qaic_ray.runs.result import FleetResult
 from qaic_ray.worker.spec import WorkerInfo
 
 pytestmark = pytest.mark.cluster

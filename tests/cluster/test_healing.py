@@ -29,8 +29,8 @@ from qaic_ray.dispatch.events import (
 )
 from qaic_ray.fleet.actors import CardActors, cards_needed, chooses_units, loss
 from qaic_ray.fleet.cluster import Cluster
-from qaic_ray.fleet.driver import Audience
 from qaic_ray.rows import Prompt, Row
+from qaic_ray.runs.driver import Audience
 from qaic_ray.worker.spec import WorkerInfo
 
 pytestmark = pytest.mark.cluster

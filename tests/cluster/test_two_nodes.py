@@ -22,12 +22,12 @@ from qaic_ray.contract import Specializations
 from qaic_ray.dispatch import workers
 from qaic_ray.export.options import ExportOptions
 from qaic_ray.fleet.cluster import Cluster
-from qaic_ray.fleet.driver import Audience
-from qaic_ray.fleet.result import FleetResult
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.pipeline.sources import source_of
 from qaic_ray.rows import Prompt, Row
+from qaic_ray.runs.driver import Audience
+from qaic_ray.runs.result import FleetResult
 from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.sdk import EmulatedCards
 from qaic_ray.worker.spec import WorkerInfo, WorkerSpec

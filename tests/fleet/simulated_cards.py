@@ -20,9 +20,9 @@ from qaic_ray.dispatch.events import (
     WorkerReady,
 )
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.fleet.reading import Batch
 from qaic_ray.metrics import Measurement
 from qaic_ray.rows import FinishReason, Prompt, Row
+from qaic_ray.runs.reading import Batch
 from qaic_ray.worker.spec import WorkerInfo
 
 STEP_S = 0.02

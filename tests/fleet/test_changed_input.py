@@ -13,13 +13,13 @@ from simulated_cards import DirectReader, SimulatedCards
 
 from qaic_ray.dispatch.dispatcher import Dispatcher
 from qaic_ray.errors import UsageError
-from qaic_ray.fleet.driver import Audience, Driver
-from qaic_ray.fleet.journal import Journal
-from qaic_ray.fleet.outputs import Proof, row_writer
-from qaic_ray.fleet.result import Cause, FleetResult
 from qaic_ray.formats.frozen_file import BLOCK_BYTES
 from qaic_ray.pipeline.request import RunRequest
 from qaic_ray.rows import Row
+from qaic_ray.runs.delivery import Proof, row_writer
+from qaic_ray.runs.driver import Audience, Driver
+from qaic_ray.runs.journal import Journal
+from qaic_ray.runs.result import Cause, FleetResult
 
 NUM_ROWS = 120
 TEXT = "x" * (BLOCK_BYTES // 40)  # three blocks

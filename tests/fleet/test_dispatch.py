@@ -40,8 +40,8 @@ from qaic_ray.dispatch.poison import PoisonDetector
 from qaic_ray.dispatch.shard_size import text_work
 from qaic_ray.dispatch.waiting import OpenPrompt, Waiting
 from qaic_ray.dispatch.workers import FIRST_STALL_S, MAX_OPEN_S, MIN_STALL_S
-from qaic_ray.fleet.driver import Audience, Driver
 from qaic_ray.rows import Prompt, Row
+from qaic_ray.runs.driver import Audience, Driver
 from qaic_ray.sampling_params import SamplingParams
 
 

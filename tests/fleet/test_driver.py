@@ -12,11 +12,11 @@ from qaic_ray.dispatch.dispatcher import Dispatcher
 from qaic_ray.dispatch.events import Event, RunShard, ShardFailed
 from qaic_ray.durations import Durations
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.fleet.driver import Audience, Driver, Progress
-from qaic_ray.fleet.result import BrokenOff, Cause, FleetResult
 from qaic_ray.formats.prompts import prompts_from_text
 from qaic_ray.metrics import Measurement, Span
 from qaic_ray.rows import Prompt, Row
+from qaic_ray.runs.driver import Audience, Driver, Progress
+from qaic_ray.runs.result import BrokenOff, Cause, FleetResult
 from qaic_ray.worker.spec import WorkerInfo
 
 

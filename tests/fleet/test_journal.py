@@ -17,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.fleet.fingerprint import (
+from qaic_ray.formats.frozen_file import FrozenFile
+from qaic_ray.rows import FinishReason, Prompt, Row
+from qaic_ray.runs.fingerprint import (
     STREAM_SOURCE,
     Fingerprint,
     differences,
@@ -26,10 +28,8 @@ from qaic_ray.fleet.fingerprint import (
     row_digest,
     text_source,
 )
-from qaic_ray.fleet.journal import Entry, Journal
-from qaic_ray.fleet.journal_segments import MAX_OPEN_SEGMENTS
-from qaic_ray.formats.frozen_file import FrozenFile
-from qaic_ray.rows import FinishReason, Prompt, Row
+from qaic_ray.runs.journal import Entry, Journal
+from qaic_ray.runs.journal_segments import MAX_OPEN_SEGMENTS
 from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.worker.text import Generation
 
@@ -216,7 +216,7 @@ def test_a_folder_is_written_by_one_at_a_time(tmp_path: Path) -> None:
 
 def test_a_folder_is_free_when_its_process_is_killed(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from qaic_ray.fleet.journal import Journal\n"
+        "import sys; from pathlib import Path; from qaic_ray.runs.journal import Journal\n"
         "journal = Journal(Path(sys.argv[1]), {}); print(flush=True); sys.stdin.read()"
     )
     argv = [sys.executable, "-c", code, str(tmp_path)]
@@ -241,7 +241,7 @@ def test_another_job_another_version_and_another_run_are_refused(tmp_path: Path)
         Journal(tmp_path, RUN)
     segment(tmp_path, 7).unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qaic_ray.fleet.journal_segments.FORMAT", 3)
+        patch.setattr("qaic_ray.runs.journal_segments.FORMAT", 3)
         with pytest.raises(UsageError, match="journal format 2, and this version writes 3"):
             Journal(tmp_path, RUN)
     assert rows_of(tmp_path) == [row(0)]

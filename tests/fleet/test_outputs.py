@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError
-from qaic_ray.fleet.journal import Journal, Place
-from qaic_ray.fleet.outputs import MAX_SHOWN_AT_ONCE, Delivery, InputOrder, Proof, row_writer
 from qaic_ray.rows import FinishReason, Prompt, Row
+from qaic_ray.runs.delivery import MAX_SHOWN_AT_ONCE, Delivery, InputOrder, Proof, row_writer
+from qaic_ray.runs.journal import Journal, Place
 
 
 def row(index: int, text: str = "") -> Row:
@@ -111,7 +111,7 @@ def test_a_hundred_thousand_rows_behind_one_take_eight_bytes_each() -> None:
 
 
 def test_places_of_rows_that_are_out_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qaic_ray.fleet.outputs._FORGET_AT", 64)
+    monkeypatch.setattr("qaic_ray.runs.delivery._FORGET_AT", 64)
     num_rows = 4000
     rows = InputOrder(read_back, max_held_rows=0)
     rows.push(row(1), place(1))
@@ -264,7 +264,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
         path.touch()
         return os.open("/dev/full", os.O_WRONLY)
 
-    monkeypatch.setattr("qaic_ray.fleet.outputs.new_file", on_a_full_disk)
+    monkeypatch.setattr("qaic_ray.runs.delivery.new_file", on_a_full_disk)
     monkeypatch.setattr(os, "fsync", lambda fd: None)  # /dev/full has none
     with (
         pytest.raises(QaicRayError, match=r"cannot be written: No space left on device\. What"),

@@ -19,9 +19,10 @@ from rich.console import Console
 from simulated_cards import info
 
 from qaic_ray.durations import Durations
-from qaic_ray.fleet.figures import rate_text, seconds_text
-from qaic_ray.fleet.page import html_page
-from qaic_ray.fleet.report import (
+from qaic_ray.metrics import Measurement, Span
+from qaic_ray.rows import FinishReason, Prompt, Row
+from qaic_ray.runs.figures import rate_text, seconds_text
+from qaic_ray.runs.report import (
     MAX_BINS,
     RunSummary,
     histogram,
@@ -29,9 +30,8 @@ from qaic_ray.fleet.report import (
     tables,
     write_report,
 )
-from qaic_ray.fleet.result import BrokenOff, Cause, FleetResult, Tally, WorkerResult
-from qaic_ray.metrics import Measurement, Span
-from qaic_ray.rows import FinishReason, Prompt, Row
+from qaic_ray.runs.report_page import html_page
+from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, Tally, WorkerResult
 
 FAST = Measurement(
     rows=3,

@@ -17,13 +17,13 @@ from simulated_cards import DirectReader, SimulatedCards, answer
 
 from qaic_ray.dispatch.events import Event, RowsFinished
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.fleet.driver import Audience, Driver, Progress
-from qaic_ray.fleet.fingerprint import Fingerprint, row_digest
-from qaic_ray.fleet.journal import Journal
-from qaic_ray.fleet.outputs import Proof, row_writer
-from qaic_ray.fleet.result import FleetResult
 from qaic_ray.metrics import Span
 from qaic_ray.rows import Prompt, Row
+from qaic_ray.runs.delivery import Proof, row_writer
+from qaic_ray.runs.driver import Audience, Driver, Progress
+from qaic_ray.runs.fingerprint import Fingerprint, row_digest
+from qaic_ray.runs.journal import Journal
+from qaic_ray.runs.result import FleetResult
 
 RUN: Fingerprint = {"qpc": "q"}
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from qaic_ray.errors import UsageError
-from qaic_ray.fleet.outputs import row_writer
 from qaic_ray.pipeline import run_step
 from qaic_ray.pipeline.request import RunRequest
 from qaic_ray.rows import FinishReason, Row
+from qaic_ray.runs.delivery import row_writer
 
 
 @pytest.fixture

@@ -50,8 +50,8 @@ from qaic_ray.dispatch.events import (
 )
 from qaic_ray.dispatch.prompts import ENOUGH_ATTEMPTS, MAX_ATTEMPTS
 from qaic_ray.dispatch.workers import MAX_FAILURES, MAX_OPENINGS
-from qaic_ray.fleet.driver import Audience, Driver
 from qaic_ray.rows import Prompt, Row
+from qaic_ray.runs.driver import Audience, Driver
 
 NUM_SEEDS = 20
 NUM_SCHEDULES = 10_000

@@ -20,8 +20,8 @@ from pydantic import ConfigDict, TypeAdapter
 
 from qaic_ray.documents import as_object, checked, parse_json, shown
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.fleet.fingerprint import Fingerprint
 from qaic_ray.rows import Row
+from qaic_ray.runs.fingerprint import Fingerprint
 
 FORMAT = 2
 MAX_OPEN_SEGMENTS = 16
@@ -50,7 +50,7 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Record:
+class JournalRecord:
     """The JSON of a row's line. Not `Row.to_json`, which rounds times and drops what is derived."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(ser_json_inf_nan="constants")
@@ -60,7 +60,7 @@ class Record:
     row: Row
 
 
-RECORD = TypeAdapter(Record)
+RECORD = TypeAdapter(JournalRecord)
 
 
 class RowReader:

@@ -30,7 +30,7 @@ class Batch:
     error: QaicRayError | None = None
 
 
-class Reader(Protocol):
+class PromptReader(Protocol):
     """Gives the input piece by piece."""
 
     def ask(self, num_items: int) -> None:

@@ -33,13 +33,13 @@ from qaic_ray.dispatch.events import (
     WorkerReady,
 )
 from qaic_ray.errors import QaicRayError
-from qaic_ray.fleet.fingerprint import Intake
-from qaic_ray.fleet.journal import Journal
-from qaic_ray.fleet.outputs import Delivery
-from qaic_ray.fleet.reading import Batch, Reader, ThreadedReader
-from qaic_ray.fleet.result import BrokenOff, Cause, FleetResult, Tally, WorkerResult
 from qaic_ray.metrics import Measurement, Span
 from qaic_ray.rows import Prompt, Row
+from qaic_ray.runs.delivery import Delivery
+from qaic_ray.runs.fingerprint import Intake
+from qaic_ray.runs.journal import Journal
+from qaic_ray.runs.reading import Batch, PromptReader, ThreadedReader
+from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, Tally, WorkerResult
 
 if TYPE_CHECKING:
     from qaic_ray.worker.spec import WorkerInfo
@@ -156,7 +156,7 @@ class Driver:
         dispatcher: Dispatcher | None = None,
         clock: Callable[[], float] = time.monotonic,
         journal: Journal | None = None,
-        reader: Callable[[Iterable[Prompt | Row]], Reader] = ThreadedReader,
+        reader: Callable[[Iterable[Prompt | Row]], PromptReader] = ThreadedReader,
     ) -> None:
         self._cards = cards
         self._intake = Intake()

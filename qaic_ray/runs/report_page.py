@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from qaic_ray.fleet.figures import count_text, rate_text, seconds_text
+from qaic_ray.runs.figures import count_text, rate_text, seconds_text
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fbfaf8; --card: #fff; --ink: #1d1f23;

@@ -23,14 +23,17 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from qaic_ray.errors import Unfinished, UsageError
-from qaic_ray.fleet.fingerprint import INPUT, Fingerprint, differences
-from qaic_ray.fleet.journal_segments import (
+from qaic_ray.folders import sync_path
+from qaic_ray.interruption import uninterrupted
+from qaic_ray.rows import Row
+from qaic_ray.runs.fingerprint import INPUT, Fingerprint, differences
+from qaic_ray.runs.journal_segments import (
     BEFORE_JSON,
     FORMAT,
     RECORD,
     Header,
+    JournalRecord,
     Place,
-    Record,
     RowReader,
     damaged,
     is_whole,
@@ -39,9 +42,6 @@ from qaic_ray.fleet.journal_segments import (
     segment_path,
     whole_bytes,
 )
-from qaic_ray.folders import sync_path
-from qaic_ray.interruption import uninterrupted
-from qaic_ray.rows import Row
 
 JOURNAL_NAME = "journal"
 LOCK_NAME = ".lock"
@@ -150,7 +150,9 @@ class Journal:
 
     def append(self, row: Row, digest: int, span_s: float) -> Place:
         """Take a row for the next `commit`; return where it will be."""
-        json_bytes = RECORD.dump_json(Record(digest, round(span_s, 6), row), exclude_defaults=True)
+        json_bytes = RECORD.dump_json(
+            JournalRecord(digest, round(span_s, 6), row), exclude_defaults=True
+        )
         line = line_of(json_bytes)
         if self._size >= self._segment_bytes:
             self.commit()

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from qaic_ray.documents import json_text
-from qaic_ray.fleet.journal import Entry, Journal, disk_errors_end_the_run, write_all
-from qaic_ray.fleet.journal_segments import Place
 from qaic_ray.folders import new_file, sync_path
 from qaic_ray.rows import Row
+from qaic_ray.runs.journal import Entry, Journal, disk_errors_end_the_run, write_all
+from qaic_ray.runs.journal_segments import Place
 
 OUTPUTS_NAME = "outputs.jsonl"
 ERRORS_NAME = "errors.jsonl"

@@ -18,13 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from qaic_ray.documents import json_text
-from qaic_ray.fleet.figures import count_text, rate_text, seconds_text
-from qaic_ray.fleet.outputs import ERRORS_NAME, Proof
-from qaic_ray.fleet.page import html_page
-from qaic_ray.fleet.result import Cause, FleetResult, WorkerResult
-from qaic_ray.fleet.unfinished import REPORT_NAME
 from qaic_ray.folders import write_whole
 from qaic_ray.metrics import Measurement
+from qaic_ray.runs.delivery import ERRORS_NAME, Proof
+from qaic_ray.runs.figures import count_text, rate_text, seconds_text
+from qaic_ray.runs.report_page import html_page
+from qaic_ray.runs.result import Cause, FleetResult, WorkerResult
+from qaic_ray.runs.run_folders import REPORT_NAME
 
 FORMAT = 1
 PAGE_NAME = "report.html"

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from qaic_ray.documents import read_object
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.fleet.journal import JOURNAL_NAME, LOCK_NAME
+from qaic_ray.runs.journal import JOURNAL_NAME, LOCK_NAME
 
 REPORT_NAME = "report.json"
 
