@@ -47,9 +47,9 @@ def prompts(count: int) -> Iterator[Any]:
 def drive(folder: Path, address: str, count: int) -> None:
     """One session of the run: until it is done, or this process is killed."""
     from qaic_ray.cards.placement import place
+    from qaic_ray.cluster import actors
+    from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.dispatch import workers
-    from qaic_ray.fleet import actors
-    from qaic_ray.fleet.cluster import Cluster
     from qaic_ray.runs.delivery import row_writer
     from qaic_ray.runs.driver import Audience
     from qaic_ray.runs.journal import Journal

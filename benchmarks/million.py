@@ -87,7 +87,7 @@ def lay_stage(folder: Path) -> None:
 def drive(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The run, as `qaic-ray run` makes it."""
     from qaic_ray.cards.placement import place
-    from qaic_ray.fleet.cluster import Cluster
+    from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.formats.prompts import prompts_from_file
     from qaic_ray.runs.delivery import row_writer
     from qaic_ray.runs.driver import Audience

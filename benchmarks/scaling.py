@@ -144,7 +144,7 @@ class AllOpen:
 
 def fleet(stage: dict[str, Any], some: Sequence[Any], specs: Sequence[Any]) -> dict[str, Any]:
     """The product, but for the workers' opening."""
-    from qaic_ray.fleet.actors import CardActors
+    from qaic_ray.cluster.actors import CardActors
     from qaic_ray.runs.delivery import row_writer
     from qaic_ray.runs.driver import Audience, Driver
     from qaic_ray.runs.journal import Journal
@@ -309,8 +309,8 @@ def make(folder: Path, num_cards: int) -> dict[str, Any]:
 def measure(num_cards: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures of one number of cards."""
     from qaic_ray.cards.placement import place
+    from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.config import EmulatorPart
-    from qaic_ray.fleet.cluster import Cluster
     from qaic_ray.pipeline.devices import emulated_cards
     from qaic_ray.worker.spec import WorkerSpec
 

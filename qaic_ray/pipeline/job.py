@@ -71,7 +71,7 @@ def _launched(
     check_chat_template(request)
     compiling = _compile_request(job, exported.folder)
     builds = requested_builds(compiling, sdk.here)
-    from qaic_ray.fleet.cluster import Cluster
+    from qaic_ray.cluster.cluster import Cluster
 
     listener.began("Ray")
     with Cluster(num_cards, address=job.ray.address, dashboard=job.ray.dashboard) as cluster:

@@ -32,7 +32,7 @@ from qaic_ray.sdk import EmulatedCards, Sdk, name_for_others
 
 if TYPE_CHECKING:
     from qaic_ray.cards.placement import WorkerPlace
-    from qaic_ray.fleet.cluster import Cluster
+    from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.rows import Row
     from qaic_ray.runs.delivery import Proof
     from qaic_ray.runs.report import RunSummary
@@ -67,7 +67,7 @@ def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSumm
         request, num_cards = replace(request, devices=devices), len(devices)
     run_input = request.open_input()
     check_chat_template(request)
-    from qaic_ray.fleet.cluster import Cluster
+    from qaic_ray.cluster.cluster import Cluster
 
     listener.began("Ray")
     with resuming(request, sdk), Cluster(num_cards, address=request.ray_address) as cluster:
@@ -209,9 +209,10 @@ def _answer(
 ) -> tuple[FleetResult, Proof]:
     """All rows that have no answer yet, journaled and written."""
     from qaic_ray.dispatch.shard_size import text_work
+    from qaic_ray.documents import differences
     from qaic_ray.runs.delivery import row_writer
     from qaic_ray.runs.driver import Audience
-    from qaic_ray.runs.fingerprint import differences, fingerprint
+    from qaic_ray.runs.fingerprint import fingerprint
     from qaic_ray.runs.journal import Journal
     from qaic_ray.runs.result import BrokenOff, Cause
     from qaic_ray.worker.worker import CardWorker
@@ -332,8 +333,8 @@ def _generation(request: RunRequest) -> Generation:
 
 def _export(request: RunRequest, folder: Path) -> None:
     """The run's rows in the other formats that are asked for."""
-    from qaic_ray.formats.exports import OutputFormat, export_outputs
     from qaic_ray.model.checkpoint import load_tokenizer
+    from qaic_ray.runs.exports import OutputFormat, export_outputs
 
     if not request.output_formats:
         return

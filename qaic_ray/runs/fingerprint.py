@@ -25,7 +25,6 @@ Fingerprint = Mapping[str, Any]
 """Names to JSON values, in any depth."""
 
 INPUT = "input"
-_SHOWN_CHARS = 80
 
 # They change when answers come, not what they are.
 _OF_NO_EFFECT = ("max_stall_s", "prefix_reuse", "speculation")
@@ -63,31 +62,6 @@ def text_source(text: str) -> Fingerprint:
 def file_source(file: FrozenFile) -> Fingerprint:
     """Of a prompts file, whatever its name is and wherever it lies."""
     return {"bytes": file.num_bytes, "sha256": file.sha256}
-
-
-def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
-    """What differs, a readable part each: `sampling.temperature was 0.7 and is 0.8`."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    return [
-        f"{name} was {_shown(before.get(name))} and is {_shown(after.get(name))}"
-        for name in {**before, **after}
-        if before.get(name) != after.get(name)
-    ]
-
-
-def _leaves(tree: Fingerprint, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "not set"
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
 
 
 def row_digest(item: Prompt | Row) -> bytes:

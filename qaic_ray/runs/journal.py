@@ -22,11 +22,12 @@ from types import TracebackType
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
+from qaic_ray.documents import differences
 from qaic_ray.errors import Unfinished, UsageError
 from qaic_ray.folders import sync_path
 from qaic_ray.interruption import uninterrupted
 from qaic_ray.rows import Row
-from qaic_ray.runs.fingerprint import INPUT, Fingerprint, differences
+from qaic_ray.runs.fingerprint import INPUT, Fingerprint
 from qaic_ray.runs.journal_segments import (
     BEFORE_JSON,
     FORMAT,

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from qaic_ray.cards.lease import CardLease
 from qaic_ray.contract import Specializations
+from qaic_ray.documents import differences
 from qaic_ray.engine import batcher
 from qaic_ray.engine.engine import MAX_STALL_S, Engine, Finished
 from qaic_ray.engine.session import Session
@@ -27,7 +28,6 @@ from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.model.stop_strings import StopReader
 from qaic_ray.model.tokenizer_files import text_parts
 from qaic_ray.rows import ROW_ALONE, Prompt, Row
-from qaic_ray.runs.fingerprint import differences
 from qaic_ray.sdk import open_sdk
 from qaic_ray.worker.row_queue import RowQueue
 from qaic_ray.worker.spec import TakenBack, WorkerInfo, WorkerSpec

@@ -10,9 +10,9 @@ import fake_worker
 import pytest
 import ray
 
+from qaic_ray.cluster import actors
+from qaic_ray.cluster.cluster import Cluster
 from qaic_ray.dispatch import workers
-from qaic_ray.fleet import actors
-from qaic_ray.fleet.cluster import Cluster
 
 T = TypeVar("T")
 NUM_CARDS = 4

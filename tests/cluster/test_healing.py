@@ -15,6 +15,8 @@ import ray.exceptions as ray_errors
 from fake_worker import FakeSpec, FakeWorker, specs
 
 from qaic_ray.cards.locks import Part
+from qaic_ray.cluster.actors import CardActors, cards_needed, chooses_units, loss
+from qaic_ray.cluster.cluster import Cluster
 from qaic_ray.dispatch import workers
 from qaic_ray.dispatch.events import (
     Event,
@@ -27,8 +29,6 @@ from qaic_ray.dispatch.events import (
     WorkerProgress,
     WorkerReady,
 )
-from qaic_ray.fleet.actors import CardActors, cards_needed, chooses_units, loss
-from qaic_ray.fleet.cluster import Cluster
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience
 from qaic_ray.worker.spec import WorkerInfo

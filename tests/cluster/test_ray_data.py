@@ -41,9 +41,9 @@ def expected(tiny: TinyQpcs, model: str, text: str) -> list[int]:
 def test_called_by_hand_it_answers_as_transformers_on_a_card_of_its_own(
     tiny: TinyQpcs, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qaic_ray import predictor
+    from qaic_ray.cluster import ray_data
 
-    monkeypatch.setattr(predictor, "CHOOSE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(ray_data, "CHOOSE_TIMEOUT_S", 0.1)
     texts = ["Hello", "", "x" * 100, "cards"]
     options = {"sdk": str(tiny.sdk.root), "sampling": {"max_tokens": NUM_TOKENS}}
     with (

@@ -1,4 +1,4 @@
-"""Many cards: prompts in, shards out to one actor for each card, rows back in input order."""
+"""Everything that uses Ray: connecting, actors, compile tasks, jobs, the Ray Data step."""
 
 from __future__ import annotations
 

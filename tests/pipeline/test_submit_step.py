@@ -104,7 +104,7 @@ def test_the_command_is_the_interpreter_and_words(request_for: Request) -> None:
 @pytest.fixture
 def submitted() -> Callable[..., object]:
     """A job as a cluster tells of it; Ray is loaded for it."""
-    from qaic_ray.fleet.submitted import SubmittedJob
+    from qaic_ray.cluster.jobs import SubmittedJob
 
     return lambda state, **more: SubmittedJob(
         "x-1", state, metadata={"qaic_ray_job": "x"}, started_s=1.0, **more
@@ -164,7 +164,7 @@ def web_server() -> Iterator[str]:
 def test_what_is_no_cluster_is_said_in_one_sentence(
     web_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qaic_ray.fleet.submitted import SubmittedJobs
+    from qaic_ray.cluster.jobs import SubmittedJobs
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")  # goes behind an address that is given

@@ -182,8 +182,8 @@ def test_a_line_without_end_is_an_error_row_and_does_not_fill_the_memory(
     for module in (lines, prompt_fields):
         monkeypatch.setattr(module, "MAX_LINE_BYTES", limit)
     allowed = b"x" * limit
-    lines = b"\n".join([b"a", allowed, allowed + b"x\r", b"b", allowed * 2])
-    first, longest, long, second, last = prompts_from_file(write(tmp_path / "p", lines))
+    data = b"\n".join([b"a", allowed, allowed + b"x\r", b"b", allowed * 2])
+    first, longest, long, second, last = prompts_from_file(write(tmp_path / "p", data))
     assert (first, second) == (Prompt(0, "a"), Prompt(3, "b"))
     assert isinstance(longest, Prompt)
     assert len(longest.text) == limit

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from qaic_ray.cluster import keeper
 from qaic_ray.errors import QaicRayError
-from qaic_ray.fleet import keeper
 
 MAX_FOLDER_CHARS = 34
 """The name of a socket has at most 107 bytes (unix(7)), and Ray puts up to 73 behind the folder."""

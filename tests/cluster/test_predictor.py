@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qaic_ray import CardPredictor, predictor
+from qaic_ray import CardPredictor
 from qaic_ray.cards.locks import LOCKS_VARIABLE, CardLocks, Part
-from qaic_ray.columns import plain
+from qaic_ray.cluster import ray_data
+from qaic_ray.cluster.columns import plain
+from qaic_ray.cluster.ray_data import Grant, places
 from qaic_ray.errors import DeviceBusy, DeviceError, UsageError
-from qaic_ray.predictor import Grant, places
 from qaic_ray.rows import FinishReason, Prompt, Row, Sample
 from qaic_ray.sampling_params import TokenLogprob
 from qaic_ray.worker.spec import WorkerSpec
@@ -74,9 +75,9 @@ Make = Callable[..., CardPredictor]
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Make]:
     monkeypatch.setenv(LOCKS_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(predictor, "CardWorker", RuleWorker)
-    monkeypatch.setattr(predictor, "find_sdk", lambda *_: sdk())
-    monkeypatch.setattr(predictor, "CHOOSE_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(ray_data, "CardWorker", RuleWorker)
+    monkeypatch.setattr(ray_data, "find_sdk", lambda *_: sdk())
+    monkeypatch.setattr(ray_data, "CHOOSE_TIMEOUT_S", 0.0)
     monkeypatch.setattr(RuleWorker, "opened", [])
     monkeypatch.setattr(RuleWorker, "broken", set())
     made: list[CardPredictor] = []
@@ -151,7 +152,7 @@ def test_a_card_that_fails_is_opened_anew_and_only_what_kills_it_is_given_up(mak
     assert list(answered["text"]) == ["ba", "", "dc"]
     assert list(answered["finish_reason"]) == ["stop", "error", "stop"]
     assert "card 0 failed" in answered["error"][1]
-    assert list(answered["attempts"]) == [2, predictor.MAX_ATTEMPTS, 1]
+    assert list(answered["attempts"]) == [2, ray_data.MAX_ATTEMPTS, 1]
     assert [worker.spec.incarnation for worker in RuleWorker.opened] == [0, 1, 2, 3]
     assert [worker.is_open for worker in RuleWorker.opened] == [False] * 3 + [True]
     assert list(one({"prompt": column("ef")})["text"]) == ["fe"]

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from qaic_ray.cluster import keeper, ray_session
+from qaic_ray.cluster.ray_session import RaySession, environment_of
 from qaic_ray.errors import QaicRayError
-from qaic_ray.fleet import keeper, session
-from qaic_ray.fleet.session import RaySession, environment_of
 
 DRIVER = """
 import os, subprocess, sys
-from qaic_ray.fleet.session import RaySession, environment_of
+from qaic_ray.cluster.ray_session import RaySession, environment_of
 session = RaySession()
 with environment_of(session):
     child = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL)
@@ -173,10 +173,10 @@ def test_a_temporary_folder_too_long_for_a_socket_is_passed_over(
     long = base / ("x" * 60)
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
-    monkeypatch.setattr(session, "DEFAULT_BASE", base)
+    monkeypatch.setattr(ray_session, "DEFAULT_BASE", base)
     opened = RaySession()
     assert opened.folder.parent == base
     opened.close()
-    monkeypatch.setattr(session, "DEFAULT_BASE", long / "not-there")
+    monkeypatch.setattr(ray_session, "DEFAULT_BASE", long / "not-there")
     with pytest.raises(QaicRayError, match=r"is too long; .*too long\): set TMPDIR to one\.$"):
         RaySession()

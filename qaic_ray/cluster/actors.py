@@ -24,6 +24,7 @@ import ray.exceptions as ray_errors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qaic_ray.cards.inventory import CARD_RESOURCE
+from qaic_ray.cluster.watch import call_for
 from qaic_ray.dispatch.events import (
     Event,
     RowsFinished,
@@ -38,7 +39,6 @@ from qaic_ray.dispatch.events import (
 )
 from qaic_ray.dispatch.prompts import MAX_SHARDS
 from qaic_ray.errors import DeviceError, QaicRayError, UsageError
-from qaic_ray.fleet.watching import call_for
 from qaic_ray.metrics import Measurement
 from qaic_ray.worker.spec import TakenBack
 

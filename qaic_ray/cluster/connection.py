@@ -24,10 +24,10 @@ import ray.exceptions as ray_errors
 from ray._private import ray_constants
 
 from qaic_ray.cards.inventory import CARD_RESOURCE
+from qaic_ray.cluster.actors import CARD_CPUS, first_line
+from qaic_ray.cluster.ray_session import RaySession, environment_of
+from qaic_ray.cluster.watch import call_for
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.fleet.actors import CARD_CPUS, first_line
-from qaic_ray.fleet.session import RaySession, environment_of
-from qaic_ray.fleet.watching import call_for
 
 OBJECT_STORE_BYTES = 256 * 2**20
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from qaic_ray.cards.inventory import CARD_RESOURCE, card_scope
 from qaic_ray.cards.locks import CardLocks, Part, held_cards
 from qaic_ray.cards.placement import cards_name
-from qaic_ray.columns import objects, plain
+from qaic_ray.cluster.columns import objects, plain
 from qaic_ray.config import EmulatorPart
 from qaic_ray.errors import DeviceBusy, DeviceError, RowError, UsageError
 from qaic_ray.formats.foreign_fields import ALIASES, NESTED
@@ -125,7 +125,7 @@ class CardPredictor:
         self._worker: CardWorker | None = None
         self.info: WorkerInfo = self._open()
         if _is_actor():
-            from qaic_ray.fleet.actors import die_with_parent
+            from qaic_ray.cluster.actors import die_with_parent
 
             die_with_parent(self.close)
 
@@ -361,7 +361,7 @@ def granted() -> Grant:
     import ray
     from ray._private.worker import global_worker
 
-    from qaic_ray.fleet.actors import chooses_units
+    from qaic_ray.cluster.actors import chooses_units
 
     share = ray.get_runtime_context().get_assigned_resources().get(CARD_RESOURCE, 1.0)
     if not chooses_units():

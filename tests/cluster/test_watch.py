@@ -8,15 +8,15 @@ import time
 import pytest
 
 from qaic_ray import interruption
-from qaic_ray.fleet import watching
-from qaic_ray.fleet.watching import ClusterWatch, call_for
+from qaic_ray.cluster import watch
+from qaic_ray.cluster.watch import ClusterWatch, call_for
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "POLL_S", 0.01)
-    monkeypatch.setattr(watching, "ASK_EVERY_S", 0.01)
-    monkeypatch.setattr(watching, "SILENT_S", 0.2)
+    monkeypatch.setattr(watch, "POLL_S", 0.01)
+    monkeypatch.setattr(watch, "ASK_EVERY_S", 0.01)
+    monkeypatch.setattr(watch, "SILENT_S", 0.2)
 
 
 def interrupted(watch: ClusterWatch) -> bool:

@@ -21,10 +21,7 @@ import ray.exceptions as ray_errors
 from ray._private.state import available_resources_per_node
 
 from qaic_ray.cards.inventory import CARD_RESOURCE, Node, NodeCards, look, problems
-from qaic_ray.dispatch.dispatcher import Dispatcher
-from qaic_ray.dispatch.shard_size import text_work
-from qaic_ray.errors import ClusterLost, CompileError, DeviceBusy, QaicRayError, UsageError
-from qaic_ray.fleet.actors import (
+from qaic_ray.cluster.actors import (
     CARD_CPUS,
     CardActors,
     cards_needed,
@@ -33,8 +30,11 @@ from qaic_ray.fleet.actors import (
     loss,
     on_node,
 )
-from qaic_ray.fleet.joining import OwnRay, join, leave, start
-from qaic_ray.fleet.watching import ClusterWatch, call_for
+from qaic_ray.cluster.connection import OwnRay, join, leave, start
+from qaic_ray.cluster.watch import ClusterWatch, call_for
+from qaic_ray.dispatch.dispatcher import Dispatcher
+from qaic_ray.dispatch.shard_size import text_work
+from qaic_ray.errors import ClusterLost, CompileError, DeviceBusy, QaicRayError, UsageError
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience, Driver
 from qaic_ray.runs.journal import Journal

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qaic_ray.cluster.ray_data import CardPredictor
 from qaic_ray.formats.foreign_fields import (
     ALIASES,
     CHAT,
@@ -26,7 +27,6 @@ from qaic_ray.formats.jsonl import prompts_from_json
 from qaic_ray.formats.parquet_prompts import prompts_from_parquet
 from qaic_ray.formats.prompts import PromptFormat, prompts_from_file
 from qaic_ray.formats.row_fields import OwnFields, mistake, read_fields
-from qaic_ray.predictor import CardPredictor
 from qaic_ray.rows import ChatOptions, Prompt, Row
 from qaic_ray.sampling_params import FIELDS, SamplingParams
 

@@ -24,8 +24,8 @@ import ray.exceptions as ray_errors
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray.job_submission import JobSubmissionClient
 
+from qaic_ray.cluster.actors import first_line
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.fleet.actors import first_line
 
 LIVE_STATES = ("PENDING", "RUNNING")
 AGENT_TIMEOUT_S = 60.0
