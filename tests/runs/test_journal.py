@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qaic_ray.documents import differences
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.formats.frozen_file import FrozenFile
 from qaic_ray.rows import FinishReason, Prompt, Row
 from qaic_ray.runs.fingerprint import (
     STREAM_SOURCE,
     Fingerprint,
-    differences,
     file_source,
     fingerprint,
     row_digest,

@@ -90,7 +90,7 @@ def open_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
             ),
             "load_tokenizer": lambda _: tokenizer or letters(),
             "open_sdk": lambda _: SimpleNamespace(label="formulas"),
-            "Holding": lambda *_, **__: SimpleNamespace(
+            "CardLease": lambda *_, **__: SimpleNamespace(
                 open=lambda *_: FormulaSession(shapes), release=lambda: None
             ),
         }
