@@ -35,7 +35,7 @@ from qaic_ray.worker.text import Generation
 from qaic_ray.worker.worker import CardWorker
 
 if TYPE_CHECKING:
-    from conftest import OneRay
+    from one_ray import OneRay
     from tiny_qpcs import TinyQpcs
 
 pytestmark = pytest.mark.cluster

@@ -33,9 +33,9 @@ LOOPBACK = re.compile(r"0100007F|0{24}01000000|0{16}FFFF00000100007F")
 
 
 class Work:
-    """A folder with a QPC and prompts that take a while; Rays lie in a folder beside it."""
+    """A folder with prompts that take a while, and a QPC for them."""
 
-    def __init__(self, folder: Path, checkpoint: Path) -> None:
+    def __init__(self, folder: Path, checkpoint: Path, qpc: Path) -> None:
         self.folder = folder
         self.environment = {
             **{key: value for key, value in os.environ.items() if key != "RAY_AUTH_MODE"},
@@ -44,11 +44,8 @@ class Work:
         }
         lines = ({"prompt": f"number {i}", "ignore_eos": True} for i in range(NUM_ROWS))
         (folder / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        self.must("export", "--model-name", str(checkpoint), "--continuous-batching",
-                  "--verify", "off")  # fmt: skip
-        self.must("compile", "tiny-kv", "fp32", "7", "--prompt-len", "16", "--ctx-len", "128",
-                  "--batch-size", "2")  # fmt: skip
         self.checkpoint = checkpoint
+        self.qpc = qpc
 
     def must(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         done = subprocess.run([*COMMAND, *arguments], cwd=self.folder, env=self.environment,
@@ -57,7 +54,7 @@ class Work:
         return done
 
     def command(self, output: str, *more: str) -> list[str]:
-        what = ("--prompts-file", "p.jsonl", "--qpc", "qpc/tiny-kv-16pl-128cl-7c-2BS-fp32")
+        what = ("--prompts-file", "p.jsonl", "--qpc", str(self.qpc))
         how = ("--generation-len", "30", "--device-id", "0,1", "--output", output)
         return ["run", "--model-name", str(self.checkpoint), *what, *how, *more]
 
@@ -101,8 +98,8 @@ class Work:
 
 
 @pytest.fixture(scope="module")
-def work(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Work:
-    return Work(tmp_path_factory.mktemp("ends"), tiny_checkpoint)
+def work(tiny_checkpoint: Path, tiny_qpc: Path, tmp_path_factory: pytest.TempPathFactory) -> Work:
+    return Work(tmp_path_factory.mktemp("ends"), tiny_checkpoint, tiny_qpc)
 
 
 def until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
