@@ -291,7 +291,7 @@ def test_in_a_macro_too_and_others_in_the_process_keep_theirs(no_child: None) ->
     assert ChatTemplate(text).of_run(None, "1999-01-01").render(HELLO, ChatOptions()) == "1999"
     from transformers import PreTrainedTokenizerBase
 
-    tokenizer = PreTrainedTokenizerBase(chat=text)
+    tokenizer = PreTrainedTokenizerBase(chat_template=text)
     assert tokenizer.apply_chat_template(HELLO, tokenize=False) == str(datetime.now().year)
 
 
@@ -330,7 +330,7 @@ def test_a_run_hears_of_it_before_ray_starts(simple: Path) -> None:
     request = RunRequest("r", str(simple), Path("/q"), None, "a", None, chat=True)
     with pytest.raises(UsageError, match="has no chat template: leave --chat"):
         check_chat_template(request)
-    check_chat_template(replace(request, chat="{{ messages[0].content }}"))
+    check_chat_template(replace(request, chat_template="{{ messages[0].content }}"))
     _in_settings(simple, "{% if %}")
     with pytest.raises(UsageError, match="cannot be used: Expected an expression"):
         check_chat_template(request)
