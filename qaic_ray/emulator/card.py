@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 from . import faults, folder
-from .sku import FIRST_DERIVED_QID, NUM_VCS, SKUS, Sku
+from .sku import FIRST_DERIVED_QID, NUM_VCS, SKUS, Sku, Telemetry, telemetry
 
 READY = 1
 ERROR = 2
@@ -56,6 +56,15 @@ class Card(NamedTuple):
     num_active: int
     status: int
     parent: Optional[int] = None
+
+    @property
+    def num_busy_nsps(self) -> int:
+        """NSPs that programs or derived devices hold."""
+        return self.total.num_nsps - self.free.num_nsps
+
+    def telemetry(self, now_s: float) -> Telemetry:
+        """Simulated sensor readings at `now_s` seconds of the clock."""
+        return telemetry(self.sku, self.qid, self.num_busy_nsps, now_s)
 
 
 class Claim:

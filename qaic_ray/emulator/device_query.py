@@ -27,17 +27,13 @@ from .sku import (
     NUM_MCIDS,
     NUM_SEMAPHORES,
     PCI_BUS,
+    device_node,
+    dram_unit,
     hardware_serial,
-    telemetry,
+    image_version,
 )
 
 HARDWARE_VERSION = 0x20000000
-_KIB = 1024
-
-
-def dram_unit(version: Tuple[int, ...]) -> Tuple[str, int]:
-    """In which unit this Apps version tells DRAM, and its size in bytes."""
-    return ("KB", _KIB) if version >= (1, 21) else ("MB", _KIB * _KIB)
 
 
 def resource_info(machine: Machine, card: Card) -> QResourceInfo:
@@ -61,8 +57,7 @@ def resource_info(machine: Machine, card: Card) -> QResourceInfo:
 
 def performance_info(card: Card) -> QPerformanceInfo:
     """Clocks and bandwidth of a card, now."""
-    busy = card.total.num_nsps - card.free.num_nsps
-    sensors = telemetry(card.sku, card.qid, busy, time.time())
+    sensors = card.telemetry(time.time())
     return QPerformanceInfo(
         nspFrequencyHz=sensors.nsp_frequency_hz,
         ddrFrequencyHz=FREQUENCIES_HZ["ddr"],
@@ -106,17 +101,6 @@ def device_info(machine: Machine, card: Card) -> QDevInfo:
             performanceInfo=performance_info(card),
         ),
     )
-
-
-def device_node(qid: int) -> str:
-    """The device's file; derived devices have only a name."""
-    return f"/dev/accel/accel{qid}" if qid < FIRST_DERIVED_QID else f"derived{qid}"
-
-
-def image_version(image: str, version: Tuple[int, ...]) -> str:
-    """A firmware or library image's version string."""
-    numbers = (*version, 0)[:3]
-    return f"{image}.AIC.{'.'.join(map(str, numbers))}"
 
 
 class Util:

@@ -9,6 +9,8 @@ reporting, DMA buffers.
 
 from __future__ import annotations
 
+from typing import Any, Type
+
 from . import folder
 from .buffers import BufferDimensionsVecRef, BufferMapping, QBuffer
 from .context import Context, Qpc
@@ -25,6 +27,7 @@ from .program_group import ProgramGroup
 from .runtime_types import (
     BenchmarkProperties,
     BufferIoTypeEnum,
+    Properties,
     QAicBufferDataTypeEnum,
     QAicDeviceType,
     QAicProgramGroupProperties,
@@ -41,7 +44,7 @@ from .runtime_types import (
     program_property_class,
 )
 
-QAicProgramProperties = program_property_class(folder.current().version)
+QAicProgramProperties: Type[Properties]
 
 __all__ = [
     "BenchmarkProperties",
@@ -75,3 +78,12 @@ __all__ = [
     "Queue",
     "Util",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Made when it is first asked for: it depends on the version of the SDK folder.
+    if name != "QAicProgramProperties":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    made = program_property_class(folder.current().version)
+    globals()[name] = made
+    return made

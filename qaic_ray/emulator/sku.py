@@ -8,7 +8,7 @@ readings are simulated: plausible, and the same for the same card at the same se
 from __future__ import annotations
 
 import math
-from typing import Dict, NamedTuple
+from typing import Dict, NamedTuple, Tuple
 
 NUM_VCS = 16
 """DMA-bridge channels of an SoC: one for each active program."""
@@ -92,3 +92,19 @@ def hardware_serial(qid: int) -> str:
 def board_serial(sku: Sku, qid: int) -> str:
     """The board's serial number; the SoCs of one Ultra board share it."""
     return f"01L21{30400 + qid // sku.num_socs:07d}"
+
+
+def device_node(qid: int) -> str:
+    """The device's file; derived devices have only a name."""
+    return f"/dev/accel/accel{qid}" if qid < FIRST_DERIVED_QID else f"derived{qid}"
+
+
+def image_version(image: str, version: Tuple[int, ...]) -> str:
+    """A firmware or library image's version string."""
+    numbers = (*version, 0)[:3]
+    return f"{image}.AIC.{'.'.join(map(str, numbers))}"
+
+
+def dram_unit(version: Tuple[int, ...]) -> Tuple[str, int]:
+    """In which unit this Apps version tells DRAM, and its size in bytes."""
+    return ("KB", _KIB) if version >= (1, 21) else ("MB", _KIB * _KIB)

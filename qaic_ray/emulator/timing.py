@@ -26,7 +26,6 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Type
 
 import numpy as np
 
-from .buffers import NUMPY_TYPES
 from .documents import is_number, parse_mapping, read_text, shown
 
 VARIABLE = "QAIC_EMULATOR_TIMING"
@@ -165,7 +164,7 @@ class SimulatedProgram:
         `logits` have a one at the rule's token, `next_tokens` are those tokens.
         """
         self._check_shapes({**{name: a.shape for name, a in inputs.items()}, **outputs})
-        types = {binding.name: NUMPY_TYPES[binding.type] for binding in self._qpc.bindings}
+        types = {binding.name: binding.dtype for binding in self._qpc.bindings}
         results = {name: np.zeros(dims, types[name]) for name, dims in outputs.items()}
         if "input_ids" in inputs:
             if "logits" in results:

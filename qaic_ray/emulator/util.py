@@ -13,7 +13,6 @@ import time
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from .card import READY, Card, Machine
-from .device_query import device_node, dram_unit, image_version, resource_info
 from .faults import FaultFileError
 from .folder import FolderError
 from .sku import (
@@ -22,9 +21,11 @@ from .sku import (
     NUM_MCIDS,
     NUM_SEMAPHORES,
     board_serial,
+    device_node,
+    dram_unit,
     hardware_serial,
+    image_version,
     pci_address,
-    telemetry,
 )
 
 USAGE = """\
@@ -186,21 +187,20 @@ def _firmware(machine: Machine, card: Card) -> List[str]:
 
 
 def _resources(machine: Machine, card: Card, now_s: float) -> List[str]:
-    unit, _ = dram_unit(machine.folder.version)
-    info = resource_info(machine, card)
-    sensors = telemetry(card.sku, card.qid, card.total.num_nsps - card.free.num_nsps, now_s)
+    unit, unit_bytes = dram_unit(machine.folder.version)
+    sensors = card.telemetry(now_s)
     frequencies = {"NSP": sensors.nsp_frequency_hz}
     frequencies.update((name.upper(), hz) for name, hz in FREQUENCIES_HZ.items())
     return [
-        f"Dram Total:{info.dramTotal} {unit}",
-        f"Dram Free:{info.dramFree} {unit}",
+        f"Dram Total:{card.total.dram_bytes // unit_bytes} {unit}",
+        f"Dram Free:{card.free.dram_bytes // unit_bytes} {unit}",
         "Dram Fragmentation:0.00%",
-        f"Vc Total:{info.vcTotal}",
-        f"Vc Free:{info.vcFree}",
-        f"Pc Total:{info.pcTotal}",
-        f"Pc Reserved:{info.pcReserved}",
-        f"Nsp Total:{info.nspTotal}",
-        f"Nsp Free:{info.nspFree}",
+        f"Vc Total:{card.total.num_vcs}",
+        f"Vc Free:{card.free.num_vcs}",
+        f"Pc Total:{card.sku.num_physical_channels}",
+        "Pc Reserved:0",
+        f"Nsp Total:{card.total.num_nsps}",
+        f"Nsp Free:{card.free.num_nsps}",
         f"Last 100ms Average Dram Bw:{_number(sensors.dram_bandwidth_kbps)} KBps",
         f"MCID Total:{NUM_MCIDS}",
         f"MCID Free:{NUM_MCIDS}",
@@ -219,7 +219,7 @@ def _number(value: float) -> str:
 
 
 def _tail(card: Card, now_s: float) -> List[str]:
-    sensors = telemetry(card.sku, card.qid, card.total.num_nsps - card.free.num_nsps, now_s)
+    sensors = card.telemetry(now_s)
     return [
         "Metadata Version:0.10",
         "NNC Command Protocol Version:8.1",
@@ -236,8 +236,8 @@ def _tail(card: Card, now_s: float) -> List[str]:
 
 def _write_json(machine: Machine, cards: Sequence[Card], path: str) -> int:
     devices = []
+    _, unit_bytes = dram_unit(machine.folder.version)
     for card in cards:
-        info = resource_info(machine, card)
         devices.append(
             {
                 "qid": card.qid,
@@ -246,10 +246,10 @@ def _write_json(machine: Machine, cards: Sequence[Card], path: str) -> int:
                 "pci_address": pci_address(card.qid),
                 "hw_serial": hardware_serial(card.qid),
                 "board_serial": board_serial(card.sku, card.qid),
-                "nsp_total": info.nspTotal,
-                "nsp_free": info.nspFree,
-                "dram_total": info.dramTotal,
-                "dram_free": info.dramFree,
+                "nsp_total": card.total.num_nsps,
+                "nsp_free": card.free.num_nsps,
+                "dram_total": card.total.dram_bytes // unit_bytes,
+                "dram_free": card.free.dram_bytes // unit_bytes,
             }
         )
     try:
@@ -294,16 +294,15 @@ def table(machine: Machine, qids: Sequence[int], now_s: float) -> str:
 
 
 def _cells(machine: Machine, card: Card, now_s: float) -> List[Tuple[str, str]]:
-    unit, _ = dram_unit(machine.folder.version)
-    info = resource_info(machine, card)
-    busy = info.nspTotal - info.nspFree
-    sensors = telemetry(card.sku, card.qid, busy, now_s)
-    used = info.dramTotal - info.dramFree
+    unit, unit_bytes = dram_unit(machine.folder.version)
+    sensors = card.telemetry(now_s)
+    total = card.total.dram_bytes // unit_bytes
+    used = total - card.free.dram_bytes // unit_bytes
     power = sensors.board_power_uw / 1e6, sensors.tdp_cap_uw / 1e6
     return [
-        ("NSP Used / Total", f"{busy} / {info.nspTotal}"),
+        ("NSP Used / Total", f"{card.num_busy_nsps} / {card.total.num_nsps}"),
         ("NW Loaded / Active", f"{card.num_loaded} / {card.num_active}"),
-        ("DRAM Used / Total", f"{used} {unit} / {info.dramTotal} {unit}"),
+        ("DRAM Used / Total", f"{used} {unit} / {total} {unit}"),
         ("DRAM Bandwidth", f"{sensors.dram_bandwidth_kbps:.2f} KBps"),
         ("NSP Frequency", f"{sensors.nsp_frequency_hz / 1e6:.2f} Mhz"),
         ("DDR Frequency", f"{FREQUENCIES_HZ['ddr'] / 1e6:.2f} Mhz"),

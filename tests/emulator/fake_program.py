@@ -36,6 +36,10 @@ class Binding(NamedTuple):
     size: int
     is_partial_buf_allowed: bool
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(np.float32 if self.type == aicapi.FLOAT_TYPE else np.int64)
+
 
 class Qpc:
     """`open("cores=7,batch=2")`: the path is the configuration."""
