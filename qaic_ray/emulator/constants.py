@@ -14,7 +14,7 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from . import mxfp6
+from .numbers import mxfp6
 from .qpc import CONSTANTS, QpcError, QpcWriter
 
 FLOAT16 = "float16"

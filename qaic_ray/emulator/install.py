@@ -280,7 +280,8 @@ def _write(path: Path, content: bytes, mode: int = 0o644) -> None:
 
 def _sources() -> Dict[str, bytes]:
     here = Path(__file__).resolve().parent
-    return {path.name: path.read_bytes() for path in sorted(here.glob("*.py"))}
+    files = sorted(here.rglob("*.py"))
+    return {path.relative_to(here).as_posix(): path.read_bytes() for path in files}
 
 
 def _digest(sources: Mapping[str, bytes]) -> str:

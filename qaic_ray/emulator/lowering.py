@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from . import attention, rotary, rounding
+from . import attention, rotary
 from .constants import replace_by_stub
 from .gqa import (
     BATCH_INDEX,
@@ -38,6 +38,7 @@ from .gqa import (
     token_name,
 )
 from .graph import State, expand, has_subgraphs
+from .numbers import rounding
 from .view import GraphView, NotLowered
 
 INPUT_IDS = "input_ids"

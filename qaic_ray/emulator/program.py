@@ -21,9 +21,10 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
-from . import aicapi, mxint8, netdesc, network, rounding
+from . import aicapi, netdesc, network
 from .gqa import joint_length
 from .lowered import LoweredState, Probe, Runner
+from .numbers import mxint8, rounding
 from .qpc import CONSTANTS, CONSTANTS_DESC, NETWORK, NETWORK_DESC, Container, QpcError
 from .shapes import ITEM_BYTES
 from .view import ORT_ERRORS

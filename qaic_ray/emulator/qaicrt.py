@@ -16,12 +16,7 @@ from .buffers import BufferDimensionsVecRef, BufferMapping, QBuffer
 from .context import Context, Qpc
 from .device_query import Util
 from .execution import ExecObj, Queue
-from .inference_set import (
-    InferenceBenchmarkSet,
-    InferenceHandle,
-    InferenceSet,
-    InferenceVector,
-)
+from .inference_set import InferenceBenchmarkSet, InferenceHandle, InferenceSet, InferenceVector
 from .placement import Program
 from .program_group import ProgramGroup
 from .runtime_types import (

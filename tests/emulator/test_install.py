@@ -61,8 +61,10 @@ def test_layout_by_version(version: str, tmp_path: Path) -> None:
         element = ElementTree.parse(root / "versions" / name).getroot().find(".//base_version")
         assert element is not None
         assert element.text == version
-    copied = {path.name for path in (root / LIBRARY / "qaic_emulated_sdk").glob("*.py")}
-    assert copied == {path.name for path in PACKAGE.glob("*.py")}
+    copied = root / LIBRARY / "qaic_emulated_sdk"
+    assert {path.relative_to(copied) for path in copied.rglob("*.py")} == {
+        path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")
+    }
     assert (root / "dev/python/QAicApi_pb2.py").read_bytes() == (PACKAGE / "aicapi.py").read_bytes()
     marker = json.loads((root / folder.MARKER).read_text())
     assert marker["apps_version"] == version
@@ -278,7 +280,9 @@ def test_a_damaged_marker_and_no_folder_at_all(
         folder.current()
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_sources_parse_on_python_3_8_and_import_relatively(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 8))
     for node in ast.walk(tree):

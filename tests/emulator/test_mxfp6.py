@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 
-from qaic_ray.emulator import blocks, microexponents, mxfp6, mxint8
-from qaic_ray.emulator.mxfp6 import CARD, E2M3, E3M2, OCP
+from qaic_ray.emulator.numbers import blocks, microexponents, mxfp6, mxint8
+from qaic_ray.emulator.numbers.mxfp6 import CARD, E2M3, E3M2, OCP
 
 FORMATS = [(E2M3, CARD), (E2M3, OCP), (E3M2, OCP)]
 FORMAT_IDS = [f"{element.name}-{rule}" for element, rule in FORMATS]

@@ -14,7 +14,8 @@ from compiled import CTX_LEN, PROMPT_LEN, SLOTS, compile_tiny
 from onnx import numpy_helper
 from tiny_llama import NumpyLlama, TinyLlama
 
-from qaic_ray.emulator import aicapi, compiler, mxfp6, mxint8, program
+from qaic_ray.emulator import aicapi, compiler, program
+from qaic_ray.emulator.numbers import mxfp6, mxint8
 from qaic_ray.emulator.program import LoadedProgram, NoMatchingDimension, Qpc, ShapeError
 from qaic_ray.emulator.weights import Weights, packs_into_its_own_memory
 
