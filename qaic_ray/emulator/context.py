@@ -8,9 +8,8 @@ import time
 from dataclasses import dataclass
 from typing import Any, List, Optional, Tuple
 
-from . import timing
 from .buffers import BufferMapping, slots_of
-from .card import Card, Machine, NoDevice
+from .card import Card, Machine, NoDevice, timing
 from .qpc import QpcError
 from .runtime_types import QDevStatus, QIDList, QLogLevel, QStatus, incompatible
 

@@ -8,6 +8,17 @@ import time
 from typing import Dict, Optional, Tuple
 
 from .card import Card, Machine, NoDevice
+from .card.sku import (
+    FIRST_DERIVED_QID,
+    FREQUENCIES_HZ,
+    NUM_MCIDS,
+    NUM_SEMAPHORES,
+    PCI_BUS,
+    device_node,
+    dram_unit,
+    hardware_serial,
+    image_version,
+)
 from .runtime_types import (
     QAicDeviceType,
     QDevData,
@@ -20,17 +31,6 @@ from .runtime_types import (
     QStatus,
     incompatible,
     to_uint,
-)
-from .sku import (
-    FIRST_DERIVED_QID,
-    FREQUENCIES_HZ,
-    NUM_MCIDS,
-    NUM_SEMAPHORES,
-    PCI_BUS,
-    device_node,
-    dram_unit,
-    hardware_serial,
-    image_version,
 )
 
 HARDWARE_VERSION = 0x20000000

@@ -14,8 +14,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from . import faults
 from .buffers import BufferDimensionsVecRef, Dimensions, QBuffer, Slot
+from .card import faults
 from .context import Context, init_error
 from .inference import Inference
 from .placement import Lane, Program

@@ -10,14 +10,13 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from . import faults
 from .buffers import Slot
-from .card import ERROR
-from .faults import Firing
+from .card import ERROR, faults
+from .card.faults import Firing
+from .card.timing import Stopwatch
 from .placement import RETAINED_SUFFIX, Lane, Program
 from .runtime_types import QStatus
 from .slicing import Wiring
-from .timing import Stopwatch
 
 
 class Inference:

@@ -26,9 +26,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Dict, Iterator, Mapping, Optional, Sequence
 
+from .card.sku import SKUS
 from .documents import parse_json, read_text
 from .folder import MARKER, ROOT_VARIABLE, FolderError
-from .sku import SKUS
 
 APPS_VERSIONS = ("1.14.2", "1.17", "1.20", "1.21.6", "1.22")
 DEFAULT_APPS_VERSION = "1.20"

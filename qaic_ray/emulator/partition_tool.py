@@ -12,8 +12,8 @@ import sys
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from .card import Claim, Demand, Exhausted, Machine, NoDevice
+from .card.faults import FaultFileError
 from .documents import is_number, parse_json, read_text
-from .faults import FaultFileError
 from .folder import FolderError
 from .qpc import QpcError
 

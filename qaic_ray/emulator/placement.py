@@ -12,8 +12,7 @@ from typing import Any, Deque, Dict, Iterable, List, Optional, Tuple
 
 import numpy as np
 
-from . import faults, timing
-from .card import Claim, Demand, Exhausted, NoDevice
+from .card import Claim, Demand, Exhausted, NoDevice, faults, timing
 from .context import Context, Qpc, init_error
 from .qpc import QpcError
 from .runtime_types import (

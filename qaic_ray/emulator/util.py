@@ -13,9 +13,8 @@ import time
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from .card import READY, Card, Machine
-from .faults import FaultFileError
-from .folder import FolderError
-from .sku import (
+from .card.faults import FaultFileError
+from .card.sku import (
     FIRST_DERIVED_QID,
     FREQUENCIES_HZ,
     NUM_MCIDS,
@@ -27,6 +26,7 @@ from .sku import (
     image_version,
     pci_address,
 )
+from .folder import FolderError
 
 USAGE = """\
 Usage: qaic-util [options]

@@ -19,8 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from qaic_ray.emulator import faults
-from qaic_ray.emulator.card import Machine
+from qaic_ray.emulator.card import Machine, faults
 
 Write = Callable[[str, str], None]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qaic_ray.emulator import timing
+from qaic_ray.emulator.card import timing
 
 Write = Callable[[str, str], None]
 

@@ -32,7 +32,7 @@ import os
 from pathlib import Path
 from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Optional, Union
 
-from .documents import is_number, parse_mapping, read_text, shown
+from ..documents import is_number, parse_mapping, read_text, shown
 
 VARIABLE = "QAIC_EMULATOR_FAULTS"
 

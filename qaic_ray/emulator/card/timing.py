@@ -26,7 +26,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Type
 
 import numpy as np
 
-from .documents import is_number, parse_mapping, read_text, shown
+from ..documents import is_number, parse_mapping, read_text, shown
 
 VARIABLE = "QAIC_EMULATOR_TIMING"
 ECHO_VARIABLE = "QAIC_EMULATOR_TIMING_ACTIVE"

@@ -16,7 +16,8 @@ import weakref
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
-from . import faults, folder
+from .. import folder
+from . import faults
 from .sku import FIRST_DERIVED_QID, NUM_VCS, SKUS, Sku, Telemetry, telemetry
 
 READY = 1
