@@ -7,7 +7,7 @@ from typing import Any, Dict, Iterable, List, Tuple, Union
 
 import numpy as np
 
-from . import aicapi
+from .container import aicapi
 from .runtime_types import BufferIoTypeEnum, QAicBufferDataTypeEnum, incompatible, to_uint
 
 NUMPY_TYPES: Dict[int, np.dtype[Any]] = {

@@ -10,12 +10,12 @@ import random
 import struct
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
-from . import aicapi, graph, lowering, netdesc, network, shapes
+from . import graph, lowering, shapes
 from .configs import Partition
-from .constants import ConstantsWriter
+from .container import QpcWriter, aicapi, netdesc, network
+from .container.constants import ConstantsWriter
 from .graph import GraphError, State
 from .numbers import mxint8, rounding
-from .qpc import QpcWriter
 from .storing import Precision, store_weights
 from .view import NotLowered
 

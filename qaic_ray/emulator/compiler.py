@@ -25,10 +25,10 @@ from . import configs, graph
 from .argv import ArgvError, Options
 from .build import Build, Report
 from .configs import ConfigError, Partition
-from .constants import ConstantError
+from .container import FILE_NAME
+from .container.constants import ConstantError
 from .folder import FolderError, current
 from .graph import GraphError
-from .qpc import FILE_NAME
 from .storing import Precision
 
 VERSION_VARIABLE = "QAIC_EMULATOR_APPS_VERSION"

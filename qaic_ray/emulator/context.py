@@ -10,7 +10,7 @@ from typing import Any, List, Optional, Tuple
 
 from .buffers import BufferMapping, slots_of
 from .card import Card, Machine, NoDevice, timing
-from .qpc import QpcError
+from .container import QpcError
 from .runtime_types import QDevStatus, QIDList, QLogLevel, QStatus, incompatible
 
 _ids = itertools.count()
@@ -131,10 +131,10 @@ class Qpc:
         if not isinstance(path, str):
             raise incompatible("Qpc")
         # Imported here: it brings onnxruntime, and who only asks for cards never needs that.
-        from . import program
+        from .container import execution
 
         try:
-            self.contents: Any = program.Qpc.open(path)
+            self.contents: Any = execution.Qpc.open(path)
         except OSError as error:
             raise RuntimeError(f"Runtime Exception: Failed to open file{path}") from error
         except QpcError as error:

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from onnx import AttributeProto, TensorProto, helper
 
 from . import cardops
-from .constants import FLOAT16, replace_by_stub
+from .container.constants import FLOAT16, replace_by_stub
 from .numbers import rounding
 
 RETAINED_SUFFIX = "_RetainedState"

@@ -82,7 +82,7 @@ class Inference:
         return status
 
     def _compute(self) -> QStatus:
-        from . import program as programs
+        from .container import execution
 
         inputs, wanted = dict(self._inputs), dict(self._outputs)
         inputs.update(self._patched())
@@ -93,7 +93,7 @@ class Inference:
             wanted.setdefault(output.name, output.dims)
         try:
             results = self._lane.activation.run(inputs, wanted)
-        except (programs.NoMatchingDimension, programs.ShapeError) as error:
+        except (execution.NoMatchingDimension, execution.ShapeError) as error:
             self._program.context.log.failure(str(error))
             return QStatus.QS_ERROR
         for name in mirrored:

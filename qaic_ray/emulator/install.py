@@ -252,7 +252,7 @@ def _build(root: Path, sources: Mapping[str, bytes], marker: Mapping[str, object
     for name, content in sources.items():
         _write(library / PACKAGE / name, content)
     _write(library / "qaicrt.py", sources["door.py"])
-    _write(root / "dev" / "python" / "QAicApi_pb2.py", sources["aicapi.py"])
+    _write(root / "dev" / "python" / "QAicApi_pb2.py", sources["container/aicapi.py"])
     tools = dict(_TOOLS)
     if tuple(int(part) for part in apps_version.split(".")) >= _QAIC_COMPILE_SINCE:
         tools["exec/qaic-compile"] = "compiler"

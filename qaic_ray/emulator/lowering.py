@@ -22,7 +22,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from . import attention, rotary
-from .constants import replace_by_stub
+from .container.constants import replace_by_stub
 from .gqa import (
     BATCH_INDEX,
     COMP_CTX_LENGTHS,

@@ -13,9 +13,9 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from .card import Claim, Demand, Exhausted, Machine, NoDevice
 from .card.faults import FaultFileError
+from .container import QpcError
 from .documents import is_number, parse_json, read_text
 from .folder import FolderError
-from .qpc import QpcError
 
 USAGE = """\
 Usage: qaic-partition [options]
@@ -118,12 +118,12 @@ def _from_config(path: str) -> Demand:
 
 
 def _from_qpcs(paths: Sequence[str]) -> Demand:
-    from . import program
+    from .container import execution
 
     demands = []
     for path in paths:
         try:
-            contents = program.Qpc.open(path)
+            contents = execution.Qpc.open(path)
         except (OSError, QpcError) as error:
             raise PartitionError(f"Failed to open qpc binary file {path}: {error}") from error
         dram_bytes = contents.constants_bytes + contents.activation_bytes

@@ -13,8 +13,8 @@ from typing import Any, Deque, Dict, Iterable, List, Optional, Tuple
 import numpy as np
 
 from .card import Claim, Demand, Exhausted, NoDevice, faults, timing
+from .container import QpcError
 from .context import Context, Qpc, init_error
-from .qpc import QpcError
 from .runtime_types import (
     DEFAULT_NUM_RETRIES,
     DEFAULT_TIMEOUT_MS,
@@ -167,14 +167,14 @@ class Program:
             return status
 
     def _open(self) -> QStatus:
-        from . import program
+        from .container import execution
 
         contents, model = self.qpc.contents, self.context.timing
         if model is not None and model.mode == timing.REPLACE:
-            self._loaded = timing.SimulatedProgram(contents, model, program.NoMatchingDimension)
+            self._loaded = timing.SimulatedProgram(contents, model, execution.NoMatchingDimension)
             return QStatus.QS_SUCCESS
         try:
-            self._loaded = program.LoadedProgram(contents, program.num_threads_of_environment())
+            self._loaded = execution.LoadedProgram(contents, execution.num_threads_of_environment())
         except QpcError as error:
             self.context.log.failure(f"Failed to load program: {error}")
             return QStatus.QS_ERROR

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from onnx import TensorProto
 
-from . import aicapi
+from .container import aicapi
 from .dims import output_dims
 from .graph import GraphError
 from .graph import inputs as graph_inputs

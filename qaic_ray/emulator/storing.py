@@ -10,7 +10,7 @@ from typing import Any, Dict, Mapping, NamedTuple, Set
 import numpy as np
 from onnx import TensorProto, numpy_helper
 
-from .constants import (
+from .container.constants import (
     FLOAT16,
     FLOAT32,
     ConstantsWriter,

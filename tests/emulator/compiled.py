@@ -11,7 +11,7 @@ import onnx
 from tiny_llama import TinyLlama
 
 from qaic_ray.emulator import compiler
-from qaic_ray.emulator.program import Qpc
+from qaic_ray.emulator.container.execution import Qpc
 
 FUZZ_EXAMPLES = int(os.environ.get("QAIC_FUZZ_EXAMPLES", "200"))
 """Inputs of each fuzz test; the long run of all together takes 100,000."""

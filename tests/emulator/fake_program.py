@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qaic_ray.emulator import aicapi
-from qaic_ray.emulator.qpc import QpcError
+from qaic_ray.emulator.container import QpcError, aicapi
 
 
 class NoMatchingDimension(Exception):

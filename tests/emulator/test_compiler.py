@@ -15,9 +15,10 @@ import pytest
 from compiled import compile_tiny, write_inputs
 from tiny_llama import TinyLlama
 
-from qaic_ray.emulator import aicapi, argv, compiler
+from qaic_ray.emulator import argv, compiler
 from qaic_ray.emulator.compiler import VERSION_VARIABLE
-from qaic_ray.emulator.program import Qpc
+from qaic_ray.emulator.container import aicapi
+from qaic_ray.emulator.container.execution import Qpc
 
 COMMAND = [
     sys.executable,

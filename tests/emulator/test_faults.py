@@ -175,8 +175,8 @@ def test_slow(qaicrt: ModuleType, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> 
 
 PROGRAM = """
 import sys
-import fake_program, qaic_ray.emulator
-qaic_ray.emulator.program = fake_program
+import fake_program, qaic_ray.emulator.container
+qaic_ray.emulator.container.execution = fake_program
 import numpy as np
 from qaic_ray.emulator import qaicrt
 context = qaicrt.Context()

@@ -65,7 +65,8 @@ def test_layout_by_version(version: str, tmp_path: Path) -> None:
     assert {path.relative_to(copied) for path in copied.rglob("*.py")} == {
         path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")
     }
-    assert (root / "dev/python/QAicApi_pb2.py").read_bytes() == (PACKAGE / "aicapi.py").read_bytes()
+    messages = (PACKAGE / "container/aicapi.py").read_bytes()
+    assert (root / "dev/python/QAicApi_pb2.py").read_bytes() == messages
     marker = json.loads((root / folder.MARKER).read_text())
     assert marker["apps_version"] == version
     assert (marker["cards"], marker["sku"]) == (2, "pro")

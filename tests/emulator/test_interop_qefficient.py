@@ -20,8 +20,8 @@ from tiny_llama import NumpyLlama, TinyLlama
 from vendor_client import Sdk, Session
 
 from qaic_ray.emulator import compiler, dims, folder, graph
+from qaic_ray.emulator.container.execution import LoadedProgram, Qpc
 from qaic_ray.emulator.install import install
-from qaic_ray.emulator.program import LoadedProgram, Qpc
 
 PROMPTS = ([5, 17, 3], [9, 2, 44, 31, 8, 20], [60, 1])
 NUM_STEPS = 5

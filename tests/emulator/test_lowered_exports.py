@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 
 from qaic_ray.contract import LOGITS, NEXT_TOKENS, Specialization, Specializations
+from qaic_ray.emulator.container.execution import Activation, LoadedProgram, Qpc
 from qaic_ray.emulator.lowered import Probe
-from qaic_ray.emulator.program import Activation, LoadedProgram, Qpc
 
 if TYPE_CHECKING:
     from tiny_qpcs import TinyQpcs

@@ -14,7 +14,12 @@ from compiled import COMP_CTX_LENGTHS, CTX_LEN, PROMPT_LEN, SLOTS, compile_tiny
 from hypothesis import given, settings
 from tiny_llama import TinyLlama
 
-from qaic_ray.emulator.program import Activation, LoadedProgram, NoMatchingDimension, Qpc
+from qaic_ray.emulator.container.execution import (
+    Activation,
+    LoadedProgram,
+    NoMatchingDimension,
+    Qpc,
+)
 from qaic_ray.emulator.rows import MAX_IDLE_RUN, Call, plan
 
 TOLERANCE = 1e-4

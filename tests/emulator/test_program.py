@@ -14,10 +14,16 @@ from compiled import CTX_LEN, PROMPT_LEN, SLOTS, compile_tiny
 from onnx import numpy_helper
 from tiny_llama import NumpyLlama, TinyLlama
 
-from qaic_ray.emulator import aicapi, compiler, program
+from qaic_ray.emulator import compiler
+from qaic_ray.emulator.container import aicapi, execution
+from qaic_ray.emulator.container.execution import (
+    LoadedProgram,
+    NoMatchingDimension,
+    Qpc,
+    ShapeError,
+)
+from qaic_ray.emulator.container.weights import Weights, packs_into_its_own_memory
 from qaic_ray.emulator.numbers import mxfp6, mxint8
-from qaic_ray.emulator.program import LoadedProgram, NoMatchingDimension, Qpc, ShapeError
-from qaic_ray.emulator.weights import Weights, packs_into_its_own_memory
 
 PRECISIONS = {
     "fp32": (),
@@ -156,7 +162,7 @@ def test_shapes_of_no_specialization_are_refused(qpcs: dict[Any, Qpc]) -> None:
 def test_a_token_outside_of_the_vocabulary_is_an_error_not_a_crash(qpcs: dict[Any, Qpc]) -> None:
     llama = TinyLlama()
     activation = LoadedProgram(qpcs[True, "fp32"], 1).activate()
-    with pytest.raises(program.ExecutionError):
+    with pytest.raises(execution.ExecutionError):
         activation.run(step(llama, {0: ([llama.vocab], 0)}, 1), {})
 
 
@@ -326,7 +332,7 @@ def test_threads_come_from_the_environment(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert program.num_threads_of_environment() == threads
+    assert execution.num_threads_of_environment() == threads
 
 
 def test_a_lowered_graph_that_does_not_hold_is_left(
@@ -334,7 +340,7 @@ def test_a_lowered_graph_that_does_not_hold_is_left(
 ) -> None:
     llama = TinyLlama()
     good = LoadedProgram(qpcs[True, "mx6"], 1)
-    monkeypatch.setattr(program.Probe, "holds", lambda _: False)
+    monkeypatch.setattr(execution.Probe, "holds", lambda _: False)
     other = LoadedProgram(qpcs[True, "mx6"], 1)
     assert (good.lowered is not None, other.lowered is not None) == (True, False)
     assert "without faster operators" in caplog.text

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from qaic_ray.emulator import aicapi
 from qaic_ray.emulator.card import Demand, Machine
+from qaic_ray.emulator.container import aicapi
 
 
 class RecipeSession:

@@ -12,10 +12,7 @@ from compiled import FUZZ_EXAMPLES, compile_tiny
 from hypothesis import HealthCheck, given, settings
 from tiny_llama import TinyLlama
 
-from qaic_ray.emulator import netdesc, network
-from qaic_ray.emulator.constants import read_constant
-from qaic_ray.emulator.program import Qpc
-from qaic_ray.emulator.qpc import (
+from qaic_ray.emulator.container import (
     CONSTANTS,
     CONSTANTS_DESC,
     CRC,
@@ -26,9 +23,13 @@ from qaic_ray.emulator.qpc import (
     Container,
     QpcError,
     QpcWriter,
+    netdesc,
+    network,
     read_qpc,
     write_qpc,
 )
+from qaic_ray.emulator.container.constants import read_constant
+from qaic_ray.emulator.container.execution import Qpc
 
 CONTENTS = {
     CONSTANTS: bytes(range(256)) * 20,

@@ -11,9 +11,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qaic_ray.emulator import compiler
-from qaic_ray.emulator.constants import read_constant
+from qaic_ray.emulator.container.constants import read_constant
+from qaic_ray.emulator.container.execution import LoadedProgram, Qpc
 from qaic_ray.emulator.numbers import mxfp6
-from qaic_ray.emulator.program import LoadedProgram, Qpc
 
 
 def run(

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from qaic_ray.emulator import netdesc, qpc_tool, util
+from qaic_ray.emulator import qpc_tool, util
 from qaic_ray.emulator.card import Demand, Machine
+from qaic_ray.emulator.container import NETWORK_DESC, SEGMENTS, QpcError, netdesc, write_qpc
 from qaic_ray.emulator.folder import Folder
-from qaic_ray.emulator.qpc import NETWORK_DESC, SEGMENTS, QpcError, write_qpc
 
 # The open tool's lines in its order, with what is documented of their values.
 DOCUMENTED = [

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any, Dict, List, NamedTuple
 
+from . import NETWORK, QpcError
 from .constants import KINDS, MXFP6, Constant
-from .qpc import NETWORK, QpcError
 
 REFERENCE = "reference"
 LOWERED = "lowered"

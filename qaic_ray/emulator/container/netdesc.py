@@ -11,7 +11,7 @@ from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-from .qpc import QpcError
+from . import QpcError
 
 MAJOR_VERSION = 9
 _PACKAGE = "aicnwdesc"

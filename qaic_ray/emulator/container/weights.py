@@ -16,9 +16,9 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
+from ..view import ORT_ERRORS
+from . import QpcError
 from .constants import Constant, read_constant, stored_view
-from .qpc import QpcError
-from .view import ORT_ERRORS
 
 
 class Weights:

@@ -21,13 +21,22 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
-from . import aicapi, netdesc, network
-from .gqa import joint_length
-from .lowered import LoweredState, Probe, Runner
-from .numbers import mxint8, rounding
-from .qpc import CONSTANTS, CONSTANTS_DESC, NETWORK, NETWORK_DESC, Container, QpcError
-from .shapes import ITEM_BYTES
-from .view import ORT_ERRORS
+from ..gqa import joint_length
+from ..lowered import LoweredState, Probe, Runner
+from ..numbers import mxint8, rounding
+from ..shapes import ITEM_BYTES
+from ..view import ORT_ERRORS
+from . import (
+    CONSTANTS,
+    CONSTANTS_DESC,
+    NETWORK,
+    NETWORK_DESC,
+    Container,
+    QpcError,
+    aicapi,
+    netdesc,
+    network,
+)
 from .weights import Weights, packs_into_its_own_memory
 
 _log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from .numbers import mxfp6
-from .qpc import CONSTANTS, QpcError, QpcWriter
+from ..numbers import mxfp6
+from . import CONSTANTS, QpcError, QpcWriter
 
 FLOAT16 = "float16"
 FLOAT32 = "float32"
