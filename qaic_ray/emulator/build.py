@@ -82,7 +82,7 @@ def write(build: Build, model: Any, path: str) -> Report:
         graph.round_states(model, states)
         graphs[network.REFERENCE] = graph.expand(model).SerializeToString()
         size = writer.end_segment()
-        program = network.Program(
+        program = network.NetworkElf(
             apps_version=build.apps_version,
             convert_to_fp16=build.precision.convert_to_fp16,
             mxfp6_matmul=build.precision.mxfp6_matmul,

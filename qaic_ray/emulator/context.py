@@ -134,7 +134,7 @@ class Qpc:
         from .container import execution
 
         try:
-            self.contents: Any = execution.Qpc.open(path)
+            self.contents: Any = execution.CompiledProgram.open(path)
         except OSError as error:
             raise RuntimeError(f"Runtime Exception: Failed to open file{path}") from error
         except QpcError as error:

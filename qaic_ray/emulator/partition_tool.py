@@ -36,7 +36,7 @@ class PartitionError(ValueError):
     """The partitions cannot be made; the message says why."""
 
 
-class Request(NamedTuple):
+class Reservation(NamedTuple):
     """A parsed command line."""
 
     config: str = ""
@@ -70,14 +70,14 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> Optional[Request]:
+def _parse(argv: Sequence[str]) -> Optional[Reservation]:
     try:
         long_names = ["partition-config=", "aic-device-id=", "program-qpc=", "help"]
         options, _ = getopt.gnu_getopt(list(argv), "p:d:q:h", long_names)
     except getopt.GetoptError as error:
         print(f"qaic-device-partition: {error}", file=sys.stderr)
         return None
-    request = Request()
+    request = Reservation()
     for name, value in options:
         if name in {"-p", "--partition-config"}:
             request = request._replace(config=value)
@@ -90,7 +90,7 @@ def _parse(argv: Sequence[str]) -> Optional[Request]:
     return request
 
 
-def _reserve(request: Request) -> List[Claim]:
+def _reserve(request: Reservation) -> List[Claim]:
     machine = Machine.here()
     demand = _from_config(request.config) if request.config else _from_qpcs(request.programs)
     qids = machine.physical_qids if request.qid is None else [request.qid]
@@ -123,7 +123,7 @@ def _from_qpcs(paths: Sequence[str]) -> Demand:
     demands = []
     for path in paths:
         try:
-            contents = execution.Qpc.open(path)
+            contents = execution.CompiledProgram.open(path)
         except (OSError, QpcError) as error:
             raise PartitionError(f"Failed to open qpc binary file {path}: {error}") from error
         dram_bytes = contents.constants_bytes + contents.activation_bytes

@@ -51,7 +51,7 @@ _LONG = [
 ]  # fmt: skip
 
 
-class Request(NamedTuple):
+class Query(NamedTuple):
     """A parsed command line."""
 
     qids: Tuple[int, ...] = ()
@@ -78,13 +78,13 @@ def main(argv: Sequence[str]) -> int:
         return _INVALID
 
 
-def _parse(argv: Sequence[str]) -> Optional[Request]:
+def _parse(argv: Sequence[str]) -> Optional[Query]:
     try:
         options, _ = getopt.gnu_getopt(list(argv), _SHORT, _LONG)
     except getopt.GetoptError as error:
         print(f"qaic-util: {error}", file=sys.stderr)
         return None
-    request = Request()
+    request = Query()
     for name, value in options:
         if name in {"-h", "--help"}:
             return None
@@ -92,7 +92,7 @@ def _parse(argv: Sequence[str]) -> Optional[Request]:
     return request
 
 
-def _change(request: Request, name: str, value: str) -> Dict[str, Any]:
+def _change(request: Query, name: str, value: str) -> Dict[str, Any]:
     if name in {"-d", "--aic-device-id"}:
         return {"qids": (*request.qids, _atoi(value))}
     if name in {"-t", "--table"}:
@@ -110,7 +110,7 @@ def _atoi(text: str) -> int:
     return int(text) if text.lstrip("+-").isdigit() else 0
 
 
-def _run(machine: Machine, request: Request) -> int:
+def _run(machine: Machine, request: Query) -> int:
     if request.is_version:
         print("\n".join(_library(machine)))
         return 0

@@ -11,7 +11,7 @@ import onnx
 from tiny_llama import TinyLlama
 
 from qaic_ray.emulator import compiler
-from qaic_ray.emulator.container.execution import Qpc
+from qaic_ray.emulator.container.execution import CompiledProgram
 
 FUZZ_EXAMPLES = int(os.environ.get("QAIC_FUZZ_EXAMPLES", "200"))
 """Inputs of each fuzz test; the long run of all together takes 100,000."""
@@ -62,7 +62,9 @@ def write_inputs(
     return argv
 
 
-def compile_tiny(folder: Path, llama: TinyLlama, *flags: str, kv: str | None = None) -> Qpc:
+def compile_tiny(
+    folder: Path, llama: TinyLlama, *flags: str, kv: str | None = None
+) -> CompiledProgram:
     """Compile and open; the compiler has to succeed."""
     assert compiler.main([*write_inputs(folder, llama, kv=kv), *flags]) == 0
-    return Qpc.open(str(folder / "qpc"))
+    return CompiledProgram.open(str(folder / "qpc"))

@@ -1,4 +1,4 @@
-"""A small fake of the seam to `program.py`: a counter model that needs no ONNX and takes no time.
+"""A small fake of the seam to `execution.py`: a counter model that needs no ONNX and takes no time.
 
 Inputs: input_ids (int64 [B,S]), past (float32 [B,C], retained). Outputs: logits (float32 [B,1,V])
 and past_RetainedState. Each run adds the sum of a row's ids to its `past`, and logits are filled
@@ -40,7 +40,7 @@ class Binding(NamedTuple):
         return np.dtype(np.float32 if self.type == aicapi.FLOAT_TYPE else np.int64)
 
 
-class Qpc:
+class CompiledProgram:
     """`open("cores=7,batch=2")`: the path is the configuration."""
 
     def __init__(self, **options: int) -> None:
@@ -69,7 +69,7 @@ class Qpc:
             )
 
     @classmethod
-    def open(cls, path: str) -> Qpc:
+    def open(cls, path: str) -> CompiledProgram:
         if path.startswith("missing"):
             raise FileNotFoundError(path)
         if path.startswith("damaged"):
@@ -97,7 +97,7 @@ class Qpc:
 
 
 class LoadedProgram:
-    def __init__(self, qpc: Qpc, num_threads: int) -> None:
+    def __init__(self, qpc: CompiledProgram, num_threads: int) -> None:
         self.qpc = qpc
 
     def activate(self) -> Activation:
@@ -105,7 +105,7 @@ class LoadedProgram:
 
 
 class Activation:
-    def __init__(self, qpc: Qpc) -> None:
+    def __init__(self, qpc: CompiledProgram) -> None:
         self._qpc = qpc
         self._out: dict[tuple[int, ...], np.ndarray] = {}
         self.reset()

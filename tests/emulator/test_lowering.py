@@ -16,16 +16,16 @@ from tiny_llama import TinyLlama
 
 from qaic_ray.emulator.container.execution import (
     Activation,
+    CompiledProgram,
     LoadedProgram,
     NoMatchingDimension,
-    Qpc,
 )
 from qaic_ray.emulator.rows import MAX_IDLE_RUN, Call, plan
 
 TOLERANCE = 1e-4
 
 
-def ops_of(qpc: Qpc, graph: str = "lowered") -> list[str]:
+def ops_of(qpc: CompiledProgram, graph: str = "lowered") -> list[str]:
     model = onnx.ModelProto.FromString(qpc.graphs[graph])
     return [node.op_type for node in model.graph.node]
 

@@ -17,9 +17,9 @@ from tiny_llama import NumpyLlama, TinyLlama
 from qaic_ray.emulator import compiler
 from qaic_ray.emulator.container import aicapi, execution
 from qaic_ray.emulator.container.execution import (
+    CompiledProgram,
     LoadedProgram,
     NoMatchingDimension,
-    Qpc,
     ShapeError,
 )
 from qaic_ray.emulator.container.weights import Weights, packs_into_its_own_memory
@@ -33,7 +33,7 @@ PRECISIONS = {
 
 
 @pytest.fixture(scope="module")
-def qpcs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[bool, str], Qpc]:
+def qpcs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[bool, str], CompiledProgram]:
     """Every precision of a continuous and a static tiny Llama."""
     folder = tmp_path_factory.mktemp("qpcs")
     return {
@@ -85,7 +85,7 @@ def logits_of(activation: Any, llama: TinyLlama, inputs: dict[str, Any]) -> np.n
 @pytest.mark.parametrize("continuous", [True, False])
 @pytest.mark.parametrize("precision", list(PRECISIONS))
 def test_logits_are_those_of_numpy(
-    qpcs: dict[Any, Qpc], precision: str, continuous: bool, use_lowered: bool
+    qpcs: dict[Any, CompiledProgram], precision: str, continuous: bool, use_lowered: bool
 ) -> None:
     llama = TinyLlama(continuous=continuous)
     loaded = LoadedProgram(qpcs[continuous, precision], 1, use_lowered=use_lowered)
@@ -114,7 +114,7 @@ def test_logits_are_those_of_numpy(
         np.testing.assert_allclose(made[2], truth.forward(2, 7, position - 6), atol=tolerance)
 
 
-def test_bindings_are_permuted_and_sized(qpcs: dict[Any, Qpc]) -> None:
+def test_bindings_are_permuted_and_sized(qpcs: dict[Any, CompiledProgram]) -> None:
     qpc = qpcs[True, "fp16"]
     names = [b.name for b in qpc.bindings]
     graph_order = ["input_ids", "position_ids", *TinyLlama().past_names(), "batch_index"]
@@ -131,7 +131,7 @@ def test_bindings_are_permuted_and_sized(qpcs: dict[Any, Qpc]) -> None:
     assert by_name["logits"].type == aicapi.FLOAT_TYPE
 
 
-def test_io_descriptor_tells_the_same_as_the_bindings(qpcs: dict[Any, Qpc]) -> None:
+def test_io_descriptor_tells_the_same_as_the_bindings(qpcs: dict[Any, CompiledProgram]) -> None:
     qpc = qpcs[True, "fp16"]
     desc = aicapi.IoDesc()
     desc.ParseFromString(qpc.io_descriptor())
@@ -145,7 +145,7 @@ def test_io_descriptor_tells_the_same_as_the_bindings(qpcs: dict[Any, Qpc]) -> N
     assert shapes == [(1, PROMPT_LEN), (SLOTS, 1)]
 
 
-def test_shapes_of_no_specialization_are_refused(qpcs: dict[Any, Qpc]) -> None:
+def test_shapes_of_no_specialization_are_refused(qpcs: dict[Any, CompiledProgram]) -> None:
     llama = TinyLlama()
     activation = LoadedProgram(qpcs[True, "fp32"], 1).activate()
     inputs = step(llama, {0: ([1], 0)}, 1)
@@ -159,7 +159,9 @@ def test_shapes_of_no_specialization_are_refused(qpcs: dict[Any, Qpc]) -> None:
         activation.run({**inputs, "nothing": np.zeros(1)}, {})
 
 
-def test_a_token_outside_of_the_vocabulary_is_an_error_not_a_crash(qpcs: dict[Any, Qpc]) -> None:
+def test_a_token_outside_of_the_vocabulary_is_an_error_not_a_crash(
+    qpcs: dict[Any, CompiledProgram],
+) -> None:
     llama = TinyLlama()
     activation = LoadedProgram(qpcs[True, "fp32"], 1).activate()
     with pytest.raises(execution.ExecutionError):
@@ -167,7 +169,9 @@ def test_a_token_outside_of_the_vocabulary_is_an_error_not_a_crash(qpcs: dict[An
 
 
 @pytest.mark.parametrize("use_lowered", [True, False])
-def test_retained_state_can_be_read_and_replaced(qpcs: dict[Any, Qpc], use_lowered: bool) -> None:
+def test_retained_state_can_be_read_and_replaced(
+    qpcs: dict[Any, CompiledProgram], use_lowered: bool
+) -> None:
     llama = TinyLlama()
     loaded = LoadedProgram(qpcs[True, "fp16"], 1, use_lowered=use_lowered)
     first, second = loaded.activate(), loaded.activate()
@@ -196,7 +200,7 @@ def test_a_state_given_by_the_caller_is_rounded_too(tmp_path: Path, use_lowered:
     )
 
 
-def test_padding_rows_leave_their_slots_alone(qpcs: dict[Any, Qpc]) -> None:
+def test_padding_rows_leave_their_slots_alone(qpcs: dict[Any, CompiledProgram]) -> None:
     llama = TinyLlama()
     activation = LoadedProgram(qpcs[True, "fp32"], 1).activate()
     dims = {f"{n}_RetainedState": (SLOTS, 2, CTX_LEN, 8) for n in llama.past_names()}
@@ -284,7 +288,7 @@ def test_a_graph_with_cache_index_and_a_retained_mask(tmp_path: Path) -> None:
         "-retained-state",
     ]
     assert compiler.main(argv) == 0
-    qpc = Qpc.open(str(tmp_path / "qpc"))
+    qpc = CompiledProgram.open(str(tmp_path / "qpc"))
     by_name = {b.name: b for b in qpc.bindings}
     assert by_name["attention_mask"].type == aicapi.INT8_TYPE
     assert by_name["attention_mask"].is_partial_buf_allowed
@@ -301,7 +305,7 @@ def test_a_graph_with_cache_index_and_a_retained_mask(tmp_path: Path) -> None:
     np.testing.assert_allclose(made, expected, atol=1e-6)
 
 
-def test_activations_run_from_several_threads(qpcs: dict[Any, Qpc]) -> None:
+def test_activations_run_from_several_threads(qpcs: dict[Any, CompiledProgram]) -> None:
     llama = TinyLlama()
     loaded = LoadedProgram(qpcs[True, "fp32"], 1)
     shared = loaded.activate()
@@ -336,7 +340,9 @@ def test_threads_come_from_the_environment(
 
 
 def test_a_lowered_graph_that_does_not_hold_is_left(
-    qpcs: dict[Any, Qpc], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    qpcs: dict[Any, CompiledProgram],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     llama = TinyLlama()
     good = LoadedProgram(qpcs[True, "mx6"], 1)
@@ -349,7 +355,7 @@ def test_a_lowered_graph_that_does_not_hold_is_left(
     np.testing.assert_allclose(*made, atol=1e-4)
 
 
-def test_released_weights_can_be_restored(qpcs: dict[Any, Qpc]) -> None:
+def test_released_weights_can_be_restored(qpcs: dict[Any, CompiledProgram]) -> None:
     qpc = qpcs[True, "mx6"]
     model = onnx.ModelProto.FromString(qpc.graphs["reference"])
     constants = {c.name: c for c in qpc.program.constants}

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qaic_ray.emulator import compiler
 from qaic_ray.emulator.container.constants import read_constant
-from qaic_ray.emulator.container.execution import LoadedProgram, Qpc
+from qaic_ray.emulator.container.execution import CompiledProgram, LoadedProgram
 from qaic_ray.emulator.numbers import mxfp6
 
 
@@ -49,7 +49,7 @@ def small_argv(folder: Path, *flags: str) -> list[str]:
     return [*where, "-aic-hw", "-aic-hw-version=2.0", *flags]
 
 
-def constants_of(qpc: Qpc) -> dict[str, tuple[str, np.ndarray]]:
+def constants_of(qpc: CompiledProgram) -> dict[str, tuple[str, np.ndarray]]:
     return {
         c.name: (c.kind, read_constant(qpc.constants_segment(), c)) for c in qpc.program.constants
     }
@@ -76,7 +76,7 @@ def test_external_gemm_and_batched_weights_are_packed_along_k(tmp_path: Path) ->
     tensors = [numpy_helper.from_array(a, n) for n, a in (("gemm", gemm), ("batched", batched))]
     save_small(tmp_path, nodes, tensors)
     assert compiler.main(small_argv(tmp_path, "-mxfp6-matmul", "-convert-to-fp16")) == 0
-    qpc = Qpc.open(str(tmp_path / "qpc"))
+    qpc = CompiledProgram.open(str(tmp_path / "qpc"))
     stored = constants_of(qpc)
     assert {kind for kind, _ in stored.values()} == {"mxfp6"}
     gemm_rounded = mxfp6.quantize(gemm.T).T
@@ -100,7 +100,7 @@ def test_a_weight_behind_a_transpose_or_read_twice_is_packed_on_its_own(tmp_path
     ids = numpy_helper.from_array(np.array([3, 4]), "ids")
     save_small(tmp_path, nodes, [numpy_helper.from_array(table, "table"), ids])
     assert compiler.main(small_argv(tmp_path, "-mxfp6-matmul", "-convert-to-fp16")) == 0
-    qpc = Qpc.open(str(tmp_path / "qpc"))
+    qpc = CompiledProgram.open(str(tmp_path / "qpc"))
     assert sorted(kind for kind, _ in constants_of(qpc).values()) == ["float16", "mxfp6", "mxfp6"]
     x = np.random.default_rng(1).standard_normal((2, 40)).astype(np.float32)
     made = LoadedProgram(qpc, 1).activate().run({"x": x}, {"y": (2, 40)})["y"]
@@ -126,7 +126,7 @@ def test_weights_in_constant_nodes_and_graphs_inside_of_nodes_run(tmp_path: Path
     yes = numpy_helper.from_array(np.array(True), "yes")
     save_small(tmp_path, nodes, [numpy_helper.from_array(weight, "outer"), yes])
     assert compiler.main(small_argv(tmp_path, "-mxfp6-matmul")) == 0
-    qpc = Qpc.open(str(tmp_path / "qpc"))
+    qpc = CompiledProgram.open(str(tmp_path / "qpc"))
     assert set(constants_of(qpc)) == {"w", "outer"}
     x = np.ones((2, 40), np.float32)
     made = LoadedProgram(qpc, 1).activate().run({"x": x}, {"y": (2, 3)})["y"]
@@ -150,7 +150,7 @@ def test_functions_of_a_model_are_expanded(tmp_path: Path) -> None:
         model.functions.append(onnx.parser.parse_function(header + text))
     onnx.save(model, tmp_path / "small.onnx")
     assert compiler.main(small_argv(tmp_path, "-mxfp6-matmul", "-sub-functions")) == 0
-    qpc = Qpc.open(str(tmp_path / "qpc"))
+    qpc = CompiledProgram.open(str(tmp_path / "qpc"))
     assert constants_of(qpc)["w"][0] == "mxfp6"
     x = np.ones((2, 40), np.float32)
     product = x @ mxfp6.quantize(weight)
@@ -172,7 +172,7 @@ def test_fp16_rounds_and_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(warnings) == 2
     assert "3 values of constant 'w' will underflow" in warnings[0]
     assert "3 values of constant 'w' will overflow" in warnings[1]
-    kind, stored = constants_of(Qpc.open(str(tmp_path / "qpc")))["w"]
+    kind, stored = constants_of(CompiledProgram.open(str(tmp_path / "qpc")))["w"]
     assert kind == "float16"
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(stored, weight.astype(np.float16).astype(np.float32))

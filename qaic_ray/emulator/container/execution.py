@@ -85,7 +85,7 @@ class Binding:
         return _DTYPES[self.type]
 
 
-class Qpc:
+class CompiledProgram:
     """A parsed, validated program; its constants are memory-mapped, not read.
 
     Attributes:
@@ -118,7 +118,7 @@ class Qpc:
         self.activation_bytes = sum(b.size for b in self.bindings if b.name not in kept)
 
     @classmethod
-    def open(cls, path: str) -> Qpc:
+    def open(cls, path: str) -> CompiledProgram:
         """Open a QPC folder or file.
 
         Raises:
@@ -200,7 +200,7 @@ class LoadedProgram:
         use_lowered: whether to run the lowered graph where the compiler made one.
     """
 
-    def __init__(self, qpc: Qpc, num_threads: int, *, use_lowered: bool = True) -> None:
+    def __init__(self, qpc: CompiledProgram, num_threads: int, *, use_lowered: bool = True) -> None:
         self.qpc = qpc
         self._num_threads = num_threads
         self._lock = threading.Lock()

@@ -21,7 +21,7 @@ _LENGTH_BYTES = 8
 _INPUT_KINDS = {"float32", "int64", "int32", "int16", "int8", "uint8", "bool"}
 
 
-class Program(NamedTuple):
+class NetworkElf(NamedTuple):
     """A compiled program but for its weights' bytes and its bindings.
 
     `states` is retained input -> output, `roundings` retained input -> what it is rounded to,
@@ -42,7 +42,7 @@ class Program(NamedTuple):
     graphs: Dict[str, bytes]
 
 
-def serialize(program: Program) -> bytes:
+def serialize(program: NetworkElf) -> bytes:
     """The bytes of `network.elf`."""
     facts = program._asdict()
     facts["constants"] = [list(constant) for constant in program.constants]
@@ -52,7 +52,7 @@ def serialize(program: Program) -> bytes:
     return b"".join([header, text, *program.graphs.values()])
 
 
-def parse(data: bytes) -> Program:
+def parse(data: bytes) -> NetworkElf:
     """Read `network.elf`.
 
     Raises:
@@ -77,7 +77,7 @@ def parse(data: bytes) -> Program:
         raise QpcError(f"{NETWORK} is damaged ({error!r})") from error
 
 
-def _program(facts: Dict[str, Any], blob: bytes) -> Program:
+def _program(facts: Dict[str, Any], blob: bytes) -> NetworkElf:
     graphs: Dict[str, bytes] = {}
     for name, size in facts["graphs"]:
         graphs[str(name)], blob = blob[: int(size)], blob[int(size) :]
@@ -86,7 +86,7 @@ def _program(facts: Dict[str, Any], blob: bytes) -> Program:
     kinds = {str(name): str(kind) for name, kind in facts["input_kinds"].items()}
     if not set(kinds.values()) <= _INPUT_KINDS:
         raise ValueError("input_kinds")
-    return Program(
+    return NetworkElf(
         apps_version=str(facts["apps_version"]),
         convert_to_fp16=bool(facts["convert_to_fp16"]),
         mxfp6_matmul=bool(facts["mxfp6_matmul"]),
