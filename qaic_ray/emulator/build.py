@@ -10,14 +10,15 @@ import random
 import struct
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
-from . import graph, lowering, shapes
+from . import lowering, shapes
 from .configs import Partition
 from .container import QpcWriter, aicapi, netdesc, network
 from .container.constants import ConstantsWriter
-from .graph import GraphError, State
+from .lowering import graph
+from .lowering.graph import GraphError, State
+from .lowering.view import NotLowered
 from .numbers import mxint8, rounding
 from .storing import Precision, store_weights
-from .view import NotLowered
 
 _MAX_JOINT_LENGTH = 16
 """A graph of joint rows has a kernel a token: with many tokens it is no longer the faster one."""

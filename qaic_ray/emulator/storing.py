@@ -21,7 +21,7 @@ from .container.constants import (
     to_float32,
 )
 from .folding import own_weights
-from .graph import INLINE_ELEMENTS, has_subgraphs
+from .lowering.graph import INLINE_ELEMENTS, has_subgraphs
 
 
 class Precision(NamedTuple):

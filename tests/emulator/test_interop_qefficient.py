@@ -19,9 +19,10 @@ from onnx import TensorProto, helper
 from tiny_llama import NumpyLlama, TinyLlama
 from vendor_client import Sdk, Session
 
-from qaic_ray.emulator import compiler, dims, folder, graph
+from qaic_ray.emulator import compiler, folder
 from qaic_ray.emulator.container.execution import CompiledProgram, LoadedProgram
 from qaic_ray.emulator.install import install
+from qaic_ray.emulator.lowering import dims, graph
 
 PROMPTS = ([5, 17, 3], [9, 2, 44, 31, 8, 20], [60, 1])
 NUM_STEPS = 5

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 
 from qaic_ray.contract import LOGITS, NEXT_TOKENS, Specialization, Specializations
 from qaic_ray.emulator.container.execution import Activation, CompiledProgram, LoadedProgram
-from qaic_ray.emulator.lowered import Probe
+from qaic_ray.emulator.lowering.lowered import Probe
 
 if TYPE_CHECKING:
     from tiny_qpcs import TinyQpcs

@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from ..view import ORT_ERRORS
+from ..lowering.view import ORT_ERRORS
 from . import QpcError
 from .constants import Constant, read_constant, stored_view
 

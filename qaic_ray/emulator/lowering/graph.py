@@ -13,9 +13,9 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, TensorProto, helper
 
+from ..container.constants import FLOAT16, replace_by_stub
+from ..numbers import rounding
 from . import cardops
-from .container.constants import FLOAT16, replace_by_stub
-from .numbers import rounding
 
 RETAINED_SUFFIX = "_RetainedState"
 

@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 import numpy as np
 import onnxruntime as ort
 
+from . import INPUT_IDS
 from .gqa import (
     BATCH_INDEX,
     COMP_CTX_LENGTHS,
@@ -20,7 +21,6 @@ from .gqa import (
     TOTAL,
     token_name,
 )
-from .lowering import INPUT_IDS
 from .rows import Call, plan
 
 _MAX_BINDINGS = 64

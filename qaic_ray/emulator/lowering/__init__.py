@@ -21,8 +21,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from ..container.constants import replace_by_stub
+from ..numbers import rounding
 from . import attention, rotary
-from .container.constants import replace_by_stub
 from .gqa import (
     BATCH_INDEX,
     COMP_CTX_LENGTHS,
@@ -38,7 +39,6 @@ from .gqa import (
     token_name,
 )
 from .graph import State, expand, has_subgraphs
-from .numbers import rounding
 from .view import GraphView, NotLowered
 
 INPUT_IDS = "input_ids"
