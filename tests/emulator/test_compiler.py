@@ -15,8 +15,8 @@ import pytest
 from compiled import compile_tiny, write_inputs
 from tiny_llama import TinyLlama
 
-from qaic_ray.emulator import argv, compiler
-from qaic_ray.emulator.compiler import VERSION_VARIABLE
+from qaic_ray.emulator import compiler
+from qaic_ray.emulator.compiler import VERSION_VARIABLE, argv
 from qaic_ray.emulator.container import aicapi
 from qaic_ray.emulator.container.execution import CompiledProgram
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from mutations import documents, texts
 
-from qaic_ray.emulator import configs, folder, install, partition_tool, slicing
+from qaic_ray.emulator import folder, install, partition_tool, slicing
 from qaic_ray.emulator.card import faults, timing
+from qaic_ray.emulator.compiler import configs
 from qaic_ray.emulator.documents import read_text
 
 NUMBER = 60

@@ -21,11 +21,11 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
+from ..compiler.shapes import ITEM_BYTES
 from ..lowering.gqa import joint_length
 from ..lowering.lowered import LoweredState, Probe, Runner
 from ..lowering.view import ORT_ERRORS
 from ..numbers import mxint8, rounding
-from ..shapes import ITEM_BYTES
 from . import (
     CONSTANTS,
     CONSTANTS_DESC,

@@ -9,7 +9,7 @@ import json
 import re
 from typing import Any, Dict, List, NamedTuple, Tuple
 
-from .documents import read_text, shown
+from ..documents import read_text, shown
 
 PRECISIONS = ("float", "float16", "mxint8")
 

@@ -10,7 +10,7 @@ from typing import Any, Dict, Mapping, NamedTuple, Set
 import numpy as np
 from onnx import TensorProto, numpy_helper
 
-from .container.constants import (
+from ..container.constants import (
     FLOAT16,
     FLOAT32,
     ConstantsWriter,
@@ -20,8 +20,8 @@ from .container.constants import (
     to_float16,
     to_float32,
 )
+from ..lowering.graph import INLINE_ELEMENTS, has_subgraphs
 from .folding import own_weights
-from .lowering.graph import INLINE_ELEMENTS, has_subgraphs
 
 
 class Precision(NamedTuple):

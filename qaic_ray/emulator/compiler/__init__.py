@@ -19,17 +19,17 @@ from typing import Sequence, Tuple
 
 import onnx
 
+from ..container import FILE_NAME
+from ..container.constants import ConstantError
+from ..folder import FolderError, current
+from ..lowering import graph
+from ..lowering.graph import GraphError
 from . import argv as command_line
 from . import build as builder
 from . import configs
 from .argv import ArgvError, Options
 from .build import Build, Report
 from .configs import ConfigError, Partition
-from .container import FILE_NAME
-from .container.constants import ConstantError
-from .folder import FolderError, current
-from .lowering import graph
-from .lowering.graph import GraphError
 from .storing import Precision
 
 VERSION_VARIABLE = "QAIC_EMULATOR_APPS_VERSION"

@@ -6,10 +6,10 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from onnx import TensorProto
 
-from .container import aicapi
-from .lowering.dims import output_dims
-from .lowering.graph import GraphError
-from .lowering.graph import inputs as graph_inputs
+from ..container import aicapi
+from ..lowering.dims import output_dims
+from ..lowering.graph import GraphError
+from ..lowering.graph import inputs as graph_inputs
 
 Dims = Tuple[int, ...]
 

@@ -10,14 +10,15 @@ import random
 import struct
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
-from . import lowering, shapes
+from .. import lowering
+from ..container import QpcWriter, aicapi, netdesc, network
+from ..container.constants import ConstantsWriter
+from ..lowering import graph
+from ..lowering.graph import GraphError, State
+from ..lowering.view import NotLowered
+from ..numbers import mxint8, rounding
+from . import shapes
 from .configs import Partition
-from .container import QpcWriter, aicapi, netdesc, network
-from .container.constants import ConstantsWriter
-from .lowering import graph
-from .lowering.graph import GraphError, State
-from .lowering.view import NotLowered
-from .numbers import mxint8, rounding
 from .storing import Precision, store_weights
 
 _MAX_JOINT_LENGTH = 16
