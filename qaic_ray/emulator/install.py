@@ -44,9 +44,9 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.E
 _QAIC_COMPILE_SINCE = (1, 21, 6)
 _TOOLS = {
     "exec/qaic-exec": "compiler",
-    "tools/qaic-util": "util",
-    "tools/qaic-qpc": "qpc_tool",
-    "tools/qaic-device-partition": "partition_tool",
+    "tools/qaic-util": "tools.qaic_util",
+    "tools/qaic-qpc": "tools.qaic_qpc",
+    "tools/qaic-device-partition": "tools.qaic_device_partition",
 }
 _OURS = (
     MARKER,

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from mutations import documents, texts
 
-from qaic_ray.emulator import folder, install, partition_tool, slicing
+from qaic_ray.emulator import folder, install, slicing
 from qaic_ray.emulator.card import faults, timing
 from qaic_ray.emulator.compiler import configs
 from qaic_ray.emulator.documents import read_text
+from qaic_ray.emulator.tools import qaic_device_partition
 
 NUMBER = 60
 STATUS = {
@@ -67,8 +68,8 @@ READERS: dict[str, tuple[Any, type[Exception], Callable[[Path], object]]] = {
     ),
     "reservation": (
         DEMAND,
-        partition_tool.PartitionError,
-        lambda path: partition_tool._from_config(str(path)),
+        qaic_device_partition.PartitionError,
+        lambda path: qaic_device_partition._from_config(str(path)),
     ),
 }
 

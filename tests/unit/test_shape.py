@@ -32,9 +32,8 @@ def test_file_says_what_it_is_for_and_keeps_its_size(path: Path) -> None:
 
 
 def test_no_room_without_a_purpose() -> None:
-    # The emulated SDK's util.py is named for the vendor's qaic-util.
     found = {names(path) for path in FILES if path.stem in NO_ROOM or path.parent.name in NO_ROOM}
-    assert found <= {"emulator/util.py"}
+    assert found == set()
 
 
 def test_readme_tree_names_every_file_outside_the_emulator() -> None:

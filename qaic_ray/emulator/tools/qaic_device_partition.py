@@ -11,11 +11,11 @@ import signal
 import sys
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
-from .card import Claim, Demand, Exhausted, Machine, NoDevice
-from .card.faults import FaultFileError
-from .container import QpcError
-from .documents import is_number, parse_json, read_text
-from .folder import FolderError
+from ..card import Claim, Demand, Exhausted, Machine, NoDevice
+from ..card.faults import FaultFileError
+from ..container import QpcError
+from ..documents import is_number, parse_json, read_text
+from ..folder import FolderError
 
 USAGE = """\
 Usage: qaic-partition [options]
@@ -118,7 +118,7 @@ def _from_config(path: str) -> Demand:
 
 
 def _from_qpcs(paths: Sequence[str]) -> Demand:
-    from .container import execution
+    from ..container import execution
 
     demands = []
     for path in paths:

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Dict, Optional, Sequence
 
-from .container import NETWORK_DESC, QpcError, netdesc, read_qpc
+from ..container import NETWORK_DESC, QpcError, netdesc, read_qpc
 
 _ALIASES = {"constants.bin": "StaticConstants.constants.bin"}
 

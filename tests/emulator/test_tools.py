@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from qaic_ray.emulator import qpc_tool, util
 from qaic_ray.emulator.card import Demand, Machine
 from qaic_ray.emulator.container import NETWORK_DESC, SEGMENTS, QpcError, netdesc, write_qpc
 from qaic_ray.emulator.folder import Folder
+from qaic_ray.emulator.tools import qaic_qpc, qaic_util
 
 # The open tool's lines in its order, with what is documented of their values.
 DOCUMENTED = [
@@ -74,7 +74,7 @@ DOCUMENTED = [
 
 
 def query(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    assert util.main(argv) == 0
+    assert qaic_util.main(argv) == 0
     return capsys.readouterr().out
 
 
@@ -108,7 +108,7 @@ def test_the_parsers_in_the_wild_read_it(
 
 def test_from_1_21_on_dram_is_told_in_kilobytes(tmp_path: Path, machine: Machine) -> None:
     newer = Machine(Folder(tmp_path, "1.21.6", num_cards=1, sku="ultra"))
-    text = "\n".join(util.lines(newer, newer.card(0), 0.0))
+    text = "\n".join(qaic_util.lines(newer, newer.card(0), 0.0))
     assert "\nDram Total:31391744 KB\n" in text
     assert "\nNsp Total:16\n" in text
     assert "\nPc Total:7\n" in text
@@ -116,7 +116,7 @@ def test_from_1_21_on_dram_is_told_in_kilobytes(tmp_path: Path, machine: Machine
 
 
 def test_an_unknown_device(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    assert util.main(["-q", "-d", "1", "-d", "9"]) == 255
+    assert qaic_util.main(["-q", "-d", "1", "-d", "9"]) == 255
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "Device 9 invalid\n")
 
@@ -147,14 +147,14 @@ def test_filter_json_and_version(
     assert devices[0]["sku_type"] == "PCIe"
     assert devices[0]["nsp_total"] == devices[0]["nsp_free"] == 14
     assert query(capsys, "-V").startswith("LRT QC_IMAGE_VERSION:")
-    assert util.main(["-j", str(tmp_path / "no" / "file")]) == 255
+    assert qaic_util.main(["-j", str(tmp_path / "no" / "file")]) == 255
     assert "Failed to open file" in capsys.readouterr().err
     assert query(capsys, "-a") == ""
 
 
 @pytest.mark.parametrize("argv", [["-h"], ["--help"], ["-x"], ["--tables"]])
 def test_usage(argv: list[str], machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    assert util.main(argv) == 255
+    assert qaic_util.main(argv) == 255
     assert capsys.readouterr().out.startswith("Usage: qaic-util [options]\n")
 
 
@@ -199,7 +199,7 @@ def test_table_on_a_terminal_goes_on_until_interrupted(sdk: Path, machine: Machi
 
 def test_telemetry_drifts_and_is_the_same_for_the_same_second(machine: Machine) -> None:
     card = machine.card(0)
-    first, again, later = (util.lines(machine, card, now) for now in (100.2, 100.9, 112.0))
+    first, again, later = (qaic_util.lines(machine, card, now) for now in (100.2, 100.9, 112.0))
     assert first == again
     assert first != later
 
@@ -222,7 +222,7 @@ def test_device_partition_holds_a_derived_device_while_it_runs(
     process.kill()
     process.communicate()
     assert machine.card(2).free.num_nsps == 14
-    assert util.main(["-q", "-d", "100"]) == 255
+    assert qaic_util.main(["-q", "-d", "100"]) == 255
 
 
 @pytest.mark.parametrize(
@@ -261,10 +261,10 @@ def container(tmp_path: Path) -> Path:
 
 
 def test_qpc_validate_tells_the_cores(container: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert qpc_tool.main(["validate", "-i", str(container)]) == 0
+    assert qaic_qpc.main(["validate", "-i", str(container)]) == 0
     assert "Number of NSP required: 7\n" in capsys.readouterr().out
     container.write_bytes(b"no container")
-    assert qpc_tool.main(["validate", "-i", str(container)]) == 1
+    assert qaic_qpc.main(["validate", "-i", str(container)]) == 1
     assert capsys.readouterr().err.startswith("Failed to open QPC: ")
 
 
@@ -272,7 +272,7 @@ def test_qpc_extract_writes_what_is_asked_for(container: Path, tmp_path: Path) -
     target = tmp_path / "out"
     arguments = ["extract", "--qpc", str(container), "--output-dir", str(target)]
     patterns = ["-s", "*networkdesc.bin_dir/networkdesc.json", "-s", "*StaticConstants*"]
-    assert qpc_tool.main(arguments + patterns) == 0
+    assert qaic_qpc.main(arguments + patterns) == 0
     files = sorted(str(p.relative_to(target)) for p in target.rglob("*") if p.is_file())
     assert files == ["StaticConstants.constants.bin", "networkdesc.bin_dir/networkdesc.json"]
     content = json.loads((target / files[1]).read_text())
@@ -307,8 +307,8 @@ def test_nothing_is_extracted_beyond_the_folder(
     elif kind == "linked folder":
         (target / "networkdesc.bin_dir").symlink_to(mine)
     with pytest.raises(QpcError):
-        qpc_tool._write(target, name, b"new")
+        qaic_qpc._write(target, name, b"new")
     assert (mine / "networkdesc.json").read_text() == "precious"
-    qpc_tool._write(target, "beside", b"old")
-    qpc_tool._write(target, "beside", b"new")
+    qaic_qpc._write(target, "beside", b"old")
+    qaic_qpc._write(target, "beside", b"new")
     assert (target / "beside").read_bytes() == b"new"

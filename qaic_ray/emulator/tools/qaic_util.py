@@ -12,9 +12,9 @@ import sys
 import time
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from .card import READY, Card, Machine
-from .card.faults import FaultFileError
-from .card.sku import (
+from ..card import READY, Card, Machine
+from ..card.faults import FaultFileError
+from ..card.sku import (
     FIRST_DERIVED_QID,
     FREQUENCIES_HZ,
     NUM_MCIDS,
@@ -26,7 +26,7 @@ from .card.sku import (
     image_version,
     pci_address,
 )
-from .folder import FolderError
+from ..folder import FolderError
 
 USAGE = """\
 Usage: qaic-util [options]
