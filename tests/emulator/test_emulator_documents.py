@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from mutations import documents, texts
 
-from qaic_ray.emulator import folder, install, slicing
+from qaic_ray.emulator import folder, install
 from qaic_ray.emulator.card import faults, timing
 from qaic_ray.emulator.compiler import configs
 from qaic_ray.emulator.documents import read_text
+from qaic_ray.emulator.qaicrt import slicing
 from qaic_ray.emulator.tools import qaic_device_partition
 
 NUMBER = 60

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from typing import Any, Type
 
-from . import folder
+from .. import folder
 from .buffers import BufferDimensionsVecRef, BufferMapping, QBuffer
 from .context import Context, Qpc
 from .device_query import Util
-from .execution import ExecObj, Queue
+from .exec_obj import ExecObj, Queue
 from .inference_set import InferenceBenchmarkSet, InferenceHandle, InferenceSet, InferenceVector
-from .placement import Program
+from .program import Program
 from .program_group import ProgramGroup
-from .runtime_types import (
+from .types import (
     BenchmarkProperties,
     BufferIoTypeEnum,
     Properties,

@@ -8,10 +8,10 @@ import time
 from dataclasses import dataclass
 from typing import Any, List, Optional, Tuple
 
+from ..card import Card, Machine, NoDevice, timing
+from ..container import QpcError
 from .buffers import BufferMapping, slots_of
-from .card import Card, Machine, NoDevice, timing
-from .container import QpcError
-from .runtime_types import QDevStatus, QIDList, QLogLevel, QStatus, incompatible
+from .types import QDevStatus, QIDList, QLogLevel, QStatus, incompatible
 
 _ids = itertools.count()
 
@@ -131,7 +131,7 @@ class Qpc:
         if not isinstance(path, str):
             raise incompatible("Qpc")
         # Imported here: it brings onnxruntime, and who only asks for cards never needs that.
-        from .container import execution
+        from ..container import execution
 
         try:
             self.contents: Any = execution.CompiledProgram.open(path)

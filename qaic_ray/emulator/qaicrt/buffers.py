@@ -7,8 +7,8 @@ from typing import Any, Dict, Iterable, List, Tuple, Union
 
 import numpy as np
 
-from .container import aicapi
-from .runtime_types import BufferIoTypeEnum, QAicBufferDataTypeEnum, incompatible, to_uint
+from ..container import aicapi
+from .types import BufferIoTypeEnum, QAicBufferDataTypeEnum, incompatible, to_uint
 
 NUMPY_TYPES: Dict[int, np.dtype[Any]] = {
     aicapi.FLOAT_TYPE: np.dtype(np.float32),

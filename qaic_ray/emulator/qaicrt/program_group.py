@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from typing import List, Optional, Tuple
 
-from .card import Claim, Demand, Exhausted, NoDevice
+from ..card import Claim, Demand, Exhausted, NoDevice
 from .context import Context, Qpc
-from .execution import ExecObj, Queue
-from .placement import Program
-from .runtime_types import Properties, QStatus, incompatible, to_uint
+from .exec_obj import ExecObj, Queue
+from .program import Program
+from .types import Properties, QStatus, incompatible, to_uint
 
 
 class ProgramGroup:

@@ -9,9 +9,9 @@ from typing import Callable, Deque, Dict, List, Optional, Sequence, Tuple, Union
 
 from .buffers import BufferMapping, QBuffer
 from .context import Context, Qpc
-from .execution import ExecObj, Queue
-from .placement import Program
-from .runtime_types import Properties, QStatus, incompatible, to_uint
+from .exec_obj import ExecObj, Queue
+from .program import Program
+from .types import Properties, QStatus, incompatible, to_uint
 
 
 class InferenceVector:

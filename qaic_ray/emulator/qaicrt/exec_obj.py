@@ -14,12 +14,13 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
+from ..card import faults
 from .buffers import BufferDimensionsVecRef, Dimensions, QBuffer, Slot
-from .card import faults
 from .context import Context, init_error
 from .inference import Inference
-from .placement import Lane, Program
-from .runtime_types import (
+from .program import Lane, Program
+from .slicing import SlicingSpec, SpecError, Wiring, wire
+from .types import (
     DEFAULT_NUM_QUEUE_THREADS,
     Properties,
     QStatus,
@@ -27,7 +28,6 @@ from .runtime_types import (
     incompatible,
     to_uint,
 )
-from .slicing import SlicingSpec, SpecError, Wiring, wire
 
 _EMPTY = QBuffer(b"")
 _NO_DIMS: Tuple[int, ...] = (0,)

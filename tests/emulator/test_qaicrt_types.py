@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qaic_ray.emulator.runtime_types import program_property_class
+from qaic_ray.emulator.qaicrt.types import program_property_class
 
 
 def test_types_are_as_strict_as_compiled_ones(qaicrt: ModuleType) -> None:

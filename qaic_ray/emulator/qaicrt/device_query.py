@@ -7,8 +7,8 @@ import os
 import time
 from typing import Dict, Optional, Tuple
 
-from .card import Card, Machine, NoDevice
-from .card.sku import (
+from ..card import Card, Machine, NoDevice
+from ..card.sku import (
     FIRST_DERIVED_QID,
     FREQUENCIES_HZ,
     NUM_MCIDS,
@@ -19,7 +19,7 @@ from .card.sku import (
     hardware_serial,
     image_version,
 )
-from .runtime_types import (
+from .types import (
     QAicDeviceType,
     QDevData,
     QDevInfo,

@@ -12,10 +12,11 @@ from typing import Any, Deque, Dict, Iterable, List, Optional, Tuple
 
 import numpy as np
 
-from .card import Claim, Demand, Exhausted, NoDevice, faults, timing
-from .container import QpcError
+from ..card import Claim, Demand, Exhausted, NoDevice, faults, timing
+from ..container import QpcError
 from .context import Context, Qpc, init_error
-from .runtime_types import (
+from .slicing import SlicingSpec, SpecError
+from .types import (
     DEFAULT_NUM_RETRIES,
     DEFAULT_TIMEOUT_MS,
     ProgramProperties,
@@ -24,7 +25,6 @@ from .runtime_types import (
     incompatible,
     to_uint,
 )
-from .slicing import SlicingSpec, SpecError
 
 INIT = QAicProgramStatus.QAIC_PROGRAM_INIT
 LOADED = QAicProgramStatus.QAIC_PROGRAM_LOADED
@@ -167,7 +167,7 @@ class Program:
             return status
 
     def _open(self) -> QStatus:
-        from .container import execution
+        from ..container import execution
 
         contents, model = self.qpc.contents, self.context.timing
         if model is not None and model.mode == timing.REPLACE:

@@ -10,13 +10,13 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
+from ..card import ERROR, faults
+from ..card.faults import Firing
+from ..card.timing import Stopwatch
 from .buffers import Slot
-from .card import ERROR, faults
-from .card.faults import Firing
-from .card.timing import Stopwatch
-from .placement import RETAINED_SUFFIX, Lane, Program
-from .runtime_types import QStatus
+from .program import RETAINED_SUFFIX, Lane, Program
 from .slicing import Wiring
+from .types import QStatus
 
 
 class Inference:
@@ -82,7 +82,7 @@ class Inference:
         return status
 
     def _compute(self) -> QStatus:
-        from .container import execution
+        from ..container import execution
 
         inputs, wanted = dict(self._inputs), dict(self._outputs)
         inputs.update(self._patched())
