@@ -23,7 +23,7 @@ from qaic_ray.emulator.container.execution import (
     ShapeError,
 )
 from qaic_ray.emulator.container.weights import Weights, packs_into_its_own_memory
-from qaic_ray.emulator.numbers import mxfp6, mxint8
+from qaic_ray.emulator.numbers import kv_cache, mxfp6
 
 PRECISIONS = {
     "fp32": (),
@@ -231,7 +231,7 @@ def test_mxint8_cache_holds_mxint8_values(tmp_path: Path) -> None:
         dims = (SLOTS, 1, CTX_LEN, 33)
         packed = activation.run(step(llama, {}, 1), {name: dims})[name]
         np.testing.assert_array_equal(
-            mxint8.decode(packed[0, 0, :3, None].view(np.uint8), 32), cache
+            kv_cache.decode(packed[0, 0, :3, None].view(np.uint8), 32), cache
         )
         other = loaded.activate()
         other.run({**step(llama, {}, 1), "past_key.1": packed}, {})

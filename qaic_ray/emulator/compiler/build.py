@@ -16,7 +16,7 @@ from ..container.constants import ConstantsWriter
 from ..lowering import graph
 from ..lowering.graph import GraphError, State
 from ..lowering.view import NotLowered
-from ..numbers import mxint8, rounding
+from ..numbers import kv_cache
 from . import shapes
 from .configs import Partition
 from .storing import Precision, store_weights
@@ -27,8 +27,8 @@ _MAX_JOINT_LENGTH = 16
 _FLOATS = (aicapi.FLOAT_TYPE, aicapi.FLOAT_16_TYPE, aicapi.BFLOAT16_TYPE)
 _IO_TYPES = {
     "float": aicapi.FLOAT_TYPE,
-    rounding.FLOAT16: aicapi.FLOAT_16_TYPE,
-    rounding.MXINT8: aicapi.INT8_TYPE,
+    kv_cache.FLOAT16: aicapi.FLOAT_16_TYPE,
+    kv_cache.MXINT8: aicapi.INT8_TYPE,
 }
 
 
@@ -107,7 +107,7 @@ def write(build: Build, model: Any, path: str) -> Report:
 
 def _packed(build: Build, described: netdesc.Network) -> List[str]:
     names = [io.name for io in described.inputs + described.outputs]
-    return [name for name in names if build.io_precisions.get(name) == rounding.MXINT8]
+    return [name for name in names if build.io_precisions.get(name) == kv_cache.MXINT8]
 
 
 def _states(build: Build, model: Any) -> Dict[str, State]:
@@ -116,7 +116,7 @@ def _states(build: Build, model: Any) -> Dict[str, State]:
     for name, output in pairs.items():
         kind = build.io_precisions.get(output, build.io_precisions.get(name))
         if kind in (None, "float"):
-            kind = rounding.FLOAT16 if build.precision.convert_to_fp16 else None
+            kind = kv_cache.FLOAT16 if build.precision.convert_to_fp16 else None
         states[name] = State(output, kind if graph.is_float_input(model, name) else None)
     return states
 
@@ -199,14 +199,14 @@ def _buffer_dims(
     """Dims of every buffer under one specialization; a packed one has its bytes as last axis."""
     resolved = shapes.resolve(model, symbols, build.batch_size)
     for name, kind in build.io_precisions.items():
-        if kind == rounding.MXINT8 and name in resolved:
+        if kind == kv_cache.MXINT8 and name in resolved:
             *outer, width = resolved[name]
-            if width % mxint8.BLOCK:
+            if width % kv_cache.BLOCK:
                 raise GraphError(
                     f"'{name}' cannot be mxint8: its last dimension is {width}, not a multiple "
-                    f"of {mxint8.BLOCK}"
+                    f"of {kv_cache.BLOCK}"
                 )
-            resolved[name] = (*outer, width // mxint8.BLOCK * mxint8.BLOCK_BYTES)
+            resolved[name] = (*outer, width // kv_cache.BLOCK * kv_cache.BLOCK_BYTES)
     return resolved
 
 

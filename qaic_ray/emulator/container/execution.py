@@ -25,7 +25,7 @@ from ..compiler.shapes import ITEM_BYTES
 from ..lowering.gqa import joint_length
 from ..lowering.lowered import LoweredState, Probe, Runner
 from ..lowering.view import ORT_ERRORS
-from ..numbers import mxint8, rounding
+from ..numbers import kv_cache
 from . import (
     CONSTANTS,
     CONSTANTS_DESC,
@@ -332,7 +332,7 @@ class Activation:
                 values = self._to_compute(name, array)
                 if name in self._states:
                     kind = self._qpc.program.roundings.get(name)
-                    np.copyto(self._states[name], rounding.apply(kind, values))
+                    np.copyto(self._states[name], kv_cache.rounded(kind, values))
                 else:
                     feeds[name] = values
             try:
@@ -362,19 +362,19 @@ class Activation:
         dims = self._bindings[name].dims
         if name not in self._packed:
             return dims
-        return (*dims[:-1], dims[-1] // mxint8.BLOCK_BYTES * mxint8.BLOCK)
+        return (*dims[:-1], dims[-1] // kv_cache.BLOCK_BYTES * kv_cache.BLOCK)
 
     def _to_compute(self, name: str, array: Any) -> Any:
         kind = self._kinds[name]
         if name in self._packed:
-            packed = array.view(np.uint8).reshape(*array.shape[:-1], -1, mxint8.BLOCK_BYTES)
-            return mxint8.decode(packed, packed.shape[-2] * mxint8.BLOCK)
+            packed = array.view(np.uint8).reshape(*array.shape[:-1], -1, kv_cache.BLOCK_BYTES)
+            return kv_cache.decode(packed, packed.shape[-2] * kv_cache.BLOCK)
         values = array != 0 if kind == np.bool_ else array.astype(kind, copy=False)
         return np.ascontiguousarray(values)
 
     def _to_buffer(self, name: str, array: Any) -> Any:
         if name in self._packed:
-            return mxint8.encode(array).reshape(*array.shape[:-1], -1).view(np.int8)
+            return kv_cache.encode(array).reshape(*array.shape[:-1], -1).view(np.int8)
         with np.errstate(over="ignore"):
             copy = name in self._qpc.states.values()
             return array.astype(self._bindings[name].dtype, copy=copy)

@@ -22,7 +22,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ..container.constants import replace_by_stub
-from ..numbers import rounding
+from ..numbers import kv_cache
 from . import attention, rotary
 from .gqa import (
     BATCH_INDEX,
@@ -215,7 +215,7 @@ class _Rewriter:
         if cache.rounding is None:
             return name
         target = cache.present + "/update"
-        added, initializers = rounding.nodes(cache.rounding, name, target, 3)
+        added, initializers = kv_cache.rounding_nodes(cache.rounding, name, target, 3)
         nodes.extend(added)
         self._initializers.extend(initializers)
         return target

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from onnx import AttributeProto, TensorProto, helper
 
 from ..container.constants import FLOAT16, replace_by_stub
-from ..numbers import rounding
+from ..numbers import kv_cache
 from . import cardops
 
 RETAINED_SUFFIX = "_RetainedState"
@@ -299,7 +299,7 @@ def round_states(model: Any, states: Mapping[str, State]) -> None:
         for name in [o for o in node.output if o in roundings]:
             exact = name + "/exact"
             node.output[list(node.output).index(name)] = exact
-            added, initializers = rounding.nodes(roundings[name], exact, name, ranks[name])
+            added, initializers = kv_cache.rounding_nodes(roundings[name], exact, name, ranks[name])
             nodes.extend(added)
             graph.initializer.extend(initializers)
     _set_nodes(graph, nodes)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Tuple
 
 import numpy as np
 
-from . import blocks
+from . import EXPONENT_BIAS, NAN_EXPONENT, exponents, is_broken, magnitudes, scales
 
 BLOCK = 32
 BLOCK_BYTES = 25
@@ -103,22 +103,22 @@ def _full_block(rows: Any) -> Any:
 
 def _encode_tile(x: Any, element: ElementFormat, margin: int, out: Any) -> None:
     bits = x.view(np.uint32)
-    magnitude = blocks.magnitudes(x)
+    magnitude = magnitudes(x)
     largest = magnitude.max(axis=0)
-    exponent = blocks.exponents(largest) - margin
-    np.maximum(exponent, -blocks.EXPONENT_BIAS, out=exponent)
+    exponent = exponents(largest) - margin
+    np.maximum(exponent, -EXPONENT_BIAS, out=exponent)
     unit = np.ldexp(np.float32(1), -exponent)
-    broken = blocks.is_broken(largest)
+    broken = is_broken(largest)
     if broken.any():
         magnitude[:, broken] = 0
-        exponent[broken] = blocks.NAN_EXPONENT - blocks.EXPONENT_BIAS
+        exponent[broken] = NAN_EXPONENT - EXPONENT_BIAS
     scaled = magnitude.view(np.float32)
     scaled *= unit
     codes = _round_codes(scaled, element)
     np.minimum(codes, 31, out=codes)
     code = codes.astype(np.uint8)
     code |= (bits >> np.uint32(26)).astype(np.uint8) & np.uint8(0x20)
-    out[0] = exponent + blocks.EXPONENT_BIAS
+    out[0] = exponent + EXPONENT_BIAS
     _pack_codes(code.reshape(8, 4, -1), out[1:].reshape(8, 3, -1))
 
 
@@ -156,7 +156,7 @@ def _unpack_codes(packed: Any) -> Any:
 
 def _decode_tile(packed: Any, element: ElementFormat) -> Any:
     code = _unpack_codes(np.ascontiguousarray(packed[1:]))
-    scale = blocks.scales(packed[0])
+    scale = scales(packed[0])
     if element is not E2M3:
         return element.values()[code] * scale
     # Eight times an E2M3 magnitude is the largest of three lines in its code: all within int8.

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import hypothesis.strategies as st
+import microexponents
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 
-from qaic_ray.emulator.numbers import blocks, microexponents, mxfp6, mxint8
+from qaic_ray.emulator import numbers
+from qaic_ray.emulator.numbers import kv_cache, mxfp6
 from qaic_ray.emulator.numbers.mxfp6 import CARD, E2M3, E3M2, OCP
 
 FORMATS = [(E2M3, CARD), (E2M3, OCP), (E3M2, OCP)]
@@ -29,7 +31,7 @@ def columns(element: Any, rule: str) -> Quantize:
 
 ROW_FORMATS: dict[str, tuple[Quantize, int]] = {
     **{name: (columns(*key), 32) for name, key in zip(FORMAT_IDS, FORMATS, strict=True)},
-    "MXINT8": (mxint8.quantize, 32),
+    "MXINT8": (kv_cache.quantize, 32),
     "MX9": (microexponents.MX9.quantize, 16),
     "MX6": (microexponents.MX6.quantize, 16),
     "MX4": (microexponents.MX4.quantize, 16),
@@ -160,7 +162,7 @@ def test_wide_weights_are_cut_into_pieces_without_a_seam() -> None:
 
 @given(x=rows(32))
 def test_mxint8_is_64ths_of_the_blocks_exponent(x: Any) -> None:
-    packed = mxint8.encode(x)
+    packed = kv_cache.encode(x)
     for row, (data,) in zip(x, packed, strict=True):
         largest = float(np.abs(row).max())
         exponent = floor_log2(largest) if largest else -127
@@ -222,6 +224,6 @@ def test_encoding_is_fast() -> None:
 
 def test_bytes_of_a_block() -> None:
     assert mxfp6.packed_shape(64, 3) == (2, 25, 3)
-    assert mxint8.BLOCK_BYTES == 33
+    assert kv_cache.BLOCK_BYTES == 33
     assert [f.block_bytes for f in (microexponents.MX9, microexponents.MX6)] == [18, 12]
-    assert blocks.NAN_EXPONENT == 255
+    assert numbers.NAN_EXPONENT == 255

@@ -1,12 +1,12 @@
 """MX9, MX6 and MX4 with shared microexponents, as in arXiv 2302.08007; for comparison only.
 
-A compiler's "mx6" is not this MX6 but MXFP6 (`mxfp6.py`). 16 values share an 8-bit exponent, each
+A compiler's "mx6" is not this MX6 but MXFP6 (`numbers/mxfp6.py`). 16 values share an 8-bit exponent, each
 pair of them a 1-bit one that shifts it down, and an element is a sign and `mantissa_bits` without
 a hidden bit: 9, 6 and 4 bits a value. Rounding is to nearest, ties to even, and saturates.
 
 Packed form of a block: the exponent byte, a byte with one bit a pair (pair 0 lowest), then the 16
-elements one after the other from the lowest bit on, magnitude first, then sign. `blocks.py` says
-what the paper leaves open.
+elements one after the other from the lowest bit on, magnitude first, then sign.
+`emulator.numbers` says what the paper leaves open.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import blocks
+from qaic_ray.emulator import numbers as blocks
 
 BLOCK = 16
 _PAIRS = 8
