@@ -7,11 +7,12 @@ with `past`'s first element.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from qaic_ray.emulator.container import QpcError, aicapi
+from qaic_ray.emulator.container.netdesc import Binding
 
 
 class NoMatchingDimension(Exception):
@@ -24,20 +25,6 @@ class ShapeError(Exception):
 
 def num_threads_of_environment() -> int:
     return 1
-
-
-class Binding(NamedTuple):
-    name: str
-    index: int
-    type: int
-    is_input: bool
-    dims: tuple[int, ...]
-    size: int
-    is_partial_buf_allowed: bool
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return np.dtype(np.float32 if self.type == aicapi.FLOAT_TYPE else np.int64)
 
 
 class CompiledProgram:

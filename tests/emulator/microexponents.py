@@ -1,6 +1,6 @@
 """MX9, MX6 and MX4 with shared microexponents, as in arXiv 2302.08007; for comparison only.
 
-A compiler's "mx6" is not this MX6 but MXFP6 (`numbers/mxfp6.py`). 16 values share an 8-bit exponent, each
+A compiler's "mx6" is not this MX6 but MXFP6 (`mxfp6.py`). 16 values share an 8-bit exponent, each
 pair of them a 1-bit one that shifts it down, and an element is a sign and `mantissa_bits` without
 a hidden bit: 9, 6 and 4 bits a value. Rounding is to nearest, ties to even, and saturates.
 

@@ -20,7 +20,6 @@ from typing import Sequence, Tuple
 import onnx
 
 from ..container import FILE_NAME
-from ..container.constants import ConstantError
 from ..folder import FolderError, current
 from ..lowering import graph
 from ..lowering.graph import GraphError
@@ -30,7 +29,7 @@ from . import configs
 from .argv import ArgvError, Options
 from .build import Build, Report
 from .configs import ConfigError, Partition
-from .storing import Precision
+from .weights import ConstantError, Precision
 
 VERSION_VARIABLE = "QAIC_EMULATOR_APPS_VERSION"
 

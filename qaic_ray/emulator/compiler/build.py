@@ -5,26 +5,42 @@ Knows what was asked for (`Build`), not how it was asked.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import struct
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from onnx import TensorProto
 
 from .. import lowering
 from ..container import QpcWriter, aicapi, netdesc, network
 from ..container.constants import ConstantsWriter
 from ..lowering import graph
+from ..lowering.dims import output_dims
 from ..lowering.graph import GraphError, State
 from ..lowering.view import NotLowered
 from ..numbers import kv_cache
-from . import shapes
 from .configs import Partition
-from .storing import Precision, store_weights
+from .weights import Precision, store_weights
+
+Dims = Tuple[int, ...]
 
 _MAX_JOINT_LENGTH = 16
 """A graph of joint rows has a kernel a token: with many tokens it is no longer the faster one."""
 
 _FLOATS = (aicapi.FLOAT_TYPE, aicapi.FLOAT_16_TYPE, aicapi.BFLOAT16_TYPE)
+_ONNX_TO_IO_TYPE = {
+    TensorProto.FLOAT: aicapi.FLOAT_TYPE,
+    TensorProto.FLOAT16: aicapi.FLOAT_16_TYPE,
+    TensorProto.BFLOAT16: aicapi.BFLOAT16_TYPE,
+    TensorProto.INT64: aicapi.INT64_I_TYPE,
+    TensorProto.INT32: aicapi.INT32_I_TYPE,
+    TensorProto.INT16: aicapi.INT16_Q_TYPE,
+    TensorProto.INT8: aicapi.INT8_TYPE,
+    TensorProto.BOOL: aicapi.INT8_TYPE,
+    TensorProto.UINT8: aicapi.UINT8_Q_TYPE,
+}
 _IO_TYPES = {
     "float": aicapi.FLOAT_TYPE,
     kv_cache.FLOAT16: aicapi.FLOAT_16_TYPE,
@@ -168,7 +184,7 @@ def _warnings(constants: ConstantsWriter) -> List[str]:
 
 def _describe(build: Build, model: Any, states: Mapping[str, State]) -> netdesc.Network:
     resolved = [_buffer_dims(build, model, symbols) for symbols in build.symbols]
-    largest = shapes.largest(resolved)
+    largest = _largest(resolved)
     varying = {name for name in largest if len({entry[name] for entry in resolved}) > 1}
     for name in varying & set(states):
         raise GraphError(f"Retained state '{name}' has different shapes in the specializations")
@@ -193,11 +209,9 @@ def _describe(build: Build, model: Any, states: Mapping[str, State]) -> netdesc.
     )
 
 
-def _buffer_dims(
-    build: Build, model: Any, symbols: Mapping[str, int]
-) -> Dict[str, Tuple[int, ...]]:
+def _buffer_dims(build: Build, model: Any, symbols: Mapping[str, int]) -> Dict[str, Dims]:
     """Dims of every buffer under one specialization; a packed one has its bytes as last axis."""
-    resolved = shapes.resolve(model, symbols, build.batch_size)
+    resolved = _resolve(model, symbols, build.batch_size)
     for name, kind in build.io_precisions.items():
         if kind == kv_cache.MXINT8 and name in resolved:
             *outer, width = resolved[name]
@@ -210,8 +224,82 @@ def _buffer_dims(
     return resolved
 
 
+def _binding_type(value: Any) -> int:
+    """The descriptor's type of a graph input or output.
+
+    Raises:
+        GraphError: for a type that a card does not have.
+    """
+    elem_type = value.type.tensor_type.elem_type
+    if elem_type not in _ONNX_TO_IO_TYPE:
+        name = TensorProto.DataType.Name(elem_type)
+        raise GraphError(f"Unsupported data type {name} of input or output '{value.name}'")
+    return _ONNX_TO_IO_TYPE[elem_type]
+
+
+def _resolve(
+    model: Any, symbols: Mapping[str, int], batch_size: Optional[int] = None
+) -> Dict[str, Dims]:
+    """Dims of every input and output under one specialization.
+
+    `batch_size` is the value of a first dimension that has none among the symbols.
+
+    Raises:
+        GraphError: where a dimension of an input has no value, or an output's cannot be inferred.
+    """
+    dims: Dict[str, Dims] = {}
+    if batch_size is not None:
+        symbols = dict(_leading(model, batch_size), **symbols)
+    for value in graph.inputs(model):
+        shape = _dims(value, symbols)
+        if -1 in shape:
+            raise GraphError(
+                f"Dynamic dimension {_symbol_names(value)} of input '{value.name}' has no value; "
+                "give it by -network-specialization-config or -onnx-define-symbol"
+            )
+        dims[value.name] = tuple(shape)
+    outputs = {o.name: _dims(o, symbols) for o in model.graph.output}
+    if any(-1 in shape or not shape for shape in outputs.values()):
+        # Exporters leave out an output's rank, or make names for its dims that nobody knows.
+        inferred = output_dims(model, dims)
+        outputs.update(
+            {n: list(inferred.get(n, [-1])) for n, s in outputs.items() if -1 in s or not s}
+        )
+    for name, shape in outputs.items():
+        if -1 in shape:
+            raise GraphError(f"The shape of output '{name}' cannot be inferred")
+        dims[name] = tuple(shape)
+    return dims
+
+
+def _leading(model: Any, batch_size: int) -> Dict[str, int]:
+    dims = [v.type.tensor_type.shape.dim for v in graph.inputs(model)]
+    return {d[0].dim_param: batch_size for d in dims if len(d) and d[0].dim_param}
+
+
+def _dims(value: Any, symbols: Mapping[str, int]) -> List[int]:
+    result = []
+    for dim in value.type.tensor_type.shape.dim:
+        if dim.HasField("dim_value"):
+            result.append(dim.dim_value)
+        else:
+            result.append(symbols.get(dim.dim_param, -1))
+    return result
+
+
+def _symbol_names(value: Any) -> str:
+    dims = value.type.tensor_type.shape.dim
+    names = [d.dim_param or "?" for d in dims if not d.HasField("dim_value")]
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def _largest(resolved: Sequence[Mapping[str, Dims]]) -> Dict[str, Dims]:
+    """Per input and output, the dims with the most elements of all specializations."""
+    return {name: max((dims[name] for dims in resolved), key=math.prod) for name in resolved[0]}
+
+
 def _io_type(build: Build, value: Any) -> int:
-    type_ = shapes.binding_type(value)
+    type_ = _binding_type(value)
     kind = build.io_precisions.get(value.name)
     return _IO_TYPES[kind] if kind is not None and type_ in _FLOATS else type_
 

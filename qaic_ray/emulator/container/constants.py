@@ -8,14 +8,13 @@ infinity), MatMul weights MXFP6 under `-mxfp6-matmul`; all come back as float32.
 from __future__ import annotations
 
 import math
-import os
 from typing import Any, Dict, List, NamedTuple, Tuple
 
 import numpy as np
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
 from ..numbers import mxfp6
-from . import CONSTANTS, QpcError, QpcWriter
+from . import QpcError, QpcWriter
 
 FLOAT16 = "float16"
 FLOAT32 = "float32"
@@ -24,11 +23,6 @@ KINDS = frozenset([FLOAT16, FLOAT32, MXFP6, "int64", "int32", "int16", "int8", "
 
 _ALIGN_BYTES = 64
 _PIECE = 1 << 22
-_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
-
-
-class ConstantError(Exception):
-    """A weight that cannot be read; the message says which and why."""
 
 
 class Constant(NamedTuple):
@@ -53,52 +47,8 @@ class Rounding(NamedTuple):
     num_overflows: int
 
 
-def is_float(tensor: Any) -> bool:
-    """Whether an initializer holds numbers that the precision flags round."""
-    return tensor.data_type in _FLOATS
-
-
-def open_initializer(tensor: Any, directory: str) -> Any:
-    """An initializer's array: a view of its bytes, memory-mapped where it is external.
-
-    bfloat16 comes as uint16.
-
-    Raises:
-        ConstantError: where the external file is missing, too short or outside of the folder.
-    """
-    if tensor.data_location != TensorProto.EXTERNAL:
-        if tensor.data_type == TensorProto.BFLOAT16 and tensor.raw_data:
-            return np.frombuffer(tensor.raw_data, np.uint16).reshape(tuple(tensor.dims))
-        return numpy_helper.to_array(tensor)
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    location = entries.get("location", "")
-    path = os.path.normpath(os.path.join(directory, location))
-    if os.path.isabs(location) or not path.startswith(os.path.normpath(directory) + os.sep):
-        raise ConstantError(
-            f"External data of '{tensor.name}' lies outside of the model's folder: {location}"
-        )
-    bfloat = tensor.data_type == TensorProto.BFLOAT16
-    dtype = np.dtype(np.uint16) if bfloat else helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    shape = tuple(tensor.dims)
-    needed = math.prod(shape) * dtype.itemsize
-    offset = int(entries.get("offset", 0))
-    try:
-        if os.path.getsize(path) < offset + needed:
-            raise ConstantError(
-                f"External data of '{tensor.name}' is too short: "
-                f"{path} needs {needed} bytes from {offset}"
-            )
-        if needed == 0:
-            return np.empty(shape, dtype)
-        return np.memmap(path, dtype, "r", offset, shape)
-    except OSError as error:
-        raise ConstantError(
-            f"External data of '{tensor.name}' cannot be read: {path} ({error.strerror})"
-        ) from error
-
-
 def to_float32(array: Any, data_type: int) -> Any:
-    """Float values of an array as `open_initializer` gives it; a view where it is one already."""
+    """Values of an array as float32 (bfloat16 comes as uint16); a view where it is one already."""
     if data_type == TensorProto.BFLOAT16 and array.dtype == np.uint16:
         return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
     with np.errstate(over="ignore"):
@@ -115,14 +65,6 @@ def to_float16(values: Any) -> Tuple[Any, Rounding]:
     if not np.isfinite(half).all():
         overflows = int(np.count_nonzero(np.isinf(half) & np.isfinite(values)))
     return half, Rounding(underflows, overflows)
-
-
-def replace_by_stub(tensor: Any, data_type: int) -> None:
-    """Leave an initializer's name and shape, and that its bytes are a constant of the program."""
-    stub = TensorProto(name=tensor.name, data_type=data_type, dims=tensor.dims)
-    stub.data_location = TensorProto.EXTERNAL
-    stub.external_data.add(key="location", value=CONSTANTS)
-    tensor.CopyFrom(stub)
 
 
 class ConstantsWriter:

@@ -11,17 +11,14 @@ activations between operators to float16, and the order of sums inside a card.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
-from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
-from ..compiler.shapes import ITEM_BYTES
 from ..lowering.gqa import joint_length
 from ..lowering.lowered import LoweredState, Probe, Runner
 from ..lowering.view import ORT_ERRORS
@@ -41,19 +38,6 @@ from .weights import Weights, packs_into_its_own_memory
 
 _log = logging.getLogger(__name__)
 
-_DTYPES = {
-    aicapi.FLOAT_TYPE: np.dtype(np.float32),
-    aicapi.FLOAT_16_TYPE: np.dtype(np.float16),
-    aicapi.BFLOAT16_TYPE: np.dtype(np.float16),
-    aicapi.INT8_Q_TYPE: np.dtype(np.int8),
-    aicapi.UINT8_Q_TYPE: np.dtype(np.uint8),
-    aicapi.INT16_Q_TYPE: np.dtype(np.int16),
-    aicapi.INT32_Q_TYPE: np.dtype(np.int32),
-    aicapi.INT32_I_TYPE: np.dtype(np.int32),
-    aicapi.INT64_I_TYPE: np.dtype(np.int64),
-    aicapi.INT8_TYPE: np.dtype(np.int8),
-}
-
 
 class NoMatchingDimension(Exception):
     """The shapes of one run are not those of any specialization."""
@@ -65,24 +49,6 @@ class ShapeError(Exception):
 
 class ExecutionError(ShapeError):
     """The graph cannot compute these values, for example a token beyond the vocabulary."""
-
-
-@dataclass(frozen=True)
-class Binding:
-    """A buffer of a program; `dims` and `size` (bytes) are those of the largest specialization."""
-
-    name: str
-    index: int
-    type: int
-    is_input: bool
-    dims: Tuple[int, ...]
-    size: int
-    is_partial_buf_allowed: bool
-
-    @property
-    def dtype(self) -> Any:
-        """The numpy dtype of the buffer's elements."""
-        return _DTYPES[self.type]
 
 
 class CompiledProgram:
@@ -111,7 +77,7 @@ class CompiledProgram:
         self.states = self.program.states
         self.graphs = self.program.graphs
         self.allowed_shapes = described.allowed_shapes
-        self.bindings = _bindings(described)
+        self.bindings = described.bindings()
         self._check_states()
         self.constants_bytes = len(container.segment(CONSTANTS))
         kept = set(self.states.values())
@@ -160,26 +126,6 @@ class CompiledProgram:
             for type_, dims in shapes:
                 entry.shapes.add(type=type_, dims=dims)
         return bytes(desc.SerializeToString())
-
-
-def _bindings(described: netdesc.Network) -> Tuple[Binding, ...]:
-    result = []
-    for index, io in enumerate(described.inputs + described.outputs):
-        if io.type not in _DTYPES:
-            raise QpcError(f"binding '{io.name}' has the unknown type {io.type}")
-        size = ITEM_BYTES[io.type] * math.prod(io.dims)
-        result.append(
-            Binding(
-                io.name,
-                index,
-                io.type,
-                index < len(described.inputs),
-                io.dims,
-                size,
-                io.is_partial_buf_allowed,
-            )
-        )
-    return tuple(result)
 
 
 def num_threads_of_environment() -> int:

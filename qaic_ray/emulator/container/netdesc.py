@@ -6,15 +6,32 @@ open runtime's version 9.0; only the fields that we write are named, others are 
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
+import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-from . import QpcError
+from . import QpcError, aicapi
 
 MAJOR_VERSION = 9
 _PACKAGE = "aicnwdesc"
+
+DTYPES: Dict[int, np.dtype[Any]] = {
+    aicapi.FLOAT_TYPE: np.dtype(np.float32),
+    aicapi.FLOAT_16_TYPE: np.dtype(np.float16),
+    aicapi.BFLOAT16_TYPE: np.dtype(np.float16),
+    aicapi.INT8_Q_TYPE: np.dtype(np.int8),
+    aicapi.UINT8_Q_TYPE: np.dtype(np.uint8),
+    aicapi.INT16_Q_TYPE: np.dtype(np.int16),
+    aicapi.INT32_Q_TYPE: np.dtype(np.int32),
+    aicapi.INT32_I_TYPE: np.dtype(np.int32),
+    aicapi.INT64_I_TYPE: np.dtype(np.int64),
+    aicapi.INT8_TYPE: np.dtype(np.int8),
+}
+"""Element type of a buffer -> numpy dtype; numpy has no bfloat16."""
 
 # Message -> {field: (number, type)}; a leading * means repeated.
 _MESSAGES: Dict[str, Dict[str, Tuple[int, str]]] = {
@@ -48,6 +65,24 @@ _MESSAGES: Dict[str, Dict[str, Tuple[int, str]]] = {
 }
 
 
+@dataclass(frozen=True)
+class Binding:
+    """A buffer of a program; `dims` and `size` (bytes) are those of the largest specialization."""
+
+    name: str
+    index: int
+    type: int
+    is_input: bool
+    dims: Tuple[int, ...]
+    size: int
+    is_partial_buf_allowed: bool
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The numpy dtype of the buffer's elements."""
+        return DTYPES[self.type]
+
+
 class Io(NamedTuple):
     """One input or output: `dims` and `type` as a program sees them."""
 
@@ -66,6 +101,22 @@ class Network(NamedTuple):
     num_cores: int
     batch_size: int
     allowed_shapes: Tuple[Tuple[Tuple[int, Tuple[int, ...]], ...], ...]
+
+    def bindings(self) -> Tuple[Binding, ...]:
+        """The buffers in order.
+
+        Raises:
+            QpcError: where one has a type that this SDK does not know.
+        """
+        result = []
+        for index, io in enumerate(self.inputs + self.outputs):
+            if io.type not in DTYPES:
+                raise QpcError(f"binding '{io.name}' has the unknown type {io.type}")
+            is_input = index < len(self.inputs)
+            size = DTYPES[io.type].itemsize * math.prod(io.dims)
+            partial = io.is_partial_buf_allowed
+            result.append(Binding(io.name, index, io.type, is_input, io.dims, size, partial))
+        return tuple(result)
 
 
 def _add_field(message: Any, name: str, number: int, type_name: str) -> None:

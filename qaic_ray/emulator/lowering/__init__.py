@@ -21,7 +21,6 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ..container.constants import replace_by_stub
 from ..numbers import kv_cache
 from . import attention, rotary
 from .gqa import (
@@ -38,7 +37,7 @@ from .gqa import (
     kernel_node,
     token_name,
 )
-from .graph import State, expand, has_subgraphs
+from .graph import State, expand, has_subgraphs, replace_by_stub
 from .view import GraphView, NotLowered
 
 INPUT_IDS = "input_ids"

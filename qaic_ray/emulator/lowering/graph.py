@@ -13,13 +13,14 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, TensorProto, helper
 
-from ..container.constants import FLOAT16, replace_by_stub
 from ..numbers import kv_cache
 from . import cardops
 
 RETAINED_SUFFIX = "_RetainedState"
 
-_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+# Only that it is external counts; the table of constants says where each tensor lies.
+_STUB_LOCATION = "constants.bin"
 INLINE_ELEMENTS = 64
 """Tensors of fewer elements stay in the graph."""
 
@@ -88,6 +89,14 @@ def _take_constants_out(model: Any) -> None:
                 tensor.name = node.output[0]
                 graph.initializer.append(tensor)
                 del graph.node[index]
+
+
+def replace_by_stub(tensor: Any, data_type: int) -> None:
+    """Leave an initializer's name and shape, and that its bytes are a constant of the program."""
+    stub = TensorProto(name=tensor.name, data_type=data_type, dims=tensor.dims)
+    stub.data_location = TensorProto.EXTERNAL
+    stub.external_data.add(key="location", value=_STUB_LOCATION)
+    tensor.CopyFrom(stub)
 
 
 def has_subgraphs(model: Any) -> bool:
@@ -218,13 +227,13 @@ def inputs(model: Any) -> List[Any]:
 def is_float_input(model: Any, name: str) -> bool:
     """Whether an input holds floating point."""
     elem_types = {i.name: i.type.tensor_type.elem_type for i in inputs(model)}
-    return elem_types[name] in _FLOATS
+    return elem_types[name] in FLOATS
 
 
 def compute_kind(value: Any) -> str:
     """Numpy name of the dtype that an input is computed in."""
     elem_type = value.type.tensor_type.elem_type
-    if elem_type in _FLOATS:
+    if elem_type in FLOATS:
         return "float32"
     return str(helper.tensor_dtype_to_np_dtype(elem_type).name)
 
@@ -261,7 +270,7 @@ def narrow_lookups(model: Any, kinds: Dict[str, str]) -> None:
     tables = [
         t
         for t in graph.initializer
-        if kinds.get(t.name) == FLOAT16
+        if kinds.get(t.name) == kv_cache.FLOAT16
         and math.prod(t.dims) >= _LARGE_TABLE
         and None not in readers.get(t.name, [None])
     ]

@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, List, Tuple, Union
+from typing import Any, Iterable, List, Tuple, Union
 
 import numpy as np
 
-from ..container import aicapi
+from ..container.netdesc import Binding
 from .types import BufferIoTypeEnum, QAicBufferDataTypeEnum, incompatible, to_uint
-
-NUMPY_TYPES: Dict[int, np.dtype[Any]] = {
-    aicapi.FLOAT_TYPE: np.dtype(np.float32),
-    aicapi.FLOAT_16_TYPE: np.dtype(np.float16),
-    aicapi.INT8_Q_TYPE: np.dtype(np.int8),
-    aicapi.UINT8_Q_TYPE: np.dtype(np.uint8),
-    aicapi.INT16_Q_TYPE: np.dtype(np.int16),
-    aicapi.INT32_Q_TYPE: np.dtype(np.int32),
-    aicapi.INT32_I_TYPE: np.dtype(np.int32),
-    aicapi.INT64_I_TYPE: np.dtype(np.int64),
-    aicapi.INT8_TYPE: np.dtype(np.int8),
-    aicapi.BFLOAT16_TYPE: np.dtype(np.float16),
-}
 
 
 class QBuffer(np.ndarray):
@@ -92,47 +79,14 @@ class BufferMapping:
     dataType: QAicBufferDataTypeEnum
 
 
-@dataclass(frozen=True)
-class Slot:
-    """One binding of a program, ready for use."""
-
-    index: int
-    name: str
-    type_code: int
-    dtype: np.dtype[Any]
-    dims: Tuple[int, ...]
-    size: int
-    is_input: bool
-    is_partial_buf_allowed: bool
-
-    @property
-    def mapping(self) -> BufferMapping:
-        """The vendor's form of it."""
-        directions = BufferIoTypeEnum
-        return BufferMapping(
-            self.name,
-            self.index,
-            directions.BUFFER_IO_TYPE_INPUT if self.is_input else directions.BUFFER_IO_TYPE_OUTPUT,
-            self.size,
-            self.is_partial_buf_allowed,
-            QAicBufferDataTypeEnum(self.type_code),
-        )
-
-
-def slots_of(io_descriptor: bytes) -> List[Slot]:
-    """The bindings of a serialized `IoDesc`, in order."""
-    descriptor = aicapi.IoDesc()
-    descriptor.ParseFromString(io_descriptor)
-    return [
-        Slot(
-            index=binding.index,
-            name=binding.name,
-            type_code=binding.type,
-            dtype=NUMPY_TYPES[binding.type],
-            dims=tuple(binding.dims),
-            size=binding.size,
-            is_input=binding.dir == aicapi.BUFFER_IO_TYPE_INPUT,
-            is_partial_buf_allowed=binding.is_partial_buf_allowed,
-        )
-        for binding in descriptor.selected_set.bindings
-    ]
+def mapping_of(binding: Binding) -> BufferMapping:
+    """The vendor's form of a binding."""
+    directions = BufferIoTypeEnum
+    return BufferMapping(
+        binding.name,
+        binding.index,
+        directions.BUFFER_IO_TYPE_INPUT if binding.is_input else directions.BUFFER_IO_TYPE_OUTPUT,
+        binding.size,
+        binding.is_partial_buf_allowed,
+        QAicBufferDataTypeEnum(binding.type),
+    )

@@ -10,7 +10,8 @@ from typing import Any, List, Optional, Tuple
 
 from ..card import Card, Machine, NoDevice, timing
 from ..container import QpcError
-from .buffers import BufferMapping, slots_of
+from ..container.netdesc import Binding
+from .buffers import BufferMapping, mapping_of
 from .types import QDevStatus, QIDList, QLogLevel, QStatus, incompatible
 
 _ids = itertools.count()
@@ -140,8 +141,8 @@ class Qpc:
         except QpcError as error:
             raise init_error("QpcObj:", f"Failed to open QPC: {error}") from error
         self._io_descriptor: bytes = self.contents.io_descriptor()
-        self.slots = slots_of(self._io_descriptor)
-        self.name_to_slot = {slot.name: slot for slot in self.slots}
+        self.bindings: Tuple[Binding, ...] = self.contents.bindings
+        self.name_to_binding = {binding.name: binding for binding in self.bindings}
 
     def getIoDescriptor(self) -> Tuple[QStatus, bytes]:
         """Status and the serialized `IoDesc`."""
@@ -149,15 +150,16 @@ class Qpc:
 
     def getBufferMappings(self) -> List[BufferMapping]:
         """The buffers of the program, inputs first."""
-        return [slot.mapping for slot in self.slots]
+        return [mapping_of(binding) for binding in self.bindings]
 
     def getInfo(self) -> QpcInfo:
         """Name, cores, size and buffers."""
         contents = self.contents
+        first = self.bindings[0].dims if self.bindings else ()
         return QpcInfo(
             name=contents.name,
             numCores=contents.num_cores,
             size=contents.constants_bytes,
-            batchSize=self.slots[0].dims[0] if self.slots and self.slots[0].dims else 1,
+            batchSize=first[0] if first else 1,
             bufferMappings=self.getBufferMappings(),
         )

@@ -15,7 +15,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 
 from ..card import faults
-from .buffers import BufferDimensionsVecRef, Dimensions, QBuffer, Slot
+from ..container.netdesc import Binding
+from .buffers import BufferDimensionsVecRef, Dimensions, QBuffer
 from .context import Context, init_error
 from .inference import Inference
 from .program import Lane, Program
@@ -45,14 +46,14 @@ class ExecObj:
         self.context = context
         self.program = program
         self.lane: Lane = program.lanes[lane]
-        slots = program.qpc.slots
-        self._slots = slots
-        self._buffers: List[Any] = [None] * len(slots)
-        self._dims: List[Optional[Dimensions]] = [None] * len(slots)
+        bindings = program.qpc.bindings
+        self._bindings = bindings
+        self._buffers: List[Any] = [None] * len(bindings)
+        self._dims: List[Optional[Dimensions]] = [None] * len(bindings)
         self._inputs: Dict[str, np.ndarray] = {}
         self._outputs: Dict[str, Tuple[int, ...]] = {}
         self._targets: Dict[str, np.ndarray] = {}
-        self._wirings: List[Tuple[Slot, Wiring]] = []
+        self._wirings: List[Tuple[Binding, Wiring]] = []
         self._mismatched: Dict[str, str] = {}
         self._last: Optional[Inference] = None
 
@@ -75,104 +76,104 @@ class ExecObj:
             if self.context.machine.folder.version < (1, 20) or dimensions is not None:
                 raise incompatible("setData")
             return self._set_listed(buffers)
-        count = len(self._slots)
+        count = len(self._bindings)
         dims: Sequence[Optional[Dimensions]] = [None] * count if dimensions is None else dimensions
         if len(buffers) != count or len(dims) != count:
             self.context.log.failure(f"setData: {len(buffers)} buffers for {count} bindings")
             return QStatus.QS_INVAL
-        for slot, buffer, dim in zip(self._slots, buffers, dims):
-            index = slot.index
+        for binding, buffer, dim in zip(self._bindings, buffers, dims):
+            index = binding.index
             if buffer is self._buffers[index] and dim is self._dims[index]:
                 continue
             if not isinstance(buffer, QBuffer):
                 raise incompatible("setData")
-            if not self._set_slot(slot, buffer, dim):
+            if not self._set_binding(binding, buffer, dim):
                 return QStatus.QS_ERROR
         return QStatus.QS_SUCCESS
 
-    def _set_slot(self, slot: Slot, buffer: QBuffer, dim: Optional[Dimensions]) -> bool:
+    def _set_binding(self, binding: Binding, buffer: QBuffer, dim: Optional[Dimensions]) -> bool:
         """Use `buffer` for a binding; False where it does not fit."""
         num_bytes = buffer.size
         if num_bytes == 0 or (dim is not None and 0 in dim[1]):
-            if dim is None and not slot.is_partial_buf_allowed:
-                self.context.log.failure(f"Partial buffer not allowed for: {slot.name}")
+            if dim is None and not binding.is_partial_buf_allowed:
+                self.context.log.failure(f"Partial buffer not allowed for: {binding.name}")
                 return False
-            self._forget(slot)
-        elif num_bytes > slot.size:
-            self._reject(slot, num_bytes, slot.size)
+            self._forget(binding)
+        elif num_bytes > binding.size:
+            self._reject(binding, num_bytes, binding.size)
             return False
         elif dim is None:
-            whole = self._whole(slot, buffer)
+            whole = self._whole(binding, buffer)
             if whole is None:
                 return False
             buffer = whole
-            self._use(slot, buffer, slot.dims, slot.dtype.itemsize)
+            self._use(binding, buffer, binding.dims, binding.dtype.itemsize)
         else:
             element_bytes, shape = dim
             expected = element_bytes * math.prod(shape)
             if num_bytes != expected:
-                self._reject(slot, num_bytes, expected)
+                self._reject(binding, num_bytes, expected)
                 return False
-            self._use(slot, buffer, tuple(shape), element_bytes)
-        self._buffers[slot.index] = buffer
-        self._dims[slot.index] = dim
+            self._use(binding, buffer, tuple(shape), element_bytes)
+        self._buffers[binding.index] = buffer
+        self._dims[binding.index] = dim
         return True
 
-    def _whole(self, slot: Slot, buffer: QBuffer) -> Optional[QBuffer]:
+    def _whole(self, binding: Binding, buffer: QBuffer) -> Optional[QBuffer]:
         """The bytes on the card after `buffer`, which may be shorter, was sent to it."""
-        if buffer.size == slot.size:
+        if buffer.size == binding.size:
             return buffer
-        if not slot.is_partial_buf_allowed:
-            self.context.log.failure(f"Partial buffer not allowed for: {slot.name}")
+        if not binding.is_partial_buf_allowed:
+            self.context.log.failure(f"Partial buffer not allowed for: {binding.name}")
             return None
-        before = self._buffers[slot.index]
-        keeps = before is not None and before.size == slot.size
-        whole = QBuffer(np.array(before) if keeps else np.zeros(slot.size, np.uint8))
+        before = self._buffers[binding.index]
+        keeps = before is not None and before.size == binding.size
+        whole = QBuffer(np.array(before) if keeps else np.zeros(binding.size, np.uint8))
         whole[: buffer.size] = buffer
         return whole
 
-    def _reject(self, slot: Slot, num_bytes: int, expected: int) -> None:
+    def _reject(self, binding: Binding, num_bytes: int, expected: int) -> None:
         self.context.log.failure(
-            f"Unexpected buffer size at index {slot.index}, buffer size {num_bytes}, "
+            f"Unexpected buffer size at index {binding.index}, buffer size {num_bytes}, "
             f"expected size {expected}"
         )
 
-    def _forget(self, slot: Slot) -> None:
+    def _forget(self, binding: Binding) -> None:
         for table in (self._inputs, self._outputs, self._targets, self._mismatched):
-            table.pop(slot.name, None)
-        if slot.is_input and not slot.is_partial_buf_allowed:
-            self._mismatched[slot.name] = f"Partial buffer not allowed for: {slot.name}"
+            table.pop(binding.name, None)
+        if binding.is_input and not binding.is_partial_buf_allowed:
+            self._mismatched[binding.name] = f"Partial buffer not allowed for: {binding.name}"
 
     def _use(
-        self, slot: Slot, data: np.ndarray, shape: Tuple[int, ...], element_bytes: int
+        self, binding: Binding, data: np.ndarray, shape: Tuple[int, ...], element_bytes: int
     ) -> None:
-        self._forget(slot)
-        self._mismatched.pop(slot.name, None)
-        if element_bytes != slot.dtype.itemsize:
-            self._mismatched[slot.name] = "No matching dimension found"
-        elif slot.is_input:
-            self._inputs[slot.name] = data.view(np.ndarray).view(slot.dtype).reshape(shape)
+        self._forget(binding)
+        self._mismatched.pop(binding.name, None)
+        if element_bytes != binding.dtype.itemsize:
+            self._mismatched[binding.name] = "No matching dimension found"
+        elif binding.is_input:
+            self._inputs[binding.name] = data.view(np.ndarray).view(binding.dtype).reshape(shape)
         else:
-            self._outputs[slot.name] = shape
+            self._outputs[binding.name] = shape
 
     def _set_listed(self, entries: Sequence[Tuple[int, np.ndarray]]) -> QStatus:
         for index, array in self._checked(entries, "setData"):
-            slot = self._slots[index]
+            binding = self._bindings[index]
             if not array.flags.c_contiguous:
                 raise incompatible("setData")
-            if array.nbytes > slot.size:
-                self._reject(slot, array.nbytes, slot.size)
+            if array.nbytes > binding.size:
+                self._reject(binding, array.nbytes, binding.size)
                 return QStatus.QS_ERROR
             self._buffers[index] = self._dims[index] = None
             if array.size == 0:
-                self._forget(slot)
+                self._forget(binding)
                 continue
-            if not slot.is_input and not array.flags.writeable:
+            if not binding.is_input and not array.flags.writeable:
                 raise incompatible("setData")
             shape = array.shape or (1,)
-            self._use(slot, array.reshape(-1).view(np.uint8), shape, array.itemsize)
-            if not slot.is_input:
-                self._targets[slot.name] = array
+            self._use(binding, array.reshape(-1).view(np.uint8), shape, array.itemsize)
+            if not binding.is_input:
+                self._targets[binding.name] = array
         return QStatus.QS_SUCCESS
 
     def _checked(
@@ -184,7 +185,7 @@ class ExecObj:
             index, array = entry
             if not isinstance(array, np.ndarray):
                 raise incompatible(call)
-            if to_uint(index, call) >= len(self._slots):
+            if to_uint(index, call) >= len(self._bindings):
                 raise incompatible(call)
         return list(entries)
 
@@ -207,15 +208,15 @@ class ExecObj:
         values = {name: to_uint(value, "setDataWithSlices") for name, value in parameters}
         whole = []
         for index, array in self._checked(buffers, "setDataWithSlices"):
-            slot = self._slots[index]
-            spec = handle.find(slot.name)
+            binding = self._bindings[index]
+            spec = handle.find(binding.name)
             if spec is None or array.size == 0:
                 whole.append((index, array))
                 continue
             try:
-                self._wirings.append((slot, wire(spec, array, slot.dims, values)))
+                self._wirings.append((binding, wire(spec, array, binding.dims, values)))
             except SpecError as error:
-                self.context.log.failure(f"{slot.name}: {error}")
+                self.context.log.failure(f"{binding.name}: {error}")
                 return QStatus.QS_INVAL, None
         return self._set_listed(whole), handle
 
@@ -223,7 +224,7 @@ class ExecObj:
         """Run one inference and wait for it, on `buffers` when given."""
         if buffers is not None:
             known = [dim for dim in self._dims if dim is not None]
-            is_complete = len(known) == len(self._slots)
+            is_complete = len(known) == len(self._bindings)
             status = self.setData(buffers, BufferDimensionsVecRef(known) if is_complete else None)
             if status is not QStatus.QS_SUCCESS:
                 return status
@@ -277,11 +278,11 @@ class ExecObj:
             return QStatus.QS_INVAL, []
         results = self._last.results
         buffers = []
-        for slot, given in zip(self._slots, self._buffers):
-            if slot.is_input:
+        for binding, given in zip(self._bindings, self._buffers):
+            if binding.is_input:
                 buffers.append(_EMPTY if given is None else given)
             else:
-                result = results.get(slot.name)
+                result = results.get(binding.name)
                 buffers.append(_EMPTY if result is None else QBuffer(result))
         return self._last.status, buffers
 

@@ -13,7 +13,7 @@ import numpy as np
 from ..card import ERROR, faults
 from ..card.faults import Firing
 from ..card.timing import Stopwatch
-from .buffers import Slot
+from ..container.netdesc import Binding
 from .program import RETAINED_SUFFIX, Lane, Program
 from .slicing import Wiring
 from .types import QStatus
@@ -29,7 +29,7 @@ class Inference:
         *,
         inputs: Dict[str, np.ndarray],
         outputs: Dict[str, Tuple[int, ...]],
-        wirings: Sequence[Tuple[Slot, Wiring]],
+        wirings: Sequence[Tuple[Binding, Wiring]],
         refusal: Optional[str],
     ) -> None:
         self.status = QStatus.QS_ERROR
@@ -87,9 +87,11 @@ class Inference:
         inputs, wanted = dict(self._inputs), dict(self._outputs)
         inputs.update(self._patched())
         mirrored = self._lane.mirrored
-        wanted.update((slot.name, slot.dims) for slot, _ in self._wirings if not slot.is_input)
+        wanted.update(
+            (binding.name, binding.dims) for binding, _ in self._wirings if not binding.is_input
+        )
         for name in mirrored:
-            output = self._program.qpc.name_to_slot[name + RETAINED_SUFFIX]
+            output = self._program.qpc.name_to_binding[name + RETAINED_SUFFIX]
             wanted.setdefault(output.name, output.dims)
         try:
             results = self._lane.activation.run(inputs, wanted)
@@ -98,9 +100,9 @@ class Inference:
             return QStatus.QS_ERROR
         for name in mirrored:
             mirrored[name] = results[name + RETAINED_SUFFIX]
-        for slot, wiring in self._wirings:
-            if not slot.is_input:
-                part = results[slot.name][wiring.card]
+        for binding, wiring in self._wirings:
+            if not binding.is_input:
+                part = results[binding.name][wiring.card]
                 wiring.array[wiring.host] = part.view(wiring.array.dtype)
         self.results = {name: results[name] for name in self._outputs}
         return QStatus.QS_SUCCESS
@@ -108,14 +110,14 @@ class Inference:
     def _patched(self) -> Dict[str, np.ndarray]:
         """Retained inputs that slices are written into, whole."""
         patched: Dict[str, np.ndarray] = {}
-        for slot, wiring in self._wirings:
-            if not slot.is_input:
+        for binding, wiring in self._wirings:
+            if not binding.is_input:
                 continue
-            if slot.name not in patched:
-                given = self._inputs.get(slot.name, self._lane.mirrored.get(slot.name))
-                zero = np.zeros(slot.dims, slot.dtype)
-                patched[slot.name] = zero if given is None else np.array(given)
-            patched[slot.name][wiring.card] = wiring.array[wiring.host].view(slot.dtype)
+            if binding.name not in patched:
+                given = self._inputs.get(binding.name, self._lane.mirrored.get(binding.name))
+                zero = np.zeros(binding.dims, binding.dtype)
+                patched[binding.name] = zero if given is None else np.array(given)
+            patched[binding.name][wiring.card] = wiring.array[wiring.host].view(binding.dtype)
         return patched
 
     def _suffer(self, fired: List[Firing]) -> QStatus:

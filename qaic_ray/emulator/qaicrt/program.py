@@ -245,7 +245,7 @@ class Program:
         if any(lane.has_run for lane in self.lanes):
             self.context.log.failure("Slicing specs must be made before the first inference")
             return QStatus.QS_UNSUPPORTED, None
-        known = self.qpc.name_to_slot
+        known = self.qpc.name_to_binding
         self._mirrored += [n for n in known if n + RETAINED_SUFFIX in known and handle.find(n)]
         for lane in self.lanes:
             lane.mirrored = dict.fromkeys(self._mirrored)
