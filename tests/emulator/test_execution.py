@@ -16,13 +16,13 @@ from tiny_llama import NumpyLlama, TinyLlama
 
 from qaic_ray.emulator import compiler
 from qaic_ray.emulator.container import aicapi, execution
+from qaic_ray.emulator.container.constants import Weights, packs_into_its_own_memory
 from qaic_ray.emulator.container.execution import (
     CompiledProgram,
     LoadedProgram,
     NoMatchingDimension,
     ShapeError,
 )
-from qaic_ray.emulator.container.weights import Weights, packs_into_its_own_memory
 from qaic_ray.emulator.numbers import kv_cache, mxfp6
 
 PRECISIONS = {

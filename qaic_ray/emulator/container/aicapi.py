@@ -12,7 +12,7 @@ order, and is empty when there is only one.
 
 from __future__ import annotations
 
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.internal import enum_type_wrapper
@@ -73,45 +73,50 @@ _MESSAGES: Dict[str, Dict[str, Tuple[int, str]]] = {
 }
 
 
-def _fill_field(field: Any, number: int, type_name: str) -> None:
+Fields = Dict[str, Tuple[int, str]]
+
+
+def message_pool(
+    file_name: str,
+    package: str,
+    messages: Dict[str, Fields],
+    enums: Optional[Dict[str, Dict[str, int]]] = None,
+) -> Any:
+    """A descriptor pool with one proto3 file: message -> fields, enum -> values."""
+    enums = enums or {}
     kinds = descriptor_pb2.FieldDescriptorProto
-    repeated = type_name.startswith("*")
-    type_name = type_name.lstrip("*")
-    field.number = number
-    field.label = kinds.LABEL_REPEATED if repeated else kinds.LABEL_OPTIONAL
-    if type_name in _ENUMS:
-        field.type, field.type_name = kinds.TYPE_ENUM, f".{_PACKAGE}.{type_name}"
-    elif type_name in _MESSAGES:
-        field.type, field.type_name = kinds.TYPE_MESSAGE, f".{_PACKAGE}.{type_name}"
-    else:
-        field.type = getattr(kinds, f"TYPE_{type_name.upper()}")
-
-
-def _schema() -> Any:
-    file = descriptor_pb2.FileDescriptorProto(
-        name="QAicApi.proto", package=_PACKAGE, syntax="proto3"
-    )
-    for enum_name, values in _ENUMS.items():
+    file = descriptor_pb2.FileDescriptorProto(name=file_name, package=package, syntax="proto3")
+    for enum_name, values in enums.items():
         enum = file.enum_type.add(name=enum_name)
         for name, number in values.items():
             enum.value.add(name=name, number=number)
-    for message_name, fields in _MESSAGES.items():
+    for message_name, fields in messages.items():
         message = file.message_type.add(name=message_name)
         for name, (number, type_name) in fields.items():
-            _fill_field(message.field.add(name=name), number, type_name)
-    return file
+            field = message.field.add(name=name, number=number)
+            repeated = type_name.startswith("*")
+            field.label = kinds.LABEL_REPEATED if repeated else kinds.LABEL_OPTIONAL
+            type_name = type_name.lstrip("*")
+            if type_name in enums or type_name in messages:
+                field.type = kinds.TYPE_ENUM if type_name in enums else kinds.TYPE_MESSAGE
+                field.type_name = f".{package}.{type_name}"
+            else:
+                field.type = getattr(kinds, f"TYPE_{type_name.upper()}")
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(file.SerializeToString())
+    return pool
 
 
-def _message_class(pool: Any, name: str) -> Any:
-    descriptor = pool.FindMessageTypeByName(f"{_PACKAGE}.{name}")
+def message_class(pool: Any, name: str) -> Any:
+    """The class of a message by its full name."""
+    descriptor = pool.FindMessageTypeByName(name)
     get_class = getattr(message_factory, "GetMessageClass", None)
     if get_class is None:  # before protobuf 4.22
         get_class = message_factory.MessageFactory(pool).GetPrototype  # type: ignore[attr-defined]
     return get_class(descriptor)
 
 
-_pool = descriptor_pool.DescriptorPool()
-_pool.AddSerializedFile(_schema().SerializeToString())
+_pool = message_pool("QAicApi.proto", _PACKAGE, _MESSAGES, _ENUMS)
 DESCRIPTOR = _pool.FindFileByName("QAicApi.proto")
 
 
@@ -136,11 +141,11 @@ INT8_TYPE = 8
 BFLOAT16_TYPE = 11
 TYPE_INVALID = 0xFF
 
-DmaBufInfo = _message_class(_pool, "DmaBufInfo")
-TensorShape = _message_class(_pool, "TensorShape")
-IoShapes = _message_class(_pool, "IoShapes")
-IoBinding = _message_class(_pool, "IoBinding")
-IoSet = _message_class(_pool, "IoSet")
-RuntimeConstants = _message_class(_pool, "RuntimeConstants")
-DmaBuf = _message_class(_pool, "DmaBuf")
-IoDesc = _message_class(_pool, "IoDesc")
+DmaBufInfo = message_class(_pool, "aicapi.DmaBufInfo")
+TensorShape = message_class(_pool, "aicapi.TensorShape")
+IoShapes = message_class(_pool, "aicapi.IoShapes")
+IoBinding = message_class(_pool, "aicapi.IoBinding")
+IoSet = message_class(_pool, "aicapi.IoSet")
+RuntimeConstants = message_class(_pool, "aicapi.RuntimeConstants")
+DmaBuf = message_class(_pool, "aicapi.DmaBuf")
+IoDesc = message_class(_pool, "aicapi.IoDesc")

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
-from ..lowering.gqa import joint_length
+from ..lowering.attention import joint_length
 from ..lowering.lowered import LoweredState, Probe, Runner
 from ..lowering.view import ORT_ERRORS
 from ..numbers import kv_cache
@@ -34,7 +34,7 @@ from . import (
     netdesc,
     network,
 )
-from .weights import Weights, packs_into_its_own_memory
+from .constants import Weights, packs_into_its_own_memory
 
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from . import QpcError, aicapi
@@ -119,35 +118,9 @@ class Network(NamedTuple):
         return tuple(result)
 
 
-def _add_field(message: Any, name: str, number: int, type_name: str) -> None:
-    kinds = descriptor_pb2.FieldDescriptorProto
-    field = message.field.add(name=name, number=number)
-    field.label = kinds.LABEL_REPEATED if type_name.startswith("*") else kinds.LABEL_OPTIONAL
-    type_name = type_name.lstrip("*")
-    if type_name in _MESSAGES:
-        field.type, field.type_name = kinds.TYPE_MESSAGE, f".{_PACKAGE}.{type_name}"
-    else:
-        field.type = getattr(kinds, "TYPE_" + type_name.upper())
-
-
-def _descriptor_class() -> Any:
-    file = descriptor_pb2.FileDescriptorProto(
-        name="networkdesc.proto", package=_PACKAGE, syntax="proto3"
-    )
-    for message_name, fields in _MESSAGES.items():
-        message = file.message_type.add(name=message_name)
-        for name, (number, type_name) in fields.items():
-            _add_field(message, name, number, type_name)
-    pool = descriptor_pool.DescriptorPool()
-    pool.AddSerializedFile(file.SerializeToString())
-    descriptor = pool.FindMessageTypeByName(_PACKAGE + ".networkDescriptor")
-    if hasattr(message_factory, "GetMessageClass"):
-        return message_factory.GetMessageClass(descriptor)
-    factory: Any = message_factory.MessageFactory(pool)
-    return factory.GetPrototype(descriptor)
-
-
-_NetworkDescriptor = _descriptor_class()
+_NetworkDescriptor = aicapi.message_class(
+    aicapi.message_pool("networkdesc.proto", _PACKAGE, _MESSAGES), f"{_PACKAGE}.networkDescriptor"
+)
 
 
 def serialize(network: Network) -> bytes:

@@ -23,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ..numbers import kv_cache
 from . import attention, rotary
-from .gqa import (
+from .attention import (
     BATCH_INDEX,
     COMP_CTX_LENGTHS,
     NUM_LOGITS_TO_KEEP,

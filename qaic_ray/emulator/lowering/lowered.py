@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from . import INPUT_IDS
-from .gqa import (
+from .attention import (
     BATCH_INDEX,
     COMP_CTX_LENGTHS,
     NUM_LOGITS_TO_KEEP,

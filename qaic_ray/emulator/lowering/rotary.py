@@ -13,7 +13,7 @@ from typing import Any, Dict, NamedTuple, Optional, Tuple
 import numpy as np
 from onnx import helper
 
-from .gqa import POSITION_IDS
+from .attention import POSITION_IDS
 from .view import GraphView, NotLowered, Part, part_session, run_part
 
 _HEADS_FIRST = [0, 2, 1, 3]
