@@ -15,7 +15,7 @@ from qaic_ray.emulator import folder, install
 from qaic_ray.emulator.card import faults, timing
 from qaic_ray.emulator.compiler import configs
 from qaic_ray.emulator.documents import read_text
-from qaic_ray.emulator.qaicrt import slicing
+from qaic_ray.emulator.qaicrt import buffers
 from qaic_ray.emulator.tools import qaic_device_partition
 
 NUMBER = 60
@@ -64,8 +64,8 @@ READERS: dict[str, tuple[Any, type[Exception], Callable[[Path], object]]] = {
     ),
     "slices": (
         SLICES,
-        slicing.SpecError,
-        lambda path: slicing.SlicingSpec.parse(path.read_bytes().decode(errors="replace")),
+        buffers.SpecError,
+        lambda path: buffers.SlicingSpec.parse(path.read_bytes().decode(errors="replace")),
     ),
     "reservation": (
         DEMAND,

@@ -20,7 +20,7 @@ from qaic_ray.emulator.container.execution import (
     LoadedProgram,
     NoMatchingDimension,
 )
-from qaic_ray.emulator.lowering.rows import MAX_IDLE_RUN, Call, plan
+from qaic_ray.emulator.lowering.lowered import MAX_IDLE_RUN, Call, plan
 
 TOLERANCE = 1e-4
 

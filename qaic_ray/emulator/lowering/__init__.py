@@ -10,7 +10,7 @@ takes one kernel a token (`joint`).
 
 The lowered graph takes rows of any length without padding: `position_ids` are all valid, two more
 inputs say how long each row's context is (`SEQLENS`, `TOTAL`), and each past input has to be the
-same memory as its retained output. Rows and slots are planned in `rows.py`.
+same memory as its retained output. Rows and slots are planned in `lowered.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from . import attention, rotary
 from .attention import (
     BATCH_INDEX,
     COMP_CTX_LENGTHS,
+    INPUT_IDS,
     NUM_LOGITS_TO_KEEP,
     POSITION_IDS,
     SEQLENS,
@@ -39,8 +40,6 @@ from .attention import (
 )
 from .graph import State, expand, has_subgraphs, replace_by_stub
 from .view import GraphView, NotLowered
-
-INPUT_IDS = "input_ids"
 
 _HEADS_FIRST = [0, 2, 1, 3]
 

@@ -19,6 +19,7 @@ from .cardops import CLOUD
 from .graph import State
 from .view import ORT_ERRORS, GraphView, NotLowered, Part, part_session
 
+INPUT_IDS = "input_ids"
 POSITION_IDS = "position_ids"
 BATCH_INDEX = "batch_index"
 COMP_CTX_LENGTHS = "comp_ctx_lengths"

@@ -1,33 +1,108 @@
 """Runs a lowered graph over a retained state that stays where it is in memory.
 
 One call is one run of onnxruntime over a view of some slots, past and present bound to the same
-memory. Knows nothing of QPCs; `rows.py` plans the calls, `lowering.py` says what the graph takes.
+memory. Rows of many tokens run one by one (the attention kernel takes one row after the first
+chunk). Rows of few tokens, often one, are put together even where idle slots lie between them: a
+call reads every weight once, whatever its number of rows. What an idle slot's cache holds where
+such a call writes is saved and restored.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
 import onnxruntime as ort
 
-from . import INPUT_IDS
 from .attention import (
     BATCH_INDEX,
     COMP_CTX_LENGTHS,
+    INPUT_IDS,
     NUM_LOGITS_TO_KEEP,
     POSITION_IDS,
     SEQLENS,
     TOTAL,
     token_name,
 )
-from .rows import Call, plan
+
+MAX_IDLE_RUN = 8
+"""Idle slots in a row that are computed along; more, and a second call is cheaper."""
 
 _MAX_BINDINGS = 64
 _TOKENS = np.array([1, 2, 0, 2, 1, 0])
 _PIECES = (3, 2, 1)
 _PROBE_CTX_LEN = 16
 _CHECK_TOLERANCE = 1e-3
+
+
+class Call(NamedTuple):
+    """Rows that run together in slots `first` to `first + num_slots - 1`.
+
+    `rows[i]` is the row of the inference that slot `first + i` runs, -1 for an idle slot; `length`
+    the tokens of the longest row.
+    """
+
+    first: int
+    rows: Tuple[int, ...]
+    length: int
+
+    @property
+    def num_slots(self) -> int:
+        """How many slots the call covers."""
+        return len(self.rows)
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether it takes several tokens of several rows."""
+        return self.length > 1 and self.num_slots > 1
+
+
+def plan(
+    positions: Any, slots: Any, num_slots: int, ctx_len: int, *, joint_length: int = 1
+) -> Optional[List[Call]]:
+    """Split an inference into calls.
+
+    Args:
+        positions: [rows, tokens]; negative is padding.
+        slots: [rows], the slot of each row.
+        num_slots: slots that the cache has.
+        ctx_len: positions that a slot has.
+        joint_length: tokens of a row, at most, that may be put together with another.
+
+    Returns:
+        Calls that together write and read what the whole inference would; None where a row is
+        not consecutive positions within the context and then padding, or two rows share a slot.
+    """
+    valid = positions >= 0
+    lengths = valid.sum(axis=1)
+    steps = np.arange(positions.shape[1])
+    expected = np.where(steps < lengths[:, None], positions[:, :1] + steps, -1)
+    if not np.array_equal(np.where(valid, positions, -1), expected):
+        return None
+    active = [int(row) for row in np.flatnonzero(lengths)]
+    if any(positions[row, 0] + lengths[row] > ctx_len for row in active):
+        return None
+    taken = [int(slots[row]) for row in active]
+    if len(set(taken)) < len(taken) or any(not 0 <= slot < num_slots for slot in taken):
+        return None
+    calls: List[Call] = []
+    for slot, row in sorted(zip(taken, active)):
+        call = Call(slot, (row,), int(lengths[row]))
+        joined = _joined(calls[-1], call, joint_length) if calls else None
+        if joined is None:
+            calls.append(call)
+        else:
+            calls[-1] = joined
+    return calls
+
+
+def _joined(one: Call, other: Call, joint_length: int) -> Optional[Call]:
+    """Both in one call, where they fit into one."""
+    length = max(one.length, other.length)
+    num_idle = other.first - one.first - one.num_slots
+    if length > joint_length or num_idle > MAX_IDLE_RUN:
+        return None
+    return Call(one.first, one.rows + (-1,) * num_idle + other.rows, length)
 
 
 class Runner:
@@ -181,7 +256,7 @@ class LoweredState:
             return plan(positions, slots, self._num_slots, ctx_len, joint_length=joint)
 
         calls = planned()
-        if self._joint is None and calls is not None and any(map(_is_joint, calls)):
+        if self._joint is None and calls is not None and any(call.is_joint for call in calls):
             self._joint = self._get_joint()
             if self._joint is None:
                 self._joint_length = 1
@@ -190,7 +265,7 @@ class LoweredState:
 
     def _call(self, call: Call, ids: Any, positions: Any, num_kept: int) -> Dict[str, Any]:
         runner, length = self._runner, call.length
-        if self._joint is not None and _is_joint(call):
+        if self._joint is not None and call.is_joint:
             runner, length = self._joint, self._joint_length
         tokens = np.zeros((call.num_slots, length), np.int64)
         where = np.zeros((call.num_slots, length), np.int64)
@@ -210,10 +285,6 @@ class LoweredState:
         finally:
             for array, slot, kept in saved:
                 array[slot, :, 0] = kept
-
-
-def _is_joint(call: Call) -> bool:
-    return call.length > 1 and call.num_slots > 1
 
 
 _RESULT_TYPES = {

@@ -16,9 +16,14 @@ from .buffers import BufferDimensionsVecRef, BufferMapping, QBuffer
 from .context import Context, Qpc
 from .device_query import Util
 from .exec_obj import ExecObj, Queue
-from .inference_set import InferenceBenchmarkSet, InferenceHandle, InferenceSet, InferenceVector
+from .groups import (
+    InferenceBenchmarkSet,
+    InferenceHandle,
+    InferenceSet,
+    InferenceVector,
+    ProgramGroup,
+)
 from .program import Program
-from .program_group import ProgramGroup
 from .types import (
     BenchmarkProperties,
     BufferIoTypeEnum,

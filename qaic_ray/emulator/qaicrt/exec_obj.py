@@ -16,11 +16,18 @@ import numpy as np
 
 from ..card import faults
 from ..container.netdesc import Binding
-from .buffers import BufferDimensionsVecRef, Dimensions, QBuffer
+from .buffers import (
+    BufferDimensionsVecRef,
+    Dimensions,
+    QBuffer,
+    SlicingSpec,
+    SpecError,
+    Wiring,
+    wire,
+)
 from .context import Context, init_error
 from .inference import Inference
 from .program import Lane, Program
-from .slicing import SlicingSpec, SpecError, Wiring, wire
 from .types import (
     DEFAULT_NUM_QUEUE_THREADS,
     Properties,

@@ -14,8 +14,8 @@ from ..card import ERROR, faults
 from ..card.faults import Firing
 from ..card.timing import Stopwatch
 from ..container.netdesc import Binding
+from .buffers import Wiring
 from .program import RETAINED_SUFFIX, Lane, Program
-from .slicing import Wiring
 from .types import QStatus
 
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from ..card import Claim, Demand, Exhausted, NoDevice, faults, timing
 from ..container import QpcError
+from .buffers import SlicingSpec, SpecError
 from .context import Context, Qpc, init_error
-from .slicing import SlicingSpec, SpecError
 from .types import (
     DEFAULT_NUM_RETRIES,
     DEFAULT_TIMEOUT_MS,
