@@ -1,9 +1,9 @@
 """Lays an emulated SDK folder down: `python -m qaic_ray.emulator.install PREFIX`.
 
-The folder has the vendor's layout, and one file more, `emulated-sdk.json`, which is how anyone
-can tell. It may be moved; its commands find it by their own place. A folder that we did not make,
-or in which somebody has put something, is never touched. With `--under` the folder's name is made
-of all that it depends on, so that two versions of this package each have their own.
+The folder has the vendor's layout, and one file more, `emulated-sdk.json`, which marks it. It may
+be moved; its commands find it by their own place. A folder that this tool did not make, or that
+holds other files too, is never touched. With `--under` the folder's name is made of all that it
+depends on, so that two versions of this package each have their own.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def _existing(prefix: Path) -> Optional[Dict[str, object]]:
 
 
 def _others(prefix: Path) -> Iterator[str]:
-    """What somebody else has put into an SDK folder of ours; no link is followed."""
+    """Files in an SDK folder of ours that no installer put there; no link is followed."""
     for folder, folders, files in os.walk(prefix):
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         for name in sorted(files) + links:

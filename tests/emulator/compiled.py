@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import onnx
 from tiny_llama import TinyLlama
 
 from qaic_ray.emulator import compiler
+from qaic_ray.emulator.container import SEGMENTS, QpcWriter
 from qaic_ray.emulator.container.execution import CompiledProgram
 
 FUZZ_EXAMPLES = int(os.environ.get("QAIC_FUZZ_EXAMPLES", "200"))
@@ -68,3 +70,13 @@ def compile_tiny(
     """Compile and open; the compiler has to succeed."""
     assert compiler.main([*write_inputs(folder, llama, kv=kv), *flags]) == 0
     return CompiledProgram.open(str(folder / "qpc"))
+
+
+def write_qpc(path: str, segments: Mapping[str, bytes]) -> None:
+    """Write a container from whole segments (all of `SEGMENTS` but the CRC)."""
+    with open(path, "wb") as file:
+        writer = QpcWriter(file)
+        for name in SEGMENTS[:-1]:
+            writer.write(segments[name])
+            writer.end_segment()
+        writer.finish()

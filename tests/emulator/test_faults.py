@@ -156,7 +156,7 @@ def test_slow(qaicrt: ModuleType, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> 
     ask("kind: slow, device: 1, factor: 3")
     slow, usual = Session(qaicrt, 1), Session(qaicrt, 0)
     for session in (slow, usual):
-        activation = session.exec_obj.lane.activation
+        activation = session.exec_obj.instance.activation
         quick = activation.run
 
         def delayed(*arguments: Any, _quick: Any = quick) -> Any:

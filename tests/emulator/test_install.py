@@ -98,6 +98,25 @@ def test_replacing_works_where_folders_cannot_be_exchanged(
     assert [path.name for path in tmp_path.iterdir()] == ["sdk"]
 
 
+def test_a_folder_of_an_earlier_version_is_replaced_whole(tmp_path: Path) -> None:
+    root = tmp_path / "sdk"
+    install(root)
+    package = root / LIBRARY / "qaic_emulated_sdk"
+    shutil.rmtree(package)
+    package.mkdir()
+    for name in ("__init__.py", "card.py", "util.py"):  # as it was before it had folders
+        (package / name).write_text("raise SystemExit('old')")
+    marker = root / folder.MARKER
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "digest": "old"}))
+    assert install(root)
+    assert {path.name for path in package.glob("*.py")} == {
+        path.name for path in PACKAGE.glob("*.py")
+    }
+    assert not install(root)
+    output = subprocess.run([str(root / "tools/qaic-util"), "-q"], check=True, capture_output=True)
+    assert b"Number of devices: 4" in output.stdout
+
+
 def test_an_empty_folder_is_taken_and_a_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")

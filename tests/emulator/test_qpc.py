@@ -8,7 +8,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
-from compiled import FUZZ_EXAMPLES, compile_tiny
+from compiled import FUZZ_EXAMPLES, compile_tiny, write_qpc
 from hypothesis import HealthCheck, given, settings
 from tiny_llama import TinyLlama
 
@@ -26,7 +26,6 @@ from qaic_ray.emulator.container import (
     netdesc,
     network,
     read_qpc,
-    write_qpc,
 )
 from qaic_ray.emulator.container.constants import read_constant
 from qaic_ray.emulator.container.execution import CompiledProgram

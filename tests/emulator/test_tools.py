@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from compiled import write_qpc
 
 from qaic_ray.emulator.card import Demand, Machine
-from qaic_ray.emulator.container import NETWORK_DESC, SEGMENTS, QpcError, netdesc, write_qpc
+from qaic_ray.emulator.container import NETWORK_DESC, SEGMENTS, QpcError, netdesc
 from qaic_ray.emulator.folder import Folder
 from qaic_ray.emulator.tools import qaic_qpc, qaic_util
 

@@ -1,9 +1,9 @@
 """The cards of this machine: NSPs, DRAM and virtual channels, counted across all processes.
 
-Whoever holds resources owns a claim: a file in the state folder that its process keeps locked.
-The kernel drops that lock when the process dies, by whatever signal, so what a dead process held
-is free at the next look, with no guess about process ids. All counting happens under one lock of
-the machine. Knows nothing of programs, only of what they take.
+A claim is what a process holds of the cards: a file in the state folder that the process keeps
+locked. The kernel drops that lock when the process dies, by whatever signal, so what it held is
+free at the next look, with no guess about process ids. All counting happens under one lock of the
+machine.
 """
 
 from __future__ import annotations

@@ -1,26 +1,8 @@
 """Faults on demand: cards that are absent, fail, hang, lie or are slow, the same way every time.
 
-The environment variable `QAIC_EMULATOR_FAULTS` names a YAML file (or JSON, which every Python
-reads; YAML needs PyYAML):
-
-    seed: 7
-    faults:
-      - {kind: absent, device: 3}
-      - {kind: error, device: 1, after: 10}              # goes to Error in inference 11
-      - {kind: hang, device: 0, at: 5}                   # inference 5 never ends
-      - {kind: data_path_timeout, device: 0, at: [2, 9], wait_ms: 50}
-      - {kind: load_out_of_memory, device: 2, at: 1}
-      - {kind: nsp_allocation_failure, device: 2, at: 2}
-      - {kind: again, device: 0, call: enqueue}          # call: load, activate or enqueue; once
-      - {kind: kill, device: 1, at: 7}                   # SIGKILL of the process that runs it
-      - {kind: corrupt, device: all, probability: 0.01}  # outputs become seeded noise
-      - {kind: slow, device: 2, factor: 4}               # four times slower
-
-`device` is a QID, a list of them, or `all` (the default). Events (loads, activations, enqueues,
-inferences) are numbered from 1 for each card, over all processes that use it and for as long as
-the state folder lives; a changed file starts anew. `at` fires at these numbers, `after` at all
-later ones, `probability` at some, drawn from the seed; with none of them a fault always fires.
-Knows nothing of how a card then behaves.
+`QAIC_EMULATOR_FAULTS` names a YAML or JSON file with a `seed` and a list of `faults`; each has a
+`kind`, a `device` and what it fires at. `docs/emulated-sdk.md` shows one of each kind. Events are
+numbered from 1 for each card, over all processes, for as long as the state folder lives.
 """
 
 from __future__ import annotations

@@ -1,21 +1,9 @@
-"""Optional card time: a stated latency model that pads the compute, or stands in for it.
+"""Card time: a stated latency model that pads the compute, or stands in for it.
 
-Off unless `QAIC_EMULATOR_TIMING` names a YAML or JSON file:
-
-    mode: pad               # compute, then wait until the model's time has passed; or
-                            # replace: compute nothing; the tokens come from a seeded rule
-    base_ms: 1.0            # of every inference
-    per_token_ms: 0.05      # for each token of it (batch size x sequence length)
-    bandwidth_gb_s: 137     # an inference reads all weights at this rate; omit for no such time
-    efficiency: 0.54        # share of that bandwidth which is reached (default 1)
-    load_gb_s: 2.0          # loading takes weights / this; omit for no such time
-    seed: 0                 # of the rule for tokens
-
-    time of an inference = base_ms + per_token_ms * tokens
-                           + weights / (bandwidth_gb_s * efficiency)
-
-While it is on, `QAIC_EMULATOR_TIMING_ACTIVE` is set in the process to one line that states the
-model, so that whoever reports a figure can print it. Times of this module are simulated.
+Off unless `QAIC_EMULATOR_TIMING` names a YAML or JSON file; `docs/emulated-sdk.md` has its keys.
+The time of an inference is base_ms + per_token_ms * tokens + weights / (bandwidth_gb_s *
+efficiency). While it is on, `QAIC_EMULATOR_TIMING_ACTIVE` is set in the process to one line that
+states the model, so that every report of a figure can print it. These times are simulated.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The compiler's command line: single dashes, `-flag=value`; every flag that public sources name.
 
 A flag is obeyed, or accepted without effect (and then listed in the compiler's output), or
-unknown and refused with the vendor's text. Knows no file.
+unknown and refused with the vendor's text.
 """
 
 from __future__ import annotations

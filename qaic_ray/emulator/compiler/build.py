@@ -1,7 +1,4 @@
-"""Writes the program of one compile: weights rounded and packed, graphs, descriptor.
-
-Knows what was asked for (`Build`), not how it was asked.
-"""
+"""Writes the program of one compile: static shapes, rounded weights, graphs, descriptor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiler's config files: specializations, custom IO and MDP partition; knows no graph.
+"""The compiler's config files: specializations, custom IO and MDP partition.
 
 Each reader raises `ConfigError` with what the vendor's reader says, as far as that is public.
 """

@@ -236,7 +236,7 @@ def _is_matrix_transpose(node: Any, initializers: Dict[str, Any]) -> bool:
 
 
 def _drop(model: Any, candidates: Iterable[str]) -> None:
-    """Remove the nodes that make values which nobody reads any more."""
+    """Remove the nodes of `candidates` whose values are not read any more."""
     graph = model.graph
     read = {o.name for o in graph.output}.union(*(node.input for node in graph.node))
     unread = set(candidates) - read

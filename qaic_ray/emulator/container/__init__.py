@@ -1,16 +1,8 @@
-"""The QPC container: a header, a table of named segments, and their bytes; knows no content.
+"""The QPC container, `programqpc.bin`: a header, a table of named segments, and their bytes.
 
-Layout, little-endian, as the vendor's open runtime reads it (files are written with base 0, so
-every pointer is a file offset): a 40-byte header (magic 0x00A1CD7C, version 0.1, compression
-type 1, total size, base, number of segments, offset of the table), then 32 bytes a segment (size,
-offset, name, start). `offset` only means something for `constants.bin`, where it is the size of
-the static constants.
-
-Segments of a program: `network.elf` (what runs), `networkdesc.bin` (inputs and outputs),
-`constantsdesc.bin`, `constants.bin` (weights), `metadata.crc` (CRC-32 of each other segment, in
-table order). Covered: everything a reader of the container needs. Inferred: the content of
-`constantsdesc.bin` and `metadata.crc`. Not covered: `network.elf` is not machine code for a card;
-it carries our own magic, so that a card's loader refuses it.
+`docs/emulated-sdk.md` has the layout. Covered: everything that a reader of the container needs.
+Inferred: the content of `constantsdesc.bin` and `metadata.crc`. Not covered: `network.elf` is not
+machine code for a card; it carries our own magic, so that a card's loader refuses it.
 """
 
 from __future__ import annotations
@@ -125,16 +117,6 @@ class QpcWriter:
             name_start += len(name) + 1
         self._file.flush()
         os.fsync(self._file.fileno())
-
-
-def write_qpc(path: str, segments: Mapping[str, bytes]) -> None:
-    """Write a container from whole segments (all of `SEGMENTS` but the CRC)."""
-    with open(path, "wb") as file:
-        writer = QpcWriter(file)
-        for name in SEGMENTS[:-1]:
-            writer.write(segments[name])
-            writer.end_segment()
-        writer.finish()
 
 
 class Container:

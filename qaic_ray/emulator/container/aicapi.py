@@ -1,6 +1,6 @@
 """Messages that describe a program's inputs and outputs; wire-compatible with `QAicApi_pb2`.
 
-Knows nothing of the other files of this package: installed, it stands alone as
+This file imports no other file of the package: installed, it stands alone as
 `dev/python/QAicApi_pb2.py`. The schema is our own, written from field numbers and types; it
 lives in a private descriptor pool, so that it never clashes with another copy in the process.
 Works with protobuf 3.20 and newer.

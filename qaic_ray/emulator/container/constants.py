@@ -254,7 +254,7 @@ def _open(model: Any, options: Any, arrays: Mapping[str, Any]) -> Any:
 
 @functools.lru_cache(maxsize=None)
 def packs_into_its_own_memory() -> bool:
-    """Whether this onnxruntime no longer reads a MatMul weight once a session is made: tried."""
+    """Whether this onnxruntime copies MatMul weights when a session is made; found by trying."""
     weight = np.ones((64, 64), np.float32)
     tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=weight.shape)
     tensor.data_location = TensorProto.EXTERNAL

@@ -1,7 +1,7 @@
 """What runs: a parsed QPC, its weights in memory, and activations with their retained state.
 
-Knows neither cards nor the vendor's API. Computing is float32 on the CPU, with weights rounded as
-the compiler was told, and with the KV cache rounded to what the card would hold.
+Computing is float32 on the CPU, with weights rounded as the compiler was told, and with the KV
+cache rounded to what the card would hold.
 
 Covered: values of weights and cache as the flags round them; shapes, partial buffers, retained
 state. Inferred: that `-convert-to-fp16` alone makes the cache float16. Not covered: rounding of

@@ -1,7 +1,7 @@
 """`networkdesc.bin`, a program's inputs and outputs; wire-compatible with the vendor's descriptor.
 
-Knows nothing of graphs. The schema is our own, written from the field numbers and types of the
-open runtime's version 9.0; only the fields that we write are named, others are skipped on reading.
+The schema is our own, written from the field numbers and types of the open runtime's version 9.0;
+only the fields that we write are named, others are skipped on reading.
 """
 
 from __future__ import annotations

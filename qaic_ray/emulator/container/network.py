@@ -1,7 +1,7 @@
 """`network.elf`: what this SDK runs. Graphs without weights, the table of constants, the states.
 
 The vendor's segment is machine code; ours carries its own magic, so that a card's loader refuses
-it and ours refuses the vendor's. Knows how it is laid out, not what runs it.
+it and ours refuses the vendor's.
 """
 
 from __future__ import annotations

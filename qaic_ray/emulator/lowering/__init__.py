@@ -1,16 +1,13 @@
 """From the reference graph to the fastest graph with the same results on a CPU.
 
-Attention over a cache in memory that stays in place (GroupQueryAttention), rotary embeddings and
-RMS norms as one operator each. A graph is lowered as a whole or not at all: where any retained
-state is used in a way that is not known, the reference graph runs.
-
-A kernel over a past takes several tokens of one row or one token of several rows. For programs
-with a shape of several rows of a few tokens (speculation) there is a second graph beside it, which
-takes one kernel a token (`joint`).
+Attention over a cache that stays in place (GroupQueryAttention), rotary embeddings and RMS norms
+become one operator each. A graph is lowered as a whole or not at all: where any retained state is
+used in a way that is not known, the reference graph runs (`docs/emulated-sdk.md`).
 
 The lowered graph takes rows of any length without padding: `position_ids` are all valid, two more
 inputs say how long each row's context is (`SEQLENS`, `TOTAL`), and each past input has to be the
-same memory as its retained output. Rows and slots are planned in `lowered.py`.
+same memory as its retained output. The `joint` graph beside it is for several rows of a few tokens
+(speculation): it has one kernel a token.
 """
 
 from __future__ import annotations
@@ -39,9 +36,7 @@ from .attention import (
     token_name,
 )
 from .graph import State, expand, has_subgraphs, replace_by_stub
-from .view import GraphView, NotLowered
-
-_HEADS_FIRST = [0, 2, 1, 3]
+from .view import HEADS_FIRST, GraphView, NotLowered, is_heads_first
 
 
 class Lowered(NamedTuple):
@@ -171,7 +166,7 @@ class _Rewriter:
         view = self._view
         width = found.num_heads * found.head_dim
         readers = view.readers(found.output)
-        if len(readers) != 1 or not _is_heads_first(readers[0]):
+        if len(readers) != 1 or not is_heads_first(readers[0]):
             return None
         middle = readers[0].output[0]
         readers = view.readers(middle)
@@ -197,7 +192,7 @@ class _Rewriter:
         width = num_heads * int(view.shape(name, rank=4)[3])
         node = view.node(name)
         source, made = name + "/seq", False
-        if node is not None and _is_heads_first(node):
+        if node is not None and is_heads_first(node):
             source, made = node.input[0], True
             before = view.node(source)
             if before is not None and before.op_type == "Reshape":
@@ -219,7 +214,7 @@ class _Rewriter:
         return target
 
     def _transpose(self, source: str, target: str) -> Any:
-        return helper.make_node("Transpose", [source], [target], name=target, perm=_HEADS_FIRST)
+        return helper.make_node("Transpose", [source], [target], name=target, perm=HEADS_FIRST)
 
     def _reshape(self, source: str, dims: List[int], target: str) -> Any:
         key = tuple(dims)
@@ -279,11 +274,6 @@ class _Rewriter:
                 # An output, because only those can be given memory.
                 graph.output.add().CopyFrom(present)
                 graph.output[-1].name = token_name(present.name, token)
-
-
-def _is_heads_first(node: Any) -> bool:
-    order = [list(a.ints) for a in node.attribute if a.name == "perm"]
-    return node.op_type == "Transpose" and order == [_HEADS_FIRST]
 
 
 def _needed(nodes: List[Any], outputs: Set[str]) -> List[Any]:

@@ -177,7 +177,7 @@ def kernel_node(attention: Attention, flat: Tuple[str, str, str], output: str) -
 def joint_nodes(
     attention: Attention, flat: Tuple[str, str, str], output: str, length: int
 ) -> List[Any]:
-    """The same for `length` tokens of every row, by one kernel a token.
+    """As `kernel_node`, for `length` tokens of every row, by one kernel a token.
 
     Over a past, a kernel takes several tokens of one row, or one token of several rows. Each of
     these writes into the memory that the one before it has written into.

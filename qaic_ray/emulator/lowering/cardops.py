@@ -1,9 +1,7 @@
-"""The card's own operators in plain ONNX, with the card's meaning. Knows graphs, no files.
+"""The card's own operators in plain ONNX, with the card's meaning.
 
-QEfficient's exports call `CustomRMSNorm` (com.qti.aisw.onnx) and `CtxScatter`, `CtxGather` and
-their continuous-batching forms (com.qualcomm.cloud); sampling on the card scatters without heads
-too (`3D`). The bodies that come with a model are for onnxruntime and differ from a card at the
-edges. On a card, a scatter to a position below 0 or at and beyond ctx_len writes nothing, and what
+QEfficient's exports call `CustomRMSNorm`, `CtxScatter`, `CtxGather` and their continuous-batching
+forms. On a card, a scatter to a position below 0 or at and beyond ctx_len writes nothing, and what
 a gather from such an index yields is never used (here it is zero).
 
 A graph is kept with these operators while it is searched, and expanded when it is to run. What a

@@ -2,7 +2,7 @@
 
 onnx's own inference gives up where a shape is made of other shapes in ways that exporters like
 (`Unsqueeze`, `Where`, `Range` on the way). Here one walk carries the values of small constants
-along with the dims, so that what depends on dims alone is computed. Knows nothing of weights.
+along with the dims, so that what depends on dims alone is computed.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class _Walk:
         return tuple(size.dim_value for size in sizes)
 
     def visit(self, node: Any) -> None:
-        """Learn of what a node makes."""
+        """Take in what a node makes."""
         if (node.domain, node.op_type) in cardops.NAMES:
             self._visit_card_operator(node)
             return

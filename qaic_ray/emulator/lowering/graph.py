@@ -1,7 +1,6 @@
 """An ONNX file made ready to run as a card would: weights apart, card operators, rounded KV cache.
 
-The result is the reference graph: always correct, for any graph that onnxruntime can run. Knows
-nothing of shapes, flags' names or files other than the model's.
+The result is the reference graph: always correct, for any graph that onnxruntime can run.
 """
 
 from __future__ import annotations
@@ -106,7 +105,7 @@ def has_subgraphs(model: Any) -> bool:
 
 
 def _check_operators(model: Any) -> None:
-    """Refuse an operator that nobody knows, as the vendor's compiler does."""
+    """Refuse an unknown operator, as the vendor's compiler does."""
     versions = {i.domain: i.version for i in model.opset_import}
     for node in model.graph.node:
         known = (node.domain, node.op_type) in cardops.NAMES or node.domain == _MICROSOFT

@@ -296,7 +296,7 @@ _RESULT_TYPES = {
 
 
 class Probe:
-    """Small runs of a lowered session that have to agree, whatever its weights are.
+    """Small runs of a lowered session that have to agree with each other.
 
     Args:
         session: onnxruntime's session of the lowered graph.
@@ -312,9 +312,9 @@ class Probe:
     def holds(self) -> bool:
         """Whether the same row, in another form, still makes what it made at the beginning.
 
-        In pieces: onnxruntime's older kernels take no later chunk. With padding and another row
-        beside it: that changes nothing is what lowered rows stand on. And the weights are read
-        from where they were, or were copied.
+        In pieces, because onnxruntime's older kernels take no later chunk. With padding and another
+        row beside it, because lowered rows rely on that changing nothing. It also shows that the
+        weights were copied, or are read from where they are.
         """
         return _agree(self._whole, self._pieces(*_PIECES)) and _agree(self._start, self._padded())
 

@@ -3,7 +3,7 @@
 The form does not matter (a table in the model, frequencies times positions, any order of
 operators): the nodes between a projection [B, heads, S, dim] and the rotated one are run on
 halves of ones for every position of the context, which yields cosine and sine bit for bit, and
-then on random inputs against com.microsoft's RotaryEmbedding. Knows nothing of attention.
+then on random inputs against com.microsoft's RotaryEmbedding.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import numpy as np
 from onnx import helper
 
 from .attention import POSITION_IDS
-from .view import GraphView, NotLowered, Part, part_session, run_part
+from .view import GraphView, NotLowered, Part, is_heads_first, part_session, run_part
 
-_HEADS_FIRST = [0, 2, 1, 3]
 _TOLERANCE = 1e-5
 _PIECE = 1024
 
@@ -60,8 +59,7 @@ class RotaryFinder:
             node = view.node(waiting.pop())
             if node is None:
                 continue
-            order = [list(a.ints) for a in node.attribute if a.name == "perm"]
-            if node.op_type == "Transpose" and order == [_HEADS_FIRST]:
+            if is_heads_first(node):
                 found.add(node.output[0])
                 continue
             for name in node.input:

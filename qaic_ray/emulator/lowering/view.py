@@ -1,8 +1,7 @@
-"""A graph that can be asked who makes and who reads a value, and parts of it that can be run.
+"""Producers, consumers and shapes of a graph's values, and parts of it that can be run alone.
 
-`Part` cuts the nodes between some values out of a graph and runs them alone, which is how
-`lowering.py` makes sure that what it puts in a part's place computes the same. Knows nothing of
-attention.
+`Part` cuts the nodes between some values out of a graph and runs them, which is how the lowering
+makes sure that what it puts in a part's place computes the same.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from .graph import GraphError, expand, infer_shapes
 
 Dim = Any
 Shape = Tuple[Dim, ...]
+
+HEADS_FIRST = [0, 2, 1, 3]
 
 
 class NotLowered(Exception):
@@ -124,6 +125,12 @@ def _dim(dim: Any, names: Set[str]) -> Dim:
     if dim.HasField("dim_value"):
         return dim.dim_value
     return dim.dim_param if dim.dim_param and dim.dim_param in names else None
+
+
+def is_heads_first(node: Any) -> bool:
+    """Whether a node transposes [B, S, heads, dim] to [B, heads, S, dim], or back."""
+    order = [list(a.ints) for a in node.attribute if a.name == "perm"]
+    return node.op_type == "Transpose" and order == [HEADS_FIRST]
 
 
 class Part:

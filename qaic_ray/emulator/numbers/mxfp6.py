@@ -1,18 +1,12 @@
 """MXFP6, the weight format of `-mxfp6-matmul`: 32 weights share a power-of-two scale, 25 bytes.
 
-Knows arrays only, nothing of graphs or files. An element is six bits (sign, then E2M3 or E3M2, no
-infinity, no NaN); the scale is one E8M0 byte (2**(byte - 127), 255 means NaN). Rounding is to
-nearest, ties to even, and saturates.
+An element is six bits (sign, then E2M3 or E3M2); the scale is one E8M0 byte. Rounding is to
+nearest, ties to even, and saturates. The scale's exponent is floor(log2(max)) - 1 by the rule
+`CARD`, inferred from errors measured on a card, and floor(log2(max)) - emax by `OCP`.
 
-Two rules set the scale's exponent. `CARD` is floor(log2(max)) - 1, inferred from errors measured
-on a card (it leaves the top binade of E2M3 unused and reproduces them to each printed digit);
-`OCP` is floor(log2(max)) - emax of the element, as the OCP MX 1.0 text says. Defined here, left
-open there: an all-zero block has scale byte 0; exponents below -127 are cut there; a block that
-holds an infinity or a NaN has scale 255 and decodes to NaN.
-
-Packed form: blocks run along K, the first axis of a [K, N] weight. 32 rows make one [25, N] tile:
-its first row is the scales, and each three further rows hold four rows of codes, little end
-first; so column n of a tile is the 25 bytes of one block. A last tile is filled with zeros.
+Packed form of a [K, N] weight: blocks run along K. 32 rows make one [25, N] tile: its first row is
+the scales, and each three further rows hold four rows of codes, little end first. A last tile is
+filled with zeros. `docs/emulated-sdk.md` says it in full.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`qaicrt.Context` and `qaicrt.Qpc`: what everything else of the runtime starts from."""
+"""`qaicrt.Context` (the devices to use) and `qaicrt.Qpc` (a program container on disk)."""
 
 from __future__ import annotations
 

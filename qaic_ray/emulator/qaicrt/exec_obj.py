@@ -27,7 +27,7 @@ from .buffers import (
 )
 from .context import Context, init_error
 from .inference import Inference
-from .program import Lane, Program
+from .program import Instance, Program
 from .types import (
     DEFAULT_NUM_QUEUE_THREADS,
     Properties,
@@ -44,7 +44,7 @@ _NO_DIMS: Tuple[int, ...] = (0,)
 class ExecObj:
     """The buffers of one inference on an activated program; its lifetime is Python's."""
 
-    def __init__(self, context: Context, program: Program, lane: int = 0) -> None:
+    def __init__(self, context: Context, program: Program, instance: int = 0) -> None:
         if not isinstance(context, Context) or not isinstance(program, Program):
             raise incompatible("ExecObj")
         program.enter_exec_obj()
@@ -52,7 +52,7 @@ class ExecObj:
         self._finalizer.atexit = False
         self.context = context
         self.program = program
-        self.lane: Lane = program.lanes[lane]
+        self.instance: Instance = program.instances[instance]
         bindings = program.qpc.bindings
         self._bindings = bindings
         self._buffers: List[Any] = [None] * len(bindings)
@@ -238,11 +238,11 @@ class ExecObj:
         status = self.submit()
         if status is not QStatus.QS_SUCCESS:
             return status
-        self.lane.run_next()
+        self.instance.run_next()
         return self.waitForCompletion()
 
     def submit(self) -> QStatus:
-        """Put an inference with the present buffers into the activation's line."""
+        """Queue an inference with the present buffers on the activation."""
         if not self.program.is_active:
             self.context.log.failure("Invalid program state, not activated")
             return QStatus.QS_INVAL
@@ -257,14 +257,14 @@ class ExecObj:
             return QStatus.QS_DEV_ERROR
         self._last = Inference(
             self.program,
-            self.lane,
+            self.instance,
             inputs=dict(self._inputs),
             outputs=dict(self._outputs),
             wirings=self._wirings,
             refusal=next(iter(self._mismatched.values()), None),
         )
         self._wirings = []
-        self.lane.jobs.append(self._last)
+        self.instance.jobs.append(self._last)
         return QStatus.QS_SUCCESS
 
     def waitForCompletion(self) -> QStatus:
@@ -299,22 +299,22 @@ class _Workers:
 
     def __init__(self) -> None:
         self.limit = DEFAULT_NUM_QUEUE_THREADS
-        self._lanes: queue.SimpleQueue[Optional[Lane]] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[Optional[Instance]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._num_threads = 0
         self._num_waiting = 0
 
-    def put(self, lane: Lane) -> None:
-        """Have the lane's next inference run by some thread."""
+    def put(self, instance: Instance) -> None:
+        """Have a thread run the instance's next inference."""
         with self._lock:
             self._num_waiting += 1
             self._start_if_needed()
-        self._lanes.put(lane)
+        self._waiting.put(instance)
 
     def close(self) -> None:
         """End the threads when they have run what is waiting."""
         for _ in range(self._num_threads):
-            self._lanes.put(None)
+            self._waiting.put(None)
 
     def _start_if_needed(self) -> None:
         if self._num_waiting > self._num_threads < self.limit:
@@ -324,14 +324,14 @@ class _Workers:
     def _work(self) -> None:
         try:
             while True:
-                lane = self._lanes.get()
-                if lane is None:
+                instance = self._waiting.get()
+                if instance is None:
                     return
                 try:
-                    lane.run_next()
+                    instance.run_next()
                 finally:
                     # A reference kept while waiting would keep the program alive.
-                    del lane
+                    del instance
                     with self._lock:
                         self._num_waiting -= 1
         finally:  # also where an inference broke this thread: another goes on with the rest
@@ -367,5 +367,5 @@ class Queue:
             raise incompatible("enqueue")
         status = execObj.submit()
         if status is QStatus.QS_SUCCESS:
-            self._workers.put(execObj.lane)
+            self._workers.put(execObj.instance)
         return status

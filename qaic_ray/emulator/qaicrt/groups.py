@@ -38,9 +38,9 @@ class InferenceVector:
 class InferenceHandle:
     """A place in an InferenceSet: an ExecObj, its buffers and the id it was submitted with."""
 
-    def __init__(self, exec_obj: ExecObj, lane: int) -> None:
+    def __init__(self, exec_obj: ExecObj, instance: int) -> None:
         self._exec_obj = exec_obj
-        self.lane = lane
+        self.instance = instance
         self.id: Optional[int] = None
 
     def setBuffers(self, buffers: Sequence[QBuffer]) -> QStatus:
@@ -70,12 +70,12 @@ class InferenceSet:
         self._program = Program(context, dev, qpc)
         self._program.num_activations = max(1, to_uint(num_activations, "InferenceSet"))
         handles = []
-        for lane in range(self._program.num_activations):
+        for instance in range(self._program.num_activations):
             handles += [
-                InferenceHandle(ExecObj(context, self._program, lane), lane)
+                InferenceHandle(ExecObj(context, self._program, instance), instance)
                 for _ in range(max(1, to_uint(set_size, "InferenceSet")))
             ]
-        self._queues = [Queue(context, self._program.qids[0]) for _ in self._program.lanes]
+        self._queues = [Queue(context, self._program.qids[0]) for _ in self._program.instances]
         self._available: Deque[InferenceHandle] = deque(handles)
         self._submitted: Dict[int, InferenceHandle] = {}
         self.num_handles = len(handles)
@@ -98,7 +98,7 @@ class InferenceSet:
             raise incompatible("submit")
         handle.id = to_uint(id, "submit")
         if status is QStatus.QS_SUCCESS:
-            status = self._queues[handle.lane].enqueue(handle.execObj())
+            status = self._queues[handle.instance].enqueue(handle.execObj())
         if status is not QStatus.QS_SUCCESS:
             self.putCompleted(handle)
             return status

@@ -1,4 +1,4 @@
-"""One inference from the line of an activation to its results, with the faults that befall it."""
+"""One inference: enqueued on an activation, run with the faults that fire, ended with results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..card.faults import Firing
 from ..card.timing import Stopwatch
 from ..container.netdesc import Binding
 from .buffers import Wiring
-from .program import RETAINED_SUFFIX, Lane, Program
+from .program import RETAINED_SUFFIX, Instance, Program
 from .types import QStatus
 
 
@@ -25,7 +25,7 @@ class Inference:
     def __init__(
         self,
         program: Program,
-        lane: Lane,
+        instance: Instance,
         *,
         inputs: Dict[str, np.ndarray],
         outputs: Dict[str, Tuple[int, ...]],
@@ -35,7 +35,7 @@ class Inference:
         self.status = QStatus.QS_ERROR
         self.results: Dict[str, np.ndarray] = {}
         self._program = program
-        self._lane = lane
+        self._instance = instance
         self._inputs = inputs
         self._outputs = outputs
         self._wirings = wirings
@@ -54,7 +54,7 @@ class Inference:
             return self.status
 
     def execute(self) -> None:
-        """Run it; whatever happens, it has ended afterwards."""
+        """Run it; it is done afterwards, also where this raises."""
         try:
             self.status = self._execute()
         finally:
@@ -64,7 +64,7 @@ class Inference:
     def _execute(self) -> QStatus:
         program = self._program
         fired = program.context.machine.faults.firing(faults.INFERENCE, program.qids)
-        status = self._suffer(fired)
+        status = self._fail(fired)
         if status is not QStatus.QS_SUCCESS:
             return status
         if self._refusal is not None:
@@ -86,7 +86,7 @@ class Inference:
 
         inputs, wanted = dict(self._inputs), dict(self._outputs)
         inputs.update(self._patched())
-        mirrored = self._lane.mirrored
+        mirrored = self._instance.mirrored
         wanted.update(
             (binding.name, binding.dims) for binding, _ in self._wirings if not binding.is_input
         )
@@ -94,7 +94,7 @@ class Inference:
             output = self._program.qpc.name_to_binding[name + RETAINED_SUFFIX]
             wanted.setdefault(output.name, output.dims)
         try:
-            results = self._lane.activation.run(inputs, wanted)
+            results = self._instance.activation.run(inputs, wanted)
         except (execution.NoMatchingDimension, execution.ShapeError) as error:
             self._program.context.log.failure(str(error))
             return QStatus.QS_ERROR
@@ -114,14 +114,14 @@ class Inference:
             if not binding.is_input:
                 continue
             if binding.name not in patched:
-                given = self._inputs.get(binding.name, self._lane.mirrored.get(binding.name))
+                given = self._inputs.get(binding.name, self._instance.mirrored.get(binding.name))
                 zero = np.zeros(binding.dims, binding.dtype)
                 patched[binding.name] = zero if given is None else np.array(given)
             patched[binding.name][wiring.card] = wiring.array[wiring.host].view(binding.dtype)
         return patched
 
-    def _suffer(self, fired: List[Firing]) -> QStatus:
-        """The faults that come before the compute."""
+    def _fail(self, fired: List[Firing]) -> QStatus:
+        """Apply the faults that come before the compute; what they leave as status."""
         machine, log = self._program.context.machine, self._program.context.log
         for firing in fired:
             kind = firing.fault.kind

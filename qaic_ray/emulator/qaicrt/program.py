@@ -1,7 +1,6 @@
-"""`qaicrt.Program`: where a QPC sits, what it holds of the cards, and the state it is in.
+"""`qaicrt.Program`: where a QPC is placed, what it holds of the cards, and the state it is in.
 
-INIT -> LOADED (DRAM is taken) -> FULLY_ACTIVATED (NSPs, channels and more DRAM are taken). Knows
-nothing of buffers and queues.
+INIT -> LOADED (DRAM is taken) -> FULLY_ACTIVATED (NSPs, channels and more DRAM are taken).
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _RESOURCE_TO_TEXT = {
 RETAINED_SUFFIX = "_RetainedState"
 
 
-class Lane:
+class Instance:
     """One activation of a program, and the inferences waiting for it, in order.
 
     `mirrored` holds the present state of each retained input that slices may be written into
@@ -82,7 +81,7 @@ class Program:
         self.properties = properties
         self.num_activations = 1
         self.group_lock: Optional[threading.Lock] = None
-        self.lanes: List[Lane] = []
+        self.instances: List[Instance] = []
         self.failure = ""
         self._lock = threading.RLock()
         self._state = INIT
@@ -200,18 +199,18 @@ class Program:
                 return status
             status = self._take(faults.ACTIVATE, self.num_activations)
             if status is QStatus.QS_SUCCESS:
-                self._make_lanes()
+                self._make_instances()
             elif status is not QStatus.QS_AGAIN:
                 self._state = ACTIVATE_ERROR
             return status
 
-    def _make_lanes(self) -> None:
+    def _make_instances(self) -> None:
         try:
             activations = [self._loaded.activate() for _ in range(self.num_activations)]
         except BaseException:
             self._deactivate()
             raise
-        self.lanes = [Lane(each, self.group_lock, self._mirrored) for each in activations]
+        self.instances = [Instance(each, self.group_lock, self._mirrored) for each in activations]
         self._state = ACTIVE
 
     def deactivate(self) -> QStatus:
@@ -227,7 +226,7 @@ class Program:
             return QStatus.QS_SUCCESS
 
     def _deactivate(self) -> None:
-        self.lanes = []
+        self.instances = []
         self._is_auto_activated = False
         self._state = LOADED
         if self._claim is not None and self._claim.held:
@@ -242,13 +241,13 @@ class Program:
         except SpecError as error:
             self.context.log.failure(f"Invalid slicing spec: {error}")
             return QStatus.QS_INVAL, None
-        if any(lane.has_run for lane in self.lanes):
+        if any(instance.has_run for instance in self.instances):
             self.context.log.failure("Slicing specs must be made before the first inference")
             return QStatus.QS_UNSUPPORTED, None
         known = self.qpc.name_to_binding
         self._mirrored += [n for n in known if n + RETAINED_SUFFIX in known and handle.find(n)]
-        for lane in self.lanes:
-            lane.mirrored = dict.fromkeys(self._mirrored)
+        for instance in self.instances:
+            instance.mirrored = dict.fromkeys(self._mirrored)
         return QStatus.QS_SUCCESS, handle
 
     def enter_exec_obj(self) -> None:

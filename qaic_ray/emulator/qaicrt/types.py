@@ -1,7 +1,7 @@
 """The plain types of `qaicrt`: enums, device lists, properties and device descriptions.
 
 They are as strict as the vendor's compiled ones: an unknown attribute is an AttributeError, a
-value of the wrong kind a TypeError. Knows nothing of cards and programs.
+value of the wrong kind a TypeError.
 """
 
 from __future__ import annotations

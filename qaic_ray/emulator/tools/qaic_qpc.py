@@ -67,7 +67,7 @@ def _extract(path: str, target: Path, patterns: Sequence[str]) -> int:
 
 
 def _write(target: Path, name: str, content: bytes) -> None:
-    """Write a file below `target`, and nowhere else, whatever the QPC calls it and lies there."""
+    """Write a file below `target`; QpcError for a name or a link that leads elsewhere."""
     file = target / name
     root = os.path.realpath(target)
     if os.path.commonpath([root, os.path.realpath(file.parent)]) != root or ".." in file.parts:

@@ -262,7 +262,7 @@ def _write_json(machine: Machine, cards: Sequence[Card], path: str) -> int:
 
 
 def _watch(machine: Machine, qids: Sequence[int], refresh_s: int) -> int:
-    """The table, again and again until Ctrl+C; once when nobody watches."""
+    """The table, every `refresh_s` seconds until Ctrl+C; once where there is no terminal."""
     is_terminal = sys.stdout.isatty()
     try:
         while True:
