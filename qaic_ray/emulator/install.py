@@ -59,7 +59,10 @@ _OURS = (
     f"dev/lib/*/{PACKAGE}/*.py",
     "dev/*/__pycache__/*.pyc",
 )
-"""All that any version of this installer has put into a folder, and what Python adds."""
+"""All that any version of this installer has put into a folder, and what Python adds.
+
+A `*` stands for folders too, as `fnmatch` has it.
+"""
 _COMMAND = """\
 #!/bin/sh
 root=$(dirname "$(dirname "$(readlink -f "$0")")")

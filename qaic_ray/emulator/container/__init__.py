@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from typing import Any, BinaryIO, Dict, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Any, BinaryIO, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
