@@ -108,3 +108,12 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
     path = {"device": "/dev/zero", "long": "x" * 5000, "zero": "a\0b"}.get(kind, path)
     with pytest.raises(configs.ConfigError, match="Failed to open file"):
         configs.read_partition(path)
+
+
+def test_the_files_shown_in_the_docs_are_read() -> None:
+    page = Path(__file__).parents[2] / "docs" / "emulated-sdk.md"
+    blocks = page.read_text(encoding="utf-8").split("```yaml\n")[1:]
+    fault_file, timing_file = (block.partition("```")[0] for block in blocks)
+    seed, found = faults.parse(fault_file, "docs")
+    assert (seed, len({fault.kind for fault in found})) == (7, 10)
+    assert timing.parse(timing_file, "docs").mode == timing.PAD

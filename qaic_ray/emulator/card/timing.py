@@ -38,7 +38,7 @@ class TimingFileError(ValueError):
     """The timing file cannot be used; the message says why."""
 
 
-class Model(NamedTuple):
+class LatencyModel(NamedTuple):
     """The stated latency model; 0 for a rate means that it costs no time."""
 
     mode: str
@@ -66,7 +66,7 @@ class Model(NamedTuple):
         return f"simulated card time ({self.mode}): {numbers}"
 
 
-def from_environment() -> Optional[Model]:
+def from_environment() -> Optional[LatencyModel]:
     """The model of the file that `QAIC_EMULATOR_TIMING` names, None when it is not set."""
     named = os.environ.get(VARIABLE)
     if not named:
@@ -77,7 +77,7 @@ def from_environment() -> Optional[Model]:
     return model
 
 
-def parse(text: str, name: str) -> Model:
+def parse(text: str, name: str) -> LatencyModel:
     """The model in a file's text; `name` is for the messages."""
     content = parse_mapping(text, name, TimingFileError)
     mode = content.pop("mode", None)
@@ -97,7 +97,7 @@ def parse(text: str, name: str) -> Model:
     if not 0 < values["efficiency"] <= 1:
         raise TimingFileError(f"{name}: `efficiency` must be above 0 and at most 1")
     seed = int(values.pop("seed"))
-    return Model(mode=mode, seed=seed, **values)
+    return LatencyModel(mode=mode, seed=seed, **values)
 
 
 def num_tokens(inputs: Mapping[str, np.ndarray]) -> int:
@@ -109,7 +109,7 @@ def num_tokens(inputs: Mapping[str, np.ndarray]) -> int:
 class Stopwatch:
     """Makes an inference last at least as long as the model says."""
 
-    def __init__(self, model: Optional[Model]) -> None:
+    def __init__(self, model: Optional[LatencyModel]) -> None:
         self._model = model
         self._start = time.monotonic()
 
@@ -132,7 +132,7 @@ class Stopwatch:
 class SimulatedProgram:
     """Takes the place of a loaded program in mode `replace`: right shapes, no weights."""
 
-    def __init__(self, qpc: Any, model: Model, no_match: Type[Exception]) -> None:
+    def __init__(self, qpc: Any, model: LatencyModel, no_match: Type[Exception]) -> None:
         self._qpc = qpc
         self._model = model
         self._no_match = no_match
