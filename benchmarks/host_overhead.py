@@ -32,14 +32,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qaic_ray.model import load_tokenizer, open_checkpoint
-from qaic_ray.run.batch import Sequence
-from qaic_ray.run.engine import Engine
-from qaic_ray.run.session import Session
+from qaic_ray.engine.batcher import Sequence
+from qaic_ray.engine.engine import Engine
+from qaic_ray.engine.session import Session
+from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
+from qaic_ray.model.stop_strings import StopReader
+from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.sdk import EmulatedCards, install_emulated, open_sdk
-from qaic_ray.stop_strings import StopReader
-from qaic_ray.tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
 DOORS = {"buffers": "1.17", "arrays": "1.22"}

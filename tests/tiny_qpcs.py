@@ -21,7 +21,7 @@ from qaic_ray.config import EmulatorPart
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP, IoContract, Specializations
 from qaic_ray.export import export
 from qaic_ray.export.options import ExportOptions
-from qaic_ray.model import load_torch_model
+from qaic_ray.model.checkpoint import load_torch_model
 from qaic_ray.pipeline.devices import emulated_cards
 from qaic_ray.pipeline.sources import source_of
 from qaic_ray.sdk import Sdk, find_sdk

@@ -113,7 +113,7 @@ def logs(
 ) -> None:
     """Print what a detached job has printed."""
     from qaic_ray.cli.job_screen import write
-    from qaic_ray.fleet.submitted import SubmittedJobs
+    from qaic_ray.cluster.jobs import SubmittedJobs
 
     jobs = SubmittedJobs(address)
     if follow:

@@ -259,8 +259,8 @@ def devices(
         found = find_sdk(sdk, screen)
         screen.devices(found, found.devices(), as_json=as_json)
         return
+    from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.config import EmulatorPart
-    from qaic_ray.fleet.cluster import Cluster
     from qaic_ray.pipeline.devices import emulated_cards
     from qaic_ray.sdk import name_for_others
 

@@ -12,7 +12,7 @@ from qaic_ray.config import Job, dump_job
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP, Specializations
 from qaic_ray.documents import read_text
 from qaic_ray.errors import SdkNotFound, UsageError
-from qaic_ray.manifest import CUSTOM_IO_FILE
+from qaic_ray.model.manifest import CUSTOM_IO_FILE
 from qaic_ray.option_values import prompt_lens
 from qaic_ray.pipeline.compile_step import CompileRequest, compile_on, requested_builds
 from qaic_ray.pipeline.devices import choose_devices, choose_sdk, emulated_cards
@@ -31,7 +31,7 @@ from qaic_ray.rows import ChatOptions
 from qaic_ray.sdk import SDK_NAMES, VENDOR_ROOT, Sdk, find_sdk
 
 if TYPE_CHECKING:
-    from qaic_ray.fleet.report import RunSummary
+    from qaic_ray.runs.report import RunSummary
 
 
 def launch_job(
@@ -71,7 +71,7 @@ def _launched(
     check_chat_template(request)
     compiling = _compile_request(job, exported.folder)
     builds = requested_builds(compiling, sdk.here)
-    from qaic_ray.fleet.cluster import Cluster
+    from qaic_ray.cluster.cluster import Cluster
 
     listener.began("Ray")
     with Cluster(num_cards, address=job.ray.address, dashboard=job.ray.dashboard) as cluster:
