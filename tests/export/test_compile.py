@@ -17,7 +17,7 @@ from random_models import Untouched, write_checkpoint
 from qaic_ray import contract
 from qaic_ray.compile.compiler import check_qpc, run_compiler
 from qaic_ray.contract import IoContract
-from qaic_ray.emulator.program import LoadedProgram, Qpc
+from qaic_ray.emulator.container.execution import CompiledProgram, LoadedProgram
 from qaic_ray.export import export
 from qaic_ray.export.export import ExportResult, export_model
 from qaic_ray.export.options import ExportOptions
@@ -117,7 +117,7 @@ def compiled(
     ]
     compile_(argv, folder / "log")
     check_qpc(folder / "qpc", folder / "log")
-    return LoadedProgram(Qpc.open(str(folder / "qpc")), 1)
+    return LoadedProgram(CompiledProgram.open(str(folder / "qpc")), 1)
 
 
 class OnCard:
