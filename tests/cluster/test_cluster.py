@@ -98,9 +98,9 @@ def test_rows_come_while_their_shard_still_runs(cluster: Cluster, tmp_path: Path
         rows.append(row)
         (tmp_path / "heard").touch()
 
-    # The third is not answered before somebody has heard of the first.
+    # The shortest comes last, and is not answered before somebody has heard of the first.
     cluster.run_prompts(
-        texts("a", "b", f"until {tmp_path / 'heard'}"),
+        texts("a" * 300, "b" * 300, f"until {tmp_path / 'heard'}"),
         specs(1, slots=6),
         worker_class=FakeWorker,  # type: ignore[arg-type]
         audience=Audience(on_row=hear),

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.cluster
 
 COMMAND = [sys.executable, "-c", "from qaic_ray.cli import main; main()"]
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "QAIC_RAY_SDK": "emulated"}
-NUM_ROWS = 600
+NUM_ROWS = 240
+SLOW = {"faults": [{"kind": "slow", "factor": 20}]}
+"""So that a run is still at work when it is killed."""
 
 
 def qaic_ray(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -41,7 +43,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"prompt": f"number {i}", "temperature": 0.7} for i in range(NUM_ROWS)
     ]
     lines[7] = {"no prompt": True}
-    lines[400] = {"prompt": "x" * 500}
+    lines[200] = {"prompt": "x" * 500}
     (folder / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -68,16 +70,18 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(
     whole = qaic_ray(*run("whole", "--device-id", "2"), cwd=work)
     assert whole.returncode == 1, whole.stderr  # two rows cannot be answered
     (undisturbed,) = (work / "whole").iterdir()
+    (work / "slow.json").write_text(json.dumps(SLOW))
+    slow = {**ENVIRONMENT, "QAIC_EMULATOR_FAULTS": str(work / "slow.json")}
     with (work / "said").open("w") as said:
         running = subprocess.Popen(
             [*COMMAND, *run("cut", "--device-id", "0,1", "--partitions", "2")],
             cwd=work,
-            env=ENVIRONMENT,
+            env=slow,
             stdout=said,
             stderr=said,
         )
-    deadline_s = time.monotonic() + 120
-    while not any(p.stat().st_size > 20_000 for p in work.glob("cut/*/journal/*.jsonl")):
+    deadline_s = time.monotonic() + 240
+    while not any(p.stat().st_size > 8_000 for p in work.glob("cut/*/journal/*.jsonl")):
         assert running.poll() is None, (work / "said").read_text()
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
