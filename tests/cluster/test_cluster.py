@@ -300,7 +300,7 @@ def own_driver(*texts: str, row_s: float) -> Iterator[subprocess.Popen[str]]:
 
 def test_a_driver_on_a_running_cluster_prints_nothing_of_rays(cluster: Cluster) -> None:
     with own_driver("a", "die", "b", row_s=0.0) as driver:
-        out, err = driver.communicate(timeout=120)
+        out, err = driver.communicate(timeout=300)
     assert (driver.returncode, err) == (0, "")
     *pids, last = out.splitlines()
     assert all(pid.isdecimal() for pid in pids)
@@ -316,7 +316,7 @@ def test_an_interrupted_driver_leaves_no_actor_behind(
         pids = [int(driver.stdout.readline()) for _ in range(2)]
         assert all(map(is_running, pids))
         os.killpg(driver.pid, how)
-        _, err = driver.communicate(timeout=60)
+        _, err = driver.communicate(timeout=300)
     assert driver.returncode == -how
     if how == signal.SIGINT:
         assert err.splitlines()[-1] == "KeyboardInterrupt"
@@ -352,7 +352,7 @@ def test_an_address_without_a_cluster_is_one_sentence(address: str, sentence: st
         [sys.executable, "-c", JOIN.format(address=address)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=True,
     )
     assert sentence in result.stdout

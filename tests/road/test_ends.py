@@ -49,7 +49,7 @@ class Work:
 
     def must(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         done = subprocess.run([*COMMAND, *arguments], cwd=self.folder, env=self.environment,
-                              capture_output=True, text=True, timeout=240, check=False)  # fmt: skip
+                              capture_output=True, text=True, timeout=600, check=False)  # fmt: skip
         assert done.returncode == code, done.stderr
         return done
 

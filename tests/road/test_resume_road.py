@@ -29,7 +29,7 @@ def qaic_ray(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
         env=ENVIRONMENT,
     )
