@@ -56,7 +56,7 @@ def drive(folder: Path, address: str, count: int) -> None:
     from qaic_ray.fleet.worker import CardWorker
     from qaic_ray.fleet.worker_spec import WorkerInfo, WorkerSpec
     from qaic_ray.sampling_params import SamplingParams
-    from qaic_ray.sdk import EmulatedCards
+    from qaic_ray.options import EmulatorOptions
 
     standing.MIN_STALL_S = standing.FIRST_STALL_S = 6.0  # an hour of trouble in a minute
     actors.STEPS_EVERY_S = 0.5
@@ -72,7 +72,7 @@ def drive(folder: Path, address: str, count: int) -> None:
         Journal(folder, FINGERPRINT) as journal,
         row_writer(folder, resumed=True) as write,
     ):
-        found = cluster.inventory(made["sdk"], EmulatedCards(4, "standard", "1.22"))
+        found = cluster.inventory(made["sdk"], EmulatorOptions(cards=4, sku="standard", apps_version="1.22"))
         specs = [
             WorkerSpec(qpc=made["qpc"], model=made["model"], generation=generation, **vars(where))
             for where in place(found)

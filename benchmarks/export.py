@@ -30,7 +30,7 @@ EXPORT = """
 import json, sys
 from pathlib import Path
 from qaic_ray.export.export import export_model
-from qaic_ray.export.options import ExportOptions
+from qaic_ray.options import ExportOptions
 from qaic_ray.model import open_checkpoint
 model, output, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 export_model(open_checkpoint(model), ExportOptions(**options), output=output, verify="off")
@@ -41,9 +41,9 @@ from pathlib import Path
 import onnx
 from qaic_ray.export.architecture import read_architecture
 from qaic_ray.export.graph import author
-from qaic_ray.export.options import ExportOptions
+from qaic_ray.options import ExportOptions
 from qaic_ray.export.simplify import Simplification
-graph = author(read_architecture(json.loads(sys.argv[1])), ExportOptions(continuous=True))
+graph = author(read_architecture(json.loads(sys.argv[1])), ExportOptions(continuous_batching=True))
 with Simplification(graph.model, Path(sys.argv[2])) as simplification:
     onnx.save(simplification.result(), Path(sys.argv[2]) / "graph.onnx")
 """

@@ -96,7 +96,7 @@ def drive(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from qaic_ray.fleet.worker import CardWorker
     from qaic_ray.fleet.worker_spec import WorkerSpec
     from qaic_ray.sampling_params import SamplingParams
-    from qaic_ray.sdk import EmulatedCards
+    from qaic_ray.options import EmulatorOptions
 
     made = make(folder)
     (folder / "timing.json").write_text(json.dumps({"mode": "replace"}))
@@ -112,7 +112,7 @@ def drive(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         Journal(run_folder, {"run": "million"}) as journal,
         row_writer(run_folder) as write,
     ):
-        found = cluster.inventory(made["sdk"], EmulatedCards(4, "standard", "1.20"))
+        found = cluster.inventory(made["sdk"], EmulatorOptions(cards=4, sku="standard", apps_version="1.20"))
         specs = [
             WorkerSpec(qpc=made["qpc"], model=made["model"], generation=generation, **vars(where))
             for where in place(found, devices=range(options.workers))

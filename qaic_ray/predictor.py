@@ -27,7 +27,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qaic_ray.columns import objects, plain
-from qaic_ray.config import EmulatorPart
 from qaic_ray.errors import DeviceBusy, DeviceError, RowError, UsageError
 from qaic_ray.fleet.answers import Generation
 from qaic_ray.fleet.foreign_fields import ALIASES, NESTED
@@ -39,7 +38,7 @@ from qaic_ray.fleet.prompt_fields import Draft
 from qaic_ray.fleet.row_fields import OwnFields, is_known, mistake
 from qaic_ray.fleet.worker import CardWorker
 from qaic_ray.fleet.worker_spec import WorkerInfo, WorkerSpec
-from qaic_ray.pipeline.devices import emulated_cards
+from qaic_ray.options import EmulatorOptions
 from qaic_ray.rows import ErrorClass, Prompt, Row
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
 from qaic_ray.sdk import Sdk, find_sdk
@@ -109,7 +108,7 @@ class CardPredictor:
             raise UsageError(str(error)) from error
         self._prompt_column, self._prefix = prompt_column, prefix
         self._read_row = FieldRows(OwnFields(self._sampling))
-        self._sdk = find_sdk(sdk, emulated_cards(EmulatorPart()))
+        self._sdk = find_sdk(sdk, EmulatorOptions())
         self._device_ids = device_ids
         self._spec = WorkerSpec(
             name="card",

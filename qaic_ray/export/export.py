@@ -28,7 +28,6 @@ from qaic_ray.errors import ExportError, UsageError
 from qaic_ray.export.architecture import Architecture, read_architecture
 from qaic_ray.export.builder import PRODUCER
 from qaic_ray.export.graph import COSINE_TABLE, SINE_TABLE, author
-from qaic_ray.export.options import ExportOptions
 from qaic_ray.export.rope import table_blocks
 from qaic_ray.export.simplify import Simplification
 from qaic_ray.export.tensors import read_entries
@@ -59,6 +58,7 @@ from qaic_ray.manifest import (
     read_manifest,
 )
 from qaic_ray.model import Checkpoint
+from qaic_ray.options import ExportOptions
 
 GRAPH_FOLDER = "generatedModels"
 
@@ -229,18 +229,18 @@ class _Making:
             format=FORMAT,
             name=self.name,
             source=self.checkpoint.name,
-            contract=o.contract,
-            continuous=o.continuous,
+            contract=o.io,
+            continuous=o.continuous_batching,
             architecture=a.kind,
             num_layers=a.num_layers,
             hidden_size=a.hidden_size,
             intermediate_size=a.intermediate_size,
             num_heads=a.num_heads,
-            num_kv_heads=a.num_kv_heads * o.num_replicate_kv_heads,
+            num_kv_heads=a.num_kv_heads * o.replicate_kv_heads,
             head_dim=a.head_dim,
             vocab_size=a.vocab_size,
             max_position=a.max_position,
-            opset=o.opset,
+            opset=o.graph_opset,
             dtype=o.dtype,
             eos_ids=self.checkpoint.eos_ids,
             onnx_file=f"{GRAPH_FOLDER}/{self.name}_fp16_simplified.onnx",
@@ -252,7 +252,7 @@ class _Making:
             kv_dtype=o.kv_dtype,
             logits=o.logits,
             next_tokens=o.next_tokens,
-            num_replicate_kv_heads=o.num_replicate_kv_heads,
+            num_replicate_kv_heads=o.replicate_kv_heads,
             comp_ctx_lengths=o.comp_ctx_lengths,
         )
 

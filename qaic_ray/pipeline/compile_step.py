@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,11 @@ from qaic_ray.compile.store import (
     build,
     check_request,
 )
-from qaic_ray.compile.variant import Grid, Precision, Variant, check_num_cores
+from qaic_ray.compile.variant import Precision, Variant, grid_variants
 from qaic_ray.contract import Specializations
 from qaic_ray.documents import user_path
 from qaic_ray.errors import CompileError, UsageError
+from qaic_ray.options import CompileOptions
 from qaic_ray.pipeline.devices import check_cores
 from qaic_ray.pipeline.listener import CompileOutcome, Listener
 from qaic_ray.pipeline.sources import ModelFolder, open_folder
@@ -28,42 +30,34 @@ if TYPE_CHECKING:
     from qaic_ray.fleet.cluster import Cluster, Outcome
 
 
+_SHAPES = ("batch_size", "prompt_len", "ctx_len", "num_speculative_tokens", "comp_ctx_lengths")
+
+
 @dataclass(frozen=True)
 class CompileRequest:
-    """A grid over one exported model; `specializations` stands in place of all shapes.
-
-    An entry of `prompt_lens` is one length, or several for one program that has them all.
-    `parallel` None means as many compiles at once as there are CPUs.
-    """
+    """A grid over one exported model; a file of `specializations` stands in place of all shapes."""
 
     model_dir: Path
-    precisions: Sequence[str]
-    num_cores: Sequence[int]
-    batch_sizes: Sequence[int]
-    prompt_lens: Sequence[int | Sequence[int]]
-    ctx_lens: Sequence[int]
-    store: Path
-    num_speculative_tokens: int = 0
-    comp_ctx_lengths: Sequence[int] = ()
+    grid: CompileOptions
     specializations: Path | None = None
-    parallel: int | None = None
 
 
-def specializations_file(given: Path | None, shape_options: Sequence[str]) -> Path | None:
+def specializations_file(given: Path | None, grid: CompileOptions) -> Path | None:
     """The file that says all shapes: the one given, or the current folder's, as in the recipe.
 
     Args:
         given: by the user.
-        shape_options: the options for shapes that were given.
+        grid: the options; the file may stand beside those that say no shape.
 
     Raises:
         UsageError: where both say shapes.
     """
     here = Path(SPECIALIZATIONS_FILE)
     path = given or (here if here.is_file() else None)
-    if path is None or not shape_options:
+    said = [f"--{name.replace('_', '-')}" for name in _SHAPES if name in grid.model_fields_set]
+    if path is None or not said:
         return path
-    named = f"{path} says all shapes, and {' and '.join(shape_options)} too"
+    named = f"{path} says all shapes, and {' and '.join(said)} too"
     if given is not None:
         raise UsageError(f"{named}: leave one of them out.")
     raise UsageError(
@@ -78,7 +72,7 @@ def requested_builds(request: CompileRequest, sdk: Sdk) -> list[BuildRequest]:
     Raises:
         UsageError: as `requested_variants`, and for folders that may not be replaced.
     """
-    store = user_path(request.store, "The folder of the QPCs").absolute()
+    store = user_path(request.grid.output, "The folder of the QPCs").absolute()
     builds = [BuildRequest(v, sdk, store) for v in requested_variants(request, sdk)]
     for build_request in builds:
         user_path(build_request.target, "The folder of the QPC")
@@ -94,33 +88,30 @@ def requested_variants(request: CompileRequest, sdk: Sdk) -> list[Variant]:
     """
     model = open_folder(request.model_dir)
     source = model.source
-    precisions = [Precision.parse(name) for name in request.precisions]
-    cores = [check_num_cores(number) for number in request.num_cores]
+    grid = request.grid
     if request.specializations is None:
         _check_inputs(
             model,
-            num_logits_to_keep=request.num_speculative_tokens > 0 or None,
-            comp_ctx_lengths=len(request.comp_ctx_lengths) > 0,
+            num_logits_to_keep=grid.num_speculative_tokens > 0 or None,
+            comp_ctx_lengths=len(grid.comp_ctx_lengths) > 0,
         )
-        grid = Grid(
-            precisions,
-            cores,
-            request.batch_sizes,
-            request.prompt_lens,
-            request.ctx_lens,
+        variants = grid_variants(
+            source,
+            grid,
+            continuous=model.continuous,
             num_logits_to_keep=model.num_logits_to_keep,
-            num_speculative_tokens=request.num_speculative_tokens,
-            comp_ctx_lengths=request.comp_ctx_lengths,
         )
-        variants = grid.variants(source, continuous=model.continuous)
-    elif request.num_speculative_tokens or request.comp_ctx_lengths:
+    elif grid.num_speculative_tokens or grid.comp_ctx_lengths:
         raise UsageError(
             f"{request.specializations} says all shapes: leave --num-speculative-tokens and "
             "--comp-ctx-lengths out."
         )
     else:
         shapes = _shapes_of(request.specializations, model, request.model_dir)
-        variants = [Variant(source, p, c, shapes) for p in precisions for c in cores]
+        variants = [
+            Variant(source, Precision(precision), cores, shapes)
+            for precision, cores in product(grid.precision, grid.num_cores)
+        ]
     for variant in variants:
         ctx_len = variant.specializations.ctx_len
         if model.max_position is not None and ctx_len > model.max_position:
@@ -148,7 +139,7 @@ def compile_step(request: CompileRequest, sdk: Sdk, listener: Listener) -> list[
     listener.began("Ray")
     with Cluster(num_cards=0) as cluster:
         listener.ended("Ray")
-        return compile_on(cluster, requests, request.parallel, listener)
+        return compile_on(cluster, requests, request.grid.parallel, listener)
 
 
 def compile_on(

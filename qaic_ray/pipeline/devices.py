@@ -3,42 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
 
 from qaic_ray.compile.variant import Variant
-from qaic_ray.config import EmulatorPart
 from qaic_ray.errors import DeviceError, UsageError
+from qaic_ray.options import EmulatorOptions
 from qaic_ray.pipeline.listener import Listener
-from qaic_ray.sdk import EmulatedCards, Sdk, find_sdk
+from qaic_ray.sdk import Sdk, find_sdk
 
 
-def emulated_cards(part: EmulatorPart) -> EmulatedCards:
-    """The job's emulator part as the SDK floor takes it."""
-    return EmulatedCards(cards=part.cards, sku=part.sku, apps_version=part.apps_version)
+@dataclass(frozen=True)
+class SdkChoice:
+    """The SDK of this machine, and what the nodes of a cluster look for: each has its own.
+
+    `name` is as the user gave it, `emulated` what the emulated one is to be where it is the one.
+    """
+
+    here: Sdk
+    name: str
+    emulated: EmulatorOptions
 
 
-def choose_sdk(name: str, part: EmulatorPart, listener: Listener) -> Sdk:
+def choose_sdk(name: str, emulated: EmulatorOptions, listener: Listener) -> SdkChoice:
     """Find the SDK, lay the emulated one down where it is the one, and say which it is."""
-    sdk = find_sdk(name, emulated_cards(part))
+    sdk = find_sdk(name, emulated)
     listener.sdk_chosen(sdk)
-    return sdk
+    return SdkChoice(sdk, name, emulated)
 
 
-def choose_devices(sdk: Sdk, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+def choose_devices(sdk: Sdk, wanted: Literal["all"] | tuple[int, ...]) -> tuple[int, ...]:
     """The device ids to run on: those asked for, or every card that is ready.
 
     Raises:
-        UsageError: for ids that are not there, or given twice.
+        UsageError: for ids that are not there.
         DeviceError: where a card, or every card, is not ready.
     """
     known = {device.qid: device for device in sdk.devices()}
-    if wanted is None:
+    if wanted == "all":
         ready = tuple(qid for qid, device in known.items() if device.ready)
         if not ready:
             raise DeviceError(f"No card is ready on this machine ({len(known)} found).")
         return ready
     for qid in wanted:
-        if wanted.count(qid) > 1:
-            raise UsageError(f"device {qid} is given twice.")
         if qid not in known:
             there = ", ".join(map(str, known)) or "none"
             raise UsageError(f"There is no device {qid}: the cards here are {there}.")

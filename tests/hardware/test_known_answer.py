@@ -14,8 +14,8 @@ from qaic_ray.compile.store import BuildRequest, build
 from qaic_ray.compile.variant import Precision, Variant
 from qaic_ray.contract import Specializations
 from qaic_ray.export.export import export_model
-from qaic_ray.export.options import ExportOptions
 from qaic_ray.model import load_tokenizer, open_checkpoint
+from qaic_ray.options import ExportOptions
 from qaic_ray.pipeline.sources import source_of
 from qaic_ray.run.batch import Sequence
 from qaic_ray.run.engine import Engine
@@ -38,7 +38,7 @@ def test_known_answer_comes_from_the_card(tmp_path: Path) -> None:
     sdk = open_sdk(VENDOR_ROOT)
     device = next(device for device in sdk.devices() if device.ready)
     checkpoint = open_checkpoint("smollm2-135m")
-    options = ExportOptions(continuous=True)
+    options = ExportOptions(continuous_batching=True)
     model = export_model(checkpoint, options, output=tmp_path / "m-kv", verify="off").folder
     shapes = Specializations.build(batch_size=4, prompt_len=32, ctx_len=256, continuous=True)
     variant = Variant(source_of(model), Precision.FP16, device.nsp_total, shapes)
