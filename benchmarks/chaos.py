@@ -46,19 +46,20 @@ def prompts(count: int) -> Iterator[Any]:
 
 def drive(folder: Path, address: str, count: int) -> None:
     """One session of the run: until it is done, or this process is killed."""
-    from qaic_ray.fleet import actors, standing
-    from qaic_ray.fleet.answers import Generation
-    from qaic_ray.fleet.cluster import Cluster
-    from qaic_ray.fleet.driver import Audience
-    from qaic_ray.fleet.journal import Journal
-    from qaic_ray.fleet.outputs import row_writer
-    from qaic_ray.fleet.placement import place
-    from qaic_ray.fleet.worker import CardWorker
-    from qaic_ray.fleet.worker_spec import WorkerInfo, WorkerSpec
-    from qaic_ray.sampling_params import SamplingParams
+    from qaic_ray.cards.placement import place
+    from qaic_ray.cluster import actors
+    from qaic_ray.cluster.cluster import Cluster
+    from qaic_ray.dispatch import workers
     from qaic_ray.options import EmulatorOptions
+    from qaic_ray.runs.delivery import row_writer
+    from qaic_ray.runs.driver import Audience
+    from qaic_ray.runs.journal import Journal
+    from qaic_ray.sampling_params import SamplingParams
+    from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
+    from qaic_ray.worker.text import Generation
+    from qaic_ray.worker.worker import CardWorker
 
-    standing.MIN_STALL_S = standing.FIRST_STALL_S = 6.0  # an hour of trouble in a minute
+    workers.MIN_STALL_S = workers.FIRST_STALL_S = 6.0  # an hour of trouble in a minute
     actors.STEPS_EVERY_S = 0.5
     made = json.loads((folder.parent / "made.json").read_text())
     generation = Generation(SamplingParams(max_tokens=NUM_TOKENS))
@@ -72,7 +73,9 @@ def drive(folder: Path, address: str, count: int) -> None:
         Journal(folder, FINGERPRINT) as journal,
         row_writer(folder, resumed=True) as write,
     ):
-        found = cluster.inventory(made["sdk"], EmulatorOptions(cards=4, sku="standard", apps_version="1.22"))
+        found = cluster.inventory(
+            made["sdk"], EmulatorOptions(cards=4, sku="standard", apps_version="1.22")
+        )
         specs = [
             WorkerSpec(qpc=made["qpc"], model=made["model"], generation=generation, **vars(where))
             for where in place(found)
@@ -128,7 +131,7 @@ class Run:
     @property
     def num_safe(self) -> int:
         """Rows that are in the journal."""
-        from qaic_ray.fleet.unfinished import safe_rows
+        from qaic_ray.runs.run_folders import safe_rows
 
         return safe_rows(self.folder)
 

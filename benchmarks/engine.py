@@ -31,12 +31,12 @@ from rich.console import Console
 from rich.table import Table
 
 from qaic_ray.contract import Specialization
-from qaic_ray.model import load_tokenizer, open_checkpoint
-from qaic_ray.run.batch import Sequence
-from qaic_ray.run.draft import DraftProgram
-from qaic_ray.run.engine import MAX_STALL_S, Engine
-from qaic_ray.run.lookup import PromptLookup
-from qaic_ray.run.session import Session
+from qaic_ray.engine.batcher import Sequence
+from qaic_ray.engine.draft import DraftProgram
+from qaic_ray.engine.engine import MAX_STALL_S, Engine
+from qaic_ray.engine.prompt_lookup import PromptLookup
+from qaic_ray.engine.session import Session
+from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.options import EmulatorOptions
 from qaic_ray.sdk import find_sdk
 

@@ -31,7 +31,7 @@ import json, sys
 from pathlib import Path
 from qaic_ray.export.export import export_model
 from qaic_ray.options import ExportOptions
-from qaic_ray.model import open_checkpoint
+from qaic_ray.model.checkpoint import open_checkpoint
 model, output, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 export_model(open_checkpoint(model), ExportOptions(**options), output=output, verify="off")
 """
@@ -110,7 +110,7 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 
 def smollm2(folder: Path) -> dict[str, float]:
     """The known model in its default form; it is fetched first where it is not in the cache."""
-    from qaic_ray.model import open_checkpoint
+    from qaic_ray.model.checkpoint import open_checkpoint
 
     open_checkpoint("smollm2-135m")
     wall, main, tree = measure(EXPORT, "smollm2-135m", str(folder / "smollm2-kv"), "{}")

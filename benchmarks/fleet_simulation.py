@@ -35,8 +35,8 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from qaic_ray.fleet.dispatch import Dispatcher
-from qaic_ray.fleet.messages import (
+from qaic_ray.dispatch.dispatcher import Dispatcher
+from qaic_ray.dispatch.events import (
     Command,
     DeliverRows,
     Event,

@@ -73,7 +73,7 @@ PEER = """
 import json, sys, time
 import torch
 from qaic_ray.config import load_job
-from qaic_ray.model import load_tokenizer, load_torch_model, open_checkpoint
+from qaic_ray.model.checkpoint import load_tokenizer, load_torch_model, open_checkpoint
 from pathlib import Path
 job = load_job(Path(sys.argv[1]))
 checkpoint = open_checkpoint(job.model.name)

@@ -86,17 +86,17 @@ def lay_stage(folder: Path) -> None:
 
 def drive(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The run, as `qaic-ray run` makes it."""
-    from qaic_ray.fleet.answers import Generation
-    from qaic_ray.fleet.cluster import Cluster
-    from qaic_ray.fleet.driver import Audience
-    from qaic_ray.fleet.journal import Journal
-    from qaic_ray.fleet.outputs import row_writer
-    from qaic_ray.fleet.placement import place
-    from qaic_ray.fleet.prompts import prompts_from_file
-    from qaic_ray.fleet.worker import CardWorker
-    from qaic_ray.fleet.worker_spec import WorkerSpec
-    from qaic_ray.sampling_params import SamplingParams
+    from qaic_ray.cards.placement import place
+    from qaic_ray.cluster.cluster import Cluster
+    from qaic_ray.formats.prompts import prompts_from_file
     from qaic_ray.options import EmulatorOptions
+    from qaic_ray.runs.delivery import row_writer
+    from qaic_ray.runs.driver import Audience
+    from qaic_ray.runs.journal import Journal
+    from qaic_ray.sampling_params import SamplingParams
+    from qaic_ray.worker.spec import WorkerSpec
+    from qaic_ray.worker.text import Generation
+    from qaic_ray.worker.worker import CardWorker
 
     made = make(folder)
     (folder / "timing.json").write_text(json.dumps({"mode": "replace"}))
@@ -112,7 +112,9 @@ def drive(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         Journal(run_folder, {"run": "million"}) as journal,
         row_writer(run_folder) as write,
     ):
-        found = cluster.inventory(made["sdk"], EmulatorOptions(cards=4, sku="standard", apps_version="1.20"))
+        found = cluster.inventory(
+            made["sdk"], EmulatorOptions(cards=4, sku="standard", apps_version="1.20")
+        )
         specs = [
             WorkerSpec(qpc=made["qpc"], model=made["model"], generation=generation, **vars(where))
             for where in place(found, devices=range(options.workers))

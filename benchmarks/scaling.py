@@ -94,10 +94,10 @@ def num_tokens(some: Sequence[Any]) -> int:
 def one_engine(stage: dict[str, Any], some: Sequence[Any]) -> tuple[float, float]:
     """Seconds of an engine without Ray, longest first as the dispatcher hands them out; and of a
     step in the mean, its share of the host's work with it."""
-    from qaic_ray.model import load_tokenizer, open_checkpoint
-    from qaic_ray.run.batch import Sequence as Row
-    from qaic_ray.run.engine import Engine
-    from qaic_ray.run.session import Session
+    from qaic_ray.engine.batcher import Sequence as Row
+    from qaic_ray.engine.engine import Engine
+    from qaic_ray.engine.session import Session
+    from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
     from qaic_ray.sdk import open_sdk
 
     tokenizer = load_tokenizer(open_checkpoint(stage["model"], weights=False))
@@ -122,7 +122,7 @@ class AllOpen:
     """The driver's cards, each of which has opened before it begins."""
 
     def __init__(self, cards: Any) -> None:
-        from qaic_ray.fleet.messages import WorkerFailedToOpen, WorkerReady
+        from qaic_ray.dispatch.events import WorkerFailedToOpen, WorkerReady
 
         self._cards = cards
         self._heard: deque[Any] = deque()
@@ -144,11 +144,11 @@ class AllOpen:
 
 def fleet(stage: dict[str, Any], some: Sequence[Any], specs: Sequence[Any]) -> dict[str, Any]:
     """The product, but for the workers' opening."""
-    from qaic_ray.fleet.actors import CardActors
-    from qaic_ray.fleet.driver import Audience, Driver
-    from qaic_ray.fleet.journal import Journal
-    from qaic_ray.fleet.outputs import row_writer
-    from qaic_ray.fleet.worker import CardWorker
+    from qaic_ray.cluster.actors import CardActors
+    from qaic_ray.runs.delivery import row_writer
+    from qaic_ray.runs.driver import Audience, Driver
+    from qaic_ray.runs.journal import Journal
+    from qaic_ray.worker.worker import CardWorker
 
     folder = Path(tempfile.mkdtemp(dir=stage["folder"]))
     with (
@@ -199,7 +199,7 @@ def plain_actors(specs: Sequence[Any]) -> Iterator[list[Any]]:
     """The same workers as actors that answer a list at a time, all open."""
     import ray
 
-    from qaic_ray.fleet.worker import CardWorker
+    from qaic_ray.worker.worker import CardWorker
 
     class Plain(CardWorker):  # type: ignore[misc]
         """Gives the rows of a call when all are there."""
@@ -308,10 +308,10 @@ def make(folder: Path, num_cards: int) -> dict[str, Any]:
 
 def measure(num_cards: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures of one number of cards."""
+    from qaic_ray.cards.placement import place
+    from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.options import EmulatorOptions
-    from qaic_ray.fleet.cluster import Cluster
-    from qaic_ray.fleet.placement import place
-    from qaic_ray.fleet.worker_spec import WorkerSpec
+    from qaic_ray.worker.spec import WorkerSpec
 
     stage = make(folder, num_cards)
     some = prompts(num_cards, options.seconds)

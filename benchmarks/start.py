@@ -33,10 +33,10 @@ COMMAND = [sys.executable, "-c", "from qaic_ray.cli import main; main()"]
 IN_PROCESS = """
 import sys
 from pathlib import Path
-from qaic_ray.model import load_tokenizer, open_checkpoint
-from qaic_ray.run.batch import Sequence
-from qaic_ray.run.engine import Engine
-from qaic_ray.run.session import Session
+from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
+from qaic_ray.engine.batcher import Sequence
+from qaic_ray.engine.engine import Engine
+from qaic_ray.engine.session import Session
 from qaic_ray.sdk import open_sdk
 model, qpc, sdk, prompt = sys.argv[1:]
 tokenizer = load_tokenizer(open_checkpoint(model, weights=False))

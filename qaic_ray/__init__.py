@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qaic_ray.predictor import CardPredictor
+    from qaic_ray.cluster.ray_data import CardPredictor
 
 __version__ = "0.1.0"
 __all__ = ["CardPredictor", "__version__"]
@@ -16,7 +16,7 @@ __all__ = ["CardPredictor", "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name == "CardPredictor":
-        from qaic_ray.predictor import CardPredictor
+        from qaic_ray.cluster.ray_data import CardPredictor
 
         return CardPredictor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -36,9 +36,10 @@ class Opt:
 
     `flag` is made of the field's name where it is empty; with None the option is a job's key only.
     `group` is its panel in the help. `shown` stands for a default that only the run knows.
-    `argument` names the place of an option that may also stand without its flag. `bare` is what a flag without a value means. `repeated` options are given several times, other
-    lists with commas. `free` ones may be said anew of a run that goes on. `allowed` ends the
-    sentence that refuses a value.
+    `argument` names the place of an option that may also stand without its flag. `bare` is what a
+    flag without a value means. `repeated` options are given several times, other lists with commas.
+    `free` ones may be said anew of a run that goes on. `allowed` ends the sentence that refuses a
+    value.
     """
 
     help: str

@@ -314,7 +314,7 @@ class CardOptions(Section):
     group_size: Annotated[PositiveInt, Opt("Cards of one worker, for a tensor-sliced QPC.")] = 1
 
 
-class RunOptions(PromptOptions, Generation, CardOptions):
+class RunOptions(CardOptions, Generation, PromptOptions):
     """What is answered, by what, how."""
 
     variant: VariantChoice = VariantChoice()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from qaic_ray.model import Checkpoint
+from qaic_ray.model.checkpoint import Checkpoint
 
 
 def byte_tokenizer(*special: str) -> Tokenizer:

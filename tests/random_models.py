@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from qaic_ray.model import Checkpoint, open_checkpoint
+from qaic_ray.model.checkpoint import Checkpoint, open_checkpoint
 
 # Two thread pools that wait in a busy loop cost more than these models.
 torch.set_num_threads(1)

@@ -321,7 +321,7 @@ def logs(
 ) -> None:
     """Print what a detached job has printed."""
     from qaic_ray.cli.screen import write
-    from qaic_ray.fleet.submitted import SubmittedJobs
+    from qaic_ray.cluster.jobs import SubmittedJobs
 
     submitted = SubmittedJobs(jobs.address)
     if follow:
@@ -349,7 +349,7 @@ def devices(ray: RayOptions, sdk: SdkOptions, show: JsonOptions) -> None:
         found = _sdk_choice(sdk, screen).here
         screen.devices(found, found.devices(), as_json=show.as_json)
         return
-    from qaic_ray.fleet.cluster import Cluster
+    from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.options import EmulatorOptions
     from qaic_ray.sdk import name_for_others
 

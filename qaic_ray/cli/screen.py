@@ -22,15 +22,15 @@ from qaic_ray.documents import json_text
 from qaic_ray.errors import CompileError, ExitCode, QaicRayError, Unfinished
 
 if TYPE_CHECKING:
+    from qaic_ray.cards.inventory import NodeCards
     from qaic_ray.export.export import ExportResult
     from qaic_ray.export.verify import VerifyReport
-    from qaic_ray.fleet.inventory import NodeCards
-    from qaic_ray.fleet.report import RunSummary
-    from qaic_ray.fleet.worker_spec import WorkerInfo
     from qaic_ray.pipeline.job import Plan
     from qaic_ray.pipeline.listener import CompileOutcome
     from qaic_ray.rows import Row
+    from qaic_ray.runs.report import RunSummary
     from qaic_ray.sdk import Device, Sdk
+    from qaic_ray.worker.spec import WorkerInfo
 
 GIB = 2**30
 

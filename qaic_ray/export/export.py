@@ -49,7 +49,8 @@ from qaic_ray.export.weights import (
 )
 from qaic_ray.folders import building, locked, strangers
 from qaic_ray.kept_files import KeptFile, SourceFile, first_fault
-from qaic_ray.manifest import (
+from qaic_ray.model.checkpoint import Checkpoint
+from qaic_ray.model.manifest import (
     CUSTOM_IO_FILE,
     FORMAT,
     MANIFEST_FILE,
@@ -57,7 +58,6 @@ from qaic_ray.manifest import (
     ModelManifest,
     read_manifest,
 )
-from qaic_ray.model import Checkpoint
 from qaic_ray.options import ExportOptions
 
 GRAPH_FOLDER = "generatedModels"

@@ -21,7 +21,7 @@ from qaic_ray.contract import IoContract
 from qaic_ray.export.cut import cut_layers
 from qaic_ray.export.functions import use_plain_functions
 from qaic_ray.export.headroom import watch_activations
-from qaic_ray.manifest import ModelManifest
+from qaic_ray.model.manifest import ModelManifest
 
 NUM_KEPT = 2
 """Length of `num_logits_to_keep`, where a graph has it and a run has as many tokens."""
@@ -31,7 +31,7 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Answer:
+class ReplayAnswer:
     """What a run says follows the token at `position` of a row: logits, or one token id."""
 
     row: int
@@ -77,11 +77,11 @@ class Replay(ABC):
     @abstractmethod
     def prefill(
         self, prompts: Sequence[Ints], slots: Sequence[int], chunk_len: int
-    ) -> list[Answer]:
+    ) -> list[ReplayAnswer]:
         """Run prompts from their beginning, `chunk_len` tokens at once, in rows of the cache."""
 
     @abstractmethod
-    def decode(self, tokens: Sequence[int], slots: Sequence[int]) -> list[Answer]:
+    def decode(self, tokens: Sequence[int], slots: Sequence[int]) -> list[ReplayAnswer]:
         """Run one more token of every row."""
 
     @abstractmethod
@@ -118,7 +118,7 @@ class Replay(ABC):
         self._past = dict(zip(self._past, states[len(extra) :], strict=True))
         return self._answers(answer, positions, num_kept), states[: len(extra)]
 
-    def _answers(self, answer: Any, positions: Ints, num_kept: int) -> list[Answer]:
+    def _answers(self, answer: Any, positions: Ints, num_kept: int) -> list[ReplayAnswer]:
         num_rows, seq_len = positions.shape
         answer = np.asarray(answer).reshape(num_rows, -1, answer.shape[-1])
         found = []
@@ -131,7 +131,7 @@ class Replay(ABC):
                     columns = range(seq_len)
             for place, column in enumerate(columns):
                 if positions[row, column] >= 0:
-                    found.append(Answer(row, int(positions[row, column]), answer[row, place]))
+                    found.append(ReplayAnswer(row, int(positions[row, column]), answer[row, place]))
         return found
 
 
@@ -147,7 +147,7 @@ class PositionIdsReplay(Replay):
 
     def prefill(
         self, prompts: Sequence[Ints], slots: Sequence[int], chunk_len: int
-    ) -> list[Answer]:
+    ) -> list[ReplayAnswer]:
         self._lengths |= zip(slots, map(len, prompts), strict=True)
         found = []
         for start in range(0, max(map(len, prompts)), chunk_len):
@@ -160,10 +160,10 @@ class PositionIdsReplay(Replay):
             found += self._step(ids, positions, slots)
         return found
 
-    def decode(self, tokens: Sequence[int], slots: Sequence[int]) -> list[Answer]:
+    def decode(self, tokens: Sequence[int], slots: Sequence[int]) -> list[ReplayAnswer]:
         return self.extend([[token] for token in tokens], slots)
 
-    def extend(self, tokens: Sequence[Sequence[int]], slots: Sequence[int]) -> list[Answer]:
+    def extend(self, tokens: Sequence[Sequence[int]], slots: Sequence[int]) -> list[ReplayAnswer]:
         """Run more tokens of every row at once, as a check of guessed ones does."""
         ids = np.zeros((len(tokens), max(map(len, tokens))), np.int64)
         positions = np.full_like(ids, contract.PADDING_POSITION)
@@ -176,11 +176,11 @@ class PositionIdsReplay(Replay):
     def _start(self, slot: int) -> int:
         return 0
 
-    def _step(self, ids: Ints, positions: Ints, slots: Sequence[int]) -> list[Answer]:
+    def _step(self, ids: Ints, positions: Ints, slots: Sequence[int]) -> list[ReplayAnswer]:
         feed = {contract.INPUT_IDS: ids, contract.POSITION_IDS: positions}
         if self._manifest.continuous:
             feed[contract.BATCH_INDEX] = np.array(slots, np.int64)[:, None]
-        answers: list[Answer] = self._run(feed, positions)[0]
+        answers: list[ReplayAnswer] = self._run(feed, positions)[0]
         return answers
 
 
@@ -189,7 +189,7 @@ class CacheIndexReplay(Replay):
 
     def prefill(
         self, prompts: Sequence[Ints], slots: Sequence[int], chunk_len: int
-    ) -> list[Answer]:
+    ) -> list[ReplayAnswer]:
         lengths = np.array([len(prompt) for prompt in prompts])
         self._input_len = -(-int(lengths.max()) // chunk_len) * chunk_len
         self._lengths, self._cache_index = lengths, 0
@@ -205,14 +205,14 @@ class CacheIndexReplay(Replay):
             found += self._step(ids[:, start:stop], positions[:, start:stop])
         return found
 
-    def decode(self, tokens: Sequence[int], slots: Sequence[int]) -> list[Answer]:
+    def decode(self, tokens: Sequence[int], slots: Sequence[int]) -> list[ReplayAnswer]:
         positions = self._lengths[:, None] + (self._cache_index - self._input_len)
         return self._step(np.array(tokens, np.int64)[:, None], positions)
 
     def _start(self, slot: int) -> int:
         return self._input_len - int(self._lengths[slot])
 
-    def _step(self, ids: Ints, positions: Ints) -> list[Answer]:
+    def _step(self, ids: Ints, positions: Ints) -> list[ReplayAnswer]:
         feed = {
             contract.INPUT_IDS: ids,
             contract.ATTENTION_MASK: self._mask,
@@ -222,7 +222,7 @@ class CacheIndexReplay(Replay):
         name = contract.retained(contract.ATTENTION_MASK)
         answers, (self._mask,) = self._run(feed, positions, [name])
         self._cache_index += ids.shape[1]
-        found: list[Answer] = answers
+        found: list[ReplayAnswer] = answers
         return found
 
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qaic_ray.config_fields import MAX_SIZE, Fields
 from qaic_ray.errors import CheckpointError
+from qaic_ray.model.config_fields import MAX_SIZE, Fields
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 THETA = 10000.0

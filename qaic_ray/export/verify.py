@@ -21,10 +21,10 @@ from qaic_ray.export.architecture import Architecture
 from qaic_ray.export.cut import kept_layers
 from qaic_ray.export.headroom import Activation, beyond_float16, largest_activation
 from qaic_ray.export.reference import Floats, Trace, trace_prompts
-from qaic_ray.export.replay import Answer, PositionIdsReplay, Replay, open_replay
+from qaic_ray.export.replay import PositionIdsReplay, Replay, ReplayAnswer, open_replay
 from qaic_ray.folders import write_whole
-from qaic_ray.manifest import VERIFY_FILE, ModelManifest, read_manifest
-from qaic_ray.model import Checkpoint, has_tokenizer, load_tokenizer
+from qaic_ray.model.checkpoint import Checkpoint, has_tokenizer, load_tokenizer
+from qaic_ray.model.manifest import VERIFY_FILE, ModelManifest, read_manifest
 
 PROMPTS = (
     "My name is",
@@ -310,7 +310,7 @@ class _Difference:
         self._largest: list[list[float]] = [[0.0], [0.0], [0.0]]
         self._top1: list[bool] = []
 
-    def add_answer(self, trace: Trace, answer: Answer) -> None:
+    def add_answer(self, trace: Trace, answer: ReplayAnswer) -> None:
         """Compare logits; of a token id, how far its logit is from the largest one."""
         expected = trace.logits[answer.position]
         if answer.values.dtype.kind == "i":

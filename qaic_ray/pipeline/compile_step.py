@@ -27,7 +27,7 @@ from qaic_ray.pipeline.sources import ModelFolder, open_folder
 from qaic_ray.sdk import Sdk
 
 if TYPE_CHECKING:
-    from qaic_ray.fleet.cluster import Cluster, Outcome
+    from qaic_ray.cluster.cluster import Cluster, Outcome
 
 
 _SHAPES = ("batch_size", "prompt_len", "ctx_len", "num_speculative_tokens", "comp_ctx_lengths")
@@ -134,7 +134,7 @@ def compile_step(request: CompileRequest, sdk: Sdk, listener: Listener) -> list[
         outcome = _build_here(requests[0])
         listener.compiled(outcome)
         return [outcome]
-    from qaic_ray.fleet.cluster import Cluster
+    from qaic_ray.cluster.cluster import Cluster
 
     listener.began("Ray")
     with Cluster(num_cards=0) as cluster:

@@ -55,7 +55,7 @@ def _begin(parent: int) -> None:
 
 def _export(model: ModelOptions, options: ExportOptions) -> ExportResult:
     from qaic_ray.export.export import export_model
-    from qaic_ray.model import open_checkpoint
+    from qaic_ray.model.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(model.name, trust_remote_code=model.trust_remote_code)
     return export_model(

@@ -10,7 +10,7 @@ from qaic_ray.compile.store import Build
 from qaic_ray.compile.variant import Source, Variant
 from qaic_ray.contract import Specializations
 from qaic_ray.errors import SdkNotFound, UsageError
-from qaic_ray.manifest import CUSTOM_IO_FILE
+from qaic_ray.model.manifest import CUSTOM_IO_FILE
 from qaic_ray.options import Job
 from qaic_ray.pipeline.compile_step import CompileRequest, compile_on, requested_builds
 from qaic_ray.pipeline.devices import SdkChoice, choose_sdk
@@ -22,7 +22,7 @@ from qaic_ray.pipeline.run_step import check_chat_template, on_local_cards, resu
 from qaic_ray.sdk import SDK_NAMES, VENDOR_ROOT, Sdk, find_sdk
 
 if TYPE_CHECKING:
-    from qaic_ray.fleet.report import RunSummary
+    from qaic_ray.runs.report import RunSummary
 
 
 def launch_job(
@@ -56,7 +56,7 @@ def _launched(
     exported = export_step(job.model, job.export, listener)
     check_chat_template(request)
     builds = requested_builds(CompileRequest(exported.folder, job.compile), sdk.here)
-    from qaic_ray.fleet.cluster import Cluster
+    from qaic_ray.cluster.cluster import Cluster
 
     listener.began("Ray")
     with Cluster(num_cards, address=job.ray.address, dashboard=job.ray.dashboard) as cluster:

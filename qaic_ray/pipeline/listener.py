@@ -12,8 +12,8 @@ from qaic_ray.errors import QaicRayError
 from qaic_ray.sdk import Sdk
 
 if TYPE_CHECKING:
-    from qaic_ray.fleet.worker_spec import WorkerInfo
     from qaic_ray.rows import Row
+    from qaic_ray.worker.spec import WorkerInfo
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ import yaml
 from qaic_ray.documents import checked, read_text, read_yaml, user_path
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.folders import write_whole
-from qaic_ray.model_sources import NAMED_MODELS
+from qaic_ray.model.sources import NAMED_MODELS
 from qaic_ray.option_types import is_template
 from qaic_ray.options import Generation, RayOptions, RunOptions
 
 if TYPE_CHECKING:
-    from qaic_ray.fleet.fingerprint import Fingerprint
-    from qaic_ray.fleet.frozen_file import FrozenFile
+    from qaic_ray.formats.frozen_file import FrozenFile
     from qaic_ray.rows import Prompt, Row
+    from qaic_ray.runs.fingerprint import Fingerprint
 
 REQUEST_NAME = "request.yaml"
 STDIN = "-"
@@ -77,9 +77,9 @@ class RunRequest:
             UsageError: where there are none, or two sources of them, or parameters that no row
                 could be answered with.
         """
-        from qaic_ray.chat_template import check_kwargs
-        from qaic_ray.fleet.fingerprint import STREAM_SOURCE, file_source, text_source
-        from qaic_ray.fleet.prompts import PromptFormat, prompts_from_file, prompts_from_text
+        from qaic_ray.formats.prompts import PromptFormat, prompts_from_file, prompts_from_text
+        from qaic_ray.model.chat import check_kwargs
+        from qaic_ray.runs.fingerprint import STREAM_SOURCE, file_source, text_source
 
         run = self.run
         defaults, chat = run.defaults, run.chat_options
@@ -108,9 +108,9 @@ class RunRequest:
 
     def _frozen(self, path: Path) -> FrozenFile:
         """The prompts file as it is, or as much of it as the run that is resumed began with."""
-        from qaic_ray.fleet.fingerprint import INPUT
-        from qaic_ray.fleet.frozen_file import FrozenFile, InputChanged
-        from qaic_ray.fleet.journal import last_fingerprint
+        from qaic_ray.formats.frozen_file import FrozenFile, InputChanged
+        from qaic_ray.runs.fingerprint import INPUT
+        from qaic_ray.runs.journal import last_fingerprint
 
         if self.resume is None or self.new_input:
             return FrozenFile.of(path)
@@ -179,7 +179,7 @@ def write_request(request: RunRequest, folder: Path) -> str:
 
 def last_unfinished(output: Path, job: str = "") -> Path | None:
     """The run in `output` that began last, of this job where one is named, and can go on."""
-    from qaic_ray.fleet.unfinished import last_unfinished
+    from qaic_ray.runs.run_folders import last_unfinished
 
     return last_unfinished(output, REQUEST_NAME, job)
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from qaic_ray import interruption
 from qaic_ray.compile.store import check_kept, content_key
 from qaic_ray.errors import QaicRayError, Unfinished, UsageError
-from qaic_ray.model import open_checkpoint
+from qaic_ray.model.checkpoint import open_checkpoint
+from qaic_ray.model.tokenizer_files import text_parts
 from qaic_ray.pipeline.devices import SdkChoice, choose_devices
 from qaic_ray.pipeline.listener import Listener
 from qaic_ray.pipeline.request import (
@@ -28,16 +29,15 @@ from qaic_ray.pipeline.request import (
     write_request,
 )
 from qaic_ray.sdk import name_for_others
-from qaic_ray.tokenizer_sources import text_parts
 
 if TYPE_CHECKING:
-    from qaic_ray.fleet.cluster import Cluster
-    from qaic_ray.fleet.outputs import Proof
-    from qaic_ray.fleet.placement import WorkerPlace
-    from qaic_ray.fleet.report import RunSummary
-    from qaic_ray.fleet.result import FleetResult
-    from qaic_ray.fleet.worker_spec import WorkerSpec
+    from qaic_ray.cards.placement import WorkerPlace
+    from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.rows import Row
+    from qaic_ray.runs.delivery import Proof
+    from qaic_ray.runs.report import RunSummary
+    from qaic_ray.runs.result import FleetResult
+    from qaic_ray.worker.spec import WorkerSpec
 
 
 def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSummary:
@@ -51,7 +51,7 @@ def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSumm
     request, num_cards = on_local_cards(request, sdk)
     run_input = request.open_input()
     check_chat_template(request)
-    from qaic_ray.fleet.cluster import Cluster
+    from qaic_ray.cluster.cluster import Cluster
 
     listener.began("Ray")
     with resuming(request, sdk), Cluster(num_cards, address=request.ray.address) as cluster:
@@ -73,8 +73,8 @@ def check_chat_template(request: RunRequest) -> None:
     Raises:
         UsageError: they cannot; one sentence.
     """
-    from qaic_ray.fleet.answers import check_chat
-    from qaic_ray.model import load_chat_template, open_checkpoint
+    from qaic_ray.model.checkpoint import load_chat_template, open_checkpoint
+    from qaic_ray.worker.text import check_chat
 
     is_wanted = request.run.chat or request.run.chat_template is not None
     if is_wanted and _is_here(request):  # else each worker finds out when it is opened
@@ -110,7 +110,7 @@ def _reported(
     request: RunRequest, folder: Path, result: FleetResult, *, proof: Proof, sdk: SdkChoice
 ) -> RunSummary:
     """The end of a run: the other formats, and last the report, by which it is known as done."""
-    from qaic_ray.fleet.report import RunSummary, write_report
+    from qaic_ray.runs.report import RunSummary, write_report
 
     _export(request, folder)
     summary = RunSummary(
@@ -143,7 +143,7 @@ def _kept(folder: Path, command: str, *, is_new: bool = True) -> Iterator[None]:
         KeyboardInterrupt: with the sentence.
         Unfinished: for all else.
     """
-    from qaic_ray.fleet.unfinished import safe_rows
+    from qaic_ray.runs.run_folders import safe_rows
 
     def sentence(why: str) -> str:
         rows = safe_rows(folder)
@@ -200,13 +200,14 @@ def _answer(
     listener: Listener,
 ) -> tuple[FleetResult, Proof]:
     """All rows that have no answer yet, journaled and written."""
-    from qaic_ray.fleet.driver import Audience
-    from qaic_ray.fleet.fingerprint import differences, fingerprint
-    from qaic_ray.fleet.journal import Journal
-    from qaic_ray.fleet.outputs import row_writer
-    from qaic_ray.fleet.result import BrokenOff, Cause
-    from qaic_ray.fleet.sizing import text_work
-    from qaic_ray.fleet.worker import CardWorker
+    from qaic_ray.dispatch.shard_size import text_work
+    from qaic_ray.documents import differences
+    from qaic_ray.runs.delivery import row_writer
+    from qaic_ray.runs.driver import Audience
+    from qaic_ray.runs.fingerprint import fingerprint
+    from qaic_ray.runs.journal import Journal
+    from qaic_ray.runs.result import BrokenOff, Cause
+    from qaic_ray.worker.worker import CardWorker
 
     parts = _parts(request)
     same = fingerprint(run_input.source, generation=request.generation, **parts)
@@ -265,7 +266,7 @@ def _places(
     cluster: Cluster, request: RunRequest, sdk: SdkChoice, listener: Listener
 ) -> list[WorkerPlace]:
     """Which worker gets which cards."""
-    from qaic_ray.fleet.placement import place, qpc_cores
+    from qaic_ray.cards.placement import place, qpc_cores
 
     here = request.ray.address is None
     nodes = cluster.inventory(
@@ -283,7 +284,7 @@ def _places(
 
 
 def _worker_specs(request: RunRequest, places: Sequence[WorkerPlace]) -> list[WorkerSpec]:
-    from qaic_ray.fleet.worker_spec import WorkerSpec
+    from qaic_ray.worker.spec import WorkerSpec
 
     model = absolute_model(request.model)
     is_here = _is_here(request)
@@ -302,8 +303,8 @@ def _worker_specs(request: RunRequest, places: Sequence[WorkerPlace]) -> list[Wo
 
 def _export(request: RunRequest, folder: Path) -> None:
     """The run's rows in the other formats that are asked for."""
-    from qaic_ray.fleet.exports import OutputFormat, export_outputs
-    from qaic_ray.model import load_tokenizer
+    from qaic_ray.model.checkpoint import load_tokenizer
+    from qaic_ray.runs.exports import OutputFormat, export_outputs
 
     if not request.run.output_formats:
         return

@@ -21,7 +21,7 @@ from qaic_ray.config import Job, dump_job
 from qaic_ray.errors import QaicRayError, UsageError
 
 if TYPE_CHECKING:
-    from qaic_ray.fleet.submitted import SubmittedJob, SubmittedJobs
+    from qaic_ray.cluster.jobs import SubmittedJob, SubmittedJobs
 
 MAX_SENT_BYTES = 64 * 2**20
 """Ray keeps what is sent in its head's memory, and its dashboard takes no more than 100 MiB."""
@@ -97,7 +97,7 @@ def submit_step(request: SubmitRequest) -> Submission:
     Raises:
         UsageError: for a job that cannot be sent, or a cluster that cannot be reached.
     """
-    from qaic_ray.fleet.submitted import SubmittedJobs
+    from qaic_ray.cluster.jobs import SubmittedJobs
 
     name = request.job.name
     with tempfile.TemporaryDirectory(prefix="qaic-ray-") as made:
@@ -161,7 +161,7 @@ def job_statuses(address: str | None, submission_id: str | None = None) -> list[
     Raises:
         UsageError: where there is no such job, or no such cluster.
     """
-    from qaic_ray.fleet.submitted import SubmittedJobs
+    from qaic_ray.cluster.jobs import SubmittedJobs
 
     jobs = SubmittedJobs(address)
     if submission_id is not None:
@@ -171,7 +171,7 @@ def job_statuses(address: str | None, submission_id: str | None = None) -> list[
 
 def stop_job(address: str | None, submission_id: str) -> JobStatus:
     """End a job, if it has not ended; how far it came."""
-    from qaic_ray.fleet.submitted import SubmittedJobs
+    from qaic_ray.cluster.jobs import SubmittedJobs
 
     jobs = SubmittedJobs(address)
     return _status(jobs, jobs.stop(submission_id))

@@ -8,10 +8,10 @@ import sys
 import fake_worker
 import ray
 
-from qaic_ray.fleet.cluster import Cluster
-from qaic_ray.fleet.driver import Audience
-from qaic_ray.fleet.worker_spec import WorkerInfo
+from qaic_ray.cluster.cluster import Cluster
 from qaic_ray.rows import Prompt
+from qaic_ray.runs.driver import Audience
+from qaic_ray.worker.spec import WorkerInfo
 
 
 def tell(text: str) -> None:

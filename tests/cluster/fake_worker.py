@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qaic_ray.cards.locks import Part
 from qaic_ray.errors import CompileError, DeviceError, UsageError
-from qaic_ray.fleet.locks import Part
-from qaic_ray.fleet.worker_spec import TakenBack, WorkerInfo
 from qaic_ray.metrics import Measurement
 from qaic_ray.rows import FinishReason, Prompt, Row
+from qaic_ray.worker.spec import TakenBack, WorkerInfo
 
 
 @dataclass(frozen=True)

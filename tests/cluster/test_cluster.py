@@ -19,14 +19,14 @@ import pytest
 import ray
 from fake_worker import FakeWorker, build, meet, specs
 
+from qaic_ray.cluster import cluster as cluster_module
+from qaic_ray.cluster import connection
+from qaic_ray.cluster.cluster import Cluster, Outcome
 from qaic_ray.errors import CompileError, DeviceBusy, QaicRayError, UsageError
-from qaic_ray.fleet import cluster as cluster_module
-from qaic_ray.fleet import joining
-from qaic_ray.fleet.cluster import Cluster, Outcome
-from qaic_ray.fleet.driver import Audience
-from qaic_ray.fleet.result import FleetResult
-from qaic_ray.fleet.worker_spec import WorkerInfo
 from qaic_ray.rows import Prompt, Row
+from qaic_ray.runs.driver import Audience
+from qaic_ray.runs.result import FleetResult
+from qaic_ray.worker.spec import WorkerInfo
 
 pytestmark = pytest.mark.cluster
 
@@ -326,7 +326,7 @@ def test_an_interrupted_driver_leaves_no_actor_behind(
 
 JOIN = """
 from qaic_ray.errors import UsageError
-from qaic_ray.fleet.cluster import Cluster
+from qaic_ray.cluster.cluster import Cluster
 try:
     with Cluster(1, address={address!r}):
         print("joined")
@@ -370,7 +370,7 @@ def test_an_address_of_something_else_is_one_sentence() -> None:
         thread.start()
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(UsageError, match="is no Ray head: its port is 6379"):
-            joining._probe(address)
+            connection._probe(address)
         thread.join()
 
 

@@ -14,12 +14,11 @@ import ray
 import ray.exceptions as ray_errors
 from fake_worker import FakeSpec, FakeWorker, specs
 
-from qaic_ray.fleet import standing
-from qaic_ray.fleet.actors import CardActors, cards_needed, chooses_units, loss
-from qaic_ray.fleet.cluster import Cluster
-from qaic_ray.fleet.driver import Audience
-from qaic_ray.fleet.locks import Part
-from qaic_ray.fleet.messages import (
+from qaic_ray.cards.locks import Part
+from qaic_ray.cluster.actors import CardActors, cards_needed, chooses_units, loss
+from qaic_ray.cluster.cluster import Cluster
+from qaic_ray.dispatch import workers
+from qaic_ray.dispatch.events import (
     Event,
     RowsFinished,
     RunShard,
@@ -30,8 +29,9 @@ from qaic_ray.fleet.messages import (
     WorkerProgress,
     WorkerReady,
 )
-from qaic_ray.fleet.worker_spec import WorkerInfo
 from qaic_ray.rows import Prompt, Row
+from qaic_ray.runs.driver import Audience
+from qaic_ray.worker.spec import WorkerInfo
 
 pytestmark = pytest.mark.cluster
 
@@ -180,7 +180,7 @@ def test_an_only_card_that_dies_is_opened_again(cluster: Cluster) -> None:
 def test_a_process_that_hangs_is_ended_and_replaced(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(standing, "FIRST_STALL_S", 2.0)
+    monkeypatch.setattr(workers, "FIRST_STALL_S", 2.0)
     infos: list[WorkerInfo] = []
     prompts = texts(*("stop" if i == 20 else f"prompt {i}" for i in range(40)))
     result, rows = run(

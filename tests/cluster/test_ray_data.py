@@ -15,7 +15,7 @@ from byte_tokens import with_byte_tokenizer
 from qaic_ray import CardPredictor
 from qaic_ray.errors import DeviceBusy
 from qaic_ray.folders import CACHE_VARIABLE
-from qaic_ray.model import load_tokenizer, open_checkpoint
+from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 
 if TYPE_CHECKING:
     from tiny_qpcs import TinyQpcs
@@ -41,9 +41,9 @@ def expected(tiny: TinyQpcs, model: str, text: str) -> list[int]:
 def test_called_by_hand_it_answers_as_transformers_on_a_card_of_its_own(
     tiny: TinyQpcs, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qaic_ray import predictor
+    from qaic_ray.cluster import ray_data
 
-    monkeypatch.setattr(predictor, "CHOOSE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(ray_data, "CHOOSE_TIMEOUT_S", 0.1)
     texts = ["Hello", "", "x" * 100, "cards"]
     options = {"sdk": str(tiny.sdk.root), "sampling": {"max_tokens": NUM_TOKENS}}
     with (

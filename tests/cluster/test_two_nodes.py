@@ -15,24 +15,23 @@ import pytest
 from byte_tokens import with_byte_tokenizer
 from ray.cluster_utils import Cluster as Nodes
 
+from qaic_ray.cards.placement import WorkerPlace, place
+from qaic_ray.cluster.cluster import Cluster
 from qaic_ray.compile.compiler import run_compiler
 from qaic_ray.compile.variant import Precision, Variant
 from qaic_ray.contract import Specializations
-from qaic_ray.fleet import standing
-from qaic_ray.fleet.answers import Generation
-from qaic_ray.fleet.cluster import Cluster
-from qaic_ray.fleet.driver import Audience
-from qaic_ray.fleet.placement import WorkerPlace, place
-from qaic_ray.fleet.result import FleetResult
-from qaic_ray.fleet.worker import CardWorker
-from qaic_ray.fleet.worker_spec import WorkerInfo, WorkerSpec
-from qaic_ray.model import load_tokenizer, open_checkpoint
-from qaic_ray.options import ExportOptions
+from qaic_ray.dispatch import workers
+from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
+from qaic_ray.model.tokenizer import Tokenizer
+from qaic_ray.options import EmulatorOptions, ExportOptions
 from qaic_ray.pipeline.sources import source_of
 from qaic_ray.rows import Prompt, Row
+from qaic_ray.runs.driver import Audience
+from qaic_ray.runs.result import FleetResult
 from qaic_ray.sampling_params import SamplingParams
-from qaic_ray.options import EmulatorOptions
-from qaic_ray.tokenizer import Tokenizer
+from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
+from qaic_ray.worker.text import Generation
+from qaic_ray.worker.worker import CardWorker
 
 if TYPE_CHECKING:
     from conftest import OneRay
@@ -231,7 +230,7 @@ def test_a_card_that_turns_to_error_is_given_up_and_the_others_go_on(fleet: Flee
 
 
 def test_a_card_that_hangs_is_replaced(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standing, "FIRST_STALL_S", 4.0)
+    monkeypatch.setattr(workers, "FIRST_STALL_S", 4.0)
     fleet.set_faults({"kind": "hang", "device": 2, "at": 40})
     result = fleet.run(prompts(30), fleet.places(devices=[2]))
     assert "made no step for" in (result.workers[0].error or "")

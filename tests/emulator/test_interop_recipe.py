@@ -20,7 +20,7 @@ from qaic_ray.contract import IoContract
 from qaic_ray.emulator import folder
 from qaic_ray.emulator.install import install
 from qaic_ray.export.export import export_model
-from qaic_ray.model import open_checkpoint
+from qaic_ray.model.checkpoint import open_checkpoint
 from qaic_ray.options import ExportOptions
 
 ROWS = 2

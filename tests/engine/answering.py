@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qaic_ray.run.batch import Sequence
-from qaic_ray.run.engine import Engine, Finished
-from qaic_ray.run.session import Session
+from qaic_ray.engine.batcher import Sequence
+from qaic_ray.engine.engine import Engine, Finished
+from qaic_ray.engine.session import Session
 from qaic_ray.sdk import Sdk
 
 

@@ -8,8 +8,8 @@ import pytest
 from answering import engine_on, outputs, rows_of, run
 
 from qaic_ray.contract import IoContract
-from qaic_ray.run import buffers, session
-from qaic_ray.run.lookup import PromptLookup
+from qaic_ray.engine import buffers, session
+from qaic_ray.engine.prompt_lookup import PromptLookup
 
 if TYPE_CHECKING:
     from tiny_qpcs import TinyQpcs

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qaic_ray.contract import IoContract
-from qaic_ray.run.batch import Sequence
-from qaic_ray.run.draft import DraftProgram
-from qaic_ray.run.lookup import PromptLookup
-from qaic_ray.run.session import Session
+from qaic_ray.engine.batcher import Sequence
+from qaic_ray.engine.draft import DraftProgram
+from qaic_ray.engine.prompt_lookup import PromptLookup
+from qaic_ray.engine.session import Session
 
 if TYPE_CHECKING:
     from tiny_qpcs import TinyQpcs

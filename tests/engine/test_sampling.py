@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qaic_ray.run.drawing import NUMBERS, Drawer, Rules
-from qaic_ray.run.sampling import Selector, greedy
+from qaic_ray.engine.categorical import NUMBERS, CategoricalSampler, Rules
+from qaic_ray.engine.sampler import Selector, greedy
 from qaic_ray.sampling_params import SamplingParams
 
 Array = npt.NDArray[Any]
@@ -167,7 +167,9 @@ def test_places_on_the_line_are_the_inverse_of_the_distribution() -> None:
     rows = np.repeat(logits_of("peaked", SMALL), grid.size, axis=0)
     expected = probabilities(rows[0], top_k=10)
     uniforms = np.repeat(grid[:, None], NUMBERS, axis=1)
-    tokens = Drawer().draw(rows, Rules([(1.0, 10, 1.0, 0.0)] * grid.size, SMALL), uniforms)
+    tokens = CategoricalSampler().draw(
+        rows, Rules([(1.0, 10, 1.0, 0.0)] * grid.size, SMALL), uniforms
+    )
     drawn = expected[tokens]
     assert (np.diff(drawn) <= 0).all()
     share = np.bincount(tokens, minlength=SMALL) / grid.size
@@ -186,7 +188,7 @@ def test_where_every_number_is_refused_the_last_one_is_a_place_among_the_allowed
     uniforms = np.full((grid.size, NUMBERS), 1 - 2.0**-53)
     uniforms[:, -1] = grid
     rules = Rules([(1.5, 0, top_p, 0.0)] * grid.size, LARGE)
-    tokens = Drawer().draw(rows, rules, uniforms)
+    tokens = CategoricalSampler().draw(rows, rules, uniforms)
     expected = probabilities(logits[0], 1.5, top_p=top_p)
     assert (expected[tokens] > 0).all()
     often = np.argsort(-expected)[:10]
@@ -200,9 +202,11 @@ def test_more_rows_than_are_drawn_at_once() -> None:
     rows = logits_of("tied", SMALL, rows=num_rows)
     uniforms = np.random.default_rng(1).random((num_rows, NUMBERS))
     asked = [(1.0, row % 3 * 9, 1 - row % 2 / 10, 0.0) for row in range(num_rows)]
-    tokens = Drawer().draw(rows, Rules(asked, SMALL), uniforms)
+    tokens = CategoricalSampler().draw(rows, Rules(asked, SMALL), uniforms)
     some = np.arange(0, num_rows, 41)
-    alone = Drawer().draw(rows[some], Rules([asked[row] for row in some], SMALL), uniforms[some])
+    alone = CategoricalSampler().draw(
+        rows[some], Rules([asked[row] for row in some], SMALL), uniforms[some]
+    )
     assert tokens[some].tolist() == alone.tolist()
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceBusy, DeviceError, DeviceLost
-from qaic_ray.run.session import Session
 
 if TYPE_CHECKING:
     from tiny_qpcs import TinyQpcs

@@ -10,7 +10,7 @@ import pytest
 from random_models import Untouched, write_checkpoint
 
 from qaic_ray.export import export
-from qaic_ray.model import Checkpoint
+from qaic_ray.model.checkpoint import Checkpoint
 
 
 @pytest.fixture

@@ -21,10 +21,9 @@ from qaic_ray.export import export
 from qaic_ray.export.export import ExportResult, export_model
 from qaic_ray.export.reference import Trace, trace_prompts
 from qaic_ray.export.replay import NUM_KEPT, PositionIdsReplay, Replay, replay_of
-from qaic_ray.manifest import ModelManifest
-from qaic_ray.model import Checkpoint
-from qaic_ray.options import ExportOptions
-from qaic_ray.options import EmulatorOptions
+from qaic_ray.model.checkpoint import Checkpoint
+from qaic_ray.model.manifest import ModelManifest
+from qaic_ray.options import EmulatorOptions, ExportOptions
 from qaic_ray.sdk import Sdk, find_sdk
 
 CACHE_INDEX = IoContract.CACHE_INDEX

@@ -22,8 +22,8 @@ from qaic_ray.contract import IoContract
 from qaic_ray.errors import CheckpointError, ExportError, UsageError
 from qaic_ray.export import export
 from qaic_ray.export.export import export_model
-from qaic_ray.manifest import read_manifest
-from qaic_ray.model import Checkpoint, load_tokenizer, open_checkpoint
+from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
+from qaic_ray.model.manifest import read_manifest
 from qaic_ray.options import ExportOptions
 from qaic_ray.pipeline.sources import open_folder
 
@@ -31,7 +31,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from qaic_ray.export import export
-from qaic_ray.model import open_checkpoint
+from qaic_ray.model.checkpoint import open_checkpoint
 export.onnx.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 export.export_model(open_checkpoint(sys.argv[1]), output=Path(sys.argv[2]), verify="off")
 """

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from llama_cpp import LlamaCpp
 from safetensors.numpy import load_file
 
-from qaic_ray import gguf_conversion
 from qaic_ray.errors import CheckpointError
 from qaic_ray.export.export import export_model
 from qaic_ray.export.replay import open_replay
-from qaic_ray.model import Checkpoint, open_checkpoint
+from qaic_ray.model import gguf_conversion
+from qaic_ray.model.checkpoint import Checkpoint, open_checkpoint
 from qaic_ray.options import ExportOptions
 
 pytestmark = pytest.mark.usefixtures("no_onnxsim")

@@ -15,10 +15,10 @@ from llama_cpp import LlamaCpp
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from qaic_ray.errors import CheckpointError
-from qaic_ray.gguf_tokenizer import SPLITTINGS, write_tokenizer
-from qaic_ray.model import load_tokenizer, open_checkpoint
-from qaic_ray.tokenizer import open_tokenizer
-from qaic_ray.tokenizer_sources import loaded_tokenizer
+from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
+from qaic_ray.model.gguf_tokenizer import SPLITTINGS, write_tokenizer
+from qaic_ray.model.tokenizer import open_tokenizer
+from qaic_ray.model.tokenizer_files import loaded_tokenizer
 
 CORPUS = [
     "def read(path: Path, *, size: int = 0) -> dict[str, int]:",

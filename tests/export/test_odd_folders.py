@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from qaic_ray.errors import CheckpointError
 from qaic_ray.export.export import export_model
-from qaic_ray.model import Checkpoint, open_checkpoint
+from qaic_ray.model.checkpoint import Checkpoint, open_checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_onnxsim")
 

@@ -25,7 +25,7 @@ from qaic_ray.export.conversion import FLOAT16_MAX
 from qaic_ray.export.export import export_model
 from qaic_ray.export.rope import inverse_frequencies, table_blocks
 from qaic_ray.export.verify import NUM_DECODE_STEPS, VerifyReport, compare, verify_export
-from qaic_ray.model import Checkpoint, load_torch_model
+from qaic_ray.model.checkpoint import Checkpoint, load_torch_model
 from qaic_ray.options import ExportOptions
 
 pytestmark = pytest.mark.usefixtures("no_onnxsim")
@@ -286,7 +286,7 @@ def test_half_precision_checkpoints(
     folder = make_checkpoint().folder
     model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
     model.save_pretrained(folder)
-    from qaic_ray.model import open_checkpoint
+    from qaic_ray.model.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(str(folder))
     assert str(dtype).endswith(json.loads((folder / "config.json").read_text())["dtype"])

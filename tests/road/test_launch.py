@@ -124,7 +124,7 @@ def test_every_variant_is_compiled_and_answers_are_transformers_own(
         f"tiny-kv-16pl-128cl-14c-2BS-{precision}" for precision in ("fp16", "fp32", "mx6")
     ]
     torch = pytest.importorskip("torch")
-    from qaic_ray.model import load_tokenizer, load_torch_model, open_checkpoint
+    from qaic_ray.model.checkpoint import load_tokenizer, load_torch_model, open_checkpoint
 
     checkpoint = open_checkpoint(str(tiny_checkpoint))
     model, tokenizer = load_torch_model(checkpoint), load_tokenizer(checkpoint)

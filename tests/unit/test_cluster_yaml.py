@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import yaml
 
-from qaic_ray.fleet.inventory import CARD_RESOURCE
+from qaic_ray.cards.inventory import CARD_RESOURCE
 
 CONFIG = Path(__file__).parents[2] / "configs" / "cluster" / "dl2q.yaml"
 

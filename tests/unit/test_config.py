@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
+from qaic_ray.config import Job, RunPart, dump_job, job_from, load_job
+from qaic_ray.option_values import prompt_lens
 
 from qaic_ray import config
-from qaic_ray.config import Job, RunPart, dump_job, job_from, load_job
+from qaic_ray.engine.engine import MAX_STALL_S
 from qaic_ray.errors import JobError
-from qaic_ray.option_values import prompt_lens
-from qaic_ray.run.engine import MAX_STALL_S
 from qaic_ray.sampling_params import FIELDS, SamplingParams
 
 JOBS = sorted((Path(__file__).parents[2] / "jobs").glob("*.yaml"))

@@ -35,7 +35,7 @@ def test_nothing_heavy_is_loaded(code: str) -> None:
 
 # What a worker loads for its first conversation: tests/text.
 def test_worker_loads_no_torch_and_no_transformers() -> None:
-    assert loaded_by("import qaic_ray.fleet.worker").isdisjoint({"ray", "torch", "transformers"})
+    assert loaded_by("import qaic_ray.worker.worker").isdisjoint({"ray", "torch", "transformers"})
 
 
 def test_help_answers_and_names_every_command() -> None:

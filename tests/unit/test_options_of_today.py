@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from qaic_ray.config import dump_job, load_job
 
 from qaic_ray.cli.commands import app
-from qaic_ray.config import dump_job, load_job
 
 FLAG = True
 

@@ -6,8 +6,8 @@ import json
 import pickle
 from dataclasses import replace
 
-from qaic_ray.fleet.result import Tally
 from qaic_ray.rows import FinishReason, Prompt, Row, Sample
+from qaic_ray.runs.result import Tally
 from qaic_ray.sampling_params import SamplingParams, TokenLogprob
 
 DOCUMENTED_KEYS = [

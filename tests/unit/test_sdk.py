@@ -8,6 +8,7 @@ import pytest
 
 from qaic_ray import sdk as module
 from qaic_ray.errors import DeviceError, SdkNotFound
+from qaic_ray.options import EmulatorOptions
 from qaic_ray.sdk import (
     Sdk,
     find_sdk,

@@ -1,0 +1,1 @@
+"""The cards of every node: found, placed, leased."""

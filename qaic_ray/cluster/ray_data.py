@@ -1,0 +1,378 @@
+"""A card as a step of a Ray Data pipeline: columns of prompts in, the same with answers beside out.
+
+    dataset.map_batches(
+        CardPredictor,
+        fn_constructor_kwargs={"model": "LLM360/AmberChat", "qpc": "/data/qpc/AmberChat-kv-..."},
+        batch_size=64,
+        concurrency=8,
+        resources={"QAIC": 1},
+    )
+
+Needs no Ray where it is called by hand. Knows nothing of runs: no journal, no report, nobody who
+watches over a card that hangs; `qaic-ray run` has them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qaic_ray.cards.inventory import CARD_RESOURCE, card_scope
+from qaic_ray.cards.locks import CardLocks, Part, held_cards
+from qaic_ray.cards.placement import cards_name
+from qaic_ray.cluster.columns import objects, plain
+from qaic_ray.documents import checked
+from qaic_ray.errors import DeviceBusy, DeviceError, RowError, UsageError
+from qaic_ray.formats.foreign_fields import ALIASES, NESTED
+from qaic_ray.formats.jsonl import FieldRows
+from qaic_ray.formats.prompt_fields import Draft
+from qaic_ray.formats.row_fields import OwnFields, is_known, mistake
+from qaic_ray.options import EmulatorOptions, Generation
+from qaic_ray.rows import ErrorClass, Prompt, Row
+from qaic_ray.sampling_params import MAX_SEED, SamplingParams
+from qaic_ray.sdk import Sdk, find_sdk
+from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
+from qaic_ray.worker.worker import CardWorker
+
+Batch = dict[str, NDArray[Any]]
+"""Columns of one length, as Ray Data's "numpy" batches have them."""
+
+MAX_ATTEMPTS = 3
+"""For a row on whose way a card fails: once with its batch, then alone on a card opened anew."""
+CHOOSE_TIMEOUT_S = 30.0
+"""How long to wait for a card that nobody holds."""
+
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Grant:
+    """What Ray has given to this process of its node's cards.
+
+    `share` is how many cards, or which part of one; `units` are their numbers on the node, where
+    the cluster chooses them (`custom_unit_instance_resources`).
+    """
+
+    share: float = 1.0
+    units: tuple[int, ...] = ()
+
+
+class CardPredictor:
+    """Answers batches of prompts on one card, a part of one, or a device group.
+
+    How much of which card follows from what Ray gave to the process: `resources={"QAIC": 1}` is a
+    card, 0.5 half of the NSPs of one, 4 a device group. Where Ray does not choose, it is the first
+    of the node that nobody holds.
+
+    Args:
+        model: the checkpoint: folder, hub id or .gguf file; its tokenizer is read.
+        qpc: the folder of a compiled variant; at this path on every node.
+        sdk: auto, real, emulated, or an SDK folder.
+        device_ids: cards to choose from; None for all of the node.
+        sampling: fields of `SamplingParams` for rows that say nothing else, `max_tokens` among
+            them. Columns of these names, or of other programs' for them, are the rows' own. Rows
+            without a seed get one from their prompt: the same text whatever the batch and the card.
+        prompt_column: the name of the prompts' column.
+        prefix: what to put before the names of the answers' columns.
+        generation: other options of `Generation`: chat, system, max_stall_s, ...
+
+    Raises:
+        UsageError: for a QPC, SDK or model that does not fit.
+        DeviceError: where no card can be opened.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        qpc: str,
+        *,
+        sdk: str = "auto",
+        device_ids: Sequence[int] | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        prompt_column: str = "prompt",
+        prefix: str = "",
+        **generation: Any,
+    ) -> None:
+        try:
+            self._sampling = SamplingParams().updated(sampling or {})
+        except RowError as error:
+            raise UsageError(str(error)) from error
+        self._prompt_column, self._prefix = prompt_column, prefix
+        self._read_row = FieldRows(OwnFields(self._sampling))
+        self._sdk = find_sdk(sdk, EmulatorOptions())
+        self._device_ids = device_ids
+        self._spec = WorkerSpec(
+            name="card",
+            device_ids=(),
+            sdk_root=str(self._sdk.root),
+            qpc=str(Path(qpc).expanduser().absolute()),
+            model=model,
+            generation=checked(
+                Generation, {"sampling": self._sampling, **generation}, "CardPredictor"
+            ),
+        )
+        self._num_shards = 0
+        self._failure = ""
+        self._claim: CardLocks | None = None
+        self._worker: CardWorker | None = None
+        self.info: WorkerInfo = self._open()
+        if _is_actor():
+            from qaic_ray.cluster.actors import die_with_parent
+
+            die_with_parent(self.close)
+
+    def __enter__(self) -> CardPredictor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Answer a batch.
+
+        Args:
+            batch: a column of prompts, or one of `messages`; others may name sampling fields.
+
+        Returns:
+            Its columns, and beside them text, token_ids, finish_reason, stop_reason, prompt_tokens,
+            generated_tokens, ttft_s, decode_s, worker, attempts and error; with `logprobs` or `n`
+            in the constructor's sampling, or a column that asks for them, also logprobs or
+            choices. A row that cannot be answered
+            has finish_reason "error" and says why in error.
+
+        Raises:
+            UsageError: for columns that no row could be answered with.
+            DeviceError: where the card failed, and no card could be opened in its place.
+        """
+        self._check_columns(batch)
+        if self._worker is None:  # an earlier batch failed, and the card was given back
+            self.info = self._open()
+        done: dict[int, Row] = {}
+        prompts = []
+        for item in self._items(batch):
+            if isinstance(item, Row):
+                done[item.index] = item
+            else:
+                prompts.append(item)
+        try:
+            self._answer(prompts, done)
+        except BaseException:
+            self.close()
+            raise
+        rows = [done[index] for index in sorted(done)]
+        answers = self._columns(rows, self._asked(batch, rows))
+        return batch | {self._prefix + name: column for name, column in answers.items()}
+
+    def close(self) -> None:
+        """Give the card back."""
+        worker, self._worker = self._worker, None
+        try:
+            if worker is not None:
+                worker.close()
+        finally:
+            claim, self._claim = self._claim, None
+            if claim is not None:
+                claim.release()
+
+    # -- the card
+
+    def _open(self) -> WorkerInfo:
+        deadline_s = time.monotonic() + CHOOSE_TIMEOUT_S
+        while True:
+            busy: DeviceError | None = None
+            for device_ids, part in places(self._sdk, granted(), self._device_ids):
+                try:
+                    return self._open_on(device_ids, part)
+                except DeviceError as error:
+                    self.close()
+                    busy = error
+                except BaseException:
+                    self.close()
+                    raise
+            if time.monotonic() >= deadline_s:
+                raise busy or DeviceError("There is no card here that is ready.")
+            time.sleep(_POLL_S)
+
+    def _open_on(self, device_ids: tuple[int, ...], part: Part | None) -> WorkerInfo:
+        scope = card_scope(self._sdk)
+        name = f"{cards_name(device_ids)}{f' {part}' if part else ''}"
+        # Claimed among predictors first: a worker would wait for a card that another one opens.
+        claim_scope = "-".join(filter(None, (scope, "claim")))
+        self._claim = CardLocks(device_ids, part=part, scope=claim_scope, what="CardPredictor")
+        self._claim.acquire()
+        held = held_cards(scope) if part is None else {}
+        for device_id in device_ids:
+            if device_id in held:
+                raise DeviceBusy(f"Card {device_id} is in use: {held[device_id][0]}.")
+        spec = replace(self._spec, name=name, device_ids=device_ids, part=part)
+        self._worker = CardWorker(spec)
+        return self._worker.open()
+
+    def _reopen(self, error: DeviceError) -> None:
+        self._failure = str(error)
+        self.close()
+        self._spec = replace(self._spec, incarnation=self._spec.incarnation + 1)
+        self.info = self._open()
+
+    # -- prompts in
+
+    def _check_columns(self, batch: Batch) -> None:
+        there = ", ".join(batch) or "none"
+        if not {self._prompt_column, "messages"} & batch.keys():
+            raise UsageError(
+                f'There is no column "{self._prompt_column}" and no "messages" (there are: '
+                f"{there}): name the prompts' by prompt_column."
+            )
+        taken = {self._prefix + n for n in self._columns([], self._asked(batch))} & batch.keys()
+        if taken:
+            raise UsageError(
+                f"The batch has columns of the names of the answers' ({', '.join(sorted(taken))}): "
+                "give theirs a prefix."
+            )
+        for error in filter(None, map(mistake, batch)):
+            raise UsageError(error)
+
+    def _items(self, batch: Batch) -> Iterator[Prompt | Row]:
+        read = {name: name for name in batch if name == "messages" or is_known(name)}
+        if self._prompt_column in batch:
+            read[self._prompt_column] = "prompt"
+
+        def prompt(draft: Draft, index: int) -> Prompt:
+            fields = {name: plain(batch[column][index]) for column, name in read.items()}
+            return self._seeded(self._read_row(draft, fields))
+
+        for index in range(len(batch[next(reversed(read))])):
+            yield Draft(index, "").read(prompt, index)
+
+    def _seeded(self, prompt: Prompt) -> Prompt:
+        params = prompt.sampling or self._sampling
+        if params.is_greedy or params.seed is not None:
+            return prompt
+        said = repr((prompt.text, prompt.messages)).encode()
+        seed = int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "big") & MAX_SEED
+        return replace(prompt, sampling=replace(params, seed=seed))
+
+    # -- answers out
+
+    def _asked(self, batch: Batch, rows: Sequence[Row] = ()) -> set[str]:
+        """The columns of answers that not every batch has: by its columns, so that every block of
+        a dataset has the same, and by what rows have been given all the same."""
+        names = {ALIASES.get(column, column) for column in batch}
+        asked = set()
+        if (
+            self._sampling.logprobs is not None
+            or names & {"logprobs", "top_logprobs", *NESTED}
+            or any(row.logprobs is not None for row in rows)
+        ):
+            asked.add("logprobs")
+        if self._sampling.n > 1 or names & {"n", *NESTED} or any(row.choices for row in rows):
+            asked.add("choices")
+        return asked
+
+    def _answer(self, prompts: Sequence[Prompt], done: dict[int, Row]) -> None:
+        shards = [prompts]
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            for shard in shards:
+                self._answer_shard(shard, attempt, done)
+            shards = [[prompt] for prompt in prompts if prompt.index not in done]
+        for (prompt,) in shards:
+            error = f"The card failed on it every time: {self._failure}"
+            done[prompt.index] = Row.failed(
+                prompt,
+                error,
+                worker=self.info.name,
+                attempts=MAX_ATTEMPTS,
+                error_class=ErrorClass.DEVICE,
+            )
+
+    def _answer_shard(self, prompts: Sequence[Prompt], attempt: int, done: dict[int, Row]) -> None:
+        assert self._worker is not None
+        self._num_shards += 1
+        try:
+            for rows in self._worker.answer(prompts, attempt, self._num_shards):
+                if isinstance(rows, list):
+                    done.update((row.index, row) for row in rows)
+        except DeviceError as error:
+            self._reopen(error)
+
+    def _columns(self, rows: Sequence[Row], asked: Container[str]) -> Batch:
+        # Nothing is null, so that a column has one type in every block.
+        columns = {
+            "text": objects(row.text for row in rows),
+            "token_ids": objects(list(row.token_ids) for row in rows),
+            "finish_reason": objects(row.finish_reason.value for row in rows),
+            "stop_reason": objects(
+                "" if row.stop_reason is None else str(row.stop_reason) for row in rows
+            ),
+            "prompt_tokens": np.array([row.prompt_tokens for row in rows], np.int64),
+            "generated_tokens": np.array([row.generated_tokens for row in rows], np.int64),
+            "ttft_s": np.array([row.ttft_s for row in rows], np.float64),
+            "decode_s": np.array([row.decode_s for row in rows], np.float64),
+            "worker": objects(row.worker for row in rows),
+            "attempts": np.array([row.attempts for row in rows], np.int64),
+            "error": objects(row.error or "" for row in rows),
+        }
+        if "logprobs" in asked:
+            columns["logprobs"] = objects(
+                [token.logprob for token in row.logprobs or ()] for row in rows
+            )
+        if "choices" in asked:
+            columns["choices"] = objects(
+                [choice.text for choice in row.choices or ([row] if row.ok else [])] for row in rows
+            )
+        return columns
+
+
+def places(
+    sdk: Sdk, grant: Grant, device_ids: Sequence[int] | None = None
+) -> list[tuple[tuple[int, ...], Part | None]]:
+    """Where a predictor may go, best first: cards, and the part of the one that it is of."""
+    qids = sorted(device.qid for device in sdk.devices() if device.ready)
+    ids = [qid for qid in qids if device_ids is None or qid in device_ids]
+    found: list[tuple[tuple[int, ...], Part | None]]
+    if grant.share < 1:
+        count = round(1 / grant.share)
+        parts = [Part(number, count) for number in range(1, count + 1)]
+        found = [((qid,), part) for qid in ids for part in parts]
+    else:
+        size = int(grant.share)
+        found = [(tuple(ids[at : at + size]), None) for at in range(0, len(ids) - size + 1, size)]
+    chosen = {qids[unit] for unit in grant.units if unit < len(qids)}
+    return sorted(found, key=lambda place: chosen.isdisjoint(place[0]))  # a stable sort
+
+
+def granted() -> Grant:
+    """What Ray gave to this process; a whole card, where it is no actor of Ray's."""
+    if not _is_actor():
+        return Grant()
+    import ray
+    from ray._private.worker import global_worker
+
+    from qaic_ray.cluster.actors import chooses_units
+
+    share = ray.get_runtime_context().get_assigned_resources().get(CARD_RESOURCE, 1.0)
+    if not chooses_units():
+        return Grant(share)
+    units = global_worker.core_worker.resource_ids().get(CARD_RESOURCE, [])
+    return Grant(share, tuple(sorted(int(unit) for unit, _ in units)))
+
+
+def _is_actor() -> bool:
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return False
+    return bool(ray.get_runtime_context().get_actor_id())

@@ -1,0 +1,151 @@
+"""What a Ray that we start has for itself: a folder, a token, and a keeper that outlives us.
+
+The folder is of this user only, short enough for the sockets in it, and gone with its Ray, however
+the driver ends. Knows no Ray.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from qaic_ray.cluster import keeper
+from qaic_ray.errors import QaicRayError
+
+MAX_FOLDER_CHARS = 34
+"""The name of a socket has at most 107 bytes (unix(7)), and Ray puts up to 73 behind the folder."""
+DEFAULT_BASE = Path("/tmp")
+
+_LOCK = "lock"
+_TOKEN = "token"
+_BEING_MADE_S = 60.0
+_KEEPER_TIMEOUT_S = 40.0
+
+
+class RaySession:
+    """The folder of a Ray, from now until `close` or until this process is gone."""
+
+    def __init__(self) -> None:
+        self.folder = _new_folder()
+        self.temp_dir = self.folder / "r"
+        """Where Ray makes its own; it lets everybody into that."""
+        self.token_file = self.folder / _TOKEN
+        # Held as long as this process lives; by it others know the folder of one that died.
+        self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        token = os.open(self.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(token, "w", encoding="ascii") as stream:
+            stream.write(secrets.token_hex(32))
+        self._keeper = subprocess.Popen(
+            [sys.executable, "-I", "-S", keeper.__file__, str(self.folder), str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,  # who reads ours shall not wait for it
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            cwd="/",
+        )
+
+    def variables(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """What the processes of this Ray have in their environment, beside what is there.
+
+        Whoever has set RAY_AUTH_MODE=disabled has chosen so.
+        """
+        mode = environment.get("RAY_AUTH_MODE", "token")
+        return {
+            keeper.SESSION_VARIABLE: str(self.folder),
+            # Ray's word for: this machine only, and all of it on the loopback interface.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_AUTH_MODE": mode,
+            "RAY_AUTH_TOKEN_PATH": str(self.token_file),
+        }
+
+    def kill(self) -> None:
+        """End every process of this Ray at once."""
+        keeper.kill_marked(str(self.folder))
+
+    def close(self) -> None:
+        """End what is left of this Ray, and remove the folder."""
+        assert self._keeper.stdin is not None
+        self._keeper.stdin.close()
+        try:
+            self._keeper.wait(_KEEPER_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise QaicRayError(
+                f"Processes of Ray cannot be ended: see which have {self.folder} in their command."
+            ) from error
+        finally:
+            os.close(self._lock)
+
+
+@contextmanager
+def environment_of(session: RaySession) -> Iterator[None]:
+    """Have what is started in this context belong to the session, and nothing after it."""
+    changed = session.variables(os.environ)
+    kept = {name: os.environ.get(name) for name in (*changed, "RAY_AUTH_TOKEN")}
+    os.environ.pop("RAY_AUTH_TOKEN", None)  # it would go before the file's, and is of another Ray
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _new_folder() -> Path:
+    chosen = Path(tempfile.gettempdir()).absolute()
+    room = MAX_FOLDER_CHARS - len(f"/{_prefix()}12345678")
+    problems = []
+    for base in dict.fromkeys((chosen, DEFAULT_BASE)):
+        if len(os.fsencode(base)) > room:
+            problems.append(f"{base} is too long")
+            continue
+        _sweep(base)
+        try:
+            return Path(tempfile.mkdtemp(prefix=_prefix(), dir=base))  # 0700
+        except OSError as error:
+            problems.append(f"{base}: {error.strerror}")
+    raise QaicRayError(
+        f"Ray's sockets need a temporary folder with a path of at most {room} characters, and "
+        f"there is none ({'; '.join(problems)}): set TMPDIR to one."
+    )
+
+
+def _prefix() -> str:
+    return f"qaic-ray-{os.getuid()}-"
+
+
+def _sweep(base: Path) -> None:
+    """Remove folders whose process was killed together with its keeper."""
+    for folder in base.glob(f"{_prefix()}*"):
+        with suppress(OSError):
+            status = folder.lstat()
+            is_ours = status.st_uid == os.getuid() and folder.is_dir() and not folder.is_symlink()
+            if is_ours and _is_left(folder, status.st_mtime):
+                keeper.kill_marked(str(folder))
+                shutil.rmtree(folder)
+
+
+def _is_left(folder: Path, made_s: float) -> bool:
+    try:
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return time.time() - made_s > _BEING_MADE_S
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
+    return True

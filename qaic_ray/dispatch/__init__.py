@@ -1,0 +1,1 @@
+"""Which worker answers which prompts next: pure state machines."""

@@ -1,0 +1,329 @@
+"""Sequences into slots, slots into steps: the batcher of the `position-ids` contract, pure.
+
+Knows no device, clock, file, thread or tensor. `plan` says what the card should compute next,
+`commit` hears which tokens came out. Every row has a slot and positions of its own:
+
+    uncomputed tokens of a row    where they are computed
+    at most `ride_len`            in the decode shape, together with every other such row
+    more                          in a prefill shape, some at a time, longest wait first
+    more, and no prefill shape    in the decode shape, `decode_len` at a time (a `pl1` program)
+
+so the last token of a prompt and the newest token of an answer are no different cases. A slot
+remembers which tokens its cache holds; a prompt that begins with them is computed from there on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as Listed
+from dataclasses import dataclass, field
+
+from qaic_ray.engine.shapes import ProgramShapes, ShapeCosts
+from qaic_ray.errors import RowError
+from qaic_ray.rows import FinishReason
+from qaic_ray.sampling_params import SamplingParams, TokenLogprob
+
+GREEDY = SamplingParams()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Token ids of one row in flight; compared by identity.
+
+    `max_new_tokens` is how many tokens may be generated at most; `stop_ids` end the row and are
+    kept as its last token. `num_computed` counts the tokens, prompt and answer, whose keys and
+    values the card holds, `num_reused` those of the prompt that it held already. `slot` is set
+    while the row runs.
+    """
+
+    key: int
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    params: SamplingParams = GREEDY
+    seed: int = 0
+    output_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    num_computed: int = 0
+    num_reused: int = 0
+    slot: int | None = None
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and answer so far."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens the card has not seen yet; at least 1 while the row runs."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def newest(self) -> int:
+        """The uncomputed token, where there is one; the first of several."""
+        start = self.num_computed - len(self.prompt_ids)
+        return self.output_ids[start] if start >= 0 else self.prompt_ids[start]
+
+    def next_ids(self, count: int) -> Listed[int]:
+        """The next `count` uncomputed tokens, in order."""
+        start = self.num_computed - len(self.prompt_ids)
+        if start >= 0:
+            return self.output_ids[start : start + count]
+        if start + count <= 0:
+            return self.prompt_ids[self.num_computed : self.num_computed + count]
+        return (*self.prompt_ids[self.num_computed :], *self.output_ids[: start + count])
+
+    def take(self, tokens: Listed[int]) -> int:
+        """Append chosen tokens until one of them ends the row; how many were kept."""
+        output, stop_ids, limit = self.output_ids, self.stop_ids, self.max_new_tokens
+        for kept, token in enumerate(tokens, start=1):
+            output.append(token)
+            if token in stop_ids:
+                self.finish_reason = FinishReason.STOP
+                return kept
+            if len(output) >= limit:
+                self.finish_reason = FinishReason.LENGTH
+                return kept
+        return len(tokens)
+
+    def cut(self, num_tokens: int) -> int:
+        """End the row with its first `num_tokens` tokens; how many were dropped."""
+        dropped = len(self.output_ids) - num_tokens
+        del self.output_ids[num_tokens:]
+        del self.logprobs[num_tokens:]
+        self.finish_reason = FinishReason.STOP
+        return dropped
+
+
+@dataclass(frozen=True)
+class Step:
+    """One execution of the program: the rows that take part, and how many tokens each feeds.
+
+    `seq_len` is that of the shape to run in; for a decode step the longest that any row may use.
+    Row i feeds `counts[i]` of its uncomputed tokens; a row that feeds all of them is answered with
+    its next token, logits of the others mean nothing.
+    """
+
+    is_prefill: bool
+    seq_len: int
+    rows: tuple[tuple[int, Sequence], ...]
+    counts: tuple[int, ...]
+
+
+class Batcher:
+    """Gives sequences slots and plans steps over them.
+
+    Args:
+        shapes: what the program can run.
+        prefix_reuse: whether a prompt may start from what a slot's cache holds already.
+        ride_len: uncomputed tokens that a row may have and go to the decode shape all the same;
+            what the shape takes at once where nothing is said.
+    """
+
+    def __init__(
+        self, shapes: ProgramShapes, *, prefix_reuse: bool = True, ride_len: int | None = None
+    ) -> None:
+        self.shapes = shapes
+        self.costs = ShapeCosts(shapes.prefill_lens)
+        self.waiting: deque[Sequence] = deque()
+        self.running: dict[int, Sequence] = {}
+        self._prefilling: dict[int, Sequence] = {}
+        self._prefix_reuse = prefix_reuse
+        self._ride_len = max(ride_len or 1, shapes.decode_len)
+        # Slot -> the tokens its cache holds, the longest free first.
+        self._free: dict[int, tuple[int, ...]] = dict.fromkeys(range(shapes.num_slots), ())
+        self._steady: Step | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether any sequence waits or runs."""
+        return bool(self.waiting or self.running)
+
+    @property
+    def free_slots(self) -> Listed[int]:
+        """Slots without a row."""
+        return list(self._free)
+
+    @property
+    def num_decoding(self) -> int:
+        """Rows that wait for their next token and not for a prefill."""
+        return len(self.running) - len(self._prefilling)
+
+    def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
+        """How many tokens a prompt may generate: what was asked for, within the context.
+
+        The last token of an answer is never fed back, so a prompt that fills the context still
+        gets one.
+
+        Raises:
+            RowError: for a prompt with no token, or with more than the context holds.
+        """
+        ctx_len = self.shapes.ctx_len
+        room = ctx_len - prompt_tokens + 1
+        return limit_of(prompt_tokens, room=room, ctx_len=ctx_len, wanted=wanted)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence whose `max_new_tokens` came from `new_token_limit`."""
+        self.waiting.append(sequence)
+
+    def plan(self, *, decode_first: bool = False) -> Step | None:
+        """The next step, or None when nothing waits or runs.
+
+        Prefill goes before decode, because an empty row of the decode shape is lost; with
+        `decode_first` rows that can decode are not made to wait any longer.
+        """
+        self._admit()
+        if not self.running:
+            return None
+        if self._prefilling and not (decode_first and self.num_decoding):
+            return self._prefill()
+        if self._steady is None:
+            self._steady = self._decode()
+        return self._steady
+
+    def commit(self, step: Step, chosen: Listed[Listed[int]]) -> list[Sequence]:
+        """Take in a step's outcome; return the sequences it finished, in the step's order.
+
+        Args:
+            step: what `plan` returned last.
+            chosen: for each row of the step the tokens chosen for it, one more than the drafted
+                tokens that it accepted; read only where the row was to be answered.
+        """
+        finished = []
+        for (_, sequence), count, tokens in zip(step.rows, step.counts, chosen, strict=True):
+            computed = sequence.num_computed + count
+            if computed < len(sequence.prompt_ids) + len(sequence.output_ids):
+                sequence.num_computed = computed
+                continue
+            sequence.num_computed = computed + sequence.take(tokens) - 1
+            if sequence.finish_reason is not None:
+                self._release(sequence)
+                finished.append(sequence)
+        if step is not self._steady:
+            self._sort(step)
+        elif self.shapes.decode_len > 1:
+            self._steady = None
+        return finished
+
+    def stop(self, sequence: Sequence, num_tokens: int) -> int:
+        """End a row with the first `num_tokens` tokens of its answer; how many were dropped."""
+        dropped = sequence.cut(num_tokens)
+        if sequence.slot is not None:
+            self._release(sequence)
+        return dropped
+
+    def check(self) -> None:
+        """Invariants, for tests: slots are a partition, and nobody outgrows the context."""
+        occupied = set(self.running)
+        assert occupied.isdisjoint(self._free)
+        assert occupied | set(self._free) == set(range(self.shapes.num_slots))
+        assert set(self._prefilling) <= occupied
+        assert len(occupied) <= self.shapes.num_rows
+        for slot, sequence in self.running.items():
+            assert sequence.slot == slot
+            assert sequence.finish_reason is None
+            assert 0 <= sequence.num_computed < sequence.num_tokens <= self.shapes.ctx_len
+            assert sequence.num_reused < len(sequence.prompt_ids)
+            assert len(sequence.output_ids) < sequence.max_new_tokens
+            assert (slot in self._prefilling) == self._wants_prefill(sequence)
+
+    def _admit(self) -> None:
+        if not self.waiting or (self.running and not self.shapes.continuous):
+            return
+        while self.waiting and self._free and len(self.running) < self.shapes.num_rows:
+            sequence = self.waiting.popleft()
+            slot, reused = self._best_slot(sequence.prompt_ids)
+            del self._free[slot]
+            # The last token of a prompt is always computed: its logits are the answer's first.
+            sequence.num_computed = sequence.num_reused = min(reused, len(sequence.prompt_ids) - 1)
+            sequence.slot = slot
+            self.running[slot] = sequence
+            if self._wants_prefill(sequence):
+                self._prefilling[slot] = sequence
+            self._steady = None
+
+    def _best_slot(self, prompt_ids: tuple[int, ...]) -> tuple[int, int]:
+        """The free slot whose cache has most of the prompt's beginning, and how many tokens."""
+        best, most = -1, -1
+        for slot, held in self._free.items():
+            common = num_common(held, prompt_ids)
+            # Of equals the one that is worth least to another prompt: the longest free.
+            if common > most:
+                best, most = slot, common
+        return best, most
+
+    def _wants_prefill(self, sequence: Sequence) -> bool:
+        return (
+            bool(self.shapes.prefill_lens)
+            and sequence.num_uncomputed > self._ride_len
+            and sequence.num_computed < self.shapes.prefill_ctx_len
+        )
+
+    def _prefill(self) -> Step:
+        rows = tuple(self._prefilling.items())[: self.shapes.prefill_rows]
+        most = max(row.num_uncomputed for _, row in rows)
+        seq_len = self.costs.next_len(most, free=self._ride_len)
+        if self.shapes.prefill_rows >= self.shapes.num_slots:
+            # Every row has a place in this shape: those that decode need not wait for the others.
+            rows = tuple(self.running.items())
+        counts = tuple(
+            min(seq_len, row.num_uncomputed, self.shapes.prefill_ctx_len - row.num_computed)
+            for _, row in rows
+        )
+        used = [(row, count) for row, count in zip(rows, counts, strict=True) if count > 0]
+        return Step(True, seq_len, tuple(row for row, _ in used), tuple(n for _, n in used))
+
+    def _decode(self) -> Step:
+        rows = tuple(
+            sorted(item for item in self.running.items() if item[0] not in self._prefilling)
+        )
+        counts = tuple(min(self.shapes.decode_len, row.num_uncomputed) for _, row in rows)
+        return Step(False, self.shapes.decode_len, rows, counts)
+
+    def _sort(self, step: Step) -> None:
+        """After a prefill: which of its rows decode from now on."""
+        self._steady = None
+        for slot, sequence in step.rows:
+            if slot in self._prefilling and not self._wants_prefill(sequence):
+                del self._prefilling[slot]
+
+    def _release(self, sequence: Sequence) -> None:
+        slot = sequence.slot
+        assert slot is not None
+        sequence.slot = None
+        self.running.pop(slot)
+        self._prefilling.pop(slot, None)
+        self._steady = None
+        # The last token of an answer was never fed, and what was drafted behind it is not held.
+        num_held = min(sequence.num_computed, sequence.num_tokens - 1)
+        held = (*sequence.prompt_ids, *sequence.output_ids)[:num_held]
+        self._free[slot] = held if self._prefix_reuse else ()
+
+
+def limit_of(prompt_tokens: int, *, room: int, ctx_len: int, wanted: int | None) -> int:
+    """Tokens that a prompt may generate where there is `room` for so many.
+
+    Raises:
+        RowError: for a prompt with no token, or with no room.
+    """
+    if prompt_tokens == 0:
+        raise RowError("The prompt is empty: it has no token to start from.")
+    if room < 1:
+        raise RowError(
+            f"The prompt has {prompt_tokens} tokens, more than the context of {ctx_len} "
+            "the QPC was compiled for: shorten it, or compile with a larger ctx_len."
+        )
+    return room if wanted is None else min(room, wanted)
+
+
+def num_common(left: tuple[int, ...], right: tuple[int, ...]) -> int:
+    """Length of the common beginning of two tuples; by halving, because slices compare in C."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

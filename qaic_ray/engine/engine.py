@@ -1,0 +1,314 @@
+"""The token loop of one card: plan, run, commit. Token ids only, never text.
+
+`Engine.step` asks the batcher for a step, has the feed lay its tokens out as the program's inputs,
+runs it on the session, chooses tokens for the rows that are answered, and tells the batcher. It
+keeps the counts and times of `metrics.py`. A card offers no second queue: what can be done while it
+works (reading new tokens for stop strings) is done then, and everything else is kept short.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Listed
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from qaic_ray.contract import IoContract, Specialization, Specializations
+from qaic_ray.durations import bin_of
+from qaic_ray.engine.batcher import Batcher, Sequence
+from qaic_ray.engine.inputs import (
+    CacheIndexInputs,
+    Drafts,
+    InputBuilder,
+    PositionIdsInputs,
+    StepInputs,
+)
+from qaic_ray.engine.lockstep import LockstepBatcher
+from qaic_ray.engine.shapes import ProgramShapes
+from qaic_ray.engine.token_picker import TokenPicker
+from qaic_ray.errors import RowError
+from qaic_ray.metrics import Measurement, Meter
+from qaic_ray.rows import ROW_ALONE
+from qaic_ray.sampling_params import SamplingParams
+
+Array = npt.NDArray[Any]
+
+MAX_STALL_S = 1.0
+"""How long running rows may wait for the prefill of others, where nothing else is said."""
+
+
+class Program(Protocol):
+    """What the engine needs of a session: shapes, and one call."""
+
+    contract: IoContract
+    specializations: Specializations
+    emits_tokens: bool
+
+    def input_dtype(self, name: str) -> np.dtype[Any]:
+        """dtype of an input."""
+
+    def run(
+        self,
+        shape: Specialization,
+        inputs: Mapping[str, Array],
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Array:
+        """Execute once; `meanwhile` is called while the card works."""
+
+
+class StopReader(Protocol):
+    """Reads a row's tokens as they come, and may end it (stop strings)."""
+
+    def read(self, token_ids: Listed[int]) -> int | None:
+        """Take the row's next tokens; a number ends it with so many of all its tokens."""
+
+
+class Proposer(Protocol):
+    """Guesses what comes next, for a program that checks several tokens a row at once."""
+
+    def propose(self, rows: Listed[Sequence], room: Listed[int]) -> Drafts:
+        """At most `room[i]` tokens for row i, each list as long as it is likely to be right."""
+
+    def release(self, sequence: Sequence) -> None:
+        """A row that was proposed for has ended."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A row that ended: `ttft_s` from entering the engine, `decode_s` from there to its end.
+
+    With an `error` it has no answer; it is that of this row's own sampling or reading.
+    """
+
+    sequence: Sequence
+    ttft_s: float
+    decode_s: float
+    error: RowError | None = None
+
+
+class Engine:
+    """Runs sequences on a program, several at once, each in a slot of its own.
+
+    Args:
+        program: an opened session (or its stand-in in tests).
+        clock: monotonic seconds.
+        max_stall_s: how long rows that decode may wait for the prefill of others; one step of
+            prefill is done even where it takes longer.
+        prefix_reuse: whether a prompt may start from what a slot's cache holds already.
+        proposer: who drafts tokens, for a program whose decode shape takes several a row.
+        ride_len: see `Batcher`.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        max_stall_s: float = MAX_STALL_S,
+        prefix_reuse: bool = True,
+        proposer: Proposer | None = None,
+        ride_len: int | None = None,
+    ) -> None:
+        shapes = self._shapes = ProgramShapes.of(program.specializations)
+        self.batcher: Batcher | LockstepBatcher
+        self._inputs: InputBuilder
+        if program.contract is IoContract.CACHE_INDEX:
+            self.batcher = LockstepBatcher(shapes)
+            self._inputs = CacheIndexInputs(shapes, program.input_dtype)
+        else:
+            self.batcher = Batcher(shapes, prefix_reuse=prefix_reuse, ride_len=ride_len)
+            self._inputs = PositionIdsInputs(shapes, program.input_dtype, self.batcher)
+        self._program = program
+        self._clock = clock
+        self._max_stall_s = max_stall_s
+        self._proposer = proposer if self._shapes.decode_len > 1 else None
+        self._chooser = TokenPicker(
+            self._shapes.num_slots, emits_tokens=program.emits_tokens, fail=self._end_with
+        )
+        self._readers: dict[Sequence, StopReader] = {}
+        self._num_read: dict[Sequence, int] = {}
+        self._unread: list[Sequence] = []
+        self._stops: dict[Sequence, int] = {}
+        self._errors: dict[Sequence, RowError] = {}
+        self._meter = Meter()
+        self._awaiting: dict[Sequence, float] = {}
+        self._first: dict[Sequence, tuple[float, float]] = {}
+        self._stalled_since_s = 0.0
+        self._has_stalled = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether any sequence waits or runs."""
+        return self.batcher.busy
+
+    @property
+    def measurement(self) -> Measurement:
+        """All work so far."""
+        return self._meter.measurement()
+
+    def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
+        """How many tokens a prompt may generate; see the batcher's."""
+        return self.batcher.new_token_limit(prompt_tokens, wanted)
+
+    def refuse_unanswerable(self, params: SamplingParams) -> None:
+        """Raise RowError for what this program's output cannot answer."""
+        if self._program.emits_tokens and not params.is_plain:
+            raise RowError(
+                "This QPC was exported with --next-tokens: it gives the most likely token only, "
+                "so there is no temperature, penalty, min_tokens or logprobs; leave them out, or "
+                "export without it."
+            )
+
+    def add(self, sequence: Sequence, reader: StopReader | None = None) -> None:
+        """Queue a sequence; its time to first token starts now."""
+        self._awaiting[sequence] = self._clock()
+        if reader is not None:
+            self._readers[sequence] = reader
+            self._num_read[sequence] = len(sequence.output_ids)
+        self._chooser.add(sequence)
+        self.batcher.add(sequence)
+
+    def step(self) -> list[Finished]:
+        """Advance: one prefill step, or one decode step for every row that can decode.
+
+        Returns:
+            The sequences that finished.
+
+        Raises:
+            DeviceError: from the session; the engine's rows are then lost with the card's state.
+        """
+        start_s = self._clock()
+        could_decode = self.batcher.num_decoding > 0
+        step: Any = self.batcher.plan(decode_first=self._must_decode(start_s))
+        if step is None:
+            return []
+        drafts = None if self._proposer is None or step.is_prefill else self._draft(step)
+        laid = self._inputs.build(step, drafts)
+        output = self._program.run(laid.shape, laid.inputs, self._read if self._unread else None)
+        chosen = self._chooser.choose(step, laid, drafts, output)
+        num_before = 0 if drafts is None else _num_output(step)
+        ended = self.batcher.commit(step, chosen)
+        end_s = self._clock()
+        self._measure(step, laid, end_s - start_s)
+        if drafts is not None:
+            self._count_drafts(drafts, _num_output(step) - num_before - sum(laid.answers))
+        self._has_stalled = step.is_prefill and could_decode
+        if not self._has_stalled:
+            self._stalled_since_s = end_s
+        if self._awaiting:
+            self._note_first(step, laid, end_s)
+        if self._readers:
+            rows = [
+                row for (_, row), answered in zip(step.rows, laid.answers, strict=True) if answered
+            ]
+            self._unread = [row for row in rows if row in self._readers]
+        if self._stops or ended:
+            ended = self._end(ended)
+        return [self._finish(sequence, end_s) for sequence in ended]
+
+    def _must_decode(self, now_s: float) -> bool:
+        """Whether another prefill would make running rows wait longer than they may."""
+        if not self._has_stalled:
+            return False
+        waited_s = now_s - self._stalled_since_s
+        return waited_s + self.batcher.costs.slowest_s > self._max_stall_s
+
+    def _draft(self, step: Any) -> Drafts:
+        assert self._proposer is not None
+        longest = self._shapes.decode_len
+        room = [
+            min(longest - count, sequence.max_new_tokens - len(sequence.output_ids) - 1)
+            if count == sequence.num_uncomputed
+            else 0
+            for (_, sequence), count in zip(step.rows, step.counts, strict=True)
+        ]
+        return self._proposer.propose([sequence for _, sequence in step.rows], room)
+
+    def _end_with(self, error: RowError, sequence: Sequence) -> None:
+        """End a row without an answer, when this step is done."""
+        self._errors[sequence] = error
+        self._stops[sequence] = len(sequence.output_ids)
+
+    def _read(self) -> None:
+        """Have new tokens read; called while the card works."""
+        for sequence in self._unread:
+            self._read_new(sequence)
+        self._unread.clear()
+
+    def _read_new(self, sequence: Sequence) -> None:
+        start = self._num_read[sequence]
+        self._num_read[sequence] = len(sequence.output_ids)
+        try:
+            with ROW_ALONE:
+                kept = self._readers[sequence].read(sequence.output_ids[start:])
+        except RowError as error:
+            self._end_with(error, sequence)
+            return
+        if kept is not None:
+            self._stops[sequence] = kept
+
+    def _end(self, ended: list[Sequence]) -> list[Sequence]:
+        """Rows that ended by themselves, and rows that their readers end."""
+        for sequence in ended:
+            # What a reader has ended in earlier tokens is not read on.
+            if sequence in self._readers and sequence not in self._stops:
+                self._read_new(sequence)
+        every = [*ended, *(sequence for sequence in self._stops if sequence not in ended)]
+        for sequence, kept in self._stops.items():
+            self._meter.decode_tokens -= self.batcher.stop(sequence, kept)
+        self._stops.clear()
+        self._unread = [sequence for sequence in self._unread if sequence not in every]
+        return every
+
+    def _measure(self, step: Any, laid: StepInputs, seconds: float) -> None:
+        meter = self._meter
+        if step.is_prefill:
+            meter.prefill_steps += 1
+            meter.prefill_s += seconds
+            self.batcher.costs.measured(step.seq_len, seconds)
+            return
+        num_answered = sum(laid.answers)
+        meter.decode_steps += 1
+        meter.decode_s += seconds
+        meter.decode_slots += self._shapes.num_rows
+        meter.decode_rows += num_answered
+        meter.decode_tokens += num_answered
+
+    def _count_drafts(self, drafts: Drafts, num_kept: int) -> None:
+        """`num_kept` of the drafted tokens are in answers now."""
+        self._meter.drafted_tokens += sum(map(len, drafts))
+        self._meter.accepted_tokens += num_kept
+        self._meter.decode_tokens += num_kept
+
+    def _note_first(self, step: Any, laid: StepInputs, end_s: float) -> None:
+        for (_, sequence), answered in zip(step.rows, laid.answers, strict=True):
+            if answered and sequence in self._awaiting:
+                entered_s = self._awaiting.pop(sequence)
+                self._first[sequence] = (entered_s, end_s)
+                self._meter.ttft[bin_of(end_s - entered_s)] += 1
+
+    def _finish(self, sequence: Sequence, end_s: float) -> Finished:
+        entered_s, first_s = self._first.pop(sequence)
+        self._chooser.leave(sequence)
+        if self._readers.pop(sequence, None) is not None:
+            del self._num_read[sequence]
+        if self._proposer is not None:
+            self._proposer.release(sequence)
+        error = self._errors.pop(sequence, None)
+        if error is not None:
+            return Finished(sequence, first_s - entered_s, end_s - first_s, error)
+        del sequence.logprobs[len(sequence.output_ids) :]
+        meter = self._meter
+        meter.rows += 1
+        meter.prompt_tokens += len(sequence.prompt_ids)
+        meter.reused_tokens += sequence.num_reused
+        meter.generated_tokens += len(sequence.output_ids)
+        return Finished(sequence, first_s - entered_s, end_s - first_s)
+
+
+def _num_output(step: Any) -> int:
+    return sum(len(sequence.output_ids) for _, sequence in step.rows)

@@ -1,0 +1,235 @@
+"""A step as the program's inputs: one class a contract. Arrays are made once and filled again.
+
+Knows the batchers' steps and the contract; nothing of the card, of logits or of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from qaic_ray import contract
+from qaic_ray.contract import Specialization
+from qaic_ray.engine.batcher import Batcher, Step
+from qaic_ray.engine.lockstep import LockstepStep
+from qaic_ray.engine.shapes import ProgramShapes
+
+Array = npt.NDArray[Any]
+Drafts = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """A step, ready to run.
+
+    Row i of the step stands in row `rows[i]` of the program; `lasts[i]` is the column of its last
+    own token, behind which its drafted tokens stand. A row with `answers[i]` false is computed
+    and not answered.
+    """
+
+    shape: Specialization
+    inputs: dict[str, Array]
+    rows: Sequence[int]
+    lasts: Sequence[int]
+    answers: Sequence[bool]
+
+    def column(self, row: int, num_columns: int, num_drafted: int) -> int:
+        """Where the answer to a row's last own token is, among `num_columns` of output.
+
+        A program keeps the outputs of the last tokens of a row, or of the first where there are
+        not so many.
+        """
+        last = self.lasts[row]
+        return last - max(last + num_drafted + 1 - num_columns, 0)
+
+    def piece(self, row: int, output: Array, num_drafted: int) -> Array:
+        """The output for a row's last own token and its drafted ones."""
+        first = self.column(row, output.shape[1], num_drafted)
+        piece: Array = output[self.rows[row], first : first + num_drafted + 1]
+        return piece
+
+
+class InputBuilder(Protocol):
+    """Lays the steps of one batcher."""
+
+    def build(self, step: Any, drafts: Drafts | None) -> StepInputs:
+        """Fill the inputs for a step; `drafts` are tokens to try behind each row's own."""
+
+
+class PositionIdsInputs:
+    """Rows of any length, each at positions of its own; padding has position -1.
+
+    Args:
+        shapes: what the program can run.
+        input_dtype: dtype of an input.
+        batcher: whose free slots stand in for rows that the shape has and the step has not.
+    """
+
+    def __init__(
+        self,
+        shapes: ProgramShapes,
+        input_dtype: Callable[[str], np.dtype[Any]],
+        batcher: Batcher,
+    ) -> None:
+        self._shapes = shapes
+        self._batcher = batcher
+        # In a continuous prefill, and where there are more slots than rows, a row of the program
+        # says which slot it means; everywhere else row r is slot r.
+        self._indexed = shapes.num_rows < shapes.num_slots
+        self._inputs = {
+            shape: self._new_inputs(shape, input_dtype)
+            for shape in (*shapes.prefills, *shapes.decodes)
+        }
+
+    def build(self, step: Step, drafts: Drafts | None) -> StepInputs:
+        """Fill the inputs for a step."""
+        if step.is_prefill or drafts is not None or max(step.counts) > 1:
+            return self._build_many(step, drafts)
+        return self._build_newest(step)
+
+    def _build_newest(self, step: Step) -> StepInputs:
+        """One token a row: what nearly every step is."""
+        positions = [sequence.num_computed for _, sequence in step.rows]
+        shape = self._shapes.decode_shape(1, max(positions) + 1)
+        inputs = self._inputs[shape]
+        ids, at = inputs[contract.INPUT_IDS], inputs[contract.POSITION_IDS]
+        num_rows = len(positions)
+        if self._indexed:
+            rows = list(range(num_rows))
+            self._index(inputs, step)
+        else:
+            rows = [slot for slot, _ in step.rows]
+        # Rows are in the order of their slots.
+        where: Any = slice(None) if num_rows == len(ids) else rows
+        at.fill(contract.PADDING_POSITION)
+        # A row that has been answered before has its last answer to feed, and nothing else.
+        ids[where, 0] = [
+            sequence.output_ids[-1] if sequence.output_ids else sequence.newest
+            for _, sequence in step.rows
+        ]
+        at[where, 0] = positions
+        answers = [
+            bool(sequence.output_ids) or sequence.num_uncomputed == 1 for _, sequence in step.rows
+        ]
+        return StepInputs(shape, inputs, rows, [0] * num_rows, answers)
+
+    def _build_many(self, step: Step, drafts: Drafts | None) -> StepInputs:
+        counts = step.counts
+        tails: Drafts = drafts if drafts is not None else [()] * len(counts)
+        ends = [
+            sequence.num_computed + count + len(tail)
+            for (_, sequence), count, tail in zip(step.rows, counts, tails, strict=True)
+        ]
+        if step.is_prefill:
+            shape = self._shapes.prefill_shape(step.seq_len, max(ends))
+        else:
+            longest = max(n + len(tail) for n, tail in zip(counts, tails, strict=True))
+            shape = self._shapes.decode_shape(longest, max(ends))
+        inputs = self._inputs[shape]
+        ids, at = inputs[contract.INPUT_IDS], inputs[contract.POSITION_IDS]
+        at.fill(contract.PADDING_POSITION)
+        indexed = self._indexed or (self._shapes.continuous and step.is_prefill)
+        if indexed:
+            self._index(inputs, step)
+        rows, answers = [], []
+        for i, (slot, sequence) in enumerate(step.rows):
+            row = i if indexed else slot
+            own, tail, end = counts[i], tails[i], ends[i]
+            ids[row, :own] = sequence.next_ids(own)
+            ids[row, own : own + len(tail)] = tail
+            at[row, : own + len(tail)] = range(sequence.num_computed, end)
+            rows.append(row)
+            answers.append(sequence.num_computed + own == sequence.num_tokens)
+        return StepInputs(shape, inputs, rows, [own - 1 for own in counts], answers)
+
+    def _index(self, inputs: dict[str, Array], step: Step) -> None:
+        """Name the slot of every row of the shape; rows without one get slots of nobody."""
+        index = inputs[contract.BATCH_INDEX]
+        slots = [slot for slot, _ in step.rows]
+        spare = len(index) - len(slots)
+        index[:, 0] = slots + list(self._batcher.free_slots[:spare]) if spare else slots
+
+    def _new_inputs(
+        self, shape: Specialization, input_dtype: Callable[[str], np.dtype[Any]]
+    ) -> dict[str, Array]:
+        dims = (shape.batch_size, shape.seq_len)
+        inputs: dict[str, Array] = {
+            name: np.zeros(dims, input_dtype(name))
+            for name in (contract.INPUT_IDS, contract.POSITION_IDS)
+        }
+        if self._shapes.continuous:
+            index = np.arange(shape.batch_size, dtype=input_dtype(contract.BATCH_INDEX))
+            inputs[contract.BATCH_INDEX] = index[:, np.newaxis].copy()
+        return inputs
+
+
+class CacheIndexInputs:
+    """Rows in lockstep, padded on the left; the attention mask says which tokens are.
+
+    The mask goes to the card with a prefill and stays there: a decode sets its own token's place
+    itself.
+
+    Args:
+        shapes: what the program can run.
+        input_dtype: dtype of an input.
+    """
+
+    def __init__(self, shapes: ProgramShapes, input_dtype: Callable[[str], np.dtype[Any]]) -> None:
+        self._shapes = shapes
+        batch_size = shapes.num_slots
+        self._mask = np.zeros((batch_size, shapes.ctx_len), input_dtype(contract.ATTENTION_MASK))
+        self._index = np.zeros(1, input_dtype(contract.CACHE_INDEX))
+        self._inputs = {
+            shape.seq_len: {
+                name: np.zeros((batch_size, shape.seq_len), input_dtype(name))
+                for name in (contract.INPUT_IDS, contract.POSITION_IDS)
+            }
+            | {contract.CACHE_INDEX: self._index}
+            for shape in (*shapes.prefills, *shapes.decodes)
+        }
+
+    def build(self, step: LockstepStep, drafts: Drafts | None) -> StepInputs:
+        """Fill the inputs for a step; nothing is ever drafted here."""
+        if step.is_prefill:
+            # A decode-only program computes prompts in its decode shape.
+            prefills = self._shapes.prefills or self._shapes.decodes
+            shape = next(s for s in prefills if s.seq_len == step.seq_len)
+        else:
+            shape = self._shapes.decodes[0]
+        inputs = self._inputs[step.seq_len]
+        ids, at = inputs[contract.INPUT_IDS], inputs[contract.POSITION_IDS]
+        self._index[0] = step.cache_index
+        if step.is_prefill:
+            self._lay_prefill(step, ids, at)
+            inputs = inputs | {contract.ATTENTION_MASK: self._mask}
+        else:
+            for slot, sequence in step.rows:
+                ids[slot, 0] = sequence.output_ids[-1]
+                at[slot, 0] = sequence.num_tokens - 1
+        rows = [slot for slot, _ in step.rows]
+        lasts = [step.seq_len - 1] * len(rows)
+        return StepInputs(shape, inputs, rows, lasts, [step.answers] * len(rows))
+
+    def _lay_prefill(self, step: LockstepStep, ids: Array, at: Array) -> None:
+        start, seq_len = step.cache_index, step.seq_len
+        # A place without a row is a prompt of one padding token: a row all masked is nothing.
+        for place in range(len(ids)):
+            sequence = dict(step.rows).get(place)
+            prompt_ids = (0,) if sequence is None else sequence.prompt_ids
+            _build_padded(prompt_ids, start - (step.padded_len - len(prompt_ids)), ids[place])
+            pad = step.padded_len - len(prompt_ids)
+            at[place] = np.maximum(np.arange(start, start + seq_len) - pad, 0)
+            self._mask[place] = 0
+            self._mask[place, pad : start + seq_len] = 1
+
+
+def _build_padded(prompt_ids: tuple[int, ...], start: int, row: Array) -> None:
+    """Write `prompt_ids[start:]` into a row, zeros where `start` is still before the prompt."""
+    row.fill(0)
+    skip = max(-start, 0)
+    piece = prompt_ids[max(start, 0) : max(start + len(row), 0)]
+    row[skip : skip + len(piece)] = piece

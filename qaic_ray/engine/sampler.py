@@ -1,0 +1,265 @@
+"""Logits to tokens: greedy, or as each row's SamplingParams say.
+
+Keeps what a row's parameters need to know of its past; knows no session, batcher or text. The
+order is vLLM's: repetition, frequency and presence penalty, `min_tokens`, temperature, `min_p`,
+`top_k`, `top_p`, one draw. A row's token number t depends on its parameters, its seed, t and its
+own logits and tokens: not on its batch, its slot or the order of rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+
+from qaic_ray.engine.categorical import NUMBERS, CategoricalSampler, Floats, Ints, Logits, Rules
+from qaic_ray.engine.logprobs import token_logprob
+from qaic_ray.sampling_params import SamplingParams, TokenLogprob
+
+_SPAN = 64  # tokens whose uniform numbers are made at once
+
+
+def greedy(logits: Logits) -> Ints:
+    """The most likely token of each row: the first of the largest logits, as in torch.
+
+    Args:
+        logits: float32 [rows, vocab].
+
+    Returns:
+        int64 [rows].
+    """
+    tokens: Ints = logits.argmax(axis=-1)
+    return tokens
+
+
+def overflowed(logits: Logits, tokens: Ints | list[int]) -> list[int]:
+    """The rows whose largest logit is no finite number, by the token that was chosen for it.
+
+    `greedy` and the drawer give the first NaN, else the first infinity, where there is one.
+
+    Args:
+        logits: float32 [rows, vocab], C-contiguous.
+        tokens: what was chosen, one a row.
+
+    Returns:
+        Numbers of rows; as a rule none, which is told in a microsecond.
+    """
+    if len(tokens) == 1:
+        return [] if math.isfinite(logits.item(tokens[0])) else [0]
+    is_finite = np.isfinite(logits.take(_first_of_rows(*logits.shape) + tokens))
+    if b"\0" not in is_finite.tobytes():  # twice as quick as numpy's own way to ask
+        return []
+    rows: list[int] = np.flatnonzero(~is_finite).tolist()
+    return rows
+
+
+@lru_cache(maxsize=128)
+def _first_of_rows(num_rows: int, vocab: int) -> Ints:
+    """Where each row begins in the flat logits."""
+    return np.arange(0, num_rows * vocab, vocab)
+
+
+class Sampled(Protocol):
+    """What is read of a sequence when it enters."""
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """Tokens of the prompt."""
+
+    @property
+    def output_ids(self) -> list[int]:
+        """Tokens it already has; the next one's number is their count."""
+
+    @property
+    def params(self) -> SamplingParams:
+        """How its tokens are chosen."""
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that may not come before `params.min_tokens` others."""
+
+    @property
+    def seed(self) -> int:
+        """Key of its uniform numbers, from 0 to 2**64 - 1."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One token a row, and its logprobs where the row asked for them."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprob | None]
+
+
+class Selector:
+    """Chooses the next token of every row, and remembers it for the row's next one.
+
+    Args:
+        num_slots: rows of the compiled batch.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self._rows: dict[int, _Row] = {}
+        self._uniforms = np.empty((num_slots, _SPAN, NUMBERS))
+        self._categorical = CategoricalSampler()
+        self._changed = np.empty((0, 0), np.float32)
+        self._group: _Group | None = None
+
+    def enter(self, slot: int, sequence: Sampled) -> None:
+        """A sequence takes a slot, perhaps with tokens that it already has."""
+        self._rows[slot] = _Row(sequence)
+        self._group = None
+
+    def leave(self, slot: int) -> None:
+        """The slot's sequence is gone."""
+        del self._rows[slot]
+        self._group = None
+
+    def choose(self, logits: Logits, slots: list[int]) -> Choice:
+        """The next token of the rows in these slots.
+
+        Args:
+            logits: float32 [rows, vocab], row i that of `slots[i]`; only read.
+            slots: without repetition.
+
+        Returns:
+            Tokens in the order of `slots`. Logprobs are of the logits as the model gave them,
+            before penalties, `min_tokens` and temperature: vLLM's default.
+        """
+        group = self._group
+        if group is None or group.slots != slots:
+            group = self._group = _Group(slots, self._rows, logits.shape[1])
+        tokens: list[int] = self._select(logits, group).tolist()
+        logprobs: list[TokenLogprob | None] = [None] * len(slots)
+        for position in group.with_logprobs:
+            logprobs[position] = token_logprob(
+                logits[position], tokens[position], group.rows[position].params.logprobs or 0
+            )
+        for row, token in zip(group.rows, tokens, strict=True):
+            row.take(token)
+        return Choice(tokens, logprobs)
+
+    def _select(self, logits: Logits, group: _Group) -> Ints:
+        logits = self._adjusted(logits, group)
+        if not group.drawn.size:
+            return greedy(logits)
+        if not group.greedy:
+            return self._draw(np.ascontiguousarray(logits), group)
+        tokens = np.empty(len(group.slots), np.int64)
+        tokens[group.drawn] = self._draw(logits[group.drawn], group)
+        for position in group.greedy:
+            tokens[position] = logits[position].argmax()
+        return tokens
+
+    def _adjusted(self, logits: Logits, group: _Group) -> Logits:
+        """The logits, or a copy in which penalties and `min_tokens` are applied."""
+        adjusting = [p for p in group.adjusted if group.rows[p].adjusts]
+        if not adjusting:
+            return logits
+        if self._changed.shape != logits.shape:
+            self._changed = np.empty(logits.shape, np.float32)
+        np.copyto(self._changed, logits)
+        for position in adjusting:
+            group.rows[position].adjust(self._changed[position])
+        return self._changed
+
+    def _draw(self, logits: Logits, group: _Group) -> Ints:
+        numbers = []
+        for slot, row in zip(group.drawn_slots, group.drawn_rows, strict=True):
+            if row.num_output >= row.end_of_span:
+                span = row.num_output // _SPAN
+                self._uniforms[slot] = _uniforms(row.seed, span)
+                row.end_of_span = (span + 1) * _SPAN
+            numbers.append(row.num_output % _SPAN)
+        return self._categorical.draw(
+            logits, group.rules, self._uniforms[group.drawn_slots, numbers]
+        )
+
+
+class _Row:
+    """One sequence in its slot: its parameters, and its past as far as these ask for it."""
+
+    def __init__(self, sequence: Sampled) -> None:
+        self.params = sequence.params
+        self.seed = sequence.seed
+        self.num_output = len(sequence.output_ids)
+        self._has_penalties = self.params.has_penalties
+        self.end_of_span = 0
+        self._stop_ids = np.array(sorted(sequence.stop_ids), np.int64)
+        self._place: dict[int, int] = {}
+        self._seen = np.empty(0, np.int64)
+        self._count = np.empty(0, np.float32)
+        if self._has_penalties:
+            for token in sequence.prompt_ids:
+                self._remember(token, 0)
+            for token in sequence.output_ids:
+                self._remember(token, 1)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether the next token's logits are changed."""
+        return self._has_penalties or self.num_output < self.params.min_tokens
+
+    def adjust(self, logits: Logits) -> None:
+        """Apply penalties and `min_tokens` to a row of logits, in place."""
+        params = self.params
+        if self._has_penalties:
+            num_seen = len(self._place)
+            seen, count = self._seen[:num_seen], self._count[:num_seen]
+            values = logits[seen]
+            if params.repetition_penalty != 1:
+                penalty = np.float32(params.repetition_penalty)
+                values = np.where(values > 0, values / penalty, values * penalty)
+            if params.frequency_penalty != 0:
+                values -= np.float32(params.frequency_penalty) * count
+            if params.presence_penalty != 0:
+                values -= np.float32(params.presence_penalty) * (count > 0)
+            logits[seen] = values
+        if self.num_output < params.min_tokens:
+            logits[self._stop_ids[self._stop_ids < logits.size]] = -np.inf
+
+    def take(self, token: int) -> None:
+        """The row's next token is this one."""
+        self.num_output += 1
+        if self._has_penalties:
+            self._remember(token, 1)
+
+    def _remember(self, token: int, times: int) -> None:
+        place = self._place.setdefault(token, len(self._place))
+        if place == self._seen.size:
+            self._seen = np.concatenate([self._seen, np.zeros(place + 64, np.int64)])
+            self._count = np.concatenate([self._count, np.zeros(place + 64, np.float32)])
+        self._seen[place] = token
+        self._count[place] += times
+
+
+class _Group:
+    """The rows of one call, sorted by how they are answered; kept while the slots are the same."""
+
+    def __init__(self, slots: list[int], rows: dict[int, _Row], vocab: int) -> None:
+        self.slots = list(slots)
+        self.rows = [rows[slot] for slot in slots]
+        params = [row.params for row in self.rows]
+        self.greedy = [i for i, asked in enumerate(params) if asked.is_greedy]
+        self.drawn = np.array([i for i, asked in enumerate(params) if not asked.is_greedy], int)
+        self.drawn_rows = [self.rows[i] for i in self.drawn]
+        self.drawn_slots = [slots[i] for i in self.drawn]
+        self.adjusted = [i for i, row in enumerate(self.rows) if row.adjusts]
+        self.with_logprobs = [i for i, asked in enumerate(params) if asked.logprobs is not None]
+        drawn = [asked for asked in params if not asked.is_greedy]
+        self.rules = Rules(
+            [(asked.temperature, asked.top_k, asked.top_p, asked.min_p) for asked in drawn], vocab
+        )
+
+
+def _uniforms(seed: int, span: int) -> Floats:
+    """Numbers in [0, 1) for the tokens of a span, a function of seed and span alone.
+
+    The streams of numpy's bit generators never change; those of its Generator may.
+    """
+    raw = np.random.Philox(key=seed, counter=span << 64).random_raw(_SPAN * NUMBERS)
+    uniforms: Floats = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return uniforms.reshape(_SPAN, NUMBERS)

@@ -1,0 +1,264 @@
+"""A QPC loaded on a card through qaicrt: load, activate, execute, status -> error.
+
+With `buffers.py` the only file that touches qaicrt, and only with calls that public programs make.
+Knows shapes and dtypes; knows nothing of sequences or text.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qaic_ray.contract import Specialization
+from qaic_ray.engine.buffers import LISTED_SINCE, Buffers, ListedBuffers, PositionalBuffers
+from qaic_ray.engine.interface import read_interface
+from qaic_ray.errors import DeviceBusy, DeviceError, DeviceLost, SdkNotFound, UsageError
+from qaic_ray.sdk import Sdk
+
+DATA_PATH_TIMEOUT_MS = 60_000
+"""How long the runtime may wait for one inference; QEfficient's value."""
+
+# Set in this process by the emulated SDK, as its documented sign.
+_SIMULATED_TIME_VARIABLE = "QAIC_EMULATOR_TIMING_ACTIVE"
+
+_BUSY = {"QS_NOMEM", "QS_NOSPC", "QS_BUSY"}
+_LOST = {"QS_NODEV", "QS_DEV_ERROR"}
+_UNSAID = "QS_ERROR"
+"""Of load and activate: DRAM or NSPs that others hold, and all that has no status of its own."""
+
+# The runtime's texts, from its sources and from logs of real cards.
+_BUSY_TEXTS = ("NSP_ALLOC_FAILED", "allocate NSP", "Not enough NSPs", "suitable device")
+_LOST_TEXTS = ("Failed to create Context", "Invalid Device")
+
+Array = npt.NDArray[Any]
+
+
+class Session:
+    """A program loaded and activated on one card or device group.
+
+    Args:
+        sdk: the SDK folder whose runtime is used.
+        qpc: folder that holds programqpc.bin.
+        device_ids: explicit ids; several mean one tensor-sliced program over a device group.
+
+    Raises:
+        UsageError: when the QPC is not one of a language model we can run.
+        DeviceBusy: when the card has too few NSPs or too little DRAM left.
+        DeviceError: when the runtime refuses otherwise.
+    """
+
+    def __init__(self, sdk: Sdk, qpc: Path, device_ids: Iterable[int]) -> None:
+        self.device_ids = tuple(device_ids)
+        self.qpc = qpc
+        self._rt, api = _import_runtime(sdk)
+        # Each may stay None when a later call of the constructor fails: close() copes.
+        self._program: Any = None
+        self._exec_obj: Any = None
+        self._buffers: Any = None
+        try:
+            self._open(api, sdk.version)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, api: ModuleType, version: tuple[int, ...]) -> None:
+        rt = self._rt
+        with _runtime_errors(f"Cannot open {self.qpc} on device {self._devices_text}"):
+            self._context = rt.Context(rt.QIDList(list(self.device_ids)))
+            self._queue = rt.Queue(self._context, self.device_ids[0])
+            program_file = rt.Qpc(str(self.qpc))
+            status, descriptor = program_file.getIoDescriptor()
+        self._check(status, "read the descriptor of")
+        interface = read_interface(api, bytes(descriptor), self.qpc)
+        self.contract = interface.contract
+        self.specializations = interface.specializations
+        self.emits_tokens = interface.emits_tokens
+        self._interface = interface
+        properties = _properties(rt, self.device_ids)
+        single = self.device_ids[0] if len(self.device_ids) == 1 else None
+        with _runtime_errors(f"Cannot load {self.qpc} on device {self._devices_text}"):
+            self._program = rt.Program(self._context, single, program_file, properties)
+            self._check_room(self._program.load(), "load", "DRAM")
+            self._check_room(self._program.activate(), "activate", "NSPs")
+            self._exec_obj = rt.ExecObj(self._context, self._program)
+        if version >= LISTED_SINCE:
+            self._buffers = ListedBuffers(self._exec_obj, interface, rt.QStatus.QS_SUCCESS)
+        else:
+            self._buffers = PositionalBuffers(rt, self._exec_obj, interface)
+
+    @property
+    def simulated_time(self) -> str:
+        """What the emulated SDK says of a time model that is on; empty for real times."""
+        return os.environ.get(_SIMULATED_TIME_VARIABLE, "")
+
+    @property
+    def _devices_text(self) -> str:
+        return ",".join(map(str, self.device_ids))
+
+    def run(
+        self,
+        shape: Specialization,
+        inputs: Mapping[str, Array],
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Array:
+        """Execute once.
+
+        Args:
+            shape: one of `specializations`.
+            inputs: contiguous, in the bindings' dtypes; what is not among them (the KV cache, and
+                a mask that stays on the card) is taken from the card.
+            meanwhile: called while the card works.
+
+        Returns:
+            Logits [rows, tokens, vocab], or token ids [rows, tokens] of a program that
+            `emits_tokens`; valid until the next run, and not to be written to.
+
+        Raises:
+            DeviceError: with the vendor's status and, for a refused shape, the shapes.
+        """
+        buffers: Buffers = self._buffers
+        with _runtime_errors(f"Cannot run {self.qpc} on device {self._devices_text}"):
+            status = buffers.send(shape, inputs)
+            self._check(status, "set the buffers of")
+            self._check(self._queue.enqueue(self._exec_obj), "enqueue")
+            if meanwhile is not None:
+                meanwhile()
+            self._check(self._exec_obj.waitForCompletion(), "run", shapes=inputs)
+            status, output = buffers.receive(shape)
+        self._check(status, "read the outputs of")
+        if self.emits_tokens:
+            return output.reshape(output.shape[0], -1)
+        return output if output.ndim == 3 else output[:, np.newaxis]
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Width of the logits; None for a program of token ids."""
+        if self.emits_tokens:
+            return None
+        return self._interface.output_dims[self.specializations.decode][-1]
+
+    def input_dtype(self, name: str) -> np.dtype[Any]:
+        """dtype of a binding."""
+        return self._interface.dtype[name]
+
+    def close(self) -> None:
+        """Give the card back; safe to call twice, and after a constructor that failed."""
+        self._buffers = None  # it holds the ExecObj too
+        self._exec_obj = None  # the runtime refuses to deactivate under a live ExecObj
+        program, self._program = self._program, None
+        if program is not None:
+            # Statuses are not looked at: the runtime frees the card with the process anyway.
+            program.deactivate()
+            program.unload()
+
+    def _check(
+        self, status: Any, action: str, *, shapes: Mapping[str, Array] | None = None
+    ) -> None:
+        if status == self._rt.QStatus.QS_SUCCESS:
+            return
+        name, message = self._refusal(status, action)
+        if shapes is not None:
+            passed = {key: tuple(value.shape) for key, value in shapes.items()}
+            message += f"; passed shapes {passed}"
+        raise _error_kind(name)(message + ".", status=name)
+
+    def _check_room(self, status: Any, action: str, resource: str) -> None:
+        """As `_check`, for calls that need a resource of the card; a status that does not say
+        whether that is short is asked of the card."""
+        if status == self._rt.QStatus.QS_SUCCESS:
+            return
+        name, message = self._refusal(status, action)
+        kind = _error_kind(name)
+        if name == _UNSAID:
+            kind, found = self._state(resource)
+            message += f" ({found})"
+        raise kind(message + ".", status=name)
+
+    def _refusal(self, status: Any, action: str) -> tuple[str, str]:
+        name = getattr(status, "name", str(status))
+        return name, f"Device {self._devices_text} could not {action} {self.qpc}: {name}"
+
+    def _state(self, resource: str) -> tuple[type[DeviceError], str]:
+        """Whether a card that refused without a reason is gone, full, or neither."""
+        util, rt = self._rt.Util(), self._rt
+        said = []
+        is_free = True
+        for qid in self.device_ids:
+            status, info = util.getDeviceInfo(qid)
+            if status != rt.QStatus.QS_SUCCESS or info.devStatus != rt.QDevStatus.QDS_READY:
+                return DeviceLost, f"card {qid} is not ready"
+            status, free = util.getResourceInfo(qid)
+            if status != rt.QStatus.QS_SUCCESS:
+                return DeviceLost, f"card {qid} does not tell what is free"
+            said.append(f"card {qid} has {free.nspFree} of {free.nspTotal} NSPs free")
+            is_free = is_free and free.nspFree == free.nspTotal
+        if resource == "NSPs" and is_free:  # nobody has any of them
+            return DeviceError, ", ".join(said)
+        return DeviceBusy, f"too little free {resource}, it seems: {', '.join(said)}"
+
+
+def _error_kind(status: str) -> type[DeviceError]:
+    if status in _BUSY:
+        return DeviceBusy
+    return DeviceLost if status in _LOST else DeviceError
+
+
+@contextmanager
+def _runtime_errors(what: str) -> Iterator[None]:
+    """Border to qaicrt: its RuntimeErrors become ours, once, with the vendor's words kept."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        kind: type[DeviceError] = DeviceError
+        if any(words in text for words in _BUSY_TEXTS):
+            kind = DeviceBusy
+        elif any(words in text for words in _LOST_TEXTS):
+            kind = DeviceLost
+        raise kind(f"{what}: {text}") from error
+
+
+def _import_runtime(sdk: Sdk) -> tuple[ModuleType, ModuleType]:
+    for path in map(str, sdk.python_paths):
+        if path not in sys.path:
+            sys.path.append(path)
+    try:
+        runtime = importlib.import_module("qaicrt")
+        api = importlib.import_module("QAicApi_pb2")
+    except ImportError as error:
+        raise SdkNotFound(
+            f"The runtime of the SDK at {sdk.root} cannot be imported: {error}."
+        ) from error
+    except TypeError as error:  # protoc-generated code older than the protobuf package
+        raise UsageError(
+            "QAicApi_pb2 of this SDK needs an older protobuf: set "
+            "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION=python, or install protobuf 3.20."
+        ) from error
+    origin = Path(str(runtime.__file__)).resolve()
+    if sdk.root not in origin.parents:
+        raise UsageError(
+            f"This process has already loaded qaicrt from {origin.parent}, not from {sdk.root}: "
+            "use one SDK in a process."
+        )
+    return runtime, api
+
+
+def _properties(rt: ModuleType, device_ids: tuple[int, ...]) -> Any:
+    properties = rt.QAicProgramProperties()
+    # The attribute changed its name with Apps 1.22, and pybind refuses unknown ones.
+    if hasattr(properties, "dataPathTimeoutMs"):
+        properties.dataPathTimeoutMs = DATA_PATH_TIMEOUT_MS
+    else:
+        properties.SubmitRetryTimeoutMs = DATA_PATH_TIMEOUT_MS
+    if len(device_ids) > 1:
+        properties.devMapping = ":".join(map(str, device_ids))
+    return properties

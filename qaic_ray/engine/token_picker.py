@@ -1,0 +1,177 @@
+"""The tokens that each row of a step gets, and the rows that fail over it. Knows no session.
+
+Rows that ask for nothing but the most likely token are answered together; the others go through the
+selector. A row whose own sampling fails, or whose logits overflowed, ends with an error, and its
+neighbours are answered as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Listed
+from typing import Any
+
+import numpy.typing as npt
+
+from qaic_ray.engine.batcher import Sequence
+from qaic_ray.engine.inputs import Drafts, StepInputs
+from qaic_ray.engine.sampler import Selector, overflowed
+from qaic_ray.errors import RowError
+from qaic_ray.rows import ROW_ALONE
+
+Array = npt.NDArray[Any]
+
+
+class TokenPicker:
+    """Chooses tokens for the rows of one program.
+
+    Args:
+        num_slots: rows of the compiled batch.
+        emits_tokens: the program gives token ids, and no logits.
+        fail: told of a row that ends without an answer.
+    """
+
+    def __init__(
+        self, num_slots: int, *, emits_tokens: bool, fail: Callable[[RowError, Sequence], None]
+    ) -> None:
+        self._emits_tokens = emits_tokens
+        self._fail = fail
+        self._selector = Selector(num_slots)
+        self._in_selector: dict[Sequence, int] = {}
+        self._special: set[Sequence] = set()
+
+    def add(self, sequence: Sequence) -> None:
+        """A sequence that rows will be of."""
+        if not sequence.params.is_plain:
+            self._special.add(sequence)
+
+    def leave(self, sequence: Sequence) -> None:
+        """A sequence that has ended."""
+        slot = self._in_selector.pop(sequence, None)
+        if slot is not None:
+            self._selector.leave(slot)
+        self._special.discard(sequence)
+
+    def choose(
+        self, step: Any, laid: StepInputs, drafts: Drafts | None, output: Array
+    ) -> Listed[Listed[int]]:
+        """The tokens of each row; nothing for a row that is not answered, or that failed.
+
+        Args:
+            step: the batcher's plan.
+            laid: its rows in the program's inputs.
+            drafts: guessed tokens of each row, which are kept as long as they are chosen too.
+            output: float32 logits [rows, columns, vocab], or int64 token ids [rows, columns].
+        """
+        if not any(laid.answers):
+            return [()] * len(laid.rows)
+        if self._special and any(row in self._special for _, row in step.rows):
+            return self._choose_each(step, laid, drafts, output)
+        if output.shape[1] == 1 and drafts is None and len(laid.rows) == len(output):
+            return self._likeliest_of_all(step, laid, output[:, 0])
+        return [
+            self._likeliest(row, laid.piece(i, output, len(draft)), draft) if answered else ()
+            for i, ((_, row), answered, draft) in enumerate(
+                zip(step.rows, laid.answers, drafts or [()] * len(laid.rows), strict=True)
+            )
+        ]
+
+    def _likeliest_of_all(self, step: Any, laid: StepInputs, output: Array) -> list[Listed[int]]:
+        """The most likely token of every row, of which the program gives one column."""
+        if self._emits_tokens:
+            every = output.tolist()
+            return [(every[row],) for row in laid.rows]
+        tokens = output.argmax(axis=-1)
+        every = tokens.tolist()
+        chosen: list[Listed[int]] = [(every[row],) for row in laid.rows]
+        for row in overflowed(output, every if len(every) == 1 else tokens):
+            i = laid.rows.index(row)
+            if laid.answers[i]:
+                self._fail(_overflow(output[row], every[row]), step.rows[i][1])
+                chosen[i] = ()
+        return chosen
+
+    def _likeliest(self, row: Sequence, output: Array, draft: Listed[int]) -> list[int]:
+        """The most likely tokens of one row, as long as its draft is right, and one more."""
+        if self._emits_tokens:
+            return _accepted(output.tolist(), draft)
+        tokens = output.argmax(axis=-1)
+        accepted = _accepted(tokens.tolist(), draft)
+        for column in overflowed(output[: len(accepted)], accepted)[:1]:
+            self._fail(_overflow(output[column], accepted[column]), row)
+            return []
+        return accepted
+
+    def _choose_each(
+        self, step: Any, laid: StepInputs, drafts: Drafts | None, output: Array
+    ) -> list[list[int]]:
+        """Tokens by every row's own parameters; a drafted token is kept where it is chosen."""
+        num_columns = output.shape[1]
+        flat = output.reshape(-1, output.shape[-1])
+        if drafts is None and all(laid.answers) and laid.rows == list(range(len(flat))):
+            return self._select(step.rows, flat)
+        chosen: list[list[int]] = [[] for _ in laid.rows]
+        tails = drafts if drafts is not None else [()] * len(chosen)
+        racing = [i for i, answered in enumerate(laid.answers) if answered]
+        while racing:
+            at = [
+                laid.rows[i] * num_columns
+                + laid.column(i, num_columns, len(tails[i]))
+                + len(chosen[i])
+                for i in racing
+            ]
+            logits = flat if at == list(range(len(flat))) else flat[at]
+            tokens = self._select([step.rows[i] for i in racing], logits)
+            for i, some in zip(racing, tokens, strict=True):
+                chosen[i] += some
+            racing = [
+                i
+                for i, some in zip(racing, tokens, strict=True)
+                if some
+                and len(chosen[i]) <= len(tails[i])
+                and some[0] == tails[i][len(chosen[i]) - 1]
+            ]
+        return chosen
+
+    def _select(self, rows: Listed[tuple[int, Sequence]], logits: Array) -> list[list[int]]:
+        """The next token of every row; none of a row over which that fails, which so ends."""
+        try:
+            with ROW_ALONE:
+                self._enter(rows)
+                choice = self._selector.choose(logits, [slot for slot, _ in rows])
+        except RowError as error:
+            if len(rows) > 1:  # whose fault it is shows alone
+                return [self._select([row], logits[i : i + 1])[0] for i, row in enumerate(rows)]
+            self._fail(error, rows[0][1])
+            return [[]]
+        chosen = [[token] for token in choice.tokens]
+        for i in overflowed(logits, choice.tokens):
+            self._fail(_overflow(logits[i], choice.tokens[i]), rows[i][1])
+            chosen[i] = []
+        for (_, sequence), logprob in zip(rows, choice.logprobs, strict=True):
+            if logprob is not None:
+                sequence.logprobs.append(logprob)
+        return chosen
+
+    def _enter(self, rows: Iterable[tuple[int, Sequence]]) -> None:
+        for slot, sequence in rows:
+            if sequence not in self._in_selector:
+                self._selector.enter(slot, sequence)
+                self._in_selector[sequence] = slot
+
+
+def _overflow(logits: Array, token: int) -> RowError:
+    """The error of a row whose largest logit is no number that tokens could be chosen by."""
+    return RowError(
+        f"The model's logits hold {float(logits[token])} here: a value beyond float16 came up on "
+        "the way. `verify.json` of the export names what overflows, and what is nearest to it; "
+        "compile with fp32, or take weights that were made for float16."
+    )
+
+
+def _accepted(tokens: list[int], draft: Listed[int]) -> list[int]:
+    """The tokens up to the first that differs from the draft, that one included."""
+    for position, drafted in enumerate(draft):
+        if tokens[position] != drafted:
+            return tokens[: position + 1]
+    return tokens

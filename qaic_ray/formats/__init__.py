@@ -1,0 +1,1 @@
+"""Prompt formats in, row formats out."""

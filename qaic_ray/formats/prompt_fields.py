@@ -1,0 +1,221 @@
+"""What a row of input is, its prompt and its id, each checked. Knows neither files nor formats.
+
+Whatever is wrong with one is a `RowError` with a sentence for the row's author.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from qaic_ray.errors import RowError
+from qaic_ray.formats.lines import MAX_LINE_BYTES
+from qaic_ray.rows import ROW_ALONE, ChatOptions, ErrorClass, Message, Prompt, Row
+from qaic_ray.sampling_params import SamplingParams
+
+Document = Mapping[str, Any]
+"""A row of input, as JSON has it."""
+
+T = TypeVar("T")
+
+MAX_SHOWN_CHARS = 2**16
+"""Of a row that cannot be read, in the error row's `prompt`."""
+
+MAX_EXACT = 2**53
+"""Up to here every whole number is a float."""
+
+_JSON_TYPES = {
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+
+
+class Draft:
+    """A row of input while it is read: what its error row shows, should it come to that.
+
+    Args:
+        index: its place in the input.
+        raw: all of it, as it stands.
+    """
+
+    __slots__ = ("_index", "_raw", "id", "messages", "text")
+
+    def __init__(self, index: int, raw: str | bytes) -> None:
+        self._index = index
+        self._raw = raw
+        self.id: str | None = None
+        self.text: str | None = None
+        self.messages: tuple[Message, ...] | None = None
+
+    def read_prompt(self, document: Document) -> None:
+        """Take the prompt, a text or a conversation, from the fields of these names."""
+        self.messages = _messages(document)
+        self.text = _text(document) if self.messages is None else _last_said(self.messages)
+
+    def prompt(
+        self, sampling: SamplingParams | None = None, chat: ChatOptions | None = None
+    ) -> Prompt:
+        """The row as a prompt.
+
+        Raises:
+            RowError: it is an empty text, one that cannot be encoded, or longer than a line may be.
+        """
+        text = self.text or ""
+        if self.messages is None:
+            if not text:
+                raise RowError("The prompt is empty.")
+            check_unicode("prompt", text)
+        num_chars = sum(len(m["content"]) for m in self.messages or ()) or len(text)
+        if num_chars > MAX_LINE_BYTES:
+            raise RowError(f"The prompt is longer than {MAX_LINE_BYTES >> 20} MiB.")
+        return Prompt(self._index, text, self.id, self.messages, sampling, chat)
+
+    def read(self, read: Callable[[Draft, T], Prompt], given: T, place: str = "") -> Prompt | Row:
+        """What a reader makes of the row; whatever it raises is this row's error and no other's.
+
+        Args:
+            read: gives the prompt, by way of this draft.
+            given: what it reads.
+            place: of the row in its input, before its error.
+        """
+        try:
+            with ROW_ALONE:
+                return read(self, given)
+        except RowError as error:
+            return self.error_row(f"{place}{error}")
+
+    def error_row(self, error: str) -> Row:
+        """The row of input that no card gets to see."""
+        shown = self.text
+        if shown is None or len(shown) > MAX_LINE_BYTES:
+            start = (self._raw if shown is None else shown)[: 4 * MAX_SHOWN_CHARS]
+            shown = _writable(start)[:MAX_SHOWN_CHARS]
+        prompt = Prompt(self._index, _writable(shown), self.id, self.messages)
+        return Row.failed(prompt, _writable(error), attempts=0, error_class=ErrorClass.MALFORMED)
+
+
+def _writable(text: str | bytes) -> str:
+    """What was there, as UTF-8 can have it: an error may quote half of a surrogate pair."""
+    encoded = text.encode(errors="replace") if isinstance(text, str) else text
+    return encoded.decode(errors="replace")
+
+
+def decoded(line: str | bytes) -> str:
+    """A line of input as text."""
+    if isinstance(line, str):
+        return line
+    if len(line) > MAX_LINE_BYTES:
+        raise RowError(f"The line is longer than {MAX_LINE_BYTES >> 20} MiB.")
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RowError(
+            f"Not UTF-8: byte {error.start + 1} is 0x{line[error.start]:02x}."
+        ) from error
+
+
+def row_id(document: Document) -> str | None:
+    """The field `id`, a string or a whole number; 1.0 is 1, as tables with gaps have it."""
+    id_ = document.get("id")
+    if id_ is None:
+        return None
+    if isinstance(id_, float) and id_.is_integer() and abs(id_) <= MAX_EXACT:
+        id_ = int(id_)
+    if type(id_) not in (str, int):
+        raise RowError(f'"id" is {json_type(id_)}, not a string or a whole number.')
+    check_unicode("id", str(id_))
+    return str(id_)
+
+
+def check_unicode(what: str, text: str) -> None:
+    """Refuse what JSON can write and UTF-8 cannot."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"The {what} holds half of a surrogate pair, not a character.") from error
+
+
+def json_type(value: object) -> str:
+    """The type of a value, with its article."""
+    if value is None:
+        return "null"
+    return _JSON_TYPES.get(type(value)) or f"a {type(value).__name__}"
+
+
+def _text(document: Document) -> str:
+    if "prompt" not in document:
+        raise RowError('There is no "prompt" and no "messages" in it.')
+    text = document["prompt"]
+    if isinstance(text, list):
+        if len(text) != 1 or not isinstance(text[0], str):
+            raise RowError('"prompt" is a list: give each of its texts a row of its own.')
+        (text,) = text
+    if not isinstance(text, str):
+        raise RowError(f'"prompt" is {json_type(text)}, not a string.')
+    return text
+
+
+def _messages(document: Document) -> tuple[Message, ...] | None:
+    messages = document.get("messages")
+    if messages is None:
+        return None
+    if document.get("prompt") is not None:
+        raise RowError('It has both "prompt" and "messages": keep one of them.')
+    if not isinstance(messages, list):
+        raise RowError(f'"messages" is {json_type(messages)}, not a list.')
+    if not messages:
+        raise RowError('"messages" is an empty list.')
+    return tuple(_message(i, message) for i, message in enumerate(messages, start=1))
+
+
+_TURN = ("role", "content")
+_NOTHING: tuple[object, ...] = (None, "", [], {}, False)
+"""Values of a message's other keys that ask for nothing."""
+
+
+def _message(number: int, message: object) -> Message:
+    if isinstance(message, dict):
+        role, content = message.get("role"), message.get("content")
+        if isinstance(content, list):
+            content = "".join([_part(number, part) for part in content])
+        is_known = len(message) == 2 or not _others(message)
+        if is_known and isinstance(role, str) and isinstance(content, str):
+            check_unicode(f"message {number}", role + content)
+            return {"role": role, "content": content}
+    raise RowError(f"Message {number}{_whats_wrong(message)}")
+
+
+def _whats_wrong(message: object) -> str:
+    """The rest of a sentence about a message that cannot be read."""
+    if not isinstance(message, dict):
+        return f' is {json_type(message)}, not an object with "role" and "content".'
+    if others := _others(message):
+        return f' has "{others[0][:80]}": only "role" and "content" can be answered.'
+    name = "content" if isinstance(message.get("role"), str) else "role"
+    return f': "{name}" is {json_type(message.get(name))}, not a string.'
+
+
+def _others(message: Document) -> list[str]:
+    return [k for k, v in message.items() if k not in _TURN and v not in _NOTHING]
+
+
+def _part(number: int, part: object) -> str:
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        raise RowError(
+            f'Message {number}: a part of its "content" is not {{"type": "text", "text": "..."}}, '
+            "and only text can be answered."
+        )
+    return text
+
+
+def _last_said(messages: tuple[Message, ...]) -> str:
+    """What the row of a conversation shows as its prompt."""
+    said = [message["content"] for message in messages if message["role"] == "user"]
+    return said[-1] if said else messages[-1]["content"]

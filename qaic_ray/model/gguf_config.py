@@ -1,0 +1,362 @@
+"""From the keys of a GGUF file to the config.json of transformers, by a table of our own.
+
+Each key that begins with the file's architecture is used, known to change nothing at the value it
+has, or named in a refusal. Keys of other prefixes are asked for by nobody who runs the model. What
+is said of a key here is what llama.cpp does with it. Knows nothing of weights' values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qaic_ray.documents import shown
+from qaic_ray.errors import CheckpointError
+from qaic_ray.model.gguf_file import GgufFile
+
+ROPE_DIVISORS = "rope_freqs.weight"
+"""Llama 3.1's scaling has no key: the tensor holds a divisor of each inverse frequency."""
+NUMBER_MAX = 1 << 31
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture of GGUF and the class of transformers that computes the same.
+
+    `permuted`: rows of q and k are stored for pairs of neighbours instead of halves of a head.
+    `biases`: those of a layer that the class has, by the projections' names, and whether always.
+    """
+
+    kind: str
+    model_type: str
+    permuted: bool
+    attention_bias: tuple[str, ...] = ()
+    mlp_bias: tuple[str, ...] = ()
+    always_biased: bool = False
+    qk_norm: bool = False
+
+
+_QKV = ("attn_q", "attn_k", "attn_v")
+_QKVO = (*_QKV, "attn_output")
+_MLP = ("ffn_gate", "ffn_up", "ffn_down")
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", "llama", True, _QKVO, _MLP),
+    "qwen2": Family("Qwen2ForCausalLM", "qwen2", False, _QKV, always_biased=True),
+    "qwen3": Family("Qwen3ForCausalLM", "qwen3", False, _QKVO, qk_norm=True),
+    "granite": Family("GraniteForCausalLM", "granite", True, _QKVO, _MLP),
+}
+
+_IRRELEVANT = {
+    "attention.layer_norm_epsilon",  # of the other kind of norm
+    "pooling_type",  # of embeddings
+    "rope.scaling.finetuned",  # but for Granite's, see `_scales`
+    "tensor_data_layout",  # all files of these architectures have the one that `permuted` undoes
+    "vocab_size",  # held against the embedding in `read_config`
+}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.output_scale": (0, 1),
+    "attention.scale": (0,),
+    "attention.temperature_length": (0,),
+    "attention.temperature_scale": (0,),
+    "attention.value_scale": (0, 1),
+    "attn_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "expert_count": (0,),
+    "expert_shared_count": (0,),
+    "expert_used_count": (0,),
+    "final_logit_softcapping": (0,),
+    "leading_dense_block_count": (0,),
+    "logit_scale": (0, 1),
+    "nextn_predict_layers": (0,),
+    "residual_scale": (0, 1),
+    "rope.scaling.alpha": (0,),
+    "rope.scaling.yarn_log_multiplier": (0,),
+    "use_parallel_residual": (False,),
+}
+"""Keys that llama.cpp does not ask for in these families, or that mean nothing at these values."""
+
+
+def family_of(gguf: GgufFile) -> Family:
+    """The family of a file.
+
+    Raises:
+        CheckpointError: it is of an architecture that we do not run, or no model at all.
+    """
+    name = gguf.keys.get("general.architecture")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise CheckpointError(
+            f"{gguf.name} is of the architecture {shown(name)} (general.architecture); supported: "
+            f"{', '.join(FAMILIES)}."
+        )
+    kind = gguf.keys.get("general.type", "model")
+    if kind != "model":
+        raise CheckpointError(f"{gguf.name} holds no model but {shown(kind)} (general.type).")
+    return FAMILIES[name]
+
+
+def read_config(gguf: GgufFile, divisors: Sequence[float] | None) -> dict[str, Any]:
+    """The config.json that means what the file's keys mean.
+
+    Args:
+        gguf: the file.
+        divisors: the values of `ROPE_DIVISORS`, None where the file has no such tensor.
+
+    Raises:
+        CheckpointError: a key is missing, impossible, or asks for what we do not compute.
+    """
+    family = family_of(gguf)
+    keys = _Keys(gguf)
+    heads, kv_heads = keys.size("attention.head_count"), None
+    kv_heads = keys.size("attention.head_count_kv", default=heads)
+    hidden = keys.size("embedding_length")
+    head_dim = _head_dim(keys, hidden, heads)
+    config: dict[str, Any] = {
+        "architectures": [family.kind],
+        "model_type": family.model_type,
+        "num_hidden_layers": keys.size("block_count"),
+        "hidden_size": hidden,
+        "intermediate_size": keys.size("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": _vocab_size(gguf, keys),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "hidden_act": "silu",
+        "tie_word_embeddings": "output.weight" not in gguf.tensors,
+        "dtype": "float32",
+    }
+    config |= _positions(keys, head_dim, divisors)
+    config |= _biases(gguf, family)
+    if family.kind == "GraniteForCausalLM":
+        config |= _scales(keys, head_dim)
+    keys.refuse_the_rest()
+    return config
+
+
+class _Keys:
+    """The keys of a file's architecture; those that were asked for count as used."""
+
+    def __init__(self, gguf: GgufFile) -> None:
+        self._file = gguf.name
+        self._prefix = f"{gguf.keys['general.architecture']}."
+        self._keys = gguf.keys
+        self._used: set[str] = set()
+
+    def get(self, key: str) -> Any:
+        self._used.add(key)
+        return self._keys.get(self._prefix + key)
+
+    def size(self, key: str, *, default: int | None = None) -> int:
+        """A whole number of at least 1; of an array over the layers, the one that all have."""
+        value = self.get(key)
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]
+        if value is None:
+            value = default
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < NUMBER_MAX:
+            raise self.error(key, "a whole number of at least 1, the same in all layers")
+        return value
+
+    def number(self, key: str, *, default: float | None = None) -> float:
+        value = self.get(key)
+        if value is None:
+            value = default
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+            raise self.error(key, "a number above 0")
+        return float(value)
+
+    def error(self, key: str, must: str) -> CheckpointError:
+        value = self._keys.get(self._prefix + key)
+        given = "is missing" if value is None else f"is {shown(value)}"
+        return CheckpointError(f"{self._prefix}{key} of {self._file} {given}; it must be {must}.")
+
+    def refuse_the_rest(self) -> None:
+        """Refuse the first key that nothing is known about."""
+        for name, value in self._keys.items():
+            key = name.removeprefix(self._prefix)
+            if key == name or key in self._used | _IRRELEVANT:
+                continue
+            if key not in _NEUTRAL or value not in _NEUTRAL[key]:
+                raise CheckpointError(
+                    f"{self._file} has {name} = {shown(value)}, which asks for what we do not "
+                    "compute."
+                )
+
+
+def _head_dim(keys: _Keys, hidden: int, heads: int) -> int:
+    default = None if hidden % heads else hidden // heads
+    head_dim = keys.size("attention.key_length", default=default)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if keys.size(key, default=head_dim) != head_dim:
+            raise keys.error(key, f"as large as a head, {head_dim}")
+    return head_dim
+
+
+def _vocab_size(gguf: GgufFile, keys: _Keys) -> int:
+    """The rows of the embedding, which every other place must agree with."""
+    embedding = gguf.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError(f"{gguf.name} has no tensor token_embd.weight of two dimensions.")
+    rows = embedding.shape[0]
+    if keys.size("vocab_size", default=rows) != rows:
+        raise keys.error("vocab_size", f"{rows}, the rows of token_embd.weight")
+    tokens = gguf.keys.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) != rows:
+        raise CheckpointError(
+            f"{gguf.name} has {len(tokens)} tokens (tokenizer.ggml.tokens) and {rows} rows of "
+            "token_embd.weight."
+        )
+    return rows
+
+
+def _positions(keys: _Keys, head_dim: int, divisors: Sequence[float] | None) -> dict[str, Any]:
+    """`max_position_embeddings` and `rope_parameters`.
+
+    A window hides nothing until it is full, so it only makes the context shorter.
+    """
+    longest = keys.size("context_length")
+    window = keys.get("attention.sliding_window")
+    if window:
+        longest = min(longest, keys.size("attention.sliding_window"))
+    return {
+        "max_position_embeddings": longest,
+        "rope_parameters": _rope(keys, head_dim, divisors)
+        | {"rope_theta": keys.number("rope.freq_base", default=10000.0)},
+    }
+
+
+def _rope(keys: _Keys, head_dim: int, divisors: Sequence[float] | None) -> dict[str, Any]:
+    kind = keys.get("rope.scaling.type")
+    older = keys.number("rope.scale_linear") if keys.get("rope.scale_linear") else 1.0
+    given = keys.get("rope.scaling.factor")
+    factor = keys.number("rope.scaling.factor") if given else older
+    if kind is None:  # llama.cpp's default
+        kind = "linear"
+    if kind == "none":
+        kind, factor = "linear", 1.0
+    for key, neutral in _YARN_NEUTRAL.items():
+        if (value := keys.get(key)) is not None and value not in neutral:
+            raise keys.error(key, f"{neutral[-1]}, since nothing else is supported")
+    original = keys.size(_ORIGINAL, default=keys.size("context_length"))
+    if kind == "yarn" and divisors is None:
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original,
+        }
+    if kind != "linear":
+        known = "none, linear or yarn"
+        beside = f"none or linear beside the tensor {ROPE_DIVISORS}"
+        raise keys.error("rope.scaling.type", known if divisors is None else beside)
+    if divisors is not None:
+        return _divided([divisor * factor for divisor in divisors], head_dim)
+    return {"rope_type": "default"} if factor == 1 else {"rope_type": "linear", "factor": factor}
+
+
+_ORIGINAL = "rope.scaling.original_context_length"
+_YARN_NEUTRAL: dict[str, tuple[float, ...]] = {
+    "rope.scaling.attn_factor": (0, 1),
+    "rope.scaling.yarn_attn_factor": (-1, 0, 1),
+    "rope.scaling.yarn_beta_fast": (-1, 32),
+    "rope.scaling.yarn_beta_slow": (-1, 1),
+    "rope.scaling.yarn_ext_factor": (-1, 1),
+}
+"""llama.cpp reads these for some architectures only, so any other value has two meanings."""
+
+
+def _divided(divisors: Sequence[float], head_dim: int) -> dict[str, Any]:
+    """Divisors as transformers takes them: longrope, whose two tables here are one."""
+    if len(divisors) != head_dim // 2 or not all(0 < d < 1e9 for d in divisors):
+        raise CheckpointError(
+            f"The tensor {ROPE_DIVISORS} must hold {head_dim // 2} divisors above 0, not "
+            f"{shown(list(divisors))}."
+        )
+    return {
+        "rope_type": "longrope",
+        "short_factor": list(divisors),
+        "long_factor": list(divisors),
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": NUMBER_MAX - 1,
+    }
+
+
+def _biases(gguf: GgufFile, family: Family) -> dict[str, Any]:
+    """The switches of the biases that the file has; what lacks of a group is written as zeros."""
+
+    def any_of(stems: Sequence[str]) -> bool:
+        ends = tuple(f".{stem}.bias" for stem in stems)
+        return any(name.endswith(ends) for name in gguf.tensors)
+
+    switches: dict[str, Any] = {}
+    if family.attention_bias and not family.always_biased:
+        switches["attention_bias"] = any_of(family.attention_bias)
+    if family.mlp_bias:
+        switches["mlp_bias"] = any_of(family.mlp_bias)
+    return switches
+
+
+def _scales(keys: _Keys, head_dim: int) -> dict[str, Any]:
+    """Granite's; a scale of 0 is none. Granite switches rotary off by `finetuned`."""
+    if keys.get("rope.scaling.finetuned") is False:
+        raise keys.error("rope.scaling.finetuned", "true: Granite without rotary is not supported")
+    names = ("embedding_scale", "residual_scale", "logit_scale", "attention.scale")
+    given = {name: keys.number(name) if keys.get(name) else None for name in names}
+    return {
+        "embedding_multiplier": given["embedding_scale"] or 1.0,
+        "residual_multiplier": given["residual_scale"] or 1.0,
+        "logits_scaling": given["logit_scale"] or 1.0,
+        "attention_multiplier": given["attention.scale"] or head_dim**-0.5,
+    }
+
+
+def end_ids(gguf: GgufFile) -> tuple[int, ...]:
+    """Ids that end an answer: those the file names, and control tokens known to end a turn.
+
+    Raises:
+        CheckpointError: one of them is no token.
+    """
+    tokens = gguf.keys.get("tokenizer.ggml.tokens", [])
+    kinds = gguf.keys.get("tokenizer.ggml.token_type", [])
+    found = []
+    for key in (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")):
+        default = DEFAULT_EOS if gguf.keys.get("tokenizer.ggml.model") == "llama" else None
+        number = gguf.keys.get(key, default if key == "tokenizer.ggml.eos_token_id" else None)
+        if number is None:
+            continue
+        if type(number) is not int or not 0 <= number < max(len(tokens), 1):
+            raise CheckpointError(
+                f"{key} of {gguf.name} is {shown(number)}; it must be below the number of tokens, "
+                f"{len(tokens)}."
+            )
+        found.append(number)
+    found += [
+        number
+        for number, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
+        if kind == CONTROL and token in END_OF_TURN
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+CONTROL = 3
+DEFAULT_EOS = 2
+"""What llama.cpp takes for a SentencePiece vocabulary that does not say."""
+END_OF_TURN = frozenset(
+    {
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|end_of_text|>",
+        "<|endoftext|>",
+        "<end_of_turn>",
+        "<|end_of_turn|>",
+        "[EOT]",
+        "< EOT >",
+    }
+)

@@ -1,0 +1,1 @@
+"""One run: its loop, journal, delivery, result and report."""

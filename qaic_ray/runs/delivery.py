@@ -1,0 +1,359 @@
+"""Results out: rows put back into the input's order, and written. Knows no Ray and no tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from qaic_ray.documents import json_text
+from qaic_ray.folders import new_file, sync_path
+from qaic_ray.rows import Row
+from qaic_ray.runs.journal import Entry, Journal, disk_errors_end_the_run, write_all
+from qaic_ray.runs.journal_segments import Place
+
+OUTPUTS_NAME = "outputs.jsonl"
+ERRORS_NAME = "errors.jsonl"
+
+MAX_HELD_ROWS = 4096
+MAX_HELD_BYTES = 8 * 2**20
+"""Of rows held in memory, as text in the journal; the objects are several times as large."""
+
+COMMIT_PAUSE_S = 0.05
+COMMIT_PAUSES = 4
+"""Rows are gathered for this many times as long as it takes to bring them onto the disk."""
+MAX_SHOWN_AT_ONCE = 512
+
+# Python's str.splitlines (and others) also break lines here; inside JSON they can be escaped.
+_LINE_BREAKS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+_LINE_BREAK = re.compile("[\x85\u2028\u2029]")
+
+_OFFSET_BITS = 40
+_FORGET_AT = 2**16
+
+
+class InputOrder:
+    """Rows in by any order, each index once; rows out by rising index, as soon as that can be.
+
+    Of rows that came before their turn only the first few are held in memory. Of the others there
+    is their place, eight bytes, and they are read back when their turn has come.
+
+    Args:
+        read: gives the row at a segment's offset; without it every early row is held.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int, int], Row] | None = None,
+        *,
+        max_held_rows: int = MAX_HELD_ROWS,
+        max_held_bytes: int = MAX_HELD_BYTES,
+    ) -> None:
+        self._read = read
+        self._max_held_rows = max_held_rows
+        self._max_held_bytes = max_held_bytes
+        self._held: dict[int, tuple[Row, int]] = {}
+        self._held_bytes = 0
+        self._spilled = _Places()
+        self._next_index = 0
+
+    @property
+    def num_held(self) -> int:
+        """Rows in memory that wait for one before them."""
+        return len(self._held)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is some row's turn."""
+        return self._next_index in self._held or self._next_index in self._spilled
+
+    def push(self, row: Row, place: Place | None = None) -> None:
+        """Take a row; `place` is where it can be read back from.
+
+        Raises:
+            ValueError: for an index that was there before.
+        """
+        index = row.index
+        if index < self._next_index or index in self._held or index in self._spilled:
+            raise ValueError(f"Row {index} came twice.")
+        num_bytes = place.num_bytes if place else 0
+        if place is None or self._read is None or self._has_room(index, num_bytes):
+            self._held[index] = row, num_bytes
+            self._held_bytes += num_bytes
+        else:
+            self._spilled.add(index, place, least=self._next_index)
+
+    def ready(self) -> Iterator[Row]:
+        """The rows whose turn it is; those that are not taken remain."""
+        while self.is_ready:
+            index = self._next_index
+            if index in self._held:
+                row, num_bytes = self._held.pop(index)
+                self._held_bytes -= num_bytes
+            else:
+                assert self._read is not None
+                row = self._read(*self._spilled.pop(index))
+            self._next_index += 1
+            yield row
+
+    def _has_room(self, index: int, num_bytes: int) -> bool:
+        if index == self._next_index:
+            return True  # it leaves at once
+        has_bytes = self._held_bytes + num_bytes <= self._max_held_bytes
+        return has_bytes and len(self._held) < self._max_held_rows
+
+
+class _Places:
+    """Index -> segment and offset, taken out by rising index: eight bytes for each index between
+    the least and the greatest."""
+
+    def __init__(self) -> None:
+        self._first = 0
+        self._packed = array("Q")  # 0 where there is none: offset 0 is a segment's header
+        self._num_places = 0
+
+    def __contains__(self, index: int) -> bool:
+        at = index - self._first
+        return 0 <= at < len(self._packed) and self._packed[at] != 0
+
+    def add(self, index: int, place: Place, *, least: int) -> None:
+        """Keep a place; from now on no index is below `least`."""
+        if not self._num_places:
+            self._first = least
+        at = index - self._first
+        missing = at + 1 - len(self._packed)
+        if missing > 0:
+            self._packed.frombytes(bytes(missing * self._packed.itemsize))
+        self._packed[at] = place.segment << _OFFSET_BITS | place.offset
+        self._num_places += 1
+
+    def pop(self, index: int) -> tuple[int, int]:
+        """Take out the place of the least index."""
+        at = index - self._first
+        packed = self._packed[at]
+        self._packed[at] = 0
+        self._num_places -= 1
+        if not self._num_places:
+            self._packed = array("Q")
+        elif at >= _FORGET_AT and 2 * at >= len(self._packed):
+            del self._packed[:at]
+            self._first = index
+        return packed >> _OFFSET_BITS, packed & ((1 << _OFFSET_BITS) - 1)
+
+
+class Delivery:
+    """The way of a final row: into the journal, onto the disk, and out in the input's order.
+
+    Rows go to the disk together: the first of them waits for a moment, and on a slow disk for so
+    long that most of the time is not spent there.
+
+    Args:
+        journal: None to go without: then every early row is in memory, and nothing can be resumed.
+        on_row: each row when its turn has come and it is on the disk.
+        on_earlier_row: those whose turn had come when the earlier sessions ended; before all else.
+        clock: in seconds.
+    """
+
+    def __init__(
+        self,
+        journal: Journal | None,
+        on_row: Callable[[Row], None],
+        on_earlier_row: Callable[[Row], None],
+        *,
+        clock: Callable[[], float],
+    ) -> None:
+        self.earlier_s = 0.0
+        """How long cards worked in earlier sessions."""
+        self._journal = journal
+        self._on_row = on_row
+        self._on_earlier_row = on_earlier_row
+        self._clock = clock
+        self._order = InputOrder(journal.read if journal else None)
+        self._uncommitted: list[tuple[Row, Place]] = []
+        self._commit_at_s = 0.0
+        self._pause_s = COMMIT_PAUSE_S
+
+    def replay(self) -> Iterator[Entry]:
+        """The rows of earlier sessions; to be taken to the end, before any row is added."""
+        spans_s: dict[int, float] = {}
+        for entry in self._journal.replay() if self._journal else ():
+            yield entry
+            spans_s[entry.session] = max(entry.span_s, spans_s.get(entry.session, 0.0))
+            self._order.push(entry.row, entry.place)
+            for row in self._order.ready():
+                self._on_earlier_row(row)
+        self.earlier_s = sum(spans_s.values())
+
+    def add(self, row: Row, digest: int, span_s: float) -> None:
+        """Take a final row; see `Journal.append`."""
+        if row.error is not None:
+            # It quotes what was given, and half a surrogate pair cannot be written.
+            error = row.error.encode(errors="backslashreplace").decode()
+            row = replace(row, error=error)
+        if self._journal is None:
+            self._order.push(row)
+            return
+        if not self._uncommitted:
+            self._commit_at_s = self._clock() + self._pause_s
+        self._uncommitted.append((row, self._journal.append(row, digest, span_s)))
+
+    def due_in_s(self) -> float | None:
+        """Seconds until `go_on` has something to do; None when that needs another row."""
+        if self._order.is_ready:
+            return 0.0
+        if self._uncommitted:
+            return max(0.0, self._commit_at_s - self._clock())
+        return None
+
+    def go_on(self) -> None:
+        """Do what is due, and of showing rows only so much that the caller is soon free again."""
+        if self._uncommitted and self._clock() >= self._commit_at_s:
+            self.save()
+        for row in islice(self._order.ready(), MAX_SHOWN_AT_ONCE):
+            self._on_row(row)
+
+    def finish(self) -> None:
+        """Commit and show all there is."""
+        self.save()
+        for row in self._order.ready():
+            self._on_row(row)
+
+    def save(self) -> None:
+        """Commit all there is."""
+        if self._journal is None or not self._uncommitted:
+            return
+        begun_s = self._clock()
+        self._journal.commit()
+        self._pause_s = max(COMMIT_PAUSE_S, COMMIT_PAUSES * (self._clock() - begun_s))
+        for row, place in self._uncommitted:
+            self._order.push(row, place)
+        self._uncommitted.clear()
+
+
+@dataclass(frozen=True)
+class Proof:
+    """That nothing was lost and nothing came twice: what went in and what came out.
+
+    `inputs_sha256` is over the digests of the input's rows in order, `outputs_sha256` over the
+    bytes of `outputs.jsonl`. `complete`: the input was read to its end, and was one input.
+    """
+
+    rows_in: int
+    rows_ok: int
+    rows_error: int
+    inputs_sha256: str
+    outputs_sha256: str
+    complete: bool = True
+
+    @property
+    def holds(self) -> bool:
+        """Whether every row of the input has its one row in the outputs."""
+        return self.complete and self.rows_in == self.rows_ok + self.rows_error
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in `report.json`."""
+        return asdict(self)
+
+
+class RowWriter:
+    """Writes rows to `outputs.jsonl`, and to `errors.jsonl` too if they failed; see `row_writer`.
+
+    Raises:
+        QaicRayError: when the disk refuses.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._paths = [folder / OUTPUTS_NAME, folder / ERRORS_NAME]
+        self._unfinished = [path.with_name(f".{path.name}.unfinished") for path in self._paths]
+        self._published = False
+        self._rows_ok = 0
+        self._rows_error = 0
+        self._sha256 = hashlib.sha256()
+        with disk_errors_end_the_run(folder):
+            self._fds = [new_file(path) for path in self._unfinished]
+
+    def __call__(self, row: Row) -> None:
+        """Write a row that is new; it is there for others to read at once."""
+        if not self._published:
+            self.publish()
+        self._write(row)
+
+    def again(self, row: Row) -> None:
+        """Write a row that an earlier session made, before all that are new."""
+        self._write(row)
+
+    def publish(self) -> None:
+        """Let the files take the place of those that an earlier session left."""
+        with disk_errors_end_the_run(self._folder):
+            for fd, unfinished, path in zip(self._fds, self._unfinished, self._paths, strict=True):
+                os.fsync(fd)
+                os.replace(unfinished, path)
+            sync_path(self._folder)
+        self._published = True
+
+    def finish(self) -> None:
+        """See that the files are there under their names, and on the disk."""
+        if not self._published:
+            self.publish()
+        with disk_errors_end_the_run(self._folder):
+            for fd in self._fds:
+                os.fsync(fd)
+
+    def close(self) -> None:
+        """Close the files; what was not published is gone."""
+        for fd, unfinished in zip(self._fds, self._unfinished, strict=True):
+            os.close(fd)
+            unfinished.unlink(missing_ok=True)
+
+    def proof(self, rows_in: int, inputs_sha256: str, *, complete: bool = True) -> Proof:
+        """What was written, beside what was read."""
+        return Proof(
+            rows_in,
+            self._rows_ok,
+            self._rows_error,
+            inputs_sha256,
+            self._sha256.hexdigest(),
+            complete,
+        )
+
+    def _write(self, row: Row) -> None:
+        text = json_text(row.to_json())
+        if _LINE_BREAK.search(text):
+            text = text.translate(_LINE_BREAKS)
+        line = text.encode() + b"\n"
+        with disk_errors_end_the_run(self._folder):
+            for fd in self._fds[: 1 if row.ok else 2]:
+                write_all(fd, line)
+        self._sha256.update(line)
+        self._rows_ok += row.ok
+        self._rows_error += not row.ok
+
+
+@contextmanager
+def row_writer(folder: Path, *, resumed: bool = False) -> Iterator[RowWriter]:
+    """Give the writer of `outputs.jsonl` and `errors.jsonl`.
+
+    Both grow row by row under their own names, so that they can be followed (`tail -f`) while the
+    run goes. A run that is killed leaves the rows it had; the last line may be torn.
+
+    Args:
+        folder: the run's.
+        resumed: the files that are there stay until all rows of earlier sessions are written
+            again, and for good if that ends with an error.
+    """
+    writer = RowWriter(folder)
+    try:
+        if not resumed:
+            writer.publish()
+        yield writer
+        writer.finish()
+    finally:
+        writer.close()

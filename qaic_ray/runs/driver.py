@@ -1,0 +1,344 @@
+"""The driver's loop: wait for the cards, hear the dispatcher, obey it. Knows no Ray.
+
+The cards are behind a `Cards`: actors on Ray in `cluster.py`, simulated ones in tests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from qaic_ray.dispatch.dispatcher import Dispatcher
+from qaic_ray.dispatch.events import (
+    Command,
+    DeliverRows,
+    Event,
+    PromptsRead,
+    QuarantineWorker,
+    ReadPrompts,
+    ReplaceWorker,
+    RetireWorker,
+    RowsFinished,
+    RunShard,
+    RunStarted,
+    ShardFailed,
+    TakeBackShard,
+    TimePassed,
+    WakeAt,
+    WorkerFailedToOpen,
+    WorkerLost,
+    WorkerReady,
+)
+from qaic_ray.errors import QaicRayError
+from qaic_ray.metrics import Measurement, Span
+from qaic_ray.rows import Prompt, Row
+from qaic_ray.runs.delivery import Delivery
+from qaic_ray.runs.fingerprint import Intake
+from qaic_ray.runs.journal import Journal
+from qaic_ray.runs.reading import Batch, PromptReader, ThreadedReader
+from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, Tally, WorkerResult
+
+if TYPE_CHECKING:
+    from qaic_ray.worker.spec import WorkerInfo
+
+READ_POLL_S = 0.02
+"""How often the input is asked for more, while it has not given what it was asked for."""
+
+
+class Cards(Protocol):
+    """What the loop needs of the cards; opening each for the first time has begun.
+
+    Nothing here blocks but `wait`, and nothing raises because a card is gone: that is an event.
+    What is said of a worker itself carries its incarnation, 0 for the first opening and then what
+    `replace` was told; what is said of a shard carries the shard's id, which is given once.
+    """
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Every worker that is being opened."""
+
+    def wait(self, timeout_s: float | None) -> Event | None:
+        """Block until a worker has something to say, and return it; None after `timeout_s`.
+
+        In here the workers are asked for their engines' steps now and then, every few seconds for
+        each one that is ready, without waiting for the answer: what comes is a WorkerProgress. The
+        first, of 0 steps, follows WorkerReady and is made up here: from then on the worker is
+        watched, even if it never answers a single time.
+
+        Raises:
+            UsageError: a worker found that the request itself is wrong.
+        """
+
+    def run(self, shard: RunShard) -> None:
+        """Begin a shard; rows are answered in the order of its prompts, behind older shards.
+
+        What comes of it is heard from `wait`: RowsFinished, then one ShardFinished or ShardFailed,
+        or WorkerLost for all that the worker held.
+        """
+
+    def take_back(self, worker: str, shard_id: int) -> None:
+        """Ask a worker for the prompts of a shard that its engine has not begun.
+
+        One ShardTakenBack is heard for it, with no indexes where all have begun; of a worker that
+        is lost, retired or replaced none is needed. The shard itself goes on, and ends with
+        ShardFinished, which may be heard before the ShardTakenBack or after it.
+        """
+
+    def retire(self, worker: str) -> None:
+        """End a worker's process at once, if it is there; nothing more is heard of it."""
+
+    def replace(self, worker: str, incarnation: int) -> None:
+        """Retire a worker, and begin to open it again with the same cards.
+
+        WorkerReady or WorkerFailedToOpen is heard, with this incarnation.
+        """
+
+    def quarantine(self, worker: str, error: str) -> None:
+        """Retire a worker for the rest of the run; its cards are given back."""
+
+    def info(self, worker: str) -> WorkerInfo:
+        """What a worker that is ready has."""
+
+    def measurements(self) -> Mapping[str, Measurement]:
+        """The work of every worker that still lives, since it was last opened."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. `rows_read` is the whole input once `input_exhausted` is true."""
+
+    rows_read: int = 0
+    rows_done: int = 0
+    rows_failed: int = 0
+    generated_tokens: int = 0
+    input_exhausted: bool = False
+
+
+def _ignore(_: object) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Audience:
+    """Who is told what, while the run goes.
+
+    Attributes:
+        on_row: each row of the input once, in input order, as soon as the order allows and, where
+            there is a journal, it is on the disk.
+        on_earlier_row: in place of `on_row`, and before it is called at all, for each row whose
+            turn had come when an earlier session of the run ended.
+        on_worker_ready: each worker that has opened.
+        on_progress: after each change of the counts.
+    """
+
+    on_row: Callable[[Row], None] = _ignore
+    on_earlier_row: Callable[[Row], None] = _ignore
+    on_worker_ready: Callable[[WorkerInfo], None] = _ignore
+    on_progress: Callable[[Progress], None] = _ignore
+
+
+class Driver:
+    """One run of prompts over cards.
+
+    With a `journal` that has rows of earlier sessions the run goes on: those rows are counted as
+    they are, and of the prompts only the others are answered. `reader` makes what reads the input.
+    """
+
+    def __init__(
+        self,
+        cards: Cards,
+        prompts: Iterable[Prompt | Row],
+        audience: Audience,
+        *,
+        dispatcher: Dispatcher | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        journal: Journal | None = None,
+        reader: Callable[[Iterable[Prompt | Row]], PromptReader] = ThreadedReader,
+    ) -> None:
+        self._cards = cards
+        self._intake = Intake()
+        self._reader = reader(self._intake.unanswered(prompts))
+        self._is_reading = False
+        self._input_error: QaicRayError | None = None
+        self._audience = audience
+        self._dispatcher = dispatcher or Dispatcher()
+        self._clock = clock
+
+        self._delivery = Delivery(journal, audience.on_row, audience.on_earlier_row, clock=clock)
+        self._tally = Tally()
+        self._infos: dict[str, WorkerInfo] = {}
+        self._errors: dict[str, str] = {}
+        self._span: Span | None = None
+        self._progress = Progress()
+        self._wake_s: float | None = None
+
+    def run(self) -> FleetResult:
+        """Answer every prompt, or say why not, and return what came of it.
+
+        Whatever ends it before, a KeyboardInterrupt too, finds the rows that came on the disk.
+
+        Raises:
+            UsageError: the input is not the one that earlier sessions had.
+            QaicRayError: the journal cannot be read or written.
+        """
+        try:
+            return self._run()
+        except (Exception, KeyboardInterrupt):
+            with suppress(QaicRayError):  # of a disk that has said so already
+                self._delivery.save()
+            raise
+
+    def _run(self) -> FleetResult:
+        self._take_up()
+        event: Event = RunStarted(tuple(self._cards.names))
+        try:
+            while True:
+                self._hear(event)
+                for command in self._dispatcher.handle(event, self._clock()):
+                    self._obey(command)
+                if self._dispatcher.finished:
+                    break
+                event = self._next_event()
+        finally:
+            self._reader.close()
+        self._delivery.finish()
+        return self._result()
+
+    def _take_up(self) -> None:
+        """Take in what earlier sessions of the run have done."""
+        for entry in self._delivery.replay():
+            self._intake.leave_out(entry.row.index, entry.digest)
+            self._count([entry.row])
+        self._progress = replace(self._progress, rows_read=self._progress.rows_done)
+        if self._progress.rows_done:
+            self._audience.on_progress(self._progress)
+
+    def _next_event(self) -> Event:
+        """What the input or the cards say next; while they say nothing, rows go their way."""
+        while True:
+            if self._is_reading and (batch := self._reader.poll()) is not None:
+                return self._read(batch)
+            self._delivery.go_on()
+            wake_in_s = None if self._wake_s is None else max(0.0, self._wake_s - self._clock())
+            look_in_s = READ_POLL_S if self._is_reading else None
+            times = (wake_in_s, look_in_s, self._delivery.due_in_s())
+            timeout_s = min((s for s in times if s is not None), default=None)
+            event = self._cards.wait(timeout_s)
+            if event is not None:
+                return event
+            if wake_in_s == timeout_s:
+                self._wake_s = None
+                return TimePassed()
+
+    def _hear(self, event: Event) -> None:
+        match event:
+            case RowsFinished():
+                self._worked()
+            case WorkerReady(worker):
+                self._infos[worker] = self._cards.info(worker)
+                self._audience.on_worker_ready(self._infos[worker])
+            case WorkerLost(worker, error) | WorkerFailedToOpen(worker, error):
+                self._errors[worker] = error
+            case ShardFailed(worker, _, error, retryable=True):
+                self._errors[worker] = error
+
+    def _obey(self, command: Command) -> None:
+        match command:
+            case ReadPrompts(num_prompts):
+                self._reader.ask(num_prompts)
+                self._is_reading = True
+            case RunShard():
+                self._worked()
+                self._cards.run(command)
+            case DeliverRows(rows):
+                self._deliver(rows)
+            case TakeBackShard(worker, shard_id):
+                self._cards.take_back(worker, shard_id)
+            case WakeAt(time_s):
+                self._wake_s = time_s
+            case RetireWorker(worker, error):
+                self._errors[worker] = error
+                self._cards.retire(worker)
+            case ReplaceWorker(worker, incarnation):
+                self._cards.replace(worker, incarnation)
+            case QuarantineWorker(worker, error):
+                self._errors[worker] = error
+                self._cards.quarantine(worker, error)
+
+    def _read(self, batch: Batch) -> PromptsRead:
+        self._is_reading = False
+        self._input_error = batch.error
+        self._progress = replace(
+            self._progress,
+            rows_read=self._progress.rows_read + len(batch.items),
+            input_exhausted=batch.exhausted,
+        )
+        self._deliver([item for item in batch.items if isinstance(item, Row)])
+        prompts = tuple(item for item in batch.items if isinstance(item, Prompt))
+        return PromptsRead(prompts, exhausted=batch.exhausted)
+
+    def _deliver(self, rows: Sequence[Row]) -> None:
+        span_s = self._span.seconds if self._span else 0.0
+        for row in rows:
+            self._delivery.add(row, self._intake.settle(row.index), span_s)
+        self._count(rows)
+        self._audience.on_progress(self._progress)
+
+    def _count(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._tally.add(row)
+        before = self._progress
+        self._progress = replace(
+            before,
+            rows_done=before.rows_done + len(rows),
+            rows_failed=before.rows_failed + sum(not row.ok for row in rows),
+            generated_tokens=before.generated_tokens + sum(row.generated_tokens for row in rows),
+        )
+
+    def _worked(self) -> None:
+        now_s = self._clock()
+        now = Span(now_s, now_s)
+        self._span = now if self._span is None else self._span + now
+
+    def _result(self) -> FleetResult:
+        engines = self._cards.measurements()
+        # Workers of earlier sessions that this one does without.
+        gone = sorted(self._tally.workers - {"", *self._cards.names})
+        workers = tuple(
+            WorkerResult(
+                name=name,
+                info=self._infos.get(name),
+                measurement=self._tally.measurement(name, engines.get(name)),
+                error=self._errors.get(name),
+            )
+            for name in (*self._cards.names, *gone)
+        )
+        return FleetResult(
+            workers=workers,
+            unassigned=self._tally.measurement(""),
+            span=self._whole_span(),
+            length_counts=dict(self._tally.length_counts),
+            broken_off=self._broken_off(),
+            rows_in=self._intake.num_rows,
+            inputs_sha256=self._intake.sha256,
+        )
+
+    def _broken_off(self) -> BrokenOff | None:
+        if self._dispatcher.abandoned:
+            lost = "Every card was lost; the prompts that were left have no answer."
+            return BrokenOff(Cause.CARDS, lost)
+        if self._input_error is not None:
+            return BrokenOff(Cause.INPUT, str(self._input_error))
+        return None
+
+    def _whole_span(self) -> Span | None:
+        """This session's span, with the time that cards worked in earlier ones put before it."""
+        earlier_s = self._delivery.earlier_s
+        if not earlier_s:
+            return self._span
+        now_s = self._clock()
+        span = self._span or Span(now_s, now_s)
+        return Span(span.start_s - earlier_s, span.end_s)

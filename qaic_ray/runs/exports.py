@@ -1,0 +1,101 @@
+"""A run's outputs in the formats of others, made from `outputs.jsonl`. Knows no cards and no Ray.
+
+Each file is there whole or not at all, and making it again gives the same. So a run that was killed
+needs nothing of this: it is done when the run is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from qaic_ray.folders import new_file, sync_path
+from qaic_ray.formats.openai_responses import Origin, response_line, token_number
+from qaic_ray.formats.parquet_rows import write_parquet
+from qaic_ray.runs.delivery import OUTPUTS_NAME
+from qaic_ray.runs.journal import disk_errors_end_the_run
+
+PARQUET_NAME = "outputs.parquet"
+OPENAI_OUTPUT_NAME = "openai_output.jsonl"
+OPENAI_ERROR_NAME = "openai_error.jsonl"
+
+
+class OutputFormat(str, Enum):
+    """What a run's rows are written as; `outputs.jsonl` is always there."""
+
+    JSONL = "jsonl"
+    """Nothing else."""
+    OPENAI = "openai"
+    """The OpenAI batch format: an output file, and an error file for rows that failed."""
+    PARQUET = "parquet"
+    """A table with a column for each key of a row."""
+
+
+def export_outputs(
+    folder: Path,
+    output_format: OutputFormat,
+    *,
+    model: str,
+    token_text: Callable[[int], str] = token_number,
+) -> tuple[Path, ...]:
+    """Write a run's rows once more, in another format; return the files.
+
+    The rows that are there are written: of a run that is still going, those that it has.
+
+    Args:
+        folder: the run's.
+        output_format: which.
+        model: the name of the model that answered, for the OpenAI format.
+        token_text: a token's text, for the OpenAI format's logprobs.
+
+    Raises:
+        QaicRayError: when the disk refuses.
+    """
+    with disk_errors_end_the_run(folder):
+        if output_format is OutputFormat.PARQUET:
+            path = folder / PARQUET_NAME
+            with _replacing(path) as stream:
+                write_parquet(_rows(folder), stream)
+            return (path,)
+        if output_format is OutputFormat.OPENAI:
+            created = int((folder / OUTPUTS_NAME).stat().st_mtime)
+            return _export_openai(folder, Origin(folder.name, model, created, token_text))
+    return (folder / OUTPUTS_NAME,)
+
+
+def _export_openai(folder: Path, origin: Origin) -> tuple[Path, ...]:
+    paths = folder / OPENAI_OUTPUT_NAME, folder / OPENAI_ERROR_NAME
+    with ExitStack() as stack:
+        output, errors = (stack.enter_context(_replacing(path)) for path in paths)
+        for row in _rows(folder):
+            line = json.dumps(response_line(row, origin)) + "\n"
+            (errors if "error" in row else output).write(line.encode())
+    return paths
+
+
+def _rows(folder: Path) -> Iterator[dict[str, Any]]:
+    with (folder / OUTPUTS_NAME).open("rb") as stream:
+        for line in stream:
+            if not line.endswith(b"\n"):
+                return  # it is being written
+            yield json.loads(line)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Give a file that takes the name `path` when the block ends without an error."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with open(new_file(unfinished), "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(unfinished, path)
+        sync_path(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,164 @@
+"""What must be the same for a run to go on: its input, its QPC, its model, how answers are made.
+
+The fingerprint is a JSON object of all but the input's rows; each of those has a digest of its own.
+Knows no journal and no Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
+
+from qaic_ray.errors import QaicRayError, UsageError
+from qaic_ray.options import Generation
+from qaic_ray.rows import ChatOptions, Prompt, Row
+from qaic_ray.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from qaic_ray.formats.frozen_file import FrozenFile
+
+Fingerprint = Mapping[str, Any]
+"""Names to JSON values, in any depth."""
+
+INPUT = "input"
+
+# They change when answers come, not what they are.
+_OF_NO_EFFECT = {"max_stall_s", "prefix_reuse", "drafts", "draft_qpc"}
+# What stands under other names since the first journals, and what is part of something else there.
+_NAMES = {"seed": "run_seed", "input_len": "prompt_len"}
+_IN_PARTS = {
+    "generation_len",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template_kwargs",
+}
+
+
+def fingerprint(
+    source: Fingerprint, *, qpc: str, model: Fingerprint, generation: Generation
+) -> Fingerprint:
+    """The fingerprint of a run.
+
+    Args:
+        source: of the input: `text_source`, `file_source` or `STREAM_SOURCE`.
+        qpc: the compiled program's content key.
+        model: the digest of each part of the checkpoint that an answer depends on.
+        generation: the run's; its seed must have been drawn.
+    """
+    names = Generation.model_fields.keys() - _OF_NO_EFFECT - _IN_PARTS
+    making = {_NAMES.get(name, name): getattr(generation, name) for name in names}
+    making["sampling"] = asdict(generation.defaults)
+    making["chat_options"] = asdict(generation.chat_options)
+    whole = {INPUT: source, "qpc": qpc, "model": model, **making}
+    plain: Fingerprint = json.loads(json.dumps(whole))  # as it will be when read back
+    return plain
+
+
+STREAM_SOURCE: Fingerprint = {"stream": True}
+"""Of an input that cannot be read twice to be sure: its rows' digests are all there is."""
+
+
+def text_source(text: str) -> Fingerprint:
+    """Of a `--prompt` argument."""
+    content = text.encode(errors="surrogatepass")
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def file_source(file: FrozenFile) -> Fingerprint:
+    """Of a prompts file, whatever its name is and wherever it lies."""
+    return {"bytes": file.num_bytes, "sha256": file.sha256}
+
+
+def row_digest(item: Prompt | Row) -> bytes:
+    """SHA-256 of all that a row of input is, its place excepted."""
+    if isinstance(item, Row):
+        parts = {"unusable": True, "id": item.id, "text": item.prompt, "messages": item.messages}
+    else:
+        parts = {key: value for key, value in vars(item).items() if key != "index"}
+    # What is not set leaves no trace, so that a later version with more fields gives the same.
+    parts = {key: value for key, value in parts.items() if value is not None}
+    return hashlib.sha256(json.dumps(parts, default=_plain).encode()).digest()
+
+
+_DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
+
+
+def _plain(value: object) -> dict[str, Any]:
+    if isinstance(value, SamplingParams):
+        return {key: v for key, v in vars(value).items() if v != _DEFAULTS[key]}
+    if isinstance(value, ChatOptions):
+        return vars(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"A prompt holds a {type(value).__name__}, which has no digest.")
+
+
+class Intake:
+    """The input on its way in: every row is digested, rows that are done already are left out.
+
+    Of a row that is done, four bytes are kept.
+    """
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        """Rows that have been read, those that were done included."""
+        self._sha256 = hashlib.sha256()
+        self._done = array("I")  # index -> digest, 0 for a row that is not done
+        self._open: dict[int, int] = {}
+
+    @property
+    def sha256(self) -> str:
+        """Over the digests of all rows that have been read, in order."""
+        return self._sha256.hexdigest()
+
+    def leave_out(self, index: int, digest: int) -> None:
+        """Note that a row is done, and the short digest it had.
+
+        Raises:
+            QaicRayError: when it is noted already.
+        """
+        missing = index + 1 - len(self._done)
+        if missing > 0:
+            self._done.frombytes(bytes(missing * self._done.itemsize))
+        if self._done[index]:
+            raise QaicRayError(
+                f"The journal answers row {index} twice: delete one of its lines, or begin a new "
+                "run."
+            )
+        self._done[index] = digest
+
+    def unanswered(self, items: Iterable[Prompt | Row]) -> Iterator[Prompt | Row]:
+        """Those of the input's items, from its first on, that are not done.
+
+        Raises:
+            UsageError: while reading, for a row that is not the one that was answered, and for an
+                input that ends before the last of those.
+        """
+        for item in items:
+            digest = row_digest(item)
+            short = int.from_bytes(digest[:4], "big") or 1
+            self._sha256.update(digest)
+            self.num_rows += 1
+            before = self._done[item.index] if item.index < len(self._done) else 0
+            if not before:
+                self._open[item.index] = short
+                yield item
+            elif before != short:
+                raise UsageError(
+                    f"Row {item.index} of the input (counted from 0) is not the one that this run "
+                    "has answered: resume it with the input it had, or begin a new run."
+                )
+        if self.num_rows < len(self._done):
+            raise UsageError(
+                f"The input ends after {self.num_rows} rows, but this run has answered row "
+                f"{len(self._done) - 1} (counted from 0): resume it with the input it had, or "
+                "begin a new run."
+            )
+
+    def settle(self, index: int) -> int:
+        """The short digest of a row that was given out; it is not kept any longer."""
+        return self._open.pop(index)

@@ -1,0 +1,298 @@
+"""A run's rows on disk: each durable before it is shown, and found again when the run goes on.
+
+The truth of a run folder; `outputs.jsonl` is made from it. Knows no cards, no dispatcher, no Ray.
+
+`journal_segments.py` has the format. Only the last segment can end in the middle of a line; that
+tail is cut on opening. Damage anywhere else is an error. Whatever lines are gone, what is left is a
+run to go on with: a row that is not in the journal is answered again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from qaic_ray.documents import differences
+from qaic_ray.errors import Unfinished, UsageError
+from qaic_ray.folders import sync_path
+from qaic_ray.interruption import uninterrupted
+from qaic_ray.rows import Row
+from qaic_ray.runs.fingerprint import INPUT, Fingerprint
+from qaic_ray.runs.journal_segments import (
+    BEFORE_JSON,
+    FORMAT,
+    RECORD,
+    Header,
+    JournalRecord,
+    Place,
+    RowReader,
+    damaged,
+    is_whole,
+    line_of,
+    read_header,
+    segment_path,
+    whole_bytes,
+)
+
+JOURNAL_NAME = "journal"
+LOCK_NAME = ".lock"
+SEGMENT_BYTES = 64 * 2**20
+
+_MAX_NAMED_CHARS = 800
+_SEGMENT = re.compile("[0-9]{6,12}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row as the journal has it.
+
+    `digest` is of the row's input. `session` counts the processes that wrote to the journal, and
+    `span_s` is how long cards had worked in that one when the row was final.
+    """
+
+    row: Row
+    digest: int
+    span_s: float
+    session: int
+    place: Place
+
+
+@contextmanager
+def disk_errors_end_the_run(run_folder: Path) -> Iterator[None]:
+    """Make the one sentence of what the disk refuses; the journal keeps the run resumable."""
+    try:
+        yield
+    except OSError as error:
+        raise Unfinished(
+            f"{run_folder} cannot be written: {error.strerror}. What was answered is kept: put "
+            f"that right, then go on with `qaic-ray run --resume {run_folder}`."
+        ) from error
+
+
+class Journal:
+    """The journal of a run folder, held by this process until it is closed.
+
+    Opening makes it, or takes it up where an earlier process left it.
+
+    Args:
+        run_folder: is there.
+        fingerprint: must be that of the session before, if there was one.
+        retry_errors: rows of finish_reason error count as not answered from now on.
+        new_input: the input may be another one; `Intake` sees that its answered rows are the same.
+        segment_bytes: about how large a segment gets.
+
+    Raises:
+        UsageError: another process has it; it is of another run, or of another version.
+        QaicRayError: it is damaged, or the disk refuses.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        fingerprint: Fingerprint,
+        *,
+        retry_errors: bool = False,
+        new_input: bool = False,
+        segment_bytes: int = SEGMENT_BYTES,
+    ) -> None:
+        self._run_folder = run_folder
+        self._folder = run_folder / JOURNAL_NAME
+        self._segment_bytes = segment_bytes
+        self._buffer: list[bytes] = []
+        self._fd = -1
+        self._size = 0
+        self._reader = RowReader(self._folder)
+        self._lock = _locked(run_folder)
+        try:
+            with disk_errors_end_the_run(run_folder):
+                self._headers = self._recover()
+                self._header = self._next_header(fingerprint, retry_errors, new_input)
+                self._segment = max(self._headers, default=-1)
+                self._begin_segment()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def replay(self) -> Iterator[Entry]:
+        """The rows of earlier sessions, as they were appended; no row comes twice.
+
+        Error rows from before the last session that retries them are left out.
+
+        Raises:
+            QaicRayError: for a damaged line, naming it.
+        """
+        headers = [*self._headers.values(), self._header]
+        retried = max((header.session for header in headers if header.retry_errors), default=0)
+        for segment, header in self._headers.items():
+            for entry in self._entries(segment, header):
+                if entry.row.ok or header.session >= retried:
+                    yield entry
+
+    def append(self, row: Row, digest: int, span_s: float) -> Place:
+        """Take a row for the next `commit`; return where it will be."""
+        json_bytes = RECORD.dump_json(
+            JournalRecord(digest, round(span_s, 6), row), exclude_defaults=True
+        )
+        line = line_of(json_bytes)
+        if self._size >= self._segment_bytes:
+            self.commit()
+            with uninterrupted(), disk_errors_end_the_run(self._run_folder):
+                self._begin_segment()
+        with uninterrupted():  # the next place is behind this line
+            place = Place(self._segment, self._size, len(line))
+            self._buffer.append(line)
+            self._size += len(line)
+        return place
+
+    def commit(self) -> None:
+        """Bring every row that was appended onto the disk.
+
+        Raises:
+            QaicRayError: when the disk refuses; the journal takes nothing more.
+        """
+        if not self._buffer:
+            return
+        with uninterrupted(), disk_errors_end_the_run(self._run_folder):
+            try:
+                write_all(self._fd, b"".join(self._buffer))
+                os.fdatasync(self._fd)
+            except BaseException:
+                # A line may be half there: nothing may follow it, and nothing come twice.
+                self._close_segment()
+                raise
+            self._buffer.clear()
+
+    def read(self, segment: int, offset: int) -> Row:
+        """A row that was committed, by this session or an earlier one; see `RowReader`."""
+        return self._reader.read(segment, offset)
+
+    def close(self) -> None:
+        """Let go of the folder. What was appended and not committed is gone."""
+        self._close_segment()
+        self._reader.close()
+        self._lock.release()
+
+    # -- segments
+
+    def _recover(self) -> dict[int, Header]:
+        """Cut what a killed session left half-written; return the header of each segment."""
+        self._folder.mkdir(exist_ok=True)
+        stems = (path.stem for path in self._folder.glob("*.jsonl"))
+        segments = sorted(int(stem) for stem in stems if _SEGMENT.fullmatch(stem))
+        if segments:
+            path = segment_path(self._folder, segments[-1])
+            num_bytes = whole_bytes(path)
+            if num_bytes == 0:
+                path.unlink()
+                sync_path(self._folder)
+                segments.pop()
+            elif num_bytes < path.stat().st_size:
+                os.truncate(path, num_bytes)
+                sync_path(path)
+        return {segment: read_header(segment_path(self._folder, segment)) for segment in segments}
+
+    def _next_header(self, fingerprint: Fingerprint, retry_errors: bool, new_input: bool) -> Header:
+        headers = list(self._headers.values())
+        if not headers:
+            return Header(FORMAT, secrets.token_hex(8), 0, retry_errors, fingerprint)
+        first, last = headers[0], headers[-1]
+        if any(header.run != first.run for header in headers):
+            raise UsageError(
+                f"{self._folder} holds segments of several runs: take out those of all but one."
+            )
+        before = last.fingerprint
+        if new_input:
+            before = {**before, INPUT: fingerprint[INPUT]}
+        if named := ", ".join(differences(before, fingerprint))[:_MAX_NAMED_CHARS]:
+            raise UsageError(
+                f"The run in {self._run_folder} cannot go on: {named}. Resume it as it was begun "
+                "(other prompts are given with --prompts-file), or begin a new run."
+            )
+        return Header(FORMAT, first.run, last.session + 1, retry_errors, fingerprint)
+
+    def _begin_segment(self) -> None:
+        """The next segment, its header on the disk."""
+        self._close_segment()
+        self._segment += 1
+        path = segment_path(self._folder, self._segment)
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        header = line_of(json.dumps(asdict(self._header)).encode())
+        write_all(self._fd, header)
+        os.fsync(self._fd)
+        sync_path(self._folder)
+        self._size = len(header)
+
+    def _close_segment(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _entries(self, segment: int, header: Header) -> Iterator[Entry]:
+        path = segment_path(self._folder, segment)
+        with path.open("rb", buffering=2**20) as stream:
+            offset = len(stream.readline())
+            for number, line in enumerate(stream, start=2):
+                if not is_whole(line):
+                    raise damaged(path, number)
+                try:
+                    record = RECORD.validate_json(line[BEFORE_JSON:], strict=True)
+                except ValidationError as error:
+                    raise damaged(path, number) from error
+                place = Place(segment, offset, len(line))
+                yield Entry(record.row, record.input, record.span_s, header.session, place)
+                offset += len(line)
+
+
+def last_fingerprint(run_folder: Path) -> Fingerprint | None:
+    """That of a run's last session; None where no session has begun a segment.
+
+    Raises:
+        UsageError: the journal is of another version.
+        QaicRayError: it is damaged.
+    """
+    with disk_errors_end_the_run(run_folder):
+        for path in sorted((run_folder / JOURNAL_NAME).glob("*.jsonl"), reverse=True):
+            if whole_bytes(path):
+                return read_header(path).fingerprint
+    return None
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of it; an error may leave some of it there."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
+def _locked(run_folder: Path) -> FileLock:
+    """The run folder's lock; the system frees it when this process ends, however it ends."""
+    lock = FileLock(run_folder / LOCK_NAME)
+    with disk_errors_end_the_run(run_folder):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UsageError(
+                f"Another process is writing to {run_folder}: wait for it to end, or stop it."
+            ) from error
+    return lock

@@ -1,0 +1,129 @@
+"""The input, read in a thread of its own: however slowly it comes, the loop hears the cards."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from qaic_ray.errors import QaicRayError, UsageError
+from qaic_ray.rows import Prompt, Row
+
+STALL_S = 0.05
+"""What was read is handed over when nothing more has come for so long."""
+GATHER_S = 1.0
+"""It is handed over so long after it was asked for, even if more comes all the time."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Items of the input in their order; `exhausted`: these are the last ones.
+
+    `error` says why the input ends with them, where that is not its end.
+    """
+
+    items: tuple[Prompt | Row, ...]
+    exhausted: bool
+    error: QaicRayError | None = None
+
+
+class PromptReader(Protocol):
+    """Gives the input piece by piece."""
+
+    def ask(self, num_items: int) -> None:
+        """Want so many items; what was asked for before has been given."""
+
+    def poll(self) -> Batch | None:
+        """What there is to give now: all that was asked for, or what came of a slow input.
+
+        Raises:
+            UsageError: the input is not this run's; all that was read before has been given.
+        """
+
+    def close(self) -> None:
+        """Read no more."""
+
+
+class ThreadedReader:
+    """Reads no more than it is asked for.
+
+    Args:
+        items: the input; it is read in another thread than the caller's.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, items: Iterable[Prompt | Row], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._items: Iterator[Prompt | Row] = iter(items)
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._ready: deque[Prompt | Row] = deque()
+        self._num_read = self._num_wanted = self._num_given = 0
+        self._asked_s = self._newest_s = 0.0
+        self._ended = self._closed = False
+        self._failure: BaseException | None = None
+        # A daemon: it may wait for a line that nobody ever types.
+        threading.Thread(target=self._run, name="input", daemon=True).start()
+
+    def ask(self, num_items: int) -> None:
+        """See `Reader.ask`."""
+        with self._changed:
+            self._num_wanted = self._num_given + num_items
+            self._asked_s = self._clock()
+            self._changed.notify()
+
+    def poll(self) -> Batch | None:
+        """See `Reader.poll`."""
+        is_over = self._ended  # before what is ready is looked at: nothing follows then
+        if not (is_over or self._num_read >= self._num_wanted or self._is_slow()):
+            return None
+        items = tuple(self._ready.popleft() for _ in range(len(self._ready)))
+        self._num_given += len(items)
+        failure = self._failure if is_over else None
+        if failure is None or (
+            isinstance(failure, QaicRayError) and not isinstance(failure, UsageError)
+        ):
+            return Batch(items, exhausted=is_over, error=failure)
+        if not items:
+            raise failure
+        return Batch(items, exhausted=False)
+
+    def close(self) -> None:
+        """See `Reader.close`."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _is_slow(self) -> bool:
+        now_s = self._clock()
+        waited_s = now_s - self._asked_s
+        return bool(self._ready) and (now_s - self._newest_s >= STALL_S or waited_s >= GATHER_S)
+
+    def _run(self) -> None:
+        try:
+            for item in self._wanted_items():
+                self._newest_s = self._clock()
+                self._ready.append(item)
+                self._num_read += 1
+        except BaseException as error:  # noqa: BLE001  # raised again where it is waited for
+            self._failure = error
+        self._ended = True
+
+    def _wanted_items(self) -> Iterator[Prompt | Row]:
+        while self._may_read():
+            for item in self._items:
+                yield item
+                if self._num_read >= self._num_wanted:
+                    break
+            else:
+                return
+
+    def _may_read(self) -> bool:
+        """Wait until more is wanted; False when nothing ever will be."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._num_read < self._num_wanted)
+            return not self._closed

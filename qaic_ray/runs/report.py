@@ -1,0 +1,244 @@
+"""What a run came to: a document for programs, tables for people. Runs nothing, measures nothing.
+
+The document is what `report.json` holds, and all that is shown is drawn from it alone, so that a
+report can be drawn again from its run folder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qaic_ray.documents import json_text
+from qaic_ray.folders import write_whole
+from qaic_ray.metrics import Measurement
+from qaic_ray.runs.delivery import ERRORS_NAME, Proof
+from qaic_ray.runs.figures import count_text, rate_text, seconds_text
+from qaic_ray.runs.report_page import html_page
+from qaic_ray.runs.result import Cause, FleetResult, WorkerResult
+from qaic_ray.runs.run_folders import REPORT_NAME
+
+FORMAT = 1
+PAGE_NAME = "report.html"
+MAX_BINS = 25
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run's result, and what it was a run of; `sdk` is the SDK's label."""
+
+    result: FleetResult
+    job: str
+    sdk: str
+    folder: Path
+    model: str = ""
+    qpc: str = ""
+    proof: Proof | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether every row was answered."""
+        return self.result.ok
+
+    @property
+    def error(self) -> str | None:
+        """Why the run is not what it was meant to be, and what to do; None where it is."""
+        broken_off = self.result.broken_off
+        if broken_off is None:
+            return None
+        resume = f"`qaic-ray run --resume {self.folder}"
+        safe = f"{self.result.total.rows:,} rows are safe"
+        how = {
+            Cause.CARDS: f"{safe}: when cards are well again, go on with {resume}`.",
+            Cause.INPUT: (
+                f"{safe}: with a file whose answered rows are as they were, go on with {resume} "
+                "--prompts-file FILE`, or begin a new run."
+            ),
+            Cause.CHANGED: "Begin a new run.",
+        }
+        return f"{broken_off.error} {how[broken_off.cause]}"
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run broke off so that it can be gone on with."""
+        broken_off = self.result.broken_off
+        return broken_off is not None and broken_off.cause is not Cause.CHANGED
+
+    def document(self) -> Document:
+        """The report as a JSON object."""
+        total = self.result.total
+        return {
+            "format": FORMAT,
+            "job": self.job,
+            "model": self.model,
+            "qpc": self.qpc,
+            "sdk": self.sdk,
+            "emulated": self.sdk.startswith("emulated"),
+            "folder": str(self.folder),
+            "rows": total.rows,
+            "failed_rows": total.failed_rows,
+            "prompt_tokens": total.prompt_tokens,
+            "generated_tokens": total.generated_tokens,
+            "seconds": round(self.result.span.seconds, 6) if self.result.span else 0.0,
+            "tokens_per_s": round(self.result.tokens_per_s, 3),
+            "ttft_median_s": round(total.ttft_median_s, 6),
+            "ttft_p90_s": round(total.ttft.quantile(0.9), 6),
+            **_engine_document(total),
+            "error": self.error,
+            "goes_on": self.goes_on,
+            "proof": None if self.proof is None else self.proof.to_json(),
+            "workers": [_worker_document(worker) for worker in self.result.workers],
+            "ttft_s_histogram": histogram(dict(total.ttft.items())),
+            "generated_tokens_histogram": histogram(self.result.length_counts, whole=True),
+        }
+
+    def renderables(self) -> Iterator[RenderableType]:
+        """What the terminal shows."""
+        return tables(self.document())
+
+
+def write_report(summary: RunSummary) -> None:
+    """Write `report.json` and `report.html` into the run folder, each whole or not at all."""
+    document = summary.document()
+    write_whole(summary.folder / REPORT_NAME, json_text(document, indent=2) + "\n")
+    write_whole(summary.folder / PAGE_NAME, html_page(document))
+
+
+def histogram(counts: Mapping[int, int] | Mapping[float, int], *, whole: bool = False) -> Document:
+    """Bins of equal, round width from 0 on: `edges` (one more than bins) and `counts`.
+
+    Args:
+        counts: value -> how often it came; no value is negative.
+        whole: the values are whole numbers, and no bin is narrower than one.
+    """
+    if not counts:
+        return {"edges": [], "counts": []}
+    largest = max(counts)
+    width = round_up(largest / MAX_BINS)
+    if whole:
+        width = max(1.0, math.ceil(width))
+    binned = [0] * (math.floor(largest / width) + 1)
+    for value, count in counts.items():
+        binned[math.floor(value / width)] += count
+    return {"edges": [round(i * width, 9) for i in range(len(binned) + 1)], "counts": binned}
+
+
+def round_up(width: float) -> float:
+    """The least of 1, 2, 2.5 and 5 times a power of ten that is not below `width`; 1 for 0."""
+    if width <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(width))
+    return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= width)
+
+
+def tables(document: Document) -> Iterator[RenderableType]:
+    """Draw a report for the terminal: a line for each card, the merged rate, what went wrong."""
+    yield _heading(document)
+    yield _card_table(document)
+    yield Text.assemble(
+        "merged ",
+        (f"{rate_text(document['tokens_per_s'])} tokens/s", "bold"),
+        f"  ({count_text(document['generated_tokens'])} tokens generated in ",
+        f"{seconds_text(document['seconds'])}, first shard out to last row in)",
+    )
+    remarks = ", ".join(_engine_remarks(document))
+    if remarks:
+        yield Text(remarks, style="dim")
+    failed = document["failed_rows"]
+    if failed:
+        rows = f"{count_text(failed)} of {count_text(document['rows'])} rows failed"
+        yield Text(f"{rows}: see {ERRORS_NAME} in the run folder", style="red")
+    for worker in document["workers"]:
+        if worker["error"]:
+            yield Text(f"{worker['name']} was lost: {worker['error']}", style="red")
+    if document["error"]:
+        yield Text(document["error"], style="red")
+    yield Text.assemble(("run folder  ", "dim"), document["folder"])
+
+
+def _engine_document(work: Measurement) -> Document:
+    """How well the cards were filled; shares are null where there was nothing to share."""
+    return {
+        "occupancy": round(work.occupancy, 6) if work.decode_slots else None,
+        "reused_tokens": work.reused_tokens,
+        "drafted_tokens": work.drafted_tokens,
+        "accepted_tokens": work.accepted_tokens,
+        "acceptance": round(work.acceptance, 6) if work.drafted_tokens else None,
+        "tokens_per_row_step": round(work.tokens_per_row_step, 3) if work.decode_rows else None,
+    }
+
+
+def _engine_remarks(document: Document) -> Iterator[str]:
+    if document["occupancy"] is not None:
+        yield f"{document['occupancy']:.0%} of the rows of decode steps were used"
+    if document["reused_tokens"]:
+        yield f"{count_text(document['reused_tokens'])} prompt tokens were in a slot already"
+    if document["acceptance"] is not None:
+        yield (
+            f"{document['acceptance']:.0%} of {count_text(document['drafted_tokens'])} drafted "
+            f"tokens were right: {document['tokens_per_row_step']:.2f} tokens a row and step"
+        )
+
+
+def _heading(document: Document) -> Text:
+    if document["emulated"]:
+        return Text.assemble(
+            (document["job"], "bold"), (f"  {document['sdk']}: not a card's speed", "yellow")
+        )
+    return Text.assemble((document["job"], "bold"), f"  {document['sdk']}")
+
+
+def _card_table(document: Document) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+    table.add_column("card", footer="all", no_wrap=True)
+    for name, footer in (
+        ("prompts", count_text(document["rows"])),
+        ("prompt tokens", count_text(document["prompt_tokens"])),
+        ("generated", count_text(document["generated_tokens"])),
+        ("TTFT median", seconds_text(document["ttft_median_s"])),
+        ("decode tokens/s", ""),  # rates of cards do not add
+    ):
+        table.add_column(name, footer=footer, justify="right")
+    for worker in document["workers"]:
+        table.add_row(
+            Text(worker["name"], style="red" if worker["error"] else ""),
+            count_text(worker["rows"]),
+            count_text(worker["prompt_tokens"]),
+            count_text(worker["generated_tokens"]),
+            seconds_text(worker["ttft_median_s"]),
+            rate_text(worker["decode_tokens_per_s"]),
+        )
+    return table
+
+
+def _worker_document(worker: WorkerResult) -> Document:
+    work = worker.measurement
+    return {
+        "name": worker.name,
+        "device_ids": list(worker.info.device_ids) if worker.info else [],
+        "slots": worker.info.slots if worker.info else 0,
+        "load_s": round(worker.info.load_s, 6) if worker.info else 0.0,
+        "rows": work.rows,
+        "failed_rows": work.failed_rows,
+        "prompt_tokens": work.prompt_tokens,
+        "generated_tokens": work.generated_tokens,
+        "ttft_median_s": round(work.ttft_median_s, 6),
+        "prefill_steps": work.prefill_steps,
+        "prefill_s": round(work.prefill_s, 6),
+        "decode_steps": work.decode_steps,
+        "decode_tokens": work.decode_tokens,
+        "decode_s": round(work.decode_s, 6),
+        **_engine_document(work),
+        "decode_tokens_per_s": round(work.decode_tokens_per_s, 3) if work.decode_s > 0 else None,
+        "error": worker.error,
+    }

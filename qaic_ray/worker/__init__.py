@@ -1,0 +1,1 @@
+"""One card's work without Ray: prompts in, rows out."""

@@ -1,0 +1,299 @@
+"""From a prompt to the sequences that answer it, and from those to its row. No card, no Ray.
+
+All text work of a card is here, and all of it is done in the thread that wants the answer; the
+engine's thread only reads along where a stop string may end a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from qaic_ray.documents import shown
+from qaic_ray.engine import batcher
+from qaic_ray.engine.engine import Finished
+from qaic_ray.errors import RowError, UsageError
+from qaic_ray.model.chat import ChatTemplate
+from qaic_ray.model.stop_strings import StopReader
+from qaic_ray.model.tokenizer import Tokenizer
+from qaic_ray.options import Generation
+from qaic_ray.rows import ChatOptions, FinishReason, Message, Prompt, Row, Sample
+from qaic_ray.sampling_params import MAX_SEED, SamplingParams
+
+MAX_HELD = 2**23
+"""Tokens and their log-probabilities in the answers to one prompt; 128 of 65,536 tokens each."""
+
+
+BEGINNING_CHARS = 2**17
+_MUCH_MORE = 8
+_LAST_WORD = 64
+"""Tokens that the end of a beginning may have more than the same characters amid the text."""
+
+
+class Limits(Protocol):
+    """What the engine says of a prompt before it takes it."""
+
+    def refuse_unanswerable(self, params: SamplingParams) -> None:
+        """Raise RowError for what the program cannot give."""
+
+    def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
+        """Tokens that may be generated; RowError where that is none."""
+
+
+@dataclass(eq=False)
+class Answer:
+    """A prompt in flight: a sequence for each of its `n` samples, and those that are done."""
+
+    prompt: Prompt
+    params: SamplingParams
+    sequences: tuple[batcher.Sequence, ...]
+    readers: tuple[StopReader | None, ...]
+    finished: list[Finished] = field(default_factory=list)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every sample is done."""
+        return len(self.finished) == len(self.sequences)
+
+
+class Answerer:
+    """Makes sequences of prompts and rows of what became of them.
+
+    Args:
+        tokenizer: the checkpoint's.
+        eos_ids: tokens that end an answer.
+        generation: the run's.
+        limits: the engine.
+        vocab_size: tokens of the model; no number where nobody knows.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        eos_ids: Sequence[int],
+        generation: Generation,
+        *,
+        limits: Limits,
+        vocab_size: object,
+    ) -> None:
+        self._tokenizer = tokenizer.of_run(generation.chat_template, generation.date)
+        self._eos_ids = frozenset(eos_ids)
+        self._generation = generation
+        self._defaults = generation.defaults
+        self._limits = limits
+        self._vocab_size = vocab_size if isinstance(vocab_size, int) else math.inf
+
+    def begin(self, prompt: Prompt) -> Answer:
+        """Tokenize a prompt.
+
+        Raises:
+            RowError: for a prompt that cannot be answered, or not so.
+        """
+        params = prompt.sampling or self._defaults
+        self._limits.refuse_unanswerable(params)
+        self._refuse_unknown("stop_token_ids", params.stop_token_ids)
+        if prompt.chat and prompt.messages is None and not self._generation.chat:
+            raise RowError(
+                "Options of the chat template are for a conversation: give messages in place of "
+                "the prompt, or let the run say --chat."
+            )
+        self._refuse_endless(prompt)
+        prompt_ids = tuple(self._prompt_ids(prompt))
+        self._refuse_unknown("The prompt", prompt_ids)
+        limit = self._limits.new_token_limit(len(prompt_ids), params.max_tokens)
+        _refuse_unholdable(params, len(prompt_ids), limit)
+        stop_ids = frozenset(params.stop_token_ids) | self._ending_ids(params)
+        sequences = [
+            batcher.Sequence(
+                key=prompt.index,
+                prompt_ids=prompt_ids,
+                max_new_tokens=limit,
+                stop_ids=stop_ids,
+                params=params,
+                seed=sample_seed(params, self._generation.seed or 0, prompt.index, sample),
+            )
+            for sample in range(params.n)
+        ]
+        readers = [
+            StopReader(self._tokenizer, params) if params.stop else None for _ in range(params.n)
+        ]
+        return Answer(prompt, params, tuple(sequences), tuple(readers))
+
+    def row(self, answer: Answer, *, worker: str, attempts: int) -> Row:
+        """The row of a complete answer.
+
+        Raises:
+            RowError: where one of its samples ended with an error.
+        """
+        for done in answer.finished:
+            if done.error is not None:
+                raise done.error
+        samples = [
+            self._sample(answer.params, sequence, reader)
+            for sequence, reader in zip(answer.sequences, answer.readers, strict=True)
+        ]
+        first, prompt = samples[0], answer.prompt
+        ttft_s = min(done.ttft_s for done in answer.finished)
+        return Row(
+            index=prompt.index,
+            id=prompt.id,
+            prompt=prompt.text,
+            messages=prompt.messages,
+            text=first.text,
+            finish_reason=first.finish_reason,
+            token_ids=first.token_ids,
+            stop_reason=first.stop_reason,
+            prompt_tokens=len(answer.sequences[0].prompt_ids),
+            ttft_s=ttft_s,
+            decode_s=max(done.ttft_s + done.decode_s for done in answer.finished) - ttft_s,
+            worker=worker,
+            attempts=attempts,
+            logprobs=first.logprobs,
+            choices=tuple(samples) if len(samples) > 1 else (),
+        )
+
+    def _refuse_endless(self, prompt: Prompt) -> None:
+        """Refuse a text of megabytes by its beginning: to tokenize all of it takes a minute."""
+        text = prompt.text
+        if prompt.messages is not None:
+            text = "".join(message["content"] for message in prompt.messages)
+        size = BEGINNING_CHARS
+        while size * _MUCH_MORE <= len(text):
+            num_tokens = len(self._tokenizer.encode(text[:size])) - _LAST_WORD
+            try:
+                self._limits.new_token_limit(max(1, num_tokens), None)
+            except RowError as error:
+                raise RowError(
+                    f"Its first {size} characters alone are too many. {error}"
+                ) from error
+            size *= _MUCH_MORE
+
+    def _refuse_unknown(self, what: str, token_ids: Sequence[int]) -> None:
+        """Refuse tokens for which the model has no row, and a card no answer."""
+        largest = max(token_ids, default=0)
+        if largest >= self._vocab_size:
+            text = self._tokenizer.piece(largest)
+            raise RowError(
+                f"{what} has the token {largest}{f' ({shown(text)})' if text else ''}, and the "
+                f"model's last one is {self._vocab_size - 1}: leave it out."
+            )
+
+    def _ending_ids(self, params: SamplingParams) -> frozenset[int]:
+        return frozenset() if params.ignore_eos else self._eos_ids
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        messages = self._messages(prompt)
+        if messages is not None:
+            try:
+                return self._tokenizer.chat(messages, self._chat_options(prompt))
+            except UsageError as error:
+                raise RowError(str(error)) from error
+        if not prompt.text:
+            raise RowError("The prompt is empty: it has no token to start from.")
+        return self._tokenizer.encode(prompt.text)
+
+    def _chat_options(self, prompt: Prompt) -> ChatOptions:
+        """The prompt's own, with the run's template variables where it has none of the name."""
+        run = self._generation.chat_options
+        if prompt.chat is None:
+            return run
+        kwargs = {**run.template_kwargs, **prompt.chat.template_kwargs}
+        return replace(prompt.chat, template_kwargs=kwargs)
+
+    def _messages(self, prompt: Prompt) -> list[Message] | None:
+        """The conversation to answer; None for a prompt that is a text to go on with."""
+        if prompt.messages is not None:
+            messages = list(prompt.messages)
+        elif self._generation.chat and prompt.text:
+            messages = [{"role": "user", "content": prompt.text}]
+        else:
+            return None
+        system = self._generation.system
+        first = messages[0].get("role") if messages else None
+        if system is not None and first not in ("system", "developer"):
+            return [{"role": "system", "content": system}, *messages]
+        return messages
+
+    def _sample(
+        self, params: SamplingParams, sequence: batcher.Sequence, reader: StopReader | None
+    ) -> Sample:
+        assert sequence.finish_reason is not None
+        token_ids = tuple(sequence.output_ids)
+        stop_reason: str | int | None = None
+        if reader is not None and reader.stop is not None:
+            text, stop_reason = reader.text, reader.stop
+        else:
+            shown = token_ids
+            if sequence.finish_reason is FinishReason.STOP:
+                last = token_ids[-1]
+                stop_reason = None if last in self._ending_ids(params) else last
+                # A stop token is for the text what a stop string is.
+                shown = token_ids if params.include_stop_str_in_output else token_ids[:-1]
+            text = self._tokenizer.decode(shown)
+        logprobs = tuple(sequence.logprobs[: len(token_ids)])
+        return Sample(
+            text=text,
+            token_ids=token_ids,
+            finish_reason=sequence.finish_reason,
+            stop_reason=stop_reason,
+            logprobs=None if params.logprobs is None else logprobs,
+        )
+
+
+def check_chat(template: ChatTemplate, generation: Generation, model: str) -> None:
+    """Find out whether prompts can be put into a chat template, where the run asks for it.
+
+    Raises:
+        UsageError: there is none, it does not compile, or takes too long.
+    """
+    if not generation.chat and generation.chat_template is None:
+        return
+    template = template.of_run(generation.chat_template, generation.date)
+    if not template.templates:
+        raise UsageError(
+            f"{model} has no chat template: leave --chat (run.chat) out, give one "
+            "(--chat-template FILE, run.chat_template), or use the chat version of the model."
+        )
+    template.try_out(_example(generation), generation.chat_options)
+
+
+def _refuse_unholdable(params: SamplingParams, prompt_tokens: int, limit: int) -> None:
+    if params.min_tokens > limit:
+        raise RowError(
+            f"min_tokens is {params.min_tokens}, and behind the {prompt_tokens} tokens of the "
+            f"prompt the context has room for {limit}: ask for fewer, or compile with a larger "
+            "ctx_len."
+        )
+    num_each = 1 if params.logprobs is None else 2 + params.logprobs
+    if params.n * limit * num_each > MAX_HELD:
+        raise RowError(
+            f"{params.n} answers of up to {limit} tokens, with what logprobs asks for, are more "
+            f"than {MAX_HELD} numbers: ask for a smaller n, max_tokens or logprobs."
+        )
+
+
+def sample_seed(params: SamplingParams, run_seed: int, index: int, sample: int) -> int:
+    """The seed of one sample of the row `index`: the same whatever card and attempt it is made by.
+
+    A seed of the row's own is that of its first sample. All others are mixed from what names the
+    sample.
+    """
+    if params.seed is None:
+        return _mixed("run", run_seed, index, sample)
+    return params.seed if sample == 0 else _mixed("row", params.seed, sample)
+
+
+def _mixed(*parts: str | int) -> int:
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") & MAX_SEED
+
+
+def _example(generation: Generation) -> list[Message]:
+    """A conversation as the run makes it of a prompt."""
+    user = {"role": "user", "content": "Hello"}
+    if generation.system is None:
+        return [user]
+    return [{"role": "system", "content": generation.system}, user]

@@ -1,0 +1,311 @@
+"""Ids and texts of our tokenizer are those of transformers' AutoTokenizer, whatever the files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizer_folders import FOLDERS, TEXTS
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from qaic_ray.errors import CheckpointError, RowError
+from qaic_ray.folders import CACHE_VARIABLE
+from qaic_ray.model import tokenizer_files, transformers_child
+from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
+from qaic_ray.model.detokenizer import IncrementalText
+from qaic_ray.model.tokenizer import Tokenizer
+from qaic_ray.model.tokenizer_files import loaded_tokenizer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv(CACHE_VARIABLE, str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_process() -> Iterator[None]:
+    """The child's part is done in this process: a start a case would take a second each."""
+
+    def ask(task: dict[str, Any], cpu_s: int) -> None:
+        failure = transformers_child._failure(task | {"cpu_s": cpu_s})
+        if failure is not None:
+            raise transformers_child.ChildFailed(failure["error"], is_final=failure["is_final"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers_child, "_ask", ask)
+        patch.setattr(transformers_child, "_limit_cpu", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def auto_tokenizer() -> Callable[[Path], Any]:
+    from transformers import AutoTokenizer
+
+    return lambda folder: AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def ours(folder: Path) -> Tokenizer:
+    return load_tokenizer(open_checkpoint(str(folder), weights=False))
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("folders") / request.param
+    folder.mkdir()
+    FOLDERS[request.param](folder)
+    return folder
+
+
+def test_ids_and_texts_are_the_librarys(
+    folder: Path, auto_tokenizer: Callable[[Path], Any]
+) -> None:
+    truth, tokenizer = auto_tokenizer(folder), ours(folder)
+    texts = [*TEXTS, *map("".join, itertools.pairwise(TEXTS))]
+    words = [token for token in truth.get_added_vocab() if token]
+    texts += [
+        f"{a}{word}{b}" for word in words[:20] for a, b in [("", ""), ("a", "b"), (" ", "x ")]
+    ]
+    for text in texts:
+        ids = truth(text).input_ids
+        assert tokenizer.encode(text) == ids
+        plain = truth(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(plain) == truth.decode(plain, skip_special_tokens=True)
+        pieces = IncrementalText(tokenizer)
+        assert pieces.push(plain) + pieces.finish() == tokenizer.decode(plain)
+    assert tokenizer.vocab_size == len(truth)
+    assert tokenizer.chat_template.special_tokens == truth.special_tokens_map
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+    ids=st.lists(st.integers(0, 450)),
+)
+def test_generated_texts_and_ids_are_the_librarys(
+    pairs: list[tuple[Any, Tokenizer]], text: str, ids: list[int]
+) -> None:
+    for truth, tokenizer in pairs:
+        assert tokenizer.encode(text) == truth(text).input_ids
+        known = [id_ for id_ in ids if id_ < len(truth)]
+        assert tokenizer.decode(known) == truth.decode(known, skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def pairs(
+    tmp_path_factory: pytest.TempPathFactory, auto_tokenizer: Callable[[Path], Any]
+) -> list[tuple[Any, Tokenizer]]:
+    made = []
+    for name in ("added-tokens-of-every-flag", "sentencepiece-file", "unigram-pieces"):
+        folder = tmp_path_factory.mktemp("generated")
+        FOLDERS[name](folder)
+        made.append((auto_tokenizer(folder), ours(folder)))
+    return made
+
+
+# -- what is kept
+
+
+@pytest.fixture
+def simple(tmp_path: Path) -> Path:
+    folder = tmp_path / "simple"
+    folder.mkdir()
+    FOLDERS["bytes-without-merges"](folder)
+    return folder
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders that transformers was asked to load."""
+    seen: list[Path] = []
+    real = transformers_child.load
+
+    def load(folder: Path, output: Path, *, trust_remote_code: bool) -> None:
+        seen.append(folder)
+        real(folder, output, trust_remote_code=trust_remote_code)
+
+    monkeypatch.setattr(transformers_child, "load", load)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", '{"chat_template": "B", "eos_token": "x"}'),
+        ("special_tokens_map.json", '{"eos_token": "<b>"}'),
+        ("added_tokens.json", '{"<b>": 256}'),
+        ("chat_template.jinja", "B"),
+        ("additional_chat_templates/tool_use.jinja", "B"),
+        ("config.json", '{"architectures": ["LlamaForCausalLM"], "model_type": "qwen2"}'),
+    ],
+)
+def test_another_file_is_another_tokenizer(
+    simple: Path, loads: list[Path], name: str, content: str
+) -> None:
+    before = loaded_tokenizer(simple)
+    assert loaded_tokenizer(simple) == before
+    path = simple / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    after = loaded_tokenizer(simple)
+    assert after != before
+    assert len(loads) <= 2  # another test may have had this one kept
+
+
+def test_a_template_is_kept_with_its_tokenizer(tmp_path: Path) -> None:
+    templates = {}
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        FOLDERS["sentencepiece-file"](folder)
+        (folder / "chat_template.jinja").write_text(name)
+        templates[name] = ours(folder).chat_template.templates
+    assert templates == {"one": "one", "two": "two"}
+
+
+def test_weights_are_not_read_for_it(simple: Path) -> None:
+    before = loaded_tokenizer(simple)
+    (simple / "model.safetensors").write_bytes(b"other weights")
+    assert loaded_tokenizer(simple) == before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "settings.json"])
+def test_a_damaged_entry_is_made_again(simple: Path, loads: list[Path], name: str) -> None:
+    kept = loaded_tokenizer(simple)
+    (kept / name).write_text("{")
+    loads.clear()
+    assert ours(simple).encode("a") != []
+    assert loads == [simple]
+
+
+def test_loading_takes_no_torch(simple: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from qaic_ray.model.checkpoint import *\n"
+        f"t = load_tokenizer(open_checkpoint({str(simple)!r}, weights=False)); t.encode('a')\n"
+        "print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stderr
+
+
+# -- what cannot be read
+
+
+def test_half_a_surrogate_pair_is_a_rows_error(simple: Path) -> None:
+    with pytest.raises(RowError, match="surrogate"):
+        ours(simple).encode("a\ud83d")
+
+
+def test_a_folder_without_a_vocabulary_is_refused(simple: Path) -> None:
+    (simple / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        ours(simple)
+
+
+def test_the_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "sp"
+    folder.mkdir()
+    FOLDERS["sentencepiece-file"](folder)
+    real = tokenizer_files.find_spec
+    monkeypatch.setattr(
+        tokenizer_files, "find_spec", lambda name: None if name == "sentencepiece" else real(name)
+    )
+    (folder / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(CheckpointError, match=r"pip install 'qaic-ray\[sentencepiece\]'"):
+        ours(folder)
+
+
+ODD_FILES = [
+    ("tokenizer.json", "{}", r"tokenizer\.json"),
+    ("tokenizer.json", "[" * 20_000, r"tokenizer\.json"),
+    ("tokenizer.json", "[1]", r"tokenizer\.json"),
+    ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": -1}}}', r"tokenizer\.json"),
+    ("tokenizer_config.json", "[1]", r"tokenizer_config\.json must hold a JSON object"),
+    ("tokenizer_config.json", "{", r"tokenizer_config\.json is not JSON"),
+    ("tokenizer_config.json", '{"bos_token": 7}', r"tokenizer_config\.json: bos_token"),
+    ("tokenizer_config.json", '{"chat_template": 5}', "chat_template"),
+    ("tokenizer_config.json", '{"chat_template": [{"name": "x"}]}', "chat_template"),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "added_tokens_decoder"),
+    ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "added_tokens_decoder"),
+    ("tokenizer_config.json", '{"extra_special_tokens": 3}', "extra_special_tokens"),
+    ("tokenizer_config.json", '{"tokenizer_class": 3}', "tokenizer_class"),
+    ("special_tokens_map.json", "7", r"special_tokens_map\.json"),
+    (
+        "special_tokens_map.json",
+        '{"additional_special_tokens": [{"content": "x"}]}',
+        "transformers cannot read",
+    ),
+    ("added_tokens.json", "[]", r"added_tokens\.json"),
+    ("chat_template.jinja", b"\xff\xfe\x00", r"chat_template\.jinja is UTF-16"),
+    ("chat_template.jinja", b"\xc3(", r"chat_template\.jinja is not UTF-8"),
+    ("chat_template.json", "[1]", r"chat_template\.json"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "named"), ODD_FILES)
+def test_an_odd_file_is_one_sentence(
+    simple: Path, name: str, content: str | bytes, named: str
+) -> None:
+    (simple / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CheckpointError, match=named) as caught:
+        ours(simple)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+def values(document: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place of a JSON document, as a container and a key in it."""
+    keys = list(document) if isinstance(document, dict) else range(len(document))
+    for key in keys:
+        yield document, key
+        if isinstance(document[key], dict | list):
+            yield from values(document[key])
+
+
+def test_a_folder_with_any_value_changed_is_a_tokenizer_or_a_sentence(simple: Path) -> None:
+    (simple / "special_tokens_map.json").write_text('{"bos_token": {"content": "<s>"}}')
+    config = json.loads((simple / "tokenizer_config.json").read_text())
+    config |= {"eos_token": "</s>", "chat_template": [{"name": "default", "template": "x"}]}
+    (simple / "tokenizer_config.json").write_text(json.dumps(config))
+    _save_small(simple / "tokenizer.json")
+    (simple / "added_tokens.json").write_text('{"<y>": 2}')
+    outcomes = {"read": 0, "refused": 0}
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        path = simple / name
+        whole = path.read_text()
+        num_places = len(list(values(json.loads(whole))))
+        for place, value in itertools.product(range(num_places), [None, [], {}, -1, "x", 1e9]):
+            document = json.loads(whole)
+            container, key = list(values(document))[place]
+            container[key] = value
+            path.write_text(json.dumps(document))
+            outcomes[_read_or_refused(simple)] += 1
+        path.write_text(whole)
+    assert min(outcomes.values()) > 20
+
+
+def _save_small(path: Path) -> None:
+    backend = Backend(models.BPE({"a": 0, "b": 1}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel()
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<s>", normalized=False)])
+    backend.save(str(path))
+
+
+def _read_or_refused(folder: Path) -> str:
+    try:
+        ours(folder)
+    except CheckpointError as error:
+        return "refused" if "\n" not in str(error) else "refused in several lines"
+    return "read"

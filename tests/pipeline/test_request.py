@@ -1,0 +1,121 @@
+"""A run's request, kept in its folder and read back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from qaic_ray.config import load_job
+
+from qaic_ray.errors import UsageError
+from qaic_ray.pipeline.job import run_request
+from qaic_ray.pipeline.request import REQUEST_NAME, RunRequest, read_request
+from qaic_ray.rows import ChatOptions
+from qaic_ray.sampling_params import SamplingParams
+
+REQUEST = RunRequest(
+    name="r",
+    model="tiny",
+    qpc=Path("/q"),
+    devices=(0, 3),
+    prompt="a|b\n– ü",
+    prompts_file=None,
+    prompts_format="openai",
+    output_formats=("parquet",),
+    input_len=16,
+    ctx_len=64,
+    generation_len=9,
+    sampling=SamplingParams(temperature=0.5, stop=("x", "\n"), stop_token_ids=(3,), seed=4),
+    seed=2**31,
+    chat=True,
+    system="be: brief",
+    chat_options=ChatOptions(False, True, {"enable_thinking": False, "parts": [1, {"x": None}]}),
+    chat_template="{{ messages }}\n  – ",
+    date="2031-02-03T04:05:06",
+    max_stall_s=0.25,
+    prefix_reuse=False,
+    drafts="none",
+    draft_qpc=Path("/d"),
+    partitions=2,
+    group_size=1,
+)
+
+
+def test_what_is_kept_is_what_is_read(tmp_path: Path) -> None:
+    (tmp_path / REQUEST_NAME).write_text(REQUEST.to_yaml(), encoding="utf-8")
+    assert read_request(tmp_path) == replace(REQUEST, resume=tmp_path)
+
+
+def test_every_field_differs_from_its_default_here_so_that_none_is_forgotten() -> None:
+    plain = RunRequest("r", "tiny", Path("/q"), None, None, None, seed=0)
+    process = {"output", "ray_address", "job_text", "resume", "retry_errors", "new_input"}
+    same = {
+        name
+        for name, value in vars(REQUEST).items()
+        if value == getattr(plain, name) and name not in process
+    }
+    assert same == {"name", "model", "qpc", "prompts_file", "group_size"}
+
+
+def test_a_folder_that_is_no_runs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"not the folder of a run: it has no request\.yaml"):
+        read_request(tmp_path)
+
+
+def test_variables_of_a_template_are_checked_before_anything_is_done() -> None:
+    for kwargs, words in [({"tokenize": 1}, "'tokenize'"), ({"x": float("nan")}, "not JSON")]:
+        options = ChatOptions(template_kwargs=kwargs)
+        with pytest.raises(UsageError, match=words):
+            replace(REQUEST, chat_options=options).open_input()
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "name: r", REQUEST.to_yaml() + "more: 1\n"])
+def test_a_changed_request_is_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / REQUEST_NAME).write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match="cannot be gone on with") as caught:
+        read_request(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_folder_keeps_means_the_same_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    request = replace(
+        REQUEST, model="./m", qpc=Path("q"), draft_qpc=Path("d"), prompt=None, prompts_file="p"
+    )
+    kept = request.absolute()
+    assert (kept.model, kept.prompts_file) == (str(tmp_path / "m"), str(tmp_path / "p"))
+    assert (kept.qpc, kept.draft_qpc) == (tmp_path / "q", tmp_path / "d")
+
+
+@pytest.mark.parametrize("name", ["org/name", "smollm2-135m"])
+def test_a_models_name_is_no_path(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m").mkdir()
+    assert replace(REQUEST, model=name, prompts_file="-").absolute().model == name
+    assert replace(REQUEST, prompts_file="-").absolute().prompts_file == "-"
+
+
+def test_a_jobs_kept_text_means_the_same_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "job.yaml").write_text(
+        "name: j\nmodel: {name: m}\nexport: {output: e}\ncompile: {output: c}\n"
+        "run: {prompts: p.txt, output: r, draft_qpc: d}\nsdk: s\n"
+    )
+    document = yaml.safe_load(run_request(load_job(Path("job.yaml"))).job_text)
+    assert document["model"]["name"] == str(tmp_path / "m")
+    assert document["export"]["output"] == str(tmp_path / "e")
+    assert document["compile"]["output"] == str(tmp_path / "c")
+    assert document["run"]["prompts"] == str(tmp_path / "p.txt")
+    assert document["run"]["output"] == str(tmp_path / "r")
+    assert document["run"]["draft_qpc"] == str(tmp_path / "d")
+    assert document["sdk"] == str(tmp_path / "s")

@@ -1,0 +1,298 @@
+"""The report: one document, and everything shown drawn from it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from simulated_cards import info
+
+from qaic_ray.durations import Durations
+from qaic_ray.metrics import Measurement, Span
+from qaic_ray.rows import FinishReason, Prompt, Row
+from qaic_ray.runs.figures import rate_text, seconds_text
+from qaic_ray.runs.report import (
+    MAX_BINS,
+    RunSummary,
+    histogram,
+    round_up,
+    tables,
+    write_report,
+)
+from qaic_ray.runs.report_page import html_page
+from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, Tally, WorkerResult
+
+FAST = Measurement(
+    rows=3,
+    prompt_tokens=30,
+    generated_tokens=1200,
+    decode_steps=100,
+    decode_tokens=1000,
+    decode_s=10.0,
+    ttft=Durations.of((0.1, 0.2, 0.3)),
+)
+SLOW = replace(FAST, failed_rows=1, decode_s=40.0, ttft=Durations.of((0.4, 0.8)))
+
+
+def make_summary(folder: Path, **changes: Any) -> RunSummary:
+    result = FleetResult(
+        workers=(
+            WorkerResult("card 0", info("card 0", 8), FAST),
+            WorkerResult("card 1", info("card 1", 8), SLOW, error="ActorDiedError: <b>gone</b>"),
+        ),
+        unassigned=Measurement(rows=1, failed_rows=1),
+        span=Span(100.0, 160.0),
+        length_counts={400: 3, 600: 2},
+    )
+    summary = RunSummary(result, "smollm2", "emulated SDK 1.20", folder, "a/model", "a-qpc")
+    return replace(summary, **changes)
+
+
+def nothing_ran() -> FleetResult:
+    worker = WorkerResult("card 0", None, Measurement(), error="DeviceBusy: no NSPs are free")
+    failed = Measurement(rows=2, failed_rows=2)
+    return FleetResult(
+        (worker,), failed, None, {}, broken_off=BrokenOff(Cause.CARDS, "Every card was lost.")
+    )
+
+
+def terminal(summary: RunSummary) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    for part in summary.renderables():
+        console.print(part)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; every tag must be closed."""
+
+    VOID = frozenset({"meta"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.count: Counter[str] = Counter()
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.count[tag] += 1
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.count[tag] += 1
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data + " "
+
+
+# -- the document
+
+
+def test_merged_rate_is_all_tokens_over_the_span_and_no_sum_of_rates(tmp_path: Path) -> None:
+    document = make_summary(tmp_path).document()
+    assert document["tokens_per_s"] == 2400 / 60
+    assert [worker["decode_tokens_per_s"] for worker in document["workers"]] == [100.0, 25.0]
+
+
+def test_the_document_adds_up_and_is_json(tmp_path: Path) -> None:
+    summary = make_summary(tmp_path)
+    document = summary.document()
+    assert json.loads(json.dumps(document)) == document
+    assert (document["rows"], document["failed_rows"]) == (7, 2)
+    assert document["rows"] == sum(worker["rows"] for worker in document["workers"]) + 1
+    assert document["ttft_median_s"] == pytest.approx(0.3, rel=0.00101)
+    assert document["seconds"] == 60.0
+    assert document["emulated"]
+    assert not summary.ok
+
+
+def test_a_run_that_never_began_has_a_report(tmp_path: Path) -> None:
+    summary = make_summary(tmp_path, result=nothing_ran())
+    document = summary.document()
+    assert (document["seconds"], document["tokens_per_s"]) == (0.0, 0.0)
+    assert document["workers"][0]["decode_tokens_per_s"] is None
+    assert document["ttft_s_histogram"] == {"edges": [], "counts": []}
+    assert "Every card was lost." in terminal(summary)
+    assert "No answers." in Page(html_page(document)).text
+
+
+# -- histograms
+
+
+@settings(max_examples=40)
+@given(
+    st.dictionaries(st.just(0.0) | st.floats(1e-6, 1e6), st.integers(1, 5), min_size=1),
+    st.booleans(),
+)
+def test_every_value_is_in_one_bin(counts: dict[float, int], whole: bool) -> None:
+    if whole:
+        counts = {float(math.floor(value)): count for value, count in counts.items()}
+    bins = histogram(counts, whole=whole)
+    edges = bins["edges"]
+    assert sum(bins["counts"]) == sum(counts.values())
+    assert len(edges) == len(bins["counts"]) + 1 <= MAX_BINS + 2
+    assert edges[0] == 0
+    assert edges[-1] >= max(counts)
+    if whole:
+        assert all(edge == int(edge) for edge in edges)
+
+
+def test_bins_are_round() -> None:
+    assert histogram({0: 1, 49: 2, 50: 3}, whole=True) == {
+        "edges": [2.0 * i for i in range(27)],
+        "counts": [1, *[0] * 23, 2, 3],
+    }
+    assert histogram({0.07: 1, 0.01: 4})["edges"][:3] == [0.0, 0.005, 0.01]
+
+
+@settings(max_examples=40)
+@given(st.floats(1e-9, 1e9))
+def test_round_up_is_round_and_up(width: float) -> None:
+    rounded = round_up(width)
+    assert width <= rounded <= 2.0001 * width
+    assert re.fullmatch(r"(1|2|2\.5|5)0*e[+-]\d+", f"{rounded:.1e}".replace(".0e", "e"))
+
+
+def test_figures() -> None:
+    values = (0.0, 1.2e-5, 0.0123456, 0.99949, 0.9996, 1.2345, 99.96, 1234.5)
+    assert [seconds_text(value) for value in values] == [
+        "–",
+        "12.0 µs",
+        "12.3 ms",
+        "999 ms",
+        "1.00 s",
+        "1.23 s",
+        "100 s",
+        "1,234 s",
+    ]
+    assert [rate_text(value) for value in (None, 0.0, 9.876, 119.2, 12345.6)] == [
+        "–",
+        "–",
+        "9.88",
+        "119",
+        "12,346",
+    ]
+
+
+# -- what is shown
+
+
+def test_the_terminal_says_what_the_figures_are(tmp_path: Path) -> None:
+    lines = terminal(make_summary(tmp_path)).splitlines()
+    assert lines[0] == "smollm2  emulated SDK 1.20: not a card's speed"
+    (card_0,) = (line for line in lines if line.strip().startswith("card 0"))
+    assert card_0.split() == ["card", "0", "3", "30", "1,200", "200", "ms", "100"]
+    (everything,) = (line for line in lines if line.strip().startswith("all"))
+    assert everything.split() == ["all", "7", "60", "2,400", "300", "ms"]
+    (merged,) = (line for line in lines if line.startswith("merged"))
+    assert merged.startswith("merged 40.0 tokens/s")
+    assert "2 of 7 rows failed: see errors.jsonl in the run folder" in lines
+    assert "card 1 was lost: ActorDiedError: <b>gone</b>" in lines
+    # A folder is shown to be copied: it may fold at the screen's edge, but holds nothing else.
+    assert str(tmp_path) in "".join(lines[-2:])
+
+
+def test_a_real_sdk_needs_no_excuse(tmp_path: Path) -> None:
+    summary = make_summary(tmp_path, sdk="real SDK 1.20.2")
+    assert terminal(summary).splitlines()[0] == "smollm2  real SDK 1.20.2"
+    page = html_page(summary.document())
+    assert "not a card's speed" not in page
+    assert "real SDK 1.20.2" in page
+
+
+def test_the_page_needs_nothing_else_and_shows_everything(tmp_path: Path) -> None:
+    document = make_summary(tmp_path).document()
+    page = html_page(document)
+    parsed = Page(page)
+    names = {name for name, _ in parsed.attributes}
+    assert names.isdisjoint({"src", "href", "srcset", "data", "action"})
+    assert parsed.count["script"] == parsed.count["link"] == parsed.count["img"] == 0
+    assert "url(" not in page
+    assert "@import" not in page
+    assert "//" not in page
+    for text in ("emulated SDK 1.20", "not a card's speed", "40.0", "2,400", "card 1", "100"):
+        assert text in parsed.text
+    assert "<b>gone</b>" in parsed.text
+    assert parsed.count["b"] == 0
+    num_bins = sum(
+        len(document[name]["counts"]) for name in ("ttft_s_histogram", "generated_tokens_histogram")
+    )
+    assert parsed.count["rect"] == num_bins
+    assert parsed.count["i"] == 2
+
+
+def test_the_page_can_be_drawn_from_the_file(tmp_path: Path) -> None:
+    summary = make_summary(tmp_path)
+    write_report(summary)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+    document = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert html_page(document) == (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert len(list(tables(document))) == len(list(summary.renderables()))
+
+
+# -- the tally
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["card 0", "card 1", ""]), st.integers(0, 9), st.booleans()),
+        max_size=30,
+    )
+)
+def test_the_tally_splits_by_worker_and_loses_nothing(rows: list[tuple[str, int, bool]]) -> None:
+    tally = Tally()
+    for index, (worker, num_tokens, ok) in enumerate(rows):
+        reason = FinishReason.STOP if ok else FinishReason.ERROR
+        tokens = tuple(range(num_tokens))
+        tally.add(Row(index, "p", "t", reason, token_ids=tokens, ttft_s=1.0, worker=worker))
+    parts = [tally.measurement(worker) for worker in ("card 0", "card 1", "")]
+    assert sum(part.rows for part in parts) == len(rows)
+    assert sum(part.failed_rows for part in parts) == sum(not ok for *_, ok in rows)
+    assert sum(part.generated_tokens for part in parts) == sum(count for _, count, _ in rows)
+    assert sum(len(part.ttft) for part in parts) == sum(tally.length_counts.values())
+    assert tally.measurement("nobody") == Measurement()
+
+
+def test_an_engines_steps_are_taken_and_its_rows_are_not() -> None:
+    tally = Tally()
+    tally.add(Row.failed(Prompt(0, "p"), "no", worker="card 0"))
+    engine = Measurement(rows=50, generated_tokens=9, decode_steps=7, ttft=Durations.of([1.0]))
+    assert tally.measurement("card 0", engine) == Measurement(rows=1, failed_rows=1, decode_steps=7)
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_ok_means_every_row_was_answered(tmp_path: Path, failed: int) -> None:
+    rows = Measurement(rows=2, failed_rows=failed)
+    assert make_summary(tmp_path, result=FleetResult((), rows, None, {})).ok is (failed == 0)
+
+
+def test_a_run_that_lost_its_cards_says_how_to_go_on(tmp_path: Path) -> None:
+    summary = make_summary(tmp_path)
+    assert summary.document()["error"] is None
+    lost = replace(summary.result, broken_off=BrokenOff(Cause.CARDS, "Every card was lost."))
+    error = replace(summary, result=lost).document()["error"]
+    assert error.startswith("Every card was lost. ")
+    assert f"`qaic-ray run --resume {tmp_path}`" in error
