@@ -62,7 +62,7 @@ def drive(folder: Path, address: str, count: int) -> None:
     workers.MIN_STALL_S = workers.FIRST_STALL_S = 6.0  # an hour of trouble in a minute
     actors.STEPS_EVERY_S = 0.5
     made = json.loads((folder.parent / "made.json").read_text())
-    generation = Generation(SamplingParams(max_tokens=NUM_TOKENS))
+    generation = Generation(sampling=SamplingParams(max_tokens=NUM_TOKENS))
 
     def note(info: WorkerInfo) -> None:
         with (folder / "pids").open("a") as file:

@@ -104,7 +104,7 @@ def drive(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     source = folder / "prompts.jsonl"
     lay_prompts(source, options.prompts)
     watch = Watch(options.prompts)
-    generation = Generation(SamplingParams(max_tokens=4))
+    generation = Generation(sampling=SamplingParams(max_tokens=4))
     run_folder = folder / "run"
     run_folder.mkdir()
     with (

@@ -116,7 +116,7 @@ class Value:
         if is_optional and len(members) == 2:
             (kind,) = (member for member in members if member is not type(None))
         while get_origin(kind) is Annotated:
-            metadata += kind.__metadata__
+            metadata += get_args(kind)[1:]
             kind = get_args(kind)[0]
         return cls(kind, tuple(metadata), is_optional)
 

@@ -82,6 +82,7 @@ class _Call:
     def __init__(self, function: Callable[..., None]) -> None:
         from qaic_ray import options
         from qaic_ray.cli import command_options
+        from qaic_ray.option_types import Section
 
         names = {**function.__globals__, **vars(options), **vars(command_options)}
         hints = get_type_hints(function, names, include_extras=True)
@@ -93,7 +94,7 @@ class _Call:
             hint, *extras = get_args(hints[name]) or (hints[name],)
             if hint is Given:
                 self._given = name
-            elif isinstance(hint, type) and issubclass(hint, options.Section):
+            elif isinstance(hint, type) and issubclass(hint, Section):
                 defaults = extras[0] if extras else {}
                 self._sections[name] = _SectionFlags(hint, defaults)
             else:

@@ -46,8 +46,9 @@ def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSumm
     Raises:
         UsageError: for a QPC, cards or prompts that are not there.
     """
-    for qpc in filter(None, (request.qpc, request.run.draft_qpc)):
-        check_kept(Path(qpc))
+    check_kept(request.qpc)
+    if request.run.draft_qpc is not None:
+        check_kept(Path(request.run.draft_qpc))
     request, num_cards = on_local_cards(request, sdk)
     run_input = request.open_input()
     check_chat_template(request)

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qaic_ray import __version__
-from qaic_ray.config import Job, dump_job
 from qaic_ray.errors import QaicRayError, UsageError
+from qaic_ray.options import Job
+from qaic_ray.pipeline.job_file import dump_job
 
 if TYPE_CHECKING:
     from qaic_ray.cluster.jobs import SubmittedJob, SubmittedJobs

@@ -12,25 +12,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from qaic_ray.cli.run_command import (
-    CARDS,
-    CHECKS,
-    DRAFTS,
-    END,
-    FOLDER,
-    PROMPTS,
-    REQUIRED,
-    SAMPLING,
-)
 
 from qaic_ray.cli import main
+from qaic_ray.cli.command_options import PROGRAM
 from qaic_ray.cli.screen import Screen
 from qaic_ray.errors import UsageError
 from qaic_ray.folders import CACHE_VARIABLE
+from qaic_ray.options import CARDS, CHECKS, DRAFTS, FOLDER, PROMPTS
 from qaic_ray.pipeline import run_step
 from qaic_ray.pipeline.run_step import RunRequest
 from qaic_ray.rows import FinishReason, Prompt, Row, Sample
-from qaic_ray.sampling_params import SamplingParams
+from qaic_ray.sampling_params import ANSWER_END, SamplingParams
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -242,17 +234,19 @@ def test_run_options_are_the_sampling_fields_of_that_name(
     assert_refused(run(*base), "as far")
     assert_refused(run(*base), "as far")
     fields = numbers | {"stop": ["a", "b\n"], "stop_token_ids": [3, 5], "ignore_eos": True}
-    assert asked[0].sampling == SamplingParams().updated(fields)
-    assert asked[0].seed == 9
-    assert asked[1].sampling == SamplingParams()
-    assert asked[1].seed != asked[2].seed
+    assert asked[0].run.sampling == SamplingParams().updated(fields)
+    assert asked[0].run.seed == 9
+    assert asked[1].run.sampling == SamplingParams()
+    assert asked[1].run.seed != asked[2].run.seed
 
 
 def test_run_help_is_in_groups(run: Run) -> None:
     code, out, _ = run("run", "--help")
     assert code == 0
     panels = [line.strip("╭─╮ ") for line in out.splitlines() if line.startswith("╭")]
-    assert panels[1:] == [REQUIRED, PROMPTS, SAMPLING, END, DRAFTS, CARDS, CHECKS, FOLDER]
+    assert panels[1:] == [
+        *(PROGRAM, PROMPTS, SamplingParams.GROUP, ANSWER_END, DRAFTS, CHECKS, CARDS, FOLDER)
+    ]
 
 
 def test_run_needs_prompts_once(run: Run, sdk: Path, qpc: Path) -> None:

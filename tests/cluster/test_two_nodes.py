@@ -86,7 +86,7 @@ class Fleet:
             WorkerSpec(
                 qpc=str(qpc or self.tiny.qpc()),
                 model=self.model,
-                generation=Generation(sampling),
+                generation=Generation(sampling=sampling),
                 **vars(where),
             )
             for where in places

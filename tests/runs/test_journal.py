@@ -281,7 +281,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_half_written_counts(
 def made(source: Fingerprint = STREAM_SOURCE, **changes: typing.Any) -> Fingerprint:
     names = {"qpc": "q", "model": {"text": "m", "eos_ids": [2]}}
     names |= {key: changes.pop(key) for key in names if key in changes}
-    return fingerprint(source, generation=Generation(**changes), **names)
+    return fingerprint(source, generation=Generation(**{"seed": 0, **changes}), **names)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def made(source: Fingerprint = STREAM_SOURCE, **changes: typing.Any) -> Fingerpr
         ({"sampling": SamplingParams(temperature=0.8)}, "sampling.temperature was 0.0 and is 0.8"),
         ({"sampling": SamplingParams(max_tokens=9)}, "sampling.max_tokens was not set and is 9"),
         ({"sampling": SamplingParams(stop=("x",))}, 'sampling.stop was [] and is ["x"]'),
-        ({"run_seed": 3}, "run_seed was 0 and is 3"),
+        ({"seed": 3}, "run_seed was 0 and is 3"),
         ({"chat": True}, "chat was false and is true"),
         ({"system": "s" * 99}, f'system was not set and is "{"s" * 79}...'),
         ({"ctx_len": 512}, "ctx_len was not set and is 512"),
