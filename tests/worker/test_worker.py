@@ -262,7 +262,7 @@ def test_seeds() -> None:
             {
                 "chat": True,
                 "chat_template": "{{ a }}{{ b }}{{ messages[0].content }}",
-                "chat_options": ChatOptions(template_kwargs={"a": "P", "b": "Q"}),
+                "chat_template_kwargs": {"a": "P", "b": "Q"},
             },
             Prompt(0, "HI", chat=ChatOptions(template_kwargs={"b": "R"})),
             "PRHI",
