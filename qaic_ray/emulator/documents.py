@@ -1,8 +1,8 @@
-"""JSON, YAML and text from files of strangers; the one reader of documents in the emulated SDK.
+"""Reads JSON, YAML and text from files of unknown origin, for the whole emulated SDK.
 
-Whatever a file holds, the value comes out or the caller's own error, which names the file and says
-what is wrong in a line. The rest of the project has a reader of its own, which is not on the
-paths of the programs that this package runs in.
+The result is the value, or the caller's own error, which names the file and says what is wrong in
+one line. qaic_ray has a reader of its own, which is not on the paths of the programs that this
+package runs in.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FAILED = "Failed to open file: {}: "  # the vendor's words
 
 
 def read_text(path: str, raises: Type[Exception], called: str = "") -> str:
-    """The text of a UTF-8 file of at most `MAX_FILE_BYTES`; `called` is who named it."""
+    """The text of a UTF-8 file of at most `MAX_FILE_BYTES`; `called` names the variable."""
     refusal = f"{called}={path} cannot be read: " if called else _FAILED.format(path)
     try:
         # A pipe would be waited for, and a device never ends.

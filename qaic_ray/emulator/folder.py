@@ -1,7 +1,6 @@
 """Which emulated SDK folder this process belongs to: its root, version, cards and state folder.
 
-The only mark that a folder is emulated is the file `emulated-sdk.json` at its root. Knows nothing
-of what the cards do.
+The only mark that a folder is emulated is the file `emulated-sdk.json` at its root.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Lays an emulated SDK folder down: `python -m qaic_ray.emulator.install PREFIX`.
 
-The folder has the vendor's layout, and one file more, `emulated-sdk.json`, which is how anyone
-can tell. It may be moved; its commands find it by their own place. A folder that we did not make,
-or in which somebody has put something, is never touched. With `--under` the folder's name is made
-of all that it depends on, so that two versions of this package each have their own.
+The folder has the vendor's layout, and one file more, `emulated-sdk.json`, which marks it. It may
+be moved; its commands find it by their own place. A folder that this tool did not make, or that
+holds other files too, is never touched. With `--under` the folder's name is made of all that it
+depends on, so that two versions of this package each have their own.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Dict, Iterator, Mapping, Optional, Sequence
 
+from .card.sku import SKUS
 from .documents import parse_json, read_text
 from .folder import MARKER, ROOT_VARIABLE, FolderError
-from .sku import SKUS
 
 APPS_VERSIONS = ("1.14.2", "1.17", "1.20", "1.21.6", "1.22")
 DEFAULT_APPS_VERSION = "1.20"
@@ -44,9 +44,9 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.E
 _QAIC_COMPILE_SINCE = (1, 21, 6)
 _TOOLS = {
     "exec/qaic-exec": "compiler",
-    "tools/qaic-util": "util",
-    "tools/qaic-qpc": "qpc_tool",
-    "tools/qaic-device-partition": "partition_tool",
+    "tools/qaic-util": "tools.qaic_util",
+    "tools/qaic-qpc": "tools.qaic_qpc",
+    "tools/qaic-device-partition": "tools.qaic_device_partition",
 }
 _OURS = (
     MARKER,
@@ -59,7 +59,10 @@ _OURS = (
     f"dev/lib/*/{PACKAGE}/*.py",
     "dev/*/__pycache__/*.pyc",
 )
-"""All that any version of this installer has put into a folder, and what Python adds."""
+"""All that any version of this installer has put into a folder, and what Python adds.
+
+A `*` stands for folders too, as `fnmatch` has it.
+"""
 _COMMAND = """\
 #!/bin/sh
 root=$(dirname "$(dirname "$(readlink -f "$0")")")
@@ -210,7 +213,7 @@ def _existing(prefix: Path) -> Optional[Dict[str, object]]:
 
 
 def _others(prefix: Path) -> Iterator[str]:
-    """What somebody else has put into an SDK folder of ours; no link is followed."""
+    """Files in an SDK folder of ours that no installer put there; no link is followed."""
     for folder, folders, files in os.walk(prefix):
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         for name in sorted(files) + links:
@@ -252,7 +255,7 @@ def _build(root: Path, sources: Mapping[str, bytes], marker: Mapping[str, object
     for name, content in sources.items():
         _write(library / PACKAGE / name, content)
     _write(library / "qaicrt.py", sources["door.py"])
-    _write(root / "dev" / "python" / "QAicApi_pb2.py", sources["aicapi.py"])
+    _write(root / "dev" / "python" / "QAicApi_pb2.py", sources["container/aicapi.py"])
     tools = dict(_TOOLS)
     if tuple(int(part) for part in apps_version.split(".")) >= _QAIC_COMPILE_SINCE:
         tools["exec/qaic-compile"] = "compiler"
@@ -280,7 +283,8 @@ def _write(path: Path, content: bytes, mode: int = 0o644) -> None:
 
 def _sources() -> Dict[str, bytes]:
     here = Path(__file__).resolve().parent
-    return {path.name: path.read_bytes() for path in sorted(here.glob("*.py"))}
+    files = sorted(here.rglob("*.py"))
+    return {path.relative_to(here).as_posix(): path.read_bytes() for path in files}
 
 
 def _digest(sources: Mapping[str, bytes]) -> str:

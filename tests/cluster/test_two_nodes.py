@@ -237,7 +237,10 @@ def test_a_card_that_hangs_is_replaced(fleet: Fleet, monkeypatch: pytest.MonkeyP
     assert len({info.pid for info in fleet.infos}) == 2
 
 
-def test_a_node_that_is_killed_takes_only_its_cards_along(fleet: Fleet) -> None:
+def test_a_node_that_is_killed_takes_only_its_cards_along(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "MIN_STALL_S", 60.0)  # a busy machine stalls cards that are well
     victim = fleet.nodes.worker_nodes.copy().pop()
     gone: list[object] = []
 
@@ -251,7 +254,8 @@ def test_a_node_that_is_killed_takes_only_its_cards_along(fleet: Fleet) -> None:
     result = fleet.run(prompts(200), places, on_progress=on_progress)
     lost = {worker.name: worker.error or "" for worker in result.workers if worker.error}
     assert result.broken_off is None
-    assert set(lost) == {where.name for where in places if where.node_id == victim.node_id}
+    there = {where.name for where in places if where.node_id == victim.node_id}
+    assert set(lost) == there, lost
     assert len(lost) == 2
     # What Ray knows when it first reports the loss depends on which of its connections broke.
     known = ("its node is gone", "its process died", "its process cannot be reached")

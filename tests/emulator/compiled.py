@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import onnx
 from tiny_llama import TinyLlama
 
 from qaic_ray.emulator import compiler
-from qaic_ray.emulator.program import Qpc
+from qaic_ray.emulator.container import SEGMENTS, QpcWriter
+from qaic_ray.emulator.container.execution import CompiledProgram
 
 FUZZ_EXAMPLES = int(os.environ.get("QAIC_FUZZ_EXAMPLES", "200"))
 """Inputs of each fuzz test; the long run of all together takes 100,000."""
@@ -62,7 +64,19 @@ def write_inputs(
     return argv
 
 
-def compile_tiny(folder: Path, llama: TinyLlama, *flags: str, kv: str | None = None) -> Qpc:
+def compile_tiny(
+    folder: Path, llama: TinyLlama, *flags: str, kv: str | None = None
+) -> CompiledProgram:
     """Compile and open; the compiler has to succeed."""
     assert compiler.main([*write_inputs(folder, llama, kv=kv), *flags]) == 0
-    return Qpc.open(str(folder / "qpc"))
+    return CompiledProgram.open(str(folder / "qpc"))
+
+
+def write_qpc(path: str, segments: Mapping[str, bytes]) -> None:
+    """Write a container from whole segments (all of `SEGMENTS` but the CRC)."""
+    with open(path, "wb") as file:
+        writer = QpcWriter(file)
+        for name in SEGMENTS[:-1]:
+            writer.write(segments[name])
+            writer.end_segment()
+        writer.finish()

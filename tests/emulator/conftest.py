@@ -10,8 +10,7 @@ from types import ModuleType
 import fake_program
 import pytest
 
-import qaic_ray.emulator
-from qaic_ray.emulator import folder
+from qaic_ray.emulator import container, folder
 from qaic_ray.emulator.card import Machine
 from qaic_ray.emulator.install import install
 
@@ -53,5 +52,5 @@ def write_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
 @pytest.fixture
 def qaicrt(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The runtime, over the fake program."""
-    monkeypatch.setattr(qaic_ray.emulator, "program", fake_program, raising=False)
+    monkeypatch.setattr(container, "execution", fake_program, raising=False)
     return importlib.import_module("qaic_ray.emulator.qaicrt")

@@ -1,4 +1,4 @@
-"""A small fake of the seam to `program.py`: a counter model that needs no ONNX and takes no time.
+"""A small fake of the seam to `execution.py`: a counter model that needs no ONNX and takes no time.
 
 Inputs: input_ids (int64 [B,S]), past (float32 [B,C], retained). Outputs: logits (float32 [B,1,V])
 and past_RetainedState. Each run adds the sum of a row's ids to its `past`, and logits are filled
@@ -7,12 +7,12 @@ with `past`'s first element.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from qaic_ray.emulator import aicapi
-from qaic_ray.emulator.qpc import QpcError
+from qaic_ray.emulator.container import QpcError, aicapi
+from qaic_ray.emulator.container.netdesc import Binding
 
 
 class NoMatchingDimension(Exception):
@@ -27,17 +27,7 @@ def num_threads_of_environment() -> int:
     return 1
 
 
-class Binding(NamedTuple):
-    name: str
-    index: int
-    type: int
-    is_input: bool
-    dims: tuple[int, ...]
-    size: int
-    is_partial_buf_allowed: bool
-
-
-class Qpc:
+class CompiledProgram:
     """`open("cores=7,batch=2")`: the path is the configuration."""
 
     def __init__(self, **options: int) -> None:
@@ -66,7 +56,7 @@ class Qpc:
             )
 
     @classmethod
-    def open(cls, path: str) -> Qpc:
+    def open(cls, path: str) -> CompiledProgram:
         if path.startswith("missing"):
             raise FileNotFoundError(path)
         if path.startswith("damaged"):
@@ -94,7 +84,7 @@ class Qpc:
 
 
 class LoadedProgram:
-    def __init__(self, qpc: Qpc, num_threads: int) -> None:
+    def __init__(self, qpc: CompiledProgram, num_threads: int) -> None:
         self.qpc = qpc
 
     def activate(self) -> Activation:
@@ -102,7 +92,7 @@ class LoadedProgram:
 
 
 class Activation:
-    def __init__(self, qpc: Qpc) -> None:
+    def __init__(self, qpc: CompiledProgram) -> None:
         self._qpc = qpc
         self._out: dict[tuple[int, ...], np.ndarray] = {}
         self.reset()

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from qaic_ray.emulator import aicapi
+from qaic_ray.emulator.container import aicapi
 
 
 def test_bytes_on_the_wire_are_those_of_the_public_field_numbers() -> None:

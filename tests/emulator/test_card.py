@@ -25,8 +25,8 @@ GIB = 1 << 30
 # Loads, activates and drops programs at random for ever; says when it holds its first.
 GREEDY = """
 import random, sys, time
-import fake_program, qaic_ray.emulator
-qaic_ray.emulator.program = fake_program
+import fake_program, qaic_ray.emulator.container
+qaic_ray.emulator.container.execution = fake_program
 from qaic_ray.emulator import qaicrt
 chance = random.Random(int(sys.argv[1]))
 context = qaicrt.Context()

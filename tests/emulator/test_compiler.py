@@ -15,9 +15,10 @@ import pytest
 from compiled import compile_tiny, write_inputs
 from tiny_llama import TinyLlama
 
-from qaic_ray.emulator import aicapi, argv, compiler
-from qaic_ray.emulator.compiler import VERSION_VARIABLE
-from qaic_ray.emulator.program import Qpc
+from qaic_ray.emulator import compiler
+from qaic_ray.emulator.compiler import VERSION_VARIABLE, argv
+from qaic_ray.emulator.container import aicapi
+from qaic_ray.emulator.container.execution import CompiledProgram
 
 COMMAND = [
     sys.executable,
@@ -48,7 +49,7 @@ def test_a_compile_says_what_the_vendors_says(
     assert out[-1] == f"Generated binary is present at {tmp_path / 'qpc'}"
     assert os.listdir(tmp_path / "qpc") == ["programqpc.bin"]
     assert [line for line in out if "no effect" in line and "-mos=1" in line]
-    qpc = Qpc.open(str(tmp_path / "qpc"))
+    qpc = CompiledProgram.open(str(tmp_path / "qpc"))
     assert (qpc.name, qpc.num_cores, qpc.num_devices) == ("tiny", 14, 1)
     assert (qpc.convert_to_fp16, qpc.mxfp6_matmul) == (True, False)
 
@@ -110,7 +111,7 @@ def test_named_specializations_depend_on_the_version(
     monkeypatch.setenv(VERSION_VARIABLE, "1.22")
     status, _, _ = run([a.replace("=2.0", "=ai100") for a in arguments], capsys)
     assert status == 0
-    assert len(Qpc.open(str(tmp_path / "qpc")).allowed_shapes) == 2
+    assert len(CompiledProgram.open(str(tmp_path / "qpc")).allowed_shapes) == 2
 
 
 @pytest.mark.parametrize(("version", "status"), [("1.17", 255), ("1.20", 255), ("1.21.6", 0)])
@@ -139,7 +140,7 @@ def test_one_specialization_has_no_list_of_allowed_shapes(tmp_path: Path) -> Non
     entry = {"batch_size": "3", "seq_len": "1", "ctx_len": "16", "full_batch_size": "3"}
     (tmp_path / "specializations.json").write_text(json.dumps({"specializations": [entry]}))
     assert compiler.main(arguments) == 0
-    qpc = Qpc.open(str(tmp_path / "qpc"))
+    qpc = CompiledProgram.open(str(tmp_path / "qpc"))
     assert qpc.allowed_shapes == ()
     desc = aicapi.IoDesc.FromString(qpc.io_descriptor())
     assert len(desc.allowed_shapes) == 0
@@ -151,7 +152,7 @@ def test_symbols_of_the_command_line_give_dimensions_values(tmp_path: Path) -> N
     sizes = {"seq_len": 4, "ctx_len": 16, "full_batch_size": 3}
     arguments += [f"-onnx-define-symbol={name},{size}" for name, size in sizes.items()]
     assert compiler.main([*arguments, "-batchsize=1"]) == 0
-    dims = {b.name: b.dims for b in Qpc.open(str(tmp_path / "qpc")).bindings}
+    dims = {b.name: b.dims for b in CompiledProgram.open(str(tmp_path / "qpc")).bindings}
     assert dims["input_ids"] == (1, 4)
     assert dims["past_key.0"] == (3, 2, 16, 8)
 

@@ -11,9 +11,9 @@ import pytest
 from compiled import FUZZ_EXAMPLES
 from hypothesis import HealthCheck, given, settings
 
-from qaic_ray.emulator import argv, configs
-from qaic_ray.emulator.argv import ArgvError
-from qaic_ray.emulator.configs import ConfigError
+from qaic_ray.emulator.compiler import argv, configs
+from qaic_ray.emulator.compiler.argv import ArgvError
+from qaic_ray.emulator.compiler.configs import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,12 @@ from typing import Any
 import pytest
 from mutations import documents, texts
 
-from qaic_ray.emulator import configs, faults, folder, install, partition_tool, slicing, timing
+from qaic_ray.emulator import folder, install
+from qaic_ray.emulator.card import faults, timing
+from qaic_ray.emulator.compiler import configs
 from qaic_ray.emulator.documents import read_text
+from qaic_ray.emulator.qaicrt import buffers
+from qaic_ray.emulator.tools import qaic_device_partition
 
 NUMBER = 60
 STATUS = {
@@ -60,13 +64,13 @@ READERS: dict[str, tuple[Any, type[Exception], Callable[[Path], object]]] = {
     ),
     "slices": (
         SLICES,
-        slicing.SpecError,
-        lambda path: slicing.SlicingSpec.parse(path.read_bytes().decode(errors="replace")),
+        buffers.SpecError,
+        lambda path: buffers.SlicingSpec.parse(path.read_bytes().decode(errors="replace")),
     ),
     "reservation": (
         DEMAND,
-        partition_tool.PartitionError,
-        lambda path: partition_tool._from_config(str(path)),
+        qaic_device_partition.PartitionError,
+        lambda path: qaic_device_partition._from_config(str(path)),
     ),
 }
 
@@ -104,3 +108,12 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
     path = {"device": "/dev/zero", "long": "x" * 5000, "zero": "a\0b"}.get(kind, path)
     with pytest.raises(configs.ConfigError, match="Failed to open file"):
         configs.read_partition(path)
+
+
+def test_the_files_shown_in_the_docs_are_read() -> None:
+    page = Path(__file__).parents[2] / "docs" / "emulated-sdk.md"
+    blocks = page.read_text(encoding="utf-8").split("```yaml\n")[1:]
+    fault_file, timing_file = (block.partition("```")[0] for block in blocks)
+    seed, found = faults.parse(fault_file, "docs")
+    assert (seed, len({fault.kind for fault in found})) == (7, 10)
+    assert timing.parse(timing_file, "docs").mode == timing.PAD

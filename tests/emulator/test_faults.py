@@ -19,8 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from qaic_ray.emulator import faults
-from qaic_ray.emulator.card import Machine
+from qaic_ray.emulator.card import Machine, faults
 
 Write = Callable[[str, str], None]
 
@@ -157,7 +156,7 @@ def test_slow(qaicrt: ModuleType, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> 
     ask("kind: slow, device: 1, factor: 3")
     slow, usual = Session(qaicrt, 1), Session(qaicrt, 0)
     for session in (slow, usual):
-        activation = session.exec_obj.lane.activation
+        activation = session.exec_obj.instance.activation
         quick = activation.run
 
         def delayed(*arguments: Any, _quick: Any = quick) -> Any:
@@ -176,8 +175,8 @@ def test_slow(qaicrt: ModuleType, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> 
 
 PROGRAM = """
 import sys
-import fake_program, qaic_ray.emulator
-qaic_ray.emulator.program = fake_program
+import fake_program, qaic_ray.emulator.container
+qaic_ray.emulator.container.execution = fake_program
 import numpy as np
 from qaic_ray.emulator import qaicrt
 context = qaicrt.Context()

@@ -61,9 +61,12 @@ def test_layout_by_version(version: str, tmp_path: Path) -> None:
         element = ElementTree.parse(root / "versions" / name).getroot().find(".//base_version")
         assert element is not None
         assert element.text == version
-    copied = {path.name for path in (root / LIBRARY / "qaic_emulated_sdk").glob("*.py")}
-    assert copied == {path.name for path in PACKAGE.glob("*.py")}
-    assert (root / "dev/python/QAicApi_pb2.py").read_bytes() == (PACKAGE / "aicapi.py").read_bytes()
+    copied = root / LIBRARY / "qaic_emulated_sdk"
+    assert {path.relative_to(copied) for path in copied.rglob("*.py")} == {
+        path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")
+    }
+    messages = (PACKAGE / "container/aicapi.py").read_bytes()
+    assert (root / "dev/python/QAicApi_pb2.py").read_bytes() == messages
     marker = json.loads((root / folder.MARKER).read_text())
     assert marker["apps_version"] == version
     assert (marker["cards"], marker["sku"]) == (2, "pro")
@@ -93,6 +96,25 @@ def test_replacing_works_where_folders_cannot_be_exchanged(
     assert install(root, cards=8)
     assert json.loads((root / folder.MARKER).read_text())["cards"] == 8
     assert [path.name for path in tmp_path.iterdir()] == ["sdk"]
+
+
+def test_a_folder_of_an_earlier_version_is_replaced_whole(tmp_path: Path) -> None:
+    root = tmp_path / "sdk"
+    install(root)
+    package = root / LIBRARY / "qaic_emulated_sdk"
+    shutil.rmtree(package)
+    package.mkdir()
+    for name in ("__init__.py", "card.py", "util.py"):  # as it was before it had folders
+        (package / name).write_text("raise SystemExit('old')")
+    marker = root / folder.MARKER
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "digest": "old"}))
+    assert install(root)
+    assert {path.name for path in package.glob("*.py")} == {
+        path.name for path in PACKAGE.glob("*.py")
+    }
+    assert not install(root)
+    output = subprocess.run([str(root / "tools/qaic-util"), "-q"], check=True, capture_output=True)
+    assert b"Number of devices: 4" in output.stdout
 
 
 def test_an_empty_folder_is_taken_and_a_link_is_followed(tmp_path: Path) -> None:
@@ -278,7 +300,9 @@ def test_a_damaged_marker_and_no_folder_at_all(
         folder.current()
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_sources_parse_on_python_3_8_and_import_relatively(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 8))
     for node in ast.walk(tree):

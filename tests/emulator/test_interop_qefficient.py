@@ -19,9 +19,10 @@ from onnx import TensorProto, helper
 from tiny_llama import NumpyLlama, TinyLlama
 from vendor_client import Sdk, Session
 
-from qaic_ray.emulator import compiler, dims, folder, graph
+from qaic_ray.emulator import compiler, folder
+from qaic_ray.emulator.container.execution import CompiledProgram, LoadedProgram
 from qaic_ray.emulator.install import install
-from qaic_ray.emulator.program import LoadedProgram, Qpc
+from qaic_ray.emulator.lowering import dims, graph
 
 PROMPTS = ([5, 17, 3], [9, 2, 44, 31, 8, 20], [60, 1])
 NUM_STEPS = 5
@@ -359,7 +360,7 @@ def test_the_state_of_sampling_on_the_card(tmp_path: Path) -> None:
     ]
     argv = [f"-m={tmp_path / 'sampler.onnx'}", "-aic-hw", "-retained-state", *symbols]
     assert compiler.main([*argv, f"-aic-binary-dir={tmp_path / 'qpc'}"]) == 0
-    activation = LoadedProgram(Qpc.open(str(tmp_path / "qpc")), 1).activate()
+    activation = LoadedProgram(CompiledProgram.open(str(tmp_path / "qpc")), 1).activate()
     expected = np.zeros((2, 7), np.int8)
     skip = 2147483647
     steps = [([[1, 2, 2], [0, -1, skip]], 0), ([[6, 7, 3], [5, 5, 5]], 0), ([[4, -1, -1]] * 2, 1)]

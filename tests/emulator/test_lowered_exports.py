@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 
 from qaic_ray.contract import LOGITS, NEXT_TOKENS, Specialization, Specializations
-from qaic_ray.emulator.lowered import Probe
-from qaic_ray.emulator.program import Activation, LoadedProgram, Qpc
+from qaic_ray.emulator.container.execution import Activation, CompiledProgram, LoadedProgram
+from qaic_ray.emulator.lowering.lowered import Probe
 
 if TYPE_CHECKING:
     from tiny_qpcs import TinyQpcs
@@ -50,7 +50,7 @@ class Pair:
         self.shapes = Specializations.load(folder / "specializations.json")
         self.logits = options.get("logits", "last")
         self.output = NEXT_TOKENS if options.get("next_tokens") else LOGITS
-        qpc = Qpc.open(str(folder))
+        qpc = CompiledProgram.open(str(folder))
         self.programs = [LoadedProgram(qpc, 1, use_lowered=use) for use in (True, False)]
         assert self.programs[0].lowered is not None
         self.activations: list[Activation] = []

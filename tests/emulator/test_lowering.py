@@ -14,13 +14,18 @@ from compiled import COMP_CTX_LENGTHS, CTX_LEN, PROMPT_LEN, SLOTS, compile_tiny
 from hypothesis import given, settings
 from tiny_llama import TinyLlama
 
-from qaic_ray.emulator.program import Activation, LoadedProgram, NoMatchingDimension, Qpc
-from qaic_ray.emulator.rows import MAX_IDLE_RUN, Call, plan
+from qaic_ray.emulator.container.execution import (
+    Activation,
+    CompiledProgram,
+    LoadedProgram,
+    NoMatchingDimension,
+)
+from qaic_ray.emulator.lowering.lowered import MAX_IDLE_RUN, Call, plan
 
 TOLERANCE = 1e-4
 
 
-def ops_of(qpc: Qpc, graph: str = "lowered") -> list[str]:
+def ops_of(qpc: CompiledProgram, graph: str = "lowered") -> list[str]:
     model = onnx.ModelProto.FromString(qpc.graphs[graph])
     return [node.op_type for node in model.graph.node]
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from qaic_ray.emulator import aicapi
 from qaic_ray.emulator.card import Demand, Machine
+from qaic_ray.emulator.container import aicapi
 
 
 class RecipeSession:
@@ -452,7 +452,7 @@ def test_an_inference_that_breaks_its_thread_does_not_stop_the_queue(
     session.run(input_ids=np.array([[3], [5]]), **SKIP)
     broken: list[type] = []
     monkeypatch.setattr(threading, "excepthook", lambda args: broken.append(args.exc_type))
-    activation = session.exec_obj.lane.activation
+    activation = session.exec_obj.instance.activation
     works = activation.run
     monkeypatch.setattr(activation, "run", lambda *_: 1 // 0)
     assert session.run(input_ids=np.array([[3], [5]])) == qaicrt.QStatus.QS_ERROR

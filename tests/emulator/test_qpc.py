@@ -8,14 +8,11 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
-from compiled import FUZZ_EXAMPLES, compile_tiny
+from compiled import FUZZ_EXAMPLES, compile_tiny, write_qpc
 from hypothesis import HealthCheck, given, settings
 from tiny_llama import TinyLlama
 
-from qaic_ray.emulator import netdesc, network
-from qaic_ray.emulator.constants import read_constant
-from qaic_ray.emulator.program import Qpc
-from qaic_ray.emulator.qpc import (
+from qaic_ray.emulator.container import (
     CONSTANTS,
     CONSTANTS_DESC,
     CRC,
@@ -26,9 +23,12 @@ from qaic_ray.emulator.qpc import (
     Container,
     QpcError,
     QpcWriter,
+    netdesc,
+    network,
     read_qpc,
-    write_qpc,
 )
+from qaic_ray.emulator.container.constants import read_constant
+from qaic_ray.emulator.container.execution import CompiledProgram
 
 CONTENTS = {
     CONSTANTS: bytes(range(256)) * 20,
@@ -101,17 +101,17 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / FILE_NAME
     path.write_bytes(content)
     with pytest.raises(QpcError):
-        Qpc.open(str(tmp_path))
+        CompiledProgram.open(str(tmp_path))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(QpcError, match=FILE_NAME):
-        Qpc.open(str(tmp_path))
+        CompiledProgram.open(str(tmp_path))
 
 
 def open_and_read(path: Path) -> None:
     """Everything that reads a container; has to end, or end with a QpcError."""
-    qpc = Qpc.open(str(path))
+    qpc = CompiledProgram.open(str(path))
     qpc.io_descriptor()
     for constant in qpc.program.constants:
         read_constant(qpc.constants_segment(), constant)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qaic_ray.emulator import timing
+from qaic_ray.emulator.card import timing
 
 Write = Callable[[str, str], None]
 
@@ -64,12 +64,12 @@ def test_pad_computes_and_lasts_as_long_as_the_model_says(
 def test_replace_needs_no_weights_and_follows_a_seeded_rule(
     qaicrt: ModuleType, write_file: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qaic_ray.emulator import program
+    from qaic_ray.emulator.container import execution
 
     def refuse(*_: Any) -> Any:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(program, "LoadedProgram", refuse)
+    monkeypatch.setattr(execution, "LoadedProgram", refuse)
 
     def answers(text: str) -> list[list[int]]:
         write_file(timing.VARIABLE, text)

@@ -16,7 +16,7 @@ from random_models import Untouched, write_checkpoint
 from qaic_ray import contract
 from qaic_ray.compile.compiler import check_qpc, run_compiler
 from qaic_ray.contract import IoContract
-from qaic_ray.emulator.program import LoadedProgram, Qpc
+from qaic_ray.emulator.container.execution import CompiledProgram, LoadedProgram
 from qaic_ray.export import export
 from qaic_ray.export.export import ExportResult, export_model
 from qaic_ray.export.reference import Trace, trace_prompts
@@ -129,7 +129,7 @@ def compiled(
     ]
     run_compiler(argv, folder / "log")
     check_qpc(folder / "qpc", folder / "log")
-    return LoadedProgram(Qpc.open(str(folder / "qpc")), 1)
+    return LoadedProgram(CompiledProgram.open(str(folder / "qpc")), 1)
 
 
 class OnCard:

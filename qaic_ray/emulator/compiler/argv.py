@@ -1,0 +1,227 @@
+"""The compiler's command line: single dashes, `-flag=value`; every flag that public sources name.
+
+A flag is obeyed, or accepted without effect (and then listed in the compiler's output), or
+unknown and refused with the vendor's text.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+MAX_CORES = 16
+
+HELP_FLAGS = ("-h", "-help", "--help", "--usage")
+
+
+class ArgvError(Exception):
+    """A command line that the compiler refuses; the message is its text."""
+
+
+def _switch(flag: str, value: Optional[str]) -> str:
+    value = "true" if value is None else value.lower()
+    if value not in ("true", "false", "1", "0"):
+        raise ArgvError(f"Invalid value '{value}' for option {flag}: must be true or false.")
+    return "true" if value in ("true", "1") else "false"
+
+
+def _text(flag: str, value: Optional[str]) -> str:
+    if not value:
+        raise ArgvError(f"Option {flag} requires a value. Use {flag}=<value>.")
+    return value
+
+
+def _number(low: float, high: float) -> Callable[[str, Optional[str]], str]:
+    def check(flag: str, value: Optional[str]) -> str:
+        text = _text(flag, value)
+        if not re.match(r"^-?[0-9]{1,9}(\.[0-9]{1,9})?$", text, re.ASCII):
+            raise ArgvError(f"Invalid value '{text}' for option {flag}: must be a number.")
+        if not low <= float(text) <= high:
+            raise ArgvError(
+                f"Invalid value '{text}' for option {flag}: must be in [{low:g}, {high:g}]."
+            )
+        return text
+
+    return check
+
+
+def _numbers(low: int, high: int) -> Callable[[str, Optional[str]], str]:
+    one = _number(low, high)
+
+    def check(flag: str, value: Optional[str]) -> str:
+        return ",".join(one(flag, part) for part in _text(flag, value).split(","))
+
+    return check
+
+
+def _choice(*choices: str) -> Callable[[str, Optional[str]], str]:
+    def check(flag: str, value: Optional[str]) -> str:
+        text = _text(flag, value)
+        if text not in choices:
+            raise ArgvError(
+                f"Invalid value '{text}' for option {flag}: must be one of {', '.join(choices)}."
+            )
+        return text
+
+    return check
+
+
+def _symbol(flag: str, value: Optional[str]) -> str:
+    text = _text(flag, value)
+    if not re.match(r"^[^,=]+,[1-9][0-9]{0,8}$", text, re.ASCII):
+        raise ArgvError(f"Invalid value '{text}' for option {flag}: must be symbol,value.")
+    return text
+
+
+class Flag(NamedTuple):
+    """One option: how its value is checked, whether it changes the program, what it is for."""
+
+    check: Callable[[str, Optional[str]], str]
+    obeyed: bool
+    help: str
+
+
+def _obeyed(check: Callable[[str, Optional[str]], str], text: str) -> Flag:
+    return Flag(check, True, text)
+
+
+def _accepted(check: Callable[[str, Optional[str]], str], text: str) -> Flag:
+    return Flag(check, False, text)
+
+
+_SCHEMAS = _choice("asymmetric", "symmetric", "symmetric_with_uint8", "symmetric_with_power2_scale")
+_MANY = 1 << 30
+
+FLAGS: Dict[str, Flag] = {
+    "-m": _obeyed(_text, "path of the ONNX model"),
+    "-model": _obeyed(_text, "same as -m"),
+    "-aic-hw": _obeyed(_switch, "build for hardware"),
+    "-aic-hw-version": _obeyed(_text, "hardware: 2.0 or ai100"),
+    "-compile-only": _obeyed(_switch, "do not run after compiling"),
+    "-aic-binary-dir": _obeyed(_text, "folder to make, for the program"),
+    "-aic-num-cores": _obeyed(_number(1, MAX_CORES), "NSPs of one instance"),
+    "-convert-to-fp16": _obeyed(_switch, "all floating point in fp16"),
+    "-onnx-define-symbol": _obeyed(_symbol, "value of a dynamic dimension: symbol,value"),
+    "-network-specialization-config": _obeyed(_text, "JSON of specializations"),
+    "-custom-IO-list-file": _obeyed(_text, "YAML of IO precisions"),
+    "-retained-state": _obeyed(_switch, "keep X_RetainedState as the next X on the card"),
+    "-mxfp6-matmul": _obeyed(_switch, "compress constant MatMul weights to MXFP6 E2M3"),
+    "-mdp-load-partition-config": _obeyed(_text, "JSON of devices to spread over"),
+    "-batchsize": _obeyed(_number(1, _MANY), "value of a dynamic batch dimension"),
+    "-v": _accepted(_switch, "more output"),
+    "-vv": _accepted(_switch, "more output"),
+    "-vvv": _accepted(_switch, "more output"),
+    "-mos": _accepted(_numbers(1, MAX_CORES), "effort to reduce on-chip memory"),
+    "-ols": _accepted(_numbers(1, MAX_CORES), "operator splitting"),
+    "-mdts-mos": _accepted(_number(0, MAX_CORES), "effort to reduce on-chip memory, slicing"),
+    "-multicast-weights": _accepted(_switch, "load shared weights once"),
+    "-stats-batchsize": _accepted(_number(1, _MANY), "batch for statistics"),
+    "-dump-custom-IO-config-template": _accepted(_text, "file for a custom IO template"),
+    "-allow-mxint8-mdp-io": _accepted(_switch, "MXINT8 between SoCs"),
+    "-mdp-dump-partition-config": _accepted(_text, "file for a partition"),
+    "-mdp-compiler-visible": _accepted(_switch, "partitioning seen by the compiler"),
+    "-aic-enable-depth-first": _accepted(_switch, "depth-first scheduling"),
+    "-aic-depth-first-mem": _accepted(_number(8, 32), "memory of depth-first scheduling"),
+    "-allocator-dealloc-delay": _accepted(_number(0, 10), "buffer lifetime"),
+    "-size-split-granularity": _accepted(_number(512, 2048), "largest tile, KiB"),
+    "-vtcm-working-set-limit-ratio": _accepted(_number(0, 1), "share of VTCM an instruction takes"),
+    "-sdp-cluster-sizes": _accepted(_text, "single-device partition clusters"),
+    "-device-id": _accepted(_number(0, _MANY), "card to run on after compiling"),
+    "-aic-num-of-instances": _accepted(_number(1, MAX_CORES), "instances to run after compiling"),
+    "-num-iter": _accepted(_number(1, _MANY), "iterations to run after compiling"),
+    "-set-size": _accepted(_number(1, _MANY), "set size to run after compiling"),
+    "-sub-functions": _accepted(_switch, "ONNX functions stay functions"),
+    "-always-expand-onnx-functions": _accepted(_switch, "ONNX functions are expanded"),
+    "-stats-level": _accepted(_number(0, 100), "statistics"),
+    "-aic-perf-metrics": _accepted(_switch, "write performance metrics"),
+    "-aic-perf-warnings": _accepted(_switch, "performance warnings"),
+    "-time-passes": _accepted(_switch, "time of compiler passes"),
+    "-ddr-stats": _accepted(_switch, "DDR statistics"),
+    "-aic-pmu-recipe": _accepted(
+        _choice("AxiRd", "AxiWr", "AxiRdWr", "KernelUtil", "HmxMacs"), "PMU recipe"
+    ),
+    "-aic-pmu-events": _accepted(_numbers(0, _MANY), "PMU events, up to 8"),
+    "-aic-profiling-type": _accepted(
+        _choice("stats", "trace", "latency", "raw_device_stats"), "device profiling"
+    ),
+    "-io-crc": _accepted(_switch, "CRC of inputs and outputs"),
+    "-io-crc-stride": _accepted(_number(1, _MANY), "stride of that CRC"),
+    "-io-encrypt": _accepted(_text, "encryption of inputs and outputs"),
+    "-combine-inputs": _accepted(_switch, "one buffer for all inputs"),
+    "-combine-outputs": _accepted(_switch, "one buffer for all outputs"),
+    "-host-preproc": _accepted(_switch, "pre-processing on the host"),
+    "-aic-preproc": _accepted(_switch, "pre-processing on the card"),
+    "-use-producer-dma": _accepted(_switch, "DMA by the producer"),
+    "-compile-threads": _accepted(_number(1, 1024), "compiler threads"),
+    "-profiling-threads": _accepted(_number(1, 1024), "profiling threads"),
+    "-quantization-schema-activations": _accepted(_SCHEMAS, "quantization"),
+    "-quantization-schema-constants": _accepted(_SCHEMAS, "quantization"),
+    "-quantization-calibration": _accepted(
+        _choice("None", "KLMinimization", "KLMinimizationV2", "Percentile", "MSE", "SQNR"),
+        "quantization",
+    ),
+    "-percentile-calibration-value": _accepted(_number(90, 100), "quantization"),
+    "-num-histogram-bins": _accepted(_number(1, _MANY), "quantization"),
+    "-quantization-precision": _accepted(_choice("Int8"), "quantization"),
+    "-quantization-precision-bias": _accepted(_choice("Int8", "Int32"), "quantization"),
+    "-enable-rowwise": _accepted(_switch, "quantization"),
+    "-enable-channelwise": _accepted(_switch, "quantization"),
+    "-dump-profile": _accepted(_text, "quantization profile to write"),
+    "-load-profile": _accepted(_text, "quantization profile to read"),
+    "-external-quantization": _accepted(_text, "quantization from a file"),
+    "-execute-nodes-in-fp16": _accepted(_text, "operators in fp16"),
+    "-keep-original-precision-for-nodes": _accepted(_text, "nodes kept in fp32"),
+    "-node-precision-info": _accepted(_text, "file of node precisions"),
+    "-register-custom-op": _accepted(_text, "YAML of custom operators"),
+    "-dynamic-shape-input": _accepted(_switch, "dynamic shapes"),
+    "-operators-supported": _accepted(
+        _choice("onnx", "tensorflow", "pytorch", "caffe", "caffe2"), "list operators"
+    ),
+}
+
+
+class Options(NamedTuple):
+    """A checked command line: flag -> last value; repeated symbols; flags without effect."""
+
+    values: Dict[str, str]
+    symbols: Dict[str, int]
+    without_effect: Tuple[str, ...]
+
+    def on(self, flag: str) -> bool:
+        """Whether a switch was given and is not `false`."""
+        return self.values.get(flag) == "true"
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Check a command line, the program's name not included.
+
+    Raises:
+        ArgvError: with the vendor's text for an unknown option.
+    """
+    values: Dict[str, str] = {}
+    symbols: Dict[str, int] = {}
+    without_effect: List[str] = []
+    for argument in argv:
+        name, equals, text = argument.partition("=")
+        flag = FLAGS.get(name)
+        if flag is None:
+            raise ArgvError(
+                f"Invalid option {argument}. Use -h, -help, or --help for list of options."
+            )
+        value = flag.check(name, text if equals else None)
+        values["-m" if name == "-model" else name] = value
+        if name == "-onnx-define-symbol":
+            symbol, _, size = value.rpartition(",")
+            symbols[symbol] = int(size)
+        if not flag.obeyed:
+            without_effect.append(argument)
+    return Options(values, symbols, tuple(without_effect))
+
+
+def usage() -> str:
+    """The help text."""
+    lines = ["Usage: -m=<model.onnx> -aic-hw -aic-binary-dir=<dir> [options]", ""]
+    for name, flag in FLAGS.items():
+        note = "" if flag.obeyed else " (accepted, no effect here)"
+        lines.append(f"  {name:36s} {flag.help}{note}")
+    return "\n".join(lines)

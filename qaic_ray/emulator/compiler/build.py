@@ -1,0 +1,309 @@
+"""Writes the program of one compile: static shapes, rounded weights, graphs, descriptor."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import struct
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from onnx import TensorProto
+
+from .. import lowering
+from ..container import QpcWriter, aicapi, netdesc, network
+from ..container.constants import ConstantsWriter
+from ..lowering import graph
+from ..lowering.dims import output_dims
+from ..lowering.graph import GraphError, State
+from ..lowering.view import NotLowered
+from ..numbers import kv_cache
+from .configs import Partition
+from .weights import Precision, store_weights
+
+Dims = Tuple[int, ...]
+
+_MAX_JOINT_LENGTH = 16
+"""A graph of joint rows has a kernel a token: with many tokens it is no longer the faster one."""
+
+_FLOATS = (aicapi.FLOAT_TYPE, aicapi.FLOAT_16_TYPE, aicapi.BFLOAT16_TYPE)
+_ONNX_TO_IO_TYPE = {
+    TensorProto.FLOAT: aicapi.FLOAT_TYPE,
+    TensorProto.FLOAT16: aicapi.FLOAT_16_TYPE,
+    TensorProto.BFLOAT16: aicapi.BFLOAT16_TYPE,
+    TensorProto.INT64: aicapi.INT64_I_TYPE,
+    TensorProto.INT32: aicapi.INT32_I_TYPE,
+    TensorProto.INT16: aicapi.INT16_Q_TYPE,
+    TensorProto.INT8: aicapi.INT8_TYPE,
+    TensorProto.BOOL: aicapi.INT8_TYPE,
+    TensorProto.UINT8: aicapi.UINT8_Q_TYPE,
+}
+_IO_TYPES = {
+    "float": aicapi.FLOAT_TYPE,
+    kv_cache.FLOAT16: aicapi.FLOAT_16_TYPE,
+    kv_cache.MXINT8: aicapi.INT8_TYPE,
+}
+
+
+class Build(NamedTuple):
+    """Everything a compile needs to know, checked.
+
+    `symbols` has one entry a specialization, `io_precisions` is IO name -> precision, `batch_size`
+    the value of a leading dimension that no symbol gives one.
+    """
+
+    model_path: str
+    target: str
+    apps_version: str
+    precision: Precision
+    partition: Partition
+    symbols: List[Dict[str, int]]
+    io_precisions: Dict[str, str]
+    retained: bool
+    batch_size: Optional[int]
+
+    @property
+    def network_name(self) -> str:
+        """Name of the program: the model's file name."""
+        return os.path.splitext(os.path.basename(self.model_path))[0]
+
+
+class Report(NamedTuple):
+    """What there is to say about a finished build; `not_lowered` is a reason, if there is one."""
+
+    warnings: List[str]
+    not_lowered: Optional[str]
+
+
+def write(build: Build, model: Any, path: str) -> Report:
+    """Write the program of `model` (as `graph.load` gives it; it is consumed) to a new file.
+
+    Raises:
+        GraphError: where the model cannot be compiled.
+        ConstantError: where a weight cannot be read.
+    """
+    states = _states(build, model)
+    described = _describe(build, model, states)
+    kinds = {i.name: graph.compute_kind(i) for i in graph.inputs(model)}
+    with open(path, "wb") as file:
+        writer = QpcWriter(file)
+        constants = ConstantsWriter(writer)
+        folder = os.path.dirname(os.path.abspath(build.model_path))
+        store_weights(model, constants, folder=folder, precision=build.precision)
+        graph.widen_to_float32(model)
+        graph.narrow_lookups(model, {c.name: c.kind for c in constants.table})
+        lens = _ctx_len(described, states), _joint_length(build.symbols)
+        graphs, not_lowered = _lowered(model, states, constants, lens)
+        graph.round_states(model, states)
+        graphs[network.REFERENCE] = graph.expand(model).SerializeToString()
+        size = writer.end_segment()
+        program = network.NetworkElf(
+            apps_version=build.apps_version,
+            convert_to_fp16=build.precision.convert_to_fp16,
+            mxfp6_matmul=build.precision.mxfp6_matmul,
+            num_devices=build.partition.num_devices,
+            states={name: state.output for name, state in states.items()},
+            roundings={name: s.rounding for name, s in states.items() if s.rounding is not None},
+            mxint8=_packed(build, described),
+            constants=constants.table,
+            input_kinds=kinds,
+            graphs=graphs,
+        )
+        # The vendor's field for the size of the constants has 32 bits, and wraps.
+        constants_desc = struct.pack("<I", size & 0xFFFFFFFF)
+        for data in (network.serialize(program), netdesc.serialize(described), constants_desc):
+            writer.write(data)
+            writer.end_segment()
+        writer.finish()
+    return Report(_warnings(constants), not_lowered)
+
+
+def _packed(build: Build, described: netdesc.Network) -> List[str]:
+    names = [io.name for io in described.inputs + described.outputs]
+    return [name for name in names if build.io_precisions.get(name) == kv_cache.MXINT8]
+
+
+def _states(build: Build, model: Any) -> Dict[str, State]:
+    states = {}
+    pairs = graph.retained_pairs(model) if build.retained else {}
+    for name, output in pairs.items():
+        kind = build.io_precisions.get(output, build.io_precisions.get(name))
+        if kind in (None, "float"):
+            kind = kv_cache.FLOAT16 if build.precision.convert_to_fp16 else None
+        states[name] = State(output, kind if graph.is_float_input(model, name) else None)
+    return states
+
+
+def _lowered(
+    model: Any, states: Mapping[str, State], constants: ConstantsWriter, lens: Tuple[int, int]
+) -> Any:
+    """Graphs by name (none or lowered ones), and why there is none; `lens`: context, joint rows."""
+    if not states:
+        return {}, None
+    try:
+        lowered = lowering.lower(model, states, constants.read, lens)
+    except NotLowered as reason:
+        return {}, str(reason)
+    for name, array in lowered.tables.items():
+        constants.add_float32(name, array)
+    graphs = {network.LOWERED: lowered.model.SerializeToString()}
+    if lowered.joint is not None:
+        graphs[network.JOINT] = lowered.joint.SerializeToString()
+    return graphs, None
+
+
+def _ctx_len(described: netdesc.Network, states: Mapping[str, State]) -> int:
+    sizes = [io.dims[2] for io in described.inputs if io.name in states and len(io.dims) == 4]
+    return max(sizes, default=0)
+
+
+def _joint_length(symbols: List[Dict[str, int]]) -> int:
+    """Tokens of a row in the longest shape of several rows that keeps the logits of every token."""
+    lens = [
+        s["seq_len"]
+        for s in symbols
+        if s.get("num_logits_to_keep", 0) == s.get("seq_len") and s.get("batch_size", 1) > 1
+    ]
+    return max((n for n in lens if 1 < n <= _MAX_JOINT_LENGTH), default=0)
+
+
+def _warnings(constants: ConstantsWriter) -> List[str]:
+    return [
+        f"Warning: {count} values of constant '{name}' will {what} after conversion to 16-bit"
+        for name, rounding in constants.roundings.items()
+        for count, what in (
+            (rounding.num_underflows, "underflow"),
+            (rounding.num_overflows, "overflow"),
+        )
+        if count
+    ]
+
+
+def _describe(build: Build, model: Any, states: Mapping[str, State]) -> netdesc.Network:
+    resolved = [_buffer_dims(build, model, symbols) for symbols in build.symbols]
+    largest = _largest(resolved)
+    varying = {name for name in largest if len({entry[name] for entry in resolved}) > 1}
+    for name in varying & set(states):
+        raise GraphError(f"Retained state '{name}' has different shapes in the specializations")
+    partial = varying | set(states) | {state.output for state in states.values()}
+    sides: List[List[netdesc.Io]] = []
+    for values in (graph.inputs(model), list(model.graph.output)):
+        ios = [
+            netdesc.Io(v.name, _io_type(build, v), largest[v.name], v.name in partial)
+            for v in values
+        ]
+        _permute(ios, f"{build.network_name}/{len(sides)}")
+        sides.append(ios)
+    order = sides[0] + sides[1]
+    allowed = [tuple((io.type, entry[io.name]) for io in order) for entry in resolved]
+    return netdesc.Network(
+        name=build.network_name,
+        inputs=tuple(sides[0]),
+        outputs=tuple(sides[1]),
+        num_cores=build.partition.num_cores,
+        batch_size=build.symbols[0].get("batch_size", build.batch_size or 1),
+        allowed_shapes=tuple(allowed) if len(allowed) > 1 else (),
+    )
+
+
+def _buffer_dims(build: Build, model: Any, symbols: Mapping[str, int]) -> Dict[str, Dims]:
+    """Dims of every buffer under one specialization; a packed one has its bytes as last axis."""
+    resolved = _resolve(model, symbols, build.batch_size)
+    for name, kind in build.io_precisions.items():
+        if kind == kv_cache.MXINT8 and name in resolved:
+            *outer, width = resolved[name]
+            if width % kv_cache.BLOCK:
+                raise GraphError(
+                    f"'{name}' cannot be mxint8: its last dimension is {width}, not a multiple "
+                    f"of {kv_cache.BLOCK}"
+                )
+            resolved[name] = (*outer, width // kv_cache.BLOCK * kv_cache.BLOCK_BYTES)
+    return resolved
+
+
+def _binding_type(value: Any) -> int:
+    """The descriptor's type of a graph input or output.
+
+    Raises:
+        GraphError: for a type that a card does not have.
+    """
+    elem_type = value.type.tensor_type.elem_type
+    if elem_type not in _ONNX_TO_IO_TYPE:
+        name = TensorProto.DataType.Name(elem_type)
+        raise GraphError(f"Unsupported data type {name} of input or output '{value.name}'")
+    return _ONNX_TO_IO_TYPE[elem_type]
+
+
+def _resolve(
+    model: Any, symbols: Mapping[str, int], batch_size: Optional[int] = None
+) -> Dict[str, Dims]:
+    """Dims of every input and output under one specialization.
+
+    `batch_size` is the value of a first dimension that has none among the symbols.
+
+    Raises:
+        GraphError: where a dimension of an input has no value, or an output's cannot be inferred.
+    """
+    dims: Dict[str, Dims] = {}
+    if batch_size is not None:
+        symbols = dict(_leading(model, batch_size), **symbols)
+    for value in graph.inputs(model):
+        shape = _dims(value, symbols)
+        if -1 in shape:
+            raise GraphError(
+                f"Dynamic dimension {_symbol_names(value)} of input '{value.name}' has no value; "
+                "give it by -network-specialization-config or -onnx-define-symbol"
+            )
+        dims[value.name] = tuple(shape)
+    outputs = {o.name: _dims(o, symbols) for o in model.graph.output}
+    if any(-1 in shape or not shape for shape in outputs.values()):
+        # Exporters leave out an output's rank, or make names for its dims that nobody knows.
+        inferred = output_dims(model, dims)
+        outputs.update(
+            {n: list(inferred.get(n, [-1])) for n, s in outputs.items() if -1 in s or not s}
+        )
+    for name, shape in outputs.items():
+        if -1 in shape:
+            raise GraphError(f"The shape of output '{name}' cannot be inferred")
+        dims[name] = tuple(shape)
+    return dims
+
+
+def _leading(model: Any, batch_size: int) -> Dict[str, int]:
+    dims = [v.type.tensor_type.shape.dim for v in graph.inputs(model)]
+    return {d[0].dim_param: batch_size for d in dims if len(d) and d[0].dim_param}
+
+
+def _dims(value: Any, symbols: Mapping[str, int]) -> List[int]:
+    result = []
+    for dim in value.type.tensor_type.shape.dim:
+        if dim.HasField("dim_value"):
+            result.append(dim.dim_value)
+        else:
+            result.append(symbols.get(dim.dim_param, -1))
+    return result
+
+
+def _symbol_names(value: Any) -> str:
+    dims = value.type.tensor_type.shape.dim
+    names = [d.dim_param or "?" for d in dims if not d.HasField("dim_value")]
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def _largest(resolved: Sequence[Mapping[str, Dims]]) -> Dict[str, Dims]:
+    """Per input and output, the dims with the most elements of all specializations."""
+    return {name: max((dims[name] for dims in resolved), key=math.prod) for name in resolved[0]}
+
+
+def _io_type(build: Build, value: Any) -> int:
+    type_ = _binding_type(value)
+    kind = build.io_precisions.get(value.name)
+    return _IO_TYPES[kind] if kind is not None and type_ in _FLOATS else type_
+
+
+def _permute(ios: List[netdesc.Io], seed: str) -> None:
+    # A real compiler orders bindings as it likes; programs have to go by name.
+    order = list(ios)
+    random.Random(seed).shuffle(ios)
+    if ios == order:
+        ios.reverse()

@@ -1,0 +1,351 @@
+"""What runs: a parsed QPC, its weights in memory, and activations with their retained state.
+
+Computing is float32 on the CPU, with weights rounded as the compiler was told, and with the KV
+cache rounded to what the card would hold.
+
+Covered: values of weights and cache as the flags round them; shapes, partial buffers, retained
+state. Inferred: that `-convert-to-fp16` alone makes the cache float16. Not covered: rounding of
+activations between operators to float16, and the order of sums inside a card.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import Any, Dict, List, Mapping, Optional, Tuple
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+
+from ..lowering.attention import joint_length
+from ..lowering.lowered import LoweredState, Probe, Runner
+from ..lowering.view import ORT_ERRORS
+from ..numbers import kv_cache
+from . import (
+    CONSTANTS,
+    CONSTANTS_DESC,
+    NETWORK,
+    NETWORK_DESC,
+    Container,
+    QpcError,
+    aicapi,
+    netdesc,
+    network,
+)
+from .constants import Weights, packs_into_its_own_memory
+
+_log = logging.getLogger(__name__)
+
+
+class NoMatchingDimension(Exception):
+    """The shapes of one run are not those of any specialization."""
+
+
+class ShapeError(Exception):
+    """An input that is missing, unknown or of the wrong size for its binding."""
+
+
+class ExecutionError(ShapeError):
+    """The graph cannot compute these values, for example a token beyond the vocabulary."""
+
+
+class CompiledProgram:
+    """A parsed, validated program; its constants are memory-mapped, not read.
+
+    Attributes:
+        bindings: inputs then outputs, in the compiler's own order inside each kind.
+        allowed_shapes: per specialization (type, dims) in binding order; empty when there is one.
+        states: retained input -> its output.
+        constants_bytes: DRAM that loading takes.
+        activation_bytes: DRAM that an activation takes on top: its states and its buffers.
+    """
+
+    def __init__(self, container: Container) -> None:
+        self.path = container.path
+        container.check([NETWORK, NETWORK_DESC, CONSTANTS_DESC])
+        described = netdesc.parse(bytes(container.segment(NETWORK_DESC)))
+        self._container = container
+        self.program = network.parse(bytes(container.segment(NETWORK)))
+        self.name = described.name
+        self.num_cores = described.num_cores
+        self.num_devices = self.program.num_devices
+        self.apps_version = self.program.apps_version
+        self.convert_to_fp16 = self.program.convert_to_fp16
+        self.mxfp6_matmul = self.program.mxfp6_matmul
+        self.states = self.program.states
+        self.graphs = self.program.graphs
+        self.allowed_shapes = described.allowed_shapes
+        self.bindings = described.bindings()
+        self._check_states()
+        self.constants_bytes = len(container.segment(CONSTANTS))
+        kept = set(self.states.values())
+        self.activation_bytes = sum(b.size for b in self.bindings if b.name not in kept)
+
+    @classmethod
+    def open(cls, path: str) -> CompiledProgram:
+        """Open a QPC folder or file.
+
+        Raises:
+            QpcError: where there is none, or it is damaged.
+        """
+        return cls(Container(os.fspath(path)))
+
+    def _check_states(self) -> None:
+        inputs = {b.name for b in self.bindings if b.is_input}
+        outputs = {b.name for b in self.bindings if not b.is_input}
+        if inputs != set(self.program.input_kinds):
+            raise QpcError(f"{self.path} has other inputs than its graph")
+        if not (set(self.states) <= inputs and set(self.states.values()) <= outputs):
+            raise QpcError(f"{self.path} retains a state that it has no binding for")
+
+    def constants_segment(self) -> Any:
+        """The bytes of `constants.bin`, memory-mapped."""
+        return self._container.segment(CONSTANTS)
+
+    def io_descriptor(self) -> bytes:
+        """A serialized `aicapi.IoDesc`."""
+        desc = aicapi.IoDesc(program_name=self.name)
+        default = desc.io_sets.add(name="default")
+        for b in self.bindings:
+            default.bindings.add(
+                name=b.name,
+                index=b.index,
+                type=b.type,
+                dir=aicapi.BUFFER_IO_TYPE_INPUT if b.is_input else aicapi.BUFFER_IO_TYPE_OUTPUT,
+                quant_scale=1.0,
+                dims=b.dims,
+                size=b.size & 0xFFFFFFFF,
+                is_partial_buf_allowed=b.is_partial_buf_allowed,
+                is_valid=True,
+            )
+        desc.selected_set.CopyFrom(default)
+        for shapes in self.allowed_shapes:
+            entry = desc.allowed_shapes.add()
+            for type_, dims in shapes:
+                entry.shapes.add(type=type_, dims=dims)
+        return bytes(desc.SerializeToString())
+
+
+def num_threads_of_environment() -> int:
+    """Threads of one program: `QAIC_EMULATOR_THREADS`, else `OMP_NUM_THREADS`, else all CPUs."""
+    for name in ("QAIC_EMULATOR_THREADS", "OMP_NUM_THREADS"):
+        text = os.environ.get(name, "")
+        if text.isascii() and text.isdigit() and int(text) > 0:
+            return int(text)
+    return os.cpu_count() or 1
+
+
+class LoadedProgram:
+    """A program with its constants decoded to memory; shared by its activations.
+
+    Args:
+        qpc: the program.
+        num_threads: threads of one inference.
+        use_lowered: whether to run the lowered graph where the compiler made one.
+    """
+
+    def __init__(self, qpc: CompiledProgram, num_threads: int, *, use_lowered: bool = True) -> None:
+        self.qpc = qpc
+        self._num_threads = num_threads
+        self._lock = threading.Lock()
+        self._constants = {c.name: c for c in qpc.program.constants}
+        self._reference: Any = None
+        self._joint: Any = None
+        self.joint_length = 0
+        self.lowered: Any = None
+        if use_lowered and network.LOWERED in qpc.graphs:
+            self.lowered = self._lowered_session()
+        if self.lowered is None:
+            self.reference()
+        elif network.JOINT in qpc.graphs:
+            self.joint_length = joint_length(self._model(network.JOINT))
+
+    def reference(self) -> Any:
+        """The session of the reference graph, made when it is first needed."""
+        with self._lock:
+            if self._reference is None:
+                self._reference, self._reference_weights = self._session(network.REFERENCE)
+                if packs_into_its_own_memory():
+                    self._reference_weights.release()
+            return self._reference
+
+    def joint(self) -> Any:
+        """The session of the graph of joint rows, made when it is first needed; None: not sound."""
+        with self._lock:
+            if self._joint is None and self.joint_length:
+                self._joint = self._joint_session()
+                if self._joint is None:
+                    self.joint_length = 0
+            return self._joint
+
+    def activate(self) -> Activation:
+        """A new activation, with its retained state all zero."""
+        return Activation(self)
+
+    def _model(self, name: str) -> Any:
+        try:
+            return onnx.ModelProto.FromString(self.qpc.graphs[name])
+        except DecodeError as error:
+            raise QpcError(f"a graph of {self.qpc.path} cannot be parsed") from error
+
+    def _session(self, name: str) -> Tuple[Any, Weights]:
+        model = self._model(name)
+        weights = Weights(model, self._constants, self.qpc.constants_segment())
+        return weights.session(model, self._num_threads), weights
+
+    def _lowered_session(self) -> Any:
+        """The lowered session with its weights in memory once; None where it is not sound."""
+        try:
+            session, self._weights = self._session(network.LOWERED)
+            probe = Probe(session, self.qpc.states)
+            self._weights.release()
+            if probe.holds():
+                return session
+            self._weights.restore()
+            if probe.holds():
+                return session
+            reason = "other results for the same tokens in other forms"
+        except (QpcError, *ORT_ERRORS) as error:
+            reason = str(error)
+        _log.warning("%s runs without faster operators: %s", self.qpc.name, reason)
+        return None
+
+    def _joint_session(self) -> Any:
+        try:
+            session, self._joint_weights = self._session(network.JOINT)
+            if packs_into_its_own_memory():
+                self._joint_weights.release()
+            if Probe(self.lowered, self.qpc.states).joins(session):
+                return session
+            reason = "joint rows have other results"
+        except (QpcError, *ORT_ERRORS) as error:
+            reason = str(error)
+        _log.warning("%s runs rows of several tokens one by one: %s", self.qpc.name, reason)
+        return None
+
+
+class Activation:
+    """One activation: holds the retained state between runs. Safe to use from several threads."""
+
+    def __init__(self, program: LoadedProgram) -> None:
+        self._program = program
+        self._qpc = program.qpc
+        self._lock = threading.Lock()
+        self._packed = set(self._qpc.program.mxint8)
+        self._bindings = {b.name: b for b in self._qpc.bindings}
+        self._kinds = {n: np.dtype(k) for n, k in self._qpc.program.input_kinds.items()}
+        self.reset()
+
+    def reset(self) -> None:
+        """Set every retained state to zero."""
+        self._states = {
+            name: np.zeros(self._compute_dims(name), self._kinds[name]) for name in self._qpc.states
+        }
+        self._lowered = None
+        lowered, states = self._program.lowered, self._qpc.states
+        if lowered is not None:
+            runner = Runner(lowered, self._states, states)
+            self._lowered = LoweredState(runner, self._joint, self._program.joint_length)
+
+    def _joint(self) -> Optional[Runner]:
+        session = self._program.joint()
+        return None if session is None else Runner(session, self._states, self._qpc.states)
+
+    def run(
+        self, inputs: Mapping[str, Any], outputs: Mapping[str, Tuple[int, ...]]
+    ) -> Dict[str, Any]:
+        """One inference.
+
+        Args:
+            inputs: arrays by binding name, in the binding's dtype. A retained input that is
+                missing takes the state that the activation holds.
+            outputs: wanted output -> dims of the caller's buffer. A retained output that is
+                missing stays on the card.
+
+        Returns:
+            The wanted outputs, in their bindings' dtypes.
+
+        Raises:
+            NoMatchingDimension: where no specialization has these shapes.
+            ShapeError: for a name that is no binding, or an input that cannot be left out.
+        """
+        self._check(inputs, outputs)
+        with self._lock:
+            feeds = {}
+            for name, array in inputs.items():
+                values = self._to_compute(name, array)
+                if name in self._states:
+                    kind = self._qpc.program.roundings.get(name)
+                    np.copyto(self._states[name], kv_cache.rounded(kind, values))
+                else:
+                    feeds[name] = values
+            try:
+                made = self._compute(feeds)
+            except ORT_ERRORS as error:
+                raise ExecutionError(f"{self._qpc.name}: {error}") from error
+            made.update({out: self._states[name] for name, out in self._qpc.states.items()})
+            return {name: self._to_buffer(name, made[name]) for name in outputs}
+
+    def state(self, name: str) -> Any:
+        """What a retained input holds now, as it is computed with; a view."""
+        return self._states[name]
+
+    def _compute(self, feeds: Mapping[str, Any]) -> Dict[str, Any]:
+        made = None if self._lowered is None else self._lowered.run(feeds)
+        return self._run_reference(feeds) if made is None else made
+
+    def _run_reference(self, feeds: Mapping[str, Any]) -> Dict[str, Any]:
+        session = self._program.reference()
+        names = [o.name for o in session.get_outputs()]
+        made = dict(zip(names, session.run(names, dict(feeds, **self._states))))
+        for name, out in self._qpc.states.items():
+            np.copyto(self._states[name], made.pop(out))
+        return made
+
+    def _compute_dims(self, name: str) -> Tuple[int, ...]:
+        dims = self._bindings[name].dims
+        if name not in self._packed:
+            return dims
+        return (*dims[:-1], dims[-1] // kv_cache.BLOCK_BYTES * kv_cache.BLOCK)
+
+    def _to_compute(self, name: str, array: Any) -> Any:
+        kind = self._kinds[name]
+        if name in self._packed:
+            packed = array.view(np.uint8).reshape(*array.shape[:-1], -1, kv_cache.BLOCK_BYTES)
+            return kv_cache.decode(packed, packed.shape[-2] * kv_cache.BLOCK)
+        values = array != 0 if kind == np.bool_ else array.astype(kind, copy=False)
+        return np.ascontiguousarray(values)
+
+    def _to_buffer(self, name: str, array: Any) -> Any:
+        if name in self._packed:
+            return kv_cache.encode(array).reshape(*array.shape[:-1], -1).view(np.int8)
+        with np.errstate(over="ignore"):
+            copy = name in self._qpc.states.values()
+            return array.astype(self._bindings[name].dtype, copy=copy)
+
+    def _check(self, inputs: Mapping[str, Any], outputs: Mapping[str, Tuple[int, ...]]) -> None:
+        for name in list(inputs) + list(outputs):
+            if name not in self._bindings or self._bindings[name].is_input != (name in inputs):
+                raise ShapeError(f"'{name}' is no binding of {self._qpc.name}")
+        for b in self._qpc.bindings:
+            missing = b.name not in (inputs if b.is_input else outputs)
+            if missing and b.is_input and b.name not in self._qpc.states:
+                raise ShapeError(f"input '{b.name}' is missing")
+        given = {name: tuple(array.shape) for name, array in inputs.items()}
+        given.update({name: tuple(dims) for name, dims in outputs.items()})
+        for shapes in self._specializations():
+            if all(shapes[name] == dims for name, dims in given.items()):
+                return
+        shown = ", ".join(f"{n}{list(d)}" for n, d in sorted(given.items()))
+        raise NoMatchingDimension(f"No matching dimension found for {shown}")
+
+    def _specializations(self) -> List[Dict[str, Tuple[int, ...]]]:
+        names = [b.name for b in self._qpc.bindings]
+        if not self._qpc.allowed_shapes:
+            return [{b.name: b.dims for b in self._qpc.bindings}]
+        return [
+            {name: dims for name, (_, dims) in zip(names, shapes)}
+            for shapes in self._qpc.allowed_shapes
+        ]

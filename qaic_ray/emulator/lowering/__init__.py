@@ -1,0 +1,313 @@
+"""From the reference graph to the fastest graph with the same results on a CPU.
+
+Attention over a cache that stays in place (GroupQueryAttention), rotary embeddings and RMS norms
+become one operator each. A graph is lowered as a whole or not at all: where any retained state is
+used in a way that is not known, the reference graph runs (`docs/emulated-sdk.md`).
+
+The lowered graph takes rows of any length without padding: `position_ids` are all valid, two more
+inputs say how long each row's context is (`SEQLENS`, `TOTAL`), and each past input has to be the
+same memory as its retained output. The `joint` graph beside it is for several rows of a few tokens
+(speculation): it has one kernel a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from ..numbers import kv_cache
+from . import attention, rotary
+from .attention import (
+    BATCH_INDEX,
+    COMP_CTX_LENGTHS,
+    INPUT_IDS,
+    NUM_LOGITS_TO_KEEP,
+    POSITION_IDS,
+    SEQLENS,
+    TOKEN_SIZES,
+    TOTAL,
+    Attention,
+    Cache,
+    joint_nodes,
+    kernel_node,
+    token_name,
+)
+from .graph import State, expand, has_subgraphs, replace_by_stub
+from .view import HEADS_FIRST, GraphView, NotLowered, is_heads_first
+
+
+class Lowered(NamedTuple):
+    """A lowered model, and the new float32 tables that it reads beside the weights.
+
+    `joint` is the same model for a fixed number of tokens of several rows, where it was asked for.
+    """
+
+    model: Any
+    joint: Optional[Any]
+    tables: Dict[str, Any]
+
+
+def lower(
+    model: Any,
+    states: Mapping[str, State],
+    values: Callable[[str], Any],
+    lens: Tuple[int, int],
+) -> Lowered:
+    """Lower a float32 model whose states are not rounded yet.
+
+    Args:
+        model: as `graph.widen_to_float32` leaves it.
+        states: retained input -> its output and rounding.
+        values: reads an initializer that is stored apart.
+        lens: positions that a row can have, and tokens of each row that a model of joint rows is
+            for (0: no such model).
+
+    Raises:
+        NotLowered: saying what about the graph is not known.
+    """
+    view = GraphView(model, values)
+    _check_interface(view, states)
+    attentions = attention.find(view, states)
+    ctx_len, joint_length = lens
+    finder, tables = rotary.RotaryFinder(view, ctx_len), _Tables()
+
+    def rewritten(length: int) -> Any:
+        rewriter = _Rewriter(view, finder, tables, length)
+        for found in attentions:
+            rewriter.replace(found)
+        return rewriter.finish()
+
+    joint = rewritten(joint_length) if joint_length else None
+    return Lowered(rewritten(0), joint, tables.arrays)
+
+
+def _check_interface(view: GraphView, states: Mapping[str, State]) -> None:
+    needed = {INPUT_IDS, POSITION_IDS}
+    known = needed | {BATCH_INDEX, COMP_CTX_LENGTHS, NUM_LOGITS_TO_KEEP} | set(states)
+    if has_subgraphs(view.model):
+        raise NotLowered("a node has a graph of its own")
+    if not states or not needed <= view.inputs <= known:
+        unknown = sorted(view.inputs - known) or sorted(needed - view.inputs) or ["no past"]
+        raise NotLowered(f"its inputs are of another kind ({', '.join(unknown)})")
+    sizes = [view.shape(name, rank=4)[axis] for name in states for axis in (0, 2)]
+    if any(isinstance(size, int) for size in (*view.shape(INPUT_IDS, rank=2), *sizes)):
+        raise NotLowered("rows, tokens or context have one size only")
+    if view.types[POSITION_IDS] != TensorProto.INT64:
+        raise NotLowered(f"{POSITION_IDS} is not INT64")
+    batch, length = view.shape(INPUT_IDS)
+    per_token = {length, *view.shapes.get(NUM_LOGITS_TO_KEEP, ())[:1]}
+    for name in view.outputs - {state.output for state in states.values()}:
+        shape = view.shape(name)
+        rest = shape[2:] if len(shape) > 2 and shape[1] in per_token else shape[1:]
+        if shape[0] != batch or not all(isinstance(d, int) for d in rest):
+            raise NotLowered(f"{name} does not have one row per row of {INPUT_IDS}")
+
+
+class _Tables:
+    """New constants, each kept once."""
+
+    def __init__(self) -> None:
+        self.arrays: Dict[str, Any] = {}
+        self._names: Dict[bytes, str] = {}
+
+    def name(self, array: Any) -> str:
+        data = array.tobytes()
+        if data not in self._names:
+            self._names[data] = f"lowered/rotary_{len(self.arrays)}"
+            self.arrays[self._names[data]] = array
+        return self._names[data]
+
+
+class _Rewriter:
+    def __init__(
+        self, view: GraphView, finder: rotary.RotaryFinder, tables: _Tables, joint_length: int
+    ) -> None:
+        self._view = view
+        self._finder = finder
+        self._tables = tables
+        self._joint_length = joint_length
+        self._states: List[str] = []
+        self._added: Dict[int, List[Any]] = {}
+        self._dropped: Set[int] = set()
+        self._initializers: List[Any] = []
+        self._shapes: Dict[Tuple[int, ...], str] = {}
+
+    def replace(self, found: Attention) -> None:
+        """Put the kernel in the place of one attention."""
+        view = self._view
+        nodes: List[Any] = []
+        query = self._rotated(found.query, found.num_heads, nodes)
+        key = self._rotated(found.key.update, found.num_kv_heads, nodes)
+        value = self._flat(found.value.update, found.num_kv_heads, nodes)
+        key = self._round(key, found.key, nodes)
+        value = self._round(value, found.value, nodes)
+        joined = self._joined(found)
+        output = joined or found.output + "/flat"
+        if self._joint_length:
+            nodes += joint_nodes(found, (query, key, value), output, self._joint_length)
+        else:
+            nodes.append(kernel_node(found, (query, key, value), output))
+        if joined is None:
+            split, dims = found.output + "/split", [0, 0, found.num_heads, found.head_dim]
+            nodes.append(self._reshape(output, dims, split))
+            nodes.append(self._transpose(split, found.output))
+        for present in (found.key.present, found.value.present):
+            self._states.append(present)
+            self._dropped.add(view.producer[present])
+        last = view.producer[joined or found.output]
+        self._dropped.add(last)
+        self._added[last] = nodes
+
+    def _joined(self, found: Attention) -> Any:
+        """The value [B, S, heads * dim] made of the output, where nothing else reads it."""
+        view = self._view
+        width = found.num_heads * found.head_dim
+        readers = view.readers(found.output)
+        if len(readers) != 1 or not is_heads_first(readers[0]):
+            return None
+        middle = readers[0].output[0]
+        readers = view.readers(middle)
+        if len(readers) != 1 or readers[0].op_type != "Reshape":
+            return None
+        flat = readers[0].output[0]
+        shape = view.shapes.get(flat, ())
+        fits = len(shape) == 3 and shape[2] == width and flat not in view.outputs
+        return flat if fits and middle not in view.outputs else None
+
+    def _rotated(self, name: str, num_heads: int, nodes: List[Any]) -> str:
+        rotation = self._finder.find(name)
+        if rotation is None:
+            return self._flat(name, num_heads, nodes)
+        source = self._flat(rotation.source, num_heads, nodes)
+        tables = (self._tables.name(rotation.cos), self._tables.name(rotation.sin))
+        nodes.append(rotary.kernel_node(source, tables, name + "/rotated", num_heads))
+        return name + "/rotated"
+
+    def _flat(self, name: str, num_heads: int, nodes: List[Any]) -> str:
+        """`name` [B, heads, S, dim] as [B, S, heads * dim]; the value it was made of, if it was."""
+        view = self._view
+        width = num_heads * int(view.shape(name, rank=4)[3])
+        node = view.node(name)
+        source, made = name + "/seq", False
+        if node is not None and is_heads_first(node):
+            source, made = node.input[0], True
+            before = view.node(source)
+            if before is not None and before.op_type == "Reshape":
+                shape = view.shapes.get(before.input[0], ())
+                if len(shape) == 3 and shape[2] == width:
+                    return str(before.input[0])
+        if not made:
+            nodes.append(self._transpose(name, source))
+        nodes.append(self._reshape(source, [0, 0, width], name + "/flat"))
+        return name + "/flat"
+
+    def _round(self, name: str, cache: Cache, nodes: List[Any]) -> str:
+        if cache.rounding is None:
+            return name
+        target = cache.present + "/update"
+        added, initializers = kv_cache.rounding_nodes(cache.rounding, name, target, 3)
+        nodes.extend(added)
+        self._initializers.extend(initializers)
+        return target
+
+    def _transpose(self, source: str, target: str) -> Any:
+        return helper.make_node("Transpose", [source], [target], name=target, perm=HEADS_FIRST)
+
+    def _reshape(self, source: str, dims: List[int], target: str) -> Any:
+        key = tuple(dims)
+        if key not in self._shapes:
+            self._shapes[key] = f"lowered/shape_{len(self._shapes)}"
+            array = np.array(dims, np.int64)
+            self._initializers.append(numpy_helper.from_array(array, self._shapes[key]))
+        return helper.make_node("Reshape", [source, self._shapes[key]], [target], name=target)
+
+    def finish(self) -> Any:
+        """The whole lowered model."""
+        view = self._view
+        nodes: List[Any] = []
+        for index, node in enumerate(view.nodes):
+            nodes.extend(self._added.get(index, ()))
+            if index not in self._dropped:
+                nodes.append(node)
+        nodes = _needed(nodes, view.outputs)
+        model = onnx.ModelProto()
+        model.CopyFrom(view.model)
+        graph = model.graph
+        del graph.node[:]
+        del graph.value_info[:]
+        graph.node.extend(nodes)
+        graph.initializer.extend(self._initializers)
+        for name, array in self._tables.arrays.items():
+            graph.initializer.add(name=name, dims=array.shape)
+            replace_by_stub(graph.initializer[-1], TensorProto.FLOAT)
+        read = {name for node in nodes for name in node.input}
+        cache_only = {BATCH_INDEX, COMP_CTX_LENGTHS}
+        if read & cache_only:
+            raise NotLowered(f"{read & cache_only} is read by more than the cache")
+        for index in reversed(range(len(graph.input))):
+            if graph.input[index].name in cache_only:
+                del graph.input[index]
+        _keep(graph.initializer, read)
+        for value in graph.output:
+            _set_dims(value, view.shape(value.name))
+        self._add_interface(graph)
+        _free_rows(graph, view)
+        return expand(model)
+
+    def _add_interface(self, graph: Any) -> None:
+        """The inputs, outputs and constants that the kernels have on top."""
+        length, lengths = self._joint_length, [SEQLENS]
+        if length:
+            lengths = [token_name(SEQLENS, token) for token in range(length)]
+            ones = numpy_helper.from_array(np.ones(length, np.int64), TOKEN_SIZES)
+            graph.initializer.append(ones)
+        batch = self._view.shape(INPUT_IDS)[0]
+        for name in lengths:
+            graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT32, [batch]))
+        graph.input.append(helper.make_tensor_value_info(TOTAL, TensorProto.INT32, []))
+        presents = [o for o in graph.output if o.name in self._states]
+        for token in range(length - 1):
+            for present in presents:
+                # An output, because only those can be given memory.
+                graph.output.add().CopyFrom(present)
+                graph.output[-1].name = token_name(present.name, token)
+
+
+def _needed(nodes: List[Any], outputs: Set[str]) -> List[Any]:
+    wanted, kept = set(outputs), []
+    for node in reversed(nodes):
+        if wanted.intersection(node.output):
+            wanted.update(node.input)
+            kept.append(node)
+    return kept[::-1]
+
+
+def _keep(initializers: Any, names: Set[str]) -> None:
+    kept = [t for t in initializers if t.name in names]
+    copies = [TensorProto.FromString(t.SerializeToString()) for t in kept]
+    del initializers[:]
+    initializers.extend(copies)
+
+
+def _set_dims(value: Any, dims: Tuple[Any, ...]) -> None:
+    """Give an output the names of dimensions that inputs have too."""
+    shape = value.type.tensor_type.shape
+    del shape.dim[:]
+    for dim in dims:
+        if isinstance(dim, int):
+            shape.dim.add(dim_value=dim)
+        else:
+            shape.dim.add(dim_param=dim)
+
+
+def _free_rows(graph: Any, view: GraphView) -> None:
+    """Let the lowered graph run over any rows and slots: states as many as there are rows."""
+    batch = view.shape(INPUT_IDS)[0]
+    rows = batch if isinstance(batch, str) else "rows"
+    for value in list(graph.input) + list(graph.output):
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) and value.name != NUM_LOGITS_TO_KEEP:
+            dims[0].dim_param = rows
