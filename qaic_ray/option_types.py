@@ -1,7 +1,7 @@
 """What an option is made of: its entry, its type and bounds, and the section that it stands in.
 
-A section is a frozen pydantic model whose fields read `name: Annotated[TYPE, Opt(HELP)] = DEFAULT`.
-The command line, the job file and the reference page are made from them.
+A section is a frozen pydantic model whose fields read `name: TYPE = opt(DEFAULT, HELP)`. The command
+line, the job file and the reference page are made from them.
 """
 
 from __future__ import annotations
@@ -57,6 +57,18 @@ class Opt:
     hidden: bool = False
 
 
+def opt(default: Any, help: str, **more: Any) -> Any:
+    """A field that is an option; a default of `...` must be given.
+
+    Args:
+        default: its value where nothing is said.
+        help: for people.
+        more: what `Opt` has, and bounds as pydantic's `Field` takes them.
+    """
+    entry = {name: more.pop(name) for name in list(more) if name in Opt.__dataclass_fields__}
+    return Field(default, description=help, json_schema_extra={"opt": entry}, **more)
+
+
 class Section(BaseModel):
     """Options that belong together: frozen, and with no key but its own.
 
@@ -80,14 +92,12 @@ def options_of(kind: type) -> dict[str, Opt]:
     """
     found = {}
     for name, field in kind.__pydantic_fields__.items():  # type: ignore[attr-defined]
-        for entry in field.metadata:
-            if isinstance(entry, Opt):
-                owner = next(
-                    base for base in kind.__mro__ if name in vars(base).get("__annotations__", ())
-                )
-                group = entry.group or getattr(owner, "GROUP", "")
-                allowed = entry.allowed or Value.of(field).allowed
-                found[name] = replace(entry, group=group, allowed=allowed)
+        if field.json_schema_extra is not None:
+            entry = Opt(field.description, **field.json_schema_extra["opt"])
+            own = (base for base in kind.__mro__ if name in vars(base).get("__annotations__", ()))
+            group = entry.group or getattr(next(own), "GROUP", "")
+            allowed = entry.allowed or Value.of(field).allowed
+            found[name] = replace(entry, group=group, allowed=allowed)
     return found
 
 

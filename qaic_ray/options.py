@@ -30,7 +30,6 @@ from qaic_ray.option_types import (
     Devices,
     Listed,
     NumCores,
-    Opt,
     PathText,
     PositiveInt,
     PrecisionName,
@@ -39,6 +38,7 @@ from qaic_ray.option_types import (
     TemplateText,
     Words,
     one_of,
+    opt,
 )
 from qaic_ray.rows import ChatOptions
 from qaic_ray.sampling_params import ANSWER_END, MAX_SEED, Sampling, SamplingParams
@@ -50,7 +50,7 @@ CARDS = "Cards"
 FOLDER = "The run folder"
 
 LIMITS = read_object(Path(__file__).parent / "emulator" / "limits.json")
-"""What the emulated SDK can be asked to be."""
+"""What the emulated SDK can be asked to be, as its folder says."""
 
 MODEL_HELP = "Local folder, hub id, .gguf file, or smollm2-135m."
 
@@ -58,60 +58,51 @@ MODEL_HELP = "Local folder, hub id, .gguf file, or smollm2-135m."
 class ModelOptions(Section):
     """Which checkpoint."""
 
-    name: Annotated[PathText, Opt(MODEL_HELP, flag="--model-name")]
-    model_class: Annotated[
-        Literal["LlamaForCausalLM"], Opt("The model's class, as in the published recipe.")
-    ] = "LlamaForCausalLM"
-    trust_remote_code: Annotated[
-        bool, Opt("Let transformers run code that the checkpoint brings.", flag=None)
-    ] = False
+    name: PathText = opt(..., MODEL_HELP, flag="--model-name")
+    model_class: Literal["LlamaForCausalLM"] = opt(
+        "LlamaForCausalLM", "The model's class, as in the published recipe."
+    )
+    trust_remote_code: bool = opt(
+        False, "Let transformers run code that the checkpoint brings.", flag=None
+    )
 
 
 class ExportOptions(Section):
     """How the graph is made."""
 
-    output: Annotated[
-        PathText | None, Opt("Folder to write; its name is the model's.", shown="<base>-kv")
-    ] = None
-    io: Annotated[
-        IoContract, Opt("The interface: position-ids, or cache-index as the recipe's.")
-    ] = IoContract.POSITION_IDS
-    continuous_batching: Annotated[
-        bool,
-        Opt(
-            "Slots, refilled while others run; else the rows of a batch start and end together.",
-        ),
-    ] = True
-    opset: Annotated[
-        Literal[13, 17] | None, Opt("17, or 13 for SDKs up to Apps 1.20.", shown="by the interface")
-    ] = None
-    dtype: Annotated[
-        Literal["float32", "float16"],
-        Opt("Weights in the files; what the card computes with is the compile's precision."),
-    ] = "float32"
-    kv_dtype: Annotated[
-        Literal["float16", "mxint8"], Opt("KV cache on the card (custom_io.yaml).")
-    ] = "float16"
-    logits: Annotated[
-        Literal["last", "all", "num_logits_to_keep"], Opt("Of which tokens there are logits.")
-    ] = "last"
-    next_tokens: Annotated[bool, Opt("The likeliest token ids as output, in place of logits.")] = (
-        False
+    output: PathText | None = opt(
+        None, "Folder to write; its name is the model's.", shown="<base>-kv"
     )
-    replicate_kv_heads: Annotated[
-        PositiveInt,
-        Opt("Copies of every key and value head, for device groups that share out the heads."),
-    ] = 1
-    comp_ctx_lengths: Annotated[
-        bool, Opt("An input that says how much of the context is computed with.")
-    ] = False
-    verify: Annotated[
-        Literal["auto", "full", "quick", "off"],
-        Opt(
-            "Check against PyTorch. quick: the first and last two layers; auto: full under two "
-            "billion parameters, else quick.",
-        ),
-    ] = "auto"
+    io: IoContract = opt(
+        IoContract.POSITION_IDS, "The interface: position-ids, or cache-index as the recipe's."
+    )
+    continuous_batching: bool = opt(
+        True, "Slots, refilled while others run; else the rows of a batch start and end together."
+    )
+    opset: Literal[13, 17] | None = opt(
+        None, "17, or 13 for SDKs up to Apps 1.20.", shown="by the interface"
+    )
+    dtype: Literal["float32", "float16"] = opt(
+        "float32", "Weights in the files; what the card computes with is the compile's precision."
+    )
+    kv_dtype: Literal["float16", "mxint8"] = opt(
+        "float16", "KV cache on the card (custom_io.yaml)."
+    )
+    logits: Literal["last", "all", "num_logits_to_keep"] = opt(
+        "last", "Of which tokens there are logits."
+    )
+    next_tokens: bool = opt(False, "The likeliest token ids as output, in place of logits.")
+    replicate_kv_heads: PositiveInt = opt(
+        1, "Copies of every key and value head, for device groups that share out the heads."
+    )
+    comp_ctx_lengths: bool = opt(
+        False, "An input that says how much of the context is computed with."
+    )
+    verify: Literal["auto", "full", "quick", "off"] = opt(
+        "auto",
+        "Check against PyTorch. quick: the first and last two layers; auto: full under two "
+        "billion parameters, else quick.",
+    )
 
     @property
     def graph_opset(self) -> int:
@@ -146,34 +137,27 @@ class ExportOptions(Section):
 class CompileOptions(Section):
     """The grid of variants: every combination of the lists is compiled."""
 
-    precision: Annotated[
-        Listed[PrecisionName], Opt("Lists: mx6,fp16.", argument="[mx6|fp16|fp32]")
-    ] = (DEFAULT_PRECISION,)
-    num_cores: Annotated[Listed[NumCores], Opt("NSPs; lists: 7,14.", argument="[NSP]")] = (
-        DEFAULT_CORES,
+    precision: Listed[PrecisionName] = opt(
+        (DEFAULT_PRECISION,), "Lists: mx6,fp16.", argument="[mx6|fp16|fp32]"
     )
-    batch_size: Annotated[
-        Listed[PositiveInt],
-        Opt("Rows of a static program, slots of a continuous-batching one; lists: 1,8."),
-    ] = (DEFAULT_BATCH_SIZE,)
-    prompt_len: Annotated[
-        Listed[PromptLen],
-        Opt("Tokens of a prefill; lists: 32,64; 32+64 is one program that has both."),
-    ] = (DEFAULT_PROMPT_LEN,)
-    ctx_len: Annotated[Listed[PositiveInt], Opt("Tokens of a context; lists: 512,2048.")] = (
-        DEFAULT_CTX_LEN,
+    num_cores: Listed[NumCores] = opt((DEFAULT_CORES,), "NSPs; lists: 7,14.", argument="[NSP]")
+    batch_size: Listed[PositiveInt] = opt(
+        (DEFAULT_BATCH_SIZE,),
+        "Rows of a static program, slots of a continuous-batching one; lists: 1,8.",
     )
-    num_speculative_tokens: Annotated[
-        Count, Opt("Tokens guessed ahead in a decode step; of an export with num_logits_to_keep.")
-    ] = 0
-    comp_ctx_lengths: Annotated[
-        Words[PositiveInt],
-        Opt("Contexts to compute with, beside ctx_len: 512,1024; of an export that has them."),
-    ] = ()
-    output: Annotated[PathText, Opt("Folder that gets one folder a variant.")] = "qpc"
-    parallel: Annotated[
-        PositiveInt | None, Opt("Compiles at once.", flag="--jobs", shown="one a CPU")
-    ] = None
+    prompt_len: Listed[PromptLen] = opt(
+        (DEFAULT_PROMPT_LEN,),
+        "Tokens of a prefill; lists: 32,64; 32+64 is one program that has both.",
+    )
+    ctx_len: Listed[PositiveInt] = opt((DEFAULT_CTX_LEN,), "Tokens of a context; lists: 512,2048.")
+    num_speculative_tokens: Count = opt(
+        0, "Tokens guessed ahead in a decode step; of an export with num_logits_to_keep."
+    )
+    comp_ctx_lengths: Words[PositiveInt] = opt(
+        (), "Contexts to compute with, beside ctx_len: 512,1024; of an export that has them."
+    )
+    output: PathText = opt("qpc", "Folder that gets one folder a variant.")
+    parallel: PositiveInt | None = opt(None, "Compiles at once.", flag="--jobs", shown="one a CPU")
 
 
 class VariantChoice(Section):
@@ -191,21 +175,18 @@ class PromptOptions(Section):
 
     GROUP: ClassVar[str] = PROMPTS
 
-    prompt: Annotated[
-        str | None, Opt(r"Prompts separated by |, as in the recipe; \| is a pipe of the text.")
-    ] = None
-    prompts: Annotated[
-        PathText | None,
-        Opt(
-            "A file: lines of text; .jsonl, .csv: prompt or messages; - for stdin.",
-            flag="--prompts-file",
-            free=True,
-        ),
-    ] = None
-    prompts_format: Annotated[
-        Literal["text", "jsonl", "openai", "csv", "tsv", "parquet"] | None,
-        Opt("What the prompts file holds.", shown="by name and content"),
-    ] = None
+    prompt: str | None = opt(
+        None, r"Prompts separated by |, as in the recipe; \| is a pipe of the text."
+    )
+    prompts: PathText | None = opt(
+        None,
+        "A file: lines of text; .jsonl, .csv: prompt or messages; - for stdin.",
+        flag="--prompts-file",
+        free=True,
+    )
+    prompts_format: Literal["text", "jsonl", "openai", "csv", "tsv", "parquet"] | None = opt(
+        None, "What the prompts file holds.", shown="by name and content"
+    )
 
 
 class Generation(Section):
@@ -213,71 +194,65 @@ class Generation(Section):
 
     GROUP: ClassVar[str] = PROMPTS
 
-    chat: Annotated[
-        bool,
-        Opt("Put each prompt into the model's chat template; rows of messages always are."),
-    ] = False
-    system: Annotated[
-        str | None, Opt("With --chat: the system message of conversations that bring none.")
-    ] = None
-    chat_template: Annotated[
-        TemplateText | None, Opt("A Jinja file instead of the model's own, or its text.")
-    ] = None
-    chat_template_kwargs: Annotated[
-        dict[str, Any], Opt("""Variables for the template: '{"enable_thinking": false}'.""")
-    ] = Field(default_factory=dict)
-    continue_final_message: Annotated[bool, Opt("Go on with the last message of a chat.")] = False
-    add_generation_prompt: Annotated[
-        bool, Opt("End a chat with the beginning of the assistant's answer.")
-    ] = True
-    date: Annotated[
-        Date | None,
-        Opt(
-            "What a chat template takes for the date, like 2026-01-31T12:00:00.",
-            flag=None,
-            shown="the run's beginning",
-        ),
-    ] = None
+    chat: bool = opt(
+        False, "Put each prompt into the model's chat template; rows of messages always are."
+    )
+    system: str | None = opt(
+        None, "With --chat: the system message of conversations that bring none."
+    )
+    chat_template: TemplateText | None = opt(
+        None, "A Jinja file instead of the model's own, or its text."
+    )
+    chat_template_kwargs: dict[str, Any] = opt(
+        {}, """Variables for the template: '{"enable_thinking": false}'."""
+    )
+    continue_final_message: bool = opt(False, "Go on with the last message of a chat.")
+    add_generation_prompt: bool = opt(
+        True, "End a chat with the beginning of the assistant's answer."
+    )
+    date: Date | None = opt(
+        None,
+        "What a chat template takes for the date, like 2026-01-31T12:00:00.",
+        flag=None,
+        shown="the run's beginning",
+    )
     sampling: Sampling = SamplingParams()
-    seed: Annotated[
-        Annotated[int, Field(ge=0, le=MAX_SEED)] | None,
-        Opt(
-            "What each row's own seed is made from; the run folder's job.yaml has it.",
-            flag="--run-seed",
-            group=SamplingParams.GROUP,
-            shown="drawn",
-        ),
-    ] = None
-    generation_len: Annotated[
-        PositiveInt | None, Opt("Most tokens of an answer.", group=ANSWER_END, shown="context")
-    ] = None
-    drafts: Annotated[
-        Literal["auto", "none", "prompt-lookup"],
-        Opt(
-            "What drafts tokens; auto: the draft QPC where there is one, else prompt lookup. The "
-            "text is the same.",
-            flag="--speculate",
-            group=DRAFTS,
-        ),
-    ] = "auto"
-    draft_qpc: Annotated[
-        PathText | None,
-        Opt("Folder of a smaller model's QPC, to run beside the other.", group=DRAFTS),
-    ] = None
-    max_stall_s: Annotated[
-        float,
-        Field(ge=0, allow_inf_nan=False),
-        Opt("Seconds that running rows may wait for other rows' prefill.", flag=None),
-    ] = 1.0
-    prefix_reuse: Annotated[
-        bool, Opt("Start a prompt from what a slot's cache holds of it already.", flag=None)
-    ] = True
-    input_len: Annotated[
-        PositiveInt | None, Opt("Must be what the QPC was compiled for.", group=CHECKS)
-    ] = None
-    ctx_len: Annotated[
-        PositiveInt | None, Opt("Must be what the QPC was compiled for.", group=CHECKS)
-    ] = None
+    seed: int | None = opt(
+        None,
+        "What each row's own seed is made from; the run folder's job.yaml has it.",
+        ge=0,
+        le=MAX_SEED,
+        flag="--run-seed",
+        group=SamplingParams.GROUP,
+        shown="drawn",
+    )
+    generation_len: PositiveInt | None = opt(
+        None, "Most tokens of an answer.", group=ANSWER_END, shown="context"
+    )
+    drafts: Literal["auto", "none", "prompt-lookup"] = opt(
+        "auto",
+        "What drafts tokens; auto: the draft QPC where there is one, else prompt lookup. The "
+        "text is the same.",
+        flag="--speculate",
+        group=DRAFTS,
+    )
+    draft_qpc: PathText | None = opt(
+        None, "Folder of a smaller model's QPC, to run beside the other.", group=DRAFTS
+    )
+    max_stall_s: float = opt(
+        1.0,
+        "Seconds that running rows may wait for other rows' prefill.",
+        ge=0,
+        allow_inf_nan=False,
+        flag=None,
+    )
+    prefix_reuse: bool = opt(
+        True, "Start a prompt from what a slot's cache holds of it already.", flag=None
+    )
+    input_len: PositiveInt | None = opt(
+        None, "Must be what the QPC was compiled for.", group=CHECKS
+    )
+    ctx_len: PositiveInt | None = opt(None, "Must be what the QPC was compiled for.", group=CHECKS)
 
     @property
     def defaults(self) -> SamplingParams:
@@ -306,62 +281,56 @@ class CardOptions(Section):
 
     GROUP: ClassVar[str] = CARDS
 
-    devices: Annotated[Devices, Opt("0,1,2,3 or all.", flag="--device-id", free=True)] = "all"
-    partitions: Annotated[
-        PositiveInt,
-        Opt("Workers of one card, each with as many of its NSPs; the QPC is compiled for so few."),
-    ] = 1
-    group_size: Annotated[PositiveInt, Opt("Cards of one worker, for a tensor-sliced QPC.")] = 1
+    devices: Devices = opt("all", "0,1,2,3 or all.", flag="--device-id", free=True)
+    partitions: PositiveInt = opt(
+        1, "Workers of one card, each with as many of its NSPs; the QPC is compiled for so few."
+    )
+    group_size: PositiveInt = opt(1, "Cards of one worker, for a tensor-sliced QPC.")
 
 
 class RunOptions(CardOptions, Generation, PromptOptions):
     """What is answered, by what, how."""
 
     variant: VariantChoice = VariantChoice()
-    output: Annotated[PathText, Opt("Folder that gets one folder a run.", group=FOLDER)] = "runs"
-    output_formats: Annotated[
-        Words[Literal["openai", "parquet"]],
-        Opt(
-            "Beside outputs.jsonl: openai, parquet; may be repeated.",
-            flag="--output-format",
-            group=FOLDER,
-            repeated=True,
-        ),
-    ] = ()
+    output: PathText = opt("runs", "Folder that gets one folder a run.", group=FOLDER)
+    output_formats: Words[Literal["openai", "parquet"]] = opt(
+        (),
+        "Beside outputs.jsonl: openai, parquet; may be repeated.",
+        flag="--output-format",
+        group=FOLDER,
+        repeated=True,
+    )
 
 
 class EmulatorOptions(Section):
     """What the emulated SDK is asked to be, where it takes the vendor's place."""
 
-    cards: Annotated[
-        Annotated[int, Field(ge=1, le=LIMITS["max_cards"])], Opt("How many cards.")
-    ] = 4
-    sku: Annotated[Annotated[str, one_of(LIMITS["skus"])], Opt(f"{', '.join(LIMITS['skus'])}.")] = (
-        "standard"
+    cards: int = opt(
+        LIMITS["cards"]["default"], "How many cards.", ge=1, le=LIMITS["cards"]["most"]
     )
-    apps_version: Annotated[
-        Annotated[str, one_of(LIMITS["apps_versions"])],
-        Opt(f"{', '.join(LIMITS['apps_versions'])}."),
-    ] = "1.20"
+    sku: Annotated[str, one_of(LIMITS["sku"]["known"])] = opt(
+        LIMITS["sku"]["default"], f"{', '.join(LIMITS['sku']['known'])}."
+    )
+    apps_version: Annotated[str, one_of(LIMITS["apps_version"]["known"])] = opt(
+        LIMITS["apps_version"]["default"], f"{', '.join(LIMITS['apps_version']['known'])}."
+    )
 
 
 class RayOptions(Section):
     """The cluster."""
 
-    address: Annotated[
-        str | None,
-        Opt("A running Ray cluster, in place of a local one for the command's time.", free=True),
-    ] = None
-    dashboard: Annotated[bool, Opt("Start the dashboard of a local Ray.", flag=None)] = False
+    address: str | None = opt(
+        None, "A running Ray cluster, in place of a local one for the command's time.", free=True
+    )
+    dashboard: bool = opt(False, "Start the dashboard of a local Ray.", flag=None)
 
 
 class SdkOptions(Section):
     """Which SDK."""
 
-    sdk: Annotated[
-        PathText,
-        Opt("auto, real, emulated, or an SDK folder.", environment="QAIC_RAY_SDK", free=True),
-    ] = "auto"
+    sdk: PathText = opt(
+        "auto", "auto, real, emulated, or an SDK folder.", environment="QAIC_RAY_SDK", free=True
+    )
 
 
 class Job(SdkOptions):

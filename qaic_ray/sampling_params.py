@@ -26,7 +26,7 @@ from pydantic.dataclasses import dataclass
 
 from qaic_ray.documents import shown
 from qaic_ray.errors import RowError
-from qaic_ray.option_types import Opt, options_of
+from qaic_ray.option_types import opt, options_of
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this mean greedy (vLLM's threshold): dividing by them is meaningless."""
@@ -68,93 +68,88 @@ class SamplingParams:
 
     GROUP: ClassVar[str] = "Sampling (a JSONL row's own fields go first)"
 
-    n: Annotated[
-        int,
-        Field(ge=1, le=MAX_SAMPLES),
-        Opt("Answers to each prompt; more than one needs a temperature."),
-    ] = 1
-    max_tokens: Annotated[
-        _Count | None,
-        Opt("Most tokens of an answer; until the context is full when absent.", flag=None),
-    ] = None
-    min_tokens: Annotated[
-        int,
-        Field(ge=0, le=_INT32_MAX),
-        Opt("No answer is shorter: neither stop tokens nor stop texts end it.", group=ANSWER_END),
-    ] = 0
-    temperature: Annotated[
-        float,
-        Field(ge=0, le=100),
-        Opt("Divides the logits; 0 is greedy.", allowed="a number from 0 (greedy) to 100"),
-    ] = 0.0
-    top_k: Annotated[
-        int,
-        Field(ge=-1, le=_INT32_MAX),
-        Opt(
-            "Draw of the k likeliest tokens; 0 or -1: of all.",
-            allowed=f"a whole number from 1 to {_INT32_MAX}, or 0 or -1 for all tokens",
-        ),
-    ] = 0
-    top_p: Annotated[
-        float,
-        Field(gt=0, le=1),
-        Opt(
-            "Draw of the likeliest tokens that together are this probable.",
-            allowed="a number above 0 and up to 1",
-        ),
-    ] = 1.0
-    min_p: Annotated[
-        float,
-        Field(ge=0, le=1),
-        Opt("Draw of tokens at least this many times as likely as the likeliest."),
-    ] = 0.0
-    repetition_penalty: Annotated[
-        float,
-        Field(ge=0.01, le=100),
-        Opt("Over 1: shun tokens of prompt and answer, by division of their logits."),
-    ] = 1.0
-    presence_penalty: Annotated[
-        _Penalty, Opt("Over 0: shun tokens that the answer has, by subtraction.")
-    ] = 0.0
-    frequency_penalty: Annotated[
-        _Penalty, Opt("Over 0: the same, for each time that the answer has them.")
-    ] = 0.0
-    seed: Annotated[
-        Annotated[int, Field(ge=0, le=MAX_SEED)] | None,
-        Opt(
-            "One seed for every row: same seed, prompt and model, same text.", shown="by the run's"
-        ),
-    ] = None
-    stop: Annotated[
-        tuple[_StopText, ...],
-        FailFast(),
-        Field(max_length=MAX_STOPS),
-        Opt(
-            "A text that ends an answer; may be repeated.",
-            group=ANSWER_END,
-            repeated=True,
-            allowed=f"a text, or a list of up to {MAX_STOPS} texts, none of them empty, of "
-            f"{MAX_STOP_CHARS} characters together",
-        ),
-    ] = ()
-    stop_token_ids: Annotated[
-        tuple[_TokenId, ...],
-        FailFast(),
-        Field(max_length=MAX_STOP_IDS),
-        Opt(
-            "Tokens that end an answer, beside EOS: 13,198.",
-            group=ANSWER_END,
-            allowed=f"a list of up to {MAX_STOP_IDS} token ids",
-        ),
-    ] = ()
-    include_stop_str_in_output: Annotated[
-        bool, Opt("Keep the stop text that ended the answer.", flag=None)
-    ] = False
-    ignore_eos: Annotated[bool, Opt("Go on after EOS.", group=ANSWER_END)] = False
-    logprobs: Annotated[
-        Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None,
-        Opt("Give each token's logprob, and those of so many likeliest ones."),
-    ] = None
+    n: int = opt(
+        1, "Answers to each prompt; more than one needs a temperature.", ge=1, le=MAX_SAMPLES
+    )
+    max_tokens: _Count | None = opt(
+        None, "Most tokens of an answer; until the context is full when absent.", flag=None
+    )
+    min_tokens: int = opt(
+        0,
+        "No answer is shorter: neither stop tokens nor stop texts end it.",
+        ge=0,
+        le=_INT32_MAX,
+        group=ANSWER_END,
+    )
+    temperature: float = opt(
+        0.0,
+        "Divides the logits; 0 is greedy.",
+        ge=0,
+        le=100,
+        allowed="a number from 0 (greedy) to 100",
+    )
+    top_k: int = opt(
+        0,
+        "Draw of the k likeliest tokens; 0 or -1: of all.",
+        ge=-1,
+        le=_INT32_MAX,
+        allowed=f"a whole number from 1 to {_INT32_MAX}, or 0 or -1 for all tokens",
+    )
+    top_p: float = opt(
+        1.0,
+        "Draw of the likeliest tokens that together are this probable.",
+        gt=0,
+        le=1,
+        allowed="a number above 0 and up to 1",
+    )
+    min_p: float = opt(
+        0.0, "Draw of tokens at least this many times as likely as the likeliest.", ge=0, le=1
+    )
+    repetition_penalty: float = opt(
+        1.0,
+        "Over 1: shun tokens of prompt and answer, by division of their logits.",
+        ge=0.01,
+        le=100,
+    )
+    presence_penalty: _Penalty = opt(
+        0.0, "Over 0: shun tokens that the answer has, by subtraction."
+    )
+    frequency_penalty: _Penalty = opt(
+        0.0, "Over 0: the same, for each time that the answer has them."
+    )
+    seed: int | None = opt(
+        None,
+        "One seed for every row: same seed, prompt and model, same text.",
+        ge=0,
+        le=MAX_SEED,
+        shown="by the run's",
+    )
+    stop: Annotated[tuple[_StopText, ...], FailFast()] = opt(
+        (),
+        "A text that ends an answer; may be repeated.",
+        max_length=MAX_STOPS,
+        group=ANSWER_END,
+        repeated=True,
+        allowed=f"a text, or a list of up to {MAX_STOPS} texts, none of them empty, of "
+        f"{MAX_STOP_CHARS} characters together",
+    )
+    stop_token_ids: Annotated[tuple[_TokenId, ...], FailFast()] = opt(
+        (),
+        "Tokens that end an answer, beside EOS: 13,198.",
+        max_length=MAX_STOP_IDS,
+        group=ANSWER_END,
+        allowed=f"a list of up to {MAX_STOP_IDS} token ids",
+    )
+    include_stop_str_in_output: bool = opt(
+        False, "Keep the stop text that ended the answer.", flag=None
+    )
+    ignore_eos: bool = opt(False, "Go on after EOS.", group=ANSWER_END)
+    logprobs: int | None = opt(
+        None,
+        "Give each token's logprob, and those of so many likeliest ones.",
+        ge=0,
+        le=MAX_LOGPROBS,
+    )
 
     @model_validator(mode="wrap")
     @classmethod

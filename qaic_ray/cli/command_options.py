@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-from qaic_ray.option_types import Opt, PathText, Section
+from qaic_ray.option_types import PathText, Section, opt
 from qaic_ray.options import FOLDER, MODEL_HELP
 
 RESUME_LAST = "last"
@@ -18,20 +18,18 @@ class ProgramOptions(Section):
 
     GROUP: ClassVar[str] = PROGRAM
 
-    model_name: Annotated[PathText | None, Opt(MODEL_HELP)] = None
-    qpc: Annotated[PathText | None, Opt("Folder of a compiled variant.")] = None
+    model_name: PathText | None = opt(None, MODEL_HELP)
+    qpc: PathText | None = opt(None, "Folder of a compiled variant.")
 
 
 class ShapesOptions(Section):
     """What stands in place of a grid's shapes."""
 
-    specializations: Annotated[
-        PathText | None,
-        Opt(
-            "A specializations.json, in place of the options for shapes below; the one of this "
-            "folder is used where none of them is given."
-        ),
-    ] = None
+    specializations: PathText | None = opt(
+        None,
+        "A specializations.json, in place of the options for shapes below; the one of this "
+        "folder is used where none of them is given.",
+    )
 
 
 class ResumeOptions(Section):
@@ -39,32 +37,28 @@ class ResumeOptions(Section):
 
     GROUP: ClassVar[str] = FOLDER
 
-    resume: Annotated[
-        PathText | None,
-        Opt(
-            "Go on where a run stopped: its folder, or nothing for the last unfinished one.",
-            metavar="[RUN]",
-            bare=RESUME_LAST,
-            free=True,
-        ),
-    ] = None
-    retry_errors: Annotated[
-        bool, Opt("With --resume: its rows of errors once more.", free=True)
-    ] = False
+    resume: PathText | None = opt(
+        None,
+        "Go on where a run stopped: its folder, or nothing for the last unfinished one.",
+        metavar="[RUN]",
+        bare=RESUME_LAST,
+        free=True,
+    )
+    retry_errors: bool = opt(False, "With --resume: its rows of errors once more.", free=True)
 
 
 class JsonOptions(Section):
     """What is printed at the end."""
 
-    as_json: Annotated[
-        bool, Opt("End stdout with one JSON object on one line.", flag="--json", free=True)
-    ] = False
+    as_json: bool = opt(
+        False, "End stdout with one JSON object on one line.", flag="--json", free=True
+    )
 
 
 class ShowOptions(JsonOptions):
     """What is printed."""
 
-    stream: Annotated[bool, Opt("Print answers as they come.", free=True)] = True
+    stream: bool = opt(True, "Print answers as they come.", free=True)
 
 
 class SubmitOptions(Section):
@@ -72,33 +66,27 @@ class SubmitOptions(Section):
 
     GROUP: ClassVar[str] = "On a cluster"
 
-    detach: Annotated[bool, Opt("Let the cluster run it: see status, logs and stop.")] = False
-    folder: Annotated[
-        str | None,
-        Opt(
-            "Where the job's relative paths start, on the machine that runs it.",
-            shown="this folder",
-        ),
-    ] = None
-    python: Annotated[
-        str | None,
-        Opt(
-            "With --detach: the Python on the cluster's head that has qaic-ray.",
-            shown="this one's path",
-        ),
-    ] = None
-    send_prompts: Annotated[
-        bool, Opt("With --detach: send the prompts file, or read it at its path there.")
-    ] = True
+    detach: bool = opt(False, "Let the cluster run it: see status, logs and stop.")
+    folder: str | None = opt(
+        None,
+        "Where the job's relative paths start, on the machine that runs it.",
+        shown="this folder",
+    )
+    python: str | None = opt(
+        None,
+        "With --detach: the Python on the cluster's head that has qaic-ray.",
+        shown="this one's path",
+    )
+    send_prompts: bool = opt(
+        True, "With --detach: send the prompts file, or read it at its path there."
+    )
 
 
 class JobsOptions(Section):
     """Which cluster's jobs."""
 
-    address: Annotated[
-        str | None,
-        Opt(
-            "The cluster's dashboard, http://host:8265, or its head, host:6379.",
-            shown="this machine's cluster",
-        ),
-    ] = None
+    address: str | None = opt(
+        None,
+        "The cluster's dashboard, http://host:8265, or its head, host:6379.",
+        shown="this machine's cluster",
+    )

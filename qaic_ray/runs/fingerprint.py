@@ -10,7 +10,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from qaic_ray.errors import QaicRayError, UsageError
@@ -84,7 +84,7 @@ def row_digest(item: Prompt | Row) -> bytes:
     return hashlib.sha256(json.dumps(parts, default=_plain).encode()).digest()
 
 
-_DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
+_DEFAULTS = vars(SamplingParams())
 
 
 def _plain(value: object) -> dict[str, Any]:

@@ -251,8 +251,8 @@ def test_seeds() -> None:
             Prompt(0, "HI"),
             "JHI",
         ),
-        ({"chat": True, "chat_options": ChatOptions(False)}, Prompt(0, "HI"), "UHI"),
-        ({"chat": True, "chat_options": ChatOptions(True, True)}, Prompt(0, "HI"), "UHI"),
+        ({"chat": True, "add_generation_prompt": False}, Prompt(0, "HI"), "UHI"),
+        ({"chat": True, "continue_final_message": True}, Prompt(0, "HI"), "UHI"),
         (
             {"chat": True},
             Prompt(0, "HI", chat=ChatOptions(continue_final_message=True)),
