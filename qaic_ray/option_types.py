@@ -1,7 +1,7 @@
 """What an option is made of: its entry, its type and bounds, and the section that it stands in.
 
-A section is a frozen pydantic model whose fields read `name: TYPE = opt(DEFAULT, HELP)`. The command
-line, the job file and the reference page are made from them.
+A section is a frozen pydantic model whose fields read `name: TYPE = opt(DEFAULT, HELP)`. Commands,
+job files and the reference page are made from sections.
 """
 
 from __future__ import annotations
@@ -256,7 +256,9 @@ def prompt_lens(value: int | str) -> tuple[int, ...]:
 
 
 def _prompt_len(value: Any) -> Any:
-    lens = prompt_lens(value)
+    lens = sorted(set(prompt_lens(value)))
+    if len(lens) > 1 and lens[0] == 1:  # every program has a decode shape of one token
+        del lens[0]
     return lens[0] if len(lens) == 1 else "+".join(map(str, lens))
 
 

@@ -14,11 +14,6 @@ from pydantic import Field, model_validator
 
 from qaic_ray.contract import (
     COMP_CTX_LENGTHS,
-    DEFAULT_BATCH_SIZE,
-    DEFAULT_CORES,
-    DEFAULT_CTX_LEN,
-    DEFAULT_PRECISION,
-    DEFAULT_PROMPT_LEN,
     NUM_LOGITS_TO_KEEP,
     IoContract,
 )
@@ -135,21 +130,22 @@ class ExportOptions(Section):
 
 
 class CompileOptions(Section):
-    """The grid of variants: every combination of the lists is compiled."""
+    """The grid of variants: every combination of the lists is compiled.
 
-    precision: Listed[PrecisionName] = opt(
-        (DEFAULT_PRECISION,), "Lists: mx6,fp16.", argument="[mx6|fp16|fp32]"
-    )
-    num_cores: Listed[NumCores] = opt((DEFAULT_CORES,), "NSPs; lists: 7,14.", argument="[NSP]")
+    The defaults are the published recipe's specializations.json, for the NSPs of a Standard card.
+    """
+
+    precision: Listed[PrecisionName] = opt(("mx6",), "Lists: mx6,fp16.", argument="[mx6|fp16|fp32]")
+    num_cores: Listed[NumCores] = opt((14,), "NSPs; lists: 7,14.", argument="[NSP]")
     batch_size: Listed[PositiveInt] = opt(
-        (DEFAULT_BATCH_SIZE,),
+        (1,),
         "Rows of a static program, slots of a continuous-batching one; lists: 1,8.",
     )
     prompt_len: Listed[PromptLen] = opt(
-        (DEFAULT_PROMPT_LEN,),
+        (256,),
         "Tokens of a prefill; lists: 32,64; 32+64 is one program that has both.",
     )
-    ctx_len: Listed[PositiveInt] = opt((DEFAULT_CTX_LEN,), "Tokens of a context; lists: 512,2048.")
+    ctx_len: Listed[PositiveInt] = opt((2048,), "Tokens of a context; lists: 512,2048.")
     num_speculative_tokens: Count = opt(
         0, "Tokens guessed ahead in a decode step; of an export with num_logits_to_keep."
     )

@@ -21,7 +21,7 @@ from qaic_ray.contract import NUM_LOGITS_TO_KEEP, IoContract, Specializations
 from qaic_ray.export import export
 from qaic_ray.model.checkpoint import load_torch_model
 from qaic_ray.options import EmulatorOptions, ExportOptions
-from qaic_ray.pipeline.sources import source_of
+from qaic_ray.pipeline.compile_step import source_of
 from qaic_ray.sdk import Sdk, find_sdk
 
 VOCAB_SIZE = 300

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,8 +16,7 @@ from typer.core import TyperGroup
 
 from qaic_ray import __version__
 from qaic_ray.cli.ending import Interrupted
-from qaic_ray.cli.parameters import Given, command
-from qaic_ray.documents import user_path
+from qaic_ray.cli.parameters import Given, command, known_path
 from qaic_ray.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
         RunOptions,
         SdkOptions,
     )
-    from qaic_ray.pipeline.devices import SdkChoice
     from qaic_ray.pipeline.request import RunRequest
+    from qaic_ray.pipeline.steps import SdkChoice
 
 
 class _Commands(TyperGroup):
@@ -65,14 +66,8 @@ app = typer.Typer(
 emulator_app = typer.Typer(help="The emulated SDK: lay it down, run any program on it.")
 
 
-@dataclass
-class GlobalOptions:
-    """What stands before the command."""
-
-    debug: bool = False
-
-
-options = GlobalOptions()
+options = SimpleNamespace(debug=False)
+"""What stands before the command."""
 
 
 def _version(value: bool) -> None:
@@ -92,15 +87,10 @@ def before(
     options.debug = debug
 
 
-def known_path(parameter: typer.CallbackParam, value: Path) -> Path:
-    """The callback of arguments that are paths: `~` put in, or one sentence."""
-    return user_path(value, str(parameter.name))
-
-
 def _sdk_choice(sdk: SdkOptions, screen: Screen) -> SdkChoice:
     """The SDK that `--sdk` names, said on the screen."""
     from qaic_ray.options import EmulatorOptions
-    from qaic_ray.pipeline.devices import choose_sdk
+    from qaic_ray.pipeline.steps import choose_sdk
 
     return choose_sdk(sdk.sdk, EmulatorOptions(), screen)
 
@@ -124,11 +114,9 @@ def launch(
     overrides: SetOption = None,
 ) -> None:
     """Run a whole job: export, compile, run on every card, report."""
-    from qaic_ray.cli.command_options import RESUME_LAST
     from qaic_ray.cli.screen import ProgressLog, Screen
     from qaic_ray.pipeline.job import launch_job
     from qaic_ray.pipeline.job_file import load_job
-    from qaic_ray.pipeline.request import last_unfinished
 
     loaded = load_job(job, overrides or ())
     given = {name: getattr(ray, name) for name in ray.model_fields_set}
@@ -139,20 +127,32 @@ def launch(
     if submit.folder is not None:
         _enter(Path(submit.folder))
     screen = Screen(stream=True) if show.stream else ProgressLog()
-    if resuming.retry_errors and resuming.resume is None:
-        raise UsageError("--retry-errors is for --resume: give the folder of the run with it.")
-    resume = None if resuming.resume is None else Path(resuming.resume)
-    if resuming.resume == RESUME_LAST:
-        resume = last_unfinished(Path(loaded.run.output), loaded.name)
-        if resume is None:
-            screen.remark(f"No run of {loaded.name} in {loaded.run.output} is unfinished.")
-            return
+    resume = _folder_to_resume(resuming, loaded.run.output, screen, job=loaded.name)
     summary = launch_job(loaded, screen, resume=resume, retry_errors=resuming.retry_errors)
     screen.finish(summary, as_json=show.as_json)
 
 
+def _folder_to_resume(
+    resuming: ResumeOptions, output: str, screen: Screen, *, job: str = ""
+) -> Path | None:
+    """The folder of the run that goes on, of this job where one is named; None: a run begins."""
+    from qaic_ray.cli.command_options import RESUME_LAST
+    from qaic_ray.pipeline.request import last_unfinished
+
+    if resuming.resume is None:
+        if resuming.retry_errors:
+            raise UsageError("--retry-errors is for --resume: give the folder of the run with it.")
+        return None
+    if resuming.resume != RESUME_LAST:
+        return Path(resuming.resume)
+    folder = last_unfinished(Path(output), job)
+    if folder is None:
+        screen.remark(f"No run {f'of {job} ' if job else ''}in {output} is unfinished.")
+        raise typer.Exit
+    return folder
+
+
 def _enter(folder: Path) -> None:
-    """Make a folder the current one; it is made where there is none."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         os.chdir(folder)
@@ -168,13 +168,8 @@ def _detach(job: Job, submit: SubmitOptions, *, as_json: bool) -> None:
     from qaic_ray.cli.screen import show_submission
     from qaic_ray.pipeline.submit_step import SubmitRequest, submit_step
 
-    request = SubmitRequest(
-        job,
-        job.ray.address,
-        Path(submit.folder or ".").absolute(),
-        python=submit.python or sys.executable,
-        send_prompts=submit.send_prompts,
-    )
+    folder, python = Path(submit.folder or ".").absolute(), submit.python or sys.executable
+    request = SubmitRequest(job, job.ray.address, folder, python, submit.send_prompts)
     show_submission(submit_step(request), as_json=as_json)
 
 
@@ -237,43 +232,32 @@ def run(
     given: Given,
 ) -> None:
     """Answer prompts on every card, one Ray actor a card; print texts and tokens/s."""
-    from qaic_ray.cli.command_options import RESUME_LAST
     from qaic_ray.cli.screen import Screen
-    from qaic_ray.pipeline.request import last_unfinished
     from qaic_ray.pipeline.run_step import run_step
 
     screen = Screen(stream=show.stream)
-    resume = None if resuming.resume is None else Path(resuming.resume)
-    if resume is not None:
-        is_last = resuming.resume == RESUME_LAST
-        _refuse_changes(given, "its folder" if is_last else str(resume), is_last=is_last)
-        resume = last_unfinished(Path(asked.output)) if is_last else resume
-        if resume is None:
-            screen.remark(f"No run in {asked.output} is unfinished.")
-            return
-        request = _resumed(resume, asked, retry_errors=resuming.retry_errors)
-    else:
-        request = _begun(program, asked, resuming)
-    request = replace(request, ray=ray)
+    if resuming.resume is not None:
+        _refuse_changes(given, resuming.resume)
+    resume = _folder_to_resume(resuming, asked.output, screen)
+    request = _begun(program, asked) if resume is None else _resumed(resume, asked)
+    request = replace(request, ray=ray, retry_errors=resuming.retry_errors)
     screen.finish(run_step(request, _sdk_choice(sdk, screen), screen), as_json=show.as_json)
 
 
-def _begun(program: ProgramOptions, asked: RunOptions, resuming: ResumeOptions) -> RunRequest:
+def _begun(program: ProgramOptions, asked: RunOptions) -> RunRequest:
     """The request of a run that begins."""
     from qaic_ray.pipeline.request import RunRequest, resolved
 
     if program.model_name is None or program.qpc is None:
         raise UsageError("Give --model-name and --qpc, or --resume with the folder of a run.")
-    if resuming.retry_errors:
-        raise UsageError("--retry-errors is for --resume: give the folder of the run with it.")
     return RunRequest("run", program.model_name, Path(program.qpc), resolved(asked))
 
 
-def _resumed(folder: Path, asked: RunOptions, *, retry_errors: bool) -> RunRequest:
+def _resumed(folder: Path, asked: RunOptions) -> RunRequest:
     """The request of a run folder, with what may be said anew."""
     from qaic_ray.pipeline.request import read_request
 
-    request = replace(read_request(folder), retry_errors=retry_errors)
+    request = read_request(folder)
     if "devices" in asked.model_fields_set:
         request = request.with_run(devices=asked.devices)
     if "prompts" in asked.model_fields_set:
@@ -282,10 +266,14 @@ def _resumed(folder: Path, asked: RunOptions, *, retry_errors: bool) -> RunReque
     return request
 
 
-def _refuse_changes(given: Given, whose: str, *, is_last: bool) -> None:
+def _refuse_changes(given: Given, resume: str) -> None:
     """Only what changes no answer may be said anew of a run that goes on."""
+    from qaic_ray.cli.command_options import RESUME_LAST
+
+    is_last = resume == RESUME_LAST
     fixed = [flag for flag in given.fixed if not (is_last and flag == "--output")]
     if fixed:
+        whose = "its folder" if is_last else resume
         free = [flag for flag in given.may_be_free if flag != "--resume"]
         raise UsageError(
             f"{fixed[0]} cannot be changed in the middle of a run: leave it out, {whose} knows it; "
@@ -391,12 +379,11 @@ def emulator_run(
     from qaic_ray.cli.screen import Screen
 
     found = _sdk_choice(sdk, Screen()).here
-    environment = dict(os.environ)
-    paths = [str(path) for path in found.python_paths]
-    environment["PYTHONPATH"] = os.pathsep.join([*paths, *_entries("PYTHONPATH")])
-    folders = [str(found.root / "exec"), str(found.root / "tools")]
-    environment["PATH"] = os.pathsep.join([*folders, *_entries("PATH")])
-    environment["QAIC_RAY_SDK"] = str(found.root)
+    environment = os.environ | {
+        "PYTHONPATH": _before("PYTHONPATH", found.python_paths),
+        "PATH": _before("PATH", (found.root / "exec", found.root / "tools")),
+        "QAIC_RAY_SDK": str(found.root),
+    }
     try:
         code = subprocess.run(words, env=environment, check=False).returncode
     except OSError as error:
@@ -404,5 +391,7 @@ def emulator_run(
     raise typer.Exit(code if code >= 0 else 128 - code)
 
 
-def _entries(variable: str) -> list[str]:
-    return [entry for entry in os.environ.get(variable, "").split(os.pathsep) if entry]
+def _before(variable: str, folders: Iterable[Path]) -> str:
+    """A variable of paths, with folders put before those that it has."""
+    own = os.environ.get(variable, "").split(os.pathsep)
+    return os.pathsep.join([*map(str, folders), *filter(None, own)])

@@ -12,12 +12,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand
 
-from qaic_ray.documents import as_object, parse_json, shown
+from qaic_ray.documents import as_object, parse_json, shown, user_path
 from qaic_ray.errors import UsageError
 
 if TYPE_CHECKING:
@@ -74,6 +75,11 @@ def command(app: typer.Typer, name: str | None = None, **how: Any) -> Callable[[
         return function
 
     return register
+
+
+def known_path(parameter: typer.CallbackParam, value: Path) -> Path:
+    """The callback of arguments that are paths: `~` put in, or one sentence."""
+    return user_path(value, str(parameter.name))
 
 
 class _Call:

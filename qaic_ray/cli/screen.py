@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qaic_ray.export.export import ExportResult
     from qaic_ray.export.verify import VerifyReport
     from qaic_ray.pipeline.job import Plan
-    from qaic_ray.pipeline.listener import CompileOutcome
+    from qaic_ray.pipeline.steps import CompileOutcome
     from qaic_ray.rows import Row
     from qaic_ray.runs.report import RunSummary
     from qaic_ray.sdk import Device, Sdk

@@ -1,13 +1,18 @@
-"""Step 2: a model folder to QPC folders, one or a grid of them."""
+"""Step 2: a model folder to QPC folders, one or a grid of them.
+
+A folder of `qaic-ray export` is read by its manifest. One of the published recipe's
+generateONNX.py has none, and is read by its graph.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qaic_ray.compile.store import (
     SPECIALIZATIONS_FILE,
@@ -16,20 +21,28 @@ from qaic_ray.compile.store import (
     build,
     check_request,
 )
-from qaic_ray.compile.variant import Precision, Variant, grid_variants
-from qaic_ray.contract import Specializations
-from qaic_ray.documents import user_path
+from qaic_ray.compile.variant import Precision, Source, Variant, grid_variants
+from qaic_ray.contract import (
+    BATCH_INDEX,
+    COMP_CTX_LENGTHS,
+    INPUT_IDS,
+    NUM_LOGITS_TO_KEEP,
+    Specializations,
+    is_past,
+)
+from qaic_ray.documents import shown, user_path
 from qaic_ray.errors import CompileError, UsageError
+from qaic_ray.kept_files import inside, sha256_of
+from qaic_ray.model.manifest import CUSTOM_IO_FILE, MANIFEST_FILE, check_files, read_manifest
 from qaic_ray.options import CompileOptions
-from qaic_ray.pipeline.devices import check_cores
-from qaic_ray.pipeline.listener import CompileOutcome, Listener
-from qaic_ray.pipeline.sources import ModelFolder, open_folder
+from qaic_ray.pipeline.steps import CompileOutcome, Listener, check_cores
 from qaic_ray.sdk import Sdk
 
 if TYPE_CHECKING:
     from qaic_ray.cluster.cluster import Cluster, Outcome
 
 
+_GRAPHS = "generatedModels/*.onnx"
 _SHAPES = ("batch_size", "prompt_len", "ctx_len", "num_speculative_tokens", "comp_ctx_lengths")
 
 
@@ -205,3 +218,115 @@ def _build_here(request: BuildRequest) -> CompileOutcome:
         return CompileOutcome(request.variant, build(request))
     except CompileError as error:
         return CompileOutcome(request.variant, error)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What is compiled, and which shapes fit it.
+
+    `max_position` is the longest context that the graph is right for, None where nobody says.
+    """
+
+    source: Source
+    continuous: bool
+    num_logits_to_keep: bool
+    comp_ctx_lengths: bool
+    max_position: int | None
+
+
+def open_folder(model_dir: Path) -> ModelFolder:
+    """Read a model folder.
+
+    Raises:
+        UsageError: where the folder is not one, lost a file, or is not what was exported.
+    """
+    graphs = sorted(model_dir.glob(_GRAPHS))
+    if graphs and not (model_dir / MANIFEST_FILE).exists():
+        return _of_graph(model_dir, _chosen(model_dir, graphs))
+    manifest = read_manifest(model_dir)
+    onnx = model_dir / manifest.onnx_file
+    custom_io = model_dir / CUSTOM_IO_FILE
+    for file in (onnx, custom_io):
+        if not file.is_file():
+            raise UsageError(f"{model_dir} has no {file.relative_to(model_dir)}: export it again.")
+    check_files(model_dir, manifest)
+    # The graph's file holds no weights: its bytes and the weights' digest are the whole content.
+    digest = hashlib.sha256(onnx.read_bytes() + manifest.weights_sha256.encode()).hexdigest()
+    return ModelFolder(
+        Source(model_dir.resolve().name, onnx.absolute(), custom_io.absolute(), digest),
+        continuous=manifest.continuous,
+        num_logits_to_keep=manifest.logits == NUM_LOGITS_TO_KEEP,
+        comp_ctx_lengths=manifest.comp_ctx_lengths,
+        max_position=manifest.max_position,
+    )
+
+
+def source_of(model_dir: Path) -> Source:
+    """An exported model folder as the compile floor takes it; see `open_folder`."""
+    return open_folder(model_dir).source
+
+
+def _chosen(model_dir: Path, graphs: list[Path]) -> Path:
+    """The graph that the recipe's scripts would compile, or the only one."""
+    usual = f"{model_dir.resolve().name}_fp16_simplified.onnx"
+    fitting = [path for path in graphs if path.name == usual] or graphs
+    if len(fitting) > 1:
+        names = ", ".join(path.name for path in fitting[:3])
+        raise UsageError(
+            f"{model_dir} holds {len(fitting)} graphs ({names}) and none called {usual}: leave the "
+            "one to be compiled, under that name."
+        )
+    return fitting[0]
+
+
+def _of_graph(model_dir: Path, onnx_path: Path) -> ModelFolder:
+    graph = _read_graph(onnx_path)
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = {value.name for value in graph.input} - weights
+    if INPUT_IDS not in inputs or not any(map(is_past, inputs)):
+        raise UsageError(
+            f"{onnx_path} is not a language model with its KV cache as inputs ({INPUT_IDS}, "
+            f"past_key.0, ...): it has {shown(sorted(inputs))}; make one with `qaic-ray export`."
+        )
+    digest = hashlib.sha256(sha256_of(onnx_path).encode())
+    for name in sorted(set(_data_files(graph, onnx_path))):
+        path = onnx_path.parent / name
+        if not path.is_file():
+            raise UsageError(f"{onnx_path} keeps weights in {path}, which is not there.")
+        digest.update(f"{name} {sha256_of(path)}".encode())
+    custom_io = model_dir / CUSTOM_IO_FILE
+    return ModelFolder(
+        Source(
+            model_dir.resolve().name,
+            onnx_path.absolute(),
+            custom_io.absolute() if custom_io.is_file() else None,
+            digest.hexdigest(),
+        ),
+        continuous=BATCH_INDEX in inputs,
+        num_logits_to_keep=NUM_LOGITS_TO_KEEP in inputs,
+        comp_ctx_lengths=COMP_CTX_LENGTHS in inputs,
+        max_position=None,
+    )
+
+
+def _read_graph(path: Path) -> Any:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load(path, load_external_data=False).graph
+    except (OSError, DecodeError) as error:
+        raise UsageError(f"{path} cannot be read as an ONNX model: {error}.") from error
+
+
+def _data_files(graph: Any, onnx_path: Path) -> Iterator[str]:
+    """The files that hold the graph's weights, by their paths beside it."""
+    for tensor in graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                try:
+                    yield inside(entry.value)
+                except ValueError as error:
+                    raise UsageError(
+                        f"{onnx_path} keeps weights in {shown(entry.value)}: {error}."
+                    ) from error

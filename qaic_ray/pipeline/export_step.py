@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from qaic_ray import interruption
 from qaic_ray.errors import ExportError
 from qaic_ray.options import ExportOptions, ModelOptions
-from qaic_ray.pipeline.listener import Listener
+from qaic_ray.pipeline.steps import Listener
 
 if TYPE_CHECKING:
     from qaic_ray.export.export import ExportResult

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qaic_ray.compile.store import Build
 from qaic_ray.compile.variant import Source, Variant
-from qaic_ray.contract import Specializations
 from qaic_ray.errors import SdkNotFound, UsageError
 from qaic_ray.model.manifest import CUSTOM_IO_FILE
 from qaic_ray.options import Job
 from qaic_ray.pipeline.compile_step import CompileRequest, compile_on, requested_builds
-from qaic_ray.pipeline.devices import SdkChoice, choose_sdk
 from qaic_ray.pipeline.export_step import export_step
 from qaic_ray.pipeline.job_file import dump_job, job_variants
-from qaic_ray.pipeline.listener import Listener
 from qaic_ray.pipeline.request import RunRequest, absolute_model, absolute_paths, resolved
 from qaic_ray.pipeline.run_step import check_chat_template, on_local_cards, resuming, run_on
+from qaic_ray.pipeline.steps import Listener, SdkChoice, choose_sdk
 from qaic_ray.sdk import SDK_NAMES, VENDOR_ROOT, Sdk, find_sdk
 
 if TYPE_CHECKING:
@@ -116,12 +115,19 @@ def chosen_index(job: Job) -> int:
     Raises:
         UsageError: where the choice fits none of the variants, or several.
     """
-    variants = _variants(job, Source("", Path(), None, ""))
-    fitting = [index for index, variant in enumerate(variants) if _fits(variant, job)]
+    num_variants = len(_variants(job, Source("", Path(), None, "")))
+    names = ("precision", "num_cores", "batch_size", "prompt_len", "ctx_len")
+    wanted = [getattr(job.run.variant, name) for name in names]
+    grid = product(*(getattr(job.compile, name) for name in names))
+    fitting = [
+        index
+        for index, values in enumerate(grid)
+        if all(want in (None, value) for want, value in zip(wanted, values, strict=True))
+    ]
     if len(fitting) == 1:
         return fitting[0]
     raise UsageError(
-        f"run.variant of the job {job.name} fits {len(fitting)} of the {len(variants)} compiled "
+        f"run.variant of the job {job.name} fits {len(fitting)} of the {num_variants} compiled "
         "variants: say which one with precision, num_cores, batch_size, prompt_len or ctx_len."
     )
 
@@ -164,23 +170,6 @@ def _variants(job: Job, source: Source) -> list[Variant]:
             "compile.comp_ctx_lengths, like [512, 1024] (ctx_len is added)."
         )
     return job_variants(job, source)
-
-
-def _fits(variant: Variant, job: Job) -> bool:
-    shapes = variant.specializations
-    facts = {
-        "precision": variant.precision.value,
-        "num_cores": variant.num_cores,
-        "batch_size": shapes.batch_size,
-        "prompt_len": _prompt_len(shapes),
-        "ctx_len": shapes.ctx_len,
-    }
-    return all(getattr(job.run.variant, key) in (None, value) for key, value in facts.items())
-
-
-def _prompt_len(shapes: Specializations) -> int | str:
-    lens = [s.seq_len for s in shapes.prefills]
-    return "+".join(map(str, lens)) if len(lens) > 1 else shapes.prompt_len
 
 
 def _base(model_name: str) -> str:

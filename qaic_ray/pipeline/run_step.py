@@ -19,8 +19,6 @@ from qaic_ray.compile.store import check_kept, content_key
 from qaic_ray.errors import QaicRayError, Unfinished, UsageError
 from qaic_ray.model.checkpoint import open_checkpoint
 from qaic_ray.model.tokenizer_files import text_parts
-from qaic_ray.pipeline.devices import SdkChoice, choose_devices
-from qaic_ray.pipeline.listener import Listener
 from qaic_ray.pipeline.request import (
     STDIN,
     RunInput,
@@ -28,6 +26,7 @@ from qaic_ray.pipeline.request import (
     absolute_model,
     write_request,
 )
+from qaic_ray.pipeline.steps import Listener, SdkChoice, choose_devices
 from qaic_ray.sdk import name_for_others
 
 if TYPE_CHECKING:

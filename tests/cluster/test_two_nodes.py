@@ -24,7 +24,7 @@ from qaic_ray.dispatch import workers
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import EmulatorOptions, ExportOptions
-from qaic_ray.pipeline.sources import source_of
+from qaic_ray.pipeline.compile_step import source_of
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience
 from qaic_ray.runs.result import FleetResult

@@ -17,7 +17,7 @@ from qaic_ray.compile.variant import Precision, Variant
 from qaic_ray.contract import Specialization, Specializations
 from qaic_ray.metrics import Span, tokens_per_s
 from qaic_ray.options import ExportOptions
-from qaic_ray.pipeline.sources import source_of
+from qaic_ray.pipeline.compile_step import source_of
 from qaic_ray.rows import FinishReason
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from qaic_ray.export.export import export_model
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from qaic_ray.model.manifest import read_manifest
 from qaic_ray.options import ExportOptions
-from qaic_ray.pipeline.sources import open_folder
+from qaic_ray.pipeline.compile_step import open_folder
 
 KILLED = """
 import os, signal, sys

@@ -19,7 +19,7 @@ from qaic_ray.engine.session import Session
 from qaic_ray.export.export import export_model
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.options import ExportOptions
-from qaic_ray.pipeline.sources import source_of
+from qaic_ray.pipeline.compile_step import source_of
 from qaic_ray.sdk import VENDOR_ROOT, has_cards, open_sdk
 
 pytestmark = [

@@ -17,11 +17,11 @@ from qaic_ray.errors import UsageError
 from qaic_ray.options import CompileOptions
 from qaic_ray.pipeline.compile_step import (
     CompileRequest,
+    open_folder,
     requested_builds,
     requested_variants,
     specializations_file,
 )
-from qaic_ray.pipeline.sources import open_folder
 from qaic_ray.sdk import Sdk
 
 SDK = Sdk(Path("/opt/qti-aic"), "real", "1.20")

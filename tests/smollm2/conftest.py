@@ -16,7 +16,7 @@ from qaic_ray.contract import Specializations
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import EmulatorOptions
-from qaic_ray.pipeline.sources import source_of
+from qaic_ray.pipeline.compile_step import source_of
 from qaic_ray.sdk import Sdk, find_sdk
 
 PROMPTS = Path(__file__).parents[2] / "jobs" / "prompts" / "english.jsonl"
