@@ -38,8 +38,8 @@ class Opt:
     `group` is its panel in the help. `shown` stands for a default that only the run knows.
     `argument` names the place of an option that may also stand without its flag. `bare` is what a
     flag without a value means. `repeated` options are given several times, other lists with commas.
-    `free` ones may be said anew of a run that goes on. `allowed` ends the sentence that refuses a
-    value.
+    Of `off` ones only the opposite is a flag. `free` ones may be said anew of a run that goes on.
+    `allowed` ends the sentence that refuses a value.
     """
 
     help: str
@@ -53,6 +53,7 @@ class Opt:
     environment: str = ""
     bare: str = ""
     repeated: bool = False
+    off: bool = False
     free: bool = False
     hidden: bool = False
 
@@ -149,6 +150,14 @@ class Value:
         return None
 
     @property
+    def scalar(self) -> type:
+        """The type of the command line's word for it."""
+        if self.kind in (bool, int, float):
+            return self.kind  # type: ignore[no-any-return]
+        members = get_args(self.kind) if get_origin(self.kind) is Literal else ()
+        return int if members and all(isinstance(word, int) for word in members) else str
+
+    @property
     def choices(self) -> tuple[str, ...]:
         """The words that there are, where they are few."""
         if isinstance(self.kind, type) and issubclass(self.kind, Enum):
@@ -172,10 +181,11 @@ class Value:
         if self.kind is bool:
             return "true or false"
         words = {int: "a whole number", float: "a number"}.get(self.kind)
-        if words is None or self.bound("le") is None:
+        least, most = self.bound("ge"), self.bound("le")
+        if words is None or least is None:
             return words or ""
-        nothing = ", or nothing" if self.is_optional else ""
-        return f"{words} from {self.bound('ge')} to {self.bound('le')}{nothing}"
+        end = "" if most is None else f" to {most}"
+        return f"{words} from {least}{end}{', or nothing' if self.is_optional else ''}"
 
 
 def _whole_number(value: Any) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from qaic_ray.contract import (
     COMP_CTX_LENGTHS,
@@ -53,7 +53,7 @@ MODEL_HELP = "Local folder, hub id, .gguf file, or smollm2-135m."
 class ModelOptions(Section):
     """Which checkpoint."""
 
-    name: PathText = opt(..., MODEL_HELP, flag="--model-name")
+    name: PathText = opt(..., MODEL_HELP, flag="--model-name", metavar="<name>")
     model_class: Literal["LlamaForCausalLM"] = opt(
         "LlamaForCausalLM", "The model's class, as in the published recipe."
     )
@@ -135,22 +135,33 @@ class CompileOptions(Section):
     The defaults are the published recipe's specializations.json, for the NSPs of a Standard card.
     """
 
-    precision: Listed[PrecisionName] = opt(("mx6",), "Lists: mx6,fp16.", argument="[mx6|fp16|fp32]")
-    num_cores: Listed[NumCores] = opt((14,), "NSPs; lists: 7,14.", argument="[NSP]")
+    precision: Listed[PrecisionName] = opt(
+        ("mx6",),
+        "How weights are kept on the card.",
+        example="mx6,fp16",
+        argument="[mx6|fp16|fp32]",
+    )
+    num_cores: Listed[NumCores] = opt(
+        (14,), "NSPs of the program.", example="7,14", argument="[NSP]"
+    )
     batch_size: Listed[PositiveInt] = opt(
         (1,),
-        "Rows of a static program, slots of a continuous-batching one; lists: 1,8.",
+        "Rows of a static program, slots of a continuous-batching one.",
+        example="1,8",
     )
     prompt_len: Listed[PromptLen] = opt(
         (256,),
-        "Tokens of a prefill; lists: 32,64; 32+64 is one program that has both.",
+        "Tokens of a prefill; 32+64 is one program that has both.",
+        example="32,64",
     )
-    ctx_len: Listed[PositiveInt] = opt((2048,), "Tokens of a context; lists: 512,2048.")
+    ctx_len: Listed[PositiveInt] = opt((2048,), "Tokens of a context.", example="512,2048")
     num_speculative_tokens: Count = opt(
         0, "Tokens guessed ahead in a decode step; of an export with num_logits_to_keep."
     )
     comp_ctx_lengths: Words[PositiveInt] = opt(
-        (), "Contexts to compute with, beside ctx_len: 512,1024; of an export that has them."
+        (),
+        "Contexts to compute with, beside ctx_len; of an export that has them.",
+        example="512,1024",
     )
     output: PathText = opt("qpc", "Folder that gets one folder a variant.")
     parallel: PositiveInt | None = opt(None, "Compiles at once.", flag="--jobs", shown="one a CPU")
@@ -159,11 +170,11 @@ class CompileOptions(Section):
 class VariantChoice(Section):
     """Which variant of the grid is run; what is absent must have one value in the grid."""
 
-    precision: PrecisionName | None = None
-    num_cores: NumCores | None = None
-    batch_size: PositiveInt | None = None
-    prompt_len: PromptLen | None = None
-    ctx_len: PositiveInt | None = None
+    precision: PrecisionName | None = opt(None, "One of the grid's.", flag=None)
+    num_cores: NumCores | None = opt(None, "One of the grid's.", flag=None)
+    batch_size: PositiveInt | None = opt(None, "One of the grid's.", flag=None)
+    prompt_len: PromptLen | None = opt(None, "One of the grid's.", flag=None)
+    ctx_len: PositiveInt | None = opt(None, "One of the grid's.", flag=None)
 
 
 class PromptOptions(Section):
@@ -200,15 +211,16 @@ class Generation(Section):
         None, "A Jinja file instead of the model's own, or its text."
     )
     chat_template_kwargs: dict[str, Any] = opt(
-        {}, """Variables for the template: '{"enable_thinking": false}'."""
+        {}, "Variables for the template.", example='{"enable_thinking": false}'
     )
     continue_final_message: bool = opt(False, "Go on with the last message of a chat.")
     add_generation_prompt: bool = opt(
-        True, "End a chat with the beginning of the assistant's answer."
+        True, "End a chat with the beginning of the assistant's answer.", off=True
     )
     date: Date | None = opt(
         None,
-        "What a chat template takes for the date, like 2026-01-31T12:00:00.",
+        "What a chat template takes for the date.",
+        example="2026-01-31T12:00:00",
         flag=None,
         shown="the run's beginning",
     )
@@ -277,7 +289,9 @@ class CardOptions(Section):
 
     GROUP: ClassVar[str] = CARDS
 
-    devices: Devices = opt("all", "0,1,2,3 or all.", flag="--device-id", free=True)
+    devices: Devices = opt(
+        "all", "Ids of cards, or all.", example="0,1,2,3", flag="--device-id", free=True
+    )
     partitions: PositiveInt = opt(
         1, "Workers of one card, each with as many of its NSPs; the QPC is compiled for so few."
     )
@@ -325,14 +339,24 @@ class SdkOptions(Section):
     """Which SDK."""
 
     sdk: PathText = opt(
-        "auto", "auto, real, emulated, or an SDK folder.", environment="QAIC_RAY_SDK", free=True
+        "auto",
+        "auto, real, emulated, or an SDK folder.",
+        metavar="<name>",
+        environment="QAIC_RAY_SDK",
+        free=True,
     )
 
 
 class Job(SdkOptions):
     """One runnable scenario: a job file."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    name: str = opt(
+        ...,
+        "Of the job, and the beginning of its run folders' names: letters, digits, dots, _ and -.",
+        flag=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=100,
+    )
     model: ModelOptions
     export: ExportOptions = ExportOptions()
     compile: CompileOptions = CompileOptions()

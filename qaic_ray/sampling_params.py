@@ -122,7 +122,7 @@ class SamplingParams:
         "One seed for every row: same seed, prompt and model, same text.",
         ge=0,
         le=MAX_SEED,
-        shown="by the run's",
+        shown="by --run-seed",
     )
     stop: Annotated[tuple[_StopText, ...], FailFast()] = opt(
         (),
@@ -135,7 +135,8 @@ class SamplingParams:
     )
     stop_token_ids: Annotated[tuple[_TokenId, ...], FailFast()] = opt(
         (),
-        "Tokens that end an answer, beside EOS: 13,198.",
+        "Tokens that end an answer, beside EOS.",
+        example="13,198",
         max_length=MAX_STOP_IDS,
         group=ANSWER_END,
         allowed=f"a list of up to {MAX_STOP_IDS} token ids",

@@ -18,7 +18,7 @@ class ProgramOptions(Section):
 
     GROUP: ClassVar[str] = PROGRAM
 
-    model_name: PathText | None = opt(None, MODEL_HELP)
+    model_name: PathText | None = opt(None, MODEL_HELP, metavar="<name>")
     qpc: PathText | None = opt(None, "Folder of a compiled variant.")
 
 

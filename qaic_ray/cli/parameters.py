@@ -168,18 +168,19 @@ class Flag:
         spellings = self.spellings
         if self.default is True:
             pairs = zip(spellings, "-_", strict=False)
-            spellings = [f"{word}/--no{sign}{word[2:]}" for word, sign in pairs]
-        kind = self.value.kind if self.value.kind in (bool, int, float) else str
+            opposites = [(word, f"--no{sign}{word[2:]}") for word, sign in pairs]
+            spellings = [f"{' ' if self.opt.off else on}/{off}" for on, off in opposites]
         is_plain = self.default is ... or isinstance(self.default, bool | int | float | str)
         info = typer.Option(
             self.default if is_plain else None,
             *spellings,
             help=self._help(),
             rich_help_panel=self.opt.group or None,
+            hidden=self.opt.hidden,
             metavar=self.opt.metavar or ("<path>" if self.value.is_path else None),
             show_default=not self.opt.argument and self._shown(),
         )
-        annotation = list[str] | None if self.opt.repeated else kind | None
+        annotation = list[str] | None if self.opt.repeated else self.value.scalar | None
         return inspect.Parameter(self.name, _BY_NAME, default=info, annotation=annotation)
 
     def argument(self) -> inspect.Parameter:
@@ -191,13 +192,15 @@ class Flag:
     def _shown(self) -> str | bool:
         if isinstance(self.default, tuple) and self.default:
             return ",".join(map(str, self.default))
-        return self.opt.shown or self.default not in (..., None, False, "", ())
+        is_said = self.default is not False and self.default not in (..., None, "", ())
+        return self.opt.shown or is_said
 
     def _help(self) -> str:
         choices = self.value.choices
         words = f" One of {', '.join(choices)}." if len(choices) > 1 else ""
+        like = f" Like {self.opt.example}." if self.opt.example else ""
         also = f" Also: ${self.opt.environment}." if self.opt.environment else ""
-        return f"{self.opt.help}{words}{also}"
+        return f"{self.opt.help}{words}{like}{also}"
 
     def read(self, words: Mapping[str, Any]) -> Any:
         """What a document would have in place of the command line's words; `...` for nothing."""
