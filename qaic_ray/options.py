@@ -194,6 +194,9 @@ class PromptOptions(Section):
     prompts_format: Literal["text", "jsonl", "openai", "csv", "tsv", "parquet"] | None = opt(
         None, "What the prompts file holds.", shown="by name and content"
     )
+    max_prompts: PositiveInt | None = opt(
+        None, "Answer only the first so many, to try a run out.", shown="all"
+    )
 
 
 class Generation(Section):

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,10 @@ class RunRequest:
             UsageError: where there are none, or two sources of them, or parameters that no row
                 could be answered with.
         """
+        whole = self._whole_input()
+        return replace(whole, prompts=islice(whole.prompts, self.run.max_prompts))
+
+    def _whole_input(self) -> RunInput:
         from qaic_ray.formats.prompts import PromptFormat, prompts_from_file, prompts_from_text
         from qaic_ray.model.chat import check_kwargs
         from qaic_ray.runs.fingerprint import STREAM_SOURCE, file_source, text_source

@@ -75,6 +75,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--prompt": "a|b",
         "--prompts-file --prompts_file": "-",
         "--prompts-format --prompts_format": "openai",
+        "--max-prompts --max_prompts": "100",
         "--chat": FLAG,
         "--system": "Be brief.",
         "--chat-template --chat_template": "t.jinja",
@@ -167,6 +168,7 @@ run:
   prompts: /p.jsonl
   prompts_format: jsonl
   prompt: null
+  max_prompts: 100
   generation_len: 64
   sampling:
     n: 2

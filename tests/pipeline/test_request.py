@@ -13,12 +13,14 @@ from qaic_ray.options import RunOptions
 from qaic_ray.pipeline.job import run_request
 from qaic_ray.pipeline.job_file import load_job
 from qaic_ray.pipeline.request import REQUEST_NAME, RunRequest, read_request
+from qaic_ray.rows import Prompt
 from qaic_ray.sampling_params import SamplingParams
 
 RUN = RunOptions(
     devices=(0, 3),
     prompt="a|b\n– ü",
     prompts_format="openai",
+    max_prompts=2,
     output_formats=("parquet",),
     input_len=16,
     ctx_len=64,
@@ -84,12 +86,22 @@ def test_every_option_differs_from_its_default_here_so_that_none_is_forgotten() 
 
 def test_a_request_of_an_older_version_is_read(tmp_path: Path) -> None:
     (tmp_path / REQUEST_NAME).write_text(OLDER, encoding="utf-8")
-    assert read_request(tmp_path) == replace(REQUEST, resume=tmp_path)
+    older = replace(REQUEST.with_run(max_prompts=None), resume=tmp_path)
+    assert read_request(tmp_path) == older
     (tmp_path / REQUEST_NAME).write_text(
         "{name: r, model: m, qpc: /q, devices: null, prompts_file: p, max_stall_s: null}"
     )
     run = read_request(tmp_path).run
     assert (run.devices, run.prompts, run.max_stall_s) == ("all", "p", 1.0)
+
+
+@pytest.mark.parametrize(("most", "texts"), [(2, ["a", "b"]), (9, ["a", "b", "c"])])
+def test_only_the_first_prompts_are_answered(most: int, texts: list[str]) -> None:
+    request = RunRequest("r", "tiny", Path("/q"), RunOptions(prompt="a|b|c", max_prompts=most))
+    whole = request.with_run(max_prompts=None).open_input()
+    first = request.open_input()
+    assert [prompt.text for prompt in first.prompts if isinstance(prompt, Prompt)] == texts
+    assert (first.source, len(list(whole.prompts))) == (whole.source, 3)
 
 
 def test_a_folder_that_is_no_runs_is_refused(tmp_path: Path) -> None:
