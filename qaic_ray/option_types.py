@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import Enum
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -111,10 +111,11 @@ def _bare(kind: Any) -> Any:
 class Value:
     """What a field may hold: its type without None and bounds, its bounds, and whether None is one.
 
-    `kind` is a list's own type where the field holds a list.
+    `kind` is a list's own type where the field holds a list; `members` are a union's.
     """
 
     kind: Any
+    members: tuple[Any, ...]
     metadata: tuple[Any, ...]
     is_optional: bool
 
@@ -122,14 +123,16 @@ class Value:
     def of(cls, field: FieldInfo) -> Value:
         """Read a field's annotation."""
         kind, metadata = field.annotation, list(field.metadata)
-        members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-        is_optional = type(None) in members
-        if is_optional and len(members) == 2:
-            (kind,) = (member for member in members if member is not type(None))
-        while get_origin(kind) is Annotated:
-            metadata += get_args(kind)[1:]
-            kind = get_args(kind)[0]
-        return cls(kind, tuple(metadata), is_optional)
+        is_union = get_origin(kind) in (Union, UnionType)
+        members = tuple(m for m in get_args(kind) if m is not NoneType) if is_union else (kind,)
+        is_optional = is_union and NoneType in get_args(kind)
+        if len(members) == 1:
+            (kind,) = members
+            while get_origin(kind) is Annotated:
+                metadata += get_args(kind)[1:]
+                kind = get_args(kind)[0]
+            members = (kind,)
+        return cls(kind, members, tuple(metadata), is_optional)
 
     @property
     def is_path(self) -> bool:
@@ -137,38 +140,24 @@ class Value:
         return any(getattr(entry, "func", None) is _path for entry in self.metadata)
 
     @property
-    def is_mapping(self) -> bool:
-        """Whether it is a mapping."""
-        return get_origin(self.kind) is dict
-
-    @property
     def item(self) -> Any:
         """The type of a list's values, None where it is no list."""
-        for member in get_args(self.kind) if self._is_union else (self.kind,):
-            if get_origin(member) is tuple:
-                return _bare(get_args(member)[0])
-        return None
+        lists = [get_args(m)[0] for m in self.members if get_origin(m) is tuple]
+        return _bare(lists[0]) if lists else None
+
+    @property
+    def words(self) -> tuple[Any, ...]:
+        """The values that there are, where they are few."""
+        if isinstance(self.kind, type) and issubclass(self.kind, Enum):
+            return tuple(member.value for member in self.kind)
+        return tuple(w for m in self.members if get_origin(m) is Literal for w in get_args(m))
 
     @property
     def scalar(self) -> type:
         """The type of the command line's word for it."""
         if self.kind in (bool, int, float):
             return self.kind  # type: ignore[no-any-return]
-        members = get_args(self.kind) if get_origin(self.kind) is Literal else ()
-        return int if members and all(isinstance(word, int) for word in members) else str
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """The words that there are, where they are few."""
-        if isinstance(self.kind, type) and issubclass(self.kind, Enum):
-            return tuple(member.value for member in self.kind)
-        members = get_args(self.kind) if self._is_union else (self.kind,)
-        literals = [get_args(m) for m in members if get_origin(m) is Literal]
-        return tuple(str(word) for words in literals for word in words)
-
-    @property
-    def _is_union(self) -> bool:
-        return get_origin(self.kind) in (Union, UnionType)
+        return int if self.words and all(isinstance(word, int) for word in self.words) else str
 
     def bound(self, name: str) -> Any:
         """The value of `ge`, `gt` or `le`; None where there is no such bound."""

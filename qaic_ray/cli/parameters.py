@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -196,8 +196,8 @@ class Flag:
         return self.opt.shown or is_said
 
     def _help(self) -> str:
-        choices = self.value.choices
-        words = f" One of {', '.join(choices)}." if len(choices) > 1 else ""
+        choices = self.value.words
+        words = f" One of {', '.join(map(str, choices))}." if len(choices) > 1 else ""
         like = f" Like {self.opt.example}." if self.opt.example else ""
         also = f" Also: ${self.opt.environment}." if self.opt.environment else ""
         return f"{self.opt.help}{words}{like}{also}"
@@ -211,9 +211,9 @@ class Flag:
         if not found:
             return ...
         (text,) = found
-        if self.opt.repeated or not isinstance(text, str) or text in self.value.choices:
+        if self.opt.repeated or not isinstance(text, str) or text in self.value.words:
             return text
-        if self.value.is_mapping:
+        if get_origin(self.value.kind) is dict:
             return as_object(parse_json(text, self.flag), self.flag)
         if self.value.item is int:
             return numbers(text, self.flag)
