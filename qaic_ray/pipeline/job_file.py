@@ -51,7 +51,8 @@ def job_from(document: dict[str, Any], *, source: str) -> Job:
 
 def dump_job(job: Job) -> str:
     """The job as YAML, every default written out."""
-    return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    document = {"name": job.name, **job.model_dump(mode="json")}
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
 
 def job_variants(job: Job, source: Source) -> list[Variant]:
