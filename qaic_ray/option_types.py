@@ -30,6 +30,42 @@ MAX_LISTED = 1024
 _LENGTH = re.compile(r"\s*[0-9]{1,9}\s*", re.ASCII)
 
 
+class Precision(str, Enum):
+    """How weights and KV cache are kept on the card."""
+
+    FP16 = "fp16"
+    MX6 = "mx6"
+    """MatMul weights as MXFP6 (`-mxfp6-matmul`), the rest fp16."""
+    FP32 = "fp32"
+    """Nothing converted, KV cache included: for exact checks."""
+
+
+class PromptFormat(str, Enum):
+    """What a prompts file holds."""
+
+    TEXT = "text"
+    """A prompt on each line, as it stands."""
+    JSONL = "jsonl"
+    """A JSON object on each line, as the text of `prompts.py` says; or an array of them."""
+    OPENAI = "openai"
+    """A request of the OpenAI batch format on each line, and nothing else."""
+    CSV = "csv"
+    """A table with a header: a column for each field, commas between them."""
+    TSV = "tsv"
+    """The same with tabs."""
+    PARQUET = "parquet"
+    """A table with a column for each field."""
+
+
+class OutputFormat(str, Enum):
+    """What a run's rows are written as; `outputs.jsonl` is always there."""
+
+    OPENAI = "openai"
+    """The OpenAI batch format: an output file, and an error file for rows that failed."""
+    PARQUET = "parquet"
+    """A table with a column for each key of a row."""
+
+
 @dataclass(frozen=True)
 class Opt:
     """What people read of an option, and how they write it on the command line.
@@ -273,16 +309,17 @@ def _device_ids(value: Any) -> Any:
     return _once(ids)
 
 
-def one_of(known: Iterable[str]) -> AfterValidator:
+def one_of(known: Iterable[str]) -> BeforeValidator:
     """The check that a word is among the known ones; case does not matter."""
     words = tuple(known)
 
-    def check(value: str) -> str:
-        if value.lower() not in words:
+    def check(value: Any) -> Any:
+        word = value.lower() if isinstance(value, str) else value
+        if word not in words:
             raise ValueError(f"must be one of {', '.join(words)}, not {shown(value)}")
-        return value.lower()
+        return word
 
-    return AfterValidator(check)
+    return BeforeValidator(check)
 
 
 PositiveInt = Annotated[int, Field(ge=1, le=MAX_SIZE), BeforeValidator(_whole_number)]
@@ -290,7 +327,7 @@ Count = Annotated[int, Field(ge=0, le=MAX_SIZE), BeforeValidator(_whole_number)]
 NumCores = Annotated[int, AfterValidator(_num_cores), BeforeValidator(_whole_number)]
 PathText = Annotated[str, BeforeValidator(_path)]
 TemplateText = Annotated[str, BeforeValidator(_template)]
-PrecisionName = Annotated[str, one_of(("fp16", "mx6", "fp32"))]
+PrecisionName = Annotated[Precision, one_of(known.value for known in Precision)]
 PromptLen = Annotated[int | str, BeforeValidator(_prompt_len)]
 Listed = Annotated[tuple[T, ...], BeforeValidator(as_tuple), AfterValidator(_once)]
 Words = Annotated[tuple[T, ...], BeforeValidator(as_tuple)]

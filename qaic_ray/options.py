@@ -25,9 +25,12 @@ from qaic_ray.option_types import (
     Devices,
     Listed,
     NumCores,
+    OutputFormat,
     PathText,
     PositiveInt,
+    Precision,
     PrecisionName,
+    PromptFormat,
     PromptLen,
     Section,
     TemplateText,
@@ -136,7 +139,7 @@ class CompileOptions(Section):
     """
 
     precision: Listed[PrecisionName] = opt(
-        ("mx6",),
+        (Precision.MX6,),
         "How weights are kept on the card.",
         example="mx6,fp16",
         argument="[mx6|fp16|fp32]",
@@ -191,7 +194,7 @@ class PromptOptions(Section):
         flag="--prompts-file",
         free=True,
     )
-    prompts_format: Literal["text", "jsonl", "openai", "csv", "tsv", "parquet"] | None = opt(
+    prompts_format: PromptFormat | None = opt(
         None, "What the prompts file holds.", shown="by name and content"
     )
     max_prompts: PositiveInt | None = opt(
@@ -306,7 +309,7 @@ class RunOptions(CardOptions, Generation, PromptOptions):
 
     variant: VariantChoice = VariantChoice()
     output: PathText = opt("runs", "Folder that gets one folder a run.", group=FOLDER)
-    output_formats: Words[Literal["openai", "parquet"]] = opt(
+    output_formats: Words[OutputFormat] = opt(
         (),
         "Beside outputs.jsonl: openai, parquet; may be repeated.",
         flag="--output-format",

@@ -16,10 +16,11 @@ import torch
 from random_models import Untouched, write_checkpoint
 
 from qaic_ray.compile.store import BuildRequest, build
-from qaic_ray.compile.variant import Precision, Variant
+from qaic_ray.compile.variant import Variant
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP, IoContract, Specializations
 from qaic_ray.export import export
 from qaic_ray.model.checkpoint import load_torch_model
+from qaic_ray.option_types import Precision
 from qaic_ray.options import EmulatorOptions, ExportOptions
 from qaic_ray.pipeline.compile_step import source_of
 from qaic_ray.sdk import Sdk, find_sdk

@@ -6,26 +6,15 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
 from itertools import product
 from math import prod
 from pathlib import Path
 
 from qaic_ray.contract import MAX_VARIANTS, Specializations
 from qaic_ray.errors import SpecializationError, UsageError
-from qaic_ray.option_types import check_num_cores, prompt_lens
+from qaic_ray.option_types import Precision, check_num_cores, prompt_lens
 from qaic_ray.options import CompileOptions
 from qaic_ray.sdk import Sdk
-
-
-class Precision(str, Enum):
-    """How weights and KV cache are kept on the card."""
-
-    FP16 = "fp16"
-    MX6 = "mx6"
-    """MatMul weights as MXFP6 (`-mxfp6-matmul`), the rest fp16."""
-    FP32 = "fp32"
-    """Nothing converted, KV cache included: for exact checks."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +179,7 @@ def grid_variants(
     variants = [
         Variant(
             source,
-            Precision(precision),
+            precision,
             cores,
             Specializations.build(
                 batch_size=batch,

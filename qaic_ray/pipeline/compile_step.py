@@ -21,7 +21,7 @@ from qaic_ray.compile.store import (
     build,
     check_request,
 )
-from qaic_ray.compile.variant import Precision, Source, Variant, grid_variants
+from qaic_ray.compile.variant import Source, Variant, grid_variants
 from qaic_ray.contract import (
     BATCH_INDEX,
     COMP_CTX_LENGTHS,
@@ -122,7 +122,7 @@ def requested_variants(request: CompileRequest, sdk: Sdk) -> list[Variant]:
     else:
         shapes = _shapes_of(request.specializations, model, request.model_dir)
         variants = [
-            Variant(source, Precision(precision), cores, shapes)
+            Variant(source, precision, cores, shapes)
             for precision, cores in product(grid.precision, grid.num_cores)
         ]
     for variant in variants:

@@ -82,7 +82,7 @@ class RunRequest:
         return replace(whole, prompts=islice(whole.prompts, self.run.max_prompts))
 
     def _whole_input(self) -> RunInput:
-        from qaic_ray.formats.prompts import PromptFormat, prompts_from_file, prompts_from_text
+        from qaic_ray.formats.prompts import prompts_from_file, prompts_from_text
         from qaic_ray.model.chat import check_kwargs
         from qaic_ray.runs.fingerprint import STREAM_SOURCE, file_source, text_source
 
@@ -102,8 +102,7 @@ class RunRequest:
             raise UsageError(
                 'There is nothing to answer: give --prompt "a|b" or --prompts-file FILE.'
             )
-        form = None if run.prompts_format is None else PromptFormat(run.prompts_format)
-        path = user_path(run.prompts, "--prompts-file")
+        path, form = user_path(run.prompts, "--prompts-file"), run.prompts_format
         if run.prompts == STDIN or not path.is_file():
             # A pipe can be read only once: its rows' digests are all there is.
             return RunInput(STREAM_SOURCE, prompts_from_file(run.prompts, form, defaults, chat))

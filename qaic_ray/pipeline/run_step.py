@@ -304,15 +304,15 @@ def _worker_specs(request: RunRequest, places: Sequence[WorkerPlace]) -> list[Wo
 def _export(request: RunRequest, folder: Path) -> None:
     """The run's rows in the other formats that are asked for."""
     from qaic_ray.model.checkpoint import load_tokenizer
-    from qaic_ray.runs.exports import OutputFormat, export_outputs
+    from qaic_ray.runs.exports import export_outputs
 
     if not request.run.output_formats:
         return
     tokenizer = load_tokenizer(open_checkpoint(request.model, weights=False))
-    for name in request.run.output_formats:
+    for output_format in request.run.output_formats:
         export_outputs(
             folder,
-            OutputFormat(name),
+            output_format,
             model=request.model,
             token_text=lambda token: tokenizer.decode((token,)),
         )

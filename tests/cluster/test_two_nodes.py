@@ -18,11 +18,12 @@ from ray.cluster_utils import Cluster as Nodes
 from qaic_ray.cards.placement import WorkerPlace, place
 from qaic_ray.cluster.cluster import Cluster
 from qaic_ray.compile.compiler import run_compiler
-from qaic_ray.compile.variant import Precision, Variant
+from qaic_ray.compile.variant import Variant
 from qaic_ray.contract import Specializations
 from qaic_ray.dispatch import workers
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.model.tokenizer import Tokenizer
+from qaic_ray.option_types import Precision
 from qaic_ray.options import EmulatorOptions, ExportOptions
 from qaic_ray.pipeline.compile_step import source_of
 from qaic_ray.rows import Prompt, Row

@@ -13,9 +13,10 @@ import pytest
 from answering import engine_on, outputs, rows_of, run
 
 from qaic_ray.compile.store import BuildRequest, build
-from qaic_ray.compile.variant import Precision, Variant
+from qaic_ray.compile.variant import Variant
 from qaic_ray.contract import Specialization, Specializations
 from qaic_ray.metrics import Span, tokens_per_s
+from qaic_ray.option_types import Precision
 from qaic_ray.options import ExportOptions
 from qaic_ray.pipeline.compile_step import source_of
 from qaic_ray.rows import FinishReason

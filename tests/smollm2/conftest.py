@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from qaic_ray.compile.store import BuildRequest, build
-from qaic_ray.compile.variant import Precision, Variant
+from qaic_ray.compile.variant import Variant
 from qaic_ray.contract import Specializations
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from qaic_ray.model.tokenizer import Tokenizer
+from qaic_ray.option_types import Precision
 from qaic_ray.options import EmulatorOptions
 from qaic_ray.pipeline.compile_step import source_of
 from qaic_ray.sdk import Sdk, find_sdk
