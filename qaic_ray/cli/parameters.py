@@ -136,7 +136,7 @@ class _Call:
         if self._given is not None:
             used = [flag for flag in self._flags if flag.name in words]
             arguments[self._given] = Given(
-                fixed=tuple(flag.flag for flag in used if not flag.opt.free),
+                fixed=tuple(flag.written for flag in used if not flag.opt.free),
                 may_be_free=tuple(flag.flag for flag in self._flags if flag.opt.free),
             )
         self._function(**arguments)
@@ -159,6 +159,7 @@ class Flag:
     def __init__(self, path: tuple[str, ...], opt: Opt, value: Value, default: Any) -> None:
         self.path, self.opt, self.value, self.default = path, opt, value, default
         self.flag = opt.flag or "--" + path[-1].replace("_", "-")
+        self.written = f"--no-{self.flag[2:]}" if opt.off else self.flag
         self.name = self.flag.lstrip("-").replace("-", "_")
         # With dashes, and with underscores as in the old scripts.
         self.spellings = list(dict.fromkeys([self.flag, f"--{self.name}"]))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qaic_ray.compile.store import Build
-from qaic_ray.compile.variant import Source, Variant
+from qaic_ray.compile.variant import Source
 from qaic_ray.errors import SdkNotFound, UsageError
 from qaic_ray.model.manifest import CUSTOM_IO_FILE
 from qaic_ray.options import Job
@@ -96,7 +96,7 @@ def plan_job(job: Job) -> Plan:
     chosen = chosen_index(job)
     compiles = []
     for index, variant in enumerate(
-        _variants(job, Source(name, onnx, folder / CUSTOM_IO_FILE, ""))
+        job_variants(job, Source(name, onnx, folder / CUSTOM_IO_FILE, ""))
     ):
         target = Path(job.compile.output) / variant.name
         argv = variant.argv(sdk, target / "specializations.json", target)
@@ -115,7 +115,7 @@ def chosen_index(job: Job) -> int:
     Raises:
         UsageError: where the choice fits none of the variants, or several.
     """
-    num_variants = len(_variants(job, Source("", Path(), None, "")))
+    num_variants = len(job_variants(job, Source("", Path(), None, "")))
     names = ("precision", "num_cores", "batch_size", "prompt_len", "ctx_len")
     wanted = [getattr(job.run.variant, name) for name in names]
     grid = product(*(getattr(job.compile, name) for name in names))
@@ -161,15 +161,6 @@ def _absolute(job: Job) -> Job:
     if job.sdk not in SDK_NAMES:
         updated |= absolute_paths(job, "sdk")
     return job.model_copy(update=updated)
-
-
-def _variants(job: Job, source: Source) -> list[Variant]:
-    if job.export.comp_ctx_lengths and not job.compile.comp_ctx_lengths:
-        raise UsageError(
-            f"The job {job.name} exports with comp_ctx_lengths: say which ones with "
-            "compile.comp_ctx_lengths, like [512, 1024] (ctx_len is added)."
-        )
-    return job_variants(job, source)
 
 
 def _base(model_name: str) -> str:

@@ -81,6 +81,11 @@ def _check_shapes(job: Job, source: str) -> None:
         )
     if grid.comp_ctx_lengths and not job.export.comp_ctx_lengths:
         raise JobError(f"{source}: compile.comp_ctx_lengths needs export.comp_ctx_lengths: true.")
+    if job.export.comp_ctx_lengths and not grid.comp_ctx_lengths:
+        raise JobError(
+            f"{source} exports with comp_ctx_lengths: say which ones with "
+            "compile.comp_ctx_lengths, like [512, 1024] (ctx_len is added)."
+        )
     if job.run.prompts is not None and job.run.prompt is not None:
         raise JobError(f"{source}: run has both prompts and prompt: keep one of them.")
 

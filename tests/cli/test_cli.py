@@ -240,6 +240,44 @@ def test_run_options_are_the_sampling_fields_of_that_name(
     assert asked[1].run.seed != asked[2].run.seed
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--opset", "12"], "--opset takes 13 or 17, not 12."),
+        (["--io", "recipe"], "--io takes position-ids or cache-index, not 'recipe'."),
+        (["--replicate-kv-heads", "0"], "replicate_kv_heads must be at least 1, not 0"),
+        (["--io", "cache-index", "--continuous-batching"], "no continuous batching with it"),
+        (["--comp-ctx-lengths", "--opset", "13"], "comp_ctx_lengths needs opset 17"),
+        (["--output", "a" * 5000], "--output: it is 'aaa"),
+    ],
+)
+def test_options_of_an_export_are_checked_before_its_model(
+    run: Run, arguments: list[str], words: str
+) -> None:
+    assert_refused(run("export", "--model-name", "no-such-model", *arguments), words)
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        (["--top_k", "3"], "--top-k"),
+        (["--no-add-generation-prompt"], "--no-add-generation-prompt"),
+        (["--output", "o"], "--output"),
+        (["--qpc", "q"], "--qpc"),
+    ],
+)
+def test_what_changes_answers_may_not_be_said_anew(
+    run: Run, tmp_path: Path, option: list[str], named: str
+) -> None:
+    begun = str(tmp_path / "begun")
+    refused = run("run", "--resume", begun, *option)
+    assert_refused(refused, f"{named} cannot be changed in the middle of a run: leave it out")
+    free = "--prompts-file, --device-id, --retry-errors, --address, --sdk, --json, --stream"
+    assert_refused(refused, f"only {free} may stand beside --resume")
+    allowed = ["--prompts-file", "p", "--device-id", "0", "--json", "--no-stream", "--retry-errors"]
+    assert_refused(run("run", "--resume", begun, *allowed), "is not the folder of a run")
+
+
 def test_run_help_is_in_groups(run: Run) -> None:
     code, out, _ = run("run", "--help")
     assert code == 0
