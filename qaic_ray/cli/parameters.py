@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
@@ -42,11 +43,15 @@ class _FromTree(TyperCommand):
 
     function: Callable[..., None]
 
+    @cached_property
+    def _call(self) -> _Call:
+        return _Call(self.function)
+
     def get_params(self, ctx: Any) -> list[Any]:
         """The parameters, `--help` among them."""
         if not self.params:
             whole = typer.Typer(add_completion=False)
-            whole.command()(_Call(self.function).as_function())
+            whole.command()(self._call.as_function())
             made = typer.main.get_command(whole)
             self.params, self.callback = made.params, made.callback
         return list(super().get_params(ctx))
@@ -54,7 +59,7 @@ class _FromTree(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Write out the flags that may stand without a value, as typer's may not, then parse."""
         is_last = [word.startswith("-") for word in args[1:]] + [True]
-        bare = _Call(self.function).bare
+        bare = self._call.bare
         full = [
             f"{word}={bare[word]}" if ends and word in bare else word
             for word, ends in zip(args, is_last, strict=False)
