@@ -370,6 +370,10 @@ class Job(SdkOptions):
     emulator: EmulatorOptions = EmulatorOptions()
     ray: RayOptions = RayOptions()
 
+    def changed(self, part: str, **options: Any) -> Job:
+        """The same job with other options in one of its parts; they are not checked."""
+        return self.model_copy(update={part: getattr(self, part).model_copy(update=options)})
+
 
 ENVIRONMENT = {
     "QAIC_RAY_SDK": "The SDK where --sdk, or a job's sdk, is auto: a name or a folder.",

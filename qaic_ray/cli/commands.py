@@ -119,8 +119,7 @@ def launch(
     from qaic_ray.pipeline.job_file import load_job
 
     loaded = load_job(job, overrides or ())
-    given = {name: getattr(ray, name) for name in ray.model_fields_set}
-    loaded = loaded.model_copy(update={"ray": loaded.ray.model_copy(update=given)})
+    loaded = loaded.changed("ray", **{name: getattr(ray, name) for name in ray.model_fields_set})
     if submit.detach:
         _detach(loaded, submit, as_json=show.as_json)
         return

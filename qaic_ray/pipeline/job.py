@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qaic_ray.compile.store import Build
 from qaic_ray.compile.variant import Source
@@ -149,18 +149,11 @@ def run_request(job: Job, resume: Path | None = None, *, retry_errors: bool = Fa
 
 def _absolute(job: Job) -> Job:
     """The job as it is understood in every folder."""
-    changes = {
-        "model": {"name": absolute_model(job.model.name)},
-        "export": absolute_paths(job.export, "output"),
-        "compile": absolute_paths(job.compile, "output"),
-        "run": absolute_paths(job.run, "output", "draft_qpc"),
-    }
-    updated: dict[str, Any] = {
-        part: getattr(job, part).model_copy(update=update) for part, update in changes.items()
-    }
-    if job.sdk not in SDK_NAMES:
-        updated |= absolute_paths(job, "sdk")
-    return job.model_copy(update=updated)
+    job = job.changed("model", name=absolute_model(job.model.name))
+    job = job.changed("export", **absolute_paths(job.export, "output"))
+    job = job.changed("compile", **absolute_paths(job.compile, "output"))
+    job = job.changed("run", **absolute_paths(job.run, "output", "draft_qpc"))
+    return job if job.sdk in SDK_NAMES else job.model_copy(update=absolute_paths(job, "sdk"))
 
 
 def _base(model_name: str) -> str:

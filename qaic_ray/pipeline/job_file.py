@@ -93,7 +93,7 @@ def _check_shapes(job: Job, source: str) -> None:
 def _with_files_beside(job: Job, folder: Path) -> Job:
     files = {"prompts": job.run.prompts, "chat_template": job.run.chat_template}
     absolute = {name: str(folder / path) for name, path in files.items() if path not in (None, "-")}
-    return job.model_copy(update={"run": job.run.model_copy(update=absolute)})
+    return job.changed("run", **absolute)
 
 
 def _override(document: dict[str, Any], override: str) -> None:
