@@ -95,7 +95,7 @@ def export_model(
 
     Args:
         checkpoint: opened with its weights.
-        options: what changes the graph.
+        options: what changes the graph; by default those of `qaic-ray export`.
         output: the folder, `<base>-kv` in the current one where not given. An earlier export there
             is reused when it comes from the same weights, options and tools, and else replaced.
         verify: `full`, `quick` or `off`; by default full up to two billion parameters.
@@ -112,7 +112,8 @@ def export_model(
     architecture = read_architecture(checkpoint.config)
     level = default_level(architecture) if verify is None else verify
     architecture = fit_architecture(architecture, read_entries(checkpoint.weight_files))
-    making = _Making(checkpoint, architecture, options or ExportOptions(), folder.name)
+    options = options or ExportOptions(continuous_batching=False)  # as the command's
+    making = _Making(checkpoint, architecture, options, folder.name)
     try:
         # Without the lock, which a folder that one may only read does not give.
         found = making.reuse(folder, level)
