@@ -130,7 +130,7 @@ class RunRequest:
     def to_yaml(self) -> str:
         """All of it that belongs to the run."""
         run = self.run.model_dump(mode="json", exclude={"variant", "output"})
-        document = {"name": self.name, "model": self.model, "qpc": str(self.qpc), "run": run}
+        document = {"name": self.name, "model": self.model, "qpc": str(self.qpc), **run}
         return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
 
@@ -199,11 +199,10 @@ def read_request(folder: Path) -> RunRequest:
         raise UsageError(f"{folder} is not the folder of a run: it has no {REQUEST_NAME}.")
     try:
         document = checked(dict[str, Any], read_yaml(path), str(path))
-        if "run" not in document:
-            document = _of_older(document)
-        if not document.keys() <= {"name", "model", "qpc", "run"}:
-            raise UsageError(f"{path} does not hold the keys of a request.")
-        return replace(checked(RunRequest, document, str(path)), resume=folder)
+        known = document.keys() & {"name", "model", "qpc"}
+        whole: dict[str, Any] = {name: document.pop(name) for name in known}
+        whole["run"] = _todays(document)
+        return replace(checked(RunRequest, whole, str(path)), resume=folder)
     except (UsageError, RowError) as error:
         raise UsageError(
             f"{path} cannot be gone on with: it was written by another version, or changed "
@@ -214,10 +213,8 @@ def read_request(folder: Path) -> RunRequest:
 _OLDER = {"prompts_file": "prompts", "template_kwargs": "chat_template_kwargs"}
 
 
-def _of_older(document: dict[str, Any]) -> dict[str, Any]:
-    """A request of the versions that kept the run's options beside the model, some nested."""
-    flat = {**document, **(document.get("chat_options") or {})}
-    flat.pop("chat_options", None)
-    top = {name: flat.pop(name) for name in ("name", "model", "qpc") if name in flat}
-    run = {_OLDER.get(name, name): value for name, value in flat.items() if value is not None}
-    return {**top, "run": run}
+def _todays(kept: dict[str, Any]) -> dict[str, Any]:
+    """A kept run's options, those of older versions under the names that they have now."""
+    chat = checked(dict[str, Any], kept.pop("chat_options", None) or {}, "chat_options")
+    flat = {**kept, **chat}
+    return {_OLDER.get(name, name): value for name, value in flat.items() if value is not None}

@@ -115,7 +115,16 @@ def test_variables_of_a_template_are_checked_before_anything_is_done() -> None:
             REQUEST.with_run(chat_template_kwargs=kwargs).open_input()
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", "name: r", REQUEST.to_yaml() + "more: 1\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        "{",
+        "name: r",
+        "{name: r, model: m, qpc: q, chat_options: [1]}",
+        REQUEST.to_yaml() + "more: 1\n",
+    ],
+)
 def test_a_changed_request_is_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / REQUEST_NAME).write_text(text, encoding="utf-8")
     with pytest.raises(UsageError, match="cannot be gone on with") as caught:
