@@ -10,12 +10,13 @@ import fake_worker
 import pytest
 import ray
 
-from qaic_ray.cluster import actors
 from qaic_ray.cluster.cluster import Cluster
 from qaic_ray.dispatch import workers
+from qaic_ray.timeouts import Timeouts
 
 T = TypeVar("T")
 NUM_CARDS = 4
+IMPATIENT = Timeouts(steps_s=0.3)
 
 
 class OneRay:
@@ -62,7 +63,7 @@ def four_cards() -> Iterator[Cluster]:
         patch.setenv("RAY_custom_unit_instance_resources", "neuron_cores,TPU,NPU,QAIC")
         # Workers cannot import from the tests' folder.
         ray.cloudpickle.register_pickle_by_value(fake_worker)
-        with Cluster(NUM_CARDS) as started:
+        with Cluster(NUM_CARDS, timeouts=IMPATIENT) as started:
             yield started
 
 
@@ -72,4 +73,3 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "MIN_BACKOFF_S", 0.1)
     monkeypatch.setattr(workers, "MIN_STALL_S", 3.0)
     monkeypatch.setattr(workers, "STALL_STEPS", 10)
-    monkeypatch.setattr(actors, "STEPS_EVERY_S", 0.3)
