@@ -128,7 +128,7 @@ class Run:
     @property
     def num_safe(self) -> int:
         """Rows that are in the journal."""
-        from qaic_ray.runs.run_folders import safe_rows
+        from qaic_ray.runs.journal import safe_rows
 
         return safe_rows(self.folder)
 
