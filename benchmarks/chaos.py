@@ -49,7 +49,7 @@ def drive(folder: Path, address: str, count: int) -> None:
     from qaic_ray.cards.placement import place
     from qaic_ray.cluster import actors
     from qaic_ray.cluster.cluster import Cluster
-    from qaic_ray.dispatch import workers
+    from qaic_ray.dispatch.policy import Policy
     from qaic_ray.runs.delivery import row_writer
     from qaic_ray.runs.driver import Audience
     from qaic_ray.runs.journal import Journal
@@ -59,7 +59,8 @@ def drive(folder: Path, address: str, count: int) -> None:
     from qaic_ray.worker.text import Generation
     from qaic_ray.worker.worker import CardWorker
 
-    workers.MIN_STALL_S = workers.FIRST_STALL_S = 6.0  # an hour of trouble in a minute
+    # An hour of trouble in a minute.
+    policy = Policy(min_stall_s=6.0, first_stall_s=6.0)
     actors.STEPS_EVERY_S = 0.5
     made = json.loads((folder.parent / "made.json").read_text())
     generation = Generation(SamplingParams(max_tokens=NUM_TOKENS))
@@ -82,6 +83,7 @@ def drive(folder: Path, address: str, count: int) -> None:
             prompts(count),
             specs,
             worker_class=CardWorker,
+            policy=policy,
             journal=journal,
             audience=Audience(on_row=write, on_earlier_row=write.again, on_worker_ready=note),
         )

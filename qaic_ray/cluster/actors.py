@@ -31,16 +31,14 @@ from qaic_ray.dispatch.events import (
     RunShard,
     ShardFailed,
     ShardFinished,
-    ShardTakenBack,
     WorkerFailedToOpen,
     WorkerLost,
     WorkerProgress,
     WorkerReady,
 )
-from qaic_ray.dispatch.prompts import MAX_SHARDS
+from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
 from qaic_ray.errors import DeviceError, QaicRayError, UsageError
 from qaic_ray.metrics import Measurement
-from qaic_ray.worker.spec import TakenBack
 
 if TYPE_CHECKING:
     from qaic_ray.cards.locks import Part
@@ -80,9 +78,11 @@ class CardActors:
         worker_class: type[CardWorker],
         *,
         num_cpus: float = CARD_CPUS,
+        policy: Policy = DEFAULT_POLICY,
     ) -> None:
         self.names = tuple(spec.name for spec in specs)
         self._specs = {spec.name: spec for spec in specs}
+        self._max_shards = policy.max_shards
         self._actor_class = ray.remote(concurrency_groups={CONTROL_GROUP: 1})(worker_class)
         self._num_cpus = num_cpus
         self._namespace = f"qaic-ray-{uuid.uuid4().hex}"
@@ -140,12 +140,8 @@ class CardActors:
         answer = self._actors[shard.worker].answer.options(
             num_returns="streaming", name=f"shard {shard.shard_id} on {shard.worker}"
         )
-        stream = answer.remote(shard.prompts, shard.attempt, shard.shard_id)
+        stream = answer.remote(shard.prompts, shard.attempt)
         self._listen_to(stream, shard.worker, shard.shard_id)
-
-    def take_back(self, worker: str, shard_id: int) -> None:
-        """Ask for the prompts of a shard that the engine has not begun; they are heard in it."""
-        _control(self._actors[worker].take_back, shard_id)
 
     def retire(self, worker: str) -> None:
         """End a worker's process, if it is there; nothing more is heard of it."""
@@ -197,7 +193,7 @@ class CardActors:
             scheduling_strategy=on_node(spec.node_id),
             max_restarts=0,
             max_task_retries=0,
-            max_concurrency=MAX_SHARDS,
+            max_concurrency=self._max_shards,
         ).remote(spec)
         self._actors[name] = actor
         opened = actor.__ray_call__.options(name=f"open {name}").remote(_open)
@@ -269,8 +265,6 @@ class CardActors:
         except ray_errors.RayError as error:  # of the actor's process, its node, its objects
             return self._lost(worker, error)
         self._listen_to(stream, worker, shard_id)  # at the end: every worker gets its turn
-        if isinstance(item, TakenBack):
-            return ShardTakenBack(worker, shard_id, item.indexes)
         return RowsFinished(worker, shard_id, tuple(item))
 
     def _lost(self, worker: str, error: ray_errors.RayError) -> Event:

@@ -33,7 +33,7 @@ from qaic_ray.cluster.actors import (
 from qaic_ray.cluster.connection import OwnRay, join, leave, start
 from qaic_ray.cluster.watch import ClusterWatch, call_for
 from qaic_ray.dispatch.dispatcher import Dispatcher
-from qaic_ray.dispatch.shard_size import text_work
+from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
 from qaic_ray.errors import ClusterLost, CompileError, DeviceBusy, QaicRayError, UsageError
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience, Driver
@@ -179,14 +179,14 @@ class Cluster:
         worker_class: type[CardWorker],
         audience: Audience | None = None,
         journal: Journal | None = None,
-        work_of: Callable[[Prompt], float] = text_work,
-        on_wait: Callable[[str], None] | None = None,
+        work_of: Callable[[Prompt], float] | None = None,
+        policy: Policy = DEFAULT_POLICY,
     ) -> FleetResult:
         """Answer every prompt on an actor for each spec; see `Driver`.
 
         Args:
-            work_of: the estimated work of a prompt, by which long ones go first.
-            on_wait: told once, in a sentence, where cards are held by others and are waited for.
+            work_of: the estimated work of a prompt, by which long ones go first; None: by its text.
+            policy: the dispatcher's numbers.
 
         Raises:
             UsageError: the cluster has not so many cards, or a worker found the request wrong.
@@ -194,10 +194,11 @@ class Cluster:
             ClusterLost: the Ray is gone; rows that were answered are in the journal.
         """
         with self._losses():
-            _await_cards(specs, on_wait)
-            with CardActors(specs, worker_class, num_cpus=self._cpus_each(len(specs))) as cards:
-                dispatcher = Dispatcher(work_of=work_of)
-                told = audience or Audience()
+            told = audience or Audience()
+            _await_cards(specs, told.on_wait)
+            cpus = self._cpus_each(len(specs))
+            with CardActors(specs, worker_class, num_cpus=cpus, policy=policy) as cards:
+                dispatcher = Dispatcher(policy=policy, work_of=work_of)
                 return Driver(cards, prompts, told, dispatcher=dispatcher, journal=journal).run()
 
     @contextmanager
@@ -269,7 +270,7 @@ def _seen(node: Node, ref: Any) -> NodeCards:
     return NodeCards(node, node.address, node.node_id, error=error)
 
 
-def _await_cards(specs: Sequence[WorkerSpec], on_wait: Callable[[str], None] | None) -> None:
+def _await_cards(specs: Sequence[WorkerSpec], on_wait: Callable[[str], None]) -> None:
     """See that the cluster can give these cards: Ray itself would wait for ever."""
     needed: dict[str, float] = {}
     for spec in specs:
@@ -283,14 +284,15 @@ def _await_cards(specs: Sequence[WorkerSpec], on_wait: Callable[[str], None] | N
             f"the nodes that have them with `ray start --address={head} "
             f"--resources='{{\"{CARD_RESOURCE}\": <cards of the node>}}'`."
         )
+    is_told = False
     deadline_s = time.monotonic() + _BUSY_TIMEOUT_S
     while lacking := _lacking(needed):
         words = f"{total} cards are asked for and {lacking:g} of them are held by others"
         if time.monotonic() > deadline_s:
             raise DeviceBusy(f"{words}: wait for the job that holds them, or ask for fewer.")
-        if on_wait is not None:
+        if not is_told:
             on_wait(f"{words}: waiting for up to {_BUSY_TIMEOUT_S:.0f} s.")
-            on_wait = None
+            is_told = True
         time.sleep(0.1)
 
 

@@ -119,7 +119,6 @@ class CardPredictor:
             model=model,
             generation=Generation(sampling=self._sampling, **generation),
         )
-        self._num_shards = 0
         self._failure = ""
         self._claim: CardLocks | None = None
         self._worker: CardWorker | None = None
@@ -300,11 +299,9 @@ class CardPredictor:
 
     def _answer_shard(self, prompts: Sequence[Prompt], attempt: int, done: dict[int, Row]) -> None:
         assert self._worker is not None
-        self._num_shards += 1
         try:
-            for rows in self._worker.answer(prompts, attempt, self._num_shards):
-                if isinstance(rows, list):
-                    done.update((row.index, row) for row in rows)
+            for rows in self._worker.answer(prompts, attempt):
+                done.update((row.index, row) for row in rows)
         except DeviceError as error:
             self._reopen(error)
 

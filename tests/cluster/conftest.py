@@ -12,7 +12,6 @@ import ray
 
 from qaic_ray.cluster import actors
 from qaic_ray.cluster.cluster import Cluster
-from qaic_ray.dispatch import workers
 
 T = TypeVar("T")
 NUM_CARDS = 4
@@ -69,7 +68,4 @@ def four_cards() -> Iterator[Cluster]:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test waits as long as a run of days may."""
-    monkeypatch.setattr(workers, "MIN_BACKOFF_S", 0.1)
-    monkeypatch.setattr(workers, "MIN_STALL_S", 3.0)
-    monkeypatch.setattr(workers, "STALL_STEPS", 10)
     monkeypatch.setattr(actors, "STEPS_EVERY_S", 0.3)
