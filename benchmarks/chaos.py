@@ -48,7 +48,7 @@ def drive(folder: Path, address: str, count: int) -> None:
     """One session of the run: until it is done, or this process is killed."""
     from qaic_ray.cards.placement import place
     from qaic_ray.cluster.cluster import Cluster
-    from qaic_ray.dispatch import workers
+    from qaic_ray.dispatch.policy import Policy
     from qaic_ray.runs.delivery import row_writer
     from qaic_ray.runs.driver import Audience
     from qaic_ray.runs.journal import Journal
@@ -59,7 +59,8 @@ def drive(folder: Path, address: str, count: int) -> None:
     from qaic_ray.worker.text import Generation
     from qaic_ray.worker.worker import CardWorker
 
-    workers.MIN_STALL_S = workers.FIRST_STALL_S = 6.0  # an hour of trouble in a minute
+    # An hour of trouble in a minute.
+    policy = Policy(min_stall_s=6.0, first_stall_s=6.0)
     made = json.loads((folder.parent / "made.json").read_text())
     generation = Generation(SamplingParams(max_tokens=NUM_TOKENS))
 
@@ -81,6 +82,7 @@ def drive(folder: Path, address: str, count: int) -> None:
             prompts(count),
             specs,
             worker_class=CardWorker,
+            policy=policy,
             journal=journal,
             audience=Audience(on_row=write, on_earlier_row=write.again, on_worker_ready=note),
         )

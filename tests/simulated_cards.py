@@ -13,7 +13,6 @@ from qaic_ray.dispatch.events import (
     RowsFinished,
     RunShard,
     ShardFinished,
-    ShardTakenBack,
     WorkerFailedToOpen,
     WorkerLost,
     WorkerProgress,
@@ -146,17 +145,6 @@ class SimulatedCards:
         self._left[shard.shard_id] = len(shard.prompts)
         card.queue += [(shard.shard_id, p, shard.attempt) for p in shard.prompts]
         self._fill(shard.worker, card)
-
-    def take_back(self, worker: str, shard_id: int) -> None:
-        card = self._cards.get(worker)
-        if card is None or card.hung_s is not None:
-            return
-        indexes = tuple(prompt.index for id_, prompt, _ in card.queue if id_ == shard_id)
-        card.queue = [item for item in card.queue if item[0] != shard_id]
-        self._left[shard_id] -= len(indexes)
-        self._later(0.0, ShardTakenBack(worker, shard_id, indexes))
-        if indexes and not self._left[shard_id]:
-            self._later(0.0, ShardFinished(worker, shard_id))
 
     def retire(self, worker: str) -> None:
         self._cards.pop(worker, None)

@@ -32,17 +32,15 @@ from qaic_ray.dispatch.events import (
     RunShard,
     ShardFailed,
     ShardFinished,
-    ShardTakenBack,
     WorkerFailedToOpen,
     WorkerLost,
     WorkerProgress,
     WorkerReady,
 )
-from qaic_ray.dispatch.prompts import MAX_SHARDS
+from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
 from qaic_ray.errors import DeviceError, QaicRayError, UsageError
 from qaic_ray.metrics import Measurement
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
-from qaic_ray.worker.spec import TakenBack
 
 if TYPE_CHECKING:
     from qaic_ray.cards.lease import Part
@@ -72,6 +70,7 @@ class CardActors(AbstractContextManager["CardActors"]):
         specs: one a worker.
         worker_class: what the actors are made of.
         num_cpus: what each asks of its node.
+        policy: `max_shards` is used.
         timeouts: `steps_s`, `close_s`, `kill_s` and `parent_s` are used.
     """
 
@@ -81,10 +80,12 @@ class CardActors(AbstractContextManager["CardActors"]):
         worker_class: type[CardWorker],
         *,
         num_cpus: float = CARD_CPUS,
+        policy: Policy = DEFAULT_POLICY,
         timeouts: Timeouts = DEFAULT_TIMEOUTS,
     ) -> None:
         self.names = tuple(spec.name for spec in specs)
         self._specs = {spec.name: spec for spec in specs}
+        self._max_shards = policy.max_shards
         self._actor_class = ray.remote(concurrency_groups={CONTROL_GROUP: 1})(worker_class)
         self._num_cpus = num_cpus
         self._timeouts = timeouts
@@ -135,12 +136,8 @@ class CardActors(AbstractContextManager["CardActors"]):
         answer = self._actors[shard.worker].answer.options(
             num_returns="streaming", name=f"shard {shard.shard_id} on {shard.worker}"
         )
-        stream = answer.remote(shard.prompts, shard.attempt, shard.shard_id)
+        stream = answer.remote(shard.prompts, shard.attempt)
         self._listen_to(stream, shard.worker, shard.shard_id)
-
-    def take_back(self, worker: str, shard_id: int) -> None:
-        """Ask for the prompts of a shard that the engine has not begun; they are heard in it."""
-        _control(self._actors[worker].take_back, shard_id)
 
     def retire(self, worker: str) -> None:
         """End a worker's process, if it is there; no further event comes of it."""
@@ -192,7 +189,7 @@ class CardActors(AbstractContextManager["CardActors"]):
             scheduling_strategy=on_node(spec.node_id),
             max_restarts=0,
             max_task_retries=0,
-            max_concurrency=MAX_SHARDS,
+            max_concurrency=self._max_shards,
         ).remote(spec)
         self._actors[name] = actor
         opened = actor.__ray_call__.options(name=f"open {name}").remote(_open, self._timeouts)
@@ -271,8 +268,6 @@ class CardActors(AbstractContextManager["CardActors"]):
         except ray_errors.RayError as error:  # of the actor's process, its node, its objects
             return self._lost(worker, error)
         self._listen_to(stream, worker, shard_id)  # at the end: every worker gets its turn
-        if isinstance(item, TakenBack):
-            return ShardTakenBack(worker, shard_id, item.indexes)
         return RowsFinished(worker, shard_id, tuple(item))
 
     def _lost(self, worker: str, error: ray_errors.RayError) -> Event:

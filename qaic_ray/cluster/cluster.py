@@ -33,7 +33,7 @@ from qaic_ray.cluster.connection import (
     start,
 )
 from qaic_ray.dispatch.dispatcher import Dispatcher
-from qaic_ray.dispatch.shard_size import text_work
+from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
 from qaic_ray.errors import ClusterLost, CompileError, DeviceBusy, QaicRayError, UsageError
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience, Driver
@@ -192,14 +192,14 @@ class Cluster(AbstractContextManager["Cluster"]):
         worker_class: type[CardWorker],
         audience: Audience | None = None,
         journal: Journal | None = None,
-        work_of: Callable[[Prompt], float] = text_work,
-        on_wait: Callable[[str], None] | None = None,
+        work_of: Callable[[Prompt], float] | None = None,
+        policy: Policy = DEFAULT_POLICY,
     ) -> FleetResult:
         """Answer every prompt on an actor for each spec; see `Driver`.
 
         Args:
-            work_of: the estimated work of a prompt, by which long ones go first.
-            on_wait: told once, in a sentence, where cards are held by others and are waited for.
+            work_of: the estimated work of a prompt, by which long ones go first; None: by its text.
+            policy: the dispatcher's numbers.
 
         Raises:
             UsageError: the cluster has not so many cards, or a worker found the request wrong.
@@ -207,13 +207,17 @@ class Cluster(AbstractContextManager["Cluster"]):
             ClusterLost: the Ray is gone; rows that were answered are in the journal.
         """
         with self._losses():
-            self._await_cards(specs, on_wait)
-            num_cpus = self._cpus_each(len(specs))
-            with CardActors(
-                specs, worker_class, num_cpus=num_cpus, timeouts=self._timeouts
-            ) as cards:
-                dispatcher = Dispatcher(work_of=work_of)
-                told = audience or Audience()
+            told = audience or Audience()
+            self._await_cards(specs, told.on_wait)
+            actors = CardActors(
+                specs,
+                worker_class,
+                num_cpus=self._cpus_each(len(specs)),
+                policy=policy,
+                timeouts=self._timeouts,
+            )
+            with actors as cards:
+                dispatcher = Dispatcher(policy=policy, work_of=work_of)
                 return Driver(cards, prompts, told, dispatcher=dispatcher, journal=journal).run()
 
     def _seen(self, node: Node, ref: ObjectRef) -> NodeCards:
@@ -228,9 +232,7 @@ class Cluster(AbstractContextManager["Cluster"]):
             error = loss(lost)
         return NodeCards(node, node.address, node.node_id, error=error)
 
-    def _await_cards(
-        self, specs: Sequence[WorkerSpec], on_wait: Callable[[str], None] | None
-    ) -> None:
+    def _await_cards(self, specs: Sequence[WorkerSpec], on_wait: Callable[[str], None]) -> None:
         """Wait until the cluster has these cards free: Ray itself would wait for ever."""
         needed: dict[str, float] = {}
         for spec in specs:
@@ -244,14 +246,15 @@ class Cluster(AbstractContextManager["Cluster"]):
                 f"the nodes that have them with `ray start --address={head} "
                 f"--resources='{{\"{CARD_RESOURCE}\": <cards of the node>}}'`."
             )
+        is_told = False
         deadline_s = time.monotonic() + self._timeouts.busy_s
         while lacking := _lacking(needed):
             words = f"{total} cards are asked for and {lacking:g} of them are held by others"
             if time.monotonic() > deadline_s:
                 raise DeviceBusy(f"{words}: wait for the job that holds them, or ask for fewer.")
-            if on_wait is not None:
+            if not is_told:
                 on_wait(f"{words}: waiting for up to {self._timeouts.busy_s:.0f} s.")
-                on_wait = None
+                is_told = True
             time.sleep(self._timeouts.busy_poll_s)
 
     def _cancel(self, refs: list[ObjectRef]) -> None:

@@ -121,7 +121,6 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
             generation=Generation(sampling=self._sampling, **generation),
             timeouts=self.timeouts,
         )
-        self._num_shards = 0
         self._failure = ""
         self._claim: CardLocks | None = None
         self._worker: CardWorker | None = None
@@ -294,11 +293,9 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
 
     def _answer_shard(self, prompts: Sequence[Prompt], attempt: int, done: dict[int, Row]) -> None:
         assert self._worker is not None
-        self._num_shards += 1
         try:
-            for rows in self._worker.answer(prompts, attempt, self._num_shards):
-                if isinstance(rows, list):
-                    done.update((row.index, row) for row in rows)
+            for rows in self._worker.answer(prompts, attempt):
+                done.update((row.index, row) for row in rows)
         except DeviceError as error:
             self._reopen(error)
 

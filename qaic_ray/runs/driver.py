@@ -5,6 +5,7 @@ The cards are behind a `Cards`: actors on Ray in `cluster.py`, simulated ones in
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -25,9 +26,7 @@ from qaic_ray.dispatch.events import (
     RunShard,
     RunStarted,
     ShardFailed,
-    TakeBackShard,
     TimePassed,
-    WakeAt,
     WorkerFailedToOpen,
     WorkerLost,
     WorkerReady,
@@ -79,14 +78,6 @@ class Cards(Protocol):
         or WorkerLost for all that the worker held.
         """
 
-    def take_back(self, worker: str, shard_id: int) -> None:
-        """Ask a worker for the prompts of a shard that its engine has not begun.
-
-        One ShardTakenBack is heard for it, with no indexes where all have begun; of a worker that
-        is lost, retired or replaced none is needed. The shard itself goes on, and ends with
-        ShardFinished, which may be heard before the ShardTakenBack or after it.
-        """
-
     def retire(self, worker: str) -> None:
         """End a worker's process at once, if it is there; nothing more is heard of it."""
 
@@ -132,12 +123,14 @@ class Audience:
             turn had come when an earlier session of the run ended.
         on_worker_ready: each worker that has opened.
         on_progress: after each change of the counts.
+        on_wait: once, in a sentence, where cards are held by others and are waited for.
     """
 
     on_row: Callable[[Row], None] = _ignore
     on_earlier_row: Callable[[Row], None] = _ignore
     on_worker_ready: Callable[[WorkerInfo], None] = _ignore
     on_progress: Callable[[Progress], None] = _ignore
+    on_wait: Callable[[str], None] = _ignore
 
 
 class Driver:
@@ -173,7 +166,6 @@ class Driver:
         self._errors: dict[str, str] = {}
         self._span: Span | None = None
         self._progress = Progress()
-        self._wake_s: float | None = None
 
     def run(self) -> FleetResult:
         """Answer every prompt, or say why not, and return what came of it.
@@ -222,15 +214,14 @@ class Driver:
             if self._is_reading and (batch := self._reader.poll()) is not None:
                 return self._read(batch)
             self._delivery.go_on()
-            wake_in_s = None if self._wake_s is None else max(0.0, self._wake_s - self._clock())
-            look_in_s = READ_POLL_S if self._is_reading else None
-            times = (wake_in_s, look_in_s, self._delivery.due_in_s())
-            timeout_s = min((s for s in times if s is not None), default=None)
-            event = self._cards.wait(timeout_s)
+            wake_in_s = max(0.0, self._dispatcher.wake_s - self._clock())
+            look_in_s = READ_POLL_S if self._is_reading else math.inf
+            due_in_s = self._delivery.due_in_s()
+            timeout_s = min(wake_in_s, look_in_s, math.inf if due_in_s is None else due_in_s)
+            event = self._cards.wait(None if timeout_s == math.inf else timeout_s)
             if event is not None:
                 return event
             if wake_in_s == timeout_s:
-                self._wake_s = None
                 return TimePassed()
 
     def _hear(self, event: Event) -> None:
@@ -255,10 +246,6 @@ class Driver:
                 self._cards.run(command)
             case DeliverRows(rows):
                 self._deliver(rows)
-            case TakeBackShard(worker, shard_id):
-                self._cards.take_back(worker, shard_id)
-            case WakeAt(time_s):
-                self._wake_s = time_s
             case RetireWorker(worker, error):
                 self._errors[worker] = error
                 self._cards.retire(worker)

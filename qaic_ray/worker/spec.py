@@ -46,10 +46,3 @@ class WorkerInfo:
     load_s: float
     pid: int = 0
     host: str = ""
-
-
-@dataclass(frozen=True)
-class TakenBack:
-    """Prompts of a shard that will not be answered here, among its rows."""
-
-    indexes: tuple[int, ...]

@@ -31,7 +31,7 @@ from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.model.tokenizer_files import text_parts
 from qaic_ray.rows import ROW_ALONE, Prompt, Row
 from qaic_ray.sdk import Sdk, open_sdk
-from qaic_ray.worker.spec import TakenBack, WorkerInfo, WorkerSpec
+from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
 from qaic_ray.worker.speculation import Drafting, open_drafting
 from qaic_ray.worker.text import Answer, Answerer, check_chat
 
@@ -97,26 +97,13 @@ class _Card:
     past: Measurement = field(default_factory=Measurement)
 
 
-@dataclass(eq=False)
-class _Shard:
-    """A shard that is here, or was asked back before it came.
-
-    `outcome` takes what becomes of its sequences: finished, given back unbegun, or lost.
-    """
-
-    outcome: RowQueue[Finished | list[batcher.Sequence]]
-    is_queued: bool = False
-    is_asked: bool = False
-
-
 @dataclass(frozen=True)
 class _Arrival:
-    """A sequence for the engine, and whose it is."""
+    """A sequence for the engine, and who waits for what becomes of it."""
 
     sequence: batcher.Sequence
     reader: StopReader | None
-    answer: Answer
-    shard: _Shard
+    outcome: RowQueue[Finished]
 
 
 class CardWorker:
@@ -135,9 +122,7 @@ class CardWorker:
         self._failed_rows = 0
         self._lock = threading.Condition()
         self._backlog: deque[_Arrival] = deque()
-        self._owner: dict[batcher.Sequence, _Shard] = {}
-        self._shards: dict[int, _Shard] = {}
-        self._newest_shard = -1
+        self._owner: dict[batcher.Sequence, RowQueue[Finished]] = {}
         self._failure: QaicRayError | None = None
         self._closed = False
         self._opened: _Card | None = None
@@ -201,38 +186,36 @@ class CardWorker:
             host=os.uname().nodename,
         )
 
-    def answer(
-        self, prompts: Sequence[Prompt], attempt: int = 1, shard_id: int = 0
-    ) -> Iterator[list[Row] | TakenBack]:
+    def answer(self, prompts: Sequence[Prompt], attempt: int = 1) -> Iterator[list[Row]]:
         """Answer a shard; rows come in completion order, a few at a time.
 
-        A prompt that cannot be answered is a row with finish_reason ERROR. After `take_back` there
-        is a TakenBack among them, if it did not come with the last row.
+        A prompt that cannot be answered is a row with finish_reason ERROR.
 
         Raises:
             DeviceError: when the card fails; prompts without a row yet were not answered.
         """
-        with self._lock:
-            self._newest_shard = max(self._newest_shard, shard_id)
-            shard = self._shards.setdefault(shard_id, self._new_shard())
-        try:
-            yield from self._answer(prompts, attempt, shard)
-        finally:
-            with self._lock:
-                self._shards.pop(shard_id, None)
-
-    def take_back(self, shard_id: int) -> None:
-        """Have a shard give back the prompts that the engine was not given; `answer` yields them.
-
-        A prompt of several samples of which one has begun stays.
-        """
-        with self._lock:
-            if shard_id not in self._shards and shard_id <= self._newest_shard:
-                return
-            shard = self._shards.setdefault(shard_id, self._new_shard())
-            shard.is_asked = True
-            if shard.is_queued:
-                self._give_back(shard)
+        answerer, name = self._card.answerer, self.spec.name
+        begun: list[Answer] = []
+        refused: list[Row] = []
+        for prompt in prompts:
+            try:
+                with ROW_ALONE:
+                    begun.append(answerer.begin(prompt))
+            except RowError as error:
+                refused.append(Row.failed(prompt, str(error), worker=name, attempts=attempt))
+        outcome = self._queue(begun, len(refused))
+        if refused:
+            yield refused
+        pending = {sequence: answer for answer in begun for sequence in answer.sequences}
+        while pending:
+            complete = []
+            for done in outcome.take(len(pending)):
+                answer = pending.pop(done.sequence)
+                answer.finished.append(done)
+                if answer.is_complete:
+                    complete.append(self._row(answerer, answer, attempt))
+            if complete:
+                yield complete
 
     def num_steps(self) -> int:
         """How many steps the engine has made; may be asked for at any time."""
@@ -261,9 +244,6 @@ class CardWorker:
             card.drafting.close()
             card.session.close()
         self._lease.release()
-
-    def _new_shard(self) -> _Shard:
-        return _Shard(RowQueue(self.spec.timeouts.gather_s))
 
     # -- opening
 
@@ -305,36 +285,6 @@ class CardWorker:
             raise DeviceError(f"{self.spec.name} is not open.")
         return self._opened
 
-    def _answer(
-        self, prompts: Sequence[Prompt], attempt: int, shard: _Shard
-    ) -> Iterator[list[Row] | TakenBack]:
-        answerer, name = self._card.answerer, self.spec.name
-        begun: list[Answer] = []
-        refused: list[Row] = []
-        for prompt in prompts:
-            try:
-                with ROW_ALONE:
-                    begun.append(answerer.begin(prompt))
-            except RowError as error:
-                refused.append(Row.failed(prompt, str(error), worker=name, attempts=attempt))
-        self._queue(shard, begun, len(refused))
-        if refused:
-            yield refused
-        pending = {sequence: answer for answer in begun for sequence in answer.sequences}
-        while pending:
-            complete = []
-            for done in shard.outcome.take(len(pending)):
-                if isinstance(done, list):
-                    left = dict.fromkeys(pending.pop(sequence) for sequence in done)
-                    yield TakenBack(tuple(answer.prompt.index for answer in left))
-                    continue
-                answer = pending.pop(done.sequence)
-                answer.finished.append(done)
-                if answer.is_complete:
-                    complete.append(self._row(answerer, answer, attempt))
-            if complete:
-                yield complete
-
     def _row(self, answerer: Answerer, answer: Answer, attempt: int) -> Row:
         name = self.spec.name
         try:
@@ -345,7 +295,9 @@ class CardWorker:
                 self._failed_rows += 1
             return Row.failed(answer.prompt, str(error), worker=name, attempts=attempt)
 
-    def _queue(self, shard: _Shard, answers: Sequence[Answer], num_refused: int) -> None:
+    def _queue(self, answers: Sequence[Answer], num_refused: int) -> RowQueue[Finished]:
+        """Let the engine's thread have these; what becomes of them comes out of the queue."""
+        outcome: RowQueue[Finished] = RowQueue(self.spec.timeouts.gather_s)
         with self._lock:
             self._failed_rows += num_refused
             if self._failure is not None:
@@ -354,20 +306,9 @@ class CardWorker:
                 raise DeviceError(f"{self.spec.name} is closed.")
             for answer in answers:
                 for sequence, reader in zip(answer.sequences, answer.readers, strict=True):
-                    self._backlog.append(_Arrival(sequence, reader, answer, shard))
-            shard.is_queued = bool(answers)
-            if shard.is_asked and shard.is_queued:
-                self._give_back(shard)
+                    self._backlog.append(_Arrival(sequence, reader, outcome))
             self._lock.notify()
-
-    def _give_back(self, shard: _Shard) -> None:
-        """Take out of the backlog what of a shard has not begun; the lock is held."""
-        own = [arrival for arrival in self._backlog if arrival.shard is shard]
-        waiting = {arrival.sequence for arrival in own}
-        whole = [a for a in own if waiting.issuperset(a.answer.sequences)]
-        gone = set(map(id, whole))
-        self._backlog = deque(a for a in self._backlog if id(a) not in gone)
-        shard.outcome.put([arrival.sequence for arrival in whole])
+        return outcome
 
     # -- the engine's thread
 
@@ -385,7 +326,7 @@ class CardWorker:
                 self._fail(DeviceLost(f"{self.spec.name}: the engine failed: {error!r}."), card)
                 raise
             for finished in done:
-                self._owner.pop(finished.sequence).outcome.put(finished)
+                self._owner.pop(finished.sequence).put(finished)
 
     def _step(self, engine: Engine) -> list[Finished]:
         """One step, asked for again where the runtime says so; it has done nothing then."""
@@ -406,7 +347,7 @@ class CardWorker:
             most = shapes.num_slots * (1 if shapes.continuous else STATIC_LOOKAHEAD)
             while self._backlog and len(engine.batcher.waiting) < most:
                 arrival = self._backlog.popleft()
-                self._owner[arrival.sequence] = arrival.shard
+                self._owner[arrival.sequence] = arrival.outcome
                 engine.add(arrival.sequence, arrival.reader)
             return not self._closed
 
@@ -429,8 +370,8 @@ class CardWorker:
     def _end_shards(self, error: QaicRayError) -> None:
         """Let whoever waits for rows of the engine have an error instead."""
         with self._lock:
-            shards = {*self._owner.values(), *(arrival.shard for arrival in self._backlog)}
+            outcomes = {*self._owner.values(), *(arrival.outcome for arrival in self._backlog)}
             self._owner.clear()
             self._backlog.clear()
-        for shard in shards:
-            shard.outcome.put(error)
+        for outcome in outcomes:
+            outcome.put(error)

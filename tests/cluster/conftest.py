@@ -11,7 +11,6 @@ import pytest
 import ray
 
 from qaic_ray.cluster.cluster import Cluster
-from qaic_ray.dispatch import workers
 from qaic_ray.timeouts import Timeouts
 
 T = TypeVar("T")
@@ -65,11 +64,3 @@ def four_cards() -> Iterator[Cluster]:
         ray.cloudpickle.register_pickle_by_value(fake_worker)
         with Cluster(NUM_CARDS, timeouts=IMPATIENT) as started:
             yield started
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test waits as long as a run of days may."""
-    monkeypatch.setattr(workers, "MIN_BACKOFF_S", 0.1)
-    monkeypatch.setattr(workers, "MIN_STALL_S", 3.0)
-    monkeypatch.setattr(workers, "STALL_STEPS", 10)

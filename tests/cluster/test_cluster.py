@@ -17,7 +17,7 @@ from typing import Any
 import fake_worker
 import pytest
 import ray
-from fake_worker import FakeWorker, build, meet, specs
+from fake_worker import IMPATIENT, FakeWorker, build, meet, specs
 
 from qaic_ray.cluster.cluster import Cluster, Outcome
 from qaic_ray.cluster.connection import join
@@ -42,6 +42,7 @@ def run(
         prompts,
         cards,
         worker_class=FakeWorker,  # type: ignore[arg-type]
+        policy=IMPATIENT,
         audience=Audience(on_row=rows.append, **audience),
     )
     assert [row.index for row in rows] == list(range(len(prompts)))
@@ -98,6 +99,7 @@ def test_rows_come_while_their_shard_still_runs(cluster: Cluster) -> None:
         texts(*"abcdef"),
         specs(1, row_s=0.1, slots=6),
         worker_class=FakeWorker,  # type: ignore[arg-type]
+        policy=IMPATIENT,
         audience=Audience(
             on_row=lambda row: (rows.append(row), arrived_s.append(time.monotonic()))
         ),
@@ -175,6 +177,7 @@ def test_cards_that_never_open_leave_the_prompts_undone(cluster: Cluster) -> Non
         texts(*"ab"),
         specs(1, open_error="device"),
         worker_class=FakeWorker,  # type: ignore[arg-type]
+        policy=IMPATIENT,
         audience=Audience(on_row=rows.append),
     )
     assert rows == []
@@ -209,6 +212,7 @@ def test_cards_are_given_back(cluster: Cluster) -> None:
             texts("a"),
             specs(2),
             worker_class=FakeWorker,  # type: ignore[arg-type]
+            policy=IMPATIENT,
             audience=Audience(on_row=lambda row: 1 // 0),  # type: ignore[arg-type, return-value]
         )
     until(lambda: ray.available_resources().get("QAIC") == 4)
@@ -233,7 +237,8 @@ def test_cards_that_others_hold_are_busy(cluster: Cluster) -> None:
                 texts("a"),
                 specs(3),
                 worker_class=FakeWorker,  # type: ignore[arg-type]
-                on_wait=told.append,
+                policy=IMPATIENT,
+                audience=Audience(on_wait=told.append),
             )
         assert len(told) == 1
         assert told[0].endswith("are held by others: waiting for up to 0 s.")

@@ -10,6 +10,7 @@ from simulated_cards import DirectReader, SimulatedCards, answer
 
 from qaic_ray.dispatch.dispatcher import Dispatcher
 from qaic_ray.dispatch.events import Event, RunShard, ShardFailed
+from qaic_ray.dispatch.policy import Policy
 from qaic_ray.durations import Durations
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.formats.prompts import prompts_from_text
@@ -195,7 +196,7 @@ def test_prompts_are_read_as_they_are_needed() -> None:
         cards,
         endless(),
         Audience(on_row=stop),
-        dispatcher=Dispatcher(read_ahead=200),
+        dispatcher=Dispatcher(policy=Policy(read_ahead=200)),
         clock=cards.clock,
         reader=DirectReader,
     )

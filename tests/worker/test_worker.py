@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,7 +21,7 @@ from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.model.tokenizer_files import text_parts
 from qaic_ray.rows import ChatOptions, ErrorClass, FinishReason, Prompt, Row
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
-from qaic_ray.worker.spec import TakenBack, WorkerSpec
+from qaic_ray.worker.spec import WorkerSpec
 from qaic_ray.worker.text import BEGINNING_CHARS, Generation, sample_seed
 from qaic_ray.worker.worker import CardWorker
 
@@ -511,78 +510,6 @@ def test_a_card_that_fails_once_answers_the_next_shard(
     assert worker.measurement().rows == 2
 
 
-# -- what is given back
-
-
-def test_prompts_that_have_not_begun_are_given_back(
-    open_worker: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two rows are in the engine, and what came behind them is still the worker's."""
-    gate, run = threading.Event(), FormulaSession.run
-
-    def held(*args: object, **options: object) -> object:
-        assert gate.wait(30)
-        return run(*args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(FormulaSession, "run", held)
-    worker = open_worker(slots=2, sampling=SamplingParams(max_tokens=3))
-    twice = [prompt("HI", 6), prompt("HI", 7, n=2, temperature=1, max_tokens=3), prompt("HI", 8)]
-    shards = {3: [prompt("HI", 0), prompt("HI", 1)], 4: twice, 5: [prompt("NO", 9)]}
-    worker.take_back(5)  # before it came
-    with ThreadPoolExecutor(len(shards)) as pool:
-        heard = {}
-        for shard_id, prompts in shards.items():
-            heard[shard_id] = pool.submit(list, worker.answer(prompts, 1, shard_id))
-            assert wait_for(lambda n=shard_id: n == 5 or worker._shards[n].is_queued)
-            assert wait_for(lambda n=shard_id: n != 3 or not worker._backlog)
-        worker.take_back(3)  # all of it is in the engine
-        worker.take_back(4)
-        worker.take_back(2)  # was here, if ever, long ago
-        gate.set()
-    taken = {
-        shard_id: [item.indexes for item in some.result() if isinstance(item, TakenBack)]
-        for shard_id, some in heard.items()
-    }
-    assert taken == {3: [()], 4: [(6, 7, 8)], 5: [(9,)]}
-    rows = [row.index for some in heard.values() for item in some.result()
-            if not isinstance(item, TakenBack) for row in item]  # fmt: skip
-    assert sorted(rows) == [0, 1]
-    assert worker._shards == {}
-
-
-def test_a_prompt_of_which_a_sample_has_begun_stays(
-    open_worker: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate, run = threading.Event(), FormulaSession.run
-
-    def held(*args: object, **options: object) -> object:
-        assert gate.wait(30)
-        return run(*args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(FormulaSession, "run", held)
-    worker = open_worker(slots=1, sampling=SamplingParams(max_tokens=3))
-    prompts = [prompt("HI", 0, n=3, temperature=1, max_tokens=3), prompt("HI", 1)]
-    with ThreadPoolExecutor(1) as pool:
-        heard = pool.submit(list, worker.answer(prompts, 1, 0))
-        assert wait_for(lambda: worker._owner)
-        worker.take_back(0)
-        gate.set()
-    items = heard.result()
-    assert TakenBack((1,)) in items
-    (row,) = [row for item in items if isinstance(item, list) for row in item]
-    assert (row.index, len(row.choices)) == (0, 3)
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float = 30.0) -> bool:
-    """Poll: what is waited for happens in another thread."""
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.001)
-    return True
-
-
 def test_closing_ends_the_shards_that_wait(
     open_worker: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -598,8 +525,7 @@ def test_closing_ends_the_shards_that_wait(
     worker = open_worker()
     with ThreadPoolExecutor() as pool:
         answering = [
-            pool.submit(lambda i=i: list(worker.answer([Prompt(i, "BCD")], shard_id=i)))
-            for i in range(3)
+            pool.submit(lambda i=i: list(worker.answer([Prompt(i, "BCD")]))) for i in range(3)
         ]
         assert stepping.wait(30)
         closing = pool.submit(worker.close)
@@ -609,4 +535,4 @@ def test_closing_ends_the_shards_that_wait(
             with pytest.raises(DeviceError, match="closed"):
                 answer_of.result(30)
     with pytest.raises(DeviceError, match="not open"):
-        list(worker.answer([Prompt(9, "BCD")], shard_id=9))
+        list(worker.answer([Prompt(9, "BCD")]))
