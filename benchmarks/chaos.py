@@ -47,7 +47,6 @@ def prompts(count: int) -> Iterator[Any]:
 def drive(folder: Path, address: str, count: int) -> None:
     """One session of the run: until it is done, or this process is killed."""
     from qaic_ray.cards.placement import place
-    from qaic_ray.cluster import actors
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.dispatch.policy import Policy
     from qaic_ray.runs.delivery import row_writer
@@ -55,13 +54,13 @@ def drive(folder: Path, address: str, count: int) -> None:
     from qaic_ray.runs.journal import Journal
     from qaic_ray.sampling_params import SamplingParams
     from qaic_ray.sdk import EmulatedCards
+    from qaic_ray.timeouts import Timeouts
     from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
     from qaic_ray.worker.text import Generation
     from qaic_ray.worker.worker import CardWorker
 
     # An hour of trouble in a minute.
     policy = Policy(min_stall_s=6.0, first_stall_s=6.0)
-    actors.STEPS_EVERY_S = 0.5
     made = json.loads((folder.parent / "made.json").read_text())
     generation = Generation(SamplingParams(max_tokens=NUM_TOKENS))
 
@@ -70,7 +69,7 @@ def drive(folder: Path, address: str, count: int) -> None:
             file.write(f"{info.pid}\n")
 
     with (
-        Cluster(0, address=address) as cluster,
+        Cluster(0, address=address, timeouts=Timeouts(steps_s=0.5)) as cluster,
         Journal(folder, FINGERPRINT) as journal,
         row_writer(folder, resumed=True) as write,
     ):
@@ -131,7 +130,7 @@ class Run:
     @property
     def num_safe(self) -> int:
         """Rows that are in the journal."""
-        from qaic_ray.runs.run_folders import safe_rows
+        from qaic_ray.runs.journal import safe_rows
 
         return safe_rows(self.folder)
 

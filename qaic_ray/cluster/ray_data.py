@@ -1,4 +1,4 @@
-"""A card as a step of a Ray Data pipeline: columns of prompts in, the same with answers beside out.
+"""A card as a step of a Ray Data pipeline: columns of prompts in, columns of answers added.
 
     dataset.map_batches(
         CardPredictor,
@@ -8,28 +8,28 @@
         resources={"QAIC": 1},
     )
 
-Needs no Ray where it is called by hand. Knows nothing of runs: no journal, no report, nobody who
-watches over a card that hangs; `qaic-ray run` has them.
+Called by hand it needs no Ray. It has no journal and no report, and a card that hangs is not
+replaced; `qaic-ray run` has these.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qaic_ray.cards.inventory import CARD_RESOURCE, card_scope
-from qaic_ray.cards.locks import CardLocks, Part, held_cards
+from qaic_ray.cards.inventory import CARD_RESOURCE
+from qaic_ray.cards.lease import CardLocks, Part, card_scope, held_cards
 from qaic_ray.cards.placement import cards_name
-from qaic_ray.cluster.columns import objects, plain
 from qaic_ray.config import EmulatorPart
 from qaic_ray.errors import DeviceBusy, DeviceError, RowError, UsageError
 from qaic_ray.formats.foreign_fields import ALIASES, NESTED
@@ -40,6 +40,7 @@ from qaic_ray.pipeline.devices import emulated_cards
 from qaic_ray.rows import ErrorClass, Prompt, Row
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
 from qaic_ray.sdk import Sdk, find_sdk
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
 from qaic_ray.worker.text import Generation
 from qaic_ray.worker.worker import CardWorker
@@ -49,10 +50,6 @@ Batch = dict[str, NDArray[Any]]
 
 MAX_ATTEMPTS = 3
 """For a row on whose way a card fails: once with its batch, then alone on a card opened anew."""
-CHOOSE_TIMEOUT_S = 30.0
-"""How long to wait for a card that nobody holds."""
-
-_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class Grant:
     units: tuple[int, ...] = ()
 
 
-class CardPredictor:
+class CardPredictor(AbstractContextManager["CardPredictor"]):
     """Answers batches of prompts on one card, a part of one, or a device group.
 
     How much of which card follows from what Ray gave to the process: `resources={"QAIC": 1}` is a
@@ -77,7 +74,7 @@ class CardPredictor:
     Args:
         model: the checkpoint: folder, hub id or .gguf file; its tokenizer is read.
         qpc: the folder of a compiled variant; at this path on every node.
-        sdk: auto, real, emulated, or an SDK folder.
+        sdk: auto, real, emulated, an SDK folder, or one that is open.
         device_ids: cards to choose from; None for all of the node.
         sampling: fields of `SamplingParams` for rows that say nothing else, `max_tokens` among
             them. Columns of these names, or of other programs' for them, are the rows' own. Rows
@@ -91,12 +88,16 @@ class CardPredictor:
         DeviceError: where no card can be opened.
     """
 
+    timeouts: ClassVar[Timeouts] = DEFAULT_TIMEOUTS
+    """`choose_s`, and those of the card and its worker, are used; a subclass may have others."""
+    worker_class: ClassVar[type[CardWorker]] = CardWorker
+
     def __init__(
         self,
         model: str,
         qpc: str,
         *,
-        sdk: str = "auto",
+        sdk: str | Sdk = "auto",
         device_ids: Sequence[int] | None = None,
         sampling: Mapping[str, Any] | None = None,
         prompt_column: str = "prompt",
@@ -109,7 +110,7 @@ class CardPredictor:
             raise UsageError(str(error)) from error
         self._prompt_column, self._prefix = prompt_column, prefix
         self._read_row = FieldRows(OwnFields(self._sampling))
-        self._sdk = find_sdk(sdk, emulated_cards(EmulatorPart()))
+        self._sdk = find_sdk(sdk, emulated_cards(EmulatorPart())) if isinstance(sdk, str) else sdk
         self._device_ids = device_ids
         self._spec = WorkerSpec(
             name="card",
@@ -118,6 +119,7 @@ class CardPredictor:
             qpc=str(Path(qpc).expanduser().absolute()),
             model=model,
             generation=Generation(sampling=self._sampling, **generation),
+            timeouts=self.timeouts,
         )
         self._failure = ""
         self._claim: CardLocks | None = None
@@ -126,17 +128,9 @@ class CardPredictor:
         if _is_actor():
             from qaic_ray.cluster.actors import die_with_parent
 
-            die_with_parent(self.close)
+            die_with_parent(self.close, self.timeouts)
 
-    def __enter__(self) -> CardPredictor:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __call__(self, batch: Batch) -> Batch:
@@ -189,7 +183,7 @@ class CardPredictor:
     # -- the card
 
     def _open(self) -> WorkerInfo:
-        deadline_s = time.monotonic() + CHOOSE_TIMEOUT_S
+        deadline_s = time.monotonic() + self.timeouts.choose_s
         while True:
             busy: DeviceError | None = None
             for device_ids, part in places(self._sdk, granted(), self._device_ids):
@@ -203,7 +197,7 @@ class CardPredictor:
                     raise
             if time.monotonic() >= deadline_s:
                 raise busy or DeviceError("There is no card here that is ready.")
-            time.sleep(_POLL_S)
+            time.sleep(self.timeouts.poll_s)
 
     def _open_on(self, device_ids: tuple[int, ...], part: Part | None) -> WorkerInfo:
         scope = card_scope(self._sdk)
@@ -217,7 +211,7 @@ class CardPredictor:
             if device_id in held:
                 raise DeviceBusy(f"Card {device_id} is in use: {held[device_id][0]}.")
         spec = replace(self._spec, name=name, device_ids=device_ids, part=part)
-        self._worker = CardWorker(spec)
+        self._worker = self.worker_class(spec)
         return self._worker.open()
 
     def _reopen(self, error: DeviceError) -> None:
@@ -356,15 +350,11 @@ def granted() -> Grant:
     if not _is_actor():
         return Grant()
     import ray
-    from ray._private.worker import global_worker
 
-    from qaic_ray.cluster.actors import chooses_units
+    from qaic_ray.cluster.actors import card_units, chooses_units
 
     share = ray.get_runtime_context().get_assigned_resources().get(CARD_RESOURCE, 1.0)
-    if not chooses_units():
-        return Grant(share)
-    units = global_worker.core_worker.resource_ids().get(CARD_RESOURCE, [])
-    return Grant(share, tuple(sorted(int(unit) for unit, _ in units)))
+    return Grant(share, card_units() if chooses_units() else ())
 
 
 def _is_actor() -> bool:
@@ -372,3 +362,25 @@ def _is_actor() -> bool:
     if ray is None or not ray.is_initialized():
         return False
     return bool(ray.get_runtime_context().get_actor_id())
+
+
+def plain(value: Any) -> Any:
+    """A value of a column as JSON has it; NaN is how a table has a number that is missing."""
+    if isinstance(value, np.ndarray | list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and (math.isnan(value) or value.is_integer()):
+        return None if math.isnan(value) else int(value)
+    return value
+
+
+def objects(values: Iterable[Any]) -> NDArray[Any]:
+    """A column of Python objects: lists of one length would make a table of it."""
+    items = list(values)
+    column = np.empty(len(items), object)
+    for at, item in enumerate(items):
+        column[at] = item
+    return column

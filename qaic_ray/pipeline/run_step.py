@@ -151,7 +151,7 @@ def _kept(folder: Path, command: str, *, is_new: bool = True) -> Iterator[None]:
         KeyboardInterrupt: with the sentence.
         Unfinished: for all else.
     """
-    from qaic_ray.runs.run_folders import safe_rows
+    from qaic_ray.runs.journal import safe_rows
 
     def sentence(why: str) -> str:
         rows = safe_rows(folder)

@@ -1,4 +1,4 @@
-"""Results out: rows put back into the input's order, and written. Knows no Ray and no tokenizer."""
+"""Rows on their way out: into the journal, back into the input's order, into the output files."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from qaic_ray.folders import new_file, sync_path
 from qaic_ray.rows import Row
 from qaic_ray.runs.journal import Entry, Journal, disk_errors_end_the_run, write_all
 from qaic_ray.runs.journal_segments import Place
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS
 
 OUTPUTS_NAME = "outputs.jsonl"
 ERRORS_NAME = "errors.jsonl"
@@ -26,9 +27,8 @@ MAX_HELD_ROWS = 4096
 MAX_HELD_BYTES = 8 * 2**20
 """Of rows held in memory, as text in the journal; the objects are several times as large."""
 
-COMMIT_PAUSE_S = 0.05
 COMMIT_PAUSES = 4
-"""Rows are gathered for this many times as long as it takes to bring them onto the disk."""
+"""Rows are gathered for at least this many times as long as it takes to write them to the disk."""
 MAX_SHOWN_AT_ONCE = 512
 
 # Python's str.splitlines (and others) also break lines here; inside JSON they can be escaped.
@@ -36,14 +36,14 @@ _LINE_BREAKS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": 
 _LINE_BREAK = re.compile("[\x85\u2028\u2029]")
 
 _OFFSET_BITS = 40
-_FORGET_AT = 2**16
+_FORGET_AT = 64
 
 
 class InputOrder:
-    """Rows in by any order, each index once; rows out by rising index, as soon as that can be.
+    """Takes rows in any order, each index once, and returns them by rising index.
 
-    Of rows that came before their turn only the first few are held in memory. Of the others there
-    is their place, eight bytes, and they are read back when their turn has come.
+    Only the first few rows that come before their turn are held in memory. Of the others only the
+    place in the journal is held, in eight bytes, and they are read back when it is their turn.
 
     Args:
         read: gives the row at a segment's offset; without it every early row is held.
@@ -149,16 +149,17 @@ class _Places:
 
 
 class Delivery:
-    """The way of a final row: into the journal, onto the disk, and out in the input's order.
+    """Writes final rows to the journal, and gives them on in the input's order.
 
-    Rows go to the disk together: the first of them waits for a moment, and on a slow disk for so
-    long that most of the time is not spent there.
+    Rows are committed together. The first of them waits for `commit_s`, or on a slow disk for
+    `COMMIT_PAUSES` times as long as a commit takes, so that most of the time is not spent there.
 
     Args:
-        journal: None to go without: then every early row is in memory, and nothing can be resumed.
-        on_row: each row when its turn has come and it is on the disk.
-        on_earlier_row: those whose turn had come when the earlier sessions ended; before all else.
+        journal: None to run without: every early row is held in memory, and no run can be resumed.
+        on_row: called with each row when it is its turn and it is on the disk.
+        on_earlier_row: called before all else, with rows whose turn had come in earlier sessions.
         clock: in seconds.
+        commit_s: see above; see `Timeouts`.
     """
 
     def __init__(
@@ -168,6 +169,7 @@ class Delivery:
         on_earlier_row: Callable[[Row], None],
         *,
         clock: Callable[[], float],
+        commit_s: float = DEFAULT_TIMEOUTS.commit_s,
     ) -> None:
         self.earlier_s = 0.0
         """How long cards worked in earlier sessions."""
@@ -178,7 +180,7 @@ class Delivery:
         self._order = InputOrder(journal.read if journal else None)
         self._uncommitted: list[tuple[Row, Place]] = []
         self._commit_at_s = 0.0
-        self._pause_s = COMMIT_PAUSE_S
+        self._least_pause_s = self._pause_s = commit_s
 
     def replay(self) -> Iterator[Entry]:
         """The rows of earlier sessions; to be taken to the end, before any row is added."""
@@ -231,7 +233,7 @@ class Delivery:
             return
         begun_s = self._clock()
         self._journal.commit()
-        self._pause_s = max(COMMIT_PAUSE_S, COMMIT_PAUSES * (self._clock() - begun_s))
+        self._pause_s = max(self._least_pause_s, COMMIT_PAUSES * (self._clock() - begun_s))
         for row, place in self._uncommitted:
             self._order.push(row, place)
         self._uncommitted.clear()
@@ -239,7 +241,7 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Proof:
-    """That nothing was lost and nothing came twice: what went in and what came out.
+    """Counts and digests of a run's input and outputs; they show that no row is missing or twice.
 
     `inputs_sha256` is over the digests of the input's rows in order, `outputs_sha256` over the
     bytes of `outputs.jsonl`. `complete`: the input was read to its end, and was one input.

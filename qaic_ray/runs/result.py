@@ -1,4 +1,4 @@
-"""What a run over many cards came to, and how it is added up while rows arrive. Knows no clock."""
+"""The result of a run over many cards, and the counts that it is made from while rows arrive."""
 
 from __future__ import annotations
 
@@ -22,17 +22,21 @@ class WorkerResult:
 
     `measurement` has the rows and tokens of the answers that were kept, so that the workers' sum is
     what the outputs hold; its steps are the engine's own, zero for a worker that was lost.
-    `info` is None for one that never got ready, `error` says why one was lost.
+    `info` is None for one that never got ready. `error` is the last error of the worker; `losses`
+    counts how often its process was lost or did not open, and `came_back` says that it was ready at
+    the end.
     """
 
     name: str
     info: WorkerInfo | None
     measurement: Measurement
     error: str | None = None
+    losses: int = 0
+    came_back: bool = False
 
 
 class Cause(str, Enum):
-    """What a run broke off for, which says how to go on with it."""
+    """Why a run ended early, which decides how it can be resumed."""
 
     CARDS = "cards"
     """Every card was lost; prompts that were left have no answer."""
@@ -44,7 +48,7 @@ class Cause(str, Enum):
 
 @dataclass(frozen=True)
 class BrokenOff:
-    """Why a run is not what it was meant to be: its cause, and a sentence."""
+    """Why a run is not complete: its cause, and a sentence."""
 
     cause: Cause
     error: str
@@ -52,11 +56,11 @@ class BrokenOff:
 
 @dataclass(frozen=True)
 class FleetResult:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         workers: in the order they were asked for.
-        unassigned: rows that no worker was to blame for: malformed input, no card left.
+        unassigned: rows without a worker: malformed input, or no card was left.
         span: first shard handed out to last row in, on the driver's clock; None when no card ran.
             In a run that was resumed the spans of the earlier sessions come before it, end to end:
             the time in between, in which nothing ran, is left out.
@@ -64,6 +68,7 @@ class FleetResult:
         broken_off: set when not every row of the input has an answer or an error of its own.
         rows_in: rows of the input that were read.
         inputs_sha256: over their digests, in order.
+        settings: values of the run's `Timeouts` and policy that are not the default.
     """
 
     workers: tuple[WorkerResult, ...]
@@ -73,6 +78,7 @@ class FleetResult:
     broken_off: BrokenOff | None = None
     rows_in: int = 0
     inputs_sha256: str = ""
+    settings: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def total(self) -> Measurement:
@@ -110,7 +116,7 @@ class Tally:
 
     @property
     def workers(self) -> set[str]:
-        """Everyone that rows were counted for, "" for none included."""
+        """Every name in a row's `worker`, "" included."""
         return set(self._counts)
 
     def add(self, row: Row) -> None:

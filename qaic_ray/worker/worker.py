@@ -1,20 +1,21 @@
-"""One card's work: prompts in, rows out. A tokenizer, a session and an engine; no Ray.
+"""One card's work: prompts in, rows out. Needs a tokenizer, a session and an engine, and no Ray.
 
-Shards overlap: each `answer` call tokenizes in its caller's thread, drops its sequences into the
-one backlog, and takes its own rows back as they finish; their text is made in its thread too. One
-thread runs the engine, so the card is never driven by two; it hands the engine no more than it will
-soon begin, so that what is left can be given back to the driver.
+Shards overlap. Each `answer` call tokenizes in its caller's thread, puts its sequences into the
+backlog that all shards share, and decodes its own rows as they finish. One other thread runs the
+engine, and gives it no more sequences than it will soon start.
 """
 
 from __future__ import annotations
 
 import os
+import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar, Generic, TypeVar
 
 from qaic_ray.cards.lease import CardLease
 from qaic_ray.contract import Specializations
@@ -24,22 +25,65 @@ from qaic_ray.engine.engine import MAX_STALL_S, Engine, Finished
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
 from qaic_ray.metrics import Measurement
-from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
+from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from qaic_ray.model.stop_strings import StopReader
+from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.model.tokenizer_files import text_parts
 from qaic_ray.rows import ROW_ALONE, Prompt, Row
-from qaic_ray.sdk import open_sdk
-from qaic_ray.worker.row_queue import RowQueue
+from qaic_ray.sdk import Sdk, open_sdk
 from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
 from qaic_ray.worker.speculation import Drafting, open_drafting
 from qaic_ray.worker.text import Answer, Answerer, check_chat
 
 STATIC_LOOKAHEAD = 4
-"""Rows that the engine of a static program is given for each of its places: a wave is made of rows
-of about one length, and must have some to choose from."""
+"""Sequences that the engine of a static program holds for each of its slots, so that it can start
+sequences of about one length together."""
 
 _AGAIN = "QS_AGAIN"
-_AGAIN_PAUSES_S = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+Item = TypeVar("Item")
+
+
+class RowQueue(Generic[Item]):
+    """Queue from the engine's thread to a shard's thread; returns items in batches.
+
+    Args:
+        gather_s: what is put within this after the first item comes in the same batch, in seconds.
+    """
+
+    def __init__(self, gather_s: float) -> None:
+        self._gather_s = gather_s
+        self._items: queue.SimpleQueue[Item | QaicRayError] = queue.SimpleQueue()
+        self._error: QaicRayError | None = None
+
+    def put(self, item: Item | QaicRayError) -> None:
+        """Add one; nothing may follow an error."""
+        self._items.put(item)
+
+    def take(self, most: int) -> list[Item]:
+        """Wait for an item; return it with those that come soon after it, up to `most`.
+
+        Raises:
+            QaicRayError: the one that was put, after all items before it.
+        """
+        if self._error is not None:
+            raise self._error
+        taken: list[Item] = []
+        until_s = None
+        while len(taken) < most:
+            try:
+                left_s = None if until_s is None else max(0.0, until_s - time.monotonic())
+                item = self._items.get(timeout=left_s)
+            except queue.Empty:
+                break
+            if isinstance(item, QaicRayError):
+                self._error = item
+                if not taken:
+                    raise item
+                break
+            taken.append(item)
+            until_s = until_s or time.monotonic() + self._gather_s
+        return taken
 
 
 @dataclass
@@ -63,7 +107,15 @@ class _Arrival:
 
 
 class CardWorker:
-    """Answers prompts on one card, a part of one, or a device group."""
+    """Answers prompts on one card, a part of one, or a device group.
+
+    A subclass may open something else in place of a checkpoint, an SDK and a card.
+    """
+
+    open_checkpoint: ClassVar[staticmethod[..., Checkpoint]] = staticmethod(open_checkpoint)
+    load_tokenizer: ClassVar[staticmethod[[Checkpoint], Tokenizer]] = staticmethod(load_tokenizer)
+    open_sdk: ClassVar[staticmethod[[Path], Sdk]] = staticmethod(open_sdk)
+    lease_class: ClassVar[type[CardLease]] = CardLease
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
@@ -74,7 +126,9 @@ class CardWorker:
         self._failure: QaicRayError | None = None
         self._closed = False
         self._opened: _Card | None = None
-        self._lease = CardLease(spec.name, part=spec.part, is_used=spec.incarnation > 0)
+        self._lease = self.lease_class(
+            spec.name, part=spec.part, is_used=spec.incarnation > 0, timeouts=spec.timeouts
+        )
         self._thread = threading.Thread(target=self._run, name=spec.name, daemon=True)
 
     def open(self, device_ids: tuple[int, ...] | None = None) -> WorkerInfo:
@@ -89,11 +143,11 @@ class CardWorker:
         """
         start_s = time.perf_counter()
         device_ids = self.spec.device_ids if device_ids is None else device_ids
-        checkpoint = open_checkpoint(self.spec.model, weights=False)
+        checkpoint = self.open_checkpoint(self.spec.model, weights=False)
         self._check_text(checkpoint.folder)
-        tokenizer = load_tokenizer(checkpoint)
+        tokenizer = self.load_tokenizer(checkpoint)
         check_chat(tokenizer.chat_template, self.spec.generation, self.spec.model)
-        sdk = open_sdk(Path(self.spec.sdk_root))
+        sdk = self.open_sdk(Path(self.spec.sdk_root))
         session = self._lease.open(sdk, Path(self.spec.qpc), device_ids)
         try:
             self._check_shapes(session.specializations)
@@ -243,7 +297,7 @@ class CardWorker:
 
     def _queue(self, answers: Sequence[Answer], num_refused: int) -> RowQueue[Finished]:
         """Let the engine's thread have these; what becomes of them comes out of the queue."""
-        outcome: RowQueue[Finished] = RowQueue()
+        outcome: RowQueue[Finished] = RowQueue(self.spec.timeouts.gather_s)
         with self._lock:
             self._failed_rows += num_refused
             if self._failure is not None:
@@ -276,7 +330,7 @@ class CardWorker:
 
     def _step(self, engine: Engine) -> list[Finished]:
         """One step, asked for again where the runtime says so; it has done nothing then."""
-        for pause_s in _AGAIN_PAUSES_S:
+        for pause_s in self.spec.timeouts.again_s:
             try:
                 return engine.step()
             except DeviceError as error:

@@ -10,11 +10,12 @@ import fake_worker
 import pytest
 import ray
 
-from qaic_ray.cluster import actors
 from qaic_ray.cluster.cluster import Cluster
+from qaic_ray.timeouts import Timeouts
 
 T = TypeVar("T")
 NUM_CARDS = 4
+IMPATIENT = Timeouts(steps_s=0.3)
 
 
 class OneRay:
@@ -61,11 +62,5 @@ def four_cards() -> Iterator[Cluster]:
         patch.setenv("RAY_custom_unit_instance_resources", "neuron_cores,TPU,NPU,QAIC")
         # Workers cannot import from the tests' folder.
         ray.cloudpickle.register_pickle_by_value(fake_worker)
-        with Cluster(NUM_CARDS) as started:
+        with Cluster(NUM_CARDS, timeouts=IMPATIENT) as started:
             yield started
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test waits as long as a run of days may."""
-    monkeypatch.setattr(actors, "STEPS_EVERY_S", 0.3)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qaic_ray.cards.locks import Part
+from qaic_ray.cards.lease import Part
 from qaic_ray.dispatch.policy import Policy
 from qaic_ray.errors import CompileError, DeviceError, UsageError
 from qaic_ray.metrics import Measurement

@@ -19,13 +19,13 @@ import pytest
 import ray
 from fake_worker import IMPATIENT, FakeWorker, build, meet, specs
 
-from qaic_ray.cluster import cluster as cluster_module
-from qaic_ray.cluster import connection
 from qaic_ray.cluster.cluster import Cluster, Outcome
+from qaic_ray.cluster.connection import join
 from qaic_ray.errors import CompileError, DeviceBusy, QaicRayError, UsageError
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience
 from qaic_ray.runs.result import FleetResult
+from qaic_ray.timeouts import Timeouts
 from qaic_ray.worker.spec import WorkerInfo
 
 pytestmark = pytest.mark.cluster
@@ -223,15 +223,17 @@ def test_more_cards_than_the_cluster_has_are_refused_with_the_remedy(cluster: Cl
         run(cluster, texts("a"), specs(5))
 
 
-def test_cards_that_others_hold_are_busy(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster_module, "_BUSY_TIMEOUT_S", 0.3)
+def test_cards_that_others_hold_are_busy(cluster: Cluster) -> None:
     holder = ray.remote(FakeWorker).options(resources={"QAIC": 2}, num_cpus=0).remote(specs(1)[0])
     ray.get(holder.open.remote())
     try:
         until(lambda: ray.available_resources().get("QAIC") == 2)
         told: list[str] = []
-        with pytest.raises(DeviceBusy, match="3 cards are asked for and 1 of them are held"):
-            cluster.run_prompts(
+        with (
+            Cluster(0, timeouts=Timeouts(busy_s=0.3)) as impatient,
+            pytest.raises(DeviceBusy, match="3 cards are asked for and 1 of them are held"),
+        ):
+            impatient.run_prompts(
                 texts("a"),
                 specs(3),
                 worker_class=FakeWorker,  # type: ignore[arg-type]
@@ -375,7 +377,7 @@ def test_an_address_of_something_else_is_one_sentence() -> None:
         thread.start()
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(UsageError, match="is no Ray head: its port is 6379"):
-            connection._probe(address)
+            join(address, Timeouts())
         thread.join()
 
 

@@ -15,7 +15,7 @@ import ray
 import ray.exceptions as ray_errors
 from fake_worker import IMPATIENT, FakeSpec, FakeWorker, specs
 
-from qaic_ray.cards.locks import Part
+from qaic_ray.cards.lease import Part
 from qaic_ray.cluster.actors import CardActors, cards_needed, chooses_units, loss
 from qaic_ray.cluster.cluster import Cluster
 from qaic_ray.dispatch.events import (

@@ -31,6 +31,7 @@ from qaic_ray.runs.driver import Audience
 from qaic_ray.runs.result import FleetResult
 from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.sdk import EmulatedCards
+from qaic_ray.timeouts import Timeouts
 from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
 from qaic_ray.worker.text import Generation
 from qaic_ray.worker.worker import CardWorker
@@ -139,7 +140,7 @@ def two_nodes(tiny: TinyQpcs, folder: Path) -> Iterator[Fleet]:
         nodes = Nodes(initialize_head=True, head_node_args=head)
         try:
             nodes.add_node(**QUIET)
-            with Cluster(0, address=nodes.address) as cluster:
+            with Cluster(0, address=nodes.address, timeouts=Timeouts(steps_s=0.3)) as cluster:
                 tokenizer = load_tokenizer(open_checkpoint(str(model), weights=False))
                 yield Fleet(cluster, nodes, tiny, str(model), tokenizer, folder / "faults.json")
         finally:

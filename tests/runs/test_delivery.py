@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,8 +111,7 @@ def test_a_hundred_thousand_rows_behind_one_take_eight_bytes_each() -> None:
     assert left_bytes < 10_000
 
 
-def test_places_of_rows_that_are_out_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qaic_ray.runs.delivery._FORGET_AT", 64)
+def test_places_of_rows_that_are_out_are_forgotten() -> None:
     num_rows = 4000
     rows = InputOrder(read_back, max_held_rows=0)
     rows.push(row(1), place(1))
@@ -256,18 +256,12 @@ def test_the_proof_counts_rows_and_digests_the_very_file(tmp_path: Path) -> None
     assert write.proof(2, "abc").to_json()["rows_error"] == 1
 
 
-def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("this system has no /dev/full")
-
-    def on_a_full_disk(path: Path) -> int:
-        path.touch()
-        return os.open("/dev/full", os.O_WRONLY)
-
-    monkeypatch.setattr("qaic_ray.runs.delivery.new_file", on_a_full_disk)
-    monkeypatch.setattr(os, "fsync", lambda fd: None)  # /dev/full has none
-    with (
-        pytest.raises(QaicRayError, match=r"cannot be written: No space left on device\. What"),
-        row_writer(tmp_path) as write,
-    ):
-        write(row(0))
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with row_writer(tmp_path) as write:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, hard))  # as a disk with no more room
+        try:
+            with pytest.raises(QaicRayError, match=r"cannot be written: File too large\. What"):
+                write(row(0, "long " * 2**12))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
