@@ -84,7 +84,7 @@ def drive(folder: Path, address: str, count: int) -> None:
             worker_class=CardWorker,
             policy=policy,
             journal=journal,
-            audience=Audience(on_row=write, on_earlier_row=write.again, on_worker_ready=note),
+            audience=Audience(on_row=write, on_earlier_row=write.rewrite, on_worker_ready=note),
         )
     proof = write.proof(result.rows_in, result.inputs_sha256)
     summary = {

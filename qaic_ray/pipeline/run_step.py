@@ -236,7 +236,7 @@ def _answer(
 
         audience = Audience(
             on_row=on_row,
-            on_earlier_row=write.again,
+            on_earlier_row=write.rewrite,
             on_worker_ready=listener.card_ready,
             on_wait=listener.remark,
         )

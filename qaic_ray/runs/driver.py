@@ -202,7 +202,7 @@ class Driver:
     def _take_up(self) -> None:
         """Take in what earlier sessions of the run have done."""
         for entry in self._delivery.replay():
-            self._intake.leave_out(entry.row.index, entry.digest)
+            self._intake.mark_done(entry.row.index, entry.digest)
             self._count([entry.row])
         self._progress = replace(self._progress, rows_read=self._progress.rows_done)
         if self._progress.rows_done:
@@ -213,7 +213,7 @@ class Driver:
         while True:
             if self._is_reading and (batch := self._reader.poll()) is not None:
                 return self._read(batch)
-            self._delivery.go_on()
+            self._delivery.flush_due()
             wake_in_s = max(0.0, self._dispatcher.wake_s - self._clock())
             look_in_s = self._reader.poll_s if self._is_reading else math.inf
             due_in_s = self._delivery.due_in_s()
@@ -277,7 +277,7 @@ class Driver:
     def _deliver(self, rows: Sequence[Row]) -> None:
         span_s = self._span.seconds if self._span else 0.0
         for row in rows:
-            self._delivery.add(row, self._intake.settle(row.index), span_s)
+            self._delivery.add(row, self._intake.take_digest(row.index), span_s)
         self._count(rows)
         self._audience.on_progress(self._progress)
 

@@ -1,7 +1,6 @@
-"""What must be the same for a run to go on: its input, its QPC, its model, how answers are made.
+"""What must be unchanged for a run to be resumed: its input, QPC, model and generation options.
 
-The fingerprint is a JSON object of all but the input's rows; each of those has a digest of its own.
-Knows no journal and no Ray.
+The fingerprint is a JSON object of all but the rows of the input; each of those has its own digest.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ Fingerprint = Mapping[str, Any]
 
 INPUT = "input"
 
-# They change when answers come, not what they are.
+# They change the speed of answers, not their text.
 _OF_NO_EFFECT = ("max_stall_s", "prefix_reuse", "speculation")
 
 
@@ -65,7 +64,7 @@ def file_source(file: FrozenFile) -> Fingerprint:
 
 
 def row_digest(item: Prompt | Row) -> bytes:
-    """SHA-256 of all that a row of input is, its place excepted."""
+    """SHA-256 of a row of the input, without its index."""
     if isinstance(item, Row):
         parts = {"unusable": True, "id": item.id, "text": item.prompt, "messages": item.messages}
     else:
@@ -89,9 +88,9 @@ def _plain(value: object) -> dict[str, Any]:
 
 
 class Intake:
-    """The input on its way in: every row is digested, rows that are done already are left out.
+    """Digests the rows of the input, and leaves out those that earlier sessions answered.
 
-    Of a row that is done, four bytes are kept.
+    It holds four bytes for each row that is answered.
     """
 
     def __init__(self) -> None:
@@ -106,11 +105,11 @@ class Intake:
         """Over the digests of all rows that have been read, in order."""
         return self._sha256.hexdigest()
 
-    def leave_out(self, index: int, digest: int) -> None:
-        """Note that a row is done, and the short digest it had.
+    def mark_done(self, index: int, digest: int) -> None:
+        """Mark a row as answered, with the short digest that it had.
 
         Raises:
-            QaicRayError: when it is noted already.
+            QaicRayError: it is marked already.
         """
         missing = index + 1 - len(self._done)
         if missing > 0:
@@ -150,6 +149,6 @@ class Intake:
                 "begin a new run."
             )
 
-    def settle(self, index: int) -> int:
-        """The short digest of a row that was given out; it is not kept any longer."""
+    def take_digest(self, index: int) -> int:
+        """Remove and return the short digest of a row that `unanswered` has returned."""
         return self._open.pop(index)

@@ -1,4 +1,4 @@
-"""Who drafts tokens on a card: nobody, the row's own text, or a second QPC beside the main one."""
+"""Speculative decoding on a card: no drafts, prompt lookup, or a draft QPC beside the main one."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def run(
         result = Driver(
             cards,
             entered.prompts,
-            Audience(on_row=on_row, on_earlier_row=write.again),
+            Audience(on_row=on_row, on_earlier_row=write.rewrite),
             dispatcher=Dispatcher(policy=Policy(read_ahead=8)),
             clock=cards.clock,
             journal=journal,
