@@ -15,13 +15,17 @@ from qaic_ray.dispatch.workers import WorkerPool, WorkerState, WorkerStatus
 
 
 class Assignment:
-    """The workers that want a shard, and the decision what each of them gets."""
+    """The workers that want a shard, and the decision what each of them gets.
+
+    Attributes:
+        hungry: the workers that want a shard, in the order in which they get one.
+    """
 
     def __init__(self, table: PromptTable, pool: WorkerPool, policy: Policy) -> None:
         self._table = table
         self._pool = pool
         self._policy = policy
-        self._hungry: deque[WorkerState] = deque()
+        self.hungry: deque[WorkerState] = deque()
         self._is_late = False
         # When a running prompt must be looked at, and its index; None before the tail begins.
         self._second_runs: list[tuple[float, int]] | None = None
@@ -29,20 +33,13 @@ class Assignment:
     @property
     def next_s(self) -> float:
         """When a prompt may run a second time; infinity for never."""
-        return self._second_runs[0][0] if self._second_runs and self._hungry else math.inf
-
-    def num_to_read(self) -> int:
-        """How many prompts to read now; 0 while enough of them wait."""
-        policy, num_slots = self._policy, self._pool.num_slots
-        if self._table.num_grouped > max(policy.read_ahead // 2, policy.ahead_rounds * num_slots):
-            return 0
-        return max(policy.read_ahead, policy.read_rounds * num_slots)
+        return self._second_runs[0][0] if self._second_runs and self.hungry else math.inf
 
     def consider(self, worker: WorkerState) -> None:
         """Something changed for this worker: let it stand in the queue if it wants a shard."""
         if not worker.hungry and self._wants(worker):
             worker.hungry = True
-            self._hungry.append(worker)
+            self.hungry.append(worker)
 
     def next_shards(self, now_s: float) -> list[Shard]:
         """Begin shards on those that want one, one each and then another, until none takes more."""
@@ -50,10 +47,10 @@ class Assignment:
         if table.exhausted and not self._is_late:
             self._is_late = table.num_grouped <= 2 * self._pool.num_slots
             if self._is_late:
-                table.count_lengths_exactly()
+                table.sort_waiting(exactly=True)
         begun: list[Shard] = []
         num_passed_over = 0
-        while (table.num_grouped or table.suspects) and self._hungry:
+        while (table.num_grouped or table.suspects) and self.hungry:
             worker = self._next_hungry()
             if worker is None:
                 break
@@ -64,13 +61,13 @@ class Assignment:
             self.consider(worker)
             if num_passed_over == self._policy.look_ahead:
                 break  # nothing fits these; for one event that is enough
-        if table.exhausted and not table.num_grouped and self._hungry:
+        if table.exhausted and not table.num_grouped and self.hungry:
             begun += self._run_again(now_s)
         return begun
 
     def _next_hungry(self) -> WorkerState | None:
-        while self._hungry:
-            worker = self._hungry.popleft()
+        while self.hungry:
+            worker = self.hungry.popleft()
             worker.hungry = False
             if self._wants(worker):
                 return worker
@@ -79,10 +76,11 @@ class Assignment:
     def _begin(
         self, worker: WorkerState, entries: list[OpenPrompt], now_s: float, *, alone: bool
     ) -> Shard:
-        self._pool.drain(worker, False)
+        if worker.draining:
+            self._pool.drain(worker, False)
         shard = self._table.begin(worker, entries, now_s, alone=alone)
         if len(worker.shards) == 1:
-            self._pool.set_timer(worker)  # from now on its silence counts
+            self._pool.begin_work(worker, now_s)
         self._watch(shard)
         return shard
 
@@ -103,7 +101,7 @@ class Assignment:
         if self._is_late:
             share = math.inf
             if self._pool.num_awaited:
-                share = math.ceil(len(self._table.open) / self._pool.num_sharing)
+                share = math.ceil(len(self._table.open) / self._num_sharing)
             return worker.num_unfinished < min(worker.slots, share)
         if worker.num_unfinished < worker.slots:
             return True
@@ -117,7 +115,7 @@ class Assignment:
         that were on a dying worker go alone: what happens then is told of one prompt.
         """
         table = self._table
-        has_fresh = len(table.fresh) > 0
+        has_fresh = bool(table.fresh.entries)
         if not (worker.failures and has_fresh) and table.suspects:
             others = len(self._pool.workers) > 1
             suspect = table.suspect_for(worker, has_others=others)
@@ -126,14 +124,20 @@ class Assignment:
             if suspect is not None and len(table.suspects) > self._pool.num_draining:
                 self._pool.drain(worker, True)
                 return [], False
-        self._pool.drain(worker, False)
-        retried = len(table.retried) > 0 and not (worker.failures and has_fresh)
+        if worker.draining:
+            self._pool.drain(worker, False)
+        retried = bool(table.retried.entries) and not (worker.failures and has_fresh)
         alone = retried and worker.failures > 0
         if not table.num_grouped or (alone and worker.shards):
             return [], alone
         size = (1, 1, 0.0) if alone else self._shard_size(worker, retried=retried)
         waiting = table.retried if retried else table.fresh
         return table.take(waiting, size, shortest=self._pool.is_slow(worker)), alone
+
+    @property
+    def _num_sharing(self) -> int:
+        """Workers that share what is left: those that are ready or open for the first time."""
+        return max(1, self._pool.num_ready + self._pool.num_awaited)
 
     def _shard_size(self, worker: WorkerState, *, retried: bool) -> tuple[int, int, float]:
         """Least and most prompts of a worker's next shard, and the work after which it is enough.
@@ -147,8 +151,9 @@ class Assignment:
         if retried:
             most = max(1, worker.slots // policy.retry_shrink)
         if table.exhausted:
-            least = min(least, math.ceil(table.num_grouped / self._pool.num_sharing))
-            work = min(work, table.waiting_work * self._pool.part(worker) / policy.guide)
+            least = min(least, math.ceil(table.num_grouped / self._num_sharing))
+            share = table.waiting_work * self._pool.speed(worker) / self._num_sharing
+            work = min(work, share / policy.guide)
         return least, most, work
 
     # -- second runs
@@ -173,7 +178,7 @@ class Assignment:
             for shard in self._table.shards.values():
                 self._watch(shard)
         begun: list[Shard] = []
-        while self._hungry and self._second_runs and self._second_runs[0][0] <= now_s:
+        while self.hungry and self._second_runs and self._second_runs[0][0] <= now_s:
             entry = self._table.open.get(heapq.heappop(self._second_runs)[1])
             if entry is None or len(entry.shard_ids) != 1:
                 continue
@@ -199,8 +204,8 @@ class Assignment:
 
     def _idle_for(self, first: Shard) -> WorkerState | None:
         """Of the first few that want work one that may run a prompt of this shard a second time."""
-        for _ in range(min(self._policy.look_ahead, len(self._hungry))):
-            worker = self._hungry.popleft()
+        for _ in range(min(self._policy.look_ahead, len(self.hungry))):
+            worker = self.hungry.popleft()
             worker.hungry = False
             fits = worker is not first.worker and not (first.alone and worker.shards)
             if self._wants(worker) and fits:
@@ -212,7 +217,7 @@ class Assignment:
         """Assert that no worker is idle while there is work for it; a failure is a bug."""
         table = self._table
         for worker in self._pool.workers.values():
-            assert worker.hungry == (worker in self._hungry)
+            assert worker.hungry == (worker in self.hungry)
             if worker.status is WorkerStatus.READY and not worker.shards:
                 assert worker.hungry, "nobody will think of an idle worker"
                 assert not table.num_grouped, "an idle worker, and work"

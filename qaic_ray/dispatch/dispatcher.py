@@ -30,7 +30,7 @@ from qaic_ray.dispatch.events import (
     WorkerProgress,
     WorkerReady,
 )
-from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy, text_work
+from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
 from qaic_ray.dispatch.prompts import PromptTable, Shard
 from qaic_ray.dispatch.workers import WorkerPool, WorkerState, WorkerStatus
 from qaic_ray.rows import Prompt, Row
@@ -60,9 +60,8 @@ class Dispatcher:
         self.abandoned = False
         self.wake_s = math.inf
         self._policy = policy
-        self._work_of = work_of or self._text_work
         self._pool = WorkerPool(policy)
-        self._table = PromptTable(policy)
+        self._table = PromptTable(policy, work_of)
         self._assignment = Assignment(self._table, self._pool, policy)
         self._out: list[Command] = []
         self._now_s = 0.0
@@ -87,10 +86,8 @@ class Dispatcher:
         self.finished = self.abandoned or (self._table.exhausted and not self._table.open)
         self.wake_s = math.inf
         if not self.finished:
-            for shard in self._assignment.next_shards(now_s):
-                self._order(shard)
+            self.wake_s = self._hand_out()
             self._read_on()
-            self.wake_s = min(self._pool.next_s, self._assignment.next_s)
         return self._out
 
     def _absorb(self, event: Event) -> None:
@@ -103,7 +100,7 @@ class Dispatcher:
                     self._fail_shard(shard, f"{name} gave no row for it")
             case PromptsRead(prompts, exhausted):
                 self._is_reading = False
-                self._table.read(prompts, self._work_of, exhausted=exhausted)
+                self._table.read(prompts, exhausted=exhausted)
             case ShardFailed():
                 self._hear_failure(event)
             case WorkerReady() | WorkerProgress() | WorkerFailedToOpen() | WorkerLost():
@@ -133,11 +130,11 @@ class Dispatcher:
 
     def _hear_rows(self, shard: Shard | None, rows: Sequence[Row]) -> None:
         if shard is None:
-            self._deliver(self._table.accept(rows))
+            self._deliver(self._table.accept(rows, self._now_s))
             return
         worker = shard.worker
         full, work = worker.num_unfinished >= worker.slots, worker.work
-        self._deliver(self._table.accept_of(shard, rows, self._now_s))
+        self._deliver(self._table.accept(rows, self._now_s, shard))
         self._pool.worked(
             worker,
             self._now_s,
@@ -165,6 +162,8 @@ class Dispatcher:
             worker.transients += 1
             if self._table.hold(shard, self._now_s):
                 worker.retry_s = self._now_s + worker.pause_s(worker.transients)
+                if len(worker.shards) == 1:
+                    worker.start_clocks(self._now_s)
                 self._pool.set_timer(worker)
             self._assignment.consider(worker)
 
@@ -213,6 +212,14 @@ class Dispatcher:
 
     # -- what is ordered
 
+    def _hand_out(self) -> float:
+        """Order shards for those that want one; return when to look again."""
+        if not self._assignment.hungry:
+            return self._pool.next_s
+        for shard in self._assignment.next_shards(self._now_s):
+            self._order(shard)
+        return min(self._pool.next_s, self._assignment.next_s)
+
     def _deliver(self, rows: Sequence[Row]) -> None:
         if rows:
             self._out.append(DeliverRows(tuple(rows)))
@@ -222,15 +229,15 @@ class Dispatcher:
         self._out.append(RunShard(shard.worker.name, shard.id, prompts, shard.attempt))
 
     def _read_on(self) -> None:
+        """Read the next prompts unless enough of them wait."""
         if not self._is_started or self._is_reading or self._table.exhausted:
             return
-        num_prompts = self._assignment.num_to_read()
-        if num_prompts:
+        policy, num_slots = self._policy, self._pool.num_slots
+        enough = max(policy.read_ahead // 2, policy.ahead_rounds * num_slots)
+        if self._table.num_grouped <= enough:
             self._is_reading = True
+            num_prompts = max(policy.read_ahead, policy.read_rounds * num_slots)
             self._out.append(ReadPrompts(num_prompts))
-
-    def _text_work(self, prompt: Prompt) -> float:
-        return text_work(prompt, policy=self._policy)
 
     def check(self) -> None:
         """Assert what always holds between two events; a failure is a bug of this package."""

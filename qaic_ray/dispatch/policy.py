@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qaic_ray.rows import Prompt
-from qaic_ray.sampling_params import SamplingParams
-
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
@@ -109,22 +106,3 @@ class Policy:
 
 
 DEFAULT_POLICY = Policy()
-GREEDY = SamplingParams()
-
-
-def text_work(
-    prompt: Prompt, defaults: SamplingParams = GREEDY, *, policy: Policy = DEFAULT_POLICY
-) -> float:
-    """Estimated work of a prompt where nothing better is known, in characters.
-
-    Args:
-        defaults: of prompts that bring no parameters of their own.
-        policy: has the work of a token, and the length of an answer that may have any.
-    """
-    if prompt.messages is None:
-        length = len(prompt.text)
-    else:
-        length = sum(len(message.get("content", "")) for message in prompt.messages)
-    sampling = prompt.sampling or defaults
-    num_tokens = policy.answer_tokens if sampling.max_tokens is None else sampling.max_tokens
-    return length + policy.token_work * num_tokens * sampling.n

@@ -8,14 +8,36 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from operator import attrgetter
 
-from qaic_ray.dispatch.policy import Policy
+from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
 from qaic_ray.dispatch.workers import WorkerState
 from qaic_ray.rows import ErrorClass, Prompt, Row
+from qaic_ray.sampling_params import SamplingParams
+
+GREEDY = SamplingParams()
+
+
+def text_work(
+    prompt: Prompt, defaults: SamplingParams = GREEDY, *, policy: Policy = DEFAULT_POLICY
+) -> float:
+    """Estimated work of a prompt where nothing better is known, in characters.
+
+    Args:
+        defaults: of prompts that bring no parameters of their own.
+        policy: has the work of a token, and the length of an answer that may have any.
+    """
+    if prompt.messages is None:
+        length = len(prompt.text)
+    else:
+        length = sum(len(message.get("content", "")) for message in prompt.messages)
+    sampling = prompt.sampling or defaults
+    num_tokens = policy.answer_tokens if sampling.max_tokens is None else sampling.max_tokens
+    return length + policy.token_work * num_tokens * sampling.n
 
 
 @dataclass(slots=True, eq=False)
@@ -70,56 +92,45 @@ class WaitingList:
 
     An older band goes first, in it a longer prompt, and of the same length the earlier one. Lengths
     count by powers of two, so that prompts of about the same length go in input order and their
-    rows can be written early; once `exact` is set, lengths count exactly.
+    rows can be written early.
     """
 
     def __init__(self) -> None:
-        self.exact = False
-        self._entries: list[OpenPrompt] = []
-
-    def __len__(self) -> int:
-        return len(self._entries)
+        self._exact = False
+        self.entries: list[OpenPrompt] = []
 
     def add(self, entry: OpenPrompt) -> None:
         """Let one prompt wait."""
         self._set_rank(entry)
-        insort(self._entries, entry, key=_rank)
+        insort(self.entries, entry, key=_rank)
 
     def add_band(self, entries: Sequence[OpenPrompt]) -> None:
         """Let the prompts of the newest band wait."""
         for entry in entries:
             self._set_rank(entry)
-        self._entries[:0] = sorted(entries, key=_rank)
+        self.entries[:0] = sorted(entries, key=_rank)
 
     def remove(self, entry: OpenPrompt) -> None:
         """Take out a prompt that waits here."""
-        del self._entries[bisect_left(self._entries, entry.rank, key=_rank)]
+        del self.entries[bisect_left(self.entries, entry.rank, key=_rank)]
 
     def pop(self, *, shortest: bool = False) -> OpenPrompt:
         """Take the next prompt, or the shortest one of the oldest band; there must be one."""
         if not shortest:
-            return self._entries.pop()
-        oldest_band = self._entries[-1].rank[0]
-        return self._entries.pop(bisect_left(self._entries, (oldest_band, -math.inf, 0), key=_rank))
+            return self.entries.pop()
+        oldest_band = self.entries[-1].rank[0]
+        return self.entries.pop(bisect_left(self.entries, (oldest_band, -math.inf, 0), key=_rank))
 
-    def sort(self) -> None:
-        """Sort again, after what ranks follow from has changed."""
-        for entry in self._entries:
-            self._set_rank(entry)
-        self._entries.sort(key=_rank)
-
-    def merge_bands(self) -> None:
-        """Make one band of all bands: the input has ended."""
-        for entry in self._entries:
+    def merge_bands(self, *, exactly: bool) -> None:
+        """Make one band of all bands, sorted by length, exactly or not."""
+        self._exact = exactly
+        for entry in self.entries:
             entry.band = 0
-        self.sort()
-
-    def indexes(self) -> set[int]:
-        """The indexes of all prompts that wait here."""
-        return {entry.prompt.index for entry in self._entries}
+            self._set_rank(entry)
+        self.entries.sort(key=_rank)
 
     def _set_rank(self, entry: OpenPrompt) -> None:
-        length = entry.work if self.exact else math.frexp(entry.work)[1]
+        length = entry.work if self._exact else math.frexp(entry.work)[1]
         entry.rank = -entry.band, length, -entry.prompt.index
 
 
@@ -136,7 +147,7 @@ class PromptTable:
         shards: in flight, by id.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, work_of: Callable[[Prompt], float] | None = None) -> None:
         self.open: dict[int, OpenPrompt] = {}
         self.exhausted = False
         self.fresh = WaitingList()
@@ -146,17 +157,16 @@ class PromptTable:
         self.waiting_work = 0.0
         self.shards: dict[int, Shard] = {}
         self._policy = policy
+        self._work_of = work_of or partial(text_work, policy=policy)
         self._second_per_work: float | None = None
         self._num_shards = 0
         self._num_bands = 0
         self._num_read = 0
         self._num_done = 0
 
-    def read(
-        self, prompts: Sequence[Prompt], work_of: Callable[[Prompt], float], *, exhausted: bool
-    ) -> None:
+    def read(self, prompts: Sequence[Prompt], *, exhausted: bool) -> None:
         """Let the next prompts of the input wait."""
-        band = [OpenPrompt(prompt, work_of(prompt), self._num_bands) for prompt in prompts]
+        band = [OpenPrompt(prompt, self._work_of(prompt), self._num_bands) for prompt in prompts]
         self._num_bands += 1
         self._num_read += len(band)
         self.open.update((entry.prompt.index, entry) for entry in band)
@@ -165,16 +175,14 @@ class PromptTable:
         self.waiting_work += sum(entry.work for entry in band)
         self.exhausted = exhausted
         if exhausted:
-            self.fresh.merge_bands()
-            self.retried.merge_bands()
+            self.sort_waiting(exactly=False)
 
     # -- waiting prompts
 
-    def count_lengths_exactly(self) -> None:
-        """From now on long prompts go first exactly by length."""
-        for waiting in (self.fresh, self.retried):
-            waiting.exact = True
-            waiting.sort()
+    def sort_waiting(self, *, exactly: bool) -> None:
+        """The input has ended: let the longest prompts go first, exactly or by powers of two."""
+        self.fresh.merge_bands(exactly=exactly)
+        self.retried.merge_bands(exactly=exactly)
 
     def take(
         self, waiting: WaitingList, size: tuple[int, int, float], *, shortest: bool = False
@@ -189,7 +197,7 @@ class PromptTable:
         least, most, enough = size
         taken: list[OpenPrompt] = []
         work = 0.0
-        while waiting and len(taken) < most and (len(taken) < least or work < enough):
+        while waiting.entries and len(taken) < most and (len(taken) < least or work < enough):
             entry = waiting.pop(shortest=shortest)
             taken.append(entry)
             work += entry.work
@@ -227,8 +235,6 @@ class PromptTable:
         shard = Shard(self._num_shards, worker, entries[0].attempt, alone, now_s, unfinished)
         self._num_shards += 1
         self.shards[shard.id] = shard
-        if not worker.shards:
-            worker.begin_work(now_s)
         worker.shards.append(shard.id)
         worker.alone = alone
         for entry in entries:
@@ -238,24 +244,23 @@ class PromptTable:
         worker.num_unfinished += len(entries)
         return shard
 
-    def accept(self, rows: Iterable[Row]) -> list[Row]:
-        """Close the prompts of these rows; return those that are the first of an open prompt."""
-        kept = []
-        for row in rows:
-            entry = self.open.get(row.index)
-            if entry is not None:
-                self._close(entry)
-                kept.append(row)
-        return kept
+    def accept(self, rows: Sequence[Row], now_s: float, shard: Shard | None = None) -> list[Row]:
+        """Close the prompts of these rows; return those that are the first of an open prompt.
 
-    def accept_of(self, shard: Shard, rows: Sequence[Row], now_s: float) -> list[Row]:
-        """Accept rows of a shard in flight, and learn from the last one how long rows take."""
-        entry = shard.unfinished.get(rows[-1].index) if rows else None
-        if entry is not None:
+        Args:
+            shard: theirs, if it is in flight: the last one tells how long rows take.
+        """
+        entry = shard.unfinished.get(rows[-1].index) if shard and rows else None
+        if shard and entry:
             newest = (now_s - shard.started_s) / entry.work
             before = newest if self._second_per_work is None else self._second_per_work
             self._second_per_work = before + self._policy.new_row * (newest - before)
-        return self.accept(rows)
+        kept = []
+        for row in rows:
+            if row.index in self.open:
+                self._close(self.open[row.index])
+                kept.append(row)
+        return kept
 
     def row_s(self, entry: OpenPrompt) -> float:
         """How long this prompt should take on a worker, from being given to it."""
@@ -317,7 +322,8 @@ class PromptTable:
                 entry.died_on = shard.worker.name
             self._wait(entry)
             return None
-        self._forget(entry)
+        del self.open[entry.prompt.index]
+        self._num_done += 1
         return Row.failed(
             entry.prompt,
             f"Given up after {entry.attempt} attempts; the last one: {error}",
@@ -350,10 +356,7 @@ class PromptTable:
             del shard.unfinished[index]
             shard.worker.num_unfinished -= 1
             shard.worker.work -= entry.work
-        self._forget(entry)
-
-    def _forget(self, entry: OpenPrompt) -> None:
-        del self.open[entry.prompt.index]
+        del self.open[index]
         self._num_done += 1
 
     def check(self) -> None:
@@ -376,10 +379,12 @@ class PromptTable:
         entries = [entry for entry in self.open.values() if not entry.shard_ids]
         grouped = [entry for entry in entries if entry.attempt < alone_from]
         fresh = {e.prompt.index for e in grouped if e.attempt == 1}
-        assert self.fresh.indexes() == fresh
-        assert self.retried.indexes() == {e.prompt.index for e in grouped} - fresh
+        retried = {e.prompt.index for e in grouped} - fresh
+        assert {entry.prompt.index for entry in self.fresh.entries} == fresh
+        assert {entry.prompt.index for entry in self.retried.entries} == retried
         assert set(self.suspects) == {e.prompt.index for e in entries if e.attempt >= alone_from}
-        assert self.num_grouped == len(grouped) == len(self.fresh) + len(self.retried)
+        assert self.num_grouped == len(grouped)
+        assert len(grouped) == len(self.fresh.entries) + len(self.retried.entries)
         work = sum(entry.work for entry in grouped)
         assert math.isclose(self.waiting_work, work, rel_tol=1e-9, abs_tol=1e-3)
 

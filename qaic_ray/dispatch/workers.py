@@ -89,8 +89,8 @@ class WorkerState:
         self.retry_s, self._num_steps = None, None
         self.timer_s = math.inf
 
-    def begin_work(self, now_s: float) -> None:
-        """Start its clocks: it gets work, and had none."""
+    def start_clocks(self, now_s: float) -> None:
+        """It gets work, and had none."""
         self._mark_s = self._alive_s = self._steps_mark_s = now_s
 
     def measure_work(self, now_s: float, work: float, *, full: bool) -> None:
@@ -161,6 +161,7 @@ class WorkerPool:
         workers: by name.
         listening_s: since when the driver has heard what workers say, without a gap.
         next_s: when a worker must be looked at, or earlier; infinity for never.
+        num_ready: workers that are ready.
         num_awaited: workers that were neither ready nor failed yet.
         num_draining: workers that are being cleared for a prompt that must be alone.
     """
@@ -169,6 +170,7 @@ class WorkerPool:
         self.workers: dict[str, WorkerState] = {}
         self.listening_s = -math.inf
         self.next_s = math.inf
+        self.num_ready = 0
         self.num_awaited = 0
         self.num_draining = 0
         self._policy = policy
@@ -176,8 +178,6 @@ class WorkerPool:
         self._most_slots = 0
         self._proven_lives = 0
         self._fruitful_lives = 0
-        # Of the ready workers.
-        self._num_ready = 0
         self._ready_slots = 0
         # Of the ready workers whose speed is known: how many, their slots, and their speeds' sum.
         self._num_measured = 0
@@ -251,6 +251,11 @@ class WorkerPool:
         self._count(worker, 1)
         self.set_timer(worker)
 
+    def begin_work(self, worker: WorkerState, now_s: float) -> None:
+        """A worker got a shard, and had none: from now on its silence counts."""
+        worker.start_clocks(now_s)
+        self.set_timer(worker)
+
     def drain(self, worker: WorkerState, draining: bool) -> None:
         """Say whether it takes nothing more until it may run a prompt alone."""
         self.num_draining += draining - worker.draining
@@ -275,19 +280,14 @@ class WorkerPool:
     @property
     def num_slots(self) -> int:
         """Slots of all workers; one that is not ready will have as many as the largest one."""
-        return self._ready_slots + (len(self.workers) - self._num_ready) * self._most_slots
+        return self._ready_slots + (len(self.workers) - self.num_ready) * self._most_slots
 
-    @property
-    def num_sharing(self) -> int:
-        """Workers that share what is left: those that are ready or open for the first time."""
-        return max(1, self._num_ready + self.num_awaited)
-
-    def part(self, worker: WorkerState) -> float:
-        """The part of the fleet's work that this worker does, by what is known of its speed."""
-        speed = 1.0
-        if worker.work_per_s:
-            speed = worker.work_per_s * self._num_measured / self._work_per_s
-        return min(speed, self._policy.max_speed) / self.num_sharing
+    def speed(self, worker: WorkerState) -> float:
+        """A ready worker's speed in parts of the fleet's mean; 1 while it is not known."""
+        if not worker.work_per_s:
+            return 1.0
+        mean = self._work_per_s / self._num_measured
+        return min(worker.work_per_s / mean, self._policy.max_speed)
 
     def is_slow(self, worker: WorkerState) -> bool:
         """Whether a worker is known to be slower than the fleet by much: its steps, or its rows."""
@@ -306,7 +306,7 @@ class WorkerPool:
         """Count a ready worker into the sums, or out of them before it changes."""
         if worker.status is not WorkerStatus.READY:
             return
-        self._num_ready += sign
+        self.num_ready += sign
         self._ready_slots += sign * worker.slots
         if worker.work_per_s:
             self._num_measured += sign
@@ -342,7 +342,7 @@ class WorkerPool:
         recount = WorkerPool(self._policy)
         for worker in workers:
             recount._count(worker, 1)
-        for name in ("_num_ready", "_ready_slots", "_num_measured", "_measured_slots",
+        for name in ("num_ready", "_ready_slots", "_num_measured", "_measured_slots",
                      "_num_stepping"):  # fmt: skip
             assert getattr(self, name) == getattr(recount, name), name
         assert math.isclose(self._work_per_s, recount._work_per_s, rel_tol=1e-6, abs_tol=1e-3)

@@ -208,7 +208,7 @@ def _answer(
     listener: Listener,
 ) -> tuple[FleetResult, Proof]:
     """All rows that have no answer yet, journaled and written."""
-    from qaic_ray.dispatch.policy import text_work
+    from qaic_ray.dispatch.prompts import text_work
     from qaic_ray.documents import differences
     from qaic_ray.runs.delivery import row_writer
     from qaic_ray.runs.driver import Audience

@@ -211,12 +211,13 @@ class Delivery:
             return max(0.0, self._commit_at_s - self._clock())
         return None
 
-    def flush_due(self) -> None:
+    def flush_due(self) -> float | None:
         """Commit if it is time, and give on rows whose turn it is, but not too many in one call."""
         if self._uncommitted and self._clock() >= self._commit_at_s:
             self.save()
         for row in islice(self._order.ready(), MAX_SHOWN_AT_ONCE):
             self._on_row(row)
+        return self.due_in_s()
 
     def finish(self) -> None:
         """Commit all rows and give them on."""
@@ -324,16 +325,17 @@ class RowWriter:
         )
 
     def _write(self, row: Row) -> None:
+        is_ok = row.ok
         text = json_text(row.to_json())
         if _LINE_BREAK.search(text):
             text = text.translate(_LINE_BREAKS)
         line = text.encode() + b"\n"
         with disk_errors_end_the_run(self._folder):
-            for fd in self._fds[: 1 if row.ok else 2]:
+            for fd in self._fds[: 1 if is_ok else 2]:
                 write_all(fd, line)
         self._sha256.update(line)
-        self._rows_ok += row.ok
-        self._rows_error += not row.ok
+        self._rows_ok += is_ok
+        self._rows_error += not is_ok
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from qaic_ray.dispatch.dispatcher import Dispatcher
@@ -164,8 +164,11 @@ class Driver:
         self._ready: set[str] = set()
         self._losses: Counter[str] = Counter()
         self._errors: dict[str, str] = {}
-        self._span: Span | None = None
-        self._progress = Progress()
+        # When this session's first shard began and its last row came.
+        self._first_s: float | None = None
+        self._last_s = 0.0
+        self._rows_read = 0
+        self._is_exhausted = False
 
     def run(self) -> FleetResult:
         """Answer every prompt, or say why not, and return what came of it.
@@ -203,20 +206,19 @@ class Driver:
         """Take in what earlier sessions of the run have done."""
         for entry in self._delivery.replay():
             self._intake.mark_done(entry.row.index, entry.digest)
-            self._count([entry.row])
-        self._progress = replace(self._progress, rows_read=self._progress.rows_done)
-        if self._progress.rows_done:
-            self._audience.on_progress(self._progress)
+            self._tally.add(entry.row)
+        self._rows_read = self._tally.rows
+        if self._rows_read:
+            self._tell_progress()
 
     def _next_event(self) -> Event:
         """What the input or the cards say next; while they say nothing, rows go their way."""
         while True:
             if self._is_reading and (batch := self._reader.poll()) is not None:
                 return self._read(batch)
-            self._delivery.flush_due()
+            due_in_s = self._delivery.flush_due()
             wake_in_s = max(0.0, self._dispatcher.wake_s - self._clock())
             look_in_s = self._reader.poll_s if self._is_reading else math.inf
-            due_in_s = self._delivery.due_in_s()
             timeout_s = min(wake_in_s, look_in_s, math.inf if due_in_s is None else due_in_s)
             event = self._cards.wait(None if timeout_s == math.inf else timeout_s)
             if event is not None:
@@ -265,42 +267,38 @@ class Driver:
     def _read(self, batch: Batch) -> PromptsRead:
         self._is_reading = False
         self._input_error = batch.error
-        self._progress = replace(
-            self._progress,
-            rows_read=self._progress.rows_read + len(batch.items),
-            input_exhausted=batch.exhausted,
-        )
+        self._rows_read += len(batch.items)
+        self._is_exhausted = batch.exhausted
         self._deliver([item for item in batch.items if isinstance(item, Row)])
         prompts = tuple(item for item in batch.items if isinstance(item, Prompt))
         return PromptsRead(prompts, exhausted=batch.exhausted)
 
     def _deliver(self, rows: Sequence[Row]) -> None:
-        span_s = self._span.seconds if self._span else 0.0
+        span_s = self._last_s - self._first_s if self._first_s is not None else 0.0
         for row in rows:
-            self._delivery.add(row, self._intake.take_digest(row.index), span_s)
-        self._count(rows)
-        self._audience.on_progress(self._progress)
-
-    def _count(self, rows: Sequence[Row]) -> None:
-        for row in rows:
+            digest = self._intake.open.pop(row.index)
+            self._delivery.add(row, digest, span_s)
             self._tally.add(row)
-        before = self._progress
-        self._progress = replace(
-            before,
-            rows_done=before.rows_done + len(rows),
-            rows_failed=before.rows_failed + sum(not row.ok for row in rows),
-            generated_tokens=before.generated_tokens + sum(row.generated_tokens for row in rows),
+        self._tell_progress()
+
+    def _tell_progress(self) -> None:
+        progress = Progress(
+            rows_read=self._rows_read,
+            rows_done=self._tally.rows,
+            rows_failed=self._tally.failed_rows,
+            generated_tokens=self._tally.generated_tokens,
+            input_exhausted=self._is_exhausted,
         )
+        self._audience.on_progress(progress)
 
     def _worked(self) -> None:
-        now_s = self._clock()
-        now = Span(now_s, now_s)
-        self._span = now if self._span is None else self._span + now
+        self._last_s = self._clock()
+        if self._first_s is None:
+            self._first_s = self._last_s
 
     def _result(self) -> FleetResult:
         engines = self._cards.measurements()
-        # Workers of earlier sessions that this one does without.
-        gone = sorted(self._tally.workers - {"", *self._cards.names})
+        names = (*self._cards.names, *self._tally.earlier_workers(self._cards.names))
         workers = tuple(
             WorkerResult(
                 name=name,
@@ -310,7 +308,7 @@ class Driver:
                 losses=self._losses[name],
                 ready_at_end=name in self._ready,
             )
-            for name in (*self._cards.names, *gone)
+            for name in names
         )
         return FleetResult(
             workers=workers,
@@ -319,7 +317,7 @@ class Driver:
             length_counts=dict(self._tally.length_counts),
             broken_off=self._broken_off(),
             rows_in=self._intake.num_rows,
-            inputs_sha256=self._intake.sha256,
+            inputs_sha256=self._intake.sha256.hexdigest(),
         )
 
     def _broken_off(self) -> BrokenOff | None:
@@ -333,8 +331,9 @@ class Driver:
     def _whole_span(self) -> Span | None:
         """This session's span, with the time that cards worked in earlier ones put before it."""
         earlier_s = self._delivery.earlier_s
+        if self._first_s is not None:
+            return Span(self._first_s - earlier_s, self._last_s)
         if not earlier_s:
-            return self._span
+            return None
         now_s = self._clock()
-        span = self._span or Span(now_s, now_s)
-        return Span(span.start_s - earlier_s, span.end_s)
+        return Span(now_s - earlier_s, now_s)

@@ -91,19 +91,19 @@ class Intake:
     """Digests the rows of the input, and leaves out those that earlier sessions answered.
 
     It holds four bytes for each row that is answered.
+
+    Attributes:
+        num_rows: rows that have been read, those that were answered before included.
+        sha256: over the digests of all these rows, in order.
+        open: index -> short digest of each row that `unanswered` returned; whoever has the final
+            row takes the digest out.
     """
 
     def __init__(self) -> None:
         self.num_rows = 0
-        """Rows that have been read, those that were done included."""
-        self._sha256 = hashlib.sha256()
+        self.sha256 = hashlib.sha256()
+        self.open: dict[int, int] = {}
         self._done = array("I")  # index -> digest, 0 for a row that is not done
-        self._open: dict[int, int] = {}
-
-    @property
-    def sha256(self) -> str:
-        """Over the digests of all rows that have been read, in order."""
-        return self._sha256.hexdigest()
 
     def mark_done(self, index: int, digest: int) -> None:
         """Mark a row as answered, with the short digest that it had.
@@ -131,11 +131,11 @@ class Intake:
         for item in items:
             digest = row_digest(item)
             short = int.from_bytes(digest[:4], "big") or 1
-            self._sha256.update(digest)
+            self.sha256.update(digest)
             self.num_rows += 1
             before = self._done[item.index] if item.index < len(self._done) else 0
             if not before:
-                self._open[item.index] = short
+                self.open[item.index] = short
                 yield item
             elif before != short:
                 raise UsageError(
@@ -148,7 +148,3 @@ class Intake:
                 f"{len(self._done) - 1} (counted from 0): resume it with the input it had, or "
                 "begin a new run."
             )
-
-    def take_digest(self, index: int) -> int:
-        """Remove and return the short digest of a row that `unanswered` has returned."""
-        return self._open.pop(index)

@@ -30,13 +30,13 @@ from qaic_ray.runs.journal_segments import (
     FORMAT,
     RECORD,
     Header,
-    JournalRecord,
     Place,
     RowReader,
     damaged,
     is_whole,
     line_of,
     read_header,
+    row_line,
     segment_path,
     whole_bytes,
 )
@@ -146,10 +146,7 @@ class Journal(AbstractContextManager["Journal"]):
 
     def append(self, row: Row, digest: int, span_s: float) -> Place:
         """Take a row for the next `commit`; return where it will be."""
-        json_bytes = RECORD.dump_json(
-            JournalRecord(digest, round(span_s, 6), row), exclude_defaults=True
-        )
-        line = line_of(json_bytes)
+        line = row_line(row, digest, span_s)
         if self._size >= self._segment_bytes:
             self.commit()
             with uninterrupted(), disk_errors_end_the_run(self._run_folder):

@@ -132,6 +132,12 @@ def line_of(json_bytes: bytes) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(json_bytes), json_bytes)
 
 
+def row_line(row: Row, digest: int, span_s: float) -> bytes:
+    """The line of a row; `digest` is of its input, `span_s` how long the session had worked."""
+    record = JournalRecord(digest, round(span_s, 6), row)
+    return line_of(RECORD.dump_json(record, exclude_defaults=True))
+
+
 def is_whole(line: bytes) -> bool:
     """Whether a line is as it was written."""
     if not line.endswith(b"}\n"):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from qaic_ray.durations import Durations, bin_of
-from qaic_ray.metrics import Measurement, Span, tokens_per_s, total
+from qaic_ray.metrics import Durations, Measurement, Span, bin_of, tokens_per_s, total
 from qaic_ray.rows import Row
 
 if TYPE_CHECKING:
@@ -117,28 +116,40 @@ class _Counts:
 
 
 class Tally:
-    """Adds rows up by worker, in constant time a row."""
+    """Adds rows up by worker, in constant time a row.
+
+    Attributes:
+        rows: of all workers, and `failed_rows` and `generated_tokens` of them.
+        length_counts: generated tokens of an answer -> how many answers had that many.
+    """
 
     def __init__(self) -> None:
+        self.rows = 0
+        self.failed_rows = 0
+        self.generated_tokens = 0
         self.length_counts: Counter[int] = Counter()
-        self._counts: dict[str, _Counts] = {}
-
-    @property
-    def workers(self) -> set[str]:
-        """Every name in a row's `worker`, "" included."""
-        return set(self._counts)
+        self._counts: defaultdict[str, _Counts] = defaultdict(_Counts)
 
     def add(self, row: Row) -> None:
         """Count one final row."""
-        counts = self._counts.setdefault(row.worker, _Counts())
+        counts = self._counts[row.worker]
+        answer_lens = row.answer_lens
+        num_tokens = sum(answer_lens)
+        self.rows += 1
+        self.generated_tokens += num_tokens
         counts.rows += 1
         counts.prompt_tokens += row.prompt_tokens
-        counts.generated_tokens += row.generated_tokens
+        counts.generated_tokens += num_tokens
         if row.ok:
             counts.ttft[bin_of(row.ttft_s)] += 1
-            self.length_counts.update(row.answer_lens)
+            self.length_counts.update(answer_lens)
         else:
+            self.failed_rows += 1
             counts.failed_rows += 1
+
+    def earlier_workers(self, names: Sequence[str]) -> list[str]:
+        """Workers that rows were counted for and that are not among these."""
+        return sorted(self._counts.keys() - {"", *names})
 
     def measurement(self, worker: str, engine: Measurement | None = None) -> Measurement:
         """The rows counted for `worker` ("" for none), with the steps that its engine reports."""

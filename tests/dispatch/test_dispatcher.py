@@ -33,8 +33,8 @@ from qaic_ray.dispatch.events import (
     WorkerProgress,
     WorkerReady,
 )
-from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy, text_work
-from qaic_ray.dispatch.prompts import PromptTable
+from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
+from qaic_ray.dispatch.prompts import PromptTable, text_work
 from qaic_ray.dispatch.workers import WorkerState
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience, Driver
@@ -385,7 +385,7 @@ def test_a_lone_prompt_that_dies_goes_to_another_worker(dispatcher: Dispatcher) 
     assert shards(after(dispatcher, WorkerReady("b", 1, 1), now_s=10.0)) == [("b", 3, [0], 4)]
     after(dispatcher, WorkerLost("b", "gone", 1), now_s=11.0)
     assert shards(after(dispatcher, WorkerReady("a", 1, 2), now_s=11.1)) == [("a", 4, [0], 5)]
-    (command,) = after(dispatcher, WorkerLost("a", "gone too", 2), now_s=12.0)
+    (command,) = after(dispatcher, WorkerLost("a", "gone too", 2), now_s=11.2)
     assert isinstance(command, DeliverRows)
     (row,) = command.rows
     assert (row.index, row.attempts, row.worker, row.ok) == (0, 5, "a", False)
@@ -610,7 +610,7 @@ def test_a_long_prompt_on_a_card_that_is_well_runs_once() -> None:
 
 def test_a_prompt_that_left_a_list_is_not_there_when_it_waits_in_another() -> None:
     table = PromptTable(POLICY)
-    table.read(same(3), text_work, exhausted=False)
+    table.read(same(3), exhausted=False)
     (shortest,) = table.take(table.fresh, (1, 1, 0.0), shortest=True)
     worker = WorkerState("a", 0.0, POLICY, slots=1)
     table.begin(worker, [shortest], 0.0, alone=False)
