@@ -54,7 +54,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Outcome(Generic[Result]):
-    """The result of one compile task, or the error of ours in its place."""
+    """The result of one compile task, or its QaicRayError."""
 
     label: str
     result: Result | QaicRayError
@@ -243,7 +243,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         return NodeCards(node, node.address, node.node_id, error=error)
 
     def _await_cards(self, specs: Sequence[WorkerSpec], on_wait: Callable[[str], None]) -> None:
-        """Wait until the cluster has these cards free: Ray itself would wait for ever."""
+        """Wait until these cards are free; Ray itself would wait without a limit."""
         needed: dict[str, float] = {}
         for spec in specs:
             needed[spec.node_id] = needed.get(spec.node_id, 0.0) + cards_needed(spec)
@@ -268,7 +268,7 @@ class Cluster(AbstractContextManager["Cluster"]):
             time.sleep(self._timeouts.busy_poll_s)
 
     def _cancel(self, refs: list[ObjectRef]) -> None:
-        """Interrupt tasks, and wait for what they end."""
+        """Interrupt tasks, and wait up to `cancel_s` for their end."""
 
         def cancel() -> None:
             for ref in refs:
@@ -280,7 +280,7 @@ class Cluster(AbstractContextManager["Cluster"]):
 
     @contextmanager
     def _losses(self) -> Iterator[None]:
-        """Raise ClusterLost for whatever is raised because the Ray is gone."""
+        """Raise ClusterLost in place of any error that the loss of Ray has caused."""
         try:
             yield
         except (KeyboardInterrupt, ray_errors.RayError, QaicRayError) as error:
@@ -302,13 +302,13 @@ class Cluster(AbstractContextManager["Cluster"]):
         return self._own is not None
 
     def _cpus_each(self, num_workers: int) -> float:
-        """An even share of this machine where the Ray is ours; of a shared one, next to nothing."""
+        """CPUs of each actor: an even share of this machine, or CARD_CPUS of a shared cluster."""
         share = (os.cpu_count() or 1) // num_workers
         return share if self._is_ours and share else CARD_CPUS
 
 
 def _answers() -> bool:
-    """Whether the cluster answers, and counts this driver's node among the living."""
+    """Whether the cluster answers and says that this driver's node is alive."""
     here = ray.get_runtime_context().get_node_id()
     try:
         return any(node["Alive"] and node["NodeID"] == here for node in ray.nodes())
@@ -337,7 +337,7 @@ _LOOK = ray.remote(_look_here)
 
 
 def _lacking(needed: Mapping[str, float]) -> float:
-    """How many cards are not free now, by node; those of no node may be anywhere."""
+    """The number of cards that are not free now. Cards without a node may be on any node."""
     free: dict[str, float] = {
         node_id: resources.get(CARD_RESOURCE, 0.0)
         for node_id, resources in available_resources_per_node().items()

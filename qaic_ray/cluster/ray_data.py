@@ -75,7 +75,7 @@ _ON_REQUEST = {"logprobs", "choices"}
 
 @dataclass(frozen=True)
 class Grant:
-    """What Ray has given to this process of its node's cards.
+    """The cards of its node that Ray has given to this process.
 
     `share` is how many cards, or which part of one; `units` are their numbers on the node, where
     the cluster chooses them (`custom_unit_instance_resources`).
@@ -90,7 +90,7 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
 
     How much of which card follows from what Ray gave to the process: `resources={"QAIC": 1}` is a
     card, 0.5 half of the NSPs of one, 4 a device group. Where Ray does not choose, it is the first
-    of the node that nobody holds.
+    of the node that is free.
 
     Args:
         model: the checkpoint: folder, hub id or .gguf file; its tokenizer is read.
@@ -328,7 +328,7 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
 def places(
     sdk: Sdk, grant: Grant, device_ids: Sequence[int] | None = None
 ) -> list[tuple[tuple[int, ...], Part | None]]:
-    """Where a predictor may go, best first: cards, and the part of the one that it is of."""
+    """Cards that a predictor may open, best first, and which part where it is to have one."""
     qids = sorted(device.qid for device in sdk.devices() if device.ready)
     ids = [qid for qid in qids if device_ids is None or qid in device_ids]
     found: list[tuple[tuple[int, ...], Part | None]]
@@ -344,7 +344,7 @@ def places(
 
 
 def granted() -> Grant:
-    """What Ray gave to this process; a whole card, where it is no actor of Ray's."""
+    """The cards that Ray gave to this process; one whole card if it is no Ray actor."""
     if not _is_actor():
         return Grant()
     import ray

@@ -104,7 +104,7 @@ class InputOrder:
 
     def _has_room(self, index: int, num_bytes: int) -> bool:
         if index == self._next_index:
-            return True  # it leaves at once
+            return True  # it is returned next
         has_bytes = self._held_bytes + num_bytes <= self._max_held_bytes
         return has_bytes and len(self._held) < self._max_held_rows
 

@@ -176,7 +176,7 @@ class Answerer:
         )
 
     def _refuse_endless(self, prompt: Prompt) -> None:
-        """Refuse a text of megabytes by its beginning: to tokenize all of it takes a minute."""
+        """Refuse a text of megabytes by its first characters; to tokenize it takes a minute."""
         text = prompt.text
         if prompt.messages is not None:
             text = "".join(message["content"] for message in prompt.messages)
@@ -192,7 +192,7 @@ class Answerer:
             size *= _MUCH_MORE
 
     def _refuse_unknown(self, what: str, token_ids: Sequence[int]) -> None:
-        """Refuse tokens for which the model has no row, and a card no answer."""
+        """Refuse tokens that are not in the model's vocabulary."""
         largest = max(token_ids, default=0)
         if largest >= self._vocab_size:
             text = self._tokenizer.piece(largest)
@@ -224,7 +224,7 @@ class Answerer:
         return replace(prompt.chat, template_kwargs=kwargs)
 
     def _messages(self, prompt: Prompt) -> list[Message] | None:
-        """The conversation to answer; None for a prompt that is a text to go on with."""
+        """The conversation to answer; None for a prompt that is plain text to complete."""
         if prompt.messages is not None:
             messages = list(prompt.messages)
         elif self._generation.chat and prompt.text:
