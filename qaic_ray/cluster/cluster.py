@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import ray
 import ray.exceptions as ray_errors
@@ -360,9 +360,9 @@ def _build(build: Callable[[Request], Result], request: Request) -> Result | Qai
 _BUILD = ray.remote(_build)
 
 
-def _built(label: str, ref: ObjectRef) -> Any:
+def _built(label: str, ref: ObjectRef[Result | QaicRayError]) -> Result | QaicRayError:
     try:
-        return ray.get(ref)
+        result: Result | QaicRayError = ray.get(ref)
     except ray_errors.RayTaskError as error:
         raise error.cause from error
     except ray_errors.RayError as error:
@@ -370,3 +370,4 @@ def _built(label: str, ref: ObjectRef) -> Any:
             f"The process that compiled {label} died ({type(error).__name__}): most often the "
             "machine ran out of memory; compile fewer at a time with --jobs."
         )
+    return result

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import IO, Any
+from typing import IO
 
 import ray
 import ray._private.utils
@@ -24,6 +24,7 @@ import ray._private.worker
 import ray._raylet
 import ray.exceptions as ray_errors
 from ray._private import ray_constants
+from ray._private.worker import RayContext
 
 from qaic_ray import interruption
 from qaic_ray.cards.inventory import CARD_RESOURCE
@@ -48,7 +49,7 @@ _QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 class OwnRay:
     """A Ray that was started here; `context` is what `ray.init` gave."""
 
-    context: Any
+    context: RayContext
     session: RaySession
     timeouts: Timeouts
 
@@ -104,7 +105,7 @@ def start(num_cards: int, *, dashboard: bool, timeouts: Timeouts) -> OwnRay:
                 raise QaicRayError(f"Ray did not start on this machine: {error}") from error
 
 
-def join(address: str, timeouts: Timeouts) -> Any:
+def join(address: str, timeouts: Timeouts) -> RayContext:
     """Join the Ray at `host:port`, or the one of this machine for `auto`.
 
     Raises:
@@ -158,7 +159,7 @@ def _signals_are_ours() -> Iterator[None]:
     ours = signal.getsignal(signal.SIGTERM)
     connect = ray._private.worker.connect
 
-    def connect_and_give_back(*arguments: Any, **options: Any) -> Any:
+    def connect_and_give_back(*arguments: object, **options: object) -> object:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             return connect(*arguments, **options)
@@ -195,7 +196,7 @@ def _silence() -> None:
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
 
-def _check_loopback(context: Any) -> None:
+def _check_loopback(context: RayContext) -> None:
     """Check that Ray listens on the loopback interface, by its node's address."""
     address = str(context.address_info["node_ip_address"])
     if not address.startswith("127.") and address != "::1":
