@@ -36,12 +36,12 @@ from qaic_ray.cluster.connection import (
 from qaic_ray.dispatch.dispatcher import Dispatcher
 from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
 from qaic_ray.errors import ClusterLost, CompileError, DeviceBusy, QaicRayError, UsageError
+from qaic_ray.options import EmulatorOptions
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience, Driver
 from qaic_ray.runs.journal import Journal
 from qaic_ray.runs.reading import ThreadedReader
 from qaic_ray.runs.result import FleetResult, changed_values
-from qaic_ray.sdk import EmulatedCards
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class Cluster(AbstractContextManager["Cluster"]):
                 self._cancel(list(running))
         return [outcomes[label] for label in requests]
 
-    def inventory(self, sdk: str | None, emulated: EmulatedCards) -> list[NodeCards]:
+    def inventory(self, sdk: str | None, emulated: EmulatorOptions) -> list[NodeCards]:
         """The cards of every node, by the SDK that is found there.
 
         A node that cannot tell is in the list with the reason.
@@ -329,7 +329,7 @@ def _nodes() -> list[Node]:
     ]
 
 
-def _look_here(node: Node, sdk: str | None, emulated: EmulatedCards) -> NodeCards:
+def _look_here(node: Node, sdk: str | None, emulated: EmulatorOptions) -> NodeCards:
     return look(replace(node, chooses=chooses_units()), sdk, emulated)
 
 
