@@ -22,6 +22,7 @@ from qaic_ray.cards.lease import CardLease
 from qaic_ray.contract import Specializations
 from qaic_ray.documents import differences
 from qaic_ray.engine import batcher
+from qaic_ray.engine.draft import Drafting, open_drafting
 from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
@@ -33,7 +34,6 @@ from qaic_ray.model.tokenizer_files import text_parts
 from qaic_ray.rows import ROW_ALONE, Prompt, Row
 from qaic_ray.sdk import Sdk, open_sdk
 from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
-from qaic_ray.worker.speculation import Drafting, open_drafting
 from qaic_ray.worker.text import Answer, Answerer, check_chat
 
 STATIC_LOOKAHEAD = 4
