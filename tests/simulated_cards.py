@@ -30,6 +30,8 @@ STEP_S = 0.02
 class DirectReader:
     """The input for a driver whose time is simulated: all that is asked for is there at once."""
 
+    poll_s = 0.02
+
     def __init__(self, items: Iterable[Prompt | Row]) -> None:
         self._items = iter(items)
         self._num_wanted = 0

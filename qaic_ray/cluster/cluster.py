@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -38,7 +39,8 @@ from qaic_ray.errors import ClusterLost, CompileError, DeviceBusy, QaicRayError,
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience, Driver
 from qaic_ray.runs.journal import Journal
-from qaic_ray.runs.result import FleetResult
+from qaic_ray.runs.reading import ThreadedReader
+from qaic_ray.runs.result import FleetResult, changed_values
 from qaic_ray.sdk import EmulatedCards
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
@@ -217,8 +219,16 @@ class Cluster(AbstractContextManager["Cluster"]):
                 timeouts=self._timeouts,
             )
             with actors as cards:
-                dispatcher = Dispatcher(policy=policy, work_of=work_of)
-                return Driver(cards, prompts, told, dispatcher=dispatcher, journal=journal).run()
+                result = Driver(
+                    cards,
+                    prompts,
+                    told,
+                    dispatcher=Dispatcher(policy=policy, work_of=work_of),
+                    journal=journal,
+                    reader=partial(ThreadedReader, timeouts=self._timeouts),
+                ).run()
+        settings = {**changed_values(policy), **changed_values(self._timeouts)}
+        return replace(result, settings=settings)
 
     def _seen(self, node: Node, ref: ObjectRef) -> NodeCards:
         try:

@@ -18,7 +18,6 @@ from qaic_ray.folders import new_file, sync_path
 from qaic_ray.rows import Row
 from qaic_ray.runs.journal import Entry, Journal, disk_errors_end_the_run, write_all
 from qaic_ray.runs.journal_segments import Place
-from qaic_ray.timeouts import DEFAULT_TIMEOUTS
 
 OUTPUTS_NAME = "outputs.jsonl"
 ERRORS_NAME = "errors.jsonl"
@@ -151,15 +150,14 @@ class _Places:
 class Delivery:
     """Writes final rows to the journal, and gives them on in the input's order.
 
-    Rows are committed together. The first of them waits for `commit_s`, or on a slow disk for
-    `COMMIT_PAUSES` times as long as a commit takes, so that most of the time is not spent there.
+    Rows are committed together. The first of them waits for the journal's `commit_s`, or on a slow
+    disk for `COMMIT_PAUSES` times as long as a commit takes, so that the disk is not always busy.
 
     Args:
         journal: None to run without: every early row is held in memory, and no run can be resumed.
         on_row: called with each row when it is its turn and it is on the disk.
         on_earlier_row: called before all else, with rows whose turn had come in earlier sessions.
         clock: in seconds.
-        commit_s: see above; see `Timeouts`.
     """
 
     def __init__(
@@ -169,7 +167,6 @@ class Delivery:
         on_earlier_row: Callable[[Row], None],
         *,
         clock: Callable[[], float],
-        commit_s: float = DEFAULT_TIMEOUTS.commit_s,
     ) -> None:
         self.earlier_s = 0.0
         """How long cards worked in earlier sessions."""
@@ -180,7 +177,7 @@ class Delivery:
         self._order = InputOrder(journal.read if journal else None)
         self._uncommitted: list[tuple[Row, Place]] = []
         self._commit_at_s = 0.0
-        self._least_pause_s = self._pause_s = commit_s
+        self._least_pause_s = self._pause_s = journal.commit_s if journal else 0.0
 
     def replay(self) -> Iterator[Entry]:
         """The rows of earlier sessions; to be taken to the end, before any row is added."""

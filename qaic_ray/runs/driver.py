@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,9 +43,6 @@ from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, Tally, WorkerRes
 
 if TYPE_CHECKING:
     from qaic_ray.worker.spec import WorkerInfo
-
-READ_POLL_S = 0.02
-"""How often the input is asked for more, while it has not given what it was asked for."""
 
 
 class Cards(Protocol):
@@ -163,6 +161,8 @@ class Driver:
         self._delivery = Delivery(journal, audience.on_row, audience.on_earlier_row, clock=clock)
         self._tally = Tally()
         self._infos: dict[str, WorkerInfo] = {}
+        self._ready: set[str] = set()
+        self._losses: Counter[str] = Counter()
         self._errors: dict[str, str] = {}
         # When this session's first shard began and its last row came.
         self._first_s: float | None = None
@@ -218,7 +218,7 @@ class Driver:
                 return self._read(batch)
             due_in_s = self._delivery.go_on()
             wake_in_s = max(0.0, self._dispatcher.wake_s - self._clock())
-            look_in_s = READ_POLL_S if self._is_reading else math.inf
+            look_in_s = self._reader.poll_s if self._is_reading else math.inf
             timeout_s = min(wake_in_s, look_in_s, math.inf if due_in_s is None else due_in_s)
             event = self._cards.wait(None if timeout_s == math.inf else timeout_s)
             if event is not None:
@@ -232,9 +232,10 @@ class Driver:
                 self._worked()
             case WorkerReady(worker):
                 self._infos[worker] = self._cards.info(worker)
+                self._ready.add(worker)
                 self._audience.on_worker_ready(self._infos[worker])
             case WorkerLost(worker, error) | WorkerFailedToOpen(worker, error):
-                self._errors[worker] = error
+                self._lose(worker, error)
             case ShardFailed(worker, _, error, retryable=True):
                 self._errors[worker] = error
 
@@ -249,13 +250,19 @@ class Driver:
             case DeliverRows(rows):
                 self._deliver(rows)
             case RetireWorker(worker, error):
-                self._errors[worker] = error
+                self._lose(worker, error)
                 self._cards.retire(worker)
             case ReplaceWorker(worker, incarnation):
                 self._cards.replace(worker, incarnation)
             case QuarantineWorker(worker, error):
                 self._errors[worker] = error
+                self._ready.discard(worker)
                 self._cards.quarantine(worker, error)
+
+    def _lose(self, worker: str, error: str) -> None:
+        self._errors[worker] = error
+        self._losses[worker] += 1
+        self._ready.discard(worker)
 
     def _read(self, batch: Batch) -> PromptsRead:
         self._is_reading = False
@@ -298,6 +305,8 @@ class Driver:
                 info=self._infos.get(name),
                 measurement=self._tally.measurement(name, engines.get(name)),
                 error=self._errors.get(name),
+                losses=self._losses[name],
+                ready_at_end=name in self._ready,
             )
             for name in names
         )

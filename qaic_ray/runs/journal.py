@@ -40,6 +40,7 @@ from qaic_ray.runs.journal_segments import (
     segment_path,
     whole_bytes,
 )
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS
 
 JOURNAL_NAME = "journal"
 LOCK_NAME = ".lock"
@@ -89,6 +90,7 @@ class Journal(AbstractContextManager["Journal"]):
         retry_errors: rows of finish_reason error count as not answered from now on.
         new_input: the input may be another one; `Intake` sees that its answered rows are the same.
         segment_bytes: about how large a segment gets.
+        commit_s: rows are to be gathered so long before `commit`; see `Timeouts`.
 
     Raises:
         UsageError: another process has it; it is of another run, or of another version.
@@ -103,7 +105,9 @@ class Journal(AbstractContextManager["Journal"]):
         retry_errors: bool = False,
         new_input: bool = False,
         segment_bytes: int = SEGMENT_BYTES,
+        commit_s: float = DEFAULT_TIMEOUTS.commit_s,
     ) -> None:
+        self.commit_s = commit_s
         self._run_folder = run_folder
         self._folder = run_folder / JOURNAL_NAME
         self._segment_bytes = segment_bytes

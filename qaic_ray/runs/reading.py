@@ -11,11 +11,7 @@ from typing import Protocol
 
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.rows import Prompt, Row
-
-STALL_S = 0.05
-"""What was read is handed over when nothing more has come for so long."""
-GATHER_S = 1.0
-"""It is handed over so long after it was asked for, even if more comes all the time."""
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 
 @dataclass(frozen=True)
@@ -32,6 +28,10 @@ class Batch:
 
 class PromptReader(Protocol):
     """Gives the input piece by piece."""
+
+    @property
+    def poll_s(self) -> float:
+        """Seconds until `poll` is to be called again, while it gives nothing."""
 
     def ask(self, num_items: int) -> None:
         """Want so many items; what was asked for before has been given."""
@@ -53,11 +53,18 @@ class ThreadedReader:
     Args:
         items: the input; it is read in another thread than the caller's.
         clock: seconds.
+        timeouts: `read_poll_s`, `read_stall_s` and `read_gather_s` are used.
     """
 
     def __init__(
-        self, items: Iterable[Prompt | Row], *, clock: Callable[[], float] = time.monotonic
+        self,
+        items: Iterable[Prompt | Row],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        timeouts: Timeouts = DEFAULT_TIMEOUTS,
     ) -> None:
+        self.poll_s = timeouts.read_poll_s
+        self._timeouts = timeouts
         self._items: Iterator[Prompt | Row] = iter(items)
         self._clock = clock
         self._changed = threading.Condition()
@@ -99,9 +106,9 @@ class ThreadedReader:
             self._changed.notify()
 
     def _is_slow(self) -> bool:
-        now_s = self._clock()
-        waited_s = now_s - self._asked_s
-        return bool(self._ready) and (now_s - self._newest_s >= STALL_S or waited_s >= GATHER_S)
+        now_s, timeouts = self._clock(), self._timeouts
+        is_stalled = now_s - self._newest_s >= timeouts.read_stall_s
+        return bool(self._ready) and (is_stalled or now_s - self._asked_s >= timeouts.read_gather_s)
 
     def _run(self) -> None:
         try:

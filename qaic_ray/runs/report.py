@@ -188,7 +188,7 @@ def _troubles(document: Document) -> list[str]:
     for worker in document["workers"]:
         if worker["error"]:
             num_losses = worker.get("losses", 0)
-            if not worker.get("came_back"):
+            if not worker.get("ready_at_end"):
                 happened = "was lost"
             elif num_losses:
                 times = "once" if num_losses == 1 else f"{num_losses} times"
@@ -279,7 +279,7 @@ def _worker_document(worker: WorkerResult) -> Document:
         "decode_tokens_per_s": round(work.decode_tokens_per_s, 3) if work.decode_s > 0 else None,
         "error": worker.error,
         "losses": worker.losses,
-        "came_back": worker.came_back,
+        "ready_at_end": worker.ready_at_end,
     }
 
 

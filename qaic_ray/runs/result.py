@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,8 @@ from qaic_ray.metrics import Durations, Measurement, Span, bin_of, tokens_per_s,
 from qaic_ray.rows import Row
 
 if TYPE_CHECKING:
+    from qaic_ray.dispatch.policy import Policy
+    from qaic_ray.timeouts import Timeouts
     from qaic_ray.worker.spec import WorkerInfo
 
 
@@ -22,8 +24,7 @@ class WorkerResult:
     `measurement` has the rows and tokens of the answers that were kept, so that the workers' sum is
     what the outputs hold; its steps are the engine's own, zero for a worker that was lost.
     `info` is None for one that never got ready. `error` is the last error of the worker; `losses`
-    counts how often its process was lost or did not open, and `came_back` says that it was ready at
-    the end.
+    counts how often its process was lost or its cards did not open.
     """
 
     name: str
@@ -31,7 +32,7 @@ class WorkerResult:
     measurement: Measurement
     error: str | None = None
     losses: int = 0
-    came_back: bool = False
+    ready_at_end: bool = False
 
 
 class Cause(str, Enum):
@@ -93,6 +94,14 @@ class FleetResult:
     def ok(self) -> bool:
         """Whether every row of the input was answered."""
         return self.broken_off is None and self.total.failed_rows == 0
+
+
+def changed_values(settings: Policy | Timeouts) -> dict[str, object]:
+    """The fields of a run's policy or time-outs that are not the default."""
+    values = (
+        (field.name, getattr(settings, field.name), field.default) for field in fields(settings)
+    )
+    return {name: value for name, value, default in values if value != default}
 
 
 @dataclass

@@ -175,6 +175,14 @@ def test_an_only_card_that_dies_is_opened_again(cluster: Cluster) -> None:
     assert result.ok
     assert [info.name for info in infos] == ["card 0", "card 0"]
     assert infos[0].pid != infos[1].pid
+    assert result.settings == {
+        "min_backoff_s": 0.1,
+        "min_stall_s": 3.0,
+        "stall_steps": 10,
+        "steps_s": 0.3,
+    }
+    (worker,) = result.workers
+    assert (worker.losses, worker.ready_at_end) == (1, True)
     assert rows[4].attempts == 2
 
 

@@ -93,6 +93,8 @@ def test_a_card_that_dies_is_named_and_its_prompts_are_answered_by_the_others() 
     assert result.ok
     assert result.broken_off is None
     assert [worker.error for worker in result.workers] == [None, "ActorDiedError: killed"]
+    states = [(worker.losses, worker.ready_at_end) for worker in result.workers]
+    assert states == [(0, True), (5, False)]
     assert max(row.attempts for row in rows) == 2
     assert {row.worker for row in rows if row.attempts == 2} == {"card 0"}
     assert result.workers[1].measurement.decode_steps == 0
@@ -138,6 +140,7 @@ def test_a_card_whose_shards_fail_is_opened_again_and_goes_on() -> None:
     result = drive(cards, same(40), on_worker_ready=infos.append)
     assert result.ok
     assert result.workers[0].error == "DeviceError: no"
+    assert (result.workers[0].losses, result.workers[0].ready_at_end) == (1, True)
     assert [(name, life) for _, name, life in cards.replaced] == [("card 0", 1)]
     assert [info.name for info in infos] == ["card 0", "card 1", "card 0"]
     assert result.workers[0].measurement.rows > 0
@@ -159,6 +162,7 @@ def test_a_card_that_hangs_is_opened_again_when_its_limit_is_over() -> None:
     assert [row.index for row in rows] == list(range(30))
     assert result.ok
     assert result.workers[0].error == "it made no step for 15 s"
+    assert (result.workers[0].losses, result.workers[0].ready_at_end) == (1, True)
     ((replaced_s, name, life),) = cards.replaced
     assert (name, life) == ("card 0", 1)
     assert 15.0 <= replaced_s <= 18.0

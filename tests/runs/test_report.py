@@ -217,11 +217,11 @@ def test_the_terminal_says_what_the_figures_are(tmp_path: Path) -> None:
 def test_a_card_that_came_back_is_not_said_to_be_lost(tmp_path: Path) -> None:
     error = "DeviceLost: gone"
     workers = (
-        WorkerResult("card 0", None, FAST, error=error, losses=1, came_back=True),
-        WorkerResult("card 1", None, FAST, error=error, losses=3, came_back=True),
+        WorkerResult("card 0", None, FAST, error=error, losses=1, ready_at_end=True),
+        WorkerResult("card 1", None, FAST, error=error, losses=3, ready_at_end=True),
         WorkerResult("card 2", None, FAST, error=error, losses=3),
-        WorkerResult("card 3", None, FAST, error="DeviceError: timed out", came_back=True),
-        WorkerResult("card 4", None, FAST, losses=0, came_back=True),
+        WorkerResult("card 3", None, FAST, error="DeviceError: timed out", ready_at_end=True),
+        WorkerResult("card 4", None, FAST, losses=0, ready_at_end=True),
     )
     summary = make_summary(tmp_path)
     summary = replace(summary, result=replace(summary.result, workers=workers))
@@ -252,7 +252,7 @@ def test_a_report_of_an_earlier_version_is_drawn(tmp_path: Path) -> None:
     document = make_summary(tmp_path).document()
     del document["settings"]
     for worker in document["workers"]:
-        del worker["losses"], worker["came_back"]
+        del worker["losses"], worker["ready_at_end"]
     assert "card 1 was lost: ActorDiedError" in Page(html_page(document)).text
     assert len(list(tables(document))) == len(list(make_summary(tmp_path).renderables()))
 
