@@ -49,20 +49,19 @@ def drive(folder: Path, address: str, count: int) -> None:
     from qaic_ray.cards.placement import place
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.dispatch.policy import Policy
+    from qaic_ray.options import EmulatorOptions, Generation
     from qaic_ray.runs.delivery import row_writer
     from qaic_ray.runs.driver import Audience
     from qaic_ray.runs.journal import Journal
     from qaic_ray.sampling_params import SamplingParams
-    from qaic_ray.sdk import EmulatedCards
     from qaic_ray.timeouts import Timeouts
     from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
-    from qaic_ray.worker.text import Generation
     from qaic_ray.worker.worker import CardWorker
 
     # An hour of trouble in a minute.
     policy = Policy(min_stall_s=6.0, first_stall_s=6.0)
     made = json.loads((folder.parent / "made.json").read_text())
-    generation = Generation(SamplingParams(max_tokens=NUM_TOKENS))
+    generation = Generation(sampling=SamplingParams(max_tokens=NUM_TOKENS))
 
     def note(info: WorkerInfo) -> None:
         with (folder / "pids").open("a") as file:
@@ -73,7 +72,9 @@ def drive(folder: Path, address: str, count: int) -> None:
         Journal(folder, FINGERPRINT) as journal,
         row_writer(folder, resumed=True) as write,
     ):
-        found = cluster.inventory(made["sdk"], EmulatedCards(4, "standard", "1.22"))
+        found = cluster.inventory(
+            made["sdk"], EmulatorOptions(cards=4, sku="standard", apps_version="1.22")
+        )
         specs = [
             WorkerSpec(qpc=made["qpc"], model=made["model"], generation=generation, **vars(where))
             for where in place(found)
@@ -84,7 +85,7 @@ def drive(folder: Path, address: str, count: int) -> None:
             worker_class=CardWorker,
             policy=policy,
             journal=journal,
-            audience=Audience(on_row=write, on_earlier_row=write.again, on_worker_ready=note),
+            audience=Audience(on_row=write, on_earlier_row=write.rewrite, on_worker_ready=note),
         )
     proof = write.proof(result.rows_in, result.inputs_sha256)
     summary = {

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from qaic_ray.cards.lease import card_scope, held_cards
 from qaic_ray.errors import DeviceError, SdkNotFound
-from qaic_ray.sdk import Device, EmulatedCards, find_sdk
+from qaic_ray.options import EmulatorOptions
+from qaic_ray.sdk import Device, find_sdk
 
 CARD_RESOURCE = "QAIC"
 """One unit of this Ray resource is one card."""
@@ -58,7 +59,7 @@ class NodeCards:
         return self.host, self.boot_id
 
 
-def look(node: Node, sdk: str | None, emulated: EmulatedCards) -> NodeCards:
+def look(node: Node, sdk: str | None, emulated: EmulatorOptions) -> NodeCards:
     """Find the cards of this node; runs on it.
 
     Args:

@@ -28,7 +28,7 @@ from qaic_ray.sdk import Sdk
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 LOCKS_VARIABLE = "QAIC_RAY_LOCKS"
-# Not the user's temporary folder: whoever works on this machine has to look in the same place.
+# Not the user's temporary folder: all users of this machine have to look in the same place.
 SHARED_FOLDER = Path("/tmp/qaic-ray-locks")
 
 _MAX_HOLDER_BYTES = 4096
@@ -61,9 +61,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a card, or a part of it; `since` is an ISO time of UTC.
+    """The process that holds a card or a part of it; `since` is an ISO time of UTC.
 
-    `started` is the kernel's word for when the process began: a process id alone is used again.
+    `started` is when the process began, in the kernel's ticks: a process id alone may be reused.
     """
 
     pid: int
@@ -84,18 +84,18 @@ class Holder:
 
     @property
     def lives(self) -> bool:
-        """Whether the process is still there."""
+        """Whether the process still runs."""
         return bool(self.started) and _started(self.pid) == self.started
 
 
 class CardLocks:
-    """Cards of this machine that this process holds, until `release` or until it dies.
+    """Cards of this machine that this process holds, until `release` or until it ends.
 
     Args:
         device_ids: the cards.
         part: the part of each that is wanted; None for the whole card.
         scope: tells apart cards of the same id that are not the same card.
-        what: who this is, for the message that others get.
+        what: the holder's name, for the message that others get.
         shared_folder: the one that all users share; it may not be a link.
     """
 
@@ -143,7 +143,7 @@ class CardLocks:
     def release(self) -> None:
         """Give them back; a second call does nothing."""
         for descriptor in reversed(self._held):
-            with suppress(OSError):  # what a file says of a holder that is gone is never believed
+            with suppress(OSError):  # a file that names a process that has ended is ignored anyway
                 os.ftruncate(descriptor, 0)
             os.close(descriptor)
         self._held.clear()
@@ -187,10 +187,10 @@ class CardLocks:
 
 
 class CardLease:
-    """Holds cards from `open` until `release`, or until this process dies.
+    """Holds cards from `open` until `release`, or until this process ends.
 
     Args:
-        what: who this is, for others that want the cards.
+        what: the holder's name, for others that want the cards.
         part: the part of the card that is wanted; None for whole cards.
         is_used: whether another process had them until now, and did not end well.
         timeouts: those of cards are used.
@@ -276,9 +276,9 @@ def await_ready(sdk: Sdk, device_ids: Iterable[int], timeouts: Timeouts) -> None
 
 
 def card_scope(sdk: Sdk) -> str:
-    """What tells apart cards of one machine with the same id, for `CardLocks`.
+    """The `scope` for `CardLocks`: it tells apart cards of one machine that have the same id.
 
-    Real cards are the machine's; those of an emulated SDK are of its folder, and of who uses it.
+    Real cards belong to the machine, emulated ones to an SDK folder and a user.
     """
     if sdk.kind == "real":
         return ""
@@ -287,12 +287,12 @@ def card_scope(sdk: Sdk) -> str:
 
 
 def holders(folder: Path, name: str) -> list[Holder]:
-    """Who holds a card or parts of it, by what the living of them have written."""
+    """The processes that hold a card or parts of it."""
     return _read(sorted(folder.glob(f"{name}.*lock")))
 
 
 def held_cards(scope: str = "") -> dict[int, list[Holder]]:
-    """The cards of this machine that somebody holds, whole or in parts."""
+    """The cards of this machine that are held, whole or in parts, with their holders."""
     folder = locks_folder()
     found: dict[int, list[Holder]] = {}
     for path in sorted(folder.glob(f"{_prefix(scope)}*.lock")):
@@ -318,7 +318,7 @@ def _device_id(path: Path) -> int:
 def _read(paths: Iterable[Path]) -> list[Holder]:
     found = []
     for path in paths:
-        # Anybody may write there: only a file, only its begin, and only what is a holder.
+        # Any user may write there: read a regular file only, only its start, only a valid holder.
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
@@ -327,7 +327,7 @@ def _read(paths: Iterable[Path]) -> list[Holder]:
             text = os.pread(descriptor, _MAX_HOLDER_BYTES, 0).decode(errors="replace")
             holder = checked(Holder, parse_json(text, str(path)), str(path))
         except (OSError, UsageError):
-            continue  # of nobody, or being written just now
+            continue  # it names no holder, or is being written
         finally:
             os.close(descriptor)
         if holder.lives:
@@ -336,7 +336,7 @@ def _read(paths: Iterable[Path]) -> list[Holder]:
 
 
 def _started(pid: int) -> str:
-    """When a process began, in the kernel's ticks; nothing for one that is gone."""
+    """When a process began, in the kernel's ticks; empty for one that has ended."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -345,7 +345,7 @@ def _started(pid: int) -> str:
 
 
 def _make_shared(folder: Path, *, may_be_link: bool) -> None:
-    # Anybody may make the one of all users, and lead it into a folder of ours.
+    # Any user can create the shared folder, and could make it a link to a folder of ours.
     if folder.is_symlink() and not may_be_link:
         raise NotADirectoryError(errno.ENOTDIR, "it is a link", str(folder))
     if folder.is_dir():

@@ -293,7 +293,7 @@ def _share(number: float, part: Part | None) -> float:
 
 
 def loss(error: ray_errors.RayError) -> str:
-    """Why a worker is gone: a sentence's words, and Ray's own behind them."""
+    """Why a worker is gone: words for a sentence, with Ray's own behind them."""
     said = str(error)
     if isinstance(error, ray_errors.OutOfMemoryError) or "running low on memory" in said:
         why = "its node ran out of memory, and Ray ended it"

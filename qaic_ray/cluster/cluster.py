@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import ray
 import ray.exceptions as ray_errors
@@ -36,12 +36,12 @@ from qaic_ray.cluster.connection import (
 from qaic_ray.dispatch.dispatcher import Dispatcher
 from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
 from qaic_ray.errors import ClusterLost, CompileError, DeviceBusy, QaicRayError, UsageError
+from qaic_ray.options import EmulatorOptions
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience, Driver
 from qaic_ray.runs.journal import Journal
 from qaic_ray.runs.reading import ThreadedReader
 from qaic_ray.runs.result import FleetResult, changed_values
-from qaic_ray.sdk import EmulatedCards
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Outcome(Generic[Result]):
-    """The result of one compile task, or the error of ours in its place."""
+    """The result of one compile task, or its QaicRayError."""
 
     label: str
     result: Result | QaicRayError
@@ -155,7 +155,7 @@ class Cluster(AbstractContextManager["Cluster"]):
                 self._cancel(list(running))
         return [outcomes[label] for label in requests]
 
-    def inventory(self, sdk: str | None, emulated: EmulatedCards) -> list[NodeCards]:
+    def inventory(self, sdk: str | None, emulated: EmulatorOptions) -> list[NodeCards]:
         """The cards of every node, by the SDK that is found there.
 
         A node that cannot tell is in the list with the reason.
@@ -243,7 +243,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         return NodeCards(node, node.address, node.node_id, error=error)
 
     def _await_cards(self, specs: Sequence[WorkerSpec], on_wait: Callable[[str], None]) -> None:
-        """Wait until the cluster has these cards free: Ray itself would wait for ever."""
+        """Wait until these cards are free; Ray itself would wait without a limit."""
         needed: dict[str, float] = {}
         for spec in specs:
             needed[spec.node_id] = needed.get(spec.node_id, 0.0) + cards_needed(spec)
@@ -268,7 +268,7 @@ class Cluster(AbstractContextManager["Cluster"]):
             time.sleep(self._timeouts.busy_poll_s)
 
     def _cancel(self, refs: list[ObjectRef]) -> None:
-        """Interrupt tasks, and wait for what they end."""
+        """Interrupt tasks, and wait up to `cancel_s` for their end."""
 
         def cancel() -> None:
             for ref in refs:
@@ -280,7 +280,7 @@ class Cluster(AbstractContextManager["Cluster"]):
 
     @contextmanager
     def _losses(self) -> Iterator[None]:
-        """Raise ClusterLost for whatever is raised because the Ray is gone."""
+        """Raise ClusterLost in place of any error that the loss of Ray has caused."""
         try:
             yield
         except (KeyboardInterrupt, ray_errors.RayError, QaicRayError) as error:
@@ -302,13 +302,13 @@ class Cluster(AbstractContextManager["Cluster"]):
         return self._own is not None
 
     def _cpus_each(self, num_workers: int) -> float:
-        """An even share of this machine where the Ray is ours; of a shared one, next to nothing."""
+        """CPUs of each actor: an even share of this machine, or CARD_CPUS of a shared cluster."""
         share = (os.cpu_count() or 1) // num_workers
         return share if self._is_ours and share else CARD_CPUS
 
 
 def _answers() -> bool:
-    """Whether the cluster answers, and counts this driver's node among the living."""
+    """Whether the cluster answers and says that this driver's node is alive."""
     here = ray.get_runtime_context().get_node_id()
     try:
         return any(node["Alive"] and node["NodeID"] == here for node in ray.nodes())
@@ -329,7 +329,7 @@ def _nodes() -> list[Node]:
     ]
 
 
-def _look_here(node: Node, sdk: str | None, emulated: EmulatedCards) -> NodeCards:
+def _look_here(node: Node, sdk: str | None, emulated: EmulatorOptions) -> NodeCards:
     return look(replace(node, chooses=chooses_units()), sdk, emulated)
 
 
@@ -337,7 +337,7 @@ _LOOK = ray.remote(_look_here)
 
 
 def _lacking(needed: Mapping[str, float]) -> float:
-    """How many cards are not free now, by node; those of no node may be anywhere."""
+    """The number of cards that are not free now. Cards without a node may be on any node."""
     free: dict[str, float] = {
         node_id: resources.get(CARD_RESOURCE, 0.0)
         for node_id, resources in available_resources_per_node().items()
@@ -360,9 +360,9 @@ def _build(build: Callable[[Request], Result], request: Request) -> Result | Qai
 _BUILD = ray.remote(_build)
 
 
-def _built(label: str, ref: ObjectRef) -> Any:
+def _built(label: str, ref: ObjectRef[Result | QaicRayError]) -> Result | QaicRayError:
     try:
-        return ray.get(ref)
+        result: Result | QaicRayError = ray.get(ref)
     except ray_errors.RayTaskError as error:
         raise error.cause from error
     except ray_errors.RayError as error:
@@ -370,3 +370,4 @@ def _built(label: str, ref: ObjectRef) -> Any:
             f"The process that compiled {label} died ({type(error).__name__}): most often the "
             "machine ran out of memory; compile fewer at a time with --jobs."
         )
+    return result

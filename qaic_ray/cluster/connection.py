@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import IO, Any
+from typing import IO
 
 import ray
 import ray._private.utils
@@ -24,6 +24,7 @@ import ray._private.worker
 import ray._raylet
 import ray.exceptions as ray_errors
 from ray._private import ray_constants
+from ray._private.worker import RayContext
 
 from qaic_ray import interruption
 from qaic_ray.cards.inventory import CARD_RESOURCE
@@ -48,12 +49,12 @@ _QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 class OwnRay:
     """A Ray that was started here; `context` is what `ray.init` gave."""
 
-    context: Any
+    context: RayContext
     session: RaySession
     timeouts: Timeouts
 
     def dead(self) -> str | None:
-        """Which process that all rests on has died, as a sentence; does not call into Ray."""
+        """Which vital process of Ray has died, as a sentence; does not call into Ray."""
         node = ray._private.worker._global_node
         for kind, process in node.dead_processes() if node is not None else ():
             if kind in _VITAL:
@@ -63,7 +64,7 @@ class OwnRay:
         return None
 
     def end(self) -> None:
-        """Shut it down, and end whatever of it does not."""
+        """Shut it down, and kill its processes that remain."""
         _end(self.session, self.timeouts)
         _read_settings()
 
@@ -71,9 +72,9 @@ class OwnRay:
 def start(num_cards: int, *, dashboard: bool, timeouts: Timeouts) -> OwnRay:
     """Start a Ray of this machine, for this process alone.
 
-    It listens on the loopback interface and lets in who has its token. On a busy machine Ray's own
-    start-up timeout sometimes strikes (ray-project/ray#65983), so a start that fails is tried
-    again, once.
+    It listens on the loopback interface and accepts clients that have its token. A start that fails
+    is tried once more, as Ray's start-up timeout sometimes strikes on a busy machine
+    (ray-project/ray#65983).
     """
     failures = 0
     while True:
@@ -104,7 +105,7 @@ def start(num_cards: int, *, dashboard: bool, timeouts: Timeouts) -> OwnRay:
                 raise QaicRayError(f"Ray did not start on this machine: {error}") from error
 
 
-def join(address: str, timeouts: Timeouts) -> Any:
+def join(address: str, timeouts: Timeouts) -> RayContext:
     """Join the Ray at `host:port`, or the one of this machine for `auto`.
 
     Raises:
@@ -148,9 +149,9 @@ def leave(timeouts: Timeouts) -> None:
 
 @contextmanager
 def _signals_are_ours() -> Iterator[None]:
-    """Keep Ray from taking SIGTERM for itself: it would print a stack, and exit by its own code.
+    """Keep Ray from handling SIGTERM: it would print a stack, and exit with its own code.
 
-    It takes it twice, in Python and, when it connects, in its C++ half.
+    It sets its handler twice, in Python and, when it connects, in C++.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -158,7 +159,7 @@ def _signals_are_ours() -> Iterator[None]:
     ours = signal.getsignal(signal.SIGTERM)
     connect = ray._private.worker.connect
 
-    def connect_and_give_back(*arguments: Any, **options: Any) -> Any:
+    def connect_and_give_back(*arguments: object, **options: object) -> object:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             return connect(*arguments, **options)
@@ -188,15 +189,15 @@ def _on_loopback() -> Iterator[None]:
 
 
 def _silence() -> None:
-    """Keep from stdout what Ray's processes want told, pages of it when one dies.
+    """Keep messages of Ray's processes off stdout; there are pages of them when one dies.
 
-    It is in their logs, and what matters of it an error of ours says.
+    They are in Ray's logs, and the errors of this package say what matters of them.
     """
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
 
-def _check_loopback(context: Any) -> None:
-    """Every port of a Ray is where the address of its node is."""
+def _check_loopback(context: RayContext) -> None:
+    """Check that Ray listens on the loopback interface, by its node's address."""
     address = str(context.address_info["node_ip_address"])
     if not address.startswith("127.") and address != "::1":
         raise QaicRayError(
@@ -213,7 +214,7 @@ def _read_settings() -> None:
 
 @contextmanager
 def _native_stderr_to(file: IO[bytes]) -> Iterator[None]:
-    """Keep what Ray's C++ half writes to the terminal, past Python."""
+    """Write to `file` what Ray's C++ code would write to the terminal."""
     kept = os.dup(2)
     os.dup2(file.fileno(), 2)
     try:
@@ -224,7 +225,7 @@ def _native_stderr_to(file: IO[bytes]) -> Iterator[None]:
 
 
 def _check_head(address: str, timeouts: Timeouts) -> None:
-    """See that a Ray head is there: Ray itself would wait for minutes."""
+    """Check that a Ray head answers there; Ray itself would wait for minutes."""
     if not is_host_and_port(address):
         raise UsageError(f"{address} is no address of a Ray cluster: write host:port, or auto.")
     try:
@@ -284,19 +285,23 @@ def wants_token(where: str) -> UsageError:
 
 
 def first_line(error: BaseException) -> str:
-    """What Ray says, without the page that follows."""
+    """The first line of an error's text; Ray's have pages."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class ClusterWatch:
-    """Watches until `close`; a loss interrupts the thread that made this, if it is the main one.
+    """Notices that Ray is gone, until `close`; then it interrupts the main thread.
+
+    A call into a Ray that is gone may never return, so this has threads of its own. Made in another
+    thread than the main one, it interrupts nothing.
 
     Args:
-        dead: asked twice a second: what of the Ray is gone, as a sentence; must not call into Ray.
-        ask: asked every few seconds, in a thread of its own, where there is no better way to know:
-            a call into the Ray that fails or does not return while that is gone.
-        what: names the cluster in the sentence about its silence.
+        dead: called every `watch_s`; returns a sentence when Ray is gone; must not call into Ray.
+        ask: called every `ask_s` in a thread of its own, for a Ray whose processes are elsewhere;
+            a call into Ray that returns False, or does not return, when that is gone.
+        what: the cluster's name, for the sentence about its silence.
         on_loss: called once, before the interruption.
+        timeouts: `watch_s`, `ask_s` and `silent_s` are used.
     """
 
     def __init__(
@@ -309,7 +314,7 @@ class ClusterWatch:
         timeouts: Timeouts = DEFAULT_TIMEOUTS,
     ) -> None:
         self.loss: str | None = None
-        """What is gone, as a sentence."""
+        """A sentence that says what is gone; None while nothing is."""
         self._dead = dead
         self._ask = ask
         self._what = what
@@ -324,7 +329,7 @@ class ClusterWatch:
         self._thread.start()
 
     def close(self) -> None:
-        """Watch no longer; after this nothing is interrupted."""
+        """Stop; nothing is interrupted after this."""
         self._closed.set()
         self._thread.join()
         interruption.found_again()
@@ -352,7 +357,7 @@ class ClusterWatch:
 
 
 def call_for(timeout_s: float, call: Callable[[], object]) -> bool:
-    """Make a call in a thread of its own, and wait so long for it; whether it returned in time."""
+    """Make a call in a thread of its own; return whether it returned within `timeout_s`."""
     thread = threading.Thread(target=call, name="call Ray", daemon=True)
     thread.start()
     thread.join(timeout_s)

@@ -36,10 +36,10 @@ _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """A job as its cluster tells of it; times are Unix times in seconds.
+    """A job as its cluster describes it; times are Unix times in seconds.
 
     `state` is Ray's word: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED. `message` is Ray's own
-    explanation of it, `metadata` what the job was handed in with.
+    explanation of it, `metadata` what the job was submitted with.
     """
 
     id: str
@@ -52,7 +52,7 @@ class SubmittedJob:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more comes of it."""
+        """Whether it has ended, well or not."""
         return self.state not in LIVE_STATES
 
 
@@ -88,9 +88,9 @@ class SubmittedJobs:
         submission_id: str,
         metadata: Mapping[str, str],
     ) -> str:
-        """Hand in a command, which the cluster runs in a copy of `folder`; returns its id.
+        """Submit a command, which the cluster runs in a copy of `folder`; return its id.
 
-        The command's words reach the program as they are: no shell sees what is in them.
+        The command's words reach the program unchanged; no shell interprets them.
         """
         submit = partial(
             self._client.submit_job,
@@ -103,7 +103,7 @@ class SubmittedJobs:
             return str(self._once_an_agent_is_there(submit))
 
     def all(self) -> list[SubmittedJob]:
-        """Every job that was handed in, the newest first."""
+        """Every job that was submitted, the newest first."""
         with self._explained():
             found = [_job(d) for d in self._client.list_jobs() if d.submission_id]
         return sorted(found, key=lambda job: job.started_s or 0.0, reverse=True)
@@ -123,7 +123,7 @@ class SubmittedJobs:
             return str(self._client.get_job_logs(submission_id))
 
     def follow(self, submission_id: str, hear: Callable[[str], None]) -> None:
-        """Tell what a job has printed, and then what it prints, piece by piece until it ends."""
+        """Call `hear` with what a job has printed, and then with what it prints until it ends."""
 
         async def tail() -> None:
             async for piece in self._client.tail_job_logs(submission_id):
@@ -134,7 +134,7 @@ class SubmittedJobs:
             asyncio.run(tail())
 
     def stop(self, submission_id: str) -> SubmittedJob:
-        """End a job that has not ended, and wait for that; the job as it is then."""
+        """Stop a job, wait up to `stop_s` for its end, and return it as it is then."""
         with self._explained(submission_id):
             self._client.stop_job(submission_id)
         deadline_s = time.monotonic() + self._timeouts.stop_s
@@ -155,7 +155,7 @@ class SubmittedJobs:
 
     @contextmanager
     def _explained(self, submission_id: str | None = None) -> Iterator[None]:
-        """Say in one sentence what Ray says in a page."""
+        """Raise an error of one sentence for each that Ray's client raises."""
         where = "of this machine" if self._address == "auto" else f"at {self._address}"
         try:
             with _quiet():
@@ -205,7 +205,7 @@ def _checked(address: str, timeout_s: float) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep from the terminal what Ray's client tells of its own work."""
+    """Keep log lines and warnings of Ray's client off the terminal."""
     before = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:

@@ -1,11 +1,11 @@
-"""Ends what is left of a Ray that we started, when its driver is gone; a program of its own.
+"""Kills what is left of a Ray that we started, when its driver has ended; a program of its own.
 
     python keeper.py FOLDER DRIVER TIMEOUT_S
 
 Waits until stdin ends or the process DRIVER does, by whatever signal; then kills every process
 that was started with QAIC_RAY_SESSION=FOLDER in its environment, with all that these started, and
-removes FOLDER. Run by its
-path, with the standard library and nothing else: it lives as long as the driver does.
+removes FOLDER, each for up to TIMEOUT_S. It is run by its path and imports the standard library
+alone, as it takes memory as long as the driver runs.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _PAUSE_S = 0.1
 def marked(folder: str, driver: int = 0) -> list[int]:
     """The living processes that belong to the session in `folder`, but for its driver.
 
-    Some of Ray's write their title over their environment: these are told by their parents, or by
-    what they write into the folder.
+    Some of Ray's processes overwrite their environment with a title. They are known by their
+    parents, or by the files of the folder that they have open.
     """
     mark = f"{SESSION_VARIABLE}={folder}".encode()
     found = set()
@@ -56,7 +56,7 @@ def _is_marked(process: str, mark: bytes) -> bool:
 
 
 def _writes_into(process: str, folder: str) -> bool:
-    """Whether it has a file of the folder open for writing: one who only reads along is spared."""
+    """Whether it has a file of the folder open for writing; others may read the logs."""
     for fd in os.listdir(f"{process}/fd"):
         with suppress(OSError):  # it was closed just now
             if os.readlink(f"{process}/fd/{fd}").startswith(f"{folder}/"):
@@ -68,7 +68,7 @@ def _writes_into(process: str, folder: str) -> bool:
 
 
 def kill_marked(folder: str, timeout_s: float, driver: int = 0) -> None:
-    """Kill them, until two looks have found none: a process may be just starting another."""
+    """Kill them until two looks in a row have found none: a process may be starting another."""
     deadline_s = time.monotonic() + timeout_s
     num_empty = 0
     while num_empty < 2 and time.monotonic() < deadline_s:

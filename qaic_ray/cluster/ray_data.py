@@ -14,11 +14,10 @@ replaced; `qaic-ray run` has these.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,19 +29,19 @@ from numpy.typing import NDArray
 from qaic_ray.cards.inventory import CARD_RESOURCE
 from qaic_ray.cards.lease import CardLocks, Part, card_scope, held_cards
 from qaic_ray.cards.placement import cards_name
-from qaic_ray.config import EmulatorPart
+from qaic_ray.documents import checked
 from qaic_ray.errors import DeviceBusy, DeviceError, RowError, UsageError
 from qaic_ray.formats.foreign_fields import ALIASES, NESTED
 from qaic_ray.formats.jsonl import FieldRows
 from qaic_ray.formats.prompt_fields import Draft
 from qaic_ray.formats.row_fields import OwnFields, is_known, mistake
-from qaic_ray.pipeline.devices import emulated_cards
+from qaic_ray.options import EmulatorOptions, Generation
 from qaic_ray.rows import ErrorClass, Prompt, Row
-from qaic_ray.sampling_params import MAX_SEED, SamplingParams
+from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.sdk import Sdk, find_sdk
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
-from qaic_ray.worker.text import Generation
+from qaic_ray.worker.text import mixed_seed
 from qaic_ray.worker.worker import CardWorker
 
 Batch = dict[str, NDArray[Any]]
@@ -52,9 +51,31 @@ MAX_ATTEMPTS = 3
 """For a row on whose way a card fails: once with its batch, then alone on a card opened anew."""
 
 
+_COLUMNS: Mapping[str, tuple[type, Callable[[Row], Any]]] = {
+    "text": (object, lambda row: row.text),
+    "token_ids": (object, lambda row: list(row.token_ids)),
+    "finish_reason": (object, lambda row: row.finish_reason.value),
+    "stop_reason": (object, lambda row: "" if row.stop_reason is None else str(row.stop_reason)),
+    "prompt_tokens": (np.int64, lambda row: row.prompt_tokens),
+    "generated_tokens": (np.int64, lambda row: row.generated_tokens),
+    "ttft_s": (np.float64, lambda row: row.ttft_s),
+    "decode_s": (np.float64, lambda row: row.decode_s),
+    "worker": (object, lambda row: row.worker),
+    "attempts": (np.int64, lambda row: row.attempts),
+    "error": (object, lambda row: row.error or ""),
+    "logprobs": (object, lambda row: [token.logprob for token in row.logprobs or ()]),
+    "choices": (
+        object,
+        lambda row: [choice.text for choice in row.choices or ([row] if row.ok else [])],
+    ),
+}
+"""The columns of answers. Nothing is null, so that a column has one type in every block."""
+_ON_REQUEST = {"logprobs", "choices"}
+
+
 @dataclass(frozen=True)
 class Grant:
-    """What Ray has given to this process of its node's cards.
+    """The cards of its node that Ray has given to this process.
 
     `share` is how many cards, or which part of one; `units` are their numbers on the node, where
     the cluster chooses them (`custom_unit_instance_resources`).
@@ -69,7 +90,7 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
 
     How much of which card follows from what Ray gave to the process: `resources={"QAIC": 1}` is a
     card, 0.5 half of the NSPs of one, 4 a device group. Where Ray does not choose, it is the first
-    of the node that nobody holds.
+    of the node that is free.
 
     Args:
         model: the checkpoint: folder, hub id or .gguf file; its tokenizer is read.
@@ -81,7 +102,7 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
             without a seed get one from their prompt: the same text whatever the batch and the card.
         prompt_column: the name of the prompts' column.
         prefix: what to put before the names of the answers' columns.
-        generation: other fields of `Generation`: chat, system, max_stall_s, ...
+        generation: other options of `Generation`: chat, system, max_stall_s, ...
 
     Raises:
         UsageError: for a QPC, SDK or model that does not fit.
@@ -110,7 +131,7 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
             raise UsageError(str(error)) from error
         self._prompt_column, self._prefix = prompt_column, prefix
         self._read_row = FieldRows(OwnFields(self._sampling))
-        self._sdk = find_sdk(sdk, emulated_cards(EmulatorPart())) if isinstance(sdk, str) else sdk
+        self._sdk = find_sdk(sdk, EmulatorOptions()) if isinstance(sdk, str) else sdk
         self._device_ids = device_ids
         self._spec = WorkerSpec(
             name="card",
@@ -118,7 +139,9 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
             sdk_root=str(self._sdk.root),
             qpc=str(Path(qpc).expanduser().absolute()),
             model=model,
-            generation=Generation(sampling=self._sampling, **generation),
+            generation=checked(
+                Generation, {"sampling": self._sampling, **generation}, "CardPredictor"
+            ),
             timeouts=self.timeouts,
         )
         self._failure = ""
@@ -166,8 +189,13 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
             self.close()
             raise
         rows = [done[index] for index in sorted(done)]
-        answers = self._columns(rows, self._asked(batch, rows))
-        return batch | {self._prefix + name: column for name, column in answers.items()}
+        answers = {}
+        for name in self._names(batch, rows):
+            dtype, value = _COLUMNS[name]
+            values = map(value, rows)
+            column = objects(values) if dtype is object else np.array(list(values), dtype)
+            answers[self._prefix + name] = column
+        return batch | answers
 
     def close(self) -> None:
         """Give the card back."""
@@ -229,7 +257,7 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
                 f'There is no column "{self._prompt_column}" and no "messages" (there are: '
                 f"{there}): name the prompts' by prompt_column."
             )
-        taken = {self._prefix + n for n in self._columns([], self._asked(batch))} & batch.keys()
+        taken = {self._prefix + name for name in self._names(batch)} & batch.keys()
         if taken:
             raise UsageError(
                 f"The batch has columns of the names of the answers' ({', '.join(sorted(taken))}): "
@@ -254,15 +282,14 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
         params = prompt.sampling or self._sampling
         if params.is_greedy or params.seed is not None:
             return prompt
-        said = repr((prompt.text, prompt.messages)).encode()
-        seed = int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "big") & MAX_SEED
+        seed = mixed_seed(prompt.text, prompt.messages)
         return replace(prompt, sampling=replace(params, seed=seed))
 
     # -- answers out
 
-    def _asked(self, batch: Batch, rows: Sequence[Row] = ()) -> set[str]:
-        """The columns of answers that not every batch has: by its columns, so that every block of
-        a dataset has the same, and by what rows have been given all the same."""
+    def _names(self, batch: Batch, rows: Sequence[Row] = ()) -> list[str]:
+        """The columns of answers. Some depend on the batch's columns, which are the same in every
+        block of a dataset, and on what rows have nevertheless."""
         names = {ALIASES.get(column, column) for column in batch}
         asked = set()
         if (
@@ -273,7 +300,7 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
             asked.add("logprobs")
         if self._sampling.n > 1 or names & {"n", *NESTED} or any(row.choices for row in rows):
             asked.add("choices")
-        return asked
+        return [name for name in _COLUMNS if name not in _ON_REQUEST or name in asked]
 
     def _answer(self, prompts: Sequence[Prompt], done: dict[int, Row]) -> None:
         shards = [prompts]
@@ -299,38 +326,11 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
         except DeviceError as error:
             self._reopen(error)
 
-    def _columns(self, rows: Sequence[Row], asked: Container[str]) -> Batch:
-        # Nothing is null, so that a column has one type in every block.
-        columns = {
-            "text": objects(row.text for row in rows),
-            "token_ids": objects(list(row.token_ids) for row in rows),
-            "finish_reason": objects(row.finish_reason.value for row in rows),
-            "stop_reason": objects(
-                "" if row.stop_reason is None else str(row.stop_reason) for row in rows
-            ),
-            "prompt_tokens": np.array([row.prompt_tokens for row in rows], np.int64),
-            "generated_tokens": np.array([row.generated_tokens for row in rows], np.int64),
-            "ttft_s": np.array([row.ttft_s for row in rows], np.float64),
-            "decode_s": np.array([row.decode_s for row in rows], np.float64),
-            "worker": objects(row.worker for row in rows),
-            "attempts": np.array([row.attempts for row in rows], np.int64),
-            "error": objects(row.error or "" for row in rows),
-        }
-        if "logprobs" in asked:
-            columns["logprobs"] = objects(
-                [token.logprob for token in row.logprobs or ()] for row in rows
-            )
-        if "choices" in asked:
-            columns["choices"] = objects(
-                [choice.text for choice in row.choices or ([row] if row.ok else [])] for row in rows
-            )
-        return columns
-
 
 def places(
     sdk: Sdk, grant: Grant, device_ids: Sequence[int] | None = None
 ) -> list[tuple[tuple[int, ...], Part | None]]:
-    """Where a predictor may go, best first: cards, and the part of the one that it is of."""
+    """Cards that a predictor may open, best first, and which part where it is to have one."""
     qids = sorted(device.qid for device in sdk.devices() if device.ready)
     ids = [qid for qid in qids if device_ids is None or qid in device_ids]
     found: list[tuple[tuple[int, ...], Part | None]]
@@ -346,7 +346,7 @@ def places(
 
 
 def granted() -> Grant:
-    """What Ray gave to this process; a whole card, where it is no actor of Ray's."""
+    """The cards that Ray gave to this process; one whole card if it is no Ray actor."""
     if not _is_actor():
         return Grant()
     import ray

@@ -31,7 +31,7 @@ _TOKEN = "token"
 
 
 class RaySession:
-    """The folder of a Ray, from now until `close` or until this process is gone.
+    """The folder of a Ray; it is there until `close` or until this process has ended.
 
     Args:
         timeouts: `keeper_s`, `keeper_wait_s` and `session_s` are used.
@@ -44,9 +44,9 @@ class RaySession:
         self._timeouts = timeouts
         self.folder = _new_folder(default_base, timeouts)
         self.temp_dir = self.folder / "r"
-        """Where Ray makes its own; it lets everybody into that."""
+        """For Ray's own folders, which it makes readable for everybody."""
         self.token_file = self.folder / _TOKEN
-        # Held as long as this process lives; by it others know the folder of one that died.
+        # Held as long as this process runs; without it others know the folder as left behind.
         self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         token = os.open(self.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -58,16 +58,16 @@ class RaySession:
                 *(str(self.folder), str(os.getpid()), str(timeouts.keeper_s)),
             ],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,  # who reads ours shall not wait for it
+            stdout=subprocess.DEVNULL,  # it holds no pipe of ours open
             stderr=subprocess.DEVNULL,
             start_new_session=True,
             cwd="/",
         )
 
     def variables(self, environment: Mapping[str, str]) -> dict[str, str]:
-        """What the processes of this Ray have in their environment, beside what is there.
+        """Variables to add to the environment of this Ray's processes.
 
-        Whoever has set RAY_AUTH_MODE=disabled has chosen so.
+        RAY_AUTH_MODE stays as the user has set it.
         """
         mode = environment.get("RAY_AUTH_MODE", "token")
         return {
@@ -79,16 +79,16 @@ class RaySession:
         }
 
     def environment(self) -> AbstractContextManager[None]:
-        """Have what is started in this context belong to the session, and nothing after it."""
+        """A context in which processes that are started belong to the session."""
         # A token in the environment would go before the file's, and is of another Ray.
         return changed_environment({**self.variables(os.environ), "RAY_AUTH_TOKEN": None})
 
     def kill(self) -> None:
-        """End every process of this Ray at once."""
+        """Kill every process of this Ray."""
         keeper.kill_marked(str(self.folder), self._timeouts.keeper_s)
 
     def close(self) -> None:
-        """End what is left of this Ray, and remove the folder."""
+        """End the processes that are left of this Ray, and remove the folder."""
         assert self._keeper.stdin is not None
         self._keeper.stdin.close()
         try:

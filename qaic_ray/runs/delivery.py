@@ -104,7 +104,7 @@ class InputOrder:
 
     def _has_room(self, index: int, num_bytes: int) -> bool:
         if index == self._next_index:
-            return True  # it leaves at once
+            return True  # it is returned next
         has_bytes = self._held_bytes + num_bytes <= self._max_held_bytes
         return has_bytes and len(self._held) < self._max_held_rows
 
@@ -204,15 +204,15 @@ class Delivery:
         self._uncommitted.append((row, self._journal.append(row, digest, span_s)))
 
     def due_in_s(self) -> float | None:
-        """Seconds until `go_on` has something to do; None when that needs another row."""
+        """Seconds until `flush_due` has something to do; None while that needs another row."""
         if self._order.is_ready:
             return 0.0
         if self._uncommitted:
             return max(0.0, self._commit_at_s - self._clock())
         return None
 
-    def go_on(self) -> float | None:
-        """Do what is due, and of showing rows only so much that the caller is soon free again."""
+    def flush_due(self) -> float | None:
+        """Commit if it is time, and give on rows whose turn it is, but not too many in one call."""
         if self._uncommitted and self._clock() >= self._commit_at_s:
             self.save()
         for row in islice(self._order.ready(), MAX_SHOWN_AT_ONCE):
@@ -220,13 +220,13 @@ class Delivery:
         return self.due_in_s()
 
     def finish(self) -> None:
-        """Commit and show all there is."""
+        """Commit all rows and give them on."""
         self.save()
         for row in self._order.ready():
             self._on_row(row)
 
     def save(self) -> None:
-        """Commit all there is."""
+        """Commit all rows."""
         if self._journal is None or not self._uncommitted:
             return
         begun_s = self._clock()
@@ -281,17 +281,17 @@ class RowWriter:
             self._fds = [new_file(path) for path in self._unfinished]
 
     def __call__(self, row: Row) -> None:
-        """Write a row that is new; it is there for others to read at once."""
+        """Write a new row; others can read it at once."""
         if not self._published:
             self.publish()
         self._write(row)
 
-    def again(self, row: Row) -> None:
-        """Write a row that an earlier session made, before all that are new."""
+    def rewrite(self, row: Row) -> None:
+        """Write a row of an earlier session, before all new ones."""
         self._write(row)
 
     def publish(self) -> None:
-        """Let the files take the place of those that an earlier session left."""
+        """Replace the files of an earlier session by these."""
         with disk_errors_end_the_run(self._folder):
             for fd, unfinished, path in zip(self._fds, self._unfinished, self._paths, strict=True):
                 os.fsync(fd)
@@ -300,7 +300,7 @@ class RowWriter:
         self._published = True
 
     def finish(self) -> None:
-        """See that the files are there under their names, and on the disk."""
+        """Give the files their names, and write them to the disk."""
         if not self._published:
             self.publish()
         with disk_errors_end_the_run(self._folder):
@@ -308,13 +308,13 @@ class RowWriter:
                 os.fsync(fd)
 
     def close(self) -> None:
-        """Close the files; what was not published is gone."""
+        """Close the files, and remove those that were not published."""
         for fd, unfinished in zip(self._fds, self._unfinished, strict=True):
             os.close(fd)
             unfinished.unlink(missing_ok=True)
 
     def proof(self, rows_in: int, inputs_sha256: str, *, complete: bool = True) -> Proof:
-        """What was written, beside what was read."""
+        """Counts and digests of what was written, beside those of what was read."""
         return Proof(
             rows_in,
             self._rows_ok,
@@ -340,7 +340,7 @@ class RowWriter:
 
 @contextmanager
 def row_writer(folder: Path, *, resumed: bool = False) -> Iterator[RowWriter]:
-    """Give the writer of `outputs.jsonl` and `errors.jsonl`.
+    """Yield the writer of `outputs.jsonl` and `errors.jsonl`.
 
     Both grow row by row under their own names, so that they can be followed (`tail -f`) while the
     run goes. A run that is killed leaves the rows it had; the last line may be torn.

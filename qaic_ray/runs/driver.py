@@ -211,7 +211,7 @@ class Driver:
     def _take_up(self) -> None:
         """Count the rows of earlier sessions of the run."""
         for entry in self._delivery.replay():
-            self._intake.leave_out(entry.row.index, entry.digest)
+            self._intake.mark_done(entry.row.index, entry.digest)
             self._tally.add(entry.row)
         self._rows_read = self._tally.rows
         if self._rows_read:
@@ -222,7 +222,7 @@ class Driver:
         while True:
             if self._is_reading and (batch := self._reader.poll()) is not None:
                 return self._read(batch)
-            due_in_s = self._delivery.go_on()
+            due_in_s = self._delivery.flush_due()
             wake_in_s = max(0.0, self._dispatcher.wake_s - self._clock())
             look_in_s = self._reader.poll_s if self._is_reading else math.inf
             timeout_s = min(wake_in_s, look_in_s, math.inf if due_in_s is None else due_in_s)

@@ -1,7 +1,6 @@
-"""What must be the same for a run to go on: its input, its QPC, its model, how answers are made.
+"""What must be unchanged for a run to be resumed: its input, QPC, model and generation options.
 
-The fingerprint is a JSON object of all but the input's rows; each of those has a digest of its own.
-Knows no journal and no Ray.
+The fingerprint is a JSON object of all but the rows of the input; each of those has its own digest.
 """
 
 from __future__ import annotations
@@ -10,24 +9,32 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from qaic_ray.errors import QaicRayError, UsageError
+from qaic_ray.options import Generation
 from qaic_ray.rows import ChatOptions, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from qaic_ray.formats.frozen_file import FrozenFile
-    from qaic_ray.worker.text import Generation
 
 Fingerprint = Mapping[str, Any]
 """Names to JSON values, in any depth."""
 
 INPUT = "input"
 
-# They change when answers come, not what they are.
-_OF_NO_EFFECT = ("max_stall_s", "prefix_reuse", "speculation")
+# They change the speed of answers, not their text.
+_OF_NO_EFFECT = {"max_stall_s", "prefix_reuse", "drafts", "draft_qpc"}
+# Options that the first journals have under other names, and options that are part of another key.
+_NAMES = {"seed": "run_seed", "input_len": "prompt_len"}
+_IN_PARTS = {
+    "generation_len",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template_kwargs",
+}
 
 
 def fingerprint(
@@ -41,9 +48,10 @@ def fingerprint(
         model: the digest of each part of the checkpoint that an answer depends on.
         generation: the run's; its seed must have been drawn.
     """
-    making = asdict(generation)
-    for name in _OF_NO_EFFECT:
-        del making[name]
+    names = Generation.model_fields.keys() - _OF_NO_EFFECT - _IN_PARTS
+    making = {_NAMES.get(name, name): getattr(generation, name) for name in names}
+    making["sampling"] = asdict(generation.defaults)
+    making["chat_options"] = asdict(generation.chat_options)
     whole = {INPUT: source, "qpc": qpc, "model": model, **making}
     plain: Fingerprint = json.loads(json.dumps(whole))  # as it will be when read back
     return plain
@@ -65,7 +73,7 @@ def file_source(file: FrozenFile) -> Fingerprint:
 
 
 def row_digest(item: Prompt | Row) -> bytes:
-    """SHA-256 of all that a row of input is, its place excepted."""
+    """SHA-256 of a row of the input, without its index."""
     if isinstance(item, Row):
         parts = {"unusable": True, "id": item.id, "text": item.prompt, "messages": item.messages}
     else:
@@ -75,7 +83,7 @@ def row_digest(item: Prompt | Row) -> bytes:
     return hashlib.sha256(json.dumps(parts, default=_plain).encode()).digest()
 
 
-_DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
+_DEFAULTS = vars(SamplingParams())
 
 
 def _plain(value: object) -> dict[str, Any]:
@@ -89,15 +97,15 @@ def _plain(value: object) -> dict[str, Any]:
 
 
 class Intake:
-    """The input on its way in: every row is digested, rows that are done already are left out.
+    """Digests the rows of the input, and leaves out those that earlier sessions answered.
 
-    Of a row that is done, four bytes are kept.
+    It holds four bytes for each row that is answered.
 
     Attributes:
-        num_rows: rows that have been read, those that were done included.
+        num_rows: rows that have been read, those that were answered before included.
         sha256: over the digests of all these rows, in order.
-        open: index -> short digest of each row that was given out; who has its final row takes the
-            digest out.
+        open: index -> short digest of each row that `unanswered` returned; whoever has the final
+            row takes the digest out.
     """
 
     def __init__(self) -> None:
@@ -106,11 +114,11 @@ class Intake:
         self.open: dict[int, int] = {}
         self._done = array("I")  # index -> digest, 0 for a row that is not done
 
-    def leave_out(self, index: int, digest: int) -> None:
-        """Note that a row is done, and the short digest it had.
+    def mark_done(self, index: int, digest: int) -> None:
+        """Mark a row as answered, with the short digest that it had.
 
         Raises:
-            QaicRayError: when it is noted already.
+            QaicRayError: it is marked already.
         """
         missing = index + 1 - len(self._done)
         if missing > 0:

@@ -283,7 +283,7 @@ def safe_rows(run_folder: Path) -> int:
 
 
 def is_finished(run_folder: Path) -> bool:
-    """Whether a run is done: its report is there, and says that it does not go on."""
+    """Whether a run is done: it has a report that does not say that it can be resumed."""
     try:
         return read_object(run_folder / REPORT_NAME)["goes_on"] is False
     except (UsageError, KeyError):

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qaic_ray.cards.lease import Part
+from qaic_ray.options import Generation
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
-from qaic_ray.worker.text import Generation
 
 
 @dataclass(frozen=True)

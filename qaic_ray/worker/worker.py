@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
@@ -21,7 +22,7 @@ from qaic_ray.cards.lease import CardLease
 from qaic_ray.contract import Specializations
 from qaic_ray.documents import differences
 from qaic_ray.engine import batcher
-from qaic_ray.engine.engine import MAX_STALL_S, Engine, Finished
+from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
 from qaic_ray.metrics import Measurement
@@ -99,7 +100,7 @@ class _Card:
 
 @dataclass(frozen=True)
 class _Arrival:
-    """A sequence for the engine, and who waits for what becomes of it."""
+    """A sequence for the engine, and the queue for its result."""
 
     sequence: batcher.Sequence
     reader: StopReader | None
@@ -148,31 +149,27 @@ class CardWorker:
         tokenizer = self.load_tokenizer(checkpoint)
         check_chat(tokenizer.chat_template, self.spec.generation, self.spec.model)
         sdk = self.open_sdk(Path(self.spec.sdk_root))
-        session = self._lease.open(sdk, Path(self.spec.qpc), device_ids)
-        try:
+        with ExitStack() as undo:
+            session = self._lease.open(sdk, Path(self.spec.qpc), device_ids)
+            undo.callback(self._lease.release)
+            undo.callback(session.close)
             self._check_shapes(session.specializations)
-            drafting = open_drafting(self.spec.generation.speculation, sdk, session)
+            drafting = open_drafting(self.spec.generation, sdk, session)
+            undo.callback(drafting.close)
             engine = self._engine(session, drafting)
             answerer = Answerer(
                 tokenizer,
                 tokenizer.eos_ids,
                 self.spec.generation,
-                limits=engine,
+                engine=engine,
                 vocab_size=session.vocab_size or checkpoint.config.get("vocab_size"),
             )
-        except BaseException:
-            session.close()
-            self._lease.release()
-            raise
-        with self._lock:
-            if not self._closed:
+            with self._lock:
+                if self._closed:
+                    raise DeviceError(f"{self.spec.name} was closed.")
                 self._opened = _Card(answerer, session, drafting, engine)
                 self._thread.start()
-        if self._opened is None:  # it was closed meanwhile
-            drafting.close()
-            session.close()
-            self._lease.release()
-            raise DeviceError(f"{self.spec.name} was closed.")
+            undo.pop_all()
         shapes = session.specializations
         return WorkerInfo(
             name=self.spec.name,
@@ -248,17 +245,15 @@ class CardWorker:
     # -- opening
 
     def _engine(self, session: Session, drafting: Drafting) -> Engine:
-        generation = self.spec.generation
-        max_stall_s = generation.max_stall_s
         return Engine(
             session,
-            max_stall_s=MAX_STALL_S if max_stall_s is None else max_stall_s,
-            prefix_reuse=generation.prefix_reuse,
+            max_stall_s=self.spec.generation.max_stall_s,
+            prefix_reuse=self.spec.generation.prefix_reuse,
             proposer=drafting.proposer,
         )
 
     def _check_text(self, folder: Path) -> None:
-        """See that this worker's rows are made as those of all others."""
+        """Check that this worker has the tokenizer that the run began with."""
         changes = differences(self.spec.text, text_parts(folder)) if self.spec.text else []
         if changes:
             raise UsageError(
@@ -268,7 +263,7 @@ class CardWorker:
 
     def _check_shapes(self, shapes: Specializations) -> None:
         for option, wanted, compiled in (
-            ("--input-len", self.spec.generation.prompt_len, shapes.prompt_len),
+            ("--input-len", self.spec.generation.input_len, shapes.prompt_len),
             ("--ctx-len", self.spec.generation.ctx_len, shapes.ctx_len),
         ):
             if wanted not in (None, compiled):
@@ -296,7 +291,7 @@ class CardWorker:
             return Row.failed(answer.prompt, str(error), worker=name, attempts=attempt)
 
     def _queue(self, answers: Sequence[Answer], num_refused: int) -> RowQueue[Finished]:
-        """Let the engine's thread have these; what becomes of them comes out of the queue."""
+        """Give these to the engine's thread; their results come out of the queue."""
         outcome: RowQueue[Finished] = RowQueue(self.spec.timeouts.gather_s)
         with self._lock:
             self._failed_rows += num_refused
@@ -313,7 +308,7 @@ class CardWorker:
     # -- the engine's thread
 
     def _run(self) -> None:
-        """Take in what arrived, step, hand back what finished."""
+        """Add sequences that arrived, make a step, return what finished; until it is closed."""
         card = self._opened
         while card is not None and self._take_in(card.engine):
             try:
@@ -329,7 +324,7 @@ class CardWorker:
                 self._owner.pop(finished.sequence).put(finished)
 
     def _step(self, engine: Engine) -> list[Finished]:
-        """One step, asked for again where the runtime says so; it has done nothing then."""
+        """One step; it is tried again after QS_AGAIN, with which the runtime has done nothing."""
         for pause_s in self.spec.timeouts.again_s:
             try:
                 return engine.step()
@@ -352,10 +347,10 @@ class CardWorker:
             return not self._closed
 
     def _fail(self, error: QaicRayError, card: _Card) -> bool:
-        """Tell every shard that is here; whether the session may serve those that come.
+        """End every shard that is here with the error; return whether the session can go on.
 
-        What a card held of the rows is lost with the engine. A draft program's state is not to be
-        had back, and a card that is gone is opened anew by the driver.
+        The rows that the engine held are lost. A session with a draft program cannot go on, as that
+        program's state is lost too, and a card that is lost is opened again by the driver.
         """
         lives = not isinstance(error, DeviceLost) and card.drafting.proposer is None
         with self._lock:
@@ -368,7 +363,7 @@ class CardWorker:
         return lives
 
     def _end_shards(self, error: QaicRayError) -> None:
-        """Let whoever waits for rows of the engine have an error instead."""
+        """Give an error to every shard that waits for rows."""
         with self._lock:
             outcomes = {*self._owner.values(), *(arrival.outcome for arrival in self._backlog)}
             self._owner.clear()

@@ -42,7 +42,7 @@ class RuleWorker:
         self.opened.append(self)
         return SimpleNamespace(name=self.spec.name)
 
-    def answer(self, prompts: Sequence[Prompt], attempt: int, _: int) -> Iterator[list[Row]]:
+    def answer(self, prompts: Sequence[Prompt], attempt: int) -> Iterator[list[Row]]:
         for prompt in reversed(prompts):  # rows come in any order
             self.asked.append(prompt)
             if prompt.text == "kill":

@@ -164,11 +164,11 @@ def test_rows_are_gathered_for_the_disk_and_shown_when_they_are_on_it(
     assert delivery.due_in_s() == 0.05
     watch.now_s += 0.04
     delivery.add(row(1), 1, 0.0)
-    delivery.go_on()
+    delivery.flush_due()
     assert (shown, watch.num_commits) == ([], 0)
     watch.now_s += 0.02
     assert delivery.due_in_s() == 0.0
-    delivery.go_on()
+    delivery.flush_due()
     assert (shown, watch.num_commits) == ([0, 1], 1)
     assert delivery.due_in_s() is None
     delivery.add(row(3), 1, 0.0)
@@ -187,10 +187,10 @@ def test_many_rows_whose_turn_has_come_are_shown_a_few_at_a_time(
     for index in range(MAX_SHOWN_AT_ONCE + 2):
         delivery.add(row(index), 1, 0.0)
     watch.now_s += 1.0
-    delivery.go_on()
+    delivery.flush_due()
     assert len(shown) == MAX_SHOWN_AT_ONCE
     assert delivery.due_in_s() == 0.0
-    delivery.go_on()
+    delivery.flush_due()
     assert shown == list(range(MAX_SHOWN_AT_ONCE + 2))
     assert delivery.due_in_s() is None
 
@@ -226,7 +226,7 @@ def test_the_files_of_an_earlier_session_stay_until_all_of_it_is_written_again(
 
     def refuse() -> None:
         with row_writer(tmp_path, resumed=True) as write:
-            write.again(row(0))
+            write.rewrite(row(0))
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -234,13 +234,13 @@ def test_the_files_of_an_earlier_session_stay_until_all_of_it_is_written_again(
     assert outputs.read_bytes() == b"torn"
     assert sorted(os.listdir(tmp_path)) == ["errors.jsonl", "outputs.jsonl"]
     with row_writer(tmp_path, resumed=True) as write:
-        write.again(Row.failed(Prompt(0, "p"), "no"))
+        write.rewrite(Row.failed(Prompt(0, "p"), "no"))
         assert outputs.read_bytes() == b"torn"
         write(row(1))
         assert [json.loads(line)["index"] for line in outputs.read_text().splitlines()] == [0, 1]
         assert errors.read_bytes().count(b"\n") == 1
     with row_writer(tmp_path, resumed=True) as write:
-        write.again(row(0))
+        write.rewrite(row(0))
     assert json.loads(outputs.read_bytes()) == row(0).to_json()
     assert errors.read_bytes() == b""
 
