@@ -1,7 +1,7 @@
 """Every open prompt of a run: it waits, or it runs in a shard on a worker.
 
 A prompt that is done is forgotten. Each operation keeps the counts of prompts, shards and workers
-true to one another; `PromptTable.check` says what that means.
+consistent; `PromptTable.check` says what that means.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class WaitingList:
     """
 
     def __init__(self) -> None:
-        self._exact = False
+        self._has_bands = True
+        self._is_exact = False
         self.entries: list[OpenPrompt] = []
 
     def add(self, entry: OpenPrompt) -> None:
@@ -123,15 +124,15 @@ class WaitingList:
 
     def merge_bands(self, *, exactly: bool) -> None:
         """Make one band of all bands, sorted by length, exactly or not."""
-        self._exact = exactly
+        self._has_bands, self._is_exact = False, exactly
         for entry in self.entries:
-            entry.band = 0
             self._set_rank(entry)
         self.entries.sort(key=_rank)
 
     def _set_rank(self, entry: OpenPrompt) -> None:
-        length = entry.work if self._exact else math.frexp(entry.work)[1]
-        entry.rank = -entry.band, length, -entry.prompt.index
+        band = entry.band if self._has_bands else 0
+        length = entry.work if self._is_exact else math.frexp(entry.work)[1]
+        entry.rank = -band, length, -entry.prompt.index
 
 
 class PromptTable:
@@ -140,9 +141,8 @@ class PromptTable:
     Attributes:
         open: index -> prompt.
         exhausted: whether the input has ended.
-        fresh: waiting prompts that were never on a worker that died.
-        retried: waiting prompts that were, and go in small groups.
-        suspects: waiting prompts that were more than once, and go alone; by index.
+        fresh: waiting prompts that were never on a worker that died. Those that were are `retried`,
+            and go in small groups; or `suspects` if they were more than once, and go alone.
         num_grouped: how many are fresh or retried, and `waiting_work` their estimated work.
         shards: in flight, by id.
     """
@@ -219,7 +219,7 @@ class PromptTable:
 
     def _waits_no_more(self, num_grouped: int, work: float) -> None:
         self.num_grouped -= num_grouped
-        # Where none waits, nothing is left of what was rounded.
+        # Where none waits, rounding leaves nothing.
         self.waiting_work = self.waiting_work - work if self.num_grouped else 0.0
 
     def _list_of(self, entry: OpenPrompt) -> WaitingList:
@@ -287,11 +287,10 @@ class PromptTable:
     def fail(self, shard: Shard, error: str) -> list[Row]:
         """End a shard that came to a bad end by itself; rows of the prompts that are given up."""
         limit = self._policy.alone_from - 1 + self._policy.max_failures_alone
-        rows = (
-            self._blame(shard, entry, error, is_guilty=entry.attempt >= limit)
-            for entry in self._end(shard)
-        )
-        return [row for row in rows if row is not None]
+        given_up: list[Row] = []
+        for entry in self._end(shard):
+            given_up += self._blame(shard, entry, error, is_guilty=entry.attempt >= limit)
+        return given_up
 
     def on_worker_lost(self, worker: WorkerState, error: str, *, num_begun: int) -> list[Row]:
         """End every shard of a worker that is gone; rows of the prompts that are given up.
@@ -309,28 +308,26 @@ class PromptTable:
                     continue
                 entry.num_deaths_alone += shard.alone
                 is_guilty = entry.num_deaths_alone >= self._policy.max_deaths_alone
-                row = self._blame(shard, entry, f"{worker.name}: {error}", is_guilty=is_guilty)
-                if row is not None:
-                    given_up.append(row)
+                text = f"{worker.name}: {error}"
+                given_up += self._blame(shard, entry, text, is_guilty=is_guilty)
         return given_up
 
-    def _blame(self, shard: Shard, entry: OpenPrompt, error: str, *, is_guilty: bool) -> Row | None:
+    def _blame(self, shard: Shard, entry: OpenPrompt, error: str, *, is_guilty: bool) -> list[Row]:
         """Let a prompt that came to a bad end wait for another attempt, or give it up: its row."""
+        name = shard.worker.name
         if not is_guilty and entry.attempt < self._policy.max_attempts:
             entry.attempt += 1
             if shard.alone:
-                entry.died_on = shard.worker.name
+                entry.died_on = name
             self._wait(entry)
-            return None
+            return []
         del self.open[entry.prompt.index]
         self._num_done += 1
-        return Row.failed(
-            entry.prompt,
-            f"Given up after {entry.attempt} attempts; the last one: {error}",
-            worker=shard.worker.name,
-            attempts=entry.attempt,
-            error_class=ErrorClass.DEVICE,
+        text = f"Given up after {entry.attempt} attempts; the last one: {error}"
+        row = Row.failed(
+            entry.prompt, text, worker=name, attempts=entry.attempt, error_class=ErrorClass.DEVICE
         )
+        return [row]
 
     def _end(self, shard: Shard) -> list[OpenPrompt]:
         """Take a shard off its worker; return its prompts that have no row and run nowhere else."""
@@ -340,8 +337,8 @@ class PromptTable:
         worker.alone = worker.alone and not shard.alone
         for entry in shard.unfinished.values():
             entry.shard_ids = tuple(id_ for id_ in entry.shard_ids if id_ != shard.id)
-            worker.num_unfinished -= 1
             worker.work -= entry.work
+        worker.num_unfinished -= len(shard.unfinished)
         if not worker.shards:
             worker.work = 0.0  # and what rounding left
         return [entry for entry in shard.unfinished.values() if not entry.shard_ids]
@@ -379,9 +376,9 @@ class PromptTable:
         entries = [entry for entry in self.open.values() if not entry.shard_ids]
         grouped = [entry for entry in entries if entry.attempt < alone_from]
         fresh = {e.prompt.index for e in grouped if e.attempt == 1}
-        retried = {e.prompt.index for e in grouped} - fresh
         assert {entry.prompt.index for entry in self.fresh.entries} == fresh
-        assert {entry.prompt.index for entry in self.retried.entries} == retried
+        retried = {entry.prompt.index for entry in self.retried.entries}
+        assert retried == {e.prompt.index for e in grouped} - fresh
         assert set(self.suspects) == {e.prompt.index for e in entries if e.attempt >= alone_from}
         assert self.num_grouped == len(grouped)
         assert len(grouped) == len(self.fresh.entries) + len(self.retried.entries)

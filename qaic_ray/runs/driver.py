@@ -1,6 +1,6 @@
-"""The driver's loop: wait for the cards, hear the dispatcher, obey it. Knows no Ray.
+"""The driver's loop: wait for an event of a card or the input, ask the dispatcher, obey it.
 
-The cards are behind a `Cards`: actors on Ray in `cluster.py`, simulated ones in tests.
+The cards are behind a `Cards`: actors on Ray in `cluster/actors.py`, simulated ones in tests.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ if TYPE_CHECKING:
 
 
 class Cards(Protocol):
-    """What the loop needs of the cards; opening each for the first time has begun.
+    """The workers of a run; opening each for the first time has begun.
 
-    Nothing here blocks but `wait`, and nothing raises because a card is gone: that is an event.
-    What is said of a worker itself carries its incarnation, 0 for the first opening and then what
-    `replace` was told; what is said of a shard carries the shard's id, which is given once.
+    Only `wait` blocks. Nothing raises because a card is gone: that is an event. Events of a worker
+    carry its incarnation: 0 for the first opening, and then what `replace` was given. Events of a
+    shard carry the shard's id, which is given once.
     """
 
     @property
@@ -60,10 +60,9 @@ class Cards(Protocol):
     def wait(self, timeout_s: float | None) -> Event | None:
         """Block until a worker has something to say, and return it; None after `timeout_s`.
 
-        In here the workers are asked for their engines' steps now and then, every few seconds for
-        each one that is ready, without waiting for the answer: what comes is a WorkerProgress. The
-        first, of 0 steps, follows WorkerReady and is made up here: from then on the worker is
-        watched, even if it never answers a single time.
+        Every few seconds each worker that is ready is asked for its engine's steps, without waiting
+        for the answer, which is returned later as a WorkerProgress. The first one, of 0 steps,
+        follows WorkerReady at once, so that a worker that never answers is watched too.
 
         Raises:
             UsageError: a worker found that the request itself is wrong.
@@ -72,27 +71,27 @@ class Cards(Protocol):
     def run(self, shard: RunShard) -> None:
         """Begin a shard; rows are answered in the order of its prompts, behind older shards.
 
-        What comes of it is heard from `wait`: RowsFinished, then one ShardFinished or ShardFailed,
-        or WorkerLost for all that the worker held.
+        `wait` returns its RowsFinished, then one ShardFinished or ShardFailed, or WorkerLost for
+        all that the worker held.
         """
 
     def retire(self, worker: str) -> None:
-        """End a worker's process at once, if it is there; nothing more is heard of it."""
+        """End a worker's process at once, if it is there; `wait` returns nothing more of it."""
 
     def replace(self, worker: str, incarnation: int) -> None:
         """Retire a worker, and begin to open it again with the same cards.
 
-        WorkerReady or WorkerFailedToOpen is heard, with this incarnation.
+        `wait` returns WorkerReady or WorkerFailedToOpen with this incarnation.
         """
 
     def quarantine(self, worker: str, error: str) -> None:
         """Retire a worker for the rest of the run; its cards are given back."""
 
     def info(self, worker: str) -> WorkerInfo:
-        """What a worker that is ready has."""
+        """The slots, shapes and process of a worker that is ready."""
 
     def measurements(self) -> Mapping[str, Measurement]:
-        """The work of every worker that still lives, since it was last opened."""
+        """The engine's counts of every worker that still lives, since it was last opened."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def _ignore(_: object) -> None:
 
 @dataclass(frozen=True)
 class Audience:
-    """Who is told what, while the run goes.
+    """Callbacks of a run.
 
     Attributes:
         on_row: each row of the input once, in input order, as soon as the order allows and, where
@@ -134,8 +133,15 @@ class Audience:
 class Driver:
     """One run of prompts over cards.
 
-    With a `journal` that has rows of earlier sessions the run goes on: those rows are counted as
-    they are, and of the prompts only the others are answered. `reader` makes what reads the input.
+    Args:
+        cards: the workers.
+        prompts: the input, by rising index; a Row in it is an item that is no usable prompt.
+        audience: the callbacks.
+        dispatcher: None for one with the default policy.
+        clock: seconds.
+        journal: where rows are kept. Rows of earlier sessions in it are counted as they are, and
+            only the other prompts are answered.
+        reader: makes the reader of the input.
     """
 
     def __init__(
@@ -171,9 +177,9 @@ class Driver:
         self._is_exhausted = False
 
     def run(self) -> FleetResult:
-        """Answer every prompt, or say why not, and return what came of it.
+        """Answer every prompt, or say why not, and return the result.
 
-        Whatever ends it before, a KeyboardInterrupt too, finds the rows that came on the disk.
+        Whatever ends it early, a KeyboardInterrupt too: the rows that came are on the disk then.
 
         Raises:
             UsageError: the input is not the one that earlier sessions had.
@@ -203,7 +209,7 @@ class Driver:
         return self._result()
 
     def _take_up(self) -> None:
-        """Take in what earlier sessions of the run have done."""
+        """Count the rows of earlier sessions of the run."""
         for entry in self._delivery.replay():
             self._intake.mark_done(entry.row.index, entry.digest)
             self._tally.add(entry.row)
@@ -212,7 +218,7 @@ class Driver:
             self._tell_progress()
 
     def _next_event(self) -> Event:
-        """What the input or the cards say next; while they say nothing, rows go their way."""
+        """The next event of the input or the cards; rows are committed and shown while it waits."""
         while True:
             if self._is_reading and (batch := self._reader.poll()) is not None:
                 return self._read(batch)

@@ -1,4 +1,4 @@
-"""The input, read in a thread of its own: however slowly it comes, the loop hears the cards."""
+"""Reads the input in a thread of its own, so that a slow input never keeps the driver waiting."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class Batch:
 
 
 class PromptReader(Protocol):
-    """Gives the input piece by piece."""
+    """Gives the input in batches."""
 
     @property
     def poll_s(self) -> float:
         """Seconds until `poll` is to be called again, while it gives nothing."""
 
     def ask(self, num_items: int) -> None:
-        """Want so many items; what was asked for before has been given."""
+        """Ask for so many items; what was asked for before has been given."""
 
     def poll(self) -> Batch | None:
-        """What there is to give now: all that was asked for, or what came of a slow input.
+        """All that was asked for, or what came of a slow input; None while there is nothing.
 
         Raises:
             UsageError: the input is not this run's; all that was read before has been given.
@@ -77,14 +77,14 @@ class ThreadedReader:
         threading.Thread(target=self._run, name="input", daemon=True).start()
 
     def ask(self, num_items: int) -> None:
-        """See `Reader.ask`."""
+        """See `PromptReader.ask`."""
         with self._changed:
             self._num_wanted = self._num_given + num_items
             self._asked_s = self._clock()
             self._changed.notify()
 
     def poll(self) -> Batch | None:
-        """See `Reader.poll`."""
+        """See `PromptReader.poll`."""
         is_over = self._ended  # before what is ready is looked at: nothing follows then
         if not (is_over or self._num_read >= self._num_wanted or self._is_slow()):
             return None
@@ -100,7 +100,7 @@ class ThreadedReader:
         return Batch(items, exhausted=False)
 
     def close(self) -> None:
-        """See `Reader.close`."""
+        """See `PromptReader.close`."""
         with self._changed:
             self._closed = True
             self._changed.notify()
