@@ -14,7 +14,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -108,7 +108,7 @@ class CardLocks:
         what: str = "a run",
         shared_folder: Path = SHARED_FOLDER,
     ) -> None:
-        self._names = [_name(device_id, scope) for device_id in sorted(device_ids)]
+        self._names = [f"{_prefix(scope)}{device_id}" for device_id in sorted(device_ids)]
         self._part = part
         self._what = what
         self._shared_folder = shared_folder
@@ -151,14 +151,15 @@ class CardLocks:
     def _take_card(self, folder: Path, name: str) -> None:
         card = folder / f"{name}.lock"
         if self._part is None:
-            self._take(card, fcntl.LOCK_EX, lambda: holders(folder, name))
+            self._take(card, fcntl.LOCK_EX, f"{name}.*lock")
         else:
             own = folder / f"{name}.{self._part.number}-of-{self._part.count}.lock"
-            self._take(card, fcntl.LOCK_SH, lambda: _read([card]))
-            self._take(own, fcntl.LOCK_EX, lambda: _read([own]))
+            self._take(card, fcntl.LOCK_SH, card.name)
+            self._take(own, fcntl.LOCK_EX, own.name)
         self._sign()
 
-    def _take(self, path: Path, kind: int, who: Callable[[], Sequence[Holder]]) -> None:
+    def _take(self, path: Path, kind: int, signed: str) -> None:
+        """Lock a file; the files that match `signed` name who else may hold it."""
         descriptor = open_lock(path, for_all=True)
         if descriptor is None:
             raise OSError(errno.EINVAL, f"{path.name} is no lock file: remove it", str(path))
@@ -173,7 +174,8 @@ class CardLocks:
                 time.sleep(self._poll_s)
         self._held.remove(descriptor)  # what stays in it is the holder's
         os.close(descriptor)
-        named = " and ".join(map(str, who())) or "another process holds it"
+        holders = _read(sorted(path.parent.glob(signed)))
+        named = " and ".join(map(str, holders)) or "another process holds it"
         part = "" if self._part is None else f", {self._part}"
         raise DeviceBusy(
             f"Card {_device_id(path)}{part} is in use: {named}; wait for its end, or run on "
@@ -286,11 +288,6 @@ def card_scope(sdk: Sdk) -> str:
     return f"emulated-{digest[:12]}"
 
 
-def holders(folder: Path, name: str) -> list[Holder]:
-    """The processes that hold a card or parts of it."""
-    return _read(sorted(folder.glob(f"{name}.*lock")))
-
-
 def held_cards(scope: str = "") -> dict[int, list[Holder]]:
     """The cards of this machine that are held, whole or in parts, with their holders."""
     folder = locks_folder()
@@ -305,10 +302,6 @@ def held_cards(scope: str = "") -> dict[int, list[Holder]]:
 def _prefix(scope: str) -> str:
     # A folder that several machines see (a home on a server) holds the cards of each.
     return f"{os.uname().nodename}{f'-{scope}' if scope else ''}-card-"
-
-
-def _name(device_id: int, scope: str) -> str:
-    return f"{_prefix(scope)}{device_id}"
 
 
 def _device_id(path: Path) -> int:
