@@ -131,7 +131,7 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
             raise UsageError(str(error)) from error
         self._prompt_column, self._prefix = prompt_column, prefix
         self._read_row = FieldRows(OwnFields(self._sampling))
-        self._sdk = find_sdk(sdk, EmulatorOptions()) if isinstance(sdk, str) else sdk
+        self._sdk = sdk if isinstance(sdk, Sdk) else find_sdk(sdk, EmulatorOptions())
         self._device_ids = device_ids
         self._spec = WorkerSpec(
             name="card",

@@ -18,6 +18,7 @@ from qaic_ray.cluster.ray_data import MAX_ATTEMPTS, Grant, places, plain
 from qaic_ray.errors import DeviceBusy, DeviceError, UsageError
 from qaic_ray.rows import FinishReason, Prompt, Row, Sample
 from qaic_ray.sampling_params import TokenLogprob
+from qaic_ray.sdk import Device, Sdk
 from qaic_ray.timeouts import Timeouts
 from qaic_ray.worker.spec import WorkerSpec
 
@@ -92,9 +93,13 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Make]:
         one.close()
 
 
-def sdk(not_ready: Sequence[int] = ()) -> Any:
-    cards = [SimpleNamespace(qid=qid, ready=qid not in not_ready) for qid in range(NUM_CARDS)]
-    return SimpleNamespace(root="sdk", kind="real", devices=lambda: cards)
+def sdk(not_ready: Sequence[int] = ()) -> Sdk:
+    class CardsOnly(Sdk):
+        def devices(self) -> list[Device]:
+            statuses = ("Error" if qid in not_ready else "Ready" for qid in range(NUM_CARDS))
+            return [Device(qid, status, "", 14, 14, 0, 0) for qid, status in enumerate(statuses)]
+
+    return CardsOnly(Path("sdk"), "real", "1.20")
 
 
 def column(*values: object) -> Any:
