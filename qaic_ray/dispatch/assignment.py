@@ -18,14 +18,14 @@ class Assignment:
     """The workers that want a shard, and the decision what each of them gets.
 
     Attributes:
-        hungry: the workers that want a shard, in the order in which they get one.
+        requesting: the workers that want a shard, in the order in which they get one.
     """
 
     def __init__(self, table: PromptTable, pool: WorkerPool, policy: Policy) -> None:
         self._table = table
         self._pool = pool
         self._policy = policy
-        self.hungry: deque[WorkerState] = deque()
+        self.requesting: deque[WorkerState] = deque()
         self._is_late = False
         # When a running prompt must be looked at, and its index; None before the tail begins.
         self._second_runs: list[tuple[float, int]] | None = None
@@ -33,13 +33,15 @@ class Assignment:
     @property
     def next_s(self) -> float:
         """When a prompt may run a second time; infinity for never."""
-        return self._second_runs[0][0] if self._second_runs and self.hungry else math.inf
+        if not (self._second_runs and self.requesting) or self._table.num_grouped:
+            return math.inf
+        return self._second_runs[0][0]
 
     def consider(self, worker: WorkerState) -> None:
         """Something changed for this worker: let it stand in the queue if it wants a shard."""
-        if not worker.hungry and self._wants(worker):
-            worker.hungry = True
-            self.hungry.append(worker)
+        if not worker.requesting and self._wants(worker):
+            worker.requesting = True
+            self.requesting.append(worker)
 
     def next_shards(self, now_s: float) -> list[Shard]:
         """Begin shards on those that want one, one each and then another, until none takes more."""
@@ -50,8 +52,8 @@ class Assignment:
                 table.sort_waiting(exactly=True)
         begun: list[Shard] = []
         num_passed_over = 0
-        while (table.num_grouped or table.suspects) and self.hungry:
-            worker = self._next_hungry()
+        while (table.num_grouped or table.suspects) and self.requesting:
+            worker = self._next_requesting()
             if worker is None:
                 break
             entries, alone = self._share_of(worker)
@@ -61,14 +63,14 @@ class Assignment:
             self.consider(worker)
             if num_passed_over == self._policy.look_ahead:
                 break  # nothing fits these; for one event that is enough
-        if table.exhausted and not table.num_grouped and self.hungry:
+        if table.exhausted and not table.num_grouped and self.requesting:
             begun += self._run_again(now_s)
         return begun
 
-    def _next_hungry(self) -> WorkerState | None:
-        while self.hungry:
-            worker = self.hungry.popleft()
-            worker.hungry = False
+    def _next_requesting(self) -> WorkerState | None:
+        while self.requesting:
+            worker = self.requesting.popleft()
+            worker.requesting = False
             if self._wants(worker):
                 return worker
         return None
@@ -80,7 +82,7 @@ class Assignment:
             self._pool.drain(worker, False)
         shard = self._table.begin(worker, entries, now_s, alone=alone)
         if len(worker.shards) == 1:
-            self._pool.begin_work(worker, now_s)
+            self._pool.on_first_work(worker, now_s)
         self._watch(shard)
         return shard
 
@@ -178,7 +180,7 @@ class Assignment:
             for shard in self._table.shards.values():
                 self._watch(shard)
         begun: list[Shard] = []
-        while self.hungry and self._second_runs and self._second_runs[0][0] <= now_s:
+        while self.requesting and self._second_runs and self._second_runs[0][0] <= now_s:
             entry = self._table.open.get(heapq.heappop(self._second_runs)[1])
             if entry is None or len(entry.shard_ids) != 1:
                 continue
@@ -204,9 +206,9 @@ class Assignment:
 
     def _idle_for(self, first: Shard) -> WorkerState | None:
         """Of the first few that want work one that may run a prompt of this shard a second time."""
-        for _ in range(min(self._policy.look_ahead, len(self.hungry))):
-            worker = self.hungry.popleft()
-            worker.hungry = False
+        for _ in range(min(self._policy.look_ahead, len(self.requesting))):
+            worker = self.requesting.popleft()
+            worker.requesting = False
             fits = worker is not first.worker and not (first.alone and worker.shards)
             if self._wants(worker) and fits:
                 return worker
@@ -217,9 +219,9 @@ class Assignment:
         """Assert that no worker is idle while there is work for it; a failure is a bug."""
         table = self._table
         for worker in self._pool.workers.values():
-            assert worker.hungry == (worker in self.hungry)
+            assert worker.requesting == (worker in self.requesting)
             if worker.status is WorkerStatus.READY and not worker.shards:
-                assert worker.hungry, "nobody will think of an idle worker"
+                assert worker.requesting, "nobody will think of an idle worker"
                 assert not table.num_grouped, "an idle worker, and work"
                 has_others = len(self._pool.workers) > 1
                 suspect = table.suspect_for(worker, has_others=has_others)

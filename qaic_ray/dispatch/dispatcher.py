@@ -78,10 +78,10 @@ class Dispatcher:
             self._pool.listening_s = now_s
         self._now_s = now_s
         self._out = []
-        self._absorb(event)
+        self._apply(event)
         if now_s >= self._pool.next_s:
             for worker in self._pool.due(now_s):
-                self._look_at(worker)
+                self._on_deadline(worker)
         self.abandoned = self._is_started and not self._pool.workers and bool(self._table.open)
         self.finished = self.abandoned or (self._table.exhausted and not self._table.open)
         self.wake_s = math.inf
@@ -90,10 +90,10 @@ class Dispatcher:
             self._read_on()
         return self._out
 
-    def _absorb(self, event: Event) -> None:
+    def _apply(self, event: Event) -> None:
         match event:
             case RowsFinished(shard_id=shard_id, rows=rows):
-                self._hear_rows(self._table.shards.get(shard_id), rows)
+                self._on_rows(self._table.shards.get(shard_id), rows)
             case ShardFinished(name, shard_id):
                 shard = self._table.shards.get(shard_id)
                 if shard is not None:
@@ -102,18 +102,18 @@ class Dispatcher:
                 self._is_reading = False
                 self._table.read(prompts, exhausted=exhausted)
             case ShardFailed():
-                self._hear_failure(event)
+                self._on_shard_failed(event)
             case WorkerReady() | WorkerProgress() | WorkerFailedToOpen() | WorkerLost():
                 worker = self._pool.alive(event.worker, event.incarnation)
                 if worker is not None:
-                    self._hear_of(worker, event)
+                    self._on_worker_event(worker, event)
             case RunStarted(names):
                 self._is_started = True
                 self._pool.start(names, self._now_s)
             case TimePassed():
                 pass  # workers that are due are looked at after every event
 
-    def _hear_of(
+    def _on_worker_event(
         self,
         worker: WorkerState,
         event: WorkerReady | WorkerProgress | WorkerFailedToOpen | WorkerLost,
@@ -126,9 +126,9 @@ class Dispatcher:
                     self._pool.open(worker, event.slots, self._now_s)
                     self._assignment.consider(worker)
             case _:
-                self._fail(worker, event.error, runs=False)
+                self._on_worker_failed(worker, event.error, runs=False)
 
-    def _hear_rows(self, shard: Shard | None, rows: Sequence[Row]) -> None:
+    def _on_rows(self, shard: Shard | None, rows: Sequence[Row]) -> None:
         if shard is None:
             self._deliver(self._table.accept(rows, self._now_s))
             return
@@ -149,7 +149,7 @@ class Dispatcher:
         self._deliver(self._table.fail(shard, error))
         self._assignment.consider(shard.worker)
 
-    def _hear_failure(self, event: ShardFailed) -> None:
+    def _on_shard_failed(self, event: ShardFailed) -> None:
         shard = self._table.shards.get(event.shard_id)
         if shard is None:
             return
@@ -157,17 +157,17 @@ class Dispatcher:
         if not event.retryable:
             self._fail_shard(shard, f"{worker.name}: {event.error}")
         elif worker.transients == self._policy.max_transients:
-            self._fail(worker, event.error, runs=True)
+            self._on_worker_failed(worker, event.error, runs=True)
         else:
             worker.transients += 1
             if self._table.hold(shard, self._now_s):
                 worker.retry_s = self._now_s + worker.pause_s(worker.transients)
                 if len(worker.shards) == 1:
-                    worker.start_clocks(self._now_s)
+                    worker.on_first_work(self._now_s)
                 self._pool.set_timer(worker)
             self._assignment.consider(worker)
 
-    def _fail(self, worker: WorkerState, error: str, *, runs: bool) -> None:
+    def _on_worker_failed(self, worker: WorkerState, error: str, *, runs: bool) -> None:
         """Let a worker that is lost or of no use rest, or give it up.
 
         Args:
@@ -190,7 +190,7 @@ class Dispatcher:
             self._out.append(RetireWorker(worker.name, error))
         self._pool.set_timer(worker)
 
-    def _look_at(self, worker: WorkerState) -> None:
+    def _on_deadline(self, worker: WorkerState) -> None:
         """The time has come that was set for this worker; it may have moved since."""
         pool = self._pool
         if self._now_s < worker.deadline_s(pool.listening_s):
@@ -200,9 +200,9 @@ class Dispatcher:
             self._out.append(ReplaceWorker(worker.name, worker.incarnation))
         elif worker.status is WorkerStatus.OPENING:
             limit_s = self._policy.max_open_s
-            self._fail(worker, f"it did not open within {limit_s:.0f} s", runs=True)
+            self._on_worker_failed(worker, f"it did not open within {limit_s:.0f} s", runs=True)
         elif self._now_s >= worker.stall_at_s(pool.listening_s):
-            self._fail(worker, f"it made no step for {worker.stall_s:.0f} s", runs=True)
+            self._on_worker_failed(worker, f"it made no step for {worker.stall_s:.0f} s", runs=True)
         else:
             worker.retry_s = None
             for shard in self._table.resume(worker):
@@ -214,7 +214,7 @@ class Dispatcher:
 
     def _hand_out(self) -> float:
         """Order shards for those that want one; return when to look again."""
-        if not self._assignment.hungry:
+        if not self._assignment.requesting:
             return self._pool.next_s
         for shard in self._assignment.next_shards(self._now_s):
             self._order(shard)
@@ -245,3 +245,4 @@ class Dispatcher:
         self._pool.check()
         if not self.finished:
             self._assignment.check()
+            assert self.wake_s > self._now_s, "the driver would never sleep"

@@ -42,7 +42,7 @@ class WorkerState:
         retry_s: when shards that failed are begun again; None when there are none.
         alone: whether it runs a prompt that must be alone.
         draining: whether it takes nothing more until it may run such a prompt.
-        hungry: whether it stands in the queue for shards.
+        requesting: whether it stands in the queue for shards.
         timer_s: the earliest time at which it will be looked at.
         awaited: whether it was neither ready nor failed yet.
         work_per_s: speed, measured while all its slots were taken; 0 while unknown.
@@ -69,7 +69,7 @@ class WorkerState:
     retry_s: float | None = None
     alone: bool = False
     draining: bool = False
-    hungry: bool = False
+    requesting: bool = False
     awaited: bool = True
     timer_s: float = math.inf
 
@@ -89,7 +89,7 @@ class WorkerState:
         self.retry_s, self._num_steps = None, None
         self.timer_s = math.inf
 
-    def start_clocks(self, now_s: float) -> None:
+    def on_first_work(self, now_s: float) -> None:
         """It gets work, and had none."""
         self._mark_s = self._alive_s = self._steps_mark_s = now_s
 
@@ -251,9 +251,9 @@ class WorkerPool:
         self._count(worker, 1)
         self.set_timer(worker)
 
-    def begin_work(self, worker: WorkerState, now_s: float) -> None:
+    def on_first_work(self, worker: WorkerState, now_s: float) -> None:
         """A worker got a shard, and had none: from now on its silence counts."""
-        worker.start_clocks(now_s)
+        worker.on_first_work(now_s)
         self.set_timer(worker)
 
     def drain(self, worker: WorkerState, draining: bool) -> None:

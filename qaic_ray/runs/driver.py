@@ -193,7 +193,7 @@ class Driver:
             raise
 
     def _run(self) -> FleetResult:
-        self._take_up()
+        self._replay()
         event: Event = RunStarted(tuple(self._cards.names))
         try:
             while True:
@@ -208,7 +208,7 @@ class Driver:
         self._delivery.finish()
         return self._result()
 
-    def _take_up(self) -> None:
+    def _replay(self) -> None:
         """Count the rows of earlier sessions of the run."""
         for entry in self._delivery.replay():
             self._intake.mark_done(entry.row.index, entry.digest)
