@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import BinaryIO
 
 from qaic_ray.errors import QaicRayError, UsageError
 
@@ -138,13 +139,26 @@ def building(target: Path) -> Iterator[Path]:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file, whole or not at all; no link that lies in its way is followed."""
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
+    with replacing(path, path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def replacing(path: Path, unfinished: Path) -> Iterator[BinaryIO]:
+    """Yield a new file that takes the name `path` when the block ends without an error.
+
+    Args:
+        path: a file there is replaced.
+        unfinished: the name until then, in the same folder; a file there is removed, so writers
+            that may run at the same time need different ones.
+    """
     try:
-        with open(new_file(unfinished), "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with open(new_file(unfinished), "wb") as stream:
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(unfinished, path)
+        sync_path(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -153,6 +167,32 @@ def new_file(path: Path) -> int:
     """Open a new file for writing in place of what has its name: no link there is followed."""
     path.unlink(missing_ok=True)
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def open_lock(path: Path, *, for_all: bool = False) -> int | None:
+    """Open a lock file, or make it; None for a file that is no lock file.
+
+    Args:
+        path: the file; no link is followed.
+        for_all: every user may open it; else only where its folder is one of all users.
+    """
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    while True:
+        # Not created where it is there: in a folder of all users the kernel refuses that for a
+        # file of somebody else's.
+        with suppress(FileNotFoundError):
+            descriptor = os.open(path, flags)
+            break
+        with suppress(FileExistsError):
+            descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            if for_all or path.parent.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                os.fchmod(descriptor, 0o666)  # past the umask
+            break
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def sync_tree(folder: Path) -> None:
@@ -192,7 +232,9 @@ def _is_leftover(entry: os.DirEntry[str]) -> bool:
 def _acquire(path: Path, target: Path) -> int:
     """Open the lock file and wait for the lock; the descriptor that holds it."""
     while True:
-        descriptor = _open_lock(path)
+        descriptor = open_lock(path)
+        if descriptor is None:
+            raise UsageError(f"{path} is not a lock file of this tool: remove it.")
         try:
             has_locks = _wait(descriptor, target)
             # Its last holder has removed it meanwhile: a lock that nobody else will find.
@@ -226,27 +268,6 @@ def _wait(descriptor: int, target: Path) -> bool:
             )
             return False
         time.sleep(_POLL_S)
-
-
-def _open_lock(path: Path) -> int:
-    """Open a lock file that all who may build beside it can open too."""
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    while True:
-        # Not created where it is there: in a folder of all users the kernel refuses that for a
-        # file of somebody else's.
-        with suppress(FileNotFoundError):
-            descriptor = os.open(path, flags)
-            break
-        with suppress(FileExistsError):
-            descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-            if path.parent.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                os.fchmod(descriptor, 0o666)  # past the umask
-            break
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        os.close(descriptor)
-        raise UsageError(f"{path} is not a lock file of this tool: remove it.")
-    return descriptor
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

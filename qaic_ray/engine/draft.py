@@ -1,17 +1,24 @@
-"""Drafts of a second, smaller program on the same card: an engine of its own, asked for guesses.
+"""Speculative decoding on a card: what drafts tokens, and the engine of a draft QPC.
 
-Every time it is asked, it gets each row's tokens as a prompt. Its slots remember what they hold, so
-only what is new is computed: the tokens that were accepted or put right since the last time.
+A draft QPC runs beside the main one on the same card. It gets each row's tokens as a prompt every
+time. Its slots remember what they hold, so it computes only the tokens that were accepted or
+corrected since the last time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Listed
+from dataclasses import dataclass
+from pathlib import Path
 
 from qaic_ray.engine.batcher import Sequence
-from qaic_ray.engine.engine import Engine, Program
+from qaic_ray.engine.engine import Engine, Program, Proposer
+from qaic_ray.engine.prompt_lookup import PromptLookup
+from qaic_ray.engine.session import Session
 from qaic_ray.errors import UsageError
 from qaic_ray.metrics import Measurement
+from qaic_ray.options import Generation
+from qaic_ray.sdk import Sdk
 
 RIDE_LEN = 4
 """New tokens that a row feeds one by one, together with the other rows, rather than in a prefill
@@ -59,3 +66,54 @@ class DraftProgram:
 
     def release(self, sequence: Sequence) -> None:
         """Nothing to do: its slot's memory serves until another row needs the place."""
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """What an opened worker drafts with; `session` is a draft QPC's, to be closed after use."""
+
+    proposer: Proposer | None = None
+    session: Session | None = None
+
+    def close(self) -> None:
+        """Give the draft QPC's part of the card back."""
+        if self.session is not None:
+            self.session.close()
+
+
+def open_drafting(asked: Generation, sdk: Sdk, main: Session) -> Drafting:
+    """Open what drafts for `main`, on the same card.
+
+    Raises:
+        UsageError: the main QPC cannot check drafts, or the draft QPC does not fit to it.
+        DeviceError: from the card, when the draft QPC has no room beside the main one.
+    """
+    shapes = main.specializations
+    if shapes.decode_len == 1:
+        if asked.draft_qpc is not None or asked.drafts == "prompt-lookup":
+            raise UsageError(
+                f"{main.qpc} takes one token a row in a decode step, so it cannot check drafts: "
+                "export with --logits num_logits_to_keep and compile with "
+                "--num-speculative-tokens 3."
+            )
+        return Drafting()
+    if asked.drafts == "none":
+        return Drafting()
+    if asked.draft_qpc is None:
+        return Drafting(PromptLookup())
+    session = Session(sdk, Path(asked.draft_qpc), main.device_ids)
+    try:
+        _check_vocab(session, main)
+        return Drafting(DraftProgram(session, shapes.decode.batch_size), session)
+    except UsageError:
+        session.close()
+        raise
+
+
+def _check_vocab(draft: Session, main: Session) -> None:
+    sizes = draft.vocab_size, main.vocab_size
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise UsageError(
+            f"The draft QPC has a vocabulary of {sizes[0]} and the main one of {sizes[1]}: a draft "
+            "must be of the same tokenizer."
+        )

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qaic_ray.engine.draft import DraftProgram
+from qaic_ray.engine.draft import DraftProgram, open_drafting
 from qaic_ray.engine.prompt_lookup import PromptLookup
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceBusy, UsageError
 from qaic_ray.options import Generation
-from qaic_ray.worker.speculation import open_drafting
 
 if TYPE_CHECKING:
     from tiny_qpcs import TinyQpcs
