@@ -33,7 +33,6 @@ from qaic_ray.cluster.columns import objects, plain
 from qaic_ray.config import EmulatorPart
 from qaic_ray.errors import DeviceBusy, DeviceError, RowError, UsageError
 from qaic_ray.formats.foreign_fields import ALIASES, NESTED
-from qaic_ray.formats.jsonl import FieldRows
 from qaic_ray.formats.prompt_fields import Draft
 from qaic_ray.formats.row_fields import OwnFields, is_known, mistake
 from qaic_ray.pipeline.devices import emulated_cards
@@ -108,7 +107,7 @@ class CardPredictor:
         except RowError as error:
             raise UsageError(str(error)) from error
         self._prompt_column, self._prefix = prompt_column, prefix
-        self._read_row = FieldRows(OwnFields(self._sampling))
+        self._read_row = OwnFields(self._sampling).read_row
         self._sdk = find_sdk(sdk, emulated_cards(EmulatorPart()))
         self._device_ids = device_ids
         self._spec = WorkerSpec(
