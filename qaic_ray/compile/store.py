@@ -23,8 +23,16 @@ from qaic_ray.compile.compiler import QPC_FILE, check_qpc, program_fault, run_co
 from qaic_ray.compile.variant import Variant, key_digest
 from qaic_ray.documents import checked, read_object, shown
 from qaic_ray.errors import CompileError, UsageError
-from qaic_ray.folders import building, locked, strangers, write_whole
-from qaic_ray.kept_files import KeptFile, SourceFile, first_fault, sha256_of
+from qaic_ray.folders import (
+    KeptFile,
+    SourceFile,
+    building,
+    first_fault,
+    locked,
+    sha256_of,
+    strangers,
+    write_whole,
+)
 from qaic_ray.sdk import Sdk, compiler_digest
 
 VARIANT_FILE = "variant.json"

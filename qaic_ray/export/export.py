@@ -48,8 +48,7 @@ from qaic_ray.export.weights import (
     weights_sha256,
     write_weights,
 )
-from qaic_ray.folders import building, locked, strangers
-from qaic_ray.kept_files import KeptFile, SourceFile, first_fault
+from qaic_ray.folders import KeptFile, SourceFile, building, first_fault, locked, strangers
 from qaic_ray.model.checkpoint import Checkpoint
 from qaic_ray.model.manifest import (
     CUSTOM_IO_FILE,

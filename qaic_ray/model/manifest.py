@@ -14,7 +14,7 @@ from pathlib import Path
 from qaic_ray.contract import IoContract
 from qaic_ray.documents import checked, read_object, shown
 from qaic_ray.errors import UsageError
-from qaic_ray.kept_files import KeptFile, SourceFile, first_fault, inside
+from qaic_ray.folders import KeptFile, SourceFile, first_fault, inside
 
 MANIFEST_FILE = "manifest.json"
 CUSTOM_IO_FILE = "custom_io.yaml"

@@ -15,8 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from qaic_ray.errors import CheckpointError
-from qaic_ray.folders import building, locked
-from qaic_ray.kept_files import sha256_of
+from qaic_ray.folders import building, locked, sha256_of
 from qaic_ray.model.gguf_file import part_paths
 
 CONVERSION_FORMAT = 2

@@ -19,7 +19,7 @@ from qaic_ray.contract import (
 )
 from qaic_ray.documents import shown
 from qaic_ray.errors import UsageError
-from qaic_ray.kept_files import inside, sha256_of
+from qaic_ray.folders import inside, sha256_of
 from qaic_ray.model.manifest import CUSTOM_IO_FILE, MANIFEST_FILE, check_files, read_manifest
 
 _GRAPHS = "generatedModels/*.onnx"

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from qaic_ray.durations import Durations, bin_of
-from qaic_ray.metrics import Measurement, Span, tokens_per_s, total
+from qaic_ray.metrics import Durations, Measurement, Span, bin_of, tokens_per_s, total
 from qaic_ray.rows import Row
 
 if TYPE_CHECKING:

@@ -10,10 +10,9 @@ from simulated_cards import DirectReader, SimulatedCards, answer
 
 from qaic_ray.dispatch.dispatcher import Dispatcher
 from qaic_ray.dispatch.events import Event, RunShard, ShardFailed
-from qaic_ray.durations import Durations
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.formats.prompts import prompts_from_text
-from qaic_ray.metrics import Measurement, Span
+from qaic_ray.metrics import Durations, Measurement, Span
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience, Driver, Progress
 from qaic_ray.runs.result import BrokenOff, Cause, FleetResult

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from simulated_cards import info
 
-from qaic_ray.durations import Durations
-from qaic_ray.metrics import Measurement, Span
+from qaic_ray.metrics import Durations, Measurement, Span
 from qaic_ray.rows import FinishReason, Prompt, Row
 from qaic_ray.runs.figures import rate_text, seconds_text
 from qaic_ray.runs.report import (
