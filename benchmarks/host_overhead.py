@@ -36,7 +36,7 @@ from qaic_ray.engine.batcher import Sequence
 from qaic_ray.engine.engine import Engine
 from qaic_ray.engine.session import Session
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
-from qaic_ray.model.stop_strings import StopReader
+from qaic_ray.model.detokenizer import StopReader
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.sdk import EmulatedCards, install_emulated, open_sdk

@@ -1,7 +1,7 @@
-"""Conversations to prompt texts: a checkpoint's chat templates, rendered by transformers itself.
+"""Conversations to prompt texts: a checkpoint's chat templates, rendered by transformers.
 
-transformers is loaded when the first conversation comes, and no torch with it. A template is a
-stranger's program, so that its first rendering happens in a child process.
+transformers is loaded with the first conversation, without torch. A template is a program of an
+unknown author, so it is first rendered in a child process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RESERVED = frozenset(
         *("return_assistant_tokens_mask", "self"),
     }
 )
-"""Parameters of `apply_chat_template` that are no variables of a template."""
+"""Parameters of `apply_chat_template`, which are not variables of a template."""
 
 _moment: ContextVar[datetime | None] = ContextVar("moment of a run", default=None)
 
@@ -40,10 +40,10 @@ class ChatTemplate:
     """A checkpoint's chat templates, and what they are rendered with; threads may share it.
 
     Args:
-        templates: Jinja text; several with names, of which `tool_use` is for conversations with
+        templates: Jinja text; or several by name, of which `tool_use` is for conversations with
             tools and `default` for the others; None where the model is not a chat model.
-        special_tokens: names to texts, like `bos_token`.
-        moment: what a template takes for the date (`strftime_now`); None: when it is rendered.
+        special_tokens: texts by name, like `bos_token`.
+        moment: the time that a template is given (`strftime_now`); None: that of rendering.
     """
 
     templates: str | Mapping[str, str] | None
@@ -51,7 +51,7 @@ class ChatTemplate:
     moment: datetime | None = None
 
     def of_run(self, template: str | None, date: str | None) -> ChatTemplate:
-        """The same with a template of the run's instead of the model's, and with the run's date."""
+        """A copy with the run's template, where it has one, and with the run's date."""
         moment = None if date is None else datetime.fromisoformat(date)
         templates = self.templates if template is None else template
         return replace(self, templates=templates, moment=moment)
@@ -88,14 +88,14 @@ class ChatTemplate:
                 )
             finally:
                 _moment.reset(token)
-        except Exception as error:  # a template is a program: it may stumble over anything
+        except Exception as error:  # a template is a program: it may raise anything
             reason = transformers_child.reason(error)
             raise UsageError(
                 f"The model's chat template refuses these messages: {reason}."
             ) from error
 
     def try_out(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> None:
-        """Find out whether conversations can be rendered at all; these messages are an example.
+        """Check that conversations can be rendered, with these messages as an example.
 
         Raises:
             UsageError: the template does not compile, or takes too long; or there is none.
@@ -131,10 +131,10 @@ class ChatTemplate:
 
 
 def check_kwargs(template_kwargs: Mapping[str, Any]) -> None:
-    """Check that variables for a template are such, and plain data.
+    """Check that a template's variables have allowed names and are plain data.
 
     Raises:
-        UsageError: for a parameter of `apply_chat_template` itself, and for what is not JSON.
+        UsageError: one is a parameter of `apply_chat_template`, or not JSON.
     """
     reserved = RESERVED.intersection(template_kwargs)
     if reserved:
@@ -149,7 +149,7 @@ def check_kwargs(template_kwargs: Mapping[str, Any]) -> None:
 
 @lru_cache(maxsize=1)
 def _renderer() -> Any:
-    """A tokenizer of the library's that knows nothing but how to apply a chat template."""
+    """A tokenizer of the library's without tokens, which applies chat templates."""
     from transformers import PreTrainedTokenizerBase
 
     return PreTrainedTokenizerBase()
@@ -169,7 +169,7 @@ def _try_out(
     variables: Mapping[str, Any],
     options: ChatOptions,
 ) -> None:
-    """Have the first rendering of a template done in a child; the cache folder remembers it."""
+    """Render a template for the first time in a child; the cache folder remembers the result."""
     with _trying:
         if template not in _tried:
             _tried[template] = _why_never(template, messages, variables, options)
@@ -206,5 +206,5 @@ def _why_never(
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
     except OSError:
-        pass  # the next process tries it out again
+        pass  # the next process renders it in a child again
     return None

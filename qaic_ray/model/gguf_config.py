@@ -1,8 +1,8 @@
-"""From the keys of a GGUF file to the config.json of transformers, by a table of our own.
+"""Makes the config.json of transformers from the keys of a GGUF file.
 
-Each key that begins with the file's architecture is used, known to change nothing at the value it
-has, or named in a refusal. Keys of other prefixes are asked for by nobody who runs the model. What
-is said of a key here is what llama.cpp does with it. Knows nothing of weights' values.
+Each key that begins with the file's architecture is used, or changes nothing at its value, or is
+named in an error. Keys with other prefixes do not change what the model computes. What is said of a
+key here is what llama.cpp does with it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qaic_ray.errors import CheckpointError
 from qaic_ray.model.gguf_file import GgufFile
 
 ROPE_DIVISORS = "rope_freqs.weight"
-"""Llama 3.1's scaling has no key: the tensor holds a divisor of each inverse frequency."""
+"""The tensor of Llama 3.1's scaling, which has no key: a divisor for each inverse frequency."""
 NUMBER_MAX = 1 << 31
 
 
@@ -25,7 +25,7 @@ class Family:
     """An architecture of GGUF and the class of transformers that computes the same.
 
     `permuted`: rows of q and k are stored for pairs of neighbours instead of halves of a head.
-    `biases`: those of a layer that the class has, by the projections' names, and whether always.
+    `attention_bias` and `mlp_bias`: the projections that may have a bias, or always have one.
     """
 
     kind: str
@@ -78,14 +78,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_log_multiplier": (0,),
     "use_parallel_residual": (False,),
 }
-"""Keys that llama.cpp does not ask for in these families, or that mean nothing at these values."""
+"""Keys that llama.cpp does not read in these families, or that change nothing at these values."""
 
 
 def family_of(gguf: GgufFile) -> Family:
     """The family of a file.
 
     Raises:
-        CheckpointError: it is of an architecture that we do not run, or no model at all.
+        CheckpointError: we do not run its architecture, or it is no model.
     """
     name = gguf.keys.get("general.architecture")
     if not isinstance(name, str) or name not in FAMILIES:
@@ -100,19 +100,18 @@ def family_of(gguf: GgufFile) -> Family:
 
 
 def read_config(gguf: GgufFile, divisors: Sequence[float] | None) -> dict[str, Any]:
-    """The config.json that means what the file's keys mean.
+    """The config.json of a file.
 
     Args:
         gguf: the file.
-        divisors: the values of `ROPE_DIVISORS`, None where the file has no such tensor.
+        divisors: the values of `ROPE_DIVISORS`; None where the file has no such tensor.
 
     Raises:
         CheckpointError: a key is missing, impossible, or asks for what we do not compute.
     """
     family = family_of(gguf)
-    keys = _Keys(gguf)
-    heads, kv_heads = keys.size("attention.head_count"), None
-    kv_heads = keys.size("attention.head_count_kv", default=heads)
+    keys = _GgufKeys(gguf)
+    heads = keys.size("attention.head_count")
     hidden = keys.size("embedding_length")
     head_dim = _head_dim(keys, hidden, heads)
     config: dict[str, Any] = {
@@ -122,7 +121,7 @@ def read_config(gguf: GgufFile, divisors: Sequence[float] | None) -> dict[str, A
         "hidden_size": hidden,
         "intermediate_size": keys.size("feed_forward_length"),
         "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
+        "num_key_value_heads": keys.size("attention.head_count_kv", default=heads),
         "head_dim": head_dim,
         "vocab_size": _vocab_size(gguf, keys),
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
@@ -138,8 +137,8 @@ def read_config(gguf: GgufFile, divisors: Sequence[float] | None) -> dict[str, A
     return config
 
 
-class _Keys:
-    """The keys of a file's architecture; those that were asked for count as used."""
+class _GgufKeys:
+    """The keys of a file's architecture; those that are read count as used."""
 
     def __init__(self, gguf: GgufFile) -> None:
         self._file = gguf.name
@@ -152,20 +151,17 @@ class _Keys:
         return self._keys.get(self._prefix + key)
 
     def size(self, key: str, *, default: int | None = None) -> int:
-        """A whole number of at least 1; of an array over the layers, the one that all have."""
+        """A whole number of at least 1; of an array over the layers, the one value of all."""
         value = self.get(key)
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
-        if value is None:
-            value = default
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < NUMBER_MAX:
+        value = default if value is None else value
+        if type(value) is not int or not 1 <= value < NUMBER_MAX:
             raise self.error(key, "a whole number of at least 1, the same in all layers")
         return value
 
     def number(self, key: str, *, default: float | None = None) -> float:
-        value = self.get(key)
-        if value is None:
-            value = default
+        value = default if self.get(key) is None else self.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
             raise self.error(key, "a number above 0")
         return float(value)
@@ -176,7 +172,7 @@ class _Keys:
         return CheckpointError(f"{self._prefix}{key} of {self._file} {given}; it must be {must}.")
 
     def refuse_the_rest(self) -> None:
-        """Refuse the first key that nothing is known about."""
+        """Refuse the first key that is neither used nor known to change nothing."""
         for name, value in self._keys.items():
             key = name.removeprefix(self._prefix)
             if key == name or key in self._used | _IRRELEVANT:
@@ -188,7 +184,7 @@ class _Keys:
                 )
 
 
-def _head_dim(keys: _Keys, hidden: int, heads: int) -> int:
+def _head_dim(keys: _GgufKeys, hidden: int, heads: int) -> int:
     default = None if hidden % heads else hidden // heads
     head_dim = keys.size("attention.key_length", default=default)
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -197,8 +193,8 @@ def _head_dim(keys: _Keys, hidden: int, heads: int) -> int:
     return head_dim
 
 
-def _vocab_size(gguf: GgufFile, keys: _Keys) -> int:
-    """The rows of the embedding, which every other place must agree with."""
+def _vocab_size(gguf: GgufFile, keys: _GgufKeys) -> int:
+    """The number of rows of the embedding, with which the keys must agree."""
     embedding = gguf.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{gguf.name} has no tensor token_embd.weight of two dimensions.")
@@ -214,10 +210,10 @@ def _vocab_size(gguf: GgufFile, keys: _Keys) -> int:
     return rows
 
 
-def _positions(keys: _Keys, head_dim: int, divisors: Sequence[float] | None) -> dict[str, Any]:
+def _positions(keys: _GgufKeys, head_dim: int, divisors: Sequence[float] | None) -> dict[str, Any]:
     """`max_position_embeddings` and `rope_parameters`.
 
-    A window hides nothing until it is full, so it only makes the context shorter.
+    A sliding window changes nothing until it is full, so it only shortens the context.
     """
     longest = keys.size("context_length")
     window = keys.get("attention.sliding_window")
@@ -230,7 +226,7 @@ def _positions(keys: _Keys, head_dim: int, divisors: Sequence[float] | None) -> 
     }
 
 
-def _rope(keys: _Keys, head_dim: int, divisors: Sequence[float] | None) -> dict[str, Any]:
+def _rope(keys: _GgufKeys, head_dim: int, divisors: Sequence[float] | None) -> dict[str, Any]:
     kind = keys.get("rope.scaling.type")
     older = keys.number("rope.scale_linear") if keys.get("rope.scale_linear") else 1.0
     given = keys.get("rope.scaling.factor")
@@ -266,11 +262,11 @@ _YARN_NEUTRAL: dict[str, tuple[float, ...]] = {
     "rope.scaling.yarn_beta_slow": (-1, 1),
     "rope.scaling.yarn_ext_factor": (-1, 1),
 }
-"""llama.cpp reads these for some architectures only, so any other value has two meanings."""
+"""llama.cpp reads these for some architectures only, so any other value is ambiguous."""
 
 
 def _divided(divisors: Sequence[float], head_dim: int) -> dict[str, Any]:
-    """Divisors as transformers takes them: longrope, whose two tables here are one."""
+    """Divisors as transformers takes them: longrope with two equal tables."""
     if len(divisors) != head_dim // 2 or not all(0 < d < 1e9 for d in divisors):
         raise CheckpointError(
             f"The tensor {ROPE_DIVISORS} must hold {head_dim // 2} divisors above 0, not "
@@ -287,7 +283,7 @@ def _divided(divisors: Sequence[float], head_dim: int) -> dict[str, Any]:
 
 
 def _biases(gguf: GgufFile, family: Family) -> dict[str, Any]:
-    """The switches of the biases that the file has; what lacks of a group is written as zeros."""
+    """The switches of the groups of biases that the file has; a missing one is written as zeros."""
 
     def any_of(stems: Sequence[str]) -> bool:
         ends = tuple(f".{stem}.bias" for stem in stems)
@@ -301,8 +297,8 @@ def _biases(gguf: GgufFile, family: Family) -> dict[str, Any]:
     return switches
 
 
-def _scales(keys: _Keys, head_dim: int) -> dict[str, Any]:
-    """Granite's; a scale of 0 is none. Granite switches rotary off by `finetuned`."""
+def _scales(keys: _GgufKeys, head_dim: int) -> dict[str, Any]:
+    """Granite's scales, of which 0 means none. Granite switches rotary off by `finetuned`."""
     if keys.get("rope.scaling.finetuned") is False:
         raise keys.error("rope.scaling.finetuned", "true: Granite without rotary is not supported")
     names = ("embedding_scale", "residual_scale", "logit_scale", "attention.scale")
@@ -313,50 +309,3 @@ def _scales(keys: _Keys, head_dim: int) -> dict[str, Any]:
         "logits_scaling": given["logit_scale"] or 1.0,
         "attention_multiplier": given["attention.scale"] or head_dim**-0.5,
     }
-
-
-def end_ids(gguf: GgufFile) -> tuple[int, ...]:
-    """Ids that end an answer: those the file names, and control tokens known to end a turn.
-
-    Raises:
-        CheckpointError: one of them is no token.
-    """
-    tokens = gguf.keys.get("tokenizer.ggml.tokens", [])
-    kinds = gguf.keys.get("tokenizer.ggml.token_type", [])
-    found = []
-    for key in (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")):
-        default = DEFAULT_EOS if gguf.keys.get("tokenizer.ggml.model") == "llama" else None
-        number = gguf.keys.get(key, default if key == "tokenizer.ggml.eos_token_id" else None)
-        if number is None:
-            continue
-        if type(number) is not int or not 0 <= number < max(len(tokens), 1):
-            raise CheckpointError(
-                f"{key} of {gguf.name} is {shown(number)}; it must be below the number of tokens, "
-                f"{len(tokens)}."
-            )
-        found.append(number)
-    found += [
-        number
-        for number, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
-        if kind == CONTROL and token in END_OF_TURN
-    ]
-    return tuple(dict.fromkeys(found))
-
-
-CONTROL = 3
-DEFAULT_EOS = 2
-"""What llama.cpp takes for a SentencePiece vocabulary that does not say."""
-END_OF_TURN = frozenset(
-    {
-        "<|eot_id|>",
-        "<|eom_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<|end_of_text|>",
-        "<|endoftext|>",
-        "<end_of_turn>",
-        "<|end_of_turn|>",
-        "[EOT]",
-        "< EOT >",
-    }
-)

@@ -17,7 +17,7 @@ from qaic_ray.engine import batcher
 from qaic_ray.engine.engine import Finished
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.model.chat import ChatTemplate
-from qaic_ray.model.stop_strings import StopReader
+from qaic_ray.model.detokenizer import StopReader
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.rows import ChatOptions, FinishReason, Message, Prompt, Row, Sample
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams

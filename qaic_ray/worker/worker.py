@@ -25,8 +25,8 @@ from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
 from qaic_ray.metrics import Measurement
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
-from qaic_ray.model.stop_strings import StopReader
-from qaic_ray.model.tokenizer_files import text_parts
+from qaic_ray.model.detokenizer import StopReader
+from qaic_ray.model.tokenizer import text_parts
 from qaic_ray.rows import ROW_ALONE, Prompt, Row
 from qaic_ray.sdk import open_sdk
 from qaic_ray.worker.row_queue import RowQueue

@@ -292,7 +292,7 @@ def test_in_a_macro_too_and_others_in_the_process_keep_theirs(no_child: None) ->
     assert ChatTemplate(text).of_run(None, "1999-01-01").render(HELLO, ChatOptions()) == "1999"
     from transformers import PreTrainedTokenizerBase
 
-    tokenizer = PreTrainedTokenizerBase(chat=text)
+    tokenizer = PreTrainedTokenizerBase(chat_template=text)
     assert tokenizer.apply_chat_template(HELLO, tokenize=False) == str(datetime.now().year)
 
 

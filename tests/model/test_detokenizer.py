@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from qaic_ray.model.detokenizer import IncrementalText
-from qaic_ray.model.stop_strings import StopReader
+from qaic_ray.model.detokenizer import IncrementalText, StopReader
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.sampling_params import SamplingParams
 
@@ -72,7 +71,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     backend = BACKENDS[request.param]()
     backend.add_special_tokens([SPECIAL])
     backend.add_tokens([ADDED])
-    return Tokenizer(backend, settings={}, chat_template=None, eos_ids=())
+    return Tokenizer(backend, settings={}, eos_ids=())
 
 
 def spelled(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -131,7 +130,7 @@ def test_pushes_are_the_text_and_are_never_taken_back(
 
 
 def test_whole_characters_are_given_as_soon_as_they_are_whole() -> None:
-    tokenizer = Tokenizer(byte_level(), settings={}, chat_template=None, eos_ids=())
+    tokenizer = Tokenizer(byte_level(), settings={}, eos_ids=())
     text = IncrementalText(tokenizer)
     ids = [id_ for character in "é🙂日" for id_ in spelled(tokenizer, character)]
     assert [text.push([id_]) for id_ in ids] == ["", "é", "", "", "", "🙂", "", "", "日"]
@@ -185,7 +184,7 @@ def letters() -> Tokenizer:
     """One token a letter: token ids are letters' codes."""
     backend = Backend(models.BPE({chr(code): code for code in range(128)}, []))
     backend.decoder = decoders.Fuse()
-    return Tokenizer(backend, settings={}, chat_template=None, eos_ids=())
+    return Tokenizer(backend, settings={}, eos_ids=())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from qaic_ray.model.stop_strings import StopReader
+from qaic_ray.model.detokenizer import StopReader
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.sampling_params import SamplingParams
 
@@ -21,7 +21,7 @@ def letters() -> Tokenizer:
     backend = Backend(models.BPE({chr(code): code for code in range(128)}, []))
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens(list(NAMES.values()))
-    return Tokenizer(backend, settings={}, chat_template=None, eos_ids=(END,))
+    return Tokenizer(backend, settings={}, eos_ids=(END,))
 
 
 TOKENIZER = letters()

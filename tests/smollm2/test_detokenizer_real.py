@@ -8,8 +8,7 @@ import pytest
 from conftest import PROMPTS
 
 from qaic_ray.model.checkpoint import Checkpoint
-from qaic_ray.model.detokenizer import IncrementalText
-from qaic_ray.model.stop_strings import StopReader
+from qaic_ray.model.detokenizer import IncrementalText, StopReader
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.sampling_params import SamplingParams
 

@@ -18,8 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from qaic_ray.contract import Specializations
 from qaic_ray.errors import DeviceError, DeviceLost, UsageError
-from qaic_ray.model.tokenizer import Tokenizer
-from qaic_ray.model.tokenizer_files import text_parts
+from qaic_ray.model.tokenizer import Tokenizer, text_parts
 from qaic_ray.rows import ChatOptions, ErrorClass, FinishReason, Prompt, Row
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
 from qaic_ray.worker import text as answers_module
