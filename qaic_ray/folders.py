@@ -24,7 +24,6 @@ from qaic_ray.errors import QaicRayError, UsageError
 
 CACHE_VARIABLE = "QAIC_RAY_CACHE"
 WAIT_SAID_S = 5.0
-"""After so long a builder that waits for another one says for whom."""
 
 _POLL_S = 0.1
 _MAX_TARGET_BYTES = 200  # of a name that something hidden is put beside
@@ -80,11 +79,15 @@ def strangers(folder: Path, is_ours: Callable[[str], bool], *, limit: int = 3) -
 
 
 @contextmanager
-def locked(target: Path) -> Iterator[None]:
+def locked(target: Path, *, wait_said_s: float = WAIT_SAID_S) -> Iterator[None]:
     """Hold the lock for building `target`, against every path, user and node that may build it.
 
     The lock file lies beside the target while it is held; the kernel frees it when the process
     ends. On a file system without locks a warning is logged and nobody is waited for.
+
+    Args:
+        target: the file or folder to build.
+        wait_said_s: after so long a warning names the process that is waited for.
 
     Raises:
         UsageError: no lock file can be made there.
@@ -93,7 +96,7 @@ def locked(target: Path) -> Iterator[None]:
     path = _beside(target, "lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquire(path, target)
+        descriptor = _acquire(path, target, wait_said_s)
     except OSError as error:
         kind = QaicRayError if error.errno in _DISK else UsageError
         raise kind(f"Cannot write {path}, the lock of {target}: {error.strerror}.") from error
@@ -281,12 +284,12 @@ def _is_leftover(entry: os.DirEntry[str]) -> bool:
     return not content or _MARK in content
 
 
-def _acquire(path: Path, target: Path) -> int:
+def _acquire(path: Path, target: Path, wait_said_s: float) -> int:
     """Open the lock file and wait for the lock; the descriptor that holds it."""
     while True:
         descriptor = _open_lock(path)
         try:
-            has_locks = _wait(descriptor, target)
+            has_locks = _wait(descriptor, target, wait_said_s)
             # If its last holder has removed the file, nobody else would find this lock.
             if not has_locks or _is_at(path, descriptor):
                 _sign(descriptor)
@@ -297,9 +300,9 @@ def _acquire(path: Path, target: Path) -> int:
         os.close(descriptor)
 
 
-def _wait(descriptor: int, target: Path) -> bool:
+def _wait(descriptor: int, target: Path, wait_said_s: float) -> bool:
     """Wait for the lock; False where the file system has none."""
-    said_at_s = time.monotonic() + WAIT_SAID_S
+    said_at_s = time.monotonic() + wait_said_s
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,7 +15,7 @@ from itertools import chain
 from typing import Any
 
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.formats.lines import Input
+from qaic_ray.formats.lines import PromptInput
 from qaic_ray.formats.prompt_fields import Draft
 from qaic_ray.formats.row_fields import OwnFields, check_columns, read_columns
 from qaic_ray.rows import Prompt, Row
@@ -26,7 +26,9 @@ _PROMPTS = frozenset({"prompt", "messages"})
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null", "nan": "null", "NaN": "null"}
 
 
-def prompts_from_csv(name: str, source: Input, own: OwnFields, kind: str) -> Iterator[Prompt | Row]:
+def prompts_from_csv(
+    name: str, source: PromptInput, own: OwnFields, kind: str
+) -> Iterator[Prompt | Row]:
     """An item for each row; an error names the line that the row begins in.
 
     Args:
@@ -76,7 +78,9 @@ def _delimiter(header: str, possible: str) -> str:
     return possible[0]
 
 
-def _records(source: Input, reader: Any) -> Iterator[tuple[int, list[str]] | tuple[int, csv.Error]]:
+def _records(
+    source: PromptInput, reader: Any
+) -> Iterator[tuple[int, list[str]] | tuple[int, csv.Error]]:
     """Each record, or its error, with the line that it begins in."""
     while True:
         line = reader.line_num + 1

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from qaic_ray.errors import RowError
-from qaic_ray.formats.lines import LIMITS, Input
+from qaic_ray.formats.lines import LIMITS, PromptInput
 from qaic_ray.formats.openai_batch import BatchRequests, is_request
 from qaic_ray.formats.prompt_fields import Draft
 from qaic_ray.formats.row_fields import OwnFields
@@ -126,7 +126,7 @@ class _ArrayScanner:
         self._skipped_at -= len(chunk)
 
 
-def array_items(source: Input) -> Iterator[bytes]:
+def array_items(source: PromptInput) -> Iterator[bytes]:
     """The items of the JSON array that an input holds, each as text as soon as it has come.
 
     Only brackets and quotes are looked at, so an item that is not JSON spoils no other one, as long

@@ -100,7 +100,7 @@ def check_readable(path: str) -> None:
         raise UsageError(f"The prompts file {shown} may not be read: check its permissions.")
 
 
-class Input:
+class PromptInput:
     """An opened prompts file or stdin, unpacked, as UTF-8 without a byte order mark.
 
     Gzip, zstd, bzip2 and xz are recognised by their first bytes, UTF-16 and UTF-32 by their mark.
@@ -135,7 +135,7 @@ class Input:
             self._close()
             raise
 
-    def __enter__(self) -> Input:
+    def __enter__(self) -> PromptInput:
         return self
 
     def __exit__(self, *_: object) -> None:

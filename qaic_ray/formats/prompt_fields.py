@@ -183,29 +183,25 @@ _NOTHING: tuple[object, ...] = (None, "", [], {}, False)
 
 
 def _message(number: int, message: object) -> Message:
-    if isinstance(message, dict):
-        role, content = message.get("role"), message.get("content")
-        if isinstance(content, list):
-            content = "".join([_part(number, part) for part in content])
-        is_known = len(message) == 2 or not _others(message)
-        if is_known and isinstance(role, str) and isinstance(content, str):
-            check_unicode(f"message {number}", role + content)
-            return {"role": role, "content": content}
-    raise RowError(f"Message {number}{_whats_wrong(message)}")
-
-
-def _whats_wrong(message: object) -> str:
-    """The rest of a sentence about a message that cannot be read."""
     if not isinstance(message, dict):
-        return f' is {json_type(message)}, not an object with "role" and "content".'
-    if others := _others(message):
-        return f' has "{others[0][:80]}": only "role" and "content" can be answered.'
-    name = "content" if isinstance(message.get("role"), str) else "role"
-    return f': "{name}" is {json_type(message.get(name))}, not a string.'
-
-
-def _others(message: Document) -> list[str]:
-    return [k for k, v in message.items() if k not in _TURN and v not in _NOTHING]
+        raise RowError(
+            f'Message {number} is {json_type(message)}, not an object with "role" and "content".'
+        )
+    role, content = message.get("role"), message.get("content")
+    if isinstance(content, list):
+        content = "".join([_part(number, part) for part in content])
+    for key, value in message.items():
+        if key not in _TURN and value not in _NOTHING:
+            raise RowError(
+                f'Message {number} has "{key[:80]}": only "role" and "content" can be answered.'
+            )
+    if not isinstance(role, str) or not isinstance(content, str):
+        name = "content" if isinstance(role, str) else "role"
+        raise RowError(
+            f'Message {number}: "{name}" is {json_type(message.get(name))}, not a string.'
+        )
+    check_unicode(f"message {number}", role + content)
+    return {"role": role, "content": content}
 
 
 def _part(number: int, part: object) -> str:

@@ -23,7 +23,7 @@ from qaic_ray.errors import RowError, UsageError
 from qaic_ray.formats.csv import prompts_from_csv
 from qaic_ray.formats.frozen_file import FrozenFile
 from qaic_ray.formats.jsonl import array_items, json_object, prompts_from_json
-from qaic_ray.formats.lines import LIMITS, STDIN, Input, LineLimits, check_readable
+from qaic_ray.formats.lines import LIMITS, STDIN, LineLimits, PromptInput, check_readable
 from qaic_ray.formats.parquet import prompts_from_parquet
 from qaic_ray.formats.prompt_fields import Draft
 from qaic_ray.formats.row_fields import DEFAULT_CHAT, OwnFields
@@ -144,7 +144,7 @@ def prompts_from_file(
     own = OwnFields(sampling, chat)
     if path != STDIN:
         check_readable(path)
-    opened = partial(Input, path, limits=limits)
+    opened = partial(PromptInput, path, limits=limits)
     if path == STDIN or not os.path.isfile(path):
         # A stream is opened once: what is read to look at it is gone.
         return _items(opened, path, prompt_format, own)
@@ -167,7 +167,7 @@ def _kind_of_file(path: str) -> PromptFormat | None:
 
 
 def _items(
-    opened: Callable[[], Input],
+    opened: Callable[[], PromptInput],
     path: str,
     known: _Recognised | PromptFormat | None,
     own: OwnFields,
@@ -247,7 +247,7 @@ def _suffix(path: str) -> str:
     return name.suffix.lower()
 
 
-def _recognise(source: Input, path: str, said: PromptFormat | None) -> _Recognised:
+def _recognise(source: PromptInput, path: str, said: PromptFormat | None) -> _Recognised:
     """What an input holds, by what is said, by its name, or by its beginning.
 
     Args:
@@ -278,12 +278,15 @@ def _recognise(source: Input, path: str, said: PromptFormat | None) -> _Recognis
             f"{name} is no text: it holds NUL bytes. Text in UTF-16 without a mark does too: save "
             "it as UTF-8."
         )
-    if not is_array and _json(source.head.strip()) is None:
-        _refuse_old_ends(source.head, name)
+    has_old_ends = b"\n" not in source.head and b"\r" in source.head.rstrip(b"\r")
+    if has_old_ends and not is_array and _json(source.head.strip()) is None:
+        raise UsageError(
+            rf"The lines of {name} end in \r alone, as on old Macs: save it with \n line ends."
+        )
     return _Recognised(form, is_array, is_guess)
 
 
-def _is_array(source: Input, name: str, *, any_line: bool) -> bool:
+def _is_array(source: PromptInput, name: str, *, any_line: bool) -> bool:
     """Whether an input that is said to be JSON is one array; refuses an object over several lines.
 
     With `any_line` also where the whole array is on the first line.
@@ -301,7 +304,7 @@ def _is_array(source: Input, name: str, *, any_line: bool) -> bool:
     return False
 
 
-def _guessed(source: Input, name: str) -> tuple[PromptFormat, bool]:
+def _guessed(source: PromptInput, name: str) -> tuple[PromptFormat, bool]:
     """The format that the lines have, and whether they are one JSON array."""
     while not (lines := _lines(source.head)):
         if not source.look_on():
@@ -322,7 +325,7 @@ def _guessed(source: Input, name: str) -> tuple[PromptFormat, bool]:
     return PromptFormat.TEXT, False
 
 
-def _look_for_rows(source: Input) -> None:
+def _look_for_rows(source: PromptInput) -> None:
     """Look on: of a file as far as allowed, of a stream until there is a second line."""
     while source.look_on():
         if not source.is_all_there and len(_lines(source.head)) > 1:
@@ -358,13 +361,6 @@ def _is_header(line: bytes, delimiter: bytes) -> bool:
     cells = [cell.strip().strip(b'"').decode("utf-8", "replace") for cell in line.split(delimiter)]
     is_plain = len(cells) > 1 and all(map(_HEADER_CELL.fullmatch, cells))
     return is_plain and not {"prompt", "messages"}.isdisjoint(cells)
-
-
-def _refuse_old_ends(head: bytes, name: str) -> None:
-    if b"\n" not in head and b"\r" in head.rstrip(b"\r"):
-        raise UsageError(
-            rf"The lines of {name} end in \r alone, as on old Macs: save it with \n line ends."
-        )
 
 
 def _lines(head: bytes) -> list[bytes]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -44,11 +44,13 @@ class ChatTemplate:
             tools and `default` for the others; None where the model is not a chat model.
         special_tokens: texts by name, like `bos_token`.
         moment: the time that a template is given (`strftime_now`); None: that of rendering.
+        trial_cpu_s: the CPU time of the first rendering, in a child.
     """
 
     templates: str | Mapping[str, str] | None
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     moment: datetime | None = None
+    trial_cpu_s: int = transformers_child.RENDER_CPU_S
 
     def of_run(self, template: str | None, date: str | None) -> ChatTemplate:
         """A copy with the run's template, where it has one, and with the run's date."""
@@ -68,7 +70,7 @@ class ChatTemplate:
         """
         variables = self._variables(options)
         template = self._chosen(variables.get("tools"))
-        _try_out(template, messages, variables, options)
+        self._try_out(template, messages, variables, options)
         from transformers.utils import chat_template_utils
 
         # The library keeps what it compiled, and renders with that.
@@ -101,7 +103,35 @@ class ChatTemplate:
             UsageError: the template does not compile, or takes too long; or there is none.
         """
         variables = self._variables(options)
-        _try_out(self._chosen(variables.get("tools")), messages, variables, options)
+        self._try_out(self._chosen(variables.get("tools")), messages, variables, options)
+
+    def _try_out(
+        self,
+        template: str,
+        messages: Sequence[Mapping[str, Any]],
+        variables: dict[str, Any],
+        options: ChatOptions,
+    ) -> None:
+        """Render a template for the first time in a child; the cache folder remembers it."""
+
+        def render() -> None:
+            transformers_child.render(
+                template,
+                [dict(message) for message in messages],
+                variables,
+                continue_final=options.continue_final_message,
+                cpu_s=self.trial_cpu_s,
+            )
+
+        with _trying:
+            if template not in _tried:
+                _tried[template] = _why_never(template, render)
+            reason = _tried[template]
+        if reason is not None:
+            raise UsageError(
+                f"The model's chat template cannot be used: {reason}. Give another one "
+                "(--chat-template FILE, run.chat_template), or send plain prompts."
+            )
 
     def _variables(self, options: ChatOptions) -> dict[str, Any]:
         check_kwargs(options.template_kwargs)
@@ -163,42 +193,15 @@ _trying = threading.Lock()
 _tried: dict[str, str | None] = {}  # template -> why it can never be rendered
 
 
-def _try_out(
-    template: str,
-    messages: Sequence[Mapping[str, Any]],
-    variables: Mapping[str, Any],
-    options: ChatOptions,
-) -> None:
-    """Render a template for the first time in a child; the cache folder remembers the result."""
-    with _trying:
-        if template not in _tried:
-            _tried[template] = _why_never(template, messages, variables, options)
-        reason = _tried[template]
-    if reason is not None:
-        raise UsageError(
-            f"The model's chat template cannot be used: {reason}. Give another one "
-            "(--chat-template FILE, run.chat_template), or send plain prompts."
-        )
-
-
-def _why_never(
-    template: str,
-    messages: Sequence[Mapping[str, Any]],
-    variables: Mapping[str, Any],
-    options: ChatOptions,
-) -> str | None:
+def _why_never(template: str, render: Callable[[], None]) -> str | None:
+    """Why a template can never be rendered; None where it can."""
     parts = [template, version("transformers"), version("jinja2")]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     mark = cache_folder() / "templates" / digest[:32]
     if mark.is_file():
         return None
     try:
-        transformers_child.render(
-            template,
-            [dict(message) for message in messages],
-            dict(variables),
-            continue_final=options.continue_final_message,
-        )
+        render()
     except transformers_child.ChildFailed as error:
         if error.is_final:
             return str(error)

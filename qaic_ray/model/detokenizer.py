@@ -247,7 +247,7 @@ def _byte_table() -> dict[str, int]:
 _BYTE_OF = _byte_table()
 
 
-class StopReader:
+class StopFinder:
     """Reads a row's tokens for the engine and ends the row at the first stop string.
 
     The stop string whose last character comes first wins; of several that end with the same

@@ -55,27 +55,21 @@ _IRRELEVANT = {
     "tensor_data_layout",  # all files of these architectures have the one that `permuted` undoes
     "vocab_size",  # held against the embedding in `read_config`
 }
+_NEUTRAL_AT_0 = (
+    *("attention.clamp_kqv", "attention.max_alibi_bias", "attention.scale"),
+    *("attention.temperature_length", "attention.temperature_scale", "attn_logit_softcapping"),
+    *("expert_count", "expert_shared_count", "expert_used_count", "final_logit_softcapping"),
+    *("leading_dense_block_count", "nextn_predict_layers", "rope.scaling.alpha"),
+    *("rope.scaling.yarn_log_multiplier",),
+)
+_NEUTRAL_SCALES = (
+    *("attention.output_scale", "attention.value_scale", "embedding_scale", "logit_scale"),
+    *("residual_scale",),
+)
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(_NEUTRAL_AT_0, (0,)),
+    **dict.fromkeys(_NEUTRAL_SCALES, (0, 1)),
     "attention.causal": (True,),
-    "attention.clamp_kqv": (0,),
-    "attention.max_alibi_bias": (0,),
-    "attention.output_scale": (0, 1),
-    "attention.scale": (0,),
-    "attention.temperature_length": (0,),
-    "attention.temperature_scale": (0,),
-    "attention.value_scale": (0, 1),
-    "attn_logit_softcapping": (0,),
-    "embedding_scale": (0, 1),
-    "expert_count": (0,),
-    "expert_shared_count": (0,),
-    "expert_used_count": (0,),
-    "final_logit_softcapping": (0,),
-    "leading_dense_block_count": (0,),
-    "logit_scale": (0, 1),
-    "nextn_predict_layers": (0,),
-    "residual_scale": (0, 1),
-    "rope.scaling.alpha": (0,),
-    "rope.scaling.yarn_log_multiplier": (0,),
     "use_parallel_residual": (False,),
 }
 """Keys that llama.cpp does not read in these families, or that change nothing at these values."""

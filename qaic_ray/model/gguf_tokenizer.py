@@ -22,20 +22,10 @@ if TYPE_CHECKING:
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 MAX_TOKEN_CHARS = 2048
 """The longest token or merge."""
-END_OF_TURN = frozenset(
-    {
-        "<|eot_id|>",
-        "<|eom_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<|end_of_text|>",
-        "<|endoftext|>",
-        "<end_of_turn>",
-        "<|end_of_turn|>",
-        "[EOT]",
-        "< EOT >",
-    }
-)
+END_OF_TURN = frozenset({
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>",
+    "<end_of_turn>", "<|end_of_turn|>", "[EOT]", "< EOT >",
+})  # fmt: skip
 
 _CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

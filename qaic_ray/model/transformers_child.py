@@ -54,15 +54,20 @@ def load(folder: Path, output: Path, *, trust_remote_code: bool) -> None:
 
 
 def render(
-    template: str, messages: list[Any], variables: dict[str, Any], *, continue_final: bool
+    template: str,
+    messages: list[Any],
+    variables: dict[str, Any],
+    *,
+    continue_final: bool,
+    cpu_s: int = RENDER_CPU_S,
 ) -> None:
-    """Compile a chat template and render it, within `RENDER_CPU_S` and `RENDER_BYTES`.
+    """Compile a chat template and render it, within `cpu_s` and `RENDER_BYTES`.
 
     Raises:
         ChildFailed: with the library's message.
     """
     task = {"template": template, "messages": messages, "variables": variables}
-    _ask({"do": "render", **task, "continue_final": continue_final}, RENDER_CPU_S)
+    _ask({"do": "render", **task, "continue_final": continue_final}, cpu_s)
 
 
 def _ask(task: dict[str, Any], cpu_s: int) -> None:

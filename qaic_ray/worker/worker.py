@@ -25,7 +25,7 @@ from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
 from qaic_ray.metrics import Measurement
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
-from qaic_ray.model.detokenizer import StopReader
+from qaic_ray.model.detokenizer import StopFinder
 from qaic_ray.model.tokenizer import text_parts
 from qaic_ray.rows import ROW_ALONE, Prompt, Row
 from qaic_ray.sdk import open_sdk
@@ -70,7 +70,7 @@ class _Arrival:
     """A sequence for the engine, and whose it is."""
 
     sequence: batcher.Sequence
-    reader: StopReader | None
+    reader: StopFinder | None
     answer: Answer
     shard: _Shard
 

@@ -331,7 +331,7 @@ def test_a_run_hears_of_it_before_ray_starts(simple: Path) -> None:
     request = RunRequest("r", str(simple), Path("/q"), None, "a", None, chat=True)
     with pytest.raises(UsageError, match="has no chat template: leave --chat"):
         check_chat_template(request)
-    check_chat_template(replace(request, chat="{{ messages[0].content }}"))
+    check_chat_template(replace(request, chat_template="{{ messages[0].content }}"))
     _in_settings(simple, "{% if %}")
     with pytest.raises(UsageError, match="cannot be used: Expected an expression"):
         check_chat_template(request)
@@ -356,8 +356,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_goes_off_in_the_child(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers_child, "RENDER_CPU_S", 1)
-    template = ChatTemplate(BOMBS[name])
+    template = ChatTemplate(BOMBS[name], trial_cpu_s=1)
     for _ in range(2):  # the second time it is known
         with pytest.raises(UsageError, match="cannot be used: it takes more"):
             template.render(HELLO, ChatOptions())

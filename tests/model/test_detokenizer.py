@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from qaic_ray.model.detokenizer import IncrementalText, StopReader
+from qaic_ray.model.detokenizer import IncrementalText, StopFinder
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.sampling_params import SamplingParams
 
@@ -155,7 +155,7 @@ def test_a_stop_string_is_found_at_once_and_nothing_behind_it_is_kept(
     stops = data.draw(st.lists(cuts | st.sampled_from(["t", "the", "🙂", " ", "日é"]), max_size=3))
     stops = [stop for stop in stops if stop and "\ufffd" not in stop]
     params = SamplingParams(stop=tuple(stops), include_stop_str_in_output=include)
-    reader = StopReader(tokenizer, params)
+    reader = StopFinder(tokenizer, params)
     shown = ""
     kept = None
     for part in parts(ids, sizes):
@@ -207,7 +207,7 @@ def test_which_stop_string_wins(
     text: str, params: dict[str, object], kept: int | None, stop: str | None, answer: str
 ) -> None:
     for at_once in (1, len(text)):
-        reader = StopReader(letters(), SamplingParams(**params))  # type: ignore[arg-type]
+        reader = StopFinder(letters(), SamplingParams(**params))  # type: ignore[arg-type]
         outcome = None
         for part in parts([*text.encode()], [at_once]):
             outcome = reader.read(part)
@@ -217,7 +217,7 @@ def test_which_stop_string_wins(
 
 
 def test_what_may_begin_a_stop_string_is_not_certain() -> None:
-    reader = StopReader(letters(), SamplingParams(stop=("END", "\n\n")))
+    reader = StopFinder(letters(), SamplingParams(stop=("END", "\n\n")))
     shown = []
     for character in b"a\nb E EN END":
         reader.read([character])

@@ -17,7 +17,6 @@ from threading import Event, Thread
 
 import pytest
 
-from qaic_ray import folders
 from qaic_ray.errors import UsageError
 from qaic_ray.folders import building, cache_folder, locked, new_file, strangers, write_whole
 
@@ -121,15 +120,14 @@ def held(target: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_builders_by_different_paths_and_caches_wait_for_each_other(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(folders, "WAIT_SAID_S", 0.0)
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     got = Event()
 
     def take() -> None:
-        with locked(tmp_path / "link" / "x"):
+        with locked(tmp_path / "link" / "x", wait_said_s=0.0):
             got.set()
 
     with held(tmp_path / "real" / "x", QAIC_RAY_CACHE=str(tmp_path / "theirs")) as holder:
