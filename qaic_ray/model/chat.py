@@ -10,6 +10,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -44,7 +45,7 @@ class ChatTemplate:
             tools and `default` for the others; None where the model is not a chat model.
         special_tokens: texts by name, like `bos_token`.
         moment: the time that a template is given (`strftime_now`); None: that of rendering.
-        trial_cpu_s: the CPU time of the first rendering, in a child.
+        trial_cpu_s: the most CPU time of the first rendering, in a child.
     """
 
     templates: str | Mapping[str, str] | None
@@ -68,9 +69,7 @@ class ChatTemplate:
         Raises:
             UsageError: the model has no chat template, or its template refuses these messages.
         """
-        variables = self._variables(options)
-        template = self._chosen(variables.get("tools"))
-        self._try_out(template, messages, variables, options)
+        template, variables = self.try_out(messages, options)
         from transformers.utils import chat_template_utils
 
         # The library keeps what it compiled, and renders with that.
@@ -96,23 +95,21 @@ class ChatTemplate:
                 f"The model's chat template refuses these messages: {reason}."
             ) from error
 
-    def try_out(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> None:
+    def try_out(
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions
+    ) -> tuple[str, dict[str, Any]]:
         """Check that conversations can be rendered, with these messages as an example.
+
+        A template is rendered in a child the first time; the cache folder remembers that.
+
+        Returns:
+            The template, and the variables to render it with.
 
         Raises:
             UsageError: the template does not compile, or takes too long; or there is none.
         """
         variables = self._variables(options)
-        self._try_out(self._chosen(variables.get("tools")), messages, variables, options)
-
-    def _try_out(
-        self,
-        template: str,
-        messages: Sequence[Mapping[str, Any]],
-        variables: dict[str, Any],
-        options: ChatOptions,
-    ) -> None:
-        """Render a template for the first time in a child; the cache folder remembers it."""
+        template = self._chosen(variables.get("tools"))
 
         def render() -> None:
             transformers_child.render(
@@ -132,15 +129,13 @@ class ChatTemplate:
                 f"The model's chat template cannot be used: {reason}. Give another one "
                 "(--chat-template FILE, run.chat_template), or send plain prompts."
             )
+        return template, variables
 
     def _variables(self, options: ChatOptions) -> dict[str, Any]:
         check_kwargs(options.template_kwargs)
         begins_answer = options.add_generation_prompt and not options.continue_final_message
-        return {
-            **self.special_tokens,
-            **options.template_kwargs,
-            "add_generation_prompt": begins_answer,
-        }
+        given = {**self.special_tokens, **options.template_kwargs}
+        return {**given, "add_generation_prompt": begins_answer}
 
     def _chosen(self, tools: object) -> str:
         templates = self.templates
@@ -166,8 +161,7 @@ def check_kwargs(template_kwargs: Mapping[str, Any]) -> None:
     Raises:
         UsageError: one is a parameter of `apply_chat_template`, or not JSON.
     """
-    reserved = RESERVED.intersection(template_kwargs)
-    if reserved:
+    if reserved := RESERVED.intersection(template_kwargs):
         raise UsageError(
             f"chat_template_kwargs holds {min(reserved)!r}, which is no variable of a template."
         )
@@ -205,9 +199,7 @@ def _why_never(template: str, render: Callable[[], None]) -> str | None:
     except transformers_child.ChildFailed as error:
         if error.is_final:
             return str(error)
-    try:
+    with suppress(OSError):  # without the mark, the next process renders it in a child again
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
-    except OSError:
-        pass  # the next process renders it in a child again
     return None

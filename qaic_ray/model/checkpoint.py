@@ -192,11 +192,9 @@ def has_tokenizer(checkpoint: Checkpoint) -> bool:
 
 
 def load_torch_model(checkpoint: Checkpoint, *, layers: Sequence[int] | None = None) -> Any:
-    """transformers' float32 model of the checkpoint, which exports are compared with.
+    """transformers' float32 model of a checkpoint, which exports are compared with.
 
-    Args:
-        checkpoint: opened with its weights.
-        layers: the layers to keep; None for all.
+    With `layers` only those layers are kept.
     """
     import torch
     import transformers

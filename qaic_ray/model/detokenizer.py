@@ -21,11 +21,7 @@ REPLACEMENT = "\ufffd"
 
 
 class IncrementalText:
-    """The text of an answer in parts, which together are exactly `tokenizer.decode` of all ids.
-
-    Args:
-        tokenizer: the checkpoint's.
-    """
+    """The text of an answer in parts, which together are exactly `tokenizer.decode` of all ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -104,9 +100,7 @@ class _BytePieces(_Pieces):
 
     One byte that is not UTF-8 turns the whole run of byte pieces around it into replacement
     characters. So the characters of a run are loose until the run ends.
-
-    Args:
-        steps: the decoder's, of a form that `_SENTENCEPIECE` matches.
+    The decoder's steps are of a form that `_SENTENCEPIECE` matches.
     """
 
     def __init__(self, steps: Sequence[dict[str, Any]]) -> None:
@@ -256,10 +250,6 @@ class StopFinder:
 
     Special tokens are not in the text, but a stop string that has them written out is found where
     they are: `<|im_end|>` ends the row at the token of this name.
-
-    Args:
-        tokenizer: the checkpoint's.
-        params: of the row.
     """
 
     stop: str | None = None

@@ -94,11 +94,7 @@ def family_of(gguf: GgufFile) -> Family:
 
 
 def read_config(gguf: GgufFile, divisors: Sequence[float] | None) -> dict[str, Any]:
-    """The config.json of a file.
-
-    Args:
-        gguf: the file.
-        divisors: the values of `ROPE_DIVISORS`; None where the file has no such tensor.
+    """The config.json of a file; `divisors` are the values of its tensor `ROPE_DIVISORS`, if any.
 
     Raises:
         CheckpointError: a key is missing, impossible, or asks for what we do not compute.
@@ -146,10 +142,9 @@ class _GgufKeys:
 
     def size(self, key: str, *, default: int | None = None) -> int:
         """A whole number of at least 1; of an array over the layers, the one value of all."""
-        value = self.get(key)
+        value = default if self.get(key) is None else self.get(key)
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
-        value = default if value is None else value
         if type(value) is not int or not 1 <= value < NUMBER_MAX:
             raise self.error(key, "a whole number of at least 1, the same in all layers")
         return value
@@ -159,6 +154,10 @@ class _GgufKeys:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
             raise self.error(key, "a number above 0")
         return float(value)
+
+    def scale(self, key: str, default: float) -> float:
+        """A number above 0; `default` where the key is missing or 0."""
+        return self.number(key) if self.get(key) else default
 
     def error(self, key: str, must: str) -> CheckpointError:
         value = self._keys.get(self._prefix + key)
@@ -210,8 +209,7 @@ def _positions(keys: _GgufKeys, head_dim: int, divisors: Sequence[float] | None)
     A sliding window changes nothing until it is full, so it only shortens the context.
     """
     longest = keys.size("context_length")
-    window = keys.get("attention.sliding_window")
-    if window:
+    if keys.get("attention.sliding_window"):
         longest = min(longest, keys.size("attention.sliding_window"))
     return {
         "max_position_embeddings": longest,
@@ -222,9 +220,8 @@ def _positions(keys: _GgufKeys, head_dim: int, divisors: Sequence[float] | None)
 
 def _rope(keys: _GgufKeys, head_dim: int, divisors: Sequence[float] | None) -> dict[str, Any]:
     kind = keys.get("rope.scaling.type")
-    older = keys.number("rope.scale_linear") if keys.get("rope.scale_linear") else 1.0
-    given = keys.get("rope.scaling.factor")
-    factor = keys.number("rope.scaling.factor") if given else older
+    # The second key is of older files.
+    factor = keys.scale("rope.scaling.factor", keys.scale("rope.scale_linear", 1.0))
     if kind is None:  # llama.cpp's default
         kind = "linear"
     if kind == "none":
@@ -234,11 +231,8 @@ def _rope(keys: _GgufKeys, head_dim: int, divisors: Sequence[float] | None) -> d
             raise keys.error(key, f"{neutral[-1]}, since nothing else is supported")
     original = keys.size(_ORIGINAL, default=keys.size("context_length"))
     if kind == "yarn" and divisors is None:
-        return {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": original,
-        }
+        place = {"original_max_position_embeddings": original}
+        return {"rope_type": "yarn", "factor": factor, **place}
     if kind != "linear":
         known = "none, linear or yarn"
         beside = f"none or linear beside the tensor {ROPE_DIVISORS}"
@@ -279,27 +273,19 @@ def _divided(divisors: Sequence[float], head_dim: int) -> dict[str, Any]:
 def _biases(gguf: GgufFile, family: Family) -> dict[str, Any]:
     """The switches of the groups of biases that the file has; a missing one is written as zeros."""
 
-    def any_of(stems: Sequence[str]) -> bool:
-        ends = tuple(f".{stem}.bias" for stem in stems)
-        return any(name.endswith(ends) for name in gguf.tensors)
-
-    switches: dict[str, Any] = {}
-    if family.attention_bias and not family.always_biased:
-        switches["attention_bias"] = any_of(family.attention_bias)
-    if family.mlp_bias:
-        switches["mlp_bias"] = any_of(family.mlp_bias)
-    return switches
+    attention = () if family.always_biased else family.attention_bias
+    groups = {"attention_bias": attention, "mlp_bias": family.mlp_bias}
+    found = {name.split(".")[-2] for name in gguf.tensors if name.endswith(".bias")}
+    return {switch: not found.isdisjoint(stems) for switch, stems in groups.items() if stems}
 
 
 def _scales(keys: _GgufKeys, head_dim: int) -> dict[str, Any]:
     """Granite's scales, of which 0 means none. Granite switches rotary off by `finetuned`."""
     if keys.get("rope.scaling.finetuned") is False:
         raise keys.error("rope.scaling.finetuned", "true: Granite without rotary is not supported")
-    names = ("embedding_scale", "residual_scale", "logit_scale", "attention.scale")
-    given = {name: keys.number(name) if keys.get(name) else None for name in names}
     return {
-        "embedding_multiplier": given["embedding_scale"] or 1.0,
-        "residual_multiplier": given["residual_scale"] or 1.0,
-        "logits_scaling": given["logit_scale"] or 1.0,
-        "attention_multiplier": given["attention.scale"] or head_dim**-0.5,
+        "embedding_multiplier": keys.scale("embedding_scale", 1.0),
+        "residual_multiplier": keys.scale("residual_scale", 1.0),
+        "logits_scaling": keys.scale("logit_scale", 1.0),
+        "attention_multiplier": keys.scale("attention.scale", head_dim**-0.5),
     }

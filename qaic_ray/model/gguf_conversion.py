@@ -45,13 +45,10 @@ _QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm
 
 @dataclass(frozen=True)
 class _Source:
-    """What one tensor of the checkpoint is made of.
+    """What the tensor `name` of the checkpoint is made of.
 
-    Attributes:
-        name: in the checkpoint.
-        shape: of both.
-        heads: whose rows are stored for pairs of neighbours, where that holds; else 0.
-        tensor: of the file; None for a bias that the file lacks, which is zeros.
+    `heads` is above 0 where the rows of each head are stored for pairs of neighbours. `tensor` is
+    None for a bias that the file lacks, which is zeros.
     """
 
     name: str
@@ -64,8 +61,7 @@ def write_conversion(path: Path, folder: Path) -> None:
     """Convert a GGUF file, with all its parts, into an empty folder.
 
     Raises:
-        CheckpointError: it is damaged, of an architecture that we do not run, or it holds
-            something that we do not know.
+        CheckpointError: it is damaged, or holds something that we do not know.
     """
     gguf = read_gguf(path)
     family = family_of(gguf)
@@ -95,13 +91,7 @@ def read_divisors(gguf: GgufFile) -> list[float] | None:
 
 
 def write_weights(gguf: GgufFile, family: Family, config: Mapping[str, Any], path: Path) -> None:
-    """Write the model's tensors as one safetensors file.
-
-    Args:
-        gguf: the file.
-        family: its architecture.
-        config: from `read_config`.
-        path: of the new file.
+    """Write the model's tensors as one safetensors file; `config` is from `read_config`.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, of another shape or of an unreadable type.

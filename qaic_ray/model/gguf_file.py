@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,8 +21,7 @@ from qaic_ray.errors import CheckpointError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MAX_ARRAY = 1 << 24
-"""The longest array: more values than any vocabulary has."""
+MAX_ARRAY = 1 << 24  # more values than any vocabulary has
 MAX_STRING_BYTES = 1 << 26
 MAX_DIMS = 4
 DEFAULT_ALIGNMENT = 32
@@ -51,7 +51,6 @@ class GgufFile:
     """The keys of the first part of a model, and the tensors of all parts."""
 
     name: str
-    paths: tuple[Path, ...]
     keys: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
 
@@ -96,16 +95,15 @@ def read_gguf(path: Path) -> GgufFile:
     files = [_read_part(part) for part in paths]
     keys = files[0][0]
     tensors: dict[str, GgufTensor] = {}
-    for part, (_, part_tensors) in zip(paths, files, strict=True):
-        for tensor in part_tensors:
-            if tensor.name in tensors:
-                raise CheckpointError(
-                    f"The tensor {shown(tensor.name)} is in {tensors[tensor.name].path.name} and "
-                    f"again in {part.name}."
-                )
-            tensors[tensor.name] = tensor
+    for tensor in chain.from_iterable(part_tensors for _, part_tensors in files):
+        if tensor.name in tensors:
+            raise CheckpointError(
+                f"The tensor {shown(tensor.name)} is in {tensors[tensor.name].path.name} and "
+                f"again in {tensor.path.name}."
+            )
+        tensors[tensor.name] = tensor
     _check_split(paths, [part_keys for part_keys, _ in files], len(tensors))
-    return GgufFile(path.name, paths, keys, tensors)
+    return GgufFile(path.name, keys, tensors)
 
 
 def _check_split(paths: tuple[Path, ...], keys: list[Mapping[str, Any]], num_tensors: int) -> None:

@@ -80,11 +80,6 @@ SPLITTINGS = {
 def write_tokenizer(keys: Mapping[str, Any], name: str, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json, or nothing where the file has no vocabulary.
 
-    Args:
-        keys: of the file.
-        name: names the file in errors.
-        folder: the checkpoint's.
-
     Raises:
         CheckpointError: the vocabulary is damaged or of a kind that we do not run.
     """
@@ -145,12 +140,7 @@ def _checked_id(number: Any, key: str, name: str, num_tokens: int) -> int:
 
 
 class _Vocabulary:
-    """The checked lists of a file's tokenizer.
-
-    Args:
-        keys: of the file; `tokenizer.ggml.model` is gpt2 or llama.
-        name: names the file in errors.
-    """
+    """The checked lists of a file's tokenizer, which is of the kind gpt2 or llama."""
 
     def __init__(self, keys: Mapping[str, Any], name: str) -> None:
         self.keys = keys

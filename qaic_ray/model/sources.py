@@ -27,20 +27,11 @@ CONVERSION_FORMAT = 2
 """Raised when the converted files change, so that older conversions are not found."""
 
 HUB_PATTERNS = (
-    "config.json",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
+    *("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json"),
     # These tell that it is no checkpoint.
-    "adapter_config.json",
-    "hf_quant_config.json",
-    "model_index.json",
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "additional_chat_templates/*",
+    *("adapter_config.json", "hf_quant_config.json", "model_index.json"),
+    *("tokenizer*", "vocab.*", "merges.txt", "*.model"),
+    *("chat_template*", "additional_chat_templates/*"),
 )
 HUB_WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 
@@ -49,6 +40,15 @@ _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _CHOSEN_KEY = "transformers_weights"  # of config.json: the file to take instead of these two
+_NO_CHECKPOINTS = {
+    "adapter_config.json": "a PEFT adapter (adapter_config.json); merge it into its base model "
+    "first (merge_and_unload, then save_pretrained) and give the merged folder",
+    "hf_quant_config.json": "weights quantized by ModelOpt (hf_quant_config.json); use the "
+    "original float weights (the compiler quantizes with mx6)",
+    "config.json": "a checkpoint",
+    "model_index.json": "a diffusers pipeline (model_index.json), which is no language model",
+}
+"""What a folder holds by the first of these files that it has."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,10 @@ def convert_gguf(path: Path, models: Path) -> Path:
     """
     parts = part_paths(path)
     before = [_status(part) for part in parts]
-    digests = [file_sha256(part) for part in parts]
-    joined = hashlib.sha256("".join(digests).encode()).hexdigest()
-    folder = models / _conversion_name(joined if len(digests) > 1 else digests[0])
+    digest, *others = [file_sha256(part) for part in parts]
+    if others:
+        digest = hashlib.sha256("".join([digest, *others]).encode()).hexdigest()
+    folder = models / _conversion_name(digest)
     with locked(folder):
         if not folder.is_dir():
             with building(folder) as fresh:
@@ -151,13 +152,8 @@ def fetch_hub(repo_id: str, *, cache_dir: Path | None, weights: bool) -> Path:
         raise _missing_extra("fetching a model from the hub", error) from error
     patterns = [*HUB_PATTERNS, *(HUB_WEIGHT_PATTERNS if weights else ())]
     try:
-        return Path(
-            snapshot_download(
-                repo_id,
-                allow_patterns=patterns,
-                ignore_patterns=["*/*"],
-                cache_dir=cache_dir,
-            )
+        snapshot = snapshot_download(
+            repo_id, allow_patterns=patterns, ignore_patterns=["*/*"], cache_dir=cache_dir
         )
     except GatedRepoError as error:
         raise CheckpointError(
@@ -175,6 +171,7 @@ def fetch_hub(repo_id: str, *, cache_dir: Path | None, weights: bool) -> Path:
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise CheckpointError(f"The hub refused {repo_id}: {error}.") from error
+    return Path(snapshot)
 
 
 def file_sha256(path: Path) -> str:
@@ -265,34 +262,20 @@ def check_folder(folder: Path) -> None:
     Raises:
         CheckpointError: saying what it holds instead.
     """
-    if (folder / "adapter_config.json").is_file():
+    for name, what in _NO_CHECKPOINTS.items():
+        if (folder / name).is_file():
+            if name == "config.json":
+                return
+            raise CheckpointError(f"{folder} holds {what}.")
+    if found := sorted(folder.glob("*.gguf")):
         raise CheckpointError(
-            f"{folder} holds a PEFT adapter (adapter_config.json); merge it into its base model "
-            "first (merge_and_unload, then save_pretrained) and give the merged folder."
-        )
-    if (folder / "hf_quant_config.json").is_file():
-        raise CheckpointError(
-            f"{folder} holds weights quantized by ModelOpt (hf_quant_config.json); use the "
-            "original float weights (the compiler quantizes with mx6)."
-        )
-    if (folder / "config.json").is_file():
-        return
-    if (folder / "model_index.json").is_file():
-        raise CheckpointError(
-            f"{folder} holds a diffusers pipeline (model_index.json), which is no language model."
-        )
-    found = sorted(path.name for path in folder.glob("*.gguf"))
-    if found:
-        raise CheckpointError(
-            f"{folder} has no config.json, but GGUF files: give the file, {folder / found[0]}."
+            f"{folder} has no config.json, but GGUF files: give the file, {found[0]}."
         )
     raise CheckpointError(f"{folder} is no checkpoint: it has no config.json.")
 
 
 def find_weights(folder: Path, config: Mapping[str, Any]) -> tuple[Path, ...]:
-    """The safetensors files that hold a checkpoint's weights, chosen as transformers does.
-
-    A name in an index may not lead out of the folder.
+    """The safetensors files of a folder that hold the weights, chosen as transformers does.
 
     Raises:
         CheckpointError: there are none, or one of them is missing.

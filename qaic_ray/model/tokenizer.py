@@ -78,11 +78,6 @@ class Tokenizer:
         """Number of tokens, added ones too (a model's logits may be wider)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether conversations can be rendered."""
-        return bool(self.chat_template.templates)
-
     def of_run(self, chat_template: str | None, date: str | None) -> Tokenizer:
         """A copy with the run's chat template, where it has one, and its date."""
         other = copy.copy(self)
@@ -136,15 +131,7 @@ class Tokenizer:
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None
     ) -> str:
-        """The prompt text of a conversation, special tokens written out.
-
-        Args:
-            messages: `{"role": ..., "content": ...}` in order.
-            options: None: ready for the assistant's answer.
-
-        Raises:
-            UsageError: the model has no chat template, or its template refuses these messages.
-        """
+        """The prompt text of a conversation; see `ChatTemplate.render`."""
         return self.chat_template.render(messages, options or ChatOptions())
 
     def _encode(self, text: str, *, adds_special: bool) -> list[int]:

@@ -16,17 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from qaic_ray.errors import QaicRayError, UsageError
+from qaic_ray.interruption import die_with_parent
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "settings.json"
+# The slowest known tokenizer, 256,000 SentencePiece pieces without merges, takes a tenth of this.
 LOAD_CPU_S = 900
-"""The slowest known one, 256,000 SentencePiece pieces without merges, takes a tenth of this."""
 RENDER_CPU_S = 10
-RENDER_BYTES = 2**30
-"""The memory of a rendering beyond the libraries."""
-
-MAX_CHARS = 300
-"""The longest message of a library."""
+RENDER_BYTES = 2**30  # beyond the libraries
+MAX_CHARS = 300  # of a library's message
 
 _WALL_FACTOR = 30  # of CPU to wall time: the machine may be busy, and imports come first
 # A tokenizer needs neither. AutoTokenizer would load the first, which takes two seconds, and return
@@ -80,10 +78,11 @@ def _ask(task: dict[str, Any], cpu_s: int) -> None:
     }
     command = [sys.executable, "-c", f"import {__name__} as child; child.main()"]
     slow = ChildFailed(f"it takes more than {cpu_s} s")
+    given = json.dumps(task | {"parent": os.getpid(), "cpu_s": cpu_s})
     try:
         result = subprocess.run(
             command,
-            input=json.dumps(task | {"parent": os.getpid(), "cpu_s": cpu_s}),
+            input=given,
             capture_output=True,
             text=True,
             env=environment,
@@ -123,7 +122,7 @@ def reason(error: BaseException) -> str:
 def main() -> None:
     """Do the task that stdin holds, and write the result to stdout."""
     task = json.load(sys.stdin)
-    _die_with(task["parent"])
+    die_with_parent(task["parent"])
     answers = os.dup(1)
     os.dup2(2, 1)  # a library may print to stdout
     for name in _NOT_LOADED:
@@ -142,15 +141,6 @@ def _failure(task: dict[str, Any]) -> dict[str, Any] | None:
     except BaseException as error:  # noqa: BLE001  # a panic of the Rust library is no Exception
         return {"error": reason(error), "is_final": task.get("step") != "rendering"}
     return None
-
-
-def _die_with(parent: int) -> None:
-    import ctypes
-
-    set_death_signal = 1  # PR_SET_PDEATHSIG
-    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _load(task: dict[str, Any]) -> None:
