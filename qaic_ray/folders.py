@@ -47,7 +47,7 @@ def cache_folder() -> Path:
     return Path(platformdirs.user_cache_path("qaic-ray", appauthor=False))
 
 
-def strangers(folder: Path, is_ours: Callable[[str], bool], *, limit: int = 3) -> list[str]:
+def foreign_files(folder: Path, is_ours: Callable[[str], bool], *, limit: int = 3) -> list[str]:
     """What lies in a folder that we did not put there.
 
     Args:

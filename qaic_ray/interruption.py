@@ -24,12 +24,6 @@ from types import FrameType, TracebackType
 from qaic_ray.errors import ExitCode
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-FIRST_GRACE_S = 40.0
-"""Time to clean up after the first signal."""
-AGAIN_GRACE_S = 3.0
-"""Time left after a further signal."""
-LOST_GRACE_S = 25.0
-"""Time to clean up after a loss."""
 
 # A thread has Python run its handler (`interrupt_main`); nobody sends the signal.
 _NUDGE = signal.Signals.SIGRTMAX
@@ -51,7 +45,9 @@ class _State:
 _state = _State()
 
 
-def listen(first_grace_s: float = FIRST_GRACE_S) -> None:
+def listen(
+    *, first_grace_s: float = 40.0, again_grace_s: float = 3.0, lost_grace_s: float = 25.0
+) -> None:
     """Let signals interrupt this process, except those that its parent ignores (`nohup`, `&`).
 
     Call it in the main thread; a second call does nothing. A process that SIGINT interrupted dies
@@ -59,6 +55,8 @@ def listen(first_grace_s: float = FIRST_GRACE_S) -> None:
 
     Args:
         first_grace_s: time to clean up after the first signal.
+        again_grace_s: time left after a further signal.
+        lost_grace_s: time to clean up after a loss.
     """
     if _state.wake is not None:
         return
@@ -71,9 +69,8 @@ def listen(first_grace_s: float = FIRST_GRACE_S) -> None:
     os.set_blocking(_state.wake, False)
     # The watcher reads it even while the main thread is in a call that runs no Python.
     signal.set_wakeup_fd(_state.wake, warn_on_full_buffer=False)
-    threading.Thread(
-        target=_watch, args=(reader, first_grace_s), name="signals", daemon=True
-    ).start()
+    graces_s = (first_grace_s, again_grace_s, lost_grace_s)
+    threading.Thread(target=_watch, args=(reader, *graces_s), name="signals", daemon=True).start()
 
 
 def received() -> int | None:
@@ -98,7 +95,7 @@ def die_with_parent(parent: int) -> None:
         os._exit(ExitCode.FAILED)
 
 
-def lose(what: str) -> None:
+def report_loss(what: str) -> None:
     """Interrupt the main thread from another one, because what it waits for is gone.
 
     Args:
@@ -110,13 +107,13 @@ def lose(what: str) -> None:
     _thread.interrupt_main(_NUDGE)
 
 
-def found_again() -> None:
+def clear_loss() -> None:
     """Forget a loss that has been reported."""
     _state.loss = None
 
 
-def watchable() -> bool:
-    """Whether `lose` can interrupt the caller, which it can in the main thread only."""
+def can_interrupt() -> bool:
+    """Whether `report_loss` can interrupt the caller, which it can in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         return False
     _listen_for_nudges()
@@ -149,14 +146,14 @@ def last_words(words: Callable[[], str]) -> Iterator[None]:
     """Set the sentence that goes to stderr when the process is given up.
 
     `words` is called in a thread. When the context ends with an error the sentence stays, until
-    `said` is called.
+    `clear_last_words` is called.
     """
     _state.last_words = words
     yield
     _state.last_words = None
 
 
-def said() -> None:
+def clear_last_words() -> None:
     """Clear the last words: they have been printed."""
     _state.last_words = None
 
@@ -182,7 +179,7 @@ def _heard(number: int, _: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _watch(reader: int, first_grace_s: float) -> None:
+def _watch(reader: int, first_grace_s: float, again_grace_s: float, lost_grace_s: float) -> None:
     """Give the process up when its grace time has passed."""
     deadline_s: float | None = None
     while True:
@@ -191,9 +188,9 @@ def _watch(reader: int, first_grace_s: float) -> None:
             _give_up()
         for number in os.read(reader, 64):
             if number == _LOST:
-                grace_s = LOST_GRACE_S
+                grace_s = lost_grace_s
             elif number in SIGNALS:
-                grace_s = first_grace_s if deadline_s is None else AGAIN_GRACE_S
+                grace_s = first_grace_s if deadline_s is None else again_grace_s
             else:
                 continue
             until_s = time.monotonic() + grace_s

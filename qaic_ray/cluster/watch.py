@@ -43,7 +43,7 @@ class ClusterWatch:
         self._ask = ask
         self._what = what
         self._on_loss = on_loss
-        self._interrupts = interruption.watchable()
+        self._interrupts = interruption.can_interrupt()
         self._answered_s = time.monotonic()
         self._closed = threading.Event()
         if ask is not None:
@@ -55,7 +55,7 @@ class ClusterWatch:
         """Watch no longer; after this nothing is interrupted."""
         self._closed.set()
         self._thread.join()
-        interruption.found_again()
+        interruption.clear_loss()
 
     def _watch(self) -> None:
         while not self._closed.wait(POLL_S):
@@ -63,7 +63,7 @@ class ClusterWatch:
             if self.loss is not None:
                 self._on_loss()
                 if self._interrupts and not self._closed.is_set():
-                    interruption.lose(self.loss)
+                    interruption.report_loss(self.loss)
                 return
 
     def _silence(self) -> str | None:

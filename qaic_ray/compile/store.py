@@ -28,9 +28,9 @@ from qaic_ray.folders import (
     SourceFile,
     building,
     first_fault,
+    foreign_files,
     locked,
     sha256_of,
-    strangers,
     write_whole,
 )
 from qaic_ray.sdk import Sdk, compiler_digest
@@ -147,7 +147,7 @@ def check_ours(target: Path) -> None:
     record = read_record(target)
     names = _OURS.union(file.name for file in record.files) if record else _OURS
     try:
-        rest = strangers(target, names.__contains__)
+        rest = foreign_files(target, names.__contains__)
         if not rest and not any(os.path.lexists(target / mark) for mark in _MARKS):
             rest = sorted(os.listdir(target))  # another tool's QPC
     except OSError as error:

@@ -18,7 +18,7 @@ from threading import Event, Thread
 import pytest
 
 from qaic_ray.errors import UsageError
-from qaic_ray.folders import building, cache_folder, locked, new_file, strangers, write_whole
+from qaic_ray.folders import building, cache_folder, foreign_files, locked, new_file, write_whole
 
 KILLED = """
 import os, signal, sys
@@ -224,12 +224,12 @@ def test_strangers_are_named_and_no_link_is_followed(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     (folder / "ours").mkdir(parents=True)
     (folder / "ours" / "a").touch()
-    assert strangers(folder, {"ours/a"}.__contains__) == []
+    assert foreign_files(folder, {"ours/a"}.__contains__) == []
     (folder / "empty").mkdir()
     (folder / "loop").symlink_to(".")
     (folder / "ours" / "b").touch()
-    assert strangers(folder, {"ours/a"}.__contains__) == ["empty/", "loop", "ours/b"]
-    assert len(strangers(folder, {"ours/a"}.__contains__, limit=2)) == 2
+    assert foreign_files(folder, {"ours/a"}.__contains__) == ["empty/", "loop", "ours/b"]
+    assert len(foreign_files(folder, {"ours/a"}.__contains__, limit=2)) == 2
 
 
 def test_no_write_follows_a_link(tmp_path: Path) -> None:
