@@ -45,7 +45,7 @@ def letters(chat_template: str | None = TEMPLATE, special: str | None = None) ->
     backend.decoder = decoders.Fuse()
     if special is not None:
         backend.add_special_tokens([special])
-    return Tokenizer(backend, settings={}, chat_template=chat_template, eos_ids=(EOS,))
+    return Tokenizer(backend, {"chat_template": chat_template}, (EOS,))
 
 
 def ids_of(text: str) -> tuple[int, ...]:
@@ -369,7 +369,7 @@ class Stumbling(Tokenizer):
 
 def test_whatever_is_raised_over_a_row_is_its_error(open_worker: Open) -> None:
     plain = letters()
-    stumbling = Stumbling(plain._backend, settings={}, chat_template=None, eos_ids=(EOS,))
+    stumbling = Stumbling(plain._backend, settings={}, eos_ids=(EOS,))
     worker = open_worker(tokenizer=stumbling, sampling=SamplingParams(max_tokens=3))
     for _ in range(2):
         rows = answers(worker, *(prompt(text, i) for i, text in enumerate(["YES", "BOOM", "HI"])))
@@ -385,7 +385,7 @@ def test_what_the_model_has_no_token_for_is_refused(open_worker: Open) -> None:
     vocabulary = {letter: index for index, letter in enumerate(LETTERS)} | {"~": VOCAB}
     backend = Backend(models.WordLevel(vocabulary, unk_token="A"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    wider = Tokenizer(backend, settings={}, chat_template=None, eos_ids=(EOS,))
+    wider = Tokenizer(backend, settings={}, eos_ids=(EOS,))
     beyond, stop, well = answers(
         open_worker(tokenizer=wider),
         prompt("H~I", 0),
@@ -428,7 +428,7 @@ def test_a_text_of_megabytes_is_refused_by_its_beginning(
             return super().encode(text)
 
     plain = letters()
-    watched = Watched(plain._backend, settings={}, chat_template=TEMPLATE, eos_ids=(EOS,))
+    watched = Watched(plain._backend, settings={"chat_template": TEMPLATE}, eos_ids=(EOS,))
     worker = open_worker(tokenizer=watched)
     endless = ({"role": "user", "content": "A" * 5000},)
     for given in (prompt("A" * 5000), Prompt(0, "", messages=endless)):
