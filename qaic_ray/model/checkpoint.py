@@ -53,13 +53,14 @@ class Fields:
     def __contains__(self, key: str) -> bool:
         return self._values.get(key) is not None
 
-    def get(self, key: str) -> Any:
-        """The value as it is; None where there is none."""
-        return self._values.get(key)
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value as it is; `default` where the key is missing or null."""
+        value = self._values.get(key)
+        return default if value is None else value
 
     def size(self, key: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
         """A whole number from 1 to `most`; `default` where the key is missing or null."""
-        value = default if self.get(key) is None else self.get(key)
+        value = self.get(key, default)
         if type(value) is not int or not 1 <= value <= most:
             raise self.error(key, f"a whole number from 1 to {most}")
         return value
@@ -83,21 +84,21 @@ class Fields:
 
     def text(self, key: str, default: str) -> str:
         """A text; `default` where the key is missing or null."""
-        value = default if self.get(key) is None else self.get(key)
+        value = self.get(key, default)
         if not isinstance(value, str):
             raise self.error(key, "a text")
         return value
 
     def texts(self, key: str) -> list[str]:
         """A list of texts; empty where the key is missing or null."""
-        value = [] if self.get(key) is None else self.get(key)
+        value = self.get(key, [])
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self.error(key, "a list of texts")
         return value
 
     def ids(self, key: str) -> tuple[int, ...]:
         """A token id or several; empty where the key is missing or null."""
-        value = [] if self.get(key) is None else self.get(key)
+        value = self.get(key, [])
         several = value if isinstance(value, list) else [value]
         if not all(type(item) is int and 0 <= item <= MAX_SIZE for item in several):
             raise self.error(key, "a token id, or a list of them")
@@ -105,7 +106,7 @@ class Fields:
 
     def fields(self, key: str) -> Fields:
         """The fields of an object inside; none where the key is missing or null."""
-        value = {} if self.get(key) is None else self.get(key)
+        value = self.get(key, {})
         if not isinstance(value, dict):
             raise self.error(key, "an object")
         return Fields(value, f"{key} of {self._source}")

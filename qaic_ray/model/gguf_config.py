@@ -136,13 +136,13 @@ class _GgufKeys:
         self._keys = gguf.keys
         self._used: set[str] = set()
 
-    def get(self, key: str) -> Any:
+    def get(self, key: str, default: Any = None) -> Any:
         self._used.add(key)
-        return self._keys.get(self._prefix + key)
+        return self._keys.get(self._prefix + key, default)
 
     def size(self, key: str, *, default: int | None = None) -> int:
         """A whole number of at least 1; of an array over the layers, the one value of all."""
-        value = default if self.get(key) is None else self.get(key)
+        value = self.get(key, default)
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
         if type(value) is not int or not 1 <= value < NUMBER_MAX:
@@ -150,7 +150,7 @@ class _GgufKeys:
         return value
 
     def number(self, key: str, *, default: float | None = None) -> float:
-        value = default if self.get(key) is None else self.get(key)
+        value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
             raise self.error(key, "a number above 0")
         return float(value)

@@ -266,11 +266,8 @@ def eos_token_ids(folder: Path) -> tuple[int, ...]:
     added = read_object(path, raises=CheckpointError).get("added_tokens") or []
     kind = list[dict[str, Any]]
     entries = checked(kind, added, f"{path}: added_tokens", raises=CheckpointError)
-    return tuple(
-        entry["id"]
-        for entry in entries
-        if entry.get("content") == token and isinstance(entry.get("id"), int)
-    )
+    ids = [entry.get("id") for entry in entries if entry.get("content") == token]
+    return tuple(id_ for id_ in ids if isinstance(id_, int))
 
 
 def _is_whole(kept: Path) -> bool:
