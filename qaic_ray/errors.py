@@ -1,19 +1,13 @@
 """All errors of this package, in one tree.
 
     QaicRayError
-    ├── UsageError           the request is wrong: one sentence with the remedy, exit code 2
-    │   ├── JobError         a field of the job tree (names the field and the value)
-    │   ├── CheckpointError  the model is missing, unsafe or of a kind we do not run
-    │   ├── SpecializationError  shapes that no compiler takes
-    │   └── SdkNotFound      no Cloud AI SDK where one was asked for
-    ├── ExportError          the graph could not be made, or does not agree with PyTorch
-    ├── CompileError         the vendor's compiler failed (carries its text and exit code)
-    ├── Unfinished           stopped before its end; the message names the command that continues
-    ├── ClusterLost          the Ray that the run uses is gone
-    ├── RowError             one prompt cannot be answered; the others go on
-    └── DeviceError          a card or its runtime failed (carries the vendor's status)
-        ├── DeviceBusy       not enough free NSPs or DRAM on the card
-        └── DeviceLost       the card or its worker is gone
+    ├── UsageError      exit code 2; the message is one sentence with the remedy
+    │   ├── JobError, CheckpointError, SpecializationError, SdkNotFound
+    ├── ExportError, CompileError
+    ├── Unfinished, ClusterLost
+    ├── RowError        of one prompt
+    └── DeviceError     of a card or its runtime, with the vendor's status
+        ├── DeviceBusy, DeviceLost
 
 `retryable`: the same work may succeed on another card. `ExitCode` lists all exit codes.
 """
@@ -55,7 +49,7 @@ class JobError(UsageError):
 
 
 class CheckpointError(UsageError):
-    """The checkpoint cannot be used."""
+    """The model is missing, unsafe or of a kind that we do not run."""
 
 
 class SpecializationError(UsageError):

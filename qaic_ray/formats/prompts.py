@@ -92,17 +92,14 @@ def split_prompts(text: str) -> list[str]:
         a\\|b     ->  a\   b
         C:\x|\n   ->  C:\x  \n
     """
-    pieces = [""]
-    end = 0
-    for match in _PIPE.finditer(text):
-        backslashes = len(match[1])
-        pieces[-1] += text[end : match.start()] + "\\" * (backslashes // 2)
-        end = match.end()
-        if backslashes % 2:
-            pieces[-1] += "|"
+    first, *others = _PIPE.split(text)  # a text, the backslashes before its pipe, a text, ...
+    pieces = [first]
+    for backslashes, piece in zip(others[::2], others[1::2], strict=True):
+        pieces[-1] += "\\" * (len(backslashes) // 2)
+        if len(backslashes) % 2:
+            pieces[-1] += f"|{piece}"
         else:
-            pieces.append("")
-    pieces[-1] += text[end:]
+            pieces.append(piece)
     return pieces
 
 
