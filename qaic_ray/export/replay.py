@@ -21,7 +21,6 @@ from qaic_ray.contract import IoContract
 from qaic_ray.export.cut import cut_layers
 from qaic_ray.export.functions import use_plain_functions
 from qaic_ray.export.headroom import watch_activations
-from qaic_ray.export.options import ALL, LAST
 from qaic_ray.model.manifest import ModelManifest
 
 NUM_KEPT = 2
@@ -126,9 +125,9 @@ class Replay(ABC):
         for row in range(num_rows):
             last = int(positions[row].argmax())
             columns = range(max(0, last + 1 - num_kept), max(0, last + 1 - num_kept) + num_kept)
-            if self._manifest.logits in (LAST, ALL):
+            if self._manifest.logits in ("last", "all"):
                 columns = range(last, last + 1)
-                if self._manifest.logits == ALL:
+                if self._manifest.logits == "all":
                     columns = range(seq_len)
             for place, column in enumerate(columns):
                 if positions[row, column] >= 0:

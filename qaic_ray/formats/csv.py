@@ -18,16 +18,17 @@ from qaic_ray.errors import RowError, UsageError
 from qaic_ray.formats.lines import PromptInput
 from qaic_ray.formats.prompt_fields import Draft
 from qaic_ray.formats.row_fields import OwnFields, check_columns, read_columns
+from qaic_ray.option_types import PromptFormat
 from qaic_ray.rows import Prompt, Row
 
 # A semicolon is what spreadsheets write where the comma is a decimal mark.
-_DELIMITERS = {"csv": ",;", "tsv": "\t"}
+_DELIMITERS = {PromptFormat.CSV: ",;", PromptFormat.TSV: "\t"}
 _PROMPTS = frozenset({"prompt", "messages"})
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null", "nan": "null", "NaN": "null"}
 
 
 def prompts_from_csv(
-    name: str, source: PromptInput, own: OwnFields, kind: str
+    name: str, source: PromptInput, own: OwnFields, form: PromptFormat
 ) -> Iterator[Prompt | Row]:
     """An item for each row; an error names the line that the row begins in.
 
@@ -35,7 +36,7 @@ def prompts_from_csv(
         name: of the input.
         source: opened.
         own: reads the rows' fields.
-        kind: csv or tsv.
+        form: CSV or TSV.
 
     Raises:
         UsageError: while reading, for a header that names no prompts.
@@ -45,7 +46,7 @@ def prompts_from_csv(
     csv.field_size_limit(max_bytes)  # Python's own limit is less than a long prompt
     lines = (line.decode("utf-8", "surrogateescape") for line in source.whole_lines())
     first = next(lines, "")
-    delimiter = _delimiter(first, _DELIMITERS[kind])
+    delimiter = _delimiter(first, _DELIMITERS[form])
     # Not pyarrow's reader: it waits for a megabyte, ends at the first row of another length, and
     # guesses types from its first block.
     records = _records(source, csv.reader(chain([first], lines), delimiter=delimiter, strict=True))
@@ -55,7 +56,7 @@ def prompts_from_csv(
 
     def prompt(draft: Draft, cells: list[str] | csv.Error) -> Prompt:
         if isinstance(cells, csv.Error):
-            raise RowError(f"Not {kind.upper()}: {cells}.")
+            raise RowError(f"Not {form.value.upper()}: {cells}.")
         if len(cells) != len(columns):
             raise RowError(
                 f"It has {len(cells)} cells, and the header has {len(columns)}: put quotes around "

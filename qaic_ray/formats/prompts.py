@@ -15,7 +15,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from pathlib import Path, PurePath
 
@@ -27,6 +26,7 @@ from qaic_ray.formats.lines import LIMITS, STDIN, LineLimits, PromptInput, check
 from qaic_ray.formats.parquet import prompts_from_parquet
 from qaic_ray.formats.prompt_fields import Draft
 from qaic_ray.formats.row_fields import DEFAULT_CHAT, OwnFields
+from qaic_ray.option_types import PromptFormat
 from qaic_ray.rows import ChatOptions, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
 
@@ -35,25 +35,6 @@ GREEDY = SamplingParams()
 _PARQUET_MAGIC = b"PAR1"
 _PACKED = (".gz", ".zst", ".bz2", ".xz")
 _PIPE = re.compile(r"(?<!\\)(\\*)\|")
-
-
-class PromptFormat(str, Enum):
-    """What a prompts file holds."""
-
-    TEXT = "text"
-    """A prompt on each line, as it stands."""
-    JSONL = "jsonl"
-    """A JSON object on each line, as `jsonl.py` says, or an array of them."""
-    OPENAI = "openai"
-    """A request of the OpenAI batch format on each line, and nothing else."""
-    CSV = "csv"
-    """A table with a header: a column for each field, commas between them."""
-    TSV = "tsv"
-    """The same with tabs."""
-    PARQUET = "parquet"
-    """A table with a column for each field."""
-
-
 _FORMAT_OF_SUFFIX = {
     ".txt": PromptFormat.TEXT,
     ".json": PromptFormat.JSONL,
@@ -182,7 +163,7 @@ def _items(
         if known.form is PromptFormat.TEXT:
             items = _numbered(source.lines(), name, known, source.limits.num_bytes)
         elif known.form in (PromptFormat.CSV, PromptFormat.TSV):
-            items = prompts_from_csv(name, source, own, known.form.value)
+            items = prompts_from_csv(name, source, own, known.form)
         else:
             items = prompts_from_json(
                 f"{name} {'item' if known.is_array else 'line'}",

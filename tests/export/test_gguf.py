@@ -18,10 +18,10 @@ from safetensors.numpy import load_file
 
 from qaic_ray.errors import CheckpointError
 from qaic_ray.export.export import export_model
-from qaic_ray.export.options import ALL, ExportOptions
 from qaic_ray.export.replay import open_replay
 from qaic_ray.model import gguf_conversion
 from qaic_ray.model.checkpoint import Checkpoint, open_checkpoint
+from qaic_ray.options import ExportOptions
 
 pytestmark = pytest.mark.usefixtures("no_onnxsim")
 
@@ -108,7 +108,12 @@ MODELS: dict[str, Callable[[], GgufModel]] = {
 
 def export_logits(checkpoint: Checkpoint, out: Path) -> list[Any]:
     """[vocab]: what the exported graph says follows each of `PROMPTS`."""
-    result = export_model(checkpoint, ExportOptions(logits=ALL), output=out / "kv", verify="off")
+    result = export_model(
+        checkpoint,
+        ExportOptions(logits="all", continuous_batching=False),
+        output=out / "kv",
+        verify="off",
+    )
     layers = range(result.manifest.num_layers)
     replay = open_replay(result.folder, result.manifest, layers, CTX_LEN)
     found = []
