@@ -320,7 +320,7 @@ class ClusterWatch:
         self._what = what
         self._on_loss = on_loss
         self._timeouts = timeouts
-        self._interrupts = interruption.watchable()
+        self._interrupts = interruption.can_interrupt()
         self._answered_s = time.monotonic()
         self._closed = threading.Event()
         if ask is not None:
@@ -332,7 +332,7 @@ class ClusterWatch:
         """Stop; nothing is interrupted after this."""
         self._closed.set()
         self._thread.join()
-        interruption.found_again()
+        interruption.clear_loss()
 
     def _watch(self) -> None:
         while not self._closed.wait(self._timeouts.watch_s):
@@ -340,7 +340,7 @@ class ClusterWatch:
             if self.loss is not None:
                 self._on_loss()
                 if self._interrupts and not self._closed.is_set():
-                    interruption.lose(self.loss)
+                    interruption.report_loss(self.loss)
                 return
 
     def _silence(self) -> str | None:

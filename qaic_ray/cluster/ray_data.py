@@ -32,7 +32,6 @@ from qaic_ray.cards.placement import cards_name
 from qaic_ray.documents import checked
 from qaic_ray.errors import DeviceBusy, DeviceError, RowError, UsageError
 from qaic_ray.formats.foreign_fields import ALIASES, NESTED
-from qaic_ray.formats.jsonl import FieldRows
 from qaic_ray.formats.prompt_fields import Draft
 from qaic_ray.formats.row_fields import OwnFields, is_known, mistake
 from qaic_ray.options import EmulatorOptions, Generation
@@ -130,7 +129,7 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
         except RowError as error:
             raise UsageError(str(error)) from error
         self._prompt_column, self._prefix = prompt_column, prefix
-        self._read_row = FieldRows(OwnFields(self._sampling))
+        self._read_row = OwnFields(self._sampling).read_row
         self._sdk = sdk if isinstance(sdk, Sdk) else find_sdk(sdk, EmulatorOptions())
         self._device_ids = device_ids
         self._spec = WorkerSpec(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qaic_ray.errors import CheckpointError
-from qaic_ray.model.config_fields import MAX_SIZE, Fields
+from qaic_ray.model.checkpoint import MAX_SIZE, Fields
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 THETA = 10000.0

@@ -18,7 +18,7 @@ from qaic_ray import interruption
 from qaic_ray.compile.store import check_kept, content_key
 from qaic_ray.errors import QaicRayError, Unfinished, UsageError
 from qaic_ray.model.checkpoint import open_checkpoint
-from qaic_ray.model.tokenizer_files import text_parts
+from qaic_ray.model.tokenizer import text_parts
 from qaic_ray.pipeline.request import (
     STDIN,
     RunInput,

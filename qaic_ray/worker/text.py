@@ -16,7 +16,7 @@ from qaic_ray.engine import batcher
 from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.model.chat import ChatTemplate
-from qaic_ray.model.stop_strings import StopReader
+from qaic_ray.model.detokenizer import StopFinder
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import Generation
 from qaic_ray.rows import ChatOptions, FinishReason, Message, Prompt, Row, Sample
@@ -39,7 +39,7 @@ class Answer:
     prompt: Prompt
     params: SamplingParams
     sequences: tuple[batcher.Sequence, ...]
-    readers: tuple[StopReader | None, ...]
+    readers: tuple[StopFinder | None, ...]
     finished: list[Finished] = field(default_factory=list)
 
     @property
@@ -107,7 +107,7 @@ class Answerer:
             for sample in range(params.n)
         ]
         readers = [
-            StopReader(self._tokenizer, params) if params.stop else None for _ in range(params.n)
+            StopFinder(self._tokenizer, params) if params.stop else None for _ in range(params.n)
         ]
         return Answer(prompt, params, tuple(sequences), tuple(readers))
 
@@ -207,7 +207,7 @@ class Answerer:
         return messages
 
     def _sample(
-        self, params: SamplingParams, sequence: batcher.Sequence, reader: StopReader | None
+        self, params: SamplingParams, sequence: batcher.Sequence, reader: StopFinder | None
     ) -> Sample:
         assert sequence.finish_reason is not None
         token_ids = tuple(sequence.output_ids)

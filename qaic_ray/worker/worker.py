@@ -28,9 +28,8 @@ from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
 from qaic_ray.metrics import Measurement
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
-from qaic_ray.model.stop_strings import StopReader
-from qaic_ray.model.tokenizer import Tokenizer
-from qaic_ray.model.tokenizer_files import text_parts
+from qaic_ray.model.detokenizer import StopFinder
+from qaic_ray.model.tokenizer import Tokenizer, text_parts
 from qaic_ray.rows import ROW_ALONE, Prompt, Row
 from qaic_ray.sdk import Sdk, open_sdk
 from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
@@ -103,7 +102,7 @@ class _Arrival:
     """A sequence for the engine, and the queue for its result."""
 
     sequence: batcher.Sequence
-    reader: StopReader | None
+    reader: StopFinder | None
     outcome: RowQueue[Finished]
 
 

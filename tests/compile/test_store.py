@@ -221,7 +221,7 @@ def test_a_copy_is_read_through_once_and_is_the_same_content(
     def not_again(path: Path) -> str:
         pytest.fail(f"{path} is read again")
 
-    monkeypatch.setattr("qaic_ray.kept_files.sha256_of", not_again)
+    monkeypatch.setattr("qaic_ray.folders.sha256_of", not_again)
     monkeypatch.setattr("qaic_ray.compile.store.sha256_of", not_again)
     assert build(replace(wanted, store=copy.parent)).reused
     assert content_key(copy) == digest

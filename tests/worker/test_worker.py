@@ -17,8 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from qaic_ray.contract import Specializations
 from qaic_ray.errors import DeviceError, DeviceLost, UsageError
-from qaic_ray.model.tokenizer import Tokenizer
-from qaic_ray.model.tokenizer_files import text_parts
+from qaic_ray.model.tokenizer import Tokenizer, text_parts
 from qaic_ray.options import Generation
 from qaic_ray.rows import ChatOptions, ErrorClass, FinishReason, Prompt, Row
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
@@ -44,7 +43,7 @@ def letters(chat_template: str | None = TEMPLATE, special: str | None = None) ->
     backend.decoder = decoders.Fuse()
     if special is not None:
         backend.add_special_tokens([special])
-    return Tokenizer(backend, settings={}, chat_template=chat_template, eos_ids=(EOS,))
+    return Tokenizer(backend, {"chat_template": chat_template}, (EOS,))
 
 
 def ids_of(text: str) -> tuple[int, ...]:
@@ -372,7 +371,7 @@ class Stumbling(Tokenizer):
 
 def test_whatever_is_raised_over_a_row_is_its_error(open_worker: Open) -> None:
     plain = letters()
-    stumbling = Stumbling(plain._backend, settings={}, chat_template=None, eos_ids=(EOS,))
+    stumbling = Stumbling(plain._backend, settings={}, eos_ids=(EOS,))
     worker = open_worker(tokenizer=stumbling, sampling=SamplingParams(max_tokens=3))
     for _ in range(2):
         rows = answers(worker, *(prompt(text, i) for i, text in enumerate(["YES", "BOOM", "HI"])))
@@ -388,7 +387,7 @@ def test_what_the_model_has_no_token_for_is_refused(open_worker: Open) -> None:
     vocabulary = {letter: index for index, letter in enumerate(LETTERS)} | {"~": VOCAB}
     backend = Backend(models.WordLevel(vocabulary, unk_token="A"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    wider = Tokenizer(backend, settings={}, chat_template=None, eos_ids=(EOS,))
+    wider = Tokenizer(backend, settings={}, eos_ids=(EOS,))
     beyond, stop, well = answers(
         open_worker(tokenizer=wider),
         prompt("H~I", 0),
@@ -428,7 +427,7 @@ def test_a_text_of_megabytes_is_refused_by_its_beginning(open_worker: Open) -> N
             return super().encode(text)
 
     plain = letters()
-    watched = Watched(plain._backend, settings={}, chat_template=TEMPLATE, eos_ids=(EOS,))
+    watched = Watched(plain._backend, settings={"chat_template": TEMPLATE}, eos_ids=(EOS,))
     worker = open_worker(tokenizer=watched)
     text = "A" * (8 * BEGINNING_CHARS)
     endless = ({"role": "user", "content": text},)
