@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compiled_here import compile_here
 from random_models import Untouched, write_checkpoint
 
+from qaic_ray.compile import store
 from qaic_ray.compile.store import BuildRequest, build
 from qaic_ray.compile.variant import Variant
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP, IoContract, Specializations
@@ -94,7 +96,9 @@ class TinyQpcs:
             source = source_of(self.exported(options))
             variant = Variant(source, Precision.FP32, num_cores, shapes)
             request = BuildRequest(variant, self.sdk, self._folder / "qpc")
-            self._qpcs[options, shapes, num_cores] = build(request).path
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(store, "run_compiler", compile_here)
+                self._qpcs[options, shapes, num_cores] = build(request).path
         return self._qpcs[options, shapes, num_cores]
 
     def exported(self, options: ExportOptions) -> Path:

@@ -16,7 +16,7 @@ QUICK = Timeouts(watch_s=0.01, ask_s=0.01, silent_s=0.2)
 
 def interrupted(watch: ClusterWatch) -> bool:
     """Whether the main thread, which is this, is interrupted."""
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 120
     try:
         while time.monotonic() < deadline_s:
             time.sleep(0.01)
@@ -52,7 +52,7 @@ def test_a_cluster_that_answers_is_let_be() -> None:
     asked = threading.Semaphore(0)
     watch = ClusterWatch(ask=lambda: asked.release() or True, timeouts=QUICK)
     for _ in range(40):  # longer than it may be silent
-        assert asked.acquire(timeout=30)
+        assert asked.acquire(timeout=120)
     watch.close()
     assert watch.loss is None
 
@@ -64,7 +64,7 @@ def test_another_thread_is_not_interrupted_through_the_main_one() -> None:
     )
     thread.start()
     thread.join()
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 120
     while found[0].loss is None:
         assert time.monotonic() < deadline_s
         time.sleep(0.01)

@@ -519,7 +519,7 @@ def test_closing_ends_the_shards_that_wait(
 
     def held(*args: object, **options: object) -> object:
         stepping.set()
-        assert let_go.wait(30)
+        assert let_go.wait(120)
         return run(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(FormulaSession, "run", held)
@@ -528,7 +528,7 @@ def test_closing_ends_the_shards_that_wait(
         answering = [
             pool.submit(lambda i=i: list(worker.answer([Prompt(i, "BCD")]))) for i in range(3)
         ]
-        assert stepping.wait(30)
+        assert stepping.wait(120)
         closing = pool.submit(worker.close)
         let_go.set()
         closing.result(30)
