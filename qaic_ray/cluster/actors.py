@@ -56,7 +56,7 @@ _RESOURCE_STEPS = 10_000
 
 
 @dataclass(frozen=True)
-class _Call:
+class _PendingCall:
     """A call of a worker that has not returned; `event` makes the event of its result."""
 
     worker: str
@@ -93,7 +93,7 @@ class CardActors(AbstractContextManager["CardActors"]):
 
         self._actors: dict[str, ActorHandle] = {}
         self._infos: dict[str, WorkerInfo] = {}
-        self._in_flight: dict[ObjectRef | ObjectRefGenerator, _Call] = {}
+        self._in_flight: dict[ObjectRef | ObjectRefGenerator, _PendingCall] = {}
         self._events: deque[Event] = deque()
         self._silent: set[str] = set()  # asked for their steps, and have not answered
         self._next_ask_s = 0.0
@@ -193,10 +193,10 @@ class CardActors(AbstractContextManager["CardActors"]):
         ).remote(spec)
         self._actors[name] = actor
         opened = actor.__ray_call__.options(name=f"open {name}").remote(_open, self._timeouts)
-        self._in_flight[opened] = _Call(name, partial(self._opened, name))
+        self._in_flight[opened] = _PendingCall(name, partial(self._opened, name))
 
     def _listen_to(self, stream: ObjectRefGenerator, worker: str, shard_id: int) -> None:
-        self._in_flight[stream] = _Call(worker, partial(self._rows, worker, shard_id))
+        self._in_flight[stream] = _PendingCall(worker, partial(self._rows, worker, shard_id))
 
     def _ask_for_steps(self, now_s: float) -> None:
         """Ask every open worker that has answered before; the answers come as events."""
@@ -206,7 +206,7 @@ class CardActors(AbstractContextManager["CardActors"]):
         for name in self._infos.keys() - self._silent:
             self._silent.add(name)
             ref = _control(self._actors[name].num_steps)
-            self._in_flight[ref] = _Call(name, partial(self._steps, name))
+            self._in_flight[ref] = _PendingCall(name, partial(self._steps, name))
 
     def _next_ref(self, timeout_s: float) -> ObjectRef | ObjectRefGenerator | None:
         """A call that has returned something; None after the time."""

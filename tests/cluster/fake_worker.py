@@ -144,6 +144,8 @@ def build(request: tuple[str, float]) -> str:
     """What a compile task does here: takes its time, and then what it is told."""
     what, seconds = request
     time.sleep(seconds)
+    if what.startswith("until "):
+        wait_for(Path(what.removeprefix("until ")))
     match what:
         case "refuse":
             raise CompileError("The compiler said no.", exit_code=255, log="text")

@@ -252,16 +252,24 @@ def test_cards_that_others_hold_are_busy(cluster: Cluster) -> None:
 # -- compile tasks
 
 
-def test_variants_are_built_in_order_with_errors_as_values(cluster: Cluster) -> None:
+def test_variants_are_built_in_order_with_errors_as_values(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     done: list[str] = []
+
+    def on_done(outcome: Outcome[str]) -> None:
+        done.append(outcome.label)
+        (tmp_path / outcome.label).touch()
+
+    waits = f"until {tmp_path / 'no'}"  # however long the other process takes to start
     outcomes = cluster.compile_variants(
         build,
-        {"slow": ("slow", 1.0), "no": ("refuse", 0.0), "dead": ("die", 0.0), "ok": ("ok", 0.0)},
+        {"slow": (waits, 0.0), "no": ("refuse", 0.0), "dead": ("die", 0.0), "ok": ("ok", 0.0)},
         parallel=2,
-        on_done=lambda outcome: done.append(outcome.label),
+        on_done=on_done,
     )
     assert [outcome.label for outcome in outcomes] == ["slow", "no", "dead", "ok"]
-    assert outcomes[0] == Outcome("slow", "built slow")
+    assert outcomes[0] == Outcome("slow", f"built {waits}")
     refused, dead = outcomes[1].result, outcomes[2].result
     assert type(refused) is CompileError
     assert (str(refused), refused.exit_code, refused.log) == ("The compiler said no.", 255, "text")
