@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-from random_models import Untouched, write_checkpoint
+from random_models import export_untouched, write_checkpoint
 
 from qaic_ray.compile.store import BuildRequest, build
 from qaic_ray.compile.variant import Precision, Variant
 from qaic_ray.config import EmulatorPart
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP, IoContract, Specializations
-from qaic_ray.export import export
 from qaic_ray.export.options import ExportOptions
 from qaic_ray.model.checkpoint import load_torch_model
 from qaic_ray.pipeline.devices import emulated_cards
@@ -102,9 +100,7 @@ class TinyQpcs:
         """The folder of an exported model."""
         if options not in self._exports:
             folder = self._folder / f"{len(self._exports)}-kv"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(export, "Simplification", Untouched)
-                export.export_model(self.checkpoint, options, output=folder, verify="off")
+            export_untouched(self.checkpoint, options, output=folder, verify="off")
             self._exports[options] = folder
         return self._exports[options]
 

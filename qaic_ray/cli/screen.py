@@ -23,8 +23,8 @@ from qaic_ray.errors import CompileError, ExitCode, QaicRayError, Unfinished
 
 if TYPE_CHECKING:
     from qaic_ray.cards.inventory import NodeCards
+    from qaic_ray.export.check.verify import VerifyReport
     from qaic_ray.export.export import ExportResult
-    from qaic_ray.export.verify import VerifyReport
     from qaic_ray.pipeline.job import Plan
     from qaic_ray.pipeline.listener import CompileOutcome
     from qaic_ray.rows import Row

@@ -16,10 +16,12 @@ from typing import Protocol
 import numpy as np
 
 from qaic_ray.engine.categorical import NUMBERS, CategoricalSampler, Floats, Ints, Logits, Rules
-from qaic_ray.engine.logprobs import token_logprob
 from qaic_ray.sampling_params import SamplingParams, TokenLogprob
 
 _SPAN = 64  # tokens whose uniform numbers are made at once
+_BLOCK_LEN = 32
+_LOG2_E = np.float32(math.log2(math.e))
+_LOWEST = np.finfo(np.float32).min
 
 
 def greedy(logits: Logits) -> Ints:
@@ -263,3 +265,34 @@ def _uniforms(seed: int, span: int) -> Floats:
     raw = np.random.Philox(key=seed, counter=span << 64).random_raw(_SPAN * NUMBERS)
     uniforms: Floats = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return uniforms.reshape(_SPAN, NUMBERS)
+
+
+def token_logprob(logits: Logits, token: int, num_top: int) -> TokenLogprob:
+    """The log-softmax of a row at the chosen token and at its `num_top` largest logits.
+
+    Tokens of logit -inf are impossible and never among the most likely ones. A row whose largest
+    logit is no finite number has NaN for all its logprobs.
+    """
+    best = logits.max()
+    # numpy's exp2 is more than twice as fast as its exp.
+    with np.errstate(invalid="ignore"):
+        weights = logits - best
+        weights *= _LOG2_E
+        log_total = float(best) + math.log(np.exp2(weights, out=weights).sum())
+    top = tuple((at, float(logits[at]) - log_total) for at in _most_likely(logits, num_top))
+    return TokenLogprob(token, float(logits[token]) - log_total, top)
+
+
+def _most_likely(logits: Logits, num: int) -> list[int]:
+    """Ids of the largest logits, from the largest on; equal ones by rising id."""
+    if num == 0:
+        return []
+    floor = _LOWEST
+    num_blocks = logits.size // _BLOCK_LEN
+    if num_blocks >= num:
+        # So many blocks have a token that reaches this, so no other can be among the largest.
+        maxima = logits[: num_blocks * _BLOCK_LEN].reshape(_BLOCK_LEN, num_blocks).max(axis=0)
+        floor = max(floor, np.partition(maxima, num_blocks - num)[num_blocks - num])
+    ids = np.flatnonzero(logits >= floor)
+    chosen: list[int] = ids[np.argsort(-logits[ids], kind="stable")][:num].tolist()
+    return chosen

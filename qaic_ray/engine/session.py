@@ -19,8 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from qaic_ray.contract import Specialization
-from qaic_ray.engine.buffers import LISTED_SINCE, Buffers, ListedBuffers, PositionalBuffers
-from qaic_ray.engine.interface import read_interface
+from qaic_ray.engine.bindings import (
+    LISTED_SINCE,
+    Buffers,
+    ListedBuffers,
+    PositionalBuffers,
+    read_interface,
+)
 from qaic_ray.errors import DeviceBusy, DeviceError, DeviceLost, SdkNotFound, UsageError
 from qaic_ray.sdk import Sdk
 
@@ -40,6 +45,7 @@ _BUSY_TEXTS = ("NSP_ALLOC_FAILED", "allocate NSP", "Not enough NSPs", "suitable 
 _LOST_TEXTS = ("Failed to create Context", "Invalid Device")
 
 Array = npt.NDArray[Any]
+Runtime = tuple[ModuleType, ModuleType]
 
 
 class Session:
@@ -49,6 +55,7 @@ class Session:
         sdk: the SDK folder whose runtime is used.
         qpc: folder that holds programqpc.bin.
         device_ids: explicit ids; several mean one tensor-sliced program over a device group.
+        runtime: the modules qaicrt and QAicApi_pb2, where not those of `sdk`.
 
     Raises:
         UsageError: when the QPC is not one of a language model we can run.
@@ -56,10 +63,12 @@ class Session:
         DeviceError: when the runtime refuses otherwise.
     """
 
-    def __init__(self, sdk: Sdk, qpc: Path, device_ids: Iterable[int]) -> None:
+    def __init__(
+        self, sdk: Sdk, qpc: Path, device_ids: Iterable[int], *, runtime: Runtime | None = None
+    ) -> None:
         self.device_ids = tuple(device_ids)
         self.qpc = qpc
-        self._rt, api = _import_runtime(sdk)
+        self._rt, api = runtime or load_runtime(sdk)
         # Each may stay None when a later call of the constructor fails: close() copes.
         self._program: Any = None
         self._exec_obj: Any = None
@@ -227,7 +236,13 @@ def _runtime_errors(what: str) -> Iterator[None]:
         raise kind(f"{what}: {text}") from error
 
 
-def _import_runtime(sdk: Sdk) -> tuple[ModuleType, ModuleType]:
+def load_runtime(sdk: Sdk) -> Runtime:
+    """Import qaicrt and QAicApi_pb2 of an SDK; a process has those of one SDK.
+
+    Raises:
+        SdkNotFound: where they cannot be imported.
+        UsageError: where they do not fit this process.
+    """
     for path in map(str, sdk.python_paths):
         if path not in sys.path:
             sys.path.append(path)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qaic_ray.errors import CheckpointError
-from qaic_ray.export.rope_fields import Rope, read_rope
+from qaic_ray.export.rope import Rope, read_rope
 from qaic_ray.model.config_fields import Fields
 
 MAX_POSITION = 1 << 24

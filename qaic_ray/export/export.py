@@ -27,18 +27,18 @@ from qaic_ray.documents import read_object, shown
 from qaic_ray.errors import ExportError, UsageError
 from qaic_ray.export.architecture import Architecture, read_architecture
 from qaic_ray.export.builder import PRODUCER
-from qaic_ray.export.graph import COSINE_TABLE, SINE_TABLE, author
-from qaic_ray.export.options import ExportOptions
-from qaic_ray.export.rope import table_blocks
-from qaic_ray.export.simplify import Simplification
-from qaic_ray.export.tensors import read_entries
-from qaic_ray.export.verify import (
+from qaic_ray.export.check.verify import (
     VerifyReport,
     default_level,
     read_report,
     verify_export,
     write_report,
 )
+from qaic_ray.export.graph import COSINE_TABLE, SINE_TABLE, author
+from qaic_ray.export.options import ExportOptions
+from qaic_ray.export.rope import table_blocks
+from qaic_ray.export.simplify import Simplifier, simplifying
+from qaic_ray.export.tensors import read_entries
 from qaic_ray.export.weights import (
     Placement,
     Table,
@@ -90,6 +90,7 @@ def export_model(
     *,
     output: Path | None = None,
     verify: str | None = None,
+    simplifier: Simplifier = simplifying,
 ) -> ExportResult:
     """Write the model folder of a checkpoint, or find that it is there already.
 
@@ -99,6 +100,7 @@ def export_model(
         output: the folder, `<base>-kv` in the current one where not given. An earlier export there
             is reused when it comes from the same weights, options and tools, and else replaced.
         verify: `full`, `quick` or `off`; by default full up to two billion parameters.
+        simplifier: what simplifies the graph's structure.
 
     Raises:
         UsageError: the checkpoint cannot be exported, or the folder is somebody else's.
@@ -112,7 +114,7 @@ def export_model(
     architecture = read_architecture(checkpoint.config)
     level = default_level(architecture) if verify is None else verify
     architecture = fit_architecture(architecture, read_entries(checkpoint.weight_files))
-    making = _Making(checkpoint, architecture, options or ExportOptions(), folder.name)
+    making = _Making(checkpoint, architecture, options or ExportOptions(), folder.name, simplifier)
     try:
         # Without the lock, which a folder that one may only read does not give.
         found = making.reuse(folder, level)
@@ -141,6 +143,7 @@ class _Making:
     architecture: Architecture
     options: ExportOptions
     name: str
+    simplifier: Simplifier
 
     def reuse(self, folder: Path, level: str) -> ExportResult | None:
         """The export that is in `folder`, if making it again would give the same."""
@@ -201,13 +204,13 @@ class _Making:
         # Beside the new folder, where the next builder sweeps it away after a kill.
         with (
             tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
-            Simplification(graph.model, Path(scratch)) as simplification,
+            self.simplifier(graph.model, Path(scratch)) as simplified,
             ThreadPoolExecutor(1) as pool,
         ):
             written = write_weights(plan, _data_path(onnx_path), self._tables())
             # Read once more, while the structure is being simplified.
             data = pool.submit(KeptFile.of, folder, f"{manifest.onnx_file}.data")
-            model = simplification.result()
+            model = simplified()
         _attach_weights(model, plan, _data_path(onnx_path).name)
         onnx.save(model, onnx_path)
         onnx.checker.check_model(str(onnx_path))
@@ -265,9 +268,10 @@ class _Making:
         return weights_sha256(plan_weights(specs, entries, self.options.dtype))
 
     def _tables(self) -> Mapping[str, Table]:
+        a = self.architecture
         return {
-            COSINE_TABLE: partial(table_blocks, self.architecture, sine=False),
-            SINE_TABLE: partial(table_blocks, self.architecture, sine=True),
+            name: partial(table_blocks, a.rope, a.head_dim, a.max_position, sine=sine)
+            for name, sine in ((COSINE_TABLE, False), (SINE_TABLE, True))
         }
 
 

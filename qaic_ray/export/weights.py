@@ -21,8 +21,7 @@ import numpy.typing as npt
 from qaic_ray.errors import CheckpointError
 from qaic_ray.export.architecture import Architecture
 from qaic_ray.export.builder import WeightSpec
-from qaic_ray.export.conversion import Array, Converter
-from qaic_ray.export.tensors import ITEM_BYTES, TensorEntry, read_into
+from qaic_ray.export.tensors import ITEM_BYTES, Array, Converter, TensorEntry, read_into
 
 ALIGNMENT_BYTES = 4096
 """Of every tensor's offset, so that readers can map it."""

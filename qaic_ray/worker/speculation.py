@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from qaic_ray.engine.draft import DraftProgram
+from qaic_ray.engine.drafts import DraftProgram, PromptLookup
 from qaic_ray.engine.engine import Proposer
-from qaic_ray.engine.prompt_lookup import PromptLookup
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import UsageError
 from qaic_ray.sdk import Sdk

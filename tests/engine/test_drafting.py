@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qaic_ray.engine.draft import DraftProgram
-from qaic_ray.engine.prompt_lookup import PromptLookup
+from qaic_ray.engine.drafts import DraftProgram, PromptLookup
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceBusy, UsageError
 from qaic_ray.worker.speculation import Drafts, Speculation, open_drafting

@@ -12,7 +12,7 @@ from typing import Any
 
 from onnx import TensorProto, helper
 
-from qaic_ray.export.conversion import FLOAT16_MAX
+from qaic_ray.export.tensors import FLOAT16_MAX
 
 EMBEDDING = "/model/embed_tokens/"
 """Where activations begin; what does not come from there is indices and masks."""

@@ -18,10 +18,15 @@ from qaic_ray.contract import NUM_LOGITS_TO_KEEP
 from qaic_ray.documents import checked, read_object
 from qaic_ray.errors import CheckpointError, ExportError, UsageError
 from qaic_ray.export.architecture import Architecture
-from qaic_ray.export.cut import kept_layers
-from qaic_ray.export.headroom import Activation, beyond_float16, largest_activation
-from qaic_ray.export.reference import Floats, Trace, trace_prompts
-from qaic_ray.export.replay import PositionIdsReplay, Replay, ReplayAnswer, open_replay
+from qaic_ray.export.check.headroom import Activation, beyond_float16, largest_activation
+from qaic_ray.export.check.reference import Floats, Trace, trace_prompts
+from qaic_ray.export.check.replay import (
+    PositionIdsReplay,
+    Replay,
+    ReplayAnswer,
+    kept_layers,
+    open_replay,
+)
 from qaic_ray.folders import write_whole
 from qaic_ray.model.checkpoint import Checkpoint, has_tokenizer, load_tokenizer
 from qaic_ray.model.manifest import VERIFY_FILE, ModelManifest, read_manifest

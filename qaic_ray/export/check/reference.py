@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qaic_ray.export.conversion import FLOAT16_MAX
+from qaic_ray.export.tensors import FLOAT16_MAX
 from qaic_ray.model.checkpoint import Checkpoint, load_torch_model
 
 Floats = npt.NDArray[np.floating]

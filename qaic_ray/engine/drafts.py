@@ -1,0 +1,119 @@
+"""Tokens guessed ahead, for a program that checks several of them a row in one decode step.
+
+`PromptLookup` guesses from the row's own text. Answers repeat their prompts (summaries, code,
+extraction) and themselves; the tokens behind the latest earlier occurrence of the last tokens are
+then a good guess, and a wrong one costs only its place in a decode shape that is there anyway.
+`DraftProgram` asks a second, smaller program on the same card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Listed
+from dataclasses import dataclass, field
+
+from qaic_ray.engine.batcher import Sequence
+from qaic_ray.engine.engine import Engine, Program
+from qaic_ray.errors import UsageError
+from qaic_ray.metrics import Measurement
+
+MAX_NGRAM = 3
+"""Longest run of last tokens that is looked up; the longest that is found decides."""
+
+RIDE_LEN = 4
+"""New tokens that a row feeds one by one, together with the other rows, rather than in a prefill
+step of its own: after a draft that was all right there are two."""
+
+
+@dataclass
+class _Text:
+    """The tokens of one row, and behind which of them each n-gram ended last."""
+
+    tokens: list[int]
+    next_of: dict[tuple[int, ...], int] = field(default_factory=dict)
+    num_indexed: int = 0
+
+    def index(self) -> None:
+        """Take in every n-gram that has a token behind it by now."""
+        for end in range(self.num_indexed + 1, len(self.tokens)):
+            for length in range(1, min(MAX_NGRAM, end) + 1):
+                self.next_of[tuple(self.tokens[end - length : end])] = end
+        self.num_indexed = max(len(self.tokens) - 1, 0)
+
+    def guess(self, room: int) -> list[int]:
+        """At most `room` tokens that may come next."""
+        for length in range(min(MAX_NGRAM, len(self.tokens)), 0, -1):
+            start = self.next_of.get(tuple(self.tokens[-length:]))
+            if start is not None:
+                known = self.tokens[start:]
+                # A repetition that reaches the end goes on repeating.
+                return [known[i % len(known)] for i in range(room)]
+        return []
+
+
+class PromptLookup:
+    """Drafts from the row's own prompt and answer."""
+
+    def __init__(self) -> None:
+        self._texts: dict[Sequence, _Text] = {}
+
+    def propose(self, rows: Listed[Sequence], room: Listed[int]) -> list[list[int]]:
+        """At most `room[i]` tokens for row i."""
+        return [
+            self._propose(sequence, most) if most > 0 else []
+            for sequence, most in zip(rows, room, strict=True)
+        ]
+
+    def release(self, sequence: Sequence) -> None:
+        """Forget a row."""
+        self._texts.pop(sequence, None)
+
+    def _propose(self, sequence: Sequence, most: int) -> list[int]:
+        text = self._texts.get(sequence)
+        if text is None:
+            text = self._texts[sequence] = _Text(list(sequence.prompt_ids))
+        text.tokens += sequence.output_ids[len(text.tokens) - len(sequence.prompt_ids) :]
+        text.index()
+        return text.guess(most)
+
+
+class DraftProgram:
+    """Drafts by greedy decoding on a draft QPC.
+
+    Args:
+        program: opened; of the `position-ids` contract, of the same tokenizer as the main one.
+        num_rows: rows of the main program, all of which are asked for at once.
+
+    Raises:
+        UsageError: where the draft program has fewer slots than that.
+    """
+
+    def __init__(self, program: Program, num_rows: int) -> None:
+        slots = program.specializations.batch_size
+        if slots < num_rows:
+            raise UsageError(
+                f"The draft QPC has {slots} slots and the main one decodes {num_rows} rows at "
+                f"once: compile the draft with --batch-size {num_rows}."
+            )
+        self._engine = Engine(program, ride_len=RIDE_LEN)
+        self._ctx_len = program.specializations.ctx_len
+
+    @property
+    def measurement(self) -> Measurement:
+        """The draft engine's own work."""
+        return self._engine.measurement
+
+    def propose(self, rows: Listed[Sequence], room: Listed[int]) -> list[list[int]]:
+        """At most `room[i]` tokens for row i; none for a row beyond the draft's context."""
+        asked: dict[int, Sequence] = {}
+        for key, (sequence, most) in enumerate(zip(rows, room, strict=True)):
+            tokens = (*sequence.prompt_ids, *sequence.output_ids)
+            most = min(most, self._ctx_len - len(tokens) + 1)
+            if most > 0:
+                asked[key] = Sequence(key, tokens, most)
+                self._engine.add(asked[key])
+        while self._engine.busy:
+            self._engine.step()
+        return [asked[key].output_ids if key in asked else [] for key in range(len(rows))]
+
+    def release(self, sequence: Sequence) -> None:
+        """Nothing to do: its slot's memory serves until another row needs the place."""
