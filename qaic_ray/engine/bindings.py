@@ -27,11 +27,15 @@ from qaic_ray.errors import UsageError
 LISTED_SINCE = (1, 20)
 """First Apps version whose `setData` takes (binding, array) pairs."""
 
-Array = npt.NDArray[Any]
+Array = npt.NDArray[np.generic]
+Logits = npt.NDArray[np.float32]
+TokenIds = npt.NDArray[np.int64]
+Output = Logits | TokenIds
+"""Of a program: logits [rows, columns, vocab], or the most likely token ids [rows, columns]."""
 Dims = Mapping[str, tuple[int, ...]]
 
 # QAicApi's element types; BFLOAT16 (11) is missing from older modules.
-_DTYPES: dict[str, Any] = {
+_DTYPES: dict[str, type[np.generic]] = {
     "FLOAT_TYPE": np.float32,
     "FLOAT_16_TYPE": np.float16,
     "INT8_Q_TYPE": np.int8,
@@ -42,7 +46,7 @@ _DTYPES: dict[str, Any] = {
     "INT64_I_TYPE": np.int64,
     "INT8_TYPE": np.int8,
 }
-_BYTES: np.dtype[Any] = np.dtype(np.uint8)
+_BYTES: np.dtype[np.generic] = np.dtype(np.uint8)
 
 # Inputs of which only the shape counts.
 _LASTING = (contract.NUM_LOGITS_TO_KEEP, contract.COMP_CTX_LENGTHS)
@@ -71,7 +75,7 @@ class ProgramInterface:
     contract: IoContract
     specializations: Specializations
     index: dict[str, int]
-    dtype: dict[str, np.dtype[Any]]
+    dtype: dict[str, np.dtype[np.generic]]
     output: str
     output_dims: dict[Specialization, tuple[int, ...]]
     lasting: dict[Specialization, dict[str, Array]]
@@ -176,7 +180,7 @@ class Buffers(Protocol):
     def send(self, shape: Specialization, inputs: Mapping[str, Array]) -> Any:
         """Set everything for an execution in `shape`; the runtime's status."""
 
-    def receive(self, shape: Specialization) -> tuple[Any, Array]:
+    def receive(self, shape: Specialization) -> tuple[Any, Output]:
         """Status and output of the execution; the array is good until the next `send`."""
 
 
@@ -215,12 +219,12 @@ class PositionalBuffers:
             buffers[index[name]] = new_buffer(array.tobytes())
         return self._exec_obj.setData(buffers, prepared.dims)
 
-    def receive(self, shape: Specialization) -> tuple[Any, Array]:
+    def receive(self, shape: Specialization) -> tuple[Any, Output]:
         """See `Buffers.receive`."""
         interface = self._interface
         status, results = self._exec_obj.getData()
         if status != self._rt.QStatus.QS_SUCCESS:
-            return status, np.empty(0)
+            return status, np.empty(0, np.float32)
         buffer = results[interface.index[interface.output]]
         memory = buffer if self._reads_in_place else bytes(buffer)
         output = np.asarray(_Unlocked(np.frombuffer(memory, interface.dtype[interface.output])))
@@ -270,7 +274,7 @@ class ListedBuffers:
             self._last = key
         return self._exec_obj.setData(entries)
 
-    def receive(self, shape: Specialization) -> tuple[Any, Array]:
+    def receive(self, shape: Specialization) -> tuple[Any, Output]:
         """See `Buffers.receive`; the runtime has written the array already."""
         return self._success, self._outputs[shape]
 

@@ -16,13 +16,14 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from qaic_ray.contract import Specialization
 from qaic_ray.engine.bindings import (
     LISTED_SINCE,
+    Array,
     Buffers,
     ListedBuffers,
+    Output,
     PositionalBuffers,
     read_interface,
 )
@@ -44,7 +45,6 @@ _UNSAID = "QS_ERROR"
 _BUSY_TEXTS = ("NSP_ALLOC_FAILED", "allocate NSP", "Not enough NSPs", "suitable device")
 _LOST_TEXTS = ("Failed to create Context", "Invalid Device")
 
-Array = npt.NDArray[Any]
 Runtime = tuple[ModuleType, ModuleType]
 
 
@@ -72,7 +72,7 @@ class Session:
         # Each may stay None when a later call of the constructor fails: close() copes.
         self._program: Any = None
         self._exec_obj: Any = None
-        self._buffers: Any = None
+        self._buffers: Buffers | None = None
         try:
             self._open(api, sdk.version)
         except BaseException:
@@ -118,7 +118,7 @@ class Session:
         shape: Specialization,
         inputs: Mapping[str, Array],
         meanwhile: Callable[[], None] | None = None,
-    ) -> Array:
+    ) -> Output:
         """Execute once.
 
         Args:
@@ -134,7 +134,8 @@ class Session:
         Raises:
             DeviceError: with the vendor's status and, for a refused shape, the shapes.
         """
-        buffers: Buffers = self._buffers
+        buffers = self._buffers
+        assert buffers is not None, "the session is closed"
         with _runtime_errors(f"Cannot run {self.qpc} on device {self._devices_text}"):
             status = buffers.send(shape, inputs)
             self._check(status, "set the buffers of")
@@ -155,7 +156,7 @@ class Session:
             return None
         return self._interface.output_dims[self.specializations.decode][-1]
 
-    def input_dtype(self, name: str) -> np.dtype[Any]:
+    def input_dtype(self, name: str) -> np.dtype[np.generic]:
         """dtype of a binding."""
         return self._interface.dtype[name]
 

@@ -1,7 +1,7 @@
-"""Writes an ONNX graph node by node, keeping the type and shape of every value.
+"""Builds an ONNX graph node by node and keeps the type and shape of every value.
 
-Knows nothing of models: scopes, shapes and operators come from the caller. Nodes and values are
-named as PyTorch's exporter names them: `/model/layers.3/self_attn/q_proj/MatMul`.
+Scopes, shapes and operators come from the caller. Nodes and values are named as PyTorch's exporter
+names them: `/model/layers.3/self_attn/q_proj/MatMul`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Dim = int | str | None
 Shape = tuple[Dim, ...]
 
 _IR_VERSIONS = {13: 7, 17: 8}
-"""Those of the published exports; the compilers of a time may know no later one."""
+"""By opset, as in the published exports: a compiler of that time may read no later one."""
 
 PRODUCER = "qaic-ray"
-"""Which program wrote a graph, as the graph says it."""
+"""`producer_name` of the graphs that we write."""
 
 _RANKS = ("scalar", "vector", "matrix")
 
@@ -40,8 +40,8 @@ class WeightSpec:
     """A tensor of the graph whose bytes come later, from the checkpoint or from a table.
 
     `shape` is the one in the graph; with `transpose` the checkpoint's is its reverse. `source` is
-    the name in the checkpoint, None for a rotary table. Of the checkpoint's rows every
-    `copied_rows` (a head) lie `copies` times in a row.
+    the name in the checkpoint, None for a rotary table. Every block of `copied_rows` rows of the
+    checkpoint (a head) is stored `copies` times, one after the other.
     """
 
     name: str
@@ -84,7 +84,7 @@ class GraphBuilder:
         return value
 
     def weight(self, name: str, shape: tuple[int, ...], *, source: str | None, **how: Any) -> Value:
-        """Declare a tensor that is written beside the model; `how` is of `WeightSpec`."""
+        """Declare a tensor that is written beside the model; `how` are fields of `WeightSpec`."""
         self.weights.append(WeightSpec(name, shape, source, **how))
         return Value(name, self.dtype, shape)
 
@@ -190,7 +190,7 @@ class GraphBuilder:
         return self.op("Expand", scope, [value, pattern], shape)
 
     def cast(self, scope: str, value: Value, dtype: int, *, output: str | None = None) -> Value:
-        """Nothing where the type is right already, unless a graph output has to be made."""
+        """Cast; no node where the type is right already and no graph output has to be made."""
         if value.dtype == dtype and output is None:
             return value
         return self.op("Cast", scope, [value], value.shape, dtype=dtype, output=output, to=dtype)

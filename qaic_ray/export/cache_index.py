@@ -2,8 +2,7 @@
 
 Rows are padded on the left, so all of them write the same cache slots, from `cache_index` on; the
 attention mask says which slots of a row are tokens, and stays on the card. Only plain operators in
-the forms of the published recipe, because the compilers of its time know no others. Knows nothing
-of the decoder around it.
+the forms of the published recipe, because the compilers of its time know no others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoint to model folder: authors the graph, streams the weights, puts both in place at once.
+"""Checkpoint to model folder: authors the graph, streams the weights, renames both into place.
 
 The folder has the layout of the published recipe, whose scripts build file names from its name.
 """
@@ -65,14 +65,14 @@ GRAPH_FOLDER = "generatedModels"
 _TOOLS = ("numpy", "onnx", "onnxsim")
 _OURS = {MANIFEST_FILE, CUSTOM_IO_FILE, VERIFY_FILE}
 _MARKS = {"format", "onnx_file", "weights_sha256", "architecture_sha256", "tool_versions"}
-"""Keys that the manifests of every version have."""
+"""Keys that a manifest of every version has."""
 _PRODUCER_WITHIN = 64
-"""First bytes of an ONNX file that say which program wrote it."""
+"""Bytes at the start of an ONNX file among which is the producer's name."""
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What `export_model` left: a finished folder, and whether it was there already.
+    """A finished model folder, and whether it was there already.
 
     `verification` is None where it was off and had not been done before.
     """

@@ -1,7 +1,6 @@
 """The `position-ids` contract inside the graph: inputs, cache update, mask and the row of logits.
 
-Every token says its own position, -1 is padding, and a row's cache slot is its position. Knows
-nothing of the decoder around it.
+Every token has a position of its own, -1 for padding, and is written to that place of the cache.
 """
 
 from __future__ import annotations

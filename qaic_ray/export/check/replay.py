@@ -1,7 +1,7 @@
-"""An exported graph on onnxruntime, fed as a runner feeds a card: chunks, slots, retained state.
+"""Runs an exported graph on onnxruntime as an engine runs a card: chunks, slots, retained state.
 
-The meaning that a card gives to indices outside the cache is written into the graph's functions
-first. Knows nothing of what the results should be.
+The graph is changed first: its functions get the card's meaning of indices outside the cache,
+layers may be left out, and the magnitudes of activations become outputs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ReplayAnswer:
-    """What a run says follows the token at `position` of a row: logits, or one token id."""
+    """Output of a run for the token at `position` of a row: logits, or one token id."""
 
     row: int
     position: int
@@ -43,14 +43,14 @@ class ReplayAnswer:
 
 
 class Replay(ABC):
-    """A graph and the state that a card would retain; `open_replay` makes the fitting kind.
+    """A graph and the state that a card would retain; `open_replay` makes the contract's kind.
 
     Args:
         session: runs the graph as `onnxruntime.InferenceSession` does.
         manifest: of the model.
         layers: those that the graph has.
         ctx_len: of the cache.
-        watched: outputs of the graph that say how large an activation is, and which.
+        watched: outputs that tell an activation's largest magnitude, with the activation's name.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Replay(ABC):
         self.largest: dict[str, float] = {}
 
     def reset(self, num_rows: int) -> None:
-        """Empty rows of cache; what is in them is noise, as on a card."""
+        """Start with a cache of so many rows, full of noise, as on a card."""
         shape = (num_rows, self._manifest.num_kv_heads, self._ctx_len, self._manifest.head_dim)
         noise = np.random.default_rng(0).standard_normal(shape).astype(self._manifest.dtype)
         names = [n for i in self._layers for n in (contract.past_key(i), contract.past_value(i))]
@@ -167,7 +167,7 @@ class PositionIdsReplay(Replay):
         return self.extend([[token] for token in tokens], slots)
 
     def extend(self, tokens: Sequence[Sequence[int]], slots: Sequence[int]) -> list[ReplayAnswer]:
-        """Run more tokens of every row at once, as a check of guessed ones does."""
+        """Run more tokens of every row at once, as a check of drafted ones does."""
         ids = np.zeros((len(tokens), max(map(len, tokens))), np.int64)
         positions = np.full_like(ids, contract.PADDING_POSITION)
         for row, (more, slot) in enumerate(zip(tokens, slots, strict=True)):
