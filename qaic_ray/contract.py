@@ -1,7 +1,7 @@
 """The interface of an exported model and of its QPC: tensor names, I/O contracts, specializations.
 
 Vendor words are kept exactly. Sources: the published LlamaForCausalLM recipe (`cache-index`) and
-QEfficient from 1.16 on (`position-ids`). Knows nothing of ONNX files, compilers or cards.
+QEfficient from 1.16 on (`position-ids`).
 """
 
 from __future__ import annotations

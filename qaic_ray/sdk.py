@@ -1,8 +1,7 @@
 """Finds and opens a Cloud AI SDK folder: its version, commands, modules and devices.
 
 An SDK is a folder (`/opt/qti-aic` on a machine with cards). The emulated SDK is another such
-folder, laid down by its own installer; past this file nobody asks which of the two it is, except
-to print it.
+folder, made by its own installer; no other file asks which of the two it is, except to print it.
 """
 
 from __future__ import annotations

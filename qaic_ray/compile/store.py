@@ -1,9 +1,9 @@
-"""Compiled folders, kept by content: looked up, or built once however many ask.
+"""Compiled folders, kept by content: looked up, or built once for all who ask at the same time.
 
-A QPC folder is named for people and known by its key: `variant.json` lists every input of the
-compile by name, and what was made with its digest. A folder whose key differs, or whose files are
-not what they were, is not a result. Folders are built in a temporary sibling and renamed, so a
-killed compile leaves nothing that looks finished; what is not ours is never replaced.
+`variant.json` in a QPC folder lists every input of the compile, and the digests of what was made. A
+folder whose key differs, or whose files have changed, is not a result. Folders are built in a
+temporary sibling and renamed, so a killed compile leaves nothing that looks finished; a folder that
+is not ours is never replaced.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MARKS = (VARIANT_FILE, LOG_FILE)
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """One variant to be had from one SDK under one store folder."""
+    """One variant to compile with one SDK, under one store folder."""
 
     variant: Variant
     sdk: Sdk
@@ -56,13 +56,13 @@ class BuildRequest:
 
     @property
     def entries(self) -> list[tuple[str, str]]:
-        """All that the result depends on, by name."""
+        """All inputs of the compile, by name."""
         return self.variant.key_entries(self.sdk, compiler_digest(self.sdk))
 
 
 @dataclass(frozen=True)
 class Build:
-    """A finished QPC folder: where it is, whether it was there already, and what it took."""
+    """A finished QPC folder, whether it was there already, and the time it took."""
 
     path: Path
     name: str
@@ -73,7 +73,7 @@ class Build:
 
 @dataclass(frozen=True)
 class Record:
-    """What `variant.json` says that is of use; `files` is empty in those of older versions."""
+    """The fields of `variant.json` that are read; `files` is empty in those of older versions."""
 
     num_cores: int
     key: str = ""
@@ -171,7 +171,7 @@ def check_kept(folder: Path) -> None:
 
 
 def content_key(folder: Path) -> str:
-    """What a QPC folder is known by: the SHA-256 of its program, whoever compiled it."""
+    """The SHA-256 of a QPC folder's program, also where another tool compiled it."""
     return _digest(folder)
 
 
@@ -223,12 +223,12 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _remember_anew(folder: Path) -> None:
-    """Read a copy, or what an older version compiled, through once and not every time."""
+    """Record a copy's files, or an older version's, so that they are not read through again."""
     record = read_record(folder)
     names = [file.name for file in record.files] if record else []
     if record is None or (names and all(file.is_untouched(folder) for file in record.files)):
         return
-    # Where the store may only be read, it is every time.
+    # A store that may only be read is read through every time.
     with suppress(UsageError, OSError), locked(folder):
         document = read_object(folder / VARIANT_FILE)
         _remember(folder, document, names or [n for n in sorted(_OURS) if (folder / n).is_file()])
@@ -245,7 +245,7 @@ def _remember(folder: Path, document: dict[str, Any], names: Iterable[str]) -> N
 
 
 def _seal(document: dict[str, Any]) -> str:
-    """Tells a document that somebody has edited from the one that was written."""
+    """A digest of the document, which an edit does not update."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 

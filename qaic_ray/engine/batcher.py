@@ -1,15 +1,15 @@
 """Sequences into slots, slots into steps: the batcher of the `position-ids` contract.
 
-`plan` says what the card should compute next, `commit` takes in which tokens came out. Pure: no
-device, clock, file, thread or tensor. Every row has a slot and positions of its own:
+Pure. `plan` says what the card computes next, `commit` takes in the tokens that came out. Every row
+has a slot and positions of its own:
 
     uncomputed tokens of a row    where they are computed
     at most `ride_len`            in the decode shape, together with every other such row
     more                          in a prefill shape, some at a time, longest wait first
     more, and no prefill shape    in the decode shape, `decode_len` at a time (a `pl1` program)
 
-so the last token of a prompt and the newest token of an answer are no different cases. A slot
-remembers which tokens its cache holds; a prompt that begins with them is computed from there on.
+so the last token of a prompt and the newest token of an answer are one case. A slot remembers which
+tokens its cache holds; a prompt that begins with them is computed from there on.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens the card has not seen yet; at least 1 while the row runs."""
+        """Tokens that the card has not computed yet; at least 1 while the row runs."""
         return self.num_tokens - self.num_computed
 
     @property
@@ -256,7 +256,7 @@ class Batcher(StepPlanner):
         return finished
 
     def check(self) -> None:
-        """Invariants, for tests: slots are a partition, and nobody outgrows the context."""
+        """Invariants, for tests: slots are a partition, and no row outgrows the context."""
         occupied = set(self.running)
         assert occupied.isdisjoint(self._free)
         assert occupied | set(self._free) == set(range(self.shapes.num_slots))
@@ -286,11 +286,11 @@ class Batcher(StepPlanner):
             self._steady = None
 
     def _best_slot(self, prompt_ids: tuple[int, ...]) -> tuple[int, int]:
-        """The free slot whose cache has most of the prompt's beginning, and how many tokens."""
+        """The free slot whose cache shares the longest prefix with a prompt, and its length."""
         best, most = -1, -1
         for slot, held in self._free.items():
             common = num_common(held, prompt_ids)
-            # Of equals the one that is worth least to another prompt: the longest free.
+            # Of equals the one that has been free the longest.
             if common > most:
                 best, most = slot, common
         return best, most
@@ -307,7 +307,7 @@ class Batcher(StepPlanner):
         most = max(row.num_uncomputed for _, row in rows)
         seq_len = self.costs.next_len(most, free=self._ride_len)
         if self.shapes.prefill_rows >= self.shapes.num_slots:
-            # Every row has a place in this shape: those that decode need not wait for the others.
+            # Every row has a place in this shape, so rows that decode need not wait.
             rows = tuple(self.running.items())
         counts = tuple(
             min(seq_len, row.num_uncomputed, self.shapes.prefill_ctx_len - row.num_computed)
@@ -342,7 +342,7 @@ class Batcher(StepPlanner):
 
 
 def limit_of(prompt_tokens: int, *, room: int, ctx_len: int, wanted: int | None) -> int:
-    """Tokens that a prompt may generate where there is `room` for so many.
+    """Tokens that a prompt may generate, of the `room` that the context leaves.
 
     Raises:
         RowError: for a prompt with no token, or with no room.

@@ -175,7 +175,7 @@ def _specialization(dims: Dims, qpc: Path) -> Specialization:
 
 
 class Buffers(Protocol):
-    """What a session asks for, around an execution."""
+    """Memory to an execution and back."""
 
     def send(self, shape: Specialization, inputs: Mapping[str, Array]) -> Any:
         """Set everything for an execution in `shape`; the runtime's status."""
@@ -186,7 +186,7 @@ class Buffers(Protocol):
 
 @dataclass
 class _Positions:
-    """All bindings of one shape with one set of given inputs."""
+    """Buffers and dimensions of all bindings, for one shape and one set of inputs."""
 
     buffers: list[Any]
     dims: Any
@@ -295,10 +295,9 @@ class ListedBuffers:
 
 
 class _Unlocked:
-    """The same memory without the mark that it must not be written to.
+    """The same memory without the read-only flag; nothing here writes to it.
 
-    numpy's argmax copies an array that is so marked, which for logits costs more than finding the
-    largest; nobody here writes to them.
+    numpy's argmax copies a read-only array, which for logits costs more than the search itself.
     """
 
     def __init__(self, array: Array) -> None:
@@ -308,7 +307,7 @@ class _Unlocked:
 
 
 def _has_buffer_protocol(runtime: ModuleType) -> bool:
-    """Whether a QBuffer can be read where it is; else `bytes(qbuffer)` makes a copy."""
+    """Whether a QBuffer can be read in place; else `bytes(qbuffer)` copies it."""
     try:
         memoryview(runtime.QBuffer(b"\0"))
     except TypeError:

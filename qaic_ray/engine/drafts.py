@@ -20,13 +20,13 @@ MAX_NGRAM = 3
 """Longest run of last tokens that is looked up; the longest that is found decides."""
 
 RIDE_LEN = 4
-"""New tokens that a row feeds one by one, together with the other rows, rather than in a prefill
-step of its own: after a draft that was all right there are two."""
+"""New tokens that a row feeds one by one, with the other rows, rather than in a prefill step of its
+own; after a draft that was accepted whole there are two."""
 
 
 @dataclass
 class _Text:
-    """The tokens of one row, and behind which of them each n-gram ended last."""
+    """The tokens of one row, and where each n-gram ended last."""
 
     tokens: list[int]
     next_of: dict[tuple[int, ...], int] = field(default_factory=dict)
@@ -77,7 +77,10 @@ class PromptLookup:
 
 
 class DraftProgram:
-    """Drafts by greedy decoding on a draft QPC.
+    """Drafts by greedy decoding on a draft QPC, with an engine of its own.
+
+    Every proposal gives it each row's tokens as a prompt. Its slots remember what they hold, so
+    only tokens that are new since the last proposal are computed.
 
     Args:
         program: opened; of the `position-ids` contract, of the same tokenizer as the main one.
@@ -116,4 +119,4 @@ class DraftProgram:
         return [asked[key].output_ids if key in asked else [] for key in range(len(rows))]
 
     def release(self, sequence: Sequence) -> None:
-        """Nothing to do: its slot's memory serves until another row needs the place."""
+        """Nothing to do: the slot keeps its tokens until another row needs it."""

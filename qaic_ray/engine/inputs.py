@@ -65,7 +65,7 @@ class PositionIdsInputs:
     Args:
         shapes: what the program can run.
         input_dtype: dtype of an input.
-        batcher: whose free slots stand in for rows that the shape has and the step has not.
+        batcher: its free slots are given to rows of the shape that the step has no sequence for.
     """
 
     def __init__(self, shapes: ProgramShapes, input_dtype: Dtypes, batcher: Batcher) -> None:
@@ -86,7 +86,7 @@ class PositionIdsInputs:
         return self._build_newest(step)
 
     def _build_newest(self, step: Step) -> StepInputs:
-        """One token a row: what nearly every step is."""
+        """One token a row, as in nearly every step."""
         positions = [sequence.num_computed for _, sequence in step.rows]
         shape = self._shapes.decode_shape(1, max(positions) + 1)
         inputs = self._inputs[shape]
@@ -100,7 +100,7 @@ class PositionIdsInputs:
         # Rows are in the order of their slots.
         where: slice | list[int] = slice(None) if num_rows == len(ids) else rows
         at.fill(contract.PADDING_POSITION)
-        # A row that has been answered before has its last answer to feed, and nothing else.
+        # A row with an answer feeds the last token of it, and nothing else.
         ids[where, 0] = [
             sequence.output_ids[-1] if sequence.output_ids else sequence.newest
             for _, sequence in step.rows
@@ -141,7 +141,7 @@ class PositionIdsInputs:
         return StepInputs(shape, inputs, rows, [own - 1 for own in counts], answers)
 
     def _index(self, inputs: dict[str, Array], step: Step) -> None:
-        """Name the slot of every row of the shape; rows without one get slots of nobody."""
+        """Write the slot of every row of the shape; rows of no sequence get free slots."""
         index = inputs[contract.BATCH_INDEX]
         slots = [slot for slot, _ in step.rows]
         spare = len(index) - len(slots)

@@ -7,8 +7,8 @@ the left to the wave's length:
     prefill       chunk 0, 1, ... of all rows at once; only the last one answers, in its last column
     decode        one token a row, written at padded_len, padded_len + 1, ... for all of them
 
-A row that ends early keeps its place and is left out of everything that is counted; the next wave
-starts when the last row has ended. Places without a row are padding.
+A row that ends early keeps its place and is no longer counted; the next wave starts when the last
+row has ended. Places without a row are padding.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class LockstepBatcher(StepPlanner):
     def _begin(self) -> None:
         """Choose the next wave: the row that waits longest, and rows of as many chunks.
 
-        Places that are left over go to shorter rows that lose nothing by the longer padding.
+        Free places go to shorter rows whose answers still fit behind the longer padding.
         """
         if not self.waiting:
             return

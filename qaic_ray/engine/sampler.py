@@ -37,7 +37,7 @@ def greedy(logits: Logits) -> Ints:
 
 
 def overflowed(logits: Logits, tokens: Ints | list[int]) -> list[int]:
-    """The rows whose largest logit is no finite number, by the token that was chosen for it.
+    """The rows whose largest logit is not a finite number, seen at the token chosen for it.
 
     `greedy` and the draw give the first NaN, else the first infinity, where there is one.
 
@@ -46,7 +46,7 @@ def overflowed(logits: Logits, tokens: Ints | list[int]) -> list[int]:
         tokens: what was chosen, one a row.
 
     Returns:
-        Numbers of rows; as a rule none, which is told in a microsecond.
+        Row numbers; usually none, found in a microsecond.
     """
     if len(tokens) == 1:
         return [] if math.isfinite(logits.item(tokens[0])) else [0]

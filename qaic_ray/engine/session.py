@@ -1,7 +1,6 @@
 """A QPC loaded on a card through qaicrt: load, activate, execute, status -> error.
 
-With `buffers.py` the only file that touches qaicrt, and only with calls that public programs make.
-Knows shapes and dtypes; knows nothing of sequences or text.
+Only this file and `bindings.py` call qaicrt, and only as public programs do.
 """
 
 from __future__ import annotations
@@ -106,7 +105,7 @@ class Session:
 
     @property
     def simulated_time(self) -> str:
-        """What the emulated SDK says of a time model that is on; empty for real times."""
+        """The emulated SDK's description of the time model that is on; empty for real times."""
         return os.environ.get(_SIMULATED_TIME_VARIABLE, "")
 
     @property
@@ -182,8 +181,10 @@ class Session:
         raise _error_kind(name)(message + ".", status=name)
 
     def _check_room(self, status: Any, action: str, resource: str) -> None:
-        """As `_check`, for calls that need a resource of the card; a status that does not say
-        whether that is short is asked of the card."""
+        """As `_check`, for calls that need a resource of the card.
+
+        Where the status does not say whether the resource is short, the card is asked.
+        """
         if status == self._rt.QStatus.QS_SUCCESS:
             return
         name, message = self._refusal(status, action)
@@ -211,7 +212,7 @@ class Session:
                 return DeviceLost, f"card {qid} does not tell what is free"
             said.append(f"card {qid} has {free.nspFree} of {free.nspTotal} NSPs free")
             is_free = is_free and free.nspFree == free.nspTotal
-        if resource == "NSPs" and is_free:  # nobody has any of them
+        if resource == "NSPs" and is_free:  # so another program is not the reason
             return DeviceError, ", ".join(said)
         return DeviceBusy, f"too little free {resource}, it seems: {', '.join(said)}"
 

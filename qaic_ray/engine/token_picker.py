@@ -168,7 +168,7 @@ def _given(inputs: StepInputs, drafts: Drafts | None, token_ids: TokenIds) -> li
 
 
 def _overflow(logits: Logits, token: int) -> RowError:
-    """The error of a row whose largest logit is no number that tokens could be chosen by."""
+    """The error of a row whose largest logit is not a finite number."""
     return RowError(
         f"The model's logits hold {float(logits[token])} here: a value beyond float16 came up on "
         "the way. `verify.json` of the export names what overflows, and what is nearest to it; "

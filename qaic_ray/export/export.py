@@ -114,15 +114,16 @@ def export_model(
     architecture = read_architecture(checkpoint.config)
     level = default_level(architecture) if verify is None else verify
     architecture = fit_architecture(architecture, read_entries(checkpoint.weight_files))
-    making = _Making(checkpoint, architecture, options or ExportOptions(), folder.name, simplifier)
+    options = options or ExportOptions()
+    making = _Making(checkpoint, architecture, options, folder, level, simplifier)
     try:
         # Without the lock, which a folder that one may only read does not give.
-        found = making.reuse(folder, level)
+        found = making.reuse()
         if found is not None:
             return found
         check_ours(folder)
         with locked(folder):
-            return making.verified(folder, level) or making.build(folder, level)
+            return making.reuse(verify=True) or making.build()
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UsageError(f"Cannot write {error.filename or folder}: {error.strerror}.") from error
     except OSError as error:
@@ -139,58 +140,61 @@ def custom_io(num_layers: int, precision: str) -> str:
 
 @dataclass(frozen=True)
 class _Making:
+    """One export: what it is made from, and where."""
+
     checkpoint: Checkpoint
     architecture: Architecture
     options: ExportOptions
-    name: str
+    folder: Path
+    level: str
     simplifier: Simplifier
 
-    def reuse(self, folder: Path, level: str) -> ExportResult | None:
-        """The export that is in `folder`, if making it again would give the same."""
-        old = self._whole(folder)
+    def reuse(self, *, verify: bool = False) -> ExportResult | None:
+        """The export that is in the folder, if making it again would give the same.
+
+        With `verify` an export that lacks only its verification gets it.
+        """
+        old = self._whole()
         if old is None:
             return None
-        report = read_report(folder)
-        if level != "off" and (report is None or (level == "full" and report.level != "full")):
-            return None
-        return ExportResult(folder, folder / old.onnx_file, old, reused=True, verification=report)
+        report = read_report(self.folder)
+        done = ("full",) if self.level == "full" else ("full", "quick")
+        if self.level != "off" and (report is None or report.level not in done):
+            if not verify:
+                return None
+            report = self._verified(self.folder)
+        path = self.folder / old.onnx_file
+        return ExportResult(self.folder, path, old, reused=True, verification=report)
 
-    def verified(self, folder: Path, level: str) -> ExportResult | None:
-        """As `reuse`; an export that lacks nothing but its verification gets it."""
-        old = self._whole(folder)
-        if old is None or self.reuse(folder, level) is not None:
-            return self.reuse(folder, level)
-        report = verify_export(folder, self.checkpoint, level=level)
-        report.raise_if_different()
-        write_report(report, folder)
-        return ExportResult(folder, folder / old.onnx_file, old, reused=True, verification=report)
+    def build(self) -> ExportResult:
+        """Make the folder anew."""
+        check_ours(self.folder)
+        with building(self.folder) as fresh:
+            manifest = self._write(fresh)
+            report = None if self.level == "off" else self._verified(fresh)
+        path = self.folder / manifest.onnx_file
+        return ExportResult(self.folder, path, manifest, reused=False, verification=report)
 
-    def _whole(self, folder: Path) -> ModelManifest | None:
+    def _whole(self) -> ModelManifest | None:
         """The manifest of an export that making it again would not change."""
         try:
-            old = read_manifest(folder)
+            old = read_manifest(self.folder)
         except UsageError:
             return None  # none, or of another version of this tool: made again
         if not self._manifest(old.weights_sha256, old.num_clipped).same_making(old):
             return None
-        if not old.files or first_fault(folder, old.files):
+        if not old.files or first_fault(self.folder, old.files):
             return None
         if old.sources != self._sources() and self._hash_weights() != old.weights_sha256:
             return None
         return old
 
-    def build(self, folder: Path, level: str) -> ExportResult:
-        """Make the folder anew."""
-        report = None
-        check_ours(folder)
-        with building(folder) as fresh:
-            manifest = self._write(fresh)
-            if level != "off":
-                report = verify_export(fresh, self.checkpoint, level=level)
-                report.raise_if_different()
-                write_report(report, fresh)
-        path = folder / manifest.onnx_file
-        return ExportResult(folder, path, manifest, reused=False, verification=report)
+    def _verified(self, folder: Path) -> VerifyReport:
+        """Check an export and leave the report in it."""
+        report = verify_export(folder, self.checkpoint, level=self.level)
+        report.raise_if_different()
+        write_report(report, folder)
+        return report
 
     def _write(self, folder: Path) -> ModelManifest:
         sources = self._sources()
@@ -230,7 +234,7 @@ class _Making:
         digest = hashlib.sha256(json.dumps(asdict(a), sort_keys=True).encode()).hexdigest()
         return ModelManifest(
             format=FORMAT,
-            name=self.name,
+            name=self.folder.name,
             source=self.checkpoint.name,
             contract=o.contract,
             continuous=o.continuous,
@@ -246,7 +250,7 @@ class _Making:
             opset=o.opset,
             dtype=o.dtype,
             eos_ids=self.checkpoint.eos_ids,
-            onnx_file=f"{GRAPH_FOLDER}/{self.name}_fp16_simplified.onnx",
+            onnx_file=f"{GRAPH_FOLDER}/{self.folder.name}_fp16_simplified.onnx",
             weights_sha256=weights,
             architecture_sha256=digest,
             num_clipped=num_clipped,
