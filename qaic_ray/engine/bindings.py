@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -174,24 +174,6 @@ def _specialization(dims: Dims, qpc: Path) -> Specialization:
     )
 
 
-class Buffers(Protocol):
-    """Memory to an execution and back."""
-
-    def send(self, shape: Specialization, inputs: Mapping[str, Array]) -> Any:
-        """Set everything for an execution in `shape`; the runtime's status."""
-
-    def receive(self, shape: Specialization) -> tuple[Any, Output]:
-        """Status and output of the execution; the array is good until the next `send`."""
-
-
-@dataclass
-class _Positions:
-    """Buffers and dimensions of all bindings, for one shape and one set of inputs."""
-
-    buffers: list[Any]
-    dims: Any
-
-
 class PositionalBuffers:
     """One QBuffer a binding, in the order of the bindings.
 
@@ -205,22 +187,23 @@ class PositionalBuffers:
         self._rt = runtime
         self._exec_obj = exec_obj
         self._interface = interface
-        self._prepared: dict[Key, _Positions] = {}
+        self._prepared: dict[Key, tuple[list[Any], Any]] = {}
         self._reads_in_place = _has_buffer_protocol(runtime)
 
     def send(self, shape: Specialization, inputs: Mapping[str, Array]) -> Any:
-        """See `Buffers.send`."""
+        """Set everything for an execution in `shape`; the runtime's status."""
         key = (shape, tuple(inputs))
         prepared = self._prepared.get(key)
         if prepared is None:
             prepared = self._prepared[key] = self._prepare(shape, inputs)
-        new_buffer, index, buffers = self._rt.QBuffer, self._interface.index, prepared.buffers
+        buffers, dims = prepared
+        new_buffer, index = self._rt.QBuffer, self._interface.index
         for name, array in inputs.items():
             buffers[index[name]] = new_buffer(array.tobytes())
-        return self._exec_obj.setData(buffers, prepared.dims)
+        return self._exec_obj.setData(buffers, dims)
 
     def receive(self, shape: Specialization) -> tuple[Any, Output]:
-        """See `Buffers.receive`."""
+        """Status and output of the execution; the array is good until the next `send`."""
         interface = self._interface
         status, results = self._exec_obj.getData()
         if status != self._rt.QStatus.QS_SUCCESS:
@@ -230,7 +213,8 @@ class PositionalBuffers:
         output = np.asarray(_Unlocked(np.frombuffer(memory, interface.dtype[interface.output])))
         return status, output.reshape(interface.output_dims[shape])
 
-    def _prepare(self, shape: Specialization, inputs: Mapping[str, Array]) -> _Positions:
+    def _prepare(self, shape: Specialization, inputs: Mapping[str, Array]) -> tuple[list[Any], Any]:
+        """Buffers and dimensions of all bindings, for one shape and one set of inputs."""
         interface, new_buffer = self._interface, self._rt.QBuffer
         given: dict[str, Array] = {**interface.lasting[shape], **inputs}
         given[interface.output] = np.zeros(
@@ -242,7 +226,7 @@ class PositionalBuffers:
             at = interface.index[name]
             buffers[at] = new_buffer(array.tobytes())
             dims[at] = (array.itemsize, list(array.shape))
-        return _Positions(buffers, self._rt.BufferDimensionsVecRef(dims))
+        return buffers, self._rt.BufferDimensionsVecRef(dims)
 
 
 class ListedBuffers:
@@ -265,7 +249,7 @@ class ListedBuffers:
         }
 
     def send(self, shape: Specialization, inputs: Mapping[str, Array]) -> Any:
-        """See `Buffers.send`."""
+        """See `PositionalBuffers.send`."""
         index = self._interface.index
         entries = [(index[name], array) for name, array in inputs.items()]
         key = (shape, tuple(inputs))
@@ -275,7 +259,7 @@ class ListedBuffers:
         return self._exec_obj.setData(entries)
 
     def receive(self, shape: Specialization) -> tuple[Any, Output]:
-        """See `Buffers.receive`; the runtime has written the array already."""
+        """See `PositionalBuffers.receive`; the runtime has written the array already."""
         return self._success, self._outputs[shape]
 
     def _others(
@@ -292,6 +276,9 @@ class ListedBuffers:
             for name, at in interface.index.items()
             if name not in inputs
         ]
+
+
+Buffers = PositionalBuffers | ListedBuffers
 
 
 class _Unlocked:

@@ -302,15 +302,14 @@ class Engine:
         if self._proposer is not None:
             self._proposer.release(sequence)
         error = self._errors.pop(sequence, None)
-        if error is not None:
-            return Finished(sequence, first_s - entered_s, end_s - first_s, error)
-        del sequence.logprobs[len(sequence.output_ids) :]
-        meter = self._meter
-        meter.rows += 1
-        meter.prompt_tokens += len(sequence.prompt_ids)
-        meter.reused_tokens += sequence.num_reused
-        meter.generated_tokens += len(sequence.output_ids)
-        return Finished(sequence, first_s - entered_s, end_s - first_s)
+        if error is None:
+            del sequence.logprobs[len(sequence.output_ids) :]
+            meter = self._meter
+            meter.rows += 1
+            meter.prompt_tokens += len(sequence.prompt_ids)
+            meter.reused_tokens += sequence.num_reused
+            meter.generated_tokens += len(sequence.output_ids)
+        return Finished(sequence, first_s - entered_s, end_s - first_s, error)
 
 
 def _num_output(step: Step) -> int:

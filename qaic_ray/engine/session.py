@@ -95,8 +95,8 @@ class Session:
         single = self.device_ids[0] if len(self.device_ids) == 1 else None
         with _runtime_errors(f"Cannot load {self.qpc} on device {self._devices_text}"):
             self._program = rt.Program(self._context, single, program_file, properties)
-            self._check_room(self._program.load(), "load", "DRAM")
-            self._check_room(self._program.activate(), "activate", "NSPs")
+            self._check(self._program.load(), "load", resource="DRAM")
+            self._check(self._program.activate(), "activate", resource="NSPs")
             self._exec_obj = rt.ExecObj(self._context, self._program)
         if version >= LISTED_SINCE:
             self._buffers = ListedBuffers(self._exec_obj, interface, rt.QStatus.QS_SUCCESS)
@@ -170,33 +170,38 @@ class Session:
             program.unload()
 
     def _check(
-        self, status: Any, action: str, *, shapes: Mapping[str, Array] | None = None
+        self,
+        status: Any,
+        action: str,
+        *,
+        shapes: Mapping[str, Array] | None = None,
+        resource: str = "",
     ) -> None:
-        if status == self._rt.QStatus.QS_SUCCESS:
-            return
-        name, message = self._refusal(status, action)
-        if shapes is not None:
-            passed = {key: tuple(value.shape) for key, value in shapes.items()}
-            message += f"; passed shapes {passed}"
-        raise _error_kind(name)(message + ".", status=name)
+        """Raise for any status but success.
 
-    def _check_room(self, status: Any, action: str, resource: str) -> None:
-        """As `_check`, for calls that need a resource of the card.
-
-        Where the status does not say whether the resource is short, the card is asked.
+        Args:
+            status: of the runtime.
+            action: what it refused, for the message.
+            shapes: the inputs of an execution, for the message.
+            resource: what the call needs of the card; where the status does not say whether that
+                is short, the card is asked.
         """
         if status == self._rt.QStatus.QS_SUCCESS:
             return
-        name, message = self._refusal(status, action)
-        kind = _error_kind(name)
-        if name == _UNSAID:
+        name = getattr(status, "name", str(status))
+        message = f"Device {self._devices_text} could not {action} {self.qpc}: {name}"
+        kind: type[DeviceError] = DeviceError
+        if name in _BUSY:
+            kind = DeviceBusy
+        elif name in _LOST:
+            kind = DeviceLost
+        elif resource and name == _UNSAID:
             kind, found = self._state(resource)
             message += f" ({found})"
+        if shapes is not None:
+            passed = {key: tuple(value.shape) for key, value in shapes.items()}
+            message += f"; passed shapes {passed}"
         raise kind(message + ".", status=name)
-
-    def _refusal(self, status: Any, action: str) -> tuple[str, str]:
-        name = getattr(status, "name", str(status))
-        return name, f"Device {self._devices_text} could not {action} {self.qpc}: {name}"
 
     def _state(self, resource: str) -> tuple[type[DeviceError], str]:
         """Whether a card that refused without a reason is gone, full, or neither."""
@@ -215,12 +220,6 @@ class Session:
         if resource == "NSPs" and is_free:  # so another program is not the reason
             return DeviceError, ", ".join(said)
         return DeviceBusy, f"too little free {resource}, it seems: {', '.join(said)}"
-
-
-def _error_kind(status: str) -> type[DeviceError]:
-    if status in _BUSY:
-        return DeviceBusy
-    return DeviceLost if status in _LOST else DeviceError
 
 
 @contextmanager

@@ -124,15 +124,12 @@ class Replay(ABC):
     def _answers(self, answer: Any, positions: Ints, num_kept: int) -> list[ReplayAnswer]:
         num_rows, seq_len = positions.shape
         answer = np.asarray(answer).reshape(num_rows, -1, answer.shape[-1])
+        num_columns = {LAST: 1, ALL: seq_len}.get(self._manifest.logits, num_kept)
         found = []
         for row in range(num_rows):
             last = int(positions[row].argmax())
-            columns = range(max(0, last + 1 - num_kept), max(0, last + 1 - num_kept) + num_kept)
-            if self._manifest.logits in (LAST, ALL):
-                columns = range(last, last + 1)
-                if self._manifest.logits == ALL:
-                    columns = range(seq_len)
-            for place, column in enumerate(columns):
+            first = max(0, last + 1 - num_columns)
+            for place, column in enumerate(range(first, first + num_columns)):
                 if positions[row, column] >= 0:
                     found.append(ReplayAnswer(row, int(positions[row, column]), answer[row, place]))
         return found
@@ -151,16 +148,11 @@ class PositionIdsReplay(Replay):
     def prefill(
         self, prompts: Sequence[Ints], slots: Sequence[int], chunk_len: int
     ) -> list[ReplayAnswer]:
-        self._lengths |= zip(slots, map(len, prompts), strict=True)
+        self._lengths |= dict.fromkeys(slots, 0)
         found = []
         for start in range(0, max(map(len, prompts)), chunk_len):
-            ids = np.zeros((len(prompts), chunk_len), np.int64)
-            positions = np.full_like(ids, contract.PADDING_POSITION)
-            for row, prompt in enumerate(prompts):
-                chunk = prompt[start : start + chunk_len]
-                ids[row, : len(chunk)] = chunk
-                positions[row, : len(chunk)] = np.arange(start, start + len(chunk))
-            found += self._step(ids, positions, slots)
+            chunks = [prompt[start : start + chunk_len] for prompt in prompts]
+            found += self._step(chunks, slots, chunk_len)
         return found
 
     def decode(self, tokens: Sequence[int], slots: Sequence[int]) -> list[ReplayAnswer]:
@@ -168,18 +160,20 @@ class PositionIdsReplay(Replay):
 
     def extend(self, tokens: Sequence[Sequence[int]], slots: Sequence[int]) -> list[ReplayAnswer]:
         """Run more tokens of every row at once, as a check of drafted ones does."""
-        ids = np.zeros((len(tokens), max(map(len, tokens))), np.int64)
+        return self._step(tokens, slots, max(map(len, tokens)))
+
+    def _start(self, slot: int) -> int:
+        return 0
+
+    def _step(
+        self, tokens: Sequence[Sequence[int] | Ints], slots: Sequence[int], seq_len: int
+    ) -> list[ReplayAnswer]:
+        ids = np.zeros((len(tokens), seq_len), np.int64)
         positions = np.full_like(ids, contract.PADDING_POSITION)
         for row, (more, slot) in enumerate(zip(tokens, slots, strict=True)):
             ids[row, : len(more)] = more
             positions[row, : len(more)] = np.arange(len(more)) + self._lengths[slot]
             self._lengths[slot] += len(more)
-        return self._step(ids, positions, slots)
-
-    def _start(self, slot: int) -> int:
-        return 0
-
-    def _step(self, ids: Ints, positions: Ints, slots: Sequence[int]) -> list[ReplayAnswer]:
         feed = {contract.INPUT_IDS: ids, contract.POSITION_IDS: positions}
         if self._manifest.continuous:
             feed[contract.BATCH_INDEX] = np.array(slots, np.int64)[:, None]
