@@ -36,12 +36,12 @@ MAX_CORES = 16
 """NSPs of the largest Cloud AI 100 SoC (Pro, Ultra)."""
 
 MAX_SIZE = 2**31 - 1
-"""Of any dimension: what 32 bits hold."""
+"""The largest dimension: what 32 bits hold."""
 MAX_VARIANTS = 1000
-"""Of one grid; also how many specializations a file may hold."""
+"""Variants of one grid at most; also specializations of one file."""
 
 COMP_CTX_STEP = 32
-"""Multiples that compute-context lengths are kept to where one has to give way to another."""
+"""A compute-context length that has to avoid another one is a multiple of this."""
 
 # What is compiled where nothing else is said: the published recipe's specializations.json, for the
 # NSPs of a Standard card.
@@ -309,7 +309,7 @@ def _free_context(ctx_len: int, taken: Sequence[int]) -> int:
 
 
 def check_specializations(entries: tuple[Specialization, ...]) -> None:
-    """Refuse what the recipe's compiler scripts would only find out late.
+    """Refuse specializations that cannot be in one program, before the compiler finds out.
 
     Raises:
         SpecializationError: naming the key, the values and the rule.

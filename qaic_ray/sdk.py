@@ -23,7 +23,7 @@ from qaic_ray.folders import cache_folder
 VENDOR_ROOT = Path("/opt/qti-aic")
 SDK_VARIABLE = "QAIC_RAY_SDK"
 SDK_NAMES = ("auto", "real", "emulated")
-"""What stands for a folder in `find_sdk`."""
+"""Names that `find_sdk` takes in place of a folder."""
 EMULATED_MARKER = "emulated-sdk.json"
 QAIC_UTIL_TIMEOUT_S = 30.0
 
@@ -46,7 +46,7 @@ class EmulatedCards:
 
 @dataclass(frozen=True)
 class Device:
-    """One Cloud AI 100 SoC as `qaic-util -q` tells of it; `qid` is the id that qaicrt takes."""
+    """One Cloud AI 100 SoC as `qaic-util -q` shows it; `qid` is the id that qaicrt takes."""
 
     qid: int
     status: str
@@ -272,7 +272,7 @@ def _default_name(vendor_root: Path, has_cards: Callable[[], bool]) -> str:
 
 
 def compiler_digest(sdk: Sdk) -> str:
-    """Stands for the compiler's own identity in cache keys.
+    """The compiler's identity, for cache keys.
 
     The emulated SDK's is the digest of its sources, so its QPCs are rebuilt when it changes; the
     vendor's is the size and time of its binary, beside the version that the key names anyway.

@@ -90,9 +90,8 @@ def build(request: BuildRequest) -> Build:
         CompileError: from the compiler, with its log.
         UsageError: for a folder of the variant's name that is not ours.
     """
-    variant, sdk, target = request.variant, request.sdk, request.target
     start_s = time.monotonic()
-    entries = request.entries
+    target, entries = request.target, request.entries
     # Without the lock, which a store that one may only read does not give.
     reused = is_current(target, entries)
     if reused:
@@ -102,9 +101,9 @@ def build(request: BuildRequest) -> Build:
         with locked(target):
             reused = is_current(target, entries)
             if not reused:
-                _build(target, variant, sdk, entries)
-    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    return Build(target, variant.name, reused, time.monotonic() - start_s, size)
+                _build(request, entries)
+    size = sum(file.stat().st_size for file in _files(target))
+    return Build(target, request.variant.name, reused, time.monotonic() - start_s, size)
 
 
 def check_request(request: BuildRequest) -> None:
@@ -164,15 +163,21 @@ def check_kept(folder: Path) -> None:
         )
     fault = program_fault(folder)
     program = _program(folder)
-    if not fault and program is not None and _digest(folder) != program.sha256:
+    if not fault and program is not None and content_key(folder) != program.sha256:
         fault = f"{folder / QPC_FILE} has changed since it was compiled"
     if fault:
         raise UsageError(f"{fault}: compile it again.")
 
 
 def content_key(folder: Path) -> str:
-    """The SHA-256 of a QPC folder's program, also where another tool compiled it."""
-    return _digest(folder)
+    """The SHA-256 of a QPC folder's program, also where another tool compiled it.
+
+    It is read only where its status changed.
+    """
+    program = _program(folder)
+    if program is not None and program.is_untouched(folder):
+        return program.sha256
+    return _digest_of(folder / QPC_FILE, SourceFile.of(folder / QPC_FILE))
 
 
 def read_record(folder: Path) -> Record | None:
@@ -187,16 +192,17 @@ def read_record(folder: Path) -> Record | None:
     return record if is_sealed or not record.files else None
 
 
-def _build(target: Path, variant: Variant, sdk: Sdk, entries: list[tuple[str, str]]) -> None:
-    check_ours(target)
+def _build(request: BuildRequest, entries: list[tuple[str, str]]) -> None:
+    check_ours(request.target)
     try:
-        with building(target) as folder:
-            _compile_into(folder, variant, sdk, entries)
+        with building(request.target) as folder:
+            _compile_into(folder, request, entries)
     except OSError as error:
-        raise CompileError(f"Cannot write {target}: {error.strerror}.") from error
+        raise CompileError(f"Cannot write {request.target}: {error.strerror}.") from error
 
 
-def _compile_into(folder: Path, variant: Variant, sdk: Sdk, entries: list[tuple[str, str]]) -> None:
+def _compile_into(folder: Path, request: BuildRequest, entries: list[tuple[str, str]]) -> None:
+    variant, sdk = request.variant, request.sdk
     log = folder / LOG_FILE
     specializations = folder / SPECIALIZATIONS_FILE
     text = variant.specializations.to_json(named=sdk.named_specializations)
@@ -253,14 +259,6 @@ def _program(folder: Path) -> KeptFile | None:
     record = read_record(folder)
     files = record.files if record else ()
     return next((file for file in files if file.name == QPC_FILE), None)
-
-
-def _digest(folder: Path) -> str:
-    """The SHA-256 of the program; it is read only where its status changed."""
-    program = _program(folder)
-    if program is not None and program.is_untouched(folder):
-        return program.sha256
-    return _digest_of(folder / QPC_FILE, SourceFile.of(folder / QPC_FILE))
 
 
 @lru_cache(maxsize=16)

@@ -146,13 +146,23 @@ class StepPlanner(ABC):
     def num_decoding(self) -> int:
         """Rows that wait for their next token and not for a prefill."""
 
-    @abstractmethod
     def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
         """How many tokens a prompt may generate: what was asked for, within the context.
 
         Raises:
             RowError: for a prompt with no token, or with more than the context holds.
         """
+        if prompt_tokens == 0:
+            raise RowError("The prompt is empty: it has no token to start from.")
+        # The last token of an answer is never fed back.
+        room = self.shapes.ctx_len - self._padded(prompt_tokens) + 1
+        if room < 1:
+            raise RowError(
+                f"The prompt has {prompt_tokens} tokens, more than the context of "
+                f"{self.shapes.ctx_len} the QPC was compiled for: shorten it, or compile with a "
+                "larger ctx_len."
+            )
+        return room if wanted is None else min(room, wanted)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose `max_new_tokens` came from `new_token_limit`."""
@@ -182,6 +192,10 @@ class StepPlanner(ABC):
         if sequence.slot is not None:
             self._release(sequence)
         return dropped
+
+    def _padded(self, prompt_tokens: int) -> int:
+        """Places of the context that a prompt takes."""
+        return prompt_tokens
 
     @abstractmethod
     def _release(self, sequence: Sequence) -> None:
@@ -218,13 +232,6 @@ class Batcher(StepPlanner):
     def num_decoding(self) -> int:
         """See `StepPlanner.num_decoding`."""
         return len(self.running) - len(self._prefilling)
-
-    def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
-        """See `StepPlanner.new_token_limit`."""
-        ctx_len = self.shapes.ctx_len
-        # The last token of an answer is never fed back.
-        room = ctx_len - prompt_tokens + 1
-        return limit_of(prompt_tokens, room=room, ctx_len=ctx_len, wanted=wanted)
 
     def plan(self, *, decode_first: bool = False) -> Step | None:
         """See `StepPlanner.plan`."""
@@ -339,22 +346,6 @@ class Batcher(StepPlanner):
         num_held = min(sequence.num_computed, sequence.num_tokens - 1)
         held = (*sequence.prompt_ids, *sequence.output_ids)[:num_held]
         self._free[slot] = held if self._prefix_reuse else ()
-
-
-def limit_of(prompt_tokens: int, *, room: int, ctx_len: int, wanted: int | None) -> int:
-    """Tokens that a prompt may generate, of the `room` that the context leaves.
-
-    Raises:
-        RowError: for a prompt with no token, or with no room.
-    """
-    if prompt_tokens == 0:
-        raise RowError("The prompt is empty: it has no token to start from.")
-    if room < 1:
-        raise RowError(
-            f"The prompt has {prompt_tokens} tokens, more than the context of {ctx_len} "
-            "the QPC was compiled for: shorten it, or compile with a larger ctx_len."
-        )
-    return room if wanted is None else min(room, wanted)
 
 
 def num_common(left: tuple[int, ...], right: tuple[int, ...]) -> int:

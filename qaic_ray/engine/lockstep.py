@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Listed
 
-from qaic_ray.engine.batcher import Sequence, Step, StepPlanner, limit_of
+from qaic_ray.engine.batcher import Sequence, Step, StepPlanner
 from qaic_ray.engine.shapes import ProgramShapes
 
 
@@ -37,12 +37,6 @@ class LockstepBatcher(StepPlanner):
     def num_decoding(self) -> int:
         """See `StepPlanner.num_decoding`."""
         return len(self.running) if self._cache_index >= self._padded_len else 0
-
-    def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
-        """See `StepPlanner.new_token_limit`; the prompt's own padding counts."""
-        ctx_len = self.shapes.ctx_len
-        room = ctx_len - self._padded(prompt_tokens) + 1
-        return limit_of(prompt_tokens, room=room, ctx_len=ctx_len, wanted=wanted)
 
     def plan(self, *, decode_first: bool = False) -> Step | None:
         """See `StepPlanner.plan`; no row of a wave is ahead of the others, to decode first."""
@@ -81,6 +75,7 @@ class LockstepBatcher(StepPlanner):
             assert len(sequence.output_ids) < sequence.max_new_tokens
 
     def _padded(self, prompt_tokens: int) -> int:
+        """Whole chunks, because the prompt is padded to them."""
         return -(-prompt_tokens // self._prompt_len) * self._prompt_len
 
     def _begin(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,16 @@ class WeightSpec:
         """The checkpoint's shape."""
         rows, *others = self.shape[::-1] if self.transpose else self.shape
         return (rows // self.copies, *others)
+
+    @property
+    def rows_together(self) -> int:
+        """Rows of the checkpoint that are copied as one block."""
+        return self.copied_rows if self.copies > 1 else 1
+
+    @property
+    def least_elements(self) -> int:
+        """Values of the smallest block that can be written: one row, or one head with copies."""
+        return self.copies * self.rows_together * prod(self.source_shape[1:])
 
 
 class GraphBuilder:

@@ -264,7 +264,7 @@ class _Writer:
         self._descriptor = descriptor
         self._plan = plan
         self._places = plan.by_source()
-        least = max(_least_elements(placement.spec) for placement in plan.placements)
+        least = max(placement.spec.least_elements for placement in plan.placements)
         num_elements = max(sizes.read, least)
         self._free: SimpleQueue[_Buffers] = SimpleQueue()
         for _ in range(_NUM_WORKERS):
@@ -281,8 +281,10 @@ class _Writer:
     def _write(self, entry: TensorEntry, buffers: _Buffers) -> tuple[str, str, int]:
         rows, width = entry.shape[0], prod(entry.shape[1:])
         row_bytes = width * ITEM_BYTES[entry.dtype]
-        copies, step = self._rows_at_once(entry, buffers.raw.size // 4 // width)
         places = self._places[entry.name]
+        copies, head = places[0].spec.copies, places[0].spec.rows_together
+        # Whole heads where they are copied.
+        step = min(rows, max(1, buffers.raw.size // 4 // width // (copies * head)) * head)
         turned = [place for place in places if place.spec.transpose]
         assert len(turned) <= 1, "the memory for columns is that of one place"
         columns = [_Transposed(place, buffers.turned, step * copies) for place in turned]
@@ -308,14 +310,6 @@ class _Writer:
             for place_columns in columns:
                 place_columns.add(block, self._descriptor)
         return entry.name, digest.hexdigest(), num_clipped
-
-    def _rows_at_once(self, entry: TensorEntry, fitting: int) -> tuple[int, int]:
-        """How often a row is written, and the rows of a block: whole heads if more than once."""
-        spec = self._places[entry.name][0].spec
-        if spec.copies > 1:
-            num_heads = fitting // (spec.copies * spec.copied_rows)
-            return spec.copies, max(1, num_heads) * spec.copied_rows
-        return 1, max(1, min(fitting, entry.shape[0]))
 
 
 def _check(spec: WeightSpec, entries: Mapping[str, TensorEntry]) -> None:
@@ -345,12 +339,6 @@ def _hint(name: str) -> str:
     if ".lora_" in name:
         return ": it holds an adapter; merge it into its base model first"
     return ""
-
-
-def _least_elements(spec: WeightSpec) -> int:
-    """Values of the smallest block: one row of the checkpoint, or one head with its copies."""
-    num_rows = spec.copies * spec.copied_rows if spec.copies > 1 else 1
-    return num_rows * prod(spec.source_shape[1:])
 
 
 def _with_copies(block: Array, spec: WeightSpec) -> Array:
