@@ -38,7 +38,7 @@ from qaic_ray.rows import ROW_ALONE
 from qaic_ray.sampling_params import SamplingParams
 
 MAX_STALL_S = 1.0
-"""How long running rows may wait for the prefill of others, where nothing else is said."""
+"""Seconds that running rows may wait for the prefill of others, by default."""
 
 
 class Program(Protocol):
@@ -81,7 +81,7 @@ class Proposer(Protocol):
 class Finished:
     """A row that ended: `ttft_s` from entering the engine, `decode_s` from there to its end.
 
-    With an `error` it has no answer; it is that of this row's own sampling or reading.
+    With an `error`, which its own sampling or reading raised, it has no answer.
     """
 
     sequence: Sequence

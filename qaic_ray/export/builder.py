@@ -24,6 +24,7 @@ _IR_VERSIONS = {13: 7, 17: 8}
 PRODUCER = "qaic-ray"
 """`producer_name` of the graphs that we write."""
 
+_COMPARISONS = ("Greater", "Less")
 _RANKS = ("scalar", "vector", "matrix")
 
 
@@ -146,8 +147,12 @@ class GraphBuilder:
         (self._outputs if output else self._inner).append(value)
         return value
 
-    def elementwise(self, kind: str, scope: str, *inputs: Value, dtype: int | None = None) -> Value:
-        """An operator whose result has the broadcast shape of its inputs."""
+    def elementwise(self, kind: str, scope: str, *inputs: Value) -> Value:
+        """An operator whose result has the broadcast shape of its inputs.
+
+        The result has the last input's type, or is bool for a comparison.
+        """
+        dtype = TensorProto.BOOL if kind in _COMPARISONS else inputs[-1].dtype
         return self.op(kind, scope, inputs, broadcast(*(i.shape for i in inputs)), dtype=dtype)
 
     def matmul(self, scope: str, left: Value, right: Value) -> Value:
@@ -164,10 +169,12 @@ class GraphBuilder:
         shape = tuple(value.shape[i] for i in order)
         return self.op("Transpose", scope, [value], shape, perm=list(order))
 
-    def unsqueeze(self, scope: str, value: Value, axis: int) -> Value:
-        """Insert a dimension of 1, where `axis` counts from the front."""
-        shape = (*value.shape[:axis], 1, *value.shape[axis:])
-        return self.op("Unsqueeze", scope, [value, self.constant([axis])], shape)
+    def unsqueeze(self, scope: str, value: Value, *axes: int) -> Value:
+        """Insert dimensions of 1; `axes` are their places in the result, rising."""
+        shape = list(value.shape)
+        for axis in axes:
+            shape.insert(axis, 1)
+        return self.op("Unsqueeze", scope, [value, self.constant(axes)], tuple(shape))
 
     def gather(self, scope: str, data: Value, indices: Value, *, axis: int = 0) -> Value:
         """Entries of `data` at `indices`, along an axis that counts from the front."""

@@ -290,7 +290,7 @@ def _check_extra(*, has_check: bool) -> None:
 
 
 def check_ours(folder: Path) -> None:
-    """An export replaces its folder, so it must be an export of ours, or nothing.
+    """Refuse to replace a folder that is not an export of ours.
 
     Raises:
         UsageError: naming what is there.
@@ -317,7 +317,7 @@ def check_ours(folder: Path) -> None:
 
 
 def _exported_file(folder: Path) -> str | None:
-    """The graph of an export of ours, of whatever version, by the marks that it has."""
+    """Name of the graph in an export of ours, of any version; None for any other folder."""
     try:
         document = read_object(folder / MANIFEST_FILE)
     except UsageError:

@@ -35,7 +35,7 @@ _KNOWN = frozenset(
         "long_factor", "finetuned",
     }
 )  # fmt: skip
-"""Keys of the one kind that the others are right to ignore, as transformers does."""
+"""Keys of any kind; a kind ignores those of the others, as transformers does."""
 
 
 @dataclass(frozen=True)

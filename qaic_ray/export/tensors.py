@@ -148,7 +148,11 @@ def _is_sizes(value: Any, length: int | None = None) -> TypeGuard[list[int]]:
 
 
 class Converter:
-    """Converts blocks of up to `num_elements` values to `dtype` (float32 or float16)."""
+    """Converts blocks of up to `num_elements` values to `dtype` (float32 or float16).
+
+    It keeps its memory, because fresh pages cost more than the work on them: what it returns is
+    overwritten by its next call.
+    """
 
     def __init__(self, dtype: np.dtype[np.floating], num_elements: int) -> None:
         self._dtype = dtype
@@ -179,7 +183,7 @@ class Converter:
         return narrow, num_clipped
 
     def _float16_without_loss(self, bits: npt.NDArray[np.uint16], kind: str) -> Array | None:
-        """The same as the way over float32, in a third of its time; None where values must clip."""
+        """The same as by float32, in a third of the time; None where values must be clipped."""
         magnitude = np.bitwise_and(bits, _MAGNITUDE, out=self._bits[: bits.size])
         largest = int(magnitude.max(initial=0))
         if kind == "F16":
