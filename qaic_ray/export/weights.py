@@ -75,7 +75,6 @@ class WrittenWeights:
 
     sha256: str
     num_clipped: int
-    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,6 @@ def write_weights(
     return WrittenWeights(
         sha256=_combine(plan, {name: digest for name, digest, _ in results}),
         num_clipped=sum(num_clipped for _, _, num_clipped in results),
-        num_bytes=plan.num_bytes,
     )
 
 

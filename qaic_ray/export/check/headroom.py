@@ -77,7 +77,7 @@ def _activations(graph: Any) -> set[str]:
 def beyond_float16(largest: Mapping[str, float]) -> tuple[Activation, ...]:
     """Activations that float16 cannot hold, by layer."""
     found = [
-        Activation(_layer_of(name), name, size)
+        Activation(layer_of(name), name, size)
         for name, size in largest.items()
         if not size <= FLOAT16_MAX
     ]
@@ -87,9 +87,10 @@ def beyond_float16(largest: Mapping[str, float]) -> tuple[Activation, ...]:
 def largest_activation(largest: Mapping[str, float]) -> Activation:
     """The activation with the largest magnitude."""
     name = max(largest, key=lambda n: largest[n])
-    return Activation(_layer_of(name), name, largest[name])
+    return Activation(layer_of(name), name, largest[name])
 
 
-def _layer_of(name: str) -> int | None:
+def layer_of(name: str) -> int | None:
+    """The layer of a node or a cache, by its name; None outside the layers."""
     match = _LAYER.match(name)
     return int(match.group(1)) if match else None

@@ -6,7 +6,6 @@ layers may be left out, and the magnitudes of activations become outputs.
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,15 +18,13 @@ import onnx
 
 from qaic_ray import contract
 from qaic_ray.contract import IoContract
-from qaic_ray.export.check.headroom import watch_activations
+from qaic_ray.export.check.headroom import layer_of, watch_activations
 from qaic_ray.export.functions import use_plain_functions
 from qaic_ray.export.options import ALL, LAST
 from qaic_ray.model.manifest import ModelManifest
 
 NUM_KEPT = 2
 """Length of `num_logits_to_keep`, where a graph has it and a run has as many tokens."""
-
-_LAYER = re.compile(r"^/model/layers\.(\d+)/")
 
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
@@ -267,7 +264,7 @@ def cut_layers(model: Any, keep: Sequence[int]) -> None:
     graph = model.graph
     results: dict[int, str] = {}
     for node in graph.node:
-        if (layer := _layer_of(node.name)) is not None:
+        if (layer := layer_of(node.name)) is not None:
             results[layer] = node.output[0]  # nodes are in order, so the last one stays
     renamed, below = {}, None
     for layer, result in sorted(results.items()):
@@ -275,7 +272,7 @@ def cut_layers(model: Any, keep: Sequence[int]) -> None:
             below = result
         elif below is not None:
             renamed[result] = below
-    nodes = [n for n in graph.node if _layer_of(n.name) in (None, *keep)]
+    nodes = [n for n in graph.node if layer_of(n.name) in (None, *keep)]
     for node in nodes:
         node.input[:] = [renamed.get(name, name) for name in node.input]
     used = {name for node in nodes for name in (*node.input, *node.output)}
@@ -295,8 +292,3 @@ def cut_layers(model: Any, keep: Sequence[int]) -> None:
         copies = [type(item).FromString(item.SerializeToString()) for item in kept]
         del field[:]
         field.extend(copies)
-
-
-def _layer_of(node_name: str) -> int | None:
-    match = _LAYER.match(node_name)
-    return int(match.group(1)) if match else None
