@@ -50,11 +50,11 @@ def drive(folder: Path, address: str, count: int) -> None:
     from qaic_ray.cluster import actors
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.dispatch import workers
+    from qaic_ray.options import EmulatorOptions
     from qaic_ray.runs.delivery import row_writer
     from qaic_ray.runs.driver import Audience
     from qaic_ray.runs.journal import Journal
     from qaic_ray.sampling_params import SamplingParams
-    from qaic_ray.sdk import EmulatedCards
     from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
     from qaic_ray.worker.text import Generation
     from qaic_ray.worker.worker import CardWorker
@@ -62,7 +62,7 @@ def drive(folder: Path, address: str, count: int) -> None:
     workers.MIN_STALL_S = workers.FIRST_STALL_S = 6.0  # an hour of trouble in a minute
     actors.STEPS_EVERY_S = 0.5
     made = json.loads((folder.parent / "made.json").read_text())
-    generation = Generation(SamplingParams(max_tokens=NUM_TOKENS))
+    generation = Generation(sampling=SamplingParams(max_tokens=NUM_TOKENS))
 
     def note(info: WorkerInfo) -> None:
         with (folder / "pids").open("a") as file:
@@ -73,7 +73,9 @@ def drive(folder: Path, address: str, count: int) -> None:
         Journal(folder, FINGERPRINT) as journal,
         row_writer(folder, resumed=True) as write,
     ):
-        found = cluster.inventory(made["sdk"], EmulatedCards(4, "standard", "1.22"))
+        found = cluster.inventory(
+            made["sdk"], EmulatorOptions(cards=4, sku="standard", apps_version="1.22")
+        )
         specs = [
             WorkerSpec(qpc=made["qpc"], model=made["model"], generation=generation, **vars(where))
             for where in place(found)

@@ -36,7 +36,8 @@ from qaic_ray.engine.drafts import DraftProgram, PromptLookup
 from qaic_ray.engine.engine import MAX_STALL_S, Engine
 from qaic_ray.engine.session import Session
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
-from qaic_ray.sdk import EmulatedCards, find_sdk
+from qaic_ray.options import EmulatorOptions
+from qaic_ray.sdk import find_sdk
 
 TIMING = "QAIC_EMULATOR_TIMING"
 MODEL = "smollm2-135m"
@@ -99,7 +100,7 @@ def build(folder: Path, root: Path, shape: Shape) -> Path:
 @contextmanager
 def opened(folder: Path, shape: Shape, *, computes: bool = True) -> Iterator[Session]:
     """A session on an emulated card, or on one that answers at once by a rule."""
-    sdk = find_sdk("emulated", EmulatedCards(cards=1, sku="standard", apps_version="1.22"))
+    sdk = find_sdk("emulated", EmulatorOptions(cards=1, sku="standard", apps_version="1.22"))
     qpc = build(folder, sdk.root, shape)
     os.environ.pop(TIMING, None)
     if not computes:

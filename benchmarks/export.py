@@ -26,11 +26,12 @@ import psutil
 
 from qaic_ray.folders import sync_tree
 
+STATIC = '{"continuous_batching": false}'
 EXPORT = """
 import json, sys
 from pathlib import Path
 from qaic_ray.export.export import export_model
-from qaic_ray.export.options import ExportOptions
+from qaic_ray.options import ExportOptions
 from qaic_ray.model.checkpoint import open_checkpoint
 model, output, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 export_model(open_checkpoint(model), ExportOptions(**options), output=output, verify="off")
@@ -41,9 +42,9 @@ from pathlib import Path
 import onnx
 from qaic_ray.export.architecture import read_architecture
 from qaic_ray.export.graph import author
-from qaic_ray.export.options import ExportOptions
 from qaic_ray.export.simplify import simplifying
-graph = author(read_architecture(json.loads(sys.argv[1])), ExportOptions(continuous=True))
+from qaic_ray.options import ExportOptions
+graph = author(read_architecture(json.loads(sys.argv[1])), ExportOptions(continuous_batching=True))
 with simplifying(graph.model, Path(sys.argv[2])) as simplified:
     onnx.save(simplified(), Path(sys.argv[2]) / "graph.onnx")
 """
@@ -113,7 +114,7 @@ def smollm2(folder: Path) -> dict[str, float]:
     from qaic_ray.model.checkpoint import open_checkpoint
 
     open_checkpoint("smollm2-135m")
-    wall, main, tree = measure(EXPORT, "smollm2-135m", str(folder / "smollm2-kv"), "{}")
+    wall, main, tree = measure(EXPORT, "smollm2-135m", str(folder / "smollm2-kv"), STATIC)
     return {
         "smollm2_wall_s": wall,
         "smollm2_peak_main_mb": main,
@@ -136,7 +137,9 @@ def seven_billion(folder: Path) -> dict[str, float]:
     shutil.rmtree(copy)
     forget_pages(checkpoint)
     output = folder / "random-7b-kv"
-    wall, main, tree = measure(EXPORT, str(checkpoint), str(output), '{"dtype": "float16"}')
+    wall, main, tree = measure(
+        EXPORT, str(checkpoint), str(output), '{"continuous_batching": false, "dtype": "float16"}'
+    )
     return {
         "7b_wall_s": wall,
         "7b_cp_s": copied,

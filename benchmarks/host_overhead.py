@@ -38,8 +38,9 @@ from qaic_ray.engine.session import Session
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.model.stop_strings import StopReader
 from qaic_ray.model.tokenizer import Tokenizer
+from qaic_ray.options import EmulatorOptions
 from qaic_ray.sampling_params import SamplingParams
-from qaic_ray.sdk import EmulatedCards, install_emulated, open_sdk
+from qaic_ray.sdk import install_emulated, open_sdk
 
 HERE = Path(__file__).resolve().parent
 DOORS = {"buffers": "1.17", "arrays": "1.22"}
@@ -125,7 +126,9 @@ def lay_programs(folder: Path, wanted: list[Case]) -> Path:
 
 def lay_sdk(folder: Path, apps_version: str, num_cards: int = 1) -> Path:
     """An SDK folder whose cards take no time of their own."""
-    install_emulated(folder, EmulatedCards(num_cards, "standard", apps_version))
+    install_emulated(
+        folder, EmulatorOptions(cards=num_cards, sku="standard", apps_version=apps_version)
+    )
     shutil.copy(HERE / "instant_card.py", open_sdk(folder).python_paths[0] / "qaicrt.py")
     return folder
 

@@ -89,11 +89,11 @@ def drive(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from qaic_ray.cards.placement import place
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.formats.prompts import prompts_from_file
+    from qaic_ray.options import EmulatorOptions
     from qaic_ray.runs.delivery import row_writer
     from qaic_ray.runs.driver import Audience
     from qaic_ray.runs.journal import Journal
     from qaic_ray.sampling_params import SamplingParams
-    from qaic_ray.sdk import EmulatedCards
     from qaic_ray.worker.spec import WorkerSpec
     from qaic_ray.worker.text import Generation
     from qaic_ray.worker.worker import CardWorker
@@ -104,7 +104,7 @@ def drive(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     source = folder / "prompts.jsonl"
     lay_prompts(source, options.prompts)
     watch = Watch(options.prompts)
-    generation = Generation(SamplingParams(max_tokens=4))
+    generation = Generation(sampling=SamplingParams(max_tokens=4))
     run_folder = folder / "run"
     run_folder.mkdir()
     with (
@@ -112,7 +112,9 @@ def drive(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         Journal(run_folder, {"run": "million"}) as journal,
         row_writer(run_folder) as write,
     ):
-        found = cluster.inventory(made["sdk"], EmulatedCards(4, "standard", "1.20"))
+        found = cluster.inventory(
+            made["sdk"], EmulatorOptions(cards=4, sku="standard", apps_version="1.20")
+        )
         specs = [
             WorkerSpec(qpc=made["qpc"], model=made["model"], generation=generation, **vars(where))
             for where in place(found, devices=range(options.workers))

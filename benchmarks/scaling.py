@@ -310,8 +310,7 @@ def measure(num_cards: int, options: argparse.Namespace, folder: Path) -> dict[s
     """All figures of one number of cards."""
     from qaic_ray.cards.placement import place
     from qaic_ray.cluster.cluster import Cluster
-    from qaic_ray.config import EmulatorPart
-    from qaic_ray.pipeline.devices import emulated_cards
+    from qaic_ray.options import EmulatorOptions
     from qaic_ray.worker.spec import WorkerSpec
 
     stage = make(folder, num_cards)
@@ -329,7 +328,7 @@ def measure(num_cards: int, options: argparse.Namespace, folder: Path) -> dict[s
         "engine_of_best": best_s(share, 1, step_s) / engine_s,
     }
     with Cluster(num_cards) as cluster:
-        found = cluster.inventory(stage["sdk"], emulated_cards(EmulatorPart(cards=num_cards)))
+        found = cluster.inventory(stage["sdk"], EmulatorOptions(cards=num_cards))
         specs = [
             WorkerSpec(qpc=stage["qpc"], model=stage["model"], **vars(where))
             for where in place(found)

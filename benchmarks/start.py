@@ -79,11 +79,10 @@ def qaic_ray(*arguments: str) -> dict[str, Any]:
 
 def lay_program(folder: Path) -> tuple[str, str]:
     """The QPC, and the SDK that made it."""
-    from qaic_ray.config import EmulatorPart
-    from qaic_ray.pipeline.devices import emulated_cards
+    from qaic_ray.options import EmulatorOptions
     from qaic_ray.sdk import find_sdk
 
-    sdk = find_sdk("emulated", emulated_cards(EmulatorPart()))
+    sdk = find_sdk("emulated", EmulatorOptions())
     model = str(folder / "smollm2-kv")
     options = ("--continuous-batching", "--verify", "off", "--output", model)
     qaic_ray("export", "--model-name", MODEL, *options)

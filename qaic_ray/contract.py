@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qaic_ray.documents import parse_json, read_text, shown
 from qaic_ray.errors import SpecializationError
@@ -42,14 +42,6 @@ MAX_VARIANTS = 1000
 
 COMP_CTX_STEP = 32
 """A compute-context length that has to avoid another one is a multiple of this."""
-
-# What is compiled where nothing else is said: the published recipe's specializations.json, for the
-# NSPs of a Standard card.
-DEFAULT_PRECISION: Literal["mx6"] = "mx6"
-DEFAULT_CORES = 14
-DEFAULT_BATCH_SIZE = 1
-DEFAULT_PROMPT_LEN = 256
-DEFAULT_CTX_LEN = 2048
 
 
 class IoContract(str, Enum):

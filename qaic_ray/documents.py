@@ -185,6 +185,8 @@ def first_error(error: ValidationError) -> str:
         return f"the key '{place}' is missing."
     said = first["msg"].removeprefix("Value error, ").rstrip(".")
     where = f"{place}: " if place else ""
+    if first["type"] == "value_error" and isinstance(first["input"], Mapping):
+        return f"{where}{said}."  # it names the value that it means
     return f"{where}{said} (given: {shown(first['input'])})."
 
 

@@ -1,6 +1,6 @@
 """What a row may ask of token selection, in the field names of vLLM and of the OpenAI interface.
 
-Plain frozen data, checked when it is made. Knows nothing of logits, tokenizers or engines.
+Plain frozen data, checked when it is made.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import fields, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
+    BeforeValidator,
     ConfigDict,
     FailFast,
     Field,
+    InstanceOf,
     ModelWrapValidatorHandler,
+    PlainSerializer,
     ValidationError,
     model_validator,
 )
@@ -23,6 +26,7 @@ from pydantic.dataclasses import dataclass
 
 from qaic_ray.documents import shown
 from qaic_ray.errors import RowError
+from qaic_ray.option_types import opt, options_of
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this mean greedy (vLLM's threshold): dividing by them is meaningless."""
@@ -42,9 +46,11 @@ MAX_STOP_IDS = 1024
 _INT32_MAX = 2**31 - 1
 
 _Count = Annotated[int, Field(ge=1, le=_INT32_MAX)]
-_Penalty = Annotated[float, Field(ge=-2, le=2, description="a number from -2 to 2")]
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
 _StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 _TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]
+
+ANSWER_END = "Where an answer ends"
 
 
 @dataclass(
@@ -54,79 +60,97 @@ class SamplingParams:
     """How the tokens of one row are chosen and where the row ends. The defaults are greedy.
 
     Order of application (vLLM's): repetition, frequency and presence penalty, `min_tokens`,
-    temperature, `min_p`, `top_k`, `top_p`, one draw. A field's description says what is allowed.
+    temperature, `min_p`, `top_k`, `top_p`, one draw.
 
     Raises:
         RowError: for a value that is of the wrong type or out of its range, naming the field.
     """
 
-    n: Annotated[
-        int, Field(ge=1, le=MAX_SAMPLES, description=f"a whole number from 1 to {MAX_SAMPLES}")
-    ] = 1
-    """Answers per prompt; more than one needs a temperature."""
-    max_tokens: Annotated[
-        _Count | None, Field(description=f"a whole number from 1 to {_INT32_MAX}, or nothing")
-    ] = None
-    """Most generated tokens; None: as many as the context holds."""
-    min_tokens: Annotated[
-        int, Field(ge=0, le=_INT32_MAX, description=f"a whole number from 0 to {_INT32_MAX}")
-    ] = 0
-    """Neither stop tokens nor stop strings end a row that has fewer generated tokens."""
-    temperature: Annotated[
-        float, Field(ge=0, le=100, description="a number from 0 (greedy) to 100")
-    ] = 0.0
-    """Divides the logits; 0 is greedy."""
-    top_k: Annotated[
-        int,
-        Field(
-            ge=-1,
-            le=_INT32_MAX,
-            description=f"a whole number from 1 to {_INT32_MAX}, or 0 or -1 for all tokens",
-        ),
-    ] = 0
-    """Only the k most likely tokens; 0 or -1: all."""
-    top_p: Annotated[float, Field(gt=0, le=1, description="a number above 0 and up to 1")] = 1.0
-    """Only the most likely tokens that together reach this probability."""
-    min_p: Annotated[float, Field(ge=0, le=1, description="a number from 0 to 1")] = 0.0
-    """Only tokens at least this times as likely as the most likely one."""
-    repetition_penalty: Annotated[
-        float, Field(ge=0.01, le=100, description="a number from 0.01 to 100")
-    ] = 1.0
-    """Divides positive and multiplies negative logits of tokens of the prompt and the answer."""
-    presence_penalty: _Penalty = 0.0
-    """Subtracted from the logit of each token that the answer already has."""
-    frequency_penalty: _Penalty = 0.0
-    """Subtracted from a token's logit once for each time the answer already has it."""
-    seed: Annotated[
-        Annotated[int, Field(ge=0, le=MAX_SEED)] | None,
-        Field(description=f"a whole number from 0 to {MAX_SEED}, or nothing"),
-    ] = None
-    """Same seed, prompt and model: same text. None: drawn for the run."""
-    stop: Annotated[
-        tuple[_StopText, ...],
-        FailFast(),
-        Field(
-            max_length=MAX_STOPS,
-            description=f"a text, or a list of up to {MAX_STOPS} texts, none of them empty, of "
-            f"{MAX_STOP_CHARS} characters together",
-        ),
-    ] = ()
-    """Texts that end the answer."""
-    stop_token_ids: Annotated[
-        tuple[_TokenId, ...],
-        FailFast(),
-        Field(max_length=MAX_STOP_IDS, description=f"a list of up to {MAX_STOP_IDS} token ids"),
-    ] = ()
-    """Tokens that end the answer, beside EOS."""
-    include_stop_str_in_output: Annotated[bool, Field(description="true or false")] = False
-    """Keep the stop string that ended the answer."""
-    ignore_eos: Annotated[bool, Field(description="true or false")] = False
-    """Go on after EOS."""
-    logprobs: Annotated[
-        Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None,
-        Field(description=f"a whole number from 0 to {MAX_LOGPROBS}, or nothing"),
-    ] = None
-    """Give each token's logprob, and those of so many most likely ones."""
+    GROUP: ClassVar[str] = "Sampling (a JSONL row's own fields go first)"
+
+    n: int = opt(
+        1, "Answers to each prompt; more than one needs a temperature.", ge=1, le=MAX_SAMPLES
+    )
+    max_tokens: _Count | None = opt(
+        None, "Most tokens of an answer; until the context is full when absent.", flag=None
+    )
+    min_tokens: int = opt(
+        0,
+        "No answer is shorter: neither stop tokens nor stop texts end it.",
+        ge=0,
+        le=_INT32_MAX,
+        group=ANSWER_END,
+    )
+    temperature: float = opt(
+        0.0,
+        "Divides the logits; 0 is greedy.",
+        ge=0,
+        le=100,
+        allowed="a number from 0 (greedy) to 100",
+    )
+    top_k: int = opt(
+        0,
+        "Draw of the k likeliest tokens; 0 or -1: of all.",
+        ge=-1,
+        le=_INT32_MAX,
+        allowed=f"a whole number from 1 to {_INT32_MAX}, or 0 or -1 for all tokens",
+    )
+    top_p: float = opt(
+        1.0,
+        "Draw of the likeliest tokens that together are this probable.",
+        gt=0,
+        le=1,
+        allowed="a number above 0 and up to 1",
+    )
+    min_p: float = opt(
+        0.0, "Draw of tokens at least this many times as likely as the likeliest.", ge=0, le=1
+    )
+    repetition_penalty: float = opt(
+        1.0,
+        "Over 1: shun tokens of prompt and answer, by division of their logits.",
+        ge=0.01,
+        le=100,
+    )
+    presence_penalty: _Penalty = opt(
+        0.0, "Over 0: shun tokens that the answer has, by subtraction."
+    )
+    frequency_penalty: _Penalty = opt(
+        0.0, "Over 0: the same, for each time that the answer has them."
+    )
+    seed: int | None = opt(
+        None,
+        "One seed for every row: same seed, prompt and model, same text.",
+        ge=0,
+        le=MAX_SEED,
+        shown="by --run-seed",
+    )
+    stop: Annotated[tuple[_StopText, ...], FailFast()] = opt(
+        (),
+        "A text that ends an answer; may be repeated.",
+        max_length=MAX_STOPS,
+        group=ANSWER_END,
+        repeated=True,
+        allowed=f"a text, or a list of up to {MAX_STOPS} texts, none of them empty, of "
+        f"{MAX_STOP_CHARS} characters together",
+    )
+    stop_token_ids: Annotated[tuple[_TokenId, ...], FailFast()] = opt(
+        (),
+        "Tokens that end an answer, beside EOS.",
+        example="13,198",
+        max_length=MAX_STOP_IDS,
+        group=ANSWER_END,
+        allowed=f"a list of up to {MAX_STOP_IDS} token ids",
+    )
+    include_stop_str_in_output: bool = opt(
+        False, "Keep the stop text that ended the answer.", flag=None
+    )
+    ignore_eos: bool = opt(False, "Go on after EOS.", group=ANSWER_END)
+    logprobs: int | None = opt(
+        None,
+        "Give each token's logprob, and those of so many likeliest ones.",
+        ge=0,
+        le=MAX_LOGPROBS,
+    )
 
     @model_validator(mode="wrap")
     @classmethod
@@ -211,14 +235,35 @@ _OTHER_NAME = "max_completion_tokens"
 FIELDS: tuple[str, ...] = (*(field.name for field in fields(SamplingParams)), _OTHER_NAME)
 """The names `SamplingParams.updated` knows."""
 
-ALLOWED: dict[str, str] = {
-    name: str(field.description)
-    for name, field in SamplingParams.__pydantic_fields__.items()  # type: ignore[attr-defined]
-}
+ALLOWED: dict[str, str] = {name: opt.allowed for name, opt in options_of(SamplingParams).items()}
 """What a field may be, as the end of a sentence."""
 
+_MAX_REASON_CHARS = 500
 MAX_NAME_CHARS = 64
 """Longer names are no misspelt ones."""
+
+
+def _of_document(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return SamplingParams() if value is None else value
+    if {"max_tokens", "max_completion_tokens"} & value.keys():
+        raise ValueError("max_tokens has another name in a job, run.generation_len: use that")
+    try:
+        return SamplingParams().updated(value)
+    except RowError as error:
+        raise ValueError(str(error)[:_MAX_REASON_CHARS].rstrip(".")) from error
+
+
+def _document(params: SamplingParams) -> dict[str, Any]:
+    fields = {key: list(v) if isinstance(v, tuple) else v for key, v in vars(params).items()}
+    del fields["max_tokens"]
+    return fields
+
+
+Sampling = Annotated[
+    InstanceOf[SamplingParams], BeforeValidator(_of_document), PlainSerializer(_document)
+]
+"""Parameters as a job has them: a mapping, whose `max_tokens` is the run's `generation_len`."""
 
 
 @plain_dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from qaic_ray.documents import read_object, read_text, shown, user_path
 from qaic_ray.errors import DeviceError, SdkNotFound, UsageError
 from qaic_ray.folders import cache_folder
+from qaic_ray.options import EmulatorOptions
 
 VENDOR_ROOT = Path("/opt/qti-aic")
 SDK_VARIABLE = "QAIC_RAY_SDK"
@@ -33,15 +34,6 @@ _NUMBER = re.compile(r"[0-9]{1,18}")
 _VERSION = re.compile(r"[0-9]{1,6}(\.[0-9A-Za-z_-]{1,20}){0,9}")
 _NAMED_SPECIALIZATIONS_FROM = (1, 22)
 _AI100_HW_VERSION_FROM = (1, 21)
-
-
-@dataclass(frozen=True)
-class EmulatedCards:
-    """What the emulated SDK is asked to be; the job tree has the defaults."""
-
-    cards: int
-    sku: str
-    apps_version: str
 
 
 @dataclass(frozen=True)
@@ -150,7 +142,7 @@ def has_cards() -> bool:
 
 def find_sdk(
     name: str | None,
-    emulated: EmulatedCards,
+    emulated: EmulatorOptions,
     *,
     vendor_root: Path = VENDOR_ROOT,
     has_cards: Callable[[], bool] = has_cards,
@@ -196,7 +188,7 @@ def name_for_others(name: str) -> str:
     return name if name in ("auto", "real", "emulated") else str(Path(name).expanduser().absolute())
 
 
-def install_emulated(prefix: Path, wanted: EmulatedCards) -> Path:
+def install_emulated(prefix: Path, wanted: EmulatorOptions) -> Path:
     """Lay the emulated SDK down at `prefix`; does nothing where the same one stands already.
 
     Raises:
@@ -206,7 +198,7 @@ def install_emulated(prefix: Path, wanted: EmulatedCards) -> Path:
     return prefix
 
 
-def _install(where: list[str], wanted: EmulatedCards) -> str:
+def _install(where: list[str], wanted: EmulatorOptions) -> str:
     """Run the installer; the last line that it prints."""
     command = [
         *(sys.executable, "-m", "qaic_ray.emulator.install", *where),

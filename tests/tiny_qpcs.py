@@ -15,19 +15,18 @@ import torch
 from random_models import export_untouched, write_checkpoint
 
 from qaic_ray.compile.store import BuildRequest, build
-from qaic_ray.compile.variant import Precision, Variant
-from qaic_ray.config import EmulatorPart
+from qaic_ray.compile.variant import Variant
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP, IoContract, Specializations
-from qaic_ray.export.options import ExportOptions
 from qaic_ray.model.checkpoint import load_torch_model
-from qaic_ray.pipeline.devices import emulated_cards
-from qaic_ray.pipeline.sources import source_of
+from qaic_ray.option_types import Precision
+from qaic_ray.options import EmulatorOptions, ExportOptions
+from qaic_ray.pipeline.compile_step import source_of
 from qaic_ray.sdk import Sdk, find_sdk
 
 VOCAB_SIZE = 300
 EOS_ID = 2
 MAX_POSITION = 256
-DEFAULT_EMULATOR = EmulatorPart()
+DEFAULT_EMULATOR = EmulatorOptions()
 
 
 class TinyQpcs:
@@ -42,12 +41,12 @@ class TinyQpcs:
         self,
         folder: Path,
         # A process can have the runtime of one SDK only, and the tests of the real model have this.
-        emulator: EmulatorPart = DEFAULT_EMULATOR,
+        emulator: EmulatorOptions = DEFAULT_EMULATOR,
         *,
         max_position: int = MAX_POSITION,
     ) -> None:
         self._folder = folder
-        self.sdk: Sdk = find_sdk("emulated", emulated_cards(emulator))
+        self.sdk: Sdk = find_sdk("emulated", emulator)
         self.checkpoint = write_checkpoint(
             folder / "tiny", num_hidden_layers=2, max_position_embeddings=max_position
         )
@@ -73,8 +72,8 @@ class TinyQpcs:
         """The folder of a QPC; the arguments are those of export and compile."""
         logits = NUM_LOGITS_TO_KEEP if num_speculative_tokens else logits
         options = ExportOptions(
-            contract=io,
-            continuous=continuous and io is IoContract.POSITION_IDS,
+            io=io,
+            continuous_batching=continuous and io is IoContract.POSITION_IDS,
             opset=13 if io is IoContract.CACHE_INDEX else 17,
             logits=logits,
             next_tokens=next_tokens,
@@ -84,7 +83,7 @@ class TinyQpcs:
             batch_size=batch_size,
             prompt_len=prompt_len,
             ctx_len=ctx_len,
-            continuous=options.continuous,
+            continuous=options.continuous_batching,
             num_logits_to_keep=logits == NUM_LOGITS_TO_KEEP,
             num_speculative_tokens=num_speculative_tokens,
             comp_ctx_lengths=comp_ctx_lengths,

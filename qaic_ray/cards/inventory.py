@@ -14,7 +14,8 @@ from pathlib import Path
 
 from qaic_ray.cards.locks import held_cards
 from qaic_ray.errors import DeviceError, SdkNotFound
-from qaic_ray.sdk import Device, EmulatedCards, Sdk, find_sdk
+from qaic_ray.options import EmulatorOptions
+from qaic_ray.sdk import Device, Sdk, find_sdk
 
 CARD_RESOURCE = "QAIC"
 """One unit of this Ray resource is one card."""
@@ -59,7 +60,7 @@ class NodeCards:
         return self.host, self.boot_id
 
 
-def look(node: Node, sdk: str | None, emulated: EmulatedCards) -> NodeCards:
+def look(node: Node, sdk: str | None, emulated: EmulatorOptions) -> NodeCards:
     """See what cards there are; runs on the node.
 
     Args:

@@ -1,7 +1,4 @@
-"""What the user sees: stages and progress on stderr, results on stdout.
-
-The pipeline's listener. Knows how to draw; decides nothing.
-"""
+"""What the user sees: stages and progress on stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +18,23 @@ from rich.table import Table
 from qaic_ray.compile.store import Build
 from qaic_ray.documents import json_text
 from qaic_ray.errors import CompileError, ExitCode, QaicRayError, Unfinished
+from qaic_ray.pipeline.submit_step import JobStatus, Submission, progress_line
 
 if TYPE_CHECKING:
     from qaic_ray.cards.inventory import NodeCards
     from qaic_ray.export.check.verify import VerifyReport
     from qaic_ray.export.export import ExportResult
     from qaic_ray.pipeline.job import Plan
-    from qaic_ray.pipeline.listener import CompileOutcome
+    from qaic_ray.pipeline.steps import CompileOutcome
     from qaic_ray.rows import Row
     from qaic_ray.runs.report import RunSummary
     from qaic_ray.sdk import Device, Sdk
     from qaic_ray.worker.spec import WorkerInfo
 
 GIB = 2**30
+PROGRESS_EVERY_S = 10.0
+
+_COLOURS = {"running": "cyan", "done": "green", "failed": "red"}
 
 
 class Screen:
@@ -119,7 +121,7 @@ class Screen:
         for part in summary.renderables():
             self._out.print(part)
         if as_json:
-            self._json(summary.document())
+            _write_json(summary.document())
         if summary.error is not None:
             raise (Unfinished if summary.goes_on else QaicRayError)(summary.error)
         if not summary.ok:
@@ -144,7 +146,7 @@ class Screen:
         self._out.print(escape(str(result.folder)))
         if as_json:
             manifest = json.loads(result.manifest.to_json())
-            self._json({"folder": str(result.folder), "reused": result.reused, **manifest})
+            _write_json({"folder": str(result.folder), "reused": result.reused, **manifest})
 
     def compiled_all(self, outcomes: Sequence[CompileOutcome], *, as_json: bool) -> None:
         """Print the folders; exit code 1 when a variant failed."""
@@ -152,7 +154,7 @@ class Screen:
             if isinstance(outcome.result, Build):
                 self._out.print(escape(str(outcome.result.path)))
         if as_json:
-            self._json({"variants": [_outcome_document(outcome) for outcome in outcomes]})
+            _write_json({"variants": [_outcome_document(outcome) for outcome in outcomes]})
         if not all(outcome.ok for outcome in outcomes):
             raise SystemExit(ExitCode.FAILED)
 
@@ -160,7 +162,7 @@ class Screen:
         """Print the cards."""
         self._out.print(_card_table(f"Cards ({sdk.label})", devices, {}))
         if as_json:
-            self._json({"sdk": sdk.label, "devices": [vars(device) for device in devices]})
+            _write_json({"sdk": sdk.label, "devices": [vars(device) for device in devices]})
 
     def inventory(
         self, nodes: Sequence[NodeCards], problems: Sequence[str], *, as_json: bool
@@ -176,7 +178,7 @@ class Screen:
         for problem in problems:
             self.remark(problem)
         if as_json:
-            self._json({"nodes": [asdict(found) for found in nodes], "problems": list(problems)})
+            _write_json({"nodes": [asdict(found) for found in nodes], "problems": list(problems)})
 
     def plan(self, plan: Plan) -> None:
         """Print what a job would do."""
@@ -188,10 +190,6 @@ class Screen:
 
     def _note(self, markup: str) -> None:
         self._err.print(markup)
-
-    def _json(self, document: dict[str, Any]) -> None:
-        # Not through the console: it would wrap or colour what programs read.
-        sys.stdout.write(json_text(document) + "\n")
 
 
 def _card_table(title: str, devices: Sequence[Device], held: Mapping[int, str]) -> Table:
@@ -257,3 +255,100 @@ def _outcome_document(outcome: CompileOutcome) -> dict[str, Any]:
         if isinstance(outcome.result, CompileError):
             document["exit_code"] = outcome.result.exit_code
     return document
+
+
+class ProgressLog(Screen):
+    """A screen for nobody: in place of answers how many there are, now and then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rows = 0
+        self._failed_rows = 0
+        self._next_s = 0.0
+
+    def answered(self, row: Row) -> None:
+        """Count a row."""
+        self._rows += 1
+        self._failed_rows += not row.ok
+        if time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + PROGRESS_EVERY_S
+            sys.stderr.write(progress_line(self._rows, self._failed_rows) + "\n")
+
+
+def show_submission(submission: Submission, *, as_json: bool) -> None:
+    """Print the id, and beside it what was sent and what was not."""
+    request, parcel = submission.request, submission.parcel
+    note = Console(stderr=True, soft_wrap=True, highlight=False).print
+    sent = ", ".join(f"{name} ({size:,} bytes)" for name, size in parcel.sent.items())
+    note(f"[green]✓[/] sent {escape(sent)}")
+    note(f"  runs in {escape(str(request.folder))} of the cluster's head")
+    for path in parcel.expected:
+        note(f"  [yellow]not sent[/], and must be there: {escape(path)}")
+    at = "" if request.address is None else f" --address {request.address}"
+    note(f"[dim]qaic-ray status|logs|stop {escape(submission.id + at)}[/]")
+    write(submission.id + "\n")
+    if as_json:
+        _write_json(
+            {
+                "id": submission.id,
+                "job": request.job.name,
+                "folder": str(request.folder),
+                "sent": parcel.sent,
+                "expected": list(parcel.expected),
+            }
+        )
+
+
+def show_jobs(found: Sequence[JobStatus], *, as_json: bool) -> None:
+    """Print a table of jobs, and below it why those failed that did, and where results are."""
+    table = Table()
+    for column in ("id", "job", "state", "started", "took"):
+        table.add_column(column)
+    for column in ("rows done", "failed"):
+        table.add_column(column, justify="right")
+    out = Console(soft_wrap=True, highlight=False)
+    for job in found:
+        table.add_row(
+            escape(job.id),
+            escape(job.job),
+            f"[{_COLOURS.get(job.state, 'yellow')}]{escape(job.state)}[/]",
+            _when(job.started_s),
+            _took(job),
+            "" if job.rows is None else f"{job.rows:,}",
+            "" if job.failed_rows is None else f"{job.failed_rows:,}",
+        )
+    if found:
+        out.print(table)
+    else:
+        out.print("The cluster knows no detached job.")
+    for job in found:
+        if job.error:
+            out.print(f"{escape(job.id)}: [red]{escape(job.error)}[/]")
+        if job.folder:
+            out.print(f"{escape(job.id)}: {escape(job.folder)}")
+    if as_json:
+        _write_json({"jobs": [asdict(job) for job in found]})
+
+
+def _when(time_s: float | None) -> str:
+    if time_s is None:
+        return ""
+    return datetime.fromtimestamp(time_s).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _took(job: JobStatus) -> str:
+    if job.started_s is None:
+        return ""
+    seconds = int((job.ended_s or time.time()) - job.started_s)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def write(text: str) -> None:
+    """Put text on stdout as it is."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _write_json(document: dict[str, Any]) -> None:
+    # Not through the console: it would wrap or colour what programs read.
+    write(json_text(document) + "\n")

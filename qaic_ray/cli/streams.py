@@ -25,35 +25,32 @@ class StdoutGone(KeyboardInterrupt):
         self.reason = error.strerror or type(error).__name__
 
 
-class _Stdout(io.TextIOWrapper):
+class _Guarded(io.TextIOWrapper):
+    """A stream of a descriptor; what is written goes nowhere once nobody takes it."""
+
+    descriptor = 2
+
     def write(self, text: str) -> int:
         try:
             return super().write(text)
         except OSError as error:
-            _point_at_nothing(1)
-            raise StdoutGone(error) from error
-
-    def flush(self) -> None:
-        try:
-            super().flush()
-        except OSError as error:
-            _point_at_nothing(1)
-            raise StdoutGone(error) from error
-
-
-class _Stderr(io.TextIOWrapper):
-    def write(self, text: str) -> int:
-        try:
-            return super().write(text)
-        except OSError:
-            _point_at_nothing(2)
+            self._gone(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             super().flush()
-        except OSError:
-            _point_at_nothing(2)
+        except OSError as error:
+            self._gone(error)
+
+    def _gone(self, error: OSError) -> None:
+        # What is still in buffers, and what native code writes, goes nowhere.
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        with suppress(OSError):
+            os.dup2(nothing, self.descriptor)
+        os.close(nothing)
+        if self.descriptor == 1:
+            raise StdoutGone(error) from error
 
 
 def guard() -> None:
@@ -63,25 +60,22 @@ def guard() -> None:
             os.fstat(descriptor)
         except OSError:  # closed: the next file that is opened would be taken for it
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    sys.stdout = _guarded(sys.stdout, _Stdout, 1)
-    sys.stderr = _guarded(sys.stderr, _Stderr, 2)
+    sys.stdout = _guarded(sys.stdout, 1)
+    sys.stderr = _guarded(sys.stderr, 2)
 
 
-def _guarded(stream: TextIO | None, kind: type[io.TextIOWrapper], descriptor: int) -> TextIO:
+def _guarded(stream: TextIO | None, descriptor: int) -> TextIO:
     if stream is None:  # as Python has it for a closed one
-        return kind(open(descriptor, "wb", closefd=False), encoding="utf-8")
-    if type(stream) is not io.TextIOWrapper:
+        made = _Guarded(
+            io.BufferedWriter(io.FileIO(descriptor, "wb", closefd=False)), encoding="utf-8"
+        )
+    elif type(stream) is not io.TextIOWrapper:
         return stream  # somebody else has seen to it
-    encoding, errors, line_buffering = stream.encoding, stream.errors, stream.line_buffering
-    through = stream.write_through
-    return kind(
-        stream.detach(), encoding, errors, line_buffering=line_buffering, write_through=through
-    )
-
-
-def _point_at_nothing(descriptor: int) -> None:
-    """Let what is still in buffers, and what native code writes, go nowhere."""
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    with suppress(OSError):
-        os.dup2(nothing, descriptor)
-    os.close(nothing)
+    else:
+        encoding, errors, line_buffering = stream.encoding, stream.errors, stream.line_buffering
+        through = stream.write_through
+        made = _Guarded(
+            stream.detach(), encoding, errors, line_buffering=line_buffering, write_through=through
+        )
+    made.descriptor = descriptor
+    return made

@@ -35,11 +35,11 @@ from qaic_ray.cluster.watch import ClusterWatch, call_for
 from qaic_ray.dispatch.dispatcher import Dispatcher
 from qaic_ray.dispatch.shard_size import text_work
 from qaic_ray.errors import ClusterLost, CompileError, DeviceBusy, QaicRayError, UsageError
+from qaic_ray.options import EmulatorOptions
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience, Driver
 from qaic_ray.runs.journal import Journal
 from qaic_ray.runs.result import FleetResult
-from qaic_ray.sdk import EmulatedCards
 
 if TYPE_CHECKING:
     from qaic_ray.worker.spec import WorkerSpec
@@ -137,7 +137,7 @@ class Cluster:
             outcomes = _compile(build, requests, parallel, on_done)
         return [outcomes[label] for label in requests]
 
-    def inventory(self, sdk: str | None, emulated: EmulatedCards) -> list[NodeCards]:
+    def inventory(self, sdk: str | None, emulated: EmulatorOptions) -> list[NodeCards]:
         """The cards of every node, by the SDK that is found there.
 
         A node that cannot tell is in the list with the reason.
@@ -149,7 +149,7 @@ class Cluster:
         with self._losses():
             return self._inventory(sdk, emulated)
 
-    def _inventory(self, sdk: str | None, emulated: EmulatedCards) -> list[NodeCards]:
+    def _inventory(self, sdk: str | None, emulated: EmulatorOptions) -> list[NodeCards]:
         nodes = _nodes()
         if self._is_ours:  # one node, and it is this one
             return [look(node, sdk, emulated) for node in nodes]
@@ -249,7 +249,7 @@ def _nodes() -> list[Node]:
     ]
 
 
-def _look_here(node: Node, sdk: str | None, emulated: EmulatedCards) -> NodeCards:
+def _look_here(node: Node, sdk: str | None, emulated: EmulatorOptions) -> NodeCards:
     return look(replace(node, chooses=chooses_units()), sdk, emulated)
 
 

@@ -30,18 +30,17 @@ from qaic_ray.cards.inventory import CARD_RESOURCE, card_scope
 from qaic_ray.cards.locks import CardLocks, Part, held_cards
 from qaic_ray.cards.placement import cards_name
 from qaic_ray.cluster.columns import objects, plain
-from qaic_ray.config import EmulatorPart
+from qaic_ray.documents import checked
 from qaic_ray.errors import DeviceBusy, DeviceError, RowError, UsageError
 from qaic_ray.formats.foreign_fields import ALIASES, NESTED
 from qaic_ray.formats.jsonl import FieldRows
 from qaic_ray.formats.prompt_fields import Draft
 from qaic_ray.formats.row_fields import OwnFields, is_known, mistake
-from qaic_ray.pipeline.devices import emulated_cards
+from qaic_ray.options import EmulatorOptions, Generation
 from qaic_ray.rows import ErrorClass, Prompt, Row
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
 from qaic_ray.sdk import Sdk, find_sdk
 from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
-from qaic_ray.worker.text import Generation
 from qaic_ray.worker.worker import CardWorker
 
 Batch = dict[str, NDArray[Any]]
@@ -84,7 +83,7 @@ class CardPredictor:
             without a seed get one from their prompt: the same text whatever the batch and the card.
         prompt_column: the name of the prompts' column.
         prefix: what to put before the names of the answers' columns.
-        generation: other fields of `Generation`: chat, system, max_stall_s, ...
+        generation: other options of `Generation`: chat, system, max_stall_s, ...
 
     Raises:
         UsageError: for a QPC, SDK or model that does not fit.
@@ -109,7 +108,7 @@ class CardPredictor:
             raise UsageError(str(error)) from error
         self._prompt_column, self._prefix = prompt_column, prefix
         self._read_row = FieldRows(OwnFields(self._sampling))
-        self._sdk = find_sdk(sdk, emulated_cards(EmulatorPart()))
+        self._sdk = find_sdk(sdk, EmulatorOptions())
         self._device_ids = device_ids
         self._spec = WorkerSpec(
             name="card",
@@ -117,7 +116,9 @@ class CardPredictor:
             sdk_root=str(self._sdk.root),
             qpc=str(Path(qpc).expanduser().absolute()),
             model=model,
-            generation=Generation(sampling=self._sampling, **generation),
+            generation=checked(
+                Generation, {"sampling": self._sampling, **generation}, "CardPredictor"
+            ),
         )
         self._num_shards = 0
         self._failure = ""

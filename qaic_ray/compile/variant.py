@@ -1,57 +1,20 @@
-"""One compile of a model: precision, NSPs and shapes; its name, its argv, and the grid of many."""
+"""One compile of a model: precision, NSPs and shapes; its name, its argv; and a grid of many."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
 from itertools import product
 from math import prod
 from pathlib import Path
 
-from qaic_ray.contract import MAX_CORES, MAX_VARIANTS, Specializations
-from qaic_ray.documents import shown
+from qaic_ray.contract import MAX_VARIANTS, Specializations
 from qaic_ray.errors import SpecializationError, UsageError
+from qaic_ray.option_types import Precision, check_num_cores, prompt_lens
+from qaic_ray.options import CompileOptions
 from qaic_ray.sdk import Sdk
-
-
-class Precision(str, Enum):
-    """How weights and KV cache are kept on the card."""
-
-    FP16 = "fp16"
-    MX6 = "mx6"
-    """MatMul weights as MXFP6 (`-mxfp6-matmul`), the rest fp16."""
-    FP32 = "fp32"
-    """Nothing converted, KV cache included: for exact checks."""
-
-    @classmethod
-    def parse(cls, text: str) -> Precision:
-        """Read a precision as users write it.
-
-        Raises:
-            UsageError: naming what there is.
-        """
-        try:
-            return cls(text.lower())
-        except ValueError:
-            known = ", ".join(p.value for p in cls)
-            raise UsageError(f"Precision must be one of {known}, not {shown(text)}.") from None
-
-
-def check_num_cores(num_cores: int) -> int:
-    """NSPs of a program, 1 to 16.
-
-    Raises:
-        UsageError: for any other number.
-    """
-    if not 1 <= num_cores <= MAX_CORES:
-        raise UsageError(
-            f"The number of NSPs must be from 1 to {MAX_CORES}, not {shown(num_cores)} "
-            "(a Standard card, as in a DL2q instance, has 14)."
-        )
-    return num_cores
 
 
 @dataclass(frozen=True)
@@ -189,55 +152,45 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Every combination of the lists; the order is precision, NSPs, batch, prompt, context.
+def grid_variants(
+    source: Source, grid: CompileOptions, *, continuous: bool, num_logits_to_keep: bool = False
+) -> list[Variant]:
+    """Every combination of a grid's lists; equal ones are one.
 
-    An entry of `prompt_lens` may be several lengths, for one program that has them all. The rest is
-    the same in every variant (see `Specializations.build`).
+    The order is precision, NSPs, batch, prompt, context.
+
+    Args:
+        source: what is compiled.
+        grid: the lists; the rest of it is the same in every variant.
+        continuous: whether the graph is a continuous-batching one; batch sizes then are numbers of
+            slots.
+        num_logits_to_keep: whether the graph has that input.
+
+    Raises:
+        UsageError: for more variants than may be.
     """
-
-    precisions: Sequence[Precision]
-    num_cores: Sequence[int]
-    batch_sizes: Sequence[int]
-    prompt_lens: Sequence[int | Sequence[int]]
-    ctx_lens: Sequence[int]
-    num_logits_to_keep: bool = False
-    num_speculative_tokens: int = 0
-    comp_ctx_lengths: Sequence[int] = ()
-
-    def variants(self, source: Source, *, continuous: bool) -> list[Variant]:
-        """The grid's variants of a source; equal ones are one.
-
-        Args:
-            source: what is compiled.
-            continuous: whether the graph is a continuous-batching one; `batch_sizes` then are
-                numbers of slots.
-        """
-        lists = (
-            self.precisions, self.num_cores, self.batch_sizes, self.prompt_lens, self.ctx_lens
-        )  # fmt: skip
-        number = prod(map(len, lists))
-        if number > MAX_VARIANTS:
-            raise UsageError(
-                f"That is a grid of {number} variants: at most {MAX_VARIANTS} are compiled at "
-                "once; shorten the lists."
-            )
-        variants = [
-            Variant(
-                source,
-                precision,
-                cores,
-                Specializations.build(
-                    batch_size=batch,
-                    prompt_len=prompt,
-                    ctx_len=ctx,
-                    continuous=continuous,
-                    num_logits_to_keep=self.num_logits_to_keep,
-                    num_speculative_tokens=self.num_speculative_tokens,
-                    comp_ctx_lengths=self.comp_ctx_lengths,
-                ),
-            )
-            for precision, cores, batch, prompt, ctx in product(*lists)
-        ]
-        return list(dict.fromkeys(variants))
+    lists = (grid.precision, grid.num_cores, grid.batch_size, grid.prompt_len, grid.ctx_len)
+    number = prod(map(len, lists))
+    if number > MAX_VARIANTS:
+        raise UsageError(
+            f"That is a grid of {number} variants: at most {MAX_VARIANTS} are compiled at "
+            "once; shorten the lists."
+        )
+    variants = [
+        Variant(
+            source,
+            precision,
+            cores,
+            Specializations.build(
+                batch_size=batch,
+                prompt_len=prompt_lens(prompt),
+                ctx_len=ctx,
+                continuous=continuous,
+                num_logits_to_keep=num_logits_to_keep,
+                num_speculative_tokens=grid.num_speculative_tokens,
+                comp_ctx_lengths=grid.comp_ctx_lengths,
+            ),
+        )
+        for precision, cores, batch, prompt, ctx in product(*lists)
+    ]
+    return list(dict.fromkeys(variants))

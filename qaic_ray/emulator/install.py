@@ -30,15 +30,20 @@ from .card.sku import SKUS
 from .documents import parse_json, read_text
 from .folder import MARKER, ROOT_VARIABLE, FolderError
 
-APPS_VERSIONS = ("1.14.2", "1.17", "1.20", "1.21.6", "1.22")
-DEFAULT_APPS_VERSION = "1.20"
+# Here and no second time: who offers these choices reads them from the same file.
+_LIMITS_FILE = Path(__file__).with_name("limits.json")
+_LIMITS = parse_json(read_text(str(_LIMITS_FILE), FolderError), str(_LIMITS_FILE), FolderError)
+
+APPS_VERSIONS = tuple(_LIMITS["apps_version"]["known"])
+DEFAULT_APPS_VERSION = _LIMITS["apps_version"]["default"]
 """The newest widely used one that takes flat specializations and has `qaic-exec`."""
 
-DEFAULT_CARDS = 4
+DEFAULT_CARDS = _LIMITS["cards"]["default"]
+DEFAULT_SKU = _LIMITS["sku"]["default"]
 PACKAGE = "qaic_emulated_sdk"
 PYTHON_VARIABLE = "QAIC_EMULATOR_PYTHON"
 
-_MAX_CARDS = 64
+_MAX_CARDS = _LIMITS["cards"]["most"]
 _MAX_NAMED = 3
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 _QAIC_COMPILE_SINCE = (1, 21, 6)
@@ -97,7 +102,7 @@ def install(
     *,
     apps_version: str = DEFAULT_APPS_VERSION,
     cards: int = DEFAULT_CARDS,
-    sku: str = "standard",
+    sku: str = DEFAULT_SKU,
 ) -> bool:
     """Make `prefix` an emulated SDK; False when it is already this very one.
 
@@ -115,7 +120,7 @@ def install_under(
     *,
     apps_version: str = DEFAULT_APPS_VERSION,
     cards: int = DEFAULT_CARDS,
-    sku: str = "standard",
+    sku: str = DEFAULT_SKU,
 ) -> Path:
     """As `install`, in a folder below `parent` that is named by all that it is made of."""
     _check_request(apps_version, cards, sku)
@@ -302,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--under", type=Path, help="a folder; the name below it is printed")
     parser.add_argument("--apps-version", default=DEFAULT_APPS_VERSION, choices=APPS_VERSIONS)
     parser.add_argument("--cards", type=int, default=DEFAULT_CARDS)
-    parser.add_argument("--sku", default="standard", choices=sorted(SKUS))
+    parser.add_argument("--sku", default=DEFAULT_SKU, choices=sorted(SKUS))
     return parser
 
 

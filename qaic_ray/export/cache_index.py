@@ -12,7 +12,7 @@ from onnx import TensorProto
 from qaic_ray import contract
 from qaic_ray.export.architecture import Architecture
 from qaic_ray.export.builder import GraphBuilder, Value
-from qaic_ray.export.options import ALL, ExportOptions
+from qaic_ray.options import ExportOptions
 
 INT64 = TensorProto.INT64
 BOOL = TensorProto.BOOL
@@ -134,6 +134,6 @@ class CacheIndexContract:
 
     def chosen(self, hidden: Value) -> Value:
         """[batch, hidden] of the last token, which padding on the left puts last in every row."""
-        if self._options.logits == ALL:
+        if self._options.logits == "all":
             return hidden
         return self._g.gather("", hidden, self._g.constant(-1), axis=1)

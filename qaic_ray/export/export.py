@@ -35,7 +35,6 @@ from qaic_ray.export.check.verify import (
     write_report,
 )
 from qaic_ray.export.graph import COSINE_TABLE, SINE_TABLE, author
-from qaic_ray.export.options import ExportOptions
 from qaic_ray.export.rope import table_blocks
 from qaic_ray.export.simplify import Simplifier, simplifying
 from qaic_ray.export.tensors import read_entries
@@ -59,6 +58,7 @@ from qaic_ray.model.manifest import (
     ModelManifest,
     read_manifest,
 )
+from qaic_ray.options import ExportOptions
 
 GRAPH_FOLDER = "generatedModels"
 
@@ -96,7 +96,7 @@ def export_model(
 
     Args:
         checkpoint: opened with its weights.
-        options: what changes the graph.
+        options: what changes the graph; by default those of `qaic-ray export`.
         output: the folder, `<base>-kv` in the current one where not given. An earlier export there
             is reused when it comes from the same weights, options and tools, and else replaced.
         verify: `full`, `quick` or `off`; by default full up to two billion parameters.
@@ -114,7 +114,7 @@ def export_model(
     architecture = read_architecture(checkpoint.config)
     level = default_level(architecture) if verify is None else verify
     architecture = fit_architecture(architecture, read_entries(checkpoint.weight_files))
-    options = options or ExportOptions()
+    options = options or ExportOptions(continuous_batching=False)  # as the command's
     making = _Making(checkpoint, architecture, options, folder, level, simplifier)
     try:
         # Without the lock, which a folder that one may only read does not give.
@@ -236,18 +236,18 @@ class _Making:
             format=FORMAT,
             name=self.folder.name,
             source=self.checkpoint.name,
-            contract=o.contract,
-            continuous=o.continuous,
+            contract=o.io,
+            continuous=o.continuous_batching,
             architecture=a.kind,
             num_layers=a.num_layers,
             hidden_size=a.hidden_size,
             intermediate_size=a.intermediate_size,
             num_heads=a.num_heads,
-            num_kv_heads=a.num_kv_heads * o.num_replicate_kv_heads,
+            num_kv_heads=a.num_kv_heads * o.replicate_kv_heads,
             head_dim=a.head_dim,
             vocab_size=a.vocab_size,
             max_position=a.max_position,
-            opset=o.opset,
+            opset=o.graph_opset,
             dtype=o.dtype,
             eos_ids=self.checkpoint.eos_ids,
             onnx_file=f"{GRAPH_FOLDER}/{self.folder.name}_fp16_simplified.onnx",
@@ -259,7 +259,7 @@ class _Making:
             kv_dtype=o.kv_dtype,
             logits=o.logits,
             next_tokens=o.next_tokens,
-            num_replicate_kv_heads=o.num_replicate_kv_heads,
+            num_replicate_kv_heads=o.replicate_kv_heads,
             comp_ctx_lengths=o.comp_ctx_lengths,
         )
 

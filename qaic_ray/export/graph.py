@@ -18,8 +18,8 @@ from qaic_ray.export.architecture import Architecture
 from qaic_ray.export.builder import GraphBuilder, Value, WeightSpec
 from qaic_ray.export.cache_index import CacheIndexContract
 from qaic_ray.export.functions import card_functions
-from qaic_ray.export.options import LAST, ExportOptions
 from qaic_ray.export.position_ids import PositionIdsContract
+from qaic_ray.options import ExportOptions
 
 COSINE_TABLE = "model.cos_cached"
 SINE_TABLE = "model.sin_cached"
@@ -42,7 +42,7 @@ def author(architecture: Architecture, options: ExportOptions) -> AuthoredGraph:
     Raises:
         UsageError: its heads cannot be shared out as the options say.
     """
-    num_copies = options.num_replicate_kv_heads
+    num_copies = options.replicate_kv_heads
     if architecture.num_groups % num_copies:
         raise UsageError(
             f"num_replicate_kv_heads must divide the {architecture.num_groups} query heads that "
@@ -53,14 +53,14 @@ def author(architecture: Architecture, options: ExportOptions) -> AuthoredGraph:
     decoder = _Decoder(g, stored, options)
     decoder.write()
     functions = []
-    if options.contract is IoContract.POSITION_IDS:
+    if options.io is IoContract.POSITION_IDS:
         functions = card_functions(
-            continuous=options.continuous, opset=options.opset, dtype=g.dtype
+            continuous=options.continuous_batching, opset=options.graph_opset, dtype=g.dtype
         )
     model = g.finish(
         architecture.kind,
         outputs=output_names(architecture, options),
-        opset=options.opset,
+        opset=options.graph_opset,
         functions=functions,
     )
     return AuthoredGraph(model, tuple(g.weights))
@@ -70,7 +70,7 @@ def output_names(architecture: Architecture, options: ExportOptions) -> list[str
     """The graph's outputs in the contract's order: the answer, then what stays on the card."""
     answer = contract.NEXT_TOKENS if options.next_tokens else contract.LOGITS
     states = contract.past_names(architecture.num_layers)
-    if options.contract is IoContract.CACHE_INDEX:
+    if options.io is IoContract.CACHE_INDEX:
         states.append(contract.ATTENTION_MASK)
     return [answer, *(contract.retained(name) for name in states)]
 
@@ -81,7 +81,7 @@ class _Decoder:
         self._a = architecture
         self._options = options
         self._contract: CacheIndexContract | PositionIdsContract
-        if options.contract is IoContract.CACHE_INDEX:
+        if options.io is IoContract.CACHE_INDEX:
             self._contract = CacheIndexContract(g, architecture, options)
         else:
             self._contract = PositionIdsContract(g, architecture, options)
@@ -131,7 +131,7 @@ class _Decoder:
     def _heads(self, module: str, which: str, hidden: Value, num_heads: int) -> Value:
         """[batch, heads, seq, head_dim] of a query, key or value projection."""
         g, a = self._g, self._a
-        scope, copies = _scope(module), 1 if which == "q" else self._options.num_replicate_kv_heads
+        scope, copies = _scope(module), 1 if which == "q" else self._options.replicate_kv_heads
         projected = self._linear(
             f"{module}.{which}_proj",
             hidden,
@@ -219,7 +219,7 @@ class _Decoder:
         flat = g.reshape("", logits, [-1, width], (None, width))
         ids = g.op("ArgMax", "", [flat], (None, 1), dtype=int64, axis=1, keepdims=1)
         pattern = g.constant([-1, 1, 1])
-        if self._options.logits != LAST:
+        if self._options.logits != "last":
             pattern = g.shape_of("", -1, g.dimension("", logits, 1), 1)
         g.op("Reshape", "", [ids, pattern], (*logits.shape[:-1], 1), output=output)
 

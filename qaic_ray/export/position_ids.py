@@ -11,7 +11,7 @@ from qaic_ray import contract
 from qaic_ray.export.architecture import Architecture
 from qaic_ray.export.builder import GraphBuilder, Shape, Value
 from qaic_ray.export.functions import AISW_DOMAIN, CLOUD_DOMAIN, SKIP, has_ctx_len_input
-from qaic_ray.export.options import ALL, ExportOptions
+from qaic_ray.options import ExportOptions
 
 INT32 = TensorProto.INT32
 INT64 = TensorProto.INT64
@@ -23,7 +23,7 @@ class PositionIdsContract:
     def __init__(self, g: GraphBuilder, architecture: Architecture, options: ExportOptions) -> None:
         self._g = g
         self._options = options
-        rows = "full_batch_size" if options.continuous else "batch_size"
+        rows = "full_batch_size" if options.continuous_batching else "batch_size"
         shape = (rows, architecture.num_kv_heads, "ctx_len", architecture.head_dim)
         self.input_ids = g.input(contract.INPUT_IDS, INT64, ("batch_size", "seq_len"))
         self.position_ids = g.input(contract.POSITION_IDS, INT64, ("batch_size", "seq_len"))
@@ -36,7 +36,7 @@ class PositionIdsContract:
             name = contract.COMP_CTX_LENGTHS
             self._computed = g.input(name, INT64, (name,))
         self._slots: tuple[Value, ...] = ()
-        if options.continuous:
+        if options.continuous_batching:
             self._slots = (g.input(contract.BATCH_INDEX, INT64, ("batch_size", 1)),)
         self._kept: Value | None = None
         if options.logits == contract.NUM_LOGITS_TO_KEEP:
@@ -103,7 +103,7 @@ class PositionIdsContract:
             domain=CLOUD_DOMAIN,
         )
         shape: Shape = ("batch_size", past.shape[1], self._context, past.shape[3])
-        length = [self._ctx_len] if has_ctx_len_input(self._options.opset) else []
+        length = [self._ctx_len] if has_ctx_len_input(self._options.graph_opset) else []
         return g.op(
             f"CtxGather{suffix}",
             scope,
@@ -123,7 +123,7 @@ class PositionIdsContract:
 
         The rows are counted in one flat list, so that one Gather along one axis is enough.
         """
-        if self._options.logits == ALL:
+        if self._options.logits == "all":
             return hidden
         g, width = self._g, int(hidden.shape[-1] or 0)
         column = self._last_column()

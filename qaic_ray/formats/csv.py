@@ -17,11 +17,11 @@ from itertools import chain
 from typing import Any
 
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.formats.detect import PromptFormat
 from qaic_ray.formats.jsonl import FieldRows
 from qaic_ray.formats.lines import MAX_LINE_BYTES, Input
 from qaic_ray.formats.prompt_fields import Draft
 from qaic_ray.formats.row_fields import OwnFields, check_columns, is_known
+from qaic_ray.option_types import PromptFormat
 from qaic_ray.rows import Prompt, Row
 
 # A semicolon is what spreadsheets write where the comma is a decimal mark.

@@ -9,33 +9,15 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import PurePath
 
 from qaic_ray.errors import UsageError
 from qaic_ray.formats.lines import STDIN, Input
+from qaic_ray.option_types import PromptFormat
 
 PARQUET_MAGIC = b"PAR1"
 
 _PACKED = (".gz", ".zst", ".bz2", ".xz")
-
-
-class PromptFormat(str, Enum):
-    """What a prompts file holds."""
-
-    TEXT = "text"
-    """A prompt on each line, as it stands."""
-    JSONL = "jsonl"
-    """A JSON object on each line, as the text of `prompts.py` says; or an array of them."""
-    OPENAI = "openai"
-    """A request of the OpenAI batch format on each line, and nothing else."""
-    CSV = "csv"
-    """A table with a header: a column for each field, commas between them."""
-    TSV = "tsv"
-    """The same with tabs."""
-    PARQUET = "parquet"
-    """A table with a column for each field."""
-
 
 _FORMAT_OF_SUFFIX = {
     ".txt": PromptFormat.TEXT,

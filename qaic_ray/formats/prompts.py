@@ -36,7 +36,6 @@ from qaic_ray.formats.detect import (
     named_format,
     recognise,
 )
-from qaic_ray.formats.detect import PromptFormat as PromptFormat
 from qaic_ray.formats.frozen_file import FrozenFile
 from qaic_ray.formats.json_array import array_items
 from qaic_ray.formats.jsonl import json_object, prompts_from_json
@@ -44,6 +43,7 @@ from qaic_ray.formats.lines import STDIN, Input, check_readable
 from qaic_ray.formats.parquet_prompts import prompts_from_parquet
 from qaic_ray.formats.prompt_fields import Draft, decoded
 from qaic_ray.formats.row_fields import DEFAULT_CHAT, OwnFields
+from qaic_ray.option_types import PromptFormat
 from qaic_ray.rows import ChatOptions, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
 

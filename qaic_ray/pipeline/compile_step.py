@@ -1,12 +1,18 @@
-"""Step 2: a model folder to QPC folders, one or a grid of them."""
+"""Step 2: a model folder to QPC folders, one or a grid of them.
+
+A folder of `qaic-ray export` is read by its manifest. One of the published recipe's
+generateONNX.py has none, and is read by its graph.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qaic_ray.compile.store import (
     SPECIALIZATIONS_FILE,
@@ -15,55 +21,56 @@ from qaic_ray.compile.store import (
     build,
     check_request,
 )
-from qaic_ray.compile.variant import Grid, Precision, Variant, check_num_cores
-from qaic_ray.contract import Specializations
-from qaic_ray.documents import user_path
+from qaic_ray.compile.variant import Source, Variant, grid_variants
+from qaic_ray.contract import (
+    BATCH_INDEX,
+    COMP_CTX_LENGTHS,
+    INPUT_IDS,
+    NUM_LOGITS_TO_KEEP,
+    Specializations,
+    is_past,
+)
+from qaic_ray.documents import shown, user_path
 from qaic_ray.errors import CompileError, UsageError
-from qaic_ray.pipeline.devices import check_cores
-from qaic_ray.pipeline.listener import CompileOutcome, Listener
-from qaic_ray.pipeline.sources import ModelFolder, open_folder
+from qaic_ray.kept_files import inside, sha256_of
+from qaic_ray.model.manifest import CUSTOM_IO_FILE, MANIFEST_FILE, check_files, read_manifest
+from qaic_ray.options import CompileOptions
+from qaic_ray.pipeline.steps import CompileOutcome, Listener, check_cores
 from qaic_ray.sdk import Sdk
 
 if TYPE_CHECKING:
     from qaic_ray.cluster.cluster import Cluster, Outcome
 
 
+_GRAPHS = "generatedModels/*.onnx"
+_SHAPES = ("batch_size", "prompt_len", "ctx_len", "num_speculative_tokens", "comp_ctx_lengths")
+
+
 @dataclass(frozen=True)
 class CompileRequest:
-    """A grid over one exported model; `specializations` stands in place of all shapes.
-
-    An entry of `prompt_lens` is one length, or several for one program that has them all.
-    `parallel` None means as many compiles at once as there are CPUs.
-    """
+    """A grid over one exported model; a file of `specializations` stands in place of all shapes."""
 
     model_dir: Path
-    precisions: Sequence[str]
-    num_cores: Sequence[int]
-    batch_sizes: Sequence[int]
-    prompt_lens: Sequence[int | Sequence[int]]
-    ctx_lens: Sequence[int]
-    store: Path
-    num_speculative_tokens: int = 0
-    comp_ctx_lengths: Sequence[int] = ()
+    grid: CompileOptions
     specializations: Path | None = None
-    parallel: int | None = None
 
 
-def specializations_file(given: Path | None, shape_options: Sequence[str]) -> Path | None:
+def specializations_file(given: Path | None, grid: CompileOptions) -> Path | None:
     """The file that says all shapes: the one given, or the current folder's, as in the recipe.
 
     Args:
         given: by the user.
-        shape_options: the options for shapes that were given.
+        grid: the options; the file may stand beside those that say no shape.
 
     Raises:
         UsageError: where both say shapes.
     """
     here = Path(SPECIALIZATIONS_FILE)
     path = given or (here if here.is_file() else None)
-    if path is None or not shape_options:
+    said = [f"--{name.replace('_', '-')}" for name in _SHAPES if name in grid.model_fields_set]
+    if path is None or not said:
         return path
-    named = f"{path} says all shapes, and {' and '.join(shape_options)} too"
+    named = f"{path} says all shapes, and {' and '.join(said)} too"
     if given is not None:
         raise UsageError(f"{named}: leave one of them out.")
     raise UsageError(
@@ -78,7 +85,7 @@ def requested_builds(request: CompileRequest, sdk: Sdk) -> list[BuildRequest]:
     Raises:
         UsageError: as `requested_variants`, and for folders that may not be replaced.
     """
-    store = user_path(request.store, "The folder of the QPCs").absolute()
+    store = user_path(request.grid.output, "The folder of the QPCs").absolute()
     builds = [BuildRequest(v, sdk, store) for v in requested_variants(request, sdk)]
     for build_request in builds:
         user_path(build_request.target, "The folder of the QPC")
@@ -94,33 +101,30 @@ def requested_variants(request: CompileRequest, sdk: Sdk) -> list[Variant]:
     """
     model = open_folder(request.model_dir)
     source = model.source
-    precisions = [Precision.parse(name) for name in request.precisions]
-    cores = [check_num_cores(number) for number in request.num_cores]
+    grid = request.grid
     if request.specializations is None:
         _check_inputs(
             model,
-            num_logits_to_keep=request.num_speculative_tokens > 0 or None,
-            comp_ctx_lengths=len(request.comp_ctx_lengths) > 0,
+            num_logits_to_keep=grid.num_speculative_tokens > 0 or None,
+            comp_ctx_lengths=len(grid.comp_ctx_lengths) > 0,
         )
-        grid = Grid(
-            precisions,
-            cores,
-            request.batch_sizes,
-            request.prompt_lens,
-            request.ctx_lens,
+        variants = grid_variants(
+            source,
+            grid,
+            continuous=model.continuous,
             num_logits_to_keep=model.num_logits_to_keep,
-            num_speculative_tokens=request.num_speculative_tokens,
-            comp_ctx_lengths=request.comp_ctx_lengths,
         )
-        variants = grid.variants(source, continuous=model.continuous)
-    elif request.num_speculative_tokens or request.comp_ctx_lengths:
+    elif grid.num_speculative_tokens or grid.comp_ctx_lengths:
         raise UsageError(
             f"{request.specializations} says all shapes: leave --num-speculative-tokens and "
             "--comp-ctx-lengths out."
         )
     else:
         shapes = _shapes_of(request.specializations, model, request.model_dir)
-        variants = [Variant(source, p, c, shapes) for p in precisions for c in cores]
+        variants = [
+            Variant(source, precision, cores, shapes)
+            for precision, cores in product(grid.precision, grid.num_cores)
+        ]
     for variant in variants:
         ctx_len = variant.specializations.ctx_len
         if model.max_position is not None and ctx_len > model.max_position:
@@ -148,7 +152,7 @@ def compile_step(request: CompileRequest, sdk: Sdk, listener: Listener) -> list[
     listener.began("Ray")
     with Cluster(num_cards=0) as cluster:
         listener.ended("Ray")
-        return compile_on(cluster, requests, request.parallel, listener)
+        return compile_on(cluster, requests, request.grid.parallel, listener)
 
 
 def compile_on(
@@ -214,3 +218,115 @@ def _build_here(request: BuildRequest) -> CompileOutcome:
         return CompileOutcome(request.variant, build(request))
     except CompileError as error:
         return CompileOutcome(request.variant, error)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What is compiled, and which shapes fit it.
+
+    `max_position` is the longest context that the graph is right for, None where nobody says.
+    """
+
+    source: Source
+    continuous: bool
+    num_logits_to_keep: bool
+    comp_ctx_lengths: bool
+    max_position: int | None
+
+
+def open_folder(model_dir: Path) -> ModelFolder:
+    """Read a model folder.
+
+    Raises:
+        UsageError: where the folder is not one, lost a file, or is not what was exported.
+    """
+    graphs = sorted(model_dir.glob(_GRAPHS))
+    if graphs and not (model_dir / MANIFEST_FILE).exists():
+        return _of_graph(model_dir, _chosen(model_dir, graphs))
+    manifest = read_manifest(model_dir)
+    onnx = model_dir / manifest.onnx_file
+    custom_io = model_dir / CUSTOM_IO_FILE
+    for file in (onnx, custom_io):
+        if not file.is_file():
+            raise UsageError(f"{model_dir} has no {file.relative_to(model_dir)}: export it again.")
+    check_files(model_dir, manifest)
+    # The graph's file holds no weights: its bytes and the weights' digest are the whole content.
+    digest = hashlib.sha256(onnx.read_bytes() + manifest.weights_sha256.encode()).hexdigest()
+    return ModelFolder(
+        Source(model_dir.resolve().name, onnx.absolute(), custom_io.absolute(), digest),
+        continuous=manifest.continuous,
+        num_logits_to_keep=manifest.logits == NUM_LOGITS_TO_KEEP,
+        comp_ctx_lengths=manifest.comp_ctx_lengths,
+        max_position=manifest.max_position,
+    )
+
+
+def source_of(model_dir: Path) -> Source:
+    """An exported model folder as the compile floor takes it; see `open_folder`."""
+    return open_folder(model_dir).source
+
+
+def _chosen(model_dir: Path, graphs: list[Path]) -> Path:
+    """The graph that the recipe's scripts would compile, or the only one."""
+    usual = f"{model_dir.resolve().name}_fp16_simplified.onnx"
+    fitting = [path for path in graphs if path.name == usual] or graphs
+    if len(fitting) > 1:
+        names = ", ".join(path.name for path in fitting[:3])
+        raise UsageError(
+            f"{model_dir} holds {len(fitting)} graphs ({names}) and none called {usual}: leave the "
+            "one to be compiled, under that name."
+        )
+    return fitting[0]
+
+
+def _of_graph(model_dir: Path, onnx_path: Path) -> ModelFolder:
+    graph = _read_graph(onnx_path)
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = {value.name for value in graph.input} - weights
+    if INPUT_IDS not in inputs or not any(map(is_past, inputs)):
+        raise UsageError(
+            f"{onnx_path} is not a language model with its KV cache as inputs ({INPUT_IDS}, "
+            f"past_key.0, ...): it has {shown(sorted(inputs))}; make one with `qaic-ray export`."
+        )
+    digest = hashlib.sha256(sha256_of(onnx_path).encode())
+    for name in sorted(set(_data_files(graph, onnx_path))):
+        path = onnx_path.parent / name
+        if not path.is_file():
+            raise UsageError(f"{onnx_path} keeps weights in {path}, which is not there.")
+        digest.update(f"{name} {sha256_of(path)}".encode())
+    custom_io = model_dir / CUSTOM_IO_FILE
+    return ModelFolder(
+        Source(
+            model_dir.resolve().name,
+            onnx_path.absolute(),
+            custom_io.absolute() if custom_io.is_file() else None,
+            digest.hexdigest(),
+        ),
+        continuous=BATCH_INDEX in inputs,
+        num_logits_to_keep=NUM_LOGITS_TO_KEEP in inputs,
+        comp_ctx_lengths=COMP_CTX_LENGTHS in inputs,
+        max_position=None,
+    )
+
+
+def _read_graph(path: Path) -> Any:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load(path, load_external_data=False).graph
+    except (OSError, DecodeError) as error:
+        raise UsageError(f"{path} cannot be read as an ONNX model: {error}.") from error
+
+
+def _data_files(graph: Any, onnx_path: Path) -> Iterator[str]:
+    """The files that hold the graph's weights, by their paths beside it."""
+    for tensor in graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                try:
+                    yield inside(entry.value)
+                except ValueError as error:
+                    raise UsageError(
+                        f"{onnx_path} keeps weights in {shown(entry.value)}: {error}."
+                    ) from error

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qaic_ray import interruption
-from qaic_ray.config import ExportPart, ModelPart
-from qaic_ray.contract import IoContract
 from qaic_ray.errors import ExportError
-from qaic_ray.pipeline.listener import Listener
+from qaic_ray.options import ExportOptions, ModelOptions
+from qaic_ray.pipeline.steps import Listener
 
 if TYPE_CHECKING:
     from qaic_ray.export.export import ExportResult
@@ -22,10 +21,8 @@ if TYPE_CHECKING:
 CLEAN_UP_S = 8.0
 """How long an export that is interrupted may still be in a call that computes."""
 
-_OPSETS = {IoContract.POSITION_IDS: 17, IoContract.CACHE_INDEX: 13}
 
-
-def export_step(model: ModelPart, part: ExportPart, listener: Listener) -> ExportResult:
+def export_step(model: ModelOptions, options: ExportOptions, listener: Listener) -> ExportResult:
     """Export a model; a folder that is still right is kept as it is.
 
     Runs in a process of its own: checking against PyTorch takes gigabytes, and the driver of a
@@ -36,7 +33,7 @@ def export_step(model: ModelPart, part: ExportPart, listener: Listener) -> Expor
         max_workers=1, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
     ) as pool:
         try:
-            result = pool.submit(_export, model, part).result()
+            result = pool.submit(_export, model, options).result()
         except KeyboardInterrupt:
             for child in active_children():
                 child.terminate()  # it is waited for below, and cleans up
@@ -56,25 +53,14 @@ def _begin(parent: int) -> None:
     interruption.listen(first_grace_s=CLEAN_UP_S)
 
 
-def _export(model: ModelPart, part: ExportPart) -> ExportResult:
+def _export(model: ModelOptions, options: ExportOptions) -> ExportResult:
     from qaic_ray.export.export import export_model
-    from qaic_ray.export.options import ExportOptions
     from qaic_ray.model.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(model.name, trust_remote_code=model.trust_remote_code)
     return export_model(
         checkpoint,
-        ExportOptions(
-            contract=part.io,
-            continuous=part.continuous_batching,
-            opset=part.opset or _OPSETS[part.io],
-            dtype=part.dtype,
-            kv_dtype=part.kv_dtype,
-            logits=part.logits,
-            next_tokens=part.next_tokens,
-            num_replicate_kv_heads=part.replicate_kv_heads,
-            comp_ctx_lengths=part.comp_ctx_lengths,
-        ),
-        output=None if part.output is None else Path(part.output),
-        verify=None if part.verify == "auto" else part.verify,
+        options,
+        output=None if options.output is None else Path(options.output),
+        verify=None if options.verify == "auto" else options.verify,
     )

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qaic_ray.compile.store import Build
-from qaic_ray.compile.variant import Grid, Precision, Source, Variant
-from qaic_ray.config import Job, dump_job
-from qaic_ray.contract import NUM_LOGITS_TO_KEEP, Specializations
-from qaic_ray.documents import read_text
+from qaic_ray.compile.variant import Source
 from qaic_ray.errors import SdkNotFound, UsageError
 from qaic_ray.model.manifest import CUSTOM_IO_FILE
-from qaic_ray.option_values import prompt_lens
+from qaic_ray.options import Job
 from qaic_ray.pipeline.compile_step import CompileRequest, compile_on, requested_builds
-from qaic_ray.pipeline.devices import choose_devices, choose_sdk, emulated_cards
 from qaic_ray.pipeline.export_step import export_step
-from qaic_ray.pipeline.listener import Listener
-from qaic_ray.pipeline.request import (
-    RunRequest,
-    absolute_model,
-    absolute_path,
-    date_now,
-    drawn_seed,
-    read_request,
-)
-from qaic_ray.pipeline.run_step import SdkChoice, check_chat_template, resuming, run_on
-from qaic_ray.rows import ChatOptions
+from qaic_ray.pipeline.job_file import dump_job, job_variants
+from qaic_ray.pipeline.request import RunRequest, absolute_model, absolute_paths, resolved
+from qaic_ray.pipeline.run_step import check_chat_template, on_local_cards, resuming, run_on
+from qaic_ray.pipeline.steps import Listener, SdkChoice, choose_sdk
 from qaic_ray.sdk import SDK_NAMES, VENDOR_ROOT, Sdk, find_sdk
 
 if TYPE_CHECKING:
@@ -50,14 +40,9 @@ def launch_job(
         CompileError: when the variant to be run could not be compiled.
     """
     chosen_index(job)  # it is there
-    sdk = SdkChoice(
-        choose_sdk(job.sdk, job.emulator, listener), job.sdk, emulated_cards(job.emulator)
-    )
+    sdk = choose_sdk(job.sdk, job.emulator, listener)
     request = run_request(job, resume, retry_errors=retry_errors)
-    num_cards = 0
-    if job.ray.address is None:
-        devices = choose_devices(sdk.here, request.devices)
-        request, num_cards = replace(request, devices=devices), len(devices)
+    request, num_cards = on_local_cards(request, sdk)
     with resuming(request, sdk):
         return _launched(job, request, sdk, num_cards=num_cards, listener=listener)
 
@@ -69,8 +54,7 @@ def _launched(
     run_input = request.open_input()
     exported = export_step(job.model, job.export, listener)
     check_chat_template(request)
-    compiling = _compile_request(job, exported.folder)
-    builds = requested_builds(compiling, sdk.here)
+    builds = requested_builds(CompileRequest(exported.folder, job.compile), sdk.here)
     from qaic_ray.cluster.cluster import Cluster
 
     listener.began("Ray")
@@ -78,11 +62,13 @@ def _launched(
         where = f", dashboard at {cluster.dashboard_url}" if cluster.dashboard_url else ""
         token = f" (its token is in {cluster.token_file})" if where and cluster.token_file else ""
         listener.ended(f"Ray{where}{token}")
-        outcomes = compile_on(cluster, builds, compiling.parallel, listener)
+        outcomes = compile_on(cluster, builds, job.compile.parallel, listener)
         chosen = outcomes[chosen_at].result
         if not isinstance(chosen, Build):
             raise chosen
-        return run_on(cluster, request.on(chosen.path), run_input, sdk=sdk, listener=listener)
+        return run_on(
+            cluster, replace(request, qpc=chosen.path), run_input, sdk=sdk, listener=listener
+        )
 
 
 @dataclass(frozen=True)
@@ -101,7 +87,7 @@ def plan_job(job: Job) -> Plan:
     vendor's folder at the version that the emulator part names.
     """
     try:
-        sdk = find_sdk(job.sdk, emulated_cards(job.emulator))
+        sdk = find_sdk(job.sdk, job.emulator)
     except SdkNotFound:
         sdk = Sdk(VENDOR_ROOT, "real", job.emulator.apps_version)
     folder = Path(job.export.output or f"{_base(job.model.name)}-kv")
@@ -110,7 +96,7 @@ def plan_job(job: Job) -> Plan:
     chosen = chosen_index(job)
     compiles = []
     for index, variant in enumerate(
-        _variants(job, Source(name, onnx, folder / CUSTOM_IO_FILE, ""))
+        job_variants(job, Source(name, onnx, folder / CUSTOM_IO_FILE, ""))
     ):
         target = Path(job.compile.output) / variant.name
         argv = variant.argv(sdk, target / "specializations.json", target)
@@ -129,54 +115,33 @@ def chosen_index(job: Job) -> int:
     Raises:
         UsageError: where the choice fits none of the variants, or several.
     """
-    variants = _variants(job, Source("", Path(), None, ""))
-    fitting = [index for index, variant in enumerate(variants) if _fits(variant, job)]
+    num_variants = len(job_variants(job, Source("", Path(), None, "")))
+    names = ("precision", "num_cores", "batch_size", "prompt_len", "ctx_len")
+    wanted = [getattr(job.run.variant, name) for name in names]
+    grid = product(*(getattr(job.compile, name) for name in names))
+    fitting = [
+        index
+        for index, values in enumerate(grid)
+        if all(want in (None, value) for want, value in zip(wanted, values, strict=True))
+    ]
     if len(fitting) == 1:
         return fitting[0]
     raise UsageError(
-        f"run.variant of the job {job.name} fits {len(fitting)} of the {len(variants)} compiled "
+        f"run.variant of the job {job.name} fits {len(fitting)} of the {num_variants} compiled "
         "variants: say which one with precision, num_cores, batch_size, prompt_len or ctx_len."
     )
 
 
 def run_request(job: Job, resume: Path | None = None, *, retry_errors: bool = False) -> RunRequest:
     """The run of a job, but for the QPC."""
-    seed, date = job.run.seed, job.run.date
-    if seed is None:
-        seed = drawn_seed() if resume is None else read_request(resume).seed
-    if date is None:
-        date = date_now() if resume is None else read_request(resume).date
-    drawn = {"seed": seed, "date": date}
-    resolved = job.model_copy(update={"run": job.run.model_copy(update=drawn)})
-    run = resolved.run
+    job = job.model_copy(update={"run": resolved(job.run, resume)})
     return RunRequest(
         name=job.name,
         model=job.model.name,
         qpc=Path(),
-        devices=None if run.devices == "all" else run.devices,
-        prompt=run.prompt,
-        prompts_file=run.prompts,
-        prompts_format=run.prompts_format,
-        output_formats=run.output_formats,
-        generation_len=run.generation_len,
-        sampling=run.sampling,
-        seed=seed,
-        chat=run.chat,
-        system=run.system,
-        chat_options=ChatOptions(
-            run.add_generation_prompt, run.continue_final_message, run.chat_template_kwargs
-        ),
-        chat_template=None if run.chat_template is None else read_text(Path(run.chat_template)),
-        date=date,
-        max_stall_s=run.max_stall_s,
-        prefix_reuse=run.prefix_reuse,
-        drafts=run.drafts,
-        draft_qpc=None if run.draft_qpc is None else Path(run.draft_qpc),
-        partitions=run.partitions,
-        group_size=run.group_size,
-        output=Path(run.output),
-        ray_address=job.ray.address,
-        job_text=dump_job(_absolute(resolved)),
+        run=job.run,
+        ray=job.ray,
+        job_text=dump_job(_absolute(job)),
         resume=resume,
         retry_errors=retry_errors,
     )
@@ -184,75 +149,11 @@ def run_request(job: Job, resume: Path | None = None, *, retry_errors: bool = Fa
 
 def _absolute(job: Job) -> Job:
     """The job as it is understood in every folder."""
-    parts: dict[str, tuple[str, ...]] = {
-        "export": ("output",),
-        "compile": ("output",),
-        "run": ("output", "draft_qpc"),
-    }
-    changes: dict[str, Any] = {"model": {"name": absolute_model(job.model.name)}}
-    for part, keys in parts.items():
-        given = {key: getattr(getattr(job, part), key) for key in keys}
-        changes[part] = {key: absolute_path(path) for key, path in given.items() if path}
-    updated = {
-        part: getattr(job, part).model_copy(update=update) for part, update in changes.items()
-    }
-    if job.sdk not in SDK_NAMES:
-        updated["sdk"] = absolute_path(job.sdk)
-    return job.model_copy(update=updated)
-
-
-def _compile_request(job: Job, model_dir: Path) -> CompileRequest:
-    grid = job.compile
-    return CompileRequest(
-        model_dir=model_dir,
-        precisions=grid.precision,
-        num_cores=grid.num_cores,
-        batch_sizes=grid.batch_size,
-        prompt_lens=[prompt_lens(value) for value in grid.prompt_len],
-        ctx_lens=grid.ctx_len,
-        num_speculative_tokens=grid.num_speculative_tokens,
-        comp_ctx_lengths=grid.comp_ctx_lengths,
-        store=Path(grid.output),
-        parallel=grid.parallel,
-    )
-
-
-def _variants(job: Job, source: Source) -> list[Variant]:
-    grid = job.compile
-    if job.export.comp_ctx_lengths and not grid.comp_ctx_lengths:
-        raise UsageError(
-            f"The job {job.name} exports with comp_ctx_lengths: say which ones with "
-            "compile.comp_ctx_lengths, like [512, 1024] (ctx_len is added)."
-        )
-    precisions = [Precision.parse(name) for name in grid.precision]
-    shapes = Grid(
-        precisions,
-        grid.num_cores,
-        grid.batch_size,
-        [prompt_lens(value) for value in grid.prompt_len],
-        grid.ctx_len,
-        num_logits_to_keep=job.export.logits == NUM_LOGITS_TO_KEEP,
-        num_speculative_tokens=grid.num_speculative_tokens,
-        comp_ctx_lengths=grid.comp_ctx_lengths,
-    )
-    return shapes.variants(source, continuous=job.export.continuous_batching)
-
-
-def _fits(variant: Variant, job: Job) -> bool:
-    shapes = variant.specializations
-    facts = {
-        "precision": variant.precision.value,
-        "num_cores": variant.num_cores,
-        "batch_size": shapes.batch_size,
-        "prompt_len": _prompt_len(shapes),
-        "ctx_len": shapes.ctx_len,
-    }
-    return all(getattr(job.run.variant, key) in (None, value) for key, value in facts.items())
-
-
-def _prompt_len(shapes: Specializations) -> int | str:
-    lens = [s.seq_len for s in shapes.prefills]
-    return "+".join(map(str, lens)) if len(lens) > 1 else shapes.prompt_len
+    job = job.changed("model", name=absolute_model(job.model.name))
+    job = job.changed("export", **absolute_paths(job.export, "output"))
+    job = job.changed("compile", **absolute_paths(job.compile, "output"))
+    job = job.changed("run", **absolute_paths(job.run, "output", "draft_qpc"))
+    return job if job.sdk in SDK_NAMES else job.model_copy(update=absolute_paths(job, "sdk"))
 
 
 def _base(model_name: str) -> str:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from qaic_ray.documents import checked, read_yaml, user_path
+from qaic_ray.documents import checked, read_text, read_yaml, user_path
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.folders import write_whole
 from qaic_ray.model.sources import NAMED_MODELS
-from qaic_ray.rows import ChatOptions
-from qaic_ray.sampling_params import SamplingParams
+from qaic_ray.option_types import is_template
+from qaic_ray.options import Generation, RayOptions, RunOptions
 
 if TYPE_CHECKING:
     from qaic_ray.formats.frozen_file import FrozenFile
@@ -26,20 +27,6 @@ if TYPE_CHECKING:
 REQUEST_NAME = "request.yaml"
 STDIN = "-"
 _MAX_REASON_CHARS = 500
-
-# Of this process, not of the run.
-_NOT_KEPT = ("output", "ray_address", "job_text", "resume", "retry_errors", "new_input")
-_PATHS = ("qpc", "draft_qpc")
-
-
-def drawn_seed() -> int:
-    """A run's seed, where none is given."""
-    return secrets.randbits(32)
-
-
-def date_now() -> str:
-    """A run's date, where none is given: local time, to the second."""
-    return datetime.now().isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
@@ -52,76 +39,37 @@ class RunInput:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """Prompts for one QPC on some cards; `devices` None means all that there are.
+    """Prompts for one QPC on some cards.
 
-    `sampling` and `generation_len` (its `max_tokens`) are for rows that say nothing else; `seed` is
-    what rows without a seed get theirs from. `chat_options` are for conversations that bring none,
-    `chat_template` is Jinja text instead of the model's own, and `date` is what a template takes
-    for the date. `drafts` and `draft_qpc` are those of `Speculation`.
-    `input_len` and `ctx_len`, where given, must be what the QPC was compiled for. A card is shared
-    out to `partitions` workers, or `group_size` cards make one. `job_text` is the job that this is
-    a part of, for the run folder's job.yaml; without one the request itself. `resume` is the folder
-    of a run that is to go on, there with its rows of errors again where `retry_errors`, and with
-    another file of prompts where `new_input`.
+    `run` is as `resolved` gives it. `job_text` is the job that this is a part of, for the run
+    folder's job.yaml; without one the request itself. `resume` is the folder of a run that is to go
+    on, there with its rows of errors again where `retry_errors`, and with another file of prompts
+    where `new_input`.
     """
 
     name: str
     model: str
     qpc: Path
-    devices: tuple[int, ...] | None
-    prompt: str | None
-    prompts_file: str | None
-    prompts_format: str | None = None
-    output_formats: tuple[str, ...] = ()
-    input_len: int | None = None
-    ctx_len: int | None = None
-    generation_len: int | None = None
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    seed: int = field(default_factory=drawn_seed)
-    chat: bool = False
-    system: str | None = None
-    chat_options: ChatOptions = field(default_factory=ChatOptions)
-    chat_template: str | None = None
-    date: str = field(default_factory=date_now)
-    max_stall_s: float | None = None
-    prefix_reuse: bool = True
-    drafts: str = "auto"
-    draft_qpc: Path | None = None
-    partitions: int = 1
-    group_size: int = 1
-    output: Path = Path("runs")
-    ray_address: str | None = None
+    run: RunOptions
+    ray: RayOptions = field(default_factory=RayOptions)
     job_text: str = ""
     resume: Path | None = None
     retry_errors: bool = False
     new_input: bool = False
 
-    def on(self, qpc: Path) -> RunRequest:
-        """The same request for another QPC."""
-        return replace(self, qpc=qpc)
+    def with_run(self, **changes: Any) -> RunRequest:
+        """The same request with other options of the run."""
+        return replace(self, run=self.run.model_copy(update=changes))
 
     def absolute(self) -> RunRequest:
         """The same request as it is understood in every folder."""
-        prompts = self.prompts_file
-        return replace(
-            self,
-            model=absolute_model(self.model),
-            qpc=self.qpc.absolute(),
-            draft_qpc=None if self.draft_qpc is None else self.draft_qpc.expanduser().absolute(),
-            prompts_file=prompts if prompts in (None, STDIN) else absolute_path(prompts),
-        )
+        request = replace(self, model=absolute_model(self.model), qpc=self.qpc.absolute())
+        return request.with_run(**absolute_paths(self.run, "draft_qpc", "prompts"))
 
     @property
-    def defaults(self) -> SamplingParams:
-        """The parameters of a row that brings none.
-
-        Raises:
-            UsageError: where those of the run do not go together.
-        """
-        try:
-            return replace(self.sampling, max_tokens=self.generation_len)
-        except RowError as error:
-            raise UsageError(str(error)) from error
+    def generation(self) -> Generation:
+        """What of it a worker is handed."""
+        return self.run.part(Generation)
 
     def open_input(self) -> RunInput:
         """The prompts, and what they are known by; a file is read through now, its rows later.
@@ -130,31 +78,35 @@ class RunRequest:
             UsageError: where there are none, or two sources of them, or parameters that no row
                 could be answered with.
         """
-        from qaic_ray.formats.prompts import PromptFormat, prompts_from_file, prompts_from_text
+        whole = self._whole_input()
+        return replace(whole, prompts=islice(whole.prompts, self.run.max_prompts))
+
+    def _whole_input(self) -> RunInput:
+        from qaic_ray.formats.prompts import prompts_from_file, prompts_from_text
         from qaic_ray.model.chat import check_kwargs
         from qaic_ray.runs.fingerprint import STREAM_SOURCE, file_source, text_source
 
-        defaults, chat = self.defaults, self.chat_options
+        run = self.run
+        defaults, chat = run.defaults, run.chat_options
         check_kwargs(chat.template_kwargs)
-        if self.system is not None and not self.chat:
+        if run.system is not None and not run.chat:
             raise UsageError(
                 "A system prompt (--system, run.system) has its place in the chat template: give "
                 "--chat (run.chat) too, or leave it out."
             )
-        if self.prompt is not None and self.prompts_file is not None:
+        if run.prompt is not None and run.prompts is not None:
             raise UsageError("Give one of --prompt and --prompts-file, not both.")
-        if self.prompt is not None:
-            return RunInput(text_source(self.prompt), prompts_from_text(self.prompt))
-        path = self.prompts_file
-        if path is None:
+        if run.prompt is not None:
+            return RunInput(text_source(run.prompt), prompts_from_text(run.prompt))
+        if run.prompts is None:
             raise UsageError(
                 'There is nothing to answer: give --prompt "a|b" or --prompts-file FILE.'
             )
-        form = None if self.prompts_format is None else PromptFormat(self.prompts_format)
-        if path == STDIN or not user_path(path, "--prompts-file").is_file():
+        path, form = user_path(run.prompts, "--prompts-file"), run.prompts_format
+        if run.prompts == STDIN or not path.is_file():
             # A pipe can be read only once: its rows' digests are all there is.
-            return RunInput(STREAM_SOURCE, prompts_from_file(path, form, defaults, chat))
-        frozen = self._frozen(user_path(path, "--prompts-file"))
+            return RunInput(STREAM_SOURCE, prompts_from_file(run.prompts, form, defaults, chat))
+        frozen = self._frozen(path)
         prompts = prompts_from_file(frozen.path, form, defaults, chat, frozen=frozen)
         return RunInput(file_source(frozen), prompts)
 
@@ -177,26 +129,41 @@ class RunRequest:
 
     def to_yaml(self) -> str:
         """All of it that belongs to the run."""
-        document: dict[str, Any] = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_KEPT
-        }
-        document |= {
-            name: None if document[name] is None else str(document[name]) for name in _PATHS
-        }
-        document["chat_options"] = vars(self.chat_options)
-        document["devices"] = None if self.devices is None else list(self.devices)
-        document["output_formats"] = list(self.output_formats)
-        sampling = {
-            k: list(v) if isinstance(v, tuple) else v for k, v in vars(self.sampling).items()
-        }
-        del sampling["max_tokens"]
-        document["sampling"] = sampling
+        run = self.run.model_dump(mode="json", exclude={"variant", "output"})
+        document = {"name": self.name, "model": self.model, "qpc": str(self.qpc), **run}
         return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
 
-def absolute_path(path: str) -> str:
-    """A path of the user's as it is understood in every folder."""
-    return str(user_path(path, "the path").absolute())
+def resolved(run: RunOptions, resume: Path | None = None) -> RunOptions:
+    """A run's options with all that is drawn, or read, when it begins.
+
+    Args:
+        run: the options as given.
+        resume: the folder of a run that goes on: what it drew is kept.
+
+    Raises:
+        UsageError: for a chat template that cannot be read, or a folder that is no run's.
+    """
+    begun = None if resume is None else read_request(resume).run
+    changes: dict[str, Any] = {}
+    if run.seed is None:
+        changes["seed"] = secrets.randbits(32) if begun is None else begun.seed
+    if run.date is None:  # local time
+        now = datetime.now().isoformat(timespec="seconds")
+        changes["date"] = now if begun is None else begun.date
+    if run.chat_template is not None and not is_template(run.chat_template):
+        changes["chat_template"] = read_text(user_path(run.chat_template, "The chat template"))
+    return run.model_copy(update=changes)
+
+
+def absolute_paths(section: Any, *names: str) -> dict[str, str]:
+    """The paths of a section, those that are given, as they are understood in every folder."""
+    given = {name: getattr(section, name) for name in names}
+    return {
+        name: str(user_path(path, "the path").absolute())
+        for name, path in given.items()
+        if path not in (None, STDIN)
+    }
 
 
 def absolute_model(name: str) -> str:
@@ -231,15 +198,23 @@ def read_request(folder: Path) -> RunRequest:
     if not path.exists():
         raise UsageError(f"{folder} is not the folder of a run: it has no {REQUEST_NAME}.")
     try:
-        document = read_yaml(path)
-        known = {f.name for f in fields(RunRequest)} - set(_NOT_KEPT)
-        if not isinstance(document, dict) or not document.keys() <= known:
-            raise UsageError(f"{path} does not hold the keys of a request.")
-        sampling = checked(dict[str, Any], document.get("sampling"), f"{path}: sampling")
-        document["sampling"] = SamplingParams().updated(sampling)
-        return replace(checked(RunRequest, document, str(path)), resume=folder)
+        document = checked(dict[str, Any], read_yaml(path), str(path))
+        known = document.keys() & {"name", "model", "qpc"}
+        whole: dict[str, Any] = {name: document.pop(name) for name in known}
+        whole["run"] = _todays(document)
+        return replace(checked(RunRequest, whole, str(path)), resume=folder)
     except (UsageError, RowError) as error:
         raise UsageError(
             f"{path} cannot be gone on with: it was written by another version, or changed "
             f"({str(error)[:_MAX_REASON_CHARS].rstrip('.')})."
         ) from error
+
+
+_OLDER = {"prompts_file": "prompts", "template_kwargs": "chat_template_kwargs"}
+
+
+def _todays(kept: dict[str, Any]) -> dict[str, Any]:
+    """A kept run's options, those of older versions under the names that they have now."""
+    chat = checked(dict[str, Any], kept.pop("chat_options", None) or {}, "chat_options")
+    flat = {**kept, **chat}
+    return {_OLDER.get(name, name): value for name, value in flat.items() if value is not None}

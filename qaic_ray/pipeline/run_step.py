@@ -8,7 +8,7 @@ import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,6 @@ from qaic_ray.compile.store import check_kept, content_key
 from qaic_ray.errors import QaicRayError, Unfinished, UsageError
 from qaic_ray.model.checkpoint import open_checkpoint
 from qaic_ray.model.tokenizer_files import text_parts
-from qaic_ray.pipeline.devices import choose_devices
-from qaic_ray.pipeline.listener import Listener
 from qaic_ray.pipeline.request import (
     STDIN,
     RunInput,
@@ -28,7 +26,8 @@ from qaic_ray.pipeline.request import (
     absolute_model,
     write_request,
 )
-from qaic_ray.sdk import EmulatedCards, Sdk, name_for_others
+from qaic_ray.pipeline.steps import Listener, SdkChoice, choose_devices
+from qaic_ray.sdk import name_for_others
 
 if TYPE_CHECKING:
     from qaic_ray.cards.placement import WorkerPlace
@@ -38,19 +37,6 @@ if TYPE_CHECKING:
     from qaic_ray.runs.report import RunSummary
     from qaic_ray.runs.result import FleetResult
     from qaic_ray.worker.spec import WorkerSpec
-    from qaic_ray.worker.text import Generation
-
-
-@dataclass(frozen=True)
-class SdkChoice:
-    """The SDK of this machine, and what the nodes of a cluster look for: each has its own.
-
-    `name` is as the user gave it, `emulated` what the emulated one is to be where it is the one.
-    """
-
-    here: Sdk
-    name: str
-    emulated: EmulatedCards
 
 
 def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSummary:
@@ -59,20 +45,26 @@ def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSumm
     Raises:
         UsageError: for a QPC, cards or prompts that are not there.
     """
-    for qpc in filter(None, (request.qpc, request.draft_qpc)):
-        check_kept(qpc)
-    num_cards = 0
-    if request.ray_address is None:
-        devices = choose_devices(sdk.here, request.devices)
-        request, num_cards = replace(request, devices=devices), len(devices)
+    check_kept(request.qpc)
+    if request.run.draft_qpc is not None:
+        check_kept(Path(request.run.draft_qpc))
+    request, num_cards = on_local_cards(request, sdk)
     run_input = request.open_input()
     check_chat_template(request)
     from qaic_ray.cluster.cluster import Cluster
 
     listener.began("Ray")
-    with resuming(request, sdk), Cluster(num_cards, address=request.ray_address) as cluster:
+    with resuming(request, sdk), Cluster(num_cards, address=request.ray.address) as cluster:
         listener.ended("Ray")
         return run_on(cluster, request, run_input, sdk=sdk, listener=listener)
+
+
+def on_local_cards(request: RunRequest, sdk: SdkChoice) -> tuple[RunRequest, int]:
+    """The request on cards of this machine that are ready, and how many; 0 for a cluster's."""
+    if request.ray.address is not None:
+        return request, 0
+    devices = choose_devices(sdk.here, request.run.devices)
+    return request.with_run(devices=devices), len(devices)
 
 
 def check_chat_template(request: RunRequest) -> None:
@@ -84,10 +76,10 @@ def check_chat_template(request: RunRequest) -> None:
     from qaic_ray.model.checkpoint import load_chat_template, open_checkpoint
     from qaic_ray.worker.text import check_chat
 
-    is_wanted = request.chat or request.chat_template is not None
+    is_wanted = request.run.chat or request.run.chat_template is not None
     if is_wanted and _is_here(request):  # else each worker finds out when it is opened
         template = load_chat_template(open_checkpoint(request.model, weights=False))
-        check_chat(template, _generation(request), request.model)
+        check_chat(template, request.generation, request.model)
 
 
 def run_on(
@@ -190,11 +182,11 @@ def _unended(error: Exception) -> str:
 def _resume_command(request: RunRequest, sdk: SdkChoice, folder: Path) -> str:
     """What a shell goes on with the run by."""
     words = ["qaic-ray", "run", "--resume", str(folder)]
-    if request.ray_address is not None:
-        words += ["--address", request.ray_address]
+    if request.ray.address is not None:
+        words += ["--address", request.ray.address]
     if sdk.name != "auto":
         words += ["--sdk", sdk.name]
-    stdin = " < the same input" if request.prompts_file == STDIN else ""
+    stdin = " < the same input" if request.run.prompts == STDIN else ""
     return shlex.join(words) + stdin
 
 
@@ -218,7 +210,7 @@ def _answer(
     from qaic_ray.worker.worker import CardWorker
 
     parts = _parts(request)
-    same = fingerprint(run_input.source, generation=_generation(request), **parts)
+    same = fingerprint(run_input.source, generation=request.generation, **parts)
     resumed = request.resume is not None
     with (
         Journal(
@@ -243,7 +235,7 @@ def _answer(
             worker_class=CardWorker,
             audience=audience,
             journal=journal,
-            work_of=partial(text_work, defaults=request.defaults),
+            work_of=partial(text_work, defaults=request.run.defaults),
             on_wait=listener.remark,
         )
         if changes := differences(parts, _parts(request)):
@@ -267,7 +259,7 @@ def _parts(request: RunRequest) -> dict[str, Any]:
 
 def _is_here(request: RunRequest) -> bool:
     """Whether this machine has the model's files, or the nodes of a cluster alone."""
-    return request.ray_address is None or Path(request.model).expanduser().exists()
+    return request.ray.address is None or Path(request.model).expanduser().exists()
 
 
 def _places(
@@ -276,7 +268,7 @@ def _places(
     """Which worker gets which cards."""
     from qaic_ray.cards.placement import place, qpc_cores
 
-    here = request.ray_address is None
+    here = request.ray.address is None
     nodes = cluster.inventory(
         str(sdk.here.root) if here else name_for_others(sdk.name), sdk.emulated
     )
@@ -284,9 +276,9 @@ def _places(
         listener.remark(problem)
     return place(
         nodes,
-        devices=request.devices,
-        group_size=request.group_size,
-        partitions=request.partitions,
+        devices=None if request.run.devices == "all" else request.run.devices,
+        group_size=request.run.group_size,
+        partitions=request.run.partitions,
         num_cores=qpc_cores(request.qpc),
     )
 
@@ -294,7 +286,6 @@ def _places(
 def _worker_specs(request: RunRequest, places: Sequence[WorkerPlace]) -> list[WorkerSpec]:
     from qaic_ray.worker.spec import WorkerSpec
 
-    generation = _generation(request)
     model = absolute_model(request.model)
     is_here = _is_here(request)
     text = text_parts(open_checkpoint(model, weights=False).folder) if is_here else {}
@@ -303,46 +294,25 @@ def _worker_specs(request: RunRequest, places: Sequence[WorkerPlace]) -> list[Wo
             **vars(where),
             qpc=str(request.qpc.absolute()),
             model=model,
-            generation=generation,
+            generation=request.generation,
             text=text,
         )
         for where in places
     ]
 
 
-def _generation(request: RunRequest) -> Generation:
-    from qaic_ray.worker.speculation import Drafts, Speculation
-    from qaic_ray.worker.text import Generation
-
-    draft_qpc = None if request.draft_qpc is None else str(request.draft_qpc.absolute())
-    return Generation(
-        sampling=request.defaults,
-        chat=request.chat,
-        system=request.system,
-        chat_options=request.chat_options,
-        chat_template=request.chat_template,
-        date=request.date,
-        run_seed=request.seed,
-        max_stall_s=request.max_stall_s,
-        prefix_reuse=request.prefix_reuse,
-        speculation=Speculation(Drafts(request.drafts), draft_qpc),
-        prompt_len=request.input_len,
-        ctx_len=request.ctx_len,
-    )
-
-
 def _export(request: RunRequest, folder: Path) -> None:
     """The run's rows in the other formats that are asked for."""
     from qaic_ray.model.checkpoint import load_tokenizer
-    from qaic_ray.runs.exports import OutputFormat, export_outputs
+    from qaic_ray.runs.exports import export_outputs
 
-    if not request.output_formats:
+    if not request.run.output_formats:
         return
     tokenizer = load_tokenizer(open_checkpoint(request.model, weights=False))
-    for name in request.output_formats:
+    for output_format in request.run.output_formats:
         export_outputs(
             folder,
-            OutputFormat(name),
+            output_format,
             model=request.model,
             token_text=lambda token: tokenizer.decode((token,)),
         )
@@ -353,7 +323,7 @@ def _new_run_folder(request: RunRequest) -> Path:
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
     name = f"{request.name}-{stamp}"
     for number in range(2, 1000):
-        folder = request.output.absolute() / name
+        folder = Path(request.run.output).absolute() / name
         try:
             os.makedirs(folder.parent, exist_ok=True)
             folder.mkdir(mode=0o700)  # prompts and answers are their user's
@@ -371,4 +341,6 @@ def _new_run_folder(request: RunRequest) -> Path:
         except OSError as error:
             raise QaicRayError(f"Cannot write to {folder}: {error.strerror}.") from error
         return folder
-    raise UsageError(f"{request.output} has a thousand runs of this second: use another --output.")
+    raise UsageError(
+        f"{request.run.output} has a thousand runs of this second: use another --output."
+    )

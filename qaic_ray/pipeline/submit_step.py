@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qaic_ray import __version__
-from qaic_ray.config import Job, dump_job
 from qaic_ray.errors import QaicRayError, UsageError
+from qaic_ray.options import Job
+from qaic_ray.pipeline.job_file import dump_job
 
 if TYPE_CHECKING:
     from qaic_ray.cluster.jobs import SubmittedJob, SubmittedJobs
@@ -140,13 +141,13 @@ def pack(request: SubmitRequest, folder: Path) -> Parcel:
         inside = folder / PROMPTS_FOLDER / prompts.name
         inside.parent.mkdir()
         shutil.copyfile(prompts, inside)
-        job = _changed(job, "run", prompts=str(inside.relative_to(folder)))
+        job = job.changed("run", prompts=str(inside.relative_to(folder)))
     elif job.run.prompts is not None:
         expected.append(job.run.prompts)
     model = Path(job.model.name).expanduser()
     if model.exists():
         expected.append(str(model.absolute()))
-        job = _changed(job, "model", name=expected[-1])
+        job = job.changed("model", name=expected[-1])
     if job.run.draft_qpc is not None:
         expected.append(str(request.folder / job.run.draft_qpc))
     (folder / JOB_FILE).write_text(dump_job(job), encoding="utf-8")
@@ -247,7 +248,3 @@ def _check_sendable(prompts: Path) -> None:
             f"{MAX_SENT_BYTES / 2**20:.0f} MiB are sent: put it on a disk that the cluster's head "
             "sees; where it is at this path there, give --no-send-prompts."
         )
-
-
-def _changed(job: Job, part: str, **changes: Any) -> Job:
-    return job.model_copy(update={part: getattr(job, part).model_copy(update=changes)})

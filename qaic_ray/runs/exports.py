@@ -10,30 +10,19 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from qaic_ray.folders import new_file, sync_path
 from qaic_ray.formats.openai_responses import Origin, response_line, token_number
 from qaic_ray.formats.parquet_rows import write_parquet
+from qaic_ray.option_types import OutputFormat
 from qaic_ray.runs.delivery import OUTPUTS_NAME
 from qaic_ray.runs.journal import disk_errors_end_the_run
 
 PARQUET_NAME = "outputs.parquet"
 OPENAI_OUTPUT_NAME = "openai_output.jsonl"
 OPENAI_ERROR_NAME = "openai_error.jsonl"
-
-
-class OutputFormat(str, Enum):
-    """What a run's rows are written as; `outputs.jsonl` is always there."""
-
-    JSONL = "jsonl"
-    """Nothing else."""
-    OPENAI = "openai"
-    """The OpenAI batch format: an output file, and an error file for rows that failed."""
-    PARQUET = "parquet"
-    """A table with a column for each key of a row."""
 
 
 def export_outputs(
@@ -62,10 +51,8 @@ def export_outputs(
             with _replacing(path) as stream:
                 write_parquet(_rows(folder), stream)
             return (path,)
-        if output_format is OutputFormat.OPENAI:
-            created = int((folder / OUTPUTS_NAME).stat().st_mtime)
-            return _export_openai(folder, Origin(folder.name, model, created, token_text))
-    return (folder / OUTPUTS_NAME,)
+        created = int((folder / OUTPUTS_NAME).stat().st_mtime)
+        return _export_openai(folder, Origin(folder.name, model, created, token_text))
 
 
 def _export_openai(folder: Path, origin: Origin) -> tuple[Path, ...]:

@@ -10,16 +10,16 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from qaic_ray.errors import QaicRayError, UsageError
+from qaic_ray.options import Generation
 from qaic_ray.rows import ChatOptions, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from qaic_ray.formats.frozen_file import FrozenFile
-    from qaic_ray.worker.text import Generation
 
 Fingerprint = Mapping[str, Any]
 """Names to JSON values, in any depth."""
@@ -27,7 +27,15 @@ Fingerprint = Mapping[str, Any]
 INPUT = "input"
 
 # They change when answers come, not what they are.
-_OF_NO_EFFECT = ("max_stall_s", "prefix_reuse", "speculation")
+_OF_NO_EFFECT = {"max_stall_s", "prefix_reuse", "drafts", "draft_qpc"}
+# What stands under other names since the first journals, and what is part of something else there.
+_NAMES = {"seed": "run_seed", "input_len": "prompt_len"}
+_IN_PARTS = {
+    "generation_len",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template_kwargs",
+}
 
 
 def fingerprint(
@@ -41,9 +49,10 @@ def fingerprint(
         model: the digest of each part of the checkpoint that an answer depends on.
         generation: the run's; its seed must have been drawn.
     """
-    making = asdict(generation)
-    for name in _OF_NO_EFFECT:
-        del making[name]
+    names = Generation.model_fields.keys() - _OF_NO_EFFECT - _IN_PARTS
+    making = {_NAMES.get(name, name): getattr(generation, name) for name in names}
+    making["sampling"] = asdict(generation.defaults)
+    making["chat_options"] = asdict(generation.chat_options)
     whole = {INPUT: source, "qpc": qpc, "model": model, **making}
     plain: Fingerprint = json.loads(json.dumps(whole))  # as it will be when read back
     return plain
@@ -75,7 +84,7 @@ def row_digest(item: Prompt | Row) -> bytes:
     return hashlib.sha256(json.dumps(parts, default=_plain).encode()).digest()
 
 
-_DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
+_DEFAULTS = vars(SamplingParams())
 
 
 def _plain(value: object) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qaic_ray.cards.locks import Part
-from qaic_ray.worker.text import Generation
+from qaic_ray.options import Generation
 
 
 @dataclass(frozen=True)

@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 from qaic_ray.engine.drafts import DraftProgram, PromptLookup
 from qaic_ray.engine.engine import Proposer
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import UsageError
+from qaic_ray.options import Generation
 from qaic_ray.sdk import Sdk
-
-
-class Drafts(str, Enum):
-    """Where drafted tokens come from."""
-
-    AUTO = "auto"
-    """A draft QPC where one is given, else prompt lookup, on a QPC that can check them."""
-    NONE = "none"
-    PROMPT_LOOKUP = "prompt-lookup"
-
-
-@dataclass(frozen=True)
-class Speculation:
-    """How a run speculates; the text is that of plain decoding in any case."""
-
-    drafts: Drafts = Drafts.AUTO
-    draft_qpc: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +26,7 @@ class Drafting:
             self.session.close()
 
 
-def open_drafting(asked: Speculation, sdk: Sdk, main: Session) -> Drafting:
+def open_drafting(asked: Generation, sdk: Sdk, main: Session) -> Drafting:
     """What drafts for `main`, on the same card.
 
     Raises:
@@ -52,14 +35,14 @@ def open_drafting(asked: Speculation, sdk: Sdk, main: Session) -> Drafting:
     """
     shapes = main.specializations
     if shapes.decode_len == 1:
-        if asked.draft_qpc is not None or asked.drafts is Drafts.PROMPT_LOOKUP:
+        if asked.draft_qpc is not None or asked.drafts == "prompt-lookup":
             raise UsageError(
                 f"{main.qpc} takes one token a row in a decode step, so it cannot check drafts: "
                 "export with --logits num_logits_to_keep and compile with "
                 "--num-speculative-tokens 3."
             )
         return Drafting()
-    if asked.drafts is Drafts.NONE:
+    if asked.drafts == "none":
         return Drafting()
     if asked.draft_qpc is None:
         return Drafting(PromptLookup())

@@ -19,9 +19,9 @@ from qaic_ray.errors import RowError, UsageError
 from qaic_ray.model.chat import ChatTemplate
 from qaic_ray.model.stop_strings import StopReader
 from qaic_ray.model.tokenizer import Tokenizer
+from qaic_ray.options import Generation
 from qaic_ray.rows import ChatOptions, FinishReason, Message, Prompt, Row, Sample
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
-from qaic_ray.worker.speculation import Speculation
 
 MAX_HELD = 2**23
 """Tokens and their log-probabilities in the answers to one prompt; 128 of 65,536 tokens each."""
@@ -31,38 +31,6 @@ BEGINNING_CHARS = 2**17
 _MUCH_MORE = 8
 _LAST_WORD = 64
 """Tokens that the end of a beginning may have more than the same characters amid the text."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """How answers are made, and what of the QPC is relied on.
-
-    `sampling` is for prompts that bring no parameters of their own; its `max_tokens` None means:
-    until the context is full. `system` begins every conversation that has no system message.
-    `chat_options` are for prompts that bring none; their template variables are for all.
-    `chat_template` is Jinja text instead of the model's own, and `date` (ISO, local time) what a
-    template takes for the date; None: when a prompt is rendered.
-    Prompts without a seed get theirs from `run_seed`. `max_stall_s` None means the engine's own.
-    `prompt_len` and `ctx_len`, where given, must be what the QPC was compiled for.
-    """
-
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    chat: bool = False
-    system: str | None = None
-    chat_options: ChatOptions = field(default_factory=ChatOptions)
-    chat_template: str | None = None
-    date: str | None = None
-    run_seed: int = 0
-    max_stall_s: float | None = None
-    prefix_reuse: bool = True
-    speculation: Speculation = field(default_factory=Speculation)
-    prompt_len: int | None = None
-    ctx_len: int | None = None
-
-    def example(self) -> list[Message]:
-        """A conversation as the run makes it of a prompt."""
-        user = {"role": "user", "content": "Hello"}
-        return [user] if self.system is None else [{"role": "system", "content": self.system}, user]
 
 
 class Limits(Protocol):
@@ -114,6 +82,7 @@ class Answerer:
         self._tokenizer = tokenizer.of_run(generation.chat_template, generation.date)
         self._eos_ids = frozenset(eos_ids)
         self._generation = generation
+        self._defaults = generation.defaults
         self._limits = limits
         self._vocab_size = vocab_size if isinstance(vocab_size, int) else math.inf
 
@@ -123,7 +92,7 @@ class Answerer:
         Raises:
             RowError: for a prompt that cannot be answered, or not so.
         """
-        params = prompt.sampling or self._generation.sampling
+        params = prompt.sampling or self._defaults
         self._limits.refuse_unanswerable(params)
         self._refuse_unknown("stop_token_ids", params.stop_token_ids)
         if prompt.chat and prompt.messages is None and not self._generation.chat:
@@ -144,7 +113,7 @@ class Answerer:
                 max_new_tokens=limit,
                 stop_ids=stop_ids,
                 params=params,
-                seed=sample_seed(params, self._generation.run_seed, prompt.index, sample),
+                seed=sample_seed(params, self._generation.seed or 0, prompt.index, sample),
             )
             for sample in range(params.n)
         ]
@@ -288,7 +257,7 @@ def check_chat(template: ChatTemplate, generation: Generation, model: str) -> No
             f"{model} has no chat template: leave --chat (run.chat) out, give one "
             "(--chat-template FILE, run.chat_template), or use the chat version of the model."
         )
-    template.try_out(generation.example(), generation.chat_options)
+    template.try_out(_example(generation), generation.chat_options)
 
 
 def _refuse_unholdable(params: SamplingParams, prompt_tokens: int, limit: int) -> None:
@@ -320,3 +289,11 @@ def sample_seed(params: SamplingParams, run_seed: int, index: int, sample: int) 
 def _mixed(*parts: str | int) -> int:
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") & MAX_SEED
+
+
+def _example(generation: Generation) -> list[Message]:
+    """A conversation as the run makes it of a prompt."""
+    user = {"role": "user", "content": "Hello"}
+    if generation.system is None:
+        return [user]
+    return [{"role": "system", "content": generation.system}, user]

@@ -20,7 +20,7 @@ from qaic_ray.cards.lease import CardLease
 from qaic_ray.contract import Specializations
 from qaic_ray.documents import differences
 from qaic_ray.engine import batcher
-from qaic_ray.engine.engine import MAX_STALL_S, Engine, Finished
+from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
 from qaic_ray.metrics import Measurement
@@ -112,7 +112,7 @@ class CardWorker:
         session = self._lease.open(sdk, Path(self.spec.qpc), device_ids)
         try:
             self._check_shapes(session.specializations)
-            drafting = open_drafting(self.spec.generation.speculation, sdk, session)
+            drafting = open_drafting(self.spec.generation, sdk, session)
             engine = self._engine(session, drafting)
             answerer = Answerer(
                 tokenizer,
@@ -211,12 +211,10 @@ class CardWorker:
     # -- opening
 
     def _engine(self, session: Session, drafting: Drafting) -> Engine:
-        generation = self.spec.generation
-        max_stall_s = generation.max_stall_s
         return Engine(
             session,
-            max_stall_s=MAX_STALL_S if max_stall_s is None else max_stall_s,
-            prefix_reuse=generation.prefix_reuse,
+            max_stall_s=self.spec.generation.max_stall_s,
+            prefix_reuse=self.spec.generation.prefix_reuse,
             proposer=drafting.proposer,
         )
 
@@ -231,7 +229,7 @@ class CardWorker:
 
     def _check_shapes(self, shapes: Specializations) -> None:
         for option, wanted, compiled in (
-            ("--input-len", self.spec.generation.prompt_len, shapes.prompt_len),
+            ("--input-len", self.spec.generation.input_len, shapes.prompt_len),
             ("--ctx-len", self.spec.generation.ctx_len, shapes.ctx_len),
         ):
             if wanted not in (None, compiled):

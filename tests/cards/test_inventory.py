@@ -18,9 +18,10 @@ from qaic_ray.cards.lease import await_ready
 from qaic_ray.cards.locks import CardLocks, Part
 from qaic_ray.cards.placement import WorkerPlace, allot, cards_name, place, qpc_cores
 from qaic_ray.errors import DeviceError, SdkNotFound, UsageError
-from qaic_ray.sdk import Device, EmulatedCards, Sdk
+from qaic_ray.options import EmulatorOptions
+from qaic_ray.sdk import Device, Sdk
 
-EMULATED = EmulatedCards(4, "standard", "1.20")
+EMULATED = EmulatorOptions(cards=4, sku="standard", apps_version="1.20")
 
 
 def device(qid: int, status: str = "Ready", nsps: int = 14) -> Device:

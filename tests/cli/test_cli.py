@@ -14,23 +14,15 @@ from typing import Any
 import pytest
 
 from qaic_ray.cli import main
-from qaic_ray.cli.run_command import (
-    CARDS,
-    CHECKS,
-    DRAFTS,
-    END,
-    FOLDER,
-    PROMPTS,
-    REQUIRED,
-    SAMPLING,
-)
+from qaic_ray.cli.command_options import PROGRAM
 from qaic_ray.cli.screen import Screen
 from qaic_ray.errors import UsageError
 from qaic_ray.folders import CACHE_VARIABLE
+from qaic_ray.options import CARDS, CHECKS, DRAFTS, FOLDER, PROMPTS
 from qaic_ray.pipeline import run_step
 from qaic_ray.pipeline.run_step import RunRequest
 from qaic_ray.rows import FinishReason, Prompt, Row, Sample
-from qaic_ray.sampling_params import SamplingParams
+from qaic_ray.sampling_params import ANSWER_END, SamplingParams
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -242,17 +234,57 @@ def test_run_options_are_the_sampling_fields_of_that_name(
     assert_refused(run(*base), "as far")
     assert_refused(run(*base), "as far")
     fields = numbers | {"stop": ["a", "b\n"], "stop_token_ids": [3, 5], "ignore_eos": True}
-    assert asked[0].sampling == SamplingParams().updated(fields)
-    assert asked[0].seed == 9
-    assert asked[1].sampling == SamplingParams()
-    assert asked[1].seed != asked[2].seed
+    assert asked[0].run.sampling == SamplingParams().updated(fields)
+    assert asked[0].run.seed == 9
+    assert asked[1].run.sampling == SamplingParams()
+    assert asked[1].run.seed != asked[2].run.seed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--opset", "12"], "--opset takes 13 or 17, not 12."),
+        (["--io", "recipe"], "--io takes position-ids or cache-index, not 'recipe'."),
+        (["--replicate-kv-heads", "0"], "replicate_kv_heads must be at least 1, not 0"),
+        (["--io", "cache-index", "--continuous-batching"], "no continuous batching with it"),
+        (["--comp-ctx-lengths", "--opset", "13"], "comp_ctx_lengths needs opset 17"),
+        (["--output", "a" * 5000], "--output: it is 'aaa"),
+    ],
+)
+def test_options_of_an_export_are_checked_before_its_model(
+    run: Run, arguments: list[str], words: str
+) -> None:
+    assert_refused(run("export", "--model-name", "no-such-model", *arguments), words)
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        (["--top_k", "3"], "--top-k"),
+        (["--no-add-generation-prompt"], "--no-add-generation-prompt"),
+        (["--output", "o"], "--output"),
+        (["--qpc", "q"], "--qpc"),
+    ],
+)
+def test_what_changes_answers_may_not_be_said_anew(
+    run: Run, tmp_path: Path, option: list[str], named: str
+) -> None:
+    begun = str(tmp_path / "begun")
+    refused = run("run", "--resume", begun, *option)
+    assert_refused(refused, f"{named} cannot be changed in the middle of a run: leave it out")
+    free = "--prompts-file, --device-id, --retry-errors, --address, --sdk, --json, --stream"
+    assert_refused(refused, f"only {free} may stand beside --resume")
+    allowed = ["--prompts-file", "p", "--device-id", "0", "--json", "--no-stream", "--retry-errors"]
+    assert_refused(run("run", "--resume", begun, *allowed), "is not the folder of a run")
 
 
 def test_run_help_is_in_groups(run: Run) -> None:
     code, out, _ = run("run", "--help")
     assert code == 0
     panels = [line.strip("╭─╮ ") for line in out.splitlines() if line.startswith("╭")]
-    assert panels[1:] == [REQUIRED, PROMPTS, SAMPLING, END, DRAFTS, CARDS, CHECKS, FOLDER]
+    assert panels[1:] == [
+        *(PROGRAM, PROMPTS, SamplingParams.GROUP, ANSWER_END, DRAFTS, CHECKS, CARDS, FOLDER)
+    ]
 
 
 def test_run_needs_prompts_once(run: Run, sdk: Path, qpc: Path) -> None:

@@ -18,18 +18,18 @@ from ray.cluster_utils import Cluster as Nodes
 from qaic_ray.cards.placement import WorkerPlace, place
 from qaic_ray.cluster.cluster import Cluster
 from qaic_ray.compile.compiler import run_compiler
-from qaic_ray.compile.variant import Precision, Variant
+from qaic_ray.compile.variant import Variant
 from qaic_ray.contract import Specializations
 from qaic_ray.dispatch import workers
-from qaic_ray.export.options import ExportOptions
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.model.tokenizer import Tokenizer
-from qaic_ray.pipeline.sources import source_of
+from qaic_ray.option_types import Precision
+from qaic_ray.options import EmulatorOptions, ExportOptions
+from qaic_ray.pipeline.compile_step import source_of
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience
 from qaic_ray.runs.result import FleetResult
 from qaic_ray.sampling_params import SamplingParams
-from qaic_ray.sdk import EmulatedCards
 from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
 from qaic_ray.worker.text import Generation
 from qaic_ray.worker.worker import CardWorker
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.cluster
 NUM_TOKENS = 24
 SLOW = {"kind": "slow", "factor": 10}
 """Slow enough that every card has opened before the work is done."""
-EMULATED = EmulatedCards(4, "standard", "1.22")
+EMULATED = EmulatorOptions(cards=4, sku="standard", apps_version="1.22")
 QUIET = {"num_cpus": 2, "resources": {"QAIC": 2}, "object_store_memory": 100 * 2**20}
 QUICK_TO_NOTICE = {
     "health_check_period_ms": 500,
@@ -87,7 +87,7 @@ class Fleet:
             WorkerSpec(
                 qpc=str(qpc or self.tiny.qpc()),
                 model=self.model,
-                generation=Generation(sampling),
+                generation=Generation(sampling=sampling),
                 **vars(where),
             )
             for where in places
@@ -194,7 +194,10 @@ def test_a_device_group_is_one_worker(fleet: Fleet, tmp_path: Path) -> None:
     tiny = fleet.tiny
     shapes = Specializations.build(batch_size=4, prompt_len=8, ctx_len=64, continuous=True)
     variant = Variant(
-        source_of(tiny.exported(ExportOptions(continuous=True))), Precision.FP32, 14, shapes
+        source_of(tiny.exported(ExportOptions(continuous_batching=True))),
+        Precision.FP32,
+        14,
+        shapes,
     )
     (tmp_path / "specializations.json").write_text(
         shapes.to_json(named=tiny.sdk.named_specializations)

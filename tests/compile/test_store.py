@@ -19,10 +19,11 @@ import pytest
 
 from qaic_ray.compile.compiler import run_compiler
 from qaic_ray.compile.store import BuildRequest, build, check_kept, check_request, content_key
-from qaic_ray.compile.variant import Precision, Source, Variant
+from qaic_ray.compile.variant import Source, Variant
 from qaic_ray.contract import Specializations
 from qaic_ray.errors import CompileError, UsageError
 from qaic_ray.folders import CACHE_VARIABLE
+from qaic_ray.option_types import Precision
 from qaic_ray.sdk import Sdk, open_sdk
 
 GOOD = r"""

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from qaic_ray.compile.variant import Grid, Precision, Source, Variant, check_num_cores, key_digest
+from qaic_ray.compile.variant import Source, Variant, grid_variants, key_digest
 from qaic_ray.contract import Specializations
+from qaic_ray.documents import checked
 from qaic_ray.errors import UsageError
+from qaic_ray.option_types import Precision, check_num_cores
+from qaic_ray.options import CompileOptions
 from qaic_ray.sdk import Sdk
 
 
@@ -80,14 +83,18 @@ def test_name_is_the_recipe_s_with_batch_and_precision(source: Source) -> None:
 
 def test_names_and_keys_tell_shapes_apart(source: Source, tmp_path: Path) -> None:
     grids = [
-        Grid([Precision.MX6], [14], [8], [32, (32, 128)], [2048], **more)
-        for more in (
-            {},
-            {"num_logits_to_keep": True, "num_speculative_tokens": 3},
-            {"comp_ctx_lengths": (512, 1024)},
+        (CompileOptions(batch_size=8, prompt_len=(32, "32+128"), **more), logits)
+        for more, logits in (
+            ({}, False),
+            ({"num_speculative_tokens": 3}, True),
+            ({"comp_ctx_lengths": (512, 1024)}, False),
         )
     ]
-    variants = [v for grid in grids for v in grid.variants(source, continuous=True)]
+    variants = [
+        variant
+        for grid, logits in grids
+        for variant in grid_variants(source, grid, continuous=True, num_logits_to_keep=logits)
+    ]
     assert [v.name for v in variants] == [
         "m-kv-32pl-2048cl-14c-8BS-mx6",
         "m-kv-32+128pl-2048cl-14c-8BS-mx6",
@@ -162,11 +169,13 @@ def test_impossible_core_counts_are_refused(cores: int) -> None:
 
 def test_unknown_precision_is_refused_naming_what_there_is() -> None:
     with pytest.raises(UsageError, match="fp16, mx6, fp32, not 'mx7'"):
-        Precision.parse("mx7")
+        checked(CompileOptions, {"precision": "mx7"}, "compile")
 
 
 def test_grid_is_every_combination(source: Source) -> None:
-    grid = Grid([Precision.MX6, Precision.FP16], [7, 14], [1], [32, 128], [512])
-    names = [v.name for v in grid.variants(source, continuous=True)]
+    grid = CompileOptions(
+        precision=("mx6", "fp16"), num_cores=(7, 14), prompt_len=(32, 128), ctx_len=512
+    )
+    names = [v.name for v in grid_variants(source, grid, continuous=True)]
     assert len(set(names)) == len(names) == 8
     assert names[0] == "m-kv-32pl-512cl-7c-1BS-mx6"

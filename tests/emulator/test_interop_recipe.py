@@ -20,8 +20,8 @@ from qaic_ray.contract import IoContract
 from qaic_ray.emulator import folder
 from qaic_ray.emulator.install import install
 from qaic_ray.export.export import export_model
-from qaic_ray.export.options import ExportOptions
 from qaic_ray.model.checkpoint import open_checkpoint
+from qaic_ray.options import ExportOptions
 
 ROWS = 2
 CTX_LEN = 16
@@ -77,7 +77,7 @@ def recipe(sdk: Sdk, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recipe's folder: `tiny/` as its export step leaves it, and both programs in `qpc/`."""
     where = tmp_path_factory.mktemp("recipe")
     write_checkpoint(where / "checkpoint")
-    options = ExportOptions(contract=IoContract.CACHE_INDEX, opset=13)
+    options = ExportOptions(io=IoContract.CACHE_INDEX, opset=13, continuous_batching=False)
     checkpoint = open_checkpoint(str(where / "checkpoint"))
     export_model(checkpoint, options, output=where / "tiny", verify="off")
     sizes = {"batch_size": str(ROWS), "ctx_len": str(CTX_LEN)}

@@ -20,10 +20,10 @@ from qaic_ray.emulator.container.execution import CompiledProgram, LoadedProgram
 from qaic_ray.export.check.reference import Trace, trace_prompts
 from qaic_ray.export.check.replay import NUM_KEPT, PositionIdsReplay, Replay, replay_of
 from qaic_ray.export.export import ExportResult
-from qaic_ray.export.options import ExportOptions
 from qaic_ray.model.checkpoint import Checkpoint
 from qaic_ray.model.manifest import ModelManifest
-from qaic_ray.sdk import EmulatedCards, Sdk, find_sdk
+from qaic_ray.options import EmulatorOptions, ExportOptions
+from qaic_ray.sdk import Sdk, find_sdk
 
 CACHE_INDEX = IoContract.CACHE_INDEX
 CTX_LEN, CHUNK_LEN, NUM_STEPS = 32, 4, 5
@@ -35,32 +35,50 @@ NEW = ("1.21.6", "1.22")
 # The recipe's graphs have plain operators only, which every compiler takes; from Apps 1.16 on
 # there are the card's own operators, and from 1.21 on opset 17.
 FITTING = {
-    "cache-index": (ExportOptions(contract=CACHE_INDEX, opset=13), (*OLD, *NEW)),
-    "cache-index, opset 17": (ExportOptions(contract=CACHE_INDEX), NEW),
-    "static, opset 13": (ExportOptions(opset=13), ("1.17", "1.20", *NEW)),
-    "continuous, opset 13": (ExportOptions(continuous=True, opset=13), ("1.17", "1.20", *NEW)),
-    "static": (ExportOptions(), NEW),
-    "continuous": (ExportOptions(continuous=True), NEW),
+    "cache-index": (
+        ExportOptions(io=CACHE_INDEX, opset=13, continuous_batching=False),
+        (*OLD, *NEW),
+    ),
+    "cache-index, opset 17": (
+        ExportOptions(io=CACHE_INDEX, continuous_batching=False, opset=17),
+        NEW,
+    ),
+    "static, opset 13": (
+        ExportOptions(opset=13, continuous_batching=False),
+        ("1.17", "1.20", *NEW),
+    ),
+    "continuous, opset 13": (
+        ExportOptions(continuous_batching=True, opset=13),
+        ("1.17", "1.20", *NEW),
+    ),
+    "static": (ExportOptions(continuous_batching=False), NEW),
+    "continuous": (ExportOptions(continuous_batching=True), NEW),
 }
 CHANGED = {
-    "next_tokens": ExportOptions(continuous=True, next_tokens=True),
-    "next_tokens, cache-index": ExportOptions(contract=CACHE_INDEX, opset=13, next_tokens=True),
-    "all": ExportOptions(logits="all"),
-    "all, cache-index": ExportOptions(contract=CACHE_INDEX, opset=13, logits="all"),
-    "num_logits_to_keep": ExportOptions(continuous=True, logits=contract.NUM_LOGITS_TO_KEEP),
+    "next_tokens": ExportOptions(continuous_batching=True, next_tokens=True),
+    "next_tokens, cache-index": ExportOptions(
+        io=CACHE_INDEX, opset=13, next_tokens=True, continuous_batching=False
+    ),
+    "all": ExportOptions(logits="all", continuous_batching=False),
+    "all, cache-index": ExportOptions(
+        io=CACHE_INDEX, opset=13, logits="all", continuous_batching=False
+    ),
+    "num_logits_to_keep": ExportOptions(
+        continuous_batching=True, logits=contract.NUM_LOGITS_TO_KEEP
+    ),
     "num_logits_to_keep, next_tokens": ExportOptions(
-        logits=contract.NUM_LOGITS_TO_KEEP, next_tokens=True
+        logits=contract.NUM_LOGITS_TO_KEEP, next_tokens=True, continuous_batching=False
     ),
-    "comp_ctx_lengths": ExportOptions(continuous=True, comp_ctx_lengths=True),
+    "comp_ctx_lengths": ExportOptions(continuous_batching=True, comp_ctx_lengths=True),
     "comp_ctx_lengths, num_logits_to_keep": ExportOptions(
-        comp_ctx_lengths=True, logits=contract.NUM_LOGITS_TO_KEEP
+        comp_ctx_lengths=True, logits=contract.NUM_LOGITS_TO_KEEP, continuous_batching=False
     ),
-    "replicated heads": ExportOptions(continuous=True, num_replicate_kv_heads=2),
+    "replicated heads": ExportOptions(continuous_batching=True, replicate_kv_heads=2),
     "replicated heads, cache-index": ExportOptions(
-        contract=CACHE_INDEX, opset=13, num_replicate_kv_heads=2
+        io=CACHE_INDEX, opset=13, replicate_kv_heads=2, continuous_batching=False
     ),
-    "float16 files": ExportOptions(opset=13, dtype="float16"),
-    "mxint8 cache": ExportOptions(continuous=True, kv_dtype="mxint8"),
+    "float16 files": ExportOptions(opset=13, dtype="float16", continuous_batching=False),
+    "mxint8 cache": ExportOptions(continuous_batching=True, kv_dtype="mxint8"),
 }
 
 
@@ -72,13 +90,13 @@ def specializations(options: ExportOptions, sdk: Sdk) -> str:
         shapes.append((NUM_KEPT, CTX_LEN))
     entries = []
     for seq_len, contexts in shapes:
-        prefill = options.continuous and seq_len == CHUNK_LEN
+        prefill = options.continuous_batching and seq_len == CHUNK_LEN
         symbols = {
             "batch_size": "1" if prefill else str(num_rows),
             "seq_len": str(seq_len),
             "ctx_len": str(CTX_LEN),
         }
-        if options.continuous:
+        if options.continuous_batching:
             symbols["full_batch_size"] = str(num_rows + 1)
             symbols["batch_size"] = "1" if prefill else str(num_rows)
         if options.logits == contract.NUM_LOGITS_TO_KEEP:
@@ -94,7 +112,7 @@ def compiled(
     folder: Path, result: ExportResult, options: ExportOptions, apps_version: str, *flags: str
 ) -> LoadedProgram:
     """The program that the SDK's compiler makes; without flags everything stays float32."""
-    sdk = find_sdk("emulated", EmulatedCards(1, "standard", apps_version))
+    sdk = find_sdk("emulated", EmulatorOptions(cards=1, sku="standard", apps_version=apps_version))
     (folder / "specializations.json").write_text(specializations(options, sdk))
     argv = [
         str(sdk.compiler),
@@ -241,5 +259,5 @@ def test_every_option_compiles_and_runs(
     exact = name not in ("float16 files", "mxint8 cache")
     flags = [f"-custom-IO-list-file={result.folder / 'custom_io.yaml'}", "-convert-to-fp16"]
     program = compiled(tmp_path, result, options, "1.20", *([] if exact else flags))
-    assert (program.lowered is not None) == (options.contract is IoContract.POSITION_IDS)
+    assert (program.lowered is not None) == (options.io is IoContract.POSITION_IDS)
     check_answers(program, traces, result, 1e-4 if exact else 0.5)

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from qaic_ray.contract import IoContract
+from qaic_ray.documents import checked
 from qaic_ray.errors import CheckpointError, ExportError, UsageError
 from qaic_ray.export import export
 from qaic_ray.export.architecture import read_architecture
@@ -25,10 +26,10 @@ from qaic_ray.export.check.verify import (
     write_report,
 )
 from qaic_ray.export.export import check_ours, custom_io, export_model
-from qaic_ray.export.options import ExportOptions
 from qaic_ray.kept_files import SourceFile
 from qaic_ray.model.checkpoint import Checkpoint, open_checkpoint
 from qaic_ray.model.manifest import FORMAT, ModelManifest, read_manifest
+from qaic_ray.options import ExportOptions
 
 MANIFEST = ModelManifest(
     format=FORMAT,
@@ -132,29 +133,26 @@ def test_where_it_came_from_does_not_change_the_key() -> None:
     assert MANIFEST.same_making(replace(MANIFEST, source="./m", sources=()))
 
 
+STATIC = {"io": IoContract.CACHE_INDEX, "continuous_batching": False}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"opset": 12}, "opset must be .*not 12"),
+        ({"opset": 12}, r"opset: Input should be 13 or 17 .given: 12"),
         ({"comp_ctx_lengths": True, "opset": 13}, "needs opset 17"),
-        (
-            {"comp_ctx_lengths": True, "contract": IoContract.CACHE_INDEX, "opset": 13},
-            "no comp_ctx_lengths",
-        ),
-        ({"dtype": "bfloat16"}, "dtype must be float32 or float16, not 'bfloat16'"),
-        ({"kv_dtype": "int8"}, "kv_dtype must be float16 or mxint8, not 'int8'"),
-        ({"logits": "first"}, "logits must be last or all or num_logits_to_keep, not 'first'"),
-        ({"num_replicate_kv_heads": 0}, "num_replicate_kv_heads must be at least 1, not 0"),
-        ({"contract": IoContract.CACHE_INDEX, "continuous": True}, "no continuous batching"),
-        (
-            {"contract": IoContract.CACHE_INDEX, "logits": "num_logits_to_keep"},
-            "no num_logits_to_keep",
-        ),
+        (STATIC | {"comp_ctx_lengths": True, "opset": 13}, "no comp_ctx_lengths"),
+        ({"dtype": "bfloat16"}, "dtype: .*'float32' or 'float16' .given: 'bfloat16'"),
+        ({"kv_dtype": "int8"}, "kv_dtype: .*'float16' or 'mxint8' .given: 'int8'"),
+        ({"logits": "first"}, "logits: .*'all' or 'num_logits_to_keep' .given: 'first'"),
+        ({"replicate_kv_heads": 0}, "replicate_kv_heads: .*equal to 1 .given: 0"),
+        ({"io": IoContract.CACHE_INDEX}, "no continuous batching"),
+        (STATIC | {"logits": "num_logits_to_keep"}, "no num_logits_to_keep"),
     ],
 )
 def test_options_are_checked(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        ExportOptions(**fields)
+        checked(ExportOptions, fields, "export")
 
 
 def test_report_survives_the_disk(tmp_path: Path) -> None:

@@ -24,11 +24,11 @@ from transformers import AutoTokenizer
 from qaic_ray.contract import IoContract
 from qaic_ray.errors import CheckpointError, ExportError, UsageError
 from qaic_ray.export.export import export_model
-from qaic_ray.export.options import ExportOptions
 from qaic_ray.export.simplify import simplifying
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from qaic_ray.model.manifest import read_manifest
-from qaic_ray.pipeline.sources import open_folder
+from qaic_ray.options import ExportOptions
+from qaic_ray.pipeline.compile_step import open_folder
 
 KILLED = """
 import os, signal, sys
@@ -70,7 +70,7 @@ def test_made_again_only_when_something_changed(
     checkpoint = make_checkpoint()
     assert made_again(checkpoint)
     assert not made_again(checkpoint)
-    assert made_again(checkpoint, ExportOptions(continuous=True))
+    assert made_again(checkpoint, ExportOptions(continuous_batching=True))
     assert made_again(checkpoint)
     path = checkpoint.weight_files[0]
     os.utime(path)  # touched, and the same
@@ -163,8 +163,8 @@ def test_a_kill_leaves_nothing_or_the_old(
 @pytest.mark.parametrize(
     "options",
     [
-        ExportOptions(continuous=True),
-        ExportOptions(contract=IoContract.CACHE_INDEX, opset=13),
+        ExportOptions(continuous_batching=True),
+        ExportOptions(io=IoContract.CACHE_INDEX, opset=13, continuous_batching=False),
     ],
     ids=["position-ids", "cache-index"],
 )

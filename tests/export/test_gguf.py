@@ -19,9 +19,9 @@ from safetensors.numpy import load_file
 
 from qaic_ray.errors import CheckpointError
 from qaic_ray.export.check.replay import open_replay
-from qaic_ray.export.options import ALL, ExportOptions
 from qaic_ray.model import gguf_conversion
 from qaic_ray.model.checkpoint import Checkpoint, open_checkpoint
+from qaic_ray.options import ExportOptions
 
 PROMPTS = [[257, 5, 6, 7], [257, *((37 * i) % 250 for i in range(60))]]
 CTX_LEN = 64
@@ -107,7 +107,10 @@ MODELS: dict[str, Callable[[], GgufModel]] = {
 def export_logits(checkpoint: Checkpoint, out: Path) -> list[Any]:
     """[vocab]: what the exported graph says follows each of `PROMPTS`."""
     result = export_untouched(
-        checkpoint, ExportOptions(logits=ALL), output=out / "kv", verify="off"
+        checkpoint,
+        ExportOptions(logits="all", continuous_batching=False),
+        output=out / "kv",
+        verify="off",
     )
     layers = range(result.manifest.num_layers)
     replay = open_replay(result.folder, result.manifest, layers, CTX_LEN)

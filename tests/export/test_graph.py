@@ -35,7 +35,7 @@ from qaic_ray.export.functions import (
     use_plain_functions,
 )
 from qaic_ray.export.graph import AuthoredGraph, author
-from qaic_ray.export.options import DTYPES, LOGITS, OPSETS, ExportOptions
+from qaic_ray.options import ExportOptions
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -55,24 +55,30 @@ def architecture(**changes: Any) -> Architecture:
 
 
 def authored(continuous: bool = False, **changes: Any) -> AuthoredGraph:
-    return author(architecture(**changes), ExportOptions(continuous=continuous))
+    return author(architecture(**changes), ExportOptions(continuous_batching=continuous))
 
 
 CACHE_INDEX = IoContract.CACHE_INDEX
+DTYPES = ("float32", "float16")
+LOGITS = ("last", "all", "num_logits_to_keep")
+OPSETS = (13, 17)
 ALL_OPTIONS = [
     ExportOptions(opset=opset, dtype=dtype, logits=logits, next_tokens=next_tokens, **chosen)
     for chosen in (
-        {},
-        {"continuous": True},
-        {"num_replicate_kv_heads": 3},
-        {"contract": CACHE_INDEX},
+        {"continuous_batching": False},
+        {"continuous_batching": True},
+        {"continuous_batching": False, "replicate_kv_heads": 3},
+        {"continuous_batching": False, "io": CACHE_INDEX},
     )
     for opset in OPSETS
     for dtype in DTYPES
     for logits in LOGITS
     for next_tokens in (False, True)
-    if (chosen.get("contract"), logits) != (CACHE_INDEX, "num_logits_to_keep")
-] + [ExportOptions(continuous=continuous, comp_ctx_lengths=True) for continuous in (False, True)]
+    if (chosen.get("io"), logits) != (CACHE_INDEX, "num_logits_to_keep")
+] + [
+    ExportOptions(continuous_batching=continuous, comp_ctx_lengths=True)
+    for continuous in (False, True)
+]
 KINDS: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Llama with biases": {"attention_bias": True, "mlp_bias": True},
@@ -141,7 +147,9 @@ def test_operators_per_layer_are_the_published_ones(continuous: bool) -> None:
 
 def test_cache_index_interface_is_the_recipes() -> None:
     """Order, names, types and dims of what the recipe's own export makes."""
-    graph = author(architecture(), ExportOptions(contract=CACHE_INDEX, opset=13))
+    graph = author(
+        architecture(), ExportOptions(io=CACHE_INDEX, opset=13, continuous_batching=False)
+    )
     weights = {w.name for w in graph.weights}
     inputs = described(v for v in graph.model.graph.input if v.name not in weights)
     past = (TensorProto.FLOAT, ["batch_size", 2, "ctx_len", 8])
@@ -169,7 +177,9 @@ def test_cache_index_interface_is_the_recipes() -> None:
 
 def test_scattered_updates_are_as_many_as_their_indices() -> None:
     """What a compiler of the recipe's time refuses (quic/cloud-ai-sdk issue 2)."""
-    graph = author(architecture(), ExportOptions(contract=CACHE_INDEX, opset=13)).model.graph
+    graph = author(
+        architecture(), ExportOptions(io=CACHE_INDEX, opset=13, continuous_batching=False)
+    ).model.graph
     values = described([*graph.value_info, *graph.output, *graph.input])
     scatters = [node for node in graph.node if node.op_type == "ScatterND"]
     assert len(scatters) == 2 * 3 + 1
@@ -182,25 +192,31 @@ def test_scattered_updates_are_as_many_as_their_indices() -> None:
     ("options", "name", "dims"),
     [
         ({"logits": "all"}, "logits", ["batch_size", "seq_len", 100]),
-        ({"logits": "all", "contract": CACHE_INDEX}, "logits", ["batch_size", "seq_len", 100]),
+        ({"logits": "all", "io": CACHE_INDEX}, "logits", ["batch_size", "seq_len", 100]),
         (
             {"logits": "num_logits_to_keep"},
             "logits",
             ["batch_size", "num_logits_to_keep", 100],
         ),
         ({"next_tokens": True}, "next_tokens", ["batch_size", 1, 1]),
-        ({"next_tokens": True, "contract": CACHE_INDEX}, "next_tokens", ["batch_size", 1]),
+        ({"next_tokens": True, "io": CACHE_INDEX}, "next_tokens", ["batch_size", 1]),
         ({"next_tokens": True, "logits": "all"}, "next_tokens", ["batch_size", "seq_len", 1]),
     ],
 )
 def test_answer_is_what_was_asked_for(options: dict[str, Any], name: str, dims: list[Any]) -> None:
-    outputs = described(author(architecture(), ExportOptions(**options)).model.graph.output)
+    outputs = described(
+        author(
+            architecture(), ExportOptions(opset=17, continuous_batching=False, **options)
+        ).model.graph.output
+    )
     kind = TensorProto.INT64 if name == "next_tokens" else TensorProto.FLOAT
     assert next(iter(outputs.items())) == (name, (kind, dims))
 
 
 def test_inputs_that_only_have_a_length_stand_where_they_are_published() -> None:
-    options = ExportOptions(continuous=True, logits="num_logits_to_keep", comp_ctx_lengths=True)
+    options = ExportOptions(
+        continuous_batching=True, logits="num_logits_to_keep", comp_ctx_lengths=True
+    )
     graph = author(architecture(), options)
     weights = {w.name for w in graph.weights}
     inputs = described(v for v in graph.model.graph.input if v.name not in weights)
@@ -213,7 +229,9 @@ def test_inputs_that_only_have_a_length_stand_where_they_are_published() -> None
 
 @pytest.mark.parametrize("num_copies", [1, 3])
 def test_kv_heads_are_there_so_many_times(num_copies: int) -> None:
-    graph = author(architecture(), ExportOptions(num_replicate_kv_heads=num_copies))
+    graph = author(
+        architecture(), ExportOptions(replicate_kv_heads=num_copies, continuous_batching=False)
+    )
     inputs = described(graph.model.graph.input)
     assert inputs["past_key.0"][1] == ["batch_size", 2 * num_copies, "ctx_len", 8]
     specs = {w.name: w for w in graph.weights}
@@ -226,7 +244,7 @@ def test_kv_heads_are_there_so_many_times(num_copies: int) -> None:
 
 def test_kv_heads_cannot_be_more_than_query_heads() -> None:
     with pytest.raises(UsageError, match="divide the 3 query heads"):
-        author(architecture(), ExportOptions(num_replicate_kv_heads=2))
+        author(architecture(), ExportOptions(replicate_kv_heads=2, continuous_batching=False))
 
 
 @pytest.mark.parametrize("options", ALL_OPTIONS, ids=str)
@@ -261,12 +279,12 @@ def types_of(model: Any) -> dict[str, tuple[int, int]]:
 def test_only_forms_of_exports_that_compile_on_cards(kind: str) -> None:
     decoder = architecture(num_hidden_layers=1, **KINDS[kind])
     for options in ALL_OPTIONS:
-        if decoder.num_groups % options.num_replicate_kv_heads:
+        if decoder.num_groups % options.replicate_kv_heads:
             continue
         graph = author(decoder, options)
         weights = [w.name for w in graph.weights]
         found = operator_forms(graph.model, types_of(graph.model), weights)
-        assert unknown_forms(found, options.opset) == {}, options
+        assert unknown_forms(found, options.graph_opset) == {}, options
 
 
 def test_a_form_that_nobody_uses_is_found() -> None:
@@ -328,7 +346,10 @@ def test_what_the_old_compiler_refuses_is_not_there(options: ExportOptions) -> N
 
 
 def test_names_are_paths_of_modules() -> None:
-    names = {n.name for n in author(architecture(), ExportOptions()).model.graph.node}
+    names = {
+        n.name
+        for n in author(architecture(), ExportOptions(continuous_batching=False)).model.graph.node
+    }
     assert "/model/layers.2/self_attn/q_proj/MatMul" in names
     assert "/model/layers.0/mlp/act_fn/Sigmoid" in names
     assert "/lm_head/MatMul" in names

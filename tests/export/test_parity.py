@@ -22,10 +22,10 @@ from qaic_ray.contract import NUM_LOGITS_TO_KEEP, IoContract
 from qaic_ray.errors import ExportError
 from qaic_ray.export.architecture import read_architecture
 from qaic_ray.export.check.verify import NUM_DECODE_STEPS, VerifyReport, compare, verify_export
-from qaic_ray.export.options import DTYPES, LOGITS, OPSETS, ExportOptions
 from qaic_ray.export.rope import inverse_frequencies, table_blocks
 from qaic_ray.export.tensors import FLOAT16_MAX
 from qaic_ray.model.checkpoint import Checkpoint, load_torch_model
+from qaic_ray.options import ExportOptions
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -81,16 +81,19 @@ ROPE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-STATIC = ExportOptions()
-CONTINUOUS = ExportOptions(continuous=True)
-CACHE_INDEX = ExportOptions(contract=IoContract.CACHE_INDEX, opset=13)
+DTYPES = ("float32", "float16")
+LOGITS = ("last", "all", "num_logits_to_keep")
+OPSETS = (13, 17)
+STATIC = ExportOptions(continuous_batching=False)
+CONTINUOUS = ExportOptions(continuous_batching=True)
+CACHE_INDEX = ExportOptions(io=IoContract.CACHE_INDEX, opset=13, continuous_batching=False)
 CONTRACTS = {"static": STATIC, "continuous": CONTINUOUS, "cache-index": CACHE_INDEX}
 
 
 def check(report: VerifyReport | None, options: ExportOptions) -> None:
     assert report is not None
     names = ["prefill", "decode", "chunked prefill", "mixed batch"]
-    names += ["slot reuse"] * options.continuous
+    names += ["slot reuse"] * options.continuous_batching
     names += ["speculation"] * (options.logits == NUM_LOGITS_TO_KEEP)
     assert [s.scenario for s in report.scenarios] == names
     for scenario in report.scenarios:
@@ -129,26 +132,27 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Checkpoint]:
 OPTIONS = st.one_of(
     st.builds(
         ExportOptions,
-        continuous=st.booleans(),
+        continuous_batching=st.booleans(),
         opset=st.sampled_from(OPSETS),
         logits=st.sampled_from(LOGITS),
         next_tokens=st.booleans(),
-        num_replicate_kv_heads=st.sampled_from([1, 2]),
+        replicate_kv_heads=st.sampled_from([1, 2]),
     ),
     st.builds(
         ExportOptions,
-        continuous=st.booleans(),
+        continuous_batching=st.booleans(),
         logits=st.sampled_from(LOGITS),
         next_tokens=st.booleans(),
         comp_ctx_lengths=st.just(True),
     ),
     st.builds(
         ExportOptions,
-        contract=st.just(IoContract.CACHE_INDEX),
+        io=st.just(IoContract.CACHE_INDEX),
+        continuous_batching=st.just(False),
         opset=st.sampled_from(OPSETS),
         logits=st.sampled_from(["last", "all"]),
         next_tokens=st.booleans(),
-        num_replicate_kv_heads=st.sampled_from([1, 2]),
+        replicate_kv_heads=st.sampled_from([1, 2]),
     ),
 )
 
@@ -189,7 +193,7 @@ def test_card_runs_out_of_float16(
     tensors = load_file(checkpoint.weight_files[0])
     tensors["model.layers.1.mlp.down_proj.weight"] *= 2e4
     save_file(tensors, checkpoint.weight_files[0], metadata={"format": "pt"})
-    options = replace(CONTRACTS[which], dtype=dtype)
+    options = CONTRACTS[which].model_copy(update={"dtype": dtype})
     export_untouched(checkpoint, options, output=tmp_path / "out-kv", verify="off")
     report = verify_export(tmp_path / "out-kv", checkpoint)
     assert report.largest.largest > FLOAT16_MAX
@@ -235,7 +239,7 @@ def test_quick_looks_at_the_first_and_last_layers(
 ) -> None:
     checkpoint = make_checkpoint("Qwen3", num_hidden_layers=7, max_shard_size="20KB")
     assert len(checkpoint.weight_files) > 3
-    options = ExportOptions(continuous=continuous)
+    options = ExportOptions(continuous_batching=continuous)
     result = export_untouched(checkpoint, options, output=tmp_path / "out-kv", verify="quick")
     report = result.verification
     assert report is not None
@@ -247,7 +251,10 @@ def test_half_precision_files(make_checkpoint: Callable[..., Checkpoint], tmp_pa
     checkpoint = make_checkpoint()
     whole = export_untouched(checkpoint, output=tmp_path / "whole-kv", verify="full")
     half = export_untouched(
-        checkpoint, ExportOptions(dtype="float16"), output=tmp_path / "half-kv", verify="full"
+        checkpoint,
+        ExportOptions(dtype="float16", continuous_batching=False),
+        output=tmp_path / "half-kv",
+        verify="full",
     )
     sizes = [
         r.onnx_path.with_name(f"{r.onnx_path.name}.data").stat().st_size for r in (whole, half)

@@ -16,11 +16,12 @@ from qaic_ray.errors import QaicRayError, RowError
 from qaic_ray.formats.jsonl import prompts_from_json
 from qaic_ray.formats.openai_requests import BatchRequests, is_request
 from qaic_ray.formats.prompt_fields import Draft
-from qaic_ray.formats.prompts import PromptFormat, prompts_from_file
+from qaic_ray.formats.prompts import prompts_from_file
 from qaic_ray.formats.row_fields import OwnFields
+from qaic_ray.option_types import OutputFormat, PromptFormat
 from qaic_ray.rows import ErrorClass, FinishReason, Prompt, Row, Sample
 from qaic_ray.runs.delivery import row_writer
-from qaic_ray.runs.exports import OutputFormat, export_outputs
+from qaic_ray.runs.exports import export_outputs
 from qaic_ray.sampling_params import SamplingParams, TokenLogprob
 
 RUN = SamplingParams(temperature=0.5, top_p=0.9, max_tokens=9)

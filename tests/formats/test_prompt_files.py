@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.formats.prompts import PromptFormat, prompts_from_file
+from qaic_ray.formats.prompts import prompts_from_file
+from qaic_ray.option_types import PromptFormat
 from qaic_ray.rows import Prompt, Row
 
 LINES = "".join(f"prompt {index}\n" for index in range(3000)).encode()

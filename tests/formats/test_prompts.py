@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.formats import lines, prompt_fields
 from qaic_ray.formats.prompts import (
-    PromptFormat,
     prompts_from_file,
     prompts_from_text,
     split_prompts,
 )
+from qaic_ray.option_types import PromptFormat
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.sampling_params import FIELDS, SamplingParams
 

@@ -25,8 +25,9 @@ from qaic_ray.formats.foreign_fields import (
 )
 from qaic_ray.formats.jsonl import prompts_from_json
 from qaic_ray.formats.parquet_prompts import prompts_from_parquet
-from qaic_ray.formats.prompts import PromptFormat, prompts_from_file
+from qaic_ray.formats.prompts import prompts_from_file
 from qaic_ray.formats.row_fields import OwnFields, mistake, read_fields
+from qaic_ray.option_types import PromptFormat
 from qaic_ray.rows import ChatOptions, Prompt, Row
 from qaic_ray.sampling_params import FIELDS, SamplingParams
 

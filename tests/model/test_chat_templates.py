@@ -20,14 +20,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_folders import FOLDERS
 
-from qaic_ray.config import job_from
 from qaic_ray.errors import UsageError
 from qaic_ray.folders import CACHE_VARIABLE
 from qaic_ray.model import chat, transformers_child
 from qaic_ray.model.chat import RESERVED, ChatTemplate
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.model.tokenizer import Tokenizer
+from qaic_ray.options import RunOptions
 from qaic_ray.pipeline.job import run_request
+from qaic_ray.pipeline.job_file import job_from
 from qaic_ray.pipeline.request import REQUEST_NAME, RunRequest
 from qaic_ray.pipeline.run_step import check_chat_template
 from qaic_ray.rows import ChatOptions
@@ -292,7 +293,7 @@ def test_in_a_macro_too_and_others_in_the_process_keep_theirs(no_child: None) ->
     assert ChatTemplate(text).of_run(None, "1999-01-01").render(HELLO, ChatOptions()) == "1999"
     from transformers import PreTrainedTokenizerBase
 
-    tokenizer = PreTrainedTokenizerBase(chat=text)
+    tokenizer = PreTrainedTokenizerBase(chat_template=text)
     assert tokenizer.apply_chat_template(HELLO, tokenize=False) == str(datetime.now().year)
 
 
@@ -328,23 +329,23 @@ def test_what_does_not_compile_is_said_before_any_conversation(template: str, na
 
 
 def test_a_run_hears_of_it_before_ray_starts(simple: Path) -> None:
-    request = RunRequest("r", str(simple), Path("/q"), None, "a", None, chat=True)
+    request = RunRequest("r", str(simple), Path("/q"), RunOptions(prompt="a", chat=True))
     with pytest.raises(UsageError, match="has no chat template: leave --chat"):
         check_chat_template(request)
-    check_chat_template(replace(request, chat="{{ messages[0].content }}"))
+    check_chat_template(request.with_run(chat_template="{{ messages[0].content }}"))
     _in_settings(simple, "{% if %}")
     with pytest.raises(UsageError, match="cannot be used: Expected an expression"):
         check_chat_template(request)
-    check_chat_template(replace(request, chat=False))
+    check_chat_template(request.with_run(chat=False))
 
 
 def test_a_job_that_goes_on_keeps_its_date(tmp_path: Path) -> None:
-    begun = RunRequest("r", "m", Path("/q"), None, "a", None, date="2031-02-03T04:05:06")
+    begun = RunRequest("r", "m", Path("/q"), RunOptions(prompt="a", date="2031-02-03T04:05:06"))
     (tmp_path / REQUEST_NAME).write_text(begun.to_yaml())
     job = job_from({"name": "r", "model": {"name": "m"}, "run": {"prompt": "a"}}, source="x")
-    assert run_request(job, tmp_path, retry_errors=False).date == begun.date
+    assert run_request(job, tmp_path, retry_errors=False).run.date == begun.run.date
     fresh = run_request(job, None, retry_errors=False)
-    assert yaml.safe_load(fresh.job_text)["run"]["date"] == fresh.date
+    assert yaml.safe_load(fresh.job_text)["run"]["date"] == fresh.run.date
 
 
 BOMBS = {

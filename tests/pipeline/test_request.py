@@ -8,21 +8,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qaic_ray.config import load_job
 from qaic_ray.errors import UsageError
+from qaic_ray.options import RunOptions
 from qaic_ray.pipeline.job import run_request
+from qaic_ray.pipeline.job_file import load_job
 from qaic_ray.pipeline.request import REQUEST_NAME, RunRequest, read_request
-from qaic_ray.rows import ChatOptions
+from qaic_ray.rows import Prompt
 from qaic_ray.sampling_params import SamplingParams
 
-REQUEST = RunRequest(
-    name="r",
-    model="tiny",
-    qpc=Path("/q"),
+RUN = RunOptions(
     devices=(0, 3),
     prompt="a|b\n– ü",
-    prompts_file=None,
     prompts_format="openai",
+    max_prompts=2,
     output_formats=("parquet",),
     input_len=16,
     ctx_len=64,
@@ -31,16 +29,48 @@ REQUEST = RunRequest(
     seed=2**31,
     chat=True,
     system="be: brief",
-    chat_options=ChatOptions(False, True, {"enable_thinking": False, "parts": [1, {"x": None}]}),
+    add_generation_prompt=False,
+    continue_final_message=True,
+    chat_template_kwargs={"enable_thinking": False, "parts": [1, {"x": None}]},
     chat_template="{{ messages }}\n  – ",
     date="2031-02-03T04:05:06",
     max_stall_s=0.25,
     prefix_reuse=False,
     drafts="none",
-    draft_qpc=Path("/d"),
+    draft_qpc="/d",
     partitions=2,
-    group_size=1,
 )
+REQUEST = RunRequest("r", "tiny", Path("/q"), RUN)
+# As versions before the option tree kept it.
+OLDER = """
+name: r
+model: tiny
+qpc: /q
+devices: [0, 3]
+prompt: "a|b\\n– ü"
+prompts_file: null
+prompts_format: openai
+output_formats: [parquet]
+input_len: 16
+ctx_len: 64
+generation_len: 9
+sampling: {temperature: 0.5, stop: [x, "\\n"], stop_token_ids: [3], seed: 4, logprobs: null}
+seed: 2147483648
+chat: true
+system: 'be: brief'
+chat_options:
+  add_generation_prompt: false
+  continue_final_message: true
+  template_kwargs: {enable_thinking: false, parts: [1, {x: null}]}
+chat_template: "{{ messages }}\\n  – "
+date: '2031-02-03T04:05:06'
+max_stall_s: 0.25
+prefix_reuse: false
+drafts: none
+draft_qpc: /d
+partitions: 2
+group_size: 1
+"""
 
 
 def test_what_is_kept_is_what_is_read(tmp_path: Path) -> None:
@@ -48,15 +78,30 @@ def test_what_is_kept_is_what_is_read(tmp_path: Path) -> None:
     assert read_request(tmp_path) == replace(REQUEST, resume=tmp_path)
 
 
-def test_every_field_differs_from_its_default_here_so_that_none_is_forgotten() -> None:
-    plain = RunRequest("r", "tiny", Path("/q"), None, None, None, seed=0)
-    process = {"output", "ray_address", "job_text", "resume", "retry_errors", "new_input"}
-    same = {
-        name
-        for name, value in vars(REQUEST).items()
-        if value == getattr(plain, name) and name not in process
-    }
-    assert same == {"name", "model", "qpc", "prompts_file", "group_size"}
+def test_every_option_differs_from_its_default_here_so_that_none_is_forgotten() -> None:
+    plain = RunOptions()
+    same = {name for name in RunOptions.model_fields if getattr(RUN, name) == getattr(plain, name)}
+    assert same == {"prompts", "group_size", "variant", "output"}
+
+
+def test_a_request_of_an_older_version_is_read(tmp_path: Path) -> None:
+    (tmp_path / REQUEST_NAME).write_text(OLDER, encoding="utf-8")
+    older = replace(REQUEST.with_run(max_prompts=None), resume=tmp_path)
+    assert read_request(tmp_path) == older
+    (tmp_path / REQUEST_NAME).write_text(
+        "{name: r, model: m, qpc: /q, devices: null, prompts_file: p, max_stall_s: null}"
+    )
+    run = read_request(tmp_path).run
+    assert (run.devices, run.prompts, run.max_stall_s) == ("all", "p", 1.0)
+
+
+@pytest.mark.parametrize(("most", "texts"), [(2, ["a", "b"]), (9, ["a", "b", "c"])])
+def test_only_the_first_prompts_are_answered(most: int, texts: list[str]) -> None:
+    request = RunRequest("r", "tiny", Path("/q"), RunOptions(prompt="a|b|c", max_prompts=most))
+    whole = request.with_run(max_prompts=None).open_input()
+    first = request.open_input()
+    assert [prompt.text for prompt in first.prompts if isinstance(prompt, Prompt)] == texts
+    assert (first.source, len(list(whole.prompts))) == (whole.source, 3)
 
 
 def test_a_folder_that_is_no_runs_is_refused(tmp_path: Path) -> None:
@@ -66,12 +111,20 @@ def test_a_folder_that_is_no_runs_is_refused(tmp_path: Path) -> None:
 
 def test_variables_of_a_template_are_checked_before_anything_is_done() -> None:
     for kwargs, words in [({"tokenize": 1}, "'tokenize'"), ({"x": float("nan")}, "not JSON")]:
-        options = ChatOptions(template_kwargs=kwargs)
         with pytest.raises(UsageError, match=words):
-            replace(REQUEST, chat_options=options).open_input()
+            REQUEST.with_run(chat_template_kwargs=kwargs).open_input()
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", "name: r", REQUEST.to_yaml() + "more: 1\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        "{",
+        "name: r",
+        "{name: r, model: m, qpc: q, chat_options: [1]}",
+        REQUEST.to_yaml() + "more: 1\n",
+    ],
+)
 def test_a_changed_request_is_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / REQUEST_NAME).write_text(text, encoding="utf-8")
     with pytest.raises(UsageError, match="cannot be gone on with") as caught:
@@ -84,12 +137,10 @@ def test_what_a_folder_keeps_means_the_same_everywhere(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m").mkdir()
-    request = replace(
-        REQUEST, model="./m", qpc=Path("q"), draft_qpc=Path("d"), prompt=None, prompts_file="p"
-    )
-    kept = request.absolute()
-    assert (kept.model, kept.prompts_file) == (str(tmp_path / "m"), str(tmp_path / "p"))
-    assert (kept.qpc, kept.draft_qpc) == (tmp_path / "q", tmp_path / "d")
+    request = replace(REQUEST, model="./m", qpc=Path("q"))
+    kept = request.with_run(draft_qpc="d", prompt=None, prompts="p").absolute()
+    assert (kept.model, kept.run.prompts) == (str(tmp_path / "m"), str(tmp_path / "p"))
+    assert (kept.qpc, kept.run.draft_qpc) == (tmp_path / "q", str(tmp_path / "d"))
 
 
 @pytest.mark.parametrize("name", ["org/name", "smollm2-135m"])
@@ -98,8 +149,9 @@ def test_a_models_name_is_no_path(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "smollm2-135m").mkdir()
-    assert replace(REQUEST, model=name, prompts_file="-").absolute().model == name
-    assert replace(REQUEST, prompts_file="-").absolute().prompts_file == "-"
+    stdin = REQUEST.with_run(prompts="-")
+    assert replace(stdin, model=name).absolute().model == name
+    assert stdin.absolute().run.prompts == "-"
 
 
 def test_a_jobs_kept_text_means_the_same_everywhere(

@@ -11,19 +11,21 @@ from typing import Any
 import pytest
 
 from qaic_ray.errors import UsageError
+from qaic_ray.options import RunOptions
 from qaic_ray.pipeline import run_step
-from qaic_ray.pipeline.request import RunRequest
+from qaic_ray.pipeline.request import RunRequest, resolved
 from qaic_ray.rows import FinishReason, Row
 from qaic_ray.runs.delivery import row_writer
 
 
 @pytest.fixture
 def request_(tmp_path: Path) -> RunRequest:
+    options = RunOptions(devices=(0,), prompt="a|b", output=str(tmp_path / "runs"))
     qpc = tmp_path / "qpc"
     qpc.mkdir()
     header = struct.pack("<4sBBHQQ", bytes.fromhex("7ccda100"), 0, 1, 1, 24, 0)
     (qpc / "programqpc.bin").write_bytes(header)
-    return RunRequest("r", "tiny", qpc, (0,), "a|b", None, output=tmp_path / "runs")
+    return RunRequest("r", "tiny", qpc, resolved(options))
 
 
 def run(request: RunRequest, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +50,7 @@ def test_a_late_usage_error_removes_no_answered_row(
 
     with pytest.raises(UsageError, match="not what it was"):
         run(request_, SimpleNamespace(run_prompts=run_prompts), monkeypatch)
-    folders = list(request_.output.iterdir())
+    folders = list(Path(request_.run.output).iterdir())
     assert len(folders) == num_rows
     for folder in folders:
         assert len((folder / "journal" / "000000.jsonl").read_text().splitlines()) == 2
@@ -63,7 +65,7 @@ def test_a_run_s_folder_is_its_user_s(request_: RunRequest) -> None:
 
 
 def test_a_place_for_runs_that_is_a_file_is_said(request_: RunRequest) -> None:
-    request_.output.write_text("mine")
+    Path(request_.run.output).write_text("mine")
     with pytest.raises(UsageError, match="runs is not a folder"):
         run_step._new_run_folder(request_)
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from qaic_ray.compile.variant import MAX_VARIANTS, Grid, Precision, Source
+from qaic_ray.compile.variant import MAX_VARIANTS, Source, grid_variants
+from qaic_ray.documents import checked
 from qaic_ray.errors import UsageError
+from qaic_ray.options import CompileOptions
 from qaic_ray.pipeline.compile_step import (
     CompileRequest,
+    open_folder,
     requested_builds,
     requested_variants,
     specializations_file,
 )
-from qaic_ray.pipeline.sources import open_folder
 from qaic_ray.sdk import Sdk
 
 SDK = Sdk(Path("/opt/qti-aic"), "real", "1.20")
@@ -43,9 +45,9 @@ def recipe_folder(where: Path, *more: str, name: str = "", data: str = "weights"
     return where
 
 
-def request(model_dir: Path, **changes: object) -> CompileRequest:
-    made = CompileRequest(model_dir, ["mx6"], [14], [4], [32], [128], store=Path("qpc"))
-    return replace(made, **changes)  # type: ignore[arg-type]
+def request(model_dir: Path, **changes: Any) -> CompileRequest:
+    grid = {"batch_size": 4, "prompt_len": 32, "ctx_len": 128, **changes}
+    return CompileRequest(model_dir, checked(CompileOptions, grid, "compile"))
 
 
 def test_a_folder_of_the_recipe_is_read_by_its_graph(tmp_path: Path) -> None:
@@ -121,15 +123,15 @@ def test_the_file_of_this_folder_is_used_where_no_shape_is_said(
     monkeypatch.chdir(tmp_path)
     here = Path("specializations.json")
     given = tmp_path / "other.json"
-    assert specializations_file(None, []) is None
-    assert specializations_file(None, ["--ctx-len"]) is None
+    assert specializations_file(None, CompileOptions(num_cores=7)) is None
+    assert specializations_file(None, CompileOptions(ctx_len=64)) is None
     here.touch()
-    assert specializations_file(None, []) == here
-    assert specializations_file(given, []) == given
+    assert specializations_file(None, CompileOptions(num_cores=7)) == here
+    assert specializations_file(given, CompileOptions()) == given
     with pytest.raises(UsageError, match=r"and --batch-size and --ctx-len too: the file in this"):
-        specializations_file(None, ["--batch-size", "--ctx-len"])
+        specializations_file(None, CompileOptions(ctx_len=64, batch_size=2))
     with pytest.raises(UsageError, match="leave one of them out"):
-        specializations_file(given, ["--batch-size"])
+        specializations_file(given, CompileOptions(batch_size=2))
 
 
 def test_equal_variants_are_one_and_paths_are_the_driver_s(
@@ -139,9 +141,9 @@ def test_equal_variants_are_one_and_paths_are_the_driver_s(
     monkeypatch.chdir(tmp_path)
     twice = request(
         Path(folder.name),
-        precisions=["mx6", "MX6"],
+        precision=["mx6", "MX6"],
         num_cores=[14, 14],
-        prompt_lens=[[32, 64], [64, 32], 32, [32]],
+        prompt_len=["32+64", "64+32", 32, "32"],
     )
     (tmp_path / "sdk" / "exec").mkdir(parents=True)
     (tmp_path / "sdk" / "exec" / "qaic-exec").touch()
@@ -157,18 +159,19 @@ def test_equal_variants_are_one_and_paths_are_the_driver_s(
 
 
 def test_a_grid_of_millions_is_counted_and_not_made() -> None:
-    many = range(1, 1001)
-    grid = Grid([Precision.MX6], range(1, 17), many, [32], many)
+    many = tuple(range(1, 1001))
+    cores = tuple(range(1, 17))
+    grid = CompileOptions(num_cores=cores, batch_size=many, prompt_len=32, ctx_len=many)
     with pytest.raises(UsageError, match=f"grid of 16000000 variants: at most {MAX_VARIANTS}"):
-        grid.variants(Source("m", Path("m"), None, ""), continuous=True)
+        grid_variants(Source("m", Path("m"), None, ""), grid, continuous=True)
 
 
 def test_a_name_that_no_file_system_takes_is_refused_at_once(
     make_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = make_model_dir()
-    lens = [[2**n for n in range(1, 31)] + [2] * 300]
+    lens = "+".join(map(str, [2**n for n in range(1, 30)] + [2] * 300))
     with pytest.raises(UsageError, match="no path: File name too long"):
         requested_builds(
-            request(folder, prompt_lens=lens, ctx_lens=[2**30], store=tmp_path / ("x" * 300)), SDK
+            request(folder, prompt_len=lens, ctx_len=2**29, output=str(tmp_path / ("x" * 300))), SDK
         )

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qaic_ray.config import load_job
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.pipeline import submit_step
+from qaic_ray.pipeline.job_file import load_job
 from qaic_ray.pipeline.submit_step import (
     SubmitRequest,
     entry_command,

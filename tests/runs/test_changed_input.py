@@ -14,6 +14,7 @@ from simulated_cards import DirectReader, SimulatedCards
 from qaic_ray.dispatch.dispatcher import Dispatcher
 from qaic_ray.errors import UsageError
 from qaic_ray.formats.frozen_file import BLOCK_BYTES
+from qaic_ray.options import RunOptions
 from qaic_ray.pipeline.request import RunRequest
 from qaic_ray.rows import Row
 from qaic_ray.runs.delivery import Proof, row_writer
@@ -44,7 +45,7 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
 def request_of(tmp_path: Path) -> RunRequest:
     path = tmp_path / "p.jsonl"
     path.write_bytes(CONTENT)
-    return RunRequest("r", "m", Path("q"), None, None, str(path), seed=0)
+    return RunRequest("r", "m", Path("q"), RunOptions(prompts=str(path), seed=0))
 
 
 def run(
@@ -119,7 +120,7 @@ def test_rows_of_one_content_are_published_and_the_run_goes_on_with_it(
 
     moved = tmp_path / "elsewhere"
     moved.write_bytes(CONTENT)
-    again = replace(again, prompts_file=str(moved), new_input=True, prompts_format="jsonl")
+    again = replace(again, new_input=True).with_run(prompts=str(moved), prompts_format="jsonl")
     result, proof = run(again, folder)
     assert result.ok
     assert proof.holds

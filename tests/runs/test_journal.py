@@ -281,7 +281,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_half_written_counts(
 def made(source: Fingerprint = STREAM_SOURCE, **changes: typing.Any) -> Fingerprint:
     names = {"qpc": "q", "model": {"text": "m", "eos_ids": [2]}}
     names |= {key: changes.pop(key) for key in names if key in changes}
-    return fingerprint(source, generation=Generation(**changes), **names)
+    return fingerprint(source, generation=Generation(**{"seed": 0, **changes}), **names)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def made(source: Fingerprint = STREAM_SOURCE, **changes: typing.Any) -> Fingerpr
         ({"sampling": SamplingParams(temperature=0.8)}, "sampling.temperature was 0.0 and is 0.8"),
         ({"sampling": SamplingParams(max_tokens=9)}, "sampling.max_tokens was not set and is 9"),
         ({"sampling": SamplingParams(stop=("x",))}, 'sampling.stop was [] and is ["x"]'),
-        ({"run_seed": 3}, "run_seed was 0 and is 3"),
+        ({"seed": 3}, "run_seed was 0 and is 3"),
         ({"chat": True}, "chat was false and is true"),
         ({"system": "s" * 99}, f'system was not set and is "{"s" * 79}...'),
         ({"ctx_len": 512}, "ctx_len was not set and is 512"),
@@ -307,9 +307,35 @@ def test_each_part_of_a_fingerprint_is_named(changes: dict[str, typing.Any], sai
 
 
 def test_every_field_of_a_generation_is_in_the_fingerprint_but_those_of_speed() -> None:
-    names = {field.name for field in dataclasses.fields(Generation)}
-    assert names - made().keys() == {"max_stall_s", "prefix_reuse", "speculation"}
-    assert made(max_stall_s=9.0, prefix_reuse=False) == made()
+    other = {
+        "chat": True,
+        "system": "s",
+        "chat_template": "{{ x }}",
+        "chat_template_kwargs": {"x": 1},
+        "continue_final_message": True,
+        "add_generation_prompt": False,
+        "date": "2031-02-03T04:05:06",
+        "sampling": SamplingParams(top_k=3),
+        "seed": 1,
+        "generation_len": 9,
+        "drafts": "none",
+        "draft_qpc": "/d",
+        "max_stall_s": 9.0,
+        "prefix_reuse": False,
+        "input_len": 32,
+        "ctx_len": 64,
+    }
+    assert other.keys() == Generation.model_fields.keys()
+    same = {name for name, value in other.items() if made(**{name: value}) == made()}
+    assert same == {"max_stall_s", "prefix_reuse", "drafts", "draft_qpc"}
+
+
+def test_a_fingerprint_has_the_names_of_the_first_journals() -> None:
+    names = "chat system chat_options chat_template date run_seed prompt_len ctx_len sampling"
+    assert made().keys() == {"input", "qpc", "model", *names.split()}
+    options = {"add_generation_prompt", "continue_final_message", "template_kwargs"}
+    assert made()["chat_options"].keys() == options
+    assert made()["sampling"].keys() == {field.name for field in dataclasses.fields(SamplingParams)}
 
 
 def test_an_input_file_is_known_by_content_whatever_its_name(tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from qaic_ray.compile.store import BuildRequest, build
-from qaic_ray.compile.variant import Precision, Variant
-from qaic_ray.config import EmulatorPart
+from qaic_ray.compile.variant import Variant
 from qaic_ray.contract import Specializations
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from qaic_ray.model.tokenizer import Tokenizer
-from qaic_ray.pipeline.devices import emulated_cards
-from qaic_ray.pipeline.sources import source_of
+from qaic_ray.option_types import Precision
+from qaic_ray.options import EmulatorOptions
+from qaic_ray.pipeline.compile_step import source_of
 from qaic_ray.sdk import Sdk, find_sdk
 
 PROMPTS = Path(__file__).parents[2] / "jobs" / "prompts" / "english.jsonl"
@@ -46,17 +46,17 @@ def torch_model(checkpoint: Checkpoint) -> Any:
 
 @pytest.fixture(scope="session")
 def emulated_sdk() -> Sdk:
-    return find_sdk("emulated", emulated_cards(EmulatorPart()))
+    return find_sdk("emulated", EmulatorOptions())
 
 
 @pytest.fixture(scope="session")
 def exported(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model folder, continuous batching."""
     from qaic_ray.export.export import export_model
-    from qaic_ray.export.options import ExportOptions
+    from qaic_ray.options import ExportOptions
 
     folder = tmp_path_factory.mktemp("export") / "smollm2-135m-kv"
-    options = ExportOptions(continuous=True)
+    options = ExportOptions(continuous_batching=True)
     return export_model(checkpoint, options, output=folder, verify="off").folder
 
 

@@ -14,10 +14,10 @@ from qaic_ray.contract import IoContract
 from qaic_ray.export.check.verify import VerifyReport, verify_export
 from qaic_ray.export.export import export_model
 from qaic_ray.export.functions import use_plain_functions
-from qaic_ray.export.options import ExportOptions
 from qaic_ray.model.checkpoint import Checkpoint
 from qaic_ray.model.manifest import read_manifest
 from qaic_ray.model.tokenizer import Tokenizer
+from qaic_ray.options import ExportOptions
 
 pytestmark = pytest.mark.model
 
@@ -44,7 +44,10 @@ def test_continuous_export_equals_transformers(exported: Path, checkpoint: Check
 
 @pytest.mark.parametrize(
     "options",
-    [ExportOptions(), ExportOptions(contract=IoContract.CACHE_INDEX, opset=13)],
+    [
+        ExportOptions(continuous_batching=False),
+        ExportOptions(io=IoContract.CACHE_INDEX, opset=13, continuous_batching=False),
+    ],
     ids=["static", "cache-index"],
 )
 def test_other_exports_equal_transformers(

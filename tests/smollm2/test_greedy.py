@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from qaic_ray.compile.variant import Precision
 from qaic_ray.engine import batcher
 from qaic_ray.engine.engine import Engine
 from qaic_ray.engine.session import Session
 from qaic_ray.model.checkpoint import Checkpoint, load_torch_model
+from qaic_ray.option_types import Precision
 from qaic_ray.sdk import Sdk
 
 pytestmark = pytest.mark.model

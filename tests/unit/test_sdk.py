@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from qaic_ray.errors import DeviceError, SdkNotFound
+from qaic_ray.options import EmulatorOptions
 from qaic_ray.sdk import (
-    EmulatedCards,
     Sdk,
     find_sdk,
     name_for_others,
@@ -16,7 +16,7 @@ from qaic_ray.sdk import (
     parse_devices,
 )
 
-CARDS = EmulatedCards(cards=4, sku="standard", apps_version="1.20")
+CARDS = EmulatorOptions(cards=4, sku="standard", apps_version="1.20")
 
 # The open tool's text (MB) for one card, and the 1.21 tool's (KB) for another that is not ready.
 QAIC_UTIL = """\

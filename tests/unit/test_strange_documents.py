@@ -19,12 +19,13 @@ from mutations import documents, texts
 
 from qaic_ray.cards.placement import qpc_cores
 from qaic_ray.compile.store import check_kept, check_ours, content_key, is_current, read_record
-from qaic_ray.config import dump_job, job_from, load_job
 from qaic_ray.contract import Specializations
 from qaic_ray.errors import QaicRayError
+from qaic_ray.options import RunOptions
+from qaic_ray.pipeline.compile_step import open_folder
 from qaic_ray.pipeline.job import chosen_index
+from qaic_ray.pipeline.job_file import dump_job, job_from, load_job
 from qaic_ray.pipeline.request import REQUEST_NAME, RunRequest, read_request
-from qaic_ray.pipeline.sources import open_folder
 from qaic_ray.runs.journal import Journal
 from qaic_ray.sdk import compiler_digest, open_sdk, parse_devices
 
@@ -40,7 +41,7 @@ JOB: dict[str, Any] = {
     "emulator": {"cards": 2},
 }
 SHAPES = Specializations.build(batch_size=4, prompt_len=32, ctx_len=256, continuous=True)
-REQUEST = RunRequest("r", "tiny", Path("/q"), (0,), "a", None, seed=0)
+REQUEST = RunRequest("r", "tiny", Path("/q"), RunOptions(devices=(0,), prompt="a", seed=0))
 HEADER = {
     "format": 1,
     "run": "0123456789abcdef",

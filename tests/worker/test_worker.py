@@ -201,7 +201,7 @@ def test_eos_can_be_ignored_and_named(open_worker: Open) -> None:
 def test_samples_are_one_row_and_the_same_again(open_worker: Open) -> None:
     own = {"n": 3, "temperature": 1.5, "max_tokens": 6, "logprobs": 2}
     prompts = [prompt("HELLO", i, **own) for i in range(3)]
-    rows = answers(open_worker(run_seed=7), *prompts)
+    rows = answers(open_worker(seed=7), *prompts)
     for row in rows:
         assert len(row.choices) == 3
         assert len({choice.token_ids for choice in row.choices}) > 1
@@ -218,10 +218,10 @@ def test_samples_are_one_row_and_the_same_again(open_worker: Open) -> None:
             assert {len(token.top) for token in choice.logprobs} == {2}
     assert len({row.token_ids for row in rows}) > 1
     # Another worker, other company, another attempt: the same text.
-    again = open_worker(slots=1, run_seed=7)
+    again = open_worker(slots=1, seed=7)
     (row,) = answers(again, prompts[1], attempt=2)
     assert row.choices == rows[1].choices
-    (other,) = answers(open_worker(run_seed=8), prompts[1])
+    (other,) = answers(open_worker(seed=8), prompts[1])
     assert other.choices != rows[1].choices
 
 
@@ -251,8 +251,8 @@ def test_seeds() -> None:
             Prompt(0, "HI"),
             "JHI",
         ),
-        ({"chat": True, "chat_options": ChatOptions(False)}, Prompt(0, "HI"), "UHI"),
-        ({"chat": True, "chat_options": ChatOptions(True, True)}, Prompt(0, "HI"), "UHI"),
+        ({"chat": True, "add_generation_prompt": False}, Prompt(0, "HI"), "UHI"),
+        ({"chat": True, "continue_final_message": True}, Prompt(0, "HI"), "UHI"),
         (
             {"chat": True},
             Prompt(0, "HI", chat=ChatOptions(continue_final_message=True)),
@@ -262,7 +262,7 @@ def test_seeds() -> None:
             {
                 "chat": True,
                 "chat_template": "{{ a }}{{ b }}{{ messages[0].content }}",
-                "chat_options": ChatOptions(template_kwargs={"a": "P", "b": "Q"}),
+                "chat_template_kwargs": {"a": "P", "b": "Q"},
             },
             Prompt(0, "HI", chat=ChatOptions(template_kwargs={"b": "R"})),
             "PRHI",

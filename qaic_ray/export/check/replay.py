@@ -20,7 +20,6 @@ from qaic_ray import contract
 from qaic_ray.contract import IoContract
 from qaic_ray.export.check.headroom import layer_of, watch_activations
 from qaic_ray.export.functions import use_plain_functions
-from qaic_ray.export.options import ALL, LAST
 from qaic_ray.model.manifest import ModelManifest
 
 NUM_KEPT = 2
@@ -121,7 +120,7 @@ class Replay(ABC):
     def _answers(self, answer: Any, positions: Ints, num_kept: int) -> list[ReplayAnswer]:
         num_rows, seq_len = positions.shape
         answer = np.asarray(answer).reshape(num_rows, -1, answer.shape[-1])
-        num_columns = {LAST: 1, ALL: seq_len}.get(self._manifest.logits, num_kept)
+        num_columns = {"last": 1, "all": seq_len}.get(self._manifest.logits, num_kept)
         found = []
         for row in range(num_rows):
             last = int(positions[row].argmax())

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from qaic_ray import config
-from qaic_ray.config import Job, RunPart, dump_job, job_from, load_job
+from qaic_ray import options
+from qaic_ray.cli import command_options
 from qaic_ray.engine.engine import MAX_STALL_S
 from qaic_ray.errors import JobError
-from qaic_ray.option_values import prompt_lens
+from qaic_ray.option_types import Section, prompt_lens
+from qaic_ray.options import Job, RunOptions
+from qaic_ray.pipeline.job_file import dump_job, job_from, load_job
 from qaic_ray.sampling_params import FIELDS, SamplingParams
 
 JOBS = sorted((Path(__file__).parents[2] / "jobs").glob("*.yaml"))
@@ -32,10 +34,10 @@ def test_shipped_jobs_are_read() -> None:
 def test_every_part_is_frozen_and_refuses_unknown_keys() -> None:
     parts = [
         part
-        for part in vars(config).values()
-        if isinstance(part, type) and issubclass(part, BaseModel) and part is not BaseModel
+        for part in (*vars(options).values(), *vars(command_options).values())
+        if isinstance(part, type) and issubclass(part, Section)
     ]
-    assert len(parts) >= 9
+    assert len(parts) >= 15
     for part in parts:
         assert part.model_config["frozen"]
         assert part.model_config["extra"] == "forbid"
@@ -63,7 +65,7 @@ def test_single_value_stands_for_a_list_of_one() -> None:
     [
         ({**SMALL, "compil": {}}, "unknown key 'compil'; did you mean 'compile'"),
         (with_part("compile", precison="mx6"), "'compile.precison'; did you mean 'precision'"),
-        (with_part("run", zzz=1), "unknown key 'run.zzz'; known here: variant, devices"),
+        (with_part("run", zzz=1), "unknown key 'run.zzz'; known here: prompt, prompts, "),
         (with_part("compile", precision="mx7"), r"compile\.precision.*'mx7'"),
         (with_part("compile", num_cores=0), r"compile\.num_cores.*given: 0"),
         (with_part("compile", num_cores=17), r"compile\.num_cores.*given: 17"),
@@ -133,7 +135,7 @@ def test_sampling_is_read_checked_and_written_back(tmp_path: Path) -> None:
 
 
 def test_defaults_are_the_engines() -> None:
-    assert RunPart().max_stall_s == MAX_STALL_S
+    assert RunOptions().max_stall_s == MAX_STALL_S
 
 
 def test_prompt_lens_together_are_one_entry_of_the_grid() -> None:

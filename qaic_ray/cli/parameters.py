@@ -1,0 +1,295 @@
+"""A command's parameters, made of the sections of options that its function takes.
+
+A function `def run(run: RunOptions, sdk: SdkOptions, given: Given)` becomes a command with a flag
+for each option of the two sections. The tree is read when the command is asked for, so that the
+list of commands needs no pydantic.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+
+import typer
+from typer.core import TyperCommand
+
+from qaic_ray.documents import as_object, parse_json, shown, user_path
+from qaic_ray.errors import UsageError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+    from qaic_ray.option_types import Opt, Section, Value
+
+_NUMBER = re.compile(r"\s*[+-]?[0-9]{1,18}\s*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Given:
+    """The flags that stand on the command line, but for those of `Opt.free`; and all of these."""
+
+    fixed: tuple[str, ...] = ()
+    may_be_free: tuple[str, ...] = ()
+
+
+class _FromTree(TyperCommand):
+    """A command that reads its parameters when it is asked for them."""
+
+    function: Callable[..., None]
+
+    @cached_property
+    def _call(self) -> _Call:
+        return _Call(self.function)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters, `--help` among them."""
+        if not self.params:
+            whole = typer.Typer(add_completion=False)
+            whole.command()(self._call.as_function())
+            made = typer.main.get_command(whole)
+            self.params, self.callback = made.params, made.callback
+        return list(super().get_params(ctx))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Write out the flags that may stand without a value, as typer's may not, then parse."""
+        is_last = [word.startswith("-") for word in args[1:]] + [True]
+        bare = self._call.bare
+        full = [
+            f"{word}={bare[word]}" if ends and word in bare else word
+            for word, ends in zip(args, is_last, strict=False)
+        ]
+        return list(super().parse_args(ctx, full))
+
+
+def command(app: typer.Typer, name: str | None = None, **how: Any) -> Callable[[Any], Any]:
+    """The decorator of a function that is a command; see the module's docstring."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        def listed() -> None:
+            """Stands for the function in the list of commands."""
+
+        listed.__doc__ = function.__doc__
+        cls = type("_Command", (_FromTree,), {"function": staticmethod(function)})
+        app.command(name or function.__name__, cls=cls, **how)(listed)
+        return function
+
+    return register
+
+
+def known_path(parameter: typer.CallbackParam, value: Path) -> Path:
+    """The callback of arguments that are paths: `~` put in, or one sentence."""
+    return user_path(value, str(parameter.name))
+
+
+class _Call:
+    """A function's parameters on the command line, and its call with what they hold."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        from qaic_ray import options
+        from qaic_ray.cli import command_options
+        from qaic_ray.option_types import Section
+
+        names = {**function.__globals__, **vars(options), **vars(command_options)}
+        hints = get_type_hints(function, names, include_extras=True)
+        self._function = function
+        self._plain: list[inspect.Parameter] = []
+        self._sections: dict[str, _SectionFlags] = {}
+        self._given: str | None = None
+        for name, parameter in inspect.signature(function).parameters.items():
+            hint, *extras = get_args(hints[name]) or (hints[name],)
+            if hint is Given:
+                self._given = name
+            elif isinstance(hint, type) and issubclass(hint, Section):
+                defaults = extras[0] if extras else {}
+                self._sections[name] = _SectionFlags(hint, defaults)
+            else:
+                self._plain.append(parameter.replace(annotation=hints[name], kind=_BY_NAME))
+        self._flags = [flag for section in self._sections.values() for flag in section.flags]
+
+    @property
+    def bare(self) -> dict[str, str]:
+        """Spellings that may stand without a value, and the value that is meant."""
+        return {word: f.opt.bare for f in self._flags if f.opt.bare for word in f.spellings}
+
+    def as_function(self) -> Callable[..., None]:
+        """A function as typer takes it."""
+
+        def call(**values: Any) -> None:
+            self._call(values.pop("context"), values)
+
+        context = inspect.Parameter("context", _BY_NAME, annotation=typer.Context)
+        made = [context, *self._plain]
+        made += [flag.argument() for flag in self._flags if flag.opt.argument]
+        made += [flag.parameter() for flag in self._flags]
+        call.__signature__ = inspect.Signature(made)  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in made}
+        call.__doc__ = self._function.__doc__
+        return call
+
+    def _call(self, context: typer.Context, values: Mapping[str, Any]) -> None:
+        sources = {name: context.get_parameter_source(name) for name in values}
+        words = {n: values[n] for n, source in sources.items() if source and source.name == _TYPED}
+        arguments = {parameter.name: values[parameter.name] for parameter in self._plain}
+        for name, section in self._sections.items():
+            arguments[name] = section.of(words)
+        if self._given is not None:
+            used = [flag for flag in self._flags if flag.name in words]
+            arguments[self._given] = Given(
+                fixed=tuple(flag.written for flag in used if not flag.opt.free),
+                may_be_free=tuple(flag.flag for flag in self._flags if flag.opt.free),
+            )
+        self._function(**arguments)
+
+
+_BY_NAME = inspect.Parameter.KEYWORD_ONLY
+_TYPED = "COMMANDLINE"
+
+
+class Flag:
+    """An option on the command line.
+
+    Args:
+        path: leads from the section to the field.
+        opt: the option's entry.
+        value: what the field may hold.
+        default: the command's; `...` where the option must be given.
+    """
+
+    def __init__(self, path: tuple[str, ...], opt: Opt, value: Value, default: Any) -> None:
+        self.path, self.opt, self.value, self.default = path, opt, value, default
+        self.flag = opt.flag or "--" + path[-1].replace("_", "-")
+        self.written = f"--no-{self.flag[2:]}" if opt.off else self.flag
+        self.name = self.flag.lstrip("-").replace("-", "_")
+        # With dashes, and with underscores as in the old scripts.
+        self.spellings = list(dict.fromkeys([self.flag, f"--{self.name}"]))
+
+    def parameter(self) -> inspect.Parameter:
+        """As typer takes it."""
+        spellings = self.spellings
+        if self.default is True:
+            pairs = zip(spellings, "-_", strict=False)
+            opposites = [(word, f"--no{sign}{word[2:]}") for word, sign in pairs]
+            spellings = [f"{' ' if self.opt.off else on}/{off}" for on, off in opposites]
+        is_plain = self.default is ... or isinstance(self.default, bool | int | float | str)
+        info = typer.Option(
+            self.default if is_plain else None,
+            *spellings,
+            help=self._help(),
+            rich_help_panel=self.opt.group or None,
+            hidden=self.opt.hidden,
+            metavar=self.opt.metavar or ("<path>" if self.value.is_path else None),
+            show_default=not self.opt.argument and self._shown(),
+        )
+        annotation = list[str] | None if self.opt.repeated else self.value.scalar | None
+        return inspect.Parameter(self.name, _BY_NAME, default=info, annotation=annotation)
+
+    def argument(self) -> inspect.Parameter:
+        """The place where it may stand without its flag."""
+        info = typer.Argument(None, metavar=self.opt.argument, show_default=self._shown())
+        name = f"{self.name}_argument"
+        return inspect.Parameter(name, _BY_NAME, default=info, annotation=str | None)
+
+    def _shown(self) -> str | bool:
+        if isinstance(self.default, tuple) and self.default:
+            return ",".join(map(str, self.default))
+        is_said = self.default is not False and self.default not in (..., None, "", ())
+        return self.opt.shown or is_said
+
+    def _help(self) -> str:
+        choices = self.value.words
+        words = f" One of {', '.join(map(str, choices))}." if len(choices) > 1 else ""
+        like = f" Like {self.opt.example}." if self.opt.example else ""
+        also = f" Also: ${self.opt.environment}." if self.opt.environment else ""
+        return f"{self.opt.help}{words}{like}{also}"
+
+    def read(self, words: Mapping[str, Any]) -> Any:
+        """What a document would have in place of the command line's words; `...` for nothing."""
+        found = [words[name] for name in (f"{self.name}_argument", self.name) if name in words]
+        if len(found) > 1:
+            both = f"{shown(found[0])} and as {shown(found[1])}"
+            raise UsageError(f"{self.flag[2:]} is given twice, as {both}: give it once.")
+        if not found:
+            return ...
+        (text,) = found
+        if self.opt.repeated or not isinstance(text, str) or text in self.value.words:
+            return text
+        if get_origin(self.value.kind) is dict:
+            return as_object(parse_json(text, self.flag), self.flag)
+        if self.value.item is int:
+            return numbers(text, self.flag)
+        return [word.strip() for word in text.split(",")] if self.value.item else text
+
+
+def flags_of(kind: type, defaults: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[Flag]:
+    """The flags of a section, with those of sections in it."""
+    from qaic_ray.option_types import Value, options_of
+
+    options, flags = options_of(kind), []
+    for name, field in kind.__pydantic_fields__.items():  # type: ignore[attr-defined]
+        value = Value.of(field)
+        if hasattr(value.kind, "__pydantic_fields__"):
+            flags += flags_of(value.kind, {}, (*path, name))
+        elif name in options and options[name].flag is not None:
+            default = defaults.get(name, ... if field.is_required() else field.default)
+            default = default.value if isinstance(default, Enum) else default
+            flags.append(Flag((*path, name), options[name], value, default))
+    return flags
+
+
+class _SectionFlags:
+    """A section's flags; `defaults` are the command's own."""
+
+    def __init__(self, kind: type[Section], defaults: Mapping[str, Any]) -> None:
+        self._kind, self._defaults = kind, defaults
+        self.flags = flags_of(kind, defaults)
+
+    def of(self, words: Mapping[str, Any]) -> Section:
+        """The section that the words make.
+
+        Raises:
+            UsageError: naming the flag and the value.
+        """
+        from pydantic import ValidationError
+
+        document: dict[str, Any] = dict(self._defaults)
+        for flag in self.flags:
+            value = flag.read(words)
+            if value is not ...:
+                place = document
+                for parent in flag.path[:-1]:
+                    place = place.setdefault(parent, {})
+                place[flag.path[-1]] = value
+        try:
+            return self._kind.model_validate(document)
+        except ValidationError as error:
+            raise UsageError(self._refusal(error)) from error
+
+    def _refusal(self, error: ValidationError) -> str:
+        """The first thing that is wrong, in the words of the command line."""
+        first = error.errors(include_url=False)[0]
+        said = first["msg"].removeprefix("Value error, ").rstrip(".")
+        flag = next((flag for flag in self.flags if flag.path == first["loc"][:1]), None)
+        if flag is None:
+            return f"{said}."
+        value, limits = shown(first["input"]), first.get("ctx", {})
+        if first["type"] in ("literal_error", "enum"):
+            return f"{flag.flag} takes {limits['expected'].replace(chr(39), '')}, not {value}."
+        if first["type"] == "greater_than_equal":
+            return f"{flag.flag}: {flag.name} must be at least {limits['ge']}, not {value}."
+        return f"{flag.flag}: {said} (given: {value})."
+
+
+def numbers(text: str, what: str) -> list[int]:
+    """Whole numbers separated by commas; `what` names them in the error."""
+    parts = text.split(",")
+    if not all(map(_NUMBER.fullmatch, parts)):
+        raise UsageError(
+            f"{what} takes a whole number, or several separated by commas, not {shown(text)}."
+        )
+    return [int(part) for part in parts]
