@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 
-.PHONY: demo test test-unit test-slow check install clean
+.PHONY: demo test test-all test-unit test-slow check install clean
 
 install: .venv/.installed
 
@@ -21,7 +21,10 @@ test-unit: install
 	scripts/test tests/unit
 
 test-slow: install
-	scripts/test -m slow
+	scripts/test slow
+
+test-all: install
+	scripts/test all
 
 check: install
 	scripts/check

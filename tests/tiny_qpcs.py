@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from compiled_here import compile_here
 from random_models import export_untouched, write_checkpoint
 
 from qaic_ray.compile.store import BuildRequest, build
@@ -92,7 +93,7 @@ class TinyQpcs:
             source = source_of(self.exported(options))
             variant = Variant(source, Precision.FP32, num_cores, shapes)
             request = BuildRequest(variant, self.sdk, self._folder / "qpc")
-            self._qpcs[options, shapes, num_cores] = build(request).path
+            self._qpcs[options, shapes, num_cores] = build(request, compile_here).path
         return self._qpcs[options, shapes, num_cores]
 
     def exported(self, options: ExportOptions) -> Path:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -26,6 +26,9 @@ from qaic_ray.errors import CompileError, UsageError
 from qaic_ray.folders import building, locked, strangers, write_whole
 from qaic_ray.kept_files import KeptFile, SourceFile, first_fault, sha256_of
 from qaic_ray.sdk import Sdk, compiler_digest
+
+CompilerCall = Callable[[list[str], Path], None]
+KeyEntries = list[tuple[str, str]]
 
 VARIANT_FILE = "variant.json"
 SPECIALIZATIONS_FILE = "specializations.json"
@@ -55,7 +58,7 @@ class BuildRequest:
         return self.store.absolute() / self.variant.name
 
     @property
-    def entries(self) -> list[tuple[str, str]]:
+    def entries(self) -> KeyEntries:
         """All inputs of the compile, by name."""
         return self.variant.key_entries(self.sdk, compiler_digest(self.sdk))
 
@@ -80,11 +83,15 @@ class Record:
     files: tuple[KeptFile, ...] = ()
 
 
-def build(request: BuildRequest) -> Build:
+def build(request: BuildRequest, compiler: CompilerCall | None = None) -> Build:
     """Give the variant's QPC folder, compiling it if it is not there.
 
     Concurrent callers of one variant, in any process of any machine that sees the store, compile
     once: the others wait and reuse.
+
+    Args:
+        request: the variant, the SDK and the store.
+        compiler: runs the compiler's argv with a log file, where not `run_compiler`.
 
     Raises:
         CompileError: from the compiler, with its log.
@@ -101,7 +108,7 @@ def build(request: BuildRequest) -> Build:
         with locked(target):
             reused = is_current(target, entries)
             if not reused:
-                _build(request, entries)
+                _build(request, entries, compiler or run_compiler)
     size = sum(file.stat().st_size for file in _files(target))
     return Build(target, request.variant.name, reused, time.monotonic() - start_s, size)
 
@@ -116,7 +123,7 @@ def check_request(request: BuildRequest) -> None:
         check_ours(request.target)
 
 
-def is_current(folder: Path, entries: list[tuple[str, str]]) -> bool:
+def is_current(folder: Path, entries: KeyEntries) -> bool:
     """Whether a folder holds the whole result of exactly these key entries."""
     record = read_record(folder)
     if record is None or record.key != key_digest(entries) or program_fault(folder):
@@ -192,23 +199,25 @@ def read_record(folder: Path) -> Record | None:
     return record if is_sealed or not record.files else None
 
 
-def _build(request: BuildRequest, entries: list[tuple[str, str]]) -> None:
+def _build(request: BuildRequest, entries: KeyEntries, compiler: CompilerCall) -> None:
     check_ours(request.target)
     try:
         with building(request.target) as folder:
-            _compile_into(folder, request, entries)
+            _compile_into(folder, request, entries, compiler)
     except OSError as error:
         raise CompileError(f"Cannot write {request.target}: {error.strerror}.") from error
 
 
-def _compile_into(folder: Path, request: BuildRequest, entries: list[tuple[str, str]]) -> None:
+def _compile_into(
+    folder: Path, request: BuildRequest, entries: KeyEntries, compiler: CompilerCall
+) -> None:
     variant, sdk = request.variant, request.sdk
     log = folder / LOG_FILE
     specializations = folder / SPECIALIZATIONS_FILE
     text = variant.specializations.to_json(named=sdk.named_specializations)
     specializations.write_text(text, encoding="utf-8")
     binary_dir = folder / "qpc"
-    run_compiler(variant.argv(sdk, specializations, binary_dir), log)
+    compiler(variant.argv(sdk, specializations, binary_dir), log)
     check_qpc(binary_dir, log)
     for produced in binary_dir.iterdir():
         os.replace(produced, folder / produced.name)

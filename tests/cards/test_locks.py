@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.cards import locks
@@ -75,7 +75,7 @@ def test_a_card_is_held_once_and_the_message_names_the_holder(hold: Hold) -> Non
 def test_the_death_of_its_holder_frees_a_card(hold: Hold) -> None:
     other = hold(0)
     os.kill(other.pid, signal.SIGKILL)
-    CardLocks([0]).acquire(timeout_s=10)  # waits for the kernel
+    CardLocks([0]).acquire(timeout_s=120)  # waits for the kernel
     other.wait()
     assert [holder.pid for holder in held_cards()[0]] == [os.getpid()]
 
@@ -84,7 +84,7 @@ def test_who_waits_gets_the_card_when_it_is_given_back(hold: Hold) -> None:
     other = hold(0)
     other.terminate()
     own = CardLocks([0], what="card 0")
-    own.acquire(timeout_s=10)
+    own.acquire(timeout_s=120)
     own.release()
     own.release()
     assert held_cards() == {}
@@ -117,7 +117,6 @@ Wish = st.tuples(
 )
 
 
-@settings(max_examples=50, deadline=None)
 @given(steps=st.lists(st.one_of(Wish, st.integers(0, 9)), max_size=20))
 def test_locks_are_what_the_rules_say(
     steps: list[tuple[int, Part | None] | int],

@@ -40,7 +40,7 @@ class FakeSpec:
 
 class FakeWorker:
     """Prompts are orders: `die` ends the process, `break` fails the card, `bug` is a bug, `stop`
-    stops the process, which is still there then."""
+    stops the process, which is still there then, `until F` waits for a file."""
 
     def __init__(self, spec: FakeSpec) -> None:
         if spec.open_error == "make":
@@ -107,6 +107,8 @@ class FakeWorker:
         if self.spec.incarnation >= self.spec.well_from:
             return
         match order:
+            case _ if order.startswith("until "):
+                wait_for(Path(order.removeprefix("until ")))
             case "die":
                 os._exit(1)
             case "break":
@@ -132,6 +134,15 @@ class FakeWorker:
 def specs(count: int, **options: object) -> list[FakeSpec]:
     """One spec a card."""
     return [FakeSpec(f"card {i}", (i,), **options) for i in range(count)]  # type: ignore[arg-type]
+
+
+def wait_for(path: Path) -> None:
+    """Until there is such a file."""
+    deadline_s = time.monotonic() + 120
+    while not path.exists():
+        if time.monotonic() > deadline_s:
+            raise DeviceError(f"Nobody made {path}.")
+        time.sleep(0.02)
 
 
 def build(request: tuple[str, float]) -> str:

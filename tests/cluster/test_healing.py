@@ -74,7 +74,7 @@ def last(events: Iterator[Event]) -> Any:
 def test_the_life_of_a_worker_and_what_it_gives_back(cluster: Cluster) -> None:
     with actors_of(*specs(1, row_s=0.2)) as cards:
         assert last(events_until(cards, WorkerReady)) == WorkerReady("card 0", 4, 0)
-        assert cards.wait(10) == WorkerProgress("card 0", 0, 0)
+        assert cards.wait(60) == WorkerProgress("card 0", 0, 0)
         cards.run(RunShard("card 0", 5, texts(*"abcdefghij"), 1))
         first = last(events_until(cards, RowsFinished))
         cards.take_back("card 0", 5)

@@ -79,7 +79,7 @@ def test_parquet_becomes_parquet(tiny: TinyQpcs, model: str, tmp_path: Path) -> 
     ]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
     result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=200, check=False
+        command, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from byte_tokens import with_byte_tokenizer
+from compiled_here import compile_here
 from ray.cluster_utils import Cluster as Nodes
 
 from qaic_ray.cards.placement import WorkerPlace, place
 from qaic_ray.cluster.cluster import Cluster
-from qaic_ray.compile.compiler import run_compiler
 from qaic_ray.compile.variant import Variant
 from qaic_ray.contract import Specializations
 from qaic_ray.dispatch import workers
@@ -35,7 +35,7 @@ from qaic_ray.worker.text import Generation
 from qaic_ray.worker.worker import CardWorker
 
 if TYPE_CHECKING:
-    from conftest import OneRay
+    from one_ray import OneRay
     from tiny_qpcs import TinyQpcs
 
 pytestmark = pytest.mark.cluster
@@ -210,7 +210,7 @@ def test_a_device_group_is_one_worker(fleet: Fleet, tmp_path: Path) -> None:
     (tmp_path / "mdp.json").write_text(json.dumps(partition))
     argv = variant.argv(tiny.sdk, tmp_path / "specializations.json", tmp_path / "qpc")
     argv.append(f"-mdp-load-partition-config={tmp_path / 'mdp.json'}")
-    run_compiler(argv, tmp_path / "log")
+    compile_here(argv, tmp_path / "log")
     places = fleet.places(group_size=2)
     assert [where.name for where in places] == ["cards 0-1", "cards 2-3"]
     fleet.set_faults(SLOW | {"device": [0, 2]})  # each card of a group counts

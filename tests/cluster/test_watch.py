@@ -21,7 +21,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def interrupted(watch: ClusterWatch) -> bool:
     """Whether the main thread, which is this, is interrupted."""
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 120
     try:
         while time.monotonic() < deadline_s:
             time.sleep(0.01)
@@ -54,7 +54,7 @@ def test_a_cluster_that_answers_is_let_be() -> None:
     asked = threading.Semaphore(0)
     watch = ClusterWatch(ask=lambda: asked.release() or True)
     for _ in range(40):  # longer than it may be silent
-        assert asked.acquire(timeout=30)
+        assert asked.acquire(timeout=120)
     watch.close()
     assert watch.loss is None
 
@@ -64,7 +64,7 @@ def test_another_thread_is_not_interrupted_through_the_main_one() -> None:
     thread = threading.Thread(target=lambda: found.append(ClusterWatch(dead=lambda: "gone")))
     thread.start()
     thread.join()
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 120
     while found[0].loss is None:
         assert time.monotonic() < deadline_s
         time.sleep(0.01)

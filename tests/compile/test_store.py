@@ -136,7 +136,7 @@ def test_killed_build_leaves_nothing_and_the_next_one_is_whole(tmp_path: Path) -
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path, start_new_session=True
     )
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not (tmp_path / "started").exists():
         assert time.monotonic() < deadline, "the compiler never started"
         time.sleep(0.01)
@@ -347,7 +347,7 @@ def test_compiler_that_hangs_is_stopped_with_its_children(tmp_path: Path) -> Non
 
 def await_end(pid: int) -> None:
     """Wait until a process is gone; whoever is init here may not have looked yet."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while Path(f"/proc/{pid}/stat").exists():
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         if state == "Z":
@@ -370,7 +370,7 @@ FAMILY = "sleep 600 & echo $! >> pids; setsid sleep 600 & echo $! >> pids; echo 
 def family(folder: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
     """A process that has a compiler run, and the processes of that."""
     caller = subprocess.Popen([sys.executable, "-c", CALLER, FAMILY], cwd=folder)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while len(pids := _lines(folder / "pids")) < 3:
         assert time.monotonic() < deadline, "the compiler never started"
         time.sleep(0.01)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from simulated_cards import DirectReader, SimulatedCards, answer
 
@@ -704,7 +704,6 @@ def run(cards: SimulatedCards, given_prompts: Sequence[Prompt]) -> list[Row]:
     return rows
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     num_prompts=st.integers(1, 120),
     killers=st.sets(st.integers(0, 119), max_size=2),

@@ -12,7 +12,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -404,17 +404,8 @@ class Schedules(RuleBasedStateMachine):
             self.tell(TimePassed(), wait_s)
 
 
-def schedules(num: int, steps: int) -> settings:
-    return settings(
-        max_examples=num,
-        stateful_step_count=steps,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-
-
 TestSchedules = Schedules.TestCase
-TestSchedules.settings = schedules(60, 25)
+TestSchedules.settings = settings(stateful_step_count=25)
 
 
 @pytest.mark.slow
@@ -422,7 +413,9 @@ TestSchedules.settings = schedules(60, 25)
 @pytest.mark.parametrize("number", range(NUM_SEEDS))
 def test_many_schedules(number: int) -> None:
     many = settings(
-        schedules(NUM_SCHEDULES // NUM_SEEDS, 50),
+        max_examples=NUM_SCHEDULES // NUM_SEEDS,
+        stateful_step_count=50,
+        derandomize=False,
         database=None,
         phases=(Phase.generate, Phase.shrink),
     )

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from hypothesis import settings
 from tiny_llama import TinyLlama
 
 from qaic_ray.emulator import compiler
 from qaic_ray.emulator.container import SEGMENTS, QpcWriter
 from qaic_ray.emulator.container.execution import CompiledProgram
 
-FUZZ_EXAMPLES = int(os.environ.get("QAIC_FUZZ_EXAMPLES", "200"))
+FUZZ_EXAMPLES = int(os.environ.get("QAIC_FUZZ_EXAMPLES") or settings().max_examples)
 """Inputs of each fuzz test; the long run of all together takes 100,000."""
 
 SLOTS = 3

@@ -9,7 +9,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 from compiled import FUZZ_EXAMPLES
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from qaic_ray.emulator.compiler import argv, configs
 from qaic_ray.emulator.compiler.argv import ArgvError
@@ -76,7 +76,7 @@ values = st.one_of(
 )
 
 
-@settings(max_examples=FUZZ_EXAMPLES, deadline=None)
+@settings(max_examples=FUZZ_EXAMPLES)
 @given(st.lists(st.tuples(flags, values), max_size=6))
 def test_fuzzed_command_lines_are_parsed_or_refused(pairs: list[tuple[str, str | None]]) -> None:
     arguments = [flag if value is None else f"{flag}={value}" for flag, value in pairs]
@@ -103,11 +103,7 @@ TEXTS = st.one_of(
 )  # fmt: skip
 
 
-@settings(
-    max_examples=FUZZ_EXAMPLES,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=FUZZ_EXAMPLES)
 @given(data=TEXTS.map(str.encode) | st.binary())
 def test_fuzzed_config_files_are_read_or_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "file"

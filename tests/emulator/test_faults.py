@@ -17,7 +17,7 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from qaic_ray.emulator.card import Machine, faults
 
@@ -94,7 +94,7 @@ def test_data_path_timeout_waits_as_told(qaicrt: ModuleType, ask: Ask) -> None:
     ask("kind: data_path_timeout, wait_ms: 5")
     start = time.monotonic()
     assert Session(qaicrt, 0).run() == qaicrt.QStatus.QS_ERROR
-    assert 0.005 <= time.monotonic() - start < 2
+    assert 0.005 <= time.monotonic() - start < 20
 
 
 def test_load_out_of_memory(
@@ -164,13 +164,14 @@ def test_slow(qaicrt: ModuleType, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> 
             return _quick(*arguments)
 
         monkeypatch.setattr(activation, "run", delayed)
-    seconds = []
-    for session in (slow, usual):
+
+    def seconds(session: Session) -> float:
         start = time.monotonic()
         assert session.run() == qaicrt.QStatus.QS_SUCCESS
-        seconds.append(time.monotonic() - start)
-    assert seconds[0] >= 0.06
-    assert seconds[1] < seconds[0]
+        return time.monotonic() - start
+
+    assert seconds(slow) >= 0.06
+    assert any(seconds(usual) < 0.06 for _ in range(20))  # a busy machine is late at times
 
 
 PROGRAM = """
@@ -288,7 +289,6 @@ def test_probability_is_drawn_from_the_seed(tmp_path: Path) -> None:
 words = st.one_of(st.text(max_size=6), st.integers(-3, 3), st.floats(), st.none(), st.booleans())
 
 
-@settings(deadline=None)  # the first one imports PyYAML
 @given(
     st.dictionaries(
         st.sampled_from(["kind", "device", "at", "after", "probability", "call", "factor", "x"]),

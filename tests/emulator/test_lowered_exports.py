@@ -89,7 +89,7 @@ def pair(request: pytest.FixtureRequest, tiny: TinyQpcs) -> Pair:
     return Pair(tiny, **OPTIONS[request.param])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=settings().max_examples // 2)
 @given(data=st.data())
 def test_lowered_equals_reference_on_random_schedules(pair: Pair, data: st.DataObject) -> None:
     """Rows of any number of tokens, idle ones too, in any order of slots."""

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from compiled import COMP_CTX_LENGTHS, CTX_LEN, PROMPT_LEN, SLOTS, compile_tiny
-from hypothesis import given, settings
+from hypothesis import given
 from tiny_llama import TinyLlama
 
 from qaic_ray.emulator.container.execution import (
@@ -91,7 +91,6 @@ def decode(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     return np.array(positions, np.int64)[:, None], np.array(slots, np.int64)
 
 
-@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_lowered_equals_reference_on_random_schedules(pair: Pair, data: st.DataObject) -> None:
     pair.start()

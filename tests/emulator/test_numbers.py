@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import microexponents
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis.extra.numpy import arrays
 
 from qaic_ray.emulator import numbers
@@ -90,7 +90,6 @@ def test_element_tables_are_those_of_the_definition() -> None:
 
 
 @pytest.mark.parametrize(("element", "rule"), FORMATS, ids=FORMAT_IDS)
-@settings(max_examples=60)
 @given(x=rows(32))
 def test_packed_bytes_are_those_of_the_definition(element: Any, rule: str, x: Any) -> None:
     packed = mxfp6.encode(np.ascontiguousarray(x.T), element, rule)
@@ -111,7 +110,6 @@ def test_card_rule_is_one_binade_larger_than_ocp() -> None:
 
 
 @pytest.mark.parametrize("name", list(ROW_FORMATS))
-@settings(max_examples=60)
 @given(data=st.data())
 def test_quantizing_is_idempotent_monotone_and_blind_to_powers_of_two(
     name: str, data: st.DataObject

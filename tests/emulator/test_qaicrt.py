@@ -11,7 +11,7 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
 from qaic_ray.emulator.card import Demand, Machine
 from qaic_ray.emulator.container import aicapi
@@ -481,7 +481,6 @@ commands = st.lists(
 )
 
 
-@settings(suppress_health_check=list(HealthCheck), deadline=None, max_examples=60)
 @given(commands)
 def test_any_order_of_calls_keeps_the_state_machine(qaicrt: ModuleType, calls: list[str]) -> None:
     """The documented states against the runtime: what is held follows from the state alone."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 from compiled import FUZZ_EXAMPLES, compile_tiny, write_qpc
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from tiny_llama import TinyLlama
 
 from qaic_ray.emulator.container import (
@@ -66,7 +66,6 @@ def test_header_and_segments_are_as_the_vendors_runtime_reads_them(tmp_path: Pat
 
 
 @given(contents=st.fixed_dictionaries({n: st.binary(max_size=50) for n in SEGMENTS if n != CRC}))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 def test_what_is_written_is_read(tmp_path: Path, contents: dict[str, bytes]) -> None:
     path = tmp_path / FILE_NAME
     write_qpc(str(path), contents)
@@ -125,11 +124,7 @@ def spoil(data: st.DataObject, good: bytes, region: tuple[int, int]) -> bytes:
     return bytes(bad)
 
 
-@settings(
-    max_examples=FUZZ_EXAMPLES,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=FUZZ_EXAMPLES)
 @given(data=st.data())
 def test_fuzzed_files_are_opened_or_refused(
     program_file: Path, tmp_path: Path, data: st.DataObject
@@ -142,11 +137,7 @@ def test_fuzzed_files_are_opened_or_refused(
         open_and_read(path)
 
 
-@settings(
-    max_examples=FUZZ_EXAMPLES,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=FUZZ_EXAMPLES)
 @given(data=st.data())
 def test_fuzzed_segments_with_right_checksums_are_opened_or_refused(
     program_file: Path, tmp_path: Path, data: st.DataObject

@@ -396,4 +396,4 @@ class AnyArrival(RuleBasedStateMachine):
 
 
 TestAnyArrival = AnyArrival.TestCase
-TestAnyArrival.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestAnyArrival.settings = settings(stateful_step_count=40)

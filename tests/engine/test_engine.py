@@ -6,7 +6,7 @@ from collections.abc import Sequence as Listed
 
 import pytest
 from formula_program import EOS, VOCAB, FormulaProgram, answer, run_all
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.contract import IoContract, Specialization, Specializations
@@ -68,7 +68,6 @@ def check_every_row(engine: Engine, rows: Rows, memory: int | None = None) -> No
     assert len(work.ttft) == len(rows)
 
 
-@settings(max_examples=50, deadline=None)
 @given(
     slots=st.integers(1, 4),
     prompt_len=st.sampled_from([1, 2, 8, (2, 8)]),
@@ -95,7 +94,6 @@ def test_every_row_gets_its_own_answer_whatever_runs_beside_it(
     check_every_row(Engine(program, prefix_reuse=prefix_reuse), rows)
 
 
-@settings(max_examples=30, deadline=None)
 @given(slots=st.integers(1, 3), prompt_len=st.sampled_from([1, 4]), rows=ROWS)
 def test_rows_in_lockstep_get_their_own_answers_too(
     slots: int, prompt_len: int, rows: Rows
@@ -106,7 +104,6 @@ def test_rows_in_lockstep_get_their_own_answers_too(
     check_every_row(Engine(program), rows)
 
 
-@settings(max_examples=30, deadline=None)
 @given(rows=ROWS, contexts=st.sets(st.sampled_from([8, 16, 24]), max_size=3))
 def test_every_step_computes_with_no_more_context_than_it_needs(
     rows: Rows, contexts: set[int]
@@ -185,7 +182,6 @@ class KeepsUntil:
         return self.seen.index(self.token) + 1 if self.token in self.seen else None
 
 
-@settings(max_examples=30, deadline=None)
 @given(rows=ROWS, at=st.integers(0, 39), lockstep=st.booleans())
 def test_a_reader_ends_its_row_with_the_token_it_says(rows: Rows, at: int, lockstep: bool) -> None:
     kind = IoContract.CACHE_INDEX if lockstep else IoContract.POSITION_IDS
@@ -207,7 +203,6 @@ def test_a_reader_ends_its_row_with_the_token_it_says(rows: Rows, at: int, locks
     assert work.decode_tokens <= work.generated_tokens
 
 
-@settings(max_examples=25, deadline=None)
 @given(rows=ROWS, slots=st.integers(1, 4), continuous=st.booleans(), data=st.data())
 def test_sampled_text_follows_from_seed_and_prompt_alone(
     rows: Rows, slots: int, continuous: bool, data: st.DataObject

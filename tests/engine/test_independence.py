@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from answering import engine_on, outputs, rows_of, run
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qaic_ray.contract import IoContract
@@ -50,9 +50,7 @@ ROWS = st.lists(
 )
 
 
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=settings().max_examples // 4)
 @given(slots=st.sampled_from([1, 2, 4]), device=st.integers(0, 3), rows=ROWS, reuse=st.booleans())
 @pytest.mark.parametrize("name", EVERY_SHAPE)
 def test_every_row_has_transformers_answer(

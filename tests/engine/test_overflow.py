@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from formula_program import EOS, VOCAB, Array, FormulaProgram, answer, run_all
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.contract import IoContract, Specializations
@@ -44,7 +44,6 @@ class Overflowing(FormulaProgram):
         return logits
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     contract=st.sampled_from([
         (IoContract.POSITION_IDS, True), (IoContract.POSITION_IDS, False),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from formula_program import EOS, VOCAB, FormulaProgram, answer, run_all
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.contract import IoContract, Specializations
@@ -65,7 +65,6 @@ CONTRACTS = st.sampled_from([
 ])  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     contract=CONTRACTS,
     slots=st.integers(1, 4),
@@ -151,7 +150,6 @@ ANY_PARAMS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     asked=st.lists(ANY_PARAMS, min_size=1, max_size=4),
     scale=st.sampled_from([0.0, 1.0, 1e-30, 1e4, 1e30]),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.engine.categorical import NUMBERS, CategoricalSampler, Rules
@@ -282,7 +282,6 @@ def penalized(logits: Array, asked: Asked, output: list[int]) -> Array:
     return changed
 
 
-@settings(max_examples=15, deadline=None)
 @given(
     repetition=st.sampled_from([1.0, 0.5, 1.3, 5.0]),
     presence=st.sampled_from([0.0, 0.7, -2.0]),
@@ -392,7 +391,6 @@ ROWS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=12, deadline=None)
 @given(rows=st.lists(ROWS, min_size=2, max_size=6), data=st.data())
 def test_a_row_is_the_same_in_any_batch_slot_and_order(
     rows: list[dict[str, Any]], data: st.DataObject

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Listed
 
 import pytest
 from formula_program import EOS, VOCAB, FormulaProgram, answer, run_all
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.contract import Specialization, Specializations
@@ -70,7 +70,6 @@ def proposer(name: str, slots: int, memory: int) -> Proposer | None:
     )
 
 
-@settings(max_examples=50, deadline=None)
 @given(
     name=PROPOSERS,
     slots=st.integers(1, 3),

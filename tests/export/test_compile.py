@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compiled_here import compile_here
 from random_models import export_untouched, write_checkpoint
 
 from qaic_ray import contract
@@ -109,7 +110,12 @@ def specializations(options: ExportOptions, sdk: Sdk) -> str:
 
 
 def compiled(
-    folder: Path, result: ExportResult, options: ExportOptions, apps_version: str, *flags: str
+    folder: Path,
+    result: ExportResult,
+    options: ExportOptions,
+    apps_version: str,
+    *flags: str,
+    compile_: Callable[[list[str], Path], None] = run_compiler,
 ) -> LoadedProgram:
     """The program that the SDK's compiler makes; without flags everything stays float32."""
     sdk = find_sdk("emulated", EmulatorOptions(cards=1, sku="standard", apps_version=apps_version))
@@ -126,7 +132,7 @@ def compiled(
         *flags,
         f"-aic-binary-dir={folder / 'qpc'}",
     ]
-    run_compiler(argv, folder / "log")
+    compile_(argv, folder / "log")
     check_qpc(folder / "qpc", folder / "log")
     return LoadedProgram(CompiledProgram.open(str(folder / "qpc")), 1)
 
@@ -258,6 +264,7 @@ def test_every_option_compiles_and_runs(
     options, result = exports[name]
     exact = name not in ("float16 files", "mxint8 cache")
     flags = [f"-custom-IO-list-file={result.folder / 'custom_io.yaml'}", "-convert-to-fp16"]
-    program = compiled(tmp_path, result, options, "1.20", *([] if exact else flags))
+    flags = [] if exact else flags
+    program = compiled(tmp_path, result, options, "1.20", *flags, compile_=compile_here)
     assert (program.lowered is not None) == (options.io is IoContract.POSITION_IDS)
     check_answers(program, traces, result, 1e-4 if exact else 0.5)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from random_models import export_untouched
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -98,7 +98,6 @@ def spellings(draw: st.DrawFn) -> dict[str, Any]:
     return config
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(changes=spellings())
 def test_rope_is_read_as_transformers_reads_it(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | SIZES | changes
@@ -132,7 +131,6 @@ def shapes(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     return kind, config
 
 
-@settings(max_examples=100, deadline=None)
 @given(drawn=shapes())
 def test_tensors_are_those_of_transformers(drawn: tuple[str, dict[str, Any]]) -> None:
     kind, changes = drawn
@@ -327,7 +325,6 @@ def mutate(good: tuple[Path, dict[str, Any]], tmp_path: Path, data: st.DataObjec
     assert len(said) < 500
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_config_is_exported_or_one_sentence(
     good: tuple[Path, dict[str, Any]], tmp_path: Path, data: st.DataObject
@@ -336,7 +333,7 @@ def test_any_config_is_exported_or_one_sentence(
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2000)
 @given(data=st.data())
 def test_2000_configs(
     good: tuple[Path, dict[str, Any]], tmp_path: Path, data: st.DataObject

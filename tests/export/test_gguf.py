@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf_models import VOCAB, GgufModel, Quantization, random_model
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from llama_cpp import LlamaCpp
 from random_models import export_untouched
@@ -390,7 +390,6 @@ ODD = st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_key_is_read_or_one_sentence(tmp_path: Path, data: st.DataObject) -> None:
     model = llama(num_hidden_layers=1)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from operator_forms import (
@@ -438,7 +438,6 @@ SESSIONS = {
 }
 
 
-@settings(deadline=None)
 @given(
     opset=st.sampled_from(OPSETS),
     plain=st.booleans(),

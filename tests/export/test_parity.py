@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import export_untouched, write_checkpoint
 from safetensors.torch import load_file, save_file
@@ -157,11 +157,7 @@ OPTIONS = st.one_of(
 )
 
 
-@settings(
-    deadline=None,
-    max_examples=20,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(max_examples=settings().max_examples // 2)
 @given(data=st.data(), which=st.integers(0, 4), options=OPTIONS)
 def test_any_shape_and_option_equals_transformers(
     checkpoints: list[Checkpoint],

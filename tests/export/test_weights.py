@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.errors import CheckpointError
@@ -45,7 +45,6 @@ def spec(name: str, shape: tuple[int, ...], *, transpose: bool = False) -> Weigh
     return WeightSpec(name, shape[::-1] if transpose else shape, name, transpose)
 
 
-@settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_every_value_arrives(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Any shapes, types, sharding and block size give what numpy gives."""
@@ -101,7 +100,6 @@ def test_tied_tensor_is_read_once_and_lies_twice(tmp_path: Path) -> None:
     np.testing.assert_array_equal(both["head"], tensor.T.ravel())
 
 
-@settings(deadline=None)
 @given(
     num_heads=st.integers(1, 5),
     head_dim=st.integers(1, 6),

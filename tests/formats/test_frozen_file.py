@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError
@@ -30,7 +30,6 @@ def file(tmp_path: Path, content: bytes) -> Path:
     return path
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=100), st.lists(st.tuples(st.integers(0, 120), st.integers(-1, 50))))
 def test_it_reads_like_the_file(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, reads: list[tuple[int, int]]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
@@ -98,7 +98,6 @@ def test_equal_numbers_of_different_types_are_not_taken_for_each_other() -> None
             requests(Draft(0, b""), request({**body, "max_tokens": value}, str(number)))
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=("Cs",)), min_size=1), max_size=20))
 def test_a_custom_id_is_good_once(ids: list[str]) -> None:
     lines = "\n".join(json.dumps(request({"prompt": "a"}, id_)) for id_ in ids)

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError, UsageError
@@ -185,7 +185,6 @@ def without_nulls(value: Any) -> Any:
     return row
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.lists(ROWS, max_size=3))
 def test_any_row_comes_back_from_the_table(rows: list[Row]) -> None:
     documents = [row.to_json() for row in rows]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError, UsageError
@@ -135,7 +135,6 @@ def test_parquet_that_is_no_file_is_one_sentence() -> None:
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1)
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     st.lists(
         st.fixed_dictionaries({"prompt": TEXTS}, optional={"id": TEXTS, "mine": st.integers()}),

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError, UsageError
@@ -68,7 +68,6 @@ def test_split(argument: str, prompts: list[str]) -> None:
     assert split_prompts(argument) == prompts
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=5))
 def test_any_list_of_prompts_can_be_written(prompts: list[str]) -> None:
     # The last piece has no pipe behind it, so its closing backslashes are themselves.
@@ -112,7 +111,6 @@ def test_text_lines_lose_their_line_end_and_nothing_else(tmp_path: Path) -> None
     ]
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     st.lists(
         TEXTS.filter(lambda t: "\n" not in t and "\r" not in t and "\0" not in t and t),

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.cluster.ray_data import CardPredictor
@@ -320,7 +320,6 @@ def check(items: list[Prompt | Row], num_rows: int) -> None:
             json.dumps(item.to_json(), ensure_ascii=False).encode()
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.lists(DOCUMENTS, min_size=1, max_size=4))
 def test_any_json_objects_are_prompts_or_error_rows(documents: list[dict[str, Any]]) -> None:
     own = OwnFields(RUN)
@@ -339,7 +338,6 @@ def test_any_json_objects_are_prompts_or_error_rows(documents: list[dict[str, An
         check(list(prompts_from_file("-", sampling=RUN)), len(lines))
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     header=st.lists(NAMES, max_size=4, unique=True),
     rows=st.lists(st.lists(TEXTS | VALUES.map(json.dumps), max_size=5), min_size=1, max_size=4),
@@ -373,7 +371,6 @@ def column(values: list[Any]) -> pa.Array | None:
     return None if pa.types.is_struct(array.type) and array.type.num_fields == 0 else array
 
 
-@settings(max_examples=100, deadline=None)
 @given(names=st.lists(NAMES, max_size=4, unique=True), data=st.data(), num=st.integers(1, 3))
 def test_any_columns_are_prompts_or_error_rows(
     names: list[str], data: st.DataObject, num: int, tmp_path_factory: pytest.TempPathFactory
@@ -392,7 +389,6 @@ def test_any_columns_are_prompts_or_error_rows(
     check(list(prompts_from_parquet(str(path), OwnFields(RUN))), num)
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.dictionaries(NAMES, st.lists(VALUES, min_size=2, max_size=2), max_size=4))
 def test_any_batch_is_prompts_or_error_rows(columns: dict[str, list[Any]]) -> None:
     one = object.__new__(CardPredictor)  # no card: only its reading

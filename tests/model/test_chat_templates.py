@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from chat_templates import CONVERSATIONS, KWARGS, TEMPLATES
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer_folders import FOLDERS
 
@@ -151,7 +151,6 @@ def statements(draw: st.DrawFn, depth: int = 2) -> str:
     return f"{space}{{%{left} {head} {right}%}}{inner}{{%{right} end{kind} {left}%}}"
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     pieces=st.lists(statements(), min_size=1, max_size=5),
     messages=st.lists(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import cycle
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
@@ -106,7 +106,6 @@ def parts(ids: Sequence[int], sizes: Sequence[int]) -> Iterator[Sequence[int]]:
 SIZES = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 
 
-@settings(max_examples=25)
 @given(data=st.data(), sizes=SIZES)
 def test_pushes_are_the_text_and_are_never_taken_back(
     tokenizer: Tokenizer,
@@ -140,7 +139,6 @@ def test_whole_characters_are_given_as_soon_as_they_are_whole() -> None:
 # -- stop strings
 
 
-@settings(max_examples=20)
 @given(data=st.data(), sizes=SIZES, include=st.booleans())
 def test_a_stop_string_is_found_at_once_and_nothing_behind_it_is_kept(
     tokenizer: Tokenizer,

@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.errors import CheckpointError
@@ -60,7 +60,6 @@ def test_keys_and_tensors_are_those_of_the_gguf_package(whole: Path) -> None:
         assert found.shape == (2, 3)
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_damage_is_one_sentence(whole: Path, data: st.DataObject) -> None:
     """Bytes changed anywhere, or the end cut off: it is read, or it is an error of ours."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer_folders import FOLDERS, TEXTS
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -88,7 +88,6 @@ def test_ids_and_texts_are_the_librarys(
     assert tokenizer.chat_template.special_tokens == truth.special_tokens_map
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     text=st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
     ids=st.lists(st.integers(0, 450)),

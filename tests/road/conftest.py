@@ -8,7 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from byte_tokens import byte_tokenizer
+from compiled_here import compile_here
 from safetensors.numpy import save_file
+
+from qaic_ray.compile import store
+from qaic_ray.compile.variant import Variant
+from qaic_ray.contract import Specializations
+from qaic_ray.export.export import export_model
+from qaic_ray.model.checkpoint import open_checkpoint
+from qaic_ray.option_types import Precision
+from qaic_ray.options import EmulatorOptions, ExportOptions
+from qaic_ray.pipeline.compile_step import source_of
+from qaic_ray.sdk import find_sdk
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN = 2, 32, 4, 2, 8, 48
 
@@ -64,6 +75,21 @@ def write_checkpoint(folder: Path, seed: int = 0) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_qpc(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two slots on 7 NSPs of a card; where the two steps before are not what a test is about."""
+    folder = tmp_path_factory.mktemp("qpc")
+    options = ExportOptions(continuous_batching=True)
+    checkpoint = open_checkpoint(str(tiny_checkpoint))
+    exported = export_model(checkpoint, options, output=folder / "tiny-kv", verify="off")
+    shapes = Specializations.build(batch_size=2, prompt_len=16, ctx_len=128, continuous=True)
+    variant = Variant(source_of(exported.folder), Precision.FP32, 7, shapes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "run_compiler", compile_here)
+        sdk = find_sdk("emulated", EmulatorOptions())
+        return store.build(store.BuildRequest(variant, sdk, folder)).path
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
+
+from qaic_ray.cluster.cluster import Cluster
 
 pytestmark = pytest.mark.cluster
 
@@ -34,10 +37,18 @@ def qaic_ray(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
         env={**os.environ, "RAY_AUTH_MODE": "disabled", "QAIC_RAY_SDK": "emulated"},
     )
+
+
+@pytest.fixture
+def address(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of a Ray that is there already: a start a command would take most of a test's time."""
+    # It listens on the loopback interface, where Ray looks for one only when told.
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def rows_of(run_folder: Path, name: str = "outputs.jsonl") -> list[dict[str, Any]]:
@@ -172,7 +183,7 @@ def test_the_three_steps_by_hand_and_what_a_qpc_is_not(
 
 
 def test_speculative_decoding_gives_the_same_text_in_fewer_steps(
-    launched: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+    launched: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, address: str
 ) -> None:
     work, _ = launched
     job = yaml.safe_load((work / "tiny.yaml").read_text())
@@ -183,9 +194,8 @@ def test_speculative_decoding_gives_the_same_text_in_fewer_steps(
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(job))
     found = {}
     for drafts in ("none", "prompt-lookup"):
-        result = qaic_ray(
-            "launch", "tiny.yaml", "--set", f"run.drafts={drafts}", "--json", cwd=tmp_path
-        )
+        launch = ("launch", "tiny.yaml", "--set", f"run.drafts={drafts}", "--address", address)
+        result = qaic_ray(*launch, "--json", cwd=tmp_path)
         assert result.returncode == 1, result.stderr  # some of the prompts cannot be answered
         report = json.loads(result.stdout.splitlines()[-1])
         found[drafts] = (report, rows_of(Path(report["folder"])))
@@ -209,7 +219,7 @@ WISHES: list[dict[str, Any]] = [
 
 
 def test_rows_get_what_they_ask_for_on_any_card_again(
-    launched: tuple[Path, subprocess.CompletedProcess[str]], tiny_checkpoint: Path
+    launched: tuple[Path, subprocess.CompletedProcess[str]], tiny_checkpoint: Path, address: str
 ) -> None:
     work, _ = launched
     chat = work / "tiny-chat"
@@ -224,7 +234,7 @@ def test_rows_get_what_they_ask_for_on_any_card_again(
     asked += ["--temperature", "0.9", "--chat", "--system", "Be brief.", "--run-seed", "3"]
     runs = []
     for cards in ("1,2,3", "0"):
-        result = qaic_ray(*asked, "--device-id", cards, cwd=work)
+        result = qaic_ray(*asked, "--device-id", cards, "--address", address, cwd=work)
         assert result.returncode == 1, result.stderr  # two rows cannot be answered
         report = json.loads(result.stdout.splitlines()[-1])
         assert report["failed_rows"] == 2

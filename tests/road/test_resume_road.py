@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ pytestmark = pytest.mark.cluster
 
 COMMAND = [sys.executable, "-c", "from qaic_ray.cli import main; main()"]
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "QAIC_RAY_SDK": "emulated"}
-NUM_ROWS = 600
+NUM_ROWS = 240
+SLOW = {"faults": [{"kind": "slow", "factor": 20}]}
+"""So that a run is still at work when it is killed."""
 
 
 def qaic_ray(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -26,53 +29,29 @@ def qaic_ray(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
         env=ENVIRONMENT,
     )
 
 
 @pytest.fixture(scope="module")
-def work(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a QPC, and prompts of which some cannot be answered."""
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with prompts of which some cannot be answered."""
     folder = tmp_path_factory.mktemp("resume")
     lines: list[dict[str, Any]] = [
         {"prompt": f"number {i}", "temperature": 0.7} for i in range(NUM_ROWS)
     ]
     lines[7] = {"no prompt": True}
-    lines[400] = {"prompt": "x" * 500}
+    lines[200] = {"prompt": "x" * 500}
     (folder / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for command in (
-        [
-            "export",
-            "--model-name",
-            str(tiny_checkpoint),
-            "--continuous-batching",
-            "--verify",
-            "off",
-        ],
-        [
-            "compile",
-            "tiny-kv",
-            "fp32",
-            "7",
-            "--prompt-len",
-            "16",
-            "--ctx-len",
-            "128",
-            "--batch-size",
-            "2",
-        ],
-    ):
-        done = qaic_ray(*command, cwd=folder)
-        assert done.returncode == 0, done.stderr
     return folder
 
 
-def command(tiny_checkpoint: Path, output: str, *more: str) -> list[str]:
+def command(checkpoint: Path, qpc: Path, output: str, *more: str) -> list[str]:
     return [
-        *("run", "--model-name", str(tiny_checkpoint), "--prompts-file", "p.jsonl", "--no-stream"),
-        *("--qpc", "qpc/tiny-kv-16pl-128cl-7c-2BS-fp32", "--generation-len", "40"),
+        *("run", "--model-name", str(checkpoint), "--prompts-file", "p.jsonl", "--no-stream"),
+        *("--qpc", str(qpc), "--generation-len", "40"),
         *("--run-seed", "3", "--output", output, "--output-format", "parquet", *more),
     ]
 
@@ -84,22 +63,25 @@ def answers(run: Path) -> list[tuple[Any, ...]]:
 
 
 def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(
-    work: Path, tiny_checkpoint: Path
+    work: Path, tiny_checkpoint: Path, tiny_qpc: Path
 ) -> None:
+    run = partial(command, tiny_checkpoint, tiny_qpc)
     # Half of each of two cards, against all of it on one: where a row is answered changes nothing.
-    whole = qaic_ray(*command(tiny_checkpoint, "whole", "--device-id", "2"), cwd=work)
+    whole = qaic_ray(*run("whole", "--device-id", "2"), cwd=work)
     assert whole.returncode == 1, whole.stderr  # two rows cannot be answered
     (undisturbed,) = (work / "whole").iterdir()
+    (work / "slow.json").write_text(json.dumps(SLOW))
+    slow = {**ENVIRONMENT, "QAIC_EMULATOR_FAULTS": str(work / "slow.json")}
     with (work / "said").open("w") as said:
         running = subprocess.Popen(
-            [*COMMAND, *command(tiny_checkpoint, "cut", "--device-id", "0,1", "--partitions", "2")],
+            [*COMMAND, *run("cut", "--device-id", "0,1", "--partitions", "2")],
             cwd=work,
-            env=ENVIRONMENT,
+            env=slow,
             stdout=said,
             stderr=said,
         )
-    deadline_s = time.monotonic() + 120
-    while not any(p.stat().st_size > 20_000 for p in work.glob("cut/*/journal/*.jsonl")):
+    deadline_s = time.monotonic() + 240
+    while not any(p.stat().st_size > 8_000 for p in work.glob("cut/*/journal/*.jsonl")):
         assert running.poll() is None, (work / "said").read_text()
         assert time.monotonic() < deadline_s
         time.sleep(0.02)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.documents import differences
@@ -78,7 +78,6 @@ def segment(folder: Path, number: int = 0) -> Path:
     return folder / "journal" / f"{number:06}.jsonl"
 
 
-@settings(max_examples=25, deadline=None)
 @given(rows=st.lists(ROWS, min_size=1, max_size=3))
 def test_every_field_of_a_row_comes_back(
     rows: list[Row], tmp_path_factory: pytest.TempPathFactory

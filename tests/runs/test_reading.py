@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError, UsageError
@@ -39,7 +39,6 @@ def next_batch(reader: ThreadedReader) -> Batch:
     raise AssertionError("nothing came")
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 40), st.lists(st.integers(1, 20), min_size=1, max_size=60))
 def test_every_item_once_in_order_and_no_more_than_was_asked_for(
     count: int, asked: list[int]

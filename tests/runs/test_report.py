@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from simulated_cards import info
@@ -141,7 +141,6 @@ def test_a_run_that_never_began_has_a_report(tmp_path: Path) -> None:
 # -- histograms
 
 
-@settings(max_examples=40)
 @given(
     st.dictionaries(st.just(0.0) | st.floats(1e-6, 1e6), st.integers(1, 5), min_size=1),
     st.booleans(),
@@ -167,7 +166,6 @@ def test_bins_are_round() -> None:
     assert histogram({0.07: 1, 0.01: 4})["edges"][:3] == [0.0, 0.005, 0.01]
 
 
-@settings(max_examples=40)
 @given(st.floats(1e-9, 1e9))
 def test_round_up_is_round_and_up(width: float) -> None:
     rounded = round_up(width)
@@ -255,7 +253,6 @@ def test_the_page_can_be_drawn_from_the_file(tmp_path: Path) -> None:
 # -- the tally
 
 
-@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["card 0", "card 1", ""]), st.integers(0, 9), st.booleans()),

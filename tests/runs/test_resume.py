@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from simulated_cards import DirectReader, SimulatedCards, answer
 
@@ -204,7 +204,6 @@ os_write = os.write
 KILLS = st.tuples(st.integers(1, 120), st.sampled_from(["before", "midway", "after"]))
 
 
-@settings(max_examples=25, deadline=None)
 @given(kills=st.lists(KILLS, max_size=5), num_cards=st.integers(1, 3))
 def test_killed_at_any_call_any_number_of_times(
     kills: list[tuple[int, str]], num_cards: int, tmp_path_factory: pytest.TempPathFactory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,9 @@ def prompts(tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     return chosen
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _all_cores() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _all_cores() -> Iterator[None]:
     """One program at a time runs here: it may have every core."""
-    os.environ["OMP_NUM_THREADS"] = str(os.cpu_count() or 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QAIC_EMULATOR_THREADS", str(os.cpu_count() or 1))
+        yield

@@ -13,7 +13,7 @@ from qaic_ray.model.stop_strings import StopReader
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.sampling_params import SamplingParams
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 FOREIGN = "日本語と한국어, ไทย မြန်မာ 🙂👩‍👩‍👧 e\u0301 \ufffd العربية"
 

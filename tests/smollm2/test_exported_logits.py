@@ -19,7 +19,7 @@ from qaic_ray.model.manifest import read_manifest
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import ExportOptions
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 ANSWER = (
     " \"Ethan\" and I'm a 25-year-old male. I'm a 25-year-old male "

@@ -22,7 +22,7 @@ from qaic_ray.model.checkpoint import Checkpoint, load_torch_model
 from qaic_ray.option_types import Precision
 from qaic_ray.sdk import Sdk
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 NEW_TOKENS = 48
 TIE = 1e-4

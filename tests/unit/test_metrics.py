@@ -6,7 +6,7 @@ import math
 from dataclasses import fields
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.durations import Durations
@@ -26,13 +26,11 @@ MEASUREMENTS = st.builds(
 )
 
 
-@settings(max_examples=40)
 @given(MEASUREMENTS, MEASUREMENTS, MEASUREMENTS)
 def test_measurements_add_associatively(a: Measurement, b: Measurement, c: Measurement) -> None:
     assert (a + b) + c == a + (b + c) == total([a, b, c])
 
 
-@settings(max_examples=40)
 @given(MEASUREMENTS, MEASUREMENTS)
 def test_every_field_is_added(a: Measurement, b: Measurement) -> None:
     for field in fields(Measurement):
@@ -40,7 +38,6 @@ def test_every_field_is_added(a: Measurement, b: Measurement) -> None:
         assert getattr(a + b, field.name) == added
 
 
-@settings(max_examples=40)
 @given(MEASUREMENTS)
 def test_zero(a: Measurement) -> None:
     assert a + Measurement() == Measurement() + a == total([a]) == a
@@ -54,7 +51,6 @@ def test_the_rate_of_a_sum_is_no_sum_and_no_mean_of_rates() -> None:
     assert Measurement().decode_tokens_per_s == 0.0
 
 
-@settings(max_examples=40)
 @given(SECONDS, SECONDS, SECONDS, SECONDS)
 def test_spans_cover_both(a: float, b: float, c: float, d: float) -> None:
     one, other = Span(min(a, b), max(a, b)), Span(min(c, d), max(c, d))
@@ -69,7 +65,6 @@ def test_merged_rate() -> None:
     assert tokens_per_s(500, Span(3.0, 3.0)) == 0.0
 
 
-@settings(max_examples=100)
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1), st.floats(0, 1))
 def test_a_quantile_is_right_to_a_tenth_of_a_percent(values: list[float], q: float) -> None:
     expected = sorted(values)[math.floor(q * (len(values) - 1))]

@@ -519,7 +519,7 @@ def test_prompts_that_have_not_begun_are_given_back(
     gate, run = threading.Event(), FormulaSession.run
 
     def held(*args: object, **options: object) -> object:
-        assert gate.wait(30)
+        assert gate.wait(120)
         return run(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(FormulaSession, "run", held)
@@ -554,7 +554,7 @@ def test_a_prompt_of_which_a_sample_has_begun_stays(
     gate, run = threading.Event(), FormulaSession.run
 
     def held(*args: object, **options: object) -> object:
-        assert gate.wait(30)
+        assert gate.wait(120)
         return run(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(FormulaSession, "run", held)
@@ -589,7 +589,7 @@ def test_closing_ends_the_shards_that_wait(
 
     def slow_step(engine: worker_module.Engine) -> object:
         stepping.set()
-        assert let_go.wait(30)
+        assert let_go.wait(120)
         return step(engine)
 
     monkeypatch.setattr(worker_module.Engine, "step", slow_step)
@@ -599,7 +599,7 @@ def test_closing_ends_the_shards_that_wait(
             pool.submit(lambda i=i: list(worker.answer([Prompt(i, "BCD")], shard_id=i)))
             for i in range(3)
         ]
-        assert stepping.wait(30)
+        assert stepping.wait(120)
         closing = pool.submit(worker.close)
         let_go.set()
         closing.result(30)

@@ -12,8 +12,6 @@ import pytest
 from qaic_ray.engine.sampler import Selector
 from qaic_ray.sampling_params import SamplingParams
 
-pytestmark = pytest.mark.model
-
 VOCAB = 49_152
 
 
