@@ -42,11 +42,11 @@ from pathlib import Path
 import onnx
 from qaic_ray.export.architecture import read_architecture
 from qaic_ray.export.graph import author
+from qaic_ray.export.simplify import simplifying
 from qaic_ray.options import ExportOptions
-from qaic_ray.export.simplify import Simplification
 graph = author(read_architecture(json.loads(sys.argv[1])), ExportOptions(continuous_batching=True))
-with Simplification(graph.model, Path(sys.argv[2])) as simplification:
-    onnx.save(simplification.result(), Path(sys.argv[2]) / "graph.onnx")
+with simplifying(graph.model, Path(sys.argv[2])) as simplified:
+    onnx.save(simplified(), Path(sys.argv[2]) / "graph.onnx")
 """
 
 SHAPE_7B = {

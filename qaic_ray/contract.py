@@ -1,7 +1,7 @@
 """The interface of an exported model and of its QPC: tensor names, I/O contracts, specializations.
 
 Vendor words are kept exactly. Sources: the published LlamaForCausalLM recipe (`cache-index`) and
-QEfficient from 1.16 on (`position-ids`). Knows nothing of ONNX files, compilers or cards.
+QEfficient from 1.16 on (`position-ids`).
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ MAX_CORES = 16
 """NSPs of the largest Cloud AI 100 SoC (Pro, Ultra)."""
 
 MAX_SIZE = 2**31 - 1
-"""Of any dimension: what 32 bits hold."""
+"""The largest dimension: what 32 bits hold."""
 MAX_VARIANTS = 1000
-"""Of one grid; also how many specializations a file may hold."""
+"""Variants of one grid at most; also specializations of one file."""
 
 COMP_CTX_STEP = 32
-"""Multiples that compute-context lengths are kept to where one has to give way to another."""
+"""A compute-context length that has to avoid another one is a multiple of this."""
 
 
 class IoContract(str, Enum):
@@ -301,7 +301,7 @@ def _free_context(ctx_len: int, taken: Sequence[int]) -> int:
 
 
 def check_specializations(entries: tuple[Specialization, ...]) -> None:
-    """Refuse what the recipe's compiler scripts would only find out late.
+    """Refuse specializations that cannot be in one program, before the compiler finds out.
 
     Raises:
         SpecializationError: naming the key, the values and the rule.

@@ -1,8 +1,7 @@
 """Finds and opens a Cloud AI SDK folder: its version, commands, modules and devices.
 
 An SDK is a folder (`/opt/qti-aic` on a machine with cards). The emulated SDK is another such
-folder, laid down by its own installer; past this file nobody asks which of the two it is, except
-to print it.
+folder, made by its own installer; no other file asks which of the two it is, except to print it.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from qaic_ray.options import EmulatorOptions
 VENDOR_ROOT = Path("/opt/qti-aic")
 SDK_VARIABLE = "QAIC_RAY_SDK"
 SDK_NAMES = ("auto", "real", "emulated")
-"""What stands for a folder in `find_sdk`."""
+"""Names that `find_sdk` takes in place of a folder."""
 EMULATED_MARKER = "emulated-sdk.json"
 QAIC_UTIL_TIMEOUT_S = 30.0
 
@@ -38,7 +38,7 @@ _AI100_HW_VERSION_FROM = (1, 21)
 
 @dataclass(frozen=True)
 class Device:
-    """One Cloud AI 100 SoC as `qaic-util -q` tells of it; `qid` is the id that qaicrt takes."""
+    """One Cloud AI 100 SoC as `qaic-util -q` shows it; `qid` is the id that qaicrt takes."""
 
     qid: int
     status: str
@@ -129,33 +129,52 @@ class Sdk:
         return parse_devices(result.stdout)
 
 
-def find_sdk(name: str | None, emulated: EmulatorOptions) -> Sdk:
+def has_cards() -> bool:
+    """Whether the kernel shows a Cloud AI 100 device node, new style or old."""
+    return any(
+        any(folder.glob(pattern))
+        for folder, pattern in (
+            (Path("/dev/accel"), "accel*"),
+            (Path("/dev"), "qaic_aic100_*"),
+        )
+    )
+
+
+def find_sdk(
+    name: str | None,
+    emulated: EmulatorOptions,
+    *,
+    vendor_root: Path = VENDOR_ROOT,
+    has_cards: Callable[[], bool] = has_cards,
+) -> Sdk:
     """Choose the SDK and open its folder.
 
     Args:
         name: "real", "emulated", a folder, or None (or "auto"): then the variable QAIC_RAY_SDK,
             then /opt/qti-aic, then, on a machine with neither SDK nor card, the emulated one.
         emulated: what the emulated SDK should be, where it is the one chosen.
+        vendor_root: where the vendor's SDK would be.
+        has_cards: whether this machine has a card.
 
     Raises:
         SdkNotFound: where the SDK that was asked for is not there.
     """
     if name in (None, "auto"):
-        name = os.environ.get(SDK_VARIABLE) or _default_name()
+        name = os.environ.get(SDK_VARIABLE) or _default_name(vendor_root, has_cards)
     if name == "emulated":
         # Named below by all that it is made of: an SDK in use is never changed under its users.
         folder = cache_folder() / "emulated-sdk"
         return open_sdk(Path(_install(["--under", str(folder)], emulated)))
     if name == "real":
-        if not VENDOR_ROOT.is_dir():
+        if not vendor_root.is_dir():
             raise SdkNotFound(
-                f"There is no Cloud AI SDK at {VENDOR_ROOT}: install the Platform and Apps SDK, "
+                f"There is no Cloud AI SDK at {vendor_root}: install the Platform and Apps SDK, "
                 "or ask for its folder, or for `emulated`, in place of `real`."
             )
-        sdk = open_sdk(VENDOR_ROOT)
+        sdk = open_sdk(vendor_root)
         if sdk.kind != "real":
             raise SdkNotFound(
-                f"The SDK at {VENDOR_ROOT} is the emulated one, and the real one was asked for."
+                f"The SDK at {vendor_root} is the emulated one, and the real one was asked for."
             )
         return sdk
     try:
@@ -233,30 +252,19 @@ def parse_devices(text: str) -> list[Device]:
     return devices
 
 
-def has_cards() -> bool:
-    """Whether the kernel shows a Cloud AI 100 device node, new style or old."""
-    return any(
-        any(folder.glob(pattern))
-        for folder, pattern in (
-            (Path("/dev/accel"), "accel*"),
-            (Path("/dev"), "qaic_aic100_*"),
-        )
-    )
-
-
-def _default_name() -> str:
-    if VENDOR_ROOT.is_dir():
-        return str(VENDOR_ROOT)
+def _default_name(vendor_root: Path, has_cards: Callable[[], bool]) -> str:
+    if vendor_root.is_dir():
+        return str(vendor_root)
     if has_cards():
         raise SdkNotFound(
-            f"This machine has Cloud AI 100 cards but no SDK at {VENDOR_ROOT}: install the Apps "
+            f"This machine has Cloud AI 100 cards but no SDK at {vendor_root}: install the Apps "
             f"SDK, or let {SDK_VARIABLE} name its folder."
         )
     return "emulated"
 
 
 def compiler_digest(sdk: Sdk) -> str:
-    """Stands for the compiler's own identity in cache keys.
+    """The compiler's identity, for cache keys.
 
     The emulated SDK's is the digest of its sources, so its QPCs are rebuilt when it changes; the
     vendor's is the size and time of its binary, beside the version that the key names anyway.

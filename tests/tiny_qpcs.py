@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from compiled_here import compile_here
-from random_models import Untouched, write_checkpoint
+from random_models import export_untouched, write_checkpoint
 
-from qaic_ray.compile import store
 from qaic_ray.compile.store import BuildRequest, build
 from qaic_ray.compile.variant import Variant
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP, IoContract, Specializations
-from qaic_ray.export import export
 from qaic_ray.model.checkpoint import load_torch_model
 from qaic_ray.option_types import Precision
 from qaic_ray.options import EmulatorOptions, ExportOptions
@@ -96,18 +93,14 @@ class TinyQpcs:
             source = source_of(self.exported(options))
             variant = Variant(source, Precision.FP32, num_cores, shapes)
             request = BuildRequest(variant, self.sdk, self._folder / "qpc")
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(store, "run_compiler", compile_here)
-                self._qpcs[options, shapes, num_cores] = build(request).path
+            self._qpcs[options, shapes, num_cores] = build(request, compile_here).path
         return self._qpcs[options, shapes, num_cores]
 
     def exported(self, options: ExportOptions) -> Path:
         """The folder of an exported model."""
         if options not in self._exports:
             folder = self._folder / f"{len(self._exports)}-kv"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(export, "Simplification", Untouched)
-                export.export_model(self.checkpoint, options, output=folder, verify="off")
+            export_untouched(self.checkpoint, options, output=folder, verify="off")
             self._exports[options] = folder
         return self._exports[options]
 

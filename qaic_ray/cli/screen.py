@@ -22,8 +22,8 @@ from qaic_ray.pipeline.submit_step import JobStatus, Submission, progress_line
 
 if TYPE_CHECKING:
     from qaic_ray.cards.inventory import NodeCards
+    from qaic_ray.export.check.verify import VerifyReport
     from qaic_ray.export.export import ExportResult
-    from qaic_ray.export.verify import VerifyReport
     from qaic_ray.pipeline.job import Plan
     from qaic_ray.pipeline.steps import CompileOutcome
     from qaic_ray.rows import Row

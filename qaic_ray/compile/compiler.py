@@ -1,8 +1,8 @@
 """Runs the SDK's compiler: under a guard, with a log and a time limit, and the result checked.
 
-A Ray task that is cancelled interrupts Python code but not a wait for a child, and never a
-grandchild, and a process that is killed interrupts nothing; hence the poll loop, and the guard
-(`guard.py`) that ends the compiler and all it began, whatever happens to its caller.
+Cancelling a Ray task interrupts Python code, but neither a wait for a child nor a grandchild, and a
+killed process interrupts nothing. Hence the poll loop, and `guard.py`, which ends the compiler and
+all that it started when the caller ends.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run_compiler(argv: list[str], log: Path, *, timeouts: Timeouts = DEFAULT_TIM
 
 
 def check_qpc(directory: Path, log: Path) -> None:
-    """The compiler may exit 0 and leave nothing: look at what it made.
+    """Check what a compiler left, which may exit 0 and leave nothing.
 
     Raises:
         CompileError: when there is no QPC, or it is not a whole one.
@@ -85,8 +85,7 @@ def check_qpc(directory: Path, log: Path) -> None:
 
 
 def program_fault(directory: Path) -> str:
-    """What is wrong with a folder's QPC by its header, as the begin of a sentence; empty for
-    nothing.
+    """What is wrong with a folder's QPC by its header, as the start of a sentence, or empty.
 
     The header's size is what the vendor's loader compares with the file's.
     """

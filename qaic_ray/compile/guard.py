@@ -1,9 +1,9 @@
-"""Runs one command and sees that nothing of it outlives the process that asked for it.
+"""Runs one command; it and all that it started end with the caller at the latest.
 
-Run as a script of its own, `python -I -S guard.py`: stdin brings the argv as a line of JSON and
-stays open as long as the caller wants the command. At its end, which the kernel makes when the
-caller dies of whatever signal, all that the command has begun is killed, stopped processes and
-those of sessions of their own too. Ends as the command ended. Imports nothing of the rest.
+A script of its own, `python -I -S guard.py`, that imports nothing of the package. stdin has the
+argv as a line of JSON and stays open as long as the caller wants the command; the kernel closes it
+when the caller dies of any signal. Then all processes below the command are killed, also stopped
+ones and those in other sessions. It ends with the command's exit code or signal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import suppress
 
 NOT_STARTED = 127
 CANNOT_START = "guard: cannot start: "
-"""Begin of the last line of the output where the command cannot be started; the code is 127."""
+"""Start of the last line of output where the command cannot be started; the code is 127."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
@@ -27,9 +27,9 @@ _POLL_S = 0.02
 
 
 def main() -> int:
-    """Run the command that stdin brings; its exit code."""
+    """Run the command that stdin names; its exit code."""
     libc = ctypes.CDLL(None, use_errno=True)
-    # Whoever loses its parent below this process becomes its child, and is found.
+    # A process below this one that loses its parent becomes a child of this one, and is found.
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
     line = sys.stdin.buffer.readline()
     if not line.endswith(b"\n"):
@@ -67,7 +67,7 @@ def _start(argv: list[str], libc: ctypes.CDLL) -> int:
 
 
 def _follow(child: int) -> int:
-    """Wait until the command ends, or nobody wants it any more; its exit code, or -signal."""
+    """Wait until the command ends or the caller has gone; its exit code, or -signal."""
     wanted = [sys.stdin.fileno()]
     while True:
         ended, status = os.waitpid(-1, os.WNOHANG)

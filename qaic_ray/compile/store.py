@@ -1,9 +1,9 @@
-"""Compiled folders, kept by content: looked up, or built once however many ask.
+"""Compiled folders, kept by content: looked up, or built once for all who ask at the same time.
 
-A QPC folder is named for people and known by its key: `variant.json` lists every input of the
-compile by name, and what was made with its digest. A folder whose key differs, or whose files are
-not what they were, is not a result. Folders are built in a temporary sibling and renamed, so a
-killed compile leaves nothing that looks finished; what is not ours is never replaced.
+`variant.json` in a QPC folder lists every input of the compile, and the digests of what was made. A
+folder whose key differs, or whose files have changed, is not a result. Folders are built in a
+temporary sibling and renamed, so a killed compile leaves nothing that looks finished; a folder that
+is not ours is never replaced.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -35,6 +35,9 @@ from qaic_ray.folders import (
 )
 from qaic_ray.sdk import Sdk, compiler_digest
 
+CompilerCall = Callable[[list[str], Path], None]
+KeyEntries = list[tuple[str, str]]
+
 VARIANT_FILE = "variant.json"
 SPECIALIZATIONS_FILE = "specializations.json"
 LOG_FILE = "compile.log"
@@ -46,7 +49,7 @@ _MARKS = (VARIANT_FILE, LOG_FILE)
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """One variant to be had from one SDK under one store folder."""
+    """One variant to compile with one SDK, under one store folder."""
 
     variant: Variant
     sdk: Sdk
@@ -63,14 +66,14 @@ class BuildRequest:
         return self.store.absolute() / self.variant.name
 
     @property
-    def entries(self) -> list[tuple[str, str]]:
-        """All that the result depends on, by name."""
+    def entries(self) -> KeyEntries:
+        """All inputs of the compile, by name."""
         return self.variant.key_entries(self.sdk, compiler_digest(self.sdk))
 
 
 @dataclass(frozen=True)
 class Build:
-    """A finished QPC folder: where it is, whether it was there already, and what it took."""
+    """A finished QPC folder, whether it was there already, and the time it took."""
 
     path: Path
     name: str
@@ -81,26 +84,29 @@ class Build:
 
 @dataclass(frozen=True)
 class Record:
-    """What `variant.json` says that is of use; `files` is empty in those of older versions."""
+    """The fields of `variant.json` that are read; `files` is empty in those of older versions."""
 
     num_cores: int
     key: str = ""
     files: tuple[KeptFile, ...] = ()
 
 
-def build(request: BuildRequest) -> Build:
+def build(request: BuildRequest, compiler: CompilerCall | None = None) -> Build:
     """Give the variant's QPC folder, compiling it if it is not there.
 
     Concurrent callers of one variant, in any process of any machine that sees the store, compile
     once: the others wait and reuse.
 
+    Args:
+        request: the variant, the SDK and the store.
+        compiler: runs the compiler's argv with a log file, where not `run_compiler`.
+
     Raises:
         CompileError: from the compiler, with its log.
         UsageError: for a folder of the variant's name that is not ours.
     """
-    variant, sdk, target = request.variant, request.sdk, request.target
     start_s = time.monotonic()
-    entries = request.entries
+    target, entries = request.target, request.entries
     # Without the lock, which a store that one may only read does not give.
     reused = is_current(target, entries)
     if reused:
@@ -110,9 +116,9 @@ def build(request: BuildRequest) -> Build:
         with locked(target):
             reused = is_current(target, entries)
             if not reused:
-                _build(target, variant, sdk, entries)
-    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    return Build(target, variant.name, reused, time.monotonic() - start_s, size)
+                _build(request, entries, compiler or run_compiler)
+    size = sum(file.stat().st_size for file in _files(target))
+    return Build(target, request.variant.name, reused, time.monotonic() - start_s, size)
 
 
 def check_request(request: BuildRequest) -> None:
@@ -125,7 +131,7 @@ def check_request(request: BuildRequest) -> None:
         check_ours(request.target)
 
 
-def is_current(folder: Path, entries: list[tuple[str, str]]) -> bool:
+def is_current(folder: Path, entries: KeyEntries) -> bool:
     """Whether a folder holds the whole result of exactly these key entries."""
     record = read_record(folder)
     if record is None or record.key != key_digest(entries) or program_fault(folder):
@@ -172,15 +178,21 @@ def check_kept(folder: Path) -> None:
         )
     fault = program_fault(folder)
     program = _program(folder)
-    if not fault and program is not None and _digest(folder) != program.sha256:
+    if not fault and program is not None and content_key(folder) != program.sha256:
         fault = f"{folder / QPC_FILE} has changed since it was compiled"
     if fault:
         raise UsageError(f"{fault}: compile it again.")
 
 
 def content_key(folder: Path) -> str:
-    """What a QPC folder is known by: the SHA-256 of its program, whoever compiled it."""
-    return _digest(folder)
+    """The SHA-256 of a QPC folder's program, also where another tool compiled it.
+
+    It is read only where its status changed.
+    """
+    program = _program(folder)
+    if program is not None and program.is_untouched(folder):
+        return program.sha256
+    return _digest_of(folder / QPC_FILE, SourceFile.of(folder / QPC_FILE))
 
 
 def read_record(folder: Path) -> Record | None:
@@ -195,22 +207,25 @@ def read_record(folder: Path) -> Record | None:
     return record if is_sealed or not record.files else None
 
 
-def _build(target: Path, variant: Variant, sdk: Sdk, entries: list[tuple[str, str]]) -> None:
-    check_ours(target)
+def _build(request: BuildRequest, entries: KeyEntries, compiler: CompilerCall) -> None:
+    check_ours(request.target)
     try:
-        with building(target) as folder:
-            _compile_into(folder, variant, sdk, entries)
+        with building(request.target) as folder:
+            _compile_into(folder, request, entries, compiler)
     except OSError as error:
-        raise CompileError(f"Cannot write {target}: {error.strerror}.") from error
+        raise CompileError(f"Cannot write {request.target}: {error.strerror}.") from error
 
 
-def _compile_into(folder: Path, variant: Variant, sdk: Sdk, entries: list[tuple[str, str]]) -> None:
+def _compile_into(
+    folder: Path, request: BuildRequest, entries: KeyEntries, compiler: CompilerCall
+) -> None:
+    variant, sdk = request.variant, request.sdk
     log = folder / LOG_FILE
     specializations = folder / SPECIALIZATIONS_FILE
     text = variant.specializations.to_json(named=sdk.named_specializations)
     specializations.write_text(text, encoding="utf-8")
     binary_dir = folder / "qpc"
-    run_compiler(variant.argv(sdk, specializations, binary_dir), log)
+    compiler(variant.argv(sdk, specializations, binary_dir), log)
     check_qpc(binary_dir, log)
     for produced in binary_dir.iterdir():
         os.replace(produced, folder / produced.name)
@@ -231,12 +246,12 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _remember_anew(folder: Path) -> None:
-    """Read a copy, or what an older version compiled, through once and not every time."""
+    """Record a copy's files, or an older version's, so that they are not read through again."""
     record = read_record(folder)
     names = [file.name for file in record.files] if record else []
     if record is None or (names and all(file.is_untouched(folder) for file in record.files)):
         return
-    # Where the store may only be read, it is every time.
+    # A store that may only be read is read through every time.
     with suppress(UsageError, OSError), locked(folder):
         document = read_object(folder / VARIANT_FILE)
         _remember(folder, document, names or [n for n in sorted(_OURS) if (folder / n).is_file()])
@@ -253,7 +268,7 @@ def _remember(folder: Path, document: dict[str, Any], names: Iterable[str]) -> N
 
 
 def _seal(document: dict[str, Any]) -> str:
-    """Tells a document that somebody has edited from the one that was written."""
+    """A digest of the document, which an edit does not update."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
@@ -261,14 +276,6 @@ def _program(folder: Path) -> KeptFile | None:
     record = read_record(folder)
     files = record.files if record else ()
     return next((file for file in files if file.name == QPC_FILE), None)
-
-
-def _digest(folder: Path) -> str:
-    """The SHA-256 of the program; it is read only where its status changed."""
-    program = _program(folder)
-    if program is not None and program.is_untouched(folder):
-        return program.sha256
-    return _digest_of(folder / QPC_FILE, SourceFile.of(folder / QPC_FILE))
 
 
 @lru_cache(maxsize=16)

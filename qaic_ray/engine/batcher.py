@@ -1,22 +1,24 @@
-"""Sequences into slots, slots into steps: the batcher of the `position-ids` contract, pure.
+"""Sequences into slots, slots into steps: the batcher of the `position-ids` contract.
 
-Knows no device, clock, file, thread or tensor. `plan` says what the card should compute next,
-`commit` hears which tokens came out. Every row has a slot and positions of its own:
+Pure. `plan` says what the card computes next, `commit` takes in the tokens that came out. Every row
+has a slot and positions of its own:
 
     uncomputed tokens of a row    where they are computed
     at most `ride_len`            in the decode shape, together with every other such row
     more                          in a prefill shape, some at a time, longest wait first
     more, and no prefill shape    in the decode shape, `decode_len` at a time (a `pl1` program)
 
-so the last token of a prompt and the newest token of an answer are no different cases. A slot
-remembers which tokens its cache holds; a prompt that begins with them is computed from there on.
+so the last token of a prompt and the newest token of an answer are one case. A slot remembers which
+tokens its cache holds; a prompt that begins with them is computed from there on.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
+from itertools import compress
 
 from qaic_ray.engine.shapes import ProgramShapes, ShapeCosts
 from qaic_ray.errors import RowError
@@ -56,7 +58,7 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens the card has not seen yet; at least 1 while the row runs."""
+        """Tokens that the card has not computed yet; at least 1 while the row runs."""
         return self.num_tokens - self.num_computed
 
     @property
@@ -101,18 +103,107 @@ class Step:
     """One execution of the program: the rows that take part, and how many tokens each feeds.
 
     `seq_len` is that of the shape to run in; for a decode step the longest that any row may use.
-    Row i feeds `counts[i]` of its uncomputed tokens; a row that feeds all of them is answered with
-    its next token, logits of the others mean nothing.
+    Row i is a slot and its sequence, and feeds `counts[i]` of its uncomputed tokens. If these are
+    all of them it is answered with its next token; logits of other rows mean nothing.
+
+    Rows in lockstep also have `padded_len`, the length that every prompt is padded to, and write
+    the cache from `cache_index` on; `counts` includes the padding there.
     """
 
     is_prefill: bool
     seq_len: int
     rows: tuple[tuple[int, Sequence], ...]
     counts: tuple[int, ...]
+    cache_index: int = 0
+    padded_len: int = 0
+
+    @property
+    def ends_padded(self) -> bool:
+        """Whether a step in lockstep reaches the end of the padded prompts: all are answered."""
+        return self.cache_index + self.seq_len >= self.padded_len
 
 
-class Batcher:
-    """Gives sequences slots and plans steps over them.
+class StepPlanner(ABC):
+    """What the engine asks of a batcher; `Batcher` and `LockstepBatcher` are the two.
+
+    Args:
+        shapes: what the program can run.
+    """
+
+    def __init__(self, shapes: ProgramShapes) -> None:
+        self.shapes = shapes
+        self.costs = ShapeCosts(shapes.prefill_lens)
+        self.waiting: deque[Sequence] = deque()
+        self.running: dict[int, Sequence] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether any sequence waits or runs."""
+        return bool(self.waiting or self.running)
+
+    @property
+    @abstractmethod
+    def num_decoding(self) -> int:
+        """Rows that wait for their next token and not for a prefill."""
+
+    def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
+        """How many tokens a prompt may generate: what was asked for, within the context.
+
+        Raises:
+            RowError: for a prompt with no token, or with more than the context holds.
+        """
+        if prompt_tokens == 0:
+            raise RowError("The prompt is empty: it has no token to start from.")
+        # The last token of an answer is never fed back.
+        room = self.shapes.ctx_len - self._padded(prompt_tokens) + 1
+        if room < 1:
+            raise RowError(
+                f"The prompt has {prompt_tokens} tokens, more than the context of "
+                f"{self.shapes.ctx_len} the QPC was compiled for: shorten it, or compile with a "
+                "larger ctx_len."
+            )
+        return room if wanted is None else min(room, wanted)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence whose `max_new_tokens` came from `new_token_limit`."""
+        self.waiting.append(sequence)
+
+    @abstractmethod
+    def plan(self, *, decode_first: bool = False) -> Step | None:
+        """The next step, or None when nothing waits or runs.
+
+        Prefill goes before decode, because an empty row of the decode shape is lost; with
+        `decode_first` rows that can decode are not made to wait any longer.
+        """
+
+    @abstractmethod
+    def commit(self, step: Step, chosen: Listed[Listed[int]]) -> list[Sequence]:
+        """Take in a step's outcome; return the sequences it finished, in the step's order.
+
+        Args:
+            step: what `plan` returned last.
+            chosen: for each row of the step the tokens chosen for it, one more than the drafted
+                tokens that it accepted; read only where the row was to be answered.
+        """
+
+    def stop(self, sequence: Sequence, num_tokens: int) -> int:
+        """End a row with the first `num_tokens` tokens of its answer; how many were dropped."""
+        dropped = sequence.cut(num_tokens)
+        if sequence.slot is not None:
+            self._release(sequence)
+        return dropped
+
+    def _padded(self, prompt_tokens: int) -> int:
+        """Places of the context that a prompt takes."""
+        return prompt_tokens
+
+    @abstractmethod
+    def _release(self, sequence: Sequence) -> None:
+        """Take a running sequence out of its slot."""
+
+
+class Batcher(StepPlanner):
+    """Gives sequences slots of their own and plans steps over them.
 
     Args:
         shapes: what the program can run.
@@ -124,10 +215,7 @@ class Batcher:
     def __init__(
         self, shapes: ProgramShapes, *, prefix_reuse: bool = True, ride_len: int | None = None
     ) -> None:
-        self.shapes = shapes
-        self.costs = ShapeCosts(shapes.prefill_lens)
-        self.waiting: deque[Sequence] = deque()
-        self.running: dict[int, Sequence] = {}
+        super().__init__(shapes)
         self._prefilling: dict[int, Sequence] = {}
         self._prefix_reuse = prefix_reuse
         self._ride_len = max(ride_len or 1, shapes.decode_len)
@@ -136,43 +224,17 @@ class Batcher:
         self._steady: Step | None = None
 
     @property
-    def busy(self) -> bool:
-        """Whether any sequence waits or runs."""
-        return bool(self.waiting or self.running)
-
-    @property
     def free_slots(self) -> Listed[int]:
         """Slots without a row."""
         return list(self._free)
 
     @property
     def num_decoding(self) -> int:
-        """Rows that wait for their next token and not for a prefill."""
+        """See `StepPlanner.num_decoding`."""
         return len(self.running) - len(self._prefilling)
 
-    def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
-        """How many tokens a prompt may generate: what was asked for, within the context.
-
-        The last token of an answer is never fed back, so a prompt that fills the context still
-        gets one.
-
-        Raises:
-            RowError: for a prompt with no token, or with more than the context holds.
-        """
-        ctx_len = self.shapes.ctx_len
-        room = ctx_len - prompt_tokens + 1
-        return limit_of(prompt_tokens, room=room, ctx_len=ctx_len, wanted=wanted)
-
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence whose `max_new_tokens` came from `new_token_limit`."""
-        self.waiting.append(sequence)
-
     def plan(self, *, decode_first: bool = False) -> Step | None:
-        """The next step, or None when nothing waits or runs.
-
-        Prefill goes before decode, because an empty row of the decode shape is lost; with
-        `decode_first` rows that can decode are not made to wait any longer.
-        """
+        """See `StepPlanner.plan`."""
         self._admit()
         if not self.running:
             return None
@@ -183,13 +245,7 @@ class Batcher:
         return self._steady
 
     def commit(self, step: Step, chosen: Listed[Listed[int]]) -> list[Sequence]:
-        """Take in a step's outcome; return the sequences it finished, in the step's order.
-
-        Args:
-            step: what `plan` returned last.
-            chosen: for each row of the step the tokens chosen for it, one more than the drafted
-                tokens that it accepted; read only where the row was to be answered.
-        """
+        """See `StepPlanner.commit`."""
         finished = []
         for (_, sequence), count, tokens in zip(step.rows, step.counts, chosen, strict=True):
             computed = sequence.num_computed + count
@@ -206,15 +262,8 @@ class Batcher:
             self._steady = None
         return finished
 
-    def stop(self, sequence: Sequence, num_tokens: int) -> int:
-        """End a row with the first `num_tokens` tokens of its answer; how many were dropped."""
-        dropped = sequence.cut(num_tokens)
-        if sequence.slot is not None:
-            self._release(sequence)
-        return dropped
-
     def check(self) -> None:
-        """Invariants, for tests: slots are a partition, and nobody outgrows the context."""
+        """Invariants, for tests: slots are a partition, and no row outgrows the context."""
         occupied = set(self.running)
         assert occupied.isdisjoint(self._free)
         assert occupied | set(self._free) == set(range(self.shapes.num_slots))
@@ -244,11 +293,11 @@ class Batcher:
             self._steady = None
 
     def _best_slot(self, prompt_ids: tuple[int, ...]) -> tuple[int, int]:
-        """The free slot whose cache has most of the prompt's beginning, and how many tokens."""
+        """The free slot whose cache shares the longest prefix with a prompt, and its length."""
         best, most = -1, -1
         for slot, held in self._free.items():
             common = num_common(held, prompt_ids)
-            # Of equals the one that is worth least to another prompt: the longest free.
+            # Of equals the one that has been free the longest.
             if common > most:
                 best, most = slot, common
         return best, most
@@ -265,19 +314,17 @@ class Batcher:
         most = max(row.num_uncomputed for _, row in rows)
         seq_len = self.costs.next_len(most, free=self._ride_len)
         if self.shapes.prefill_rows >= self.shapes.num_slots:
-            # Every row has a place in this shape: those that decode need not wait for the others.
+            # Every row has a place in this shape, so rows that decode need not wait.
             rows = tuple(self.running.items())
         counts = tuple(
             min(seq_len, row.num_uncomputed, self.shapes.prefill_ctx_len - row.num_computed)
             for _, row in rows
         )
-        used = [(row, count) for row, count in zip(rows, counts, strict=True) if count > 0]
-        return Step(True, seq_len, tuple(row for row, _ in used), tuple(n for _, n in used))
+        fed = [count > 0 for count in counts]
+        return Step(True, seq_len, tuple(compress(rows, fed)), tuple(compress(counts, fed)))
 
     def _decode(self) -> Step:
-        rows = tuple(
-            sorted(item for item in self.running.items() if item[0] not in self._prefilling)
-        )
+        rows = tuple(sorted(i for i in self.running.items() if i[0] not in self._prefilling))
         counts = tuple(min(self.shapes.decode_len, row.num_uncomputed) for _, row in rows)
         return Step(False, self.shapes.decode_len, rows, counts)
 
@@ -299,22 +346,6 @@ class Batcher:
         num_held = min(sequence.num_computed, sequence.num_tokens - 1)
         held = (*sequence.prompt_ids, *sequence.output_ids)[:num_held]
         self._free[slot] = held if self._prefix_reuse else ()
-
-
-def limit_of(prompt_tokens: int, *, room: int, ctx_len: int, wanted: int | None) -> int:
-    """Tokens that a prompt may generate where there is `room` for so many.
-
-    Raises:
-        RowError: for a prompt with no token, or with no room.
-    """
-    if prompt_tokens == 0:
-        raise RowError("The prompt is empty: it has no token to start from.")
-    if room < 1:
-        raise RowError(
-            f"The prompt has {prompt_tokens} tokens, more than the context of {ctx_len} "
-            "the QPC was compiled for: shorten it, or compile with a larger ctx_len."
-        )
-    return room if wanted is None else min(room, wanted)
 
 
 def num_common(left: tuple[int, ...], right: tuple[int, ...]) -> int:

@@ -1,20 +1,11 @@
-"""One token drawn from each row of logits, without the exponential of a whole vocabulary.
+"""Draws one token from each row of logits, without the exponential of a whole vocabulary.
 
-Knows of temperature, top_k, top_p, min_p and uniform numbers; nothing of slots, sequences or
-penalties.
-
-A row's tokens lie on a number line. First its *head*, some tens of the most likely tokens, from
-the most likely on (equal ones by rising id), each as long as its weight exp((logit - best) / T).
-Then its *tail*, all others, in blocks: token `c` is in block `c % num_blocks`, and every token of
-a block has a cell as long as the block's heaviest token, which it fills from the left with its own
-weight. So the tail's length needs the block maxima only. A uniform number is a place on the line:
-the token that lies there is drawn; if it falls on an unfilled part of a cell, or on a token that
-top_p does not allow, the next uniform number is tried, and the last one is a place among the
-weights of all allowed tokens. Tokens are therefore drawn with exactly their probabilities. With
-top_k or min_p the head is all there is.
-
-top_k and min_p keep tokens equal to the last one kept. top_p keeps the most likely tokens up to
-the one that reaches p of what top_k and min_p left; of equal ones those with lower ids.
+A row's tokens lie on a number line. First its *head*, the most likely tokens (equal ones by rising
+id), each as long as its weight exp((logit - best) / T). Then its *tail* in blocks, token `c` in
+block `c % num_blocks`. There each token has a cell as long as its block's heaviest weight, of which
+its own weight fills the left part, so the tail's length needs the block maxima only. A uniform
+number is a place on the line: the token there is drawn. An unfilled place, or a token that top_p
+leaves out, is rejected and the next number tried, so every token has exactly its probability.
 """
 
 from __future__ import annotations
@@ -31,7 +22,7 @@ Logits = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 NUMBERS = 8
-"""Uniform numbers a row brings for one token."""
+"""Uniform numbers of a row for one token."""
 
 _BLOCK_LEN = 16  # tokens of a block: fewer tell more of the tail, more shorten the list of blocks
 _NUM_GROUPS = 512  # the head is found by the largest logits of so many groups of blocks
@@ -46,6 +37,10 @@ _UNITS = 2.0**36
 
 class Rules:
     """What restricts the draw of each row.
+
+    top_k and min_p keep tokens equal to the last one kept, and leave a row no tail. top_p keeps the
+    most likely tokens up to the one that reaches p of what top_k and min_p left; of equal ones
+    those with lower ids.
 
     Args:
         asked: temperature, top_k, top_p and min_p of each row, as SamplingParams has them.
@@ -264,12 +259,12 @@ def _tokens(logits: Logits, rules: Rules, line: _Line, uniforms: Floats) -> Ints
 
 
 def _whole(rules: Rules, line: _Line) -> tuple[Ints, Ints | Floats]:
-    """How far places surely hold allowed tokens, and how far they may: without top_p."""
+    """Without top_p: places below the first hold allowed tokens, from the second on none do."""
     return line.head, line.head if rules.is_limited else line.head + line.tail
 
 
 def _narrowed(rules: Rules, line: _Line) -> tuple[Ints, Ints | Floats]:
-    """The same with top_p, from the least and most that a tail weighs."""
+    """As `_whole`, with top_p: from the least and the most that a tail can weigh."""
     least = rules.top_p * (line.head + line.tail * ((1 - 2 * _SLACK) / line.num_steps))
     certain = _border(line, least)
     if rules.is_limited:
@@ -281,14 +276,14 @@ def _narrowed(rules: Rules, line: _Line) -> tuple[Ints, Ints | Floats]:
 
 
 def _border(line: _Line, share: Floats) -> Ints:
-    """Where the token of the head ends that reaches this share, or else its last one."""
+    """Where the head's token ends that reaches this share; the last one where none does."""
     wanted = np.minimum(np.ceil(share).astype(np.int64), line.head)
     border: Ints = line.ends[line.ends.searchsorted(line.before + wanted)] - line.before
     return border
 
 
 class _Unsettled:
-    """One row whose first number is the place of no token that is surely allowed."""
+    """One row whose first uniform number did not settle its token."""
 
     def __init__(self, logits: Logits, rules: Rules, line: _Line, row: int) -> None:
         first, stop = line.first[row], line.stop[row]
@@ -301,9 +296,9 @@ class _Unsettled:
         self._floor = line.floor[row]
 
     def token(self, uniforms: list[float], certain: np.int64, reach: np.float64) -> int:
-        """The token at the first place where an allowed one lies.
+        """The token at the first place that holds an allowed one.
 
-        The last number is a place among the allowed tokens alone.
+        The last number is a place among the weights of the allowed tokens alone.
         """
         for uniform in uniforms[:-1]:
             place = int(uniform * reach)
@@ -356,7 +351,7 @@ class _Unsettled:
 
 
 class _Weights:
-    """The weights of all tokens of a row: what answers where its line does not."""
+    """The weights of all tokens of a row, for what its line cannot tell."""
 
     _CHUNK_LEN = 256
 
@@ -394,5 +389,5 @@ class _Weights:
 
 
 def _number(ends: Floats, place: float) -> int:
-    """Of the stretch that holds a place; of the last with a length, where rounding leads on."""
+    """Number of the stretch that holds a place; rounding never leads behind the last one."""
     return int(min(ends.searchsorted(place, "right"), ends.searchsorted(ends[-1])))

@@ -1,9 +1,9 @@
 """The token loop of one card: plan, run, commit. Token ids only, never text.
 
-`Engine.step` asks the batcher for a step, has the feed lay its tokens out as the program's inputs,
-runs it on the session, chooses tokens for the rows that are answered, and tells the batcher. It
-keeps the counts and times of `metrics.py`. A card offers no second queue: what can be done while it
-works (reading new tokens for stop strings) is done then, and everything else is kept short.
+`Engine.step` asks the batcher for a step, builds its inputs, runs it on the session, chooses tokens
+for the rows that are answered, and commits them to the batcher. It keeps the counts and times of
+`metrics.py`. A card has no second queue, so reading new tokens for stop strings is done while it
+works, and everything else is kept short.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import compress
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from qaic_ray.contract import IoContract, Specialization, Specializations
-from qaic_ray.engine.batcher import Batcher, Sequence
+from qaic_ray.engine.batcher import Batcher, Sequence, Step, StepPlanner
+from qaic_ray.engine.bindings import Array, Output
 from qaic_ray.engine.inputs import (
     CacheIndexInputs,
     Drafts,
@@ -27,6 +28,7 @@ from qaic_ray.engine.inputs import (
     StepInputs,
 )
 from qaic_ray.engine.lockstep import LockstepBatcher
+from qaic_ray.engine.sampler import Selector
 from qaic_ray.engine.shapes import ProgramShapes
 from qaic_ray.engine.token_picker import TokenPicker
 from qaic_ray.errors import RowError
@@ -34,10 +36,8 @@ from qaic_ray.metrics import Measurement, Meter, bin_of
 from qaic_ray.rows import ROW_ALONE
 from qaic_ray.sampling_params import SamplingParams
 
-Array = npt.NDArray[Any]
-
 MAX_STALL_S = 1.0
-"""How long running rows may wait for the prefill of others, where nothing else is said."""
+"""Seconds that running rows may wait for the prefill of others, by default."""
 
 
 class Program(Protocol):
@@ -47,7 +47,7 @@ class Program(Protocol):
     specializations: Specializations
     emits_tokens: bool
 
-    def input_dtype(self, name: str) -> np.dtype[Any]:
+    def input_dtype(self, name: str) -> np.dtype[np.generic]:
         """dtype of an input."""
 
     def run(
@@ -55,7 +55,7 @@ class Program(Protocol):
         shape: Specialization,
         inputs: Mapping[str, Array],
         meanwhile: Callable[[], None] | None = None,
-    ) -> Array:
+    ) -> Output:
         """Execute once; `meanwhile` is called while the card works."""
 
 
@@ -63,24 +63,24 @@ class StopReader(Protocol):
     """Reads a row's tokens as they come, and may end it (stop strings)."""
 
     def read(self, token_ids: Listed[int]) -> int | None:
-        """Take the row's next tokens; a number ends it with so many of all its tokens."""
+        """Take the row's next tokens; a number ends the row with that many of its tokens."""
 
 
 class Proposer(Protocol):
-    """Guesses what comes next, for a program that checks several tokens a row at once."""
+    """Drafts tokens, for a program that checks several a row in one step."""
 
     def propose(self, rows: Listed[Sequence], room: Listed[int]) -> Drafts:
         """At most `room[i]` tokens for row i, each list as long as it is likely to be right."""
 
     def release(self, sequence: Sequence) -> None:
-        """A row that was proposed for has ended."""
+        """Forget a row that has ended."""
 
 
 @dataclass(frozen=True)
 class Finished:
     """A row that ended: `ttft_s` from entering the engine, `decode_s` from there to its end.
 
-    With an `error` it has no answer; it is that of this row's own sampling or reading.
+    With an `error`, which its own sampling or reading raised, it has no answer.
     """
 
     sequence: Sequence
@@ -98,8 +98,9 @@ class Engine:
         max_stall_s: how long rows that decode may wait for the prefill of others; one step of
             prefill is done even where it takes longer.
         prefix_reuse: whether a prompt may start from what a slot's cache holds already.
-        proposer: who drafts tokens, for a program whose decode shape takes several a row.
+        proposer: drafts tokens, for a program whose decode shape takes several a row.
         ride_len: see `Batcher`.
+        selector: chooses tokens by a row's parameters, where not a `Selector` of this program.
     """
 
     def __init__(
@@ -111,22 +112,26 @@ class Engine:
         prefix_reuse: bool = True,
         proposer: Proposer | None = None,
         ride_len: int | None = None,
+        selector: Selector | None = None,
     ) -> None:
         shapes = self._shapes = ProgramShapes.of(program.specializations)
-        self.batcher: Batcher | LockstepBatcher
+        self.batcher: StepPlanner
         self._inputs: InputBuilder
         if program.contract is IoContract.CACHE_INDEX:
             self.batcher = LockstepBatcher(shapes)
             self._inputs = CacheIndexInputs(shapes, program.input_dtype)
         else:
-            self.batcher = Batcher(shapes, prefix_reuse=prefix_reuse, ride_len=ride_len)
-            self._inputs = PositionIdsInputs(shapes, program.input_dtype, self.batcher)
+            batcher = Batcher(shapes, prefix_reuse=prefix_reuse, ride_len=ride_len)
+            self.batcher = batcher
+            self._inputs = PositionIdsInputs(shapes, program.input_dtype, batcher)
         self._program = program
         self._clock = clock
         self._max_stall_s = max_stall_s
-        self._proposer = proposer if self._shapes.decode_len > 1 else None
-        self._chooser = TokenPicker(
-            self._shapes.num_slots, emits_tokens=program.emits_tokens, fail=self._end_with
+        self._proposer = proposer if shapes.decode_len > 1 else None
+        self._picker = TokenPicker(
+            selector or Selector(shapes.num_slots),
+            emits_tokens=program.emits_tokens,
+            fail=self._end_with,
         )
         self._readers: dict[Sequence, StopReader] = {}
         self._num_read: dict[Sequence, int] = {}
@@ -168,7 +173,7 @@ class Engine:
         if reader is not None:
             self._readers[sequence] = reader
             self._num_read[sequence] = len(sequence.output_ids)
-        self._chooser.add(sequence)
+        self._picker.add(sequence)
         self.batcher.add(sequence)
 
     def step(self) -> list[Finished]:
@@ -182,29 +187,27 @@ class Engine:
         """
         start_s = self._clock()
         could_decode = self.batcher.num_decoding > 0
-        step: Any = self.batcher.plan(decode_first=self._must_decode(start_s))
+        step = self.batcher.plan(decode_first=self._must_decode(start_s))
         if step is None:
             return []
         drafts = None if self._proposer is None or step.is_prefill else self._draft(step)
-        laid = self._inputs.build(step, drafts)
-        output = self._program.run(laid.shape, laid.inputs, self._read if self._unread else None)
-        chosen = self._chooser.choose(step, laid, drafts, output)
+        built = self._inputs.build(step, drafts)
+        output = self._program.run(built.shape, built.inputs, self._read if self._unread else None)
+        chosen = self._picker.choose(step, built, drafts, output)
         num_before = 0 if drafts is None else _num_output(step)
         ended = self.batcher.commit(step, chosen)
         end_s = self._clock()
-        self._measure(step, laid, end_s - start_s)
+        self._measure(step, built, end_s - start_s)
         if drafts is not None:
-            self._count_drafts(drafts, _num_output(step) - num_before - sum(laid.answers))
+            self._count_drafts(drafts, _num_output(step) - num_before - sum(built.answers))
         self._has_stalled = step.is_prefill and could_decode
         if not self._has_stalled:
             self._stalled_since_s = end_s
         if self._awaiting:
-            self._note_first(step, laid, end_s)
+            self._note_first(step, built, end_s)
         if self._readers:
-            rows = [
-                row for (_, row), answered in zip(step.rows, laid.answers, strict=True) if answered
-            ]
-            self._unread = [row for row in rows if row in self._readers]
+            answered = compress(step.rows, built.answers)
+            self._unread = [row for _, row in answered if row in self._readers]
         if self._stops or ended:
             ended = self._end(ended)
         return [self._finish(sequence, end_s) for sequence in ended]
@@ -216,7 +219,7 @@ class Engine:
         waited_s = now_s - self._stalled_since_s
         return waited_s + self.batcher.costs.slowest_s > self._max_stall_s
 
-    def _draft(self, step: Any) -> Drafts:
+    def _draft(self, step: Step) -> Drafts:
         assert self._proposer is not None
         longest = self._shapes.decode_len
         room = [
@@ -263,14 +266,14 @@ class Engine:
         self._unread = [sequence for sequence in self._unread if sequence not in every]
         return every
 
-    def _measure(self, step: Any, laid: StepInputs, seconds: float) -> None:
+    def _measure(self, step: Step, built: StepInputs, seconds: float) -> None:
         meter = self._meter
         if step.is_prefill:
             meter.prefill_steps += 1
             meter.prefill_s += seconds
             self.batcher.costs.measured(step.seq_len, seconds)
             return
-        num_answered = sum(laid.answers)
+        num_answered = sum(built.answers)
         meter.decode_steps += 1
         meter.decode_s += seconds
         meter.decode_slots += self._shapes.num_rows
@@ -283,31 +286,30 @@ class Engine:
         self._meter.accepted_tokens += num_kept
         self._meter.decode_tokens += num_kept
 
-    def _note_first(self, step: Any, laid: StepInputs, end_s: float) -> None:
-        for (_, sequence), answered in zip(step.rows, laid.answers, strict=True):
-            if answered and sequence in self._awaiting:
+    def _note_first(self, step: Step, built: StepInputs, end_s: float) -> None:
+        for _, sequence in compress(step.rows, built.answers):
+            if sequence in self._awaiting:
                 entered_s = self._awaiting.pop(sequence)
                 self._first[sequence] = (entered_s, end_s)
                 self._meter.ttft[bin_of(end_s - entered_s)] += 1
 
     def _finish(self, sequence: Sequence, end_s: float) -> Finished:
         entered_s, first_s = self._first.pop(sequence)
-        self._chooser.leave(sequence)
+        self._picker.leave(sequence)
         if self._readers.pop(sequence, None) is not None:
             del self._num_read[sequence]
         if self._proposer is not None:
             self._proposer.release(sequence)
         error = self._errors.pop(sequence, None)
-        if error is not None:
-            return Finished(sequence, first_s - entered_s, end_s - first_s, error)
-        del sequence.logprobs[len(sequence.output_ids) :]
-        meter = self._meter
-        meter.rows += 1
-        meter.prompt_tokens += len(sequence.prompt_ids)
-        meter.reused_tokens += sequence.num_reused
-        meter.generated_tokens += len(sequence.output_ids)
-        return Finished(sequence, first_s - entered_s, end_s - first_s)
+        if error is None:
+            del sequence.logprobs[len(sequence.output_ids) :]
+            meter = self._meter
+            meter.rows += 1
+            meter.prompt_tokens += len(sequence.prompt_ids)
+            meter.reused_tokens += sequence.num_reused
+            meter.generated_tokens += len(sequence.output_ids)
+        return Finished(sequence, first_s - entered_s, end_s - first_s, error)
 
 
-def _num_output(step: Any) -> int:
+def _num_output(step: Step) -> int:
     return sum(len(sequence.output_ids) for _, sequence in step.rows)

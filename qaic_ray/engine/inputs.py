@@ -1,34 +1,34 @@
-"""A step as the program's inputs: one class a contract. Arrays are made once and filled again.
+"""A batcher's step as the program's inputs: one class a contract.
 
-Knows the batchers' steps and the contract; nothing of the card, of logits or of text.
+Arrays are made once for each shape and filled again for every step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from qaic_ray import contract
 from qaic_ray.contract import Specialization
 from qaic_ray.engine.batcher import Batcher, Step
-from qaic_ray.engine.lockstep import LockstepStep
+from qaic_ray.engine.bindings import Array, Logits, TokenIds
 from qaic_ray.engine.shapes import ProgramShapes
 
-Array = npt.NDArray[Any]
 Drafts = Sequence[Sequence[int]]
+OutputT = TypeVar("OutputT", Logits, TokenIds)
+Dtypes = Callable[[str], np.dtype[np.generic]]
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """A step, ready to run.
+    """The inputs of one step.
 
-    Row i of the step stands in row `rows[i]` of the program; `lasts[i]` is the column of its last
-    own token, behind which its drafted tokens stand. A row with `answers[i]` false is computed
-    and not answered.
+    Row i of the step is in row `rows[i]` of the program; `lasts[i]` is the column of its last own
+    token, behind which are its drafted ones. A row with `answers[i]` false is computed and not
+    answered.
     """
 
     shape: Specialization
@@ -46,17 +46,16 @@ class StepInputs:
         last = self.lasts[row]
         return last - max(last + num_drafted + 1 - num_columns, 0)
 
-    def piece(self, row: int, output: Array, num_drafted: int) -> Array:
+    def piece(self, row: int, output: OutputT, num_drafted: int) -> OutputT:
         """The output for a row's last own token and its drafted ones."""
         first = self.column(row, output.shape[1], num_drafted)
-        piece: Array = output[self.rows[row], first : first + num_drafted + 1]
-        return piece
+        return output[self.rows[row], first : first + num_drafted + 1]
 
 
 class InputBuilder(Protocol):
-    """Lays the steps of one batcher."""
+    """Makes the inputs for the steps of one batcher."""
 
-    def build(self, step: Any, drafts: Drafts | None) -> StepInputs:
+    def build(self, step: Step, drafts: Drafts | None) -> StepInputs:
         """Fill the inputs for a step; `drafts` are tokens to try behind each row's own."""
 
 
@@ -66,15 +65,10 @@ class PositionIdsInputs:
     Args:
         shapes: what the program can run.
         input_dtype: dtype of an input.
-        batcher: whose free slots stand in for rows that the shape has and the step has not.
+        batcher: its free slots are given to rows of the shape that the step has no sequence for.
     """
 
-    def __init__(
-        self,
-        shapes: ProgramShapes,
-        input_dtype: Callable[[str], np.dtype[Any]],
-        batcher: Batcher,
-    ) -> None:
+    def __init__(self, shapes: ProgramShapes, input_dtype: Dtypes, batcher: Batcher) -> None:
         self._shapes = shapes
         self._batcher = batcher
         # In a continuous prefill, and where there are more slots than rows, a row of the program
@@ -92,7 +86,7 @@ class PositionIdsInputs:
         return self._build_newest(step)
 
     def _build_newest(self, step: Step) -> StepInputs:
-        """One token a row: what nearly every step is."""
+        """One token a row, as in nearly every step."""
         positions = [sequence.num_computed for _, sequence in step.rows]
         shape = self._shapes.decode_shape(1, max(positions) + 1)
         inputs = self._inputs[shape]
@@ -104,9 +98,9 @@ class PositionIdsInputs:
         else:
             rows = [slot for slot, _ in step.rows]
         # Rows are in the order of their slots.
-        where: Any = slice(None) if num_rows == len(ids) else rows
+        where: slice | list[int] = slice(None) if num_rows == len(ids) else rows
         at.fill(contract.PADDING_POSITION)
-        # A row that has been answered before has its last answer to feed, and nothing else.
+        # A row with an answer feeds the last token of it, and nothing else.
         ids[where, 0] = [
             sequence.output_ids[-1] if sequence.output_ids else sequence.newest
             for _, sequence in step.rows
@@ -147,15 +141,13 @@ class PositionIdsInputs:
         return StepInputs(shape, inputs, rows, [own - 1 for own in counts], answers)
 
     def _index(self, inputs: dict[str, Array], step: Step) -> None:
-        """Name the slot of every row of the shape; rows without one get slots of nobody."""
+        """Write the slot of every row of the shape; rows of no sequence get free slots."""
         index = inputs[contract.BATCH_INDEX]
         slots = [slot for slot, _ in step.rows]
         spare = len(index) - len(slots)
         index[:, 0] = slots + list(self._batcher.free_slots[:spare]) if spare else slots
 
-    def _new_inputs(
-        self, shape: Specialization, input_dtype: Callable[[str], np.dtype[Any]]
-    ) -> dict[str, Array]:
+    def _new_inputs(self, shape: Specialization, input_dtype: Dtypes) -> dict[str, Array]:
         dims = (shape.batch_size, shape.seq_len)
         inputs: dict[str, Array] = {
             name: np.zeros(dims, input_dtype(name))
@@ -168,7 +160,7 @@ class PositionIdsInputs:
 
 
 class CacheIndexInputs:
-    """Rows in lockstep, padded on the left; the attention mask says which tokens are.
+    """Rows in lockstep, padded on the left; the attention mask says which places are tokens.
 
     The mask goes to the card with a prefill and stays there: a decode sets its own token's place
     itself.
@@ -178,58 +170,46 @@ class CacheIndexInputs:
         input_dtype: dtype of an input.
     """
 
-    def __init__(self, shapes: ProgramShapes, input_dtype: Callable[[str], np.dtype[Any]]) -> None:
-        self._shapes = shapes
+    def __init__(self, shapes: ProgramShapes, input_dtype: Dtypes) -> None:
         batch_size = shapes.num_slots
         self._mask = np.zeros((batch_size, shapes.ctx_len), input_dtype(contract.ATTENTION_MASK))
         self._index = np.zeros(1, input_dtype(contract.CACHE_INDEX))
-        self._inputs = {
-            shape.seq_len: {
-                name: np.zeros((batch_size, shape.seq_len), input_dtype(name))
+        # A decode-only program computes prompts in its decode shape, one token at a time.
+        self._shapes = {shape.seq_len: shape for shape in (*shapes.prefills, *shapes.decodes)[::-1]}
+        self._inputs: dict[int, dict[str, Array]] = {
+            seq_len: {
+                name: np.zeros((batch_size, seq_len), input_dtype(name))
                 for name in (contract.INPUT_IDS, contract.POSITION_IDS)
             }
             | {contract.CACHE_INDEX: self._index}
-            for shape in (*shapes.prefills, *shapes.decodes)
+            for seq_len in self._shapes
         }
 
-    def build(self, step: LockstepStep, drafts: Drafts | None) -> StepInputs:
+    def build(self, step: Step, drafts: Drafts | None) -> StepInputs:
         """Fill the inputs for a step; nothing is ever drafted here."""
-        if step.is_prefill:
-            # A decode-only program computes prompts in its decode shape.
-            prefills = self._shapes.prefills or self._shapes.decodes
-            shape = next(s for s in prefills if s.seq_len == step.seq_len)
-        else:
-            shape = self._shapes.decodes[0]
         inputs = self._inputs[step.seq_len]
         ids, at = inputs[contract.INPUT_IDS], inputs[contract.POSITION_IDS]
         self._index[0] = step.cache_index
         if step.is_prefill:
-            self._lay_prefill(step, ids, at)
+            self._fill_prefill(step, ids, at)
             inputs = inputs | {contract.ATTENTION_MASK: self._mask}
         else:
             for slot, sequence in step.rows:
                 ids[slot, 0] = sequence.output_ids[-1]
                 at[slot, 0] = sequence.num_tokens - 1
         rows = [slot for slot, _ in step.rows]
-        lasts = [step.seq_len - 1] * len(rows)
-        return StepInputs(shape, inputs, rows, lasts, [step.answers] * len(rows))
+        lasts, answers = [step.seq_len - 1] * len(rows), [step.ends_padded] * len(rows)
+        return StepInputs(self._shapes[step.seq_len], inputs, rows, lasts, answers)
 
-    def _lay_prefill(self, step: LockstepStep, ids: Array, at: Array) -> None:
-        start, seq_len = step.cache_index, step.seq_len
-        # A place without a row is a prompt of one padding token: a row all masked is nothing.
-        for place in range(len(ids)):
-            sequence = dict(step.rows).get(place)
-            prompt_ids = (0,) if sequence is None else sequence.prompt_ids
-            _build_padded(prompt_ids, start - (step.padded_len - len(prompt_ids)), ids[place])
+    def _fill_prefill(self, step: Step, ids: Array, at: Array) -> None:
+        start, stop = step.cache_index, step.cache_index + step.seq_len
+        # A place without a row is a prompt of one padding token: a softmax needs something.
+        prompts: list[tuple[int, ...]] = [(0,)] * len(ids)
+        for slot, sequence in step.rows:
+            prompts[slot] = sequence.prompt_ids
+        self._mask.fill(0)
+        for place, prompt_ids in enumerate(prompts):
             pad = step.padded_len - len(prompt_ids)
-            at[place] = np.maximum(np.arange(start, start + seq_len) - pad, 0)
-            self._mask[place] = 0
-            self._mask[place, pad : start + seq_len] = 1
-
-
-def _build_padded(prompt_ids: tuple[int, ...], start: int, row: Array) -> None:
-    """Write `prompt_ids[start:]` into a row, zeros where `start` is still before the prompt."""
-    row.fill(0)
-    skip = max(-start, 0)
-    piece = prompt_ids[max(start, 0) : max(start + len(row), 0)]
-    row[skip : skip + len(piece)] = piece
+            ids[place] = ((0,) * pad + prompt_ids)[start:stop]
+            at[place] = np.maximum(np.arange(start, stop) - pad, 0)
+            self._mask[place, pad:stop] = 1

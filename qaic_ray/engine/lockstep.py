@@ -1,4 +1,4 @@
-"""Rows in lockstep: the batcher of the `cache-index` contract, pure.
+"""Rows in lockstep: the batcher of the `cache-index` contract. Pure.
 
 One cache index counts for the whole batch, so rows start together, as a wave, and each is padded on
 the left to the wave's length:
@@ -7,85 +7,39 @@ the left to the wave's length:
     prefill       chunk 0, 1, ... of all rows at once; only the last one answers, in its last column
     decode        one token a row, written at padded_len, padded_len + 1, ... for all of them
 
-A row that ends early keeps its place and is left out of everything that is counted; the next wave
-starts when the last row has ended. Places without a row are padding.
+A row that ends early keeps its place and is no longer counted; the next wave starts when the last
+row has ended. Places without a row are padding.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as Listed
-from dataclasses import dataclass
 
-from qaic_ray.engine.batcher import Sequence, limit_of
-from qaic_ray.engine.shapes import ProgramShapes, ShapeCosts
-
-
-@dataclass(frozen=True)
-class LockstepStep:
-    """One execution of the program for the whole wave.
-
-    The step writes the cache from `cache_index` on; `padded_len` is what every prompt is padded
-    to. `rows` are those that still run; they are answered when `answers`.
-    """
-
-    is_prefill: bool
-    seq_len: int
-    cache_index: int
-    padded_len: int
-    rows: tuple[tuple[int, Sequence], ...]
-
-    @property
-    def answers(self) -> bool:
-        """Whether the step gives every row its next token."""
-        return self.cache_index + self.seq_len >= self.padded_len
+from qaic_ray.engine.batcher import Sequence, Step, StepPlanner
+from qaic_ray.engine.shapes import ProgramShapes
 
 
-class LockstepBatcher:
-    """Gathers sequences into waves and plans their steps; the counterpart of `Batcher`.
+class LockstepBatcher(StepPlanner):
+    """Gathers sequences into waves and plans their steps.
 
     Args:
         shapes: what the program can run; it is static, with one prefill length at most.
     """
 
     def __init__(self, shapes: ProgramShapes) -> None:
-        self.shapes = shapes
-        self.costs = ShapeCosts(shapes.prefill_lens)
-        self.waiting: deque[Sequence] = deque()
-        self.running: dict[int, Sequence] = {}
+        super().__init__(shapes)
         self._prompt_len = max(shapes.prefill_lens, default=1)
         self._padded_len = 0
         self._cache_index = 0
 
     @property
-    def busy(self) -> bool:
-        """Whether any sequence waits or runs."""
-        return bool(self.waiting or self.running)
-
-    @property
     def num_decoding(self) -> int:
-        """Rows that wait for their next token and not for a prefill."""
+        """See `StepPlanner.num_decoding`."""
         return len(self.running) if self._cache_index >= self._padded_len else 0
 
-    def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
-        """How many tokens a prompt may generate, its own padding counted in.
-
-        Raises:
-            RowError: for a prompt with no token, or with more chunks than the context holds.
-        """
-        ctx_len = self.shapes.ctx_len
-        room = ctx_len - self._padded(prompt_tokens) + 1
-        return limit_of(prompt_tokens, room=room, ctx_len=ctx_len, wanted=wanted)
-
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence whose `max_new_tokens` came from `new_token_limit`."""
-        self.waiting.append(sequence)
-
-    def plan(self, *, decode_first: bool = False) -> LockstepStep | None:
-        """The next step, or None when nothing waits or runs.
-
-        `decode_first` changes nothing: no row of a wave is ahead of the others.
-        """
+    def plan(self, *, decode_first: bool = False) -> Step | None:
+        """See `StepPlanner.plan`; no row of a wave is ahead of the others, to decode first."""
         if not self.running:
             self._begin()
         if not self.running:
@@ -93,18 +47,13 @@ class LockstepBatcher:
         is_prefill = self._cache_index < self._padded_len
         seq_len = self._prompt_len if is_prefill else 1
         rows = tuple(self.running.items())
-        return LockstepStep(is_prefill, seq_len, self._cache_index, self._padded_len, rows)
+        counts = (seq_len,) * len(rows)
+        return Step(is_prefill, seq_len, rows, counts, self._cache_index, self._padded_len)
 
-    def commit(self, step: LockstepStep, chosen: Listed[Listed[int]]) -> list[Sequence]:
-        """Take in a step's outcome; return the sequences it finished, in the step's order.
-
-        Args:
-            step: what `plan` returned last.
-            chosen: for each row of the step the tokens chosen for it; not read where the step
-                does not answer.
-        """
+    def commit(self, step: Step, chosen: Listed[Listed[int]]) -> list[Sequence]:
+        """See `StepPlanner.commit`."""
         self._cache_index += step.seq_len
-        if not step.answers:
+        if not step.ends_padded:
             return []
         finished = []
         for (_, sequence), tokens in zip(step.rows, chosen, strict=True):
@@ -114,13 +63,6 @@ class LockstepBatcher:
                 self._release(sequence)
                 finished.append(sequence)
         return finished
-
-    def stop(self, sequence: Sequence, num_tokens: int) -> int:
-        """End a row with the first `num_tokens` tokens of its answer; how many were dropped."""
-        dropped = sequence.cut(num_tokens)
-        if sequence.slot is not None:
-            self._release(sequence)
-        return dropped
 
     def check(self) -> None:
         """Invariants, for tests: the wave fits its places and the context."""
@@ -133,12 +75,13 @@ class LockstepBatcher:
             assert len(sequence.output_ids) < sequence.max_new_tokens
 
     def _padded(self, prompt_tokens: int) -> int:
+        """Whole chunks, because the prompt is padded to them."""
         return -(-prompt_tokens // self._prompt_len) * self._prompt_len
 
     def _begin(self) -> None:
         """Choose the next wave: the row that waits longest, and rows of as many chunks.
 
-        Places that are left over go to shorter rows that lose nothing by the longer padding.
+        Free places go to shorter rows whose answers still fit behind the longer padding.
         """
         if not self.waiting:
             return

@@ -1,7 +1,6 @@
-"""Logits to tokens: greedy, or as each row's SamplingParams say.
+"""Logits to tokens: greedy, or as each row's SamplingParams say; and their log-probabilities.
 
-Keeps what a row's parameters need to know of its past; knows no session, batcher or text. The
-order is vLLM's: repetition, frequency and presence penalty, `min_tokens`, temperature, `min_p`,
+The order is vLLM's: repetition, frequency and presence penalty, `min_tokens`, temperature, `min_p`,
 `top_k`, `top_p`, one draw. A row's token number t depends on its parameters, its seed, t and its
 own logits and tokens: not on its batch, its slot or the order of rows.
 """
@@ -11,15 +10,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 
+from qaic_ray.engine.batcher import Sequence
 from qaic_ray.engine.categorical import NUMBERS, CategoricalSampler, Floats, Ints, Logits, Rules
-from qaic_ray.engine.logprobs import token_logprob
-from qaic_ray.sampling_params import SamplingParams, TokenLogprob
+from qaic_ray.sampling_params import TokenLogprob
 
 _SPAN = 64  # tokens whose uniform numbers are made at once
+_BLOCK_LEN = 32
+_LOG2_E = np.float32(math.log2(math.e))
+_LOWEST = np.finfo(np.float32).min
 
 
 def greedy(logits: Logits) -> Ints:
@@ -36,16 +37,16 @@ def greedy(logits: Logits) -> Ints:
 
 
 def overflowed(logits: Logits, tokens: Ints | list[int]) -> list[int]:
-    """The rows whose largest logit is no finite number, by the token that was chosen for it.
+    """The rows whose largest logit is not a finite number, seen at the token chosen for it.
 
-    `greedy` and the drawer give the first NaN, else the first infinity, where there is one.
+    `greedy` and the draw give the first NaN, else the first infinity, where there is one.
 
     Args:
         logits: float32 [rows, vocab], C-contiguous.
         tokens: what was chosen, one a row.
 
     Returns:
-        Numbers of rows; as a rule none, which is told in a microsecond.
+        Row numbers; usually none, found in a microsecond.
     """
     if len(tokens) == 1:
         return [] if math.isfinite(logits.item(tokens[0])) else [0]
@@ -60,30 +61,6 @@ def overflowed(logits: Logits, tokens: Ints | list[int]) -> list[int]:
 def _first_of_rows(num_rows: int, vocab: int) -> Ints:
     """Where each row begins in the flat logits."""
     return np.arange(0, num_rows * vocab, vocab)
-
-
-class Sampled(Protocol):
-    """What is read of a sequence when it enters."""
-
-    @property
-    def prompt_ids(self) -> tuple[int, ...]:
-        """Tokens of the prompt."""
-
-    @property
-    def output_ids(self) -> list[int]:
-        """Tokens it already has; the next one's number is their count."""
-
-    @property
-    def params(self) -> SamplingParams:
-        """How its tokens are chosen."""
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """Tokens that may not come before `params.min_tokens` others."""
-
-    @property
-    def seed(self) -> int:
-        """Key of its uniform numbers, from 0 to 2**64 - 1."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +85,7 @@ class Selector:
         self._changed = np.empty((0, 0), np.float32)
         self._group: _Group | None = None
 
-    def enter(self, slot: int, sequence: Sampled) -> None:
+    def enter(self, slot: int, sequence: Sequence) -> None:
         """A sequence takes a slot, perhaps with tokens that it already has."""
         self._rows[slot] = _Row(sequence)
         self._group = None
@@ -174,15 +151,14 @@ class Selector:
                 self._uniforms[slot] = _uniforms(row.seed, span)
                 row.end_of_span = (span + 1) * _SPAN
             numbers.append(row.num_output % _SPAN)
-        return self._categorical.draw(
-            logits, group.rules, self._uniforms[group.drawn_slots, numbers]
-        )
+        uniforms = self._uniforms[group.drawn_slots, numbers]
+        return self._categorical.draw(logits, group.rules, uniforms)
 
 
 class _Row:
     """One sequence in its slot: its parameters, and its past as far as these ask for it."""
 
-    def __init__(self, sequence: Sampled) -> None:
+    def __init__(self, sequence: Sequence) -> None:
         self.params = sequence.params
         self.seed = sequence.seed
         self.num_output = len(sequence.output_ids)
@@ -263,3 +239,34 @@ def _uniforms(seed: int, span: int) -> Floats:
     raw = np.random.Philox(key=seed, counter=span << 64).random_raw(_SPAN * NUMBERS)
     uniforms: Floats = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return uniforms.reshape(_SPAN, NUMBERS)
+
+
+def token_logprob(logits: Logits, token: int, num_top: int) -> TokenLogprob:
+    """The log-softmax of a row at the chosen token and at its `num_top` largest logits.
+
+    Tokens of logit -inf are impossible and never among the most likely ones. A row whose largest
+    logit is no finite number has NaN for all its logprobs.
+    """
+    best = logits.max()
+    # numpy's exp2 is more than twice as fast as its exp.
+    with np.errstate(invalid="ignore"):
+        weights = logits - best
+        weights *= _LOG2_E
+        log_total = float(best) + math.log(np.exp2(weights, out=weights).sum())
+    top = tuple((at, float(logits[at]) - log_total) for at in _most_likely(logits, num_top))
+    return TokenLogprob(token, float(logits[token]) - log_total, top)
+
+
+def _most_likely(logits: Logits, num: int) -> list[int]:
+    """Ids of the largest logits, from the largest on; equal ones by rising id."""
+    if num == 0:
+        return []
+    floor = _LOWEST
+    num_blocks = logits.size // _BLOCK_LEN
+    if num_blocks >= num:
+        # So many blocks have a token that reaches this, so no other can be among the largest.
+        maxima = logits[: num_blocks * _BLOCK_LEN].reshape(_BLOCK_LEN, num_blocks).max(axis=0)
+        floor = max(floor, np.partition(maxima, num_blocks - num)[num_blocks - num])
+    ids = np.flatnonzero(logits >= floor)
+    chosen: list[int] = ids[np.argsort(-logits[ids], kind="stable")][:num].tolist()
+    return chosen

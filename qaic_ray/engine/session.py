@@ -1,7 +1,6 @@
 """A QPC loaded on a card through qaicrt: load, activate, execute, status -> error.
 
-With `buffers.py` the only file that touches qaicrt, and only with calls that public programs make.
-Knows shapes and dtypes; knows nothing of sequences or text.
+Only this file and `bindings.py` call qaicrt, and only as public programs do.
 """
 
 from __future__ import annotations
@@ -16,11 +15,17 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from qaic_ray.contract import Specialization
-from qaic_ray.engine.buffers import LISTED_SINCE, Buffers, ListedBuffers, PositionalBuffers
-from qaic_ray.engine.interface import read_interface
+from qaic_ray.engine.bindings import (
+    LISTED_SINCE,
+    Array,
+    Buffers,
+    ListedBuffers,
+    Output,
+    PositionalBuffers,
+    read_interface,
+)
 from qaic_ray.errors import DeviceBusy, DeviceError, DeviceLost, SdkNotFound, UsageError
 from qaic_ray.sdk import Sdk
 
@@ -39,7 +44,7 @@ _UNSAID = "QS_ERROR"
 _BUSY_TEXTS = ("NSP_ALLOC_FAILED", "allocate NSP", "Not enough NSPs", "suitable device")
 _LOST_TEXTS = ("Failed to create Context", "Invalid Device")
 
-Array = npt.NDArray[Any]
+Runtime = tuple[ModuleType, ModuleType]
 
 
 class Session:
@@ -49,6 +54,7 @@ class Session:
         sdk: the SDK folder whose runtime is used.
         qpc: folder that holds programqpc.bin.
         device_ids: explicit ids; several mean one tensor-sliced program over a device group.
+        runtime: the modules qaicrt and QAicApi_pb2, where not those of `sdk`.
 
     Raises:
         UsageError: when the QPC is not one of a language model we can run.
@@ -56,14 +62,16 @@ class Session:
         DeviceError: when the runtime refuses otherwise.
     """
 
-    def __init__(self, sdk: Sdk, qpc: Path, device_ids: Iterable[int]) -> None:
+    def __init__(
+        self, sdk: Sdk, qpc: Path, device_ids: Iterable[int], *, runtime: Runtime | None = None
+    ) -> None:
         self.device_ids = tuple(device_ids)
         self.qpc = qpc
-        self._rt, api = _import_runtime(sdk)
+        self._rt, api = runtime or load_runtime(sdk)
         # Each may stay None when a later call of the constructor fails: close() copes.
         self._program: Any = None
         self._exec_obj: Any = None
-        self._buffers: Any = None
+        self._buffers: Buffers | None = None
         try:
             self._open(api, sdk.version)
         except BaseException:
@@ -87,8 +95,8 @@ class Session:
         single = self.device_ids[0] if len(self.device_ids) == 1 else None
         with _runtime_errors(f"Cannot load {self.qpc} on device {self._devices_text}"):
             self._program = rt.Program(self._context, single, program_file, properties)
-            self._check_room(self._program.load(), "load", "DRAM")
-            self._check_room(self._program.activate(), "activate", "NSPs")
+            self._check(self._program.load(), "load", resource="DRAM")
+            self._check(self._program.activate(), "activate", resource="NSPs")
             self._exec_obj = rt.ExecObj(self._context, self._program)
         if version >= LISTED_SINCE:
             self._buffers = ListedBuffers(self._exec_obj, interface, rt.QStatus.QS_SUCCESS)
@@ -97,7 +105,7 @@ class Session:
 
     @property
     def simulated_time(self) -> str:
-        """What the emulated SDK says of a time model that is on; empty for real times."""
+        """The emulated SDK's description of the time model that is on; empty for real times."""
         return os.environ.get(_SIMULATED_TIME_VARIABLE, "")
 
     @property
@@ -109,7 +117,7 @@ class Session:
         shape: Specialization,
         inputs: Mapping[str, Array],
         meanwhile: Callable[[], None] | None = None,
-    ) -> Array:
+    ) -> Output:
         """Execute once.
 
         Args:
@@ -125,7 +133,8 @@ class Session:
         Raises:
             DeviceError: with the vendor's status and, for a refused shape, the shapes.
         """
-        buffers: Buffers = self._buffers
+        buffers = self._buffers
+        assert buffers is not None, "the session is closed"
         with _runtime_errors(f"Cannot run {self.qpc} on device {self._devices_text}"):
             status = buffers.send(shape, inputs)
             self._check(status, "set the buffers of")
@@ -146,7 +155,7 @@ class Session:
             return None
         return self._interface.output_dims[self.specializations.decode][-1]
 
-    def input_dtype(self, name: str) -> np.dtype[Any]:
+    def input_dtype(self, name: str) -> np.dtype[np.generic]:
         """dtype of a binding."""
         return self._interface.dtype[name]
 
@@ -161,31 +170,38 @@ class Session:
             program.unload()
 
     def _check(
-        self, status: Any, action: str, *, shapes: Mapping[str, Array] | None = None
+        self,
+        status: Any,
+        action: str,
+        *,
+        shapes: Mapping[str, Array] | None = None,
+        resource: str = "",
     ) -> None:
+        """Raise for any status but success.
+
+        Args:
+            status: of the runtime.
+            action: what it refused, for the message.
+            shapes: the inputs of an execution, for the message.
+            resource: what the call needs of the card; where the status does not say whether that
+                is short, the card is asked.
+        """
         if status == self._rt.QStatus.QS_SUCCESS:
             return
-        name, message = self._refusal(status, action)
+        name = getattr(status, "name", str(status))
+        message = f"Device {self._devices_text} could not {action} {self.qpc}: {name}"
+        kind: type[DeviceError] = DeviceError
+        if name in _BUSY:
+            kind = DeviceBusy
+        elif name in _LOST:
+            kind = DeviceLost
+        elif resource and name == _UNSAID:
+            kind, found = self._state(resource)
+            message += f" ({found})"
         if shapes is not None:
             passed = {key: tuple(value.shape) for key, value in shapes.items()}
             message += f"; passed shapes {passed}"
-        raise _error_kind(name)(message + ".", status=name)
-
-    def _check_room(self, status: Any, action: str, resource: str) -> None:
-        """As `_check`, for calls that need a resource of the card; a status that does not say
-        whether that is short is asked of the card."""
-        if status == self._rt.QStatus.QS_SUCCESS:
-            return
-        name, message = self._refusal(status, action)
-        kind = _error_kind(name)
-        if name == _UNSAID:
-            kind, found = self._state(resource)
-            message += f" ({found})"
         raise kind(message + ".", status=name)
-
-    def _refusal(self, status: Any, action: str) -> tuple[str, str]:
-        name = getattr(status, "name", str(status))
-        return name, f"Device {self._devices_text} could not {action} {self.qpc}: {name}"
 
     def _state(self, resource: str) -> tuple[type[DeviceError], str]:
         """Whether a card that refused without a reason is gone, full, or neither."""
@@ -201,15 +217,9 @@ class Session:
                 return DeviceLost, f"card {qid} does not tell what is free"
             said.append(f"card {qid} has {free.nspFree} of {free.nspTotal} NSPs free")
             is_free = is_free and free.nspFree == free.nspTotal
-        if resource == "NSPs" and is_free:  # nobody has any of them
+        if resource == "NSPs" and is_free:  # so another program is not the reason
             return DeviceError, ", ".join(said)
         return DeviceBusy, f"too little free {resource}, it seems: {', '.join(said)}"
-
-
-def _error_kind(status: str) -> type[DeviceError]:
-    if status in _BUSY:
-        return DeviceBusy
-    return DeviceLost if status in _LOST else DeviceError
 
 
 @contextmanager
@@ -227,7 +237,13 @@ def _runtime_errors(what: str) -> Iterator[None]:
         raise kind(f"{what}: {text}") from error
 
 
-def _import_runtime(sdk: Sdk) -> tuple[ModuleType, ModuleType]:
+def load_runtime(sdk: Sdk) -> Runtime:
+    """Import qaicrt and QAicApi_pb2 of an SDK; a process has those of one SDK.
+
+    Raises:
+        SdkNotFound: where they cannot be imported.
+        UsageError: where they do not fit this process.
+    """
     for path in map(str, sdk.python_paths):
         if path not in sys.path:
             sys.path.append(path)

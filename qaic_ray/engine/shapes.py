@@ -1,8 +1,8 @@
-"""What a program can run, as the batchers see it: pure arithmetic over its specializations.
+"""The shapes of a program, and the choice among them. Pure.
 
-Which shape a step runs in, and which prefill shapes cover a prompt at the least cost. Of several
-prefill shapes a long one does more a step, a short one wastes less on the end of a prompt. Of
-several compute-context lengths the shortest that reaches the step's last position reads least.
+Of several prefill shapes a long one computes more in a step, a short one wastes less on the end of
+a prompt; `cheapest_cover` weighs them. Of several compute-context lengths the shortest that reaches
+the step's last position reads the least of the cache.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import lru_cache
 from qaic_ray.contract import Specialization, Specializations
 
 STEP_TOKENS = 128
-"""Until there are measurements: reading the weights costs a step as much as so many tokens do."""
+"""Until steps are measured: reading the weights costs as much as computing this many tokens."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class ShapeCosts:
         self._table = tuple((length, self._guess(length)) for length in self.lens)
 
     def measured(self, seq_len: int, seconds: float) -> None:
-        """Take in how long a step took; the quickest one of a length is its cost."""
+        """Take in how long a step took; the quickest one of each length is its cost."""
         self._latest[seq_len] = seconds
         before = self._seconds.get(seq_len)
         if before is not None and before <= seconds:
@@ -107,7 +107,7 @@ class ShapeCosts:
 
         Args:
             num_tokens: tokens still to be computed.
-            free: so many at the end cost nothing, because they ride in the decode shape.
+            free: tokens at the end that cost nothing, because the decode shape takes them.
         """
         if len(self.lens) == 1:
             return self.lens[0]

@@ -1,7 +1,7 @@
-"""The tokens that each row of a step gets, and the rows that fail over it. Knows no session.
+"""The tokens that each row of a step gets, and the rows that fail over it.
 
-Rows that ask for nothing but the most likely token are answered together; the others go through the
-selector. A row whose own sampling fails, or whose logits overflowed, ends with an error, and its
+Rows that ask only for the most likely token are answered together; the others go through the
+selector. A row whose own sampling fails, or whose logits overflowed, ends with an error; its
 neighbours are answered as ever.
 """
 
@@ -9,119 +9,115 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Listed
-from typing import Any
+from typing import cast
 
-import numpy.typing as npt
-
-from qaic_ray.engine.batcher import Sequence
+from qaic_ray.engine.batcher import Sequence, Step
+from qaic_ray.engine.bindings import Logits, Output, TokenIds
 from qaic_ray.engine.inputs import Drafts, StepInputs
 from qaic_ray.engine.sampler import Selector, overflowed
 from qaic_ray.errors import RowError
 from qaic_ray.rows import ROW_ALONE
-
-Array = npt.NDArray[Any]
 
 
 class TokenPicker:
     """Chooses tokens for the rows of one program.
 
     Args:
-        num_slots: rows of the compiled batch.
-        emits_tokens: the program gives token ids, and no logits.
-        fail: told of a row that ends without an answer.
+        selector: chooses by a row's own parameters.
+        emits_tokens: the program gives token ids in place of logits.
+        fail: is called for a row that ends without an answer.
     """
 
     def __init__(
-        self, num_slots: int, *, emits_tokens: bool, fail: Callable[[RowError, Sequence], None]
+        self, selector: Selector, *, emits_tokens: bool, fail: Callable[[RowError, Sequence], None]
     ) -> None:
         self._emits_tokens = emits_tokens
         self._fail = fail
-        self._selector = Selector(num_slots)
+        self._selector = selector
         self._in_selector: dict[Sequence, int] = {}
         self._special: set[Sequence] = set()
 
     def add(self, sequence: Sequence) -> None:
-        """A sequence that rows will be of."""
+        """Take in a sequence that steps will have rows of."""
         if not sequence.params.is_plain:
             self._special.add(sequence)
 
     def leave(self, sequence: Sequence) -> None:
-        """A sequence that has ended."""
+        """Forget a sequence that has ended."""
         slot = self._in_selector.pop(sequence, None)
         if slot is not None:
             self._selector.leave(slot)
         self._special.discard(sequence)
 
     def choose(
-        self, step: Any, laid: StepInputs, drafts: Drafts | None, output: Array
+        self, step: Step, inputs: StepInputs, drafts: Drafts | None, output: Output
     ) -> Listed[Listed[int]]:
         """The tokens of each row; nothing for a row that is not answered, or that failed.
 
         Args:
             step: the batcher's plan.
-            laid: its rows in the program's inputs.
+            inputs: where its rows are in the program.
             drafts: guessed tokens of each row, which are kept as long as they are chosen too.
-            output: float32 logits [rows, columns, vocab], or int64 token ids [rows, columns].
+            output: logits [rows, columns, vocab], or token ids [rows, columns].
         """
-        if not any(laid.answers):
-            return [()] * len(laid.rows)
+        if not any(inputs.answers):
+            return [()] * len(inputs.rows)
+        if self._emits_tokens:
+            return _given(inputs, drafts, cast("TokenIds", output))
+        logits = cast("Logits", output)
         if self._special and any(row in self._special for _, row in step.rows):
-            return self._choose_each(step, laid, drafts, output)
-        if output.shape[1] == 1 and drafts is None and len(laid.rows) == len(output):
-            return self._likeliest_of_all(step, laid, output[:, 0])
+            return self._choose_each(step, inputs, drafts, logits)
+        if logits.shape[1] == 1 and drafts is None and len(inputs.rows) == len(logits):
+            return self._likeliest_of_all(step, inputs, logits[:, 0])
         return [
-            self._likeliest(row, laid.piece(i, output, len(draft)), draft) if answered else ()
+            self._likeliest(row, inputs.piece(i, logits, len(draft)), draft) if answered else ()
             for i, ((_, row), answered, draft) in enumerate(
-                zip(step.rows, laid.answers, drafts or [()] * len(laid.rows), strict=True)
+                zip(step.rows, inputs.answers, drafts or [()] * len(inputs.rows), strict=True)
             )
         ]
 
-    def _likeliest_of_all(self, step: Any, laid: StepInputs, output: Array) -> list[Listed[int]]:
+    def _likeliest_of_all(
+        self, step: Step, inputs: StepInputs, logits: Logits
+    ) -> list[Listed[int]]:
         """The most likely token of every row, of which the program gives one column."""
-        if self._emits_tokens:
-            every = output.tolist()
-            return [(every[row],) for row in laid.rows]
-        tokens = output.argmax(axis=-1)
+        tokens = logits.argmax(axis=-1)
         every = tokens.tolist()
-        chosen: list[Listed[int]] = [(every[row],) for row in laid.rows]
-        for row in overflowed(output, every if len(every) == 1 else tokens):
-            i = laid.rows.index(row)
-            if laid.answers[i]:
-                self._fail(_overflow(output[row], every[row]), step.rows[i][1])
+        chosen: list[Listed[int]] = [(every[row],) for row in inputs.rows]
+        for row in overflowed(logits, every if len(every) == 1 else tokens):
+            i = inputs.rows.index(row)
+            if inputs.answers[i]:
+                self._fail(_overflow(logits[row], every[row]), step.rows[i][1])
                 chosen[i] = ()
         return chosen
 
-    def _likeliest(self, row: Sequence, output: Array, draft: Listed[int]) -> list[int]:
+    def _likeliest(self, row: Sequence, logits: Logits, draft: Listed[int]) -> list[int]:
         """The most likely tokens of one row, as long as its draft is right, and one more."""
-        if self._emits_tokens:
-            return _accepted(output.tolist(), draft)
-        tokens = output.argmax(axis=-1)
-        accepted = _accepted(tokens.tolist(), draft)
-        for column in overflowed(output[: len(accepted)], accepted)[:1]:
-            self._fail(_overflow(output[column], accepted[column]), row)
+        accepted = _accepted(logits.argmax(axis=-1).tolist(), draft)
+        for column in overflowed(logits[: len(accepted)], accepted)[:1]:
+            self._fail(_overflow(logits[column], accepted[column]), row)
             return []
         return accepted
 
     def _choose_each(
-        self, step: Any, laid: StepInputs, drafts: Drafts | None, output: Array
+        self, step: Step, inputs: StepInputs, drafts: Drafts | None, logits: Logits
     ) -> list[list[int]]:
         """Tokens by every row's own parameters; a drafted token is kept where it is chosen."""
-        num_columns = output.shape[1]
-        flat = output.reshape(-1, output.shape[-1])
-        if drafts is None and all(laid.answers) and laid.rows == list(range(len(flat))):
+        num_columns = logits.shape[1]
+        flat = logits.reshape(-1, logits.shape[-1])
+        if drafts is None and all(inputs.answers) and inputs.rows == list(range(len(flat))):
             return self._select(step.rows, flat)
-        chosen: list[list[int]] = [[] for _ in laid.rows]
+        chosen: list[list[int]] = [[] for _ in inputs.rows]
         tails = drafts if drafts is not None else [()] * len(chosen)
-        racing = [i for i, answered in enumerate(laid.answers) if answered]
+        racing = [i for i, answered in enumerate(inputs.answers) if answered]
         while racing:
             at = [
-                laid.rows[i] * num_columns
-                + laid.column(i, num_columns, len(tails[i]))
+                inputs.rows[i] * num_columns
+                + inputs.column(i, num_columns, len(tails[i]))
                 + len(chosen[i])
                 for i in racing
             ]
-            logits = flat if at == list(range(len(flat))) else flat[at]
-            tokens = self._select([step.rows[i] for i in racing], logits)
+            asked = flat if at == list(range(len(flat))) else flat[at]
+            tokens = self._select([step.rows[i] for i in racing], asked)
             for i, some in zip(racing, tokens, strict=True):
                 chosen[i] += some
             racing = [
@@ -133,7 +129,7 @@ class TokenPicker:
             ]
         return chosen
 
-    def _select(self, rows: Listed[tuple[int, Sequence]], logits: Array) -> list[list[int]]:
+    def _select(self, rows: Listed[tuple[int, Sequence]], logits: Logits) -> list[list[int]]:
         """The next token of every row; none of a row over which that fails, which so ends."""
         try:
             with ROW_ALONE:
@@ -160,8 +156,19 @@ class TokenPicker:
                 self._in_selector[sequence] = slot
 
 
-def _overflow(logits: Array, token: int) -> RowError:
-    """The error of a row whose largest logit is no number that tokens could be chosen by."""
+def _given(inputs: StepInputs, drafts: Drafts | None, token_ids: TokenIds) -> list[Listed[int]]:
+    """The tokens of a program that chooses them itself."""
+    if drafts is None and token_ids.shape[1] == 1:
+        every = token_ids[:, 0].tolist()
+        return [(every[row],) for row in inputs.rows]
+    return [
+        _accepted(inputs.piece(i, token_ids, len(draft)).tolist(), draft)
+        for i, draft in enumerate(drafts or [()] * len(inputs.rows))
+    ]
+
+
+def _overflow(logits: Logits, token: int) -> RowError:
+    """The error of a row whose largest logit is not a finite number."""
     return RowError(
         f"The model's logits hold {float(logits[token])} here: a value beyond float16 came up on "
         "the way. `verify.json` of the export names what overflows, and what is nearest to it; "

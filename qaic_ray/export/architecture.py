@@ -1,7 +1,7 @@
-"""The numbers of a decoder: from a checkpoint's configuration to one value, or a clear refusal.
+"""Reads a checkpoint's config.json into one `Architecture`, or refuses it.
 
-Knows nothing of graphs and weights. A field that would change the computation and that we do not
-compute is named in the error, never ignored.
+A field that would change the computation and that we do not compute is named in the error, never
+ignored.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from qaic_ray.errors import CheckpointError
-from qaic_ray.export.rope_fields import Rope, read_rope
+from qaic_ray.export.rope import Rope, read_rope
 from qaic_ray.model.checkpoint import Fields
 
 MAX_POSITION = 1 << 24
-"""Of the rotary tables: more than any model has."""
+"""Rows of a rotary table at most: more than any model has."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Architecture:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a class of transformers takes where config.json says nothing, and what it reads of it.
+    """Defaults of one model class of transformers, for keys that config.json lacks.
 
-    `reads` are those of `_NEUTRAL` that it computes, or is right to be silent about.
+    `reads` names the fields of `_NEUTRAL` that the class computes or may ignore.
     """
 
     num_kv_heads: int | None = None
@@ -110,8 +110,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1,),
     "text_config": ({},),
 }
-"""Fields that ask for a computation in some family, and the values that ask for none; so does null.
-A family that does not know a field would ignore it, and the model would be another one."""
+"""Fields that change the computation in some model family, and their values that change nothing;
+null changes nothing either. To ignore such a field would give another model."""
 
 
 def read_architecture(config: Mapping[str, Any]) -> Architecture:
@@ -190,7 +190,7 @@ def _refuse_unknown_computation(fields: Fields, kind: _Kind) -> None:
 
 
 def _read_window(fields: Fields, name: str, num_layers: int) -> int | None:
-    """The window of the layers that have one; it hides nothing until it is full.
+    """Tokens of the sliding window, None without one; a context up to it is computed exactly.
 
     Qwen models carry a window that is switched off.
     """

@@ -1,13 +1,14 @@
-"""Writes an ONNX graph node by node, keeping the type and shape of every value.
+"""Builds an ONNX graph node by node and keeps the type and shape of every value.
 
-Knows nothing of models: scopes, shapes and operators come from the caller. Nodes and values are
-named as PyTorch's exporter names them: `/model/layers.3/self_attn/q_proj/MatMul`.
+Scopes, shapes and operators come from the caller. Nodes and values are named as PyTorch's exporter
+names them: `/model/layers.3/self_attn/q_proj/MatMul`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ Dim = int | str | None
 Shape = tuple[Dim, ...]
 
 _IR_VERSIONS = {13: 7, 17: 8}
-"""Those of the published exports; the compilers of a time may know no later one."""
+"""By opset, as in the published exports: a compiler of that time may read no later one."""
 
 PRODUCER = "qaic-ray"
-"""Which program wrote a graph, as the graph says it."""
+"""`producer_name` of the graphs that we write."""
 
+_COMPARISONS = ("Greater", "Less")
 _RANKS = ("scalar", "vector", "matrix")
 
 
@@ -40,8 +42,8 @@ class WeightSpec:
     """A tensor of the graph whose bytes come later, from the checkpoint or from a table.
 
     `shape` is the one in the graph; with `transpose` the checkpoint's is its reverse. `source` is
-    the name in the checkpoint, None for a rotary table. Of the checkpoint's rows every
-    `copied_rows` (a head) lie `copies` times in a row.
+    the name in the checkpoint, None for a rotary table. Every block of `copied_rows` rows of the
+    checkpoint (a head) is stored `copies` times, one after the other.
     """
 
     name: str
@@ -56,6 +58,16 @@ class WeightSpec:
         """The checkpoint's shape."""
         rows, *others = self.shape[::-1] if self.transpose else self.shape
         return (rows // self.copies, *others)
+
+    @property
+    def rows_together(self) -> int:
+        """Rows of the checkpoint that are copied as one block."""
+        return self.copied_rows if self.copies > 1 else 1
+
+    @property
+    def least_elements(self) -> int:
+        """Values of the smallest block that can be written: one row, or one head with copies."""
+        return self.copies * self.rows_together * prod(self.source_shape[1:])
 
 
 class GraphBuilder:
@@ -84,7 +96,7 @@ class GraphBuilder:
         return value
 
     def weight(self, name: str, shape: tuple[int, ...], *, source: str | None, **how: Any) -> Value:
-        """Declare a tensor that is written beside the model; `how` is of `WeightSpec`."""
+        """Declare a tensor that is written beside the model; `how` are fields of `WeightSpec`."""
         self.weights.append(WeightSpec(name, shape, source, **how))
         return Value(name, self.dtype, shape)
 
@@ -135,8 +147,12 @@ class GraphBuilder:
         (self._outputs if output else self._inner).append(value)
         return value
 
-    def elementwise(self, kind: str, scope: str, *inputs: Value, dtype: int | None = None) -> Value:
-        """An operator whose result has the broadcast shape of its inputs."""
+    def elementwise(self, kind: str, scope: str, *inputs: Value) -> Value:
+        """An operator whose result has the broadcast shape of its inputs.
+
+        The result has the last input's type, or is bool for a comparison.
+        """
+        dtype = TensorProto.BOOL if kind in _COMPARISONS else inputs[-1].dtype
         return self.op(kind, scope, inputs, broadcast(*(i.shape for i in inputs)), dtype=dtype)
 
     def matmul(self, scope: str, left: Value, right: Value) -> Value:
@@ -153,10 +169,12 @@ class GraphBuilder:
         shape = tuple(value.shape[i] for i in order)
         return self.op("Transpose", scope, [value], shape, perm=list(order))
 
-    def unsqueeze(self, scope: str, value: Value, axis: int) -> Value:
-        """Insert a dimension of 1, where `axis` counts from the front."""
-        shape = (*value.shape[:axis], 1, *value.shape[axis:])
-        return self.op("Unsqueeze", scope, [value, self.constant([axis])], shape)
+    def unsqueeze(self, scope: str, value: Value, *axes: int) -> Value:
+        """Insert dimensions of 1; `axes` are their places in the result, rising."""
+        shape = list(value.shape)
+        for axis in axes:
+            shape.insert(axis, 1)
+        return self.op("Unsqueeze", scope, [value, self.constant(axes)], tuple(shape))
 
     def gather(self, scope: str, data: Value, indices: Value, *, axis: int = 0) -> Value:
         """Entries of `data` at `indices`, along an axis that counts from the front."""
@@ -190,7 +208,7 @@ class GraphBuilder:
         return self.op("Expand", scope, [value, pattern], shape)
 
     def cast(self, scope: str, value: Value, dtype: int, *, output: str | None = None) -> Value:
-        """Nothing where the type is right already, unless a graph output has to be made."""
+        """Cast; no node where the type is right already and no graph output has to be made."""
         if value.dtype == dtype and output is None:
             return value
         return self.op("Cast", scope, [value], value.shape, dtype=dtype, output=output, to=dtype)

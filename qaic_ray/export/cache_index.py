@@ -2,8 +2,7 @@
 
 Rows are padded on the left, so all of them write the same cache slots, from `cache_index` on; the
 attention mask says which slots of a row are tokens, and stays on the card. Only plain operators in
-the forms of the published recipe, because the compilers of its time know no others. Knows nothing
-of the decoder around it.
+the forms of the published recipe, because the compilers of its time know no others.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class CacheIndexContract:
         return g.concat(scope, *(g.unsqueeze(scope, part, 3) for part in expanded))
 
     def _marked(self, rows: Value) -> Value:
-        """The mask with the slot of the last token set: in decode no one else sets it."""
+        """The mask with the last token's slot set; in decode only the graph sets it."""
         g, scope = self._g, "/model"
         after = g.elementwise("Add", scope, self._cache_index, self._seq_len)
         last = g.elementwise("Sub", scope, after, g.constant(1))
@@ -86,14 +85,11 @@ class CacheIndexContract:
         ctx_len = g.dimension(scope, self._past[contract.past_key(0)], 2)
         keys = g.reshape(scope, g.range(scope, ctx_len, "ctx_len"), [1, -1], (1, "ctx_len"))
         queries = g.reshape(scope, slots, [-1, 1], ("seq_len", 1))
-        later = g.elementwise("Greater", scope, keys, queries, dtype=BOOL)
+        later = g.elementwise("Greater", scope, keys, queries)
         zero = g.constant(0, g.dtype)
-        causal = g.elementwise("Where", scope, later, masked, zero, dtype=g.dtype)
-        causal = g.op(
-            "Unsqueeze", scope, [causal, g.constant([0, 1])], (1, 1, "seq_len", "ctx_len")
-        )
-        wide = ("batch_size", 1, 1, "ctx_len")
-        tokens = g.cast(scope, g.op("Unsqueeze", scope, [mask, g.constant([1, 2])], wide), g.dtype)
+        causal = g.elementwise("Where", scope, later, masked, zero)
+        causal = g.unsqueeze(scope, causal, 0, 1)
+        tokens = g.cast(scope, g.unsqueeze(scope, mask, 1, 2), g.dtype)
         padding = g.elementwise("Sub", scope, g.constant(1, g.dtype), tokens)
         padding = g.elementwise("Mul", scope, padding, masked)
         return g.elementwise("Add", scope, padding, causal)

@@ -1,4 +1,4 @@
-"""Checkpoint to model folder: authors the graph, streams the weights, puts both in place at once.
+"""Checkpoint to model folder: authors the graph, streams the weights, renames both into place.
 
 The folder has the layout of the published recipe, whose scripts build file names from its name.
 """
@@ -27,17 +27,17 @@ from qaic_ray.documents import read_object, shown
 from qaic_ray.errors import ExportError, UsageError
 from qaic_ray.export.architecture import Architecture, read_architecture
 from qaic_ray.export.builder import PRODUCER
-from qaic_ray.export.graph import COSINE_TABLE, SINE_TABLE, author
-from qaic_ray.export.rope import table_blocks
-from qaic_ray.export.simplify import Simplification
-from qaic_ray.export.tensors import read_entries
-from qaic_ray.export.verify import (
+from qaic_ray.export.check.verify import (
     VerifyReport,
     default_level,
     read_report,
     verify_export,
     write_report,
 )
+from qaic_ray.export.graph import COSINE_TABLE, SINE_TABLE, author
+from qaic_ray.export.rope import table_blocks
+from qaic_ray.export.simplify import Simplifier, simplifying
+from qaic_ray.export.tensors import read_entries
 from qaic_ray.export.weights import (
     Placement,
     Table,
@@ -64,14 +64,14 @@ GRAPH_FOLDER = "generatedModels"
 _TOOLS = ("numpy", "onnx", "onnxsim")
 _OURS = {MANIFEST_FILE, CUSTOM_IO_FILE, VERIFY_FILE}
 _MARKS = {"format", "onnx_file", "weights_sha256", "architecture_sha256", "tool_versions"}
-"""Keys that the manifests of every version have."""
+"""Keys that a manifest of every version has."""
 _PRODUCER_WITHIN = 64
-"""First bytes of an ONNX file that say which program wrote it."""
+"""Bytes at the start of an ONNX file among which is the producer's name."""
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What `export_model` left: a finished folder, and whether it was there already.
+    """A finished model folder, and whether it was there already.
 
     `verification` is None where it was off and had not been done before.
     """
@@ -89,6 +89,7 @@ def export_model(
     *,
     output: Path | None = None,
     verify: str | None = None,
+    simplifier: Simplifier = simplifying,
 ) -> ExportResult:
     """Write the model folder of a checkpoint, or find that it is there already.
 
@@ -98,6 +99,7 @@ def export_model(
         output: the folder, `<base>-kv` in the current one where not given. An earlier export there
             is reused when it comes from the same weights, options and tools, and else replaced.
         verify: `full`, `quick` or `off`; by default full up to two billion parameters.
+        simplifier: what simplifies the graph's structure.
 
     Raises:
         UsageError: the checkpoint cannot be exported, or the folder is somebody else's.
@@ -112,15 +114,15 @@ def export_model(
     level = default_level(architecture) if verify is None else verify
     architecture = fit_architecture(architecture, read_entries(checkpoint.weight_files))
     options = options or ExportOptions(continuous_batching=False)  # as the command's
-    making = _Making(checkpoint, architecture, options, folder.name)
+    making = _Making(checkpoint, architecture, options, folder, level, simplifier)
     try:
         # Without the lock, which a folder that one may only read does not give.
-        found = making.reuse(folder, level)
+        found = making.reuse()
         if found is not None:
             return found
         check_ours(folder)
         with locked(folder):
-            return making.verified(folder, level) or making.build(folder, level)
+            return making.reuse(verify=True) or making.build()
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UsageError(f"Cannot write {error.filename or folder}: {error.strerror}.") from error
     except OSError as error:
@@ -137,57 +139,61 @@ def custom_io(num_layers: int, precision: str) -> str:
 
 @dataclass(frozen=True)
 class _Making:
+    """One export: what it is made from, and where."""
+
     checkpoint: Checkpoint
     architecture: Architecture
     options: ExportOptions
-    name: str
+    folder: Path
+    level: str
+    simplifier: Simplifier
 
-    def reuse(self, folder: Path, level: str) -> ExportResult | None:
-        """The export that is in `folder`, if making it again would give the same."""
-        old = self._whole(folder)
+    def reuse(self, *, verify: bool = False) -> ExportResult | None:
+        """The export that is in the folder, if making it again would give the same.
+
+        With `verify` an export that lacks only its verification gets it.
+        """
+        old = self._whole()
         if old is None:
             return None
-        report = read_report(folder)
-        if level != "off" and (report is None or (level == "full" and report.level != "full")):
-            return None
-        return ExportResult(folder, folder / old.onnx_file, old, reused=True, verification=report)
+        report = read_report(self.folder)
+        done = ("full",) if self.level == "full" else ("full", "quick")
+        if self.level != "off" and (report is None or report.level not in done):
+            if not verify:
+                return None
+            report = self._verified(self.folder)
+        path = self.folder / old.onnx_file
+        return ExportResult(self.folder, path, old, reused=True, verification=report)
 
-    def verified(self, folder: Path, level: str) -> ExportResult | None:
-        """As `reuse`; an export that lacks nothing but its verification gets it."""
-        old = self._whole(folder)
-        if old is None or self.reuse(folder, level) is not None:
-            return self.reuse(folder, level)
-        report = verify_export(folder, self.checkpoint, level=level)
-        report.raise_if_different()
-        write_report(report, folder)
-        return ExportResult(folder, folder / old.onnx_file, old, reused=True, verification=report)
+    def build(self) -> ExportResult:
+        """Make the folder anew."""
+        check_ours(self.folder)
+        with building(self.folder) as fresh:
+            manifest = self._write(fresh)
+            report = None if self.level == "off" else self._verified(fresh)
+        path = self.folder / manifest.onnx_file
+        return ExportResult(self.folder, path, manifest, reused=False, verification=report)
 
-    def _whole(self, folder: Path) -> ModelManifest | None:
+    def _whole(self) -> ModelManifest | None:
         """The manifest of an export that making it again would not change."""
         try:
-            old = read_manifest(folder)
+            old = read_manifest(self.folder)
         except UsageError:
             return None  # none, or of another version of this tool: made again
         if not self._manifest(old.weights_sha256, old.num_clipped).same_making(old):
             return None
-        if not old.files or first_fault(folder, old.files):
+        if not old.files or first_fault(self.folder, old.files):
             return None
         if old.sources != self._sources() and self._hash_weights() != old.weights_sha256:
             return None
         return old
 
-    def build(self, folder: Path, level: str) -> ExportResult:
-        """Make the folder anew."""
-        report = None
-        check_ours(folder)
-        with building(folder) as fresh:
-            manifest = self._write(fresh)
-            if level != "off":
-                report = verify_export(fresh, self.checkpoint, level=level)
-                report.raise_if_different()
-                write_report(report, fresh)
-        path = folder / manifest.onnx_file
-        return ExportResult(folder, path, manifest, reused=False, verification=report)
+    def _verified(self, folder: Path) -> VerifyReport:
+        """Check an export and leave the report in it."""
+        report = verify_export(folder, self.checkpoint, level=self.level)
+        report.raise_if_different()
+        write_report(report, folder)
+        return report
 
     def _write(self, folder: Path) -> ModelManifest:
         sources = self._sources()
@@ -201,13 +207,13 @@ class _Making:
         # Beside the new folder, where the next builder sweeps it away after a kill.
         with (
             tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
-            Simplification(graph.model, Path(scratch)) as simplification,
+            self.simplifier(graph.model, Path(scratch)) as simplified,
             ThreadPoolExecutor(1) as pool,
         ):
             written = write_weights(plan, _data_path(onnx_path), self._tables())
             # Read once more, while the structure is being simplified.
             data = pool.submit(KeptFile.of, folder, f"{manifest.onnx_file}.data")
-            model = simplification.result()
+            model = simplified()
         _attach_weights(model, plan, _data_path(onnx_path).name)
         onnx.save(model, onnx_path)
         onnx.checker.check_model(str(onnx_path))
@@ -227,7 +233,7 @@ class _Making:
         digest = hashlib.sha256(json.dumps(asdict(a), sort_keys=True).encode()).hexdigest()
         return ModelManifest(
             format=FORMAT,
-            name=self.name,
+            name=self.folder.name,
             source=self.checkpoint.name,
             contract=o.io,
             continuous=o.continuous_batching,
@@ -243,7 +249,7 @@ class _Making:
             opset=o.graph_opset,
             dtype=o.dtype,
             eos_ids=self.checkpoint.eos_ids,
-            onnx_file=f"{GRAPH_FOLDER}/{self.name}_fp16_simplified.onnx",
+            onnx_file=f"{GRAPH_FOLDER}/{self.folder.name}_fp16_simplified.onnx",
             weights_sha256=weights,
             architecture_sha256=digest,
             num_clipped=num_clipped,
@@ -265,9 +271,10 @@ class _Making:
         return weights_sha256(plan_weights(specs, entries, self.options.dtype))
 
     def _tables(self) -> Mapping[str, Table]:
+        a = self.architecture
         return {
-            COSINE_TABLE: partial(table_blocks, self.architecture, sine=False),
-            SINE_TABLE: partial(table_blocks, self.architecture, sine=True),
+            name: partial(table_blocks, a.rope, a.head_dim, a.max_position, sine=sine)
+            for name, sine in ((COSINE_TABLE, False), (SINE_TABLE, True))
         }
 
 
@@ -282,7 +289,7 @@ def _check_extra(*, has_check: bool) -> None:
 
 
 def check_ours(folder: Path) -> None:
-    """An export replaces its folder, so it must be an export of ours, or nothing.
+    """Refuse to replace a folder that is not an export of ours.
 
     Raises:
         UsageError: naming what is there.
@@ -309,7 +316,7 @@ def check_ours(folder: Path) -> None:
 
 
 def _exported_file(folder: Path) -> str | None:
-    """The graph of an export of ours, of whatever version, by the marks that it has."""
+    """Name of the graph in an export of ours, of any version; None for any other folder."""
     try:
         document = read_object(folder / MANIFEST_FILE)
     except UsageError:

@@ -202,7 +202,7 @@ _CACHE_FUNCTIONS = {
 
 
 def has_ctx_len_input(opset: int) -> bool:
-    """Whether the gather functions are told the length of the context, as from opset 17 on."""
+    """Whether the gather functions have the context's length as an input: from opset 17 on."""
     return opset >= 17
 
 
@@ -220,9 +220,9 @@ def card_functions(
 
 
 def use_plain_functions(model: Any) -> None:
-    """Write the kernels' meaning of outside indices into the functions of an `onnx.ModelProto`.
+    """Make a model's functions do what the kernels do with indices outside the cache, in place.
 
-    The function of a graph's own then is called from the new one, under another domain.
+    The model's own function is kept under another domain and called from the new one.
     """
     cache = [f for f in model.functions if (f.domain, f.name) in _CACHE_FUNCTIONS]
     if not cache:

@@ -1,4 +1,4 @@
-"""Authors the decoder as an ONNX graph: architecture in, nodes out. Knows nothing of files.
+"""Authors the decoder as an ONNX graph: architecture in, nodes out.
 
 Operators, their order and their names are those of the published Llama exports; every MatMul with
 a weight has it as a constant [K, N] right operand, which is what the compiler can hold in MXFP6.

@@ -1,7 +1,6 @@
 """The `position-ids` contract inside the graph: inputs, cache update, mask and the row of logits.
 
-Every token says its own position, -1 is padding, and a row's cache slot is its position. Knows
-nothing of the decoder around it.
+Every token has a position of its own, -1 for padding, and is written to that place of the cache.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from qaic_ray.options import ExportOptions
 
 INT32 = TensorProto.INT32
 INT64 = TensorProto.INT64
-BOOL = TensorProto.BOOL
 
 
 class PositionIdsContract:
@@ -51,9 +49,9 @@ class PositionIdsContract:
         g, scope = self._g, "/model"
         self._write_at = self.position_ids
         if self._slots:
-            padding = g.elementwise("Less", scope, self.position_ids, g.constant(0), dtype=BOOL)
+            padding = g.elementwise("Less", scope, self.position_ids, g.constant(0))
             self._write_at = g.elementwise(
-                "Where", scope, padding, g.constant(SKIP), self.position_ids, dtype=INT64
+                "Where", scope, padding, g.constant(SKIP), self.position_ids
             )
         # Only as many positions of the cache as the input is long are read and masked.
         self._context = "ctx_len" if self._computed is None else contract.COMP_CTX_LENGTHS
@@ -62,19 +60,16 @@ class PositionIdsContract:
             measured, axis = self._computed, 0
         self._ctx_len = g.dimension(scope, measured, axis)
         positions = g.range(scope, self._ctx_len, self._context)
-        axes = g.constant([0, 1])
-        positions = g.op("Unsqueeze", scope, [positions, axes], (1, 1, self._context))
+        positions = g.unsqueeze(scope, positions, 0, 1)
         own = g.unsqueeze(scope, self.position_ids, 2)
-        later = g.elementwise("Greater", scope, positions, own, dtype=BOOL)
+        later = g.elementwise("Greater", scope, positions, own)
         self._masked = g.unsqueeze(scope, later, 1)
         limit = g.op(
             "ReduceMax", scope, [self.position_ids], ("batch_size", 1), axes=[1], keepdims=1
         )
         limit = g.unsqueeze(scope, limit, 1)
-        beyond = g.elementwise("Greater", scope, positions, limit, dtype=BOOL)
-        self._read_at = g.elementwise(
-            "Where", scope, beyond, g.constant(SKIP), positions, dtype=INT64
-        )
+        beyond = g.elementwise("Greater", scope, positions, limit)
+        self._read_at = g.elementwise("Where", scope, beyond, g.constant(SKIP), positions)
         self._beyond = g.unsqueeze(scope, beyond, 3)
 
     def norm(self, scope: str, hidden: Value, weight: Value, epsilon: float) -> Value:
@@ -95,7 +90,7 @@ class PositionIdsContract:
         values = self._cycle(scope, contract.past_value(layer), value)
         # A slot never written may hold anything, and 0 times infinity is not 0.
         zero = g.constant(0, g.dtype)
-        return keys, g.elementwise("Where", scope, self._beyond, zero, values, dtype=g.dtype)
+        return keys, g.elementwise("Where", scope, self._beyond, zero, values)
 
     def _cycle(self, scope: str, name: str, update: Value) -> Value:
         g, past, suffix = self._g, self._past[name], "CB" if self._slots else ""
@@ -121,7 +116,7 @@ class PositionIdsContract:
         """Scores with minus infinity where a key is later than its query."""
         g = self._g
         nothing = g.constant(float("-inf"), scores.dtype)
-        return g.elementwise("Where", scope, self._masked, nothing, scores, dtype=scores.dtype)
+        return g.elementwise("Where", scope, self._masked, nothing, scores)
 
     def chosen(self, hidden: Value) -> Value:
         """[batch, tokens, hidden] of the tokens whose logits are asked for.
@@ -154,9 +149,9 @@ class PositionIdsContract:
         """
         g = self._g
         length = g.dimension("", kept, 0)
-        short = g.elementwise("Less", "", last, length, dtype=BOOL)
+        short = g.elementwise("Less", "", last, length)
         after = g.elementwise("Add", "", last, g.constant(1))
         first = g.elementwise("Sub", "", after, length)
-        first = g.elementwise("Where", "", short, g.constant(0), first, dtype=INT64)
+        first = g.elementwise("Where", "", short, g.constant(0), first)
         span = g.range("", length, contract.NUM_LOGITS_TO_KEEP)
         return g.elementwise("Add", "", first, g.unsqueeze("", span, 0))

@@ -1,6 +1,6 @@
-"""Runs onnxsim on the structure of a graph, whose weights stand outside it as inputs.
+"""onnxsim on the structure of a graph, whose weights stand outside it as inputs.
 
-In a process of its own: the library loads torch, and weights can be written meanwhile.
+It runs in a process of its own: the library loads torch, and weights can be written meanwhile.
 """
 
 from __future__ import annotations
@@ -9,13 +9,19 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import onnx
 
 from qaic_ray.errors import ExportError
+
+Simplifier = Callable[
+    [onnx.ModelProto, Path], AbstractContextManager[Callable[[], onnx.ModelProto]]
+]
+"""Starts on a model, with an empty folder for its files; the function that it gives waits for the
+result. `simplifying` is the real one."""
 
 # The library starts processes of its own, which would outlive this one: all go with whoever waits.
 _PROGRAM = """
@@ -33,57 +39,52 @@ onnx.save(model, sys.argv[2])
 """
 
 
-class Simplification:
-    """onnxsim at work on a model; `result` waits for it.
+@contextmanager
+def simplifying(model: onnx.ModelProto, scratch: Path) -> Iterator[Callable[[], onnx.ModelProto]]:
+    """Start onnxsim on a model without weights; all of it is ended with the block.
 
-    Args:
-        model: an `onnx.ModelProto` without weights.
-        scratch: an empty folder for the files in between.
+    Yields:
+        A function that waits for the simplified model, whose interface and node names are those
+        of `model`. It raises ExportError where onnxsim failed or changed what it must keep.
     """
-
-    def __init__(self, model: Any, scratch: Path) -> None:
-        self._model = model
-        self._output = scratch / "simplified.onnx"
-        source = scratch / "authored.onnx"
-        onnx.save(model, source)
-        self._log = (scratch / "onnxsim.log").open("w+", encoding="utf-8")
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, str(source), str(self._output), str(os.getpid())],
+    source, output = scratch / "authored.onnx", scratch / "simplified.onnx"
+    onnx.save(model, source)
+    with (scratch / "onnxsim.log").open("w+", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM, str(source), str(output), str(os.getpid())],
             stdin=subprocess.DEVNULL,
-            stdout=self._log,
+            stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
 
-    def __enter__(self) -> Simplification:
-        return self
+        def result() -> onnx.ModelProto:
+            if process.wait() != 0 or not output.is_file():
+                log.seek(0)
+                last = log.read().strip().rpartition("\n")[2]
+                raise ExportError(f"onnxsim failed on the exported graph: {last}")
+            simplified = onnx.load(output)
+            _check_kept(model, simplified)
+            return simplified
 
-    def __exit__(self, *_: object) -> None:
-        with suppress(ProcessLookupError):  # all of it has ended
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._log.close()
-
-    def result(self) -> Any:
-        """The simplified model; its interface and its node names are those of the authored one.
-
-        Raises:
-            ExportError: onnxsim failed, or changed what it must keep.
-        """
-        if self._process.wait() != 0 or not self._output.is_file():
-            self._log.seek(0)
-            last = self._log.read().strip().rpartition("\n")[2]
-            raise ExportError(f"onnxsim failed on the exported graph: {last}")
-        simplified = onnx.load(self._output)
-        _check_kept(self._model, simplified)
-        return simplified
+        try:
+            yield result
+        finally:
+            with suppress(ProcessLookupError):  # all of it has ended
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
-def _check_kept(before: Any, after: Any) -> None:
-    if list(after.graph.input) != list(before.graph.input):
-        raise ExportError("onnxsim changed the inputs of the exported graph.")
-    if list(after.graph.output) != list(before.graph.output):
-        raise ExportError("onnxsim changed the outputs of the exported graph.")
-    kept = {(f.domain, f.name) for f in after.functions}
-    if kept != {(f.domain, f.name) for f in before.functions}:
-        raise ExportError("onnxsim changed the custom functions of the exported graph.")
+def _check_kept(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
+    """Inputs, outputs and custom functions stay as they were."""
+    for what, old, new in (
+        ("inputs", list(before.graph.input), list(after.graph.input)),
+        ("outputs", list(before.graph.output), list(after.graph.output)),
+        ("custom functions", _functions(before), _functions(after)),
+    ):
+        if old != new:
+            raise ExportError(f"onnxsim changed the {what} of the exported graph.")
+
+
+def _functions(model: onnx.ModelProto) -> set[tuple[str, str]]:
+    return {(function.domain, function.name) for function in model.functions}

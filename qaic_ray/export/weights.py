@@ -1,7 +1,7 @@
 """Streams weights from safetensors to ONNX external data, block by block: memory stays bounded.
 
 Each source tensor is read once, hashed, converted, clipped to the range of float16 (the card
-computes in it) and written to every place that the graph wants it. Knows nothing of nodes.
+computes in it) and written to every place that the graph has for it.
 """
 
 from __future__ import annotations
@@ -21,21 +21,16 @@ import numpy.typing as npt
 from qaic_ray.errors import CheckpointError
 from qaic_ray.export.architecture import Architecture
 from qaic_ray.export.builder import WeightSpec
-from qaic_ray.export.conversion import Array, Converter
-from qaic_ray.export.tensors import ITEM_BYTES, TensorEntry, read_into
+from qaic_ray.export.tensors import ITEM_BYTES, Array, Converter, TensorEntry, read_into
 
 ALIGNMENT_BYTES = 4096
 """Of every tensor's offset, so that readers can map it."""
 
 Table = Callable[[], Iterator[npt.NDArray[np.float32]]]
 
-_BLOCK_ELEMENTS = 1 << 19
 _NUM_WORKERS = 2
 _STRIPE_ROWS = 16
 """Rows transposed at once: about as many as fill one cache line of the result."""
-
-_GROUP_ELEMENTS = 1 << 25
-"""Values of a transposed tensor that are written together."""
 
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 """Tables that older checkpoints carry and that follow from the configuration."""
@@ -55,6 +50,17 @@ _QUANTIZED_SUFFIXES = (
 
 
 @dataclass(frozen=True)
+class BlockSizes:
+    """Values that are worked on at once: `read` of a tensor, `transposed` for one write."""
+
+    read: int = 1 << 19
+    transposed: int = 1 << 25
+
+
+BLOCK_SIZES = BlockSizes()
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where a tensor of the graph lies in the external data file."""
 
@@ -69,7 +75,6 @@ class WrittenWeights:
 
     sha256: str
     num_clipped: int
-    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -148,13 +153,16 @@ def plan_weights(
     return WeightPlan(tuple(placements), entries, np.dtype(dtype))
 
 
-def write_weights(plan: WeightPlan, path: Path, tables: Mapping[str, Table]) -> WrittenWeights:
+def write_weights(
+    plan: WeightPlan, path: Path, tables: Mapping[str, Table], sizes: BlockSizes = BLOCK_SIZES
+) -> WrittenWeights:
     """Write the external data file.
 
     Args:
         plan: from `plan_weights`.
         path: of the new file.
         tables: blocks of rows of each tensor that has no source, by name.
+        sizes: what bounds the memory.
 
     Raises:
         CheckpointError: a weight is not a number, or a file ends early.
@@ -167,7 +175,7 @@ def write_weights(plan: WeightPlan, path: Path, tables: Mapping[str, Table]) -> 
         for placement in plan.placements:
             if placement.spec.source is None:
                 _write_table(descriptor, placement, tables[placement.spec.name](), plan.dtype)
-        writer = _Writer(descriptor, plan)
+        writer = _Writer(descriptor, plan, sizes)
         with ThreadPoolExecutor(_NUM_WORKERS) as pool:
             results = list(pool.map(writer.write, plan.by_source()))
     finally:
@@ -175,13 +183,12 @@ def write_weights(plan: WeightPlan, path: Path, tables: Mapping[str, Table]) -> 
     return WrittenWeights(
         sha256=_combine(plan, {name: digest for name, digest, _ in results}),
         num_clipped=sum(num_clipped for _, _, num_clipped in results),
-        num_bytes=plan.num_bytes,
     )
 
 
 def weights_sha256(plan: WeightPlan) -> str:
     """The same digest as `WrittenWeights.sha256`, from reading alone."""
-    buffer = np.empty(_BLOCK_ELEMENTS, np.uint8)
+    buffer = np.empty(BLOCK_SIZES.read, np.uint8)
 
     def digest_of(name: str) -> str:
         digest, entry = hashlib.sha256(), plan.entries[name]
@@ -197,17 +204,17 @@ def weights_sha256(plan: WeightPlan) -> str:
 class _Buffers:
     """Memory of one worker."""
 
-    def __init__(self, dtype: np.dtype[np.floating], num_elements: int) -> None:
+    def __init__(self, dtype: np.dtype[np.floating], num_elements: int, transposed: int) -> None:
         self.raw = np.empty(num_elements * 4, np.uint8)
         self.converter = Converter(dtype, num_elements)
-        # Only what is used of it is real.
-        self.turned = np.empty(max(_GROUP_ELEMENTS, num_elements), dtype)
+        # The kernel gives it pages as they are written.
+        self.turned = np.empty(max(transposed, num_elements), dtype)
 
 
 class _Transposed:
-    """Collects blocks of rows of one tensor as columns, and writes as many of them as fit at once.
+    """Collects blocks of rows of one tensor as columns, and writes as many as fit at once.
 
-    Every write of a part of a row is a call of its own, so there should be few, long ones.
+    Every part of a row is a write call of its own, so there should be few, long ones.
     """
 
     def __init__(self, place: Placement, memory: Array, step: int) -> None:
@@ -251,15 +258,15 @@ class _Transposed:
 class _Writer:
     """Writes one source tensor at a time; several may be under way in different threads."""
 
-    def __init__(self, descriptor: int, plan: WeightPlan) -> None:
+    def __init__(self, descriptor: int, plan: WeightPlan, sizes: BlockSizes) -> None:
         self._descriptor = descriptor
         self._plan = plan
         self._places = plan.by_source()
-        least = max(_least_elements(placement.spec) for placement in plan.placements)
-        num_elements = max(_BLOCK_ELEMENTS, least)
+        least = max(placement.spec.least_elements for placement in plan.placements)
+        num_elements = max(sizes.read, least)
         self._free: SimpleQueue[_Buffers] = SimpleQueue()
         for _ in range(_NUM_WORKERS):
-            self._free.put(_Buffers(plan.dtype, num_elements))
+            self._free.put(_Buffers(plan.dtype, num_elements, sizes.transposed))
 
     def write(self, source: str) -> tuple[str, str, int]:
         """The tensor's name, its digest and how many of its values were clipped."""
@@ -272,8 +279,10 @@ class _Writer:
     def _write(self, entry: TensorEntry, buffers: _Buffers) -> tuple[str, str, int]:
         rows, width = entry.shape[0], prod(entry.shape[1:])
         row_bytes = width * ITEM_BYTES[entry.dtype]
-        copies, step = self._rows_at_once(entry, buffers.raw.size // 4 // width)
         places = self._places[entry.name]
+        copies, head = places[0].spec.copies, places[0].spec.rows_together
+        # Whole heads where they are copied.
+        step = min(rows, max(1, buffers.raw.size // 4 // width // (copies * head)) * head)
         turned = [place for place in places if place.spec.transpose]
         assert len(turned) <= 1, "the memory for columns is that of one place"
         columns = [_Transposed(place, buffers.turned, step * copies) for place in turned]
@@ -300,14 +309,6 @@ class _Writer:
                 place_columns.add(block, self._descriptor)
         return entry.name, digest.hexdigest(), num_clipped
 
-    def _rows_at_once(self, entry: TensorEntry, fitting: int) -> tuple[int, int]:
-        """How often a row is written, and the rows of one block: whole heads if more than once."""
-        spec = self._places[entry.name][0].spec
-        if spec.copies > 1:
-            num_heads = fitting // (spec.copies * spec.copied_rows)
-            return spec.copies, max(1, num_heads) * spec.copied_rows
-        return 1, max(1, min(fitting, entry.shape[0]))
-
 
 def _check(spec: WeightSpec, entries: Mapping[str, TensorEntry]) -> None:
     if spec.source is None:
@@ -330,18 +331,12 @@ def _check(spec: WeightSpec, entries: Mapping[str, TensorEntry]) -> None:
 
 
 def _hint(name: str) -> str:
-    """What a tensor of this name tells of the checkpoint, as the rest of a sentence."""
+    """What a tensor's name says about the checkpoint, as the rest of a sentence."""
     if name.endswith(_QUANTIZED_SUFFIXES):
         return ": its weights are quantized; use the original float weights"
     if ".lora_" in name:
         return ": it holds an adapter; merge it into its base model first"
     return ""
-
-
-def _least_elements(spec: WeightSpec) -> int:
-    """Of a block: one row of the checkpoint, or one head with its copies."""
-    num_rows = spec.copies * spec.copied_rows if spec.copies > 1 else 1
-    return num_rows * prod(spec.source_shape[1:])
 
 
 def _with_copies(block: Array, spec: WeightSpec) -> Array:

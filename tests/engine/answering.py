@@ -6,22 +6,32 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Listed
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from qaic_ray.engine.batcher import Sequence
 from qaic_ray.engine.engine import Engine, Finished
-from qaic_ray.engine.session import Session
+from qaic_ray.engine.session import Runtime, Session
 from qaic_ray.sdk import Sdk
 
 
 @contextmanager
-def engine_on(sdk: Sdk, qpc: Path, *, device: int = 0, **options: Any) -> Iterator[Engine]:
+def engine_on(
+    sdk: Sdk, qpc: Path, *, device: int = 0, runtime: Runtime | None = None, **options: Any
+) -> Iterator[Engine]:
     """An engine over a session on one card; the card is given back."""
-    session = Session(sdk, qpc, [device])
+    session = Session(sdk, qpc, [device], runtime=runtime)
     try:
         yield Engine(session, **options)
     finally:
         session.close()
+
+
+def changed(runtime: ModuleType, **attributes: Any) -> ModuleType:
+    """A runtime module that differs in some attributes."""
+    module = ModuleType(runtime.__name__)
+    vars(module).update(vars(runtime) | attributes)
+    return module
 
 
 def rows_of(

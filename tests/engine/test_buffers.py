@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from answering import engine_on, outputs, rows_of, run
+from answering import changed, engine_on, outputs, rows_of, run
 
 from qaic_ray.contract import IoContract
-from qaic_ray.engine import buffers, session
-from qaic_ray.engine.prompt_lookup import PromptLookup
+from qaic_ray.engine.drafts import PromptLookup
+from qaic_ray.engine.session import load_runtime
 
 if TYPE_CHECKING:
     from tiny_qpcs import TinyQpcs
@@ -31,14 +32,18 @@ PROMPTS = [[11 + i, 40 + 3 * i, 90, 120 + i, 7 + 2 * i] * (1 + i) for i in range
     ids=["logits", "token ids", "speculative", "cache-index", "cache-index pl1", "contexts"],
 )
 def test_every_way_gives_transformers_answers(
-    tiny: TinyQpcs, monkeypatch: pytest.MonkeyPatch, way: str, shape: dict[str, Any]
+    tiny: TinyQpcs, way: str, shape: dict[str, Any]
 ) -> None:
-    if way != "pairs":
-        monkeypatch.setattr(session, "LISTED_SINCE", (99,))
+    rt, api = load_runtime(tiny.sdk)
+    sdk = tiny.sdk if way == "pairs" else replace(tiny.sdk, apps_version="1.19")
     if way == "buffers copied":
-        monkeypatch.setattr(buffers, "_has_buffer_protocol", lambda runtime: False)
+        buffer = rt.QBuffer
+        # What asks for the buffer protocol of one byte gets an object that has none.
+        rt = changed(rt, QBuffer=lambda data: object() if data == b"\0" else buffer(data))
     proposer = PromptLookup() if "num_speculative_tokens" in shape else None
-    with engine_on(tiny.sdk, tiny.qpc(batch_size=2, **shape), proposer=proposer) as engine:
+    with engine_on(
+        sdk, tiny.qpc(batch_size=2, **shape), runtime=(rt, api), proposer=proposer
+    ) as engine:
         rows = rows_of(engine, PROMPTS, [7, 4, 6, 5])
         done = run(engine, rows)
     assert outputs(done) == [

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from qaic_ray.contract import IoContract
 from qaic_ray.engine.batcher import Sequence
-from qaic_ray.engine.draft import DraftProgram
-from qaic_ray.engine.prompt_lookup import PromptLookup
+from qaic_ray.engine.drafts import DraftProgram, PromptLookup
 from qaic_ray.engine.session import Session
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ def run_table(batcher: LockstepBatcher) -> list[Told]:
     while (step := batcher.plan()) is not None:
         kind = "prefill" if step.is_prefill else "decode"
         rows = [(slot, row.key) for slot, row in step.rows]
-        table.append((kind, step.cache_index, rows, step.answers))
+        table.append((kind, step.cache_index, rows, step.ends_padded))
         batcher.commit(step, [[7]] * len(rows))
         batcher.check()
     return table

@@ -86,8 +86,8 @@ def test_neighbours_of_a_row_that_fails_are_answered(
     shapes = Specializations.build(
         batch_size=slots, prompt_len=4, ctx_len=32, continuous=continuous
     )
-    engine = Engine(FormulaProgram(shapes, io_contract=io_contract))
-    engine._chooser._selector = StumblingSelector(slots)
+    program = FormulaProgram(shapes, io_contract=io_contract)
+    engine = Engine(program, selector=StumblingSelector(slots))
     arrivals, readers, expected = [], {}, {}
     for key, (step, prompt, wanted, kind) in enumerate(rows):
         limit = engine.new_token_limit(len(prompt), wanted)

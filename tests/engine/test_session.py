@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from answering import changed
 
-from qaic_ray.engine.session import Session
+from qaic_ray.engine.session import Session, load_runtime
 from qaic_ray.errors import DeviceBusy, DeviceError, DeviceLost
 
 if TYPE_CHECKING:
@@ -22,15 +22,20 @@ def qpc(tiny: TinyQpcs) -> Path:
 
 
 @pytest.fixture
-def rt(tiny: TinyQpcs, qpc: Path) -> ModuleType:
-    Session(tiny.sdk, qpc, [1]).close()  # puts the runtime on the path
-    return importlib.import_module("qaicrt")
+def rt(tiny: TinyQpcs) -> ModuleType:
+    return load_runtime(tiny.sdk)[0]
 
 
-def refusal(tiny: TinyQpcs, qpc: Path) -> DeviceError:
+def refusal(tiny: TinyQpcs, qpc: Path, **attributes: Any) -> DeviceError:
+    """The error of a session on a runtime that differs in some attributes."""
+    rt, api = load_runtime(tiny.sdk)
     with pytest.raises(DeviceError) as caught:
-        Session(tiny.sdk, qpc, [1])
+        Session(tiny.sdk, qpc, [1], runtime=(changed(rt, **attributes), api))
     return caught.value
+
+
+def subclass(kind: type, **methods: Any) -> type:
+    return type(kind.__name__, (kind,), methods)
 
 
 @pytest.mark.parametrize("call", ["load", "activate"])
@@ -52,13 +57,12 @@ def test_a_status_is_what_it_says(
     tiny: TinyQpcs,
     qpc: Path,
     rt: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
     call: str,
     status: str,
     kind: type[DeviceError],
 ) -> None:
-    monkeypatch.setattr(rt.Program, call, lambda _: getattr(rt.QStatus, status))
-    error = refusal(tiny, qpc)
+    program = subclass(rt.Program, **{call: lambda _: getattr(rt.QStatus, status)})
+    error = refusal(tiny, qpc, Program=program)
     assert type(error) is kind
     assert error.status == status
     assert f"could not {call} {qpc}: {status}" in str(error)
@@ -80,7 +84,6 @@ def test_where_the_status_says_nothing_the_card_is_asked(
     tiny: TinyQpcs,
     qpc: Path,
     rt: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
     dev_status: str | None,
     nsps: int,
     call: str,
@@ -93,10 +96,11 @@ def test_where_the_status_says_nothing_the_card_is_asked(
         return rt.QStatus.QS_SUCCESS, found
 
     free = SimpleNamespace(nspFree=nsps, nspTotal=14)
-    monkeypatch.setattr(rt.Util, "getDeviceInfo", info)
-    monkeypatch.setattr(rt.Util, "getResourceInfo", lambda *_: (rt.QStatus.QS_SUCCESS, free))
-    monkeypatch.setattr(rt.Program, call, lambda _: rt.QStatus.QS_ERROR)
-    error = refusal(tiny, qpc)
+    util = subclass(
+        rt.Util, getDeviceInfo=info, getResourceInfo=lambda *_: (rt.QStatus.QS_SUCCESS, free)
+    )
+    program = subclass(rt.Program, **{call: lambda _: rt.QStatus.QS_ERROR})
+    error = refusal(tiny, qpc, Util=util, Program=program)
     assert type(error) is kind
     assert "QS_ERROR" in str(error)
 
@@ -115,15 +119,13 @@ def test_an_exception_is_what_its_text_says(
     tiny: TinyQpcs,
     qpc: Path,
     rt: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
     text: str,
     kind: type[DeviceError],
 ) -> None:
     def raises(_: object) -> None:
         raise RuntimeError(text)
 
-    monkeypatch.setattr(rt.Program, "activate", raises)
-    error = refusal(tiny, qpc)
+    error = refusal(tiny, qpc, Program=subclass(rt.Program, activate=raises))
     assert type(error) is kind
     assert text in str(error)
 

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from qaic_ray.contract import Specialization, Specializations
 from qaic_ray.engine.batcher import Sequence
-from qaic_ray.engine.draft import DraftProgram
+from qaic_ray.engine.drafts import DraftProgram, PromptLookup
 from qaic_ray.engine.engine import Engine, Proposer
-from qaic_ray.engine.prompt_lookup import PromptLookup
 from qaic_ray.errors import UsageError
 from qaic_ray.sampling_params import SamplingParams
 

@@ -16,8 +16,8 @@ import numpy as np
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper
+from operator_forms import FORMS_FILE, operator_forms
 
-from qaic_ray.export.forms import FORMS_FILE, operator_forms
 from qaic_ray.export.functions import use_plain_functions
 
 SIZES = {

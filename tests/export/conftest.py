@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from random_models import Untouched, write_checkpoint
+from random_models import write_checkpoint
 
-from qaic_ray.export import export
 from qaic_ray.model.checkpoint import Checkpoint
 
 
@@ -21,8 +20,3 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Checkpoint]:
         return write_checkpoint(tmp_path / name, kind, **changes)
 
     return make
-
-
-@pytest.fixture
-def no_onnxsim(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "Simplification", Untouched)

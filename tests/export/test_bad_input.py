@@ -13,13 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from random_models import export_untouched
 from safetensors.torch import load_file, save_file
 
 from qaic_ray.errors import CheckpointError, ExportError, QaicRayError, UsageError
-from qaic_ray.export.export import export_model
 from qaic_ray.model.checkpoint import Checkpoint, open_checkpoint
-
-pytestmark = pytest.mark.usefixtures("no_onnxsim")
 
 
 def remove_shard(folder: Path) -> None:
@@ -82,7 +80,7 @@ def test_damaged_checkpoint(
     out.mkdir()
     damage(folder)
     with pytest.raises(CheckpointError, match=DAMAGES[damage]) as caught:
-        export_model(open_checkpoint(str(folder)), output=out / "tiny-kv", verify="off")
+        export_untouched(open_checkpoint(str(folder)), output=out / "tiny-kv", verify="off")
     check_one_sentence(caught.value)
     assert os.listdir(out) == []
 
@@ -117,7 +115,7 @@ def test_full_disk_keeps_the_old_export(
 ) -> None:
     """The new weights, or the new graph, find no room beside the old export."""
     checkpoint = make_checkpoint()
-    made = export_model(checkpoint, output=tmp_path / "tiny-kv", verify="off")
+    made = export_untouched(checkpoint, output=tmp_path / "tiny-kv", verify="off")
     with mounted(tmp_path / "disk", f"size={size}") as disk:
         # An export of ours whose graph is damaged: it would be made again.
         old = disk / "tiny-kv" / made.manifest.onnx_file
@@ -126,7 +124,7 @@ def test_full_disk_keeps_the_old_export(
         shutil.copy(made.folder / "manifest.json", disk / "tiny-kv")
         before = tree(disk)
         with pytest.raises(ExportError, match="No space left on device") as caught:
-            export_model(checkpoint, output=disk / "tiny-kv", verify="off")
+            export_untouched(checkpoint, output=disk / "tiny-kv", verify="off")
         check_one_sentence(caught.value)
         assert tree(disk) == before
 
@@ -137,7 +135,7 @@ def test_read_only_disk(make_checkpoint: Callable[..., Checkpoint], tmp_path: Pa
         mounted(tmp_path / "disk", "ro") as disk,
         pytest.raises(UsageError, match=r"Cannot write .*: Read-only") as caught,
     ):
-        export_model(checkpoint, output=disk / "tiny-kv", verify="off")
+        export_untouched(checkpoint, output=disk / "tiny-kv", verify="off")
     check_one_sentence(caught.value)
 
 
@@ -147,6 +145,6 @@ def test_unwritable_folder(make_checkpoint: Callable[..., Checkpoint], tmp_path:
     checkpoint, out = make_checkpoint(), tmp_path / "out"
     out.mkdir(mode=0o500)
     with pytest.raises(UsageError, match=r"Cannot write .*: Permission denied") as caught:
-        export_model(checkpoint, output=out / "tiny-kv", verify="off")
+        export_untouched(checkpoint, output=out / "tiny-kv", verify="off")
     check_one_sentence(caught.value)
     assert os.listdir(out) == []

@@ -12,16 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 from compiled_here import compile_here
-from random_models import Untouched, write_checkpoint
+from random_models import export_untouched, write_checkpoint
 
 from qaic_ray import contract
 from qaic_ray.compile.compiler import check_qpc, run_compiler
 from qaic_ray.contract import IoContract
 from qaic_ray.emulator.container.execution import CompiledProgram, LoadedProgram
-from qaic_ray.export import export
-from qaic_ray.export.export import ExportResult, export_model
-from qaic_ray.export.reference import Trace, trace_prompts
-from qaic_ray.export.replay import NUM_KEPT, PositionIdsReplay, Replay, replay_of
+from qaic_ray.export.check.reference import Trace, trace_prompts
+from qaic_ray.export.check.replay import NUM_KEPT, PositionIdsReplay, Replay, replay_of
+from qaic_ray.export.export import ExportResult
 from qaic_ray.model.checkpoint import Checkpoint
 from qaic_ray.model.manifest import ModelManifest
 from qaic_ray.options import EmulatorOptions, ExportOptions
@@ -224,15 +223,13 @@ def exports(
     """Every export, by name."""
     folder = tmp_path_factory.mktemp("exports")
     wanted = {name: options for name, (options, _) in FITTING.items()} | CHANGED
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "Simplification", Untouched)
-        return {
-            name: (
-                options,
-                export_model(checkpoint, options, output=folder / f"{number}-kv", verify="off"),
-            )
-            for number, (name, options) in enumerate(wanted.items())
-        }
+    return {
+        name: (
+            options,
+            export_untouched(checkpoint, options, output=folder / f"{number}-kv", verify="off"),
+        )
+        for number, (name, options) in enumerate(wanted.items())
+    }
 
 
 Exports = dict[str, tuple[ExportOptions, ExportResult]]

@@ -17,15 +17,15 @@ from qaic_ray.documents import checked
 from qaic_ray.errors import CheckpointError, ExportError, UsageError
 from qaic_ray.export import export
 from qaic_ray.export.architecture import read_architecture
-from qaic_ray.export.export import check_ours, custom_io, export_model
-from qaic_ray.export.headroom import Activation
-from qaic_ray.export.verify import (
+from qaic_ray.export.check.headroom import Activation
+from qaic_ray.export.check.verify import (
     ScenarioDifference,
     VerifyReport,
     default_level,
     read_report,
     write_report,
 )
+from qaic_ray.export.export import check_ours, custom_io, export_model
 from qaic_ray.folders import SourceFile
 from qaic_ray.model.checkpoint import Checkpoint, open_checkpoint
 from qaic_ray.model.manifest import FORMAT, ModelManifest, read_manifest

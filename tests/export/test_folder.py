@@ -8,20 +8,23 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import onnx
 import pytest
+from random_models import export_untouched
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from qaic_ray.contract import IoContract
 from qaic_ray.errors import CheckpointError, ExportError, UsageError
-from qaic_ray.export import export
 from qaic_ray.export.export import export_model
+from qaic_ray.export.simplify import simplifying
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from qaic_ray.model.manifest import read_manifest
 from qaic_ray.options import ExportOptions
@@ -41,30 +44,28 @@ def files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-@pytest.mark.usefixtures("no_onnxsim")
 def test_layout_is_the_published_one(
     make_checkpoint: Callable[..., Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = export_model(make_checkpoint(name="e691f"), verify="off")
+    result = export_untouched(make_checkpoint(name="e691f"), verify="off")
     assert result.folder == tmp_path / "e691f-kv"
     graph = "generatedModels/e691f-kv_fp16_simplified.onnx"
     assert files(result.folder) == ["custom_io.yaml", graph, f"{graph}.data", "manifest.json"]
     assert result.onnx_path == result.folder / graph
     assert read_manifest(result.folder) == result.manifest
     assert result.manifest.onnx_file == graph
-    named = export_model(make_checkpoint(), output=Path("D"), verify="off")
+    named = export_untouched(make_checkpoint(), output=Path("D"), verify="off")
     assert "generatedModels/D_fp16_simplified.onnx" in files(named.folder)
 
 
-@pytest.mark.usefixtures("no_onnxsim")
 def test_made_again_only_when_something_changed(
     make_checkpoint: Callable[..., Checkpoint], tmp_path: Path
 ) -> None:
     out = tmp_path / "out-kv"
 
     def made_again(checkpoint: Checkpoint, options: ExportOptions | None = None) -> bool:
-        return not export_model(checkpoint, options, output=out, verify="off").reused
+        return not export_untouched(checkpoint, options, output=out, verify="off").reused
 
     checkpoint = make_checkpoint()
     assert made_again(checkpoint)
@@ -89,7 +90,6 @@ def test_made_again_only_when_something_changed(
 GRAPH = "generatedModels/out-kv_fp16_simplified.onnx"
 
 
-@pytest.mark.usefixtures("no_onnxsim")
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -109,7 +109,7 @@ def test_an_export_that_is_not_what_was_written_is_neither_kept_nor_compiled(
     damage: Callable[[bytes], bytes],
 ) -> None:
     checkpoint, out = make_checkpoint(), tmp_path / "out-kv"
-    export_model(checkpoint, output=out, verify="off")
+    export_untouched(checkpoint, output=out, verify="off")
     good = {file: (out / file).read_bytes() for file in files(out)}
     open_folder(out)
     (out / name).write_bytes(damage(good[name]))
@@ -117,35 +117,33 @@ def test_an_export_that_is_not_what_was_written_is_neither_kept_nor_compiled(
     if b"300000" not in (out / name).read_bytes():  # what is compiled does not depend on it
         with pytest.raises(UsageError, match="export"):
             open_folder(out)
-    assert not export_model(checkpoint, output=out, verify="off").reused
+    assert not export_untouched(checkpoint, output=out, verify="off").reused
     made = {file: (out / file).read_bytes() for file in files(out)}
     assert {k: v for k, v in made.items() if k != "manifest.json"} == {
         k: v for k, v in good.items() if k != "manifest.json"
     }
     (out / f"{GRAPH}.data").touch()  # another time, the same bytes
     open_folder(out)
-    assert export_model(checkpoint, output=out, verify="off").reused
+    assert export_untouched(checkpoint, output=out, verify="off").reused
 
 
-@pytest.mark.usefixtures("no_onnxsim")
 def test_same_weights_elsewhere_are_the_same_export(
     make_checkpoint: Callable[..., Checkpoint], tmp_path: Path
 ) -> None:
     out = tmp_path / "out-kv"
-    export_model(make_checkpoint(name="one"), output=out, verify="off")
+    export_untouched(make_checkpoint(name="one"), output=out, verify="off")
     sharded = make_checkpoint(name="two", max_shard_size="20KB")
     assert len(sharded.weight_files) > 1
-    assert export_model(sharded, output=out, verify="off").reused
+    assert export_untouched(sharded, output=out, verify="off").reused
 
 
-@pytest.mark.usefixtures("no_onnxsim")
 def test_a_check_is_added_to_an_export_that_had_none(
     make_checkpoint: Callable[..., Checkpoint], tmp_path: Path
 ) -> None:
     checkpoint, out = make_checkpoint(num_hidden_layers=5), tmp_path / "out-kv"
     levels = []
     for level in ("off", "quick", "off", "full", "quick"):
-        result = export_model(checkpoint, output=out, verify=level)
+        result = export_untouched(checkpoint, output=out, verify=level)
         levels.append(result.verification and result.verification.level)
     assert levels == [None, "quick", "quick", "full", "full"]
 
@@ -173,20 +171,21 @@ def test_a_kill_leaves_nothing_or_the_old(
 def test_onnxsim_finds_nothing_to_simplify(
     make_checkpoint: Callable[..., Checkpoint],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     options: ExportOptions,
 ) -> None:
     """So the graph that other tests take without it is the one that is shipped."""
-    seen = []
-    real = export.Simplification.result
+    seen: list[onnx.ModelProto] = []
 
-    def result(self: export.Simplification) -> object:
-        seen.extend([self._model, real(self)])
-        return seen[1]
+    @contextmanager
+    def watched(model: Any, scratch: Path) -> Iterator[Callable[[], Any]]:
+        with simplifying(model, scratch) as simplified:
+            seen.extend([model, simplified()])
+            yield lambda: seen[1]
 
-    monkeypatch.setattr(export.Simplification, "result", result)
     checkpoint = make_checkpoint("Granite", attention_bias=True, embedding_multiplier=2.0)
-    written = export_model(checkpoint, options, output=tmp_path / "out-kv", verify="full")
+    written = export_model(
+        checkpoint, options, output=tmp_path / "out-kv", verify="full", simplifier=watched
+    )
     authored, simplified = seen
     assert [n.name for n in simplified.graph.node] == [n.name for n in authored.graph.node]
     graph = onnx.load(written.onnx_path, load_external_data=False).graph
@@ -194,12 +193,11 @@ def test_onnxsim_finds_nothing_to_simplify(
     assert annotated == {name for node in graph.node for name in node.output}
 
 
-@pytest.mark.usefixtures("no_onnxsim")
 def test_external_data_is_what_onnx_reads(
     make_checkpoint: Callable[..., Checkpoint], tmp_path: Path
 ) -> None:
     checkpoint = make_checkpoint()
-    result = export_model(checkpoint, output=tmp_path / "out-kv", verify="off")
+    result = export_untouched(checkpoint, output=tmp_path / "out-kv", verify="off")
     model = onnx.load(result.onnx_path)
     found = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
     for name, tensor in load_file(checkpoint.weight_files[0]).items():
@@ -209,7 +207,6 @@ def test_external_data_is_what_onnx_reads(
     assert {i.name for i in model.graph.input}.isdisjoint(found)
 
 
-@pytest.mark.usefixtures("no_onnxsim")
 def test_a_full_disk_leaves_nothing(
     make_checkpoint: Callable[..., Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,7 +216,7 @@ def test_a_full_disk_leaves_nothing(
     monkeypatch.setattr("qaic_ray.export.weights.os.posix_fallocate", full)
     out = tmp_path / "out" / "tiny-kv"
     with pytest.raises(ExportError, match="No space left on device"):
-        export_model(make_checkpoint(), output=out, verify="off")
+        export_untouched(make_checkpoint(), output=out, verify="off")
     assert os.listdir(out.parent) == []
 
 

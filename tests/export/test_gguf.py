@@ -14,16 +14,14 @@ from gguf_models import VOCAB, GgufModel, Quantization, random_model
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_cpp import LlamaCpp
+from random_models import export_untouched
 from safetensors.numpy import load_file
 
 from qaic_ray.errors import CheckpointError
-from qaic_ray.export.export import export_model
-from qaic_ray.export.replay import open_replay
+from qaic_ray.export.check.replay import open_replay
 from qaic_ray.model import gguf_conversion
 from qaic_ray.model.checkpoint import Checkpoint, open_checkpoint
 from qaic_ray.options import ExportOptions
-
-pytestmark = pytest.mark.usefixtures("no_onnxsim")
 
 PROMPTS = [[257, 5, 6, 7], [257, *((37 * i) % 250 for i in range(60))]]
 CTX_LEN = 64
@@ -108,7 +106,7 @@ MODELS: dict[str, Callable[[], GgufModel]] = {
 
 def export_logits(checkpoint: Checkpoint, out: Path) -> list[Any]:
     """[vocab]: what the exported graph says follows each of `PROMPTS`."""
-    result = export_model(
+    result = export_untouched(
         checkpoint,
         ExportOptions(logits="all", continuous_batching=False),
         output=out / "kv",
@@ -142,7 +140,7 @@ def test_export_of_a_gguf_file_is_verified(tmp_path: Path) -> None:
     """The folder means to transformers what it means to us, divisors of the rope too."""
     path = with_tensors(llama(), DIVISORS).write(tmp_path / "model.gguf")
     checkpoint = open_checkpoint(str(path), cache_dir=tmp_path)
-    result = export_model(checkpoint, output=tmp_path / "kv", verify="full")
+    result = export_untouched(checkpoint, output=tmp_path / "kv", verify="full")
     assert result.verification is not None
     assert max(scenario.logits for scenario in result.verification.scenarios) < 1e-4
 

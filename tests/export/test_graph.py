@@ -12,13 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
-
-from qaic_ray.contract import IoContract
-from qaic_ray.errors import CheckpointError, UsageError
-from qaic_ray.export.architecture import Architecture, read_architecture
-from qaic_ray.export.builder import broadcast
-from qaic_ray.export.cut import cut_layers, kept_layers
-from qaic_ray.export.forms import (
+from operator_forms import (
     CONSTANT,
     DATA,
     SHAPE,
@@ -27,6 +21,12 @@ from qaic_ray.export.forms import (
     operator_forms,
     unknown_forms,
 )
+
+from qaic_ray.contract import IoContract
+from qaic_ray.errors import CheckpointError, UsageError
+from qaic_ray.export.architecture import Architecture, read_architecture
+from qaic_ray.export.builder import broadcast
+from qaic_ray.export.check.replay import cut_layers, kept_layers
 from qaic_ray.export.functions import (
     CLOUD_DOMAIN,
     PLAIN_DOMAIN,

@@ -13,13 +13,11 @@ import pytest
 import torch
 import transformers
 from byte_tokens import with_byte_tokenizer
+from random_models import export_untouched
 from safetensors.torch import load_file, save_file
 
 from qaic_ray.errors import CheckpointError
-from qaic_ray.export.export import export_model
 from qaic_ray.model.checkpoint import Checkpoint, open_checkpoint
-
-pytestmark = pytest.mark.usefixtures("no_onnxsim")
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -140,7 +138,7 @@ def test_read_as_transformers_reads_it(
     """The verification loads the same folder with transformers."""
     folder = make_checkpoint().folder
     alter(folder)
-    result = export_model(open_checkpoint(str(folder)), output=tmp_path / "kv", verify="full")
+    result = export_untouched(open_checkpoint(str(folder)), output=tmp_path / "kv", verify="full")
     assert result.verification is not None
     assert max(scenario.logits for scenario in result.verification.scenarios) < 1e-4
 
@@ -353,7 +351,7 @@ def test_named_in_one_sentence(
     out.mkdir()
     alter(folder)
     with pytest.raises(CheckpointError, match=message) as caught:
-        export_model(open_checkpoint(str(folder)), output=out / "kv", verify=verify)
+        export_untouched(open_checkpoint(str(folder)), output=out / "kv", verify=verify)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
     assert os.listdir(out) == []
@@ -365,7 +363,7 @@ def test_a_tokenizer_of_another_model_is_named(
     checkpoint = make_checkpoint(vocab_size=100)
     folder = with_byte_tokenizer(checkpoint, tmp_path / "with")
     with pytest.raises(CheckpointError, match=r"gives the token \d+, and vocab_size .* is 100"):
-        export_model(open_checkpoint(str(folder)), output=tmp_path / "kv", verify="full")
+        export_untouched(open_checkpoint(str(folder)), output=tmp_path / "kv", verify="full")
 
 
 def test_what_only_transformers_cannot_load_is_a_sentence_too(
@@ -374,6 +372,6 @@ def test_what_only_transformers_cannot_load_is_a_sentence_too(
     folder = make_checkpoint().folder
     edit(folder, initializer_range="x")  # nothing that an export reads
     checkpoint = open_checkpoint(str(folder))
-    export_model(checkpoint, output=tmp_path / "off", verify="off")
+    export_untouched(checkpoint, output=tmp_path / "off", verify="off")
     with pytest.raises(CheckpointError, match=r"transformers.* cannot load .*initializer_range"):
-        export_model(checkpoint, output=tmp_path / "full", verify="full")
+        export_untouched(checkpoint, output=tmp_path / "full", verify="full")

@@ -15,20 +15,17 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_models import write_checkpoint
+from random_models import export_untouched, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP, IoContract
 from qaic_ray.errors import ExportError
 from qaic_ray.export.architecture import read_architecture
-from qaic_ray.export.conversion import FLOAT16_MAX
-from qaic_ray.export.export import export_model
+from qaic_ray.export.check.verify import NUM_DECODE_STEPS, VerifyReport, compare, verify_export
 from qaic_ray.export.rope import inverse_frequencies, table_blocks
-from qaic_ray.export.verify import NUM_DECODE_STEPS, VerifyReport, compare, verify_export
+from qaic_ray.export.tensors import FLOAT16_MAX
 from qaic_ray.model.checkpoint import Checkpoint, load_torch_model
 from qaic_ray.options import ExportOptions
-
-pytestmark = pytest.mark.usefixtures("no_onnxsim")
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -115,7 +112,7 @@ def test_equals_transformers(
 ) -> None:
     kind, changes = (MODELS | ROPE_MODELS)[name]
     options = CONTRACTS[which]
-    result = export_model(
+    result = export_untouched(
         make_checkpoint(kind, **changes), options, output=tmp_path / "out-kv", verify="full"
     )
     check(result.verification, options)
@@ -177,7 +174,7 @@ def test_any_shape_and_option_equals_transformers(
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     prompts = [rng.integers(0, 300, length).tolist() for length in lengths]
     out = tmp_path / "out-kv"
-    export_model(checkpoints[which], options, output=out, verify="off")
+    export_untouched(checkpoints[which], options, output=out, verify="off")
     report = compare(out, checkpoints[which], prompts, ctx_len=ctx_len, chunk_len=chunk_len)
     check(report, options)
 
@@ -193,7 +190,7 @@ def test_card_runs_out_of_float16(
     tensors["model.layers.1.mlp.down_proj.weight"] *= 2e4
     save_file(tensors, checkpoint.weight_files[0], metadata={"format": "pt"})
     options = CONTRACTS[which].model_copy(update={"dtype": dtype})
-    export_model(checkpoint, options, output=tmp_path / "out-kv", verify="off")
+    export_untouched(checkpoint, options, output=tmp_path / "out-kv", verify="off")
     report = verify_export(tmp_path / "out-kv", checkpoint)
     assert report.largest.largest > FLOAT16_MAX
     layers = [activation.layer for activation in report.overflows]
@@ -206,7 +203,7 @@ def test_card_runs_out_of_float16(
 def test_an_ordinary_model_has_headroom(
     make_checkpoint: Callable[..., Checkpoint], tmp_path: Path
 ) -> None:
-    result = export_model(make_checkpoint(), output=tmp_path / "out-kv", verify="full")
+    result = export_untouched(make_checkpoint(), output=tmp_path / "out-kv", verify="full")
     assert result.verification is not None
     assert result.verification.overflows == ()
     assert 1 < result.verification.largest.largest < 1e3
@@ -228,7 +225,7 @@ def test_a_wrong_graph_is_found(
     misread = replace(checkpoint, config={**checkpoint.config, **wrong})
     out = tmp_path / "out" / "tiny-kv"
     with pytest.raises(ExportError, match="differs from PyTorch"):
-        export_model(misread, output=out, verify="full")
+        export_untouched(misread, output=out, verify="full")
     assert list(out.parent.iterdir()) == []
 
 
@@ -239,7 +236,7 @@ def test_quick_looks_at_the_first_and_last_layers(
     checkpoint = make_checkpoint("Qwen3", num_hidden_layers=7, max_shard_size="20KB")
     assert len(checkpoint.weight_files) > 3
     options = ExportOptions(continuous_batching=continuous)
-    result = export_model(checkpoint, options, output=tmp_path / "out-kv", verify="quick")
+    result = export_untouched(checkpoint, options, output=tmp_path / "out-kv", verify="quick")
     report = result.verification
     assert report is not None
     assert report.layers == (0, 1, 5, 6)
@@ -248,8 +245,8 @@ def test_quick_looks_at_the_first_and_last_layers(
 
 def test_half_precision_files(make_checkpoint: Callable[..., Checkpoint], tmp_path: Path) -> None:
     checkpoint = make_checkpoint()
-    whole = export_model(checkpoint, output=tmp_path / "whole-kv", verify="full")
-    half = export_model(
+    whole = export_untouched(checkpoint, output=tmp_path / "whole-kv", verify="full")
+    half = export_untouched(
         checkpoint,
         ExportOptions(dtype="float16", continuous_batching=False),
         output=tmp_path / "half-kv",
@@ -271,7 +268,7 @@ def test_weights_beyond_float16_are_clipped_and_counted(
     tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = 1e5
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = -7e4
     save_file(tensors, checkpoint.weight_files[0], metadata={"format": "pt"})
-    result = export_model(checkpoint, output=tmp_path / "out-kv", verify="full")
+    result = export_untouched(checkpoint, output=tmp_path / "out-kv", verify="full")
     assert result.manifest.num_clipped == 2
 
 
@@ -286,7 +283,7 @@ def test_half_precision_checkpoints(
 
     checkpoint = open_checkpoint(str(folder))
     assert str(dtype).endswith(json.loads((folder / "config.json").read_text())["dtype"])
-    result = export_model(checkpoint, output=tmp_path / "out-kv", verify="full")
+    result = export_untouched(checkpoint, output=tmp_path / "out-kv", verify="full")
     assert result.verification is not None
     assert max(s.logits for s in result.verification.scenarios) < 1e-4
 
@@ -300,13 +297,13 @@ def test_rotary_tables_are_transformers_own(
     )
     architecture = read_architecture(checkpoint.config)
     rotary = load_torch_model(checkpoint).model.rotary_emb
-    frequencies, scale = inverse_frequencies(architecture)
+    frequencies, scale = inverse_frequencies(architecture.rope, 32)
     np.testing.assert_allclose(frequencies, rotary.inv_freq.numpy(), rtol=3e-7)
     assert scale == pytest.approx(rotary.attention_scaling)
     positions = torch.arange(5000)[None]
     tables = rotary(torch.zeros(1), positions)
     for sine, truth in zip((False, True), tables, strict=True):
-        table = np.concatenate(list(table_blocks(architecture, sine=sine)))
+        table = np.concatenate(list(table_blocks(architecture.rope, 32, 5000, sine=sine)))
         assert table.shape == (5000, 32)
         # A float32 angle of thousands is uncertain by its own rounding.
         np.testing.assert_allclose(table, truth[0].numpy(), atol=2e-3)

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from qaic_ray.errors import CheckpointError
 from qaic_ray.export import weights
 from qaic_ray.export.builder import WeightSpec
-from qaic_ray.export.conversion import Converter, clip_to_float16
-from qaic_ray.export.tensors import read_entries
-from qaic_ray.export.weights import plan_weights, weights_sha256, write_weights
+from qaic_ray.export.tensors import Converter, clip_to_float16, read_entries
+from qaic_ray.export.weights import BlockSizes, plan_weights, weights_sha256, write_weights
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}
 DTYPES["BF16"] = np.dtype(ml_dtypes.bfloat16)
@@ -72,14 +71,13 @@ def test_every_value_arrives(data: st.DataObject, tmp_path_factory: pytest.TempP
     table = expected["table"].astype(np.float32)
     files = [save(folder / f"{i}.safetensors", shard) for i, shard in enumerate(shards) if shard]
     plan = plan_weights(specs, read_entries(files), target.name)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "_BLOCK_ELEMENTS", data.draw(st.sampled_from([1, 64, 1 << 16])))
-        patch.setattr(weights, "_GROUP_ELEMENTS", data.draw(st.sampled_from([1, 100, 1 << 16])))
-        written = write_weights(
-            plan, folder / "data", {"table": lambda: iter([table[:3], table[3:]])}
-        )
+    sizes = BlockSizes(
+        data.draw(st.sampled_from([1, 64, 1 << 16])), data.draw(st.sampled_from([1, 100, 1 << 16]))
+    )
+    tables = {"table": lambda: iter([table[:3], table[3:]])}
+    written = write_weights(plan, folder / "data", tables, sizes)
     raw = (folder / "data").read_bytes()
-    assert len(raw) == written.num_bytes
+    assert len(raw) == plan.num_bytes
     for place in plan.placements:
         assert place.offset % weights.ALIGNMENT_BYTES == 0
         got = np.frombuffer(raw[place.offset : place.offset + place.num_bytes], target)
@@ -128,10 +126,7 @@ def test_heads_are_copied_side_by_side(
         WeightSpec("b", (rows * copies,), "b", **how),
     ]
     plan = plan_weights(specs, entries, "float32")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "_BLOCK_ELEMENTS", block)
-        patch.setattr(weights, "_GROUP_ELEMENTS", block)
-        write_weights(plan, folder / "data", {})
+    write_weights(plan, folder / "data", {}, BlockSizes(block, block))
     found = {
         p.spec.name: np.fromfile(folder / "data", np.float32, p.num_bytes // 4, offset=p.offset)
         for p in plan.placements

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from qaic_ray import sdk as module
 from qaic_ray.errors import DeviceError, SdkNotFound
 from qaic_ray.options import EmulatorOptions
 from qaic_ray.sdk import (
@@ -110,33 +109,27 @@ def test_choice_goes_name_then_variable_then_vendor(
 ) -> None:
     named, variable, vendor = (make(tmp_path / name) for name in ("named", "variable", "vendor"))
     monkeypatch.setenv("QAIC_RAY_SDK", str(variable))
-    monkeypatch.setattr(module, "VENDOR_ROOT", vendor)
-    assert find_sdk(str(named), CARDS).root == named
-    assert find_sdk(None, CARDS).root == variable
+    assert find_sdk(str(named), CARDS, vendor_root=vendor).root == named
+    assert find_sdk(None, CARDS, vendor_root=vendor).root == variable
     monkeypatch.delenv("QAIC_RAY_SDK")
-    assert find_sdk("auto", CARDS).root == vendor
-    assert find_sdk("real", CARDS).root == vendor
+    assert find_sdk("auto", CARDS, vendor_root=vendor).root == vendor
+    assert find_sdk("real", CARDS, vendor_root=vendor).root == vendor
 
 
-def test_real_is_never_answered_by_the_emulated_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "VENDOR_ROOT", tmp_path / "none")
+def test_real_is_never_answered_by_the_emulated_one(tmp_path: Path) -> None:
     with pytest.raises(SdkNotFound, match="for `emulated`, in place of `real`"):
-        find_sdk("real", CARDS)
-    monkeypatch.setattr(module, "VENDOR_ROOT", make(tmp_path / "fake", emulated=True))
+        find_sdk("real", CARDS, vendor_root=tmp_path / "none")
+    fake = make(tmp_path / "fake", emulated=True)
     with pytest.raises(SdkNotFound, match="is the emulated one"):
-        find_sdk("real", CARDS)
+        find_sdk("real", CARDS, vendor_root=fake)
 
 
 def test_cards_without_an_sdk_are_not_emulated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("QAIC_RAY_SDK", raising=False)
-    monkeypatch.setattr(module, "VENDOR_ROOT", tmp_path / "none")
-    monkeypatch.setattr(module, "has_cards", lambda: True)
     with pytest.raises(SdkNotFound, match="has Cloud AI 100 cards but no SDK"):
-        find_sdk(None, CARDS)
+        find_sdk(None, CARDS, vendor_root=tmp_path / "none", has_cards=lambda: True)
 
 
 def test_failing_device_tool_says_why(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""An exported graph on onnxruntime, fed as a runner feeds a card: chunks, slots, retained state.
+"""Runs an exported graph on onnxruntime as an engine runs a card: chunks, slots, retained state.
 
-The meaning that a card gives to indices outside the cache is written into the graph's functions
-first. Knows nothing of what the results should be.
+The graph is changed first: its functions get the card's meaning of indices outside the cache,
+layers may be left out, and the magnitudes of activations become outputs.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import onnx
 
 from qaic_ray import contract
 from qaic_ray.contract import IoContract
-from qaic_ray.export.cut import cut_layers
+from qaic_ray.export.check.headroom import layer_of, watch_activations
 from qaic_ray.export.functions import use_plain_functions
-from qaic_ray.export.headroom import watch_activations
 from qaic_ray.model.manifest import ModelManifest
 
 NUM_KEPT = 2
@@ -32,7 +31,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ReplayAnswer:
-    """What a run says follows the token at `position` of a row: logits, or one token id."""
+    """Output of a run for the token at `position` of a row: logits, or one token id."""
 
     row: int
     position: int
@@ -40,14 +39,14 @@ class ReplayAnswer:
 
 
 class Replay(ABC):
-    """A graph and the state that a card would retain; `open_replay` makes the fitting kind.
+    """A graph and the state that a card would retain; `open_replay` makes the contract's kind.
 
     Args:
         session: runs the graph as `onnxruntime.InferenceSession` does.
         manifest: of the model.
         layers: those that the graph has.
         ctx_len: of the cache.
-        watched: outputs of the graph that say how large an activation is, and which.
+        watched: outputs that tell an activation's largest magnitude, with the activation's name.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class Replay(ABC):
         self.largest: dict[str, float] = {}
 
     def reset(self, num_rows: int) -> None:
-        """Empty rows of cache; what is in them is noise, as on a card."""
+        """Start with a cache of so many rows, full of noise, as on a card."""
         shape = (num_rows, self._manifest.num_kv_heads, self._ctx_len, self._manifest.head_dim)
         noise = np.random.default_rng(0).standard_normal(shape).astype(self._manifest.dtype)
         names = [n for i in self._layers for n in (contract.past_key(i), contract.past_value(i))]
@@ -121,15 +120,12 @@ class Replay(ABC):
     def _answers(self, answer: Any, positions: Ints, num_kept: int) -> list[ReplayAnswer]:
         num_rows, seq_len = positions.shape
         answer = np.asarray(answer).reshape(num_rows, -1, answer.shape[-1])
+        num_columns = {"last": 1, "all": seq_len}.get(self._manifest.logits, num_kept)
         found = []
         for row in range(num_rows):
             last = int(positions[row].argmax())
-            columns = range(max(0, last + 1 - num_kept), max(0, last + 1 - num_kept) + num_kept)
-            if self._manifest.logits in ("last", "all"):
-                columns = range(last, last + 1)
-                if self._manifest.logits == "all":
-                    columns = range(seq_len)
-            for place, column in enumerate(columns):
+            first = max(0, last + 1 - num_columns)
+            for place, column in enumerate(range(first, first + num_columns)):
                 if positions[row, column] >= 0:
                     found.append(ReplayAnswer(row, int(positions[row, column]), answer[row, place]))
         return found
@@ -148,35 +144,32 @@ class PositionIdsReplay(Replay):
     def prefill(
         self, prompts: Sequence[Ints], slots: Sequence[int], chunk_len: int
     ) -> list[ReplayAnswer]:
-        self._lengths |= zip(slots, map(len, prompts), strict=True)
+        self._lengths |= dict.fromkeys(slots, 0)
         found = []
         for start in range(0, max(map(len, prompts)), chunk_len):
-            ids = np.zeros((len(prompts), chunk_len), np.int64)
-            positions = np.full_like(ids, contract.PADDING_POSITION)
-            for row, prompt in enumerate(prompts):
-                chunk = prompt[start : start + chunk_len]
-                ids[row, : len(chunk)] = chunk
-                positions[row, : len(chunk)] = np.arange(start, start + len(chunk))
-            found += self._step(ids, positions, slots)
+            chunks = [prompt[start : start + chunk_len] for prompt in prompts]
+            found += self._step(chunks, slots, chunk_len)
         return found
 
     def decode(self, tokens: Sequence[int], slots: Sequence[int]) -> list[ReplayAnswer]:
         return self.extend([[token] for token in tokens], slots)
 
     def extend(self, tokens: Sequence[Sequence[int]], slots: Sequence[int]) -> list[ReplayAnswer]:
-        """Run more tokens of every row at once, as a check of guessed ones does."""
-        ids = np.zeros((len(tokens), max(map(len, tokens))), np.int64)
+        """Run more tokens of every row at once, as a check of drafted ones does."""
+        return self._step(tokens, slots, max(map(len, tokens)))
+
+    def _start(self, slot: int) -> int:
+        return 0
+
+    def _step(
+        self, tokens: Sequence[Sequence[int] | Ints], slots: Sequence[int], seq_len: int
+    ) -> list[ReplayAnswer]:
+        ids = np.zeros((len(tokens), seq_len), np.int64)
         positions = np.full_like(ids, contract.PADDING_POSITION)
         for row, (more, slot) in enumerate(zip(tokens, slots, strict=True)):
             ids[row, : len(more)] = more
             positions[row, : len(more)] = np.arange(len(more)) + self._lengths[slot]
             self._lengths[slot] += len(more)
-        return self._step(ids, positions, slots)
-
-    def _start(self, slot: int) -> int:
-        return 0
-
-    def _step(self, ids: Ints, positions: Ints, slots: Sequence[int]) -> list[ReplayAnswer]:
         feed = {contract.INPUT_IDS: ids, contract.POSITION_IDS: positions}
         if self._manifest.continuous:
             feed[contract.BATCH_INDEX] = np.array(slots, np.int64)[:, None]
@@ -252,3 +245,49 @@ def open_replay(
     )
     kind = replay_of(manifest.contract)
     return kind(session, manifest, layers, ctx_len=ctx_len, watched=watched)
+
+
+def kept_layers(num_layers: int, level: str) -> tuple[int, ...]:
+    """The layers that a check looks at: all, or the first and the last two."""
+    if level == "full" or num_layers <= 4:
+        return tuple(range(num_layers))
+    return (0, 1, num_layers - 2, num_layers - 1)
+
+
+def cut_layers(model: Any, keep: Sequence[int]) -> None:
+    """Remove every other layer from an `onnx.ModelProto`, in place; its neighbours are joined.
+
+    Layers keep their own numbers. What a removed layer would have handed on is replaced by what the
+    kept layer below it hands on.
+    """
+    graph = model.graph
+    results: dict[int, str] = {}
+    for node in graph.node:
+        if (layer := layer_of(node.name)) is not None:
+            results[layer] = node.output[0]  # nodes are in order, so the last one stays
+    renamed, below = {}, None
+    for layer, result in sorted(results.items()):
+        if layer in keep:
+            below = result
+        elif below is not None:
+            renamed[result] = below
+    nodes = [n for n in graph.node if layer_of(n.name) in (None, *keep)]
+    for node in nodes:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+    used = {name for node in nodes for name in (*node.input, *node.output)}
+    past = {
+        name
+        for layer in results.keys() - set(keep)
+        for past in (contract.past_key(layer), contract.past_value(layer))
+        for name in (past, contract.retained(past))
+    }
+    for field, kept in (
+        (graph.node, nodes),
+        (graph.input, [v for v in graph.input if v.name not in past]),
+        (graph.output, [v for v in graph.output if v.name not in past]),
+        (graph.value_info, [v for v in graph.value_info if v.name in used]),
+        (graph.initializer, [t for t in graph.initializer if t.name in used]),
+    ):
+        copies = [type(item).FromString(item.SerializeToString()) for item in kept]
+        del field[:]
+        field.extend(copies)

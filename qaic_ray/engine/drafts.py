@@ -1,32 +1,91 @@
-"""Speculative decoding on a card: what drafts tokens, and the engine of a draft QPC.
+"""Tokens guessed ahead, for a program that checks several of them a row in one decode step.
 
-A draft QPC runs beside the main one on the same card. It gets each row's tokens as a prompt every
-time. Its slots remember what they hold, so it computes only the tokens that were accepted or
-corrected since the last time.
+`PromptLookup` guesses from the row's own text. Answers repeat their prompts (summaries, code,
+extraction) and themselves; the tokens behind the latest earlier occurrence of the last tokens are
+then a good guess, and a wrong one costs only its place in a decode shape that is there anyway.
+`DraftProgram` asks a second, smaller program on the same card. `open_drafting` opens what a run
+has chosen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Listed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qaic_ray.engine.batcher import Sequence
 from qaic_ray.engine.engine import Engine, Program, Proposer
-from qaic_ray.engine.prompt_lookup import PromptLookup
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import UsageError
 from qaic_ray.metrics import Measurement
 from qaic_ray.options import Generation
 from qaic_ray.sdk import Sdk
 
+MAX_NGRAM = 3
+"""Longest run of last tokens that is looked up; the longest that is found decides."""
+
 RIDE_LEN = 4
-"""New tokens that a row feeds one by one, together with the other rows, rather than in a prefill
-step of its own: after a draft that was all right there are two."""
+"""New tokens that a row feeds one by one, with the other rows, rather than in a prefill step of its
+own; after a draft that was accepted whole there are two."""
+
+
+@dataclass
+class _Text:
+    """The tokens of one row, and where each n-gram ended last."""
+
+    tokens: list[int]
+    next_of: dict[tuple[int, ...], int] = field(default_factory=dict)
+    num_indexed: int = 0
+
+    def index(self) -> None:
+        """Take in every n-gram that has a token behind it by now."""
+        for end in range(self.num_indexed + 1, len(self.tokens)):
+            for length in range(1, min(MAX_NGRAM, end) + 1):
+                self.next_of[tuple(self.tokens[end - length : end])] = end
+        self.num_indexed = max(len(self.tokens) - 1, 0)
+
+    def guess(self, room: int) -> list[int]:
+        """At most `room` tokens that may come next."""
+        for length in range(min(MAX_NGRAM, len(self.tokens)), 0, -1):
+            start = self.next_of.get(tuple(self.tokens[-length:]))
+            if start is not None:
+                known = self.tokens[start:]
+                # A repetition that reaches the end goes on repeating.
+                return [known[i % len(known)] for i in range(room)]
+        return []
+
+
+class PromptLookup:
+    """Drafts from the row's own prompt and answer."""
+
+    def __init__(self) -> None:
+        self._texts: dict[Sequence, _Text] = {}
+
+    def propose(self, rows: Listed[Sequence], room: Listed[int]) -> list[list[int]]:
+        """At most `room[i]` tokens for row i."""
+        return [
+            self._propose(sequence, most) if most > 0 else []
+            for sequence, most in zip(rows, room, strict=True)
+        ]
+
+    def release(self, sequence: Sequence) -> None:
+        """Forget a row."""
+        self._texts.pop(sequence, None)
+
+    def _propose(self, sequence: Sequence, most: int) -> list[int]:
+        text = self._texts.get(sequence)
+        if text is None:
+            text = self._texts[sequence] = _Text(list(sequence.prompt_ids))
+        text.tokens += sequence.output_ids[len(text.tokens) - len(sequence.prompt_ids) :]
+        text.index()
+        return text.guess(most)
 
 
 class DraftProgram:
-    """Drafts by greedy decoding on a draft QPC.
+    """Drafts by greedy decoding on a draft QPC, with an engine of its own.
+
+    Every proposal gives it each row's tokens as a prompt. Its slots remember what they hold, so
+    only tokens that are new since the last proposal are computed.
 
     Args:
         program: opened; of the `position-ids` contract, of the same tokenizer as the main one.
@@ -65,7 +124,7 @@ class DraftProgram:
         return [asked[key].output_ids if key in asked else [] for key in range(len(rows))]
 
     def release(self, sequence: Sequence) -> None:
-        """Nothing to do: its slot's memory serves until another row needs the place."""
+        """Nothing to do: the slot keeps its tokens until another row needs it."""
 
 
 @dataclass(frozen=True)

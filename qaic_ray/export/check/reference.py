@@ -1,6 +1,6 @@
-"""What PyTorch does with a few prompts: the truth that an exported graph is held against.
+"""Runs prompts through PyTorch: the reference for an exported graph.
 
-The only part of the export that runs torch; knows nothing of graphs.
+No other file of the export runs torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qaic_ray.export.conversion import FLOAT16_MAX
+from qaic_ray.export.tensors import FLOAT16_MAX
 from qaic_ray.model.checkpoint import Checkpoint, load_torch_model
 
 Floats = npt.NDArray[np.floating]
@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.floating]
 
 @dataclass(frozen=True)
 class Trace:
-    """One prompt and what follows it greedily.
+    """One prompt and its greedy continuation.
 
     `tokens` is the prompt and the tokens decoded from it but the last, `logits` [tokens, vocab]
     what follows each of them; `keys` and `values` have a row [heads, tokens, head_dim] for every

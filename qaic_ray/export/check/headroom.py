@@ -1,6 +1,7 @@
-"""How near the activations of a graph come to the end of float16, in which a card computes.
+"""Float16 headroom: the largest magnitude of every activation of a graph.
 
-Adds one number to the graph for every activation: its largest magnitude. Knows nothing of prompts.
+A card computes in float16, where a larger value overflows. The graph gets one more scalar output
+for each activation.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import Any
 
 from onnx import TensorProto, helper
 
-from qaic_ray.export.conversion import FLOAT16_MAX
+from qaic_ray.export.tensors import FLOAT16_MAX
 
 EMBEDDING = "/model/embed_tokens/"
-"""Where activations begin; what does not come from there is indices and masks."""
+"""Scope of the first activations; values that do not depend on it are indices and masks."""
 
 _LAYER = re.compile(r"^(?:/model/layers|past_key|past_value)\.(\d+)")
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
@@ -24,7 +25,7 @@ _PREFIX = "largest:"
 
 @dataclass(frozen=True)
 class Activation:
-    """The largest magnitude that was seen of a value of the graph; `layer` is None outside all."""
+    """The largest magnitude seen of a value of the graph; `layer` is None outside the layers."""
 
     layer: int | None
     name: str
@@ -35,7 +36,7 @@ def watch_activations(model: Any) -> dict[str, str]:
     """Give an `onnx.ModelProto` one more scalar output for each of its activations, in place.
 
     Returns:
-        The names of those outputs, and what each of them is about.
+        Names of those outputs, each with the name of its activation.
     """
     graph = model.graph
     made = _activations(graph)
@@ -59,7 +60,7 @@ def watch_activations(model: Any) -> dict[str, str]:
 
 
 def _activations(graph: Any) -> set[str]:
-    """Values that come from the embedding, but for masked scores, which are meant to be far off."""
+    """Values that depend on the embedding, without masked scores, which are meant to be huge."""
     made: set[str] = set()
     producers = {}
     masked = set()
@@ -74,9 +75,9 @@ def _activations(graph: Any) -> set[str]:
 
 
 def beyond_float16(largest: Mapping[str, float]) -> tuple[Activation, ...]:
-    """Those that float16 cannot hold, in the order of the layers."""
+    """Activations that float16 cannot hold, by layer."""
     found = [
-        Activation(_layer_of(name), name, size)
+        Activation(layer_of(name), name, size)
         for name, size in largest.items()
         if not size <= FLOAT16_MAX
     ]
@@ -84,11 +85,12 @@ def beyond_float16(largest: Mapping[str, float]) -> tuple[Activation, ...]:
 
 
 def largest_activation(largest: Mapping[str, float]) -> Activation:
-    """The one nearest to the end of float16, or farthest beyond it."""
+    """The activation with the largest magnitude."""
     name = max(largest, key=lambda n: largest[n])
-    return Activation(_layer_of(name), name, largest[name])
+    return Activation(layer_of(name), name, largest[name])
 
 
-def _layer_of(name: str) -> int | None:
+def layer_of(name: str) -> int | None:
+    """The layer of a node or a cache, by its name; None outside the layers."""
     match = _LAYER.match(name)
     return int(match.group(1)) if match else None

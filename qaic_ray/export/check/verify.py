@@ -1,7 +1,6 @@
-"""Holds an exported graph against PyTorch: the same prompts through both, differences as data.
+"""Compares an exported graph with PyTorch: the same prompts through both, differences as data.
 
-Prints nothing, and needs nothing but a model folder and its checkpoint. What PyTorch does is in
-`reference.py`, what the graph does in `replay.py`.
+`reference.py` runs PyTorch, `replay.py` the graph.
 """
 
 from __future__ import annotations
@@ -18,10 +17,15 @@ from qaic_ray.contract import NUM_LOGITS_TO_KEEP
 from qaic_ray.documents import checked, read_object
 from qaic_ray.errors import CheckpointError, ExportError, UsageError
 from qaic_ray.export.architecture import Architecture
-from qaic_ray.export.cut import kept_layers
-from qaic_ray.export.headroom import Activation, beyond_float16, largest_activation
-from qaic_ray.export.reference import Floats, Trace, trace_prompts
-from qaic_ray.export.replay import PositionIdsReplay, Replay, ReplayAnswer, open_replay
+from qaic_ray.export.check.headroom import Activation, beyond_float16, largest_activation
+from qaic_ray.export.check.reference import Floats, Trace, trace_prompts
+from qaic_ray.export.check.replay import (
+    PositionIdsReplay,
+    Replay,
+    ReplayAnswer,
+    kept_layers,
+    open_replay,
+)
 from qaic_ray.folders import write_whole
 from qaic_ray.model.checkpoint import Checkpoint, has_tokenizer, load_tokenizer
 from qaic_ray.model.manifest import VERIFY_FILE, ModelManifest, read_manifest
@@ -35,7 +39,7 @@ NUM_DECODE_STEPS = 2
 FLOAT32_TOLERANCE = 2e-3
 """Largest difference of a float32 logit that passes."""
 FLOAT16_TOLERANCE = 2e-2
-"""The same for a float16 graph, as a part of the largest logit: its weights are rounded."""
+"""The same for a float16 graph, as a fraction of the largest logit: its weights are rounded."""
 FULL_PARAMETERS = 2_000_000_000
 """Models below this are checked with all their layers by default."""
 
@@ -90,7 +94,7 @@ class VerifyReport:
 
 
 def default_level(architecture: Architecture) -> str:
-    """`full` for what runs in the memory of a workstation, else `quick`."""
+    """`full` for a model that fits into the memory of a workstation, else `quick`."""
     return "full" if architecture.num_parameters < FULL_PARAMETERS else "quick"
 
 
@@ -152,7 +156,7 @@ def compare(
         layers=layers,
         ctx_len=ctx_len,
         tolerance=tolerance,
-        scenarios=tuple(scenarios.differences),
+        scenarios=tuple(difference.total() for difference in scenarios.differences),
         largest=largest_activation(replay.largest),
         overflows=beyond_float16(replay.largest),
     )
@@ -198,6 +202,8 @@ def _prompt_ids(
 
 
 class _Scenarios:
+    """Runs the prompts in several ways and keeps a difference for each."""
+
     def __init__(
         self, replay: Replay, manifest: ModelManifest, traces: Sequence[Trace], chunk_len: int
     ) -> None:
@@ -206,63 +212,59 @@ class _Scenarios:
         self._num_copies = manifest.num_replicate_kv_heads
         self._traces = traces
         self._chunk_len = chunk_len
-        # One slot more than rows, so that one is always somebody else's.
+        # One slot more than rows, so that one always belongs to no row.
         self._num_slots = len(traces) + 1
-        self.differences: list[ScenarioDifference] = []
+        self.differences: list[_Difference] = []
 
     def prefill_and_decode(self) -> None:
         """Each prompt alone, in one prefill, and then its decode steps."""
-        prefill, decode = self._difference("prefill"), self._difference("decode")
+        prefill, decode = self._scenario("prefill"), self._scenario("decode")
         for trace in self._traces:
             self._reset(1)
             self._prefill([trace], [0], trace.prompt_len, prefill)
             self._decode([trace], [0], decode)
-        self.differences += [prefill.total(), decode.total()]
 
     def chunked_prefill(self) -> None:
         """The longest prompt in chunks, one of them padded."""
-        difference = self._difference("chunked prefill")
         trace = max(self._traces, key=lambda t: t.prompt_len)
         self._reset(1)
+        difference = self._scenario("chunked prefill")
         self._prefill([trace], [0], self._chunk_len, difference)
         self._decode([trace], [0], difference)
-        self.differences.append(difference.total())
 
     def mixed_batch(self) -> None:
         """Prompts of different lengths decoded together."""
-        difference = self._difference("mixed batch")
-        slots = self._prefill_all(difference)
-        self._decode(self._traces, slots, difference)
-        self.differences.append(difference.total())
+        difference = self._scenario("mixed batch")
+        self._decode(self._traces, self._prefill_all(difference), difference)
 
     def slot_reuse(self) -> None:
         """A short prompt in the slot that a longer one has left."""
-        difference = self._difference("slot reuse")
         ordered = sorted(self._traces, key=lambda t: t.prompt_len)
         self._reset(1)
-        self._prefill([ordered[-1]], [1], self._chunk_len, self._difference("left behind"))
+        longest = ordered[-1].tokens[: ordered[-1].prompt_len]
+        self._replay.prefill([longest], [1], self._chunk_len)
+        difference = self._scenario("slot reuse")
         self._prefill([ordered[0]], [1], self._chunk_len, difference)
         self._decode([ordered[0]], [1], difference)
-        self.differences.append(difference.total())
 
     def speculation(self, replay: PositionIdsReplay) -> None:
         """Several tokens of every row in one step, and one of the last row."""
-        difference = self._difference("speculation")
-        slots = self._prefill_all(difference)
         ends = [trace.prompt_len + NUM_DECODE_STEPS for trace in self._traces]
         ends[-1] = self._traces[-1].prompt_len + 1
         more = [
-            [int(token) for token in trace.tokens[trace.prompt_len : end]]
+            trace.tokens[trace.prompt_len : end].tolist()
             for trace, end in zip(self._traces, ends, strict=True)
         ]
+        difference = self._scenario("speculation")
+        slots = self._prefill_all(difference)
         for answer in replay.extend(more, slots):
             difference.add_answer(self._traces[answer.row], answer)
         for trace, slot, end in zip(self._traces, slots, ends, strict=True):
             difference.add_cache(trace, replay.row(slot, end))
-        self.differences.append(difference.total())
 
-    def _difference(self, scenario: str) -> _Difference:
-        return _Difference(scenario, self._num_copies)
+    def _scenario(self, name: str) -> _Difference:
+        self.differences.append(_Difference(name, self._num_copies))
+        return self.differences[-1]
 
     def _reset(self, num_rows: int) -> None:
         self._replay.reset(self._num_slots if self._continuous else num_rows)
@@ -302,7 +304,7 @@ class _Scenarios:
 
 
 class _Difference:
-    """Grows over the rows of one scenario."""
+    """The largest differences over the rows of one scenario."""
 
     def __init__(self, scenario: str, num_copies: int) -> None:
         self._scenario = scenario
