@@ -47,20 +47,19 @@ def prompts(count: int) -> Iterator[Any]:
 def drive(folder: Path, address: str, count: int) -> None:
     """One session of the run: until it is done, or this process is killed."""
     from qaic_ray.cards.placement import place
-    from qaic_ray.cluster import actors
     from qaic_ray.cluster.cluster import Cluster
-    from qaic_ray.dispatch import workers
-    from qaic_ray.options import EmulatorOptions
+    from qaic_ray.dispatch.policy import Policy
+    from qaic_ray.options import EmulatorOptions, Generation
     from qaic_ray.runs.delivery import row_writer
     from qaic_ray.runs.driver import Audience
     from qaic_ray.runs.journal import Journal
     from qaic_ray.sampling_params import SamplingParams
+    from qaic_ray.timeouts import Timeouts
     from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
-    from qaic_ray.worker.text import Generation
     from qaic_ray.worker.worker import CardWorker
 
-    workers.MIN_STALL_S = workers.FIRST_STALL_S = 6.0  # an hour of trouble in a minute
-    actors.STEPS_EVERY_S = 0.5
+    # An hour of trouble in a minute.
+    policy = Policy(min_stall_s=6.0, first_stall_s=6.0)
     made = json.loads((folder.parent / "made.json").read_text())
     generation = Generation(sampling=SamplingParams(max_tokens=NUM_TOKENS))
 
@@ -69,7 +68,7 @@ def drive(folder: Path, address: str, count: int) -> None:
             file.write(f"{info.pid}\n")
 
     with (
-        Cluster(0, address=address) as cluster,
+        Cluster(0, address=address, timeouts=Timeouts(steps_s=0.5)) as cluster,
         Journal(folder, FINGERPRINT) as journal,
         row_writer(folder, resumed=True) as write,
     ):
@@ -84,8 +83,9 @@ def drive(folder: Path, address: str, count: int) -> None:
             prompts(count),
             specs,
             worker_class=CardWorker,
+            policy=policy,
             journal=journal,
-            audience=Audience(on_row=write, on_earlier_row=write.again, on_worker_ready=note),
+            audience=Audience(on_row=write, on_earlier_row=write.rewrite, on_worker_ready=note),
         )
     proof = write.proof(result.rows_in, result.inputs_sha256)
     summary = {
@@ -131,7 +131,7 @@ class Run:
     @property
     def num_safe(self) -> int:
         """Rows that are in the journal."""
-        from qaic_ray.runs.run_folders import safe_rows
+        from qaic_ray.runs.journal import safe_rows
 
         return safe_rows(self.folder)
 

@@ -49,10 +49,7 @@ from qaic_ray.dispatch.events import (
     RunShard,
     RunStarted,
     ShardFinished,
-    ShardTakenBack,
-    TakeBackShard,
     TimePassed,
-    WakeAt,
     WorkerFailedToOpen,
     WorkerLost,
     WorkerProgress,
@@ -126,7 +123,7 @@ class Simulation:
         self.steps: dict[int, int] = {}
         self.work_s, self.longest_s, self.lost_s = 0.0, 0.0, 0.0
         self.num_done = self.num_errors = self.num_begun = self.num_deaths = self.num_events = 0
-        self.wake_s, self.dispatcher_s = math.inf, 0.0
+        self.dispatcher_s = 0.0
         # (when, number, what happens, card, its life, shard and index)
         self.heap: list[tuple[float, int, str, Card, int, int, int]] = []
         self.num_scheduled = 0
@@ -149,8 +146,8 @@ class Simulation:
 
     def step(self) -> None:
         """The next thing that happens."""
-        if self.wake_s < self.heap[0][0]:
-            self.now_s, self.wake_s = max(self.now_s, self.wake_s), math.inf
+        if self.dispatcher.wake_s < self.heap[0][0]:
+            self.now_s = max(self.now_s, self.dispatcher.wake_s)
             self.tell(TimePassed())
             return
         time_s, _, what, card, life, shard_id, index = heapq.heappop(self.heap)
@@ -270,13 +267,9 @@ class Simulation:
                     del self.steps[row.index]  # a row that comes twice fails here
                     self.num_errors += not row.ok
                 self.num_done += len(rows)
-            case WakeAt(time_s):
-                self.wake_s = time_s
             case ReadPrompts(num):
                 prompts = tuple(prompt for _, prompt in zip(range(num), self.prompts, strict=False))
                 self.tell(PromptsRead(prompts, exhausted=len(prompts) < num))
-            case TakeBackShard(name, shard_id):
-                self._take_back(self.cards[name], shard_id)
             case ReplaceWorker(name, incarnation):
                 card = self.cards[name]
                 self._end(card)
@@ -287,18 +280,6 @@ class Simulation:
             case QuarantineWorker(name):
                 self._end(self.cards[name])
                 self.num_quarantined += 1
-
-    def _take_back(self, card: Card, shard_id: int) -> None:
-        if card.hung:
-            return
-        back = tuple(index for id_, index in card.queue if id_ == shard_id)
-        card.queue = deque(item for item in card.queue if item[0] != shard_id)
-        self.tell(ShardTakenBack(card.name, shard_id, back))
-        if shard_id in card.left:
-            card.left[shard_id] -= len(back)
-            if not card.left[shard_id]:
-                del card.left[shard_id]
-                self.tell(ShardFinished(card.name, shard_id))
 
     def _input(self) -> Iterator[Prompt]:
         for index in range(self.num_prompts):

@@ -36,7 +36,7 @@ from qaic_ray.engine.batcher import Sequence
 from qaic_ray.engine.engine import Engine
 from qaic_ray.engine.session import Session
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
-from qaic_ray.model.stop_strings import StopReader
+from qaic_ray.model.detokenizer import StopFinder
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import EmulatorOptions
 from qaic_ray.sampling_params import SamplingParams
@@ -181,9 +181,9 @@ def new_row(engine: Engine, key: int, params: SamplingParams) -> Sequence:
     return Sequence(key, prompt, limit, params=params, seed=key)
 
 
-def readers(params: SamplingParams) -> list[StopReader]:
+def readers(params: SamplingParams) -> list[StopFinder]:
     """What reads a row's text while it runs: nothing, where there is no stop string."""
-    return [StopReader(tokenizer(), params)] if params.stop else []
+    return [StopFinder(tokenizer(), params)] if params.stop else []
 
 
 @cache

@@ -89,13 +89,12 @@ def drive(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from qaic_ray.cards.placement import place
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.formats.prompts import prompts_from_file
-    from qaic_ray.options import EmulatorOptions
+    from qaic_ray.options import EmulatorOptions, Generation
     from qaic_ray.runs.delivery import row_writer
     from qaic_ray.runs.driver import Audience
     from qaic_ray.runs.journal import Journal
     from qaic_ray.sampling_params import SamplingParams
     from qaic_ray.worker.spec import WorkerSpec
-    from qaic_ray.worker.text import Generation
     from qaic_ray.worker.worker import CardWorker
 
     made = make(folder)

@@ -21,7 +21,6 @@ object as its last line.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import random
@@ -206,7 +205,7 @@ def plain_actors(specs: Sequence[Any]) -> Iterator[list[Any]]:
 
         def rows(self, some: Sequence[Any]) -> int:
             """How many rows came."""
-            return sum(len(part) for part in self.answer(some, shard_id=next(SHARDS)))  # type: ignore[arg-type]
+            return sum(len(part) for part in self.answer(some))
 
     actor_class = ray.remote(num_cpus=0.1, resources={"QAIC": 1}, max_concurrency=4)(Plain)
     actors = [actor_class.remote(spec) for spec in specs]
@@ -217,9 +216,6 @@ def plain_actors(specs: Sequence[Any]) -> Iterator[list[Any]]:
         ray.get([actor.close.remote() for actor in actors])
         for actor in actors:
             ray.kill(actor)
-
-
-SHARDS = itertools.count()
 
 
 def static(actors: Sequence[Any], some: Sequence[Any]) -> int:

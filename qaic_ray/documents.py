@@ -1,8 +1,7 @@
-"""JSON, YAML and text from files of strangers, into checked types; and paths of strangers.
+"""Reads JSON, YAML and text files, and paths, that somebody has written, as checked types.
 
-The one reader of documents: whatever a file holds, what comes out is the type that was asked for,
-or an error of ours that names the file, the key and the value. Every other module calls these and
-names no library's exception.
+A value is of the type that was asked for, or there is an error of ours that names the file, the key
+and the value. No library's exception comes out.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,11 +19,12 @@ from qaic_ray.errors import QaicRayError, UsageError
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+    from yaml import SafeLoader
 
 MAX_DOCUMENT_BYTES = 64 * 2**20
-"""More than any document has; a tokenizer of a million merges has half of it."""
+"""The longest document: a tokenizer of a million merges has half of it."""
 MAX_NODES = 1_000_000
-"""Of a YAML document with every alias written out: a few lines of aliases can mean billions."""
+"""The most values of a YAML document, where a few lines of aliases can mean billions."""
 MAX_SHOWN_CHARS = 80
 
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -32,20 +33,20 @@ T = TypeVar("T")
 
 
 def user_path(text: str | os.PathLike[str], what: str) -> Path:
-    """A path that somebody has written, with `~` put in.
+    """A path that somebody has written, with `~` expanded.
 
     Args:
         text: the path.
         what: names it in errors: an option or a key.
 
     Raises:
-        UsageError: for what no file system takes as a path.
+        UsageError: no file system takes it as a path.
     """
     raw = os.fspath(text)
     try:
         path = Path(raw).expanduser()
         with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-            os.stat(path)  # it tells of a NUL, of a name that is too long, of half a surrogate pair
+            os.stat(path)  # refuses a NUL, a name that is too long, half a surrogate pair
     except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(f"{what} is {shown(raw)}, which is no path: {_reason(error)}.") from error
     return path
@@ -59,7 +60,7 @@ def read_text(
     Args:
         path: of the file.
         raises: the error to raise.
-        max_bytes: what is longer is refused before it is read.
+        max_bytes: a longer file is refused before it is read.
     """
     try:
         # Opening a pipe would wait for its writer.
@@ -107,11 +108,11 @@ def parse_json(text: str, source: str, *, raises: type[QaicRayError] = UsageErro
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
-    """A value as JSON that every reader takes: a float that is no finite number is null.
+    """A value as JSON; NaN and infinities, which JSON has not, become null.
 
     Args:
-        value: what JSON can have, beside such floats.
-        indent: for people; None: one line.
+        value: of types that JSON has.
+        indent: spaces a level; None: all on one line.
     """
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
@@ -122,7 +123,7 @@ def json_text(value: Any, *, indent: int | None = None) -> str:
 def as_object(
     value: Any, source: str, *, raises: type[QaicRayError] = UsageError
 ) -> dict[str, Any]:
-    """A value of JSON as the object that it must be."""
+    """A value of JSON that must be an object."""
     if not isinstance(value, dict):
         raise raises(f"{source} must hold a JSON object, not {shown(value)}.")
     return value
@@ -134,7 +135,7 @@ def read_yaml(path: Path, *, raises: type[QaicRayError] = UsageError) -> Any:
 
 
 def parse_yaml(text: str, source: str, *, raises: type[QaicRayError] = UsageError) -> Any:
-    """The value of a YAML text: plain data, no key twice, dates as the text they are.
+    """The value of a YAML text: plain data, no key twice, dates as texts.
 
     Args:
         text: the document.
@@ -143,10 +144,8 @@ def parse_yaml(text: str, source: str, *, raises: type[QaicRayError] = UsageErro
     """
     import yaml
 
-    from qaic_ray.yaml_loader import PlainLoader
-
     try:
-        value = yaml.load(text, PlainLoader)  # a SafeLoader
+        value = yaml.load(text, _plain_loader())
         if _num_nodes(value, MAX_NODES) > MAX_NODES:
             raise raises(f"{source} means more than {MAX_NODES} values: write fewer aliases.")
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -154,13 +153,39 @@ def parse_yaml(text: str, source: str, *, raises: type[QaicRayError] = UsageErro
     return value
 
 
+@lru_cache(maxsize=1)
+def _plain_loader() -> type[SafeLoader]:
+    """`yaml.SafeLoader` where a key given twice is an error, and `2026-01-01` is a text."""
+    import yaml
+
+    class PlainLoader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                # What is merged (`<<`) gives way to the node's own keys.
+                if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                    continue
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} is given twice", key.start_mark
+                    )
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    PlainLoader.yaml_implicit_resolvers = {
+        first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    return PlainLoader
+
+
 def checked(
     kind: type[T], value: Any, source: str, *, raises: type[QaicRayError] = UsageError
 ) -> T:
-    """A value of a document as the type that it must be, by pydantic.
+    """A value of a document as a type, by pydantic.
 
     Args:
-        kind: anything pydantic knows: a model, a dataclass, `dict[str, int]`.
+        kind: any type that pydantic knows: a model, a dataclass, `dict[str, int]`.
         value: of the document.
         source: names it in errors.
         raises: the error to raise.
@@ -176,11 +201,11 @@ def checked(
 
 
 def first_error(error: ValidationError) -> str:
-    """The first thing that pydantic found wrong, as the rest of a sentence."""
+    """The first fault that pydantic found, as the rest of a sentence."""
     first = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"])
     if len(place) > MAX_SHOWN_CHARS or not place.isprintable():
-        place = shown(place)  # keys are a stranger's too
+        place = shown(place)  # keys are the writer's too
     if first["type"] == "missing":
         return f"the key '{place}' is missing."
     said = first["msg"].removeprefix("Value error, ").rstrip(".")
@@ -191,7 +216,7 @@ def first_error(error: ValidationError) -> str:
 
 
 def shown(value: object) -> str:
-    """A value of somebody's as an error shows it: on one line, and never long."""
+    """A value as an error shows it: on one line, and never long."""
     if isinstance(value, str):
         # Cut before it is escaped: what is shown of a million characters must not cost as much.
         text = repr(value[: MAX_SHOWN_CHARS + 1])
@@ -214,7 +239,7 @@ def _repr(value: object) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Why a library did not like it, on one line."""
+    """A library's reason, on one line."""
     if isinstance(error, RecursionError):
         return "it is nested too deep"
     if isinstance(error, OSError) and error.strerror:
@@ -232,7 +257,7 @@ def _finite(value: Any) -> Any:
 
 
 def _num_nodes(value: Any, limit: int) -> int:
-    """How many values there are with every alias written out; counting ends past `limit`."""
+    """The number of values with every alias written out; counting ends past `limit`."""
     count, pending = 0, [value]
     while pending and count <= limit:
         inner = pending.pop()
@@ -245,7 +270,7 @@ def _num_nodes(value: Any, limit: int) -> int:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs, a readable part each: `sampling.temperature was 0.7 and is 0.8`."""
+    """What differs, one phrase each: `sampling.temperature was 0.7 and is 0.8`."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     return [
         f"{name} was {_leaf(before.get(name))} and is {_leaf(after.get(name))}"

@@ -1,22 +1,15 @@
-"""The one error tree: what can go wrong, and whose move it is.
+"""All errors of this package, in one tree.
 
     QaicRayError
-    ├── UsageError           the request itself is wrong: one sentence with the remedy, exit code 2
-    │   ├── JobError         a field of the job tree (names the field and the value)
-    │   ├── CheckpointError  the model is missing, unsafe or of a kind we do not run
-    │   ├── SpecializationError  shapes that no compiler takes
-    │   └── SdkNotFound      no Cloud AI SDK where one was asked for
-    ├── ExportError          the graph could not be made, or does not agree with PyTorch
-    ├── CompileError         the vendor's compiler said no (carries its text and exit code)
-    ├── Unfinished           stopped before its end; the message says what goes on with it
-    ├── ClusterLost          the Ray that everything runs on is gone
-    ├── RowError             one prompt cannot be answered; the others go on
-    └── DeviceError          a card or its runtime said no (carries the vendor's status)
-        ├── DeviceBusy       not enough free NSPs or DRAM on the card
-        └── DeviceLost       the card or its worker is gone
+    ├── UsageError      exit code 2; the message is one sentence with the remedy
+    │   ├── JobError, CheckpointError, SpecializationError, SdkNotFound
+    ├── ExportError, CompileError
+    ├── Unfinished, ClusterLost
+    ├── RowError        of one prompt
+    └── DeviceError     of a card or its runtime, with the vendor's status
+        ├── DeviceBusy, DeviceLost
 
-`retryable` says whether the same work may succeed on another card. `ExitCode` is the whole table of
-what the command ends with.
+`retryable`: the same work may succeed on another card. `ExitCode` lists all exit codes.
 """
 
 from __future__ import annotations
@@ -25,25 +18,24 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What `qaic-ray` ends with; after a signal it is 128 + the signal's number.
+    """The exit codes of `qaic-ray`; after a signal it is 128 + the signal's number.
 
-    The last two are those of sysexits.h, which programs that watch others know: EX_SOFTWARE, and
-    EX_TEMPFAIL, which invites to try again.
+    The last two are EX_SOFTWARE and EX_TEMPFAIL (try again) of sysexits.h.
     """
 
     DONE = 0
     FAILED = 1
-    """Done, and some rows or variants failed; or it could not be done at all."""
+    """Some rows or variants failed, or nothing could be done."""
     USAGE = 2
     """The request itself is wrong."""
     FAULT = 70
     """A fault of qaic-ray's own; the message names the file with the traceback."""
     UNFINISHED = 75
-    """Stopped before its end; the message names the command that goes on."""
+    """Stopped before its end; the message names the command that continues."""
 
 
 class QaicRayError(Exception):
-    """Root of everything this package raises on purpose."""
+    """Root of all errors that this package raises on purpose."""
 
     retryable = False
 
@@ -57,7 +49,7 @@ class JobError(UsageError):
 
 
 class CheckpointError(UsageError):
-    """The checkpoint cannot be used."""
+    """The model is missing, unsafe or of a kind that we do not run."""
 
 
 class SpecializationError(UsageError):
@@ -89,11 +81,11 @@ def _rebuild_compile_error(message: str, exit_code: int | None, log: str) -> Com
 
 
 class Unfinished(QaicRayError):
-    """Stopped before its end, with all that was done kept; the message says what goes on."""
+    """Stopped before its end, results kept; the message names the command that continues."""
 
 
 class ClusterLost(QaicRayError):
-    """The Ray that everything runs on died, or does not answer any more."""
+    """The Ray that the run uses died, or does not answer any more."""
 
 
 class RowError(QaicRayError):

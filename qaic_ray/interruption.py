@@ -1,9 +1,9 @@
-"""How a command is interrupted: by a signal, or by a watcher that found what it waits for gone.
+"""Interrupts a command: at a signal, or when a watcher finds that what it waits for is gone.
 
-Either raises KeyboardInterrupt in the main thread, but never between a row and its place on the
-disk (`uninterrupted`). A call that does not return even then, as one into a dead Ray may not, is
-given up: after a while the process says its last words and ends. Nothing here happens to a program
-that only imports this package: `listen` is the command's.
+Both raise KeyboardInterrupt in the main thread, except while a row is being written
+(`uninterrupted`). If the command has not ended after a grace time, as in a call into a dead Ray,
+the process prints its last words and exits. Only the command calls `listen`: a program that imports
+this package keeps its own signal handlers.
 """
 
 from __future__ import annotations
@@ -24,21 +24,15 @@ from types import FrameType, TracebackType
 from qaic_ray.errors import ExitCode
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-FIRST_GRACE_S = 40.0
-"""How long the command may take to clean up after the first signal."""
-AGAIN_GRACE_S = 3.0
-"""And after any further one."""
-LOST_GRACE_S = 25.0
-"""And when what it waits for is gone."""
 
-# Python runs its handler when a thread asks for it; nobody ever sends it.
+# A thread has Python run its handler (`interrupt_main`); nobody sends the signal.
 _NUDGE = signal.Signals.SIGRTMAX
 _PR_SET_PDEATHSIG = 1  # prctl(2)
-_LOST = 0  # among the numbers of signals that the watcher reads: no signal, but a loss
+_LOST = 0  # stands for a loss among the signal numbers that the watcher reads
 
 
 class _State:
-    """Of this process, as signals are."""
+    """One for the process, like its signals."""
 
     signal: int | None = None
     loss: str | None = None
@@ -51,14 +45,18 @@ class _State:
 _state = _State()
 
 
-def listen(first_grace_s: float = FIRST_GRACE_S) -> None:
-    """Let signals interrupt this process, but those that its parent had it ignore (`nohup`, `&`).
+def listen(
+    *, first_grace_s: float = 40.0, again_grace_s: float = 3.0, lost_grace_s: float = 25.0
+) -> None:
+    """Let signals interrupt this process, except those that its parent ignores (`nohup`, `&`).
 
-    To be called in the main thread; a second call does nothing. A process that SIGINT interrupted
-    dies of it in the end: a shell's loop ends with it only then.
+    Call it in the main thread; a second call does nothing. A process that SIGINT interrupted dies
+    of SIGINT in the end: only then does a shell's loop end too.
 
     Args:
-        first_grace_s: how long this process may take to clean up after the first signal.
+        first_grace_s: time to clean up after the first signal.
+        again_grace_s: time left after a further signal.
+        lost_grace_s: time to clean up after a loss.
     """
     if _state.wake is not None:
         return
@@ -69,11 +67,10 @@ def listen(first_grace_s: float = FIRST_GRACE_S) -> None:
             signal.signal(number, _heard)
     reader, _state.wake = os.pipe()
     os.set_blocking(_state.wake, False)
-    # Also while the main thread is in a call that runs no Python.
+    # The watcher reads it even while the main thread is in a call that runs no Python.
     signal.set_wakeup_fd(_state.wake, warn_on_full_buffer=False)
-    threading.Thread(
-        target=_watch, args=(reader, first_grace_s), name="signals", daemon=True
-    ).start()
+    graces_s = (first_grace_s, again_grace_s, lost_grace_s)
+    threading.Thread(target=_watch, args=(reader, *graces_s), name="signals", daemon=True).start()
 
 
 def received() -> int | None:
@@ -82,7 +79,7 @@ def received() -> int | None:
 
 
 def loss() -> str | None:
-    """What a watcher found gone, as a sentence."""
+    """What a watcher has found gone, as a sentence; None for nothing."""
     return _state.loss
 
 
@@ -90,19 +87,19 @@ def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when the thread that started it ends.
 
     Args:
-        parent: that thread's process.
+        parent: the process id of that thread.
     """
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:  # it was quicker
+    if os.getppid() != parent:  # it ended before the call
         os._exit(ExitCode.FAILED)
 
 
-def lose(what: str) -> None:
-    """Interrupt the main thread, from another one: what it waits for is gone.
+def report_loss(what: str) -> None:
+    """Interrupt the main thread from another one, because what it waits for is gone.
 
     Args:
-        what: is gone, as a sentence.
+        what: a sentence that says what is gone.
     """
     _state.loss = what
     if _state.wake is not None:
@@ -110,13 +107,13 @@ def lose(what: str) -> None:
     _thread.interrupt_main(_NUDGE)
 
 
-def found_again() -> None:
-    """Forget a loss, which has been told."""
+def clear_loss() -> None:
+    """Forget a loss that has been reported."""
     _state.loss = None
 
 
-def watchable() -> bool:
-    """Whether `lose` can interrupt the caller: it is the main thread, and hears."""
+def can_interrupt() -> bool:
+    """Whether `report_loss` can interrupt the caller, which it can in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         return False
     _listen_for_nudges()
@@ -124,10 +121,7 @@ def watchable() -> bool:
 
 
 class uninterrupted:  # noqa: N801 - used like a function
-    """A context in which no interruption is raised; one that came meanwhile is raised at its end.
-
-    In other threads than the main one nothing is ever raised.
-    """
+    """A context that delays an interruption to its end; it does nothing outside the main thread."""
 
     def __enter__(self) -> None:
         if threading.get_ident() == threading.main_thread().ident:
@@ -149,17 +143,18 @@ class uninterrupted:  # noqa: N801 - used like a function
 
 @contextmanager
 def last_words(words: Callable[[], str]) -> Iterator[None]:
-    """Have a process that must be given up say this, a sentence, on stderr; called in a thread.
+    """Set the sentence that goes to stderr when the process is given up.
 
-    Where the context ends with an error the words stay, until somebody has said them.
+    `words` is called in a thread. When the context ends with an error the sentence stays, until
+    `clear_last_words` is called.
     """
     _state.last_words = words
     yield
     _state.last_words = None
 
 
-def said() -> None:
-    """Nothing is left to be said."""
+def clear_last_words() -> None:
+    """Clear the last words: they have been printed."""
     _state.last_words = None
 
 
@@ -175,7 +170,7 @@ def _listen_for_nudges() -> None:
 
 def _heard(number: int, _: FrameType | None) -> None:
     if _state.signal is not None or (number != _NUDGE and _state.loss is not None):
-        return  # one is being seen to; `_watch` sees that this comes to an end
+        return  # one is being handled, and `_watch` ends the process if that takes too long
     if number != _NUDGE:
         _state.signal = number
     if _state.depth:
@@ -184,8 +179,8 @@ def _heard(number: int, _: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _watch(reader: int, first_grace_s: float) -> None:
-    """Give the process up when an interruption has not ended it in time."""
+def _watch(reader: int, first_grace_s: float, again_grace_s: float, lost_grace_s: float) -> None:
+    """Give the process up when its grace time has passed."""
     deadline_s: float | None = None
     while True:
         left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
@@ -193,9 +188,9 @@ def _watch(reader: int, first_grace_s: float) -> None:
             _give_up()
         for number in os.read(reader, 64):
             if number == _LOST:
-                grace_s = LOST_GRACE_S
+                grace_s = lost_grace_s
             elif number in SIGNALS:
-                grace_s = first_grace_s if deadline_s is None else AGAIN_GRACE_S
+                grace_s = first_grace_s if deadline_s is None else again_grace_s
             else:
                 continue
             until_s = time.monotonic() + grace_s
@@ -205,7 +200,7 @@ def _watch(reader: int, first_grace_s: float) -> None:
 def _die_of_sigint() -> None:
     if _state.signal == signal.SIGINT:
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # nobody reads it any more
+            with suppress(OSError, ValueError):  # it is closed at the other end
                 stream.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
@@ -214,6 +209,6 @@ def _die_of_sigint() -> None:
 def _give_up() -> None:
     words = _state.last_words
     if words is not None:
-        with suppress(OSError):  # of a stderr that is closed
+        with suppress(OSError):  # stderr is closed
             os.write(2, f"qaic-ray: {words()}\n".encode())
     os._exit(exit_code(ExitCode.UNFINISHED))

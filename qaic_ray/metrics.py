@@ -1,4 +1,4 @@
-"""What is measured, and how two measurements add. Knows no clock: callers bring the times.
+"""Counts and times of work, and how two measurements add; callers bring the times.
 
 Definitions: `generated_tokens` are tokens kept in answers (EOS once, no padding, no repeated
 prompt); `decode_tokens_per_s` of a card is tokens from decode steps over time in decode steps;
@@ -8,11 +8,57 @@ sum or mean of rates.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 
-from qaic_ray.durations import Durations
+GROWTH = 1.002
+"""Ratio of a bin's ends: durations are kept to a tenth of a percent."""
+SHORTEST_S = 1e-9
+
+_LOG_GROWTH = math.log(GROWTH)
+
+
+def bin_of(seconds: float) -> int:
+    """The number of a duration's bin; zero counts as a nanosecond."""
+    return math.floor(math.log(max(seconds, SHORTEST_S)) / _LOG_GROWTH)
+
+
+@dataclass(frozen=True)
+class Durations:
+    """Counts of durations by bin, so that a million take no more memory than a thousand.
+
+    Adds associatively, with `Durations()` as zero.
+    """
+
+    counts: Mapping[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, seconds: Iterable[float]) -> Durations:
+        """Of a number of durations."""
+        return cls(dict(Counter(map(bin_of, seconds))))
+
+    def __add__(self, other: Durations) -> Durations:
+        return Durations(dict(Counter(self.counts) + Counter(other.counts)))
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    def items(self) -> Iterator[tuple[float, int]]:
+        """Seconds and the number of durations of that length, the shortest first."""
+        for number in sorted(self.counts):
+            yield GROWTH ** (number + 0.5), self.counts[number]
+
+    def quantile(self, q: float) -> float:
+        """The duration of rank q (0 to 1), in seconds; 0 where there is none."""
+        rank = q * (len(self) - 1)
+        seen = 0
+        for seconds, count in self.items():
+            seen += count
+            if rank < seen:
+                return seconds
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -20,8 +66,8 @@ class Measurement:
     """Counts and times of some work; adds associatively, with `Measurement()` as zero.
 
     Times in seconds. `ttft` has one duration a row, so that medians of sums are true medians.
-    `reused_tokens` are prompt tokens that a slot held already; `decode_slots` counts the rows that
-    decode steps had room for; of `drafted_tokens` so many were `accepted_tokens`.
+    `reused_tokens` are prompt tokens that a slot held already. `decode_slots` is the number of rows
+    that decode steps had room for. `accepted_tokens` are those of `drafted_tokens` that were right.
     """
 
     rows: int = 0
@@ -51,7 +97,7 @@ class Measurement:
 
     @property
     def occupancy(self) -> float:
-        """Share of the decode steps' rows that were answered; 0 where nothing was decoded."""
+        """Share of the decode steps' slots that held a row; 0 where nothing was decoded."""
         return self.decode_rows / self.decode_slots if self.decode_slots else 0.0
 
     @property
@@ -72,7 +118,7 @@ class Measurement:
 
 @dataclass
 class Meter:
-    """A measurement in the making: the fields of `Measurement`, counted up where work is done.
+    """The fields of `Measurement`, counted up while work is done.
 
     `ttft` counts the bins of `Durations`.
     """

@@ -1,4 +1,4 @@
-"""What goes round: a prompt in, a row out. Plain frozen data that crosses processes."""
+"""Prompts and rows: the frozen data that crosses processes."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ class FinishReason(str, Enum):
     """An EOS token of the model's list or a stop token, each of which counts as one generated
     token; or a stop string. `stop_reason` tells which."""
     LENGTH = "length"
-    """`max_tokens` (`generation_len`) tokens were made, or the context is full."""
+    """`max_tokens` (`generation_len`) tokens were generated, or the context is full."""
     ERROR = "error"
     """The row could not be answered; `error` says why."""
 
 
 class ErrorClass(str, Enum):
-    """Why a row has no answer, for programs; `error` says it in a sentence."""
+    """Why a row has no answer, for programs; the row's `error` is the sentence."""
 
     MALFORMED = "malformed"
-    """What stands in the input is no prompt."""
+    """The input holds no prompt there."""
     REFUSED = "refused"
-    """It cannot be answered, or not so, with this model and QPC."""
+    """This model and QPC cannot answer it as asked."""
     DEVICE = "device"
-    """Cards failed over it, as often as it was tried."""
+    """A card failed at each attempt."""
 
 
 _log = logging.getLogger(__name__)
 
 MAX_ERROR_CHARS = 900
-"""Of a row's error: whoever wrote it may have put his input into it."""
+"""The longest error of a row; a library may put the whole input into it."""
 
+# What a library written in Rust raises over a fault of its own; it is no Exception.
 _PANIC = "PanicException"
-"""What a library written in Rust raises over a fault of its own; it is no Exception."""
 
 
 class _RowAlone:
-    """Around work for one row: what is raised there is that row's error, and no other's.
+    """A context for work on one row, which turns what is raised into that row's error.
 
     Raises:
-        RowError: in place of whatever was raised; of what nobody meant to raise it says so.
-        DeviceError: as it was, and so is what ends the process.
+        RowError: in place of any Exception; an unexpected one is called a fault of qaic-ray.
+        DeviceError: unchanged, and so is what ends the process.
     """
 
     def __enter__(self) -> None:
@@ -76,7 +76,7 @@ class _RowAlone:
 
 
 ROW_ALONE = _RowAlone()
-"""It has no state: one for all. A step of a card enters it for every row, so that it must be
+"""The only instance, since it has no state. Every step enters it for every row, so it must be
 cheaper than a generator."""
 
 
@@ -84,9 +84,8 @@ cheaper than a generator."""
 class ChatOptions:
     """How a conversation goes through the model's chat template, in transformers' words.
 
-    With `continue_final_message` the answer goes on with the last message, and the template adds
-    no beginning of another one. `template_kwargs` are variables of the template's own, like
-    `enable_thinking`.
+    With `continue_final_message` the answer continues the last message, and the template begins no
+    other one. `template_kwargs` are variables of the template, like `enable_thinking`.
     """
 
     add_generation_prompt: bool = True
@@ -98,8 +97,8 @@ class ChatOptions:
 class Prompt:
     """One user prompt and its place in the input; `index` counts from 0 over the whole input.
 
-    Where there are `messages`, they are the prompt, and `text` is what its row shows of them: the
-    last thing the user said. `sampling` None means the run's, and so does `chat`.
+    Where there are `messages`, they are the prompt, and `text` is the user's last message, which
+    the row shows. `sampling` None means the run's, and so does `chat`.
     """
 
     index: int
@@ -112,7 +111,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sample:
-    """One of the several answers to a prompt that `n` asks for; fields as a row's."""
+    """One of the answers to a prompt with `n` over 1; fields as a row's."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -137,15 +136,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of `outputs.jsonl`: a prompt and what became of it.
+    """One line of `outputs.jsonl`: a prompt and its answer or error.
 
-    `token_ids` holds the generated tokens only, an EOS included. `ttft_s` runs from the row
-    entering the engine to its first token, `decode_s` from there to its last. `worker` names the
-    card; `attempts` counts how often the row was handed to one.
+    `token_ids` holds the generated tokens only, an EOS included. `ttft_s` is the time from the row
+    entering the engine to its first token, `decode_s` from there to its last, in seconds. `worker`
+    names the card; `attempts` counts how often the row was given to one.
 
     `stop_reason` is the stop string that ended the row, or the stop token if that is not EOS;
     `logprobs` has an entry a token where they were asked for. With `n` over 1 `choices` holds all
-    answers, and the row's own text and tokens are those of the first one.
+    answers, and the row's text and tokens are those of the first one.
     """
 
     index: int
@@ -192,7 +191,7 @@ class Row:
         attempts: int = 1,
         error_class: ErrorClass = ErrorClass.REFUSED,
     ) -> Row:
-        """The row of a prompt that could not be answered; of a long error its beginning."""
+        """The row of a prompt that could not be answered; a long error is cut."""
         if len(error) > MAX_ERROR_CHARS:
             error = f"{error[:MAX_ERROR_CHARS]}..."
         return cls(
@@ -211,8 +210,8 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """The row as the documented JSON object, keys in the documented order.
 
-        `messages`, `stop_reason`, `logprobs`, `choices`, `error` and `error_class` are there where
-        the row has them.
+        `messages`, `stop_reason`, `logprobs`, `choices`, `error` and `error_class` are left out
+        where the row has none.
         """
         document: dict[str, Any] = {"index": self.index, "id": self.id, "prompt": self.prompt}
         if self.messages is not None:

@@ -9,9 +9,12 @@ from typing import TypeVar, cast
 import pytest
 
 from qaic_ray.cluster.cluster import Cluster
+from qaic_ray.timeouts import Timeouts
 
 T = TypeVar("T")
 NUM_CARDS = 4
+IMPATIENT = Timeouts(steps_s=0.3)
+"""No test waits as long as a run of days may."""
 
 
 class OneRay:
@@ -42,5 +45,5 @@ def four_cards() -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_custom_unit_instance_resources", "neuron_cores,TPU,NPU,QAIC")
-        with Cluster(NUM_CARDS) as started:
+        with Cluster(NUM_CARDS, timeouts=IMPATIENT) as started:
             yield started

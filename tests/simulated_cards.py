@@ -13,7 +13,6 @@ from qaic_ray.dispatch.events import (
     RowsFinished,
     RunShard,
     ShardFinished,
-    ShardTakenBack,
     WorkerFailedToOpen,
     WorkerLost,
     WorkerProgress,
@@ -30,6 +29,8 @@ STEP_S = 0.02
 
 class DirectReader:
     """The input for a driver whose time is simulated: all that is asked for is there at once."""
+
+    poll_s = 0.02
 
     def __init__(self, items: Iterable[Prompt | Row]) -> None:
         self._items = iter(items)
@@ -146,17 +147,6 @@ class SimulatedCards:
         self._left[shard.shard_id] = len(shard.prompts)
         card.queue += [(shard.shard_id, p, shard.attempt) for p in shard.prompts]
         self._fill(shard.worker, card)
-
-    def take_back(self, worker: str, shard_id: int) -> None:
-        card = self._cards.get(worker)
-        if card is None or card.hung_s is not None:
-            return
-        indexes = tuple(prompt.index for id_, prompt, _ in card.queue if id_ == shard_id)
-        card.queue = [item for item in card.queue if item[0] != shard_id]
-        self._left[shard_id] -= len(indexes)
-        self._later(0.0, ShardTakenBack(worker, shard_id, indexes))
-        if indexes and not self._left[shard_id]:
-            self._later(0.0, ShardFinished(worker, shard_id))
 
     def retire(self, worker: str) -> None:
         self._cards.pop(worker, None)

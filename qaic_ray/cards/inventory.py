@@ -1,21 +1,20 @@
-"""The cards of every node: what is there, and what Ray is told of it. Knows no Ray: plain data.
+"""The cards of every node, as plain data: which are there, and how many it offers to Ray.
 
-`look` runs on each node and tells what is there; `problems` says where that and what the node
-offers to Ray are not the same, and what mends it.
+`look` runs on each node and finds its cards. `problems` names the nodes that offer another number
+of cards to Ray than they have, each with the remedy.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qaic_ray.cards.locks import held_cards
+from qaic_ray.cards.lease import card_scope, held_cards
 from qaic_ray.errors import DeviceError, SdkNotFound
 from qaic_ray.options import EmulatorOptions
-from qaic_ray.sdk import Device, Sdk, find_sdk
+from qaic_ray.sdk import Device, find_sdk
 
 CARD_RESOURCE = "QAIC"
 """One unit of this Ray resource is one card."""
@@ -23,7 +22,7 @@ CARD_RESOURCE = "QAIC"
 
 @dataclass(frozen=True)
 class Node:
-    """A node as its Ray cluster tells of it.
+    """A node as its Ray cluster describes it.
 
     `offered` is its `QAIC` resource; `chooses` says whether Ray itself chooses which of a node's
     cards an actor gets (`custom_unit_instance_resources`).
@@ -40,8 +39,8 @@ class Node:
 class NodeCards:
     """What was found on a node: its machine, SDK and cards.
 
-    Two nodes on one machine (`host` and `boot_id`) see the same cards. `held` tells of each card
-    that is in use by whom; `error` is why there are none.
+    Two nodes on one machine (`host` and `boot_id`) see the same cards. `held` maps the id of a card
+    that is in use to who uses it; `error` says why there are no cards.
     """
 
     node: Node
@@ -56,12 +55,12 @@ class NodeCards:
 
     @property
     def machine(self) -> tuple[str, str]:
-        """What a card's id is unique in."""
+        """The machine within which a card's id is unique."""
         return self.host, self.boot_id
 
 
 def look(node: Node, sdk: str | None, emulated: EmulatorOptions) -> NodeCards:
-    """See what cards there are; runs on the node.
+    """Find the cards of this node; runs on it.
 
     Args:
         node: this one.
@@ -72,49 +71,22 @@ def look(node: Node, sdk: str | None, emulated: EmulatorOptions) -> NodeCards:
     here = NodeCards(node, os.uname().nodename, boot_id)
     try:
         found = find_sdk(sdk, emulated)
-        return found_cards(here, found)
+        devices = tuple(found.devices())
     except (SdkNotFound, DeviceError) as error:
-        return _with_error(here, str(error))
-
-
-def found_cards(here: NodeCards, sdk: Sdk) -> NodeCards:
-    """A node with the cards of an SDK.
-
-    Raises:
-        DeviceError: where they cannot be asked.
-    """
-    return NodeCards(
-        here.node,
-        here.host,
-        here.boot_id,
-        sdk_root=str(sdk.root),
-        sdk=sdk.label,
-        emulated=sdk.kind == "emulated",
-        devices=tuple(sdk.devices()),
-        held={
-            device_id: " and ".join(map(str, some))
-            for device_id, some in held_cards(card_scope(sdk)).items()
-        },
+        return replace(here, error=str(error))
+    held = held_cards(card_scope(found))
+    return replace(
+        here,
+        sdk_root=str(found.root),
+        sdk=found.label,
+        emulated=found.kind == "emulated",
+        devices=devices,
+        held={device_id: " and ".join(map(str, some)) for device_id, some in held.items()},
     )
 
 
-def _with_error(here: NodeCards, error: str) -> NodeCards:
-    return NodeCards(here.node, here.host, here.boot_id, error=error)
-
-
-def card_scope(sdk: Sdk) -> str:
-    """What tells apart cards of one machine with the same id, for `CardLocks`.
-
-    Real cards are the machine's; those of an emulated SDK are of its folder, and of who uses it.
-    """
-    if sdk.kind == "real":
-        return ""
-    digest = hashlib.sha256(f"{os.getuid()} {sdk.root}".encode()).hexdigest()
-    return f"emulated-{digest[:12]}"
-
-
 def problems(nodes: Sequence[NodeCards], head: str) -> list[str]:
-    """A sentence for each thing that keeps cards from being used, with what mends it.
+    """A sentence, with the remedy, for each reason why cards cannot be used.
 
     Args:
         nodes: what was found.
@@ -140,7 +112,7 @@ def problems(nodes: Sequence[NodeCards], head: str) -> list[str]:
 
 
 def usable(nodes: Iterable[NodeCards]) -> list[NodeCards]:
-    """The nodes that offer cards; emulated ones only where nobody has real ones."""
+    """The nodes that offer cards; those with emulated ones only if no node has real ones."""
     offering = [found for found in nodes if found.node.offered and found.devices]
     real = [found for found in offering if not found.emulated]
     return real or offering

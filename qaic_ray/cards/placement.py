@@ -1,16 +1,17 @@
-"""Which worker goes to which node, with which cards. Pure: from what an inventory found.
+"""Which worker goes to which node, with which cards; pure functions of an inventory.
 
-Every worker gets cards of one node, and no node more than it offers to Ray.
+Every worker gets cards of one node, and no node gives more cards than it offers to Ray.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from qaic_ray.cards.inventory import CARD_RESOURCE, NodeCards, remedy, usable
-from qaic_ray.cards.locks import Part
+from qaic_ray.cards.lease import Part
 from qaic_ray.compile.store import read_record
 from qaic_ray.contract import MAX_CORES
 from qaic_ray.errors import DeviceError, UsageError
@@ -19,10 +20,10 @@ from qaic_ray.sdk import Device
 
 @dataclass(frozen=True)
 class WorkerPlace:
-    """Where one worker goes, and what of which cards it gets.
+    """Where one worker runs: its node, and its cards or its part of one.
 
-    Where Ray chooses, `device_ids` says only how many, and `choices` which cards Ray's unit
-    numbers mean, in their order.
+    Where Ray chooses the cards, `device_ids` says only how many, and `choices` maps Ray's unit
+    numbers, by position, to ids of cards.
     """
 
     name: str
@@ -68,11 +69,24 @@ def place(
                 f"{group_size}: name as many as fill whole groups."
             )
         where = f" on {_label(found, used)}" if several else ""
+        node = found.node
+        here = partial(WorkerPlace, node_id=node.node_id, sdk_root=found.sdk_root)
         if partitions > 1:
-            places += _parts(found, cards, partitions, where)
+            places += [
+                here(
+                    f"card {card.qid} {part}, {card.nsp_total // partitions} NSPs{where}",
+                    device_ids=(card.qid,),
+                    part=part,
+                )
+                for card in cards
+                for part in (Part(number, partitions) for number in range(1, partitions + 1))
+            ]
             continue
-        choices = _choices(found, used) if found.node.chooses and devices is None else ()
-        places += _groups(found, cards, group_size, where=where, choices=choices)
+        choices = _choices(found, used) if node.chooses and devices is None else ()
+        ends = range(group_size, len(cards) + 1, group_size)
+        for group in (tuple(card.qid for card in cards[end - group_size : end]) for end in ends):
+            name = f"{cards_name(group)}{where}"
+            places.append(here(name, device_ids=group, choices=choices))
     if not places:
         raise _nothing(nodes, group_size)
     return [
@@ -156,44 +170,6 @@ def _wanted(known: Mapping[int, Device], devices: Sequence[int] | None, host: st
                 f"Device {qid} of {host} is not ready: its status is {known[qid].status}."
             )
     return list(devices)
-
-
-def _parts(found: NodeCards, cards: Sequence[Device], count: int, where: str) -> list[WorkerPlace]:
-    return [
-        WorkerPlace(
-            f"card {card.qid} {part}, {card.nsp_total // count} NSPs{where}",
-            found.node.node_id,
-            found.sdk_root,
-            (card.qid,),
-            part,
-        )
-        for card in cards
-        for part in (Part(number, count) for number in range(1, count + 1))
-    ]
-
-
-def _groups(
-    found: NodeCards,
-    cards: Sequence[Device],
-    size: int,
-    *,
-    where: str,
-    choices: tuple[int, ...],
-) -> list[WorkerPlace]:
-    groups = [
-        tuple(card.qid for card in cards[end - size : end])
-        for end in range(size, len(cards) + 1, size)
-    ]
-    return [
-        WorkerPlace(
-            f"{cards_name(group)}{where}",
-            found.node.node_id,
-            found.sdk_root,
-            group,
-            choices=choices,
-        )
-        for group in groups
-    ]
 
 
 def _choices(found: NodeCards, nodes: Sequence[NodeCards]) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ def end(error: BaseException, *, debug: bool) -> NoReturn:
     if words:
         sys.stderr.write(f"qaic-ray: {words}\n")
         sys.stderr.flush()
-    interruption.said()
+    interruption.clear_last_words()
     number = interruption.received()  # what else went wrong came of it
     sys.exit(code if number is None else 128 + number)
 

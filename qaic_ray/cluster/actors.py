@@ -1,8 +1,7 @@
-"""One Ray actor for each worker: begins shards, and tells what becomes of them as events.
+"""One Ray actor for each worker: starts shards on it, and returns what happens as events.
 
-Ray's own restarts and retries are off: a failure is an event, and `dispatch.py` decides. An actor
-that is gone is never mended; `replace` makes another one, with the same name in the dashboard.
-Knows nothing of where the cluster came from.
+Ray's own restarts and retries are off: a failure is an event, and the dispatcher decides. An actor
+that died is not restarted; `replace` creates another one with the same name in the dashboard.
 """
 
 from __future__ import annotations
@@ -14,65 +13,66 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.exceptions as ray_errors
+from ray import ObjectRef, ObjectRefGenerator
+from ray.actor import ActorHandle, ActorMethod
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qaic_ray.cards.inventory import CARD_RESOURCE
-from qaic_ray.cluster.watch import call_for
+from qaic_ray.cluster.connection import CARD_CPUS, call_for, first_line
 from qaic_ray.dispatch.events import (
     Event,
     RowsFinished,
     RunShard,
     ShardFailed,
     ShardFinished,
-    ShardTakenBack,
     WorkerFailedToOpen,
     WorkerLost,
     WorkerProgress,
     WorkerReady,
 )
-from qaic_ray.dispatch.prompts import MAX_SHARDS
+from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
 from qaic_ray.errors import DeviceError, QaicRayError, UsageError
 from qaic_ray.metrics import Measurement
-from qaic_ray.worker.spec import TakenBack
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 if TYPE_CHECKING:
-    from qaic_ray.cards.locks import Part
+    from qaic_ray.cards.lease import Part
     from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
     from qaic_ray.worker.worker import CardWorker
 
-CARD_CPUS = 0.1
-"""The least an actor asks of its node, so that a node with few cores still holds all its cards. Ray
-sets OMP_NUM_THREADS to what is asked, or to 1, and that is what an emulated card computes with."""
 CONTROL_GROUP = "control"
-STEPS_EVERY_S = 2.0
-"""How often a worker is asked for its engine's steps; less often in a fleet of more than
-MAX_ASKED_PER_S x STEPS_EVERY_S workers."""
 MAX_ASKED_PER_S = 100
+"""Workers that are asked for their steps in a second; with many, each is asked less often."""
 
-_CLOSE_TIMEOUT_S = 5.0
-_KILL_TIMEOUT_S = 2.0
-_PARENT_EVERY_S = 1.0
 # Ray counts in ten thousandths.
 _RESOURCE_STEPS = 10_000
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of a worker that will be heard of, and what to make of it."""
+    """A call of a worker that has not returned; `event` makes the event of its result."""
 
     worker: str
-    hear: Callable[[Any], Event | None]
+    event: Callable[[Any], Event | None]
 
 
-class CardActors:
-    """The driver's `Cards`, each an actor that is named for its worker and holds its cards."""
+class CardActors(AbstractContextManager["CardActors"]):
+    """The driver's `Cards`: an actor for each spec, which has its name and holds its cards.
+
+    Args:
+        specs: one a worker.
+        worker_class: what the actors are made of.
+        num_cpus: what each asks of its node.
+        policy: `max_shards` is used.
+        timeouts: `steps_s`, `close_s`, `kill_s` and `parent_s` are used.
+    """
 
     def __init__(
         self,
@@ -80,75 +80,67 @@ class CardActors:
         worker_class: type[CardWorker],
         *,
         num_cpus: float = CARD_CPUS,
+        policy: Policy = DEFAULT_POLICY,
+        timeouts: Timeouts = DEFAULT_TIMEOUTS,
     ) -> None:
         self.names = tuple(spec.name for spec in specs)
         self._specs = {spec.name: spec for spec in specs}
+        self._max_shards = policy.max_shards
         self._actor_class = ray.remote(concurrency_groups={CONTROL_GROUP: 1})(worker_class)
         self._num_cpus = num_cpus
+        self._timeouts = timeouts
         self._namespace = f"qaic-ray-{uuid.uuid4().hex}"
 
-        self._actors: dict[str, Any] = {}
+        self._actors: dict[str, ActorHandle] = {}
         self._infos: dict[str, WorkerInfo] = {}
-        self._in_flight: dict[Any, _Call] = {}
-        self._heard: deque[Event] = deque()
+        self._in_flight: dict[ObjectRef | ObjectRefGenerator, _Call] = {}
+        self._events: deque[Event] = deque()
         self._silent: set[str] = set()  # asked for their steps, and have not answered
         self._next_ask_s = 0.0
         for name in self.names:
             self._begin(name)
 
-    def __enter__(self) -> CardActors:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Have every worker close its card, and end those that hang."""
-        call_for(_CLOSE_TIMEOUT_S + _KILL_TIMEOUT_S, self._close)
+        call_for(self._timeouts.close_s + self._timeouts.kill_s, self._close)
 
     def _close(self) -> None:
-        _wait_all([_control(actor.close) for actor in self._actors.values()], _CLOSE_TIMEOUT_S)
+        self._wait_all([_control(actor.close) for actor in self._actors.values()])
         for actor in self._actors.values():
             ray.kill(actor)
 
     def wait(self, timeout_s: float | None) -> Event | None:
-        """Block until a worker has something to say, and return it; None after `timeout_s`.
+        """Block until there is an event of a worker, and return it; None after `timeout_s`.
 
         Raises:
             UsageError: a worker found that the request itself is wrong; and whatever else a worker
                 raised on its first opening that is not the card's fault.
         """
         deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        while not self._heard:
+        while not self._events:
             now_s = time.monotonic()
             self._ask_for_steps(now_s)
             until_s = min(deadline_s, self._next_ask_s) - now_s
             ref = self._next_ref(max(0.0, until_s))
             if ref is not None:
                 call = self._in_flight.pop(ref)
-                event = call.hear(ref)
+                event = call.event(ref)
                 if event is not None:
-                    self._heard.append(event)
+                    self._events.append(event)
             elif time.monotonic() >= deadline_s:
                 return None
-        return self._heard.popleft()
+        return self._events.popleft()
 
     def run(self, shard: RunShard) -> None:
-        """Begin a shard; its rows are heard as they finish."""
+        """Start a shard; its rows come as events while they finish."""
         answer = self._actors[shard.worker].answer.options(
             num_returns="streaming", name=f"shard {shard.shard_id} on {shard.worker}"
         )
-        stream = answer.remote(shard.prompts, shard.attempt, shard.shard_id)
+        stream = answer.remote(shard.prompts, shard.attempt)
         self._listen_to(stream, shard.worker, shard.shard_id)
 
-    def take_back(self, worker: str, shard_id: int) -> None:
-        """Ask for the prompts of a shard that the engine has not begun; they are heard in it."""
-        _control(self._actors[worker].take_back, shard_id)
-
     def retire(self, worker: str) -> None:
-        """End a worker's process, if it is there; nothing more is heard of it."""
+        """End a worker's process, if it is there; no further event comes of it."""
         actor = self._actors.pop(worker, None)
         if actor is not None:
             ray.kill(actor)
@@ -159,13 +151,13 @@ class CardActors:
         }
 
     def replace(self, worker: str, incarnation: int) -> None:
-        """End a worker's process, and begin to open its cards in another one."""
+        """End a worker's process, and start to open its cards in another one."""
         self.retire(worker)
         self._specs[worker] = replace(self._specs[worker], incarnation=incarnation)
         self._begin(worker)
 
     def quarantine(self, worker: str, error: str) -> None:
-        """End a worker's process; it does not come again."""
+        """End a worker's process for the rest of the run."""
         self.retire(worker)
 
     def info(self, worker: str) -> WorkerInfo:
@@ -176,7 +168,7 @@ class CardActors:
         """The work of every worker that is open; one that dies on the question is left out."""
         refs = {_control(self._actors[name].measurement): name for name in self._infos}
         found: dict[str, Measurement] = {}
-        for ref in _wait_all(list(refs), _CLOSE_TIMEOUT_S):
+        for ref in self._wait_all(list(refs)):
             try:
                 found[refs[ref]] = ray.get(ref)
             except ray_errors.RayActorError:
@@ -186,7 +178,7 @@ class CardActors:
     # -- calls
 
     def _begin(self, name: str) -> None:
-        """Make a worker's actor, and let it open its cards."""
+        """Create a worker's actor, and have it open its cards."""
         spec = self._specs[name]
         actor = self._actor_class.options(
             name=name,
@@ -197,36 +189,43 @@ class CardActors:
             scheduling_strategy=on_node(spec.node_id),
             max_restarts=0,
             max_task_retries=0,
-            max_concurrency=MAX_SHARDS,
+            max_concurrency=self._max_shards,
         ).remote(spec)
         self._actors[name] = actor
-        opened = actor.__ray_call__.options(name=f"open {name}").remote(_open)
+        opened = actor.__ray_call__.options(name=f"open {name}").remote(_open, self._timeouts)
         self._in_flight[opened] = _Call(name, partial(self._opened, name))
 
-    def _listen_to(self, stream: Any, worker: str, shard_id: int) -> None:
+    def _listen_to(self, stream: ObjectRefGenerator, worker: str, shard_id: int) -> None:
         self._in_flight[stream] = _Call(worker, partial(self._rows, worker, shard_id))
 
     def _ask_for_steps(self, now_s: float) -> None:
-        """Ask every open worker that has answered the last time; nobody waits for the answers."""
+        """Ask every open worker that has answered before; the answers come as events."""
         if now_s < self._next_ask_s:
             return
-        self._next_ask_s = now_s + max(STEPS_EVERY_S, len(self._infos) / MAX_ASKED_PER_S)
+        self._next_ask_s = now_s + max(self._timeouts.steps_s, len(self._infos) / MAX_ASKED_PER_S)
         for name in self._infos.keys() - self._silent:
             self._silent.add(name)
             ref = _control(self._actors[name].num_steps)
             self._in_flight[ref] = _Call(name, partial(self._steps, name))
 
-    def _next_ref(self, timeout_s: float) -> Any | None:
-        """A call of which there is something to hear; None after the time."""
+    def _next_ref(self, timeout_s: float) -> ObjectRef | ObjectRefGenerator | None:
+        """A call that has returned something; None after the time."""
         if not self._in_flight:
             time.sleep(timeout_s)  # Ray refuses to wait for nothing
             return None
         ready, _ = ray.wait(list(self._in_flight), num_returns=1, timeout=timeout_s)
         return ready[0] if ready else None
 
-    # -- what is heard
+    def _wait_all(self, refs: list[ObjectRef]) -> list[ObjectRef]:
+        """Those that have returned within `close_s`."""
+        if not refs:
+            return []
+        done, _ = ray.wait(refs, num_returns=len(refs), timeout=self._timeouts.close_s)
+        return list(done)
 
-    def _opened(self, worker: str, ref: Any) -> Event:
+    # -- results of calls, as events
+
+    def _opened(self, worker: str, ref: ObjectRef) -> Event:
         incarnation = self._specs[worker].incarnation
         try:
             self._infos[worker] = ray.get(ref)
@@ -245,17 +244,17 @@ class CardActors:
                 ) from error
             self.retire(worker)
             return WorkerFailedToOpen(worker, loss(error), incarnation)
-        self._heard.append(WorkerReady(worker, self._infos[worker].slots, incarnation))
+        self._events.append(WorkerReady(worker, self._infos[worker].slots, incarnation))
         return WorkerProgress(worker, 0, incarnation)
 
-    def _steps(self, worker: str, ref: Any) -> Event | None:
+    def _steps(self, worker: str, ref: ObjectRef) -> Event | None:
         self._silent.discard(worker)
         try:
             return WorkerProgress(worker, ray.get(ref), self._specs[worker].incarnation)
         except ray_errors.RayError as error:
             return self._lost(worker, error)
 
-    def _rows(self, worker: str, shard_id: int, stream: Any) -> Event:
+    def _rows(self, worker: str, shard_id: int, stream: ObjectRefGenerator) -> Event:
         try:
             item = ray.get(next(stream))
         except StopIteration:
@@ -269,8 +268,6 @@ class CardActors:
         except ray_errors.RayError as error:  # of the actor's process, its node, its objects
             return self._lost(worker, error)
         self._listen_to(stream, worker, shard_id)  # at the end: every worker gets its turn
-        if isinstance(item, TakenBack):
-            return ShardTakenBack(worker, shard_id, item.indexes)
         return RowsFinished(worker, shard_id, tuple(item))
 
     def _lost(self, worker: str, error: ray_errors.RayError) -> Event:
@@ -296,7 +293,7 @@ def _share(number: float, part: Part | None) -> float:
 
 
 def loss(error: ray_errors.RayError) -> str:
-    """Why a worker is gone: a sentence's words, and Ray's own behind them."""
+    """Why a worker is gone: words for a sentence, with Ray's own behind them."""
     said = str(error)
     if isinstance(error, ray_errors.OutOfMemoryError) or "running low on memory" in said:
         why = "its node ran out of memory, and Ray ended it"
@@ -327,32 +324,36 @@ def chooses_units() -> bool:
     return CARD_RESOURCE in str(named).split(",")
 
 
-def _open(worker: CardWorker) -> WorkerInfo:
-    """Runs in the actor: open its cards, which may be those whose unit numbers Ray gave to it."""
-    die_with_parent(worker.close)
-    choices = worker.spec.choices
-    if not choices:
-        return worker.open()
+def card_units() -> tuple[int, ...]:
+    """The numbers of the cards that Ray gave to this process, an actor's, where Ray chooses."""
     from ray._private.worker import global_worker
 
     units = global_worker.core_worker.resource_ids().get(CARD_RESOURCE, [])
-    return worker.open(tuple(choices[int(unit)] for unit, _ in sorted(units)))
+    return tuple(sorted(int(unit) for unit, _ in units))
 
 
-def die_with_parent(close: Callable[[], object]) -> None:
-    """Let this process, an actor's, not outlive the raylet that started it: it holds cards.
+def _open(worker: CardWorker, timeouts: Timeouts) -> WorkerInfo:
+    """Open a worker's cards, in its actor; those whose numbers Ray gave to it, where it chooses."""
+    die_with_parent(worker.close, timeouts)
+    choices = worker.spec.choices
+    return worker.open(tuple(choices[unit] for unit in card_units())) if choices else worker.open()
 
-    Ray ends such a process when the cluster's head has missed the raylet for a while.
+
+def die_with_parent(close: Callable[[], object], timeouts: Timeouts) -> None:
+    """End this process, an actor's, with the raylet that started it: it holds cards.
+
+    Ray itself ends such a process only when the cluster's head has missed the raylet for a while.
 
     Args:
         close: gives the cards back; may hang.
+        timeouts: `parent_s` and `close_s` are used.
     """
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(_PARENT_EVERY_S)
-        call_for(_CLOSE_TIMEOUT_S, close)
+            time.sleep(timeouts.parent_s)
+        call_for(timeouts.close_s, close)
         os._exit(1)
 
     threading.Thread(target=watch, name="watch raylet", daemon=True).start()
@@ -362,15 +363,6 @@ def _text(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _control(method: Any, *arguments: Any) -> Any:
-    """Call an actor's method past its shards."""
+def _control(method: ActorMethod, *arguments: int) -> ObjectRef:
+    """Call an actor's method in the group that shards do not use."""
     return method.options(concurrency_group=CONTROL_GROUP).remote(*arguments)
-
-
-def _wait_all(refs: list[Any], timeout_s: float) -> list[Any]:
-    return ray.wait(refs, num_returns=len(refs), timeout=timeout_s)[0] if refs else []
-
-
-def first_line(error: BaseException) -> str:
-    """What Ray says, without the page that follows."""
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,6 +1,6 @@
-"""A Ray to work on, with the cards it offers; compile tasks; runs on it.
+"""A Ray cluster: the cards it offers, compile tasks and runs on it.
 
-Decides nothing: who answers what is decided in `dispatch.py`, and Ray's own retries are off.
+Ray's own retries are off: what happens after a failure is decided by the dispatcher.
 """
 
 from __future__ import annotations
@@ -10,44 +10,43 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import ray
 import ray.exceptions as ray_errors
+from ray import ObjectRef
 from ray._private.state import available_resources_per_node
 
 from qaic_ray.cards.inventory import CARD_RESOURCE, Node, NodeCards, look, problems
-from qaic_ray.cluster.actors import (
+from qaic_ray.cluster.actors import CardActors, cards_needed, chooses_units, loss, on_node
+from qaic_ray.cluster.connection import (
     CARD_CPUS,
-    CardActors,
-    cards_needed,
-    chooses_units,
+    ClusterWatch,
+    OwnRay,
+    call_for,
     first_line,
-    loss,
-    on_node,
+    join,
+    leave,
+    start,
 )
-from qaic_ray.cluster.connection import OwnRay, join, leave, start
-from qaic_ray.cluster.watch import ClusterWatch, call_for
 from qaic_ray.dispatch.dispatcher import Dispatcher
-from qaic_ray.dispatch.shard_size import text_work
+from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
 from qaic_ray.errors import ClusterLost, CompileError, DeviceBusy, QaicRayError, UsageError
 from qaic_ray.options import EmulatorOptions
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience, Driver
 from qaic_ray.runs.journal import Journal
-from qaic_ray.runs.result import FleetResult
+from qaic_ray.runs.reading import ThreadedReader
+from qaic_ray.runs.result import FleetResult, changed_values
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 if TYPE_CHECKING:
     from qaic_ray.worker.spec import WorkerSpec
     from qaic_ray.worker.worker import CardWorker
-
-_BUSY_TIMEOUT_S = 20.0
-_CANCEL_TIMEOUT_S = 5.0
-_LOOK_TIMEOUT_S = 60.0
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
@@ -55,14 +54,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Outcome(Generic[Result]):
-    """What came of one compile task: its result, or the error of ours in its place."""
+    """The result of one compile task, or its QaicRayError."""
 
     label: str
     result: Result | QaicRayError
 
 
-class Cluster:
-    """A Ray to work on: the one at `address`, or one that is started here for `num_cards` cards.
+class Cluster(AbstractContextManager["Cluster"]):
+    """A context in which Ray is there: the one at `address`, or one that is started here.
 
     A Ray that this process has joined already is used as it is. Leaving the context ends what
     entering it began, and nothing else.
@@ -71,14 +70,21 @@ class Cluster:
         num_cards: the cards of this machine; a cluster that runs already knows its own.
         address: `host:port` of a running cluster's head, or `auto` for this machine's.
         dashboard: whether a Ray that is started has one, on the loopback interface.
+        timeouts: all of the cluster's and its actors'; the workers' are in their specs.
     """
 
     def __init__(
-        self, num_cards: int, *, address: str | None = None, dashboard: bool = False
+        self,
+        num_cards: int,
+        *,
+        address: str | None = None,
+        dashboard: bool = False,
+        timeouts: Timeouts = DEFAULT_TIMEOUTS,
     ) -> None:
         self._num_cards = num_cards
         self._address = address
         self._dashboard = dashboard
+        self._timeouts = timeouts
         self._own: OwnRay | None = None
         self._joined = False
         self._watch: ClusterWatch | None = None
@@ -88,22 +94,19 @@ class Cluster:
     def __enter__(self) -> Cluster:
         if not ray.is_initialized():
             if self._address is None:
-                self._own = start(self._num_cards, dashboard=self._dashboard)
+                self._own = start(
+                    self._num_cards, dashboard=self._dashboard, timeouts=self._timeouts
+                )
                 context = self._own.context
                 self.token_file = self._own.session.token_file
             else:
-                context = join(self._address)
+                context = join(self._address, self._timeouts)
                 self._joined = True
             self.dashboard_url = context.dashboard_url or None
         self._watch = self._watching()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             if self._watch is not None:
                 self._watch.close()
@@ -111,7 +114,7 @@ class Cluster:
             if self._own is not None:
                 self._own.end()
             elif self._joined:
-                leave()
+                leave(self._timeouts)
 
     def compile_variants(
         self,
@@ -133,8 +136,23 @@ class Cluster:
             The outcomes, in the order of the requests. An error of ours is an outcome; a task whose
             process died is a CompileError.
         """
+        waiting = deque(requests.items())
+        running: dict[ObjectRef, str] = {}
+        outcomes: dict[str, Outcome[Result]] = {}
         with self._losses():
-            outcomes = _compile(build, requests, parallel, on_done)
+            try:
+                while waiting or running:
+                    while waiting and len(running) < parallel:
+                        label, request = waiting.popleft()
+                        task = _BUILD.options(name=f"compile {label}", num_cpus=1, max_retries=0)
+                        running[task.remote(build, request)] = label
+                    (ref,), _ = ray.wait(list(running), num_returns=1)
+                    label = running.pop(ref)
+                    outcomes[label] = Outcome(label, _built(label, ref))
+                    if on_done is not None:
+                        on_done(outcomes[label])
+            finally:
+                self._cancel(list(running))
         return [outcomes[label] for label in requests]
 
     def inventory(self, sdk: str | None, emulated: EmulatorOptions) -> list[NodeCards]:
@@ -147,26 +165,23 @@ class Cluster:
             emulated: what the emulated SDK is to be, where it is the one.
         """
         with self._losses():
-            return self._inventory(sdk, emulated)
-
-    def _inventory(self, sdk: str | None, emulated: EmulatorOptions) -> list[NodeCards]:
-        nodes = _nodes()
-        if self._is_ours:  # one node, and it is this one
-            return [look(node, sdk, emulated) for node in nodes]
-        refs = [
-            _LOOK.options(
-                name=f"look for cards on {node.address}",
-                num_cpus=0,
-                max_retries=0,
-                scheduling_strategy=on_node(node.node_id),
-            ).remote(node, sdk, emulated)
-            for node in nodes
-        ]
-        ray.wait(refs, num_returns=len(refs), timeout=_LOOK_TIMEOUT_S)
-        return [_seen(node, ref) for node, ref in zip(nodes, refs, strict=True)]
+            nodes = _nodes()
+            if self._is_ours:  # one node, and it is this one
+                return [look(node, sdk, emulated) for node in nodes]
+            refs = [
+                _LOOK.options(
+                    name=f"look for cards on {node.address}",
+                    num_cpus=0,
+                    max_retries=0,
+                    scheduling_strategy=on_node(node.node_id),
+                ).remote(node, sdk, emulated)
+                for node in nodes
+            ]
+            ray.wait(refs, num_returns=len(refs), timeout=self._timeouts.look_s)
+            return [self._seen(node, ref) for node, ref in zip(nodes, refs, strict=True)]
 
     def problems(self, nodes: Sequence[NodeCards]) -> list[str]:
-        """What keeps cards of an inventory from being used, each with what mends it."""
+        """A sentence, with its remedy, for each reason why cards of an inventory are not used."""
         if self._is_ours:
             return []  # it offers what it was asked for
         return problems(nodes, ray.get_runtime_context().gcs_address)
@@ -179,14 +194,14 @@ class Cluster:
         worker_class: type[CardWorker],
         audience: Audience | None = None,
         journal: Journal | None = None,
-        work_of: Callable[[Prompt], float] = text_work,
-        on_wait: Callable[[str], None] | None = None,
+        work_of: Callable[[Prompt], float] | None = None,
+        policy: Policy = DEFAULT_POLICY,
     ) -> FleetResult:
         """Answer every prompt on an actor for each spec; see `Driver`.
 
         Args:
-            work_of: the estimated work of a prompt, by which long ones go first.
-            on_wait: told once, in a sentence, where cards are held by others and are waited for.
+            work_of: the estimated work of a prompt, by which long ones go first; None: by its text.
+            policy: the dispatcher's numbers.
 
         Raises:
             UsageError: the cluster has not so many cards, or a worker found the request wrong.
@@ -194,15 +209,78 @@ class Cluster:
             ClusterLost: the Ray is gone; rows that were answered are in the journal.
         """
         with self._losses():
-            _await_cards(specs, on_wait)
-            with CardActors(specs, worker_class, num_cpus=self._cpus_each(len(specs))) as cards:
-                dispatcher = Dispatcher(work_of=work_of)
-                told = audience or Audience()
-                return Driver(cards, prompts, told, dispatcher=dispatcher, journal=journal).run()
+            told = audience or Audience()
+            self._await_cards(specs, told.on_wait)
+            actors = CardActors(
+                specs,
+                worker_class,
+                num_cpus=self._cpus_each(len(specs)),
+                policy=policy,
+                timeouts=self._timeouts,
+            )
+            with actors as cards:
+                result = Driver(
+                    cards,
+                    prompts,
+                    told,
+                    dispatcher=Dispatcher(policy=policy, work_of=work_of),
+                    journal=journal,
+                    reader=partial(ThreadedReader, timeouts=self._timeouts),
+                ).run()
+        settings = {**changed_values(policy), **changed_values(self._timeouts)}
+        return replace(result, settings=settings)
+
+    def _seen(self, node: Node, ref: ObjectRef) -> NodeCards:
+        try:
+            found: NodeCards = ray.get(ref, timeout=0)
+            return found
+        except ray_errors.GetTimeoutError:
+            error = f"it did not answer within {self._timeouts.look_s:.0f} s"
+        except ray_errors.RayTaskError as failed:
+            error = f"the search failed there ({first_line(failed.cause)})"
+        except ray_errors.RayError as lost:
+            error = loss(lost)
+        return NodeCards(node, node.address, node.node_id, error=error)
+
+    def _await_cards(self, specs: Sequence[WorkerSpec], on_wait: Callable[[str], None]) -> None:
+        """Wait until these cards are free; Ray itself would wait without a limit."""
+        needed: dict[str, float] = {}
+        for spec in specs:
+            needed[spec.node_id] = needed.get(spec.node_id, 0.0) + cards_needed(spec)
+        total = math.ceil(sum(needed.values()))
+        offered = ray.cluster_resources().get(CARD_RESOURCE, 0)
+        if offered < total:
+            head = ray.get_runtime_context().gcs_address
+            raise UsageError(
+                f"{total} cards are asked for and the Ray cluster offers {offered:g}: start Ray on "
+                f"the nodes that have them with `ray start --address={head} "
+                f"--resources='{{\"{CARD_RESOURCE}\": <cards of the node>}}'`."
+            )
+        is_told = False
+        deadline_s = time.monotonic() + self._timeouts.busy_s
+        while lacking := _lacking(needed):
+            words = f"{total} cards are asked for and {lacking:g} of them are held by others"
+            if time.monotonic() > deadline_s:
+                raise DeviceBusy(f"{words}: wait for the job that holds them, or ask for fewer.")
+            if not is_told:
+                on_wait(f"{words}: waiting for up to {self._timeouts.busy_s:.0f} s.")
+                is_told = True
+            time.sleep(self._timeouts.busy_poll_s)
+
+    def _cancel(self, refs: list[ObjectRef]) -> None:
+        """Interrupt tasks, and wait up to `cancel_s` for their end."""
+
+        def cancel() -> None:
+            for ref in refs:
+                ray.cancel(ref)
+            ray.wait(refs, num_returns=len(refs), timeout=self._timeouts.cancel_s)
+
+        if refs:
+            call_for(self._timeouts.cancel_s + 1.0, cancel)
 
     @contextmanager
     def _losses(self) -> Iterator[None]:
-        """Make the one error of whatever comes of a Ray that is gone."""
+        """Raise ClusterLost in place of any error that the loss of Ray has caused."""
         try:
             yield
         except (KeyboardInterrupt, ray_errors.RayError, QaicRayError) as error:
@@ -212,9 +290,11 @@ class Cluster:
 
     def _watching(self) -> ClusterWatch:
         if self._own is not None:
-            return ClusterWatch(dead=self._own.dead, on_loss=self._own.session.kill)
+            own = self._own
+            return ClusterWatch(dead=own.dead, on_loss=own.session.kill, timeouts=self._timeouts)
         where = "of this machine" if self._address in (None, "auto") else f"at {self._address}"
-        return ClusterWatch(ask=_answers, what=f"The Ray cluster {where}")
+        what = f"The Ray cluster {where}"
+        return ClusterWatch(ask=_answers, what=what, timeouts=self._timeouts)
 
     @property
     def _is_ours(self) -> bool:
@@ -222,13 +302,13 @@ class Cluster:
         return self._own is not None
 
     def _cpus_each(self, num_workers: int) -> float:
-        """An even share of this machine where the Ray is ours; of a shared one, next to nothing."""
+        """CPUs of each actor: an even share of this machine, or CARD_CPUS of a shared cluster."""
         share = (os.cpu_count() or 1) // num_workers
         return share if self._is_ours and share else CARD_CPUS
 
 
 def _answers() -> bool:
-    """Whether the cluster answers, and counts this driver's node among the living."""
+    """Whether the cluster answers and says that this driver's node is alive."""
     here = ray.get_runtime_context().get_node_id()
     try:
         return any(node["Alive"] and node["NodeID"] == here for node in ray.nodes())
@@ -256,46 +336,8 @@ def _look_here(node: Node, sdk: str | None, emulated: EmulatorOptions) -> NodeCa
 _LOOK = ray.remote(_look_here)
 
 
-def _seen(node: Node, ref: Any) -> NodeCards:
-    try:
-        found: NodeCards = ray.get(ref, timeout=0)
-        return found
-    except ray_errors.GetTimeoutError:
-        error = f"it did not answer within {_LOOK_TIMEOUT_S:.0f} s"
-    except ray_errors.RayTaskError as failed:
-        error = f"the search failed there ({first_line(failed.cause)})"
-    except ray_errors.RayError as lost:
-        error = loss(lost)
-    return NodeCards(node, node.address, node.node_id, error=error)
-
-
-def _await_cards(specs: Sequence[WorkerSpec], on_wait: Callable[[str], None] | None) -> None:
-    """See that the cluster can give these cards: Ray itself would wait for ever."""
-    needed: dict[str, float] = {}
-    for spec in specs:
-        needed[spec.node_id] = needed.get(spec.node_id, 0.0) + cards_needed(spec)
-    total = math.ceil(sum(needed.values()))
-    offered = ray.cluster_resources().get(CARD_RESOURCE, 0)
-    if offered < total:
-        head = ray.get_runtime_context().gcs_address
-        raise UsageError(
-            f"{total} cards are asked for and the Ray cluster offers {offered:g}: start Ray on "
-            f"the nodes that have them with `ray start --address={head} "
-            f"--resources='{{\"{CARD_RESOURCE}\": <cards of the node>}}'`."
-        )
-    deadline_s = time.monotonic() + _BUSY_TIMEOUT_S
-    while lacking := _lacking(needed):
-        words = f"{total} cards are asked for and {lacking:g} of them are held by others"
-        if time.monotonic() > deadline_s:
-            raise DeviceBusy(f"{words}: wait for the job that holds them, or ask for fewer.")
-        if on_wait is not None:
-            on_wait(f"{words}: waiting for up to {_BUSY_TIMEOUT_S:.0f} s.")
-            on_wait = None
-        time.sleep(0.1)
-
-
 def _lacking(needed: Mapping[str, float]) -> float:
-    """How many cards are not free now, by node; those of no node may be anywhere."""
+    """The number of cards that are not free now. Cards without a node may be on any node."""
     free: dict[str, float] = {
         node_id: resources.get(CARD_RESOURCE, 0.0)
         for node_id, resources in available_resources_per_node().items()
@@ -308,31 +350,6 @@ def _lacking(needed: Mapping[str, float]) -> float:
     )
 
 
-def _compile(
-    build: Callable[[Request], Result],
-    requests: Mapping[str, Request],
-    parallel: int,
-    on_done: Callable[[Outcome[Result]], None] | None,
-) -> dict[str, Outcome[Result]]:
-    waiting = deque(requests.items())
-    running: dict[Any, str] = {}
-    outcomes: dict[str, Outcome[Result]] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < parallel:
-                label, request = waiting.popleft()
-                options = _BUILD.options(name=f"compile {label}", num_cpus=1, max_retries=0)
-                running[options.remote(build, request)] = label
-            (ref,), _ = ray.wait(list(running), num_returns=1)
-            label = running.pop(ref)
-            outcomes[label] = Outcome(label, _built(label, ref))
-            if on_done is not None:
-                on_done(outcomes[label])
-    finally:
-        _cancel(list(running))
-    return outcomes
-
-
 def _build(build: Callable[[Request], Result], request: Request) -> Result | QaicRayError:
     try:
         return build(request)
@@ -343,9 +360,9 @@ def _build(build: Callable[[Request], Result], request: Request) -> Result | Qai
 _BUILD = ray.remote(_build)
 
 
-def _built(label: str, ref: Any) -> Any:
+def _built(label: str, ref: ObjectRef[Result | QaicRayError]) -> Result | QaicRayError:
     try:
-        return ray.get(ref)
+        result: Result | QaicRayError = ray.get(ref)
     except ray_errors.RayTaskError as error:
         raise error.cause from error
     except ray_errors.RayError as error:
@@ -353,15 +370,4 @@ def _built(label: str, ref: Any) -> Any:
             f"The process that compiled {label} died ({type(error).__name__}): most often the "
             "machine ran out of memory; compile fewer at a time with --jobs."
         )
-
-
-def _cancel(refs: list[Any]) -> None:
-    """Interrupt tasks, and give them a moment to end what they started."""
-
-    def cancel() -> None:
-        for ref in refs:
-            ray.cancel(ref)
-        ray.wait(refs, num_returns=len(refs), timeout=_CANCEL_TIMEOUT_S)
-
-    if refs:
-        call_for(_CANCEL_TIMEOUT_S + 1.0, cancel)
+    return result

@@ -1,6 +1,6 @@
-"""Start a Ray on this machine, or join one that runs; and what keeps one from that, in words.
+"""Start a Ray on this machine, join one that runs, and notice when it is gone.
 
-What is private to Ray in that is here: whose signals they are, where it listens, who is let in.
+Uses what is private to Ray for that: its signal handlers, the interface it listens on, its token.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import IO, Any
+from enum import Enum
+from typing import IO
 
 import ray
 import ray._private.utils
@@ -22,21 +24,21 @@ import ray._private.worker
 import ray._raylet
 import ray.exceptions as ray_errors
 from ray._private import ray_constants
+from ray._private.worker import RayContext
 
+from qaic_ray import interruption
 from qaic_ray.cards.inventory import CARD_RESOURCE
-from qaic_ray.cluster.actors import CARD_CPUS, first_line
-from qaic_ray.cluster.ray_session import RaySession, environment_of
-from qaic_ray.cluster.watch import call_for
+from qaic_ray.cluster.ray_session import RaySession
 from qaic_ray.errors import QaicRayError, UsageError
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
+CARD_CPUS = 0.1
+"""The least an actor asks of its node, so that a node with few cores still holds all its cards. Ray
+sets OMP_NUM_THREADS to what is asked, or to 1, and that is what an emulated card computes with."""
 OBJECT_STORE_BYTES = 256 * 2**20
-
-SHUTDOWN_TIMEOUT_S = 10.0
-"""Of a Ray whose head is gone it takes seven seconds, and may take for ever."""
 
 _VITAL = {"raylet": "raylet", "gcs_server": "head process (GCS)"}
 _START_ATTEMPTS = 2
-_PROBE_TIMEOUT_S = 5.0
 # What an HTTP/2 connection begins with, and the type of the frame that answers it (RFC 9113, 3.4).
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 _HTTP2_SETTINGS = b"\x04"
@@ -47,11 +49,12 @@ _QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 class OwnRay:
     """A Ray that was started here; `context` is what `ray.init` gave."""
 
-    context: Any
+    context: RayContext
     session: RaySession
+    timeouts: Timeouts
 
     def dead(self) -> str | None:
-        """Which process that all rests on has died, as a sentence; does not call into Ray."""
+        """Which vital process of Ray has died, as a sentence; does not call into Ray."""
         node = ray._private.worker._global_node
         for kind, process in node.dead_processes() if node is not None else ():
             if kind in _VITAL:
@@ -61,23 +64,23 @@ class OwnRay:
         return None
 
     def end(self) -> None:
-        """Shut it down, and end whatever of it does not."""
-        _end(self.session)
+        """Shut it down, and kill its processes that remain."""
+        _end(self.session, self.timeouts)
         _read_settings()
 
 
-def start(num_cards: int, *, dashboard: bool) -> OwnRay:
+def start(num_cards: int, *, dashboard: bool, timeouts: Timeouts) -> OwnRay:
     """Start a Ray of this machine, for this process alone.
 
-    It listens on the loopback interface and lets in who has its token. On a busy machine Ray's own
-    start-up timeout sometimes strikes (ray-project/ray#65983), so a start that fails is tried
-    again, once.
+    It listens on the loopback interface and accepts clients that have its token. A start that fails
+    is tried once more, as Ray's start-up timeout sometimes strikes on a busy machine
+    (ray-project/ray#65983).
     """
     failures = 0
     while True:
-        session = RaySession()
+        session = RaySession(timeouts)
         try:
-            with environment_of(session), _on_loopback(), _signals_are_ours():
+            with session.environment(), _on_loopback(), _signals_are_ours():
                 _read_settings()
                 _silence()
                 context = ray.init(
@@ -91,9 +94,9 @@ def start(num_cards: int, *, dashboard: bool) -> OwnRay:
                     **_QUIET,
                 )
             _check_loopback(context)
-            return OwnRay(context, session)
+            return OwnRay(context, session, timeouts)
         except BaseException as error:
-            _end(session)
+            _end(session, timeouts)
             # What Ray raises when it does not start is a bare Exception.
             if not isinstance(error, Exception) or isinstance(error, QaicRayError):
                 raise
@@ -102,7 +105,7 @@ def start(num_cards: int, *, dashboard: bool) -> OwnRay:
                 raise QaicRayError(f"Ray did not start on this machine: {error}") from error
 
 
-def join(address: str) -> Any:
+def join(address: str, timeouts: Timeouts) -> RayContext:
     """Join the Ray at `host:port`, or the one of this machine for `auto`.
 
     Raises:
@@ -114,7 +117,7 @@ def join(address: str) -> Any:
             "cluster, with --address auto."
         )
     if address != "auto":
-        _probe(address)
+        _check_head(address, timeouts)
     _silence()
     with tempfile.TemporaryFile() as said:
         try:
@@ -125,34 +128,30 @@ def join(address: str) -> Any:
             said.seek(0)
             refused = isinstance(error, ray_errors.AuthenticationError)
             if refused or b"InvalidAuthToken" in said.read():
-                raise UsageError(
-                    f"The Ray cluster at {address} wants its token: copy ~/.ray/auth_token from "
-                    "its head to this machine, or put the token into RAY_AUTH_TOKEN, and set "
-                    "RAY_AUTH_MODE=token."
-                ) from error
+                raise wants_token(f"at {address}") from error
             raise UsageError(
                 f"The Ray cluster at {address} could not be joined ({first_line(error)}): run on "
                 f"one of its machines, with its version of Ray; here it is {ray.__version__}."
             ) from error
 
 
-def _end(session: RaySession) -> None:
-    if call_for(SHUTDOWN_TIMEOUT_S, ray.shutdown):
+def _end(session: RaySession, timeouts: Timeouts) -> None:
+    if call_for(timeouts.shutdown_s, ray.shutdown):
         session.close()
     else:
         session.kill()  # Ray goes on writing in this process: the folder is removed after its end
 
 
-def leave() -> None:
+def leave(timeouts: Timeouts) -> None:
     """Leave a Ray that was joined."""
-    call_for(SHUTDOWN_TIMEOUT_S, ray.shutdown)
+    call_for(timeouts.shutdown_s, ray.shutdown)
 
 
 @contextmanager
 def _signals_are_ours() -> Iterator[None]:
-    """Keep Ray from taking SIGTERM for itself: it would print a stack, and exit by its own code.
+    """Keep Ray from handling SIGTERM: it would print a stack, and exit with its own code.
 
-    It takes it twice, in Python and, when it connects, in its C++ half.
+    It sets its handler twice, in Python and, when it connects, in C++.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -160,7 +159,7 @@ def _signals_are_ours() -> Iterator[None]:
     ours = signal.getsignal(signal.SIGTERM)
     connect = ray._private.worker.connect
 
-    def connect_and_give_back(*arguments: Any, **options: Any) -> Any:
+    def connect_and_give_back(*arguments: object, **options: object) -> object:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             return connect(*arguments, **options)
@@ -190,15 +189,15 @@ def _on_loopback() -> Iterator[None]:
 
 
 def _silence() -> None:
-    """Keep from stdout what Ray's processes want told, pages of it when one dies.
+    """Keep messages of Ray's processes off stdout; there are pages of them when one dies.
 
-    It is in their logs, and what matters of it an error of ours says.
+    They are in Ray's logs, and the errors of this package say what matters of them.
     """
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
 
-def _check_loopback(context: Any) -> None:
-    """Every port of a Ray is where the address of its node is."""
+def _check_loopback(context: RayContext) -> None:
+    """Check that Ray listens on the loopback interface, by its node's address."""
     address = str(context.address_info["node_ip_address"])
     if not address.startswith("127.") and address != "::1":
         raise QaicRayError(
@@ -215,7 +214,7 @@ def _read_settings() -> None:
 
 @contextmanager
 def _native_stderr_to(file: IO[bytes]) -> Iterator[None]:
-    """Keep what Ray's C++ half writes to the terminal, past Python."""
+    """Write to `file` what Ray's C++ code would write to the terminal."""
     kept = os.dup(2)
     os.dup2(file.fileno(), 2)
     try:
@@ -225,23 +224,141 @@ def _native_stderr_to(file: IO[bytes]) -> Iterator[None]:
         os.close(kept)
 
 
-def _probe(address: str) -> None:
-    """Ask whether a gRPC server answers there, as a Ray head is one: Ray would wait for minutes."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+def _check_head(address: str, timeouts: Timeouts) -> None:
+    """Check that a Ray head answers there; Ray itself would wait for minutes."""
+    if not is_host_and_port(address):
         raise UsageError(f"{address} is no address of a Ray cluster: write host:port, or auto.")
     try:
-        where = (host.strip("[]"), int(port))
-        with socket.create_connection(where, timeout=_PROBE_TIMEOUT_S) as connection:
-            connection.sendall(_HTTP2_PREFACE)
-            answer = connection.recv(4, socket.MSG_WAITALL)
+        server = server_at(address, timeouts.probe_s)
     except (OSError, OverflowError) as error:
         raise UsageError(
             f"No Ray cluster answers at {address} ({error}): start one with `ray start --head`, or "
             "leave --address out to start one here."
         ) from error
-    if answer[3:] != _HTTP2_SETTINGS and "RAY_USE_TLS" not in os.environ:
+    if server is not Server.HEAD:
         raise UsageError(
             f"What answers at {address} is no Ray head: its port is 6379 where none was chosen, "
             "and 8265 is its dashboard's."
         )
+
+
+class Server(Enum):
+    """What answers at an address."""
+
+    HEAD = "head"
+    """A gRPC server, as a Ray head is; with RAY_USE_TLS whatever is not seen to be another."""
+    WEB = "web"
+    """An HTTP server, as a Ray dashboard is."""
+    OTHER = "other"
+
+
+def is_host_and_port(address: str) -> bool:
+    """Whether an address is written as `host:port`."""
+    host, _, port = address.rpartition(":")
+    return bool(host) and port.isdecimal()
+
+
+def server_at(address: str, timeout_s: float) -> Server:
+    """Find out what answers at `host:port`.
+
+    Raises:
+        OSError: nothing answers within `timeout_s`.
+        OverflowError: there is no such port.
+    """
+    host, _, port = address.rpartition(":")
+    where = (host.strip("[]"), int(port))
+    with socket.create_connection(where, timeout=timeout_s) as connection:
+        connection.sendall(_HTTP2_PREFACE)
+        answer = connection.recv(4, socket.MSG_WAITALL)
+    if answer == b"HTTP":
+        return Server.WEB
+    is_head = answer[3:] == _HTTP2_SETTINGS or "RAY_USE_TLS" in os.environ
+    return Server.HEAD if is_head else Server.OTHER
+
+
+def wants_token(where: str) -> UsageError:
+    """The error for a cluster that does not let this process in."""
+    return UsageError(
+        f"The Ray cluster {where} wants its token: copy ~/.ray/auth_token from its head to this "
+        "machine, or put the token into RAY_AUTH_TOKEN, and set RAY_AUTH_MODE=token."
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; Ray's have pages."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+class ClusterWatch:
+    """Notices that Ray is gone, until `close`; then it interrupts the main thread.
+
+    A call into a Ray that is gone may never return, so this has threads of its own. Made in another
+    thread than the main one, it interrupts nothing.
+
+    Args:
+        dead: called every `watch_s`; returns a sentence when Ray is gone; must not call into Ray.
+        ask: called every `ask_s` in a thread of its own, for a Ray whose processes are elsewhere;
+            a call into Ray that returns False, or does not return, when that is gone.
+        what: the cluster's name, for the sentence about its silence.
+        on_loss: called once, before the interruption.
+        timeouts: `watch_s`, `ask_s` and `silent_s` are used.
+    """
+
+    def __init__(
+        self,
+        *,
+        dead: Callable[[], str | None] = lambda: None,
+        ask: Callable[[], object] | None = None,
+        what: str = "The Ray cluster",
+        on_loss: Callable[[], None] = lambda: None,
+        timeouts: Timeouts = DEFAULT_TIMEOUTS,
+    ) -> None:
+        self.loss: str | None = None
+        """A sentence that says what is gone; None while nothing is."""
+        self._dead = dead
+        self._ask = ask
+        self._what = what
+        self._on_loss = on_loss
+        self._timeouts = timeouts
+        self._interrupts = interruption.can_interrupt()
+        self._answered_s = time.monotonic()
+        self._closed = threading.Event()
+        if ask is not None:
+            threading.Thread(target=self._ask_on, name="ask Ray", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="watch Ray", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop; nothing is interrupted after this."""
+        self._closed.set()
+        self._thread.join()
+        interruption.clear_loss()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(self._timeouts.watch_s):
+            self.loss = self._dead() or self._silence()
+            if self.loss is not None:
+                self._on_loss()
+                if self._interrupts and not self._closed.is_set():
+                    interruption.report_loss(self.loss)
+                return
+
+    def _silence(self) -> str | None:
+        silent_s = time.monotonic() - self._answered_s
+        if self._ask is None or silent_s < self._timeouts.silent_s:
+            return None
+        return f"{self._what} has not answered for {silent_s:.0f} s"
+
+    def _ask_on(self) -> None:
+        assert self._ask is not None
+        while not self._closed.wait(self._timeouts.ask_s):
+            if self._ask():
+                self._answered_s = time.monotonic()
+
+
+def call_for(timeout_s: float, call: Callable[[], object]) -> bool:
+    """Make a call in a thread of its own; return whether it returned within `timeout_s`."""
+    thread = threading.Thread(target=call, name="call Ray", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return not thread.is_alive()

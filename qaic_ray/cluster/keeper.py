@@ -1,11 +1,11 @@
-"""Ends what is left of a Ray that we started, when its driver is gone; a program of its own.
+"""Kills what is left of a Ray that we started, when its driver has ended; a program of its own.
 
-    python keeper.py FOLDER DRIVER
+    python keeper.py FOLDER DRIVER TIMEOUT_S
 
 Waits until stdin ends or the process DRIVER does, by whatever signal; then kills every process
 that was started with QAIC_RAY_SESSION=FOLDER in its environment, with all that these started, and
-removes FOLDER. Run by its
-path, with the standard library and nothing else: it lives as long as the driver does.
+removes FOLDER, each for up to TIMEOUT_S. It is run by its path and imports the standard library
+alone, as it takes memory as long as the driver runs.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from contextlib import suppress
 
 SESSION_VARIABLE = "QAIC_RAY_SESSION"
 
-_TIMEOUT_S = 30.0
 _PAUSE_S = 0.1
 
 
 def marked(folder: str, driver: int = 0) -> list[int]:
     """The living processes that belong to the session in `folder`, but for its driver.
 
-    Some of Ray's write their title over their environment: these are told by their parents, or by
-    what they write into the folder.
+    Some of Ray's processes overwrite their environment with a title. They are known by their
+    parents, or by the files of the folder that they have open.
     """
     mark = f"{SESSION_VARIABLE}={folder}".encode()
     found = set()
@@ -57,7 +56,7 @@ def _is_marked(process: str, mark: bytes) -> bool:
 
 
 def _writes_into(process: str, folder: str) -> bool:
-    """Whether it has a file of the folder open for writing: one who only reads along is spared."""
+    """Whether it has a file of the folder open for writing; others may read the logs."""
     for fd in os.listdir(f"{process}/fd"):
         with suppress(OSError):  # it was closed just now
             if os.readlink(f"{process}/fd/{fd}").startswith(f"{folder}/"):
@@ -68,9 +67,9 @@ def _writes_into(process: str, folder: str) -> bool:
     return False
 
 
-def kill_marked(folder: str, driver: int = 0) -> None:
-    """Kill them, until two looks have found none: a process may be just starting another."""
-    deadline_s = time.monotonic() + _TIMEOUT_S
+def kill_marked(folder: str, timeout_s: float, driver: int = 0) -> None:
+    """Kill them until two looks in a row have found none: a process may be starting another."""
+    deadline_s = time.monotonic() + timeout_s
     num_empty = 0
     while num_empty < 2 and time.monotonic() < deadline_s:
         pids = marked(folder, driver)
@@ -83,7 +82,7 @@ def kill_marked(folder: str, driver: int = 0) -> None:
 
 def main() -> None:
     """Wait, kill, remove."""
-    folder, driver = sys.argv[1], int(sys.argv[2])
+    folder, driver, timeout_s = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # what ends the driver must not end this before it
     waiting = [sys.stdin.fileno()]
@@ -91,8 +90,8 @@ def main() -> None:
         waiting.append(os.pidfd_open(driver))
         # Nothing is ever written to stdin: it is ready when it is at its end.
         select.select(waiting, [], [])
-    kill_marked(folder, driver)
-    deadline_s = time.monotonic() + _TIMEOUT_S
+    kill_marked(folder, timeout_s, driver)
+    deadline_s = time.monotonic() + timeout_s
     while os.path.exists(folder) and time.monotonic() < deadline_s:
         shutil.rmtree(folder, ignore_errors=True)  # what is being written there meanwhile
         time.sleep(_PAUSE_S)

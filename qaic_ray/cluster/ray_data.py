@@ -1,4 +1,4 @@
-"""A card as a step of a Ray Data pipeline: columns of prompts in, the same with answers beside out.
+"""A card as a step of a Ray Data pipeline: columns of prompts in, columns of answers added.
 
     dataset.map_batches(
         CardPredictor,
@@ -8,39 +8,39 @@
         resources={"QAIC": 1},
     )
 
-Needs no Ray where it is called by hand. Knows nothing of runs: no journal, no report, nobody who
-watches over a card that hangs; `qaic-ray run` has them.
+Called by hand it needs no Ray. It has no journal and no report, and a card that hangs is not
+replaced; `qaic-ray run` has these.
 """
 
 from __future__ import annotations
 
-import hashlib
+import math
 import sys
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qaic_ray.cards.inventory import CARD_RESOURCE, card_scope
-from qaic_ray.cards.locks import CardLocks, Part, held_cards
+from qaic_ray.cards.inventory import CARD_RESOURCE
+from qaic_ray.cards.lease import CardLocks, Part, card_scope, held_cards
 from qaic_ray.cards.placement import cards_name
-from qaic_ray.cluster.columns import objects, plain
 from qaic_ray.documents import checked
 from qaic_ray.errors import DeviceBusy, DeviceError, RowError, UsageError
 from qaic_ray.formats.foreign_fields import ALIASES, NESTED
-from qaic_ray.formats.jsonl import FieldRows
 from qaic_ray.formats.prompt_fields import Draft
 from qaic_ray.formats.row_fields import OwnFields, is_known, mistake
 from qaic_ray.options import EmulatorOptions, Generation
 from qaic_ray.rows import ErrorClass, Prompt, Row
-from qaic_ray.sampling_params import MAX_SEED, SamplingParams
+from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.sdk import Sdk, find_sdk
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
+from qaic_ray.worker.text import mixed_seed
 from qaic_ray.worker.worker import CardWorker
 
 Batch = dict[str, NDArray[Any]]
@@ -48,15 +48,33 @@ Batch = dict[str, NDArray[Any]]
 
 MAX_ATTEMPTS = 3
 """For a row on whose way a card fails: once with its batch, then alone on a card opened anew."""
-CHOOSE_TIMEOUT_S = 30.0
-"""How long to wait for a card that nobody holds."""
 
-_POLL_S = 0.2
+
+_COLUMNS: Mapping[str, tuple[type, Callable[[Row], Any]]] = {
+    "text": (object, lambda row: row.text),
+    "token_ids": (object, lambda row: list(row.token_ids)),
+    "finish_reason": (object, lambda row: row.finish_reason.value),
+    "stop_reason": (object, lambda row: "" if row.stop_reason is None else str(row.stop_reason)),
+    "prompt_tokens": (np.int64, lambda row: row.prompt_tokens),
+    "generated_tokens": (np.int64, lambda row: row.generated_tokens),
+    "ttft_s": (np.float64, lambda row: row.ttft_s),
+    "decode_s": (np.float64, lambda row: row.decode_s),
+    "worker": (object, lambda row: row.worker),
+    "attempts": (np.int64, lambda row: row.attempts),
+    "error": (object, lambda row: row.error or ""),
+    "logprobs": (object, lambda row: [token.logprob for token in row.logprobs or ()]),
+    "choices": (
+        object,
+        lambda row: [choice.text for choice in row.choices or ([row] if row.ok else [])],
+    ),
+}
+"""The columns of answers. Nothing is null, so that a column has one type in every block."""
+_ON_REQUEST = {"logprobs", "choices"}
 
 
 @dataclass(frozen=True)
 class Grant:
-    """What Ray has given to this process of its node's cards.
+    """The cards of its node that Ray has given to this process.
 
     `share` is how many cards, or which part of one; `units` are their numbers on the node, where
     the cluster chooses them (`custom_unit_instance_resources`).
@@ -66,17 +84,17 @@ class Grant:
     units: tuple[int, ...] = ()
 
 
-class CardPredictor:
+class CardPredictor(AbstractContextManager["CardPredictor"]):
     """Answers batches of prompts on one card, a part of one, or a device group.
 
     How much of which card follows from what Ray gave to the process: `resources={"QAIC": 1}` is a
     card, 0.5 half of the NSPs of one, 4 a device group. Where Ray does not choose, it is the first
-    of the node that nobody holds.
+    of the node that is free.
 
     Args:
         model: the checkpoint: folder, hub id or .gguf file; its tokenizer is read.
         qpc: the folder of a compiled variant; at this path on every node.
-        sdk: auto, real, emulated, or an SDK folder.
+        sdk: auto, real, emulated, an SDK folder, or one that is open.
         device_ids: cards to choose from; None for all of the node.
         sampling: fields of `SamplingParams` for rows that say nothing else, `max_tokens` among
             them. Columns of these names, or of other programs' for them, are the rows' own. Rows
@@ -90,12 +108,16 @@ class CardPredictor:
         DeviceError: where no card can be opened.
     """
 
+    timeouts: ClassVar[Timeouts] = DEFAULT_TIMEOUTS
+    """`choose_s`, and those of the card and its worker, are used; a subclass may have others."""
+    worker_class: ClassVar[type[CardWorker]] = CardWorker
+
     def __init__(
         self,
         model: str,
         qpc: str,
         *,
-        sdk: str = "auto",
+        sdk: str | Sdk = "auto",
         device_ids: Sequence[int] | None = None,
         sampling: Mapping[str, Any] | None = None,
         prompt_column: str = "prompt",
@@ -107,8 +129,8 @@ class CardPredictor:
         except RowError as error:
             raise UsageError(str(error)) from error
         self._prompt_column, self._prefix = prompt_column, prefix
-        self._read_row = FieldRows(OwnFields(self._sampling))
-        self._sdk = find_sdk(sdk, EmulatorOptions())
+        self._read_row = OwnFields(self._sampling).read_row
+        self._sdk = sdk if isinstance(sdk, Sdk) else find_sdk(sdk, EmulatorOptions())
         self._device_ids = device_ids
         self._spec = WorkerSpec(
             name="card",
@@ -119,8 +141,8 @@ class CardPredictor:
             generation=checked(
                 Generation, {"sampling": self._sampling, **generation}, "CardPredictor"
             ),
+            timeouts=self.timeouts,
         )
-        self._num_shards = 0
         self._failure = ""
         self._claim: CardLocks | None = None
         self._worker: CardWorker | None = None
@@ -128,17 +150,9 @@ class CardPredictor:
         if _is_actor():
             from qaic_ray.cluster.actors import die_with_parent
 
-            die_with_parent(self.close)
+            die_with_parent(self.close, self.timeouts)
 
-    def __enter__(self) -> CardPredictor:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __call__(self, batch: Batch) -> Batch:
@@ -174,8 +188,13 @@ class CardPredictor:
             self.close()
             raise
         rows = [done[index] for index in sorted(done)]
-        answers = self._columns(rows, self._asked(batch, rows))
-        return batch | {self._prefix + name: column for name, column in answers.items()}
+        answers = {}
+        for name in self._names(batch, rows):
+            dtype, value = _COLUMNS[name]
+            values = map(value, rows)
+            column = objects(values) if dtype is object else np.array(list(values), dtype)
+            answers[self._prefix + name] = column
+        return batch | answers
 
     def close(self) -> None:
         """Give the card back."""
@@ -191,7 +210,7 @@ class CardPredictor:
     # -- the card
 
     def _open(self) -> WorkerInfo:
-        deadline_s = time.monotonic() + CHOOSE_TIMEOUT_S
+        deadline_s = time.monotonic() + self.timeouts.choose_s
         while True:
             busy: DeviceError | None = None
             for device_ids, part in places(self._sdk, granted(), self._device_ids):
@@ -205,7 +224,7 @@ class CardPredictor:
                     raise
             if time.monotonic() >= deadline_s:
                 raise busy or DeviceError("There is no card here that is ready.")
-            time.sleep(_POLL_S)
+            time.sleep(self.timeouts.poll_s)
 
     def _open_on(self, device_ids: tuple[int, ...], part: Part | None) -> WorkerInfo:
         scope = card_scope(self._sdk)
@@ -219,7 +238,7 @@ class CardPredictor:
             if device_id in held:
                 raise DeviceBusy(f"Card {device_id} is in use: {held[device_id][0]}.")
         spec = replace(self._spec, name=name, device_ids=device_ids, part=part)
-        self._worker = CardWorker(spec)
+        self._worker = self.worker_class(spec)
         return self._worker.open()
 
     def _reopen(self, error: DeviceError) -> None:
@@ -237,7 +256,7 @@ class CardPredictor:
                 f'There is no column "{self._prompt_column}" and no "messages" (there are: '
                 f"{there}): name the prompts' by prompt_column."
             )
-        taken = {self._prefix + n for n in self._columns([], self._asked(batch))} & batch.keys()
+        taken = {self._prefix + name for name in self._names(batch)} & batch.keys()
         if taken:
             raise UsageError(
                 f"The batch has columns of the names of the answers' ({', '.join(sorted(taken))}): "
@@ -262,15 +281,14 @@ class CardPredictor:
         params = prompt.sampling or self._sampling
         if params.is_greedy or params.seed is not None:
             return prompt
-        said = repr((prompt.text, prompt.messages)).encode()
-        seed = int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "big") & MAX_SEED
+        seed = mixed_seed(prompt.text, prompt.messages)
         return replace(prompt, sampling=replace(params, seed=seed))
 
     # -- answers out
 
-    def _asked(self, batch: Batch, rows: Sequence[Row] = ()) -> set[str]:
-        """The columns of answers that not every batch has: by its columns, so that every block of
-        a dataset has the same, and by what rows have been given all the same."""
+    def _names(self, batch: Batch, rows: Sequence[Row] = ()) -> list[str]:
+        """The columns of answers. Some depend on the batch's columns, which are the same in every
+        block of a dataset, and on what rows have nevertheless."""
         names = {ALIASES.get(column, column) for column in batch}
         asked = set()
         if (
@@ -281,7 +299,7 @@ class CardPredictor:
             asked.add("logprobs")
         if self._sampling.n > 1 or names & {"n", *NESTED} or any(row.choices for row in rows):
             asked.add("choices")
-        return asked
+        return [name for name in _COLUMNS if name not in _ON_REQUEST or name in asked]
 
     def _answer(self, prompts: Sequence[Prompt], done: dict[int, Row]) -> None:
         shards = [prompts]
@@ -301,46 +319,17 @@ class CardPredictor:
 
     def _answer_shard(self, prompts: Sequence[Prompt], attempt: int, done: dict[int, Row]) -> None:
         assert self._worker is not None
-        self._num_shards += 1
         try:
-            for rows in self._worker.answer(prompts, attempt, self._num_shards):
-                if isinstance(rows, list):
-                    done.update((row.index, row) for row in rows)
+            for rows in self._worker.answer(prompts, attempt):
+                done.update((row.index, row) for row in rows)
         except DeviceError as error:
             self._reopen(error)
-
-    def _columns(self, rows: Sequence[Row], asked: Container[str]) -> Batch:
-        # Nothing is null, so that a column has one type in every block.
-        columns = {
-            "text": objects(row.text for row in rows),
-            "token_ids": objects(list(row.token_ids) for row in rows),
-            "finish_reason": objects(row.finish_reason.value for row in rows),
-            "stop_reason": objects(
-                "" if row.stop_reason is None else str(row.stop_reason) for row in rows
-            ),
-            "prompt_tokens": np.array([row.prompt_tokens for row in rows], np.int64),
-            "generated_tokens": np.array([row.generated_tokens for row in rows], np.int64),
-            "ttft_s": np.array([row.ttft_s for row in rows], np.float64),
-            "decode_s": np.array([row.decode_s for row in rows], np.float64),
-            "worker": objects(row.worker for row in rows),
-            "attempts": np.array([row.attempts for row in rows], np.int64),
-            "error": objects(row.error or "" for row in rows),
-        }
-        if "logprobs" in asked:
-            columns["logprobs"] = objects(
-                [token.logprob for token in row.logprobs or ()] for row in rows
-            )
-        if "choices" in asked:
-            columns["choices"] = objects(
-                [choice.text for choice in row.choices or ([row] if row.ok else [])] for row in rows
-            )
-        return columns
 
 
 def places(
     sdk: Sdk, grant: Grant, device_ids: Sequence[int] | None = None
 ) -> list[tuple[tuple[int, ...], Part | None]]:
-    """Where a predictor may go, best first: cards, and the part of the one that it is of."""
+    """Cards that a predictor may open, best first, and which part where it is to have one."""
     qids = sorted(device.qid for device in sdk.devices() if device.ready)
     ids = [qid for qid in qids if device_ids is None or qid in device_ids]
     found: list[tuple[tuple[int, ...], Part | None]]
@@ -356,19 +345,15 @@ def places(
 
 
 def granted() -> Grant:
-    """What Ray gave to this process; a whole card, where it is no actor of Ray's."""
+    """The cards that Ray gave to this process; one whole card if it is no Ray actor."""
     if not _is_actor():
         return Grant()
     import ray
-    from ray._private.worker import global_worker
 
-    from qaic_ray.cluster.actors import chooses_units
+    from qaic_ray.cluster.actors import card_units, chooses_units
 
     share = ray.get_runtime_context().get_assigned_resources().get(CARD_RESOURCE, 1.0)
-    if not chooses_units():
-        return Grant(share)
-    units = global_worker.core_worker.resource_ids().get(CARD_RESOURCE, [])
-    return Grant(share, tuple(sorted(int(unit) for unit, _ in units)))
+    return Grant(share, card_units() if chooses_units() else ())
 
 
 def _is_actor() -> bool:
@@ -376,3 +361,25 @@ def _is_actor() -> bool:
     if ray is None or not ray.is_initialized():
         return False
     return bool(ray.get_runtime_context().get_actor_id())
+
+
+def plain(value: Any) -> Any:
+    """A value of a column as JSON has it; NaN is how a table has a number that is missing."""
+    if isinstance(value, np.ndarray | list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and (math.isnan(value) or value.is_integer()):
+        return None if math.isnan(value) else int(value)
+    return value
+
+
+def objects(values: Iterable[Any]) -> NDArray[Any]:
+    """A column of Python objects: lists of one length would make a table of it."""
+    items = list(values)
+    column = np.empty(len(items), object)
+    for at, item in enumerate(items):
+        column[at] = item
+    return column

@@ -1,7 +1,7 @@
-"""What a Ray that we start has for itself: a folder, a token, and a keeper that outlives us.
+"""The folder and the token of a Ray that we start, and the keeper process that removes them.
 
-The folder is of this user only, short enough for the sockets in it, and gone with its Ray, however
-the driver ends. Knows no Ray.
+The folder belongs to this user alone, and its path is short enough for the sockets in it. It is
+removed with its Ray, however the driver ends.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from qaic_ray.cluster import keeper
 from qaic_ray.errors import QaicRayError
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 MAX_FOLDER_CHARS = 34
 """The name of a socket has at most 107 bytes (unix(7)), and Ray puts up to 73 behind the folder."""
@@ -27,37 +28,46 @@ DEFAULT_BASE = Path("/tmp")
 
 _LOCK = "lock"
 _TOKEN = "token"
-_BEING_MADE_S = 60.0
-_KEEPER_TIMEOUT_S = 40.0
 
 
 class RaySession:
-    """The folder of a Ray, from now until `close` or until this process is gone."""
+    """The folder of a Ray; it is there until `close` or until this process has ended.
 
-    def __init__(self) -> None:
-        self.folder = _new_folder()
+    Args:
+        timeouts: `keeper_s`, `keeper_wait_s` and `session_s` are used.
+        default_base: where the folder goes if the user's temporary folder has too long a path.
+    """
+
+    def __init__(
+        self, timeouts: Timeouts = DEFAULT_TIMEOUTS, *, default_base: Path = DEFAULT_BASE
+    ) -> None:
+        self._timeouts = timeouts
+        self.folder = _new_folder(default_base, timeouts)
         self.temp_dir = self.folder / "r"
-        """Where Ray makes its own; it lets everybody into that."""
+        """For Ray's own folders, which it makes readable for everybody."""
         self.token_file = self.folder / _TOKEN
-        # Held as long as this process lives; by it others know the folder of one that died.
+        # Held as long as this process runs; without it others know the folder as left behind.
         self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         token = os.open(self.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(token, "w", encoding="ascii") as stream:
             stream.write(secrets.token_hex(32))
         self._keeper = subprocess.Popen(
-            [sys.executable, "-I", "-S", keeper.__file__, str(self.folder), str(os.getpid())],
+            [
+                *(sys.executable, "-I", "-S", keeper.__file__),
+                *(str(self.folder), str(os.getpid()), str(timeouts.keeper_s)),
+            ],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,  # who reads ours shall not wait for it
+            stdout=subprocess.DEVNULL,  # it holds no pipe of ours open
             stderr=subprocess.DEVNULL,
             start_new_session=True,
             cwd="/",
         )
 
     def variables(self, environment: Mapping[str, str]) -> dict[str, str]:
-        """What the processes of this Ray have in their environment, beside what is there.
+        """Variables to add to the environment of this Ray's processes.
 
-        Whoever has set RAY_AUTH_MODE=disabled has chosen so.
+        RAY_AUTH_MODE stays as the user has set it.
         """
         mode = environment.get("RAY_AUTH_MODE", "token")
         return {
@@ -68,16 +78,21 @@ class RaySession:
             "RAY_AUTH_TOKEN_PATH": str(self.token_file),
         }
 
+    def environment(self) -> AbstractContextManager[None]:
+        """A context in which processes that are started belong to the session."""
+        # A token in the environment would go before the file's, and is of another Ray.
+        return changed_environment({**self.variables(os.environ), "RAY_AUTH_TOKEN": None})
+
     def kill(self) -> None:
-        """End every process of this Ray at once."""
-        keeper.kill_marked(str(self.folder))
+        """Kill every process of this Ray."""
+        keeper.kill_marked(str(self.folder), self._timeouts.keeper_s)
 
     def close(self) -> None:
-        """End what is left of this Ray, and remove the folder."""
+        """End the processes that are left of this Ray, and remove the folder."""
         assert self._keeper.stdin is not None
         self._keeper.stdin.close()
         try:
-            self._keeper.wait(_KEEPER_TIMEOUT_S)
+            self._keeper.wait(self._timeouts.keeper_wait_s)
         except subprocess.TimeoutExpired as error:
             raise QaicRayError(
                 f"Processes of Ray cannot be ended: see which have {self.folder} in their command."
@@ -87,31 +102,33 @@ class RaySession:
 
 
 @contextmanager
-def environment_of(session: RaySession) -> Iterator[None]:
-    """Have what is started in this context belong to the session, and nothing after it."""
-    changed = session.variables(os.environ)
-    kept = {name: os.environ.get(name) for name in (*changed, "RAY_AUTH_TOKEN")}
-    os.environ.pop("RAY_AUTH_TOKEN", None)  # it would go before the file's, and is of another Ray
-    os.environ.update(changed)
+def changed_environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Set environment variables in this context; those with None are not there."""
+    kept = {name: os.environ.get(name) for name in variables}
+    _set_environment(variables)
     try:
         yield
     finally:
-        for name, value in kept.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set_environment(kept)
 
 
-def _new_folder() -> Path:
+def _set_environment(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _new_folder(default_base: Path, timeouts: Timeouts) -> Path:
     chosen = Path(tempfile.gettempdir()).absolute()
     room = MAX_FOLDER_CHARS - len(f"/{_prefix()}12345678")
     problems = []
-    for base in dict.fromkeys((chosen, DEFAULT_BASE)):
+    for base in dict.fromkeys((chosen, default_base)):
         if len(os.fsencode(base)) > room:
             problems.append(f"{base} is too long")
             continue
-        _sweep(base)
+        _sweep(base, timeouts)
         try:
             return Path(tempfile.mkdtemp(prefix=_prefix(), dir=base))  # 0700
         except OSError as error:
@@ -126,22 +143,22 @@ def _prefix() -> str:
     return f"qaic-ray-{os.getuid()}-"
 
 
-def _sweep(base: Path) -> None:
+def _sweep(base: Path, timeouts: Timeouts) -> None:
     """Remove folders whose process was killed together with its keeper."""
     for folder in base.glob(f"{_prefix()}*"):
         with suppress(OSError):
             status = folder.lstat()
             is_ours = status.st_uid == os.getuid() and folder.is_dir() and not folder.is_symlink()
-            if is_ours and _is_left(folder, status.st_mtime):
-                keeper.kill_marked(str(folder))
+            if is_ours and _is_left(folder, status.st_mtime, timeouts.session_s):
+                keeper.kill_marked(str(folder), timeouts.keeper_s)
                 shutil.rmtree(folder)
 
 
-def _is_left(folder: Path, made_s: float) -> bool:
+def _is_left(folder: Path, made_s: float, being_made_s: float) -> bool:
     try:
         lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
     except FileNotFoundError:
-        return time.time() - made_s > _BEING_MADE_S
+        return time.time() - made_s > being_made_s
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -19,10 +19,7 @@ from pathlib import Path
 
 from qaic_ray.compile import guard
 from qaic_ray.errors import CompileError
-
-POLL_S = 0.05
-TIMEOUT_S = 6 * 3600.0
-"""A 70B model takes hours on the real compiler."""
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 QPC_FILE = "programqpc.bin"
 QPC_MAGIC = bytes.fromhex("7ccda100")
@@ -30,15 +27,14 @@ QPC_MAGIC = bytes.fromhex("7ccda100")
 
 _HEADER = struct.Struct("<4s4xQ")
 """Of a QPC: the magic, version and compression, the size of the whole file."""
-_GUARD_ENDS_S = 10.0
 _MAX_WORDS = 1000
 
 
-def run_compiler(argv: list[str], log: Path, *, timeout_s: float = TIMEOUT_S) -> None:
+def run_compiler(argv: list[str], log: Path, *, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> None:
     """Run a compiler to its end; stdout and stderr go to `log`.
 
     Raises:
-        CompileError: when it cannot be started, fails, or outlives `timeout_s`; the message ends
+        CompileError: when it cannot be started, fails, or outlives `compile_s`; the message ends
             with the compiler's own last words.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -54,9 +50,9 @@ def run_compiler(argv: list[str], log: Path, *, timeout_s: float = TIMEOUT_S) ->
         )
         try:
             _tell(process, argv)
-            code = _wait(process, time.monotonic() + timeout_s)
+            code = _wait(process, timeouts)
         finally:
-            _end(process)
+            _end(process, timeouts)
     text = log.read_text(encoding="utf-8", errors="replace")
     why = _last_words(text, 1)
     if code == guard.NOT_STARTED and why.startswith(guard.CANNOT_START):
@@ -64,7 +60,7 @@ def run_compiler(argv: list[str], log: Path, *, timeout_s: float = TIMEOUT_S) ->
             f"Cannot start the compiler {argv[0]}: {why.removeprefix(guard.CANNOT_START)}."
         )
     if code is None:
-        raise CompileError(f"The compiler was stopped after {timeout_s:.0f} s.", log=text)
+        raise CompileError(f"The compiler was stopped after {timeouts.compile_s:.0f} s.", log=text)
     if code != 0:
         raise CompileError(
             f"The compiler ended with exit code {code}: {_last_words(text)}",
@@ -117,21 +113,22 @@ def _tell(process: subprocess.Popen[bytes], argv: list[str]) -> None:
         process.stdin.flush()
 
 
-def _wait(process: subprocess.Popen[bytes], deadline_s: float) -> int | None:
+def _wait(process: subprocess.Popen[bytes], timeouts: Timeouts) -> int | None:
+    deadline_s = time.monotonic() + timeouts.compile_s
     while time.monotonic() < deadline_s:
         code = process.poll()
         if code is not None:
             return code
-        time.sleep(POLL_S)
+        time.sleep(timeouts.compile_poll_s)
     return None
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], timeouts: Timeouts) -> None:
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()  # the guard ends what it has begun, and then itself
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_GUARD_ENDS_S)
+        process.wait(timeouts.guard_s)
     # Also where the guard was killed: its group outlives it.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

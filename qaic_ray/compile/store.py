@@ -23,8 +23,16 @@ from qaic_ray.compile.compiler import QPC_FILE, check_qpc, program_fault, run_co
 from qaic_ray.compile.variant import Variant, key_digest
 from qaic_ray.documents import checked, read_object, shown
 from qaic_ray.errors import CompileError, UsageError
-from qaic_ray.folders import building, locked, strangers, write_whole
-from qaic_ray.kept_files import KeptFile, SourceFile, first_fault, sha256_of
+from qaic_ray.folders import (
+    KeptFile,
+    SourceFile,
+    building,
+    first_fault,
+    foreign_files,
+    locked,
+    sha256_of,
+    write_whole,
+)
 from qaic_ray.sdk import Sdk, compiler_digest
 
 CompilerCall = Callable[[list[str], Path], None]
@@ -145,7 +153,7 @@ def check_ours(target: Path) -> None:
     record = read_record(target)
     names = _OURS.union(file.name for file in record.files) if record else _OURS
     try:
-        rest = strangers(target, names.__contains__)
+        rest = foreign_files(target, names.__contains__)
         if not rest and not any(os.path.lexists(target / mark) for mark in _MARKS):
             rest = sorted(os.listdir(target))  # another tool's QPC
     except OSError as error:

@@ -1,17 +1,15 @@
-"""What the dispatcher hears and what it orders: plain frozen data that pickles. Knows nothing else.
+"""What the dispatcher hears and what it orders: plain frozen data that pickles.
 
 Each command that something must come of has its events:
 
     ReadPrompts   -> PromptsRead
     RunShard      -> RowsFinished (any number), then ShardFinished, ShardFailed or WorkerLost
-    TakeBackShard -> ShardTakenBack; before or after it the shard's own end, or WorkerLost
     ReplaceWorker -> WorkerReady or WorkerFailedToOpen
-    WakeAt        -> TimePassed
     DeliverRows, RetireWorker, QuarantineWorker   (nothing comes back)
 
-A worker has a life for each time that it is opened, counted from 0. What is said of the worker
-itself carries the `incarnation` that said it, so that the last words of one that was replaced are
-never taken for the new one's. What is said of a shard needs none: a shard's number is given once.
+A worker has an incarnation for each time that it is opened, counted from 0. What is said of the
+worker itself carries its `incarnation`, so that late words of one that was replaced are not taken
+for the new one's. What is said of a shard needs none: a shard's id is given once.
 """
 
 from __future__ import annotations
@@ -67,8 +65,8 @@ class WorkerLost:
 class WorkerProgress:
     """A worker's engine has made `num_steps` steps since it was opened.
 
-    A worker of which this was heard is watched from then on: while it has prompts and makes no step
-    for a limit that follows from its own speed, it is stalled.
+    From its first one on a worker is watched: while it has prompts and makes no step for a limit
+    that follows from its own speed, it is stalled.
     """
 
     worker: str
@@ -87,7 +85,7 @@ class RowsFinished:
 
 @dataclass(frozen=True)
 class ShardFinished:
-    """A shard has given all its rows, but for those that were taken back."""
+    """A shard has given all its rows."""
 
     worker: str
     shard_id: int
@@ -104,17 +102,8 @@ class ShardFailed:
 
 
 @dataclass(frozen=True)
-class ShardTakenBack:
-    """These prompts of a shard had not begun, and will not be answered there."""
-
-    worker: str
-    shard_id: int
-    indexes: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class TimePassed:
-    """Nothing happened until the time that was asked for."""
+    """Nothing happened until the dispatcher's `wake_s`."""
 
 
 Event = (
@@ -127,7 +116,6 @@ Event = (
     | RowsFinished
     | ShardFinished
     | ShardFailed
-    | ShardTakenBack
     | TimePassed
 )
 
@@ -150,14 +138,6 @@ class RunShard:
 
 
 @dataclass(frozen=True)
-class TakeBackShard:
-    """Let a worker give back those prompts of a shard that it has not begun."""
-
-    worker: str
-    shard_id: int
-
-
-@dataclass(frozen=True)
 class DeliverRows:
     """These rows are final, each the only one of its prompt."""
 
@@ -166,7 +146,7 @@ class DeliverRows:
 
 @dataclass(frozen=True)
 class RetireWorker:
-    """End a worker that may still run; whatever it holds has been taken back. It comes again."""
+    """End a worker that may still run. Its prompts wait again; it will be replaced."""
 
     worker: str
     error: str
@@ -174,7 +154,7 @@ class RetireWorker:
 
 @dataclass(frozen=True)
 class ReplaceWorker:
-    """End whatever is left of a worker, and open it anew: that is its life `incarnation`."""
+    """End whatever is left of a worker, and open it again as this incarnation."""
 
     worker: str
     incarnation: int
@@ -182,26 +162,10 @@ class ReplaceWorker:
 
 @dataclass(frozen=True)
 class QuarantineWorker:
-    """End whatever is left of a worker, for this run; `error` says what the last straw was."""
+    """End whatever is left of a worker, for the rest of this run; `error` is its last failure."""
 
     worker: str
     error: str
 
 
-@dataclass(frozen=True)
-class WakeAt:
-    """Say `TimePassed` at this time of the driver's clock, unless something is heard before."""
-
-    time_s: float
-
-
-Command = (
-    ReadPrompts
-    | RunShard
-    | TakeBackShard
-    | DeliverRows
-    | RetireWorker
-    | ReplaceWorker
-    | QuarantineWorker
-    | WakeAt
-)
+Command = ReadPrompts | RunShard | DeliverRows | RetireWorker | ReplaceWorker | QuarantineWorker

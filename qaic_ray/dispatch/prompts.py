@@ -1,31 +1,67 @@
-"""Which prompt is where: every open prompt waits, or runs in a shard on a worker. Decides nothing.
+"""Every open prompt of a run: it waits, or it runs in a shard on a worker.
 
-Each operation keeps the counts of the prompts, the shards and the workers true to one another;
-`check` says what that means.
+A prompt that is done is forgotten. Each operation keeps the counts of prompts, shards and workers
+consistent; `PromptTable.check` says what that means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from operator import attrgetter
 
-from qaic_ray.dispatch.poison import PoisonDetector
-from qaic_ray.dispatch.waiting import ALONE_FROM, OpenPrompt, Waiting
+from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
 from qaic_ray.dispatch.workers import WorkerState
 from qaic_ray.rows import ErrorClass, Prompt, Row
+from qaic_ray.sampling_params import SamplingParams
 
-ENOUGH_ATTEMPTS = 4
-"""A prompt that came to a bad end so often may be given up: the last two times it was alone."""
-MAX_ATTEMPTS = 30
-"""A prompt that came to a bad end so often is given up, whatever else dies. Where a card lives as
-long as a row takes in the mean, chance alone does not bring an innocent one that far."""
-MAX_SHARDS = 16
-"""Most shards in flight on a worker. Two hold what it works on and what is queued in it; others
-hold a long row each that they were left with."""
-FIRST_ROW_S = 30.0
-"""How long a row is thought to take while none has come."""
-_NEW_SHARE = 0.02
+GREEDY = SamplingParams()
+
+
+def text_work(
+    prompt: Prompt, defaults: SamplingParams = GREEDY, *, policy: Policy = DEFAULT_POLICY
+) -> float:
+    """Estimated work of a prompt where nothing better is known, in characters.
+
+    Args:
+        defaults: of prompts that bring no parameters of their own.
+        policy: has the work of a token, and the length of an answer that may have any.
+    """
+    if prompt.messages is None:
+        length = len(prompt.text)
+    else:
+        length = sum(len(message.get("content", "")) for message in prompt.messages)
+    sampling = prompt.sampling or defaults
+    num_tokens = policy.answer_tokens if sampling.max_tokens is None else sampling.max_tokens
+    return length + policy.token_work * num_tokens * sampling.n
+
+
+@dataclass(slots=True, eq=False)
+class OpenPrompt:
+    """A prompt that was read and is not done.
+
+    Attributes:
+        work: estimated, in any unit.
+        band: the number of the read that brought it.
+        attempt: one more than the times it was unfinished when its shard came to a bad end.
+        num_deaths_alone: workers that died while it was alone on them.
+        died_on: the worker on which it came to a bad end last while it was alone.
+        shard_ids: the shards it runs in: none while it waits, two in a second run.
+        rank: its place in a `WaitingList`.
+    """
+
+    prompt: Prompt
+    work: float
+    band: int
+    attempt: int = 1
+    num_deaths_alone: int = 0
+    died_on: str = ""
+    shard_ids: tuple[int, ...] = ()
+    rank: tuple[int, float, int] = (0, 0.0, 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -33,11 +69,10 @@ class Shard:
     """Prompts on a worker.
 
     Attributes:
-        alone: whether nothing else runs on the worker.
-        unfinished: index -> prompt that has no row yet.
+        attempt: of each of its prompts.
+        alone: whether nothing else may run on the worker.
+        unfinished: index -> prompt that has no row yet, in the order they were given.
         held: it failed, and is begun on the same worker again after a pause.
-        asked: it was asked to give back what has not begun; `answered` when it did.
-        ended: it gave its last row while it was being asked.
     """
 
     id: int
@@ -47,43 +82,150 @@ class Shard:
     started_s: float
     unfinished: dict[int, OpenPrompt]
     held: bool = False
-    asked: bool = False
-    answered: bool = False
-    ended: bool = False
 
-    @property
-    def prompts(self) -> tuple[Prompt, ...]:
-        """What has no row yet, in the order it was given."""
-        return tuple(entry.prompt for entry in self.unfinished.values())
+
+_rank = attrgetter("rank")
+
+
+class WaitingList:
+    """Waiting prompts in one sorted list, of which the next one is the last.
+
+    An older band goes first, in it a longer prompt, and of the same length the earlier one. Lengths
+    count by powers of two, so that prompts of about the same length go in input order and their
+    rows can be written early.
+    """
+
+    def __init__(self) -> None:
+        self._has_bands = True
+        self._is_exact = False
+        self.entries: list[OpenPrompt] = []
+
+    def add(self, entry: OpenPrompt) -> None:
+        """Let one prompt wait."""
+        self._set_rank(entry)
+        insort(self.entries, entry, key=_rank)
+
+    def add_band(self, entries: Sequence[OpenPrompt]) -> None:
+        """Let the prompts of the newest band wait."""
+        for entry in entries:
+            self._set_rank(entry)
+        self.entries[:0] = sorted(entries, key=_rank)
+
+    def remove(self, entry: OpenPrompt) -> None:
+        """Take out a prompt that waits here."""
+        del self.entries[bisect_left(self.entries, entry.rank, key=_rank)]
+
+    def pop(self, *, shortest: bool = False) -> OpenPrompt:
+        """Take the next prompt, or the shortest one of the oldest band; there must be one."""
+        if not shortest:
+            return self.entries.pop()
+        oldest_band = self.entries[-1].rank[0]
+        return self.entries.pop(bisect_left(self.entries, (oldest_band, -math.inf, 0), key=_rank))
+
+    def merge_bands(self, *, exactly: bool) -> None:
+        """Make one band of all bands, sorted by length, exactly or not."""
+        self._has_bands, self._is_exact = False, exactly
+        for entry in self.entries:
+            self._set_rank(entry)
+        self.entries.sort(key=_rank)
+
+    def _set_rank(self, entry: OpenPrompt) -> None:
+        band = entry.band if self._has_bands else 0
+        length = entry.work if self._is_exact else math.frexp(entry.work)[1]
+        entry.rank = -band, length, -entry.prompt.index
 
 
 class PromptTable:
     """All open prompts and all shards.
 
-    `num_asked` shards were asked to give back and have not answered; `second_per_work` is how long
-    a row takes for its estimated work, from being given to a worker, in the mean of late ones.
+    Attributes:
+        open: index -> prompt.
+        exhausted: whether the input has ended.
+        fresh: waiting prompts that were never on a worker that died. Those that were are `retried`,
+            and go in small groups; or `suspects` if they were more than once, and go alone.
+        num_grouped: how many are fresh or retried, and `waiting_work` their estimated work.
+        shards: in flight, by id.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, policy: Policy, work_of: Callable[[Prompt], float] | None = None) -> None:
         self.open: dict[int, OpenPrompt] = {}
-        self.waiting = Waiting()
+        self.exhausted = False
+        self.fresh = WaitingList()
+        self.retried = WaitingList()
+        self.suspects: dict[int, OpenPrompt] = {}
+        self.num_grouped = 0
+        self.waiting_work = 0.0
         self.shards: dict[int, Shard] = {}
-        self.num_asked = 0
-        self.second_per_work: float | None = None
-        self._poison = PoisonDetector()
+        self._policy = policy
+        self._work_of = work_of or partial(text_work, policy=policy)
+        self._second_per_work: float | None = None
         self._num_shards = 0
         self._num_bands = 0
         self._num_read = 0
         self._num_done = 0
 
-    def read(self, prompts: Sequence[Prompt], work_of: Callable[[Prompt], float]) -> None:
+    def read(self, prompts: Sequence[Prompt], *, exhausted: bool) -> None:
         """Let the next prompts of the input wait."""
-        for prompt in prompts:
-            entry = OpenPrompt(prompt, work_of(prompt), self._num_bands)
-            self.open[prompt.index] = entry
-            self.waiting.add(entry)
-        self._num_read += len(prompts)
+        band = [OpenPrompt(prompt, self._work_of(prompt), self._num_bands) for prompt in prompts]
         self._num_bands += 1
+        self._num_read += len(band)
+        self.open.update((entry.prompt.index, entry) for entry in band)
+        self.fresh.add_band(band)
+        self.num_grouped += len(band)
+        self.waiting_work += sum(entry.work for entry in band)
+        self.exhausted = exhausted
+        if exhausted:
+            self.sort_waiting(exactly=False)
+
+    # -- waiting prompts
+
+    def sort_waiting(self, *, exactly: bool) -> None:
+        """The input has ended: let the longest prompts go first, exactly or by powers of two."""
+        self.fresh.merge_bands(exactly=exactly)
+        self.retried.merge_bands(exactly=exactly)
+
+    def take(
+        self, waiting: WaitingList, size: tuple[int, int, float], *, shortest: bool = False
+    ) -> list[OpenPrompt]:
+        """Take the next prompts of a list that is not empty, for a shard.
+
+        Args:
+            waiting: `fresh` or `retried`.
+            size: least and most prompts, and the estimated work after which it is enough.
+            shortest: take from the short end.
+        """
+        least, most, enough = size
+        taken: list[OpenPrompt] = []
+        work = 0.0
+        while waiting.entries and len(taken) < most and (len(taken) < least or work < enough):
+            entry = waiting.pop(shortest=shortest)
+            taken.append(entry)
+            work += entry.work
+        self._waits_no_more(len(taken), work)
+        return taken
+
+    def suspect_for(self, worker: WorkerState, *, has_others: bool) -> OpenPrompt | None:
+        """A suspect for this worker: none that died alone on it, where there are others."""
+        first = islice(self.suspects.values(), self._policy.look_ahead)
+        return next((s for s in first if not (has_others and s.died_on == worker.name)), None)
+
+    def _wait(self, entry: OpenPrompt) -> None:
+        if entry.attempt >= self._policy.alone_from:
+            self.suspects[entry.prompt.index] = entry
+            return
+        self._list_of(entry).add(entry)
+        self.num_grouped += 1
+        self.waiting_work += entry.work
+
+    def _waits_no_more(self, num_grouped: int, work: float) -> None:
+        self.num_grouped -= num_grouped
+        # Where none waits, rounding leaves nothing.
+        self.waiting_work = self.waiting_work - work if self.num_grouped else 0.0
+
+    def _list_of(self, entry: OpenPrompt) -> WaitingList:
+        return self.fresh if entry.attempt == 1 else self.retried
+
+    # -- shards
 
     def begin(
         self, worker: WorkerState, entries: Sequence[OpenPrompt], now_s: float, *, alone: bool
@@ -93,156 +235,119 @@ class PromptTable:
         shard = Shard(self._num_shards, worker, entries[0].attempt, alone, now_s, unfinished)
         self._num_shards += 1
         self.shards[shard.id] = shard
-        if not worker.shards:
-            worker.begins(now_s)
         worker.shards.append(shard.id)
         worker.alone = alone
         for entry in entries:
+            self.suspects.pop(entry.prompt.index, None)
             entry.shard_ids += (shard.id,)
             worker.work += entry.work
         worker.num_unfinished += len(entries)
         return shard
 
-    def accept(self, rows: Iterable[Row]) -> list[Row]:
-        """Close the prompts of these rows; return those that are the first of an open prompt."""
+    def accept(self, rows: Sequence[Row], now_s: float, shard: Shard | None = None) -> list[Row]:
+        """Close the prompts of these rows; return those that are the first of an open prompt.
+
+        Args:
+            shard: theirs, if it is in flight: the last one tells how long rows take.
+        """
+        entry = shard.unfinished.get(rows[-1].index) if shard and rows else None
+        if shard and entry:
+            newest = (now_s - shard.started_s) / entry.work
+            before = newest if self._second_per_work is None else self._second_per_work
+            self._second_per_work = before + self._policy.new_row * (newest - before)
         kept = []
         for row in rows:
-            entry = self.open.get(row.index)
-            if entry is not None:
-                self._close(entry)
+            if row.index in self.open:
+                self._close(self.open[row.index])
                 kept.append(row)
         return kept
 
-    def measure_row(self, shard: Shard, rows: Sequence[Row], now_s: float) -> None:
-        """Learn from a row that has just come how long rows take; before it is accepted."""
-        entry = shard.unfinished.get(rows[-1].index) if rows else None
-        if entry is None:
-            return
-        second_per_work = (now_s - shard.started_s) / entry.work
-        if self.second_per_work is None:
-            self.second_per_work = second_per_work
-        else:
-            self.second_per_work += _NEW_SHARE * (second_per_work - self.second_per_work)
-
     def row_s(self, entry: OpenPrompt) -> float:
         """How long this prompt should take on a worker, from being given to it."""
-        if self.second_per_work is None:
-            return FIRST_ROW_S
-        return self.second_per_work * entry.work
-
-    def end(self, shard: Shard) -> list[OpenPrompt]:
-        """Take a shard off its worker; return its prompts that have no row and run nowhere else."""
-        worker = shard.worker
-        del self.shards[shard.id]
-        worker.shards.remove(shard.id)
-        worker.alone = worker.alone and not shard.alone
-        self.num_asked -= shard.asked and not shard.answered
-        left = [entry for entry in shard.unfinished.values() if entry.shard_ids == (shard.id,)]
-        for entry in shard.unfinished.values():
-            self._leave(entry, shard)
-        if not worker.shards:
-            worker.work = 0.0  # and what rounding left
-        return left
+        if self._second_per_work is None:
+            return self._policy.first_row_s
+        return self._second_per_work * entry.work
 
     def hold(self, shard: Shard, now_s: float) -> bool:
-        """End a shard; its prompts, if there are, stay on the worker for one to be begun later."""
-        left = self.end(shard)
+        """End a shard that failed, and keep its prompts, if there are any, on its worker."""
+        left = self._end(shard)
         if left:
             self.begin(shard.worker, left, now_s, alone=shard.alone).held = True
         return bool(left)
 
     def resume(self, worker: WorkerState) -> list[Shard]:
-        """The shards that were held on a worker and have something to do, held no more."""
+        """Hold the shards of a worker no more; return those that have something to do."""
         held = [shard for id_ in worker.shards if (shard := self.shards[id_]).held]
         for shard in held:
             shard.held = False
             if not shard.unfinished:
-                self.end(shard)
+                self._end(shard)
         return [shard for shard in held if shard.unfinished]
 
-    def ask(self, shard: Shard) -> None:
-        """It is being asked to give back what has not begun."""
-        shard.asked = True
-        self.num_asked += 1
-
-    def give_back(self, shard: Shard, indexes: Iterable[int]) -> None:
-        """It was asked: prompts that had not begun wait again, as if they had not been in it."""
-        shard.answered = True
-        self.num_asked -= 1
-        for index in indexes:
-            entry = shard.unfinished.pop(index, None)
-            if entry is not None:
-                self._leave(entry, shard)
-                if not entry.shard_ids:
-                    self.waiting.add(entry)
-
     def fail(self, shard: Shard, error: str) -> list[Row]:
-        """End a shard that came to a bad end by itself; rows of what has had its last go."""
-        return self._blame(shard, self.end(shard), error, is_guilty=True)
+        """End a shard that came to a bad end by itself; rows of the prompts that are given up."""
+        limit = self._policy.alone_from - 1 + self._policy.max_failures_alone
+        given_up: list[Row] = []
+        for entry in self._end(shard):
+            given_up += self._blame(shard, entry, error, is_guilty=entry.attempt >= limit)
+        return given_up
 
-    def on_worker_lost(
-        self, worker: WorkerState, error: str, now_s: float, *, num_begun: int, up_s: float
-    ) -> list[Row]:
-        """End every shard of a worker that is gone; rows of the prompts that are to blame.
+    def on_worker_lost(self, worker: WorkerState, error: str, *, num_begun: int) -> list[Row]:
+        """End every shard of a worker that is gone; rows of the prompts that are given up.
 
-        Of its prompts the first `num_begun` may be; the others wait again as if they had not been
-        there, and so do those of shards that were held. For `up_s` see `Suspicion`.
+        Of its prompts the first `num_begun` may be to blame. The others wait again as if they had
+        not been there, and so do those of shards that were held.
         """
-        death = self._poison.died()
         given_up: list[Row] = []
         for shard in [self.shards[shard_id] for shard_id in worker.shards]:
             begun = set() if shard.held else set(islice(shard.unfinished, num_begun))
             num_begun -= len(begun)
-            left = self.end(shard)
-            suspects = [entry for entry in left if entry.prompt.index in begun]
-            for entry in left:
+            for entry in self._end(shard):
                 if entry.prompt.index not in begun:
-                    self.waiting.add(entry)
-            for entry in suspects:
-                entry.deaths += (death,)
-                if shard.alone:
-                    entry.alone_s += (now_s - shard.started_s,)
-            is_guilty = shard.alone and all(
-                self._poison.is_guilty(entry.deaths, entry.alone_s, up_s) for entry in suspects
-            )
-            given_up += self._blame(shard, suspects, f"{worker.name}: {error}", is_guilty=is_guilty)
+                    self._wait(entry)
+                    continue
+                entry.num_deaths_alone += shard.alone
+                is_guilty = entry.num_deaths_alone >= self._policy.max_deaths_alone
+                text = f"{worker.name}: {error}"
+                given_up += self._blame(shard, entry, text, is_guilty=is_guilty)
         return given_up
 
-    def _blame(
-        self, shard: Shard, entries: Iterable[OpenPrompt], error: str, *, is_guilty: bool
-    ) -> list[Row]:
-        """Let prompts of a shard that came to a bad end try again, or give them up: their rows."""
-        given_up = []
-        for entry in entries:
-            enough = ENOUGH_ATTEMPTS if is_guilty else MAX_ATTEMPTS
-            if entry.attempt < enough:
-                entry.attempt += 1
-                if shard.alone:
-                    entry.died_on = shard.worker.name
-                self.waiting.add(entry)
-                continue
-            self._close(entry)
-            self._poison.explain(entry.deaths)
-            text = f"Given up after {entry.attempt} attempts; the last one: {error}"
-            row = Row.failed(
-                entry.prompt,
-                text,
-                worker=shard.worker.name,
-                attempts=entry.attempt,
-                error_class=ErrorClass.DEVICE,
-            )
-            given_up.append(row)
-        return given_up
+    def _blame(self, shard: Shard, entry: OpenPrompt, error: str, *, is_guilty: bool) -> list[Row]:
+        """Let a prompt that came to a bad end wait for another attempt, or give it up: its row."""
+        name = shard.worker.name
+        if not is_guilty and entry.attempt < self._policy.max_attempts:
+            entry.attempt += 1
+            if shard.alone:
+                entry.died_on = name
+            self._wait(entry)
+            return []
+        del self.open[entry.prompt.index]
+        self._num_done += 1
+        text = f"Given up after {entry.attempt} attempts; the last one: {error}"
+        row = Row.failed(
+            entry.prompt, text, worker=name, attempts=entry.attempt, error_class=ErrorClass.DEVICE
+        )
+        return [row]
 
-    def _leave(self, entry: OpenPrompt, shard: Shard) -> None:
-        entry.shard_ids = tuple(id_ for id_ in entry.shard_ids if id_ != shard.id)
-        shard.worker.num_unfinished -= 1
-        shard.worker.work -= entry.work
+    def _end(self, shard: Shard) -> list[OpenPrompt]:
+        """Take a shard off its worker; return its prompts that have no row and run nowhere else."""
+        worker = shard.worker
+        del self.shards[shard.id]
+        worker.shards.remove(shard.id)
+        worker.alone = worker.alone and not shard.alone
+        for entry in shard.unfinished.values():
+            entry.shard_ids = tuple(id_ for id_ in entry.shard_ids if id_ != shard.id)
+            worker.work -= entry.work
+        worker.num_unfinished -= len(shard.unfinished)
+        if not worker.shards:
+            worker.work = 0.0  # and what rounding left
+        return [entry for entry in shard.unfinished.values() if not entry.shard_ids]
 
     def _close(self, entry: OpenPrompt) -> None:
         index = entry.prompt.index
-        if entry.waiting:
-            self.waiting.remove(entry)
+        if not entry.shard_ids and self.suspects.pop(index, None) is None:
+            self._list_of(entry).remove(entry)
+            self._waits_no_more(1, entry.work)
         for shard_id in entry.shard_ids:
             shard = self.shards[shard_id]
             del shard.unfinished[index]
@@ -254,30 +359,41 @@ class PromptTable:
     def check(self) -> None:
         """Assert what always holds between two events; a failure is a bug."""
         assert self._num_read == len(self.open) + self._num_done
-        self.waiting.check(entry for entry in self.open.values() if not entry.shard_ids)
+        self._check_waiting()
         running = [(i, s.id) for s in self.shards.values() for i in s.unfinished]
         assert sorted(running) == sorted(
             (i, shard_id) for i, entry in self.open.items() for shard_id in entry.shard_ids
         ), "a prompt and its shard do not know each other"
         for entry in self.open.values():
-            assert entry.attempt <= MAX_ATTEMPTS
             assert len(entry.shard_ids) <= 2, "a prompt runs a third time"
             workers = {self.shards[shard_id].worker.name for shard_id in entry.shard_ids}
             assert len(workers) == len(entry.shard_ids), "a prompt runs twice on one worker"
         for shard in self.shards.values():
             self._check_shard(shard)
-        asked = [s for s in self.shards.values() if s.asked and not s.answered]
-        assert len(asked) == self.num_asked
+
+    def _check_waiting(self) -> None:
+        alone_from = self._policy.alone_from
+        entries = [entry for entry in self.open.values() if not entry.shard_ids]
+        grouped = [entry for entry in entries if entry.attempt < alone_from]
+        fresh = {e.prompt.index for e in grouped if e.attempt == 1}
+        assert {entry.prompt.index for entry in self.fresh.entries} == fresh
+        retried = {entry.prompt.index for entry in self.retried.entries}
+        assert retried == {e.prompt.index for e in grouped} - fresh
+        assert set(self.suspects) == {e.prompt.index for e in entries if e.attempt >= alone_from}
+        assert self.num_grouped == len(grouped)
+        assert len(grouped) == len(self.fresh.entries) + len(self.retried.entries)
+        work = sum(entry.work for entry in grouped)
+        assert math.isclose(self.waiting_work, work, rel_tol=1e-9, abs_tol=1e-3)
 
     def _check_shard(self, shard: Shard) -> None:
         worker = shard.worker
         assert shard.id in worker.shards
-        assert len(worker.shards) <= MAX_SHARDS
+        assert len(worker.shards) <= self._policy.max_shards
         assert worker.alone == shard.alone
         entries = [e for i in worker.shards for e in self.shards[i].unfinished.values()]
         assert worker.num_unfinished == len(entries)
         assert abs(worker.work - sum(entry.work for entry in entries)) < 1e-3
         assert all(entry.attempt == shard.attempt for entry in shard.unfinished.values())
         assert not shard.alone or len(worker.shards) == 1, "a prompt that is to be alone is not"
-        assert shard.alone or shard.attempt < ALONE_FROM
+        assert shard.alone or shard.attempt < self._policy.alone_from
         assert not shard.alone or len(shard.unfinished) <= 1

@@ -1,42 +1,23 @@
-"""What is known of one worker: its life, its speed, its standing. Knows no prompts and no clock.
+"""The workers of a run: status, failures, measured speed and next deadline of each, and sums.
 
-A worker opens, is ready, and rests after a failure until it is opened again as its next
-incarnation. All that must be looked at in time without anything being heard (a rest that is over, a
-pause that is over, an opening or a card that hangs) is one deadline.
+A worker opens, is ready, and rests after a failure until it is opened again, as its next
+incarnation. Sums over the fleet are kept up as workers change, because the fleet is too large to
+be walked for each event.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-MAX_OPENINGS = 3
-"""A worker that cannot be opened so often in a row is given up."""
-MAX_FAILURES = 6
-"""Where no worker has finished a row yet, one is given up after so many failures."""
-PATIENCE = 10
-"""Elsewhere it is given up when it failed so many times as often, with no row finished, as a row
-takes lives: chance makes one of 20,000 such series as long."""
-MAX_TRANSIENTS = 2
-"""So often in a row a failed shard is tried again on the same worker."""
-MIN_BACKOFF_S = 0.5
-MAX_BACKOFF_S = 30.0
-MAX_OPEN_S = 900.0
-"""Opening is loading: a QPC of a large model, from a shared disk, on a node that was asleep."""
-MIN_STALL_S = 15.0
-STALL_STEPS = 100
-"""No step in the time of so many of its own is a stall, but never before MIN_STALL_S."""
-FIRST_STALL_S = 300.0
-"""The same while no step was seen: the first one may wait for a long prefill, or an emulator."""
-FIRST_SPEED_S = 1.0
-"""What a worker does in less than this tells nothing of its speed."""
-SPEED_S = 60.0
-"""What was measured so long ago counts a third of what is measured now."""
+from qaic_ray.dispatch.policy import Policy
 
 
 class WorkerStatus(Enum):
-    """Where a worker is in its life."""
+    """What a worker is doing."""
 
     OPENING = "opening"
     READY = "ready"
@@ -48,28 +29,30 @@ class WorkerState:
     """One worker that is not given up.
 
     Attributes:
-        since_s: when the state began.
+        policy: the limits and weights.
+        since_s: when the present status began.
         slots: prompts it runs side by side; 0 while it is not ready.
         shards: ids of the shards it holds, oldest first.
-        num_unfinished: prompts of these that have no row yet, and `work` their estimated work.
-        failures: with no row finished since.
-        openings: of these the last ones, in which it could not be opened.
-        lives: times that it was opened.
-        proven_lives: those up to the last that gave a row; `fruitful_lives` of them did.
-        transients: failed shards with no row finished since.
+        num_unfinished: prompts of these that have no row yet; `work` is their estimated work.
+        failures: failures since its last row.
+        openings: failures to open since it was last ready.
+        lives: how many times it was ready.
+        proven_lives: the lives up to the last one that gave a row; `fruitful_lives` of them did.
+        transients: failed shards since its last row.
         retry_s: when shards that failed are begun again; None when there are none.
-        alone: whether it runs a prompt that must have no company.
+        alone: whether it runs a prompt that must be alone.
         draining: whether it takes nothing more until it may run such a prompt.
-        hungry: whether it stands in the queue for work.
+        requesting: whether it stands in the queue for shards.
         timer_s: the earliest time at which it will be looked at.
         awaited: whether it was neither ready nor failed yet.
-        work_per_s: measured while all its slots were taken; 0 while unknown.
+        work_per_s: speed, measured while all its slots were taken; 0 while unknown.
         step_s: mean time of its engine's last steps; None while unknown.
     """
 
     name: str
     since_s: float
-    state: WorkerStatus = WorkerStatus.OPENING
+    policy: Policy
+    status: WorkerStatus = WorkerStatus.OPENING
     incarnation: int = 0
     slots: int = 0
 
@@ -86,7 +69,7 @@ class WorkerState:
     retry_s: float | None = None
     alone: bool = False
     draining: bool = False
-    hungry: bool = False
+    requesting: bool = False
     awaited: bool = True
     timer_s: float = math.inf
 
@@ -100,85 +83,49 @@ class WorkerState:
     _alive_s: float = 0.0
     _steps_mark_s: float = 0.0
 
-    # -- its life
-
-    def ready(self, slots: int, now_s: float) -> None:
-        """It is open."""
-        self.state, self.since_s, self.slots = WorkerStatus.READY, now_s, slots
-        self.openings = 0
-        self.lives += 1
-        self.timer_s = math.inf
-        self.awaited = False
-
-    def rest(self, now_s: float) -> None:
-        """It failed, and comes again after a while."""
-        self.state, self.since_s, self.slots = WorkerStatus.BACKOFF, now_s, 0
+    def enter(self, status: WorkerStatus, now_s: float, *, slots: int = 0) -> None:
+        """Begin another status."""
+        self.status, self.since_s, self.slots = status, now_s, slots
         self.retry_s, self._num_steps = None, None
-        self.transients = 0
         self.timer_s = math.inf
-        self.awaited = False
 
-    def reopen(self, now_s: float) -> None:
-        """It is opened again."""
-        self.state, self.since_s = WorkerStatus.OPENING, now_s
-        self.incarnation += 1
-
-    # -- what it does
-
-    def begins(self, now_s: float) -> None:
+    def on_first_work(self, now_s: float) -> None:
         """It gets work, and had none."""
         self._mark_s = self._alive_s = self._steps_mark_s = now_s
 
-    def finished_work(self, now_s: float, work: float, *, full: bool) -> None:
-        """So much work is done; `full`: with all its slots taken, so that it tells the speed."""
+    def measure_work(self, now_s: float, work: float, *, full: bool) -> None:
+        """Learn from finished work; it tells the speed only if all slots were taken (`full`)."""
         seconds = now_s - self._mark_s
         self._mark_s = self._alive_s = now_s
         if not full:
             return
-        kept = math.exp(-seconds / SPEED_S)
+        kept = math.exp(-seconds / self.policy.speed_s)
         self._measured_work = self._measured_work * kept + work
         self._measured_s = self._measured_s * kept + seconds
-        if self._measured_s >= FIRST_SPEED_S:
+        if self._measured_s >= self.policy.first_speed_s:
             self.work_per_s = self._measured_work / self._measured_s
 
-    def answered(self) -> None:
-        """A row came: whatever went wrong before did not last."""
-        self.failures = self.openings = self.transients = 0
-        self.fruitful_lives += self.proven_lives < self.lives
-        self.proven_lives = self.lives
-
-    def stepped(self, now_s: float, num_steps: int) -> None:
-        """Its engine has made so many steps in this life."""
+    def measure_steps(self, now_s: float, num_steps: int) -> None:
+        """Learn that its engine has made so many steps since it was opened."""
         if self._num_steps is None:
             self._alive_s = self._steps_mark_s = now_s
         elif num_steps > self._num_steps:
-            step_s = (now_s - self._steps_mark_s) / (num_steps - self._num_steps)
-            self.step_s = step_s if self.step_s is None else 0.8 * self.step_s + 0.2 * step_s
+            newest_s = (now_s - self._steps_mark_s) / (num_steps - self._num_steps)
+            before_s = newest_s if self.step_s is None else self.step_s
+            self.step_s = before_s + self.policy.new_step * (newest_s - before_s)
             self._alive_s = self._steps_mark_s = now_s
         self._num_steps = num_steps
 
     def quiet_s(self, now_s: float) -> float:
-        """How long ago it last showed that it lives, by a row or by a step."""
+        """Seconds since its last row or step."""
         return now_s - self._alive_s
-
-    # -- what follows
-
-    @property
-    def backoff_s(self) -> float:
-        """How long it rests after its last failure."""
-        return _backoff_s(self.failures)
-
-    @property
-    def pause_s(self) -> float:
-        """How long it pauses after its last failed shard."""
-        return _backoff_s(self.transients)
 
     @property
     def stall_s(self) -> float:
         """How long it may make no step."""
         if self.step_s is None:
-            return FIRST_STALL_S
-        return max(MIN_STALL_S, STALL_STEPS * self.step_s)
+            return self.policy.first_stall_s
+        return max(self.policy.min_stall_s, self.policy.stall_steps * self.step_s)
 
     @property
     def queued_work(self) -> float:
@@ -186,21 +133,224 @@ class WorkerState:
         queued = self.num_unfinished - self.slots
         return self.work * queued / self.num_unfinished if queued > 0 else 0.0
 
+    def pause_s(self, failures: int) -> float:
+        """How long it rests after so many failures in a row."""
+        doubled_s = self.policy.min_backoff_s * 2.0 ** (max(1, failures) - 1)
+        return min(self.policy.max_backoff_s, doubled_s)
+
     def stall_at_s(self, listening_s: float) -> float:
         """When it is stalled if nothing is heard; `listening_s`: since when it could be heard."""
-        if self._num_steps is None or not self.shards or self.state is not WorkerStatus.READY:
+        if self._num_steps is None or not self.shards or self.status is not WorkerStatus.READY:
             return math.inf
         return max(self._alive_s, listening_s) + self.stall_s
 
     def deadline_s(self, listening_s: float) -> float:
         """When it must be looked at if nothing is heard; infinity for never."""
-        if self.state is WorkerStatus.BACKOFF:
-            return self.since_s + self.backoff_s
-        if self.state is WorkerStatus.OPENING:
-            return max(self.since_s, listening_s) + MAX_OPEN_S
-        stall_s = self.stall_at_s(listening_s)
-        return stall_s if self.retry_s is None else min(self.retry_s, stall_s)
+        if self.status is WorkerStatus.BACKOFF:
+            return self.since_s + self.pause_s(self.failures)
+        if self.status is WorkerStatus.OPENING:
+            return max(self.since_s, listening_s) + self.policy.max_open_s
+        stall_at_s = self.stall_at_s(listening_s)
+        return stall_at_s if self.retry_s is None else min(self.retry_s, stall_at_s)
 
 
-def _backoff_s(failures: int) -> float:
-    return min(MAX_BACKOFF_S, MIN_BACKOFF_S * 2.0 ** (max(1, failures) - 1))
+class WorkerPool:
+    """The workers that are not given up.
+
+    Attributes:
+        workers: by name.
+        listening_s: since when the driver has heard what workers say, without a gap.
+        next_s: when a worker must be looked at, or earlier; infinity for never.
+        num_ready: workers that are ready.
+        num_awaited: workers that were neither ready nor failed yet.
+        num_draining: workers that are being cleared for a prompt that must be alone.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.workers: dict[str, WorkerState] = {}
+        self.listening_s = -math.inf
+        self.next_s = math.inf
+        self.num_ready = 0
+        self.num_awaited = 0
+        self.num_draining = 0
+        self._policy = policy
+        self._timers: list[tuple[float, str]] = []
+        self._most_slots = 0
+        self._proven_lives = 0
+        self._fruitful_lives = 0
+        self._ready_slots = 0
+        # Of the ready workers whose speed is known: how many, their slots, and their speeds' sum.
+        self._num_measured = 0
+        self._measured_slots = 0
+        self._work_per_s = 0.0
+        # Of the ready workers whose steps are known: how many, and the sum of a step's times.
+        self._num_stepping = 0
+        self._step_s = 0.0
+
+    def start(self, names: Sequence[str], now_s: float) -> None:
+        """Take these as opening."""
+        self.workers = {name: WorkerState(name, now_s, self._policy) for name in names}
+        self.num_awaited = len(names)
+        for worker in self.workers.values():
+            self.set_timer(worker)
+
+    def alive(self, name: str, incarnation: int) -> WorkerState | None:
+        """The worker, unless this incarnation of it is over."""
+        worker = self.workers.get(name)
+        if worker is None or worker.incarnation != incarnation:
+            return None
+        return None if worker.status is WorkerStatus.BACKOFF else worker
+
+    def open(self, worker: WorkerState, slots: int, now_s: float) -> None:
+        """Take a worker as ready."""
+        self._expect_no_more(worker)
+        worker.enter(WorkerStatus.READY, now_s, slots=slots)
+        worker.openings = 0
+        worker.lives += 1
+        self._most_slots = max(self._most_slots, slots)
+        self._count(worker, 1)
+
+    def rest(self, worker: WorkerState, now_s: float) -> None:
+        """Let a worker that failed rest."""
+        self._count(worker, -1)
+        self._expect_no_more(worker)
+        self.drain(worker, False)
+        worker.enter(WorkerStatus.BACKOFF, now_s)
+        worker.transients = 0
+
+    def reopen(self, worker: WorkerState, now_s: float) -> None:
+        """Let a worker that has rested open as its next incarnation."""
+        worker.enter(WorkerStatus.OPENING, now_s)
+        worker.incarnation += 1
+        self.set_timer(worker)
+
+    def worked(
+        self, worker: WorkerState, now_s: float, work: float, *, full: bool, answered: bool
+    ) -> None:
+        """Learn that so much work is done; for `full` see `WorkerState.measure_work`.
+
+        Args:
+            answered: whether a prompt was answered: what went wrong before did not last.
+        """
+        self._count(worker, -1)
+        worker.measure_work(now_s, work, full=full)
+        self._count(worker, 1)
+        if not answered:
+            return
+        worker.failures = worker.transients = 0
+        if worker.proven_lives < worker.lives:
+            self._proven_lives += worker.lives - worker.proven_lives
+            self._fruitful_lives += 1
+            worker.fruitful_lives += 1
+            worker.proven_lives = worker.lives
+
+    def stepped(self, worker: WorkerState, now_s: float, num_steps: int) -> None:
+        """Learn that its engine has made so many steps since it was opened."""
+        self._count(worker, -1)
+        worker.measure_steps(now_s, num_steps)
+        self._count(worker, 1)
+        self.set_timer(worker)
+
+    def on_first_work(self, worker: WorkerState, now_s: float) -> None:
+        """A worker got a shard, and had none: from now on its silence counts."""
+        worker.on_first_work(now_s)
+        self.set_timer(worker)
+
+    def drain(self, worker: WorkerState, draining: bool) -> None:
+        """Say whether it takes nothing more until it may run a prompt alone."""
+        self.num_draining += draining - worker.draining
+        worker.draining = draining
+
+    def is_hopeless(self, worker: WorkerState) -> bool:
+        """Whether a worker that failed is given up.
+
+        What counts is whether rows come between failures, not how many failures there are. Until
+        its own first row it is measured by the others: a fleet where all die often is no reason.
+        """
+        lives, fruitful = worker.proven_lives, worker.fruitful_lives
+        if not fruitful:
+            lives, fruitful = self._proven_lives, self._fruitful_lives
+        limit: float = self._policy.max_failures
+        if fruitful:
+            limit = self._policy.patience * lives / fruitful
+        return worker.openings >= self._policy.max_openings or worker.failures >= limit
+
+    # -- sums over the fleet
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of all workers; one that is not ready will have as many as the largest one."""
+        return self._ready_slots + (len(self.workers) - self.num_ready) * self._most_slots
+
+    def speed(self, worker: WorkerState) -> float:
+        """A ready worker's speed in parts of the fleet's mean; 1 while it is not known."""
+        if not worker.work_per_s:
+            return 1.0
+        mean = self._work_per_s / self._num_measured
+        return min(worker.work_per_s / mean, self._policy.max_speed)
+
+    def is_slow(self, worker: WorkerState) -> bool:
+        """Whether a worker is known to be slower than the fleet by much: its steps, or its rows."""
+        if worker.step_s is not None:
+            return self._policy.slow_share * worker.step_s > self._step_s / self._num_stepping
+        if not worker.work_per_s:
+            return False
+        mean = worker.slots * self._work_per_s / self._measured_slots
+        return worker.work_per_s < self._policy.slow_share * mean
+
+    def _expect_no_more(self, worker: WorkerState) -> None:
+        self.num_awaited -= worker.awaited
+        worker.awaited = False
+
+    def _count(self, worker: WorkerState, sign: int) -> None:
+        """Count a ready worker into the sums, or out of them before it changes."""
+        if worker.status is not WorkerStatus.READY:
+            return
+        self.num_ready += sign
+        self._ready_slots += sign * worker.slots
+        if worker.work_per_s:
+            self._num_measured += sign
+            self._measured_slots += sign * worker.slots
+            self._work_per_s += sign * worker.work_per_s
+        if worker.step_s is not None:
+            self._num_stepping += sign
+            self._step_s += sign * worker.step_s
+
+    # -- time
+
+    def set_timer(self, worker: WorkerState) -> None:
+        """See that it is looked at in time. Too early does no harm: the timer is set again."""
+        time_s = worker.deadline_s(self.listening_s)
+        if time_s < worker.timer_s:
+            worker.timer_s = time_s
+            heapq.heappush(self._timers, (time_s, worker.name))
+            self.next_s = self._timers[0][0]
+
+    def due(self, now_s: float) -> Iterator[WorkerState]:
+        """The workers to be looked at now; the caller sets their timers again."""
+        while now_s >= self.next_s:
+            time_s, name = heapq.heappop(self._timers)
+            self.next_s = self._timers[0][0] if self._timers else math.inf
+            worker = self.workers.get(name)
+            if worker is not None and worker.timer_s == time_s:
+                worker.timer_s = math.inf
+                yield worker
+
+    def check(self) -> None:
+        """Assert that sums and timers are true; a failure is a bug of this module."""
+        workers = self.workers.values()
+        recount = WorkerPool(self._policy)
+        for worker in workers:
+            recount._count(worker, 1)
+        for name in ("num_ready", "_ready_slots", "_num_measured", "_measured_slots",
+                     "_num_stepping"):  # fmt: skip
+            assert getattr(self, name) == getattr(recount, name), name
+        assert math.isclose(self._work_per_s, recount._work_per_s, rel_tol=1e-6, abs_tol=1e-3)
+        assert math.isclose(self._step_s, recount._step_s, rel_tol=1e-6, abs_tol=1e-6)
+        assert self.num_awaited == sum(worker.awaited for worker in workers)
+        assert self.num_draining == sum(worker.draining for worker in workers)
+        timed = {name for _, name in self._timers}
+        for worker in workers:
+            assert worker.timer_s <= worker.deadline_s(self.listening_s), "nobody looks at it"
+            assert worker.timer_s == math.inf or worker.name in timed
+            assert worker.status is WorkerStatus.READY or not worker.shards

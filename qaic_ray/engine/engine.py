@@ -18,7 +18,6 @@ from typing import Protocol
 import numpy as np
 
 from qaic_ray.contract import IoContract, Specialization, Specializations
-from qaic_ray.durations import bin_of
 from qaic_ray.engine.batcher import Batcher, Sequence, Step, StepPlanner
 from qaic_ray.engine.bindings import Array, Output
 from qaic_ray.engine.inputs import (
@@ -33,7 +32,7 @@ from qaic_ray.engine.sampler import Selector
 from qaic_ray.engine.shapes import ProgramShapes
 from qaic_ray.engine.token_picker import TokenPicker
 from qaic_ray.errors import RowError
-from qaic_ray.metrics import Measurement, Meter
+from qaic_ray.metrics import Measurement, Meter, bin_of
 from qaic_ray.rows import ROW_ALONE
 from qaic_ray.sampling_params import SamplingParams
 

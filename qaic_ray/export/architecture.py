@@ -13,7 +13,7 @@ from typing import Any
 
 from qaic_ray.errors import CheckpointError
 from qaic_ray.export.rope import Rope, read_rope
-from qaic_ray.model.config_fields import Fields
+from qaic_ray.model.checkpoint import Fields
 
 MAX_POSITION = 1 << 24
 """Rows of a rotary table at most: more than any model has."""

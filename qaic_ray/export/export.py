@@ -47,8 +47,7 @@ from qaic_ray.export.weights import (
     weights_sha256,
     write_weights,
 )
-from qaic_ray.folders import building, locked, strangers
-from qaic_ray.kept_files import KeptFile, SourceFile, first_fault
+from qaic_ray.folders import KeptFile, SourceFile, building, first_fault, foreign_files, locked
 from qaic_ray.model.checkpoint import Checkpoint
 from qaic_ray.model.manifest import (
     CUSTOM_IO_FILE,
@@ -308,7 +307,7 @@ def check_ours(folder: Path) -> None:
             f"({', '.join(map(shown, content[:3]))}): {remedy}."
         )
     ours = {onnx_file, f"{onnx_file}.data", *_OURS}
-    rest = strangers(folder, ours.__contains__)
+    rest = foreign_files(folder, ours.__contains__)
     if rest:
         raise UsageError(
             f"{folder} would be replaced, and holds what no export put there "

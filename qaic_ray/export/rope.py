@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qaic_ray.errors import CheckpointError
-from qaic_ray.model.config_fields import MAX_SIZE, Fields
+from qaic_ray.model.checkpoint import MAX_SIZE, Fields
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -1,1 +1,1 @@
-"""Prompt formats in, row formats out."""
+"""Reads prompts in and writes rows out, in each format."""

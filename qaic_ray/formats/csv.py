@@ -1,10 +1,8 @@
-"""The rows of a CSV or TSV file, as prompts: a column for each field that JSON could have.
+"""The rows of a CSV or TSV file as prompts, with a column for each field that JSON could have.
 
-By Python's reader, a row when it has been read: pyarrow's waits for a megabyte, ends at the first
-row of another length, and tells types by the first of its blocks. The first row names the columns,
-and columns of the user's own are not read. An empty cell is as if a row had no such field.
-`prompt`, `id` and `stop` are texts; what is JSON in any other cell (a number, true, a list, an
-object) is that.
+The first row names the columns; the user's own are not read. An empty cell means that the row has
+no such field. `prompt`, `id` and `stop` are texts; any other cell that holds JSON (a number, true,
+a list, an object) is that value.
 """
 
 from __future__ import annotations
@@ -17,43 +15,44 @@ from itertools import chain
 from typing import Any
 
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.formats.jsonl import FieldRows
-from qaic_ray.formats.lines import MAX_LINE_BYTES, Input
+from qaic_ray.formats.lines import PromptInput
 from qaic_ray.formats.prompt_fields import Draft
-from qaic_ray.formats.row_fields import OwnFields, check_columns, is_known
+from qaic_ray.formats.row_fields import OwnFields, check_columns, read_columns
 from qaic_ray.option_types import PromptFormat
 from qaic_ray.rows import Prompt, Row
 
 # A semicolon is what spreadsheets write where the comma is a decimal mark.
 _DELIMITERS = {PromptFormat.CSV: ",;", PromptFormat.TSV: "\t"}
 _PROMPTS = frozenset({"prompt", "messages"})
-_READ = (*_PROMPTS, "id")
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null", "nan": "null", "NaN": "null"}
 
 
 def prompts_from_csv(
-    name: str, source: Input, form: PromptFormat, own: OwnFields
+    name: str, source: PromptInput, own: OwnFields, form: PromptFormat
 ) -> Iterator[Prompt | Row]:
-    """An item for each row; its error, if it has one, tells the line that it begins in.
+    """An item for each row; an error names the line that the row begins in.
 
     Args:
         name: of the input.
         source: opened.
+        own: reads the rows' fields.
         form: CSV or TSV.
-        own: the fields that the run says.
 
     Raises:
         UsageError: while reading, for a header that names no prompts.
         QaicRayError: while reading, when that fails, and for a cell that is never closed.
     """
-    csv.field_size_limit(MAX_LINE_BYTES)  # Python's own limit is less than a long prompt
+    max_bytes = source.limits.num_bytes
+    csv.field_size_limit(max_bytes)  # Python's own limit is less than a long prompt
     lines = (line.decode("utf-8", "surrogateescape") for line in source.whole_lines())
     first = next(lines, "")
     delimiter = _delimiter(first, _DELIMITERS[form])
+    # Not pyarrow's reader: it waits for a megabyte, ends at the first row of another length, and
+    # guesses types from its first block.
     records = _records(source, csv.reader(chain([first], lines), delimiter=delimiter, strict=True))
     _, header = next(records, (1, []))
     columns = _columns(name, header)
-    read = FieldRows(own)
+    read = set(read_columns(columns))
 
     def prompt(draft: Draft, cells: list[str] | csv.Error) -> Prompt:
         if isinstance(cells, csv.Error):
@@ -63,24 +62,27 @@ def prompts_from_csv(
                 f"It has {len(cells)} cells, and the header has {len(columns)}: put quotes around "
                 f"a cell that holds {delimiter!r}."
             )
-        return read(draft, _document(dict(zip(columns, cells, strict=True))))
+        row = {key: cell for key, cell in zip(columns, cells, strict=True) if key in read}
+        return own.read_row(draft, _document(row))
 
     for index, (line, cells) in enumerate(records):
-        draft = Draft(index, "" if isinstance(cells, csv.Error) else delimiter.join(cells))
-        yield draft.read(prompt, cells, f"{name} line {line}: ")
+        raw = "" if isinstance(cells, csv.Error) else delimiter.join(cells)
+        yield Draft(index, raw, max_bytes).read(prompt, cells, f"{name} line {line}: ")
 
 
 def _delimiter(header: str, possible: str) -> str:
-    """What stands between the columns: that with which one of them has prompts."""
+    """The delimiter with which a column of the header holds prompts."""
     for delimiter in possible:
-        with suppress(csv.Error):  # of which the first record is told
+        with suppress(csv.Error):  # raised again with the first record
             if not _PROMPTS.isdisjoint(next(csv.reader([header], delimiter=delimiter), [])):
                 return delimiter
     return possible[0]
 
 
-def _records(source: Input, reader: Any) -> Iterator[tuple[int, list[str]] | tuple[int, csv.Error]]:
-    """Each record with the line that it begins in; an error for one that is none."""
+def _records(
+    source: PromptInput, reader: Any
+) -> Iterator[tuple[int, list[str]] | tuple[int, csv.Error]]:
+    """Each record, or its error, with the line that it begins in."""
     while True:
         line = reader.line_num + 1
         try:
@@ -93,7 +95,7 @@ def _records(source: Input, reader: Any) -> Iterator[tuple[int, list[str]] | tup
                 raise source.broken(f"a cell that begins in line {line} is not closed") from error
             yield line, error
             continue
-        if cells:  # a blank line is none
+        if cells:  # a blank line is no record
             yield line, cells
 
 
@@ -111,10 +113,10 @@ def _columns(name: str, header: list[str] | csv.Error) -> list[str]:
 
 
 def _document(row: dict[str, str]) -> dict[str, Any]:
-    """The row's fields, as JSON has them."""
+    """The row's fields as JSON values."""
     fields = {}
     for key, cell in row.items():
-        if not (key in _READ or is_known(key)) or (not cell and key != "prompt"):
+        if not cell and key != "prompt":
             continue
         if any("\udc80" <= character <= "\udcff" for character in cell):
             raise RowError(f'Not UTF-8: the column "{key}".')
@@ -126,7 +128,7 @@ def _document(row: dict[str, str]) -> dict[str, Any]:
 
 
 def _value(cell: str) -> Any:
-    """A cell as the JSON that it is, else as the text."""
+    """A cell as JSON where it is JSON, else as text."""
     try:
         return json.loads(_PYTHON_WORDS.get(cell, cell))
     except (ValueError, RecursionError):

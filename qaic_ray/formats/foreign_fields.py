@@ -1,7 +1,7 @@
-"""Fields that other programs take beside a prompt, and what becomes of each here. A table.
+"""Tables of the fields that other programs take beside a prompt, and what is done with each here.
 
-Of vLLM, SGLang, TGI, llama.cpp, Ollama, transformers' generate and pipelines, the OpenAI interface
-and text-generation-webui. A field that is in none of these lists is the user's own.
+They are of vLLM, SGLang, TGI, llama.cpp, Ollama, transformers' generate and pipelines, the OpenAI
+interface and text-generation-webui. A field in none of these tables is the user's own.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ ALIASES = {
     "num_return_sequences": "n",
     "n_probs": "logprobs",
 }
-"""Done under our name."""
+"""Other programs' names for fields of ours."""
 
 UNLIMITED = ("n_predict", "num_predict")
-"""Here a negative number means: until the context is full."""
+"""Names under which a negative number means: until the context is full."""
 
 CHAT = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
-"""Of the chat template; done."""
+"""Fields of the chat template."""
 
 NESTED = frozenset({
     "extra_body", "generate_kwargs", "generation_config", "generation_kwargs", "sampling_options",
     "sampling_params",
 })  # fmt: skip
-"""Objects of fields."""
+"""Names of objects that hold fields."""
 
 MAYBE_NESTED = frozenset({"options", "parameters"})
-"""The same in Ollama and TGI; in a data set, something else altogether."""
+"""Such names in Ollama and TGI; in a data set they may be anything."""
 
 NO_EFFECT = frozenset({
     # Who asks, where it runs, and when.
@@ -73,43 +73,19 @@ NO_EFFECT = frozenset({
     "dry_sequence_breakers", "dynatemp_exponent", "dynatemp_high", "dynatemp_low",
     "early_stopping", "mirostat_eta", "mirostat_tau", "smoothing_curve", "xtc_threshold",
 })  # fmt: skip
-"""They change no answer."""
-
-
-def _any(_: object) -> bool:
-    return True
-
-
-def _is_bool(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Number)
+"""Fields that change no answer; they are ignored."""
 
 
 def _is_count(value: object) -> bool:
-    return _is_number(value) and not isinstance(value, bool)
-
-
-def _is_object(value: object) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, list)
+    return isinstance(value, Number) and not isinstance(value, bool)
 
 
 def _is_list_of_numbers(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_number, value))
+    return isinstance(value, list) and all(isinstance(item, Number) for item in value)
 
 
 def _is_list_of_objects(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_object, value))
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def _is_template(value: object) -> bool:
@@ -130,22 +106,29 @@ def _is_thinking(value: object) -> bool:
 
 @dataclass(frozen=True)
 class NotOffered:
-    """A field that is refused, unless its value asks for nothing.
+    """A field that is refused, unless its value changes nothing.
 
     Attributes:
         instead: what to do, as the end of a sentence.
-        neutral: values that ask for nothing.
-        is_meant: whether a row's value of this name is the field, and not the user's own.
+        neutral: values that change nothing.
+        meant: the type of a value that is this field, or a test for one; any other value is the
+            user's own.
     """
 
     instead: str = "the answer would be another: leave it out"
     neutral: tuple[object, ...] = (False, "", [], {})
-    is_meant: Callable[[Any], bool] = _any
+    meant: type | Callable[[Any], bool] = object
+
+    def is_meant(self, value: object) -> bool:
+        """Whether a value is this field, and not the user's own."""
+        if isinstance(self.meant, type):
+            return isinstance(value, self.meant)
+        return self.meant(value)
 
 
 def _off(*neutral: object, instead: str = NotOffered.instead) -> NotOffered:
     """A method's number, which some values switch off."""
-    return NotOffered(instead, neutral, _is_number)
+    return NotOffered(instead, neutral, Number)
 
 
 _FREE_FORM = "answers are free text: leave it out"
@@ -187,85 +170,76 @@ _BY_REASON: dict[str, tuple[str, ...]] = {
     ),
 }
 
+_OFF_AT_0 = (
+    *("dry_multiplier", "dynatemp_range", "encoder_no_repeat_ngram_size", "epsilon_cutoff"),
+    *("eta_cutoff", "mirostat", "mirostat_mode", "no_repeat_ngram_size", "penalty_alpha"),
+    *("smoothing_factor", "top_a", "xtc_probability"),
+)
+_OFF_AT_1 = (
+    *("encoder_repetition_penalty", "guidance_scale", "tfs", "tfs_z", "typical", "typical_p"),
+)
+_SEARCHES_OFF_AT_1 = ("beam_width", "length_penalty", "num_beam_groups", "num_beams")
+
 NOT_OFFERED: dict[str, NotOffered] = {
     **{name: NotOffered(reason) for reason, names in _BY_REASON.items() for name in names},
     # Searches.
-    "beam_width": _off(1, instead=_ONE_PATH),
+    **dict.fromkeys(_SEARCHES_OFF_AT_1, _off(1, instead=_ONE_PATH)),
     "diversity_penalty": _off(0, instead=_ONE_PATH),
-    "length_penalty": _off(1, instead=_ONE_PATH),
-    "num_beam_groups": _off(1, instead=_ONE_PATH),
-    "num_beams": _off(1, instead=_ONE_PATH),
     "use_beam_search": _off(False, instead=_ONE_PATH),
     # Methods of choosing tokens.
-    "dry_multiplier": _off(0),
-    "dynatemp_range": _off(0),
-    "encoder_no_repeat_ngram_size": _off(0),
-    "encoder_repetition_penalty": _off(1),
-    "epsilon_cutoff": _off(0),
-    "eta_cutoff": _off(0),
-    "guidance_scale": _off(1),
+    **dict.fromkeys(_OFF_AT_0, _off(0)),
+    **dict.fromkeys(_OFF_AT_1, _off(1)),
     "min_keep": _off(0, 1),
-    "mirostat": _off(0),
-    "mirostat_mode": _off(0),
-    "no_repeat_ngram_size": _off(0),
-    "penalty_alpha": _off(0),
     "penalty_last_n": _off(-1, instead="penalties look at the whole text: leave it out"),
     "repeat_last_n": _off(-1, instead="penalties look at the whole text: leave it out"),
     "repetition_penalty_range": _off(0, instead="penalties look at the whole text: leave it out"),
-    "smoothing_factor": _off(0),
-    "tfs": _off(1),
-    "tfs_z": _off(1),
-    "top_a": _off(0),
     "top_n_sigma": _off(-1, 0),
-    "typical": _off(1),
-    "typical_p": _off(1),
-    "xtc_probability": _off(0),
     # Where an answer ends, and what of it is shown.
-    "detokenize": NotOffered("answers have their text: leave it out", (True,), _is_bool),
-    "echo": NotOffered("a row has its prompt beside its text: leave it out", is_meant=_is_bool),
+    "detokenize": NotOffered("answers have their text: leave it out", (True,), bool),
+    "echo": NotOffered("a row has its prompt beside its text: leave it out", meant=bool),
     "max_length": _off(instead='it counts the prompt too: write "max_tokens" for the answer alone'),
     "max_time": _off(0, instead='no answer ends by the clock: write "max_tokens"'),
     "min_length": _off(0, instead='it counts the prompt too: write "min_tokens" for the answer'),
     "return_full_text": NotOffered(
-        "a row has its prompt beside its text: leave it out", is_meant=_is_bool
+        "a row has its prompt beside its text: leave it out", meant=bool
     ),
     "skip_special_tokens": NotOffered(
-        "special tokens are not shown, token_ids has them: leave it out", (True,), _is_bool
+        "special tokens are not shown, token_ids has them: leave it out", (True,), bool
     ),
-    "clean_up_tokenization_spaces": NotOffered(is_meant=_is_bool),
-    "stream": NotOffered("a batch is answered in one piece: leave it out", is_meant=_is_bool),
-    "suffix": NotOffered("an answer only follows its prompt: leave it out", is_meant=_is_text),
+    "clean_up_tokenization_spaces": NotOffered(meant=bool),
+    "stream": NotOffered("a batch is answered in one piece: leave it out", meant=bool),
+    "suffix": NotOffered("an answer only follows its prompt: leave it out", meant=str),
     "t_max_predict_ms": _off(0, instead='no answer ends by the clock: write "max_tokens"'),
     # Probabilities.
-    "decoder_input_details": NotOffered('write "logprobs": 0', is_meant=_is_bool),
+    "decoder_input_details": NotOffered('write "logprobs": 0', meant=bool),
     "logprob_start_len": _off(-1, instead='write "logprobs" for those of the answer'),
     "prompt_logprobs": NotOffered('write "logprobs" for those of the answer', (), _is_count),
-    "return_logprob": NotOffered('write "logprobs": 0', is_meant=_is_bool),
-    "return_tokens_as_token_ids": NotOffered(is_meant=_is_bool),
+    "return_logprob": NotOffered('write "logprobs": 0', meant=bool),
+    "return_tokens_as_token_ids": NotOffered(meant=bool),
     "top_logprobs_num": _off(0, instead='write "logprobs"'),
     "top_n_tokens": _off(0, instead='write "logprobs"'),
     # What the model gets.
-    "add_bos_token": NotOffered("the tokenizer's own rule holds", (True,), _is_bool),
+    "add_bos_token": NotOffered("the tokenizer's own rule holds", (True,), bool),
     "chat_template": NotOffered("the model's own is used: leave it out"),
     "context": NotOffered(_AS_PROMPT, ([],), _is_list_of_numbers),
     "documents": NotOffered("write them into the messages", ([],), _is_list_of_objects),
-    "raw": NotOffered('a "prompt" goes as it stands unless the run says chat', is_meant=_is_bool),
-    "system": NotOffered(_AS_MESSAGE, is_meant=_is_text),
-    "system_prompt": NotOffered(_AS_MESSAGE, is_meant=_is_text),
-    "template": NotOffered("the model's own is used: leave it out", is_meant=_is_template),
+    "raw": NotOffered('a "prompt" goes as it stands unless the run says chat', meant=bool),
+    "system": NotOffered(_AS_MESSAGE, meant=str),
+    "system_prompt": NotOffered(_AS_MESSAGE, meant=str),
+    "template": NotOffered("the model's own is used: leave it out", meant=_is_template),
     "enable_thinking": NotOffered('write "chat_template_kwargs": {"enable_thinking": ...}', ()),
-    "reasoning": NotOffered(is_meant=_is_thinking),
-    "reasoning_effort": NotOffered(is_meant=_is_effort),
+    "reasoning": NotOffered(meant=_is_thinking),
+    "reasoning_effort": NotOffered(meant=_is_effort),
     "think": NotOffered('write "chat_template_kwargs": {"enable_thinking": ...}', (), _is_thinking),
     "thinking": NotOffered(
         'write "chat_template_kwargs": {"enable_thinking": ...}', (), _is_thinking
     ),
-    "verbosity": NotOffered(neutral=("medium", ""), is_meant=_is_effort),
+    "verbosity": NotOffered(neutral=("medium", ""), meant=_is_effort),
     # Forms of answers.
-    "format": NotOffered(_FREE_FORM, is_meant=_is_json_format),
-    "modalities": NotOffered(_TEXT_ONLY, ([], ["text"]), _is_list),
+    "format": NotOffered(_FREE_FORM, meant=_is_json_format),
+    "modalities": NotOffered(_TEXT_ONLY, ([], ["text"]), list),
     "parallel_tool_calls": NotOffered(_NO_TOOLS, (False, True)),
     "response_format": NotOffered(_FREE_FORM, ({}, {"type": "text"})),
     "tool_choice": NotOffered(_NO_TOOLS, ("auto", "none", "")),
 }
-"""Refused by name."""
+"""Fields that are refused by name."""

@@ -1,8 +1,8 @@
-"""A prompts file as it was when the run looked through it: later reads give that, or an error.
+"""A prompts file as it was when the run began: later reads give that content, or an error.
 
-The file is read twice: for its digest before the run, and for its rows while the run goes, which
-may be hours later. Each block of the second reading is compared with the first one's, so a run has
-the rows of one content, whatever happens to the file. What is appended later is not of the run.
+The file is read twice: before the run for its digest, and during the run, perhaps hours later, for
+its rows. Each block of the second reading is compared with the first one's. Bytes that are appended
+in between are not read.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ _KEPT_BLOCKS = 8
 
 
 class InputChanged(QaicRayError):
-    """The file does not hold any more what the run began with."""
+    """The file no longer holds what the run began with."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,13 @@ class FrozenFile:
     num_bytes: int
     sha256: str
     blocks: bytes
+    block_bytes: int = BLOCK_BYTES
 
     @classmethod
-    def of(cls, path: Path, num_bytes: int | None = None) -> FrozenFile:
-        """Look through a file, or through its first `num_bytes` bytes.
+    def of(
+        cls, path: Path, num_bytes: int | None = None, *, block_bytes: int = BLOCK_BYTES
+    ) -> FrozenFile:
+        """Read a file, or its first `num_bytes` bytes, for their digests.
 
         Raises:
             InputChanged: the file is shorter.
@@ -51,9 +54,10 @@ class FrozenFile:
         try:
             with path.open("rb", buffering=0) as stream:
                 size = os.fstat(stream.fileno()).st_size if num_bytes is None else num_bytes
-                for offset in range(0, size, BLOCK_BYTES):
-                    block = _read_at(stream.fileno(), offset, min(BLOCK_BYTES, size - offset))
-                    if offset + len(block) < min(offset + BLOCK_BYTES, size):
+                for offset in range(0, size, block_bytes):
+                    wanted = min(block_bytes, size - offset)
+                    block = _read_at(stream.fileno(), offset, wanted)
+                    if len(block) < wanted:
                         raise InputChanged(
                             f"{path} has {offset + len(block)} bytes, and had {size} when the run "
                             "began."
@@ -64,29 +68,41 @@ class FrozenFile:
             raise QaicRayError(
                 f"The prompts in {path} cannot be read: {error.strerror}."
             ) from error
-        return cls(path, size, whole.hexdigest(), bytes(blocks))
+        return cls(path, size, whole.hexdigest(), bytes(blocks), block_bytes)
 
     def open(self) -> io.BufferedReader:
-        """The content, as a file to read and seek in; reading raises InputChanged where it differs.
+        """The content as a seekable file, whose reading raises InputChanged where it differs.
 
         Raises:
             OSError: it cannot be opened any more.
         """
-        return io.BufferedReader(_Frozen(self), BLOCK_BYTES)
+        return io.BufferedReader(_ComparingReader(self), self.block_bytes)
 
-    def block_digest(self, number: int) -> bytes:
-        """Of a block, counted from 0."""
-        return self.blocks[number * _DIGEST_BYTES : (number + 1) * _DIGEST_BYTES]
+    def read_block(self, descriptor: int, number: int) -> bytes:
+        """A block of the opened file, counted from 0.
+
+        Raises:
+            InputChanged: it is not what it was.
+        """
+        offset = number * self.block_bytes
+        block = _read_at(descriptor, offset, min(self.block_bytes, self.num_bytes - offset))
+        at = number * _DIGEST_BYTES
+        if _digest(block) != self.blocks[at : at + _DIGEST_BYTES]:
+            raise InputChanged(
+                f"{self.path} has changed since the run began: it is another one from "
+                f"byte {offset} on."
+            )
+        return block
 
 
-class _Frozen(io.RawIOBase):
+class _ComparingReader(io.RawIOBase):
     """Reads whole blocks, and gives nothing of one before it was compared."""
 
     def __init__(self, file: FrozenFile) -> None:
         self._file = file
         self._descriptor = os.open(file.path, os.O_RDONLY)
         self._position = 0
-        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._block = lru_cache(_KEPT_BLOCKS)(file.read_block)
 
     def readable(self) -> bool:
         return True
@@ -103,11 +119,11 @@ class _Frozen(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
-        view = memoryview(buffer).cast("B")
-        number, offset = divmod(self._position, BLOCK_BYTES)
         if self._position >= self._file.num_bytes:
             return 0
-        piece = self._block(number)[offset : offset + len(view)]
+        view = memoryview(buffer).cast("B")
+        number, offset = divmod(self._position, self._file.block_bytes)
+        piece = self._block(self._descriptor, number)[offset : offset + len(view)]
         view[: len(piece)] = piece
         self._position += len(piece)
         return len(piece)
@@ -116,22 +132,6 @@ class _Frozen(io.RawIOBase):
         if not self.closed:
             os.close(self._descriptor)
         super().close()
-
-    def _block(self, number: int) -> bytes:
-        block = self._kept.get(number)
-        if block is None:
-            offset = number * BLOCK_BYTES
-            size = min(BLOCK_BYTES, self._file.num_bytes - offset)
-            block = _read_at(self._descriptor, offset, size)
-            if _digest(block) != self._file.block_digest(number):
-                raise InputChanged(
-                    f"{self._file.path} has changed since the run began: it is another one from "
-                    f"byte {offset} on."
-                )
-            if len(self._kept) == _KEPT_BLOCKS:
-                self._kept.popitem(last=False)
-            self._kept[number] = block
-        return block
 
 
 def _digest(block: bytes) -> bytes:

@@ -1,7 +1,6 @@
-"""A file or stdin, plain or compressed, as lines of UTF-8. Knows nothing of what stands in them.
+"""A prompts file or stdin, plain or compressed, as lines of UTF-8.
 
-Everything is read when it is asked for, and no more of a stream than has come: whoever types a line
-is not kept waiting for a second one.
+Reading is lazy: a line is given as soon as it has come, and no more than that is waited for.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, BinaryIO, TypeVar, cast
 
 from qaic_ray.errors import QaicRayError, UsageError
 
@@ -29,15 +28,29 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 
-MAX_LINE_BYTES = 2**24
-"""What is longer was never meant as a prompt, and must not fill the memory: a disk image, a file of
-one line, a bomb in a gzip."""
-MAX_SKIPPED_BYTES = 2**30
-"""So much of a line that is too long is read over; what goes on is no file of prompts."""
-ENDLESS = f"a row is longer than {MAX_SKIPPED_BYTES >> 30} GiB"
-LOOK_BYTES = 2**16
-"""How far a format is looked for."""
 
+@dataclass(frozen=True)
+class LineLimits:
+    """How long one line, or one item of a JSON array, may be.
+
+    Attributes:
+        num_bytes: the longest that is read. What is longer was never meant as a prompt, and must
+            not fill the memory: a disk image, a file of one line, a bomb in a gzip.
+        skipped_bytes: how much of a longer one is read over before the input is given up.
+    """
+
+    num_bytes: int = 2**24
+    skipped_bytes: int = 2**30
+
+    @property
+    def endless(self) -> str:
+        """The reason for giving an input up."""
+        return f"a row is longer than {self.skipped_bytes >> 30} GiB"
+
+
+LIMITS = LineLimits()
+
+_LOOK_BYTES = 2**16  # how far a format is looked for
 _BUFFER_BYTES = 2**16
 _LONGEST_MAGIC = 6
 
@@ -73,7 +86,7 @@ _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
 
 
 def check_readable(path: str) -> None:
-    """See that a prompts file can be opened.
+    """Check that a prompts file can be opened.
 
     Raises:
         UsageError: it cannot.
@@ -87,27 +100,31 @@ def check_readable(path: str) -> None:
         raise UsageError(f"The prompts file {shown} may not be read: check its permissions.")
 
 
-class Input:
-    """An opened prompts file or stdin, unpacked and as UTF-8 without a mark.
+class PromptInput:
+    """An opened prompts file or stdin, unpacked, as UTF-8 without a byte order mark.
 
-    Gzip, zstd, bzip2 and xz are known by their first bytes, whatever the name, and so is UTF-16 or
-    UTF-32 by its mark. First `look_on` may show what comes, then one of the iterators takes it.
+    Gzip, zstd, bzip2 and xz are recognised by their first bytes, UTF-16 and UTF-32 by their mark.
+    Call `look_on` to see the beginning, then take everything from one of the iterators.
 
     Args:
         path: of the file, or `-`.
         frozen: the file as it was when the run began; without it, it is read as it is.
+        limits: of a line.
 
     Raises:
-        UsageError: for what is packed in a way that cannot be read.
+        UsageError: for a packing that cannot be read.
         QaicRayError: while reading, when that fails or the compressed data is damaged.
     """
 
     last = ""
     """What was read last, for the error of an input that breaks off: `line 7`."""
 
-    def __init__(self, path: str, frozen: FrozenFile | None = None) -> None:
+    def __init__(
+        self, path: str, frozen: FrozenFile | None = None, limits: LineLimits = LIMITS
+    ) -> None:
         self._path = path
         self._frozen = frozen
+        self.limits = limits
         self.head = b""
         """What `look_on` has seen."""
         self._damage: Exception | None = None
@@ -118,15 +135,10 @@ class Input:
             self._close()
             raise
 
-    def __enter__(self) -> Input:
+    def __enter__(self) -> PromptInput:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
     def _close(self) -> None:
@@ -135,7 +147,7 @@ class Input:
 
     @property
     def is_all_there(self) -> bool:
-        """Whether it is a file: looking on never waits."""
+        """Whether it is a regular file, so that looking on never waits."""
         try:
             return self._frozen is not None or stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
         except OSError:
@@ -143,26 +155,25 @@ class Input:
 
     @property
     def is_broken(self) -> bool:
-        """Whether it breaks off behind the head."""
+        """Whether reading failed behind the head."""
         return self._damage is not None
 
     def look_on(self) -> bool:
-        """See one line more in `head`; False where there is none, or has been enough."""
+        """Add a line to `head`; False at the end, after damage, or after 64 KiB."""
         if self._damage is not None:
             return False
         try:
-            line = self._stream.readline(LOOK_BYTES - len(self.head))
+            line = self._stream.readline(_LOOK_BYTES - len(self.head))
         except _DAMAGE as error:
-            self._damage = error  # of what comes behind the head
+            self._damage = error  # raised when the head has been read
             return False
         self.head += line
         return bool(line)
 
     def lines(self) -> Iterator[bytes]:
-        r"""The lines without their ends: `\n` or `\r\n`, a lone `\r` is none.
+        r"""The lines without their ends, `\n` or `\r\n`; a lone `\r` ends no line.
 
-        Of a line that is longer than `MAX_LINE_BYTES` only the beginning is given, one byte more
-        than that.
+        Of a line over the limit only the beginning is given, one byte more than the limit.
         """
         for line in self.whole_lines():
             yield line.removesuffix(b"\n").removesuffix(b"\r")
@@ -172,17 +183,17 @@ class Input:
         # Bytes: Python's text lines also end at a lone carriage return, and one undecodable line
         # must not stop the others.
         readline = self._from_the_start().readline
-        limit = MAX_LINE_BYTES + 1
+        most = self.limits.num_bytes + 1
         num_lines = 0
         try:
-            while line := readline(limit):
-                if len(line) == limit and not line.endswith(b"\n"):
-                    _skip_line(readline)
+            while line := readline(most):
+                if len(line) == most and not line.endswith(b"\n"):
+                    self._skip_line(readline)
                 yield line
                 num_lines += 1
         except _DAMAGE as error:
             self.last = f"line {num_lines}" if num_lines else ""
-            raise cannot_read(self._path, self.last or None, error) from error
+            raise cannot_read(self._path, self.last, error) from error
 
     def chunks(self) -> Iterator[bytes]:
         """All of it in pieces as they come."""
@@ -191,33 +202,34 @@ class Input:
             yield chunk
 
     def broken(self, reason: str) -> QaicRayError:
-        """The error of an input that breaks off behind what was read last."""
-        return cannot_read(self._path, self.last or None, OSError(reason))
+        """The error of an input that breaks off after what was read last."""
+        return cannot_read(self._path, self.last, OSError(reason))
 
     def _from_the_start(self) -> io.BufferedReader:
-        rest = self._stream if self._damage is None else _buffered(_Damaged(self._damage))
-        return _rejoined(self.head, rest)
+        return _buffered(self._stream.read1 if self._damage is None else self._fail, self.head)
+
+    def _fail(self, _: int) -> bytes:
+        raise cast(Exception, self._damage)
+
+    def _skip_line(self, readline: Callable[[int], bytes]) -> None:
+        num_bytes = 0
+        while (rest := readline(self.limits.num_bytes)) and not rest.endswith(b"\n"):
+            num_bytes += len(rest)
+            if num_bytes > self.limits.skipped_bytes:
+                raise EOFError(self.limits.endless)
 
     def _guarded(self, read: Callable[[], _T]) -> _T:
         try:
             return read()
         except _DAMAGE as error:
-            raise cannot_read(self._path, self.last or None, error) from error
+            raise cannot_read(self._path, self.last, error) from error
 
 
-def cannot_read(path: str, last: str | None, error: Exception) -> QaicRayError:
-    """The error of an input that breaks off; `last` is what was read last."""
+def cannot_read(path: str, last: str, error: Exception) -> QaicRayError:
+    """The error of an input that breaks off; `last` is what was read last, if anything."""
     past = f" past {last}" if last else ""
     reason = getattr(error, "strerror", None) or str(error).removesuffix(".")
     return QaicRayError(f"The prompts in {path} cannot be read{past}: {reason}.")
-
-
-class _Stream(Protocol):
-    """What is needed of a stream of bytes."""
-
-    def readline(self, size: int = -1, /) -> bytes: ...
-
-    def read1(self, size: int = -1, /) -> bytes: ...
 
 
 def _opened(path: str, frozen: FrozenFile | None) -> io.BufferedReader:
@@ -232,144 +244,92 @@ def _opened(path: str, frozen: FrozenFile | None) -> io.BufferedReader:
         return sys.stdin.buffer  # type: ignore[return-value]
 
 
-def _as_utf8(path: str, packed: _Stream) -> io.BufferedReader:
+def _as_utf8(path: str, packed: io.BufferedReader) -> io.BufferedReader:
     """The stream without its packing and its encoding."""
     # Not more than the first line's: the end of a magic may be the end of what has come.
     head = packed.readline(_LONGEST_MAGIC)
-    stream = _unpacked(head, _rejoined(head, packed))
+    stream = _unpacked(head, _buffered(packed.read1, head))
     head = stream.readline(_LONGEST_MAGIC)
     for magic, what in _REFUSED.items():
         if head.startswith(magic):
             raise UsageError(f"The prompts in {path} are {what}: give them unpacked, as text.")
-    stream = _rejoined(head.removeprefix(_UTF8_MARK), stream)
+    stream = _buffered(stream.read1, head.removeprefix(_UTF8_MARK))
     encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
-    return stream if encoding is None else _buffered(_Recoded(stream, encoding))
+    return stream if encoding is None else _joined(_recoded_pieces(stream, encoding))
 
 
 def _unpacked(head: bytes, stream: io.BufferedReader) -> io.BufferedReader:
     # What reads from `raw` gets what has come; a buffer would wait until it is full.
     if head.startswith(_GZIP):
-        return _rejoined(b"", gzip.GzipFile(fileobj=cast(BinaryIO, stream.raw)))
+        return _buffered(gzip.GzipFile(fileobj=cast(BinaryIO, stream.raw)).read1)
     if head.startswith(_BZIP2):
-        return _buffered(_Unpacked(bz2.BZ2Decompressor, stream))
+        return _joined(_unpacked_pieces(stream, bz2.BZ2Decompressor))
     if head.startswith(_XZ):
-        return _buffered(_Unpacked(lzma.LZMADecompressor, stream))
+        return _joined(_unpacked_pieces(stream, lzma.LZMADecompressor))
     if head.startswith(_ZSTD) or (0x50 <= (head or b"\0")[0] < 0x60 and head[1:4] == _ZSTD_SKIPPED):
         import pyarrow
 
         unpacked = pyarrow.CompressedInputStream(pyarrow.PythonFile(stream.raw, mode="r"), "zstd")
-        return _buffered(_Rejoined(b"", unpacked, _ZSTD_BLOCK_BYTES))
+        return _buffered(lambda most: cast(bytes, unpacked.read1(min(most, _ZSTD_BLOCK_BYTES))))
     return stream
 
 
-def _buffered(raw: io.RawIOBase) -> io.BufferedReader:
-    return io.BufferedReader(raw, _BUFFER_BYTES)
+def _unpacked_pieces(
+    stream: io.BufferedReader,
+    make: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor],
+) -> Iterator[bytes]:
+    """The content of one or more packed streams in a row, with zeros between them or not.
+
+    `BZ2File` and `LZMAFile` end silently at damage behind the first stream.
+    """
+    unpacker = make()
+    while True:
+        packed = b""
+        if unpacker.eof:
+            packed = unpacker.unused_data.lstrip(b"\0")
+            while not packed:
+                if not (packed := stream.read1(_BUFFER_BYTES)):
+                    return
+                packed = packed.lstrip(b"\0")
+            unpacker = make()
+        elif unpacker.needs_input and not (packed := stream.read1(_BUFFER_BYTES)):
+            raise EOFError("the compressed data ends too early")
+        if piece := unpacker.decompress(packed, _BUFFER_BYTES):
+            yield piece
 
 
-def _rejoined(head: bytes, stream: _Stream) -> io.BufferedReader:
-    return _buffered(_Rejoined(head, stream))
+def _recoded_pieces(stream: io.BufferedReader, encoding: str) -> Iterator[bytes]:
+    """Text of an encoding with a mark, as UTF-8."""
+    # Half of a surrogate pair is its line's error, and no other's.
+    decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+    while chunk := stream.read1(_BUFFER_BYTES):
+        if text := decoder.decode(chunk):
+            yield text.encode("utf-8", "surrogatepass")
+    yield decoder.decode(b"", final=True).encode("utf-8", "surrogatepass")
 
 
-def _skip_line(readline: Callable[[int], bytes]) -> None:
-    num_bytes = 0
-    while (rest := readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-        num_bytes += len(rest)
-        if num_bytes > MAX_SKIPPED_BYTES:
-            raise EOFError(ENDLESS)
+def _joined(pieces: Iterator[bytes]) -> io.BufferedReader:
+    return _buffered(lambda _: next(pieces, b""))
 
 
-class _InputPieces(io.RawIOBase):
-    """A stream that is made piece by piece."""
+def _buffered(read1: Callable[[int], bytes], head: bytes = b"") -> io.BufferedReader:
+    return io.BufferedReader(_PieceStream(read1, head), _BUFFER_BYTES)
 
-    def __init__(self) -> None:
-        self._left = b""
+
+class _PieceStream(io.RawIOBase):
+    """A stream of `head` and then what `read1(most_bytes)` gives; nothing is its end."""
+
+    def __init__(self, read1: Callable[[int], bytes], head: bytes) -> None:
+        self._read1 = read1
+        self._left = head
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         view = memoryview(buffer).cast("B")
-        chunk = self._left or self._next(len(view))
+        chunk = self._left or self._read1(len(view))
         self._left = chunk[len(view) :]
         chunk = chunk[: len(view)]
         view[: len(chunk)] = chunk
         return len(chunk)
-
-    def _next(self, most: int) -> bytes:
-        """What comes next, nothing at the end."""
-        raise NotImplementedError
-
-
-class _Rejoined(_InputPieces):
-    """A stream from its start, after `head` has been read from it."""
-
-    def __init__(self, head: bytes, stream: _Stream, most: int = _BUFFER_BYTES) -> None:
-        super().__init__()
-        self._left = head
-        self._stream = stream
-        self._most = most
-
-    def _next(self, most: int) -> bytes:
-        return self._stream.read1(min(most, self._most))
-
-
-class _Damaged(_InputPieces):
-    """What is left of a stream that broke off."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__()
-        self._error = error
-
-    def _next(self, most: int) -> bytes:
-        raise self._error
-
-
-class _Unpacked(_InputPieces):
-    """One or more packed streams behind each other, with zeros between them or not."""
-
-    def __init__(
-        self,
-        make: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor],
-        stream: io.BufferedReader,
-    ) -> None:
-        super().__init__()
-        self._make = make
-        self._stream = stream
-        self._unpacker = make()
-
-    def _next(self, most: int) -> bytes:
-        piece = b""
-        while not piece:
-            packed = b""
-            if self._unpacker.eof:
-                packed = self._unpacker.unused_data.lstrip(b"\0")
-                while not packed:
-                    if not (packed := self._stream.read1(_BUFFER_BYTES)):
-                        return b""
-                    packed = packed.lstrip(b"\0")
-                self._unpacker = self._make()
-            elif self._unpacker.needs_input:
-                packed = self._stream.read1(_BUFFER_BYTES)
-                if not packed:
-                    raise EOFError("the compressed data ends too early")
-            piece = self._unpacker.decompress(packed, most)
-        return piece
-
-
-class _Recoded(_InputPieces):
-    """Text of an encoding with a mark, as UTF-8."""
-
-    def __init__(self, stream: io.BufferedReader, encoding: str) -> None:
-        super().__init__()
-        self._stream = stream
-        # Half of a surrogate pair is its line's error, and no other's.
-        self._decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
-        self._has_ended = False
-
-    def _next(self, most: int) -> bytes:
-        text = ""
-        while not text and not self._has_ended:
-            chunk = self._stream.read1(most)
-            self._has_ended = not chunk
-            text = self._decoder.decode(chunk, final=self._has_ended)
-        return text.encode("utf-8", "surrogatepass")

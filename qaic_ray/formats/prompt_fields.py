@@ -1,6 +1,6 @@
-"""What a row of input is, its prompt and its id, each checked. Knows neither files nor formats.
+"""A row of input while it is read: its prompt and its id, checked, in whatever format it came.
 
-Whatever is wrong with one is a `RowError` with a sentence for the row's author.
+What is wrong with one is a `RowError` with a sentence for the row's author.
 """
 
 from __future__ import annotations
@@ -9,20 +9,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from qaic_ray.errors import RowError
-from qaic_ray.formats.lines import MAX_LINE_BYTES
+from qaic_ray.formats.lines import LIMITS
 from qaic_ray.rows import ROW_ALONE, ChatOptions, ErrorClass, Message, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
 
 Document = Mapping[str, Any]
-"""A row of input, as JSON has it."""
+"""A row of input as a JSON object."""
 
 T = TypeVar("T")
 
-MAX_SHOWN_CHARS = 2**16
-"""Of a row that cannot be read, in the error row's `prompt`."""
-
-MAX_EXACT = 2**53
-"""Up to here every whole number is a float."""
+_MAX_SHOWN_CHARS = 2**16  # of a row that cannot be read, in the error row's `prompt`
+_MAX_EXACT = 2**53  # up to here every whole number is a float
 
 _JSON_TYPES = {
     bool: "a boolean",
@@ -35,24 +32,44 @@ _JSON_TYPES = {
 
 
 class Draft:
-    """A row of input while it is read: what its error row shows, should it come to that.
+    """A row of input while it is read; it holds what an error row would show.
 
     Args:
         index: its place in the input.
         raw: all of it, as it stands.
+        max_bytes: the longest line or prompt.
     """
 
-    __slots__ = ("_index", "_raw", "id", "messages", "text")
+    __slots__ = ("_index", "_max_bytes", "_raw", "id", "messages", "text")
 
-    def __init__(self, index: int, raw: str | bytes) -> None:
+    def __init__(self, index: int, raw: str | bytes, max_bytes: int = LIMITS.num_bytes) -> None:
         self._index = index
         self._raw = raw
+        self._max_bytes = max_bytes
         self.id: str | None = None
         self.text: str | None = None
         self.messages: tuple[Message, ...] | None = None
 
+    def decoded(self) -> str:
+        """The raw line as text.
+
+        Raises:
+            RowError: it is too long, or not UTF-8.
+        """
+        line = self._raw
+        if isinstance(line, str):
+            return line
+        if len(line) > self._max_bytes:
+            raise RowError(f"The line is longer than {self._max_bytes >> 20} MiB.")
+        try:
+            return line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RowError(
+                f"Not UTF-8: byte {error.start + 1} is 0x{line[error.start]:02x}."
+            ) from error
+
     def read_prompt(self, document: Document) -> None:
-        """Take the prompt, a text or a conversation, from the fields of these names."""
+        """Take the prompt from the fields `prompt` or `messages`."""
         self.messages = _messages(document)
         self.text = _text(document) if self.messages is None else _last_said(self.messages)
 
@@ -62,7 +79,7 @@ class Draft:
         """The row as a prompt.
 
         Raises:
-            RowError: it is an empty text, one that cannot be encoded, or longer than a line may be.
+            RowError: it is empty, cannot be encoded, or is longer than a line may be.
         """
         text = self.text or ""
         if self.messages is None:
@@ -70,17 +87,17 @@ class Draft:
                 raise RowError("The prompt is empty.")
             check_unicode("prompt", text)
         num_chars = sum(len(m["content"]) for m in self.messages or ()) or len(text)
-        if num_chars > MAX_LINE_BYTES:
-            raise RowError(f"The prompt is longer than {MAX_LINE_BYTES >> 20} MiB.")
+        if num_chars > self._max_bytes:
+            raise RowError(f"The prompt is longer than {self._max_bytes >> 20} MiB.")
         return Prompt(self._index, text, self.id, self.messages, sampling, chat)
 
     def read(self, read: Callable[[Draft, T], Prompt], given: T, place: str = "") -> Prompt | Row:
-        """What a reader makes of the row; whatever it raises is this row's error and no other's.
+        """What a reader makes of the row; what it raises becomes the error row.
 
         Args:
-            read: gives the prompt, by way of this draft.
+            read: makes the prompt of this draft.
             given: what it reads.
-            place: of the row in its input, before its error.
+            place: of the row in its input; it stands before the error.
         """
         try:
             with ROW_ALONE:
@@ -89,41 +106,27 @@ class Draft:
             return self.error_row(f"{place}{error}")
 
     def error_row(self, error: str) -> Row:
-        """The row of input that no card gets to see."""
+        """The row with an error, which goes to no card."""
         shown = self.text
-        if shown is None or len(shown) > MAX_LINE_BYTES:
-            start = (self._raw if shown is None else shown)[: 4 * MAX_SHOWN_CHARS]
-            shown = _writable(start)[:MAX_SHOWN_CHARS]
+        if shown is None or len(shown) > self._max_bytes:
+            start = (self._raw if shown is None else shown)[: 4 * _MAX_SHOWN_CHARS]
+            shown = _writable(start)[:_MAX_SHOWN_CHARS]
         prompt = Prompt(self._index, _writable(shown), self.id, self.messages)
         return Row.failed(prompt, _writable(error), attempts=0, error_class=ErrorClass.MALFORMED)
 
 
 def _writable(text: str | bytes) -> str:
-    """What was there, as UTF-8 can have it: an error may quote half of a surrogate pair."""
+    """A text that UTF-8 can hold: an error may quote half of a surrogate pair."""
     encoded = text.encode(errors="replace") if isinstance(text, str) else text
     return encoded.decode(errors="replace")
 
 
-def decoded(line: str | bytes) -> str:
-    """A line of input as text."""
-    if isinstance(line, str):
-        return line
-    if len(line) > MAX_LINE_BYTES:
-        raise RowError(f"The line is longer than {MAX_LINE_BYTES >> 20} MiB.")
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RowError(
-            f"Not UTF-8: byte {error.start + 1} is 0x{line[error.start]:02x}."
-        ) from error
-
-
 def row_id(document: Document) -> str | None:
-    """The field `id`, a string or a whole number; 1.0 is 1, as tables with gaps have it."""
+    """The field `id`, a string or a whole number; 1.0 counts as 1, for tables with gaps."""
     id_ = document.get("id")
     if id_ is None:
         return None
-    if isinstance(id_, float) and id_.is_integer() and abs(id_) <= MAX_EXACT:
+    if isinstance(id_, float) and id_.is_integer() and abs(id_) <= _MAX_EXACT:
         id_ = int(id_)
     if type(id_) not in (str, int):
         raise RowError(f'"id" is {json_type(id_)}, not a string or a whole number.')
@@ -132,7 +135,7 @@ def row_id(document: Document) -> str | None:
 
 
 def check_unicode(what: str, text: str) -> None:
-    """Refuse what JSON can write and UTF-8 cannot."""
+    """Refuse half of a surrogate pair, which JSON can write and UTF-8 cannot."""
     if text.isascii():
         return
     try:
@@ -176,33 +179,29 @@ def _messages(document: Document) -> tuple[Message, ...] | None:
 
 _TURN = ("role", "content")
 _NOTHING: tuple[object, ...] = (None, "", [], {}, False)
-"""Values of a message's other keys that ask for nothing."""
+"""Values of a message's other keys that change nothing."""
 
 
 def _message(number: int, message: object) -> Message:
-    if isinstance(message, dict):
-        role, content = message.get("role"), message.get("content")
-        if isinstance(content, list):
-            content = "".join([_part(number, part) for part in content])
-        is_known = len(message) == 2 or not _others(message)
-        if is_known and isinstance(role, str) and isinstance(content, str):
-            check_unicode(f"message {number}", role + content)
-            return {"role": role, "content": content}
-    raise RowError(f"Message {number}{_whats_wrong(message)}")
-
-
-def _whats_wrong(message: object) -> str:
-    """The rest of a sentence about a message that cannot be read."""
     if not isinstance(message, dict):
-        return f' is {json_type(message)}, not an object with "role" and "content".'
-    if others := _others(message):
-        return f' has "{others[0][:80]}": only "role" and "content" can be answered.'
-    name = "content" if isinstance(message.get("role"), str) else "role"
-    return f': "{name}" is {json_type(message.get(name))}, not a string.'
-
-
-def _others(message: Document) -> list[str]:
-    return [k for k, v in message.items() if k not in _TURN and v not in _NOTHING]
+        raise RowError(
+            f'Message {number} is {json_type(message)}, not an object with "role" and "content".'
+        )
+    role, content = message.get("role"), message.get("content")
+    if isinstance(content, list):
+        content = "".join([_part(number, part) for part in content])
+    for key, value in message.items():
+        if key not in _TURN and value not in _NOTHING:
+            raise RowError(
+                f'Message {number} has "{key[:80]}": only "role" and "content" can be answered.'
+            )
+    if not isinstance(role, str) or not isinstance(content, str):
+        name = "content" if isinstance(role, str) else "role"
+        raise RowError(
+            f'Message {number}: "{name}" is {json_type(message.get(name))}, not a string.'
+        )
+    check_unicode(f"message {number}", role + content)
+    return {"role": role, "content": content}
 
 
 def _part(number: int, part: object) -> str:
@@ -216,6 +215,6 @@ def _part(number: int, part: object) -> str:
 
 
 def _last_said(messages: tuple[Message, ...]) -> str:
-    """What the row of a conversation shows as its prompt."""
+    """The user's last message, which the row of a conversation shows as its prompt."""
     said = [message["content"] for message in messages if message["role"] == "user"]
     return said[-1] if said else messages[-1]["content"]

@@ -1,13 +1,13 @@
-"""What a row asks for beside its prompt: the one reader of its fields, for every format.
+"""The fields of a row beside its prompt, read in one place for every format.
 
 - A field of ours (`SamplingParams`, `ChatOptions`), by our name or another program's: done.
 - A field of another program's that would change the answer: refused by its name, unless its value
-  asks for nothing (`num_beams: 1`).
-- What reads like a field of ours (`temprature`, `topK`): an error; left out in silence, it would
-  give other answers than were asked for.
-- Any other key is the user's own, and is not looked at.
+  changes nothing (`num_beams: 1`).
+- A misspelt field of ours (`temprature`, `topK`): an error; ignoring it would give other answers
+  than were asked for.
+- Any other key is the user's own, and is ignored.
 
-Knows neither files nor formats. Whatever is wrong with a field is a `RowError`.
+What is wrong with a field is a `RowError`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from qaic_ray.formats.foreign_fields import (
     UNLIMITED,
     NotOffered,
 )
-from qaic_ray.formats.prompt_fields import Document, check_unicode, json_type
-from qaic_ray.rows import ChatOptions
+from qaic_ray.formats.prompt_fields import Document, Draft, check_unicode, json_type, row_id
+from qaic_ray.rows import ChatOptions, Prompt
 from qaic_ray.sampling_params import FIELDS, MAX_NAME_CHARS, SamplingParams
 
 DEFAULT_CHAT = ChatOptions()
-"""Where neither the run nor the row says anything."""
+"""What holds where neither the run nor the row says anything."""
 
 _MAX_DEPTH = 32
 _MOST_KNOWN = 1024
@@ -46,17 +46,18 @@ _SPECIAL = frozenset({"add_special_tokens", "best_of", "do_sample", "top_logprob
 _PROMPT = frozenset({"prompt", "messages"})
 _ONCE = ("prompt", "messages", "id")
 _NAMES = (*FIELDS, *ALIASES, *CHAT)
+_KNOWN = frozenset({*_NAMES, *_SPECIAL, *NESTED, *MAYBE_NESTED, *NOT_OFFERED})
 
 
 @dataclass
 class Asked:
-    """What a row asks for itself.
+    """The fields that a row has.
 
     Attributes:
         sampling: fields of `SamplingParams`, by our names.
         chat: fields of `ChatOptions`, by transformers' names.
-        others: fields that mean something together with others.
-        names: how the row called a sampling field.
+        others: fields whose meaning depends on other ones.
+        names: a sampling field's name in the row.
     """
 
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -65,32 +66,24 @@ class Asked:
     names: dict[str, str] = field(default_factory=dict)
 
     def take(self, name: str, value: Any, said: str) -> None:
-        """Note a sampling field, which two names may give if they agree."""
+        """Take a sampling field, which may stand under two names if they agree."""
         if name in self.sampling and self.sampling[name] != value:
             raise RowError(f"{self.names[name]} and {said} are the same: give one of them.")
         self.sampling[name], self.names[name] = value, said
 
 
 def is_known(key: str) -> bool:
-    """Whether a key is looked at: a field of ours or of another program's."""
-    return (
-        key in _SAMPLING
-        or key in ALIASES
-        or key in CHAT
-        or key in _SPECIAL
-        or key in NESTED
-        or key in MAYBE_NESTED
-        or key in NOT_OFFERED
-    )
+    """Whether a key is a field of ours or of another program's."""
+    return key in _KNOWN
 
 
 def read_fields(document: Document, *, is_chat: bool, only_ours: bool = False) -> Asked:
     """The fields of a row.
 
     Args:
-        document: the row, or what of it holds fields.
+        document: the row, or the object in it that has the fields.
         is_chat: the row is a conversation.
-        only_ours: no key is the user's own, so that an unknown one is an error.
+        only_ours: an unknown key is an error, and not the user's own.
 
     Raises:
         RowError: naming the field that is wrong, or not offered.
@@ -140,21 +133,21 @@ def _take_sampling(asked: Asked, key: str, value: Any, said: str) -> None:
 
 
 def _is_of_fields(value: Any) -> bool:
-    """Whether an object is one of fields; `{"n": "north", "s": "south"}` is none."""
+    """Whether an object holds fields; `{"n": "north", "s": "south"}` does not."""
     return isinstance(value, dict) and any(
         is_known(key) and not (key == "n" and isinstance(item, str)) for key, item in value.items()
     )
 
 
 def _is_neutral(rule: NotOffered, value: Any, *, only_ours: bool) -> bool:
-    """Whether a value asks for nothing, or is the user's own."""
+    """Whether a value changes nothing, or is the user's own."""
     if isinstance(value, str):
         value = _as_number(value)
     return value in rule.neutral or not (only_ours or rule.is_meant(value))
 
 
 def _as_number(text: str) -> Any:
-    """A number or truth value that was written as a text, as one."""
+    """A text that is a number or true or false, as that; any other text as it is."""
     try:
         value = json.loads(text.lower()) if len(text) <= MAX_NAME_CHARS else text
     except ValueError:
@@ -167,7 +160,7 @@ def _not_offered(key: str, said: str, value: Any) -> RowError:
 
 
 def _settle_others(asked: Asked, *, is_chat: bool) -> None:
-    """Fields that ask for something, or for nothing, together with others."""
+    """Check `best_of`, `add_special_tokens` and `do_sample`, which depend on other fields."""
     best_of = asked.others.get("best_of", 1)
     if best_of not in (1, asked.sampling.get("n")):
         raise RowError(
@@ -189,7 +182,7 @@ def _settle_others(asked: Asked, *, is_chat: bool) -> None:
 
 
 def _settle_logprobs(asked: Asked) -> None:
-    """The OpenAI interface's `logprobs`, true or false, with `top_logprobs`; or a number alone."""
+    """Make a number of `logprobs`, which the OpenAI interface splits: true, with `top_logprobs`."""
     wanted, num_top = asked.sampling.get("logprobs"), asked.others.get("top_logprobs")
     if wanted is True:
         asked.sampling["logprobs"] = 0 if num_top is None else num_top
@@ -226,7 +219,7 @@ def _is_deeper(value: Any, depth: int) -> bool:
 
 @lru_cache(maxsize=1024)  # the rows of a file have the same keys
 def mistake(key: str) -> str | None:
-    """What is wrong with a key that was meant for a field of ours."""
+    """The error of a key that was probably meant for a field of ours; None for any other."""
     if is_known(key) or key in NO_EFFECT or len(key) > MAX_NAME_CHARS:
         return None
     plain = key.lower().replace("-", "_")
@@ -238,10 +231,10 @@ def mistake(key: str) -> str | None:
 
 
 def check_columns(name: str, columns: Sequence[str]) -> None:
-    """See that a table's columns name prompts, and no field of ours wrongly or twice.
+    """Check that a table's columns name prompts, and no field of ours wrongly or twice.
 
     Raises:
-        UsageError: they do not.
+        UsageError: naming the column.
     """
     for column in columns:
         if column.isprintable() and (error := mistake(column)):
@@ -259,8 +252,13 @@ def _quoted(key: str) -> str:
     return f'"{key}"' if len(key) <= MAX_NAME_CHARS else f'"{key[:MAX_NAME_CHARS]}..."'
 
 
+def read_columns(columns: Sequence[str]) -> list[str]:
+    """Those of a table's columns that are read; the others are the user's own."""
+    return [name for name in columns if name in _ONCE or is_known(name)]
+
+
 class OwnFields:
-    """What rows ask for themselves over what the run says.
+    """Reads rows, whose fields go before the run's.
 
     Args:
         sampling: the run's.
@@ -272,8 +270,30 @@ class OwnFields:
         self._chat = chat
         self._known: dict[str, SamplingParams] = {}
 
+    def read_row(self, draft: Draft, document: Document) -> Prompt:
+        """The prompt of a row that has `prompt` or `messages`, perhaps an `id`, and fields.
+
+        Raises:
+            RowError: saying what is wrong with it.
+        """
+        draft.id = row_id(document)
+        draft.read_prompt(document)
+        return self.prompt(draft, document)
+
+    def prompt(self, draft: Draft, fields: Document, *, only_ours: bool = False) -> Prompt:
+        """The prompt of a draft that has read its text or messages.
+
+        Args:
+            draft: of the row.
+            fields: the object that holds its fields.
+            only_ours: an unknown key is an error.
+        """
+        is_chat = draft.messages is not None
+        asked = read_fields(fields, is_chat=is_chat, only_ours=only_ours)
+        return draft.prompt(self.sampling(asked), self.chat(asked))
+
     def sampling(self, asked: Asked) -> SamplingParams | None:
-        """The row's parameters, None where they are the run's.
+        """The row's sampling parameters; None where they are the run's.
 
         Raises:
             RowError: for a value that is not allowed.
@@ -284,10 +304,10 @@ class OwnFields:
         return params
 
     def chat(self, asked: Asked) -> ChatOptions | None:
-        """The row's options of the chat template, None where they are the run's.
+        """The row's options of the chat template; None where they are the run's.
 
         Raises:
-            RowError: the last message cannot both end and be gone on with.
+            RowError: it both continues the last message and begins another one.
         """
         if not asked.chat:
             return None
@@ -310,19 +330,16 @@ class OwnFields:
     def _params(self, asked: Asked) -> SamplingParams:
         # The rows of a file often have the same. As text, because 1, 1.0 and True are equal.
         text = repr(asked.sampling)
-        params = self._known.get(text)
-        if params is None:
-            params = self._updated(asked)
-            if len(self._known) < _MOST_KNOWN:
-                self._known[text] = params
-        return params
-
-    def _updated(self, asked: Asked) -> SamplingParams:
+        if text in self._known:
+            return self._known[text]
         try:
-            return self._sampling.updated(asked.sampling)
+            params = self._sampling.updated(asked.sampling)
         except RowError as error:
             sentence = str(error)
             said = asked.names.get(sentence.partition(" ")[0])
             if said is None or sentence.startswith(said):
                 raise
             raise RowError(f'"{said}" is wrong: {sentence}') from error
+        if len(self._known) < _MOST_KNOWN:
+            self._known[text] = params
+        return params

@@ -1,7 +1,7 @@
-"""Conversations to prompt texts: a checkpoint's chat templates, rendered by transformers itself.
+"""Conversations to prompt texts: a checkpoint's chat templates, rendered by transformers.
 
-transformers is loaded when the first conversation comes, and no torch with it. A template is a
-stranger's program, so that its first rendering happens in a child process.
+transformers is loaded with the first conversation, without torch. A template is a program of an
+unknown author, so it is first rendered in a child process.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -30,7 +31,7 @@ RESERVED = frozenset(
         *("return_assistant_tokens_mask", "self"),
     }
 )
-"""Parameters of `apply_chat_template` that are no variables of a template."""
+"""Parameters of `apply_chat_template`, which are not variables of a template."""
 
 _moment: ContextVar[datetime | None] = ContextVar("moment of a run", default=None)
 
@@ -40,18 +41,20 @@ class ChatTemplate:
     """A checkpoint's chat templates, and what they are rendered with; threads may share it.
 
     Args:
-        templates: Jinja text; several with names, of which `tool_use` is for conversations with
+        templates: Jinja text; or several by name, of which `tool_use` is for conversations with
             tools and `default` for the others; None where the model is not a chat model.
-        special_tokens: names to texts, like `bos_token`.
-        moment: what a template takes for the date (`strftime_now`); None: when it is rendered.
+        special_tokens: texts by name, like `bos_token`.
+        moment: the time that a template is given (`strftime_now`); None: that of rendering.
+        trial_cpu_s: the most CPU time of the first rendering, in a child.
     """
 
     templates: str | Mapping[str, str] | None
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     moment: datetime | None = None
+    trial_cpu_s: int = transformers_child.RENDER_CPU_S
 
     def of_run(self, template: str | None, date: str | None) -> ChatTemplate:
-        """The same with a template of the run's instead of the model's, and with the run's date."""
+        """A copy with the run's template, where it has one, and with the run's date."""
         moment = None if date is None else datetime.fromisoformat(date)
         templates = self.templates if template is None else template
         return replace(self, templates=templates, moment=moment)
@@ -66,9 +69,7 @@ class ChatTemplate:
         Raises:
             UsageError: the model has no chat template, or its template refuses these messages.
         """
-        variables = self._variables(options)
-        template = self._chosen(variables.get("tools"))
-        _try_out(template, messages, variables, options)
+        template, variables = self.try_out(messages, options)
         from transformers.utils import chat_template_utils
 
         # The library keeps what it compiled, and renders with that.
@@ -88,29 +89,53 @@ class ChatTemplate:
                 )
             finally:
                 _moment.reset(token)
-        except Exception as error:  # a template is a program: it may stumble over anything
+        except Exception as error:  # a template is a program: it may raise anything
             reason = transformers_child.reason(error)
             raise UsageError(
                 f"The model's chat template refuses these messages: {reason}."
             ) from error
 
-    def try_out(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> None:
-        """Find out whether conversations can be rendered at all; these messages are an example.
+    def try_out(
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions
+    ) -> tuple[str, dict[str, Any]]:
+        """Check that conversations can be rendered, with these messages as an example.
+
+        A template is rendered in a child the first time; the cache folder remembers that.
+
+        Returns:
+            The template, and the variables to render it with.
 
         Raises:
             UsageError: the template does not compile, or takes too long; or there is none.
         """
         variables = self._variables(options)
-        _try_out(self._chosen(variables.get("tools")), messages, variables, options)
+        template = self._chosen(variables.get("tools"))
+
+        def render() -> None:
+            transformers_child.render(
+                template,
+                [dict(message) for message in messages],
+                variables,
+                continue_final=options.continue_final_message,
+                cpu_s=self.trial_cpu_s,
+            )
+
+        with _trying:
+            if template not in _tried:
+                _tried[template] = _why_never(template, render)
+            reason = _tried[template]
+        if reason is not None:
+            raise UsageError(
+                f"The model's chat template cannot be used: {reason}. Give another one "
+                "(--chat-template FILE, run.chat_template), or send plain prompts."
+            )
+        return template, variables
 
     def _variables(self, options: ChatOptions) -> dict[str, Any]:
         check_kwargs(options.template_kwargs)
         begins_answer = options.add_generation_prompt and not options.continue_final_message
-        return {
-            **self.special_tokens,
-            **options.template_kwargs,
-            "add_generation_prompt": begins_answer,
-        }
+        given = {**self.special_tokens, **options.template_kwargs}
+        return {**given, "add_generation_prompt": begins_answer}
 
     def _chosen(self, tools: object) -> str:
         templates = self.templates
@@ -131,13 +156,12 @@ class ChatTemplate:
 
 
 def check_kwargs(template_kwargs: Mapping[str, Any]) -> None:
-    """Check that variables for a template are such, and plain data.
+    """Check that a template's variables have allowed names and are plain data.
 
     Raises:
-        UsageError: for a parameter of `apply_chat_template` itself, and for what is not JSON.
+        UsageError: one is a parameter of `apply_chat_template`, or not JSON.
     """
-    reserved = RESERVED.intersection(template_kwargs)
-    if reserved:
+    if reserved := RESERVED.intersection(template_kwargs):
         raise UsageError(
             f"chat_template_kwargs holds {min(reserved)!r}, which is no variable of a template."
         )
@@ -149,7 +173,7 @@ def check_kwargs(template_kwargs: Mapping[str, Any]) -> None:
 
 @lru_cache(maxsize=1)
 def _renderer() -> Any:
-    """A tokenizer of the library's that knows nothing but how to apply a chat template."""
+    """A tokenizer of the library's without tokens, which applies chat templates."""
     from transformers import PreTrainedTokenizerBase
 
     return PreTrainedTokenizerBase()
@@ -163,48 +187,19 @@ _trying = threading.Lock()
 _tried: dict[str, str | None] = {}  # template -> why it can never be rendered
 
 
-def _try_out(
-    template: str,
-    messages: Sequence[Mapping[str, Any]],
-    variables: Mapping[str, Any],
-    options: ChatOptions,
-) -> None:
-    """Have the first rendering of a template done in a child; the cache folder remembers it."""
-    with _trying:
-        if template not in _tried:
-            _tried[template] = _why_never(template, messages, variables, options)
-        reason = _tried[template]
-    if reason is not None:
-        raise UsageError(
-            f"The model's chat template cannot be used: {reason}. Give another one "
-            "(--chat-template FILE, run.chat_template), or send plain prompts."
-        )
-
-
-def _why_never(
-    template: str,
-    messages: Sequence[Mapping[str, Any]],
-    variables: Mapping[str, Any],
-    options: ChatOptions,
-) -> str | None:
+def _why_never(template: str, render: Callable[[], None]) -> str | None:
+    """Why a template can never be rendered; None where it can."""
     parts = [template, version("transformers"), version("jinja2")]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     mark = cache_folder() / "templates" / digest[:32]
     if mark.is_file():
         return None
     try:
-        transformers_child.render(
-            template,
-            [dict(message) for message in messages],
-            dict(variables),
-            continue_final=options.continue_final_message,
-        )
+        render()
     except transformers_child.ChildFailed as error:
         if error.is_final:
             return str(error)
-    try:
+    with suppress(OSError):  # without the mark, the next process renders it in a child again
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
-    except OSError:
-        pass  # the next process tries it out again
     return None

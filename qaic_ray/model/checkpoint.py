@@ -1,32 +1,28 @@
-"""Checkpoints: finds a model's files by name, checks that they are safe and of a kind we run.
+"""Opens a checkpoint: finds a model by name, and checks that it is safe and of a kind we run.
 
-The only reader of transformers; importing this module loads neither it nor torch. Knows nothing
-of ONNX.
+Importing this module loads neither transformers nor torch.
 """
 
 from __future__ import annotations
 
-import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qaic_ray.documents import read_object
+from qaic_ray.documents import read_object, shown
 from qaic_ray.errors import CheckpointError
-from qaic_ray.folders import cache_folder
 from qaic_ray.model.chat import ChatTemplate
-from qaic_ray.model.config_fields import Fields
-from qaic_ray.model.gguf_file import model_name
-from qaic_ray.model.sources import (
-    NAMED_MODELS,
-    convert_gguf,
-    fetch_hub,
-    fetch_named,
+from qaic_ray.model.sources import check_folder, find_folder, find_weights
+from qaic_ray.model.tokenizer import (
+    Tokenizer,
+    eos_token_ids,
+    has_vocabulary,
+    loaded_tokenizer,
+    open_chat_template,
+    open_tokenizer,
 )
-from qaic_ray.model.tokenizer import Tokenizer, open_chat_template, open_tokenizer
-from qaic_ray.model.tokenizer_files import eos_token_ids, has_vocabulary, loaded_tokenizer
-from qaic_ray.model.weight_files import check_folder, find_weights
 
 SUPPORTED_ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -36,16 +32,105 @@ SUPPORTED_ARCHITECTURES = {
     "GraniteForCausalLM": "granite",
 }
 """Classes of transformers, and the `model_type` of each."""
+MAX_SIZE = 2**31 - 1
+_LARGEST = sys.float_info.max
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+class Fields:
+    """Fields of a checkpoint's config.json, each read as the type and in the range it must have.
+
+    A value that is not so is a CheckpointError that names file, key and value.
+
+    Args:
+        values: the JSON object.
+        source: names it in errors, such as `config.json`.
+    """
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        self._values = values
+        self._source = source
+
+    def __contains__(self, key: str) -> bool:
+        return self._values.get(key) is not None
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value as it is; `default` where the key is missing or null."""
+        value = self._values.get(key)
+        return default if value is None else value
+
+    def size(self, key: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
+        """A whole number from 1 to `most`; `default` where the key is missing or null."""
+        value = self.get(key, default)
+        if type(value) is not int or not 1 <= value <= most:
+            raise self.error(key, f"a whole number from 1 to {most}")
+        return value
+
+    def number(self, key: str, default: float | None = None, *, least: float, most: float) -> float:
+        """A number from `least` to `most`, never NaN; `default` where the key is missing."""
+        value = self._values.get(key, default)
+        if type(value) not in (int, float):
+            raise self.error(key, "a number")
+        # NaN is in no range, and a whole number may be larger than any float.
+        if not max(least, -_LARGEST) <= value <= min(most, _LARGEST):
+            raise self.error(key, f"a number from {least:g} to {most:g}")
+        return float(value)
+
+    def flag(self, key: str, *, default: bool = False) -> bool:
+        """True or false; `default` where the key is missing."""
+        value = self._values.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false")
+        return value
+
+    def text(self, key: str, default: str) -> str:
+        """A text; `default` where the key is missing or null."""
+        value = self.get(key, default)
+        if not isinstance(value, str):
+            raise self.error(key, "a text")
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        """A list of texts; empty where the key is missing or null."""
+        value = self.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.error(key, "a list of texts")
+        return value
+
+    def ids(self, key: str) -> tuple[int, ...]:
+        """A token id or several; empty where the key is missing or null."""
+        value = self.get(key, [])
+        several = value if isinstance(value, list) else [value]
+        if not all(type(item) is int and 0 <= item <= MAX_SIZE for item in several):
+            raise self.error(key, "a token id, or a list of them")
+        return tuple(several)
+
+    def fields(self, key: str) -> Fields:
+        """The fields of an object inside; none where the key is missing or null."""
+        value = self.get(key, {})
+        if not isinstance(value, dict):
+            raise self.error(key, "an object")
+        return Fields(value, f"{key} of {self._source}")
+
+    def names(self) -> list[str]:
+        """The keys."""
+        return list(self._values)
+
+    def absent(self, key: str) -> bool:
+        """Whether the key is missing; null is not missing."""
+        return key not in self._values
+
+    def error(self, key: str, must: str) -> CheckpointError:
+        """The error of a key whose value is not what it must be."""
+        given = "is missing" if self.absent(key) else f"is {shown(self.get(key))}"
+        return CheckpointError(f"{key} in {self._source} {given}; it must be {must}.")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A model's files on this machine.
 
-    `name` is what the user wrote, `base` the name that exported folders take from it, `config` the
-    model's own `config.json`. `weight_files` is empty when opened with `weights=False`.
+    `name` is what the user wrote, `base` what exported folders are named after, `config` the
+    content of `config.json`. `weight_files` is empty when opened with `weights=False`.
     """
 
     name: str
@@ -75,7 +160,7 @@ def open_checkpoint(
     Raises:
         CheckpointError: one sentence with the remedy.
     """
-    folder, base = _resolve(name, cache_dir=cache_dir, weights=weights)
+    folder, base = find_folder(name, cache_dir=cache_dir, weights=weights)
     check_folder(folder)
     config = read_object(folder / "config.json", raises=CheckpointError)
     check_supported(config, name)
@@ -91,28 +176,26 @@ def open_checkpoint(
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The checkpoint's tokenizer, as transformers' `AutoTokenizer` reads it; needs no torch."""
+    """The checkpoint's tokenizer, as transformers' `AutoTokenizer` reads it; loads no torch."""
     folder = loaded_tokenizer(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
     return open_tokenizer(folder, checkpoint.eos_ids)
 
 
 def load_chat_template(checkpoint: Checkpoint) -> ChatTemplate:
-    """The checkpoint's chat templates alone."""
+    """The checkpoint's chat templates, without its tokens."""
     folder = loaded_tokenizer(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
     return open_chat_template(folder)
 
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint comes with any tokenizer files."""
+    """Whether the checkpoint has any tokenizer files."""
     return has_vocabulary(checkpoint.folder)
 
 
 def load_torch_model(checkpoint: Checkpoint, *, layers: Sequence[int] | None = None) -> Any:
-    """transformers' own float32 model of the checkpoint, which exports are held against.
+    """transformers' float32 model of a checkpoint, which exports are compared with.
 
-    Args:
-        checkpoint: opened with its weights.
-        layers: the layers to load, where not all; the others are left out of the model.
+    With `layers` only those layers are kept.
     """
     import torch
     import transformers
@@ -133,7 +216,7 @@ def load_torch_model(checkpoint: Checkpoint, *, layers: Sequence[int] | None = N
             config.layer_types = [config.layer_types[layer] for layer in layers]
         tensors = _read_layers(checkpoint, layers)
         return kind.from_pretrained(None, config=config, state_dict=tensors, **how).eval()
-    except Exception as error:  # the library raises whatever its own code stumbles over
+    except Exception as error:  # the library raises anything
         reason = " ".join(str(error).split())[:240]
         raise CheckpointError(
             f"transformers, against which an export is checked, cannot load {checkpoint.name}: "
@@ -167,32 +250,8 @@ def check_supported(config: Mapping[str, Any], name: str) -> str:
     return architecture
 
 
-def _resolve(name: str, *, cache_dir: Path | None, weights: bool) -> tuple[Path, str]:
-    """The local folder of a model name, and the base of the names made from it."""
-    models = (cache_dir or cache_folder()) / "models"
-    if name in NAMED_MODELS:
-        return fetch_named(name, models), name
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path, path.name or path.resolve().name
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise CheckpointError(f"There is no GGUF file {path}.")
-        return convert_gguf(path, models), model_name(path)
-    if path.is_file():
-        raise CheckpointError(
-            f"{path} is a file; give the folder of the checkpoint, or a .gguf file."
-        )
-    if _HUB_ID.fullmatch(name):
-        return fetch_hub(name, cache_dir=cache_dir, weights=weights), name.rpartition("/")[2]
-    raise CheckpointError(
-        f"There is no model {name!r}: it is neither a local folder, nor a .gguf file, nor a hub id "
-        f"like org/name, nor {' or '.join(NAMED_MODELS)}."
-    )
-
-
 def _read_layers(checkpoint: Checkpoint, layers: Sequence[int]) -> dict[str, Any]:
-    """The torch tensors of some layers, which are numbered anew, and all that is in no layer."""
+    """The torch tensors of some layers, numbered from 0, and those of no layer."""
     from safetensors import safe_open
 
     numbers = {str(layer): str(number) for number, layer in enumerate(layers)}

@@ -1,32 +1,27 @@
-"""Token ids to text while they come. Knows no engine and no card.
+"""Token ids to text while they come, up to the first stop string.
 
-A token need not be a text: a character may be spread over several tokens, and what a token reads
-as may depend on those around it. Text is *certain* when no later token can change it. Nothing is
-decoded twice: what waits for its next token is at most a character, except where a decoder says
-that more depends on it (see `_BytePieces` and `_AnyPieces`).
+A character may be spread over several tokens, and the text of a token may depend on its neighbours.
+Text is *certain* when no later token can change it. Nothing is decoded twice, and at most one
+character waits for its next token, except with two kinds of decoders (`_BytePieces`, `_AnyPieces`).
 """
 
 from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 from qaic_ray.model.tokenizer import Tokenizer
+from qaic_ray.sampling_params import SamplingParams
 
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are no character."""
 
 
 class IncrementalText:
-    """The text of an answer, piece by piece: what all `push` and `finish` gave is exactly
-    `tokenizer.decode` of all the ids.
-
-    Args:
-        tokenizer: the checkpoint's.
-    """
+    """The text of an answer in parts, which together are exactly `tokenizer.decode` of all ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -35,24 +30,21 @@ class IncrementalText:
 
     @property
     def text(self) -> str:
-        """All that was given so far."""
+        """All parts so far."""
         return "".join(self._certain)
 
     @property
     def loose(self) -> str:
-        """What would follow if the answer ended here, without half a character at its end.
-
-        A later token may still change it.
-        """
+        """What would follow if the answer ended here, without half a character at its end."""
         return self._pieces.loose
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """Take tokens; return the text that is certain now, and was not before."""
+        """Take tokens; return the text that has become certain."""
         pieces = filter(None, map(self._tokenizer.piece, token_ids))
         return self._give("".join([self._pieces.take(piece) for piece in pieces]))
 
     def finish(self) -> str:
-        """The rest: no token follows."""
+        """The rest, when no token follows."""
         return self._give(self._pieces.end())
 
     def _give(self, text: str) -> str:
@@ -60,24 +52,25 @@ class IncrementalText:
         return text
 
 
-class _Pieces(Protocol):
+class _Pieces:
     """Vocabulary pieces to text, as one kind of decoder does it."""
 
     @property
     def loose(self) -> str:
         """See `IncrementalText.loose`."""
+        return ""
 
     def take(self, piece: str) -> str:
-        """Take a piece; return what is certain now."""
+        """Take a piece; return what has become certain."""
+        return ""
 
     def end(self) -> str:
-        """What is left."""
+        """The rest."""
+        return ""
 
 
-class _ByteLevelPieces:
+class _ByteLevelPieces(_Pieces):
     """Each character of a piece stands for a byte (GPT-2's table); the bytes are UTF-8."""
-
-    loose = ""
 
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -89,10 +82,8 @@ class _ByteLevelPieces:
         return self._utf8.decode(b"", final=True)
 
 
-class _MetaspacePieces:
+class _MetaspacePieces(_Pieces):
     """A mark in a piece stands for a space, but for nothing in the first piece of a text."""
-
-    loose = ""
 
     def __init__(self, mark: str, *, drops_first: bool) -> None:
         self._mark = mark
@@ -103,18 +94,13 @@ class _MetaspacePieces:
         self._drops = False
         return text
 
-    def end(self) -> str:
-        return ""
 
+class _BytePieces(_Pieces):
+    """SentencePiece: marks are spaces, `<0xE2>` is a byte, leading spaces may be dropped.
 
-class _BytePieces:
-    """SentencePiece's: marks are spaces, `<0xE2>` is a byte, some first spaces are dropped.
-
-    One byte that is no UTF-8 turns the whole run of byte pieces around it into replacement
+    One byte that is not UTF-8 turns the whole run of byte pieces around it into replacement
     characters. So the characters of a run are loose until the run ends.
-
-    Args:
-        steps: the decoder's, of a form that `_SENTENCEPIECE` matches.
+    The decoder's steps are of a form that `_SENTENCEPIECE` matches.
     """
 
     def __init__(self, steps: Sequence[dict[str, Any]]) -> None:
@@ -175,18 +161,15 @@ class _BytePieces:
         return text
 
     def _dropping(self, text: str) -> tuple[str, int]:
-        """`text` without what is still to be dropped at the answer's start, and how much is then
-        left to drop."""
+        """`text` without what the answer's start drops, and how much is then left to drop."""
         num_drops = self._num_drops
-        while num_drops and text:
-            if text[0] != self._dropped:
-                return text, 0
+        while num_drops and text.startswith(self._dropped):
             text, num_drops = text[1:], num_drops - 1
-        return text, num_drops
+        return text, 0 if text else num_drops
 
 
-class _AnyPieces:
-    """A decoder of a form we do not know: any piece may change any text, to the very end."""
+class _AnyPieces(_Pieces):
+    """A decoder of an unknown kind: any piece may change any text, until the end."""
 
     def __init__(self, join: Callable[[list[str]], str]) -> None:
         self._join = join
@@ -228,7 +211,7 @@ def _pieces(tokenizer: Tokenizer) -> _Pieces:
 
 
 def _is_simple(step: dict[str, Any]) -> bool:
-    """Whether a step changes single characters, and none at the text's end."""
+    """Whether a step changes single characters only, and none at the text's end."""
     match step:
         case {"type": "Replace", "pattern": pattern}:
             return len(pattern.get("String", "")) == 1
@@ -247,7 +230,7 @@ def _byte_level(piece: str) -> bytes:
 
 
 def _byte_table() -> dict[str, int]:
-    """Bytes that Latin-1 can show stand for themselves, the others for characters from 256 on."""
+    """GPT-2's table: bytes that Latin-1 can show are themselves, the others 256 and up."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {
@@ -256,3 +239,149 @@ def _byte_table() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_table()
+
+
+class StopFinder:
+    """Reads a row's tokens for the engine and ends the row at the first stop string.
+
+    The stop string whose last character comes first wins; of several that end with the same
+    character, the longest. One that ends within the row's first `min_tokens - 1` tokens does not
+    count.
+
+    Special tokens are not in the text, but a stop string that has them written out is found where
+    they are: `<|im_end|>` ends the row at the token of this name.
+    """
+
+    stop: str | None = None
+    """The stop string that ended the row."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        self._text = IncrementalText(tokenizer)
+        self._params = params
+        self._overlap = max(map(len, params.stop), default=1) - 1
+        self._num_read = 0
+        self._num_certain = 0
+        self._tail = ""  # of the certain text, where a stop string may have begun
+        self._loose = ""
+        self._plain_stops = [stop for stop in params.stop if not tokenizer.writes_special(stop)]
+        self._special = None
+        if len(self._plain_stops) < len(params.stop):
+            self._special = _SpecialStops(tokenizer, set(params.stop) - set(self._plain_stops))
+        self._stopped_text = ""
+
+    @property
+    def text(self) -> str:
+        """The answer so far, without half characters; cut at the stop string once there is one, or
+        behind it with `include_stop_str_in_output`."""
+        return self._text.text + self._loose if self.stop is None else self._stopped_text
+
+    @property
+    def certain(self) -> str:
+        """The beginning of the answer that no later token or stop string can change."""
+        if self.stop is not None:
+            return self._stopped_text
+        text, num_held = self._text.text, 0
+        for length in range(min(self._overlap, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._plain_stops):
+                num_held = length
+                break
+        if self._special is not None:
+            held = self._special.begun(self._tail, self._num_certain - len(self._tail))
+            num_held = max(num_held, held)
+        return text[: len(text) - num_held]
+
+    def read(self, token_ids: Sequence[int]) -> int | None:
+        """Take the row's new tokens; once a stop string is found, return how many are kept."""
+        for token_id in token_ids:
+            if self.stop is not None:
+                break
+            self._num_read += 1
+            self._look_at(self._text.push((token_id,)), token_id)
+        return None if self.stop is None else self._num_read
+
+    def _look_at(self, certain: str, token_id: int) -> None:
+        before = self._tail + self._loose
+        self._loose = self._text.loose
+        now = self._tail + certain + self._loose
+        num_seen = len(before) if now.startswith(before) else len(self._tail)
+        start = self._num_certain - len(self._tail)
+        if self._special is not None:
+            self._special.read(token_id, start + len(now))
+        if self._num_read >= self._params.min_tokens:
+            self._look_for_stop(now, num_seen, start)
+        self._num_certain += len(certain)
+        tail = self._tail + certain
+        self._tail = tail[max(0, len(tail) - self._overlap) :]
+
+    def _look_for_stop(self, window: str, num_seen: int, start: int) -> None:
+        """Find a stop string that ends behind the first `num_seen` characters of the window.
+
+        The window is the text from its character `start` on.
+        """
+        found = []
+        for stop in self._plain_stops:
+            at = window.find(stop, max(0, num_seen - len(stop) + 1))
+            if at >= 0:
+                found.append((at + len(stop), at, stop))
+        if self._special is not None:
+            found += self._special.found(window, num_seen, start)
+        if not found:
+            return
+        _, at, self.stop = min(found)
+        kept = (self._text.text + self._loose)[: start + at]
+        self._stopped_text = kept + (self.stop if self._params.include_stop_str_in_output else "")
+
+
+class _SpecialStops:
+    """Finds stop strings in the text with its special tokens written out.
+
+    Places are counted in the text itself, where a special token takes no room.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Collection[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._marks: list[tuple[int, str]] = []  # place in the text, what is written there
+        self._is_new = False
+
+    def read(self, token_id: int, place: int) -> None:
+        """Take a token, and the length of the text with it."""
+        special = self._tokenizer.special_text(token_id)
+        self._is_new = special is not None
+        if special is not None:
+            self._marks.append((place, special))
+
+    def found(self, window: str, num_seen: int, start: int) -> list[tuple[int, int, str]]:
+        """End, start and stop string of those that the last token ends; see `_look_for_stop`."""
+        written, places = self._written(window, start)
+        if self._is_new:
+            num_seen = len(written) - len(self._marks[-1][1])
+        else:
+            num_seen += sum(len(text) for place, text in self._marks if place - start <= num_seen)
+        found = []
+        for stop in self._stops:
+            at = written.find(stop, max(0, num_seen - len(stop) + 1))
+            if at >= 0:
+                found.append((places[at + len(stop)], places[at], stop))
+        return found
+
+    def begun(self, tail: str, start: int) -> int:
+        """How many of the text's last characters may be the beginning of a stop string."""
+        written, places = self._written(tail, start)
+        for at in range(len(written)):
+            if any(stop.startswith(written[at:]) for stop in self._stops):
+                return len(tail) - places[at]
+        return 0
+
+    def _written(self, window: str, start: int) -> tuple[str, list[int]]:
+        """The window with its special tokens, and the place in the window of each character and of
+        the end."""
+        self._marks = [mark for mark in self._marks if mark[0] >= start]
+        written, done = "", 0
+        places: list[int] = []
+        for place, special in self._marks:
+            at = min(place - start, len(window))
+            written += window[done:at] + special
+            places += [*range(done, at), *[at] * len(special)]
+            done = at
+        return written + window[done:], [*places, *range(done, len(window) + 1)]

@@ -1,8 +1,8 @@
-"""From the keys of a GGUF file to the config.json of transformers, by a table of our own.
+"""Makes the config.json of transformers from the keys of a GGUF file.
 
-Each key that begins with the file's architecture is used, known to change nothing at the value it
-has, or named in a refusal. Keys of other prefixes are asked for by nobody who runs the model. What
-is said of a key here is what llama.cpp does with it. Knows nothing of weights' values.
+Each key that begins with the file's architecture is used, or changes nothing at its value, or is
+named in an error. Keys with other prefixes do not change what the model computes. What is said of a
+key here is what llama.cpp does with it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qaic_ray.errors import CheckpointError
 from qaic_ray.model.gguf_file import GgufFile
 
 ROPE_DIVISORS = "rope_freqs.weight"
-"""Llama 3.1's scaling has no key: the tensor holds a divisor of each inverse frequency."""
+"""The tensor of Llama 3.1's scaling, which has no key: a divisor for each inverse frequency."""
 NUMBER_MAX = 1 << 31
 
 
@@ -25,7 +25,7 @@ class Family:
     """An architecture of GGUF and the class of transformers that computes the same.
 
     `permuted`: rows of q and k are stored for pairs of neighbours instead of halves of a head.
-    `biases`: those of a layer that the class has, by the projections' names, and whether always.
+    `attention_bias` and `mlp_bias`: the projections that may have a bias, or always have one.
     """
 
     kind: str
@@ -55,37 +55,31 @@ _IRRELEVANT = {
     "tensor_data_layout",  # all files of these architectures have the one that `permuted` undoes
     "vocab_size",  # held against the embedding in `read_config`
 }
+_NEUTRAL_AT_0 = (
+    *("attention.clamp_kqv", "attention.max_alibi_bias", "attention.scale"),
+    *("attention.temperature_length", "attention.temperature_scale", "attn_logit_softcapping"),
+    *("expert_count", "expert_shared_count", "expert_used_count", "final_logit_softcapping"),
+    *("leading_dense_block_count", "nextn_predict_layers", "rope.scaling.alpha"),
+    *("rope.scaling.yarn_log_multiplier",),
+)
+_NEUTRAL_SCALES = (
+    *("attention.output_scale", "attention.value_scale", "embedding_scale", "logit_scale"),
+    *("residual_scale",),
+)
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(_NEUTRAL_AT_0, (0,)),
+    **dict.fromkeys(_NEUTRAL_SCALES, (0, 1)),
     "attention.causal": (True,),
-    "attention.clamp_kqv": (0,),
-    "attention.max_alibi_bias": (0,),
-    "attention.output_scale": (0, 1),
-    "attention.scale": (0,),
-    "attention.temperature_length": (0,),
-    "attention.temperature_scale": (0,),
-    "attention.value_scale": (0, 1),
-    "attn_logit_softcapping": (0,),
-    "embedding_scale": (0, 1),
-    "expert_count": (0,),
-    "expert_shared_count": (0,),
-    "expert_used_count": (0,),
-    "final_logit_softcapping": (0,),
-    "leading_dense_block_count": (0,),
-    "logit_scale": (0, 1),
-    "nextn_predict_layers": (0,),
-    "residual_scale": (0, 1),
-    "rope.scaling.alpha": (0,),
-    "rope.scaling.yarn_log_multiplier": (0,),
     "use_parallel_residual": (False,),
 }
-"""Keys that llama.cpp does not ask for in these families, or that mean nothing at these values."""
+"""Keys that llama.cpp does not read in these families, or that change nothing at these values."""
 
 
 def family_of(gguf: GgufFile) -> Family:
     """The family of a file.
 
     Raises:
-        CheckpointError: it is of an architecture that we do not run, or no model at all.
+        CheckpointError: we do not run its architecture, or it is no model.
     """
     name = gguf.keys.get("general.architecture")
     if not isinstance(name, str) or name not in FAMILIES:
@@ -100,19 +94,14 @@ def family_of(gguf: GgufFile) -> Family:
 
 
 def read_config(gguf: GgufFile, divisors: Sequence[float] | None) -> dict[str, Any]:
-    """The config.json that means what the file's keys mean.
-
-    Args:
-        gguf: the file.
-        divisors: the values of `ROPE_DIVISORS`, None where the file has no such tensor.
+    """The config.json of a file; `divisors` are the values of its tensor `ROPE_DIVISORS`, if any.
 
     Raises:
         CheckpointError: a key is missing, impossible, or asks for what we do not compute.
     """
     family = family_of(gguf)
-    keys = _Keys(gguf)
-    heads, kv_heads = keys.size("attention.head_count"), None
-    kv_heads = keys.size("attention.head_count_kv", default=heads)
+    keys = _GgufKeys(gguf)
+    heads = keys.size("attention.head_count")
     hidden = keys.size("embedding_length")
     head_dim = _head_dim(keys, hidden, heads)
     config: dict[str, Any] = {
@@ -122,7 +111,7 @@ def read_config(gguf: GgufFile, divisors: Sequence[float] | None) -> dict[str, A
         "hidden_size": hidden,
         "intermediate_size": keys.size("feed_forward_length"),
         "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
+        "num_key_value_heads": keys.size("attention.head_count_kv", default=heads),
         "head_dim": head_dim,
         "vocab_size": _vocab_size(gguf, keys),
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
@@ -138,8 +127,8 @@ def read_config(gguf: GgufFile, divisors: Sequence[float] | None) -> dict[str, A
     return config
 
 
-class _Keys:
-    """The keys of a file's architecture; those that were asked for count as used."""
+class _GgufKeys:
+    """The keys of a file's architecture; those that are read count as used."""
 
     def __init__(self, gguf: GgufFile) -> None:
         self._file = gguf.name
@@ -147,28 +136,28 @@ class _Keys:
         self._keys = gguf.keys
         self._used: set[str] = set()
 
-    def get(self, key: str) -> Any:
+    def get(self, key: str, default: Any = None) -> Any:
         self._used.add(key)
-        return self._keys.get(self._prefix + key)
+        return self._keys.get(self._prefix + key, default)
 
     def size(self, key: str, *, default: int | None = None) -> int:
-        """A whole number of at least 1; of an array over the layers, the one that all have."""
-        value = self.get(key)
+        """A whole number of at least 1; of an array over the layers, the one value of all."""
+        value = self.get(key, default)
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
-        if value is None:
-            value = default
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < NUMBER_MAX:
+        if type(value) is not int or not 1 <= value < NUMBER_MAX:
             raise self.error(key, "a whole number of at least 1, the same in all layers")
         return value
 
     def number(self, key: str, *, default: float | None = None) -> float:
-        value = self.get(key)
-        if value is None:
-            value = default
+        value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
             raise self.error(key, "a number above 0")
         return float(value)
+
+    def scale(self, key: str, default: float) -> float:
+        """A number above 0; `default` where the key is missing or 0."""
+        return self.number(key) if self.get(key) else default
 
     def error(self, key: str, must: str) -> CheckpointError:
         value = self._keys.get(self._prefix + key)
@@ -176,7 +165,7 @@ class _Keys:
         return CheckpointError(f"{self._prefix}{key} of {self._file} {given}; it must be {must}.")
 
     def refuse_the_rest(self) -> None:
-        """Refuse the first key that nothing is known about."""
+        """Refuse the first key that is neither used nor known to change nothing."""
         for name, value in self._keys.items():
             key = name.removeprefix(self._prefix)
             if key == name or key in self._used | _IRRELEVANT:
@@ -188,7 +177,7 @@ class _Keys:
                 )
 
 
-def _head_dim(keys: _Keys, hidden: int, heads: int) -> int:
+def _head_dim(keys: _GgufKeys, hidden: int, heads: int) -> int:
     default = None if hidden % heads else hidden // heads
     head_dim = keys.size("attention.key_length", default=default)
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -197,8 +186,8 @@ def _head_dim(keys: _Keys, hidden: int, heads: int) -> int:
     return head_dim
 
 
-def _vocab_size(gguf: GgufFile, keys: _Keys) -> int:
-    """The rows of the embedding, which every other place must agree with."""
+def _vocab_size(gguf: GgufFile, keys: _GgufKeys) -> int:
+    """The number of rows of the embedding, with which the keys must agree."""
     embedding = gguf.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{gguf.name} has no tensor token_embd.weight of two dimensions.")
@@ -214,14 +203,13 @@ def _vocab_size(gguf: GgufFile, keys: _Keys) -> int:
     return rows
 
 
-def _positions(keys: _Keys, head_dim: int, divisors: Sequence[float] | None) -> dict[str, Any]:
+def _positions(keys: _GgufKeys, head_dim: int, divisors: Sequence[float] | None) -> dict[str, Any]:
     """`max_position_embeddings` and `rope_parameters`.
 
-    A window hides nothing until it is full, so it only makes the context shorter.
+    A sliding window changes nothing until it is full, so it only shortens the context.
     """
     longest = keys.size("context_length")
-    window = keys.get("attention.sliding_window")
-    if window:
+    if keys.get("attention.sliding_window"):
         longest = min(longest, keys.size("attention.sliding_window"))
     return {
         "max_position_embeddings": longest,
@@ -230,11 +218,10 @@ def _positions(keys: _Keys, head_dim: int, divisors: Sequence[float] | None) -> 
     }
 
 
-def _rope(keys: _Keys, head_dim: int, divisors: Sequence[float] | None) -> dict[str, Any]:
+def _rope(keys: _GgufKeys, head_dim: int, divisors: Sequence[float] | None) -> dict[str, Any]:
     kind = keys.get("rope.scaling.type")
-    older = keys.number("rope.scale_linear") if keys.get("rope.scale_linear") else 1.0
-    given = keys.get("rope.scaling.factor")
-    factor = keys.number("rope.scaling.factor") if given else older
+    # The second key is of older files.
+    factor = keys.scale("rope.scaling.factor", keys.scale("rope.scale_linear", 1.0))
     if kind is None:  # llama.cpp's default
         kind = "linear"
     if kind == "none":
@@ -244,11 +231,8 @@ def _rope(keys: _Keys, head_dim: int, divisors: Sequence[float] | None) -> dict[
             raise keys.error(key, f"{neutral[-1]}, since nothing else is supported")
     original = keys.size(_ORIGINAL, default=keys.size("context_length"))
     if kind == "yarn" and divisors is None:
-        return {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": original,
-        }
+        place = {"original_max_position_embeddings": original}
+        return {"rope_type": "yarn", "factor": factor, **place}
     if kind != "linear":
         known = "none, linear or yarn"
         beside = f"none or linear beside the tensor {ROPE_DIVISORS}"
@@ -266,11 +250,11 @@ _YARN_NEUTRAL: dict[str, tuple[float, ...]] = {
     "rope.scaling.yarn_beta_slow": (-1, 1),
     "rope.scaling.yarn_ext_factor": (-1, 1),
 }
-"""llama.cpp reads these for some architectures only, so any other value has two meanings."""
+"""llama.cpp reads these for some architectures only, so any other value is ambiguous."""
 
 
 def _divided(divisors: Sequence[float], head_dim: int) -> dict[str, Any]:
-    """Divisors as transformers takes them: longrope, whose two tables here are one."""
+    """Divisors as transformers takes them: longrope with two equal tables."""
     if len(divisors) != head_dim // 2 or not all(0 < d < 1e9 for d in divisors):
         raise CheckpointError(
             f"The tensor {ROPE_DIVISORS} must hold {head_dim // 2} divisors above 0, not "
@@ -287,76 +271,21 @@ def _divided(divisors: Sequence[float], head_dim: int) -> dict[str, Any]:
 
 
 def _biases(gguf: GgufFile, family: Family) -> dict[str, Any]:
-    """The switches of the biases that the file has; what lacks of a group is written as zeros."""
+    """The switches of the groups of biases that the file has; a missing one is written as zeros."""
 
-    def any_of(stems: Sequence[str]) -> bool:
-        ends = tuple(f".{stem}.bias" for stem in stems)
-        return any(name.endswith(ends) for name in gguf.tensors)
-
-    switches: dict[str, Any] = {}
-    if family.attention_bias and not family.always_biased:
-        switches["attention_bias"] = any_of(family.attention_bias)
-    if family.mlp_bias:
-        switches["mlp_bias"] = any_of(family.mlp_bias)
-    return switches
+    attention = () if family.always_biased else family.attention_bias
+    groups = {"attention_bias": attention, "mlp_bias": family.mlp_bias}
+    found = {name.split(".")[-2] for name in gguf.tensors if name.endswith(".bias")}
+    return {switch: not found.isdisjoint(stems) for switch, stems in groups.items() if stems}
 
 
-def _scales(keys: _Keys, head_dim: int) -> dict[str, Any]:
-    """Granite's; a scale of 0 is none. Granite switches rotary off by `finetuned`."""
+def _scales(keys: _GgufKeys, head_dim: int) -> dict[str, Any]:
+    """Granite's scales, of which 0 means none. Granite switches rotary off by `finetuned`."""
     if keys.get("rope.scaling.finetuned") is False:
         raise keys.error("rope.scaling.finetuned", "true: Granite without rotary is not supported")
-    names = ("embedding_scale", "residual_scale", "logit_scale", "attention.scale")
-    given = {name: keys.number(name) if keys.get(name) else None for name in names}
     return {
-        "embedding_multiplier": given["embedding_scale"] or 1.0,
-        "residual_multiplier": given["residual_scale"] or 1.0,
-        "logits_scaling": given["logit_scale"] or 1.0,
-        "attention_multiplier": given["attention.scale"] or head_dim**-0.5,
+        "embedding_multiplier": keys.scale("embedding_scale", 1.0),
+        "residual_multiplier": keys.scale("residual_scale", 1.0),
+        "logits_scaling": keys.scale("logit_scale", 1.0),
+        "attention_multiplier": keys.scale("attention.scale", head_dim**-0.5),
     }
-
-
-def end_ids(gguf: GgufFile) -> tuple[int, ...]:
-    """Ids that end an answer: those the file names, and control tokens known to end a turn.
-
-    Raises:
-        CheckpointError: one of them is no token.
-    """
-    tokens = gguf.keys.get("tokenizer.ggml.tokens", [])
-    kinds = gguf.keys.get("tokenizer.ggml.token_type", [])
-    found = []
-    for key in (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")):
-        default = DEFAULT_EOS if gguf.keys.get("tokenizer.ggml.model") == "llama" else None
-        number = gguf.keys.get(key, default if key == "tokenizer.ggml.eos_token_id" else None)
-        if number is None:
-            continue
-        if type(number) is not int or not 0 <= number < max(len(tokens), 1):
-            raise CheckpointError(
-                f"{key} of {gguf.name} is {shown(number)}; it must be below the number of tokens, "
-                f"{len(tokens)}."
-            )
-        found.append(number)
-    found += [
-        number
-        for number, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
-        if kind == CONTROL and token in END_OF_TURN
-    ]
-    return tuple(dict.fromkeys(found))
-
-
-CONTROL = 3
-DEFAULT_EOS = 2
-"""What llama.cpp takes for a SentencePiece vocabulary that does not say."""
-END_OF_TURN = frozenset(
-    {
-        "<|eot_id|>",
-        "<|eom_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<|end_of_text|>",
-        "<|endoftext|>",
-        "<end_of_turn>",
-        "<|end_of_turn|>",
-        "[EOT]",
-        "< EOT >",
-    }
-)

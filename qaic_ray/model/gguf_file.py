@@ -1,7 +1,7 @@
-"""Reads the header of a GGUF file, or of all parts of a split one: keys, and where tensors lie.
+"""Reads the header of a GGUF file, or of all parts of a split one: its keys and tensors' places.
 
-Every count is held against the size of the file before it is used, so a damaged file ends in one
-sentence and never in a long loop. Knows nothing of what keys and tensors mean.
+Every count is compared with the size of the file before it is used, so a damaged file gives an
+error of one sentence and never a long loop. The gguf package's reader makes no such checks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,8 +21,7 @@ from qaic_ray.errors import CheckpointError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MAX_ARRAY = 1 << 24
-"""Values of one array: more than any vocabulary has."""
+MAX_ARRAY = 1 << 24  # more values than any vocabulary has
 MAX_STRING_BYTES = 1 << 26
 MAX_DIMS = 4
 DEFAULT_ALIGNMENT = 32
@@ -30,15 +30,14 @@ _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
-_LEAST_KEY_BYTES = 13
-"""A name's length, a type and one byte."""
+_LEAST_KEY_BYTES = 13  # a name's length, a type and one byte
 _LEAST_TENSOR_BYTES = 24
 _PART = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where one tensor lies; `kind` is ggml's number of its type, `shape` has rows first."""
+    """A tensor's place; `kind` is ggml's number of its type, `shape` has the rows first."""
 
     name: str
     kind: int
@@ -49,16 +48,15 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """The keys of a model (those of its first part) and the tensors of all its parts."""
+    """The keys of the first part of a model, and the tensors of all parts."""
 
     name: str
-    paths: tuple[Path, ...]
     keys: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
 
 
 def part_paths(path: Path) -> tuple[Path, ...]:
-    """All parts of the model that a file is of, in order; only itself where it is not split.
+    """All parts of the model that a file belongs to, in order; itself where it is not split.
 
     Raises:
         CheckpointError: one of them is not there.
@@ -82,7 +80,7 @@ def part_paths(path: Path) -> tuple[Path, ...]:
 
 
 def model_name(path: Path) -> str:
-    """The name of the file without the number of its part and its ending."""
+    """The name of the file without its part number and its suffix."""
     match = _PART.fullmatch(path.name)
     return path.stem if match is None else match["name"]
 
@@ -97,20 +95,19 @@ def read_gguf(path: Path) -> GgufFile:
     files = [_read_part(part) for part in paths]
     keys = files[0][0]
     tensors: dict[str, GgufTensor] = {}
-    for part, (_, part_tensors) in zip(paths, files, strict=True):
-        for tensor in part_tensors:
-            if tensor.name in tensors:
-                raise CheckpointError(
-                    f"The tensor {shown(tensor.name)} is in {tensors[tensor.name].path.name} and "
-                    f"again in {part.name}."
-                )
-            tensors[tensor.name] = tensor
+    for tensor in chain.from_iterable(part_tensors for _, part_tensors in files):
+        if tensor.name in tensors:
+            raise CheckpointError(
+                f"The tensor {shown(tensor.name)} is in {tensors[tensor.name].path.name} and "
+                f"again in {tensor.path.name}."
+            )
+        tensors[tensor.name] = tensor
     _check_split(paths, [part_keys for part_keys, _ in files], len(tensors))
-    return GgufFile(path.name, paths, keys, tensors)
+    return GgufFile(path.name, keys, tensors)
 
 
 def _check_split(paths: tuple[Path, ...], keys: list[Mapping[str, Any]], num_tensors: int) -> None:
-    """Hold the counts that a split model carries against what was found."""
+    """Compare the counts that a split model carries with what was found."""
     for number, (path, part) in enumerate(zip(paths, keys, strict=True)):
         count, said = part.get("split.count", 0), part.get("split.no", 0)
         if count in (0, 1) and len(paths) == 1:
@@ -132,12 +129,12 @@ def _check_split(paths: tuple[Path, ...], keys: list[Mapping[str, Any]], num_ten
 def _read_part(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
     try:
         with path.open("rb") as file:
-            return _Header(file, path).read()
+            return _HeaderReader(file, path).read()
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
 
 
-class _Header:
+class _HeaderReader:
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file = file
         self._path = path
@@ -178,7 +175,7 @@ class _Header:
             )
 
     def _tensor(self) -> GgufTensor:
-        """The next tensor; its offset counts from where all of them begin."""
+        """The next tensor; its offset counts from where the data begins."""
         name, num_dims = self._string(), self._scalar("I")
         if not 1 <= num_dims <= MAX_DIMS:
             raise self._damaged(f"its tensor {shown(name)} has {num_dims} dimensions")
@@ -214,7 +211,7 @@ class _Header:
     def _string(self) -> str:
         length = self._scalar("Q")
         self._check_count(length, 1, "bytes of a text", most=MAX_STRING_BYTES)
-        # A vocabulary may hold halves of characters; they survive the way to JSON and back.
+        # A vocabulary may hold halves of characters.
         return self._take(length).decode("utf-8", "surrogateescape")
 
     def _scalar(self, code: str) -> Any:
@@ -238,7 +235,7 @@ class _Header:
 
 
 def tensor_bytes(name: str, kind: int, shape: tuple[int, ...]) -> int:
-    """The bytes that a tensor takes.
+    """The number of bytes that a tensor takes.
 
     Raises:
         CheckpointError: its type is unknown, or does not fit its rows.

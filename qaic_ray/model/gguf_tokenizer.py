@@ -1,7 +1,7 @@
-"""From the vocabulary of a GGUF file to the tokenizer files of a checkpoint.
+"""Makes the tokenizer files of a checkpoint from the vocabulary of a GGUF file.
 
-Text becomes the ids that llama.cpp makes of it. A vocabulary whose way of splitting text is not in
-the table here is refused by its name: a wrong split gives wrong ids in silence.
+A text gets the ids that llama.cpp gives it. A vocabulary whose way of splitting text is not in the
+table here is refused by its name, because a wrong split gives wrong ids without an error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 MAX_TOKEN_CHARS = 2048
-"""More than any token or merge has."""
+"""The longest token or merge."""
+END_OF_TURN = frozenset({
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>",
+    "<end_of_turn>", "<|end_of_turn|>", "[EOT]", "< EOT >",
+})  # fmt: skip
 
 _CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -42,8 +46,8 @@ _FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")
 class Splitting:
     """How text is split before bytes are merged, one pattern after the other.
 
-    `whole_words`: a piece that is a token is taken as it is, whatever the merges say. `adds_bos` is
-    what holds where the file does not say.
+    With `whole_words` a piece that is a token is not split by merges. `adds_bos` holds where the
+    file does not say.
     """
 
     patterns: tuple[str, ...]
@@ -70,16 +74,11 @@ SPLITTINGS = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez"), _OF_QWEN2),
     **dict.fromkeys(("gpt-2", "mpt", "olmo", "phi-2"), _OF_GPT2),
 }
-"""By `tokenizer.ggml.pre`; each is held against llama.cpp by a test."""
+"""By `tokenizer.ggml.pre`; a test compares each with llama.cpp."""
 
 
 def write_tokenizer(keys: Mapping[str, Any], name: str, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json, or nothing where the file has no vocabulary.
-
-    Args:
-        keys: of the file.
-        name: names the file in errors.
-        folder: the checkpoint's.
 
     Raises:
         CheckpointError: the vocabulary is damaged or of a kind that we do not run.
@@ -92,7 +91,7 @@ def write_tokenizer(keys: Mapping[str, Any], name: str, folder: Path) -> None:
             f"{name} has a tokenizer of the kind {shown(model)} (tokenizer.ggml.model); supported: "
             "gpt2, llama."
         )
-    vocabulary = _Vocabulary.read(keys, name)
+    vocabulary = _Vocabulary(keys, name)
     tokenizer = _byte_level(vocabulary) if model == "gpt2" else _sentencepiece(vocabulary)
     try:
         _finish(tokenizer, vocabulary)
@@ -103,113 +102,119 @@ def write_tokenizer(keys: Mapping[str, Any], name: str, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(settings + "\n", encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class _Vocabulary:
-    """The checked lists of a file's tokenizer. Special tokens are None where there are none."""
+def end_ids(keys: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """Ids that end an answer: those the file names, and control tokens known to end a turn.
 
-    name: str
-    keys: Mapping[str, Any]
-    tokens: list[str]
-    kinds: list[int]
-    special: Mapping[str, str | None]
-    adds_bos: bool
-    adds_eos: bool
-
-    @classmethod
-    def read(cls, keys: Mapping[str, Any], name: str) -> _Vocabulary:
-        tokens = _texts(keys, "tokens", name)
-        if len(set(tokens)) != len(tokens):
-            twice = next(token for token in tokens if tokens.count(token) > 1)
-            raise CheckpointError(f"{name} has the token {shown(twice)} twice.")
-        kinds = keys.get("tokenizer.ggml.token_type", [1] * len(tokens))
-        if not isinstance(kinds, list) or len(kinds) != len(tokens):
-            raise CheckpointError(
-                f"{name} has {len(tokens)} tokens and another number of types "
-                "(tokenizer.ggml.token_type)."
-            )
-        of_sentencepiece = keys["tokenizer.ggml.model"] == "llama"
-        special = {}
-        for token, key, default in _SPECIAL:
-            number = keys.get(f"tokenizer.ggml.{key}", default if of_sentencepiece else None)
-            special[f"{token}_token"] = None if number is None else _nth(tokens, number, key, name)
-        by_default = of_sentencepiece or _splitting(keys, name).adds_bos
-        adds_bos = _flag(keys, "add_bos_token", name, default=by_default)
-        return cls(
-            name=name,
-            keys=keys,
-            tokens=tokens,
-            kinds=kinds,
-            special=special,
-            adds_bos=adds_bos and special["bos_token"] is not None,
-            adds_eos=_flag(keys, "add_eos_token", name, default=False)
-            and special["eos_token"] is not None,
-        )
-
-    @property
-    def ids(self) -> dict[str, int]:
-        return {token: number for number, token in enumerate(self.tokens)}
+    Raises:
+        CheckpointError: one of them is no token.
+    """
+    tokens = keys.get("tokenizer.ggml.tokens", [])
+    found = []
+    for key in ("eos_token_id", "eot_token_id", "eom_token_id"):
+        number = _special_id(keys, key)
+        if number is not None:
+            found.append(_checked_id(number, key, name, len(tokens)))
+    for number, kind in enumerate(keys.get("tokenizer.ggml.token_type", [])[: len(tokens)]):
+        if kind == CONTROL and tokens[number] in END_OF_TURN:
+            found.append(number)
+    return tuple(dict.fromkeys(found))
 
 
-_SPECIAL = (
-    ("bos", "bos_token_id", 1),
-    ("eos", "eos_token_id", 2),
-    ("unk", "unknown_token_id", 0),
-    ("pad", "padding_token_id", None),
-)
-"""Name, key, and what llama.cpp takes for a SentencePiece vocabulary that does not say."""
+_SENTENCEPIECE_IDS = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
+"""What llama.cpp takes for a SentencePiece vocabulary that does not say."""
 
 
-def _texts(keys: Mapping[str, Any], key: str, name: str) -> list[str]:
-    texts = keys.get(f"tokenizer.ggml.{key}")
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise CheckpointError(f"{name} has no list of texts tokenizer.ggml.{key}.")
-    if any(len(text) > MAX_TOKEN_CHARS for text in texts):
-        raise CheckpointError(
-            f"{name} has an entry of more than {MAX_TOKEN_CHARS} characters in "
-            f"tokenizer.ggml.{key}."
-        )
-    for number, text in enumerate(texts):
-        if not _is_utf8(text):
-            raise CheckpointError(
-                f"{name} has an entry in tokenizer.ggml.{key} that is not UTF-8: number {number}."
-            )
-    return texts
+def _special_id(keys: Mapping[str, Any], key: str) -> Any:
+    of_sentencepiece = keys.get("tokenizer.ggml.model") == "llama"
+    default = _SENTENCEPIECE_IDS.get(key) if of_sentencepiece else None
+    return keys.get(f"tokenizer.ggml.{key}", default)
 
 
-def _nth(tokens: list[str], number: Any, key: str, name: str) -> str:
-    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(tokens):
+def _checked_id(number: Any, key: str, name: str, num_tokens: int) -> int:
+    if type(number) is not int or not 0 <= number < max(num_tokens, 1):
         raise CheckpointError(
             f"tokenizer.ggml.{key} of {name} is {shown(number)}; it must be below the number of "
-            f"tokens, {len(tokens)}."
+            f"tokens, {num_tokens}."
         )
-    return tokens[number]
+    return number
 
 
-def _flag(keys: Mapping[str, Any], key: str, name: str, *, default: bool) -> bool:
-    value = keys.get(f"tokenizer.ggml.{key}", default)
-    if not isinstance(value, bool):
-        raise CheckpointError(
-            f"tokenizer.ggml.{key} of {name} is {shown(value)}; it must be true or false."
-        )
-    return value
+class _Vocabulary:
+    """The checked lists of a file's tokenizer, which is of the kind gpt2 or llama."""
 
+    def __init__(self, keys: Mapping[str, Any], name: str) -> None:
+        self.keys = keys
+        self.name = name
+        self.tokens = self.texts("tokens")
+        self.ids = {token: number for number, token in enumerate(self.tokens)}
+        if len(self.ids) != len(self.tokens):
+            twice = next(token for token in self.tokens if self.tokens.count(token) > 1)
+            raise CheckpointError(f"{name} has the token {shown(twice)} twice.")
+        self.kinds = keys.get("tokenizer.ggml.token_type", [1] * len(self.tokens))
+        if not isinstance(self.kinds, list) or len(self.kinds) != len(self.tokens):
+            raise CheckpointError(
+                f"{name} has {len(self.tokens)} tokens and another number of types "
+                "(tokenizer.ggml.token_type)."
+            )
+        self.bos = self._special("bos_token_id")
+        self.eos = self._special("eos_token_id")
+        self.unknown = self._special("unknown_token_id")
+        self.padding = self._special("padding_token_id")
+        by_default = keys["tokenizer.ggml.model"] == "llama" or self.splitting.adds_bos
+        self.adds_bos = self.flag("add_bos_token", default=by_default) and self.bos is not None
+        self.adds_eos = self.flag("add_eos_token", default=False) and self.eos is not None
 
-def _splitting(keys: Mapping[str, Any], name: str) -> Splitting:
-    pre = keys.get("tokenizer.ggml.pre", "default")
-    if not isinstance(pre, str) or pre not in SPLITTINGS:
-        raise CheckpointError(
-            f"{name} splits text as {shown(pre)} (tokenizer.ggml.pre), which is not supported; "
-            "convert the original checkpoint's folder instead."
-        )
-    return SPLITTINGS[pre]
+    @property
+    def splitting(self) -> Splitting:
+        """How the text of a byte-level vocabulary is split."""
+        pre = self.keys.get("tokenizer.ggml.pre", "default")
+        if not isinstance(pre, str) or pre not in SPLITTINGS:
+            raise CheckpointError(
+                f"{self.name} splits text as {shown(pre)} (tokenizer.ggml.pre), which is not "
+                "supported; convert the original checkpoint's folder instead."
+            )
+        return SPLITTINGS[pre]
+
+    def texts(self, key: str) -> list[str]:
+        """A list of texts."""
+        texts = self.keys.get(f"tokenizer.ggml.{key}")
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise CheckpointError(f"{self.name} has no list of texts tokenizer.ggml.{key}.")
+        if any(len(text) > MAX_TOKEN_CHARS for text in texts):
+            raise CheckpointError(
+                f"{self.name} has an entry of more than {MAX_TOKEN_CHARS} characters in "
+                f"tokenizer.ggml.{key}."
+            )
+        for number, text in enumerate(texts):
+            if not _is_utf8(text):
+                raise CheckpointError(
+                    f"{self.name} has an entry in tokenizer.ggml.{key} that is not UTF-8: number "
+                    f"{number}."
+                )
+        return texts
+
+    def flag(self, key: str, *, default: bool) -> bool:
+        """True or false."""
+        value = self.keys.get(f"tokenizer.ggml.{key}", default)
+        if not isinstance(value, bool):
+            raise CheckpointError(
+                f"tokenizer.ggml.{key} of {self.name} is {shown(value)}; it must be true or false."
+            )
+        return value
+
+    def _special(self, key: str) -> str | None:
+        number = _special_id(self.keys, key)
+        if number is None:
+            return None
+        return self.tokens[_checked_id(number, key, self.name, len(self.tokens))]
 
 
 def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    splitting = _splitting(vocabulary.keys, vocabulary.name)
+    splitting = vocabulary.splitting
     ids, merges = vocabulary.ids, []
-    for merge in _texts(vocabulary.keys, "merges", vocabulary.name):
+    for merge in vocabulary.texts("merges"):
         left, _, right = merge.partition(" ")
         if left not in ids or right not in ids or left + right not in ids:
             raise CheckpointError(
@@ -242,12 +247,12 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
     model = models.BPE(
         vocabulary.ids,
         _merges(vocabulary.ids, scores),
-        unk_token=vocabulary.special["unk_token"],
+        unk_token=vocabulary.unknown,
         fuse_unk=True,
         byte_fallback=True,
     )
     tokenizer = Tokenizer(model)
-    prefix = _flag(vocabulary.keys, "add_space_prefix", vocabulary.name, default=True)
+    prefix = vocabulary.flag("add_space_prefix", default=True)
     spaces = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = (
         normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
@@ -258,7 +263,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
 
 
 def _merges(ids: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to make a token of two others, the token of the best score first."""
+    """Every way to make a token of two others, the best-scored token first."""
     found = []
     for token, number in ids.items():
         for at in range(1, len(token)):
@@ -269,7 +274,7 @@ def _merges(ids: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]
 
 
 def _finish(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
-    """Tokens that are found in a text before anything is split, and what is put around a text."""
+    """Set the tokens that are found before a text is split, and those put around a text."""
     from tokenizers import AddedToken, processors
 
     whole = {UNKNOWN: True, CONTROL: True, USER_DEFINED: False}
@@ -280,8 +285,8 @@ def _finish(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
             if kind in whole and token
         ]
     )
-    before = [vocabulary.special["bos_token"]] * vocabulary.adds_bos
-    after = [vocabulary.special["eos_token"]] * vocabulary.adds_eos
+    before = [vocabulary.bos] * vocabulary.adds_bos
+    after = [vocabulary.eos] * vocabulary.adds_eos
     if before or after:
         ids = vocabulary.ids
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -292,10 +297,16 @@ def _finish(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
 
 
 def _settings(vocabulary: _Vocabulary) -> dict[str, Any]:
+    special = {
+        "bos_token": vocabulary.bos,
+        "eos_token": vocabulary.eos,
+        "unk_token": vocabulary.unknown,
+        "pad_token": vocabulary.padding,
+    }
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        **{key: token for key, token in vocabulary.special.items() if token is not None},
+        **{name: token for name, token in special.items() if token is not None},
     }
     prefix = "tokenizer.chat_template"
     templates = {

@@ -1,7 +1,4 @@
-"""The manifest of an exported model: what is in a `<base>-kv` folder and what it was made from.
-
-Written by the export, read by whoever compiles or runs. Knows nothing of how either is done.
-"""
+"""The manifest of an exported model: what is in a `<base>-kv` folder and what it was made from."""
 
 from __future__ import annotations
 
@@ -14,14 +11,14 @@ from pathlib import Path
 from qaic_ray.contract import IoContract
 from qaic_ray.documents import checked, read_object, shown
 from qaic_ray.errors import UsageError
-from qaic_ray.kept_files import KeptFile, SourceFile, first_fault, inside
+from qaic_ray.folders import KeptFile, SourceFile, first_fault, inside
 
 MANIFEST_FILE = "manifest.json"
 CUSTOM_IO_FILE = "custom_io.yaml"
 VERIFY_FILE = "verify.json"
 
 FORMAT = 2
-"""Raised when the same options would give other files, so that older exports are made again."""
+"""Raised when equal options would give other files, so that older exports are made again."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +26,12 @@ class ModelManifest:
     """One exported model.
 
     `onnx_file` is relative to the folder. `max_position` is the longest context (`ctx_len`) that
-    the graph is right for. `weights_sha256` is over the checkpoint's tensors, however sharded.
+    the graph is correct for. `weights_sha256` is over the checkpoint's tensors, however sharded.
     `num_clipped` weights were beyond the range of float16. `sources` tell a later export whether
-    the weight files are still the same without reading them; `files` are the export's own (empty in
-    those of older versions). `num_kv_heads` is the cache's: the
-    checkpoint's times `num_replicate_kv_heads`. `logits` and `next_tokens` say what the first
-    output is, `kv_dtype` what custom_io.yaml asks for, `comp_ctx_lengths` whether there is such an
-    input.
+    the weight files have changed, without reading them. `files` are the export's own; older
+    versions list none. `num_kv_heads` is that of the KV cache: the checkpoint's times
+    `num_replicate_kv_heads`. `logits` and `next_tokens` describe the first output, `kv_dtype` is
+    what custom_io.yaml asks for, `comp_ctx_lengths` tells whether there is such an input.
     """
 
     format: int
@@ -69,7 +65,7 @@ class ModelManifest:
     files: tuple[KeptFile, ...] = ()
 
     def same_making(self, other: ModelManifest) -> bool:
-        """Whether both come from equal weights, options, format and tools."""
+        """Whether weights, options, format and tools are equal."""
         names = (field.name for field in fields(self) if field.name not in _WHENCE)
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
@@ -80,7 +76,7 @@ class ModelManifest:
 
 
 _WHENCE = {"name", "source", "sources", "num_clipped", "files"}
-"""What may differ between two equal makings."""
+"""Fields that may differ between two equal exports."""
 
 
 def read_manifest(model_dir: Path) -> ModelManifest:
@@ -107,10 +103,10 @@ def read_manifest(model_dir: Path) -> ModelManifest:
 
 
 def check_files(model_dir: Path, manifest: ModelManifest) -> None:
-    """Refuse an exported model whose files are not what was written.
+    """Check that the files of an exported model are what was written.
 
     Raises:
-        UsageError: naming the file.
+        UsageError: naming a file that is not.
     """
     fault = first_fault(model_dir, manifest.files)
     if fault:

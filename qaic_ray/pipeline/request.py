@@ -183,7 +183,7 @@ def write_request(request: RunRequest, folder: Path) -> str:
 
 def last_unfinished(output: Path, job: str = "") -> Path | None:
     """The run in `output` that began last, of this job where one is named, and can go on."""
-    from qaic_ray.runs.run_folders import last_unfinished
+    from qaic_ray.runs.journal import last_unfinished
 
     return last_unfinished(output, REQUEST_NAME, job)
 

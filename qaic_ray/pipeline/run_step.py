@@ -18,7 +18,7 @@ from qaic_ray import interruption
 from qaic_ray.compile.store import check_kept, content_key
 from qaic_ray.errors import QaicRayError, Unfinished, UsageError
 from qaic_ray.model.checkpoint import open_checkpoint
-from qaic_ray.model.tokenizer_files import text_parts
+from qaic_ray.model.tokenizer import text_parts
 from qaic_ray.pipeline.request import (
     STDIN,
     RunInput,
@@ -143,7 +143,7 @@ def _kept(folder: Path, command: str, *, is_new: bool = True) -> Iterator[None]:
         KeyboardInterrupt: with the sentence.
         Unfinished: for all else.
     """
-    from qaic_ray.runs.run_folders import safe_rows
+    from qaic_ray.runs.journal import safe_rows
 
     def sentence(why: str) -> str:
         rows = safe_rows(folder)
@@ -200,7 +200,7 @@ def _answer(
     listener: Listener,
 ) -> tuple[FleetResult, Proof]:
     """All rows that have no answer yet, journaled and written."""
-    from qaic_ray.dispatch.shard_size import text_work
+    from qaic_ray.dispatch.prompts import text_work
     from qaic_ray.documents import differences
     from qaic_ray.runs.delivery import row_writer
     from qaic_ray.runs.driver import Audience
@@ -227,7 +227,10 @@ def _answer(
             listener.answered(row)
 
         audience = Audience(
-            on_row=on_row, on_earlier_row=write.again, on_worker_ready=listener.card_ready
+            on_row=on_row,
+            on_earlier_row=write.rewrite,
+            on_worker_ready=listener.card_ready,
+            on_wait=listener.remark,
         )
         result = cluster.run_prompts(
             run_input.prompts,
@@ -236,7 +239,6 @@ def _answer(
             audience=audience,
             journal=journal,
             work_of=partial(text_work, defaults=request.run.defaults),
-            on_wait=listener.remark,
         )
         if changes := differences(parts, _parts(request)):
             error = f"While the run went, {' and '.join(changes)}: its rows may be of either."

@@ -1,4 +1,4 @@
-"""Results out: rows put back into the input's order, and written. Knows no Ray and no tokenizer."""
+"""Rows on their way out: into the journal, back into the input's order, into the output files."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ MAX_HELD_ROWS = 4096
 MAX_HELD_BYTES = 8 * 2**20
 """Of rows held in memory, as text in the journal; the objects are several times as large."""
 
-COMMIT_PAUSE_S = 0.05
 COMMIT_PAUSES = 4
-"""Rows are gathered for this many times as long as it takes to bring them onto the disk."""
+"""Rows are gathered for at least this many times as long as it takes to write them to the disk."""
 MAX_SHOWN_AT_ONCE = 512
 
 # Python's str.splitlines (and others) also break lines here; inside JSON they can be escaped.
@@ -36,14 +35,14 @@ _LINE_BREAKS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": 
 _LINE_BREAK = re.compile("[\x85\u2028\u2029]")
 
 _OFFSET_BITS = 40
-_FORGET_AT = 2**16
+_FORGET_AT = 64
 
 
 class InputOrder:
-    """Rows in by any order, each index once; rows out by rising index, as soon as that can be.
+    """Takes rows in any order, each index once, and returns them by rising index.
 
-    Of rows that came before their turn only the first few are held in memory. Of the others there
-    is their place, eight bytes, and they are read back when their turn has come.
+    Only the first few rows that come before their turn are held in memory. Of the others only the
+    place in the journal is held, in eight bytes, and they are read back when it is their turn.
 
     Args:
         read: gives the row at a segment's offset; without it every early row is held.
@@ -105,7 +104,7 @@ class InputOrder:
 
     def _has_room(self, index: int, num_bytes: int) -> bool:
         if index == self._next_index:
-            return True  # it leaves at once
+            return True  # it is returned next
         has_bytes = self._held_bytes + num_bytes <= self._max_held_bytes
         return has_bytes and len(self._held) < self._max_held_rows
 
@@ -149,15 +148,15 @@ class _Places:
 
 
 class Delivery:
-    """The way of a final row: into the journal, onto the disk, and out in the input's order.
+    """Writes final rows to the journal, and gives them on in the input's order.
 
-    Rows go to the disk together: the first of them waits for a moment, and on a slow disk for so
-    long that most of the time is not spent there.
+    Rows are committed together. The first of them waits for the journal's `commit_s`, or on a slow
+    disk for `COMMIT_PAUSES` times as long as a commit takes, so that the disk is not always busy.
 
     Args:
-        journal: None to go without: then every early row is in memory, and nothing can be resumed.
-        on_row: each row when its turn has come and it is on the disk.
-        on_earlier_row: those whose turn had come when the earlier sessions ended; before all else.
+        journal: None to run without: every early row is held in memory, and no run can be resumed.
+        on_row: called with each row when it is its turn and it is on the disk.
+        on_earlier_row: called before all else, with rows whose turn had come in earlier sessions.
         clock: in seconds.
     """
 
@@ -178,7 +177,7 @@ class Delivery:
         self._order = InputOrder(journal.read if journal else None)
         self._uncommitted: list[tuple[Row, Place]] = []
         self._commit_at_s = 0.0
-        self._pause_s = COMMIT_PAUSE_S
+        self._least_pause_s = self._pause_s = journal.commit_s if journal else 0.0
 
     def replay(self) -> Iterator[Entry]:
         """The rows of earlier sessions; to be taken to the end, before any row is added."""
@@ -205,33 +204,34 @@ class Delivery:
         self._uncommitted.append((row, self._journal.append(row, digest, span_s)))
 
     def due_in_s(self) -> float | None:
-        """Seconds until `go_on` has something to do; None when that needs another row."""
+        """Seconds until `flush_due` has something to do; None while that needs another row."""
         if self._order.is_ready:
             return 0.0
         if self._uncommitted:
             return max(0.0, self._commit_at_s - self._clock())
         return None
 
-    def go_on(self) -> None:
-        """Do what is due, and of showing rows only so much that the caller is soon free again."""
+    def flush_due(self) -> float | None:
+        """Commit if it is time, and give on rows whose turn it is, but not too many in one call."""
         if self._uncommitted and self._clock() >= self._commit_at_s:
             self.save()
         for row in islice(self._order.ready(), MAX_SHOWN_AT_ONCE):
             self._on_row(row)
+        return self.due_in_s()
 
     def finish(self) -> None:
-        """Commit and show all there is."""
+        """Commit all rows and give them on."""
         self.save()
         for row in self._order.ready():
             self._on_row(row)
 
     def save(self) -> None:
-        """Commit all there is."""
+        """Commit all rows."""
         if self._journal is None or not self._uncommitted:
             return
         begun_s = self._clock()
         self._journal.commit()
-        self._pause_s = max(COMMIT_PAUSE_S, COMMIT_PAUSES * (self._clock() - begun_s))
+        self._pause_s = max(self._least_pause_s, COMMIT_PAUSES * (self._clock() - begun_s))
         for row, place in self._uncommitted:
             self._order.push(row, place)
         self._uncommitted.clear()
@@ -239,7 +239,7 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Proof:
-    """That nothing was lost and nothing came twice: what went in and what came out.
+    """Counts and digests of a run's input and outputs; they show that no row is missing or twice.
 
     `inputs_sha256` is over the digests of the input's rows in order, `outputs_sha256` over the
     bytes of `outputs.jsonl`. `complete`: the input was read to its end, and was one input.
@@ -281,17 +281,17 @@ class RowWriter:
             self._fds = [new_file(path) for path in self._unfinished]
 
     def __call__(self, row: Row) -> None:
-        """Write a row that is new; it is there for others to read at once."""
+        """Write a new row; others can read it at once."""
         if not self._published:
             self.publish()
         self._write(row)
 
-    def again(self, row: Row) -> None:
-        """Write a row that an earlier session made, before all that are new."""
+    def rewrite(self, row: Row) -> None:
+        """Write a row of an earlier session, before all new ones."""
         self._write(row)
 
     def publish(self) -> None:
-        """Let the files take the place of those that an earlier session left."""
+        """Replace the files of an earlier session by these."""
         with disk_errors_end_the_run(self._folder):
             for fd, unfinished, path in zip(self._fds, self._unfinished, self._paths, strict=True):
                 os.fsync(fd)
@@ -300,7 +300,7 @@ class RowWriter:
         self._published = True
 
     def finish(self) -> None:
-        """See that the files are there under their names, and on the disk."""
+        """Give the files their names, and write them to the disk."""
         if not self._published:
             self.publish()
         with disk_errors_end_the_run(self._folder):
@@ -308,13 +308,13 @@ class RowWriter:
                 os.fsync(fd)
 
     def close(self) -> None:
-        """Close the files; what was not published is gone."""
+        """Close the files, and remove those that were not published."""
         for fd, unfinished in zip(self._fds, self._unfinished, strict=True):
             os.close(fd)
             unfinished.unlink(missing_ok=True)
 
     def proof(self, rows_in: int, inputs_sha256: str, *, complete: bool = True) -> Proof:
-        """What was written, beside what was read."""
+        """Counts and digests of what was written, beside those of what was read."""
         return Proof(
             rows_in,
             self._rows_ok,
@@ -325,21 +325,22 @@ class RowWriter:
         )
 
     def _write(self, row: Row) -> None:
+        is_ok = row.ok
         text = json_text(row.to_json())
         if _LINE_BREAK.search(text):
             text = text.translate(_LINE_BREAKS)
         line = text.encode() + b"\n"
         with disk_errors_end_the_run(self._folder):
-            for fd in self._fds[: 1 if row.ok else 2]:
+            for fd in self._fds[: 1 if is_ok else 2]:
                 write_all(fd, line)
         self._sha256.update(line)
-        self._rows_ok += row.ok
-        self._rows_error += not row.ok
+        self._rows_ok += is_ok
+        self._rows_error += not is_ok
 
 
 @contextmanager
 def row_writer(folder: Path, *, resumed: bool = False) -> Iterator[RowWriter]:
-    """Give the writer of `outputs.jsonl` and `errors.jsonl`.
+    """Yield the writer of `outputs.jsonl` and `errors.jsonl`.
 
     Both grow row by row under their own names, so that they can be followed (`tail -f`) while the
     run goes. A run that is killed leaves the rows it had; the last line may be torn.

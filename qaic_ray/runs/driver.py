@@ -1,14 +1,16 @@
-"""The driver's loop: wait for the cards, hear the dispatcher, obey it. Knows no Ray.
+"""The driver's loop: wait for an event of a card or the input, ask the dispatcher, obey it.
 
-The cards are behind a `Cards`: actors on Ray in `cluster.py`, simulated ones in tests.
+The cards are behind a `Cards`: actors on Ray in `cluster/actors.py`, simulated ones in tests.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from qaic_ray.dispatch.dispatcher import Dispatcher
@@ -25,9 +27,7 @@ from qaic_ray.dispatch.events import (
     RunShard,
     RunStarted,
     ShardFailed,
-    TakeBackShard,
     TimePassed,
-    WakeAt,
     WorkerFailedToOpen,
     WorkerLost,
     WorkerReady,
@@ -44,16 +44,13 @@ from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, Tally, WorkerRes
 if TYPE_CHECKING:
     from qaic_ray.worker.spec import WorkerInfo
 
-READ_POLL_S = 0.02
-"""How often the input is asked for more, while it has not given what it was asked for."""
-
 
 class Cards(Protocol):
-    """What the loop needs of the cards; opening each for the first time has begun.
+    """The workers of a run; opening each for the first time has begun.
 
-    Nothing here blocks but `wait`, and nothing raises because a card is gone: that is an event.
-    What is said of a worker itself carries its incarnation, 0 for the first opening and then what
-    `replace` was told; what is said of a shard carries the shard's id, which is given once.
+    Only `wait` blocks. Nothing raises because a card is gone: that is an event. Events of a worker
+    carry its incarnation: 0 for the first opening, and then what `replace` was given. Events of a
+    shard carry the shard's id, which is given once.
     """
 
     @property
@@ -63,10 +60,9 @@ class Cards(Protocol):
     def wait(self, timeout_s: float | None) -> Event | None:
         """Block until a worker has something to say, and return it; None after `timeout_s`.
 
-        In here the workers are asked for their engines' steps now and then, every few seconds for
-        each one that is ready, without waiting for the answer: what comes is a WorkerProgress. The
-        first, of 0 steps, follows WorkerReady and is made up here: from then on the worker is
-        watched, even if it never answers a single time.
+        Every few seconds each worker that is ready is asked for its engine's steps, without waiting
+        for the answer, which is returned later as a WorkerProgress. The first one, of 0 steps,
+        follows WorkerReady at once, so that a worker that never answers is watched too.
 
         Raises:
             UsageError: a worker found that the request itself is wrong.
@@ -75,35 +71,27 @@ class Cards(Protocol):
     def run(self, shard: RunShard) -> None:
         """Begin a shard; rows are answered in the order of its prompts, behind older shards.
 
-        What comes of it is heard from `wait`: RowsFinished, then one ShardFinished or ShardFailed,
-        or WorkerLost for all that the worker held.
-        """
-
-    def take_back(self, worker: str, shard_id: int) -> None:
-        """Ask a worker for the prompts of a shard that its engine has not begun.
-
-        One ShardTakenBack is heard for it, with no indexes where all have begun; of a worker that
-        is lost, retired or replaced none is needed. The shard itself goes on, and ends with
-        ShardFinished, which may be heard before the ShardTakenBack or after it.
+        `wait` returns its RowsFinished, then one ShardFinished or ShardFailed, or WorkerLost for
+        all that the worker held.
         """
 
     def retire(self, worker: str) -> None:
-        """End a worker's process at once, if it is there; nothing more is heard of it."""
+        """End a worker's process at once, if it is there; `wait` returns nothing more of it."""
 
     def replace(self, worker: str, incarnation: int) -> None:
         """Retire a worker, and begin to open it again with the same cards.
 
-        WorkerReady or WorkerFailedToOpen is heard, with this incarnation.
+        `wait` returns WorkerReady or WorkerFailedToOpen with this incarnation.
         """
 
     def quarantine(self, worker: str, error: str) -> None:
         """Retire a worker for the rest of the run; its cards are given back."""
 
     def info(self, worker: str) -> WorkerInfo:
-        """What a worker that is ready has."""
+        """The slots, shapes and process of a worker that is ready."""
 
     def measurements(self) -> Mapping[str, Measurement]:
-        """The work of every worker that still lives, since it was last opened."""
+        """The engine's counts of every worker that still lives, since it was last opened."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +111,7 @@ def _ignore(_: object) -> None:
 
 @dataclass(frozen=True)
 class Audience:
-    """Who is told what, while the run goes.
+    """Callbacks of a run.
 
     Attributes:
         on_row: each row of the input once, in input order, as soon as the order allows and, where
@@ -132,19 +120,28 @@ class Audience:
             turn had come when an earlier session of the run ended.
         on_worker_ready: each worker that has opened.
         on_progress: after each change of the counts.
+        on_wait: once, in a sentence, where cards are held by others and are waited for.
     """
 
     on_row: Callable[[Row], None] = _ignore
     on_earlier_row: Callable[[Row], None] = _ignore
     on_worker_ready: Callable[[WorkerInfo], None] = _ignore
     on_progress: Callable[[Progress], None] = _ignore
+    on_wait: Callable[[str], None] = _ignore
 
 
 class Driver:
     """One run of prompts over cards.
 
-    With a `journal` that has rows of earlier sessions the run goes on: those rows are counted as
-    they are, and of the prompts only the others are answered. `reader` makes what reads the input.
+    Args:
+        cards: the workers.
+        prompts: the input, by rising index; a Row in it is an item that is no usable prompt.
+        audience: the callbacks.
+        dispatcher: None for one with the default policy.
+        clock: seconds.
+        journal: where rows are kept. Rows of earlier sessions in it are counted as they are, and
+            only the other prompts are answered.
+        reader: makes the reader of the input.
     """
 
     def __init__(
@@ -170,15 +167,19 @@ class Driver:
         self._delivery = Delivery(journal, audience.on_row, audience.on_earlier_row, clock=clock)
         self._tally = Tally()
         self._infos: dict[str, WorkerInfo] = {}
+        self._ready: set[str] = set()
+        self._losses: Counter[str] = Counter()
         self._errors: dict[str, str] = {}
-        self._span: Span | None = None
-        self._progress = Progress()
-        self._wake_s: float | None = None
+        # When this session's first shard began and its last row came.
+        self._first_s: float | None = None
+        self._last_s = 0.0
+        self._rows_read = 0
+        self._is_exhausted = False
 
     def run(self) -> FleetResult:
-        """Answer every prompt, or say why not, and return what came of it.
+        """Answer every prompt, or say why not, and return the result.
 
-        Whatever ends it before, a KeyboardInterrupt too, finds the rows that came on the disk.
+        Whatever ends it early, a KeyboardInterrupt too: the rows that came are on the disk then.
 
         Raises:
             UsageError: the input is not the one that earlier sessions had.
@@ -192,7 +193,7 @@ class Driver:
             raise
 
     def _run(self) -> FleetResult:
-        self._take_up()
+        self._replay()
         event: Event = RunStarted(tuple(self._cards.names))
         try:
             while True:
@@ -207,30 +208,28 @@ class Driver:
         self._delivery.finish()
         return self._result()
 
-    def _take_up(self) -> None:
-        """Take in what earlier sessions of the run have done."""
+    def _replay(self) -> None:
+        """Count the rows of earlier sessions of the run."""
         for entry in self._delivery.replay():
-            self._intake.leave_out(entry.row.index, entry.digest)
-            self._count([entry.row])
-        self._progress = replace(self._progress, rows_read=self._progress.rows_done)
-        if self._progress.rows_done:
-            self._audience.on_progress(self._progress)
+            self._intake.mark_done(entry.row.index, entry.digest)
+            self._tally.add(entry.row)
+        self._rows_read = self._tally.rows
+        if self._rows_read:
+            self._tell_progress()
 
     def _next_event(self) -> Event:
-        """What the input or the cards say next; while they say nothing, rows go their way."""
+        """The next event of the input or the cards; rows are committed and shown while it waits."""
         while True:
             if self._is_reading and (batch := self._reader.poll()) is not None:
                 return self._read(batch)
-            self._delivery.go_on()
-            wake_in_s = None if self._wake_s is None else max(0.0, self._wake_s - self._clock())
-            look_in_s = READ_POLL_S if self._is_reading else None
-            times = (wake_in_s, look_in_s, self._delivery.due_in_s())
-            timeout_s = min((s for s in times if s is not None), default=None)
-            event = self._cards.wait(timeout_s)
+            due_in_s = self._delivery.flush_due()
+            wake_in_s = max(0.0, self._dispatcher.wake_s - self._clock())
+            look_in_s = self._reader.poll_s if self._is_reading else math.inf
+            timeout_s = min(wake_in_s, look_in_s, math.inf if due_in_s is None else due_in_s)
+            event = self._cards.wait(None if timeout_s == math.inf else timeout_s)
             if event is not None:
                 return event
             if wake_in_s == timeout_s:
-                self._wake_s = None
                 return TimePassed()
 
     def _hear(self, event: Event) -> None:
@@ -239,9 +238,10 @@ class Driver:
                 self._worked()
             case WorkerReady(worker):
                 self._infos[worker] = self._cards.info(worker)
+                self._ready.add(worker)
                 self._audience.on_worker_ready(self._infos[worker])
             case WorkerLost(worker, error) | WorkerFailedToOpen(worker, error):
-                self._errors[worker] = error
+                self._lose(worker, error)
             case ShardFailed(worker, _, error, retryable=True):
                 self._errors[worker] = error
 
@@ -255,66 +255,66 @@ class Driver:
                 self._cards.run(command)
             case DeliverRows(rows):
                 self._deliver(rows)
-            case TakeBackShard(worker, shard_id):
-                self._cards.take_back(worker, shard_id)
-            case WakeAt(time_s):
-                self._wake_s = time_s
             case RetireWorker(worker, error):
-                self._errors[worker] = error
+                self._lose(worker, error)
                 self._cards.retire(worker)
             case ReplaceWorker(worker, incarnation):
                 self._cards.replace(worker, incarnation)
             case QuarantineWorker(worker, error):
                 self._errors[worker] = error
+                self._ready.discard(worker)
                 self._cards.quarantine(worker, error)
+
+    def _lose(self, worker: str, error: str) -> None:
+        self._errors[worker] = error
+        self._losses[worker] += 1
+        self._ready.discard(worker)
 
     def _read(self, batch: Batch) -> PromptsRead:
         self._is_reading = False
         self._input_error = batch.error
-        self._progress = replace(
-            self._progress,
-            rows_read=self._progress.rows_read + len(batch.items),
-            input_exhausted=batch.exhausted,
-        )
+        self._rows_read += len(batch.items)
+        self._is_exhausted = batch.exhausted
         self._deliver([item for item in batch.items if isinstance(item, Row)])
         prompts = tuple(item for item in batch.items if isinstance(item, Prompt))
         return PromptsRead(prompts, exhausted=batch.exhausted)
 
     def _deliver(self, rows: Sequence[Row]) -> None:
-        span_s = self._span.seconds if self._span else 0.0
+        span_s = self._last_s - self._first_s if self._first_s is not None else 0.0
         for row in rows:
-            self._delivery.add(row, self._intake.settle(row.index), span_s)
-        self._count(rows)
-        self._audience.on_progress(self._progress)
-
-    def _count(self, rows: Sequence[Row]) -> None:
-        for row in rows:
+            digest = self._intake.open.pop(row.index)
+            self._delivery.add(row, digest, span_s)
             self._tally.add(row)
-        before = self._progress
-        self._progress = replace(
-            before,
-            rows_done=before.rows_done + len(rows),
-            rows_failed=before.rows_failed + sum(not row.ok for row in rows),
-            generated_tokens=before.generated_tokens + sum(row.generated_tokens for row in rows),
+        self._tell_progress()
+
+    def _tell_progress(self) -> None:
+        progress = Progress(
+            rows_read=self._rows_read,
+            rows_done=self._tally.rows,
+            rows_failed=self._tally.failed_rows,
+            generated_tokens=self._tally.generated_tokens,
+            input_exhausted=self._is_exhausted,
         )
+        self._audience.on_progress(progress)
 
     def _worked(self) -> None:
-        now_s = self._clock()
-        now = Span(now_s, now_s)
-        self._span = now if self._span is None else self._span + now
+        self._last_s = self._clock()
+        if self._first_s is None:
+            self._first_s = self._last_s
 
     def _result(self) -> FleetResult:
         engines = self._cards.measurements()
-        # Workers of earlier sessions that this one does without.
-        gone = sorted(self._tally.workers - {"", *self._cards.names})
+        names = (*self._cards.names, *self._tally.earlier_workers(self._cards.names))
         workers = tuple(
             WorkerResult(
                 name=name,
                 info=self._infos.get(name),
                 measurement=self._tally.measurement(name, engines.get(name)),
                 error=self._errors.get(name),
+                losses=self._losses[name],
+                ready_at_end=name in self._ready,
             )
-            for name in (*self._cards.names, *gone)
+            for name in names
         )
         return FleetResult(
             workers=workers,
@@ -323,7 +323,7 @@ class Driver:
             length_counts=dict(self._tally.length_counts),
             broken_off=self._broken_off(),
             rows_in=self._intake.num_rows,
-            inputs_sha256=self._intake.sha256,
+            inputs_sha256=self._intake.sha256.hexdigest(),
         )
 
     def _broken_off(self) -> BrokenOff | None:
@@ -337,8 +337,9 @@ class Driver:
     def _whole_span(self) -> Span | None:
         """This session's span, with the time that cards worked in earlier ones put before it."""
         earlier_s = self._delivery.earlier_s
+        if self._first_s is not None:
+            return Span(self._first_s - earlier_s, self._last_s)
         if not earlier_s:
-            return self._span
+            return None
         now_s = self._clock()
-        span = self._span or Span(now_s, now_s)
-        return Span(span.start_s - earlier_s, span.end_s)
+        return Span(now_s - earlier_s, now_s)

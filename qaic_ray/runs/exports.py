@@ -1,21 +1,19 @@
-"""A run's outputs in the formats of others, made from `outputs.jsonl`. Knows no cards and no Ray.
+"""A run's outputs in other programs' formats, made from `outputs.jsonl` when the run is done.
 
-Each file is there whole or not at all, and making it again gives the same. So a run that was killed
-needs nothing of this: it is done when the run is.
+Each file is there whole or not at all, and exporting again gives the same file.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qaic_ray.folders import new_file, sync_path
-from qaic_ray.formats.openai_responses import Origin, response_line, token_number
-from qaic_ray.formats.parquet_rows import write_parquet
+from qaic_ray.folders import replacing
+from qaic_ray.formats.openai_batch import Origin, response_line, token_number
+from qaic_ray.formats.parquet import write_parquet
 from qaic_ray.option_types import OutputFormat
 from qaic_ray.runs.delivery import OUTPUTS_NAME
 from qaic_ray.runs.journal import disk_errors_end_the_run
@@ -73,16 +71,5 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Give a file that takes the name `path` when the block ends without an error."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        with open(new_file(unfinished), "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(unfinished, path)
-        sync_path(path.parent)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def _replacing(path: Path) -> AbstractContextManager[BinaryIO]:
+    return replacing(path, path.with_name(f".{path.name}.unfinished"))

@@ -1,7 +1,6 @@
-"""What must be the same for a run to go on: its input, its QPC, its model, how answers are made.
+"""What must be unchanged for a run to be resumed: its input, QPC, model and generation options.
 
-The fingerprint is a JSON object of all but the input's rows; each of those has a digest of its own.
-Knows no journal and no Ray.
+The fingerprint is a JSON object of all but the rows of the input; each of those has its own digest.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ Fingerprint = Mapping[str, Any]
 
 INPUT = "input"
 
-# They change when answers come, not what they are.
+# They change the speed of answers, not their text.
 _OF_NO_EFFECT = {"max_stall_s", "prefix_reuse", "drafts", "draft_qpc"}
-# What stands under other names since the first journals, and what is part of something else there.
+# Options that the first journals have under other names, and options that are part of another key.
 _NAMES = {"seed": "run_seed", "input_len": "prompt_len"}
 _IN_PARTS = {
     "generation_len",
@@ -74,7 +73,7 @@ def file_source(file: FrozenFile) -> Fingerprint:
 
 
 def row_digest(item: Prompt | Row) -> bytes:
-    """SHA-256 of all that a row of input is, its place excepted."""
+    """SHA-256 of a row of the input, without its index."""
     if isinstance(item, Row):
         parts = {"unusable": True, "id": item.id, "text": item.prompt, "messages": item.messages}
     else:
@@ -98,28 +97,28 @@ def _plain(value: object) -> dict[str, Any]:
 
 
 class Intake:
-    """The input on its way in: every row is digested, rows that are done already are left out.
+    """Digests the rows of the input, and leaves out those that earlier sessions answered.
 
-    Of a row that is done, four bytes are kept.
+    It holds four bytes for each row that is answered.
+
+    Attributes:
+        num_rows: rows that have been read, those that were answered before included.
+        sha256: over the digests of all these rows, in order.
+        open: index -> short digest of each row that `unanswered` returned; whoever has the final
+            row takes the digest out.
     """
 
     def __init__(self) -> None:
         self.num_rows = 0
-        """Rows that have been read, those that were done included."""
-        self._sha256 = hashlib.sha256()
+        self.sha256 = hashlib.sha256()
+        self.open: dict[int, int] = {}
         self._done = array("I")  # index -> digest, 0 for a row that is not done
-        self._open: dict[int, int] = {}
 
-    @property
-    def sha256(self) -> str:
-        """Over the digests of all rows that have been read, in order."""
-        return self._sha256.hexdigest()
-
-    def leave_out(self, index: int, digest: int) -> None:
-        """Note that a row is done, and the short digest it had.
+    def mark_done(self, index: int, digest: int) -> None:
+        """Mark a row as answered, with the short digest that it had.
 
         Raises:
-            QaicRayError: when it is noted already.
+            QaicRayError: it is marked already.
         """
         missing = index + 1 - len(self._done)
         if missing > 0:
@@ -141,11 +140,11 @@ class Intake:
         for item in items:
             digest = row_digest(item)
             short = int.from_bytes(digest[:4], "big") or 1
-            self._sha256.update(digest)
+            self.sha256.update(digest)
             self.num_rows += 1
             before = self._done[item.index] if item.index < len(self._done) else 0
             if not before:
-                self._open[item.index] = short
+                self.open[item.index] = short
                 yield item
             elif before != short:
                 raise UsageError(
@@ -158,7 +157,3 @@ class Intake:
                 f"{len(self._done) - 1} (counted from 0): resume it with the input it had, or "
                 "begin a new run."
             )
-
-    def settle(self, index: int) -> int:
-        """The short digest of a row that was given out; it is not kept any longer."""
-        return self._open.pop(index)

@@ -1,10 +1,8 @@
-"""A run's rows on disk: each durable before it is shown, and found again when the run goes on.
+"""A run's rows on disk: written there before they are shown, and read when the run is resumed.
 
-The truth of a run folder; `outputs.jsonl` is made from it. Knows no cards, no dispatcher, no Ray.
-
-`journal_segments.py` has the format. Only the last segment can end in the middle of a line; that
-tail is cut on opening. Damage anywhere else is an error. Whatever lines are gone, what is left is a
-run to go on with: a row that is not in the journal is answered again.
+`outputs.jsonl` is made from the journal; `journal_segments.py` has its format. Only the last
+segment can end in the middle of a line, which is cut off on opening. Damage anywhere else is an
+error. A row that is not in the journal is answered again.
 """
 
 from __future__ import annotations
@@ -14,16 +12,15 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from qaic_ray.documents import differences
-from qaic_ray.errors import Unfinished, UsageError
+from qaic_ray.documents import differences, read_object
+from qaic_ray.errors import QaicRayError, Unfinished, UsageError
 from qaic_ray.folders import sync_path
 from qaic_ray.interruption import uninterrupted
 from qaic_ray.rows import Row
@@ -33,31 +30,34 @@ from qaic_ray.runs.journal_segments import (
     FORMAT,
     RECORD,
     Header,
-    JournalRecord,
     Place,
     RowReader,
     damaged,
     is_whole,
     line_of,
     read_header,
+    row_line,
     segment_path,
     whole_bytes,
 )
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS
 
 JOURNAL_NAME = "journal"
 LOCK_NAME = ".lock"
+REPORT_NAME = "report.json"
 SEGMENT_BYTES = 64 * 2**20
 
 _MAX_NAMED_CHARS = 800
 _SEGMENT = re.compile("[0-9]{6,12}")
+_ROW_INDEX = re.compile(rb'"row":\{"index":(\d+)')
 
 
 @dataclass(frozen=True)
 class Entry:
     """A row as the journal has it.
 
-    `digest` is of the row's input. `session` counts the processes that wrote to the journal, and
-    `span_s` is how long cards had worked in that one when the row was final.
+    `digest` is of the row's input. `session` is the number of the process that wrote it, and
+    `span_s` is how long cards had worked in that session when the row was final.
     """
 
     row: Row
@@ -69,7 +69,7 @@ class Entry:
 
 @contextmanager
 def disk_errors_end_the_run(run_folder: Path) -> Iterator[None]:
-    """Make the one sentence of what the disk refuses; the journal keeps the run resumable."""
+    """Raise one sentence for what the disk refuses; the run can be resumed by its journal."""
     try:
         yield
     except OSError as error:
@@ -79,10 +79,10 @@ def disk_errors_end_the_run(run_folder: Path) -> Iterator[None]:
         ) from error
 
 
-class Journal:
+class Journal(AbstractContextManager["Journal"]):
     """The journal of a run folder, held by this process until it is closed.
 
-    Opening makes it, or takes it up where an earlier process left it.
+    Opening creates it, or continues it where an earlier process left it.
 
     Args:
         run_folder: is there.
@@ -90,6 +90,7 @@ class Journal:
         retry_errors: rows of finish_reason error count as not answered from now on.
         new_input: the input may be another one; `Intake` sees that its answered rows are the same.
         segment_bytes: about how large a segment gets.
+        commit_s: rows are to be gathered so long before `commit`; see `Timeouts`.
 
     Raises:
         UsageError: another process has it; it is of another run, or of another version.
@@ -104,7 +105,9 @@ class Journal:
         retry_errors: bool = False,
         new_input: bool = False,
         segment_bytes: int = SEGMENT_BYTES,
+        commit_s: float = DEFAULT_TIMEOUTS.commit_s,
     ) -> None:
+        self.commit_s = commit_s
         self._run_folder = run_folder
         self._folder = run_folder / JOURNAL_NAME
         self._segment_bytes = segment_bytes
@@ -123,15 +126,7 @@ class Journal:
             self.close()
             raise
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def replay(self) -> Iterator[Entry]:
@@ -151,10 +146,7 @@ class Journal:
 
     def append(self, row: Row, digest: int, span_s: float) -> Place:
         """Take a row for the next `commit`; return where it will be."""
-        json_bytes = RECORD.dump_json(
-            JournalRecord(digest, round(span_s, 6), row), exclude_defaults=True
-        )
-        line = line_of(json_bytes)
+        line = row_line(row, digest, span_s)
         if self._size >= self._segment_bytes:
             self.commit()
             with uninterrupted(), disk_errors_end_the_run(self._run_folder):
@@ -166,7 +158,7 @@ class Journal:
         return place
 
     def commit(self) -> None:
-        """Bring every row that was appended onto the disk.
+        """Write every row that was appended to the disk.
 
         Raises:
             QaicRayError: when the disk refuses; the journal takes nothing more.
@@ -188,7 +180,7 @@ class Journal:
         return self._reader.read(segment, offset)
 
     def close(self) -> None:
-        """Let go of the folder. What was appended and not committed is gone."""
+        """Release the folder. What was appended and not committed is lost."""
         self._close_segment()
         self._reader.close()
         self._lock.release()
@@ -276,6 +268,61 @@ def last_fingerprint(run_folder: Path) -> Fingerprint | None:
             if whole_bytes(path):
                 return read_header(path).fingerprint
     return None
+
+
+def safe_rows(run_folder: Path) -> int:
+    """How many rows of the input a run folder's journal has an answer for."""
+    indexes = set()
+    for path in sorted((run_folder / JOURNAL_NAME).glob("*.jsonl")):
+        with path.open("rb", buffering=2**20) as stream:
+            for line in stream:
+                found = _ROW_INDEX.search(line)
+                if found and line.endswith(b"\n"):
+                    indexes.add(int(found[1]))
+    return len(indexes)
+
+
+def is_finished(run_folder: Path) -> bool:
+    """Whether a run is done: it has a report that does not say that it can be resumed."""
+    try:
+        return read_object(run_folder / REPORT_NAME)["goes_on"] is False
+    except (UsageError, KeyError):
+        return False
+
+
+def last_unfinished(output: Path, request_name: str, job: str = "") -> Path | None:
+    """The newest run in `output` that can be resumed; None if there is none.
+
+    Args:
+        output: the folder of run folders.
+        request_name: the file by which a run folder is known; written when the run begins.
+        job: only runs of this job.
+    """
+    for folder in _newest_first(output, request_name, job):
+        if not (is_finished(folder) or _is_held(folder)):
+            return folder
+    return None
+
+
+def _newest_first(output: Path, request_name: str, job: str) -> Iterator[Path]:
+    begun = []
+    for request in output.glob(f"*/{request_name}"):
+        with suppress(OSError):  # it is being removed just now
+            begun.append((request.stat().st_mtime_ns, request.parent))
+    for _, folder in sorted(begun, reverse=True):
+        if not job or folder.name.startswith(f"{job}-"):
+            yield folder
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether another process holds the folder's lock."""
+    try:
+        with FileLock(folder / LOCK_NAME, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError as error:
+        raise QaicRayError(f"{folder} cannot be looked at: {error.strerror}.") from error
 
 
 def write_all(fd: int, data: bytes) -> None:

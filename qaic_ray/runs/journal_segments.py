@@ -1,4 +1,4 @@
-"""The segments of a run's journal: their names, their lines, and what damage is. Writes nothing.
+"""The segments of a run's journal: their names, their lines, and how damage is found.
 
     journal/000000.jsonl, 000001.jsonl, ...      segments, of about equal size
     <CRC-32 of the JSON, 8 hex digits> <JSON>    a line; the first of a segment is its header
@@ -74,7 +74,7 @@ class RowReader:
         """The row whose line begins there, once it has been committed.
 
         Raises:
-            QaicRayError: for a line that is not what it was.
+            QaicRayError: the line has changed on the disk.
         """
         stream = self._stream(segment)
         stream.seek(offset)
@@ -132,15 +132,21 @@ def line_of(json_bytes: bytes) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(json_bytes), json_bytes)
 
 
+def row_line(row: Row, digest: int, span_s: float) -> bytes:
+    """The line of a row; `digest` is of its input, `span_s` how long the session had worked."""
+    record = JournalRecord(digest, round(span_s, 6), row)
+    return line_of(RECORD.dump_json(record, exclude_defaults=True))
+
+
 def is_whole(line: bytes) -> bool:
-    """Whether a line is as it was written."""
+    """Whether a line is complete and its checksum fits."""
     if not line.endswith(b"}\n"):
         return False
     return line[:BEFORE_JSON] == b"%08x " % zlib.crc32(memoryview(line)[BEFORE_JSON:-1])
 
 
 def whole_bytes(path: Path) -> int:
-    """How much of a segment is whole lines, from its start; after the end of those there is none.
+    """Bytes of the whole lines at the start of a segment; no whole line follows them.
 
     Raises:
         QaicRayError: for a damaged line that is not of the tail.
@@ -159,7 +165,7 @@ def whole_bytes(path: Path) -> int:
 
 
 def damaged(path: Path, number: int) -> QaicRayError:
-    """The error of a line that is not what it was, counted from 1."""
+    """The error for a damaged line, counted from 1."""
     what = "the file" if number == 1 else "that line"
     return QaicRayError(
         f"{path} is damaged at line {number}: delete {what}, and what it held is answered again "

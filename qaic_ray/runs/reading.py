@@ -1,4 +1,4 @@
-"""The input, read in a thread of its own: however slowly it comes, the loop hears the cards."""
+"""Reads the input in a thread of its own, so that a slow input never keeps the driver waiting."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from typing import Protocol
 
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.rows import Prompt, Row
-
-STALL_S = 0.05
-"""What was read is handed over when nothing more has come for so long."""
-GATHER_S = 1.0
-"""It is handed over so long after it was asked for, even if more comes all the time."""
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 
 @dataclass(frozen=True)
@@ -31,13 +27,17 @@ class Batch:
 
 
 class PromptReader(Protocol):
-    """Gives the input piece by piece."""
+    """Gives the input in batches."""
+
+    @property
+    def poll_s(self) -> float:
+        """Seconds until `poll` is to be called again, while it gives nothing."""
 
     def ask(self, num_items: int) -> None:
-        """Want so many items; what was asked for before has been given."""
+        """Ask for so many items; what was asked for before has been given."""
 
     def poll(self) -> Batch | None:
-        """What there is to give now: all that was asked for, or what came of a slow input.
+        """All that was asked for, or what came of a slow input; None while there is nothing.
 
         Raises:
             UsageError: the input is not this run's; all that was read before has been given.
@@ -53,11 +53,18 @@ class ThreadedReader:
     Args:
         items: the input; it is read in another thread than the caller's.
         clock: seconds.
+        timeouts: `read_poll_s`, `read_stall_s` and `read_gather_s` are used.
     """
 
     def __init__(
-        self, items: Iterable[Prompt | Row], *, clock: Callable[[], float] = time.monotonic
+        self,
+        items: Iterable[Prompt | Row],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        timeouts: Timeouts = DEFAULT_TIMEOUTS,
     ) -> None:
+        self.poll_s = timeouts.read_poll_s
+        self._timeouts = timeouts
         self._items: Iterator[Prompt | Row] = iter(items)
         self._clock = clock
         self._changed = threading.Condition()
@@ -70,14 +77,14 @@ class ThreadedReader:
         threading.Thread(target=self._run, name="input", daemon=True).start()
 
     def ask(self, num_items: int) -> None:
-        """See `Reader.ask`."""
+        """See `PromptReader.ask`."""
         with self._changed:
             self._num_wanted = self._num_given + num_items
             self._asked_s = self._clock()
             self._changed.notify()
 
     def poll(self) -> Batch | None:
-        """See `Reader.poll`."""
+        """See `PromptReader.poll`."""
         is_over = self._ended  # before what is ready is looked at: nothing follows then
         if not (is_over or self._num_read >= self._num_wanted or self._is_slow()):
             return None
@@ -93,15 +100,15 @@ class ThreadedReader:
         return Batch(items, exhausted=False)
 
     def close(self) -> None:
-        """See `Reader.close`."""
+        """See `PromptReader.close`."""
         with self._changed:
             self._closed = True
             self._changed.notify()
 
     def _is_slow(self) -> bool:
-        now_s = self._clock()
-        waited_s = now_s - self._asked_s
-        return bool(self._ready) and (now_s - self._newest_s >= STALL_S or waited_s >= GATHER_S)
+        now_s, timeouts = self._clock(), self._timeouts
+        is_stalled = now_s - self._newest_s >= timeouts.read_stall_s
+        return bool(self._ready) and (is_stalled or now_s - self._asked_s >= timeouts.read_gather_s)
 
     def _run(self) -> None:
         try:

@@ -1,7 +1,6 @@
-"""What a run came to: a document for programs, tables for people. Runs nothing, measures nothing.
+"""The report of a run: a JSON document, and from that alone the terminal's text and a page.
 
-The document is what `report.json` holds, and all that is shown is drawn from it alone, so that a
-report can be drawn again from its run folder.
+A report can be drawn again from the `report.json` of its run folder.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, StrictUndefined
 from rich import box
 from rich.console import RenderableType
 from rich.table import Table
@@ -21,21 +21,22 @@ from qaic_ray.documents import json_text
 from qaic_ray.folders import write_whole
 from qaic_ray.metrics import Measurement
 from qaic_ray.runs.delivery import ERRORS_NAME, Proof
-from qaic_ray.runs.figures import count_text, rate_text, seconds_text
-from qaic_ray.runs.report_page import html_page
+from qaic_ray.runs.journal import REPORT_NAME
 from qaic_ray.runs.result import Cause, FleetResult, WorkerResult
-from qaic_ray.runs.run_folders import REPORT_NAME
 
 FORMAT = 1
 PAGE_NAME = "report.html"
 MAX_BINS = 25
+NONE = "–"
 
 Document = dict[str, Any]
+
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run's result, and what it was a run of; `sdk` is the SDK's label."""
+    """A run's result, its job, model and QPC; `sdk` is the SDK's label."""
 
     result: FleetResult
     job: str
@@ -52,7 +53,7 @@ class RunSummary:
 
     @property
     def error(self) -> str | None:
-        """Why the run is not what it was meant to be, and what to do; None where it is."""
+        """Why the run is not complete, and what to do; None if it is."""
         broken_off = self.result.broken_off
         if broken_off is None:
             return None
@@ -70,7 +71,7 @@ class RunSummary:
 
     @property
     def goes_on(self) -> bool:
-        """Whether the run broke off so that it can be gone on with."""
+        """Whether the run ended early and can be resumed."""
         broken_off = self.result.broken_off
         return broken_off is not None and broken_off.cause is not Cause.CHANGED
 
@@ -94,6 +95,7 @@ class RunSummary:
             "ttft_median_s": round(total.ttft_median_s, 6),
             "ttft_p90_s": round(total.ttft.quantile(0.9), 6),
             **_engine_document(total),
+            "settings": dict(self.result.settings),
             "error": self.error,
             "goes_on": self.goes_on,
             "proof": None if self.proof is None else self.proof.to_json(),
@@ -142,7 +144,7 @@ def round_up(width: float) -> float:
 
 
 def tables(document: Document) -> Iterator[RenderableType]:
-    """Draw a report for the terminal: a line for each card, the merged rate, what went wrong."""
+    """Draw a report for the terminal: a line for each card, the merged rate, errors."""
     yield _heading(document)
     yield _card_table(document)
     yield Text.assemble(
@@ -158,12 +160,47 @@ def tables(document: Document) -> Iterator[RenderableType]:
     if failed:
         rows = f"{count_text(failed)} of {count_text(document['rows'])} rows failed"
         yield Text(f"{rows}: see {ERRORS_NAME} in the run folder", style="red")
+    for trouble in _troubles(document):
+        yield Text(trouble, style="red")
+    if document.get("settings"):
+        yield Text(f"not the defaults: {_settings_text(document)}", style="dim")
+    yield Text.assemble(("run folder  ", "dim"), document["folder"])
+
+
+def html_page(document: Document) -> str:
+    """Draw a report as an HTML page that needs no network, no script and no other file."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    environment.filters.update(count=count_text, seconds=seconds_text, rate=rate_text)
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(
+        report=document,
+        best=max((w["decode_tokens_per_s"] or 0.0 for w in document["workers"]), default=0.0),
+        troubles=_troubles(document),
+        settings=_settings_text(document),
+    )
+
+
+def _troubles(document: Document) -> list[str]:
+    """A sentence for each worker that had an error, and one for the run's."""
+    troubles = []
     for worker in document["workers"]:
         if worker["error"]:
-            yield Text(f"{worker['name']} was lost: {worker['error']}", style="red")
-    if document["error"]:
-        yield Text(document["error"], style="red")
-    yield Text.assemble(("run folder  ", "dim"), document["folder"])
+            num_losses = worker.get("losses", 0)
+            if not worker.get("ready_at_end"):
+                happened = "was lost"
+            elif num_losses:
+                times = "once" if num_losses == 1 else f"{num_losses} times"
+                happened = f"was lost {times} and came back"
+            else:
+                happened = "had an error and went on"
+            troubles.append(f"{worker['name']} {happened}: {worker['error']}")
+    return [*troubles, *filter(None, [document["error"]])]
+
+
+def _settings_text(document: Document) -> str:
+    return ", ".join(f"{name} {value}" for name, value in document.get("settings", {}).items())
 
 
 def _engine_document(work: Measurement) -> Document:
@@ -241,4 +278,33 @@ def _worker_document(worker: WorkerResult) -> Document:
         **_engine_document(work),
         "decode_tokens_per_s": round(work.decode_tokens_per_s, 3) if work.decode_s > 0 else None,
         "error": worker.error,
+        "losses": worker.losses,
+        "ready_at_end": worker.ready_at_end,
     }
+
+
+def count_text(count: int) -> str:
+    """1234567 -> 1,234,567."""
+    return f"{count:,}"
+
+
+def seconds_text(seconds: float) -> str:
+    """Three figures: 12.3 µs, 123 ms, 1.23 s, 1,234 s; a dash for 0, where nothing was measured."""
+    if seconds <= 0:
+        return NONE
+    if seconds < 0.9995e-3:
+        return f"{_three_figures(seconds * 1e6)} µs"
+    if seconds < 0.9995:
+        return f"{_three_figures(seconds * 1e3)} ms"
+    return f"{_three_figures(seconds)} s"
+
+
+def rate_text(per_s: float | None) -> str:
+    """Three figures, or a dash where nothing was measured."""
+    return _three_figures(per_s) if per_s else NONE
+
+
+def _three_figures(value: float) -> str:
+    if value >= 999.5:
+        return f"{value:,.0f}"
+    return f"{value:#.3g}".rstrip(".")

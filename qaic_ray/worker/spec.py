@@ -1,21 +1,22 @@
-"""What a worker is told to be, and what it tells of itself: plain data that crosses processes."""
+"""What a worker is given, and what it reports of itself: plain data that crosses processes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from qaic_ray.cards.locks import Part
+from qaic_ray.cards.lease import Part
 from qaic_ray.options import Generation
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What one card is to do; plain data, made by the driver.
+    """What one worker is given by the driver.
 
     `model` is anything `open_checkpoint` takes; only its tokenizer and configuration are read, and
-    these must have the `text` parts that the run began with, where any are given. The other fields
-    are a `WorkerPlace`'s; `incarnation` is how often the worker was opened before.
+    these must have the `text` parts that the run began with, if any are given. `incarnation` is how
+    often the worker was opened before. The other fields are those of a `WorkerPlace`.
     """
 
     name: str
@@ -29,6 +30,7 @@ class WorkerSpec:
     part: Part | None = None
     choices: tuple[int, ...] = ()
     incarnation: int = 0
+    timeouts: Timeouts = DEFAULT_TIMEOUTS
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,3 @@ class WorkerInfo:
     load_s: float
     pid: int = 0
     host: str = ""
-
-
-@dataclass(frozen=True)
-class TakenBack:
-    """Prompts of a shard that will not be answered here, among its rows."""
-
-    indexes: tuple[int, ...]

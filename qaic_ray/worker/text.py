@@ -1,7 +1,7 @@
-"""From a prompt to the sequences that answer it, and from those to its row. No card, no Ray.
+"""From a prompt to the sequences that answer it, and from finished sequences to the prompt's row.
 
-All text work of a card is here, and all of it is done in the thread that wants the answer; the
-engine's thread only reads along where a stop string may end a row.
+This is the text work of a card, done in the thread that wants the answer. The engine's thread
+decodes only rows that a stop string may end.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from qaic_ray.documents import shown
 from qaic_ray.engine import batcher
-from qaic_ray.engine.engine import Finished
+from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.model.chat import ChatTemplate
-from qaic_ray.model.stop_strings import StopReader
+from qaic_ray.model.detokenizer import StopFinder
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import Generation
 from qaic_ray.rows import ChatOptions, FinishReason, Message, Prompt, Row, Sample
@@ -33,24 +32,14 @@ _LAST_WORD = 64
 """Tokens that the end of a beginning may have more than the same characters amid the text."""
 
 
-class Limits(Protocol):
-    """What the engine says of a prompt before it takes it."""
-
-    def refuse_unanswerable(self, params: SamplingParams) -> None:
-        """Raise RowError for what the program cannot give."""
-
-    def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
-        """Tokens that may be generated; RowError where that is none."""
-
-
 @dataclass(eq=False)
 class Answer:
-    """A prompt in flight: a sequence for each of its `n` samples, and those that are done."""
+    """A prompt in flight: a sequence for each of its `n` samples, and those that are finished."""
 
     prompt: Prompt
     params: SamplingParams
     sequences: tuple[batcher.Sequence, ...]
-    readers: tuple[StopReader | None, ...]
+    readers: tuple[StopFinder | None, ...]
     finished: list[Finished] = field(default_factory=list)
 
     @property
@@ -60,14 +49,14 @@ class Answer:
 
 
 class Answerer:
-    """Makes sequences of prompts and rows of what became of them.
+    """Makes sequences of prompts, and rows of finished sequences.
 
     Args:
         tokenizer: the checkpoint's.
         eos_ids: tokens that end an answer.
         generation: the run's.
-        limits: the engine.
-        vocab_size: tokens of the model; no number where nobody knows.
+        engine: says which prompts its program can answer.
+        vocab_size: tokens of the model; no number if it is not known.
     """
 
     def __init__(
@@ -76,14 +65,14 @@ class Answerer:
         eos_ids: Sequence[int],
         generation: Generation,
         *,
-        limits: Limits,
+        engine: Engine,
         vocab_size: object,
     ) -> None:
         self._tokenizer = tokenizer.of_run(generation.chat_template, generation.date)
         self._eos_ids = frozenset(eos_ids)
         self._generation = generation
         self._defaults = generation.defaults
-        self._limits = limits
+        self._engine = engine
         self._vocab_size = vocab_size if isinstance(vocab_size, int) else math.inf
 
     def begin(self, prompt: Prompt) -> Answer:
@@ -93,7 +82,7 @@ class Answerer:
             RowError: for a prompt that cannot be answered, or not so.
         """
         params = prompt.sampling or self._defaults
-        self._limits.refuse_unanswerable(params)
+        self._engine.refuse_unanswerable(params)
         self._refuse_unknown("stop_token_ids", params.stop_token_ids)
         if prompt.chat and prompt.messages is None and not self._generation.chat:
             raise RowError(
@@ -103,7 +92,7 @@ class Answerer:
         self._refuse_endless(prompt)
         prompt_ids = tuple(self._prompt_ids(prompt))
         self._refuse_unknown("The prompt", prompt_ids)
-        limit = self._limits.new_token_limit(len(prompt_ids), params.max_tokens)
+        limit = self._engine.new_token_limit(len(prompt_ids), params.max_tokens)
         _refuse_unholdable(params, len(prompt_ids), limit)
         stop_ids = frozenset(params.stop_token_ids) | self._ending_ids(params)
         sequences = [
@@ -118,7 +107,7 @@ class Answerer:
             for sample in range(params.n)
         ]
         readers = [
-            StopReader(self._tokenizer, params) if params.stop else None for _ in range(params.n)
+            StopFinder(self._tokenizer, params) if params.stop else None for _ in range(params.n)
         ]
         return Answer(prompt, params, tuple(sequences), tuple(readers))
 
@@ -156,7 +145,7 @@ class Answerer:
         )
 
     def _refuse_endless(self, prompt: Prompt) -> None:
-        """Refuse a text of megabytes by its beginning: to tokenize all of it takes a minute."""
+        """Refuse a text of megabytes by its first characters; to tokenize it takes a minute."""
         text = prompt.text
         if prompt.messages is not None:
             text = "".join(message["content"] for message in prompt.messages)
@@ -164,7 +153,7 @@ class Answerer:
         while size * _MUCH_MORE <= len(text):
             num_tokens = len(self._tokenizer.encode(text[:size])) - _LAST_WORD
             try:
-                self._limits.new_token_limit(max(1, num_tokens), None)
+                self._engine.new_token_limit(max(1, num_tokens), None)
             except RowError as error:
                 raise RowError(
                     f"Its first {size} characters alone are too many. {error}"
@@ -172,7 +161,7 @@ class Answerer:
             size *= _MUCH_MORE
 
     def _refuse_unknown(self, what: str, token_ids: Sequence[int]) -> None:
-        """Refuse tokens for which the model has no row, and a card no answer."""
+        """Refuse tokens that are not in the model's vocabulary."""
         largest = max(token_ids, default=0)
         if largest >= self._vocab_size:
             text = self._tokenizer.piece(largest)
@@ -204,7 +193,7 @@ class Answerer:
         return replace(prompt.chat, template_kwargs=kwargs)
 
     def _messages(self, prompt: Prompt) -> list[Message] | None:
-        """The conversation to answer; None for a prompt that is a text to go on with."""
+        """The conversation to answer; None for a prompt that is plain text to complete."""
         if prompt.messages is not None:
             messages = list(prompt.messages)
         elif self._generation.chat and prompt.text:
@@ -218,7 +207,7 @@ class Answerer:
         return messages
 
     def _sample(
-        self, params: SamplingParams, sequence: batcher.Sequence, reader: StopReader | None
+        self, params: SamplingParams, sequence: batcher.Sequence, reader: StopFinder | None
     ) -> Sample:
         assert sequence.finish_reason is not None
         token_ids = tuple(sequence.output_ids)
@@ -282,11 +271,12 @@ def sample_seed(params: SamplingParams, run_seed: int, index: int, sample: int) 
     sample.
     """
     if params.seed is None:
-        return _mixed("run", run_seed, index, sample)
-    return params.seed if sample == 0 else _mixed("row", params.seed, sample)
+        return mixed_seed("run", run_seed, index, sample)
+    return params.seed if sample == 0 else mixed_seed("row", params.seed, sample)
 
 
-def _mixed(*parts: str | int) -> int:
+def mixed_seed(*parts: object) -> int:
+    """A seed that is the same for parts of the same `repr`."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") & MAX_SEED
 

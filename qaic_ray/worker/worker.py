@@ -1,45 +1,89 @@
-"""One card's work: prompts in, rows out. A tokenizer, a session and an engine; no Ray.
+"""One card's work: prompts in, rows out. Needs a tokenizer, a session and an engine, and no Ray.
 
-Shards overlap: each `answer` call tokenizes in its caller's thread, drops its sequences into the
-one backlog, and takes its own rows back as they finish; their text is made in its thread too. One
-thread runs the engine, so the card is never driven by two; it hands the engine no more than it will
-soon begin, so that what is left can be given back to the driver.
+Shards overlap. Each `answer` call tokenizes in its caller's thread, puts its sequences into the
+backlog that all shards share, and decodes its own rows as they finish. One other thread runs the
+engine, and gives it no more sequences than it will soon start.
 """
 
 from __future__ import annotations
 
 import os
+import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar, Generic, TypeVar
 
 from qaic_ray.cards.lease import CardLease
 from qaic_ray.contract import Specializations
 from qaic_ray.documents import differences
 from qaic_ray.engine import batcher
+from qaic_ray.engine.drafting import Drafting, open_drafting
 from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
 from qaic_ray.metrics import Measurement
-from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
-from qaic_ray.model.stop_strings import StopReader
-from qaic_ray.model.tokenizer_files import text_parts
+from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
+from qaic_ray.model.detokenizer import StopFinder
+from qaic_ray.model.tokenizer import Tokenizer, text_parts
 from qaic_ray.rows import ROW_ALONE, Prompt, Row
-from qaic_ray.sdk import open_sdk
-from qaic_ray.worker.row_queue import RowQueue
-from qaic_ray.worker.spec import TakenBack, WorkerInfo, WorkerSpec
-from qaic_ray.worker.speculation import Drafting, open_drafting
+from qaic_ray.sdk import Sdk, open_sdk
+from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
 from qaic_ray.worker.text import Answer, Answerer, check_chat
 
 STATIC_LOOKAHEAD = 4
-"""Rows that the engine of a static program is given for each of its places: a wave is made of rows
-of about one length, and must have some to choose from."""
+"""Sequences that the engine of a static program holds for each of its slots, so that it can start
+sequences of about one length together."""
 
 _AGAIN = "QS_AGAIN"
-_AGAIN_PAUSES_S = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+Item = TypeVar("Item")
+
+
+class RowQueue(Generic[Item]):
+    """Queue from the engine's thread to a shard's thread; returns items in batches.
+
+    Args:
+        gather_s: what is put within this after the first item comes in the same batch, in seconds.
+    """
+
+    def __init__(self, gather_s: float) -> None:
+        self._gather_s = gather_s
+        self._items: queue.SimpleQueue[Item | QaicRayError] = queue.SimpleQueue()
+        self._error: QaicRayError | None = None
+
+    def put(self, item: Item | QaicRayError) -> None:
+        """Add one; nothing may follow an error."""
+        self._items.put(item)
+
+    def take(self, most: int) -> list[Item]:
+        """Wait for an item; return it with those that come soon after it, up to `most`.
+
+        Raises:
+            QaicRayError: the one that was put, after all items before it.
+        """
+        if self._error is not None:
+            raise self._error
+        taken: list[Item] = []
+        until_s = None
+        while len(taken) < most:
+            try:
+                left_s = None if until_s is None else max(0.0, until_s - time.monotonic())
+                item = self._items.get(timeout=left_s)
+            except queue.Empty:
+                break
+            if isinstance(item, QaicRayError):
+                self._error = item
+                if not taken:
+                    raise item
+                break
+            taken.append(item)
+            until_s = until_s or time.monotonic() + self._gather_s
+        return taken
 
 
 @dataclass
@@ -53,43 +97,38 @@ class _Card:
     past: Measurement = field(default_factory=Measurement)
 
 
-@dataclass(eq=False)
-class _Shard:
-    """A shard that is here, or was asked back before it came.
-
-    `outcome` takes what becomes of its sequences: finished, given back unbegun, or lost.
-    """
-
-    outcome: RowQueue[Finished | list[batcher.Sequence]] = field(default_factory=RowQueue)
-    is_queued: bool = False
-    is_asked: bool = False
-
-
 @dataclass(frozen=True)
 class _Arrival:
-    """A sequence for the engine, and whose it is."""
+    """A sequence for the engine, and the queue for its result."""
 
     sequence: batcher.Sequence
-    reader: StopReader | None
-    answer: Answer
-    shard: _Shard
+    reader: StopFinder | None
+    outcome: RowQueue[Finished]
 
 
 class CardWorker:
-    """Answers prompts on one card, a part of one, or a device group."""
+    """Answers prompts on one card, a part of one, or a device group.
+
+    A subclass may open something else in place of a checkpoint, an SDK and a card.
+    """
+
+    open_checkpoint: ClassVar[staticmethod[..., Checkpoint]] = staticmethod(open_checkpoint)
+    load_tokenizer: ClassVar[staticmethod[[Checkpoint], Tokenizer]] = staticmethod(load_tokenizer)
+    open_sdk: ClassVar[staticmethod[[Path], Sdk]] = staticmethod(open_sdk)
+    lease_class: ClassVar[type[CardLease]] = CardLease
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
         self._failed_rows = 0
         self._lock = threading.Condition()
         self._backlog: deque[_Arrival] = deque()
-        self._owner: dict[batcher.Sequence, _Shard] = {}
-        self._shards: dict[int, _Shard] = {}
-        self._newest_shard = -1
+        self._owner: dict[batcher.Sequence, RowQueue[Finished]] = {}
         self._failure: QaicRayError | None = None
         self._closed = False
         self._opened: _Card | None = None
-        self._lease = CardLease(spec.name, part=spec.part, is_used=spec.incarnation > 0)
+        self._lease = self.lease_class(
+            spec.name, part=spec.part, is_used=spec.incarnation > 0, timeouts=spec.timeouts
+        )
         self._thread = threading.Thread(target=self._run, name=spec.name, daemon=True)
 
     def open(self, device_ids: tuple[int, ...] | None = None) -> WorkerInfo:
@@ -104,36 +143,32 @@ class CardWorker:
         """
         start_s = time.perf_counter()
         device_ids = self.spec.device_ids if device_ids is None else device_ids
-        checkpoint = open_checkpoint(self.spec.model, weights=False)
+        checkpoint = self.open_checkpoint(self.spec.model, weights=False)
         self._check_text(checkpoint.folder)
-        tokenizer = load_tokenizer(checkpoint)
+        tokenizer = self.load_tokenizer(checkpoint)
         check_chat(tokenizer.chat_template, self.spec.generation, self.spec.model)
-        sdk = open_sdk(Path(self.spec.sdk_root))
-        session = self._lease.open(sdk, Path(self.spec.qpc), device_ids)
-        try:
+        sdk = self.open_sdk(Path(self.spec.sdk_root))
+        with ExitStack() as undo:
+            session = self._lease.open(sdk, Path(self.spec.qpc), device_ids)
+            undo.callback(self._lease.release)
+            undo.callback(session.close)
             self._check_shapes(session.specializations)
             drafting = open_drafting(self.spec.generation, sdk, session)
+            undo.callback(drafting.close)
             engine = self._engine(session, drafting)
             answerer = Answerer(
                 tokenizer,
                 tokenizer.eos_ids,
                 self.spec.generation,
-                limits=engine,
+                engine=engine,
                 vocab_size=session.vocab_size or checkpoint.config.get("vocab_size"),
             )
-        except BaseException:
-            session.close()
-            self._lease.release()
-            raise
-        with self._lock:
-            if not self._closed:
+            with self._lock:
+                if self._closed:
+                    raise DeviceError(f"{self.spec.name} was closed.")
                 self._opened = _Card(answerer, session, drafting, engine)
                 self._thread.start()
-        if self._opened is None:  # it was closed meanwhile
-            drafting.close()
-            session.close()
-            self._lease.release()
-            raise DeviceError(f"{self.spec.name} was closed.")
+            undo.pop_all()
         shapes = session.specializations
         return WorkerInfo(
             name=self.spec.name,
@@ -147,38 +182,36 @@ class CardWorker:
             host=os.uname().nodename,
         )
 
-    def answer(
-        self, prompts: Sequence[Prompt], attempt: int = 1, shard_id: int = 0
-    ) -> Iterator[list[Row] | TakenBack]:
+    def answer(self, prompts: Sequence[Prompt], attempt: int = 1) -> Iterator[list[Row]]:
         """Answer a shard; rows come in completion order, a few at a time.
 
-        A prompt that cannot be answered is a row with finish_reason ERROR. After `take_back` there
-        is a TakenBack among them, if it did not come with the last row.
+        A prompt that cannot be answered is a row with finish_reason ERROR.
 
         Raises:
             DeviceError: when the card fails; prompts without a row yet were not answered.
         """
-        with self._lock:
-            self._newest_shard = max(self._newest_shard, shard_id)
-            shard = self._shards.setdefault(shard_id, _Shard())
-        try:
-            yield from self._answer(prompts, attempt, shard)
-        finally:
-            with self._lock:
-                self._shards.pop(shard_id, None)
-
-    def take_back(self, shard_id: int) -> None:
-        """Have a shard give back the prompts that the engine was not given; `answer` yields them.
-
-        A prompt of several samples of which one has begun stays.
-        """
-        with self._lock:
-            if shard_id not in self._shards and shard_id <= self._newest_shard:
-                return
-            shard = self._shards.setdefault(shard_id, _Shard())
-            shard.is_asked = True
-            if shard.is_queued:
-                self._give_back(shard)
+        answerer, name = self._card.answerer, self.spec.name
+        begun: list[Answer] = []
+        refused: list[Row] = []
+        for prompt in prompts:
+            try:
+                with ROW_ALONE:
+                    begun.append(answerer.begin(prompt))
+            except RowError as error:
+                refused.append(Row.failed(prompt, str(error), worker=name, attempts=attempt))
+        outcome = self._queue(begun, len(refused))
+        if refused:
+            yield refused
+        pending = {sequence: answer for answer in begun for sequence in answer.sequences}
+        while pending:
+            complete = []
+            for done in outcome.take(len(pending)):
+                answer = pending.pop(done.sequence)
+                answer.finished.append(done)
+                if answer.is_complete:
+                    complete.append(self._row(answerer, answer, attempt))
+            if complete:
+                yield complete
 
     def num_steps(self) -> int:
         """How many steps the engine has made; may be asked for at any time."""
@@ -219,7 +252,7 @@ class CardWorker:
         )
 
     def _check_text(self, folder: Path) -> None:
-        """See that this worker's rows are made as those of all others."""
+        """Check that this worker has the tokenizer that the run began with."""
         changes = differences(self.spec.text, text_parts(folder)) if self.spec.text else []
         if changes:
             raise UsageError(
@@ -246,36 +279,6 @@ class CardWorker:
             raise DeviceError(f"{self.spec.name} is not open.")
         return self._opened
 
-    def _answer(
-        self, prompts: Sequence[Prompt], attempt: int, shard: _Shard
-    ) -> Iterator[list[Row] | TakenBack]:
-        answerer, name = self._card.answerer, self.spec.name
-        begun: list[Answer] = []
-        refused: list[Row] = []
-        for prompt in prompts:
-            try:
-                with ROW_ALONE:
-                    begun.append(answerer.begin(prompt))
-            except RowError as error:
-                refused.append(Row.failed(prompt, str(error), worker=name, attempts=attempt))
-        self._queue(shard, begun, len(refused))
-        if refused:
-            yield refused
-        pending = {sequence: answer for answer in begun for sequence in answer.sequences}
-        while pending:
-            complete = []
-            for done in shard.outcome.take(len(pending)):
-                if isinstance(done, list):
-                    left = dict.fromkeys(pending.pop(sequence) for sequence in done)
-                    yield TakenBack(tuple(answer.prompt.index for answer in left))
-                    continue
-                answer = pending.pop(done.sequence)
-                answer.finished.append(done)
-                if answer.is_complete:
-                    complete.append(self._row(answerer, answer, attempt))
-            if complete:
-                yield complete
-
     def _row(self, answerer: Answerer, answer: Answer, attempt: int) -> Row:
         name = self.spec.name
         try:
@@ -286,7 +289,9 @@ class CardWorker:
                 self._failed_rows += 1
             return Row.failed(answer.prompt, str(error), worker=name, attempts=attempt)
 
-    def _queue(self, shard: _Shard, answers: Sequence[Answer], num_refused: int) -> None:
+    def _queue(self, answers: Sequence[Answer], num_refused: int) -> RowQueue[Finished]:
+        """Give these to the engine's thread; their results come out of the queue."""
+        outcome: RowQueue[Finished] = RowQueue(self.spec.timeouts.gather_s)
         with self._lock:
             self._failed_rows += num_refused
             if self._failure is not None:
@@ -295,25 +300,14 @@ class CardWorker:
                 raise DeviceError(f"{self.spec.name} is closed.")
             for answer in answers:
                 for sequence, reader in zip(answer.sequences, answer.readers, strict=True):
-                    self._backlog.append(_Arrival(sequence, reader, answer, shard))
-            shard.is_queued = bool(answers)
-            if shard.is_asked and shard.is_queued:
-                self._give_back(shard)
+                    self._backlog.append(_Arrival(sequence, reader, outcome))
             self._lock.notify()
-
-    def _give_back(self, shard: _Shard) -> None:
-        """Take out of the backlog what of a shard has not begun; the lock is held."""
-        own = [arrival for arrival in self._backlog if arrival.shard is shard]
-        waiting = {arrival.sequence for arrival in own}
-        whole = [a for a in own if waiting.issuperset(a.answer.sequences)]
-        gone = set(map(id, whole))
-        self._backlog = deque(a for a in self._backlog if id(a) not in gone)
-        shard.outcome.put([arrival.sequence for arrival in whole])
+        return outcome
 
     # -- the engine's thread
 
     def _run(self) -> None:
-        """Take in what arrived, step, hand back what finished."""
+        """Add sequences that arrived, make a step, return what finished; until it is closed."""
         card = self._opened
         while card is not None and self._take_in(card.engine):
             try:
@@ -326,11 +320,11 @@ class CardWorker:
                 self._fail(DeviceLost(f"{self.spec.name}: the engine failed: {error!r}."), card)
                 raise
             for finished in done:
-                self._owner.pop(finished.sequence).outcome.put(finished)
+                self._owner.pop(finished.sequence).put(finished)
 
     def _step(self, engine: Engine) -> list[Finished]:
-        """One step, asked for again where the runtime says so; it has done nothing then."""
-        for pause_s in _AGAIN_PAUSES_S:
+        """One step; it is tried again after QS_AGAIN, with which the runtime has done nothing."""
+        for pause_s in self.spec.timeouts.again_s:
             try:
                 return engine.step()
             except DeviceError as error:
@@ -347,15 +341,15 @@ class CardWorker:
             most = shapes.num_slots * (1 if shapes.continuous else STATIC_LOOKAHEAD)
             while self._backlog and len(engine.batcher.waiting) < most:
                 arrival = self._backlog.popleft()
-                self._owner[arrival.sequence] = arrival.shard
+                self._owner[arrival.sequence] = arrival.outcome
                 engine.add(arrival.sequence, arrival.reader)
             return not self._closed
 
     def _fail(self, error: QaicRayError, card: _Card) -> bool:
-        """Tell every shard that is here; whether the session may serve those that come.
+        """End every shard that is here with the error; return whether the session can go on.
 
-        What a card held of the rows is lost with the engine. A draft program's state is not to be
-        had back, and a card that is gone is opened anew by the driver.
+        The rows that the engine held are lost. A session with a draft program cannot go on, as that
+        program's state is lost too, and a card that is lost is opened again by the driver.
         """
         lives = not isinstance(error, DeviceLost) and card.drafting.proposer is None
         with self._lock:
@@ -368,10 +362,10 @@ class CardWorker:
         return lives
 
     def _end_shards(self, error: QaicRayError) -> None:
-        """Let whoever waits for rows of the engine have an error instead."""
+        """Give an error to every shard that waits for rows."""
         with self._lock:
-            shards = {*self._owner.values(), *(arrival.shard for arrival in self._backlog)}
+            outcomes = {*self._owner.values(), *(arrival.outcome for arrival in self._backlog)}
             self._owner.clear()
             self._backlog.clear()
-        for shard in shards:
-            shard.outcome.put(error)
+        for outcome in outcomes:
+            outcome.put(error)

@@ -12,14 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qaic_ray.cards import inventory, lease
-from qaic_ray.cards.inventory import Node, NodeCards, card_scope, look, problems
-from qaic_ray.cards.lease import await_ready
-from qaic_ray.cards.locks import CardLocks, Part
+from qaic_ray.cards.inventory import Node, NodeCards, look, problems
+from qaic_ray.cards.lease import CardLocks, Part, await_ready, card_scope
 from qaic_ray.cards.placement import WorkerPlace, allot, cards_name, place, qpc_cores
-from qaic_ray.errors import DeviceError, SdkNotFound, UsageError
+from qaic_ray.errors import DeviceError, UsageError
 from qaic_ray.options import EmulatorOptions
 from qaic_ray.sdk import Device, Sdk
+from qaic_ray.timeouts import Timeouts
 
 EMULATED = EmulatorOptions(cards=4, sku="standard", apps_version="1.20")
 
@@ -246,14 +245,19 @@ def test_a_mismatch_is_a_sentence_with_the_command_that_mends_it(
 def test_a_node_tells_of_its_cards_and_who_holds_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("QAIC_RAY_LOCKS", str(tmp_path))
-    sdk = SimpleNamespace(
-        root=tmp_path, label="real SDK 1.20", kind="real", devices=lambda: [device(0), device(1)]
+    monkeypatch.setenv("QAIC_RAY_LOCKS", str(tmp_path / "locks"))
+    for name in ("exec", "tools", "versions"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "exec" / "qaic-exec").touch()
+    (tmp_path / "versions" / "apps.xml").write_text(
+        "<versions><ci_build><base_version>1.20</base_version></ci_build></versions>"
     )
-    monkeypatch.setattr(inventory, "find_sdk", lambda *_: sdk)
+    tool = tmp_path / "tools" / "qaic-util"
+    tool.write_text("#!/bin/sh\necho 'QID 0\n\tStatus:Ready\nQID 1\n\tStatus:Ready'\n")
+    tool.chmod(0o755)
     locks = CardLocks([1], what="card 1")
     locks.acquire()
-    found = look(Node("a", "10.0.0.1", 2), None, EMULATED)
+    found = look(Node("a", "10.0.0.1", 2), str(tmp_path), EMULATED)
     locks.release()
     assert [card.qid for card in found.devices] == [0, 1]
     assert list(found.held or {}) == [1]
@@ -261,13 +265,9 @@ def test_a_node_tells_of_its_cards_and_who_holds_them(
     assert (found.sdk, found.emulated, found.error) == ("real SDK 1.20", False, "")
 
 
-def test_a_node_without_an_sdk_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise SdkNotFound("There is no Cloud AI SDK folder /x.")
-
-    monkeypatch.setattr(inventory, "find_sdk", fail)
-    found = look(Node("a", "10.0.0.1", 2), "/x", EMULATED)
-    assert (found.devices, found.error) == ((), "There is no Cloud AI SDK folder /x.")
+def test_a_node_without_an_sdk_says_so(tmp_path: Path) -> None:
+    found = look(Node("a", "10.0.0.1", 2), str(tmp_path / "x"), EMULATED)
+    assert (found.devices, found.error) == ((), f"There is no Cloud AI SDK folder {tmp_path}/x.")
 
 
 def test_real_cards_are_the_machines_and_emulated_ones_their_folders() -> None:
@@ -287,11 +287,10 @@ def test_the_cores_of_a_qpc(tmp_path: Path) -> None:
 # -- readiness
 
 
-def test_a_card_that_was_left_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "_POLL_S", 0.0)
+def test_a_card_that_was_left_is_waited_for() -> None:
     states = iter(["Initializing", "Initializing", "Ready"])
     sdk = SimpleNamespace(kind="emulated", devices=lambda: [device(0, next(states)), device(1)])
-    await_ready(sdk, [0, 1])  # type: ignore[arg-type]
+    await_ready(sdk, [0, 1], Timeouts(poll_s=0.0))  # type: ignore[arg-type]
     assert next(states, None) is None
 
 
@@ -299,12 +298,10 @@ def test_a_card_that_was_left_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
     ("status", "words"),
     [("Error", "card 0 is Error"), ("Initializing", "card 0 is Initializing")],
 )
-def test_a_card_that_does_not_come_back_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, status: str, words: str
-) -> None:
-    monkeypatch.setattr(lease, "READY_TIMEOUT_S", 0.0)
+def test_a_card_that_does_not_come_back_is_an_error(status: str, words: str) -> None:
+    at_once = Timeouts(ready_s=0.0)
     sdk = SimpleNamespace(kind="emulated", devices=lambda: [device(0, status)])
     with pytest.raises(DeviceError, match=words):
-        await_ready(sdk, [0])  # type: ignore[arg-type]
+        await_ready(sdk, [0], at_once)  # type: ignore[arg-type]
     with pytest.raises(DeviceError, match="card 5 is Absent"):
-        await_ready(sdk, [5])  # type: ignore[arg-type]
+        await_ready(sdk, [5], at_once)  # type: ignore[arg-type]

@@ -14,13 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qaic_ray.cards import locks
-from qaic_ray.cards.locks import CardLocks, Part, held_cards, locks_folder
+from qaic_ray.cards.lease import SHARED_FOLDER, CardLocks, Part, held_cards, locks_folder
 from qaic_ray.errors import DeviceBusy, DeviceError
 
 HOLD = """
 import sys, time
-from qaic_ray.cards.locks import CardLocks, Part
+from qaic_ray.cards.lease import CardLocks, Part
 part = Part(*map(int, sys.argv[2:])) if sys.argv[2:] else None
 CardLocks([int(sys.argv[1])], part=part, what="another run").acquire()
 print("held", flush=True)
@@ -171,7 +170,7 @@ def test_where_the_files_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setenv("QAIC_RAY_CACHE", str(tmp_path))
     assert locks_folder() == tmp_path / "cards"
     monkeypatch.delenv("QAIC_RAY_CACHE")
-    assert locks_folder() == locks.SHARED_FOLDER
+    assert locks_folder() == SHARED_FOLDER
 
 
 @pytest.mark.parametrize("kind", ["link", "hard link", "pipe", "folder"])
@@ -213,7 +212,8 @@ def test_the_shared_folder_is_no_link(folder: Path, monkeypatch: pytest.MonkeyPa
     home = folder.parent / "home"
     home.mkdir()
     folder.symlink_to(home)
-    monkeypatch.setattr(locks, "SHARED_FOLDER", folder)
+    monkeypatch.delenv("QAIC_RAY_LOCKS")
+    monkeypatch.delenv("QAIC_RAY_CACHE", raising=False)
     with pytest.raises(DeviceError, match="it is a link"):
-        CardLocks([0]).acquire()
+        CardLocks([0], shared_folder=folder).acquire()
     assert list(home.iterdir()) == []

@@ -32,6 +32,7 @@ with Cluster(0, address=address) as cluster:
         [Prompt(i, text) for i, text in enumerate(texts)],
         fake_worker.specs(2, row_s=float(row_s)),  # type: ignore[arg-type]
         worker_class=fake_worker.FakeWorker,  # type: ignore[arg-type]
+        policy=fake_worker.IMPATIENT,
         audience=Audience(on_worker_ready=print_pid),
     )
     tell(f"failed {result.total.failed_rows}")

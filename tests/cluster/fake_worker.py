@@ -10,11 +10,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qaic_ray.cards.locks import Part
+from qaic_ray.cards.lease import Part
+from qaic_ray.dispatch.policy import Policy
 from qaic_ray.errors import CompileError, DeviceError, UsageError
 from qaic_ray.metrics import Measurement
 from qaic_ray.rows import FinishReason, Prompt, Row
-from qaic_ray.worker.spec import TakenBack, WorkerInfo
+from qaic_ray.worker.spec import WorkerInfo
+
+IMPATIENT = Policy(min_backoff_s=0.1, min_stall_s=3.0, stall_steps=10)
+"""No test waits as long as a run of days may."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,6 @@ class FakeWorker:
         self.spec = spec
         self._card = threading.Lock()
         self._rows = 0
-        self._asked: set[int] = set()
 
     def open(self, device_ids: tuple[int, ...] | None = None) -> WorkerInfo:
         time.sleep(self.spec.open_s)
@@ -72,14 +75,9 @@ class FakeWorker:
             pid=os.getpid(),
         )
 
-    def answer(
-        self, prompts: Sequence[Prompt], attempt: int, shard_id: int
-    ) -> Iterator[list[Row] | TakenBack]:
+    def answer(self, prompts: Sequence[Prompt], attempt: int) -> Iterator[list[Row]]:
         rows: list[Row] = []
-        for done, prompt in enumerate(prompts):
-            if shard_id in self._asked:
-                yield TakenBack(tuple(left.index for left in prompts[done:]))
-                break
+        for prompt in prompts:
             with self._card:
                 time.sleep(self.spec.row_s)
             self._obey(prompt.text)
@@ -117,9 +115,6 @@ class FakeWorker:
                 raise KeyError("a bug")
             case "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
-
-    def take_back(self, shard_id: int) -> None:
-        self._asked.add(shard_id)
 
     def num_steps(self) -> int:
         return self._rows

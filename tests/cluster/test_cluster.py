@@ -17,15 +17,15 @@ from typing import Any
 import fake_worker
 import pytest
 import ray
-from fake_worker import FakeWorker, build, meet, specs
+from fake_worker import IMPATIENT, FakeWorker, build, meet, specs
 
-from qaic_ray.cluster import cluster as cluster_module
-from qaic_ray.cluster import connection
 from qaic_ray.cluster.cluster import Cluster, Outcome
+from qaic_ray.cluster.connection import join
 from qaic_ray.errors import CompileError, DeviceBusy, QaicRayError, UsageError
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience
 from qaic_ray.runs.result import FleetResult
+from qaic_ray.timeouts import Timeouts
 from qaic_ray.worker.spec import WorkerInfo
 
 pytestmark = pytest.mark.cluster
@@ -42,6 +42,7 @@ def run(
         prompts,
         cards,
         worker_class=FakeWorker,  # type: ignore[arg-type]
+        policy=IMPATIENT,
         audience=Audience(on_row=rows.append, **audience),
     )
     assert [row.index for row in rows] == list(range(len(prompts)))
@@ -103,6 +104,7 @@ def test_rows_come_while_their_shard_still_runs(cluster: Cluster, tmp_path: Path
         texts("a" * 300, "b" * 300, f"until {tmp_path / 'heard'}"),
         specs(1, slots=6),
         worker_class=FakeWorker,  # type: ignore[arg-type]
+        policy=IMPATIENT,
         audience=Audience(on_row=hear),
     )
     assert [row.ok for row in rows] == [True] * 3
@@ -113,9 +115,9 @@ def test_a_prompt_that_kills_is_found_and_the_others_are_answered(cluster: Clust
     prompts = texts(*("die" if i == 7 else f"prompt {i}" for i in range(40)))
     result, rows = run(cluster, prompts, specs(4))
     assert [row.index for row in rows if not row.ok] == [7]
-    assert rows[7].attempts == 4
+    assert rows[7].attempts == 5
     assert rows[7].error is not None
-    assert "Given up after 4 attempts" in rows[7].error
+    assert "Given up after 5 attempts" in rows[7].error
     assert "its process died (ActorDiedError: " in rows[7].error
     assert result.broken_off is None
 
@@ -178,6 +180,7 @@ def test_cards_that_never_open_leave_the_prompts_undone(cluster: Cluster) -> Non
         texts(*"ab"),
         specs(1, open_error="device"),
         worker_class=FakeWorker,  # type: ignore[arg-type]
+        policy=IMPATIENT,
         audience=Audience(on_row=rows.append),
     )
     assert rows == []
@@ -212,6 +215,7 @@ def test_cards_are_given_back(cluster: Cluster) -> None:
             texts("a"),
             specs(2),
             worker_class=FakeWorker,  # type: ignore[arg-type]
+            policy=IMPATIENT,
             audience=Audience(on_row=lambda row: 1 // 0),  # type: ignore[arg-type, return-value]
         )
     until(lambda: ray.available_resources().get("QAIC") == 4)
@@ -222,19 +226,22 @@ def test_more_cards_than_the_cluster_has_are_refused_with_the_remedy(cluster: Cl
         run(cluster, texts("a"), specs(5))
 
 
-def test_cards_that_others_hold_are_busy(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster_module, "_BUSY_TIMEOUT_S", 0.3)
+def test_cards_that_others_hold_are_busy(cluster: Cluster) -> None:
     holder = ray.remote(FakeWorker).options(resources={"QAIC": 2}, num_cpus=0).remote(specs(1)[0])
     ray.get(holder.open.remote())
     try:
         until(lambda: ray.available_resources().get("QAIC") == 2)
         told: list[str] = []
-        with pytest.raises(DeviceBusy, match="3 cards are asked for and 1 of them are held"):
-            cluster.run_prompts(
+        with (
+            Cluster(0, timeouts=Timeouts(busy_s=0.3)) as impatient,
+            pytest.raises(DeviceBusy, match="3 cards are asked for and 1 of them are held"),
+        ):
+            impatient.run_prompts(
                 texts("a"),
                 specs(3),
                 worker_class=FakeWorker,  # type: ignore[arg-type]
-                on_wait=told.append,
+                policy=IMPATIENT,
+                audience=Audience(on_wait=told.append),
             )
         assert len(told) == 1
         assert told[0].endswith("are held by others: waiting for up to 0 s.")
@@ -373,7 +380,7 @@ def test_an_address_of_something_else_is_one_sentence() -> None:
         thread.start()
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(UsageError, match="is no Ray head: its port is 6379"):
-            connection._probe(address)
+            join(address, Timeouts())
         thread.join()
 
 

@@ -1,4 +1,4 @@
-"""What becomes of a worker that dies, hangs or is asked for its prompts: on real actors."""
+"""What becomes of a worker that dies, hangs or gives all its rows: on real actors."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import ray
 import ray.exceptions as ray_errors
-from fake_worker import FakeSpec, FakeWorker, specs
+from fake_worker import IMPATIENT, FakeSpec, FakeWorker, specs
 
-from qaic_ray.cards.locks import Part
+from qaic_ray.cards.lease import Part
 from qaic_ray.cluster.actors import CardActors, cards_needed, chooses_units, loss
 from qaic_ray.cluster.cluster import Cluster
-from qaic_ray.dispatch import workers
 from qaic_ray.dispatch.events import (
     Event,
     RowsFinished,
     RunShard,
     ShardFinished,
-    ShardTakenBack,
     WorkerFailedToOpen,
     WorkerLost,
     WorkerProgress,
     WorkerReady,
 )
+from qaic_ray.dispatch.policy import Policy
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience
 from qaic_ray.worker.spec import WorkerInfo
@@ -71,19 +71,15 @@ def last(events: Iterator[Event]) -> Any:
 # -- the actors alone
 
 
-def test_the_life_of_a_worker_and_what_it_gives_back(cluster: Cluster) -> None:
+def test_the_life_of_a_worker_and_its_rows(cluster: Cluster) -> None:
     with actors_of(*specs(1, row_s=0.2)) as cards:
         assert last(events_until(cards, WorkerReady)) == WorkerReady("card 0", 4, 0)
         assert cards.wait(60) == WorkerProgress("card 0", 0, 0)
         cards.run(RunShard("card 0", 5, texts(*"abcdefghij"), 1))
-        first = last(events_until(cards, RowsFinished))
-        cards.take_back("card 0", 5)
-        rest = list(events_until(cards, ShardFinished))
-        (taken,) = [event for event in rest if isinstance(event, ShardTakenBack)]
-        rows = [row.index for event in (first, *rest) if isinstance(event, RowsFinished)
+        events = list(events_until(cards, ShardFinished))
+        rows = [row.index for event in events if isinstance(event, RowsFinished)
                 for row in event.rows]  # fmt: skip
-        assert taken.indexes
-        assert sorted((*rows, *taken.indexes)) == list(range(10))
+        assert rows == list(range(10))
         assert last(events_until(cards, WorkerProgress)).num_steps > 0
 
 
@@ -153,13 +149,18 @@ def test_cards_that_ray_chooses_are_reported_by_who_got_them(cluster: Cluster) -
 
 
 def run(
-    cluster: Cluster, prompts: tuple[Prompt, ...], cards: list[FakeSpec], **audience: Any
+    cluster: Cluster,
+    prompts: tuple[Prompt, ...],
+    cards: list[FakeSpec],
+    policy: Policy = IMPATIENT,
+    **audience: Any,
 ) -> tuple[Any, list[Row]]:
     rows: list[Row] = []
     result = cluster.run_prompts(
         prompts,
         cards,  # type: ignore[arg-type]
         worker_class=FakeWorker,  # type: ignore[arg-type]
+        policy=policy,
         audience=Audience(on_row=rows.append, **audience),
     )
     assert [row.index for row in rows] == list(range(len(prompts)))
@@ -174,18 +175,23 @@ def test_an_only_card_that_dies_is_opened_again(cluster: Cluster) -> None:
     assert result.ok
     assert [info.name for info in infos] == ["card 0", "card 0"]
     assert infos[0].pid != infos[1].pid
+    assert result.settings == {
+        "min_backoff_s": 0.1,
+        "min_stall_s": 3.0,
+        "stall_steps": 10,
+        "steps_s": 0.3,
+    }
+    (worker,) = result.workers
+    assert (worker.losses, worker.ready_at_end) == (1, True)
     assert rows[4].attempts == 2
 
 
-def test_a_process_that_hangs_is_ended_and_replaced(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(workers, "FIRST_STALL_S", 2.0)
+def test_a_process_that_hangs_is_ended_and_replaced(cluster: Cluster) -> None:
+    policy = replace(IMPATIENT, first_stall_s=2.0)
     infos: list[WorkerInfo] = []
     prompts = texts(*("stop" if i == 20 else f"prompt {i}" for i in range(40)))
-    result, rows = run(
-        cluster, prompts, specs(1, row_s=0.05, well_from=1), on_worker_ready=infos.append
-    )
+    cards = specs(1, row_s=0.05, well_from=1)
+    result, rows = run(cluster, prompts, cards, policy, on_worker_ready=infos.append)
     assert result.ok
     assert "made no step for" in (result.workers[0].error or "")
     assert max(row.attempts for row in rows) == 2
@@ -211,7 +217,8 @@ def test_two_jobs_share_one_cluster(cluster: Cluster) -> None:
         texts(*"abc"),
         specs(2),  # type: ignore[arg-type]
         worker_class=FakeWorker,  # type: ignore[arg-type]
-        on_wait=told.append,
+        policy=IMPATIENT,
+        audience=Audience(on_wait=told.append),
     )
     first.join()
     assert result.ok

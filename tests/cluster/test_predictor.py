@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray import CardPredictor
-from qaic_ray.cards.locks import LOCKS_VARIABLE, CardLocks, Part
-from qaic_ray.cluster import ray_data
-from qaic_ray.cluster.columns import plain
-from qaic_ray.cluster.ray_data import Grant, places
+from qaic_ray.cards.lease import LOCKS_VARIABLE, CardLocks, Part
+from qaic_ray.cluster.ray_data import MAX_ATTEMPTS, Grant, places, plain
 from qaic_ray.errors import DeviceBusy, DeviceError, UsageError
 from qaic_ray.rows import FinishReason, Prompt, Row, Sample
 from qaic_ray.sampling_params import TokenLogprob
+from qaic_ray.sdk import Device, Sdk
+from qaic_ray.timeouts import Timeouts
 from qaic_ray.worker.spec import WorkerSpec
 
 NUM_CARDS = 4
@@ -43,7 +43,7 @@ class RuleWorker:
         self.opened.append(self)
         return SimpleNamespace(name=self.spec.name)
 
-    def answer(self, prompts: Sequence[Prompt], attempt: int, _: int) -> Iterator[list[Row]]:
+    def answer(self, prompts: Sequence[Prompt], attempt: int) -> Iterator[list[Row]]:
         for prompt in reversed(prompts):  # rows come in any order
             self.asked.append(prompt)
             if prompt.text == "kill":
@@ -69,21 +69,23 @@ class Surprise(Exception):
     """Not one of ours."""
 
 
+class RulePredictor(CardPredictor):
+    timeouts = Timeouts(choose_s=0.0)
+    worker_class = RuleWorker  # type: ignore[assignment]
+
+
 Make = Callable[..., CardPredictor]
 
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Make]:
     monkeypatch.setenv(LOCKS_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(ray_data, "CardWorker", RuleWorker)
-    monkeypatch.setattr(ray_data, "find_sdk", lambda *_: sdk())
-    monkeypatch.setattr(ray_data, "CHOOSE_TIMEOUT_S", 0.0)
     monkeypatch.setattr(RuleWorker, "opened", [])
     monkeypatch.setattr(RuleWorker, "broken", set())
     made: list[CardPredictor] = []
 
     def make_one(**options: Any) -> CardPredictor:
-        made.append(CardPredictor("model", "qpc", **options))
+        made.append(RulePredictor("model", "qpc", **{"sdk": sdk(), **options}))
         return made[-1]
 
     yield make_one
@@ -91,9 +93,13 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Make]:
         one.close()
 
 
-def sdk(not_ready: Sequence[int] = ()) -> Any:
-    cards = [SimpleNamespace(qid=qid, ready=qid not in not_ready) for qid in range(NUM_CARDS)]
-    return SimpleNamespace(root="sdk", kind="real", devices=lambda: cards)
+def sdk(not_ready: Sequence[int] = ()) -> Sdk:
+    class CardsOnly(Sdk):
+        def devices(self) -> list[Device]:
+            statuses = ("Error" if qid in not_ready else "Ready" for qid in range(NUM_CARDS))
+            return [Device(qid, status, "", 14, 14, 0, 0) for qid, status in enumerate(statuses)]
+
+    return CardsOnly(Path("sdk"), "real", "1.20")
 
 
 def column(*values: object) -> Any:
@@ -152,7 +158,7 @@ def test_a_card_that_fails_is_opened_anew_and_only_what_kills_it_is_given_up(mak
     assert list(answered["text"]) == ["ba", "", "dc"]
     assert list(answered["finish_reason"]) == ["stop", "error", "stop"]
     assert "card 0 failed" in answered["error"][1]
-    assert list(answered["attempts"]) == [2, ray_data.MAX_ATTEMPTS, 1]
+    assert list(answered["attempts"]) == [2, MAX_ATTEMPTS, 1]
     assert [worker.spec.incarnation for worker in RuleWorker.opened] == [0, 1, 2, 3]
     assert [worker.is_open for worker in RuleWorker.opened] == [False] * 3 + [True]
     assert list(one({"prompt": column("ef")})["text"]) == ["fe"]

@@ -16,6 +16,7 @@ from qaic_ray import CardPredictor
 from qaic_ray.errors import DeviceBusy
 from qaic_ray.folders import CACHE_VARIABLE
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
+from qaic_ray.timeouts import Timeouts
 
 if TYPE_CHECKING:
     from tiny_qpcs import TinyQpcs
@@ -39,11 +40,11 @@ def expected(tiny: TinyQpcs, model: str, text: str) -> list[int]:
 
 
 def test_called_by_hand_it_answers_as_transformers_on_a_card_of_its_own(
-    tiny: TinyQpcs, model: str, monkeypatch: pytest.MonkeyPatch
+    tiny: TinyQpcs, model: str
 ) -> None:
-    from qaic_ray.cluster import ray_data
+    class Impatient(CardPredictor):
+        timeouts = Timeouts(choose_s=0.1)
 
-    monkeypatch.setattr(ray_data, "CHOOSE_TIMEOUT_S", 0.1)
     texts = ["Hello", "", "x" * 100, "cards"]
     options = {"sdk": str(tiny.sdk.root), "sampling": {"max_tokens": NUM_TOKENS}}
     with (
@@ -52,7 +53,7 @@ def test_called_by_hand_it_answers_as_transformers_on_a_card_of_its_own(
     ):
         assert [one.info.name for one in (first, second)] == ["card 1", "card 2"]
         with pytest.raises(DeviceBusy, match=r"Card [12] is in use"):
-            CardPredictor(model, str(tiny.qpc()), device_ids=(1, 2), **options)
+            Impatient(model, str(tiny.qpc()), device_ids=(1, 2), **options)
         for one in (first, second):
             answered = one({"prompt": np.array(texts, object), "mine": np.arange(4)})
             assert list(answered["prompt"]) == texts

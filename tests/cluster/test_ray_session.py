@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from qaic_ray.cluster import keeper, ray_session
-from qaic_ray.cluster.ray_session import RaySession, environment_of
+from qaic_ray.cluster import keeper
+from qaic_ray.cluster.ray_session import RaySession
 from qaic_ray.errors import QaicRayError
 
 DRIVER = """
 import os, subprocess, sys
-from qaic_ray.cluster.ray_session import RaySession, environment_of
+from qaic_ray.cluster.ray_session import RaySession
 session = RaySession()
-with environment_of(session):
+with session.environment():
     child = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL)
 print(session.folder, child.pid, flush=True)
 sys.stdin.read()
@@ -68,7 +68,7 @@ def test_the_environment_is_that_of_its_processes_only(
     before = dict(os.environ)
     opened = RaySession()
     try:
-        with environment_of(opened):
+        with opened.environment():
             assert os.environ["RAY_AUTH_MODE"] == "token"
             assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(opened.token_file)
             assert "RAY_AUTH_TOKEN" not in os.environ
@@ -119,7 +119,7 @@ def test_what_hides_its_environment_is_told_by_its_parent_or_its_log(
 ) -> None:
     opened = RaySession()
     log = "/dev/null" if parent_lives else str(opened.folder / "agent.log")
-    with environment_of(opened):
+    with opened.environment():
         parent = subprocess.Popen(
             [sys.executable, "-c", TITLED, log],
             stdin=subprocess.PIPE,
@@ -173,10 +173,8 @@ def test_a_temporary_folder_too_long_for_a_socket_is_passed_over(
     long = base / ("x" * 60)
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
-    monkeypatch.setattr(ray_session, "DEFAULT_BASE", base)
-    opened = RaySession()
+    opened = RaySession(default_base=base)
     assert opened.folder.parent == base
     opened.close()
-    monkeypatch.setattr(ray_session, "DEFAULT_BASE", long / "not-there")
     with pytest.raises(QaicRayError, match=r"is too long; .*too long\): set TMPDIR to one\.$"):
-        RaySession()
+        RaySession(default_base=long / "not-there")

@@ -7,31 +7,32 @@ import secrets
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from byte_tokens import with_byte_tokenizer
 from compiled_here import compile_here
+from fake_worker import IMPATIENT
 from ray.cluster_utils import Cluster as Nodes
 
 from qaic_ray.cards.placement import WorkerPlace, place
 from qaic_ray.cluster.cluster import Cluster
 from qaic_ray.compile.variant import Variant
 from qaic_ray.contract import Specializations
-from qaic_ray.dispatch import workers
+from qaic_ray.dispatch.policy import Policy
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.option_types import Precision
-from qaic_ray.options import EmulatorOptions, ExportOptions
+from qaic_ray.options import EmulatorOptions, ExportOptions, Generation
 from qaic_ray.pipeline.compile_step import source_of
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience
 from qaic_ray.runs.result import FleetResult
 from qaic_ray.sampling_params import SamplingParams
+from qaic_ray.timeouts import Timeouts
 from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
-from qaic_ray.worker.text import Generation
 from qaic_ray.worker.worker import CardWorker
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ class Fleet:
         prompts: Sequence[Prompt],
         places: Sequence[WorkerPlace],
         qpc: Path | None = None,
+        *,
+        policy: Policy = IMPATIENT,
         **audience: Callable[[Any], None],
     ) -> FleetResult:
         """Every row once, in order, and each the answer of transformers."""
@@ -99,6 +102,7 @@ class Fleet:
             prompts,
             specs,
             worker_class=CardWorker,
+            policy=policy,
             audience=Audience(on_row=rows.append, **audience),
         )
         assert [row.index for row in rows] == [prompt.index for prompt in prompts]
@@ -135,7 +139,7 @@ def two_nodes(tiny: TinyQpcs, folder: Path) -> Iterator[Fleet]:
         nodes = Nodes(initialize_head=True, head_node_args=head)
         try:
             nodes.add_node(**QUIET)
-            with Cluster(0, address=nodes.address) as cluster:
+            with Cluster(0, address=nodes.address, timeouts=Timeouts(steps_s=0.3)) as cluster:
                 tokenizer = load_tokenizer(open_checkpoint(str(model), weights=False))
                 yield Fleet(cluster, nodes, tiny, str(model), tokenizer, folder / "faults.json")
         finally:
@@ -230,18 +234,16 @@ def test_a_card_that_turns_to_error_is_given_up_and_the_others_go_on(fleet: Flee
     assert result.broken_off is None
 
 
-def test_a_card_that_hangs_is_replaced(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "FIRST_STALL_S", 4.0)
+def test_a_card_that_hangs_is_replaced(fleet: Fleet) -> None:
     fleet.set_faults({"kind": "hang", "device": 2, "at": 40})
-    result = fleet.run(prompts(30), fleet.places(devices=[2]))
+    policy = replace(IMPATIENT, first_stall_s=4.0)
+    result = fleet.run(prompts(30), fleet.places(devices=[2]), policy=policy)
     assert "made no step for" in (result.workers[0].error or "")
     assert len({info.pid for info in fleet.infos}) == 2
 
 
-def test_a_node_that_is_killed_takes_only_its_cards_along(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(workers, "MIN_STALL_S", 60.0)  # a busy machine stalls cards that are well
+def test_a_node_that_is_killed_takes_only_its_cards_along(fleet: Fleet) -> None:
+    policy = replace(IMPATIENT, min_stall_s=60.0)  # a busy machine stalls cards that are well
     victim = fleet.nodes.worker_nodes.copy().pop()
     gone: list[object] = []
 
@@ -252,7 +254,7 @@ def test_a_node_that_is_killed_takes_only_its_cards_along(
 
     fleet.set_faults(SLOW)
     places = fleet.places()
-    result = fleet.run(prompts(200), places, on_progress=on_progress)
+    result = fleet.run(prompts(200), places, policy=policy, on_progress=on_progress)
     lost = {worker.name: worker.error or "" for worker in result.workers if worker.error}
     assert result.broken_off is None
     there = {where.name for where in places if where.node_id == victim.node_id}

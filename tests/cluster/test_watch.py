@@ -8,15 +8,10 @@ import time
 import pytest
 
 from qaic_ray import interruption
-from qaic_ray.cluster import watch
-from qaic_ray.cluster.watch import ClusterWatch, call_for
+from qaic_ray.cluster.connection import ClusterWatch, call_for
+from qaic_ray.timeouts import Timeouts
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "POLL_S", 0.01)
-    monkeypatch.setattr(watch, "ASK_EVERY_S", 0.01)
-    monkeypatch.setattr(watch, "SILENT_S", 0.2)
+QUICK = Timeouts(watch_s=0.01, ask_s=0.01, silent_s=0.2)
 
 
 def interrupted(watch: ClusterWatch) -> bool:
@@ -32,7 +27,9 @@ def interrupted(watch: ClusterWatch) -> bool:
 
 def test_a_death_is_told_once_and_interrupts() -> None:
     told: list[int] = []
-    watch = ClusterWatch(dead=lambda: "The raylet died", on_loss=lambda: told.append(1))
+    watch = ClusterWatch(
+        dead=lambda: "The raylet died", on_loss=lambda: told.append(1), timeouts=QUICK
+    )
     assert interrupted(watch)
     assert (watch.loss, told) == ("The raylet died", [1])
     watch.close()
@@ -42,7 +39,8 @@ def test_a_death_is_told_once_and_interrupts() -> None:
 @pytest.mark.parametrize("hangs", [False, True])
 def test_a_cluster_that_fails_or_does_not_answer_is_lost(hangs: bool) -> None:
     gone = threading.Event()
-    watch = ClusterWatch(ask=(lambda: gone.wait(30) and False) if hangs else (lambda: False))
+    ask = (lambda: gone.wait(30) and False) if hangs else (lambda: False)
+    watch = ClusterWatch(ask=ask, timeouts=QUICK)
     assert interrupted(watch)
     assert watch.loss is not None
     assert watch.loss.startswith("The Ray cluster has not answered for ")
@@ -52,7 +50,7 @@ def test_a_cluster_that_fails_or_does_not_answer_is_lost(hangs: bool) -> None:
 
 def test_a_cluster_that_answers_is_let_be() -> None:
     asked = threading.Semaphore(0)
-    watch = ClusterWatch(ask=lambda: asked.release() or True)
+    watch = ClusterWatch(ask=lambda: asked.release() or True, timeouts=QUICK)
     for _ in range(40):  # longer than it may be silent
         assert asked.acquire(timeout=120)
     watch.close()
@@ -61,7 +59,9 @@ def test_a_cluster_that_answers_is_let_be() -> None:
 
 def test_another_thread_is_not_interrupted_through_the_main_one() -> None:
     found: list[ClusterWatch] = []
-    thread = threading.Thread(target=lambda: found.append(ClusterWatch(dead=lambda: "gone")))
+    thread = threading.Thread(
+        target=lambda: found.append(ClusterWatch(dead=lambda: "gone", timeouts=QUICK))
+    )
     thread.start()
     thread.join()
     deadline_s = time.monotonic() + 120

@@ -25,6 +25,7 @@ from qaic_ray.errors import CompileError, UsageError
 from qaic_ray.folders import CACHE_VARIABLE
 from qaic_ray.option_types import Precision
 from qaic_ray.sdk import Sdk, open_sdk
+from qaic_ray.timeouts import Timeouts
 
 GOOD = r"""
 for arg in "$@"; do case $arg in -aic-binary-dir=*) out=${arg#*=};; esac; done
@@ -220,7 +221,7 @@ def test_a_copy_is_read_through_once_and_is_the_same_content(
     def not_again(path: Path) -> str:
         pytest.fail(f"{path} is read again")
 
-    monkeypatch.setattr("qaic_ray.kept_files.sha256_of", not_again)
+    monkeypatch.setattr("qaic_ray.folders.sha256_of", not_again)
     monkeypatch.setattr("qaic_ray.compile.store.sha256_of", not_again)
     assert build(replace(wanted, store=copy.parent)).reused
     assert content_key(copy) == digest
@@ -341,7 +342,7 @@ def test_compiler_that_hangs_is_stopped_with_its_children(tmp_path: Path) -> Non
     child = tmp_path / "child"
     script = f"sleep 60 & echo $! > {child}; wait"
     with pytest.raises(CompileError, match="stopped after"):
-        run_compiler(["/bin/sh", "-c", script], log, timeout_s=0.3)
+        run_compiler(["/bin/sh", "-c", script], log, timeouts=Timeouts(compile_s=0.3))
     await_end(int(child.read_text()))
 
 

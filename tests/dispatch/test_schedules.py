@@ -8,6 +8,7 @@ form runs 10,000 schedules of each, in 20 seeds.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 
@@ -39,22 +40,19 @@ from qaic_ray.dispatch.events import (
     RunStarted,
     ShardFailed,
     ShardFinished,
-    ShardTakenBack,
-    TakeBackShard,
     TimePassed,
-    WakeAt,
     WorkerFailedToOpen,
     WorkerLost,
     WorkerProgress,
     WorkerReady,
 )
-from qaic_ray.dispatch.prompts import ENOUGH_ATTEMPTS, MAX_ATTEMPTS
-from qaic_ray.dispatch.workers import MAX_FAILURES, MAX_OPENINGS
+from qaic_ray.dispatch.policy import Policy
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience, Driver
 
 NUM_SEEDS = 20
 NUM_SCHEDULES = 10_000
+POLICY = Policy()
 
 
 class Schedules(RuleBasedStateMachine):
@@ -77,7 +75,6 @@ class Schedules(RuleBasedStateMachine):
         self.openings: Counter[str] = Counter()
         self.shards: dict[int, RunShard] = {}
         self.left: dict[int, list[Prompt]] = {}
-        self.asked: list[int] = []
         self.old_shards: list[RunShard] = []
         self.failing: RunShard | None = None
         self.to_read: int | None = None
@@ -93,7 +90,7 @@ class Schedules(RuleBasedStateMachine):
         self.slots = {f"card {i}": slot for i, slot in enumerate(slots)}
         self.unread = [Prompt(i, "x" * length) for i, length in enumerate(lengths)]
         self.num_prompts = len(self.unread)
-        self.dispatcher = Dispatcher(read_ahead=read_ahead)
+        self.dispatcher = Dispatcher(policy=Policy(read_ahead=read_ahead))
         self.opening = list(self.slots)
         self.lives = dict.fromkeys(self.slots, 0)
         self.tell(RunStarted(tuple(self.opening)))
@@ -105,6 +102,7 @@ class Schedules(RuleBasedStateMachine):
         self.now_s += after_s
         commands = self.dispatcher.handle(event, self.now_s)
         self.dispatcher.check()
+        self.wake_s = None if self.dispatcher.wake_s == math.inf else self.dispatcher.wake_s
         # What was given up belongs to the end of it, whatever the order of the commands.
         for command in commands:
             if isinstance(command, RetireWorker | QuarantineWorker):
@@ -121,10 +119,6 @@ class Schedules(RuleBasedStateMachine):
                 self.to_read = num_prompts
             case RunShard():
                 self.take_shard(command)
-            case TakeBackShard(worker, shard_id):
-                if shard_id in self.shards:  # it may have ended by itself
-                    assert self.shards[shard_id].worker == worker
-                    self.asked.append(shard_id)
             case DeliverRows(rows):
                 for row in rows:
                     assert row.index not in self.delivered, "a row came twice"
@@ -139,11 +133,9 @@ class Schedules(RuleBasedStateMachine):
                 self.lives[worker] = incarnation
                 self.opening.append(worker)
             case QuarantineWorker(worker):
-                shut = self.openings[worker] >= MAX_OPENINGS
-                assert shut or self.failures[worker] >= MAX_FAILURES
+                shut = self.openings[worker] >= POLICY.max_openings
+                assert shut or self.failures[worker] >= POLICY.max_failures
                 self.quarantined.add(worker)
-            case WakeAt(time_s):
-                self.wake_s = time_s
 
     def take_shard(self, shard: RunShard) -> None:
         assert shard.worker in self.ready
@@ -163,7 +155,7 @@ class Schedules(RuleBasedStateMachine):
 
     def check_blame(self, row: Row) -> None:
         """An error row is of a prompt that came to two bad ends alone, on two workers if it can."""
-        assert ENOUGH_ATTEMPTS <= row.attempts <= min(MAX_ATTEMPTS, self.bad_ends[row.index])
+        assert 4 <= row.attempts <= min(POLICY.max_attempts, self.bad_ends[row.index])
         ends = self.lone_ends[row.index]
         assert len(ends) >= 2, "blamed for what happened to another"
 
@@ -249,7 +241,7 @@ class Schedules(RuleBasedStateMachine):
     @rule(data=st.data(), complete=st.sampled_from([True, True, False]))
     def finish_shard(self, data: st.DataObject, complete: bool) -> None:
         shard = self.some_shard(data)
-        if shard is None or shard.shard_id in self.asked:
+        if shard is None:
             return
         if complete:
             self.complete(shard)
@@ -267,7 +259,7 @@ class Schedules(RuleBasedStateMachine):
     @rule(data=st.data(), retryable=st.booleans())
     def fail_shard(self, data: st.DataObject, retryable: bool) -> None:
         shard = self.some_shard(data)
-        if shard is None or shard.shard_id in self.asked:
+        if shard is None:
             return
         if not retryable:
             self.end_shard(shard.shard_id, badly=True)
@@ -277,26 +269,6 @@ class Schedules(RuleBasedStateMachine):
         self.failing = shard
         self.tell(ShardFailed(shard.worker, shard.shard_id, "no", retryable))
         self.failing = None
-
-    @precondition(lambda self: self.asked)
-    @rule(data=st.data(), ends_first=st.booleans())
-    def give_back(self, data: st.DataObject, ends_first: bool) -> None:
-        shard_id = self.asked.pop(0)
-        shard = self.shards.get(shard_id)
-        if shard is None or shard.worker in self.hung:
-            return
-        left = self.left[shard_id]
-        begun = data.draw(st.integers(0, len(left)))
-        back, self.left[shard_id] = left[begun:], left[:begun]
-        taken_back = ShardTakenBack(shard.worker, shard_id, tuple(p.index for p in back))
-        if ends_first:
-            self.complete(shard)
-            self.end_shard(shard_id, badly=False)
-            self.tell(ShardFinished(shard.worker, shard_id))
-            self.tell(taken_back)
-        else:
-            self.tell(taken_back)
-            self.tell(taken_back)
 
     @precondition(lambda self: self.ready)
     @rule(data=st.data(), late=st.booleans())
@@ -325,8 +297,6 @@ class Schedules(RuleBasedStateMachine):
     def pass_time(self, seconds: float) -> None:
         if self.wake_s is not None:
             seconds = min(seconds, max(0.0, self.wake_s - self.now_s))
-        if self.wake_s is not None and self.now_s + seconds >= self.wake_s:
-            self.wake_s = None
         self.tell(TimePassed(), seconds)
 
     @precondition(lambda self: any(self.lives.values()))
@@ -349,7 +319,6 @@ class Schedules(RuleBasedStateMachine):
         shard = data.draw(st.sampled_from(self.old_shards))
         self.tell(ShardFinished(shard.worker, shard.shard_id))
         self.tell(ShardFailed(shard.worker, shard.shard_id, "late", True))
-        self.tell(ShardTakenBack(shard.worker, shard.shard_id, (shard.prompts[0].index,)))
 
     @rule()
     def hear_of_a_stranger(self) -> None:
@@ -390,17 +359,13 @@ class Schedules(RuleBasedStateMachine):
             self.ready.append(worker)
             self.tell(WorkerReady(worker, self.slots[worker], self.lives[worker]))
             self.tell(WorkerProgress(worker, 0, self.lives[worker]))
-        elif self.asked:
-            shard_id = self.asked.pop()
-            if shard_id in self.shards and self.shards[shard_id].worker not in self.hung:
-                self.tell(ShardTakenBack(self.shards[shard_id].worker, shard_id, ()))
         elif well:
             self.complete(well[0])
             self.end_shard(well[0].shard_id, badly=False)
             self.tell(ShardFinished(well[0].worker, well[0].shard_id))
         else:
             assert self.wake_s is not None, "nothing will ever happen"
-            wait_s, self.wake_s = max(0.0, self.wake_s - self.now_s), None
+            wait_s = max(0.0, self.wake_s - self.now_s)
             self.tell(TimePassed(), wait_s)
 
 
@@ -478,7 +443,7 @@ def fleet(number: int) -> tuple[int, int]:
         cards,
         [Prompt(i, "x" * int(1000 * s)) for i, s in enumerate(seconds)],
         Audience(on_row=rows.append),
-        dispatcher=Checked(read_ahead=draw.choice([8, 8192])),
+        dispatcher=Checked(policy=Policy(read_ahead=draw.choice([8, 8192]))),
         clock=cards.clock,
         reader=DirectReader,
     )

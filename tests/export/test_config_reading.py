@@ -22,8 +22,7 @@ from qaic_ray.errors import CheckpointError, QaicRayError
 from qaic_ray.export.architecture import read_architecture
 from qaic_ray.export.graph import author
 from qaic_ray.export.rope import inverse_frequencies
-from qaic_ray.model.checkpoint import Checkpoint, open_checkpoint
-from qaic_ray.model.config_fields import Fields
+from qaic_ray.model.checkpoint import Checkpoint, Fields, open_checkpoint
 from qaic_ray.options import ExportOptions
 
 KINDS = ("Llama", "Mistral", "Qwen2", "Qwen3", "Granite")

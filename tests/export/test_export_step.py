@@ -26,7 +26,7 @@ from qaic_ray.export.check.verify import (
     write_report,
 )
 from qaic_ray.export.export import check_ours, custom_io, export_model
-from qaic_ray.kept_files import SourceFile
+from qaic_ray.folders import SourceFile
 from qaic_ray.model.checkpoint import Checkpoint, open_checkpoint
 from qaic_ray.model.manifest import FORMAT, ModelManifest, read_manifest
 from qaic_ray.options import ExportOptions

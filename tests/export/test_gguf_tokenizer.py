@@ -17,8 +17,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from qaic_ray.errors import CheckpointError
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.model.gguf_tokenizer import SPLITTINGS, write_tokenizer
-from qaic_ray.model.tokenizer import open_tokenizer
-from qaic_ray.model.tokenizer_files import loaded_tokenizer
+from qaic_ray.model.tokenizer import loaded_tokenizer, open_tokenizer
 
 CORPUS = [
     "def read(path: Path, *, size: int = 0) -> dict[str, int]:",

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.formats import json_array, lines, prompt_fields
+from qaic_ray.formats.lines import LIMITS, LineLimits
 from qaic_ray.formats.prompts import prompts_from_file
 from qaic_ray.option_types import PromptFormat
 from qaic_ray.rows import Prompt, Row
@@ -38,14 +38,18 @@ def stdin(data: bytes) -> Iterator[None]:
 
 
 def both_ways(
-    data: bytes, tmp_path: Path, name: str = "p", form: PromptFormat | None = None
+    data: bytes,
+    tmp_path: Path,
+    name: str = "p",
+    form: PromptFormat | None = None,
+    limits: LineLimits = LIMITS,
 ) -> list[Prompt | Row]:
     """The rows of a file, which must be those of the same as a stream."""
     path = tmp_path / name
     path.write_bytes(data)
-    items = list(prompts_from_file(path, form))
+    items = list(prompts_from_file(path, form, limits=limits))
     with stdin(data):
-        piped = list(prompts_from_file("-", form))
+        piped = list(prompts_from_file("-", form, limits=limits))
     assert [type(item) for item in piped] == [type(item) for item in items]
     assert [i for i in piped if isinstance(i, Prompt)] == [
         i for i in items if isinstance(i, Prompt)
@@ -225,12 +229,11 @@ def test_any_array_in_any_pieces(
 
 
 def test_an_item_that_is_too_long_is_an_error_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    for module in (lines, prompt_fields, json_array):
-        monkeypatch.setattr(module, "MAX_LINE_BYTES", 2**20)
     long = json.dumps({"prompt": "x" * 2**21}).encode()
-    first, row, last = both_ways(b'[{"prompt": "a"},' + long + b',{"prompt": "b"}]', tmp_path)
+    data = b'[{"prompt": "a"},' + long + b',{"prompt": "b"}]'
+    first, row, last = both_ways(data, tmp_path, limits=LineLimits(2**20))
     assert (first, last) == (Prompt(0, "a"), Prompt(2, "b"))
     assert "longer than 1 MiB" in str(errors([row])[0])
 
@@ -469,17 +472,12 @@ def test_a_prompt_is_there_as_soon_as_its_line_is(
 
 
 @pytest.mark.parametrize("start", [b"a\n", b'[{"prompt": "a"},"'], ids=["line", "item"])
-def test_a_row_without_end_ends_the_reading(
-    start: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in (lines, json_array):
-        monkeypatch.setattr(module, "MAX_SKIPPED_BYTES", 2**21)
-        monkeypatch.setattr(module, "MAX_LINE_BYTES", 2**20)
+def test_a_row_without_end_ends_the_reading(start: bytes, tmp_path: Path) -> None:
     path = tmp_path / "bomb.gz"
     path.write_bytes(gzip.compress(start + b"x" * 2**23, mtime=0))
     read: list[Prompt | Row] = []
     with pytest.raises(QaicRayError, match=r"past (line|item) 1: a row is longer than"):
-        list(map(read.append, prompts_from_file(path)))
+        list(map(read.append, prompts_from_file(path, limits=LineLimits(2**20, 2**21))))
     assert read == AB[:1]
 
 

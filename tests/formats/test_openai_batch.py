@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from qaic_ray.errors import QaicRayError, RowError
 from qaic_ray.formats.jsonl import prompts_from_json
-from qaic_ray.formats.openai_requests import BatchRequests, is_request
+from qaic_ray.formats.openai_batch import BatchRequests, is_request
 from qaic_ray.formats.prompt_fields import Draft
 from qaic_ray.formats.prompts import prompts_from_file
 from qaic_ray.formats.row_fields import OwnFields
@@ -34,7 +34,7 @@ def request(body: dict[str, Any], custom_id: str = "x") -> dict[str, Any]:
 
 
 def read(body: dict[str, Any], sampling: SamplingParams = RUN) -> Prompt:
-    return BatchRequests(OwnFields(sampling))(Draft(0, b""), request(body))
+    return BatchRequests(OwnFields(sampling)).read(Draft(0, b""), request(body))
 
 
 # -- requests
@@ -92,10 +92,10 @@ def test_logprobs_are_asked_for_in_two_ways(body: dict[str, Any], logprobs: int 
 def test_equal_numbers_of_different_types_are_not_taken_for_each_other() -> None:
     requests = BatchRequests(OwnFields(SamplingParams()))
     body = {"prompt": "a", "max_tokens": 1}
-    assert requests(Draft(0, b""), request(body, "0")).sampling == SamplingParams(max_tokens=1)
+    assert requests.read(Draft(0, b""), request(body, "0")).sampling == SamplingParams(max_tokens=1)
     for number, value in enumerate((True, 1.0, "1"), start=1):
         with pytest.raises(RowError, match="max_tokens is"):
-            requests(Draft(0, b""), request({**body, "max_tokens": value}, str(number)))
+            requests.read(Draft(0, b""), request({**body, "max_tokens": value}, str(number)))
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=("Cs",)), min_size=1), max_size=20))

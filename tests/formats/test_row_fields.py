@@ -24,7 +24,7 @@ from qaic_ray.formats.foreign_fields import (
     NOT_OFFERED,
 )
 from qaic_ray.formats.jsonl import prompts_from_json
-from qaic_ray.formats.parquet_prompts import prompts_from_parquet
+from qaic_ray.formats.parquet import prompts_from_parquet
 from qaic_ray.formats.prompts import prompts_from_file
 from qaic_ray.formats.row_fields import OwnFields, mistake, read_fields
 from qaic_ray.option_types import PromptFormat
@@ -393,9 +393,7 @@ def test_any_columns_are_prompts_or_error_rows(
 def test_any_batch_is_prompts_or_error_rows(columns: dict[str, list[Any]]) -> None:
     one = object.__new__(CardPredictor)  # no card: only its reading
     one._sampling, one._prompt_column, one._prefix = RUN, "prompt", "answer_"
-    from qaic_ray.formats.jsonl import FieldRows
-
-    one._read_row = FieldRows(OwnFields(RUN))
+    one._read_row = OwnFields(RUN).read_row
     batch = {"prompt": ["a", "b"]} | columns
     arrays = {}
     for name, values in batch.items():

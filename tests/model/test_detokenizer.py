@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from qaic_ray.model.detokenizer import IncrementalText
-from qaic_ray.model.stop_strings import StopReader
+from qaic_ray.model.detokenizer import IncrementalText, StopFinder
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.sampling_params import SamplingParams
 
@@ -72,7 +71,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     backend = BACKENDS[request.param]()
     backend.add_special_tokens([SPECIAL])
     backend.add_tokens([ADDED])
-    return Tokenizer(backend, settings={}, chat_template=None, eos_ids=())
+    return Tokenizer(backend, settings={}, eos_ids=())
 
 
 def spelled(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -130,7 +129,7 @@ def test_pushes_are_the_text_and_are_never_taken_back(
 
 
 def test_whole_characters_are_given_as_soon_as_they_are_whole() -> None:
-    tokenizer = Tokenizer(byte_level(), settings={}, chat_template=None, eos_ids=())
+    tokenizer = Tokenizer(byte_level(), settings={}, eos_ids=())
     text = IncrementalText(tokenizer)
     ids = [id_ for character in "é🙂日" for id_ in spelled(tokenizer, character)]
     assert [text.push([id_]) for id_ in ids] == ["", "é", "", "", "", "🙂", "", "", "日"]
@@ -154,7 +153,7 @@ def test_a_stop_string_is_found_at_once_and_nothing_behind_it_is_kept(
     stops = data.draw(st.lists(cuts | st.sampled_from(["t", "the", "🙂", " ", "日é"]), max_size=3))
     stops = [stop for stop in stops if stop and "\ufffd" not in stop]
     params = SamplingParams(stop=tuple(stops), include_stop_str_in_output=include)
-    reader = StopReader(tokenizer, params)
+    reader = StopFinder(tokenizer, params)
     shown = ""
     kept = None
     for part in parts(ids, sizes):
@@ -183,7 +182,7 @@ def letters() -> Tokenizer:
     """One token a letter: token ids are letters' codes."""
     backend = Backend(models.BPE({chr(code): code for code in range(128)}, []))
     backend.decoder = decoders.Fuse()
-    return Tokenizer(backend, settings={}, chat_template=None, eos_ids=())
+    return Tokenizer(backend, settings={}, eos_ids=())
 
 
 @pytest.mark.parametrize(
@@ -206,7 +205,7 @@ def test_which_stop_string_wins(
     text: str, params: dict[str, object], kept: int | None, stop: str | None, answer: str
 ) -> None:
     for at_once in (1, len(text)):
-        reader = StopReader(letters(), SamplingParams(**params))  # type: ignore[arg-type]
+        reader = StopFinder(letters(), SamplingParams(**params))  # type: ignore[arg-type]
         outcome = None
         for part in parts([*text.encode()], [at_once]):
             outcome = reader.read(part)
@@ -216,7 +215,7 @@ def test_which_stop_string_wins(
 
 
 def test_what_may_begin_a_stop_string_is_not_certain() -> None:
-    reader = StopReader(letters(), SamplingParams(stop=("END", "\n\n")))
+    reader = StopFinder(letters(), SamplingParams(stop=("END", "\n\n")))
     shown = []
     for character in b"a\nb E EN END":
         reader.read([character])

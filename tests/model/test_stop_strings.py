@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from qaic_ray.model.stop_strings import StopReader
+from qaic_ray.model.detokenizer import StopFinder
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.sampling_params import SamplingParams
 
@@ -21,7 +21,7 @@ def letters() -> Tokenizer:
     backend = Backend(models.BPE({chr(code): code for code in range(128)}, []))
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens(list(NAMES.values()))
-    return Tokenizer(backend, settings={}, chat_template=None, eos_ids=(END,))
+    return Tokenizer(backend, settings={}, eos_ids=(END,))
 
 
 TOKENIZER = letters()
@@ -62,7 +62,7 @@ def test_which_stop_string_wins(
     text: str, params: dict[str, object], kept: int | None, stop: str | None, answer: str
 ) -> None:
     for at_once in (1, 100):
-        reader = StopReader(TOKENIZER, SamplingParams(**params))  # type: ignore[arg-type]
+        reader = StopFinder(TOKENIZER, SamplingParams(**params))  # type: ignore[arg-type]
         ids = ids_of(text)
         outcome = None
         for start in range(0, len(ids), at_once):
@@ -83,7 +83,7 @@ PIECES = st.lists(st.sampled_from(["a", "b", "<end>", "<turn>"]), max_size=4).ma
 def test_it_is_as_if_every_beginning_were_searched(
     text: str, stops: list[str], min_tokens: int
 ) -> None:
-    reader = StopReader(TOKENIZER, SamplingParams(stop=tuple(stops), min_tokens=min_tokens))
+    reader = StopFinder(TOKENIZER, SamplingParams(stop=tuple(stops), min_tokens=min_tokens))
     ids = ids_of(text)
     shown = ""
     outcome = None

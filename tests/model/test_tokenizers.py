@@ -19,11 +19,11 @@ from tokenizers import Tokenizer as Backend
 
 from qaic_ray.errors import CheckpointError, RowError
 from qaic_ray.folders import CACHE_VARIABLE
-from qaic_ray.model import tokenizer_files, transformers_child
+from qaic_ray.model import tokenizer as tokenizer_module
+from qaic_ray.model import transformers_child
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.model.detokenizer import IncrementalText
-from qaic_ray.model.tokenizer import Tokenizer
-from qaic_ray.model.tokenizer_files import loaded_tokenizer
+from qaic_ray.model.tokenizer import Tokenizer, loaded_tokenizer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -216,9 +216,9 @@ def test_the_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     folder = tmp_path / "sp"
     folder.mkdir()
     FOLDERS["sentencepiece-file"](folder)
-    real = tokenizer_files.find_spec
+    real = tokenizer_module.find_spec
     monkeypatch.setattr(
-        tokenizer_files, "find_spec", lambda name: None if name == "sentencepiece" else real(name)
+        tokenizer_module, "find_spec", lambda name: None if name == "sentencepiece" else real(name)
     )
     (folder / "tokenizer.model").write_bytes(b"no model")
     with pytest.raises(CheckpointError, match=r"pip install 'qaic-ray\[sentencepiece\]'"):

@@ -12,6 +12,7 @@ import pytest
 from simulated_cards import DirectReader, SimulatedCards
 
 from qaic_ray.dispatch.dispatcher import Dispatcher
+from qaic_ray.dispatch.policy import Policy
 from qaic_ray.errors import UsageError
 from qaic_ray.formats.frozen_file import BLOCK_BYTES
 from qaic_ray.options import RunOptions
@@ -71,8 +72,8 @@ def run(
         result = Driver(
             cards,
             entered.prompts,
-            Audience(on_row=on_row, on_earlier_row=write.again),
-            dispatcher=Dispatcher(read_ahead=8),
+            Audience(on_row=on_row, on_earlier_row=write.rewrite),
+            dispatcher=Dispatcher(policy=Policy(read_ahead=8)),
             clock=cards.clock,
             journal=journal,
             reader=DirectReader,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,8 +111,7 @@ def test_a_hundred_thousand_rows_behind_one_take_eight_bytes_each() -> None:
     assert left_bytes < 10_000
 
 
-def test_places_of_rows_that_are_out_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qaic_ray.runs.delivery._FORGET_AT", 64)
+def test_places_of_rows_that_are_out_are_forgotten() -> None:
     num_rows = 4000
     rows = InputOrder(read_back, max_held_rows=0)
     rows.push(row(1), place(1))
@@ -164,11 +164,11 @@ def test_rows_are_gathered_for_the_disk_and_shown_when_they_are_on_it(
     assert delivery.due_in_s() == 0.05
     watch.now_s += 0.04
     delivery.add(row(1), 1, 0.0)
-    delivery.go_on()
+    delivery.flush_due()
     assert (shown, watch.num_commits) == ([], 0)
     watch.now_s += 0.02
     assert delivery.due_in_s() == 0.0
-    delivery.go_on()
+    delivery.flush_due()
     assert (shown, watch.num_commits) == ([0, 1], 1)
     assert delivery.due_in_s() is None
     delivery.add(row(3), 1, 0.0)
@@ -187,10 +187,10 @@ def test_many_rows_whose_turn_has_come_are_shown_a_few_at_a_time(
     for index in range(MAX_SHOWN_AT_ONCE + 2):
         delivery.add(row(index), 1, 0.0)
     watch.now_s += 1.0
-    delivery.go_on()
+    delivery.flush_due()
     assert len(shown) == MAX_SHOWN_AT_ONCE
     assert delivery.due_in_s() == 0.0
-    delivery.go_on()
+    delivery.flush_due()
     assert shown == list(range(MAX_SHOWN_AT_ONCE + 2))
     assert delivery.due_in_s() is None
 
@@ -226,7 +226,7 @@ def test_the_files_of_an_earlier_session_stay_until_all_of_it_is_written_again(
 
     def refuse() -> None:
         with row_writer(tmp_path, resumed=True) as write:
-            write.again(row(0))
+            write.rewrite(row(0))
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -234,13 +234,13 @@ def test_the_files_of_an_earlier_session_stay_until_all_of_it_is_written_again(
     assert outputs.read_bytes() == b"torn"
     assert sorted(os.listdir(tmp_path)) == ["errors.jsonl", "outputs.jsonl"]
     with row_writer(tmp_path, resumed=True) as write:
-        write.again(Row.failed(Prompt(0, "p"), "no"))
+        write.rewrite(Row.failed(Prompt(0, "p"), "no"))
         assert outputs.read_bytes() == b"torn"
         write(row(1))
         assert [json.loads(line)["index"] for line in outputs.read_text().splitlines()] == [0, 1]
         assert errors.read_bytes().count(b"\n") == 1
     with row_writer(tmp_path, resumed=True) as write:
-        write.again(row(0))
+        write.rewrite(row(0))
     assert json.loads(outputs.read_bytes()) == row(0).to_json()
     assert errors.read_bytes() == b""
 
@@ -256,18 +256,12 @@ def test_the_proof_counts_rows_and_digests_the_very_file(tmp_path: Path) -> None
     assert write.proof(2, "abc").to_json()["rows_error"] == 1
 
 
-def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("this system has no /dev/full")
-
-    def on_a_full_disk(path: Path) -> int:
-        path.touch()
-        return os.open("/dev/full", os.O_WRONLY)
-
-    monkeypatch.setattr("qaic_ray.runs.delivery.new_file", on_a_full_disk)
-    monkeypatch.setattr(os, "fsync", lambda fd: None)  # /dev/full has none
-    with (
-        pytest.raises(QaicRayError, match=r"cannot be written: No space left on device\. What"),
-        row_writer(tmp_path) as write,
-    ):
-        write(row(0))
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with row_writer(tmp_path) as write:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, hard))  # as a disk with no more room
+        try:
+            with pytest.raises(QaicRayError, match=r"cannot be written: File too large\. What"):
+                write(row(0, "long " * 2**12))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -10,10 +10,10 @@ from simulated_cards import DirectReader, SimulatedCards, answer
 
 from qaic_ray.dispatch.dispatcher import Dispatcher
 from qaic_ray.dispatch.events import Event, RunShard, ShardFailed
-from qaic_ray.durations import Durations
+from qaic_ray.dispatch.policy import Policy
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.formats.prompts import prompts_from_text
-from qaic_ray.metrics import Measurement, Span
+from qaic_ray.metrics import Durations, Measurement, Span
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience, Driver, Progress
 from qaic_ray.runs.result import BrokenOff, Cause, FleetResult
@@ -93,6 +93,8 @@ def test_a_card_that_dies_is_named_and_its_prompts_are_answered_by_the_others() 
     assert result.ok
     assert result.broken_off is None
     assert [worker.error for worker in result.workers] == [None, "ActorDiedError: killed"]
+    states = [(worker.losses, worker.ready_at_end) for worker in result.workers]
+    assert states == [(0, True), (5, False)]
     assert max(row.attempts for row in rows) == 2
     assert {row.worker for row in rows if row.attempts == 2} == {"card 0"}
     assert result.workers[1].measurement.decode_steps == 0
@@ -107,7 +109,7 @@ def test_a_prompt_that_kills_costs_no_card_and_no_other_prompt() -> None:
     assert len(rows) == 10
     assert result.broken_off is None
     assert list(cards.quarantined) == ["card 0"]
-    assert [life for _, name, life in cards.replaced if name == "card 1"] == [1, 2, 3]
+    assert [life for _, name, life in cards.replaced if name == "card 1"] == [1, 2, 3, 4]
 
 
 def test_all_cards_gone_says_so_and_leaves_the_rest_undone() -> None:
@@ -138,6 +140,7 @@ def test_a_card_whose_shards_fail_is_opened_again_and_goes_on() -> None:
     result = drive(cards, same(40), on_worker_ready=infos.append)
     assert result.ok
     assert result.workers[0].error == "DeviceError: no"
+    assert (result.workers[0].losses, result.workers[0].ready_at_end) == (1, True)
     assert [(name, life) for _, name, life in cards.replaced] == [("card 0", 1)]
     assert [info.name for info in infos] == ["card 0", "card 1", "card 0"]
     assert result.workers[0].measurement.rows > 0
@@ -159,6 +162,7 @@ def test_a_card_that_hangs_is_opened_again_when_its_limit_is_over() -> None:
     assert [row.index for row in rows] == list(range(30))
     assert result.ok
     assert result.workers[0].error == "it made no step for 15 s"
+    assert (result.workers[0].losses, result.workers[0].ready_at_end) == (1, True)
     ((replaced_s, name, life),) = cards.replaced
     assert (name, life) == ("card 0", 1)
     assert 15.0 <= replaced_s <= 18.0
@@ -195,7 +199,7 @@ def test_prompts_are_read_as_they_are_needed() -> None:
         cards,
         endless(),
         Audience(on_row=stop),
-        dispatcher=Dispatcher(read_ahead=200),
+        dispatcher=Dispatcher(policy=Policy(read_ahead=200)),
         clock=cards.clock,
         reader=DirectReader,
     )

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from qaic_ray.documents import differences
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.formats.frozen_file import FrozenFile
+from qaic_ray.options import Generation
 from qaic_ray.rows import FinishReason, Prompt, Row
 from qaic_ray.runs.fingerprint import (
     STREAM_SOURCE,
@@ -29,9 +30,8 @@ from qaic_ray.runs.fingerprint import (
     text_source,
 )
 from qaic_ray.runs.journal import Entry, Journal
-from qaic_ray.runs.journal_segments import MAX_OPEN_SEGMENTS
+from qaic_ray.runs.journal_segments import MAX_OPEN_SEGMENTS, line_of
 from qaic_ray.sampling_params import SamplingParams
-from qaic_ray.worker.text import Generation
 
 RUN: Fingerprint = {"input": {"name": "-"}, "qpc": "q"}
 
@@ -239,10 +239,13 @@ def test_another_job_another_version_and_another_run_are_refused(tmp_path: Path)
     with pytest.raises(UsageError, match="segments of several runs"):
         Journal(tmp_path, RUN)
     segment(tmp_path, 7).unlink()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qaic_ray.runs.journal_segments.FORMAT", 3)
-        with pytest.raises(UsageError, match="journal format 2, and this version writes 3"):
-            Journal(tmp_path, RUN)
+    written = segment(tmp_path).read_bytes()
+    header, rest = written.split(b"\n", 1)
+    later = line_of(header.split(b" ", 1)[1].replace(b'"format": 2', b'"format": 3'))
+    segment(tmp_path).write_bytes(later + rest)
+    with pytest.raises(UsageError, match="journal format 3, and this version writes 2"):
+        Journal(tmp_path, RUN)
+    segment(tmp_path).write_bytes(written)
     assert rows_of(tmp_path) == [row(0)]
 
 

@@ -18,19 +18,19 @@ from hypothesis import strategies as st
 from rich.console import Console
 from simulated_cards import info
 
-from qaic_ray.durations import Durations
-from qaic_ray.metrics import Measurement, Span
+from qaic_ray.metrics import Durations, Measurement, Span
 from qaic_ray.rows import FinishReason, Prompt, Row
-from qaic_ray.runs.figures import rate_text, seconds_text
 from qaic_ray.runs.report import (
     MAX_BINS,
     RunSummary,
     histogram,
+    html_page,
+    rate_text,
     round_up,
+    seconds_text,
     tables,
     write_report,
 )
-from qaic_ray.runs.report_page import html_page
 from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, Tally, WorkerResult
 
 FAST = Measurement(
@@ -210,6 +210,49 @@ def test_the_terminal_says_what_the_figures_are(tmp_path: Path) -> None:
     assert "card 1 was lost: ActorDiedError: <b>gone</b>" in lines
     # A folder is shown to be copied: it may fold at the screen's edge, but holds nothing else.
     assert str(tmp_path) in "".join(lines[-2:])
+
+
+def test_a_card_that_came_back_is_not_said_to_be_lost(tmp_path: Path) -> None:
+    error = "DeviceLost: gone"
+    workers = (
+        WorkerResult("card 0", None, FAST, error=error, losses=1, ready_at_end=True),
+        WorkerResult("card 1", None, FAST, error=error, losses=3, ready_at_end=True),
+        WorkerResult("card 2", None, FAST, error=error, losses=3),
+        WorkerResult("card 3", None, FAST, error="DeviceError: timed out", ready_at_end=True),
+        WorkerResult("card 4", None, FAST, losses=0, ready_at_end=True),
+    )
+    summary = make_summary(tmp_path)
+    summary = replace(summary, result=replace(summary.result, workers=workers))
+    sentences = [
+        "card 0 was lost once and came back: DeviceLost: gone",
+        "card 1 was lost 3 times and came back: DeviceLost: gone",
+        "card 2 was lost: DeviceLost: gone",
+        "card 3 had an error and went on: DeviceError: timed out",
+    ]
+    lines = terminal(summary).splitlines()
+    assert [line for line in lines if re.match(r"card \d (was|had)", line)] == sentences
+    page = Page(html_page(summary.document())).text
+    assert all(sentence in page for sentence in sentences)
+    assert "card 4 was" not in page
+
+
+def test_settings_that_are_not_the_defaults_are_named(tmp_path: Path) -> None:
+    summary = make_summary(tmp_path)
+    assert "defaults" not in terminal(summary) + html_page(summary.document())
+    settings = {"lock_s": 3.5, "retries": 7}
+    summary = replace(summary, result=replace(summary.result, settings=settings))
+    assert summary.document()["settings"] == settings
+    assert "not the defaults: lock_s 3.5, retries 7" in terminal(summary).splitlines()
+    assert "Not the defaults: lock_s 3.5, retries 7" in html_page(summary.document())
+
+
+def test_a_report_of_an_earlier_version_is_drawn(tmp_path: Path) -> None:
+    document = make_summary(tmp_path).document()
+    del document["settings"]
+    for worker in document["workers"]:
+        del worker["losses"], worker["ready_at_end"]
+    assert "card 1 was lost: ActorDiedError" in Page(html_page(document)).text
+    assert len(list(tables(document))) == len(list(make_summary(tmp_path).renderables()))
 
 
 def test_a_real_sdk_needs_no_excuse(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def drive(
             write(row)
             seen(row)
 
-        listeners = Audience(on_row=on_row, on_earlier_row=write.again, **audience)
+        listeners = Audience(on_row=on_row, on_earlier_row=write.rewrite, **audience)
         driver = Driver(
             cards, iter(items), listeners, clock=cards.clock, journal=journal, reader=DirectReader
         )

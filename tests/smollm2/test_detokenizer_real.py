@@ -8,8 +8,7 @@ import pytest
 from conftest import PROMPTS
 
 from qaic_ray.model.checkpoint import Checkpoint
-from qaic_ray.model.detokenizer import IncrementalText
-from qaic_ray.model.stop_strings import StopReader
+from qaic_ray.model.detokenizer import IncrementalText, StopFinder
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.sampling_params import SamplingParams
 
@@ -46,7 +45,7 @@ def test_a_stop_string_is_found_where_the_text_has_it(
         ids = tokenizer.encode(text)
         for start in range(0, len(text) - 3, 37):
             stop = text[start : start + 3]
-            reader = StopReader(tokenizer, SamplingParams(stop=(stop,)))
+            reader = StopFinder(tokenizer, SamplingParams(stop=(stop,)))
             kept = reader.read(ids)
             assert reader.text == text[: text.find(stop)]
             assert kept is not None

@@ -17,9 +17,8 @@ from threading import Event, Thread
 
 import pytest
 
-from qaic_ray import folders
 from qaic_ray.errors import UsageError
-from qaic_ray.folders import building, cache_folder, locked, new_file, strangers, write_whole
+from qaic_ray.folders import building, cache_folder, foreign_files, locked, new_file, write_whole
 
 KILLED = """
 import os, signal, sys
@@ -121,15 +120,14 @@ def held(target: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_builders_by_different_paths_and_caches_wait_for_each_other(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(folders, "WAIT_SAID_S", 0.0)
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     got = Event()
 
     def take() -> None:
-        with locked(tmp_path / "link" / "x"):
+        with locked(tmp_path / "link" / "x", wait_said_s=0.0):
             got.set()
 
     with held(tmp_path / "real" / "x", QAIC_RAY_CACHE=str(tmp_path / "theirs")) as holder:
@@ -226,12 +224,12 @@ def test_strangers_are_named_and_no_link_is_followed(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     (folder / "ours").mkdir(parents=True)
     (folder / "ours" / "a").touch()
-    assert strangers(folder, {"ours/a"}.__contains__) == []
+    assert foreign_files(folder, {"ours/a"}.__contains__) == []
     (folder / "empty").mkdir()
     (folder / "loop").symlink_to(".")
     (folder / "ours" / "b").touch()
-    assert strangers(folder, {"ours/a"}.__contains__) == ["empty/", "loop", "ours/b"]
-    assert len(strangers(folder, {"ours/a"}.__contains__, limit=2)) == 2
+    assert foreign_files(folder, {"ours/a"}.__contains__) == ["empty/", "loop", "ours/b"]
+    assert len(foreign_files(folder, {"ours/a"}.__contains__, limit=2)) == 2
 
 
 def test_no_write_follows_a_link(tmp_path: Path) -> None:

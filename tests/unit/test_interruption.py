@@ -17,8 +17,9 @@ for number in (signal.SIGINT, signal.SIGHUP):
     if "--ignore" not in sys.argv:
         signal.signal(number, signal.default_int_handler if number == 2 else signal.SIG_DFL)
 from qaic_ray import interruption
-interruption.AGAIN_GRACE_S = 0.2
-interruption.listen()
+interruption.listen(
+    again_grace_s=0.2, lost_grace_s=0.2 if "--soon-given-up" in sys.argv else 25.0
+)
 def ready():
     print("ready", flush=True)
 """
@@ -53,7 +54,7 @@ except KeyboardInterrupt:
 """
 LOST = """
 try:
-    threading.Thread(target=lambda: interruption.lose("The raylet died")).start()
+    threading.Thread(target=lambda: interruption.report_loss("The raylet died")).start()
     until = time.monotonic() + 60
     while time.monotonic() < until:
         time.sleep(0.01)
@@ -64,9 +65,8 @@ LOST_AND_STUCK = """
 class Native:
     def __enter__(self): interruption._state.depth += 1  # as a call that runs no Python
     def __exit__(self, *_): pass
-interruption.LOST_GRACE_S = 0.2
 with interruption.last_words(lambda: "7 rows are safe."), Native():
-    interruption.lose("The raylet died")
+    interruption.report_loss("The raylet died")
     time.sleep(60)
 """
 
@@ -119,7 +119,7 @@ def test_a_loss_interrupts_like_a_signal() -> None:
 
 
 def test_who_is_stuck_in_a_call_when_all_is_lost_says_so_and_ends() -> None:
-    process = started(LOST_AND_STUCK)
+    process = started(LOST_AND_STUCK, "--soon-given-up")
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (75, "", "qaic-ray: 7 rows are safe.\n")
 

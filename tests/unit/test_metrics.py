@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qaic_ray.durations import Durations
-from qaic_ray.metrics import Measurement, Span, tokens_per_s, total
+from qaic_ray.metrics import Durations, Measurement, Span, tokens_per_s, total
 
 COUNTS = st.integers(0, 10**6)
 # Multiples of 1/8 add exactly, so that equality is equality.

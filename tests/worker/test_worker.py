@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,14 +17,12 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from qaic_ray.contract import Specializations
 from qaic_ray.errors import DeviceError, DeviceLost, UsageError
-from qaic_ray.model.tokenizer import Tokenizer
-from qaic_ray.model.tokenizer_files import text_parts
+from qaic_ray.model.tokenizer import Tokenizer, text_parts
+from qaic_ray.options import Generation
 from qaic_ray.rows import ChatOptions, ErrorClass, FinishReason, Prompt, Row
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
-from qaic_ray.worker import text as answers_module
-from qaic_ray.worker import worker as worker_module
-from qaic_ray.worker.spec import TakenBack, WorkerSpec
-from qaic_ray.worker.text import Generation, sample_seed
+from qaic_ray.worker.spec import WorkerSpec
+from qaic_ray.worker.text import BEGINNING_CHARS, sample_seed
 from qaic_ray.worker.worker import CardWorker
 
 LETTERS = [chr(ord("A") + index) for index in range(VOCAB)]
@@ -46,7 +43,7 @@ def letters(chat_template: str | None = TEMPLATE, special: str | None = None) ->
     backend.decoder = decoders.Fuse()
     if special is not None:
         backend.add_special_tokens([special])
-    return Tokenizer(backend, settings={}, chat_template=chat_template, eos_ids=(EOS,))
+    return Tokenizer(backend, {"chat_template": chat_template}, (EOS,))
 
 
 def ids_of(text: str) -> tuple[int, ...]:
@@ -69,35 +66,39 @@ Open = Callable[..., CardWorker]
 
 
 @pytest.fixture
-def open_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
+def open_worker() -> Iterator[Open]:
     """Open a worker on a card of formulas; what it is given is the `Generation`'s."""
     opened: list[CardWorker] = []
 
     def open_one(
         *,
         slots: int = 3,
+        ctx_len: int = CTX_LEN,
         tokenizer: Tokenizer | None = None,
         folder: Path = Path(),
         text: Mapping[str, str] = MappingProxyType({}),
         **generation: object,
     ) -> CardWorker:
         shapes = Specializations.build(
-            batch_size=slots, prompt_len=4, ctx_len=CTX_LEN, continuous=True
+            batch_size=slots, prompt_len=4, ctx_len=ctx_len, continuous=True
         )
-        stand_ins = {
-            "open_checkpoint": lambda *_, **__: SimpleNamespace(
-                eos_ids=(EOS,), config={}, folder=folder
-            ),
-            "load_tokenizer": lambda _: tokenizer or letters(),
-            "open_sdk": lambda _: SimpleNamespace(label="formulas"),
-            "CardLease": lambda *_, **__: SimpleNamespace(
-                open=lambda *_: FormulaSession(shapes), release=lambda: None
-            ),
-        }
-        for name, stand_in in stand_ins.items():
-            monkeypatch.setattr(worker_module, name, stand_in)
+
+        class FormulaWorker(CardWorker):
+            open_checkpoint = staticmethod(  # type: ignore[assignment]
+                lambda *_, **__: SimpleNamespace(eos_ids=(EOS,), config={}, folder=folder)
+            )
+            load_tokenizer = staticmethod(lambda _: tokenizer or letters())
+            open_sdk = staticmethod(  # type: ignore[assignment]
+                lambda _: SimpleNamespace(label="formulas")
+            )
+            lease_class = staticmethod(  # type: ignore[assignment]
+                lambda *_, **__: SimpleNamespace(
+                    open=lambda *_: FormulaSession(shapes), release=lambda: None
+                )
+            )
+
         made = Generation(**generation)  # type: ignore[arg-type]
-        worker = CardWorker(WorkerSpec("card 0", (0,), "", "", "", made, text=text))
+        worker = FormulaWorker(WorkerSpec("card 0", (0,), "", "", "", made, text=text))
         worker.open()
         opened.append(worker)
         return worker
@@ -370,7 +371,7 @@ class Stumbling(Tokenizer):
 
 def test_whatever_is_raised_over_a_row_is_its_error(open_worker: Open) -> None:
     plain = letters()
-    stumbling = Stumbling(plain._backend, settings={}, chat_template=None, eos_ids=(EOS,))
+    stumbling = Stumbling(plain._backend, settings={}, eos_ids=(EOS,))
     worker = open_worker(tokenizer=stumbling, sampling=SamplingParams(max_tokens=3))
     for _ in range(2):
         rows = answers(worker, *(prompt(text, i) for i, text in enumerate(["YES", "BOOM", "HI"])))
@@ -386,7 +387,7 @@ def test_what_the_model_has_no_token_for_is_refused(open_worker: Open) -> None:
     vocabulary = {letter: index for index, letter in enumerate(LETTERS)} | {"~": VOCAB}
     backend = Backend(models.WordLevel(vocabulary, unk_token="A"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    wider = Tokenizer(backend, settings={}, chat_template=None, eos_ids=(EOS,))
+    wider = Tokenizer(backend, settings={}, eos_ids=(EOS,))
     beyond, stop, well = answers(
         open_worker(tokenizer=wider),
         prompt("H~I", 0),
@@ -401,26 +402,23 @@ def test_what_the_model_has_no_token_for_is_refused(open_worker: Open) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sampling", "words"),
+    ("ctx_len", "sampling", "words"),
     [
-        ({"min_tokens": 37}, "min_tokens is 37, and behind the 5 tokens of the prompt the context "
-         "has room for 36"),
-        ({"n": 128, "temperature": 1, "logprobs": 20}, "128 answers of up to 36 tokens"),
+        (CTX_LEN, {"min_tokens": 37}, "min_tokens is 37, and behind the 5 tokens of the prompt the "
+         "context has room for 36"),
+        (4096, {"n": 128, "temperature": 1, "logprobs": 20}, "128 answers of up to 4092 tokens"),
     ],
 )  # fmt: skip
 def test_what_the_context_or_the_memory_cannot_hold_is_said(
-    open_worker: Open, monkeypatch: pytest.MonkeyPatch, sampling: dict[str, object], words: str
+    open_worker: Open, ctx_len: int, sampling: dict[str, object], words: str
 ) -> None:
-    monkeypatch.setattr(answers_module, "MAX_HELD", 128 * 36)
-    row, well = answers(open_worker(), prompt(**sampling), prompt(index=1, min_tokens=36))
+    well = prompt(index=1, min_tokens=36, max_tokens=36, n=2, temperature=1, logprobs=20)
+    row, well_row = answers(open_worker(ctx_len=ctx_len), prompt(**sampling), well)
     assert words in str(row.error)
-    assert len(well.token_ids) == 36
+    assert [len(sample.token_ids) for sample in well_row.choices] == [36, 36]
 
 
-def test_a_text_of_megabytes_is_refused_by_its_beginning(
-    open_worker: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(answers_module, "BEGINNING_CHARS", 128)
+def test_a_text_of_megabytes_is_refused_by_its_beginning(open_worker: Open) -> None:
     lens: list[int] = []
 
     class Watched(Tokenizer):
@@ -429,13 +427,16 @@ def test_a_text_of_megabytes_is_refused_by_its_beginning(
             return super().encode(text)
 
     plain = letters()
-    watched = Watched(plain._backend, settings={}, chat_template=TEMPLATE, eos_ids=(EOS,))
+    watched = Watched(plain._backend, settings={"chat_template": TEMPLATE}, eos_ids=(EOS,))
     worker = open_worker(tokenizer=watched)
-    endless = ({"role": "user", "content": "A" * 5000},)
-    for given in (prompt("A" * 5000), Prompt(0, "", messages=endless)):
+    text = "A" * (8 * BEGINNING_CHARS)
+    endless = ({"role": "user", "content": text},)
+    for given in (prompt(text), Prompt(0, "", messages=endless)):
         (row,) = answers(worker, given)
-        assert str(row.error).startswith("Its first 128 characters alone are too many. The prompt")
-    assert lens == [128, 128]
+        assert str(row.error).startswith(
+            "Its first 131072 characters alone are too many. The prompt"
+        )
+    assert lens == [BEGINNING_CHARS, BEGINNING_CHARS]
     (row,) = answers(worker, prompt("A" * 1000))
     assert str(row.error).startswith("The prompt has 1000 tokens")
 
@@ -509,95 +510,22 @@ def test_a_card_that_fails_once_answers_the_next_shard(
     assert worker.measurement().rows == 2
 
 
-# -- what is given back
-
-
-def test_prompts_that_have_not_begun_are_given_back(
-    open_worker: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two rows are in the engine, and what came behind them is still the worker's."""
-    gate, run = threading.Event(), FormulaSession.run
-
-    def held(*args: object, **options: object) -> object:
-        assert gate.wait(120)
-        return run(*args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(FormulaSession, "run", held)
-    worker = open_worker(slots=2, sampling=SamplingParams(max_tokens=3))
-    twice = [prompt("HI", 6), prompt("HI", 7, n=2, temperature=1, max_tokens=3), prompt("HI", 8)]
-    shards = {3: [prompt("HI", 0), prompt("HI", 1)], 4: twice, 5: [prompt("NO", 9)]}
-    worker.take_back(5)  # before it came
-    with ThreadPoolExecutor(len(shards)) as pool:
-        heard = {}
-        for shard_id, prompts in shards.items():
-            heard[shard_id] = pool.submit(list, worker.answer(prompts, 1, shard_id))
-            assert wait_for(lambda n=shard_id: n == 5 or worker._shards[n].is_queued)
-            assert wait_for(lambda n=shard_id: n != 3 or not worker._backlog)
-        worker.take_back(3)  # all of it is in the engine
-        worker.take_back(4)
-        worker.take_back(2)  # was here, if ever, long ago
-        gate.set()
-    taken = {
-        shard_id: [item.indexes for item in some.result() if isinstance(item, TakenBack)]
-        for shard_id, some in heard.items()
-    }
-    assert taken == {3: [()], 4: [(6, 7, 8)], 5: [(9,)]}
-    rows = [row.index for some in heard.values() for item in some.result()
-            if not isinstance(item, TakenBack) for row in item]  # fmt: skip
-    assert sorted(rows) == [0, 1]
-    assert worker._shards == {}
-
-
-def test_a_prompt_of_which_a_sample_has_begun_stays(
-    open_worker: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate, run = threading.Event(), FormulaSession.run
-
-    def held(*args: object, **options: object) -> object:
-        assert gate.wait(120)
-        return run(*args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(FormulaSession, "run", held)
-    worker = open_worker(slots=1, sampling=SamplingParams(max_tokens=3))
-    prompts = [prompt("HI", 0, n=3, temperature=1, max_tokens=3), prompt("HI", 1)]
-    with ThreadPoolExecutor(1) as pool:
-        heard = pool.submit(list, worker.answer(prompts, 1, 0))
-        assert wait_for(lambda: worker._owner)
-        worker.take_back(0)
-        gate.set()
-    items = heard.result()
-    assert TakenBack((1,)) in items
-    (row,) = [row for item in items if isinstance(item, list) for row in item]
-    assert (row.index, len(row.choices)) == (0, 3)
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float = 30.0) -> bool:
-    """Poll: what is waited for happens in another thread."""
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.001)
-    return True
-
-
 def test_closing_ends_the_shards_that_wait(
     open_worker: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stepping, let_go = threading.Event(), threading.Event()
-    step = worker_module.Engine.step
+    run = FormulaSession.run
 
-    def slow_step(engine: worker_module.Engine) -> object:
+    def held(*args: object, **options: object) -> object:
         stepping.set()
         assert let_go.wait(120)
-        return step(engine)
+        return run(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(worker_module.Engine, "step", slow_step)
+    monkeypatch.setattr(FormulaSession, "run", held)
     worker = open_worker()
     with ThreadPoolExecutor() as pool:
         answering = [
-            pool.submit(lambda i=i: list(worker.answer([Prompt(i, "BCD")], shard_id=i)))
-            for i in range(3)
+            pool.submit(lambda i=i: list(worker.answer([Prompt(i, "BCD")]))) for i in range(3)
         ]
         assert stepping.wait(120)
         closing = pool.submit(worker.close)
@@ -607,4 +535,4 @@ def test_closing_ends_the_shards_that_wait(
             with pytest.raises(DeviceError, match="closed"):
                 answer_of.result(30)
     with pytest.raises(DeviceError, match="not open"):
-        list(worker.answer([Prompt(9, "BCD")], shard_id=9))
+        list(worker.answer([Prompt(9, "BCD")]))

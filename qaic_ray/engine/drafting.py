@@ -1,4 +1,4 @@
-"""Who drafts tokens on a card: nobody, the row's own text, or a second QPC beside the main one."""
+"""Which drafts a run has: none, the row's own text, or a draft QPC beside the main one."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Drafting:
 
 
 def open_drafting(asked: Generation, sdk: Sdk, main: Session) -> Drafting:
-    """What drafts for `main`, on the same card.
+    """Open what drafts for `main`, on the same card.
 
     Raises:
-        UsageError: where the main QPC cannot check drafts, or the draft QPC does not fit to it.
+        UsageError: the main QPC cannot check drafts, or the draft QPC does not fit to it.
         DeviceError: from the card, when the draft QPC has no room beside the main one.
     """
     shapes = main.specializations

@@ -1,0 +1,228 @@
+"""Which worker gets which prompts next: who wants a shard, how large it is, and second runs.
+
+The assignment gives no orders: the dispatcher asks it for shards after each event.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import deque
+
+from qaic_ray.dispatch.policy import Policy
+from qaic_ray.dispatch.prompts import OpenPrompt, PromptTable, Shard
+from qaic_ray.dispatch.workers import WorkerPool, WorkerState, WorkerStatus
+
+
+class Assignment:
+    """The workers that want a shard, and the decision what each of them gets.
+
+    Attributes:
+        requesting: the workers that want a shard, in the order in which they get one.
+    """
+
+    def __init__(self, table: PromptTable, pool: WorkerPool, policy: Policy) -> None:
+        self._table = table
+        self._pool = pool
+        self._policy = policy
+        self.requesting: deque[WorkerState] = deque()
+        self._is_late = False
+        # When a running prompt must be looked at, and its index; None before the tail begins.
+        self._second_runs: list[tuple[float, int]] | None = None
+
+    @property
+    def next_s(self) -> float:
+        """When a prompt may run a second time; infinity for never."""
+        if not (self._second_runs and self.requesting) or self._table.num_grouped:
+            return math.inf
+        return self._second_runs[0][0]
+
+    def consider(self, worker: WorkerState) -> None:
+        """Something changed for this worker: let it stand in the queue if it wants a shard."""
+        if not worker.requesting and self._wants(worker):
+            worker.requesting = True
+            self.requesting.append(worker)
+
+    def next_shards(self, now_s: float) -> list[Shard]:
+        """Begin shards on those that want one, one each and then another, until none takes more."""
+        table = self._table
+        if table.exhausted and not self._is_late:
+            self._is_late = table.num_grouped <= 2 * self._pool.num_slots
+            if self._is_late:
+                table.sort_waiting(exactly=True)
+        begun: list[Shard] = []
+        num_passed_over = 0
+        while (table.num_grouped or table.suspects) and self.requesting:
+            worker = self._next_requesting()
+            if worker is None:
+                break
+            entries, alone = self._share_of(worker)
+            if entries:
+                begun.append(self._begin(worker, entries, now_s, alone=alone))
+            num_passed_over = 0 if entries or worker.draining else num_passed_over + 1
+            self.consider(worker)
+            if num_passed_over == self._policy.look_ahead:
+                break  # nothing fits these; for one event that is enough
+        if table.exhausted and not table.num_grouped and self.requesting:
+            begun += self._run_again(now_s)
+        return begun
+
+    def _next_requesting(self) -> WorkerState | None:
+        while self.requesting:
+            worker = self.requesting.popleft()
+            worker.requesting = False
+            if self._wants(worker):
+                return worker
+        return None
+
+    def _begin(
+        self, worker: WorkerState, entries: list[OpenPrompt], now_s: float, *, alone: bool
+    ) -> Shard:
+        if worker.draining:
+            self._pool.drain(worker, False)
+        shard = self._table.begin(worker, entries, now_s, alone=alone)
+        if len(worker.shards) == 1:
+            self._pool.on_first_work(worker, now_s)
+        self._watch(shard)
+        return shard
+
+    # -- sizes
+
+    def _wants(self, worker: WorkerState) -> bool:
+        """Whether a worker would take a shard.
+
+        It fills its slots and its queue. Late in the run it fills its slots, up to its share of all
+        open prompts where others still open, who will want theirs.
+        """
+        if worker.status is not WorkerStatus.READY or worker.alone or worker.retry_s is not None:
+            return False
+        if not worker.shards:
+            return True
+        if worker.draining or len(worker.shards) == self._policy.max_shards:
+            return False
+        if self._is_late:
+            share = math.inf
+            if self._pool.num_awaited:
+                share = math.ceil(len(self._table.open) / self._num_sharing)
+            return worker.num_unfinished < min(worker.slots, share)
+        if worker.num_unfinished < worker.slots:
+            return True
+        # Nothing is queued in a worker of unknown speed: it may be there for long.
+        return worker.queued_work < self._policy.shard_s * worker.work_per_s
+
+    def _share_of(self, worker: WorkerState) -> tuple[list[OpenPrompt], bool]:
+        """The prompts of a worker's next shard, none where none fits; whether they must be alone.
+
+        After a failure fresh prompts tell whether the worker is well. Where there are none, those
+        that were on a dying worker go alone: what happens then is told of one prompt.
+        """
+        table = self._table
+        has_fresh = bool(table.fresh.entries)
+        if not (worker.failures and has_fresh) and table.suspects:
+            others = len(self._pool.workers) > 1
+            suspect = table.suspect_for(worker, has_others=others)
+            if suspect is not None and not worker.shards:
+                return [suspect], True
+            if suspect is not None and len(table.suspects) > self._pool.num_draining:
+                self._pool.drain(worker, True)
+                return [], False
+        if worker.draining:
+            self._pool.drain(worker, False)
+        retried = bool(table.retried.entries) and not (worker.failures and has_fresh)
+        alone = retried and worker.failures > 0
+        if not table.num_grouped or (alone and worker.shards):
+            return [], alone
+        size = (1, 1, 0.0) if alone else self._shard_size(worker, retried=retried)
+        waiting = table.retried if retried else table.fresh
+        return table.take(waiting, size, shortest=self._pool.is_slow(worker)), alone
+
+    @property
+    def _num_sharing(self) -> int:
+        """Workers that share what is left: those that are ready or open for the first time."""
+        return max(1, self._pool.num_ready + self._pool.num_awaited)
+
+    def _shard_size(self, worker: WorkerState, *, retried: bool) -> tuple[int, int, float]:
+        """Least and most prompts of a worker's next shard, and the work after which it is enough.
+
+        Where the worker's speed is not known yet, it is one round of its slots.
+        """
+        table, policy = self._table, self._policy
+        least = max(1, worker.slots - worker.num_unfinished)
+        most = policy.max_shard_prompts if worker.work_per_s else least
+        work = policy.shard_s * worker.work_per_s or math.inf
+        if retried:
+            most = max(1, worker.slots // policy.retry_shrink)
+        if table.exhausted:
+            least = min(least, math.ceil(table.num_grouped / self._num_sharing))
+            share = table.waiting_work * self._pool.speed(worker) / self._num_sharing
+            work = min(work, share / policy.guide)
+        return least, most, work
+
+    # -- second runs
+
+    def _watch(self, shard: Shard) -> None:
+        """See that the prompts of a shard in flight are looked at, if the tail has begun."""
+        if self._second_runs is None:
+            return
+        policy = self._policy
+        for entry in shard.unfinished.values():
+            wait_s = policy.second_run_factor * self._table.row_s(entry)
+            look_s = shard.started_s + max(policy.second_run_again_s, wait_s)
+            heapq.heappush(self._second_runs, (look_s, entry.prompt.index))
+
+    def _run_again(self, now_s: float) -> list[Shard]:
+        """Nothing waits and workers are idle: run prompts of stragglers on them a second time.
+
+        The first row of a prompt is the one kept. Rows do not depend on where they are made.
+        """
+        if self._second_runs is None:
+            self._second_runs = []
+            for shard in self._table.shards.values():
+                self._watch(shard)
+        begun: list[Shard] = []
+        while self.requesting and self._second_runs and self._second_runs[0][0] <= now_s:
+            entry = self._table.open.get(heapq.heappop(self._second_runs)[1])
+            if entry is None or len(entry.shard_ids) != 1:
+                continue
+            first = self._table.shards[entry.shard_ids[0]]
+            worker = None
+            if self._straggles(first.worker, entry, now_s):
+                worker = self._idle_for(first)
+            if worker is None:
+                wait_s = max(self._policy.second_run_again_s, self._table.row_s(entry))
+                heapq.heappush(self._second_runs, (now_s + wait_s, entry.prompt.index))
+            else:
+                alone = entry.attempt >= self._policy.alone_from
+                begun.append(self._begin(worker, [entry], now_s, alone=alone))
+                self.consider(worker)
+        return begun
+
+    def _straggles(self, worker: WorkerState, entry: OpenPrompt, now_s: float) -> bool:
+        """On a worker that is well and quick a long row is only long: elsewhere it ends later."""
+        if self._pool.is_slow(worker):
+            return True
+        limit_s = max(self._policy.second_run_again_s, self._table.row_s(entry))
+        return worker.quiet_s(now_s) >= limit_s
+
+    def _idle_for(self, first: Shard) -> WorkerState | None:
+        """Of the first few that want work one that may run a prompt of this shard a second time."""
+        for _ in range(min(self._policy.look_ahead, len(self.requesting))):
+            worker = self.requesting.popleft()
+            worker.requesting = False
+            fits = worker is not first.worker and not (first.alone and worker.shards)
+            if self._wants(worker) and fits:
+                return worker
+            self.consider(worker)
+        return None
+
+    def check(self) -> None:
+        """Assert that no worker is idle while there is work for it; a failure is a bug."""
+        table = self._table
+        for worker in self._pool.workers.values():
+            assert worker.requesting == (worker in self.requesting)
+            if worker.status is WorkerStatus.READY and not worker.shards:
+                assert worker.requesting, "nobody will think of an idle worker"
+                assert not table.num_grouped, "an idle worker, and work"
+                has_others = len(self._pool.workers) > 1
+                suspect = table.suspect_for(worker, has_others=has_others)
+                assert suspect is None, "an idle worker, and a suspect"

@@ -1,0 +1,108 @@
+"""Every number by which the dispatcher decides; `docs/dispatch.md` says how they work together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """The numbers of one run's dispatcher. Names that end in `_s` are seconds."""
+
+    # Reading the input
+
+    read_ahead: int = 8192
+    """Prompts that one read asks for, where the slots do not ask for more."""
+    read_rounds: int = 4
+    """A read asks for at least so many prompts for each slot of the fleet."""
+    ahead_rounds: int = 16
+    """At least so many prompts for each slot wait until the input has ended: the longest of them go
+    first then, and are done before the end even if a worker dies with them."""
+
+    # Sizes of shards
+
+    shard_s: float = 1.0
+    """A full shard is so much of a worker's time, and about as much is queued behind it."""
+    max_shard_prompts: int = 1024
+    """Most prompts in a shard."""
+    max_shards: int = 16
+    """Most shards in flight on a worker. Two hold what it works on and what is queued in it; the
+    others hold a long row each that they were left with."""
+    guide: int = 3
+    """Near the end a shard is a worker's share of what is left, divided by this."""
+    max_speed: float = 4.0
+    """No worker's share is more than so many times the mean share."""
+    slow_share: float = 0.67
+    """A worker is slow when its slots do less than this part of the fleet's mean."""
+    answer_tokens: int = 32
+    """Estimated tokens of an answer whose prompt does not say how long it may be."""
+    token_work: float = 32.0
+    """Estimated work of one token of an answer, in characters of prompt."""
+
+    # Bad ends of prompts
+
+    retry_shrink: int = 4
+    """Prompts that were on a dying worker go in groups of so many times fewer than it has slots."""
+    alone_from: int = 3
+    """From this attempt on a prompt runs alone on its worker."""
+    max_failures_alone: int = 2
+    """A prompt whose shard failed by itself so many times while it was alone is given up."""
+    max_deaths_alone: int = 3
+    """A prompt is given up when so many workers died while it was alone on them."""
+    max_attempts: int = 30
+    """A prompt that came to a bad end so many times is given up, whatever it was."""
+    look_ahead: int = 8
+    """So many prompts or workers are tried before one is said to fit nowhere now."""
+
+    # Failures of workers
+
+    max_openings: int = 3
+    """A worker that cannot be opened so many times in a row is given up."""
+    max_failures: int = 6
+    """Where no worker has given a row yet, one is given up after so many failures."""
+    patience: int = 10
+    """Elsewhere a worker is given up when it failed so many times as often, with no row in between,
+    as a row takes lives. Chance makes one of 20,000 such series as long."""
+    max_transients: int = 2
+    """A failed shard is tried again so many times in a row on the same worker."""
+    min_backoff_s: float = 0.5
+    """Rest after the first failure; it doubles with each further one."""
+    max_backoff_s: float = 30.0
+    """Longest rest."""
+
+    # Silence of workers
+
+    max_open_s: float = 900.0
+    """Limit for opening: a QPC of a large model, from a shared disk, on a node that was asleep."""
+    stall_steps: int = 100
+    """A worker that makes no step in the time of so many of its own steps is stalled."""
+    min_stall_s: float = 15.0
+    """But never before this."""
+    first_stall_s: float = 300.0
+    """The same while no step was seen: the first may wait for a long prefill, or an emulator."""
+    late_s: float = 1.0
+    """A driver that comes so much later than it was to be woken did not listen in between: nobody
+    was silent."""
+
+    # Measured speeds
+
+    first_speed_s: float = 1.0
+    """What a worker does in less time than this tells nothing of its speed."""
+    speed_s: float = 60.0
+    """What was measured so long ago counts a third of what is measured now."""
+    new_step: float = 0.2
+    """Weight of the newest step in the mean time of a worker's steps."""
+    first_row_s: float = 30.0
+    """Estimated time of a row while none has come."""
+    new_row: float = 0.02
+    """Weight of the newest row in the mean time of a row."""
+
+    # Second runs
+
+    second_run_factor: float = 2.0
+    """A prompt may run a second time when it has taken so many times what it should."""
+    second_run_again_s: float = 1.0
+    """A prompt that may not is looked at again after so long, and never earlier than this."""
+
+
+DEFAULT_POLICY = Policy()

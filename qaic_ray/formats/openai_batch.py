@@ -1,0 +1,246 @@
+"""The OpenAI batch format: requests as prompts, rows as lines of its output and error files.
+
+A request is `{"custom_id": ..., "method": "POST", "url": ..., "body": {...}}`:
+
+- `url` is `/v1/completions`, with a text as the body's `prompt`, or `/v1/chat/completions`, with
+  its `messages`.
+- `custom_id` becomes the row's id. It is a text, and no two lines have the same.
+- `model` may be any name, the same in all lines. The run's model answers, and the response names
+  that one.
+- The body's other fields are those of all formats, and the run's hold for the rest. In a
+  conversation `logprobs` is true or false and `top_logprobs` how many. A field that is not known is
+  an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from qaic_ray.errors import RowError
+from qaic_ray.formats.prompt_fields import Document, Draft, check_unicode, json_type
+from qaic_ray.formats.row_fields import OwnFields
+from qaic_ray.rows import Prompt
+
+COMPLETIONS_URL = "/v1/completions"
+CHAT_URL = "/v1/chat/completions"
+
+REPLACEMENT = "\ufffd"
+
+_PROMPT_FIELD = {COMPLETIONS_URL: "prompt", CHAT_URL: "messages"}
+
+
+def is_request(document: Document) -> bool:
+    """Whether a JSON object is a request, and not a row with a prompt."""
+    if "prompt" in document or "messages" in document:
+        return False
+    return "custom_id" in document or "body" in document
+
+
+class BatchRequests:
+    """Reads the requests of one file.
+
+    Args:
+        own: reads their fields.
+    """
+
+    def __init__(self, own: OwnFields) -> None:
+        self._own = own
+        self._ids = _DistinctIds()
+        self._model: str | None = None
+
+    def read(self, draft: Draft, document: Document) -> Prompt:
+        """The prompt of a request.
+
+        Raises:
+            RowError: saying what is wrong with it.
+        """
+        draft.id = _custom_id(document)
+        if not self._ids.add(draft.id):
+            raise RowError(
+                f'"custom_id" is {_shown(draft.id)}, and so is that of an earlier line: give each '
+                "its own."
+            )
+        if (method := document.get("method")) != "POST":
+            raise RowError(f'"method" is {_shown(method)}; allowed is "POST".')
+        url = document.get("url")
+        if not isinstance(url, str) or url not in _PROMPT_FIELD:
+            raise RowError(
+                f'"url" is {_shown(url)}; allowed are "{COMPLETIONS_URL}" and "{CHAT_URL}".'
+            )
+        body = document.get("body")
+        if not isinstance(body, dict):
+            raise RowError(f'"body" is {json_type(body)}, not an object.')
+        field = _PROMPT_FIELD[url]
+        if body.get(field) is None:
+            raise RowError(f'There is no "{field}" in the body, which {url} needs.')
+        draft.read_prompt(body)
+        self._check_model(body.get("model"))
+        is_chat = url == CHAT_URL
+        if is_chat and not isinstance(body.get("logprobs", False), bool | None):
+            raise RowError(f'"logprobs" is {json_type(body["logprobs"])}, not true or false.')
+        return self._own.prompt(draft, body, only_ours=True)
+
+    def _check_model(self, model: object) -> None:
+        if model is None:
+            return
+        if not isinstance(model, str):
+            raise RowError(f'"model" is {json_type(model)}, not a string.')
+        if self._model is None:
+            self._model = model
+        elif model != self._model:
+            raise RowError(
+                f'"model" is {_shown(model)}, and that of the lines before is '
+                f"{_shown(self._model)}: one run has one model, so make a file for each."
+            )
+
+
+def _custom_id(document: Document) -> str:
+    if "custom_id" not in document:
+        raise RowError('There is no "custom_id" in it.')
+    id_ = document["custom_id"]
+    if not isinstance(id_, str):
+        raise RowError(f'"custom_id" is {json_type(id_)}, not a string.')
+    if not id_:
+        raise RowError('"custom_id" is empty.')
+    check_unicode("custom_id", id_)
+    return id_
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, str):
+        return f'"{value}"' if len(value) <= 80 else f'"{value[:80]}..."'
+    return json_type(value)
+
+
+class _DistinctIds:
+    """The ids so far, at nine bytes each, for inputs of ten million rows.
+
+    An id is known by 64 bits of its digest: two of ten million share them with a chance of three in
+    a million.
+    """
+
+    def __init__(self) -> None:
+        self._buckets = [array("Q") for _ in range(4096)]  # each sorted
+
+    def add(self, id_: str) -> bool:
+        """Take an id; return whether it is new."""
+        digest = int.from_bytes(hashlib.blake2b(id_.encode(), digest_size=8).digest(), "little")
+        bucket = self._buckets[digest % len(self._buckets)]
+        at = bisect_left(bucket, digest)
+        if at < len(bucket) and bucket[at] == digest:
+            return False
+        bucket.insert(at, digest)
+        return True
+
+
+def token_number(token_id: int) -> str:
+    """What stands for a token whose text is not known."""
+    return f"token_id:{token_id}"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The run that a response comes from.
+
+    Attributes:
+        run: its name; with a row's index it makes the ids, so they are the same every time.
+        model: the model that answered.
+        created: when, in seconds since 1970.
+        token_text: a token's text, for logprobs.
+    """
+
+    run: str
+    model: str
+    created: int
+    token_text: Callable[[int], str] = token_number
+
+
+def response_line(row: dict[str, Any], origin: Origin) -> dict[str, Any]:
+    """A line of the output file, or of the error file for a row that failed.
+
+    A row of a conversation is a `chat.completion`, any other a `text_completion`.
+
+    Args:
+        row: as `Row.to_json` gives it.
+        origin: its run.
+    """
+    name = f"{origin.run}-{row['index']}"
+    line = {
+        "id": f"batch_req_{name}",
+        "custom_id": f"row-{row['index']}" if row["id"] is None else row["id"],
+    }
+    if "error" not in row:
+        return {**line, "response": _response(row, name, origin), "error": None}
+    code = "request_failed" if row["error_class"] == "device" else "invalid_request"
+    return {**line, "response": None, "error": {"code": code, "message": row["error"]}}
+
+
+def _response(row: dict[str, Any], name: str, origin: Origin) -> dict[str, Any]:
+    kind, choice = ("cmpl", _text_choice) if "messages" not in row else ("chatcmpl", _chat_choice)
+    body = {
+        "id": f"{kind}-{name}",
+        "object": "text_completion" if kind == "cmpl" else "chat.completion",
+        "created": origin.created,
+        "model": origin.model,
+        "choices": [
+            {
+                "index": index,
+                **choice(answer, origin.token_text),
+                "finish_reason": answer["finish_reason"],
+            }
+            for index, answer in enumerate(row.get("choices") or [row])
+        ],
+        "usage": {
+            "prompt_tokens": row["prompt_tokens"],
+            "completion_tokens": row["generated_tokens"],
+            "total_tokens": row["prompt_tokens"] + row["generated_tokens"],
+        },
+    }
+    return {"status_code": 200, "request_id": f"req_{name}", "body": body}
+
+
+def _chat_choice(answer: dict[str, Any], token_text: Callable[[int], str]) -> dict[str, Any]:
+    message = {"role": "assistant", "content": answer["text"], "refusal": None}
+    tokens = answer.get("logprobs")
+    if tokens is None:
+        return {"message": message, "logprobs": None}
+
+    def entry(token: dict[str, Any]) -> dict[str, Any]:
+        text = token_text(token["token_id"])
+        # Half a character has bytes, but its text does not tell which.
+        utf8 = None if REPLACEMENT in text else list(text.encode())
+        return {"token": text, "logprob": token["logprob"], "bytes": utf8}
+
+    content = [
+        {**entry(token), "top_logprobs": [entry(other) for other in token["top"]]}
+        for token in tokens
+    ]
+    return {"message": message, "logprobs": {"content": content, "refusal": None}}
+
+
+def _text_choice(answer: dict[str, Any], token_text: Callable[[int], str]) -> dict[str, Any]:
+    tokens = answer.get("logprobs")
+    if tokens is None:
+        return {"text": answer["text"], "logprobs": None}
+    texts = [token_text(token["token_id"]) for token in tokens]
+    logprobs = {
+        "tokens": texts,
+        "token_logprobs": [token["logprob"] for token in tokens],
+        "top_logprobs": [_by_text(token["top"], token_text) for token in tokens],
+        "text_offset": list(accumulate(map(len, texts), initial=0))[:-1],
+    }
+    return {"text": answer["text"], "logprobs": logprobs}
+
+
+def _by_text(tokens: list[dict[str, Any]], token_text: Callable[[int], str]) -> dict[str, float]:
+    """Text to logprob; of several that read alike, the most likely one's."""
+    logprobs: dict[str, float] = {}
+    for token in tokens:
+        logprobs.setdefault(token_text(token["token_id"]), token["logprob"])
+    return logprobs

@@ -1,0 +1,243 @@
+"""Parquet: the rows of a file as prompts, and a run's rows as a table.
+
+Prompts have a column for each field that a line of JSONL could have: `prompt` of texts, `messages`
+of lists of structs; null means that a row has no such field. The user's own columns are not read.
+A table of rows has a typed column for each key of a row; `stop_reason` is two columns, the stop
+string and `stop_reason_token`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from itertools import islice
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from qaic_ray.errors import RowError, UsageError
+from qaic_ray.formats.lines import LIMITS, cannot_read
+from qaic_ray.formats.prompt_fields import Draft
+from qaic_ray.formats.row_fields import OwnFields, check_columns, read_columns
+from qaic_ray.rows import Prompt, Row
+
+if TYPE_CHECKING:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    from qaic_ray.formats.frozen_file import FrozenFile
+
+_READ_ROWS = 256
+_READ_BYTES = 2**20
+_WRITE_ROWS = 1024
+_GROUP_BYTES = 64 * 2**20
+_GROUP_ROWS = 2**18
+
+
+def prompts_from_parquet(
+    path: str,
+    own: OwnFields,
+    frozen: FrozenFile | None = None,
+    *,
+    max_bytes: int = LIMITS.num_bytes,
+) -> Iterator[Prompt | Row]:
+    """An item for each row; an error names the row by its `index`, which counts from 0.
+
+    Args:
+        path: of the file.
+        own: reads the rows' fields.
+        frozen: the file as it was when the run began; without it, it is read as it is.
+        max_bytes: the longest prompt.
+
+    Raises:
+        UsageError: at once, for a file that is not parquet, or has no prompts in it.
+        QaicRayError: while reading, when that fails.
+    """
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        # Not pre-buffered: that holds a whole row group, which may be the whole file.
+        source = path if frozen is None else pyarrow.PythonFile(frozen.open(), mode="r")
+        table = ParquetFile(source, buffer_size=_READ_BYTES, pre_buffer=False)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UsageError(
+            f"{path} is no parquet file that can be read: {_first_line(error)}"
+        ) from error
+    columns = _prompt_columns(path, table.schema_arrow)
+    if table.metadata.num_rows == 0:
+        raise UsageError(f"There are no rows in {path}: give prompts.")
+
+    def prompt(draft: Draft, row: dict[str, Any] | Exception) -> Prompt:
+        if isinstance(row, UnicodeDecodeError):
+            raise RowError("Not UTF-8.") from row
+        if isinstance(row, Exception):
+            raise RowError(f"A value that cannot be read: {_first_line(row)}") from row
+        return own.read_row(draft, row)
+
+    name = PurePath(path).name
+    return (
+        Draft(index, "", max_bytes).read(prompt, row, f"{name} row index {index}: ")
+        for index, row in enumerate(_rows(path, table, columns))
+    )
+
+
+def _prompt_columns(path: str, schema: pyarrow.Schema) -> list[str]:
+    """The columns to read.
+
+    Raises:
+        UsageError: no row could be answered with these columns.
+    """
+    import pyarrow.types as kinds
+
+    check_columns(path, schema.names)
+    for name, allows, allowed in (
+        ("prompt", _is_text, "texts"),
+        ("messages", _is_list, 'lists of structs with "role" and "content"'),
+    ):
+        index = schema.get_field_index(name)
+        if index >= 0 and not (allows(schema.types[index]) or kinds.is_null(schema.types[index])):
+            raise UsageError(
+                f'{path}: the column "{name}" is of {_short(schema.types[index])}, '
+                f"not of {allowed}."
+            )
+    return read_columns(schema.names)
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    import pyarrow.types as kinds
+
+    if kinds.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind))
+
+
+def _is_list(kind: pyarrow.DataType) -> bool:
+    import pyarrow.types as kinds
+
+    is_list = kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind)
+    return bool(is_list and kinds.is_struct(kind.value_type))
+
+
+def _rows(
+    path: str, table: ParquetFile, columns: list[str]
+) -> Iterator[dict[str, Any] | Exception]:
+    import pyarrow
+
+    num_rows = 0
+    try:
+        with table:
+            for batch in table.iter_batches(_READ_ROWS, columns=columns, use_threads=False):
+                for row in _python_rows(batch):
+                    if isinstance(row, dict):
+                        row = {name: _plain(value) for name, value in row.items()}
+                    yield row
+                num_rows += batch.num_rows
+    except (OSError, pyarrow.ArrowException) as error:
+        last = f"row index {num_rows - 1}" if num_rows else ""
+        raise cannot_read(path, last, OSError(_first_line(error))) from error
+
+
+def _python_rows(batch: pyarrow.RecordBatch) -> list[dict[str, Any] | Exception]:
+    rows: list[dict[str, Any] | Exception] = []
+    try:
+        rows.extend(batch.to_pylist())
+    # Parquet keeps any bytes as text; a time of nanoseconds is none of Python's.
+    except (ValueError, ArithmeticError, TypeError) as error:
+        if batch.num_rows == 1:
+            return [error]
+        for at in range(batch.num_rows):
+            rows.extend(_python_rows(batch.slice(at, 1)))
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON would have it.
+
+    pandas makes floats of a column of whole numbers with gaps, and a struct has every key of every
+    row.
+    """
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _first_line(error: Exception) -> str:
+    return f"{_short(str(error).strip()).rstrip('.')}."
+
+
+def _short(text: object) -> str:
+    return str(text).partition("\n")[0][:200]
+
+
+@lru_cache(maxsize=1)
+def row_schema() -> pyarrow.Schema:
+    """The columns of a table of rows, in the order of a row's keys."""
+    import pyarrow as pa
+
+    ending = [
+        ("finish_reason", pa.string()),
+        ("stop_reason", pa.string()),
+        ("stop_reason_token", pa.int32()),
+    ]
+    token = [("token_id", pa.int32()), ("logprob", pa.float64())]
+    logprobs = pa.list_(pa.struct([*token, ("top", pa.list_(pa.struct(token)))]))
+    answer = [("text", pa.string()), ("token_ids", pa.list_(pa.int32())), *ending]
+    choices = pa.list_(pa.struct([("index", pa.int32()), *answer, ("logprobs", logprobs)]))
+    messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    return pa.schema(
+        [
+            ("index", pa.int64()),
+            ("id", pa.string()),
+            ("prompt", pa.string()),
+            ("messages", messages),
+            *answer,
+            ("prompt_tokens", pa.int32()),
+            ("generated_tokens", pa.int32()),
+            ("ttft_s", pa.float64()),
+            ("decode_s", pa.float64()),
+            ("worker", pa.string()),
+            ("attempts", pa.int32()),
+            ("logprobs", logprobs),
+            ("choices", choices),
+            ("error", pa.string()),
+            ("error_class", pa.string()),
+        ]
+    )
+
+
+def write_parquet(
+    rows: Iterable[dict[str, Any]], stream: BinaryIO, *, group_rows: int = _GROUP_ROWS
+) -> None:
+    """Write rows, as `Row.to_json` gives them, as one table.
+
+    Args:
+        rows: are taken as they are written.
+        stream: to write to.
+        group_rows: the most rows of a row group.
+    """
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
+
+    with ParquetWriter(stream, row_schema(), compression="zstd") as writer:
+        group: list[pyarrow.RecordBatch] = []
+        rows = map(_split_reasons, rows)
+        while some := list(islice(rows, _WRITE_ROWS)):
+            group.append(pa.RecordBatch.from_pylist(some, schema=row_schema()))
+            num_bytes = sum(part.nbytes for part in group)
+            if num_bytes >= _GROUP_BYTES or len(group) * _WRITE_ROWS >= group_rows:
+                writer.write_table(pa.Table.from_batches(group))
+                group = []
+        if group:
+            writer.write_table(pa.Table.from_batches(group))
+
+
+def _split_reasons(answer: dict[str, Any]) -> dict[str, Any]:
+    """A row or a choice, with a stop token in its own column."""
+    columns = dict(answer)
+    if isinstance(answer.get("stop_reason"), int):
+        columns |= {"stop_reason": None, "stop_reason_token": answer["stop_reason"]}
+    if "choices" in answer:
+        columns["choices"] = list(map(_split_reasons, answer["choices"]))
+    return columns
