@@ -8,8 +8,8 @@ has a slot and positions of its own:
     more                          in a prefill shape, some at a time, longest wait first
     more, and no prefill shape    in the decode shape, `decode_len` at a time (a `pl1` program)
 
-so the last token of a prompt and the newest token of an answer are one case. A slot remembers which
-tokens its cache holds; a prompt that begins with them is computed from there on.
+so a prompt's last token and an answer's newest are one case. A slot remembers the tokens that its
+cache holds; a prompt that begins with them is computed from there on.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from qaic_ray.cards.lease import CardLease
 from qaic_ray.contract import Specializations
 from qaic_ray.documents import differences
 from qaic_ray.engine import batcher
-from qaic_ray.engine.drafts import Drafting, open_drafting
+from qaic_ray.engine.drafting import Drafting, open_drafting
 from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
