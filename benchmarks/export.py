@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from qaic_ray.folders import sync_tree
+from qaic_ray.files.folders import sync_tree
 
 STATIC = '{"continuous_batching": false}'
 EXPORT = """

@@ -15,8 +15,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from qaic_ray.documents import parse_json, read_text, shown
 from qaic_ray.errors import SpecializationError
+from qaic_ray.files.documents import parse_json, read_text, shown
 
 INPUT_IDS = "input_ids"
 POSITION_IDS = "position_ids"

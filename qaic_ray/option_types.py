@@ -18,8 +18,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 from qaic_ray.contract import MAX_CORES, MAX_SIZE
-from qaic_ray.documents import shown, user_path
 from qaic_ray.errors import UsageError
+from qaic_ray.files.documents import shown, user_path
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Section")
@@ -133,7 +133,7 @@ def options_of(kind: type) -> dict[str, Opt]:
             entry = Opt(field.description, **field.json_schema_extra["opt"])
             own = (base for base in kind.__mro__ if name in vars(base).get("__annotations__", ()))
             group = entry.group or getattr(next(own), "GROUP", "")
-            allowed = entry.allowed or Value.of(field).allowed
+            allowed = entry.allowed or OptionValue.of(field).allowed
             found[name] = replace(entry, group=group, allowed=allowed)
     return found
 
@@ -144,7 +144,7 @@ def _bare(kind: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Value:
+class OptionValue:
     """What a field may hold: its type without None and bounds, its bounds, and whether None is one.
 
     `kind` is a list's own type where the field holds a list; `members` are a union's.
@@ -156,7 +156,7 @@ class Value:
     is_optional: bool
 
     @classmethod
-    def of(cls, field: FieldInfo) -> Value:
+    def of(cls, field: FieldInfo) -> OptionValue:
         """Read a field's annotation."""
         kind, metadata = field.annotation, list(field.metadata)
         is_union = get_origin(kind) in (Union, UnionType)

@@ -17,8 +17,8 @@ from qaic_ray.contract import (
     NUM_LOGITS_TO_KEEP,
     IoContract,
 )
-from qaic_ray.documents import read_object
 from qaic_ray.errors import RowError, UsageError
+from qaic_ray.files.documents import read_object
 from qaic_ray.option_types import (
     Count,
     Date,

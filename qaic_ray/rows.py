@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from qaic_ray.documents import shown
 from qaic_ray.errors import DeviceError, QaicRayError, RowError
+from qaic_ray.files.documents import shown
 from qaic_ray.sampling_params import SamplingParams, TokenLogprob
 
 Message = Mapping[str, str]

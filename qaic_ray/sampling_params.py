@@ -24,8 +24,8 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from qaic_ray.documents import shown
 from qaic_ray.errors import RowError
+from qaic_ray.files.documents import shown
 from qaic_ray.option_types import opt, options_of
 
 GREEDY_BELOW = 1e-5

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qaic_ray.documents import read_object, read_text, shown, user_path
 from qaic_ray.errors import DeviceError, SdkNotFound, UsageError
-from qaic_ray.folders import cache_folder
+from qaic_ray.files.documents import read_object, read_text, shown, user_path
+from qaic_ray.files.folders import cache_folder
 from qaic_ray.options import EmulatorOptions
 
 VENDOR_ROOT = Path("/opt/qti-aic")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from qaic_ray.folders import CACHE_VARIABLE, cache_folder
+from qaic_ray.files.folders import CACHE_VARIABLE, cache_folder
 
 if TYPE_CHECKING:
     from one_ray import OneRay

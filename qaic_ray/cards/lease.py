@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from qaic_ray.documents import checked, parse_json, shown
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceBusy, DeviceError, UsageError
-from qaic_ray.folders import CACHE_VARIABLE, cache_folder, open_lock
+from qaic_ray.files.documents import checked, parse_json, shown
+from qaic_ray.files.folders import CACHE_VARIABLE, cache_folder, open_lock
 from qaic_ray.sdk import Sdk
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 from qaic_ray import interruption
 from qaic_ray.cli.streams import StdoutGone
 from qaic_ray.errors import ClusterLost, ExitCode, QaicRayError, Unfinished, UsageError
-from qaic_ray.folders import cache_folder
+from qaic_ray.files.folders import cache_folder
 
 
 class Interrupted(Exception):

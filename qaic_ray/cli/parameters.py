@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 import typer
 from typer.core import TyperCommand
 
-from qaic_ray.documents import as_object, parse_json, shown, user_path
 from qaic_ray.errors import UsageError
+from qaic_ray.files.documents import as_object, parse_json, shown, user_path
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-    from qaic_ray.option_types import Opt, Section, Value
+    from qaic_ray.option_types import Opt, OptionValue, Section
 
 _NUMBER = re.compile(r"\s*[+-]?[0-9]{1,18}\s*", re.ASCII)
 
@@ -44,8 +44,8 @@ class _FromTree(TyperCommand):
     function: Callable[..., None]
 
     @cached_property
-    def _call(self) -> _Call:
-        return _Call(self.function)
+    def _call(self) -> _CommandCall:
+        return _CommandCall(self.function)
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The parameters, `--help` among them."""
@@ -87,7 +87,7 @@ def known_path(parameter: typer.CallbackParam, value: Path) -> Path:
     return user_path(value, str(parameter.name))
 
 
-class _Call:
+class _CommandCall:
     """A function's parameters on the command line, and its call with what they hold."""
 
     def __init__(self, function: Callable[..., None]) -> None:
@@ -161,7 +161,7 @@ class Flag:
         default: the command's; `...` where the option must be given.
     """
 
-    def __init__(self, path: tuple[str, ...], opt: Opt, value: Value, default: Any) -> None:
+    def __init__(self, path: tuple[str, ...], opt: Opt, value: OptionValue, default: Any) -> None:
         self.path, self.opt, self.value, self.default = path, opt, value, default
         self.flag = opt.flag or "--" + path[-1].replace("_", "-")
         self.written = f"--no-{self.flag[2:]}" if opt.off else self.flag
@@ -228,11 +228,11 @@ class Flag:
 
 def flags_of(kind: type, defaults: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[Flag]:
     """The flags of a section, with those of sections in it."""
-    from qaic_ray.option_types import Value, options_of
+    from qaic_ray.option_types import OptionValue, options_of
 
     options, flags = options_of(kind), []
     for name, field in kind.__pydantic_fields__.items():  # type: ignore[attr-defined]
-        value = Value.of(field)
+        value = OptionValue.of(field)
         if hasattr(value.kind, "__pydantic_fields__"):
             flags += flags_of(value.kind, {}, (*path, name))
         elif name in options and options[name].flag is not None:

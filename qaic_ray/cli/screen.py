@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from qaic_ray.compile.store import Build
-from qaic_ray.documents import json_text
 from qaic_ray.errors import CompileError, ExitCode, QaicRayError, Unfinished
+from qaic_ray.files.documents import json_text
 from qaic_ray.pipeline.submit_step import JobStatus, Submission, progress_line
 
 if TYPE_CHECKING:

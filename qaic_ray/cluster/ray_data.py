@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from qaic_ray.cards.inventory import CARD_RESOURCE
 from qaic_ray.cards.lease import CardLocks, Part, card_scope, held_cards
 from qaic_ray.cards.placement import cards_name
-from qaic_ray.documents import checked
 from qaic_ray.errors import DeviceBusy, DeviceError, RowError, UsageError
+from qaic_ray.files.documents import checked
 from qaic_ray.formats.foreign_fields import ALIASES, NESTED
 from qaic_ray.formats.prompt_fields import Draft
 from qaic_ray.formats.row_fields import OwnFields, is_known, mistake

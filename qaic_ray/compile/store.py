@@ -21,9 +21,9 @@ from typing import Any
 
 from qaic_ray.compile.compiler import QPC_FILE, check_qpc, program_fault, run_compiler
 from qaic_ray.compile.variant import Variant, key_digest
-from qaic_ray.documents import checked, read_object, shown
 from qaic_ray.errors import CompileError, UsageError
-from qaic_ray.folders import (
+from qaic_ray.files.documents import checked, read_object, shown
+from qaic_ray.files.folders import (
     KeptFile,
     SourceFile,
     building,

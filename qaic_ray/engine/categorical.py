@@ -1,6 +1,6 @@
 """Draws one token from each row of logits, without the exponential of a whole vocabulary.
 
-A row's tokens lie on a number line. First its *head*, the most likely tokens (equal ones by rising
+A row's tokens lie on a number line. First its *head*, the likeliest tokens (equal ones by rising
 id), each as long as its weight exp((logit - best) / T). Then its *tail* in blocks, token `c` in
 block `c % num_blocks`. There each token has a cell as long as its block's heaviest weight, of which
 its own weight fills the left part, so the tail's length needs the block maxima only. A uniform

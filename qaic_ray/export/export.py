@@ -23,7 +23,6 @@ import onnx
 
 from qaic_ray import __version__
 from qaic_ray.contract import past_names, retained
-from qaic_ray.documents import read_object, shown
 from qaic_ray.errors import ExportError, UsageError
 from qaic_ray.export.architecture import Architecture, read_architecture
 from qaic_ray.export.builder import PRODUCER
@@ -47,7 +46,15 @@ from qaic_ray.export.weights import (
     weights_sha256,
     write_weights,
 )
-from qaic_ray.folders import KeptFile, SourceFile, building, first_fault, foreign_files, locked
+from qaic_ray.files.documents import read_object, shown
+from qaic_ray.files.folders import (
+    KeptFile,
+    SourceFile,
+    building,
+    first_fault,
+    foreign_files,
+    locked,
+)
 from qaic_ray.model.checkpoint import Checkpoint
 from qaic_ray.model.manifest import (
     CUSTOM_IO_FILE,

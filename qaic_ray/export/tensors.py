@@ -17,8 +17,8 @@ from typing import Any, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
-from qaic_ray.documents import as_object, parse_json, shown
 from qaic_ray.errors import CheckpointError
+from qaic_ray.files.documents import as_object, parse_json, shown
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 FLOAT16_MAX = 65504.0

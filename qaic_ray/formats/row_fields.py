@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from qaic_ray.documents import shown
 from qaic_ray.errors import RowError, UsageError
+from qaic_ray.files.documents import shown
 from qaic_ray.formats.foreign_fields import (
     ALIASES,
     CHAT,

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from typing import Any
 
 from qaic_ray.errors import UsageError
-from qaic_ray.folders import cache_folder
+from qaic_ray.files.folders import cache_folder
 from qaic_ray.model import transformers_child
 from qaic_ray.rows import ChatOptions
 

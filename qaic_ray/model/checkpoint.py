@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qaic_ray.documents import read_object, shown
 from qaic_ray.errors import CheckpointError
+from qaic_ray.files.documents import read_object, shown
 from qaic_ray.model.chat import ChatTemplate
 from qaic_ray.model.sources import check_folder, find_folder, find_weights
 from qaic_ray.model.tokenizer import (

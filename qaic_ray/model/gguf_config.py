@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qaic_ray.documents import shown
 from qaic_ray.errors import CheckpointError
+from qaic_ray.files.documents import shown
 from qaic_ray.model.gguf_file import GgufFile
 
 ROPE_DIVISORS = "rope_freqs.weight"

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qaic_ray.documents import shown
 from qaic_ray.errors import CheckpointError
+from qaic_ray.files.documents import shown
 from qaic_ray.model.gguf_config import ROPE_DIVISORS, Family, family_of, read_config
 from qaic_ray.model.gguf_file import GgufFile, GgufTensor, read_gguf, tensor_bytes
 from qaic_ray.model.gguf_tokenizer import end_ids, write_tokenizer

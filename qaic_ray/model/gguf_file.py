@@ -16,8 +16,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qaic_ray.documents import shown
 from qaic_ray.errors import CheckpointError
+from qaic_ray.files.documents import shown
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

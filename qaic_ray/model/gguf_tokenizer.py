@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qaic_ray.documents import shown
 from qaic_ray.errors import CheckpointError
+from qaic_ray.files.documents import shown
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

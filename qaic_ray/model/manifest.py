@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from qaic_ray.contract import IoContract
-from qaic_ray.documents import checked, read_object, shown
 from qaic_ray.errors import UsageError
-from qaic_ray.folders import KeptFile, SourceFile, first_fault, inside
+from qaic_ray.files.documents import checked, read_object, shown
+from qaic_ray.files.folders import KeptFile, SourceFile, first_fault, inside
 
 MANIFEST_FILE = "manifest.json"
 CUSTOM_IO_FILE = "custom_io.yaml"

@@ -18,9 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qaic_ray.documents import read_object, shown
 from qaic_ray.errors import CheckpointError
-from qaic_ray.folders import SourceFile, building, cache_folder, locked, sha256_of
+from qaic_ray.files.documents import read_object, shown
+from qaic_ray.files.folders import SourceFile, building, cache_folder, locked, sha256_of
 from qaic_ray.model.gguf_file import model_name, part_paths
 
 CONVERSION_FORMAT = 2

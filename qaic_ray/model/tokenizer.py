@@ -18,9 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qaic_ray.documents import checked, read_object, read_text
 from qaic_ray.errors import CheckpointError, RowError
-from qaic_ray.folders import building, cache_folder, locked
+from qaic_ray.files.documents import checked, read_object, read_text
+from qaic_ray.files.folders import building, cache_folder, locked
 from qaic_ray.model import transformers_child
 from qaic_ray.model.chat import ChatTemplate
 from qaic_ray.model.transformers_child import SETTINGS_FILE, TOKENIZER_FILE

@@ -30,9 +30,9 @@ from qaic_ray.contract import (
     Specializations,
     is_past,
 )
-from qaic_ray.documents import shown, user_path
 from qaic_ray.errors import CompileError, UsageError
-from qaic_ray.folders import inside, sha256_of
+from qaic_ray.files.documents import shown, user_path
+from qaic_ray.files.folders import inside, sha256_of
 from qaic_ray.model.manifest import CUSTOM_IO_FILE, MANIFEST_FILE, check_files, read_manifest
 from qaic_ray.options import CompileOptions
 from qaic_ray.pipeline.steps import CompileOutcome, Listener, check_cores

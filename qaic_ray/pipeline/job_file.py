@@ -12,9 +12,9 @@ from pydantic import BaseModel, ValidationError
 
 from qaic_ray.compile.variant import Source, Variant, grid_variants
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP
-from qaic_ray.documents import MAX_SHOWN_CHARS, first_error, parse_yaml, read_yaml, shown
 from qaic_ray.errors import JobError, UsageError
-from qaic_ray.option_types import Value
+from qaic_ray.files.documents import MAX_SHOWN_CHARS, first_error, parse_yaml, read_yaml, shown
+from qaic_ray.option_types import OptionValue
 from qaic_ray.options import Job
 
 
@@ -123,5 +123,5 @@ def _first_error(error: ValidationError) -> str:
 def _known_keys(location: Sequence[str]) -> list[str]:
     part: type[BaseModel] = Job
     for name in location:
-        part = Value.of(part.model_fields[name]).kind
+        part = OptionValue.of(part.model_fields[name]).kind
     return list(part.model_fields)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from qaic_ray.documents import checked, read_text, read_yaml, user_path
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.folders import write_whole
+from qaic_ray.files.documents import checked, read_text, read_yaml, user_path
+from qaic_ray.files.folders import write_whole
 from qaic_ray.model.sources import NAMED_MODELS
 from qaic_ray.option_types import is_template
 from qaic_ray.options import Generation, RayOptions, RunOptions

@@ -201,7 +201,7 @@ def _answer(
 ) -> tuple[FleetResult, Proof]:
     """All rows that have no answer yet, journaled and written."""
     from qaic_ray.dispatch.prompts import text_work
-    from qaic_ray.documents import differences
+    from qaic_ray.files.documents import differences
     from qaic_ray.runs.delivery import row_writer
     from qaic_ray.runs.driver import Audience
     from qaic_ray.runs.fingerprint import fingerprint

@@ -13,8 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qaic_ray.documents import json_text
-from qaic_ray.folders import new_file, sync_path
+from qaic_ray.files.documents import json_text
+from qaic_ray.files.folders import new_file, sync_path
 from qaic_ray.rows import Row
 from qaic_ray.runs.journal import Entry, Journal, disk_errors_end_the_run, write_all
 from qaic_ray.runs.journal_segments import Place

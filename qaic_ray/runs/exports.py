@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qaic_ray.folders import replacing
+from qaic_ray.files.folders import replacing
 from qaic_ray.formats.openai_batch import Origin, response_line, token_number
 from qaic_ray.formats.parquet import write_parquet
 from qaic_ray.option_types import OutputFormat

@@ -19,9 +19,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from qaic_ray.documents import differences, read_object
 from qaic_ray.errors import QaicRayError, Unfinished, UsageError
-from qaic_ray.folders import sync_path
+from qaic_ray.files.documents import differences, read_object
+from qaic_ray.files.folders import sync_path
 from qaic_ray.interruption import uninterrupted
 from qaic_ray.rows import Row
 from qaic_ray.runs.fingerprint import INPUT, Fingerprint

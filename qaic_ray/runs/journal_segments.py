@@ -18,8 +18,8 @@ from typing import BinaryIO, ClassVar, NamedTuple
 
 from pydantic import ConfigDict, TypeAdapter
 
-from qaic_ray.documents import as_object, checked, parse_json, shown
 from qaic_ray.errors import QaicRayError, UsageError
+from qaic_ray.files.documents import as_object, checked, parse_json, shown
 from qaic_ray.rows import Row
 from qaic_ray.runs.fingerprint import Fingerprint
 

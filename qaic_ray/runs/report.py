@@ -17,8 +17,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qaic_ray.documents import json_text
-from qaic_ray.folders import write_whole
+from qaic_ray.files.documents import json_text
+from qaic_ray.files.folders import write_whole
 from qaic_ray.metrics import Measurement
 from qaic_ray.runs.delivery import ERRORS_NAME, Proof
 from qaic_ray.runs.journal import REPORT_NAME

@@ -11,10 +11,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from qaic_ray.documents import shown
 from qaic_ray.engine import batcher
 from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.errors import RowError, UsageError
+from qaic_ray.files.documents import shown
 from qaic_ray.model.chat import ChatTemplate
 from qaic_ray.model.detokenizer import StopFinder
 from qaic_ray.model.tokenizer import Tokenizer

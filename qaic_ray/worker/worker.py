@@ -20,12 +20,12 @@ from typing import ClassVar, Generic, TypeVar
 
 from qaic_ray.cards.lease import CardLease
 from qaic_ray.contract import Specializations
-from qaic_ray.documents import differences
 from qaic_ray.engine import batcher
 from qaic_ray.engine.drafting import Drafting, open_drafting
 from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
+from qaic_ray.files.documents import differences
 from qaic_ray.metrics import Measurement
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from qaic_ray.model.detokenizer import StopFinder

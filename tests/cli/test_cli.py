@@ -17,7 +17,7 @@ from qaic_ray.cli import main
 from qaic_ray.cli.command_options import PROGRAM
 from qaic_ray.cli.screen import Screen
 from qaic_ray.errors import UsageError
-from qaic_ray.folders import CACHE_VARIABLE
+from qaic_ray.files.folders import CACHE_VARIABLE
 from qaic_ray.options import CARDS, CHECKS, DRAFTS, FOLDER, PROMPTS
 from qaic_ray.pipeline import run_step
 from qaic_ray.pipeline.run_step import RunRequest

@@ -15,7 +15,7 @@ from qaic_ray.errors import (
     QaicRayError,
     Unfinished,
 )
-from qaic_ray.folders import CACHE_VARIABLE
+from qaic_ray.files.folders import CACHE_VARIABLE
 
 
 def caused(error: Exception, cause: BaseException) -> Exception:

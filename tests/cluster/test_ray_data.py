@@ -14,7 +14,7 @@ from byte_tokens import with_byte_tokenizer
 
 from qaic_ray import CardPredictor
 from qaic_ray.errors import DeviceBusy
-from qaic_ray.folders import CACHE_VARIABLE
+from qaic_ray.files.folders import CACHE_VARIABLE
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.timeouts import Timeouts
 

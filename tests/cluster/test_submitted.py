@@ -17,7 +17,7 @@ from byte_tokens import with_byte_tokenizer
 
 from qaic_ray.cli import main
 from qaic_ray.errors import UsageError
-from qaic_ray.folders import CACHE_VARIABLE
+from qaic_ray.files.folders import CACHE_VARIABLE
 from qaic_ray.pipeline.submit_step import JobStatus, job_statuses
 
 if TYPE_CHECKING:

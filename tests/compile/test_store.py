@@ -22,7 +22,7 @@ from qaic_ray.compile.store import BuildRequest, build, check_kept, check_reques
 from qaic_ray.compile.variant import Source, Variant
 from qaic_ray.contract import Specializations
 from qaic_ray.errors import CompileError, UsageError
-from qaic_ray.folders import CACHE_VARIABLE
+from qaic_ray.files.folders import CACHE_VARIABLE
 from qaic_ray.option_types import Precision
 from qaic_ray.sdk import Sdk, open_sdk
 from qaic_ray.timeouts import Timeouts
@@ -221,7 +221,7 @@ def test_a_copy_is_read_through_once_and_is_the_same_content(
     def not_again(path: Path) -> str:
         pytest.fail(f"{path} is read again")
 
-    monkeypatch.setattr("qaic_ray.folders.sha256_of", not_again)
+    monkeypatch.setattr("qaic_ray.files.folders.sha256_of", not_again)
     monkeypatch.setattr("qaic_ray.compile.store.sha256_of", not_again)
     assert build(replace(wanted, store=copy.parent)).reused
     assert content_key(copy) == digest

@@ -10,8 +10,8 @@ import pytest
 
 from qaic_ray.compile.variant import Source, Variant, grid_variants, key_digest
 from qaic_ray.contract import Specializations
-from qaic_ray.documents import checked
 from qaic_ray.errors import UsageError
+from qaic_ray.files.documents import checked
 from qaic_ray.option_types import Precision, check_num_cores
 from qaic_ray.options import CompileOptions
 from qaic_ray.sdk import Sdk

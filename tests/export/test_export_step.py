@@ -13,7 +13,6 @@ import pytest
 from safetensors.numpy import save_file
 
 from qaic_ray.contract import IoContract
-from qaic_ray.documents import checked
 from qaic_ray.errors import CheckpointError, ExportError, UsageError
 from qaic_ray.export import export
 from qaic_ray.export.architecture import read_architecture
@@ -26,7 +25,8 @@ from qaic_ray.export.check.verify import (
     write_report,
 )
 from qaic_ray.export.export import check_ours, custom_io, export_model
-from qaic_ray.folders import SourceFile
+from qaic_ray.files.documents import checked
+from qaic_ray.files.folders import SourceFile
 from qaic_ray.model.checkpoint import Checkpoint, open_checkpoint
 from qaic_ray.model.manifest import FORMAT, ModelManifest, read_manifest
 from qaic_ray.options import ExportOptions

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tokenizer_folders import FOLDERS
 
 from qaic_ray.errors import UsageError
-from qaic_ray.folders import CACHE_VARIABLE
+from qaic_ray.files.folders import CACHE_VARIABLE
 from qaic_ray.model import chat, transformers_child
 from qaic_ray.model.chat import RESERVED, ChatTemplate
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from qaic_ray.errors import CheckpointError, RowError
-from qaic_ray.folders import CACHE_VARIABLE
+from qaic_ray.files.folders import CACHE_VARIABLE
 from qaic_ray.model import tokenizer as tokenizer_module
 from qaic_ray.model import transformers_child
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint

@@ -12,8 +12,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from qaic_ray.compile.variant import MAX_VARIANTS, Source, grid_variants
-from qaic_ray.documents import checked
 from qaic_ray.errors import UsageError
+from qaic_ray.files.documents import checked
 from qaic_ray.options import CompileOptions
 from qaic_ray.pipeline.compile_step import (
     CompileRequest,

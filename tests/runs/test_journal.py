@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qaic_ray.documents import differences
 from qaic_ray.errors import QaicRayError, UsageError
+from qaic_ray.files.documents import differences
 from qaic_ray.formats.frozen_file import FrozenFile
 from qaic_ray.options import Generation
 from qaic_ray.rows import FinishReason, Prompt, Row

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qaic_ray.documents import (
+from qaic_ray.errors import CheckpointError, UsageError
+from qaic_ray.files.documents import (
     MAX_SHOWN_CHARS,
     checked,
     json_text,
@@ -26,7 +27,6 @@ from qaic_ray.documents import (
     shown,
     user_path,
 )
-from qaic_ray.errors import CheckpointError, UsageError
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n"

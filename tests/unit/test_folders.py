@@ -18,12 +18,19 @@ from threading import Event, Thread
 import pytest
 
 from qaic_ray.errors import UsageError
-from qaic_ray.folders import building, cache_folder, foreign_files, locked, new_file, write_whole
+from qaic_ray.files.folders import (
+    building,
+    cache_folder,
+    foreign_files,
+    locked,
+    new_file,
+    write_whole,
+)
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from qaic_ray.folders import building
+from qaic_ray.files.folders import building
 with building(Path(sys.argv[1])) as fresh:
     (fresh / "half").touch()
     os.kill(os.getpid(), signal.SIGKILL)
@@ -83,7 +90,7 @@ def test_lock_lies_with_the_target_and_goes_with_its_holder(
 HOLD = """
 import sys, time
 from pathlib import Path
-from qaic_ray.folders import locked
+from qaic_ray.files.folders import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -91,7 +98,7 @@ with locked(Path(sys.argv[1])):
 COUNT = """
 import sys
 from pathlib import Path
-from qaic_ray.folders import locked
+from qaic_ray.files.folders import locked
 target, counter = map(Path, sys.argv[1:3])
 for _ in range(int(sys.argv[3])):
     with locked(target):

@@ -7,7 +7,7 @@ used in a way that is not known, the reference graph runs (`docs/emulated-sdk.md
 The lowered graph takes rows of any length without padding: `position_ids` are all valid, two more
 inputs say how long each row's context is (`SEQLENS`, `TOTAL`), and each past input has to be the
 same memory as its retained output. The `joint` graph beside it is for several rows of a few tokens
-(speculation): it has one kernel a token.
+(speculation), one kernel a token.
 """
 
 from __future__ import annotations

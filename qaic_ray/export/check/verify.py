@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP
-from qaic_ray.documents import checked, read_object
 from qaic_ray.errors import CheckpointError, ExportError, UsageError
 from qaic_ray.export.architecture import Architecture
 from qaic_ray.export.check.headroom import Activation, beyond_float16, largest_activation
@@ -26,7 +25,8 @@ from qaic_ray.export.check.replay import (
     kept_layers,
     open_replay,
 )
-from qaic_ray.folders import write_whole
+from qaic_ray.files.documents import checked, read_object
+from qaic_ray.files.folders import write_whole
 from qaic_ray.model.checkpoint import Checkpoint, has_tokenizer, load_tokenizer
 from qaic_ray.model.manifest import VERIFY_FILE, ModelManifest, read_manifest
 
