@@ -4,7 +4,7 @@ A row's tokens lie on a number line. First its *head*, the most likely tokens (e
 id), each as long as its weight exp((logit - best) / T). Then its *tail* in blocks, token `c` in
 block `c % num_blocks`. There each token has a cell as long as its block's heaviest weight, of which
 its own weight fills the left part, so the tail's length needs the block maxima only. A uniform
-number is a place on the line, and draws the token there. An unfilled place or a token outside top_p
+number is a place on the line and draws its token. An unfilled place or a token outside top_p
 is rejected and the next number tried: probabilities are exact.
 """
 
