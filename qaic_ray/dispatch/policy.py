@@ -47,8 +47,12 @@ class Policy:
     """From this attempt on a prompt runs alone on its worker."""
     max_failures_alone: int = 2
     """A prompt whose shard failed by itself so many times while it was alone is given up."""
-    max_deaths_alone: int = 3
-    """A prompt is given up when so many workers died while it was alone on them."""
+    min_deaths_alone: int = 3
+    """A prompt is given up when at least so many workers died while it was alone on them."""
+    lone_death_prior: float = 0.1
+    """Chance that a worker dies under a lone prompt by itself, before any lone run was seen."""
+    false_blame: float = 1e-5
+    """A prompt is given up when chance makes as many deaths alone less often than this."""
     max_attempts: int = 30
     """A prompt that came to a bad end so many times is given up, whatever it was."""
     look_ahead: int = 8

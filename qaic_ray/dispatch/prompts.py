@@ -14,6 +14,7 @@ from functools import partial
 from itertools import islice
 from operator import attrgetter
 
+from qaic_ray.dispatch.poison import LoneRuns
 from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
 from qaic_ray.dispatch.workers import WorkerState
 from qaic_ray.rows import ErrorClass, Prompt, Row
@@ -25,12 +26,7 @@ GREEDY = SamplingParams()
 def text_work(
     prompt: Prompt, defaults: SamplingParams = GREEDY, *, policy: Policy = DEFAULT_POLICY
 ) -> float:
-    """Estimated work of a prompt where nothing better is known, in characters.
-
-    Args:
-        defaults: of prompts that bring no parameters of their own.
-        policy: has the work of a token, and the length of an answer that may have any.
-    """
+    """Estimated work of a prompt in characters; `defaults` are what it does not say itself."""
     if prompt.messages is None:
         length = len(prompt.text)
     else:
@@ -157,6 +153,7 @@ class PromptTable:
         self.waiting_work = 0.0
         self.shards: dict[int, Shard] = {}
         self._policy = policy
+        self._lone_runs = LoneRuns(policy)
         self._work_of = work_of or partial(text_work, policy=policy)
         self._second_per_work: float | None = None
         self._num_shards = 0
@@ -257,8 +254,10 @@ class PromptTable:
             self._second_per_work = before + self._policy.new_row * (newest - before)
         kept = []
         for row in rows:
-            if row.index in self.open:
-                self._close(self.open[row.index])
+            if (answered := self.open.get(row.index)) is not None:
+                if shard and shard.alone and row.ok:
+                    self._lone_runs.note_answered(answered.num_deaths_alone)
+                self._close(answered)
                 kept.append(row)
         return kept
 
@@ -299,6 +298,7 @@ class PromptTable:
         not been there, and so do those of shards that were held.
         """
         given_up: list[Row] = []
+        text = f"{worker.name}: {error}"
         for shard in [self.shards[shard_id] for shard_id in worker.shards]:
             begun = set() if shard.held else set(islice(shard.unfinished, num_begun))
             num_begun -= len(begun)
@@ -307,8 +307,7 @@ class PromptTable:
                     self._wait(entry)
                     continue
                 entry.num_deaths_alone += shard.alone
-                is_guilty = entry.num_deaths_alone >= self._policy.max_deaths_alone
-                text = f"{worker.name}: {error}"
+                is_guilty = self._lone_runs.is_poison(entry.num_deaths_alone)
                 given_up += self._blame(shard, entry, text, is_guilty=is_guilty)
         return given_up
 

@@ -374,7 +374,8 @@ def test_a_prompt_that_kills_is_found_and_the_card_is_not_blamed(dispatcher: Dis
     dispatcher.check()
 
 
-def test_a_lone_prompt_that_dies_goes_to_another_worker(dispatcher: Dispatcher) -> None:
+def test_a_lone_prompt_that_dies_goes_to_another_worker() -> None:
+    dispatcher = Dispatcher(policy=Policy(false_blame=0.01))  # three deaths alone are enough
     after(dispatcher, RunStarted(("a", "b")), PromptsRead(same(1), exhausted=True))
     after(dispatcher, WorkerReady("a", 1), WorkerLost("a", "gone"))
     assert shards(after(dispatcher, WorkerReady("b", 1))) == [("b", 1, [0], 2)]
@@ -713,15 +714,15 @@ def test_only_the_prompts_that_kill_are_given_up(
     )
     rows = run(cards, same(num_prompts))
     assert {row.index for row in rows if not row.ok} == killers
-    assert all(row.attempts in (4, 5) for row in rows if not row.ok)
+    assert all(4 <= row.attempts <= 8 for row in rows if not row.ok)
     assert not cards.quarantined
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_cards_that_seldom_live_to_see_a_row_answer_all_of_them(seed: int) -> None:
-    """A row takes as long as a card lives in the mean, and the policy knows."""
+    """A row takes as long as a card lives in the mean."""
     cards = SimulatedCards([0.0] * 4, mean_life_s=1.0, seed=seed)
-    rows = run(cards, same(150), Policy(max_deaths_alone=30))
+    rows = run(cards, same(150))
     assert all(row.ok for row in rows)
     assert not cards.quarantined
 
@@ -737,7 +738,7 @@ def test_where_workers_die_all_the_time_no_prompt_is_blamed_for_it(seed: int) ->
         mean_life_s=8.0,
         seed=seed,
     )
-    rows = run(cards, same(400), Policy(max_deaths_alone=5))
+    rows = run(cards, same(400))
     assert {row.index for row in rows if not row.ok} == killers
     assert max(row.attempts for row in rows if row.ok) > 2
 
