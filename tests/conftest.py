@@ -38,11 +38,15 @@ settings.load_profile("fast")
 _one_ray: OneRay | None = None
 
 GROUPS = {
-    "ray": ("tests/cluster/", "tests/road/"),
+    "ray": ("tests/cluster/",),
+    "road": ("tests/road/",),
     "tiny": ("tests/engine/", "tests/worker/", "tests/emulator/test_lowered_exports.py"),
     "model": ("tests/smollm2/",),
 }
-"""Of tests that share what is dear, begun before all others: a Ray, the QPCs of `tiny`, SmolLM2."""
+"""Of tests that share what is dear, begun before all others: a Ray, an export and the Rays of
+commands, the QPCs of `tiny`, SmolLM2."""
+
+RAY_GROUPS = ("ray", "road")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -113,7 +117,7 @@ def one_ray() -> Iterator[OneRay]:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
     """End the shared Ray where nobody goes on with it."""
-    if _one_ray and not (nextitem and _group(nextitem.nodeid) == "ray"):
+    if _one_ray and not (nextitem and _group(nextitem.nodeid) in RAY_GROUPS):
         _one_ray.close()
 
 

@@ -17,7 +17,7 @@ KILLS = Path(__file__).parents[2] / "benchmarks" / "kills.py"
 @pytest.mark.parametrize(
     "num_kills",
     [
-        2,
+        # In the fast tier: tests/road/test_ends.py and test_resume_road.py.
         pytest.param(5, marks=pytest.mark.slow),
         # Every kind of blow; each is one or two starts of a Ray.
         pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(2400)]),
