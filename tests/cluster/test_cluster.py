@@ -63,10 +63,9 @@ def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
 
 def is_running(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
         return False
-    return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
 
 
 # -- runs
@@ -115,7 +114,7 @@ def test_a_prompt_that_kills_is_found_and_the_others_are_answered(cluster: Clust
     prompts = texts(*("die" if i == 7 else f"prompt {i}" for i in range(40)))
     result, rows = run(cluster, prompts, specs(4))
     assert [row.index for row in rows if not row.ok] == [7]
-    assert 4 <= rows[7].attempts <= 7
+    assert 4 <= rows[7].attempts <= 10
     assert rows[7].error is not None
     assert f"Given up after {rows[7].attempts} attempts" in rows[7].error
     assert "its process died (ActorDiedError: " in rows[7].error
