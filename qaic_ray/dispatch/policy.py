@@ -51,7 +51,7 @@ class Policy:
     """A prompt is given up when at least so many workers died while it was alone on them."""
     lone_death_prior: float = 0.1
     """Chance that a worker dies under a lone prompt by itself, before any lone run was seen."""
-    false_blame: float = 1e-5
+    false_blame: float = 2e-5
     """A prompt is given up when chance makes as many deaths alone less often than this."""
     max_attempts: int = 30
     """A prompt that came to a bad end so many times is given up, whatever it was."""

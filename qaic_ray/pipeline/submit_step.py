@@ -1,7 +1,7 @@
 """A job handed to a cluster, which runs it by itself: what is sent to it, and how far it is.
 
 What is sent is the job and its prompts file, never a folder of the user's; everything else that a
-job names by a path is to be at that path on the cluster. Knows no screen.
+job names by a path is to be at that path on the cluster.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def test_a_prompt_that_kills_costs_no_card_and_no_other_prompt() -> None:
     assert len(rows) == 10
     assert result.broken_off is None
     assert list(cards.quarantined) == ["card 0"]
-    assert [life for _, name, life in cards.replaced if name == "card 1"] == [1, 2, 3, 4, 5]
+    assert [life for _, name, life in cards.replaced if name == "card 1"] == [1, 2, 3, 4]
 
 
 def test_all_cards_gone_says_so_and_leaves_the_rest_undone() -> None:
