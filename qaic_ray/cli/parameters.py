@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperCommand
 
 from qaic_ray.errors import UsageError
-from qaic_ray.files.documents import as_object, parse_json, shown, user_path
+from qaic_ray.files.documents import as_object, parse_json, shown, user_path, with_given
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -282,7 +282,7 @@ class _SectionFlags:
             return f"{flag.flag} takes {limits['expected'].replace(chr(39), '')}, not {value}."
         if first["type"] == "greater_than_equal":
             return f"{flag.flag}: {flag.name} must be at least {limits['ge']}, not {value}."
-        return f"{flag.flag}: {said} (given: {value})."
+        return f"{flag.flag}: {with_given(said, first['input'])}."
 
 
 def numbers(text: str, what: str) -> list[int]:

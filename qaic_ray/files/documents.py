@@ -212,7 +212,13 @@ def first_error(error: ValidationError) -> str:
     where = f"{place}: " if place else ""
     if first["type"] == "value_error" and isinstance(first["input"], Mapping):
         return f"{where}{said}."  # it names the value that it means
-    return f"{where}{said} (given: {shown(first['input'])})."
+    return f"{where}{with_given(said, first['input'])}."
+
+
+def with_given(said: str, value: object) -> str:
+    """What is wrong with a value, and the value where that does not name it."""
+    given = shown(value)
+    return said if said.endswith(f"not {given}") else f"{said} (given: {given})"
 
 
 def shown(value: object) -> str:
