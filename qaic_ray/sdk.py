@@ -101,6 +101,17 @@ class Sdk:
             self.root / "dev" / "python",
         )
 
+    def environment(self) -> dict[str, str]:
+        """This process's environment variables, with the SDK's folders before their paths."""
+        paths = {
+            "PYTHONPATH": [*map(str, self.python_paths)],
+            "PATH": [str(self.root / "exec"), str(self.root / "tools")],
+        }
+        for name, folders in paths.items():
+            folders += filter(None, os.environ.get(name, "").split(os.pathsep))
+        joined = {name: os.pathsep.join(folders) for name, folders in paths.items()}
+        return {**os.environ, **joined, SDK_VARIABLE: str(self.root)}
+
     def devices(self) -> list[Device]:
         """The machine's cards, by `qaic-util -q`.
 

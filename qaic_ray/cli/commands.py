@@ -5,53 +5,43 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from qaic_ray import __version__
-from qaic_ray.cli.ending import Interrupted
-from qaic_ray.cli.parameters import Given, command, known_path
 from qaic_ray.errors import UsageError
+from qaic_ray.files.documents import user_path
 
 if TYPE_CHECKING:
-    from qaic_ray.cli.command_options import (
-        JobsOptions,
-        JsonOptions,
-        ProgramOptions,
-        ResumeOptions,
-        ShapesOptions,
-        ShowOptions,
-        SubmitOptions,
-    )
+    from qaic_ray import options
+    from qaic_ray.cli import parameters
     from qaic_ray.cli.screen import Screen
-    from qaic_ray.options import (
-        CompileOptions,
-        EmulatorOptions,
-        ExportOptions,
-        Job,
-        ModelOptions,
-        RayOptions,
-        RunOptions,
-        SdkOptions,
-    )
-    from qaic_ray.pipeline.request import RunRequest
     from qaic_ray.pipeline.steps import SdkChoice
 
 
+class Interrupted(Exception):
+    """Carries an interruption past typer, which would make an exit code of its own of it."""
+
+    def __init__(self, interruption: KeyboardInterrupt) -> None:
+        super().__init__()
+        self.interruption = interruption
+
+
 class _Commands(TyperGroup):
-    """Lets an interruption through, of which typer would make an exit code of its own."""
+    """Lets an interruption through."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise Interrupted(str(error)) from error
+            raise Interrupted(error) from error
 
 
 app = typer.Typer(
@@ -66,7 +56,7 @@ app = typer.Typer(
 emulator_app = typer.Typer(help="The emulated SDK: lay it down, run any program on it.")
 
 
-options = SimpleNamespace(debug=False)
+switches = SimpleNamespace(debug=False)
 """What stands before the command."""
 
 
@@ -84,10 +74,61 @@ def before(
     ] = False,
 ) -> None:
     """Options of every command."""
-    options.debug = debug
+    switches.debug = debug
 
 
-def _sdk_choice(sdk: SdkOptions, screen: Screen) -> SdkChoice:
+class _FromTree(TyperCommand):
+    """A command that reads its parameters when it is asked for them."""
+
+    function: Callable[..., None]
+
+    @cached_property
+    def _call(self) -> parameters.CommandCall:
+        from qaic_ray.cli.parameters import CommandCall
+
+        return CommandCall(self.function)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters, `--help` among them."""
+        if not self.params:
+            whole = typer.Typer(add_completion=False)
+            whole.command()(self._call.as_function())
+            made = typer.main.get_command(whole)
+            self.params, self.callback = made.params, made.callback
+        return list(super().get_params(ctx))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Write out the flags that may stand without a value, as typer's may not, then parse."""
+        is_last = [word.startswith("-") for word in args[1:]] + [True]
+        bare = self._call.bare
+        full = [
+            f"{word}={bare[word]}" if ends and word in bare else word
+            for word, ends in zip(args, is_last, strict=False)
+        ]
+        return list(super().parse_args(ctx, full))
+
+
+def command(app: typer.Typer, name: str | None = None, **how: Any) -> Callable[[Any], Any]:
+    """The decorator of a function that is a command; see the module's docstring."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        def listed() -> None:
+            """Stands for the function in the list of commands."""
+
+        listed.__doc__ = function.__doc__
+        cls = type("_Command", (_FromTree,), {"function": staticmethod(function)})
+        app.command(name or function.__name__, cls=cls, **how)(listed)
+        return function
+
+    return register
+
+
+def known_path(parameter: typer.CallbackParam, value: Path) -> Path:
+    """The callback of arguments that are paths: `~` put in, or one sentence."""
+    return user_path(value, str(parameter.name))
+
+
+def _sdk_choice(sdk: options.SdkOptions, screen: Screen) -> SdkChoice:
     """The SDK that `--sdk` names, said on the screen."""
     from qaic_ray.options import EmulatorOptions
     from qaic_ray.pipeline.steps import choose_sdk
@@ -107,10 +148,10 @@ SetOption = Annotated[
 @command(app)
 def launch(
     job: JobArgument,
-    ray: RayOptions,
-    submit: SubmitOptions,
-    resuming: ResumeOptions,
-    show: ShowOptions,
+    ray: options.RayOptions,
+    submit: parameters.SubmitOptions,
+    resuming: parameters.ResumeOptions,
+    show: parameters.ShowOptions,
     overrides: SetOption = None,
 ) -> None:
     """Run a whole job: export, compile, run on every card, report."""
@@ -132,10 +173,10 @@ def launch(
 
 
 def _folder_to_resume(
-    resuming: ResumeOptions, output: str, screen: Screen, *, job: str = ""
+    resuming: parameters.ResumeOptions, output: str, screen: Screen, *, job: str = ""
 ) -> Path | None:
     """The folder of the run that goes on, of this job where one is named; None: a run begins."""
-    from qaic_ray.cli.command_options import RESUME_LAST
+    from qaic_ray.cli.parameters import RESUME_LAST
     from qaic_ray.pipeline.request import last_unfinished
 
     if resuming.resume is None:
@@ -162,7 +203,7 @@ def _enter(folder: Path) -> None:
         ) from error
 
 
-def _detach(job: Job, submit: SubmitOptions, *, as_json: bool) -> None:
+def _detach(job: options.Job, submit: parameters.SubmitOptions, *, as_json: bool) -> None:
     """Hand a job to the cluster of its `ray.address`, and say what was sent."""
     from qaic_ray.cli.screen import show_submission
     from qaic_ray.pipeline.submit_step import SubmitRequest, submit_step
@@ -184,9 +225,9 @@ def plan(job: JobArgument, overrides: SetOption = None) -> None:
 
 @command(app)
 def export(
-    model: ModelOptions,
-    how: Annotated[ExportOptions, {"continuous_batching": False, "verify": "full"}],
-    show: JsonOptions,
+    model: options.ModelOptions,
+    how: Annotated[options.ExportOptions, {"continuous_batching": False, "verify": "full"}],
+    show: parameters.JsonOptions,
 ) -> None:
     """Make an ONNX model with its KV cache from a checkpoint, and check it against PyTorch."""
     from qaic_ray.cli.screen import Screen
@@ -201,10 +242,10 @@ def compile(  # the recipe's word
     model_dir: Annotated[
         Path, typer.Argument(callback=known_path, help="Folder that export made (<base>-kv).")
     ],
-    shapes: ShapesOptions,
-    grid: CompileOptions,
-    sdk: SdkOptions,
-    show: JsonOptions,
+    shapes: parameters.ShapesOptions,
+    grid: options.CompileOptions,
+    sdk: options.SdkOptions,
+    show: parameters.JsonOptions,
 ) -> None:
     """Compile a model into QPCs: every combination of the lists, in parallel, each built once."""
     from qaic_ray.cli.screen import Screen
@@ -222,68 +263,37 @@ def compile(  # the recipe's word
 
 @command(app)
 def run(
-    program: ProgramOptions,
-    asked: RunOptions,
-    resuming: ResumeOptions,
-    ray: RayOptions,
-    sdk: SdkOptions,
-    show: ShowOptions,
-    given: Given,
+    program: parameters.ProgramOptions,
+    asked: options.RunOptions,
+    resuming: parameters.ResumeOptions,
+    ray: options.RayOptions,
+    sdk: options.SdkOptions,
+    show: parameters.ShowOptions,
+    given: parameters.Given,
 ) -> None:
     """Answer prompts on every card, one Ray actor a card; print texts and tokens/s."""
     from qaic_ray.cli.screen import Screen
+    from qaic_ray.pipeline.request import RunRequest, resolved, resumed
     from qaic_ray.pipeline.run_step import run_step
 
     screen = Screen(stream=show.stream)
     if resuming.resume is not None:
-        _refuse_changes(given, resuming.resume)
+        given.refuse_changes(resuming.resume)
     resume = _folder_to_resume(resuming, asked.output, screen)
-    request = _begun(program, asked) if resume is None else _resumed(resume, asked)
+    if resume is not None:
+        request = resumed(resume, asked)
+    elif program.model_name is None or program.qpc is None:
+        raise UsageError("Give --model-name and --qpc, or --resume with the folder of a run.")
+    else:
+        request = RunRequest("run", program.model_name, Path(program.qpc), resolved(asked))
     request = replace(request, ray=ray, retry_errors=resuming.retry_errors)
     screen.finish(run_step(request, _sdk_choice(sdk, screen), screen), as_json=show.as_json)
 
 
-def _begun(program: ProgramOptions, asked: RunOptions) -> RunRequest:
-    """The request of a run that begins."""
-    from qaic_ray.pipeline.request import RunRequest, resolved
-
-    if program.model_name is None or program.qpc is None:
-        raise UsageError("Give --model-name and --qpc, or --resume with the folder of a run.")
-    return RunRequest("run", program.model_name, Path(program.qpc), resolved(asked))
-
-
-def _resumed(folder: Path, asked: RunOptions) -> RunRequest:
-    """The request of a run folder, with what may be said anew."""
-    from qaic_ray.pipeline.request import read_request
-
-    request = read_request(folder)
-    if "devices" in asked.model_fields_set:
-        request = request.with_run(devices=asked.devices)
-    if "prompts" in asked.model_fields_set:
-        request = request.with_run(prompt=None, prompts=asked.prompts)
-        request = replace(request, new_input=True)
-    return request
-
-
-def _refuse_changes(given: Given, resume: str) -> None:
-    """Only what changes no answer may be said anew of a run that goes on."""
-    from qaic_ray.cli.command_options import RESUME_LAST
-
-    is_last = resume == RESUME_LAST
-    fixed = [flag for flag in given.fixed if not (is_last and flag == "--output")]
-    if fixed:
-        whose = "its folder" if is_last else resume
-        free = [flag for flag in given.may_be_free if flag != "--resume"]
-        raise UsageError(
-            f"{fixed[0]} cannot be changed in the middle of a run: leave it out, {whose} knows it; "
-            f"only {', '.join(free)} may stand beside --resume."
-        )
-
-
 @command(app)
 def status(
-    jobs: JobsOptions,
-    show: JsonOptions,
+    jobs: parameters.JobsOptions,
+    show: parameters.JsonOptions,
     submission_id: Annotated[
         str | None, typer.Argument(metavar="[ID]", help="One job.", show_default="all")
     ] = None,
@@ -301,7 +311,7 @@ IdArgument = Annotated[str, typer.Argument(metavar="ID", help="As launch --detac
 @command(app)
 def logs(
     submission_id: IdArgument,
-    jobs: JobsOptions,
+    jobs: parameters.JobsOptions,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Go on until the job ends.")
     ] = False,
@@ -318,7 +328,9 @@ def logs(
 
 
 @command(app)
-def stop(submission_id: IdArgument, jobs: JobsOptions, show: JsonOptions) -> None:
+def stop(
+    submission_id: IdArgument, jobs: parameters.JobsOptions, show: parameters.JsonOptions
+) -> None:
     """End a detached job; its cards are free then."""
     from qaic_ray.cli.screen import show_jobs
     from qaic_ray.pipeline.submit_step import stop_job
@@ -327,7 +339,7 @@ def stop(submission_id: IdArgument, jobs: JobsOptions, show: JsonOptions) -> Non
 
 
 @command(app)
-def devices(ray: RayOptions, sdk: SdkOptions, show: JsonOptions) -> None:
+def devices(ray: options.RayOptions, sdk: options.SdkOptions, show: parameters.JsonOptions) -> None:
     """List cards: status, SKU, free NSPs and DRAM; on a cluster also who holds them."""
     from qaic_ray.cli.screen import Screen
 
@@ -354,7 +366,7 @@ def emulator_install(
         Path,
         typer.Argument(callback=known_path, help="Folder to make, like ./sdk or /opt/qti-aic."),
     ],
-    emulated: EmulatorOptions,
+    emulated: options.EmulatorOptions,
 ) -> None:
     """Lay the emulated SDK down as a folder."""
     from qaic_ray.sdk import install_emulated, open_sdk
@@ -372,25 +384,14 @@ def emulator_run(
     words: Annotated[
         list[str], typer.Argument(metavar="COMMAND", help="-- COMMAND and its arguments.")
     ],
-    sdk: Annotated[SdkOptions, {"sdk": "emulated"}],
+    sdk: Annotated[options.SdkOptions, {"sdk": "emulated"}],
 ) -> None:
     """Run any program with the emulated SDK on its paths; the exit code is the program's."""
     from qaic_ray.cli.screen import Screen
 
     found = _sdk_choice(sdk, Screen()).here
-    environment = os.environ | {
-        "PYTHONPATH": _before("PYTHONPATH", found.python_paths),
-        "PATH": _before("PATH", (found.root / "exec", found.root / "tools")),
-        "QAIC_RAY_SDK": str(found.root),
-    }
     try:
-        code = subprocess.run(words, env=environment, check=False).returncode
+        code = subprocess.run(words, env=found.environment(), check=False).returncode
     except OSError as error:
         raise UsageError(f"Cannot run {words[0]}: {error.strerror}.") from error
     raise typer.Exit(code if code >= 0 else 128 - code)
-
-
-def _before(variable: str, folders: Iterable[Path]) -> str:
-    """A variable of paths, with folders put before those that it has."""
-    own = os.environ.get(variable, "").split(os.pathsep)
-    return os.pathsep.join([*map(str, folders), *filter(None, own)])

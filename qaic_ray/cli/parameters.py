@@ -1,33 +1,113 @@
 """A command's parameters, made of the sections of options that its function takes.
 
 A function `def run(run: RunOptions, sdk: SdkOptions, given: Given)` becomes a command with a flag
-for each option of the two sections. The tree is read when the command is asked for, so that the
-list of commands needs no pydantic.
+for each option of the two sections. The sections that no job has, as they say what is done or shown
+now, are here.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperCommand
+from pydantic import ValidationError
 
+from qaic_ray import options
 from qaic_ray.errors import UsageError
-from qaic_ray.files.documents import as_object, parse_json, shown, user_path, with_given
+from qaic_ray.files.documents import as_object, parse_json, shown, with_given
+from qaic_ray.option_types import Opt, OptionValue, PathText, Section, opt, options_of
 
-if TYPE_CHECKING:
-    from pydantic import ValidationError
+RESUME_LAST = "last"
+"""What `--resume` means where nothing follows it: the run that began last and is not finished."""
 
-    from qaic_ray.option_types import Opt, OptionValue, Section
+PROGRAM = "What is run (needed, but with --resume)"
 
 _NUMBER = re.compile(r"\s*[+-]?[0-9]{1,18}\s*", re.ASCII)
+
+
+class ProgramOptions(Section):
+    """What is run."""
+
+    GROUP: ClassVar[str] = PROGRAM
+
+    model_name: PathText | None = opt(None, options.MODEL_HELP, metavar="<name>")
+    qpc: PathText | None = opt(None, "Folder of a compiled variant.")
+
+
+class ShapesOptions(Section):
+    """What stands in place of a grid's shapes."""
+
+    specializations: PathText | None = opt(
+        None,
+        "A specializations.json, in place of the options for shapes below; the one of this "
+        "folder is used where none of them is given.",
+    )
+
+
+class ResumeOptions(Section):
+    """Whether a run goes on that stopped."""
+
+    GROUP: ClassVar[str] = options.FOLDER
+
+    resume: PathText | None = opt(
+        None,
+        "Go on where a run stopped: its folder, or nothing for the last unfinished one.",
+        metavar="[RUN]",
+        bare=RESUME_LAST,
+        free=True,
+    )
+    retry_errors: bool = opt(False, "With --resume: its rows of errors once more.", free=True)
+
+
+class JsonOptions(Section):
+    """What is printed at the end."""
+
+    as_json: bool = opt(
+        False, "End stdout with one JSON object on one line.", flag="--json", free=True
+    )
+
+
+class ShowOptions(JsonOptions):
+    """What is printed."""
+
+    stream: bool = opt(True, "Print answers as they come.", free=True)
+
+
+class SubmitOptions(Section):
+    """How a job is handed to a cluster that runs it by itself."""
+
+    GROUP: ClassVar[str] = "On a cluster"
+
+    detach: bool = opt(False, "Let the cluster run it: see status, logs and stop.")
+    folder: str | None = opt(
+        None,
+        "Where the job's relative paths start, on the machine that runs it.",
+        shown="this folder",
+    )
+    python: str | None = opt(
+        None,
+        "With --detach: the Python on the cluster's head that has qaic-ray.",
+        shown="this one's path",
+    )
+    send_prompts: bool = opt(
+        True, "With --detach: send the prompts file, or read it at its path there."
+    )
+
+
+class JobsOptions(Section):
+    """Which cluster's jobs."""
+
+    address: str | None = opt(
+        None,
+        "The cluster's dashboard, http://host:8265, or its head, host:6379.",
+        shown="this machine's cluster",
+    )
 
 
 @dataclass(frozen=True)
@@ -37,65 +117,24 @@ class Given:
     fixed: tuple[str, ...] = ()
     may_be_free: tuple[str, ...] = ()
 
-
-class _FromTree(TyperCommand):
-    """A command that reads its parameters when it is asked for them."""
-
-    function: Callable[..., None]
-
-    @cached_property
-    def _call(self) -> _CommandCall:
-        return _CommandCall(self.function)
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        """The parameters, `--help` among them."""
-        if not self.params:
-            whole = typer.Typer(add_completion=False)
-            whole.command()(self._call.as_function())
-            made = typer.main.get_command(whole)
-            self.params, self.callback = made.params, made.callback
-        return list(super().get_params(ctx))
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Write out the flags that may stand without a value, as typer's may not, then parse."""
-        is_last = [word.startswith("-") for word in args[1:]] + [True]
-        bare = self._call.bare
-        full = [
-            f"{word}={bare[word]}" if ends and word in bare else word
-            for word, ends in zip(args, is_last, strict=False)
-        ]
-        return list(super().parse_args(ctx, full))
+    def refuse_changes(self, resume: str) -> None:
+        """Only what changes no answer may be said anew of a run that goes on."""
+        is_last = resume == RESUME_LAST
+        fixed = [flag for flag in self.fixed if not (is_last and flag == "--output")]
+        if fixed:
+            whose = "its folder" if is_last else resume
+            free = [flag for flag in self.may_be_free if flag != "--resume"]
+            raise UsageError(
+                f"{fixed[0]} cannot be changed in the middle of a run: leave it out, {whose} knows "
+                f"it; only {', '.join(free)} may stand beside --resume."
+            )
 
 
-def command(app: typer.Typer, name: str | None = None, **how: Any) -> Callable[[Any], Any]:
-    """The decorator of a function that is a command; see the module's docstring."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        def listed() -> None:
-            """Stands for the function in the list of commands."""
-
-        listed.__doc__ = function.__doc__
-        cls = type("_Command", (_FromTree,), {"function": staticmethod(function)})
-        app.command(name or function.__name__, cls=cls, **how)(listed)
-        return function
-
-    return register
-
-
-def known_path(parameter: typer.CallbackParam, value: Path) -> Path:
-    """The callback of arguments that are paths: `~` put in, or one sentence."""
-    return user_path(value, str(parameter.name))
-
-
-class _CommandCall:
+class CommandCall:
     """A function's parameters on the command line, and its call with what they hold."""
 
     def __init__(self, function: Callable[..., None]) -> None:
-        from qaic_ray import options
-        from qaic_ray.cli import command_options
-        from qaic_ray.option_types import Section
-
-        names = {**function.__globals__, **vars(options), **vars(command_options)}
+        names = {**function.__globals__, "options": options, "parameters": sys.modules[__name__]}
         hints = get_type_hints(function, names, include_extras=True)
         self._function = function
         self._plain: list[inspect.Parameter] = []
@@ -228,17 +267,15 @@ class Flag:
 
 def flags_of(kind: type, defaults: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[Flag]:
     """The flags of a section, with those of sections in it."""
-    from qaic_ray.option_types import OptionValue, options_of
-
-    options, flags = options_of(kind), []
+    entries, flags = options_of(kind), []
     for name, field in kind.__pydantic_fields__.items():  # type: ignore[attr-defined]
         value = OptionValue.of(field)
         if hasattr(value.kind, "__pydantic_fields__"):
             flags += flags_of(value.kind, {}, (*path, name))
-        elif name in options and options[name].flag is not None:
+        elif name in entries and entries[name].flag is not None:
             default = defaults.get(name, ... if field.is_required() else field.default)
             default = default.value if isinstance(default, Enum) else default
-            flags.append(Flag((*path, name), options[name], value, default))
+            flags.append(Flag((*path, name), entries[name], value, default))
     return flags
 
 
@@ -255,8 +292,6 @@ class _SectionFlags:
         Raises:
             UsageError: naming the flag and the value.
         """
-        from pydantic import ValidationError
-
         document: dict[str, Any] = dict(self._defaults)
         for flag in self.flags:
             value = flag.read(words)
@@ -281,7 +316,7 @@ class _SectionFlags:
         if first["type"] in ("literal_error", "enum"):
             return f"{flag.flag} takes {limits['expected'].replace(chr(39), '')}, not {value}."
         if first["type"] == "greater_than_equal":
-            return f"{flag.flag}: {flag.name} must be at least {limits['ge']}, not {value}."
+            return f"{flag.flag} must be at least {limits['ge']}, not {value}."
         return f"{flag.flag}: {with_given(said, first['input'])}."
 
 

@@ -210,6 +210,17 @@ def read_request(folder: Path) -> RunRequest:
         ) from error
 
 
+def resumed(folder: Path, asked: RunOptions) -> RunRequest:
+    """The request of a run folder, with what may be said anew."""
+    request = read_request(folder)
+    if "devices" in asked.model_fields_set:
+        request = request.with_run(devices=asked.devices)
+    if "prompts" in asked.model_fields_set:
+        request = request.with_run(prompt=None, prompts=asked.prompts)
+        request = replace(request, new_input=True)
+    return request
+
+
 _OLDER = {"prompts_file": "prompts", "template_kwargs": "chat_template_kwargs"}
 
 
