@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qaic_ray import options
     from qaic_ray.cli import parameters
     from qaic_ray.cli.screen import Screen
-    from qaic_ray.pipeline.steps import SdkChoice
+    from qaic_ray.pipeline.request import SdkChoice
 
 
 class Interrupted(Exception):
@@ -131,7 +131,7 @@ def known_path(parameter: typer.CallbackParam, value: Path) -> Path:
 def _sdk_choice(sdk: options.SdkOptions, screen: Screen) -> SdkChoice:
     """The SDK that `--sdk` names, said on the screen."""
     from qaic_ray.options import EmulatorOptions
-    from qaic_ray.pipeline.steps import choose_sdk
+    from qaic_ray.pipeline.request import choose_sdk
 
     return choose_sdk(sdk.sdk, EmulatorOptions(), screen)
 
@@ -156,8 +156,7 @@ def launch(
 ) -> None:
     """Run a whole job: export, compile, run on every card, report."""
     from qaic_ray.cli.screen import ProgressLog, Screen
-    from qaic_ray.pipeline.job import launch_job
-    from qaic_ray.pipeline.job_file import load_job
+    from qaic_ray.pipeline.job import launch_job, load_job
 
     loaded = load_job(job, overrides or ())
     loaded = loaded.changed("ray", **{name: getattr(ray, name) for name in ray.model_fields_set})
@@ -177,7 +176,8 @@ def _folder_to_resume(
 ) -> Path | None:
     """The folder of the run that goes on, of this job where one is named; None: a run begins."""
     from qaic_ray.cli.parameters import RESUME_LAST
-    from qaic_ray.pipeline.request import last_unfinished
+    from qaic_ray.pipeline.request import REQUEST_NAME
+    from qaic_ray.runs.journal import last_unfinished
 
     if resuming.resume is None:
         if resuming.retry_errors:
@@ -185,7 +185,7 @@ def _folder_to_resume(
         return None
     if resuming.resume != RESUME_LAST:
         return Path(resuming.resume)
-    folder = last_unfinished(Path(output), job)
+    folder = last_unfinished(Path(output), REQUEST_NAME, job)
     if folder is None:
         screen.remark(f"No run {f'of {job} ' if job else ''}in {output} is unfinished.")
         raise typer.Exit
@@ -209,7 +209,7 @@ def _detach(job: options.Job, submit: parameters.SubmitOptions, *, as_json: bool
     from qaic_ray.pipeline.submit_step import SubmitRequest, submit_step
 
     folder, python = Path(submit.folder or ".").absolute(), submit.python or sys.executable
-    request = SubmitRequest(job, job.ray.address, folder, python, submit.send_prompts)
+    request = SubmitRequest(job, folder, python, submit.send_prompts)
     show_submission(submit_step(request), as_json=as_json)
 
 
@@ -217,8 +217,7 @@ def _detach(job: options.Job, submit: parameters.SubmitOptions, *, as_json: bool
 def plan(job: JobArgument, overrides: SetOption = None) -> None:
     """Show what a job would compile, with the compiler's command lines; runs nothing."""
     from qaic_ray.cli.screen import Screen
-    from qaic_ray.pipeline.job import plan_job
-    from qaic_ray.pipeline.job_file import load_job
+    from qaic_ray.pipeline.job import load_job, plan_job
 
     Screen().plan(plan_job(load_job(job, overrides or ())))
 
@@ -231,7 +230,7 @@ def export(
 ) -> None:
     """Make an ONNX model with its KV cache from a checkpoint, and check it against PyTorch."""
     from qaic_ray.cli.screen import Screen
-    from qaic_ray.pipeline.export_step import export_step
+    from qaic_ray.pipeline.job import export_step
 
     screen = Screen()
     screen.exported(export_step(model, how, screen), as_json=show.as_json)
@@ -249,15 +248,15 @@ def compile(  # the recipe's word
 ) -> None:
     """Compile a model into QPCs: every combination of the lists, in parallel, each built once."""
     from qaic_ray.cli.screen import Screen
-    from qaic_ray.pipeline.compile_step import CompileRequest, compile_step, specializations_file
+    from qaic_ray.pipeline.compile_step import compile_step, requested_builds, specializations_file
 
     screen = Screen()
     given = None if shapes.specializations is None else Path(shapes.specializations)
     file = specializations_file(given, grid)
     if file != given:
         screen.remark(f"{file} of this folder says the shapes, as in the published recipe.")
-    request = CompileRequest(model_dir, grid, file)
-    outcomes = compile_step(request, _sdk_choice(sdk, screen).here, screen)
+    builds = requested_builds(model_dir, grid, _sdk_choice(sdk, screen).here, file)
+    outcomes = compile_step(builds, grid.parallel, screen)
     screen.compiled_all(outcomes, as_json=show.as_json)
 
 

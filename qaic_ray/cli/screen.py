@@ -18,14 +18,15 @@ from rich.table import Table
 from qaic_ray.compile.store import Build
 from qaic_ray.errors import CompileError, ExitCode, QaicRayError, Unfinished
 from qaic_ray.files.documents import json_text
-from qaic_ray.pipeline.submit_step import JobStatus, Submission, progress_line
 
 if TYPE_CHECKING:
     from qaic_ray.cards.inventory import NodeCards
+    from qaic_ray.compile.variant import Variant
     from qaic_ray.export.check.verify import VerifyReport
     from qaic_ray.export.export import ExportResult
+    from qaic_ray.pipeline.compile_step import Compiled
     from qaic_ray.pipeline.job import Plan
-    from qaic_ray.pipeline.steps import CompileOutcome
+    from qaic_ray.pipeline.submit_step import JobStatus, Submission
     from qaic_ray.rows import Row
     from qaic_ray.runs.report import RunSummary
     from qaic_ray.sdk import Device, Sdk
@@ -68,17 +69,15 @@ class Screen:
         seconds = time.monotonic() - self._began_s
         self._note(f"[green]✓[/] {escape(stage)} [dim]{seconds:.1f} s[/]")
 
-    def compiled(self, outcome: CompileOutcome) -> None:
+    def compiled(self, variant: Variant, result: Build | QaicRayError) -> None:
         """One variant is there, or failed."""
-        label = escape(outcome.variant.label)
-        if isinstance(outcome.result, Build):
-            built = outcome.result
-            how = "kept" if built.reused else f"{built.seconds:.1f} s"
-            self._note(
-                f"  [green]✓[/] compile {label} [dim]{how}, {built.qpc_bytes / 2**20:.0f} MiB[/]"
-            )
+        label = escape(variant.label)
+        if isinstance(result, Build):
+            how = "kept" if result.reused else f"{result.seconds:.1f} s"
+            size = f"{result.qpc_bytes / 2**20:.0f} MiB"
+            self._note(f"  [green]✓[/] compile {label} [dim]{how}, {size}[/]")
         else:
-            self._note(f"  [red]✗[/] compile {label}: {escape(str(outcome.result))}")
+            self._note(f"  [red]✗[/] compile {label}: {escape(str(result))}")
 
     def card_ready(self, info: WorkerInfo) -> None:
         """A card has loaded its program."""
@@ -148,14 +147,14 @@ class Screen:
             manifest = json.loads(result.manifest.to_json())
             _write_json({"folder": str(result.folder), "reused": result.reused, **manifest})
 
-    def compiled_all(self, outcomes: Sequence[CompileOutcome], *, as_json: bool) -> None:
+    def compiled_all(self, outcomes: Sequence[Compiled], *, as_json: bool) -> None:
         """Print the folders; exit code 1 when a variant failed."""
-        for outcome in outcomes:
-            if isinstance(outcome.result, Build):
-                self._out.print(escape(str(outcome.result.path)))
+        built = [result for _, result in outcomes if isinstance(result, Build)]
+        for result in built:
+            self._out.print(escape(str(result.path)))
         if as_json:
-            _write_json({"variants": [_outcome_document(outcome) for outcome in outcomes]})
-        if not all(outcome.ok for outcome in outcomes):
+            _write_json({"variants": [_compiled_document(*outcome) for outcome in outcomes]})
+        if len(built) < len(outcomes):
             raise SystemExit(ExitCode.FAILED)
 
     def devices(self, sdk: Sdk, devices: Sequence[Device], *, as_json: bool) -> None:
@@ -240,20 +239,14 @@ def _one_line(text: str, limit: int = 100) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def _outcome_document(outcome: CompileOutcome) -> dict[str, Any]:
-    document: dict[str, Any] = {"name": outcome.variant.name, "ok": outcome.ok}
-    if isinstance(outcome.result, Build):
-        built = outcome.result
-        document |= {
-            "path": str(built.path),
-            "reused": built.reused,
-            "seconds": round(built.seconds, 3),
-            "qpc_bytes": built.qpc_bytes,
-        }
-    else:
-        document["error"] = str(outcome.result)
-        if isinstance(outcome.result, CompileError):
-            document["exit_code"] = outcome.result.exit_code
+def _compiled_document(variant: Variant, result: Build | QaicRayError) -> dict[str, Any]:
+    document: dict[str, Any] = {"name": variant.name, "ok": isinstance(result, Build)}
+    if isinstance(result, Build):
+        seconds = round(result.seconds, 3)
+        return document | {**vars(result), "path": str(result.path), "seconds": seconds}
+    document["error"] = str(result)
+    if isinstance(result, CompileError):
+        document["exit_code"] = result.exit_code
     return document
 
 
@@ -271,6 +264,8 @@ class ProgressLog(Screen):
         self._rows += 1
         self._failed_rows += not row.ok
         if time.monotonic() >= self._next_s:
+            from qaic_ray.pipeline.submit_step import progress_line
+
             self._next_s = time.monotonic() + PROGRESS_EVERY_S
             sys.stderr.write(progress_line(self._rows, self._failed_rows) + "\n")
 
@@ -284,7 +279,8 @@ def show_submission(submission: Submission, *, as_json: bool) -> None:
     note(f"  runs in {escape(str(request.folder))} of the cluster's head")
     for path in parcel.expected:
         note(f"  [yellow]not sent[/], and must be there: {escape(path)}")
-    at = "" if request.address is None else f" --address {request.address}"
+    address = request.job.ray.address
+    at = "" if address is None else f" --address {address}"
     note(f"[dim]qaic-ray status|logs|stop {escape(submission.id + at)}[/]")
     write(submission.id + "\n")
     if as_json:

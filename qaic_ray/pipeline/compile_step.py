@@ -30,29 +30,23 @@ from qaic_ray.contract import (
     Specializations,
     is_past,
 )
-from qaic_ray.errors import CompileError, UsageError
+from qaic_ray.errors import CompileError, DeviceError, QaicRayError, UsageError
 from qaic_ray.files.documents import shown, user_path
 from qaic_ray.files.folders import inside, sha256_of
 from qaic_ray.model.manifest import CUSTOM_IO_FILE, MANIFEST_FILE, check_files, read_manifest
 from qaic_ray.options import CompileOptions
-from qaic_ray.pipeline.steps import CompileOutcome, Listener, check_cores
+from qaic_ray.pipeline.request import Listener
 from qaic_ray.sdk import Sdk
 
 if TYPE_CHECKING:
-    from qaic_ray.cluster.cluster import Cluster, Outcome
-
+    from qaic_ray.cluster.cluster import Cluster
 
 _GRAPHS = "generatedModels/*.onnx"
 _SHAPES = ("batch_size", "prompt_len", "ctx_len", "num_speculative_tokens", "comp_ctx_lengths")
 
 
-@dataclass(frozen=True)
-class CompileRequest:
-    """A grid over one exported model; a file of `specializations` stands in place of all shapes."""
-
-    model_dir: Path
-    grid: CompileOptions
-    specializations: Path | None = None
+Compiled = tuple[Variant, Build | QaicRayError]
+"""What came of one variant: a build, or the error in its place."""
 
 
 def specializations_file(given: Path | None, grid: CompileOptions) -> Path | None:
@@ -79,50 +73,54 @@ def specializations_file(given: Path | None, grid: CompileOptions) -> Path | Non
     )
 
 
-def requested_builds(request: CompileRequest, sdk: Sdk) -> list[BuildRequest]:
-    """A request's builds, by paths that mean the same on every node.
+def requested_builds(
+    model_dir: Path, grid: CompileOptions, sdk: Sdk, specializations: Path | None = None
+) -> list[BuildRequest]:
+    """The builds of `requested_variants`, by paths that mean the same on every node.
 
     Raises:
         UsageError: as `requested_variants`, and for folders that may not be replaced.
     """
-    store = user_path(request.grid.output, "The folder of the QPCs").absolute()
-    builds = [BuildRequest(v, sdk, store) for v in requested_variants(request, sdk)]
-    for build_request in builds:
-        user_path(build_request.target, "The folder of the QPC")
-        check_request(build_request)
+    store = user_path(grid.output, "The folder of the QPCs").absolute()
+    variants = requested_variants(model_dir, grid, sdk, specializations)
+    builds = [BuildRequest(variant, sdk, store) for variant in variants]
+    for request in builds:
+        user_path(request.target, "The folder of the QPC")
+        check_request(request)
     return builds
 
 
-def requested_variants(request: CompileRequest, sdk: Sdk) -> list[Variant]:
-    """Every variant of a request, checked before anything is compiled.
+def requested_variants(
+    model_dir: Path, grid: CompileOptions, sdk: Sdk, specializations: Path | None = None
+) -> list[Variant]:
+    """Every variant of a grid over one exported model, checked before anything is compiled.
+
+    Args:
+        model_dir: of the model.
+        grid: what is compiled.
+        sdk: whose cards the programs are for.
+        specializations: a file in place of all shapes of the grid.
 
     Raises:
         UsageError: for a model, shapes, a precision or NSPs that cannot be.
     """
-    model = open_folder(request.model_dir)
-    source = model.source
-    grid = request.grid
-    if request.specializations is None:
+    model = open_folder(model_dir)
+    if specializations is None:
         _check_inputs(
             model,
             num_logits_to_keep=grid.num_speculative_tokens > 0 or None,
             comp_ctx_lengths=len(grid.comp_ctx_lengths) > 0,
         )
         variants = grid_variants(
-            source,
+            model.source,
             grid,
             continuous=model.continuous,
             num_logits_to_keep=model.num_logits_to_keep,
         )
-    elif grid.num_speculative_tokens or grid.comp_ctx_lengths:
-        raise UsageError(
-            f"{request.specializations} says all shapes: leave --num-speculative-tokens and "
-            "--comp-ctx-lengths out."
-        )
     else:
-        shapes = _shapes_of(request.specializations, model, request.model_dir)
+        shapes = _shapes_of(specializations, model, model_dir)
         variants = [
-            Variant(source, precision, cores, shapes)
+            Variant(model.source, precision, cores, shapes)
             for precision, cores in product(grid.precision, grid.num_cores)
         ]
     for variant in variants:
@@ -130,47 +128,67 @@ def requested_variants(request: CompileRequest, sdk: Sdk) -> list[Variant]:
         if model.max_position is not None and ctx_len > model.max_position:
             raise UsageError(
                 f"ctx_len {ctx_len} is more than the {model.max_position} positions that "
-                f"{source.name} was made for: choose a smaller one."
+                f"{model.source.name} was made for: choose a smaller one."
             )
-    check_cores(variants, sdk)
+    _check_cores(variants, sdk)
     return variants
 
 
-def compile_step(request: CompileRequest, sdk: Sdk, listener: Listener) -> list[CompileOutcome]:
-    """Compile a request: a single variant in this process, several as Ray tasks.
+def _check_cores(variants: Sequence[Variant], sdk: Sdk) -> None:
+    """A program may not need more NSPs than the cards of this machine have.
 
     Raises:
-        UsageError: before anything is compiled; a compile that fails is an outcome.
+        UsageError: naming both numbers.
     """
-    requests = requested_builds(request, sdk)
+    try:
+        devices = sdk.devices()
+    except DeviceError:
+        return  # a machine that only compiles needs no card and no driver
+    most = max((device.nsp_total for device in devices), default=0)
+    for variant in variants:
+        if most and variant.num_cores > most:
+            raise UsageError(
+                f"The variant needs {variant.num_cores} NSPs, and the cards here have {most}: "
+                f"compile with at most {most}."
+            )
+
+
+def compile_step(
+    requests: Sequence[BuildRequest], parallel: int | None, listener: Listener
+) -> list[Compiled]:
+    """Compile what `requested_builds` gave: one variant in this process, several as Ray tasks.
+
+    A compile that fails is an outcome.
+    """
     if len(requests) == 1:
-        outcome = _build_here(requests[0])
-        listener.compiled(outcome)
-        return [outcome]
+        (request,) = requests
+        result: Build | QaicRayError
+        try:
+            result = build(request)
+        except CompileError as error:
+            result = error
+        listener.compiled(request.variant, result)
+        return [(request.variant, result)]
     from qaic_ray.cluster.cluster import Cluster
 
     listener.began("Ray")
     with Cluster(num_cards=0) as cluster:
         listener.ended("Ray")
-        return compile_on(cluster, requests, request.grid.parallel, listener)
+        return compile_on(cluster, requests, parallel, listener)
 
 
 def compile_on(
     cluster: Cluster, requests: Sequence[BuildRequest], parallel: int | None, listener: Listener
-) -> list[CompileOutcome]:
+) -> list[Compiled]:
     """Compile as Ray tasks, `parallel` at a time; None means as many as there are CPUs."""
     by_label = {request.label: request for request in requests}
-
-    def told(outcome: Outcome[Build]) -> None:
-        listener.compiled(CompileOutcome(by_label[outcome.label].variant, outcome.result))
-
     outcomes = cluster.compile_variants(
         build,
         by_label,
         parallel=parallel or os.cpu_count() or 1,
-        on_done=told,
+        on_done=lambda done: listener.compiled(by_label[done.label].variant, done.result),
     )
-    return [CompileOutcome(by_label[o.label].variant, o.result) for o in outcomes]
+    return [(by_label[done.label].variant, done.result) for done in outcomes]
 
 
 def _shapes_of(path: Path, model: ModelFolder, model_dir: Path) -> Specializations:
@@ -213,13 +231,6 @@ def _check_inputs(
         )
 
 
-def _build_here(request: BuildRequest) -> CompileOutcome:
-    try:
-        return CompileOutcome(request.variant, build(request))
-    except CompileError as error:
-        return CompileOutcome(request.variant, error)
-
-
 @dataclass(frozen=True)
 class ModelFolder:
     """What is compiled, and which shapes fit it.
@@ -259,11 +270,6 @@ def open_folder(model_dir: Path) -> ModelFolder:
         comp_ctx_lengths=manifest.comp_ctx_lengths,
         max_position=manifest.max_position,
     )
-
-
-def source_of(model_dir: Path) -> Source:
-    """An exported model folder as the compile floor takes it; see `open_folder`."""
-    return open_folder(model_dir).source
 
 
 def _chosen(model_dir: Path, graphs: list[Path]) -> Path:

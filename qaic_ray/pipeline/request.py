@@ -1,4 +1,7 @@
-"""What a run is asked to do, and how that is kept in its folder, so that it can go on."""
+"""What steps are handed: who listens, which SDK, and what a run is asked to do.
+
+A run's request is kept in its folder, so that it can go on.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,76 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
-from qaic_ray.errors import RowError, UsageError
+from qaic_ray.errors import QaicRayError, RowError, UsageError
 from qaic_ray.files.documents import checked, read_text, read_yaml, user_path
 from qaic_ray.files.folders import write_whole
 from qaic_ray.model.sources import NAMED_MODELS
 from qaic_ray.option_types import is_template
-from qaic_ray.options import Generation, RayOptions, RunOptions
+from qaic_ray.options import EmulatorOptions, Generation, RayOptions, RunOptions
+from qaic_ray.sdk import Sdk, find_sdk
 
 if TYPE_CHECKING:
+    from qaic_ray.compile.store import Build
+    from qaic_ray.compile.variant import Variant
     from qaic_ray.formats.frozen_file import FrozenFile
     from qaic_ray.rows import Prompt, Row
     from qaic_ray.runs.fingerprint import Fingerprint
+    from qaic_ray.worker.spec import WorkerInfo
 
 REQUEST_NAME = "request.yaml"
 STDIN = "-"
 _MAX_REASON_CHARS = 500
+
+
+class Listener(Protocol):
+    """Hears what happens; every method returns at once."""
+
+    def sdk_chosen(self, sdk: Sdk) -> None:
+        """Which SDK everything goes through."""
+
+    def began(self, stage: str) -> None:
+        """A stage begins."""
+
+    def ended(self, stage: str) -> None:
+        """The stage that began last is done; the text says what came of it."""
+
+    def compiled(self, variant: Variant, result: Build | QaicRayError) -> None:
+        """One variant is there, or failed."""
+
+    def card_ready(self, info: WorkerInfo) -> None:
+        """A card has loaded its program."""
+
+    def remark(self, text: str) -> None:
+        """Something that the user may want to mend."""
+
+    def run_folder(self, folder: Path) -> None:
+        """Where the run that begins, or goes on, keeps everything."""
+
+    def answered(self, row: Row) -> None:
+        """The next row, in input order."""
+
+
+@dataclass(frozen=True)
+class SdkChoice:
+    """The SDK of this machine, and what the nodes of a cluster look for: each has its own.
+
+    `name` is as the user gave it, `emulated` what the emulated one is to be where it is the one.
+    """
+
+    here: Sdk
+    name: str
+    emulated: EmulatorOptions
+
+
+def choose_sdk(name: str, emulated: EmulatorOptions, listener: Listener) -> SdkChoice:
+    """Find the SDK, lay the emulated one down where it is the one, and say which it is."""
+    sdk = find_sdk(name, emulated)
+    listener.sdk_chosen(sdk)
+    return SdkChoice(sdk, name, emulated)
 
 
 @dataclass(frozen=True)
@@ -179,13 +233,6 @@ def write_request(request: RunRequest, folder: Path) -> str:
     text = request.absolute().to_yaml()
     write_whole(folder / REQUEST_NAME, text)
     return text
-
-
-def last_unfinished(output: Path, job: str = "") -> Path | None:
-    """The run in `output` that began last, of this job where one is named, and can go on."""
-    from qaic_ray.runs.journal import last_unfinished
-
-    return last_unfinished(output, REQUEST_NAME, job)
 
 
 def read_request(folder: Path) -> RunRequest:

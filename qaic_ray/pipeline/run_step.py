@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 from qaic_ray import interruption
 from qaic_ray.compile.store import check_kept, content_key
-from qaic_ray.errors import QaicRayError, Unfinished, UsageError
+from qaic_ray.errors import DeviceError, QaicRayError, Unfinished, UsageError
 from qaic_ray.model.checkpoint import open_checkpoint
 from qaic_ray.model.tokenizer import text_parts
 from qaic_ray.pipeline.request import (
     STDIN,
+    Listener,
     RunInput,
     RunRequest,
+    SdkChoice,
     absolute_model,
     write_request,
 )
-from qaic_ray.pipeline.steps import Listener, SdkChoice, choose_devices
 from qaic_ray.sdk import name_for_others
 
 if TYPE_CHECKING:
@@ -60,11 +61,29 @@ def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSumm
 
 
 def on_local_cards(request: RunRequest, sdk: SdkChoice) -> tuple[RunRequest, int]:
-    """The request on cards of this machine that are ready, and how many; 0 for a cluster's."""
+    """The request on cards of this machine, and how many; 0 for a cluster's.
+
+    They are those asked for, or every card that is ready.
+
+    Raises:
+        UsageError: for ids that are not there.
+        DeviceError: where a card, or every card, is not ready.
+    """
     if request.ray.address is not None:
         return request, 0
-    devices = choose_devices(sdk.here, request.run.devices)
-    return request.with_run(devices=devices), len(devices)
+    known = {device.qid: device for device in sdk.here.devices()}
+    wanted = request.run.devices
+    if wanted == "all":
+        wanted = tuple(qid for qid, device in known.items() if device.ready)
+        if not wanted:
+            raise DeviceError(f"No card is ready on this machine ({len(known)} found).")
+    for qid in wanted:
+        if qid not in known:
+            there = ", ".join(map(str, known)) or "none"
+            raise UsageError(f"There is no device {qid}: the cards here are {there}.")
+        if not known[qid].ready:
+            raise DeviceError(f"Device {qid} is not ready: its status is {known[qid].status}.")
+    return request.with_run(devices=wanted), len(wanted)
 
 
 def check_chat_template(request: RunRequest) -> None:
@@ -96,10 +115,9 @@ def run_on(
         UsageError: where the request does not fit the QPC, the cards, or the run that it resumes.
     """
     specs = _worker_specs(request, _places(cluster, request, sdk, listener))
-    is_new = request.resume is None
     folder = request.resume.absolute() if request.resume else _new_run_folder(request)
     listener.run_folder(folder)
-    with _kept(folder, _resume_command(request, sdk, folder)) if is_new else nullcontext():
+    with nullcontext() if request.resume else _kept(folder, request, sdk):
         result, proof = _answer(
             cluster, request, specs, run_input=run_input, folder=folder, listener=listener
         )
@@ -128,14 +146,11 @@ def _reported(
 
 def resuming(request: RunRequest, sdk: SdkChoice) -> AbstractContextManager[None]:
     """Say what is safe of the run that goes on, whatever ends it from here on; see `_kept`."""
-    folder = None if request.resume is None else request.resume.absolute()
-    if folder is None:
-        return nullcontext()
-    return _kept(folder, _resume_command(request, sdk, folder), is_new=False)
+    return _kept(request.resume.absolute(), request, sdk) if request.resume else nullcontext()
 
 
 @contextmanager
-def _kept(folder: Path, command: str, *, is_new: bool = True) -> Iterator[None]:
+def _kept(folder: Path, request: RunRequest, sdk: SdkChoice) -> Iterator[None]:
     """Say, whatever ends a run before its end, how many rows are safe and what goes on with it.
 
     Raises:
@@ -144,6 +159,8 @@ def _kept(folder: Path, command: str, *, is_new: bool = True) -> Iterator[None]:
         Unfinished: for all else.
     """
     from qaic_ray.runs.journal import safe_rows
+
+    command = _resume_command(request, sdk, folder)
 
     def sentence(why: str) -> str:
         rows = safe_rows(folder)
@@ -158,7 +175,7 @@ def _kept(folder: Path, command: str, *, is_new: bool = True) -> Iterator[None]:
         with interruption.last_words(stopped):
             yield
     except UsageError as error:
-        if not is_new:
+        if request.resume is not None:
             raise
         if safe_rows(folder):
             raise UsageError(sentence(_unended(error))) from error

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from qaic_ray import __version__
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.options import Job
-from qaic_ray.pipeline.job_file import dump_job
+from qaic_ray.pipeline.job import dump_job
 
 if TYPE_CHECKING:
     from qaic_ray.cluster.jobs import SubmittedJob, SubmittedJobs
@@ -51,7 +51,6 @@ class SubmitRequest:
     """
 
     job: Job
-    address: str | None
     folder: Path
     python: str
     send_prompts: bool = True
@@ -105,7 +104,7 @@ def submit_step(request: SubmitRequest) -> Submission:
         folder = Path(made)
         parcel = pack(request, folder)
         stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
-        submission_id = SubmittedJobs(request.address).submit(
+        submission_id = SubmittedJobs(request.job.ray.address).submit(
             entry_command(request),
             folder,
             submission_id=f"{name}-{stamp}-{secrets.token_hex(2)}",

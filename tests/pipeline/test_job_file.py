@@ -14,7 +14,7 @@ from qaic_ray.engine.engine import MAX_STALL_S
 from qaic_ray.errors import JobError
 from qaic_ray.option_types import Section, prompt_lens
 from qaic_ray.options import Job, RunOptions
-from qaic_ray.pipeline.job_file import dump_job, job_from, load_job
+from qaic_ray.pipeline.job import dump_job, job_from, load_job
 from qaic_ray.sampling_params import FIELDS, SamplingParams
 
 JOBS = sorted((Path(__file__).parents[2] / "jobs").glob("*.yaml"))
