@@ -205,12 +205,12 @@ def _enter(folder: Path) -> None:
 
 def _detach(job: options.Job, submit: parameters.SubmitOptions, *, as_json: bool) -> None:
     """Hand a job to the cluster of its `ray.address`, and say what was sent."""
-    from qaic_ray.cli.screen import show_submission
+    from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.submit_step import SubmitRequest, submit_step
 
     folder, python = Path(submit.folder or ".").absolute(), submit.python or sys.executable
     request = SubmitRequest(job, folder, python, submit.send_prompts)
-    show_submission(submit_step(request), as_json=as_json)
+    Screen().submission(submit_step(request), as_json=as_json)
 
 
 @command(app)
@@ -298,10 +298,10 @@ def status(
     ] = None,
 ) -> None:
     """Show the jobs that a cluster runs, or ran, by itself."""
-    from qaic_ray.cli.screen import show_jobs
+    from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.submit_step import job_statuses
 
-    show_jobs(job_statuses(jobs.address, submission_id), as_json=show.as_json)
+    Screen().jobs(job_statuses(jobs.address, submission_id), as_json=show.as_json)
 
 
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="As launch --detach printed it.")]
@@ -331,10 +331,10 @@ def stop(
     submission_id: IdArgument, jobs: parameters.JobsOptions, show: parameters.JsonOptions
 ) -> None:
     """End a detached job; its cards are free then."""
-    from qaic_ray.cli.screen import show_jobs
+    from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.submit_step import stop_job
 
-    show_jobs([stop_job(jobs.address, submission_id)], as_json=show.as_json)
+    Screen().jobs([stop_job(jobs.address, submission_id)], as_json=show.as_json)
 
 
 @command(app)

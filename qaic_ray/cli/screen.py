@@ -8,12 +8,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from qaic_ray.compile.store import Build
 from qaic_ray.errors import CompileError, ExitCode, QaicRayError, Unfinished
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 PROGRESS_EVERY_S = 10.0
 
+_right = partial(Column, justify="right")
 _COLOURS = {"running": "cyan", "done": "green", "failed": "red"}
 
 
@@ -187,19 +189,51 @@ class Screen:
             self._out.print(f"\n[bold]{escape(name)}[/]{mark}")
             self._out.print(escape(" \\\n    ".join(argv)))
 
+    def submission(self, submission: Submission, *, as_json: bool) -> None:
+        """Print the id, and beside it what was sent and what was not."""
+        job, folder = submission.request.job, str(submission.request.folder)
+        sent, expected = submission.parcel.sent, submission.parcel.expected
+        files = ", ".join(f"{name} ({size:,} bytes)" for name, size in sent.items())
+        self._note(f"[green]✓[/] sent {escape(files)}")
+        self._note(f"  runs in {escape(folder)} of the cluster's head")
+        for path in expected:
+            self._note(f"  [yellow]not sent[/], and must be there: {escape(path)}")
+        at = "" if job.ray.address is None else f" --address {job.ray.address}"
+        self._note(f"[dim]qaic-ray status|logs|stop {escape(submission.id + at)}[/]")
+        write(submission.id + "\n")
+        if as_json:
+            what = {"id": submission.id, "job": job.name, "folder": folder}
+            _write_json({**what, "sent": sent, "expected": list(expected)})
+
+    def jobs(self, found: Sequence[JobStatus], *, as_json: bool) -> None:
+        """Print a table of jobs, and below it why those failed that did, and where results are."""
+        columns = ("id", "job", "state", "started", "took", _right("rows done"), _right("failed"))
+        table = Table(*columns)
+        for job in found:
+            table.add_row(
+                escape(job.id),
+                escape(job.job),
+                f"[{_COLOURS.get(job.state, 'yellow')}]{escape(job.state)}[/]",
+                *_times(job),
+                *("" if count is None else f"{count:,}" for count in (job.rows, job.failed_rows)),
+            )
+        self._out.print(table if found else "The cluster knows no detached job.")
+        for job in found:
+            if job.error:
+                self._out.print(f"{escape(job.id)}: [red]{escape(job.error)}[/]")
+            if job.folder:
+                self._out.print(f"{escape(job.id)}: {escape(job.folder)}")
+        if as_json:
+            _write_json({"jobs": [asdict(job) for job in found]})
+
     def _note(self, markup: str) -> None:
         self._err.print(markup)
 
 
 def _card_table(title: str, devices: Sequence[Device], held: Mapping[int, str]) -> Table:
-    table = Table(title=escape(title), title_justify="left")
-    table.add_column("QID", justify="right")
-    for column in ("status", "SKU"):
-        table.add_column(column)
-    for column in ("NSPs free", "DRAM free"):
-        table.add_column(column, justify="right")
-    if held:
-        table.add_column("held by")
+    columns = _right("QID"), "status", "SKU", _right("NSPs free"), _right("DRAM free")
+    more = ["held by"] if held else []
+    table = Table(*columns, *more, title=escape(title), title_justify="left")
     for device in devices:
         free, total = device.dram_free_bytes / GIB, device.dram_total_bytes / GIB
         colour = "green" if device.ready else "red"
@@ -217,14 +251,13 @@ def _card_table(title: str, devices: Sequence[Device], held: Mapping[int, str]) 
 def _verification_table(report: VerifyReport) -> Table:
     what = "all layers" if report.level == "full" else f"layers {report.layers}"
     table = Table(
+        "check",
+        *map(_right, ("logits", "past keys", "past values", "top-1 equal")),
         title=f"Largest absolute difference to PyTorch ({what})",
         title_justify="left",
         caption=f"a logit may differ by {report.tolerance:g}",
         caption_justify="left",
     )
-    table.add_column("check")
-    for column in ("logits", "past keys", "past values", "top-1 equal"):
-        table.add_column(column, justify="right")
     for line in report.scenarios:
         table.add_row(
             escape(line.scenario),
@@ -270,73 +303,13 @@ class ProgressLog(Screen):
             sys.stderr.write(progress_line(self._rows, self._failed_rows) + "\n")
 
 
-def show_submission(submission: Submission, *, as_json: bool) -> None:
-    """Print the id, and beside it what was sent and what was not."""
-    request, parcel = submission.request, submission.parcel
-    note = Console(stderr=True, soft_wrap=True, highlight=False).print
-    sent = ", ".join(f"{name} ({size:,} bytes)" for name, size in parcel.sent.items())
-    note(f"[green]✓[/] sent {escape(sent)}")
-    note(f"  runs in {escape(str(request.folder))} of the cluster's head")
-    for path in parcel.expected:
-        note(f"  [yellow]not sent[/], and must be there: {escape(path)}")
-    address = request.job.ray.address
-    at = "" if address is None else f" --address {address}"
-    note(f"[dim]qaic-ray status|logs|stop {escape(submission.id + at)}[/]")
-    write(submission.id + "\n")
-    if as_json:
-        _write_json(
-            {
-                "id": submission.id,
-                "job": request.job.name,
-                "folder": str(request.folder),
-                "sent": parcel.sent,
-                "expected": list(parcel.expected),
-            }
-        )
-
-
-def show_jobs(found: Sequence[JobStatus], *, as_json: bool) -> None:
-    """Print a table of jobs, and below it why those failed that did, and where results are."""
-    table = Table()
-    for column in ("id", "job", "state", "started", "took"):
-        table.add_column(column)
-    for column in ("rows done", "failed"):
-        table.add_column(column, justify="right")
-    out = Console(soft_wrap=True, highlight=False)
-    for job in found:
-        table.add_row(
-            escape(job.id),
-            escape(job.job),
-            f"[{_COLOURS.get(job.state, 'yellow')}]{escape(job.state)}[/]",
-            _when(job.started_s),
-            _took(job),
-            "" if job.rows is None else f"{job.rows:,}",
-            "" if job.failed_rows is None else f"{job.failed_rows:,}",
-        )
-    if found:
-        out.print(table)
-    else:
-        out.print("The cluster knows no detached job.")
-    for job in found:
-        if job.error:
-            out.print(f"{escape(job.id)}: [red]{escape(job.error)}[/]")
-        if job.folder:
-            out.print(f"{escape(job.id)}: {escape(job.folder)}")
-    if as_json:
-        _write_json({"jobs": [asdict(job) for job in found]})
-
-
-def _when(time_s: float | None) -> str:
-    if time_s is None:
-        return ""
-    return datetime.fromtimestamp(time_s).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _took(job: JobStatus) -> str:
+def _times(job: JobStatus) -> tuple[str, str]:
+    """When a job started, and how long it took, or takes so far."""
     if job.started_s is None:
-        return ""
+        return "", ""
     seconds = int((job.ended_s or time.time()) - job.started_s)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    started = datetime.fromtimestamp(job.started_s).strftime("%Y-%m-%d %H:%M:%S")
+    return started, f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 def write(text: str) -> None:
