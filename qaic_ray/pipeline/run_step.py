@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING, Any
 from qaic_ray import interruption
 from qaic_ray.compile.store import check_kept, content_key
 from qaic_ray.errors import DeviceError, QaicRayError, Unfinished, UsageError
-from qaic_ray.model.checkpoint import open_checkpoint
+from qaic_ray.model.checkpoint import (
+    Checkpoint,
+    load_chat_template,
+    load_tokenizer,
+    open_checkpoint,
+)
 from qaic_ray.model.tokenizer import text_parts
 from qaic_ray.pipeline.request import (
     STDIN,
@@ -31,7 +36,6 @@ from qaic_ray.pipeline.request import (
 from qaic_ray.sdk import name_for_others
 
 if TYPE_CHECKING:
-    from qaic_ray.cards.placement import WorkerPlace
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.rows import Row
     from qaic_ray.runs.delivery import Proof
@@ -92,13 +96,12 @@ def check_chat_template(request: RunRequest) -> None:
     Raises:
         UsageError: they cannot; one sentence.
     """
-    from qaic_ray.model.checkpoint import load_chat_template, open_checkpoint
     from qaic_ray.worker.text import check_chat
 
     is_wanted = request.run.chat or request.run.chat_template is not None
-    if is_wanted and _is_here(request):  # else each worker finds out when it is opened
-        template = load_chat_template(open_checkpoint(request.model, weights=False))
-        check_chat(template, request.generation, request.model)
+    checkpoint = _checkpoint(request) if is_wanted else None
+    if checkpoint is not None:  # else each worker finds out when it is opened
+        check_chat(load_chat_template(checkpoint), request.generation, request.model)
 
 
 def run_on(
@@ -114,34 +117,36 @@ def run_on(
     Raises:
         UsageError: where the request does not fit the QPC, the cards, or the run that it resumes.
     """
-    specs = _worker_specs(request, _places(cluster, request, sdk, listener))
+    from qaic_ray.runs.exports import export_outputs
+    from qaic_ray.runs.report import RunSummary, write_report
+
+    specs = _worker_specs(cluster, request, sdk, listener)
     folder = request.resume.absolute() if request.resume else _new_run_folder(request)
     listener.run_folder(folder)
     with nullcontext() if request.resume else _kept(folder, request, sdk):
         result, proof = _answer(
             cluster, request, specs, run_input=run_input, folder=folder, listener=listener
         )
-        return _reported(request, folder, result, proof=proof, sdk=sdk)
-
-
-def _reported(
-    request: RunRequest, folder: Path, result: FleetResult, *, proof: Proof, sdk: SdkChoice
-) -> RunSummary:
-    """The end of a run: the other formats, and last the report, by which it is known as done."""
-    from qaic_ray.runs.report import RunSummary, write_report
-
-    _export(request, folder)
-    summary = RunSummary(
-        result,
-        job=request.name,
-        sdk=next((worker.info.sdk for worker in result.workers if worker.info), sdk.here.label),
-        folder=folder,
-        model=request.model,
-        qpc=request.qpc.name,
-        proof=proof,
-    )
-    write_report(summary)
-    return summary
+        if formats := request.run.output_formats:
+            tokenizer = load_tokenizer(open_checkpoint(request.model, weights=False))
+            for output_format in formats:
+                export_outputs(
+                    folder,
+                    output_format,
+                    model=request.model,
+                    token_text=lambda token: tokenizer.decode((token,)),
+                )
+        summary = RunSummary(
+            result,
+            job=request.name,
+            sdk=next((worker.info.sdk for worker in result.workers if worker.info), sdk.here.label),
+            folder=folder,
+            model=request.model,
+            qpc=request.qpc.name,
+            proof=proof,
+        )
+        write_report(summary)  # last: by it a run is known as done
+        return summary
 
 
 def resuming(request: RunRequest, sdk: SdkChoice) -> AbstractContextManager[None]:
@@ -270,96 +275,69 @@ def _parts(request: RunRequest) -> dict[str, Any]:
     A model that only the nodes of a cluster have is known by its name.
     """
     model: dict[str, Any] = {"name": request.model}
-    if _is_here(request):
-        checkpoint = open_checkpoint(request.model, weights=False)
+    if checkpoint := _checkpoint(request):
         model = {**text_parts(checkpoint.folder), "eos_ids": list(checkpoint.eos_ids)}
     return {"qpc": content_key(request.qpc), "model": model}
 
 
-def _is_here(request: RunRequest) -> bool:
-    """Whether this machine has the model's files, or the nodes of a cluster alone."""
-    return request.ray.address is None or Path(request.model).expanduser().exists()
+def _checkpoint(request: RunRequest) -> Checkpoint | None:
+    """The model, without its weights; None where only the nodes of a cluster have its files."""
+    is_here = request.ray.address is None or Path(request.model).expanduser().exists()
+    return open_checkpoint(request.model, weights=False) if is_here else None
 
 
-def _places(
+def _worker_specs(
     cluster: Cluster, request: RunRequest, sdk: SdkChoice, listener: Listener
-) -> list[WorkerPlace]:
-    """Which worker gets which cards."""
+) -> list[WorkerSpec]:
+    """What each worker is given, its cards above all."""
     from qaic_ray.cards.placement import place, qpc_cores
+    from qaic_ray.worker.spec import WorkerSpec
 
     here = request.ray.address is None
-    nodes = cluster.inventory(
-        str(sdk.here.root) if here else name_for_others(sdk.name), sdk.emulated
-    )
+    sdk_name = str(sdk.here.root) if here else name_for_others(sdk.name)
+    nodes = cluster.inventory(sdk_name, sdk.emulated)
     for problem in cluster.problems(nodes):
         listener.remark(problem)
-    return place(
+    places = place(
         nodes,
         devices=None if request.run.devices == "all" else request.run.devices,
         group_size=request.run.group_size,
         partitions=request.run.partitions,
         num_cores=qpc_cores(request.qpc),
     )
-
-
-def _worker_specs(request: RunRequest, places: Sequence[WorkerPlace]) -> list[WorkerSpec]:
-    from qaic_ray.worker.spec import WorkerSpec
-
-    model = absolute_model(request.model)
-    is_here = _is_here(request)
-    text = text_parts(open_checkpoint(model, weights=False).folder) if is_here else {}
+    checkpoint = _checkpoint(request)
+    text = text_parts(checkpoint.folder) if checkpoint else {}
+    qpc, model = str(request.qpc.absolute()), absolute_model(request.model)
+    generation = request.generation
     return [
-        WorkerSpec(
-            **vars(where),
-            qpc=str(request.qpc.absolute()),
-            model=model,
-            generation=request.generation,
-            text=text,
-        )
+        WorkerSpec(**vars(where), qpc=qpc, model=model, generation=generation, text=text)
         for where in places
     ]
 
 
-def _export(request: RunRequest, folder: Path) -> None:
-    """The run's rows in the other formats that are asked for."""
-    from qaic_ray.model.checkpoint import load_tokenizer
-    from qaic_ray.runs.exports import export_outputs
-
-    if not request.run.output_formats:
-        return
-    tokenizer = load_tokenizer(open_checkpoint(request.model, weights=False))
-    for output_format in request.run.output_formats:
-        export_outputs(
-            folder,
-            output_format,
-            model=request.model,
-            token_text=lambda token: tokenizer.decode((token,)),
-        )
-
-
 def _new_run_folder(request: RunRequest) -> Path:
     """`<output>/<name>-<UTC time>`, with a number behind it where that is taken."""
-    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
-    name = f"{request.name}-{stamp}"
-    for number in range(2, 1000):
-        folder = Path(request.run.output).absolute() / name
+    output = Path(request.run.output).absolute()
+    name = f"{request.name}-{datetime.now(timezone.utc).strftime('%Y%m%d-%H%M%S')}"
+    for number in range(1, 1000):
+        folder = output / (f"{name}-{number}" if number > 1 else name)
         try:
-            os.makedirs(folder.parent, exist_ok=True)
+            os.makedirs(output, exist_ok=True)
             folder.mkdir(mode=0o700)  # prompts and answers are their user's
+            break
         except FileExistsError:
-            if not folder.parent.is_dir():
-                raise UsageError(f"{folder.parent} is not a folder.") from None
-            name = f"{request.name}-{stamp}-{number}"
-            continue
+            if not output.is_dir():
+                raise UsageError(f"{output} is not a folder.") from None
         except OSError as error:
-            raise UsageError(f"Cannot write to {folder.parent}: {error.strerror}.") from error
-        try:
-            (folder / "logs").mkdir()
-            text = write_request(request, folder)
-            (folder / "job.yaml").write_text(request.job_text or text, encoding="utf-8")
-        except OSError as error:
-            raise QaicRayError(f"Cannot write to {folder}: {error.strerror}.") from error
-        return folder
-    raise UsageError(
-        f"{request.run.output} has a thousand runs of this second: use another --output."
-    )
+            raise UsageError(f"Cannot write to {output}: {error.strerror}.") from error
+    else:
+        raise UsageError(
+            f"{request.run.output} has a thousand runs of this second: use another --output."
+        )
+    try:
+        (folder / "logs").mkdir()
+        text = write_request(request, folder)
+        (folder / "job.yaml").write_text(request.job_text or text, encoding="utf-8")
+    except OSError as error:
+        raise QaicRayError(f"Cannot write to {folder}: {error.strerror}.") from error
+    return folder
