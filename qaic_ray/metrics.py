@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 
 GROWTH = 1.002
@@ -32,12 +32,17 @@ class Durations:
     Adds associatively, with `Durations()` as zero.
     """
 
-    counts: Mapping[int, int] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, seconds: Iterable[float]) -> Durations:
         """Of a number of durations."""
         return cls(dict(Counter(map(bin_of, seconds))))
+
+    def count(self, seconds: float) -> None:
+        """Add one duration to these, in place."""
+        number = bin_of(seconds)
+        self.counts[number] = self.counts.get(number, 0) + 1
 
     def __add__(self, other: Durations) -> Durations:
         return Durations(dict(Counter(self.counts) + Counter(other.counts)))
@@ -61,13 +66,14 @@ class Durations:
         return 0.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measurement:
     """Counts and times of some work; adds associatively, with `Measurement()` as zero.
 
-    Times in seconds. `ttft` has one duration a row, so that medians of sums are true medians.
-    `reused_tokens` are prompt tokens that a slot held already. `decode_slots` is the number of rows
-    that decode steps had room for. `accepted_tokens` are those of `drafted_tokens` that were right.
+    Only the engine that does the work changes its own; others get copies. Times are seconds.
+    `ttft` has one duration a row, so that medians of sums are true medians. `reused_tokens` are
+    prompt tokens that a slot held already. `decode_slots` is the number of rows that decode steps
+    had room for. `accepted_tokens` are those of `drafted_tokens` that were right.
     """
 
     rows: int = 0
@@ -114,33 +120,6 @@ class Measurement:
     def ttft_median_s(self) -> float:
         """Median time to first token; 0 where no row was answered."""
         return self.ttft.quantile(0.5)
-
-
-@dataclass
-class Meter:
-    """The fields of `Measurement`, counted up while work is done.
-
-    `ttft` counts the bins of `Durations`.
-    """
-
-    rows: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    generated_tokens: int = 0
-    prefill_steps: int = 0
-    prefill_s: float = 0.0
-    decode_steps: int = 0
-    decode_slots: int = 0
-    decode_rows: int = 0
-    decode_tokens: int = 0
-    decode_s: float = 0.0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    ttft: Counter[int] = field(default_factory=Counter)
-
-    def measurement(self) -> Measurement:
-        """What was counted so far."""
-        return Measurement(**(vars(self) | {"ttft": Durations(dict(self.ttft))}))
 
 
 @dataclass(frozen=True)

@@ -195,18 +195,15 @@ class OptionValue:
             return self.kind  # type: ignore[no-any-return]
         return int if self.words and all(isinstance(word, int) for word in self.words) else str
 
-    def bound(self, name: str) -> Any:
-        """The value of `ge`, `gt` or `le`; None where there is no such bound."""
-        inner = [part for entry in self.metadata for part in getattr(entry, "metadata", (entry,))]
-        return next((getattr(part, name) for part in inner if hasattr(part, name)), None)
-
     @property
     def allowed(self) -> str:
         """What a number or a switch may be, as the end of a sentence; nothing for other types."""
         if self.kind is bool:
             return "true or false"
         words = {int: "a whole number", float: "a number"}.get(self.kind)
-        least, most = self.bound("ge"), self.bound("le")
+        bounds = [part for entry in self.metadata for part in getattr(entry, "metadata", (entry,))]
+        least = next((bound.ge for bound in bounds if hasattr(bound, "ge")), None)
+        most = next((bound.le for bound in bounds if hasattr(bound, "le")), None)
         if words is None or least is None:
             return words or ""
         end = "" if most is None else f" to {most}"

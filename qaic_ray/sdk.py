@@ -96,10 +96,7 @@ class Sdk:
     @property
     def python_paths(self) -> tuple[Path, Path]:
         """Folders that hold `qaicrt` and `QAicApi_pb2`."""
-        return (
-            self.root / "dev" / "lib" / platform.machine(),
-            self.root / "dev" / "python",
-        )
+        return self.root / "dev" / "lib" / platform.machine(), self.root / "dev" / "python"
 
     def environment(self) -> dict[str, str]:
         """This process's environment variables, with the SDK's folders before their paths."""
@@ -142,13 +139,7 @@ class Sdk:
 
 def has_cards() -> bool:
     """Whether the kernel shows a Cloud AI 100 device node, new style or old."""
-    return any(
-        any(folder.glob(pattern))
-        for folder, pattern in (
-            (Path("/dev/accel"), "accel*"),
-            (Path("/dev"), "qaic_aic100_*"),
-        )
-    )
+    return any(any(Path("/dev").glob(nodes)) for nodes in ("accel/accel*", "qaic_aic100_*"))
 
 
 def find_sdk(
@@ -196,7 +187,7 @@ def find_sdk(
 
 def name_for_others(name: str) -> str:
     """A name for `find_sdk` that means the same on every node: a folder's path is absolute."""
-    return name if name in ("auto", "real", "emulated") else str(Path(name).expanduser().absolute())
+    return name if name in SDK_NAMES else str(Path(name).expanduser().absolute())
 
 
 def install_emulated(prefix: Path, wanted: EmulatorOptions) -> Path:

@@ -157,11 +157,14 @@ def launch(
     """Run a whole job: export, compile, run on every card, report."""
     from qaic_ray.cli.screen import ProgressLog, Screen
     from qaic_ray.pipeline.job import launch_job, load_job
+    from qaic_ray.pipeline.submit_step import SubmitRequest, submit_step
 
     loaded = load_job(job, overrides or ())
     loaded = loaded.changed("ray", **{name: getattr(ray, name) for name in ray.model_fields_set})
     if submit.detach:
-        _detach(loaded, submit, as_json=show.as_json)
+        folder, python = Path(submit.folder or ".").absolute(), submit.python or sys.executable
+        request = SubmitRequest(loaded, folder, python, submit.send_prompts)
+        Screen().submitted(request, *submit_step(request), as_json=show.as_json)
         return
     if submit.folder is not None:
         _enter(Path(submit.folder))
@@ -201,16 +204,6 @@ def _enter(folder: Path) -> None:
             f"The folder {folder} cannot be used on {os.uname().nodename} ({error.strerror}): name "
             "one there with --folder."
         ) from error
-
-
-def _detach(job: options.Job, submit: parameters.SubmitOptions, *, as_json: bool) -> None:
-    """Hand a job to the cluster of its `ray.address`, and say what was sent."""
-    from qaic_ray.cli.screen import Screen
-    from qaic_ray.pipeline.submit_step import SubmitRequest, submit_step
-
-    folder, python = Path(submit.folder or ".").absolute(), submit.python or sys.executable
-    request = SubmitRequest(job, folder, python, submit.send_prompts)
-    Screen().submission(submit_step(request), as_json=as_json)
 
 
 @command(app)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qaic_ray.export.export import ExportResult
     from qaic_ray.pipeline.compile_step import Compiled
     from qaic_ray.pipeline.job import Plan
-    from qaic_ray.pipeline.submit_step import JobStatus, Submission
+    from qaic_ray.pipeline.submit_step import JobStatus, Parcel, SubmitRequest
     from qaic_ray.rows import Row
     from qaic_ray.runs.report import RunSummary
     from qaic_ray.sdk import Device, Sdk
@@ -189,21 +189,22 @@ class Screen:
             self._out.print(f"\n[bold]{escape(name)}[/]{mark}")
             self._out.print(escape(" \\\n    ".join(argv)))
 
-    def submission(self, submission: Submission, *, as_json: bool) -> None:
+    def submitted(
+        self, request: SubmitRequest, submission_id: str, parcel: Parcel, *, as_json: bool
+    ) -> None:
         """Print the id, and beside it what was sent and what was not."""
-        job, folder = submission.request.job, str(submission.request.folder)
-        sent, expected = submission.parcel.sent, submission.parcel.expected
-        files = ", ".join(f"{name} ({size:,} bytes)" for name, size in sent.items())
+        job, folder = request.job, str(request.folder)
+        files = ", ".join(f"{name} ({size:,} bytes)" for name, size in parcel.sent.items())
         self._note(f"[green]✓[/] sent {escape(files)}")
         self._note(f"  runs in {escape(folder)} of the cluster's head")
-        for path in expected:
+        for path in parcel.expected:
             self._note(f"  [yellow]not sent[/], and must be there: {escape(path)}")
         at = "" if job.ray.address is None else f" --address {job.ray.address}"
-        self._note(f"[dim]qaic-ray status|logs|stop {escape(submission.id + at)}[/]")
-        write(submission.id + "\n")
+        self._note(f"[dim]qaic-ray status|logs|stop {escape(submission_id + at)}[/]")
+        write(submission_id + "\n")
         if as_json:
-            what = {"id": submission.id, "job": job.name, "folder": folder}
-            _write_json({**what, "sent": sent, "expected": list(expected)})
+            what = {"id": submission_id, "job": job.name, "folder": folder, **vars(parcel)}
+            _write_json(what)
 
     def jobs(self, found: Sequence[JobStatus], *, as_json: bool) -> None:
         """Print a table of jobs, and below it why those failed that did, and where results are."""

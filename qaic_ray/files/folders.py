@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -59,24 +60,22 @@ def foreign_files(folder: Path, is_ours: Callable[[str], bool], *, limit: int = 
     Returns:
         Relative paths of files that are not ours, of links, and of empty folders (with a `/`).
     """
-    found: list[str] = []
-    pending = [folder]
-    while pending and len(found) < limit:
-        place = pending.pop()
-        empty = True
-        with os.scandir(place) as entries:
+
+    def foreign() -> Iterator[str]:
+        pending = [folder]
+        while pending:
+            place = pending.pop()
+            entries = list(os.scandir(place))
+            if not entries and place != folder:
+                yield f"{place.relative_to(folder).as_posix()}/"
             for entry in entries:
-                empty = False
                 name = Path(entry.path).relative_to(folder).as_posix()
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(Path(entry.path))
                 elif not (entry.is_file(follow_symlinks=False) and is_ours(name)):
-                    found.append(name)
-                if len(found) == limit:
-                    break
-        if empty and place != folder:
-            found.append(f"{place.relative_to(folder).as_posix()}/")
-    return sorted(found)
+                    yield name
+
+    return sorted(islice(foreign(), limit))
 
 
 @contextmanager

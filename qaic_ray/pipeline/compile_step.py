@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -286,28 +286,33 @@ def _chosen(model_dir: Path, graphs: list[Path]) -> Path:
 
 
 def _of_graph(model_dir: Path, onnx_path: Path) -> ModelFolder:
-    graph = _read_graph(onnx_path)
-    weights = {tensor.name for tensor in graph.initializer}
-    inputs = {value.name for value in graph.input} - weights
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        graph = onnx.load(onnx_path, load_external_data=False).graph
+    except (OSError, DecodeError) as error:
+        raise UsageError(f"{onnx_path} cannot be read as an ONNX model: {error}.") from error
+    inputs = {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
     if INPUT_IDS not in inputs or not any(map(is_past, inputs)):
         raise UsageError(
             f"{onnx_path} is not a language model with its KV cache as inputs ({INPUT_IDS}, "
             f"past_key.0, ...): it has {shown(sorted(inputs))}; make one with `qaic-ray export`."
         )
     digest = hashlib.sha256(sha256_of(onnx_path).encode())
-    for name in sorted(set(_data_files(graph, onnx_path))):
-        path = onnx_path.parent / name
+    for name in _data_files(graph):
+        try:
+            path = onnx_path.parent / inside(name)
+        except ValueError as error:
+            raise UsageError(f"{onnx_path} keeps weights in {shown(name)}: {error}.") from error
         if not path.is_file():
             raise UsageError(f"{onnx_path} keeps weights in {path}, which is not there.")
         digest.update(f"{name} {sha256_of(path)}".encode())
     custom_io = model_dir / CUSTOM_IO_FILE
+    custom_io_path = custom_io.absolute() if custom_io.is_file() else None
+    name = model_dir.resolve().name
     return ModelFolder(
-        Source(
-            model_dir.resolve().name,
-            onnx_path.absolute(),
-            custom_io.absolute() if custom_io.is_file() else None,
-            digest.hexdigest(),
-        ),
+        Source(name, onnx_path.absolute(), custom_io_path, digest.hexdigest()),
         continuous=BATCH_INDEX in inputs,
         num_logits_to_keep=NUM_LOGITS_TO_KEEP in inputs,
         comp_ctx_lengths=COMP_CTX_LENGTHS in inputs,
@@ -315,24 +320,7 @@ def _of_graph(model_dir: Path, onnx_path: Path) -> ModelFolder:
     )
 
 
-def _read_graph(path: Path) -> Any:
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        return onnx.load(path, load_external_data=False).graph
-    except (OSError, DecodeError) as error:
-        raise UsageError(f"{path} cannot be read as an ONNX model: {error}.") from error
-
-
-def _data_files(graph: Any, onnx_path: Path) -> Iterator[str]:
+def _data_files(graph: Any) -> list[str]:
     """The files that hold the graph's weights, by their paths beside it."""
-    for tensor in graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                try:
-                    yield inside(entry.value)
-                except ValueError as error:
-                    raise UsageError(
-                        f"{onnx_path} keeps weights in {shown(entry.value)}: {error}."
-                    ) from error
+    entries = [entry for tensor in graph.initializer for entry in tensor.external_data]
+    return sorted({entry.value for entry in entries if entry.key == "location"})

@@ -65,15 +65,6 @@ class Parcel:
 
 
 @dataclass(frozen=True)
-class Submission:
-    """A job that was handed in."""
-
-    id: str
-    request: SubmitRequest
-    parcel: Parcel
-
-
-@dataclass(frozen=True)
 class JobStatus:
     """How far a job is; `rows` are those done, failed ones among them; None where nobody knows.
 
@@ -91,8 +82,8 @@ class JobStatus:
     error: str | None = None
 
 
-def submit_step(request: SubmitRequest) -> Submission:
-    """Hand a job in.
+def submit_step(request: SubmitRequest) -> tuple[str, Parcel]:
+    """Hand a job in; its id, and what was sent.
 
     Raises:
         UsageError: for a job that cannot be sent, or a cluster that cannot be reached.
@@ -114,7 +105,7 @@ def submit_step(request: SubmitRequest) -> Submission:
                 _VERSION_KEY: __version__,
             },
         )
-    return Submission(submission_id, request, parcel)
+    return submission_id, parcel
 
 
 def entry_command(request: SubmitRequest) -> list[str]:
