@@ -368,9 +368,7 @@ def emulator_install(
 
 
 @command(
-    emulator_app,
-    "run",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    emulator_app, "run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
 )
 def emulator_run(
     words: Annotated[

@@ -138,7 +138,7 @@ class CommandCall:
         hints = get_type_hints(function, names, include_extras=True)
         self._function = function
         self._plain: list[inspect.Parameter] = []
-        self._sections: dict[str, _SectionFlags] = {}
+        self._sections: dict[str, tuple[type[Section], list[Flag], Mapping[str, Any]]] = {}
         self._given: str | None = None
         for name, parameter in inspect.signature(function).parameters.items():
             hint, *extras = get_args(hints[name]) or (hints[name],)
@@ -146,10 +146,10 @@ class CommandCall:
                 self._given = name
             elif isinstance(hint, type) and issubclass(hint, Section):
                 defaults = extras[0] if extras else {}
-                self._sections[name] = _SectionFlags(hint, defaults)
+                self._sections[name] = (hint, flags_of(hint, defaults), defaults)
             else:
                 self._plain.append(parameter.replace(annotation=hints[name], kind=_BY_NAME))
-        self._flags = [flag for section in self._sections.values() for flag in section.flags]
+        self._flags = [flag for _, flags, _ in self._sections.values() for flag in flags]
 
     @property
     def bare(self) -> dict[str, str]:
@@ -176,7 +176,7 @@ class CommandCall:
         words = {n: values[n] for n, source in sources.items() if source and source.name == _TYPED}
         arguments = {parameter.name: values[parameter.name] for parameter in self._plain}
         for name, section in self._sections.items():
-            arguments[name] = section.of(words)
+            arguments[name] = section_of(*section, words)
         if self._given is not None:
             used = [flag for flag in self._flags if flag.name in words]
             arguments[self._given] = Given(
@@ -260,9 +260,17 @@ class Flag:
             return text
         if get_origin(self.value.kind) is dict:
             return as_object(parse_json(text, self.flag), self.flag)
-        if self.value.item is int:
-            return numbers(text, self.flag)
-        return [word.strip() for word in text.split(",")] if self.value.item else text
+        if self.value.item is None:
+            return text
+        parts = text.split(",")
+        if self.value.item is not int:
+            return [part.strip() for part in parts]
+        if not all(map(_NUMBER.fullmatch, parts)):
+            raise UsageError(
+                f"{self.flag} takes a whole number, or several separated by commas, not "
+                f"{shown(text)}."
+            )
+        return list(map(int, parts))
 
 
 def flags_of(kind: type, defaults: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[Flag]:
@@ -279,52 +287,38 @@ def flags_of(kind: type, defaults: Mapping[str, Any], path: tuple[str, ...] = ()
     return flags
 
 
-class _SectionFlags:
-    """A section's flags; `defaults` are the command's own."""
+def section_of(
+    kind: type[Section], flags: list[Flag], defaults: Mapping[str, Any], words: Mapping[str, Any]
+) -> Section:
+    """The section that a command line's words make; `defaults` are the command's own.
 
-    def __init__(self, kind: type[Section], defaults: Mapping[str, Any]) -> None:
-        self._kind, self._defaults = kind, defaults
-        self.flags = flags_of(kind, defaults)
-
-    def of(self, words: Mapping[str, Any]) -> Section:
-        """The section that the words make.
-
-        Raises:
-            UsageError: naming the flag and the value.
-        """
-        document: dict[str, Any] = dict(self._defaults)
-        for flag in self.flags:
-            value = flag.read(words)
-            if value is not ...:
-                place = document
-                for parent in flag.path[:-1]:
-                    place = place.setdefault(parent, {})
-                place[flag.path[-1]] = value
-        try:
-            return self._kind.model_validate(document)
-        except ValidationError as error:
-            raise UsageError(self._refusal(error)) from error
-
-    def _refusal(self, error: ValidationError) -> str:
-        """The first thing that is wrong, in the words of the command line."""
-        first = error.errors(include_url=False)[0]
-        said = first["msg"].removeprefix("Value error, ").rstrip(".")
-        flag = next((flag for flag in self.flags if flag.path == first["loc"][:1]), None)
-        if flag is None:
-            return f"{said}."
-        value, limits = shown(first["input"]), first.get("ctx", {})
-        if first["type"] in ("literal_error", "enum"):
-            return f"{flag.flag} takes {limits['expected'].replace(chr(39), '')}, not {value}."
-        if first["type"] == "greater_than_equal":
-            return f"{flag.flag} must be at least {limits['ge']}, not {value}."
-        return f"{flag.flag}: {with_given(said, first['input'])}."
+    Raises:
+        UsageError: naming the flag and the value.
+    """
+    document: dict[str, Any] = dict(defaults)
+    for flag in flags:
+        value = flag.read(words)
+        if value is not ...:
+            place = document
+            for parent in flag.path[:-1]:
+                place = place.setdefault(parent, {})
+            place[flag.path[-1]] = value
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        raise UsageError(_refusal(error, flags)) from error
 
 
-def numbers(text: str, what: str) -> list[int]:
-    """Whole numbers separated by commas; `what` names them in the error."""
-    parts = text.split(",")
-    if not all(map(_NUMBER.fullmatch, parts)):
-        raise UsageError(
-            f"{what} takes a whole number, or several separated by commas, not {shown(text)}."
-        )
-    return [int(part) for part in parts]
+def _refusal(error: ValidationError, flags: list[Flag]) -> str:
+    """The first thing that is wrong, in the words of the command line."""
+    first = error.errors(include_url=False)[0]
+    said = first["msg"].removeprefix("Value error, ").rstrip(".")
+    flag = next((flag.flag for flag in flags if flag.path == first["loc"][:1]), None)
+    if flag is None:
+        return f"{said}."
+    value, limits = shown(first["input"]), first.get("ctx", {})
+    if first["type"] in ("literal_error", "enum"):
+        return f"{flag} takes {limits['expected'].replace(chr(39), '')}, not {value}."
+    if first["type"] == "greater_than_equal":
+        return f"{flag} must be at least {limits['ge']}, not {value}."
+    return f"{flag}: {with_given(said, first['input'])}."

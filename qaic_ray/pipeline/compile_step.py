@@ -14,13 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qaic_ray.compile.store import (
-    SPECIALIZATIONS_FILE,
-    Build,
-    BuildRequest,
-    build,
-    check_request,
-)
+from qaic_ray.compile.store import SPECIALIZATIONS_FILE, Build, BuildRequest, build, check_request
 from qaic_ray.compile.variant import Source, Variant, grid_variants
 from qaic_ray.contract import (
     BATCH_INDEX,

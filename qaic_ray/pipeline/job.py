@@ -242,10 +242,9 @@ def chosen_index(job: Job) -> int:
     Raises:
         UsageError: where the choice fits none of the variants, or several.
     """
-    num_variants = len(job_variants(job, Source("", Path(), None, "")))
     names = ("precision", "num_cores", "batch_size", "prompt_len", "ctx_len")
     wanted = [getattr(job.run.variant, name) for name in names]
-    grid = product(*(getattr(job.compile, name) for name in names))
+    grid = list(product(*(getattr(job.compile, name) for name in names)))
     fitting = [
         index
         for index, values in enumerate(grid)
@@ -254,7 +253,7 @@ def chosen_index(job: Job) -> int:
     if len(fitting) == 1:
         return fitting[0]
     raise UsageError(
-        f"run.variant of the job {job.name} fits {len(fitting)} of the {num_variants} compiled "
+        f"run.variant of the job {job.name} fits {len(fitting)} of the {len(grid)} compiled "
         "variants: say which one with precision, num_cores, batch_size, prompt_len or ctx_len."
     )
 

@@ -18,17 +18,19 @@ import yaml
 from qaic_ray.errors import QaicRayError, RowError, UsageError
 from qaic_ray.files.documents import checked, read_text, read_yaml, user_path
 from qaic_ray.files.folders import write_whole
+from qaic_ray.formats.frozen_file import FrozenFile, InputChanged
+from qaic_ray.formats.prompts import prompts_from_file, prompts_from_text
+from qaic_ray.model.chat import check_kwargs
 from qaic_ray.model.sources import NAMED_MODELS
 from qaic_ray.option_types import is_template
 from qaic_ray.options import EmulatorOptions, Generation, RayOptions, RunOptions
+from qaic_ray.runs.fingerprint import INPUT, STREAM_SOURCE, Fingerprint, file_source, text_source
 from qaic_ray.sdk import Sdk, find_sdk
 
 if TYPE_CHECKING:
     from qaic_ray.compile.store import Build
     from qaic_ray.compile.variant import Variant
-    from qaic_ray.formats.frozen_file import FrozenFile
     from qaic_ray.rows import Prompt, Row
-    from qaic_ray.runs.fingerprint import Fingerprint
     from qaic_ray.worker.spec import WorkerInfo
 
 REQUEST_NAME = "request.yaml"
@@ -136,10 +138,6 @@ class RunRequest:
         return replace(whole, prompts=islice(whole.prompts, self.run.max_prompts))
 
     def _whole_input(self) -> RunInput:
-        from qaic_ray.formats.prompts import prompts_from_file, prompts_from_text
-        from qaic_ray.model.chat import check_kwargs
-        from qaic_ray.runs.fingerprint import STREAM_SOURCE, file_source, text_source
-
         run = self.run
         defaults, chat = run.defaults, run.chat_options
         check_kwargs(chat.template_kwargs)
@@ -166,8 +164,6 @@ class RunRequest:
 
     def _frozen(self, path: Path) -> FrozenFile:
         """The prompts file as it is, or as much of it as the run that is resumed began with."""
-        from qaic_ray.formats.frozen_file import FrozenFile, InputChanged
-        from qaic_ray.runs.fingerprint import INPUT
         from qaic_ray.runs.journal import last_fingerprint
 
         if self.resume is None or self.new_input:

@@ -38,6 +38,7 @@ _STATES = {
     "SUCCEEDED": "done",
     "FAILED": "failed",
 }
+_FIGURES = ("rows", "failed_rows", "folder")  # of a report, as it ends a log
 _ERROR = re.compile(r"^qaic-ray: (?!\d+ rows done)(.+)$", re.MULTILINE)
 _PROGRESS = re.compile(r"^qaic-ray: (\d+) rows done, (\d+) failed$", re.MULTILINE)
 
@@ -90,7 +91,8 @@ def submit_step(request: SubmitRequest) -> tuple[str, Parcel]:
     """
     from qaic_ray.cluster.jobs import SubmittedJobs
 
-    name = request.job.name
+    name, there = request.job.name, str(request.folder)
+    metadata = {_JOB_KEY: name, _FOLDER_KEY: there, _VERSION_KEY: __version__}
     with tempfile.TemporaryDirectory(prefix="qaic-ray-") as made:
         folder = Path(made)
         parcel = pack(request, folder)
@@ -99,11 +101,7 @@ def submit_step(request: SubmitRequest) -> tuple[str, Parcel]:
             entry_command(request),
             folder,
             submission_id=f"{name}-{stamp}-{secrets.token_hex(2)}",
-            metadata={
-                _JOB_KEY: name,
-                _FOLDER_KEY: str(request.folder),
-                _VERSION_KEY: __version__,
-            },
+            metadata=metadata,
         )
     return submission_id, parcel
 
@@ -184,13 +182,7 @@ def read_status(job: SubmittedJob, log: str) -> JobStatus:
     )
     report = _report(log) if job.ended else None
     if report is not None:  # rows that failed are no failure of the job, whatever its exit code
-        return replace(
-            status,
-            state="done",
-            rows=report["rows"],
-            failed_rows=report["failed_rows"],
-            folder=report["folder"],
-        )
+        return replace(status, state="done", **{key: report[key] for key in _FIGURES})
     found = _PROGRESS.findall(log)
     if found:
         rows, failed_rows = map(int, found[-1])
@@ -212,7 +204,7 @@ def _report(log: str) -> dict[str, Any] | None:
         document = json.loads(log.rstrip().rpartition("\n")[2])
     except (ValueError, RecursionError):
         return None
-    is_report = isinstance(document, dict) and {"rows", "failed_rows", "folder"} <= set(document)
+    is_report = isinstance(document, dict) and set(_FIGURES) <= set(document)
     return document if is_report else None
 
 
