@@ -101,7 +101,8 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(
     assert changed.returncode == 2
     assert "--temperature cannot be changed" in changed.stderr
 
-    resumed = qaic_ray("run", "--resume", str(cut), "--no-stream", "--json", cwd=work)
+    resume = ("run", "--resume", str(cut), "--no-stream", "--address", address)
+    resumed = qaic_ray(*resume, "--json", cwd=work)
     assert resumed.returncode == 1, resumed.stderr
     assert answers(cut) == answers(undisturbed)
     report = json.loads(resumed.stdout.splitlines()[-1])
@@ -112,6 +113,6 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(
     assert any("part 2/2, 7 NSPs" in worker["name"] for worker in report["workers"])
     assert (cut / "outputs.parquet").exists()
 
-    again = qaic_ray("run", "--resume", str(cut), "--no-stream", cwd=work)
+    again = qaic_ray(*resume, cwd=work)
     assert again.returncode == 1, again.stderr
     assert answers(cut) == answers(undisturbed)
