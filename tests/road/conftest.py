@@ -7,12 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 from byte_tokens import byte_tokenizer
 from compiled_here import compile_here
 from safetensors.numpy import save_file
 
-from qaic_ray.cluster.cluster import Cluster
 from qaic_ray.compile import store
 from qaic_ray.compile.variant import Variant
 from qaic_ray.contract import Specializations
@@ -97,9 +95,3 @@ def tiny_qpc(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
-
-
-@pytest.fixture
-def address(cluster: Cluster) -> str:
-    """Of a Ray that is there already: a start a command would take most of a test's time."""
-    return str(ray.get_runtime_context().gcs_address)
