@@ -164,14 +164,15 @@ def launch(
     if submit.detach:
         folder, python = Path(submit.folder or ".").absolute(), submit.python or sys.executable
         request = SubmitRequest(loaded, folder, python, submit.send_prompts)
-        Screen().submitted(request, *submit_step(request), as_json=show.as_json)
+        Screen(as_json=show.as_json).submitted(request, *submit_step(request))
         return
     if submit.folder is not None:
         _enter(Path(submit.folder))
-    screen = Screen(stream=True) if show.stream else ProgressLog()
+    kind = Screen if show.stream else ProgressLog
+    screen = kind(stream=show.stream, as_json=show.as_json)
     resume = _folder_to_resume(resuming, loaded.run.output, screen, job=loaded.name)
     summary = launch_job(loaded, screen, resume=resume, retry_errors=resuming.retry_errors)
-    screen.finish(summary, as_json=show.as_json)
+    screen.finish(summary)
 
 
 def _folder_to_resume(
@@ -225,8 +226,8 @@ def export(
     from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.job import export_step
 
-    screen = Screen()
-    screen.exported(export_step(model, how, screen), as_json=show.as_json)
+    screen = Screen(as_json=show.as_json)
+    screen.exported(export_step(model, how, screen))
 
 
 @command(app)
@@ -243,14 +244,14 @@ def compile(  # the recipe's word
     from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.compile_step import compile_step, requested_builds, specializations_file
 
-    screen = Screen()
+    screen = Screen(as_json=show.as_json)
     given = None if shapes.specializations is None else Path(shapes.specializations)
     file = specializations_file(given, grid)
     if file != given:
         screen.remark(f"{file} of this folder says the shapes, as in the published recipe.")
     builds = requested_builds(model_dir, grid, _sdk_choice(sdk, screen).here, file)
     outcomes = compile_step(builds, grid.parallel, screen)
-    screen.compiled_all(outcomes, as_json=show.as_json)
+    screen.compiled_all(outcomes)
 
 
 @command(app)
@@ -268,7 +269,7 @@ def run(
     from qaic_ray.pipeline.request import RunRequest, resolved, resumed
     from qaic_ray.pipeline.run_step import run_step
 
-    screen = Screen(stream=show.stream)
+    screen = Screen(stream=show.stream, as_json=show.as_json)
     if resuming.resume is not None:
         given.refuse_changes(resuming.resume)
     resume = _folder_to_resume(resuming, asked.output, screen)
@@ -279,7 +280,7 @@ def run(
     else:
         request = RunRequest("run", program.model_name, Path(program.qpc), resolved(asked))
     request = replace(request, ray=ray, retry_errors=resuming.retry_errors)
-    screen.finish(run_step(request, _sdk_choice(sdk, screen), screen), as_json=show.as_json)
+    screen.finish(run_step(request, _sdk_choice(sdk, screen), screen))
 
 
 @command(app)
@@ -294,7 +295,7 @@ def status(
     from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.submit_step import job_statuses
 
-    Screen().jobs(job_statuses(jobs.address, submission_id), as_json=show.as_json)
+    Screen(as_json=show.as_json).jobs(job_statuses(jobs.address, submission_id))
 
 
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="As launch --detach printed it.")]
@@ -327,7 +328,7 @@ def stop(
     from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.submit_step import stop_job
 
-    Screen().jobs([stop_job(jobs.address, submission_id)], as_json=show.as_json)
+    Screen(as_json=show.as_json).jobs([stop_job(jobs.address, submission_id)])
 
 
 @command(app)
@@ -335,10 +336,10 @@ def devices(ray: options.RayOptions, sdk: options.SdkOptions, show: parameters.J
     """List cards: status, SKU, free NSPs and DRAM; on a cluster also who holds them."""
     from qaic_ray.cli.screen import Screen
 
-    screen = Screen()
+    screen = Screen(as_json=show.as_json)
     if ray.address is None:
         found = _sdk_choice(sdk, screen).here
-        screen.devices(found, found.devices(), as_json=show.as_json)
+        screen.devices(found, found.devices())
         return
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.options import EmulatorOptions
@@ -346,7 +347,7 @@ def devices(ray: options.RayOptions, sdk: options.SdkOptions, show: parameters.J
 
     with Cluster(0, address=ray.address) as cluster:
         nodes = cluster.inventory(name_for_others(sdk.sdk), EmulatorOptions())
-        screen.inventory(nodes, cluster.problems(nodes), as_json=show.as_json)
+        screen.inventory(nodes, cluster.problems(nodes))
 
 
 app.add_typer(emulator_app, name="emulator", no_args_is_help=True)

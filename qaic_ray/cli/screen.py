@@ -41,10 +41,15 @@ _COLOURS = {"running": "cyan", "done": "green", "failed": "red"}
 
 
 class Screen:
-    """Draws for people; `stream` says whether answers are printed as they come."""
+    """Draws for people.
 
-    def __init__(self, *, stream: bool = False) -> None:
-        self._stream = stream
+    Args:
+        stream: whether answers are printed as they come.
+        as_json: whether stdout ends with one JSON object on one line.
+    """
+
+    def __init__(self, *, stream: bool = False, as_json: bool = False) -> None:
+        self._stream, self._as_json = stream, as_json
         self._out = Console(soft_wrap=True, highlight=False)
         self._err = Console(stderr=True, soft_wrap=True, highlight=False)
         self._began_s = time.monotonic()
@@ -111,7 +116,7 @@ class Screen:
 
     # -- at the end
 
-    def finish(self, summary: RunSummary, *, as_json: bool) -> None:
+    def finish(self, summary: RunSummary) -> None:
         """Print a run's tables; exit code 1 when rows failed.
 
         Raises:
@@ -121,14 +126,13 @@ class Screen:
             self._out.rule(style="dim")
         for part in summary.renderables():
             self._out.print(part)
-        if as_json:
-            _write_json(summary.document())
+        self._end_with(summary.document())
         if summary.error is not None:
             raise (Unfinished if summary.goes_on else QaicRayError)(summary.error)
         if not summary.ok:
             raise SystemExit(ExitCode.FAILED)
 
-    def exported(self, result: ExportResult, *, as_json: bool) -> None:
+    def exported(self, result: ExportResult) -> None:
         """Print where the model is and how far it is from PyTorch."""
         report = result.verification
         if report is not None:
@@ -145,29 +149,24 @@ class Screen:
                 "--next-tokens out to have such rows reported."
             )
         self._out.print(escape(str(result.folder)))
-        if as_json:
-            manifest = json.loads(result.manifest.to_json())
-            _write_json({"folder": str(result.folder), "reused": result.reused, **manifest})
+        manifest = json.loads(result.manifest.to_json())
+        self._end_with({"folder": str(result.folder), "reused": result.reused, **manifest})
 
-    def compiled_all(self, outcomes: Sequence[Compiled], *, as_json: bool) -> None:
+    def compiled_all(self, outcomes: Sequence[Compiled]) -> None:
         """Print the folders; exit code 1 when a variant failed."""
         built = [result for _, result in outcomes if isinstance(result, Build)]
         for result in built:
             self._out.print(escape(str(result.path)))
-        if as_json:
-            _write_json({"variants": [_compiled_document(*outcome) for outcome in outcomes]})
+        self._end_with({"variants": [_compiled_document(*outcome) for outcome in outcomes]})
         if len(built) < len(outcomes):
             raise SystemExit(ExitCode.FAILED)
 
-    def devices(self, sdk: Sdk, devices: Sequence[Device], *, as_json: bool) -> None:
+    def devices(self, sdk: Sdk, devices: Sequence[Device]) -> None:
         """Print the cards."""
         self._out.print(_card_table(f"Cards ({sdk.label})", devices, {}))
-        if as_json:
-            _write_json({"sdk": sdk.label, "devices": [vars(device) for device in devices]})
+        self._end_with({"sdk": sdk.label, "devices": [vars(device) for device in devices]})
 
-    def inventory(
-        self, nodes: Sequence[NodeCards], problems: Sequence[str], *, as_json: bool
-    ) -> None:
+    def inventory(self, nodes: Sequence[NodeCards], problems: Sequence[str]) -> None:
         """Print the cards of every node of a cluster, and what keeps some from being used."""
         for found in nodes:
             title = f"{found.host} ({found.node.address}), {found.node.offered} offered to Ray"
@@ -178,8 +177,7 @@ class Screen:
                 self._out.print(f"{escape(title)}: {escape(found.error or 'no cards')}")
         for problem in problems:
             self.remark(problem)
-        if as_json:
-            _write_json({"nodes": [asdict(found) for found in nodes], "problems": list(problems)})
+        self._end_with({"nodes": [asdict(found) for found in nodes], "problems": list(problems)})
 
     def plan(self, plan: Plan) -> None:
         """Print what a job would do."""
@@ -189,9 +187,7 @@ class Screen:
             self._out.print(f"\n[bold]{escape(name)}[/]{mark}")
             self._out.print(escape(" \\\n    ".join(argv)))
 
-    def submitted(
-        self, request: SubmitRequest, submission_id: str, parcel: Parcel, *, as_json: bool
-    ) -> None:
+    def submitted(self, request: SubmitRequest, submission_id: str, parcel: Parcel) -> None:
         """Print the id, and beside it what was sent and what was not."""
         job, folder = request.job, str(request.folder)
         files = ", ".join(f"{name} ({size:,} bytes)" for name, size in parcel.sent.items())
@@ -202,11 +198,9 @@ class Screen:
         at = "" if job.ray.address is None else f" --address {job.ray.address}"
         self._note(f"[dim]qaic-ray status|logs|stop {escape(submission_id + at)}[/]")
         write(submission_id + "\n")
-        if as_json:
-            what = {"id": submission_id, "job": job.name, "folder": folder, **vars(parcel)}
-            _write_json(what)
+        self._end_with({"id": submission_id, "job": job.name, "folder": folder, **vars(parcel)})
 
-    def jobs(self, found: Sequence[JobStatus], *, as_json: bool) -> None:
+    def jobs(self, found: Sequence[JobStatus]) -> None:
         """Print a table of jobs, and below it why those failed that did, and where results are."""
         columns = ("id", "job", "state", "started", "took", _right("rows done"), _right("failed"))
         table = Table(*columns)
@@ -224,8 +218,12 @@ class Screen:
                 self._out.print(f"{escape(job.id)}: [red]{escape(job.error)}[/]")
             if job.folder:
                 self._out.print(f"{escape(job.id)}: {escape(job.folder)}")
-        if as_json:
-            _write_json({"jobs": [asdict(job) for job in found]})
+        self._end_with({"jobs": [asdict(job) for job in found]})
+
+    def _end_with(self, document: dict[str, Any]) -> None:
+        if self._as_json:
+            # Not through the console: it would wrap or colour what programs read.
+            write(json_text(document) + "\n")
 
     def _note(self, markup: str) -> None:
         self._err.print(markup)
@@ -285,13 +283,10 @@ def _compiled_document(variant: Variant, result: Build | QaicRayError) -> dict[s
 
 
 class ProgressLog(Screen):
-    """A screen for nobody: in place of answers how many there are, now and then."""
+    """A screen without a terminal: in place of answers how many there are, now and then."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._rows = 0
-        self._failed_rows = 0
-        self._next_s = 0.0
+    _rows = _failed_rows = 0
+    _next_s = 0.0
 
     def answered(self, row: Row) -> None:
         """Count a row."""
@@ -317,8 +312,3 @@ def write(text: str) -> None:
     """Put text on stdout as it is."""
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _write_json(document: dict[str, Any]) -> None:
-    # Not through the console: it would wrap or colour what programs read.
-    write(json_text(document) + "\n")

@@ -364,6 +364,6 @@ def test_an_export_of_token_ids_says_what_a_host_cannot_see(
 ) -> None:
     manifest = SimpleNamespace(next_tokens=next_tokens)
     result: Any = SimpleNamespace(folder=tmp_path, manifest=manifest, verification=None)
-    Screen(stream=True).exported(result, as_json=False)
+    Screen(stream=True).exported(result)
     out = " ".join(capsys.readouterr().out.split())
     assert ("a row whose logits overflow is answered wrong without a sign" in out) is next_tokens
