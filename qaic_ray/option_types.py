@@ -133,7 +133,7 @@ def options_of(kind: type) -> dict[str, Opt]:
             entry = Opt(field.description, **field.json_schema_extra["opt"])
             own = (base for base in kind.__mro__ if name in vars(base).get("__annotations__", ()))
             group = entry.group or getattr(next(own), "GROUP", "")
-            allowed = entry.allowed or OptionValue.of(field).allowed
+            allowed = entry.allowed or OptionValue(field).allowed
             found[name] = replace(entry, group=group, allowed=allowed)
     return found
 
@@ -143,32 +143,25 @@ def _bare(kind: Any) -> Any:
     return _bare(get_args(kind)[0]) if get_origin(kind) is Annotated else kind
 
 
-@dataclass(frozen=True)
 class OptionValue:
     """What a field may hold: its type without None and bounds, its bounds, and whether None is one.
 
     `kind` is a list's own type where the field holds a list; `members` are a union's.
     """
 
-    kind: Any
-    members: tuple[Any, ...]
-    metadata: tuple[Any, ...]
-    is_optional: bool
-
-    @classmethod
-    def of(cls, field: FieldInfo) -> OptionValue:
-        """Read a field's annotation."""
-        kind, metadata = field.annotation, list(field.metadata)
+    def __init__(self, field: FieldInfo) -> None:
+        kind, self.metadata = field.annotation, list(field.metadata)
         is_union = get_origin(kind) in (Union, UnionType)
         members = tuple(m for m in get_args(kind) if m is not NoneType) if is_union else (kind,)
-        is_optional = is_union and NoneType in get_args(kind)
+        self.is_optional = is_union and NoneType in get_args(kind)
         if len(members) == 1:
             (kind,) = members
             while get_origin(kind) is Annotated:
-                metadata += get_args(kind)[1:]
+                self.metadata += get_args(kind)[1:]
                 kind = get_args(kind)[0]
             members = (kind,)
-        return cls(kind, members, tuple(metadata), is_optional)
+        self.kind: Any = kind
+        self.members: tuple[Any, ...] = members
 
     @property
     def is_path(self) -> bool:

@@ -164,9 +164,9 @@ def find_sdk(
     if name in (None, "auto"):
         name = os.environ.get(SDK_VARIABLE) or _default_name(vendor_root, has_cards)
     if name == "emulated":
-        # Named below by all that it is made of: an SDK in use is never changed under its users.
+        # By its name there, an SDK in use is never changed under its users.
         folder = cache_folder() / "emulated-sdk"
-        return open_sdk(Path(_install(["--under", str(folder)], emulated)))
+        return open_sdk(install_emulated(folder, emulated, below=True))
     if name == "real":
         if not vendor_root.is_dir():
             raise SdkNotFound(
@@ -190,27 +190,27 @@ def name_for_others(name: str) -> str:
     return name if name in SDK_NAMES else str(Path(name).expanduser().absolute())
 
 
-def install_emulated(prefix: Path, wanted: EmulatorOptions) -> Path:
-    """Lay the emulated SDK down at `prefix`; does nothing where the same one stands already.
+def install_emulated(place: Path, wanted: EmulatorOptions, *, below: bool = False) -> Path:
+    """Lay the emulated SDK down, and say where; does nothing where the same one stands already.
+
+    Args:
+        place: its folder.
+        wanted: what it should be.
+        below: its folder is below `place` instead, and named by all that it is made of.
 
     Raises:
         SdkNotFound: with the installer's own sentence.
     """
-    _install([str(prefix)], wanted)
-    return prefix
-
-
-def _install(where: list[str], wanted: EmulatorOptions) -> str:
-    """Run the installer; the last line that it prints."""
     command = [
-        *(sys.executable, "-m", "qaic_ray.emulator.install", *where),
+        *(sys.executable, "-m", "qaic_ray.emulator.install"),
+        *(["--under", str(place)] if below else [str(place)]),
         *("--apps-version", wanted.apps_version),
         *("--cards", str(wanted.cards), "--sku", wanted.sku),
     ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise SdkNotFound(result.stderr.strip() or "The emulated SDK could not be laid down.")
-    return result.stdout.rstrip("\n").rpartition("\n")[2]
+    return Path(result.stdout.rstrip("\n").rpartition("\n")[2]) if below else place
 
 
 def open_sdk(root: Path) -> Sdk:

@@ -100,7 +100,8 @@ class _FromTree(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Write out the flags that may stand without a value, as typer's may not, then parse."""
         is_last = [word.startswith("-") for word in args[1:]] + [True]
-        bare = self._call.bare
+        flags = self._call.flags
+        bare = {word: flag.opt.bare for flag in flags if flag.opt.bare for word in flag.spellings}
         full = [
             f"{word}={bare[word]}" if ends and word in bare else word
             for word, ends in zip(args, is_last, strict=False)

@@ -149,12 +149,7 @@ class CommandCall:
                 self._sections[name] = (hint, flags_of(hint, defaults), defaults)
             else:
                 self._plain.append(parameter.replace(annotation=hints[name], kind=_BY_NAME))
-        self._flags = [flag for _, flags, _ in self._sections.values() for flag in flags]
-
-    @property
-    def bare(self) -> dict[str, str]:
-        """Spellings that may stand without a value, and the value that is meant."""
-        return {word: f.opt.bare for f in self._flags if f.opt.bare for word in f.spellings}
+        self.flags = [flag for _, flags, _ in self._sections.values() for flag in flags]
 
     def as_function(self) -> Callable[..., None]:
         """A function as typer takes it."""
@@ -164,8 +159,8 @@ class CommandCall:
 
         context = inspect.Parameter("context", _BY_NAME, annotation=typer.Context)
         made = [context, *self._plain]
-        made += [flag.argument() for flag in self._flags if flag.opt.argument]
-        made += [flag.parameter() for flag in self._flags]
+        made += [flag.argument() for flag in self.flags if flag.opt.argument]
+        made += [flag.parameter() for flag in self.flags]
         call.__signature__ = inspect.Signature(made)  # type: ignore[attr-defined]
         call.__annotations__ = {parameter.name: parameter.annotation for parameter in made}
         call.__doc__ = self._function.__doc__
@@ -178,10 +173,10 @@ class CommandCall:
         for name, section in self._sections.items():
             arguments[name] = section_of(*section, words)
         if self._given is not None:
-            used = [flag for flag in self._flags if flag.name in words]
+            used = [flag for flag in self.flags if flag.name in words]
             arguments[self._given] = Given(
                 fixed=tuple(flag.written for flag in used if not flag.opt.free),
-                may_be_free=tuple(flag.flag for flag in self._flags if flag.opt.free),
+                may_be_free=tuple(flag.flag for flag in self.flags if flag.opt.free),
             )
         self._function(**arguments)
 
@@ -277,7 +272,7 @@ def flags_of(kind: type, defaults: Mapping[str, Any], path: tuple[str, ...] = ()
     """The flags of a section, with those of sections in it."""
     entries, flags = options_of(kind), []
     for name, field in kind.__pydantic_fields__.items():  # type: ignore[attr-defined]
-        value = OptionValue.of(field)
+        value = OptionValue(field)
         if hasattr(value.kind, "__pydantic_fields__"):
             flags += flags_of(value.kind, {}, (*path, name))
         elif name in entries and entries[name].flag is not None:

@@ -14,16 +14,9 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qaic_ray import contract
 from qaic_ray.compile.store import SPECIALIZATIONS_FILE, Build, BuildRequest, build, check_request
 from qaic_ray.compile.variant import Source, Variant, grid_variants
-from qaic_ray.contract import (
-    BATCH_INDEX,
-    COMP_CTX_LENGTHS,
-    INPUT_IDS,
-    NUM_LOGITS_TO_KEEP,
-    Specializations,
-    is_past,
-)
 from qaic_ray.errors import CompileError, DeviceError, QaicRayError, UsageError
 from qaic_ray.files.documents import shown, user_path
 from qaic_ray.files.folders import inside, sha256_of
@@ -185,8 +178,8 @@ def compile_on(
     return [(by_label[done.label].variant, done.result) for done in outcomes]
 
 
-def _shapes_of(path: Path, model: ModelFolder, model_dir: Path) -> Specializations:
-    shapes = Specializations.load(path)
+def _shapes_of(path: Path, model: ModelFolder, model_dir: Path) -> contract.Specializations:
+    shapes = contract.Specializations.load(path)
     if shapes.continuous != model.continuous:
         how = "was not" if shapes.continuous else "was"
         raise UsageError(
@@ -260,7 +253,7 @@ def open_folder(model_dir: Path) -> ModelFolder:
     return ModelFolder(
         Source(model_dir.resolve().name, onnx.absolute(), custom_io.absolute(), digest),
         continuous=manifest.continuous,
-        num_logits_to_keep=manifest.logits == NUM_LOGITS_TO_KEEP,
+        num_logits_to_keep=manifest.logits == contract.NUM_LOGITS_TO_KEEP,
         comp_ctx_lengths=manifest.comp_ctx_lengths,
         max_position=manifest.max_position,
     )
@@ -288,9 +281,9 @@ def _of_graph(model_dir: Path, onnx_path: Path) -> ModelFolder:
     except (OSError, DecodeError) as error:
         raise UsageError(f"{onnx_path} cannot be read as an ONNX model: {error}.") from error
     inputs = {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
-    if INPUT_IDS not in inputs or not any(map(is_past, inputs)):
+    if contract.INPUT_IDS not in inputs or not any(map(contract.is_past, inputs)):
         raise UsageError(
-            f"{onnx_path} is not a language model with its KV cache as inputs ({INPUT_IDS}, "
+            f"{onnx_path} is not a language model with its KV cache as inputs (input_ids, "
             f"past_key.0, ...): it has {shown(sorted(inputs))}; make one with `qaic-ray export`."
         )
     digest = hashlib.sha256(sha256_of(onnx_path).encode())
@@ -307,9 +300,9 @@ def _of_graph(model_dir: Path, onnx_path: Path) -> ModelFolder:
     name = model_dir.resolve().name
     return ModelFolder(
         Source(name, onnx_path.absolute(), custom_io_path, digest.hexdigest()),
-        continuous=BATCH_INDEX in inputs,
-        num_logits_to_keep=NUM_LOGITS_TO_KEEP in inputs,
-        comp_ctx_lengths=COMP_CTX_LENGTHS in inputs,
+        continuous=contract.BATCH_INDEX in inputs,
+        num_logits_to_keep=contract.NUM_LOGITS_TO_KEEP in inputs,
+        comp_ctx_lengths=contract.COMP_CTX_LENGTHS in inputs,
         max_position=None,
     )
 

@@ -153,7 +153,7 @@ def _first_error(error: ValidationError) -> str:
 def _known_keys(location: Sequence[str]) -> list[str]:
     part: type[BaseModel] = Job
     for name in location:
-        part = OptionValue.of(part.model_fields[name]).kind
+        part = OptionValue(part.model_fields[name]).kind
     return list(part.model_fields)
 
 

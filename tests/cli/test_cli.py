@@ -362,8 +362,10 @@ def test_answers_are_printed_whole_and_each_of_several(
 def test_an_export_of_token_ids_says_what_a_host_cannot_see(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, next_tokens: bool
 ) -> None:
-    manifest = SimpleNamespace(next_tokens=next_tokens)
-    result: Any = SimpleNamespace(folder=tmp_path, manifest=manifest, verification=None)
+    manifest = SimpleNamespace(next_tokens=next_tokens, to_json=lambda: "{}")
+    result: Any = SimpleNamespace(
+        folder=tmp_path, manifest=manifest, verification=None, reused=False
+    )
     Screen(stream=True).exported(result)
     out = " ".join(capsys.readouterr().out.split())
     assert ("a row whose logits overflow is answered wrong without a sign" in out) is next_tokens
