@@ -98,7 +98,13 @@ class _FromTree(TyperCommand):
         return list(super().get_params(ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Write out the flags that may stand without a value, as typer's may not, then parse."""
+        """Write out the flags that may stand without a value, as typer's may not, then parse.
+
+        What is refused is named as it was typed, with dashes or underscores.
+        """
+        typed = {word.partition("=")[0] for word in args}
+        for flag in self._call.flags:
+            flag.flag = next((word for word in flag.spellings if word in typed), flag.flag)
         is_last = [word.startswith("-") for word in args[1:]] + [True]
         flags = self._call.flags
         bare = {word: flag.opt.bare for flag in flags if flag.opt.bare for word in flag.spellings}

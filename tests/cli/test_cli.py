@@ -115,7 +115,8 @@ def test_missing_things_are_named(run: Run, arguments: list[str], words: str) ->
         (["mx6", "14", "--prompt-len", "32+48"], "power of two, not 48"),
         (["--num-speculative-tokens", "3"], "exported without num_logits_to_keep"),
         (["--comp-ctx-lengths", "512,1024"], "exported without compute-context lengths"),
-        (["mx6", "14", "--batch-size", "0"], "--batch-size must be at least 1, not 0"),
+        (["mx6", "14", "--batch-size", "0"], "qaic-ray: --batch-size must be at least 1, not 0."),
+        (["mx6", "14", "--batch_size=0"], "qaic-ray: --batch_size must be at least 1, not 0."),
         (["mx6", "14", "--ctx-len", "4096"], "4096 is more than the 2048 positions"),
     ],
 )
