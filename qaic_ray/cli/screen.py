@@ -51,7 +51,7 @@ class Screen:
     def __init__(self, *, stream: bool = False, as_json: bool = False) -> None:
         self._stream, self._as_json = stream, as_json
         self._out = Console(soft_wrap=True, highlight=False)
-        self._err = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._note = Console(stderr=True, soft_wrap=True, highlight=False).print
         self._began_s = time.monotonic()
 
     # -- while it runs: the pipeline's Listener
@@ -224,9 +224,6 @@ class Screen:
         if self._as_json:
             # Not through the console: it would wrap or colour what programs read.
             write(json_text(document) + "\n")
-
-    def _note(self, markup: str) -> None:
-        self._err.print(markup)
 
 
 def _card_table(title: str, devices: Sequence[Device], held: Mapping[int, str]) -> Table:

@@ -172,8 +172,6 @@ def launch_job(
         UsageError: as early as it can be known.
         CompileError: when the variant to be run could not be compiled.
     """
-    from qaic_ray.cluster.cluster import Cluster
-
     chosen_at = chosen_index(job)
     sdk = choose_sdk(job.sdk, job.emulator, listener)
     request = run_request(job, resume, retry_errors=retry_errors)
@@ -183,6 +181,8 @@ def launch_job(
         exported = export_step(job.model, job.export, listener)
         check_chat_template(request)
         builds = requested_builds(exported.folder, job.compile, sdk.here)
+        from qaic_ray.cluster.cluster import Cluster
+
         listener.began("Ray")
         ray = job.ray
         with Cluster(num_cards, address=ray.address, dashboard=ray.dashboard) as cluster:
