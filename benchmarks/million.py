@@ -86,7 +86,7 @@ def lay_stage(folder: Path) -> None:
 
 def drive(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The run, as `qaic-ray run` makes it."""
-    from qaic_ray.cards.placement import place
+    from qaic_ray.cards.inventory import place
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.formats.prompts import prompts_from_file
     from qaic_ray.options import EmulatorOptions, Generation
@@ -94,8 +94,7 @@ def drive(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from qaic_ray.runs.driver import Audience
     from qaic_ray.runs.journal import Journal
     from qaic_ray.sampling_params import SamplingParams
-    from qaic_ray.worker.spec import WorkerSpec
-    from qaic_ray.worker.worker import CardWorker
+    from qaic_ray.worker.worker import CardWorker, WorkerSpec
 
     made = make(folder)
     (folder / "timing.json").write_text(json.dumps({"mode": "replace"}))

@@ -121,7 +121,7 @@ class AllOpen:
     """The driver's cards, each of which has opened before it begins."""
 
     def __init__(self, cards: Any) -> None:
-        from qaic_ray.dispatch.events import WorkerFailedToOpen, WorkerReady
+        from qaic_ray.dispatch.dispatcher import WorkerFailedToOpen, WorkerReady
 
         self._cards = cards
         self._heard: deque[Any] = deque()
@@ -304,10 +304,10 @@ def make(folder: Path, num_cards: int) -> dict[str, Any]:
 
 def measure(num_cards: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures of one number of cards."""
-    from qaic_ray.cards.placement import place
+    from qaic_ray.cards.inventory import place
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.options import EmulatorOptions
-    from qaic_ray.worker.spec import WorkerSpec
+    from qaic_ray.worker.worker import WorkerSpec
 
     stage = make(folder, num_cards)
     some = prompts(num_cards, options.seconds)

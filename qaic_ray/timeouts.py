@@ -1,12 +1,13 @@
 """Every time-out and interval of a run outside the dispatcher, each in seconds.
 
-What the dispatcher decides by time is in its `Policy`. Programs that run by their path and import
-nothing of the package (`cluster/keeper.py`, `compile/guard.py`) have their own polling intervals.
+What the dispatcher decides by time is in its `Policy`. Files that also run as programs, by their
+path (`cluster/ray_session.py`, `compile/guard.py`), have polling intervals of their own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -102,3 +103,9 @@ class Timeouts:
 
 
 DEFAULT_TIMEOUTS = Timeouts()
+
+
+def changed_values(settings: Any) -> dict[str, object]:
+    """The fields of a run's time-outs, or of a dispatcher's policy, that are not the default."""
+    values = ((field, getattr(settings, field.name)) for field in fields(settings))
+    return {field.name: value for field, value in values if value != field.default}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from qaic_ray.dispatch.events import (
+from qaic_ray.dispatch.dispatcher import (
     Event,
     RowsFinished,
     RunShard,
@@ -21,8 +21,8 @@ from qaic_ray.dispatch.events import (
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.metrics import Measurement
 from qaic_ray.rows import FinishReason, Prompt, Row
-from qaic_ray.runs.reading import Batch
-from qaic_ray.worker.spec import WorkerInfo
+from qaic_ray.runs.intake import Batch
+from qaic_ray.worker.worker import WorkerInfo
 
 STEP_S = 0.02
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from qaic_ray.rows import Row
     from qaic_ray.runs.report import RunSummary
     from qaic_ray.sdk import Device, Sdk
-    from qaic_ray.worker.spec import WorkerInfo
+    from qaic_ray.worker.worker import WorkerInfo
 
 GIB = 2**30
 PROGRESS_EVERY_S = 10.0

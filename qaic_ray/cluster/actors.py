@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qaic_ray.cards.inventory import CARD_RESOURCE
 from qaic_ray.cluster.connection import CARD_CPUS, call_for, first_line
-from qaic_ray.dispatch.events import (
+from qaic_ray.dispatch.dispatcher import (
     Event,
     RowsFinished,
     RunShard,
@@ -44,8 +44,7 @@ from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 if TYPE_CHECKING:
     from qaic_ray.cards.lease import Part
-    from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
-    from qaic_ray.worker.worker import CardWorker
+    from qaic_ray.worker.worker import CardWorker, WorkerInfo, WorkerSpec
 
 CONTROL_GROUP = "control"
 MAX_ASKED_PER_S = 100

@@ -38,15 +38,13 @@ from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
 from qaic_ray.errors import ClusterLost, CompileError, DeviceBusy, QaicRayError, UsageError
 from qaic_ray.options import EmulatorOptions
 from qaic_ray.rows import Prompt, Row
-from qaic_ray.runs.driver import Audience, Driver
+from qaic_ray.runs.driver import Audience, Driver, FleetResult
+from qaic_ray.runs.intake import ThreadedReader
 from qaic_ray.runs.journal import Journal
-from qaic_ray.runs.reading import ThreadedReader
-from qaic_ray.runs.result import FleetResult, changed_values
-from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts, changed_values
 
 if TYPE_CHECKING:
-    from qaic_ray.worker.spec import WorkerSpec
-    from qaic_ray.worker.worker import CardWorker
+    from qaic_ray.worker.worker import CardWorker, WorkerSpec
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")

@@ -26,9 +26,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qaic_ray.cards.inventory import CARD_RESOURCE
+from qaic_ray.cards.inventory import CARD_RESOURCE, cards_name
 from qaic_ray.cards.lease import CardLocks, Part, card_scope, held_cards
-from qaic_ray.cards.placement import cards_name
 from qaic_ray.errors import DeviceBusy, DeviceError, RowError, UsageError
 from qaic_ray.files.documents import checked
 from qaic_ray.formats.foreign_fields import ALIASES, NESTED
@@ -39,9 +38,8 @@ from qaic_ray.rows import ErrorClass, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.sdk import Sdk, find_sdk
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
-from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
 from qaic_ray.worker.text import mixed_seed
-from qaic_ray.worker.worker import CardWorker
+from qaic_ray.worker.worker import CardWorker, WorkerInfo, WorkerSpec
 
 Batch = dict[str, NDArray[Any]]
 """Columns of one length, as Ray Data's "numpy" batches have them."""

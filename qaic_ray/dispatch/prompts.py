@@ -14,8 +14,7 @@ from functools import partial
 from itertools import islice
 from operator import attrgetter
 
-from qaic_ray.dispatch.poison import LoneRuns
-from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
+from qaic_ray.dispatch.policy import DEFAULT_POLICY, LoneRuns, Policy
 from qaic_ray.dispatch.workers import WorkerState
 from qaic_ray.rows import ErrorClass, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams

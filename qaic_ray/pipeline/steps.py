@@ -15,7 +15,7 @@ from qaic_ray.sdk import Sdk, find_sdk
 
 if TYPE_CHECKING:
     from qaic_ray.rows import Row
-    from qaic_ray.worker.spec import WorkerInfo
+    from qaic_ray.worker.worker import WorkerInfo
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,33 @@
-"""Rows on their way out: into the journal, back into the input's order, into the output files."""
+"""Rows on their way out: into the journal, back into the input's order, into the output files.
+
+When a run is done, its outputs are written once more in the formats of other programs.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qaic_ray.files.documents import json_text
-from qaic_ray.files.folders import new_file, sync_path
+from qaic_ray.files.folders import new_file, replacing, sync_path
+from qaic_ray.formats.openai_batch import Origin, response_line, token_number
+from qaic_ray.formats.parquet import write_parquet
+from qaic_ray.option_types import OutputFormat
 from qaic_ray.rows import Row
-from qaic_ray.runs.journal import Entry, Journal, disk_errors_end_the_run, write_all
-from qaic_ray.runs.journal_segments import Place
+from qaic_ray.runs.journal import Entry, Journal, Place, disk_errors_end_the_run, write_all
 
 OUTPUTS_NAME = "outputs.jsonl"
 ERRORS_NAME = "errors.jsonl"
+PARQUET_NAME = "outputs.parquet"
+OPENAI_NAMES = ("openai_output.jsonl", "openai_error.jsonl")
 
 MAX_HELD_ROWS = 4096
 MAX_HELD_BYTES = 8 * 2**20
@@ -31,7 +38,6 @@ COMMIT_PAUSES = 4
 MAX_SHOWN_AT_ONCE = 512
 
 # Python's str.splitlines (and others) also break lines here; inside JSON they can be escaped.
-_LINE_BREAKS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 _LINE_BREAK = re.compile("[\x85\u2028\u2029]")
 
 _OFFSET_BITS = 40
@@ -116,7 +122,6 @@ class _Places:
     def __init__(self) -> None:
         self._first = 0
         self._packed = array("Q")  # 0 where there is none: offset 0 is a segment's header
-        self._num_places = 0
 
     def __contains__(self, index: int) -> bool:
         at = index - self._first
@@ -124,27 +129,21 @@ class _Places:
 
     def add(self, index: int, place: Place, *, least: int) -> None:
         """Keep a place; from now on no index is below `least`."""
-        if not self._num_places:
+        if not self._packed:
             self._first = least
         at = index - self._first
-        missing = at + 1 - len(self._packed)
-        if missing > 0:
-            self._packed.frombytes(bytes(missing * self._packed.itemsize))
+        missing = max(0, at + 1 - len(self._packed))
+        self._packed.frombytes(bytes(missing * self._packed.itemsize))
         self._packed[at] = place.segment << _OFFSET_BITS | place.offset
-        self._num_places += 1
 
     def pop(self, index: int) -> tuple[int, int]:
         """Take out the place of the least index."""
-        at = index - self._first
-        packed = self._packed[at]
-        self._packed[at] = 0
-        self._num_places -= 1
-        if not self._num_places:
-            self._packed = array("Q")
-        elif at >= _FORGET_AT and 2 * at >= len(self._packed):
-            del self._packed[:at]
-            self._first = index
-        return packed >> _OFFSET_BITS, packed & ((1 << _OFFSET_BITS) - 1)
+        num_past = index - self._first + 1
+        segment, offset = divmod(self._packed[num_past - 1], 1 << _OFFSET_BITS)
+        if num_past == len(self._packed) or num_past > max(_FORGET_AT, len(self._packed) // 2):
+            del self._packed[:num_past]
+            self._first = index + 1
+        return segment, offset
 
 
 class Delivery:
@@ -257,10 +256,6 @@ class Proof:
         """Whether every row of the input has its one row in the outputs."""
         return self.complete and self.rows_in == self.rows_ok + self.rows_error
 
-    def to_json(self) -> dict[str, Any]:
-        """As it stands in `report.json`."""
-        return asdict(self)
-
 
 class RowWriter:
     """Writes rows to `outputs.jsonl`, and to `errors.jsonl` too if they failed; see `row_writer`.
@@ -284,11 +279,20 @@ class RowWriter:
         """Write a new row; others can read it at once."""
         if not self._published:
             self.publish()
-        self._write(row)
+        self.rewrite(row)
 
     def rewrite(self, row: Row) -> None:
         """Write a row of an earlier session, before all new ones."""
-        self._write(row)
+        is_ok = row.ok
+        text = json.dumps(row.to_json(), ensure_ascii=False)
+        text = _LINE_BREAK.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+        line = text.encode() + b"\n"
+        with disk_errors_end_the_run(self._folder):
+            for fd in self._fds[: 1 if is_ok else 2]:
+                write_all(fd, line)
+        self._sha256.update(line)
+        self._rows_ok += is_ok
+        self._rows_error += not is_ok
 
     def publish(self) -> None:
         """Replace the files of an earlier session by these."""
@@ -315,27 +319,8 @@ class RowWriter:
 
     def proof(self, rows_in: int, inputs_sha256: str, *, complete: bool = True) -> Proof:
         """Counts and digests of what was written, beside those of what was read."""
-        return Proof(
-            rows_in,
-            self._rows_ok,
-            self._rows_error,
-            inputs_sha256,
-            self._sha256.hexdigest(),
-            complete,
-        )
-
-    def _write(self, row: Row) -> None:
-        is_ok = row.ok
-        text = json_text(row.to_json())
-        if _LINE_BREAK.search(text):
-            text = text.translate(_LINE_BREAKS)
-        line = text.encode() + b"\n"
-        with disk_errors_end_the_run(self._folder):
-            for fd in self._fds[: 1 if is_ok else 2]:
-                write_all(fd, line)
-        self._sha256.update(line)
-        self._rows_ok += is_ok
-        self._rows_error += not is_ok
+        counts = rows_in, self._rows_ok, self._rows_error
+        return Proof(*counts, inputs_sha256, self._sha256.hexdigest(), complete)
 
 
 @contextmanager
@@ -358,3 +343,49 @@ def row_writer(folder: Path, *, resumed: bool = False) -> Iterator[RowWriter]:
         writer.finish()
     finally:
         writer.close()
+
+
+def export_outputs(
+    folder: Path,
+    output_format: OutputFormat,
+    *,
+    model: str,
+    token_text: Callable[[int], str] = token_number,
+) -> tuple[Path, ...]:
+    """Write a run's rows once more, in another format; return the files, each whole or not at all.
+
+    The rows that are there are written: of a run that is still going, those that it has.
+
+    Args:
+        folder: the run's.
+        output_format: which.
+        model: the name of the model that answered, for the OpenAI format.
+        token_text: a token's text, for the OpenAI format's logprobs.
+
+    Raises:
+        QaicRayError: when the disk refuses.
+    """
+    is_table = output_format is OutputFormat.PARQUET
+    paths = tuple(folder / name for name in ((PARQUET_NAME,) if is_table else OPENAI_NAMES))
+    with disk_errors_end_the_run(folder), ExitStack() as stack:
+        streams = [
+            stack.enter_context(replacing(path, path.with_name(f".{path.name}.unfinished")))
+            for path in paths
+        ]
+        if is_table:
+            write_parquet(_rows(folder), streams[0])
+            return paths
+        created = int((folder / OUTPUTS_NAME).stat().st_mtime)
+        origin = Origin(folder.name, model, created, token_text)
+        for row in _rows(folder):
+            line = json.dumps(response_line(row, origin)) + "\n"
+            streams["error" in row].write(line.encode())
+    return paths
+
+
+def _rows(folder: Path) -> Iterator[dict[str, Any]]:
+    with (folder / OUTPUTS_NAME).open("rb") as stream:
+        for line in stream:
+            if not line.endswith(b"\n"):
+                return  # it is being written
+            yield json.loads(line)

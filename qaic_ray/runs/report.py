@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qaic_ray.files.documents import json_text
+from qaic_ray.errors import UsageError
+from qaic_ray.files.documents import json_text, read_object
 from qaic_ray.files.folders import write_whole
 from qaic_ray.metrics import Measurement
 from qaic_ray.runs.delivery import ERRORS_NAME, Proof
-from qaic_ray.runs.journal import REPORT_NAME
-from qaic_ray.runs.result import Cause, FleetResult, WorkerResult
+from qaic_ray.runs.driver import Cause, FleetResult, WorkerResult
+from qaic_ray.runs.journal import is_held
 
 FORMAT = 1
+REPORT_NAME = "report.json"
 PAGE_NAME = "report.html"
 MAX_BINS = 25
 NONE = "–"
@@ -98,7 +101,7 @@ class RunSummary:
             "settings": dict(self.result.settings),
             "error": self.error,
             "goes_on": self.goes_on,
-            "proof": None if self.proof is None else self.proof.to_json(),
+            "proof": None if self.proof is None else asdict(self.proof),
             "workers": [_worker_document(worker) for worker in self.result.workers],
             "ttft_s_histogram": histogram(dict(total.ttft.items())),
             "generated_tokens_histogram": histogram(self.result.length_counts, whole=True),
@@ -114,6 +117,33 @@ def write_report(summary: RunSummary) -> None:
     document = summary.document()
     write_whole(summary.folder / REPORT_NAME, json_text(document, indent=2) + "\n")
     write_whole(summary.folder / PAGE_NAME, html_page(document))
+
+
+def is_finished(run_folder: Path) -> bool:
+    """Whether a run is done: it has a report that does not say that it can be resumed."""
+    try:
+        return read_object(run_folder / REPORT_NAME)["goes_on"] is False
+    except (UsageError, KeyError):
+        return False
+
+
+def last_unfinished(output: Path, request_name: str, job: str = "") -> Path | None:
+    """The newest run in `output` that can be resumed; None if there is none.
+
+    Args:
+        output: the folder of run folders.
+        request_name: the file by which a run folder is known; written when the run begins.
+        job: only runs of this job.
+    """
+    begun = []
+    for request in output.glob(f"*/{request_name}"):
+        with suppress(OSError):  # it is being removed just now
+            begun.append((request.stat().st_mtime_ns, request.parent))
+    for _, folder in sorted(begun, reverse=True):
+        is_of_job = not job or folder.name.startswith(f"{job}-")
+        if is_of_job and not (is_finished(folder) or is_held(folder)):
+            return folder
+    return None
 
 
 def histogram(counts: Mapping[int, int] | Mapping[float, int], *, whole: bool = False) -> Document:

@@ -12,12 +12,13 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
+from qaic_ray.cards.inventory import WorkerPlace
 from qaic_ray.cards.lease import CardLease
 from qaic_ray.contract import Specializations
 from qaic_ray.engine import batcher
@@ -30,9 +31,10 @@ from qaic_ray.metrics import Measurement
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from qaic_ray.model.detokenizer import StopFinder
 from qaic_ray.model.tokenizer import Tokenizer, text_parts
+from qaic_ray.options import Generation
 from qaic_ray.rows import ROW_ALONE, Prompt, Row
 from qaic_ray.sdk import Sdk, open_sdk
-from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 from qaic_ray.worker.text import Answer, Answerer, check_chat
 
 STATIC_LOOKAHEAD = 4
@@ -42,6 +44,38 @@ sequences of about one length together."""
 _AGAIN = "QS_AGAIN"
 
 Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSpec(WorkerPlace):
+    """What one worker is given by the driver; plain data, as is `WorkerInfo`.
+
+    `model` is anything `open_checkpoint` takes; only its tokenizer and configuration are read, and
+    these must have the `text` parts that the run began with, if any are given. `incarnation` is how
+    often the worker was opened before.
+    """
+
+    qpc: str
+    model: str
+    generation: Generation = field(default_factory=Generation)
+    text: Mapping[str, str] = field(default_factory=dict)
+    incarnation: int = 0
+    timeouts: Timeouts = DEFAULT_TIMEOUTS
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """What an opened worker has, and which process it is."""
+
+    name: str
+    device_ids: tuple[int, ...]
+    sdk: str
+    slots: int
+    prompt_len: int
+    ctx_len: int
+    load_s: float
+    pid: int = 0
+    host: str = ""
 
 
 class RowQueue(Generic[Item]):
@@ -97,15 +131,6 @@ class _Card:
     past: Measurement = field(default_factory=Measurement)
 
 
-@dataclass(frozen=True)
-class _Arrival:
-    """A sequence for the engine, and the queue for its result."""
-
-    sequence: batcher.Sequence
-    reader: StopFinder | None
-    outcome: RowQueue[Finished]
-
-
 class CardWorker:
     """Answers prompts on one card, a part of one, or a device group.
 
@@ -121,7 +146,7 @@ class CardWorker:
         self.spec = spec
         self._failed_rows = 0
         self._lock = threading.Condition()
-        self._backlog: deque[_Arrival] = deque()
+        self._backlog: deque[tuple[batcher.Sequence, StopFinder | None]] = deque()
         self._owner: dict[batcher.Sequence, RowQueue[Finished]] = {}
         self._failure: QaicRayError | None = None
         self._closed = False
@@ -299,8 +324,8 @@ class CardWorker:
             if self._closed:
                 raise DeviceError(f"{self.spec.name} is closed.")
             for answer in answers:
-                for sequence, reader in zip(answer.sequences, answer.readers, strict=True):
-                    self._backlog.append(_Arrival(sequence, reader, outcome))
+                self._backlog.extend(zip(answer.sequences, answer.readers, strict=True))
+                self._owner.update(dict.fromkeys(answer.sequences, outcome))
             self._lock.notify()
         return outcome
 
@@ -340,9 +365,7 @@ class CardWorker:
             shapes = engine.batcher.shapes
             most = shapes.num_slots * (1 if shapes.continuous else STATIC_LOOKAHEAD)
             while self._backlog and len(engine.batcher.waiting) < most:
-                arrival = self._backlog.popleft()
-                self._owner[arrival.sequence] = arrival.outcome
-                engine.add(arrival.sequence, arrival.reader)
+                engine.add(*self._backlog.popleft())
             return not self._closed
 
     def _fail(self, error: QaicRayError, card: _Card) -> bool:
@@ -364,7 +387,7 @@ class CardWorker:
     def _end_shards(self, error: QaicRayError) -> None:
         """Give an error to every shard that waits for rows."""
         with self._lock:
-            outcomes = {*self._owner.values(), *(arrival.outcome for arrival in self._backlog)}
+            outcomes = set(self._owner.values())
             self._owner.clear()
             self._backlog.clear()
         for outcome in outcomes:

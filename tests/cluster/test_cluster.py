@@ -23,10 +23,9 @@ from qaic_ray.cluster.cluster import Cluster, Outcome
 from qaic_ray.cluster.connection import join
 from qaic_ray.errors import CompileError, DeviceBusy, QaicRayError, UsageError
 from qaic_ray.rows import Prompt, Row
-from qaic_ray.runs.driver import Audience
-from qaic_ray.runs.result import FleetResult
+from qaic_ray.runs.driver import Audience, FleetResult
 from qaic_ray.timeouts import Timeouts
-from qaic_ray.worker.spec import WorkerInfo
+from qaic_ray.worker.worker import WorkerInfo
 
 pytestmark = pytest.mark.cluster
 

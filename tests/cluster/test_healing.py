@@ -18,7 +18,7 @@ from fake_worker import IMPATIENT, FakeSpec, FakeWorker, specs
 from qaic_ray.cards.lease import Part
 from qaic_ray.cluster.actors import CardActors, cards_needed, chooses_units, loss
 from qaic_ray.cluster.cluster import Cluster
-from qaic_ray.dispatch.events import (
+from qaic_ray.dispatch.dispatcher import (
     Event,
     RowsFinished,
     RunShard,
@@ -31,7 +31,7 @@ from qaic_ray.dispatch.events import (
 from qaic_ray.dispatch.policy import Policy
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience
-from qaic_ray.worker.spec import WorkerInfo
+from qaic_ray.worker.worker import WorkerInfo
 
 pytestmark = pytest.mark.cluster
 

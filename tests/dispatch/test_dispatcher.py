@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulated_cards import DirectReader, SimulatedCards, answer
 
-from qaic_ray.dispatch.dispatcher import Dispatcher
-from qaic_ray.dispatch.events import (
+from qaic_ray.dispatch.dispatcher import (
     Command,
     DeliverRows,
+    Dispatcher,
     Event,
     PromptsRead,
     QuarantineWorker,

@@ -25,10 +25,10 @@ from hypothesis.stateful import (
 )
 from simulated_cards import DirectReader, SimulatedCards, answer
 
-from qaic_ray.dispatch.dispatcher import Dispatcher
-from qaic_ray.dispatch.events import (
+from qaic_ray.dispatch.dispatcher import (
     Command,
     DeliverRows,
+    Dispatcher,
     Event,
     PromptsRead,
     QuarantineWorker,

@@ -20,8 +20,7 @@ from qaic_ray.formats.prompts import prompts_from_file
 from qaic_ray.formats.row_fields import OwnFields
 from qaic_ray.option_types import OutputFormat, PromptFormat
 from qaic_ray.rows import ErrorClass, FinishReason, Prompt, Row, Sample
-from qaic_ray.runs.delivery import row_writer
-from qaic_ray.runs.exports import export_outputs
+from qaic_ray.runs.delivery import export_outputs, row_writer
 from qaic_ray.sampling_params import SamplingParams, TokenLogprob
 
 RUN = SamplingParams(temperature=0.5, top_p=0.9, max_tokens=9)

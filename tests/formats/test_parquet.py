@@ -17,8 +17,7 @@ from qaic_ray.formats.parquet import row_schema, write_parquet
 from qaic_ray.formats.prompts import prompts_from_file
 from qaic_ray.option_types import OutputFormat, PromptFormat
 from qaic_ray.rows import ErrorClass, FinishReason, Prompt, Row, Sample
-from qaic_ray.runs.delivery import row_writer
-from qaic_ray.runs.exports import export_outputs
+from qaic_ray.runs.delivery import export_outputs, row_writer
 from qaic_ray.sampling_params import SamplingParams, TokenLogprob
 
 MESSAGES = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "東京?"})

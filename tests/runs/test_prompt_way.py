@@ -15,7 +15,7 @@ from qaic_ray.runs.driver import Audience, Driver
 from qaic_ray.runs.journal import Journal
 
 MOST_MOVES = 60
-MOST_MODULES = 14
+MOST_MODULES = 10
 PACKAGE = "qaic_ray."
 
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from simulated_cards import info
 
-from qaic_ray.metrics import Durations, Measurement, Span
+from qaic_ray.metrics import Durations, Measurement, Span, Tally
 from qaic_ray.rows import FinishReason, Prompt, Row
+from qaic_ray.runs.driver import BrokenOff, Cause, FleetResult, WorkerResult
 from qaic_ray.runs.report import (
     MAX_BINS,
     RunSummary,
@@ -31,7 +32,6 @@ from qaic_ray.runs.report import (
     tables,
     write_report,
 )
-from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, Tally, WorkerResult
 
 FAST = Measurement(
     rows=3,

@@ -21,9 +21,8 @@ from qaic_ray.model.tokenizer import Tokenizer, text_parts
 from qaic_ray.options import Generation
 from qaic_ray.rows import ChatOptions, ErrorClass, FinishReason, Prompt, Row
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
-from qaic_ray.worker.spec import WorkerSpec
 from qaic_ray.worker.text import BEGINNING_CHARS, sample_seed
-from qaic_ray.worker.worker import CardWorker
+from qaic_ray.worker.worker import CardWorker, WorkerSpec
 
 LETTERS = [chr(ord("A") + index) for index in range(VOCAB)]
 CTX_LEN = 40
@@ -98,7 +97,17 @@ def open_worker() -> Iterator[Open]:
             )
 
         made = Generation(**generation)  # type: ignore[arg-type]
-        worker = FormulaWorker(WorkerSpec("card 0", (0,), "", "", "", made, text=text))
+        worker = FormulaWorker(
+            WorkerSpec(
+                name="card 0",
+                device_ids=(0,),
+                sdk_root="",
+                qpc="",
+                model="",
+                generation=made,
+                text=text,
+            )
+        )
         worker.open()
         opened.append(worker)
         return worker
