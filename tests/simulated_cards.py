@@ -21,18 +21,17 @@ from qaic_ray.dispatch.dispatcher import (
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.metrics import Measurement
 from qaic_ray.rows import FinishReason, Prompt, Row
-from qaic_ray.runs.intake import Batch
+from qaic_ray.runs.intake import Batch, ThreadedReader
 from qaic_ray.worker.worker import WorkerInfo
 
 STEP_S = 0.02
 
 
-class DirectReader:
+class DirectReader(ThreadedReader):
     """The input for a driver whose time is simulated: all that is asked for is there at once."""
 
-    poll_s = 0.02
-
     def __init__(self, items: Iterable[Prompt | Row]) -> None:
+        self.poll_s = 0.02
         self._items = iter(items)
         self._num_wanted = 0
 

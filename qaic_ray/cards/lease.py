@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -188,64 +188,49 @@ class CardLocks:
         os.ftruncate(self._held[-1], len(text))
 
 
-class CardLease:
-    """Holds cards from `open` until `release`, or until this process ends.
+def open_session(
+    sdk: Sdk,
+    qpc: Path,
+    device_ids: tuple[int, ...],
+    *,
+    what: str,
+    part: Part | None,
+    is_used: bool,
+    timeouts: Timeouts,
+) -> tuple[Session, ExitStack]:
+    """Lock the cards and load the QPC; the stack, when it is closed, gives all of that back.
 
     Args:
+        sdk: the cards'.
+        qpc: the folder.
+        device_ids: the cards.
         what: the holder's name, for others that want the cards.
         part: the part of the card that is wanted; None for whole cards.
         is_used: whether another process had them until now, and did not end well.
         timeouts: those of cards are used.
+
+    Raises:
+        DeviceBusy: for cards that somebody else holds; naming them, where that is known.
+        DeviceError: for cards that are not ready, and from the runtime.
+        UsageError: for a QPC that cannot be run.
     """
-
-    def __init__(
-        self,
-        what: str,
-        *,
-        part: Part | None = None,
-        is_used: bool = False,
-        timeouts: Timeouts = DEFAULT_TIMEOUTS,
-    ) -> None:
-        self._what = what
-        self._part = part
-        self._is_used = is_used
-        self._timeouts = timeouts
-        self._locks: CardLocks | None = None
-
-    def open(self, sdk: Sdk, qpc: Path, device_ids: tuple[int, ...]) -> Session:
-        """Lock the cards and load the QPC.
-
-        Raises:
-            DeviceBusy: for cards that somebody else holds; naming them, where that is known.
-            DeviceError: for cards that are not ready, and from the runtime.
-            UsageError: for a QPC that cannot be run.
-        """
-        scope = card_scope(sdk)
-        self._locks = CardLocks(device_ids, part=self._part, scope=scope, what=self._what)
-        self._locks.acquire(self._timeouts.lock_s, poll_s=self._timeouts.lock_poll_s)
-        try:
-            if self._is_used:
-                await_ready(sdk, device_ids, self._timeouts)
-            return self._load(sdk, qpc, device_ids)
-        except BaseException:
-            self.release()
-            raise
-
-    def release(self) -> None:
-        """Give the cards back, after the session is closed; a second call does nothing."""
-        locks, self._locks = self._locks, None
-        if locks is not None:
-            locks.release()
-
-    def _load(self, sdk: Sdk, qpc: Path, device_ids: tuple[int, ...]) -> Session:
-        deadline_s = time.monotonic() + (self._timeouts.ready_s if self._is_used else 0.0)
+    with ExitStack() as held:
+        locks = CardLocks(device_ids, part=part, scope=card_scope(sdk), what=what)
+        locks.acquire(timeouts.lock_s, poll_s=timeouts.lock_poll_s)
+        held.callback(locks.release)
+        if is_used:
+            await_ready(sdk, device_ids, timeouts)
+        deadline_s = time.monotonic() + (timeouts.ready_s if is_used else 0.0)
         while True:
             try:
-                return Session(sdk, qpc, device_ids)
+                session = Session(sdk, qpc, device_ids)
+                break
             except DeviceBusy:
                 if time.monotonic() >= deadline_s:
                     raise
-            time.sleep(self._timeouts.poll_s)
+            time.sleep(timeouts.poll_s)
+        held.callback(session.close)
+        return session, held.pop_all()
 
 
 def await_ready(sdk: Sdk, device_ids: Iterable[int], timeouts: Timeouts) -> None:

@@ -10,7 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,6 @@ from qaic_ray.cluster.connection import (
     call_for,
     first_line,
     join,
-    leave,
     start,
 )
 from qaic_ray.dispatch.dispatcher import Dispatcher
@@ -84,35 +83,32 @@ class Cluster(AbstractContextManager["Cluster"]):
         self._dashboard = dashboard
         self._timeouts = timeouts
         self._own: OwnRay | None = None
-        self._joined = False
+        self._ends = ExitStack()
         self._watch: ClusterWatch | None = None
         self.dashboard_url: str | None = None
         self.token_file: Path | None = None
 
     def __enter__(self) -> Cluster:
-        if not ray.is_initialized():
-            if self._address is None:
-                self._own = start(
-                    self._num_cards, dashboard=self._dashboard, timeouts=self._timeouts
-                )
-                context = self._own.context
-                self.token_file = self._own.session.token_file
-            else:
-                context = join(self._address, self._timeouts)
-                self._joined = True
-            self.dashboard_url = context.dashboard_url or None
-        self._watch = self._watching()
+        with ExitStack() as ends:
+            if not ray.is_initialized():
+                if self._address is None:
+                    self._own = start(
+                        self._num_cards, dashboard=self._dashboard, timeouts=self._timeouts
+                    )
+                    ends.callback(self._own.end)
+                    context = self._own.context
+                    self.token_file = self._own.session.token_file
+                else:
+                    context = join(self._address, self._timeouts)
+                    ends.callback(call_for, self._timeouts.shutdown_s, ray.shutdown)
+                self.dashboard_url = context.dashboard_url or None
+            self._watch = self._watching()
+            ends.callback(self._watch.close)
+            self._ends = ends.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            if self._watch is not None:
-                self._watch.close()
-        finally:
-            if self._own is not None:
-                self._own.end()
-            elif self._joined:
-                leave(self._timeouts)
+        self._ends.close()
 
     def compile_variants(
         self,

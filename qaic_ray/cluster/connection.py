@@ -142,11 +142,6 @@ def _end(session: RaySession, timeouts: Timeouts) -> None:
         session.kill()  # Ray goes on writing in this process: the folder is removed after its end
 
 
-def leave(timeouts: Timeouts) -> None:
-    """Leave a Ray that was joined."""
-    call_for(timeouts.shutdown_s, ray.shutdown)
-
-
 @contextmanager
 def _signals_are_ours() -> Iterator[None]:
     """Keep Ray from handling SIGTERM: it would print a stack, and exit with its own code.
@@ -225,16 +220,12 @@ def _native_stderr_to(file: IO[bytes]) -> Iterator[None]:
 
 
 def _check_head(address: str, timeouts: Timeouts) -> None:
-    """Check that a Ray head answers there; Ray itself would wait for minutes."""
-    if not is_host_and_port(address):
-        raise UsageError(f"{address} is no address of a Ray cluster: write host:port, or auto.")
-    try:
-        server = server_at(address, timeouts.probe_s)
-    except (OSError, OverflowError) as error:
-        raise UsageError(
-            f"No Ray cluster answers at {address} ({error}): start one with `ray start --head`, or "
-            "leave --address out to start one here."
-        ) from error
+    server = server_at(
+        address,
+        timeouts.probe_s,
+        form="host:port, or auto",
+        remedy=": start one with `ray start --head`, or leave --address out to start one here",
+    )
     if server is not Server.HEAD:
         raise UsageError(
             f"What answers at {address} is no Ray head: its port is 6379 where none was chosen, "
@@ -252,24 +243,28 @@ class Server(Enum):
     OTHER = "other"
 
 
-def is_host_and_port(address: str) -> bool:
-    """Whether an address is written as `host:port`."""
-    host, _, port = address.rpartition(":")
-    return bool(host) and port.isdecimal()
+def server_at(address: str, timeout_s: float, *, form: str, remedy: str = "") -> Server:
+    """Find out what answers at `host:port`; Ray itself would wait for minutes.
 
-
-def server_at(address: str, timeout_s: float) -> Server:
-    """Find out what answers at `host:port`.
+    Args:
+        address: as somebody wrote it.
+        timeout_s: an answer comes within this, or nothing is there.
+        form: how to write an address, for the error.
+        remedy: what to do where nothing answers, for the error.
 
     Raises:
-        OSError: nothing answers within `timeout_s`.
-        OverflowError: there is no such port.
+        UsageError: for what is no address, or where nothing answers.
     """
     host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise UsageError(f"{address} is no address of a Ray cluster: write {form}.")
     where = (host.strip("[]"), int(port))
-    with socket.create_connection(where, timeout=timeout_s) as connection:
-        connection.sendall(_HTTP2_PREFACE)
-        answer = connection.recv(4, socket.MSG_WAITALL)
+    try:
+        with socket.create_connection(where, timeout=timeout_s) as connection:
+            connection.sendall(_HTTP2_PREFACE)
+            answer = connection.recv(4, socket.MSG_WAITALL)
+    except (OSError, OverflowError) as error:  # there is no port 70000
+        raise UsageError(f"No Ray cluster answers at {address} ({error}){remedy}.") from error
     if answer == b"HTTP":
         return Server.WEB
     is_head = answer[3:] == _HTTP2_SETTINGS or "RAY_USE_TLS" in os.environ

@@ -21,7 +21,6 @@ from ray.job_submission import JobDetails, JobSubmissionClient
 from qaic_ray.cluster.connection import (
     Server,
     first_line,
-    is_host_and_port,
     server_at,
     wants_token,
 )
@@ -189,15 +188,8 @@ def _checked(address: str, timeout_s: float) -> str:
         )
     if "://" in address or address == "auto":
         return address
-    if not is_host_and_port(address):
-        raise UsageError(
-            f"{address} is no address of a Ray cluster: write http://host:8265, the dashboard's, "
-            "or host:6379, the head's."
-        )
-    try:
-        server = server_at(address, timeout_s)
-    except (OSError, OverflowError) as error:
-        raise UsageError(f"No Ray cluster answers at {address} ({error}).") from error
+    form = "http://host:8265, the dashboard's, or host:6379, the head's"
+    server = server_at(address, timeout_s, form=form)
     if server is Server.OTHER:
         raise UsageError(f"What answers at {address} is neither a Ray head nor its dashboard.")
     return f"http://{address}" if server is Server.WEB else address

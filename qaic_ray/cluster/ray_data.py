@@ -17,8 +17,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -142,7 +142,7 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
             timeouts=self.timeouts,
         )
         self._failure = ""
-        self._claim: CardLocks | None = None
+        self._held = ExitStack()
         self._worker: CardWorker | None = None
         self.info: WorkerInfo = self._open()
         if _is_actor():
@@ -186,24 +186,16 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
             self.close()
             raise
         rows = [done[index] for index in sorted(done)]
-        answers = {}
+        answers: Batch = {}
         for name in self._names(batch, rows):
             dtype, value = _COLUMNS[name]
-            values = map(value, rows)
-            column = objects(values) if dtype is object else np.array(list(values), dtype)
-            answers[self._prefix + name] = column
+            answers[self._prefix + name] = np.fromiter(map(value, rows), dtype, len(rows))
         return batch | answers
 
     def close(self) -> None:
         """Give the card back."""
-        worker, self._worker = self._worker, None
-        try:
-            if worker is not None:
-                worker.close()
-        finally:
-            claim, self._claim = self._claim, None
-            if claim is not None:
-                claim.release()
+        self._worker = None
+        self._held.close()
 
     # -- the card
 
@@ -215,11 +207,7 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
                 try:
                     return self._open_on(device_ids, part)
                 except DeviceError as error:
-                    self.close()
                     busy = error
-                except BaseException:
-                    self.close()
-                    raise
             if time.monotonic() >= deadline_s:
                 raise busy or DeviceError("There is no card here that is ready.")
             time.sleep(self.timeouts.poll_s)
@@ -227,17 +215,22 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
     def _open_on(self, device_ids: tuple[int, ...], part: Part | None) -> WorkerInfo:
         scope = card_scope(self._sdk)
         name = f"{cards_name(device_ids)}{f' {part}' if part else ''}"
-        # Claimed among predictors first: a worker would wait for a card that another one opens.
-        claim_scope = "-".join(filter(None, (scope, "claim")))
-        self._claim = CardLocks(device_ids, part=part, scope=claim_scope, what="CardPredictor")
-        self._claim.acquire()
-        held = held_cards(scope) if part is None else {}
-        for device_id in device_ids:
-            if device_id in held:
-                raise DeviceBusy(f"Card {device_id} is in use: {held[device_id][0]}.")
         spec = replace(self._spec, name=name, device_ids=device_ids, part=part)
-        self._worker = self.worker_class(spec)
-        return self._worker.open()
+        with ExitStack() as held:
+            # Claimed among predictors first: a worker would wait for a card that another one opens.
+            claim_scope = "-".join(filter(None, (scope, "claim")))
+            claim = CardLocks(device_ids, part=part, scope=claim_scope, what="CardPredictor")
+            claim.acquire()
+            held.callback(claim.release)
+            holders = held_cards(scope) if part is None else {}
+            for device_id in device_ids:
+                if device_id in holders:
+                    raise DeviceBusy(f"Card {device_id} is in use: {holders[device_id][0]}.")
+            worker = self.worker_class(spec)
+            held.callback(worker.close)
+            info = worker.open()
+            self._worker, self._held = worker, held.pop_all()
+        return info
 
     def _reopen(self, error: DeviceError) -> None:
         self._failure = str(error)
@@ -363,21 +356,12 @@ def _is_actor() -> bool:
 
 def plain(value: Any) -> Any:
     """A value of a column as JSON has it; NaN is how a table has a number that is missing."""
-    if isinstance(value, np.ndarray | list | tuple):
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, np.generic):
-        value = value.item()
     if isinstance(value, float) and (math.isnan(value) or value.is_integer()):
         return None if math.isnan(value) else int(value)
     return value
-
-
-def objects(values: Iterable[Any]) -> NDArray[Any]:
-    """A column of Python objects: lists of one length would make a table of it."""
-    items = list(values)
-    column = np.empty(len(items), object)
-    for at, item in enumerate(items):
-        column[at] = item
-    return column

@@ -116,20 +116,14 @@ class RaySession:
 @contextmanager
 def changed_environment(variables: Mapping[str, str | None]) -> Iterator[None]:
     """Set environment variables in this context; those with None are not there."""
-    kept = {name: os.environ.get(name) for name in variables}
-    _set_environment(variables)
+    kept = {name: os.environ.pop(name, None) for name in variables}
     try:
+        os.environ.update({name: value for name, value in variables.items() if value is not None})
         yield
     finally:
-        _set_environment(kept)
-
-
-def _set_environment(variables: Mapping[str, str | None]) -> None:
-    for name, value in variables.items():
-        if value is None:
+        for name in variables:
             os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+        os.environ.update({name: value for name, value in kept.items() if value is not None})
 
 
 def _new_folder(default_base: Path, timeouts: Timeouts) -> Path:

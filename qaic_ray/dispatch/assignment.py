@@ -214,15 +214,3 @@ class Assignment:
                 return worker
             self.consider(worker)
         return None
-
-    def check(self) -> None:
-        """Assert that no worker is idle while there is work for it; a failure is a bug."""
-        table = self._table
-        for worker in self._pool.workers.values():
-            assert worker.requesting == (worker in self.requesting)
-            if worker.status is WorkerStatus.READY and not worker.shards:
-                assert worker.requesting, "nobody will think of an idle worker"
-                assert not table.num_grouped, "an idle worker, and work"
-                has_others = len(self._pool.workers) > 1
-                suspect = table.suspect_for(worker, has_others=has_others)
-                assert suspect is None, "an idle worker, and a suspect"

@@ -381,11 +381,3 @@ class Dispatcher:
             self._is_reading = True
             num_prompts = max(policy.read_ahead, policy.read_rounds * num_slots)
             self._out.append(ReadPrompts(num_prompts))
-
-    def check(self) -> None:
-        """Assert what always holds between two events; a failure is a bug of this package."""
-        self._table.check()
-        self._pool.check()
-        if not self.finished:
-            self._assignment.check()
-            assert self.wake_s > self._now_s, "the driver would never sleep"

@@ -1,7 +1,7 @@
 """Every open prompt of a run: it waits, or it runs in a shard on a worker.
 
 A prompt that is done is forgotten. Each operation keeps the counts of prompts, shards and workers
-consistent; `PromptTable.check` says what that means.
+consistent; `tests/invariants.py` says what that means.
 """
 
 from __future__ import annotations
@@ -353,45 +353,3 @@ class PromptTable:
             shard.worker.work -= entry.work
         del self.open[index]
         self._num_done += 1
-
-    def check(self) -> None:
-        """Assert what always holds between two events; a failure is a bug."""
-        assert self._num_read == len(self.open) + self._num_done
-        self._check_waiting()
-        running = [(i, s.id) for s in self.shards.values() for i in s.unfinished]
-        assert sorted(running) == sorted(
-            (i, shard_id) for i, entry in self.open.items() for shard_id in entry.shard_ids
-        ), "a prompt and its shard do not know each other"
-        for entry in self.open.values():
-            assert len(entry.shard_ids) <= 2, "a prompt runs a third time"
-            workers = {self.shards[shard_id].worker.name for shard_id in entry.shard_ids}
-            assert len(workers) == len(entry.shard_ids), "a prompt runs twice on one worker"
-        for shard in self.shards.values():
-            self._check_shard(shard)
-
-    def _check_waiting(self) -> None:
-        alone_from = self._policy.alone_from
-        entries = [entry for entry in self.open.values() if not entry.shard_ids]
-        grouped = [entry for entry in entries if entry.attempt < alone_from]
-        fresh = {e.prompt.index for e in grouped if e.attempt == 1}
-        assert {entry.prompt.index for entry in self.fresh.entries} == fresh
-        retried = {entry.prompt.index for entry in self.retried.entries}
-        assert retried == {e.prompt.index for e in grouped} - fresh
-        assert set(self.suspects) == {e.prompt.index for e in entries if e.attempt >= alone_from}
-        assert self.num_grouped == len(grouped)
-        assert len(grouped) == len(self.fresh.entries) + len(self.retried.entries)
-        work = sum(entry.work for entry in grouped)
-        assert math.isclose(self.waiting_work, work, rel_tol=1e-9, abs_tol=1e-3)
-
-    def _check_shard(self, shard: Shard) -> None:
-        worker = shard.worker
-        assert shard.id in worker.shards
-        assert len(worker.shards) <= self._policy.max_shards
-        assert worker.alone == shard.alone
-        entries = [e for i in worker.shards for e in self.shards[i].unfinished.values()]
-        assert worker.num_unfinished == len(entries)
-        assert abs(worker.work - sum(entry.work for entry in entries)) < 1e-3
-        assert all(entry.attempt == shard.attempt for entry in shard.unfinished.values())
-        assert not shard.alone or len(worker.shards) == 1, "a prompt that is to be alone is not"
-        assert shard.alone or shard.attempt < self._policy.alone_from
-        assert not shard.alone or len(shard.unfinished) <= 1

@@ -335,22 +335,3 @@ class WorkerPool:
             if worker is not None and worker.timer_s == time_s:
                 worker.timer_s = math.inf
                 yield worker
-
-    def check(self) -> None:
-        """Assert that sums and timers are true; a failure is a bug of this module."""
-        workers = self.workers.values()
-        recount = WorkerPool(self._policy)
-        for worker in workers:
-            recount._count(worker, 1)
-        for name in ("num_ready", "_ready_slots", "_num_measured", "_measured_slots",
-                     "_num_stepping"):  # fmt: skip
-            assert getattr(self, name) == getattr(recount, name), name
-        assert math.isclose(self._work_per_s, recount._work_per_s, rel_tol=1e-6, abs_tol=1e-3)
-        assert math.isclose(self._step_s, recount._step_s, rel_tol=1e-6, abs_tol=1e-6)
-        assert self.num_awaited == sum(worker.awaited for worker in workers)
-        assert self.num_draining == sum(worker.draining for worker in workers)
-        timed = {name for _, name in self._timers}
-        for worker in workers:
-            assert worker.timer_s <= worker.deadline_s(self.listening_s), "nobody looks at it"
-            assert worker.timer_s == math.inf or worker.name in timed
-            assert worker.status is WorkerStatus.READY or not worker.shards

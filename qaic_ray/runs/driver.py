@@ -37,7 +37,7 @@ from qaic_ray.errors import QaicRayError
 from qaic_ray.metrics import Measurement, Span, Tally, tokens_per_s
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.delivery import Delivery
-from qaic_ray.runs.intake import Batch, Intake, PromptReader, ThreadedReader
+from qaic_ray.runs.intake import Batch, Intake, ThreadedReader
 from qaic_ray.runs.journal import Journal
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ class Driver:
         dispatcher: Dispatcher | None = None,
         clock: Callable[[], float] = time.monotonic,
         journal: Journal | None = None,
-        reader: Callable[[Iterable[Prompt | Row]], PromptReader] = ThreadedReader,
+        reader: Callable[[Iterable[Prompt | Row]], ThreadedReader] = ThreadedReader,
     ) -> None:
         self._cards = cards
         self._intake = Intake()

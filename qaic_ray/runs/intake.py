@@ -14,7 +14,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.options import Generation
@@ -176,29 +176,11 @@ class Batch:
     error: QaicRayError | None = None
 
 
-class PromptReader(Protocol):
-    """Gives the input in batches."""
-
-    @property
-    def poll_s(self) -> float:
-        """Seconds until `poll` is to be called again, while it gives nothing."""
-
-    def ask(self, num_items: int) -> None:
-        """Ask for so many items; what was asked for before has been given."""
-
-    def poll(self) -> Batch | None:
-        """All that was asked for, or what came of a slow input; None while there is nothing.
-
-        Raises:
-            UsageError: the input is not this run's; all that was read before has been given.
-        """
-
-    def close(self) -> None:
-        """Read no more."""
-
-
 class ThreadedReader:
-    """Reads no more than it is asked for.
+    """Gives the input in batches; it reads in a thread of its own, no more than it is asked for.
+
+    Attributes:
+        poll_s: seconds until `poll` is to be called again, while it gives nothing.
 
     Args:
         items: the input; it is read in another thread than the caller's.
@@ -227,14 +209,18 @@ class ThreadedReader:
         threading.Thread(target=self._run, name="input", daemon=True).start()
 
     def ask(self, num_items: int) -> None:
-        """See `PromptReader.ask`."""
+        """Ask for so many items; what was asked for before has been given."""
         with self._changed:
             self._num_wanted = self._num_given + num_items
             self._asked_s = self._clock()
             self._changed.notify()
 
     def poll(self) -> Batch | None:
-        """See `PromptReader.poll`."""
+        """All that was asked for, or what came of a slow input; None while there is nothing.
+
+        Raises:
+            UsageError: the input is not this run's; all that was read before has been given.
+        """
         is_over = self._ended  # before what is ready is looked at: nothing follows then
         if not (is_over or self._num_read >= self._num_wanted or self._is_slow()):
             return None
@@ -250,7 +236,7 @@ class ThreadedReader:
         return Batch(items, exhausted=False)
 
     def close(self) -> None:
-        """See `PromptReader.close`."""
+        """Read no more."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -262,22 +248,16 @@ class ThreadedReader:
 
     def _run(self) -> None:
         try:
-            for item in self._wanted_items():
+            while self._num_read < self._num_wanted or self._may_read():
+                item = next(self._items)
                 self._newest_s = self._clock()
                 self._ready.append(item)
                 self._num_read += 1
+        except StopIteration:
+            pass
         except BaseException as error:  # noqa: BLE001  # raised again where it is waited for
             self._failure = error
         self._ended = True
-
-    def _wanted_items(self) -> Iterator[Prompt | Row]:
-        while self._may_read():
-            for item in self._items:
-                yield item
-                if self._num_read >= self._num_wanted:
-                    break
-            else:
-                return
 
     def _may_read(self) -> bool:
         """Wait until more is wanted; False when nothing ever will be."""

@@ -34,6 +34,9 @@ NONE = "–"
 
 Document = dict[str, Any]
 
+_COUNTS = ("rows", "failed_rows", "prompt_tokens", "generated_tokens")
+_STEPS = ("prefill_steps", "prefill_s", "decode_steps", "decode_tokens", "decode_s")
+
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
@@ -89,10 +92,7 @@ class RunSummary:
             "sdk": self.sdk,
             "emulated": self.sdk.startswith("emulated"),
             "folder": str(self.folder),
-            "rows": total.rows,
-            "failed_rows": total.failed_rows,
-            "prompt_tokens": total.prompt_tokens,
-            "generated_tokens": total.generated_tokens,
+            **_figures(total, *_COUNTS),
             "seconds": round(self.result.span.seconds, 6) if self.result.span else 0.0,
             "tokens_per_s": round(self.result.tokens_per_s, 3),
             "ttft_median_s": round(total.ttft_median_s, 6),
@@ -237,9 +237,7 @@ def _engine_document(work: Measurement) -> Document:
     """How well the cards were filled; shares are null where there was nothing to share."""
     return {
         "occupancy": round(work.occupancy, 6) if work.decode_slots else None,
-        "reused_tokens": work.reused_tokens,
-        "drafted_tokens": work.drafted_tokens,
-        "accepted_tokens": work.accepted_tokens,
+        **_figures(work, "reused_tokens", "drafted_tokens", "accepted_tokens"),
         "acceptance": round(work.acceptance, 6) if work.drafted_tokens else None,
         "tokens_per_row_step": round(work.tokens_per_row_step, 3) if work.decode_rows else None,
     }
@@ -258,11 +256,10 @@ def _engine_remarks(document: Document) -> Iterator[str]:
 
 
 def _heading(document: Document) -> Text:
+    sdk = f"  {document['sdk']}"
     if document["emulated"]:
-        return Text.assemble(
-            (document["job"], "bold"), (f"  {document['sdk']}: not a card's speed", "yellow")
-        )
-    return Text.assemble((document["job"], "bold"), f"  {document['sdk']}")
+        sdk = f"{sdk}: not a card's speed"
+    return Text.assemble((document["job"], "bold"), (sdk, "yellow" if document["emulated"] else ""))
 
 
 def _card_table(document: Document) -> Table:
@@ -288,6 +285,10 @@ def _card_table(document: Document) -> Table:
     return table
 
 
+def _figures(work: Measurement, *names: str) -> Document:
+    return {name: round(getattr(work, name), 6) for name in names}
+
+
 def _worker_document(worker: WorkerResult) -> Document:
     work = worker.measurement
     return {
@@ -295,16 +296,7 @@ def _worker_document(worker: WorkerResult) -> Document:
         "device_ids": list(worker.info.device_ids) if worker.info else [],
         "slots": worker.info.slots if worker.info else 0,
         "load_s": round(worker.info.load_s, 6) if worker.info else 0.0,
-        "rows": work.rows,
-        "failed_rows": work.failed_rows,
-        "prompt_tokens": work.prompt_tokens,
-        "generated_tokens": work.generated_tokens,
-        "ttft_median_s": round(work.ttft_median_s, 6),
-        "prefill_steps": work.prefill_steps,
-        "prefill_s": round(work.prefill_s, 6),
-        "decode_steps": work.decode_steps,
-        "decode_tokens": work.decode_tokens,
-        "decode_s": round(work.decode_s, 6),
+        **_figures(work, *_COUNTS, "ttft_median_s", *_STEPS),
         **_engine_document(work),
         "decode_tokens_per_s": round(work.decode_tokens_per_s, 3) if work.decode_s > 0 else None,
         "error": worker.error,
@@ -322,11 +314,10 @@ def seconds_text(seconds: float) -> str:
     """Three figures: 12.3 µs, 123 ms, 1.23 s, 1,234 s; a dash for 0, where nothing was measured."""
     if seconds <= 0:
         return NONE
-    if seconds < 0.9995e-3:
-        return f"{_three_figures(seconds * 1e6)} µs"
-    if seconds < 0.9995:
-        return f"{_three_figures(seconds * 1e3)} ms"
-    return f"{_three_figures(seconds)} s"
+    scale, unit = (
+        (1e6, "µs") if seconds < 0.9995e-3 else (1e3, "ms") if seconds < 0.9995 else (1, "s")
+    )
+    return f"{_three_figures(seconds * scale)} {unit}"
 
 
 def rate_text(per_s: float | None) -> str:

@@ -200,11 +200,7 @@ class Answerer:
             messages = [{"role": "user", "content": prompt.text}]
         else:
             return None
-        system = self._generation.system
-        first = messages[0].get("role") if messages else None
-        if system is not None and first not in ("system", "developer"):
-            return [{"role": "system", "content": system}, *messages]
-        return messages
+        return _with_system(messages, self._generation.system)
 
     def _sample(
         self, params: SamplingParams, sequence: batcher.Sequence, reader: StopFinder | None
@@ -246,7 +242,8 @@ def check_chat(template: ChatTemplate, generation: Generation, model: str) -> No
             f"{model} has no chat template: leave --chat (run.chat) out, give one "
             "(--chat-template FILE, run.chat_template), or use the chat version of the model."
         )
-    template.try_out(_example(generation), generation.chat_options)
+    example = _with_system([{"role": "user", "content": "Hello"}], generation.system)
+    template.try_out(example, generation.chat_options)
 
 
 def _refuse_unholdable(params: SamplingParams, prompt_tokens: int, limit: int) -> None:
@@ -281,9 +278,9 @@ def mixed_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") & MAX_SEED
 
 
-def _example(generation: Generation) -> list[Message]:
-    """A conversation as the run makes it of a prompt."""
-    user = {"role": "user", "content": "Hello"}
-    if generation.system is None:
-        return [user]
-    return [{"role": "system", "content": generation.system}, user]
+def _with_system(messages: list[Message], system: str | None) -> list[Message]:
+    """A conversation as the run makes it: it begins with the run's system message, or its own."""
+    first = messages[0].get("role") if messages else None
+    if system is None or first in ("system", "developer"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]

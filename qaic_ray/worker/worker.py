@@ -12,14 +12,14 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
 from qaic_ray.cards.inventory import WorkerPlace
-from qaic_ray.cards.lease import CardLease
+from qaic_ray.cards.lease import open_session
 from qaic_ray.contract import Specializations
 from qaic_ray.engine import batcher
 from qaic_ray.engine.drafting import Drafting, open_drafting
@@ -88,7 +88,6 @@ class RowQueue(Generic[Item]):
     def __init__(self, gather_s: float) -> None:
         self._gather_s = gather_s
         self._items: queue.SimpleQueue[Item | QaicRayError] = queue.SimpleQueue()
-        self._error: QaicRayError | None = None
 
     def put(self, item: Item | QaicRayError) -> None:
         """Add one; nothing may follow an error."""
@@ -100,34 +99,31 @@ class RowQueue(Generic[Item]):
         Raises:
             QaicRayError: the one that was put, after all items before it.
         """
-        if self._error is not None:
-            raise self._error
+        item = self._items.get()
+        until_s = time.monotonic() + self._gather_s
         taken: list[Item] = []
-        until_s = None
-        while len(taken) < most:
-            try:
-                left_s = None if until_s is None else max(0.0, until_s - time.monotonic())
-                item = self._items.get(timeout=left_s)
-            except queue.Empty:
-                break
-            if isinstance(item, QaicRayError):
-                self._error = item
-                if not taken:
-                    raise item
-                break
-            taken.append(item)
-            until_s = until_s or time.monotonic() + self._gather_s
+        with suppress(queue.Empty):
+            while not isinstance(item, QaicRayError):
+                taken.append(item)
+                if len(taken) == most:
+                    return taken
+                item = self._items.get(timeout=max(0.0, until_s - time.monotonic()))
+            self._items.put(item)  # for the next call
+            if not taken:
+                raise item
         return taken
 
 
 @dataclass
 class _Card:
-    """Everything an opened worker holds; `past` is the work of engines before this one."""
+    """Everything an opened worker holds, until `held` is closed; `past` is the work of engines
+    before this one."""
 
     answerer: Answerer
     session: Session
     drafting: Drafting
     engine: Engine
+    held: ExitStack
     past: Measurement = field(default_factory=Measurement)
 
 
@@ -140,7 +136,7 @@ class CardWorker:
     open_checkpoint: ClassVar[staticmethod[..., Checkpoint]] = staticmethod(open_checkpoint)
     load_tokenizer: ClassVar[staticmethod[[Checkpoint], Tokenizer]] = staticmethod(load_tokenizer)
     open_sdk: ClassVar[staticmethod[[Path], Sdk]] = staticmethod(open_sdk)
-    lease_class: ClassVar[type[CardLease]] = CardLease
+    open_session: ClassVar[Callable[..., tuple[Session, ExitStack]]] = staticmethod(open_session)
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
@@ -151,9 +147,6 @@ class CardWorker:
         self._failure: QaicRayError | None = None
         self._closed = False
         self._opened: _Card | None = None
-        self._lease = self.lease_class(
-            spec.name, part=spec.part, is_used=spec.incarnation > 0, timeouts=spec.timeouts
-        )
         self._thread = threading.Thread(target=self._run, name=spec.name, daemon=True)
 
     def open(self, device_ids: tuple[int, ...] | None = None) -> WorkerInfo:
@@ -174,9 +167,16 @@ class CardWorker:
         check_chat(tokenizer.chat_template, self.spec.generation, self.spec.model)
         sdk = self.open_sdk(Path(self.spec.sdk_root))
         with ExitStack() as undo:
-            session = self._lease.open(sdk, Path(self.spec.qpc), device_ids)
-            undo.callback(self._lease.release)
-            undo.callback(session.close)
+            session, held = self.open_session(
+                sdk,
+                Path(self.spec.qpc),
+                device_ids,
+                what=self.spec.name,
+                part=self.spec.part,
+                is_used=self.spec.incarnation > 0,
+                timeouts=self.spec.timeouts,
+            )
+            undo.push(held)
             self._check_shapes(session.specializations)
             drafting = open_drafting(self.spec.generation, sdk, session)
             undo.callback(drafting.close)
@@ -191,9 +191,8 @@ class CardWorker:
             with self._lock:
                 if self._closed:
                     raise DeviceError(f"{self.spec.name} was closed.")
-                self._opened = _Card(answerer, session, drafting, engine)
+                self._opened = _Card(answerer, session, drafting, engine, undo.pop_all())
                 self._thread.start()
-            undo.pop_all()
         shapes = session.specializations
         return WorkerInfo(
             name=self.spec.name,
@@ -262,9 +261,7 @@ class CardWorker:
         if card is not None:
             self._thread.join()
             self._end_shards(DeviceError(f"{self.spec.name} was closed."))
-            card.drafting.close()
-            card.session.close()
-        self._lease.release()
+            card.held.close()
 
     # -- opening
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from invariants import check, check_table
 from simulated_cards import DirectReader, SimulatedCards, answer
 
 from qaic_ray.dispatch.dispatcher import (
@@ -57,7 +58,7 @@ def dispatcher() -> Iterator[Dispatcher]:
     """A dispatcher that reads 100 at once; its invariants are checked at the end."""
     made = Dispatcher(policy=POLICY)
     yield made
-    made.check()
+    check(made)
 
 
 def after(dispatcher: Dispatcher, *events: Event, now_s: float = 0.0) -> list[Command]:
@@ -65,7 +66,7 @@ def after(dispatcher: Dispatcher, *events: Event, now_s: float = 0.0) -> list[Co
     commands: list[Command] = []
     for event in events:
         commands = dispatcher.handle(event, now_s)
-        dispatcher.check()
+        check(dispatcher)
     return commands
 
 
@@ -371,7 +372,7 @@ def test_a_prompt_that_kills_is_found_and_the_card_is_not_blamed(dispatcher: Dis
         commands = kill(dispatcher, "a", life, 100.0 * life)
         if attempt < 4:
             assert [s[2:] for s in shards(commands)] in ([([0], attempt + 1)], [([1], 2)])
-    dispatcher.check()
+    check(dispatcher)
 
 
 def test_a_lone_prompt_that_dies_goes_to_another_worker() -> None:
@@ -615,9 +616,9 @@ def test_a_prompt_that_left_a_list_is_not_there_when_it_waits_in_another() -> No
     (shortest,) = table.take(table.fresh, (1, 1, 0.0), shortest=True)
     worker = WorkerState("a", 0.0, POLICY, slots=1)
     table.begin(worker, [shortest], 0.0, alone=False)
-    table.check()
+    check_table(table)
     assert table.on_worker_lost(worker, "gone", num_begun=1) == []
-    table.check()
+    check_table(table)
     others = [entry.prompt for entry in table.take(table.fresh, (9, 9, 0.0))]
     assert {shortest.prompt.index} | {prompt.index for prompt in others} == {0, 1, 2}
     assert table.take(table.retried, (9, 9, 0.0)) == [shortest]
@@ -694,7 +695,7 @@ def run(
         clock=cards.clock,
         reader=DirectReader,
     ).run()
-    dispatcher.check()
+    check(dispatcher)
     assert [row.index for row in rows] == list(range(len(given_prompts)))
     return rows
 

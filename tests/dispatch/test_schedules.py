@@ -23,6 +23,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from invariants import check
 from simulated_cards import DirectReader, SimulatedCards, answer
 
 from qaic_ray.dispatch.dispatcher import (
@@ -101,7 +102,7 @@ class Schedules(RuleBasedStateMachine):
         assert self.dispatcher is not None
         self.now_s += after_s
         commands = self.dispatcher.handle(event, self.now_s)
-        self.dispatcher.check()
+        check(self.dispatcher)
         self.wake_s = None if self.dispatcher.wake_s == math.inf else self.dispatcher.wake_s
         # What was given up belongs to the end of it, whatever the order of the commands.
         for command in commands:
@@ -395,7 +396,7 @@ class Checked(Dispatcher):
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
         commands = super().handle(event, now_s)
-        self.check()
+        check(self)
         return commands
 
 

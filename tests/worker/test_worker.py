@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -61,6 +62,12 @@ class FormulaSession(FormulaProgram):
         self.calls.clear()
 
 
+def held(session: FormulaSession) -> tuple[FormulaSession, ExitStack]:
+    stack = ExitStack()
+    stack.callback(session.close)
+    return session, stack
+
+
 Open = Callable[..., CardWorker]
 
 
@@ -90,10 +97,8 @@ def open_worker() -> Iterator[Open]:
             open_sdk = staticmethod(  # type: ignore[assignment]
                 lambda _: SimpleNamespace(label="formulas")
             )
-            lease_class = staticmethod(  # type: ignore[assignment]
-                lambda *_, **__: SimpleNamespace(
-                    open=lambda *_: FormulaSession(shapes), release=lambda: None
-                )
+            open_session = staticmethod(  # type: ignore[assignment]
+                lambda *_, **__: held(FormulaSession(shapes))
             )
 
         made = Generation(**generation)  # type: ignore[arg-type]
