@@ -50,7 +50,6 @@ from qaic_ray.dispatch.dispatcher import (
     RunStarted,
     ShardFinished,
     TimePassed,
-    WorkerFailedToOpen,
     WorkerLost,
     WorkerProgress,
     WorkerReady,
@@ -209,7 +208,7 @@ class Simulation:
     def _opened(self, card: Card) -> None:
         if card.broken:
             life, card.life = card.life, -1
-            self.tell(WorkerFailedToOpen(card.name, "broken", life))
+            self.tell(WorkerLost(card.name, "broken", life))
             return
         assert card.down_since_s is not None
         self.lost_s += self.now_s - card.down_since_s

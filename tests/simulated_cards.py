@@ -13,7 +13,6 @@ from qaic_ray.dispatch.dispatcher import (
     RowsFinished,
     RunShard,
     ShardFinished,
-    WorkerFailedToOpen,
     WorkerLost,
     WorkerProgress,
     WorkerReady,
@@ -173,7 +172,7 @@ class SimulatedCards:
         self._cards[name] = Card(incarnation, self.slots)
         open_s = self.open_s[self.names.index(name)]
         if open_s is None:
-            self._later(1.0, WorkerFailedToOpen(name, "DeviceError: no", incarnation))
+            self._later(1.0, WorkerLost(name, "DeviceError: no", incarnation))
         else:
             self._later(open_s, WorkerReady(name, self.slots, incarnation))
 
@@ -182,7 +181,7 @@ class SimulatedCards:
 
     def _happened(self, card: Card, worker: str, event: Event) -> Event:
         match event:
-            case WorkerLost() | WorkerFailedToOpen():
+            case WorkerLost():
                 del self._cards[worker]
                 self.lives_lost[worker] += 1
             case WorkerReady():

@@ -33,7 +33,7 @@ SHARED_FOLDER = Path("/tmp/qaic-ray-locks")
 
 _MAX_HOLDER_BYTES = 4096
 _MAX_WORDS = 80
-_LOCK_NAME = re.compile(r"[0-9]{1,6}(\.[0-9]+-of-[0-9]+)?\.lock")
+_LOCK_NAME = re.compile(r"([0-9]{1,6})(\.[0-9]+-of-[0-9]+)?\.lock")
 
 
 def locks_folder(shared_folder: Path = SHARED_FOLDER) -> Path:
@@ -278,9 +278,8 @@ def held_cards(scope: str = "") -> dict[int, list[Holder]]:
     folder = locks_folder()
     found: dict[int, list[Holder]] = {}
     for path in sorted(folder.glob(f"{_prefix(scope)}*.lock")):
-        if not _LOCK_NAME.fullmatch(path.name.removeprefix(_prefix(scope))):
-            continue
-        found.setdefault(_device_id(path), []).extend(_read([path]))
+        if name := _LOCK_NAME.fullmatch(path.name.removeprefix(_prefix(scope))):
+            found.setdefault(int(name[1]), []).extend(_read([path]))
     return {device_id: some for device_id, some in found.items() if some}
 
 

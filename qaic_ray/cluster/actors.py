@@ -32,7 +32,6 @@ from qaic_ray.dispatch.dispatcher import (
     RunShard,
     ShardFailed,
     ShardFinished,
-    WorkerFailedToOpen,
     WorkerLost,
     WorkerProgress,
     WorkerReady,
@@ -235,7 +234,7 @@ class CardActors(AbstractContextManager["CardActors"]):
                     f"({str(error).splitlines()[-1]}): the whole cluster needs the same qaic-ray."
                 ) from error
             self.retire(worker)
-            return WorkerFailedToOpen(worker, why, incarnation)
+            return WorkerLost(worker, why, incarnation)
         self._events.append(WorkerReady(worker, self._infos[worker].slots, incarnation))
         return WorkerProgress(worker, 0, incarnation)
 

@@ -160,7 +160,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         """
         with self._losses():
             nodes = _nodes()
-            if self._is_ours:  # one node, and it is this one
+            if self._own is not None:  # one node, and it is this one
                 return [look(node, sdk, emulated) for node in nodes]
             refs = [
                 _LOOK.options(
@@ -176,7 +176,7 @@ class Cluster(AbstractContextManager["Cluster"]):
 
     def problems(self, nodes: Sequence[NodeCards]) -> list[str]:
         """A sentence, with its remedy, for each reason why cards of an inventory are not used."""
-        if self._is_ours:
+        if self._own is not None:
             return []  # it offers what it was asked for
         return problems(nodes, ray.get_runtime_context().gcs_address)
 
@@ -290,15 +290,10 @@ class Cluster(AbstractContextManager["Cluster"]):
         what = f"The Ray cluster {where}"
         return ClusterWatch(ask=_answers, what=what, timeouts=self._timeouts)
 
-    @property
-    def _is_ours(self) -> bool:
-        """Whether the Ray was started here, for this machine."""
-        return self._own is not None
-
     def _cpus_each(self, num_workers: int) -> float:
         """CPUs of each actor: an even share of this machine, or CARD_CPUS of a shared cluster."""
         share = (os.cpu_count() or 1) // num_workers
-        return share if self._is_ours and share else CARD_CPUS
+        return share if self._own is not None and share else CARD_CPUS
 
 
 def _answers() -> bool:

@@ -35,6 +35,7 @@ DEFAULT_BASE = Path("/tmp")
 
 _LOCK = "lock"
 _TOKEN = "token"
+_PREFIX = f"qaic-ray-{os.getuid()}-"
 _PAUSE_S = 0.1
 
 
@@ -132,7 +133,7 @@ def _new_folder(default_base: Path, timeouts: Timeouts) -> Path:
     from qaic_ray.errors import QaicRayError
 
     chosen = Path(tempfile.gettempdir()).absolute()
-    room = MAX_FOLDER_CHARS - len(f"/{_prefix()}12345678")
+    room = MAX_FOLDER_CHARS - len(f"/{_PREFIX}12345678")
     problems = []
     for base in dict.fromkeys((chosen, default_base)):
         if len(os.fsencode(base)) > room:
@@ -140,7 +141,7 @@ def _new_folder(default_base: Path, timeouts: Timeouts) -> Path:
             continue
         _sweep(base, timeouts)
         try:
-            return Path(tempfile.mkdtemp(prefix=_prefix(), dir=base))  # 0700
+            return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))  # 0700
         except OSError as error:
             problems.append(f"{base}: {error.strerror}")
     raise QaicRayError(
@@ -149,13 +150,9 @@ def _new_folder(default_base: Path, timeouts: Timeouts) -> Path:
     )
 
 
-def _prefix() -> str:
-    return f"qaic-ray-{os.getuid()}-"
-
-
 def _sweep(base: Path, timeouts: Timeouts) -> None:
     """Remove folders whose process was killed together with its keeper."""
-    for folder in base.glob(f"{_prefix()}*"):
+    for folder in base.glob(f"{_PREFIX}*"):
         with suppress(OSError):
             status = folder.lstat()
             is_ours = status.st_uid == os.getuid() and folder.is_dir() and not folder.is_symlink()
@@ -190,8 +187,11 @@ def marked(folder: str, driver: int = 0) -> list[int]:
     for name in os.listdir("/proc"):
         if name.isdecimal() and int(name) not in (os.getpid(), driver):
             with suppress(OSError):
-                parents[int(name)] = _parent(f"/proc/{name}")
-                if _is_marked(f"/proc/{name}", mark) or _writes_into(f"/proc/{name}", folder):
+                process = Path("/proc", name)
+                stat = process.joinpath("stat").read_bytes()
+                parents[int(name)] = int(stat.rpartition(b")")[2].split()[1])
+                environment = process.joinpath("environ").read_bytes()  # of a zombie: empty
+                if mark in environment.split(b"\0") or _writes_into(process, folder):
                     found.add(int(name))
     children = found
     while children:
@@ -200,17 +200,7 @@ def marked(folder: str, driver: int = 0) -> list[int]:
     return sorted(found)
 
 
-def _parent(process: str) -> int:
-    with open(f"{process}/stat", "rb") as stream:
-        return int(stream.read().rpartition(b")")[2].split()[1])
-
-
-def _is_marked(process: str, mark: bytes) -> bool:
-    with open(f"{process}/environ", "rb") as stream:
-        return mark in stream.read().split(b"\0")  # that of a zombie is empty
-
-
-def _writes_into(process: str, folder: str) -> bool:
+def _writes_into(process: Path, folder: str) -> bool:
     """Whether it has a file of the folder open for writing; others may read the logs."""
     for fd in os.listdir(f"{process}/fd"):
         with suppress(OSError):  # it was closed just now

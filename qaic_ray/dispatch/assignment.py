@@ -82,7 +82,7 @@ class Assignment:
             self._pool.drain(worker, False)
         shard = self._table.begin(worker, entries, now_s, alone=alone)
         if len(worker.shards) == 1:
-            self._pool.on_first_work(worker, now_s)
+            self._pool.set_timer(worker)
         self._watch(shard)
         return shard
 

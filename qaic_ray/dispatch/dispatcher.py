@@ -8,7 +8,7 @@ its events:
 
     ReadPrompts   -> PromptsRead
     RunShard      -> RowsFinished (any number), then ShardFinished, ShardFailed or WorkerLost
-    ReplaceWorker -> WorkerReady or WorkerFailedToOpen
+    ReplaceWorker -> WorkerReady or WorkerLost
 
 What is said of a worker carries its `incarnation`, counted from 0: how often it was opened before.
 Late words of one that was replaced are not taken for the new one's. A shard's id is given once.
@@ -27,15 +27,23 @@ from qaic_ray.dispatch.workers import WorkerPool, WorkerState, WorkerStatus
 from qaic_ray.rows import Prompt, Row
 
 
+class Event:
+    """What the dispatcher hears."""
+
+
+class Command:
+    """What it orders."""
+
+
 @dataclass(frozen=True)
-class RunStarted:
+class RunStarted(Event):
     """These workers are being opened, each for the first time."""
 
     workers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class PromptsRead:
+class PromptsRead(Event):
     """The next prompts of the input, by rising index; `exhausted` when there are no more."""
 
     prompts: tuple[Prompt, ...]
@@ -43,7 +51,7 @@ class PromptsRead:
 
 
 @dataclass(frozen=True)
-class WorkerReady:
+class WorkerReady(Event):
     """A worker is open and runs `slots` prompts side by side."""
 
     worker: str
@@ -52,8 +60,8 @@ class WorkerReady:
 
 
 @dataclass(frozen=True)
-class WorkerFailedToOpen:
-    """A worker never got ready; `error` is a sentence."""
+class WorkerLost(Event):
+    """A worker is gone, with everything it held, or never got ready; `error` is a sentence."""
 
     worker: str
     error: str
@@ -61,16 +69,7 @@ class WorkerFailedToOpen:
 
 
 @dataclass(frozen=True)
-class WorkerLost:
-    """A worker is gone, with everything it held."""
-
-    worker: str
-    error: str
-    incarnation: int = 0
-
-
-@dataclass(frozen=True)
-class WorkerProgress:
+class WorkerProgress(Event):
     """A worker's engine has made `num_steps` steps since it was opened.
 
     From its first one on a worker is watched: while it has prompts and makes no step for a limit
@@ -83,7 +82,7 @@ class WorkerProgress:
 
 
 @dataclass(frozen=True)
-class RowsFinished:
+class RowsFinished(Event):
     """Some rows of a running shard."""
 
     worker: str
@@ -92,7 +91,7 @@ class RowsFinished:
 
 
 @dataclass(frozen=True)
-class ShardFinished:
+class ShardFinished(Event):
     """A shard has given all its rows."""
 
     worker: str
@@ -100,7 +99,7 @@ class ShardFinished:
 
 
 @dataclass(frozen=True)
-class ShardFailed:
+class ShardFailed(Event):
     """A shard ended with an error. `retryable`: the worker is to blame, and it may be passing."""
 
     worker: str
@@ -110,33 +109,19 @@ class ShardFailed:
 
 
 @dataclass(frozen=True)
-class TimePassed:
+class TimePassed(Event):
     """Nothing happened until the dispatcher's `wake_s`."""
 
 
-Event = (
-    RunStarted
-    | PromptsRead
-    | WorkerReady
-    | WorkerFailedToOpen
-    | WorkerLost
-    | WorkerProgress
-    | RowsFinished
-    | ShardFinished
-    | ShardFailed
-    | TimePassed
-)
-
-
 @dataclass(frozen=True)
-class ReadPrompts:
+class ReadPrompts(Command):
     """Read up to `num_prompts` more from the input."""
 
     num_prompts: int
 
 
 @dataclass(frozen=True)
-class RunShard:
+class RunShard(Command):
     """Let a worker answer these; `attempt` counts from 1 and is the same for all of them."""
 
     worker: str
@@ -146,14 +131,14 @@ class RunShard:
 
 
 @dataclass(frozen=True)
-class DeliverRows:
+class DeliverRows(Command):
     """These rows are final, each the only one of its prompt."""
 
     rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
-class RetireWorker:
+class RetireWorker(Command):
     """End a worker that may still run. Its prompts wait again; it will be replaced."""
 
     worker: str
@@ -161,7 +146,7 @@ class RetireWorker:
 
 
 @dataclass(frozen=True)
-class ReplaceWorker:
+class ReplaceWorker(Command):
     """End whatever is left of a worker, and open it again as this incarnation."""
 
     worker: str
@@ -169,14 +154,11 @@ class ReplaceWorker:
 
 
 @dataclass(frozen=True)
-class QuarantineWorker:
+class QuarantineWorker(Command):
     """End whatever is left of a worker, for the rest of this run; `error` is its last failure."""
 
     worker: str
     error: str
-
-
-Command = ReadPrompts | RunShard | DeliverRows | RetireWorker | ReplaceWorker | QuarantineWorker
 
 
 class Dispatcher:
@@ -246,7 +228,7 @@ class Dispatcher:
                 self._table.read(prompts, exhausted=exhausted)
             case ShardFailed():
                 self._on_shard_failed(event)
-            case WorkerReady() | WorkerProgress() | WorkerFailedToOpen() | WorkerLost():
+            case WorkerReady() | WorkerProgress() | WorkerLost():
                 worker = self._pool.alive(event.worker, event.incarnation)
                 if worker is not None:
                     self._on_worker_event(worker, event)
@@ -259,7 +241,7 @@ class Dispatcher:
     def _on_worker_event(
         self,
         worker: WorkerState,
-        event: WorkerReady | WorkerProgress | WorkerFailedToOpen | WorkerLost,
+        event: WorkerReady | WorkerProgress | WorkerLost,
     ) -> None:
         match event:
             case WorkerProgress():
@@ -305,8 +287,6 @@ class Dispatcher:
             worker.transients += 1
             if self._table.hold(shard, self._now_s):
                 worker.retry_s = self._now_s + worker.pause_s(worker.transients)
-                if len(worker.shards) == 1:
-                    worker.on_first_work(self._now_s)
                 self._pool.set_timer(worker)
             self._assignment.consider(worker)
 

@@ -231,6 +231,8 @@ class PromptTable:
         shard = Shard(self._num_shards, worker, entries[0].attempt, alone, now_s, unfinished)
         self._num_shards += 1
         self.shards[shard.id] = shard
+        if not worker.shards:
+            worker.on_first_work(now_s)
         worker.shards.append(shard.id)
         worker.alone = alone
         for entry in entries:

@@ -251,11 +251,6 @@ class WorkerPool:
         self._count(worker, 1)
         self.set_timer(worker)
 
-    def on_first_work(self, worker: WorkerState, now_s: float) -> None:
-        """A worker got a shard, and had none: from now on its silence counts."""
-        worker.on_first_work(now_s)
-        self.set_timer(worker)
-
     def drain(self, worker: WorkerState, draining: bool) -> None:
         """Say whether it takes nothing more until it may run a prompt alone."""
         self.num_draining += draining - worker.draining

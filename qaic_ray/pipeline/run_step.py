@@ -202,7 +202,7 @@ def _answer(
     """All rows that have no answer yet, journaled and written."""
     from qaic_ray.dispatch.prompts import text_work
     from qaic_ray.files.documents import differences
-    from qaic_ray.runs.delivery import row_writer
+    from qaic_ray.runs.delivery import RowWriter
     from qaic_ray.runs.driver import Audience, BrokenOff, Cause
     from qaic_ray.runs.intake import fingerprint
     from qaic_ray.runs.journal import Journal
@@ -215,7 +215,7 @@ def _answer(
         Journal(
             folder, same, retry_errors=request.retry_errors, new_input=request.new_input
         ) as journal,
-        row_writer(folder, resumed=resumed) as write,
+        RowWriter(folder, resumed=resumed) as write,
     ):
         if request.new_input:
             write_request(request, folder)

@@ -11,7 +11,7 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -68,11 +68,6 @@ class InputOrder:
         self._held_bytes = 0
         self._spilled = _Places()
         self._next_index = 0
-
-    @property
-    def num_held(self) -> int:
-        """Rows in memory that wait for one before them."""
-        return len(self._held)
 
     @property
     def is_ready(self) -> bool:
@@ -257,28 +252,46 @@ class Proof:
         return self.complete and self.rows_in == self.rows_ok + self.rows_error
 
 
-class RowWriter:
-    """Writes rows to `outputs.jsonl`, and to `errors.jsonl` too if they failed; see `row_writer`.
+class RowWriter(AbstractContextManager["RowWriter"]):
+    """Writes rows to `outputs.jsonl`, and to `errors.jsonl` too if they failed.
+
+    Both grow row by row under their own names, so that they can be followed (`tail -f`) while the
+    run goes. A run that is killed leaves the rows it had; the last line may be torn.
+
+    Args:
+        folder: the run's.
+        resumed: the files that are there stay until all rows of earlier sessions are written
+            again, and for good if that ends with an error.
 
     Raises:
         QaicRayError: when the disk refuses.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, resumed: bool = False) -> None:
         self._folder = folder
         self._paths = [folder / OUTPUTS_NAME, folder / ERRORS_NAME]
         self._unfinished = [path.with_name(f".{path.name}.unfinished") for path in self._paths]
-        self._published = False
+        self._published = not resumed
         self._rows_ok = 0
         self._rows_error = 0
         self._sha256 = hashlib.sha256()
         with disk_errors_end_the_run(folder):
-            self._fds = [new_file(path) for path in self._unfinished]
+            self._fds = [new_file(path) for path in (self._unfinished if resumed else self._paths)]
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Write the files to the disk, after an error without their names; close them."""
+        try:
+            if kind is None:
+                self._sync()
+        finally:
+            for fd, unfinished in zip(self._fds, self._unfinished, strict=True):
+                os.close(fd)
+                unfinished.unlink(missing_ok=True)
 
     def __call__(self, row: Row) -> None:
         """Write a new row; others can read it at once."""
         if not self._published:
-            self.publish()
+            self._sync()
         self.rewrite(row)
 
     def rewrite(self, row: Row) -> None:
@@ -294,55 +307,20 @@ class RowWriter:
         self._rows_ok += is_ok
         self._rows_error += not is_ok
 
-    def publish(self) -> None:
-        """Replace the files of an earlier session by these."""
+    def _sync(self) -> None:
+        """Write the files to the disk; they replace those of an earlier session."""
         with disk_errors_end_the_run(self._folder):
             for fd, unfinished, path in zip(self._fds, self._unfinished, self._paths, strict=True):
                 os.fsync(fd)
-                os.replace(unfinished, path)
+                if not self._published:
+                    os.replace(unfinished, path)
             sync_path(self._folder)
         self._published = True
-
-    def finish(self) -> None:
-        """Give the files their names, and write them to the disk."""
-        if not self._published:
-            self.publish()
-        with disk_errors_end_the_run(self._folder):
-            for fd in self._fds:
-                os.fsync(fd)
-
-    def close(self) -> None:
-        """Close the files, and remove those that were not published."""
-        for fd, unfinished in zip(self._fds, self._unfinished, strict=True):
-            os.close(fd)
-            unfinished.unlink(missing_ok=True)
 
     def proof(self, rows_in: int, inputs_sha256: str, *, complete: bool = True) -> Proof:
         """Counts and digests of what was written, beside those of what was read."""
         counts = rows_in, self._rows_ok, self._rows_error
         return Proof(*counts, inputs_sha256, self._sha256.hexdigest(), complete)
-
-
-@contextmanager
-def row_writer(folder: Path, *, resumed: bool = False) -> Iterator[RowWriter]:
-    """Yield the writer of `outputs.jsonl` and `errors.jsonl`.
-
-    Both grow row by row under their own names, so that they can be followed (`tail -f`) while the
-    run goes. A run that is killed leaves the rows it had; the last line may be torn.
-
-    Args:
-        folder: the run's.
-        resumed: the files that are there stay until all rows of earlier sessions are written
-            again, and for good if that ends with an error.
-    """
-    writer = RowWriter(folder)
-    try:
-        if not resumed:
-            writer.publish()
-        yield writer
-        writer.finish()
-    finally:
-        writer.close()
 
 
 def export_outputs(

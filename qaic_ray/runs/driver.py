@@ -29,7 +29,6 @@ from qaic_ray.dispatch.dispatcher import (
     RunStarted,
     ShardFailed,
     TimePassed,
-    WorkerFailedToOpen,
     WorkerLost,
     WorkerReady,
 )
@@ -78,7 +77,7 @@ class Cards(Protocol):
     def replace(self, worker: str, incarnation: int) -> None:
         """Retire a worker, and begin to open it again with the same cards.
 
-        `wait` returns WorkerReady or WorkerFailedToOpen with this incarnation.
+        `wait` returns WorkerReady or WorkerLost with this incarnation.
         """
 
     def quarantine(self, worker: str, error: str) -> None:
@@ -304,7 +303,7 @@ class Driver:
                 self._infos[worker] = self._cards.info(worker)
                 self._ready.add(worker)
                 self._audience.on_worker_ready(self._infos[worker])
-            case WorkerLost(worker, error) | WorkerFailedToOpen(worker, error):
+            case WorkerLost(worker, error):
                 self._lose(worker, error)
             case ShardFailed(worker, _, error, retryable=True):
                 self._errors[worker] = error

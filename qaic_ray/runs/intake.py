@@ -222,7 +222,12 @@ class ThreadedReader:
             UsageError: the input is not this run's; all that was read before has been given.
         """
         is_over = self._ended  # before what is ready is looked at: nothing follows then
-        if not (is_over or self._num_read >= self._num_wanted or self._is_slow()):
+        now_s, timeouts = self._clock(), self._timeouts
+        is_slow = self._ready and (
+            now_s - self._newest_s >= timeouts.read_stall_s
+            or now_s - self._asked_s >= timeouts.read_gather_s
+        )
+        if not (is_over or self._num_read >= self._num_wanted or is_slow):
             return None
         items = tuple(self._ready.popleft() for _ in range(len(self._ready)))
         self._num_given += len(items)
@@ -240,11 +245,6 @@ class ThreadedReader:
         with self._changed:
             self._closed = True
             self._changed.notify()
-
-    def _is_slow(self) -> bool:
-        now_s, timeouts = self._clock(), self._timeouts
-        is_stalled = now_s - self._newest_s >= timeouts.read_stall_s
-        return bool(self._ready) and (is_stalled or now_s - self._asked_s >= timeouts.read_gather_s)
 
     def _run(self) -> None:
         try:

@@ -34,6 +34,7 @@ NONE = "–"
 
 Document = dict[str, Any]
 
+_UNITS = ((0.9995e-3, 1e6, "µs"), (0.9995, 1e3, "ms"), (math.inf, 1.0, "s"))
 _COUNTS = ("rows", "failed_rows", "prompt_tokens", "generated_tokens")
 _STEPS = ("prefill_steps", "prefill_s", "decode_steps", "decode_tokens", "decode_s")
 
@@ -314,9 +315,7 @@ def seconds_text(seconds: float) -> str:
     """Three figures: 12.3 µs, 123 ms, 1.23 s, 1,234 s; a dash for 0, where nothing was measured."""
     if seconds <= 0:
         return NONE
-    scale, unit = (
-        (1e6, "µs") if seconds < 0.9995e-3 else (1e3, "ms") if seconds < 0.9995 else (1, "s")
-    )
+    scale, unit = next((scale, unit) for limit_s, scale, unit in _UNITS if seconds < limit_s)
     return f"{_three_figures(seconds * scale)} {unit}"
 
 

@@ -42,11 +42,6 @@ class Answer:
     readers: tuple[StopFinder | None, ...]
     finished: list[Finished] = field(default_factory=list)
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether every sample is done."""
-        return len(self.finished) == len(self.sequences)
-
 
 class Answerer:
     """Makes sequences of prompts, and rows of finished sequences.

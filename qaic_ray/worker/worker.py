@@ -232,7 +232,7 @@ class CardWorker:
             for done in outcome.take(len(pending)):
                 answer = pending.pop(done.sequence)
                 answer.finished.append(done)
-                if answer.is_complete:
+                if len(answer.finished) == len(answer.sequences):
                     complete.append(self._row(answerer, answer, attempt))
             if complete:
                 yield complete

@@ -23,7 +23,6 @@ from qaic_ray.dispatch.dispatcher import (
     RowsFinished,
     RunShard,
     ShardFinished,
-    WorkerFailedToOpen,
     WorkerLost,
     WorkerProgress,
     WorkerReady,
@@ -102,7 +101,7 @@ def test_nothing_is_heard_of_a_worker_that_was_replaced(cluster: Cluster) -> Non
 
 def test_a_worker_on_a_node_that_is_gone_cannot_open(cluster: Cluster) -> None:
     with actors_of(FakeSpec("card 0", (0,), node_id="ab" * 28)) as cards:
-        event = last(events_until(cards, WorkerFailedToOpen))
+        event = last(events_until(cards, WorkerLost))
     assert event.error.startswith("its node is gone (ActorUnschedulableError: ")
 
 

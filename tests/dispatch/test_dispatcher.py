@@ -29,7 +29,6 @@ from qaic_ray.dispatch.dispatcher import (
     ShardFailed,
     ShardFinished,
     TimePassed,
-    WorkerFailedToOpen,
     WorkerLost,
     WorkerProgress,
     WorkerReady,
@@ -274,10 +273,10 @@ def test_retried_shards_are_smaller(dispatcher: Dispatcher) -> None:
 
 def test_a_lost_worker_is_replaced_after_a_rest_that_doubles(dispatcher: Dispatcher) -> None:
     after(dispatcher, RunStarted(("a", "b")), PromptsRead(same(1), exhausted=True))
-    assert after(dispatcher, WorkerFailedToOpen("a", "no"), now_s=10.0) == []
+    assert after(dispatcher, WorkerLost("a", "no"), now_s=10.0) == []
     assert after(dispatcher, TimePassed(), now_s=10.4) == []
     assert after(dispatcher, TimePassed(), now_s=10.5) == [ReplaceWorker("a", 1)]
-    assert after(dispatcher, WorkerFailedToOpen("a", "no", 1), now_s=20.0) == []
+    assert after(dispatcher, WorkerLost("a", "no", 1), now_s=20.0) == []
     assert after(dispatcher, TimePassed(), now_s=20.9) == []
     assert after(dispatcher, TimePassed(), now_s=21.0) == [ReplaceWorker("a", 2)]
     assert shards(after(dispatcher, WorkerReady("a", 1, 2), now_s=22.0)) == [("a", 0, [0], 1)]
@@ -326,7 +325,7 @@ def test_a_worker_that_cannot_be_opened_is_given_up_whatever_it_did(dispatcher: 
     after(dispatcher, RunStarted(("a", "b")), PromptsRead(same(50), exhausted=True))
     live(dispatcher, 0, now_s=0.0, answers=True)
     for life in range(1, 4):
-        failed = WorkerFailedToOpen("a", "DeviceError: off", life)
+        failed = WorkerLost("a", "DeviceError: off", life)
         commands = after(dispatcher, failed, now_s=100.0 * life)
         after(dispatcher, TimePassed(), now_s=100.0 * life + 60)
     assert commands == [QuarantineWorker("a", "DeviceError: off")]
@@ -335,7 +334,7 @@ def test_a_worker_that_cannot_be_opened_is_given_up_whatever_it_did(dispatcher: 
 def test_all_workers_given_up_leaves_the_prompts_undone(dispatcher: Dispatcher) -> None:
     after(dispatcher, RunStarted(("a",)), PromptsRead(same(100), exhausted=False))
     for life in range(3):
-        commands = after(dispatcher, WorkerFailedToOpen("a", "no", life), now_s=100.0 * life)
+        commands = after(dispatcher, WorkerLost("a", "no", life), now_s=100.0 * life)
         after(dispatcher, TimePassed(), now_s=100.0 * life + 50)
     assert commands == [QuarantineWorker("a", "no")]
     assert dispatcher.abandoned
@@ -349,7 +348,7 @@ def test_the_last_words_of_an_earlier_life_are_not_the_new_ones(dispatcher: Disp
     assert after(dispatcher, TimePassed(), now_s=1.0) == [ReplaceWorker("a", 1)]
     assert after(dispatcher, WorkerReady("a", 2), now_s=1.0) == []
     assert shards(after(dispatcher, WorkerReady("a", 2, 1), now_s=2.0))
-    for late in (WorkerLost("a", "gone"), WorkerFailedToOpen("a", "no"), WorkerReady("a", 9)):
+    for late in (WorkerLost("a", "gone"), WorkerLost("a", "no"), WorkerReady("a", 9)):
         assert after(dispatcher, late, now_s=3.0) == []
     assert after(dispatcher, ShardFailed("a", 0, "late", retryable=True), now_s=3.0) == []
     row = rows_of(0)
@@ -658,7 +657,7 @@ def test_a_slow_worker_is_given_the_short_prompts() -> None:
         RunStarted(("a",)),
         PromptsRead(same(2), exhausted=True),
         WorkerReady("a", 4),
-        WorkerFailedToOpen("a", "no"),
+        WorkerLost("a", "no"),
         WorkerLost("a", "gone", 2),
         WorkerProgress("a", 100),
         RowsFinished("a", 1, (answer(same(1)[0]),)),

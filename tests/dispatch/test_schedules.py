@@ -42,7 +42,6 @@ from qaic_ray.dispatch.dispatcher import (
     ShardFailed,
     ShardFinished,
     TimePassed,
-    WorkerFailedToOpen,
     WorkerLost,
     WorkerProgress,
     WorkerReady,
@@ -216,7 +215,7 @@ class Schedules(RuleBasedStateMachine):
         worker = data.draw(st.sampled_from(self.opening))
         if not opens:
             self.end_life(worker)
-            self.tell(WorkerFailedToOpen(worker, "no", self.lives[worker]))
+            self.tell(WorkerLost(worker, "no", self.lives[worker]))
             return
         self.opening.remove(worker)
         self.openings[worker] = 0
@@ -309,7 +308,7 @@ class Schedules(RuleBasedStateMachine):
             [
                 WorkerLost(worker, "late", life),
                 WorkerReady(worker, 5, life),
-                WorkerFailedToOpen(worker, "late", life),
+                WorkerLost(worker, "late", life),
                 WorkerProgress(worker, 10**6, life),
             ][kind]
         )

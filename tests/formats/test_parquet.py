@@ -17,7 +17,7 @@ from qaic_ray.formats.parquet import row_schema, write_parquet
 from qaic_ray.formats.prompts import prompts_from_file
 from qaic_ray.option_types import OutputFormat, PromptFormat
 from qaic_ray.rows import ErrorClass, FinishReason, Prompt, Row, Sample
-from qaic_ray.runs.delivery import export_outputs, row_writer
+from qaic_ray.runs.delivery import RowWriter, export_outputs
 from qaic_ray.sampling_params import SamplingParams, TokenLogprob
 
 MESSAGES = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "東京?"})
@@ -220,7 +220,7 @@ def test_every_key_of_a_row_has_its_column() -> None:
 
 
 def test_a_runs_rows_are_a_table_and_that_can_be_a_prompts_file(tmp_path: Path) -> None:
-    with row_writer(tmp_path) as write:
+    with RowWriter(tmp_path) as write:
         write(Row(0, "a", "b", FinishReason.STOP, token_ids=(1, 2)))
         write(Row.failed(Prompt(1, "東京?", "x"), "It is too long."))
     (path,) = export_outputs(tmp_path, OutputFormat.PARQUET, model="m")
