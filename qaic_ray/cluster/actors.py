@@ -13,7 +13,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -160,10 +160,8 @@ class CardActors(AbstractContextManager["CardActors"]):
         refs = {_control(self._actors[name].measurement): name for name in self._infos}
         found: dict[str, Measurement] = {}
         for ref in self._wait_all(list(refs)):
-            try:
+            with suppress(ray_errors.RayActorError):
                 found[refs[ref]] = ray.get(ref)
-            except ray_errors.RayActorError:
-                continue
         return found
 
     # -- calls

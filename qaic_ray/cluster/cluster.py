@@ -11,10 +11,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import ray
 import ray.exceptions as ray_errors
@@ -47,14 +47,6 @@ if TYPE_CHECKING:
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Outcome(Generic[Result]):
-    """The result of one compile task, or its QaicRayError."""
-
-    label: str
-    result: Result | QaicRayError
 
 
 class Cluster(AbstractContextManager["Cluster"]):
@@ -116,23 +108,19 @@ class Cluster(AbstractContextManager["Cluster"]):
         requests: Mapping[str, Request],
         *,
         parallel: int,
-        on_done: Callable[[Outcome[Result]], None] | None = None,
-    ) -> list[Outcome[Result]]:
+        on_done: Callable[[str, Result | QaicRayError], None],
+    ) -> None:
         """Run `build` on every request, each as one Ray task named `compile <label>`.
 
         Args:
             build: a module's function, so that another process finds it.
             requests: label -> request.
             parallel: how many run at a time.
-            on_done: called with each outcome as it comes.
-
-        Returns:
-            The outcomes, in the order of the requests. An error of ours is an outcome; a task whose
-            process died is a CompileError.
+            on_done: called with each label and its result, as they come. An error of ours is a
+                result; a task whose process died is a CompileError.
         """
         waiting = deque(requests.items())
         running: dict[ObjectRef, str] = {}
-        outcomes: dict[str, Outcome[Result]] = {}
         with self._losses():
             try:
                 while waiting or running:
@@ -142,12 +130,9 @@ class Cluster(AbstractContextManager["Cluster"]):
                         running[task.remote(build, request)] = label
                     (ref,), _ = ray.wait(list(running), num_returns=1)
                     label = running.pop(ref)
-                    outcomes[label] = Outcome(label, _built(label, ref))
-                    if on_done is not None:
-                        on_done(outcomes[label])
+                    on_done(label, _built(label, ref))
             finally:
                 self._cancel(list(running))
-        return [outcomes[label] for label in requests]
 
     def inventory(self, sdk: str | None, emulated: EmulatorOptions) -> list[NodeCards]:
         """The cards of every node, by the SDK that is found there.

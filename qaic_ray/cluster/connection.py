@@ -38,7 +38,6 @@ sets OMP_NUM_THREADS to what is asked, or to 1, and that is what an emulated car
 OBJECT_STORE_BYTES = 256 * 2**20
 
 _VITAL = {"raylet": "raylet", "gcs_server": "head process (GCS)"}
-_START_ATTEMPTS = 2
 # What an HTTP/2 connection begins with, and the type of the frame that answers it (RFC 9113, 3.4).
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 _HTTP2_SETTINGS = b"\x04"
@@ -77,8 +76,7 @@ def start(num_cards: int, *, dashboard: bool, timeouts: Timeouts) -> OwnRay:
     is tried once more, as Ray's start-up timeout sometimes strikes on a busy machine
     (ray-project/ray#65983).
     """
-    failures = 0
-    while True:
+    for is_last in (False, True):
         session = RaySession(timeouts)
         try:
             with session.environment(), _on_loopback(), _signals_are_ours():
@@ -101,9 +99,9 @@ def start(num_cards: int, *, dashboard: bool, timeouts: Timeouts) -> OwnRay:
             # What Ray raises when it does not start is a bare Exception.
             if not isinstance(error, Exception) or isinstance(error, QaicRayError):
                 raise
-            failures += 1
-            if failures == _START_ATTEMPTS:
+            if is_last:
                 raise QaicRayError(f"Ray did not start on this machine: {error}") from error
+    raise AssertionError("the last attempt returns or raises")
 
 
 def join(address: str, timeouts: Timeouts) -> RayContext:

@@ -296,25 +296,21 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
         shards = [prompts]
         for attempt in range(1, MAX_ATTEMPTS + 1):
             for shard in shards:
-                self._answer_shard(shard, attempt, done)
+                try:
+                    assert self._worker is not None
+                    for rows in self._worker.answer(shard, attempt):
+                        done.update((row.index, row) for row in rows)
+                except DeviceError as error:
+                    self._reopen(error)
             shards = [[prompt] for prompt in prompts if prompt.index not in done]
         for (prompt,) in shards:
-            error = f"The card failed on it every time: {self._failure}"
             done[prompt.index] = Row.failed(
                 prompt,
-                error,
+                f"The card failed on it every time: {self._failure}",
                 worker=self.info.name,
                 attempts=MAX_ATTEMPTS,
                 error_class=ErrorClass.DEVICE,
             )
-
-    def _answer_shard(self, prompts: Sequence[Prompt], attempt: int, done: dict[int, Row]) -> None:
-        assert self._worker is not None
-        try:
-            for rows in self._worker.answer(prompts, attempt):
-                done.update((row.index, row) for row in rows)
-        except DeviceError as error:
-            self._reopen(error)
 
 
 def places(

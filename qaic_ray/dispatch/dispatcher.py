@@ -239,9 +239,7 @@ class Dispatcher:
                 pass  # workers that are due are looked at after every event
 
     def _on_worker_event(
-        self,
-        worker: WorkerState,
-        event: WorkerReady | WorkerProgress | WorkerLost,
+        self, worker: WorkerState, event: WorkerReady | WorkerProgress | WorkerLost
     ) -> None:
         match event:
             case WorkerProgress():
@@ -260,13 +258,8 @@ class Dispatcher:
         worker = shard.worker
         full, work = worker.num_unfinished >= worker.slots, worker.work
         self._deliver(self._table.accept(rows, self._now_s, shard))
-        self._pool.worked(
-            worker,
-            self._now_s,
-            work - worker.work,
-            full=full,
-            answered=any(row.ok for row in rows),
-        )
+        done, answered = work - worker.work, any(row.ok for row in rows)
+        self._pool.worked(worker, self._now_s, done, full=full, answered=answered)
         self._assignment.consider(worker)
 
     def _fail_shard(self, shard: Shard, error: str) -> None:

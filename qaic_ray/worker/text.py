@@ -48,7 +48,6 @@ class Answerer:
 
     Args:
         tokenizer: the checkpoint's.
-        eos_ids: tokens that end an answer.
         generation: the run's.
         engine: says which prompts its program can answer.
         vocab_size: tokens of the model; no number if it is not known.
@@ -57,14 +56,13 @@ class Answerer:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        eos_ids: Sequence[int],
         generation: Generation,
         *,
         engine: Engine,
         vocab_size: object,
     ) -> None:
         self._tokenizer = tokenizer.of_run(generation.chat_template, generation.date)
-        self._eos_ids = frozenset(eos_ids)
+        self._eos_ids = frozenset(tokenizer.eos_ids)
         self._generation = generation
         self._defaults = generation.defaults
         self._engine = engine

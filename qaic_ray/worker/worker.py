@@ -183,7 +183,6 @@ class CardWorker:
             engine = self._engine(session, drafting)
             answerer = Answerer(
                 tokenizer,
-                tokenizer.eos_ids,
                 self.spec.generation,
                 engine=engine,
                 vocab_size=session.vocab_size or checkpoint.config.get("vocab_size"),
