@@ -6,6 +6,8 @@ path (`cluster/ray_session.py`, `compile/guard.py`), have polling intervals of t
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -109,3 +111,12 @@ def changed_values(settings: Any) -> dict[str, object]:
     """The fields of a run's time-outs, or of a dispatcher's policy, that are not the default."""
     values = ((field, getattr(settings, field.name)) for field in fields(settings))
     return {field.name: value for field, value in values if value != field.default}
+
+
+def tries(timeout_s: float, pause_s: float) -> Iterator[bool]:
+    """Yield for each try, with a pause between two: whether it is the last one, after the time."""
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        yield False
+        time.sleep(pause_s)
+    yield True

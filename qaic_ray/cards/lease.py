@@ -25,7 +25,7 @@ from qaic_ray.errors import DeviceBusy, DeviceError, UsageError
 from qaic_ray.files.documents import checked, parse_json, shown
 from qaic_ray.files.folders import CACHE_VARIABLE, cache_folder, open_lock
 from qaic_ray.sdk import Sdk
-from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts, tries
 
 LOCKS_VARIABLE = "QAIC_RAY_LOCKS"
 # Not the user's temporary folder: all users of this machine have to look in the same place.
@@ -127,18 +127,17 @@ class CardLocks:
         self._deadline_s, self._poll_s = time.monotonic() + timeout_s, poll_s
         folder = locks_folder(self._shared_folder)
         try:
-            _make_shared(folder, may_be_link=folder != self._shared_folder)
-            for name in self._names:
-                self._take_card(folder, name)
+            with ExitStack() as undo:
+                undo.callback(self.release)
+                _make_shared(folder, may_be_link=folder != self._shared_folder)
+                for name in self._names:
+                    self._take_card(folder, name)
+                undo.pop_all()
         except OSError as error:
-            self.release()
             raise DeviceError(
                 f"The lock files of the cards cannot be written in {folder} ({error.strerror}): "
                 f"let {LOCKS_VARIABLE} name a folder that all users of this machine can write to."
             ) from error
-        except DeviceBusy:
-            self.release()
-            raise
 
     def release(self) -> None:
         """Give them back; a second call does nothing."""
@@ -164,14 +163,10 @@ class CardLocks:
         if descriptor is None:
             raise OSError(errno.EINVAL, f"{path.name} is no lock file: remove it", str(path))
         self._held.append(descriptor)
-        while True:
-            try:
+        for _ in tries(self._deadline_s - time.monotonic(), self._poll_s):
+            with suppress(BlockingIOError):
                 fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
                 return
-            except BlockingIOError:
-                if time.monotonic() >= self._deadline_s:
-                    break
-                time.sleep(self._poll_s)
         self._held.remove(descriptor)  # what stays in it is the holder's
         os.close(descriptor)
         holders = _read(sorted(path.parent.glob(signed)))
@@ -220,15 +215,13 @@ def open_session(
         held.callback(locks.release)
         if is_used:
             await_ready(sdk, device_ids, timeouts)
-        deadline_s = time.monotonic() + (timeouts.ready_s if is_used else 0.0)
-        while True:
+        for is_last in tries(timeouts.ready_s if is_used else 0.0, timeouts.poll_s):
             try:
                 session = Session(sdk, qpc, device_ids)
                 break
             except DeviceBusy:
-                if time.monotonic() >= deadline_s:
+                if is_last:
                     raise
-            time.sleep(timeouts.poll_s)
         held.callback(session.close)
         return session, held.pop_all()
 
@@ -246,20 +239,18 @@ def await_ready(sdk: Sdk, device_ids: Iterable[int], timeouts: Timeouts) -> None
     """
     if sdk.kind == "real":
         time.sleep(timeouts.cool_down_s)
-    deadline_s = time.monotonic() + timeouts.ready_s
-    while True:
+    for is_last in tries(timeouts.ready_s, timeouts.poll_s):
         statuses = {device.qid: device.status for device in sdk.devices()}
         waiting = {qid: statuses.get(qid, "Absent") for qid in device_ids}
         waiting = {qid: status for qid, status in waiting.items() if status.lower() != "ready"}
         if not waiting:
             return
         hopeless = any(status.lower() != "initializing" for status in waiting.values())
-        if hopeless or time.monotonic() >= deadline_s:
+        if hopeless or is_last:
             named = ", ".join(f"{qid} is {status}" for qid, status in waiting.items())
             raise DeviceError(
                 f"Not ready: card {named}; `qaic-util -q` says more, and `qaic-util -s` resets."
             )
-        time.sleep(timeouts.poll_s)
 
 
 def card_scope(sdk: Sdk) -> str:

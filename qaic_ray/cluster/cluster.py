@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -40,7 +39,7 @@ from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience, Driver, FleetResult
 from qaic_ray.runs.intake import ThreadedReader
 from qaic_ray.runs.journal import Journal
-from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts, changed_values
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts, changed_values, tries
 
 if TYPE_CHECKING:
     from qaic_ray.worker.worker import CardWorker, WorkerSpec
@@ -236,15 +235,15 @@ class Cluster(AbstractContextManager["Cluster"]):
                 f"--resources='{{\"{CARD_RESOURCE}\": <cards of the node>}}'`."
             )
         is_told = False
-        deadline_s = time.monotonic() + self._timeouts.busy_s
-        while lacking := _lacking(needed):
+        for is_last in tries(self._timeouts.busy_s, self._timeouts.busy_poll_s):
+            if not (lacking := _lacking(needed)):
+                return
             words = f"{total} cards are asked for and {lacking:g} of them are held by others"
-            if time.monotonic() > deadline_s:
+            if is_last:
                 raise DeviceBusy(f"{words}: wait for the job that holds them, or ask for fewer.")
             if not is_told:
                 on_wait(f"{words}: waiting for up to {self._timeouts.busy_s:.0f} s.")
                 is_told = True
-            time.sleep(self._timeouts.busy_poll_s)
 
     def _cancel(self, refs: list[ObjectRef]) -> None:
         """Interrupt tasks, and wait up to `cancel_s` for their end."""

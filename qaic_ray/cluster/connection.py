@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from enum import Enum
-from typing import IO
+from typing import IO, Literal
 
 import ray
 import ray._private.utils
@@ -227,7 +226,7 @@ def _check_head(address: str, timeouts: Timeouts) -> None:
         form="host:port, or auto",
         remedy=": start one with `ray start --head`, or leave --address out to start one here",
     )
-    if server is not Server.HEAD:
+    if server != "head":
         raise UsageError(
             f"What answers at {address} is no Ray head: its port is 6379 where none was chosen, "
             "and 8265 is its dashboard's."
@@ -249,14 +248,9 @@ def _is_on_loopback_alone(address: str, timeouts: Timeouts) -> bool:
     return False
 
 
-class Server(Enum):
-    """What answers at an address."""
-
-    HEAD = "head"
-    """A gRPC server, as a Ray head is; with RAY_USE_TLS whatever is not seen to be another."""
-    WEB = "web"
-    """An HTTP server, as a Ray dashboard is."""
-    OTHER = "other"
+Server = Literal["head", "web", "other"]
+"""What answers at an address: a gRPC server, as a Ray head is (with RAY_USE_TLS whatever is not
+seen to be another); an HTTP server, as a Ray dashboard is; or neither."""
 
 
 def server_at(
@@ -284,9 +278,9 @@ def server_at(
     except (OSError, OverflowError) as error:  # there is no port 70000
         raise UsageError(f"No Ray cluster answers at {address} ({error}){remedy}.") from error
     if answer == b"HTTP":
-        return Server.WEB
+        return "web"
     is_head = answer[3:] == _HTTP2_SETTINGS or "RAY_USE_TLS" in os.environ
-    return Server.HEAD if is_head else Server.OTHER
+    return "head" if is_head else "other"
 
 
 def wants_token(where: str) -> UsageError:

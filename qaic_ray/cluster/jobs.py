@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import shlex
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,14 +18,13 @@ from ray._private.authentication.authentication_token_setup import ensure_token_
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from qaic_ray.cluster.connection import (
-    Server,
     first_line,
     server_at,
     wants_token,
 )
 from qaic_ray.cluster.ray_session import changed_environment
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts, tries
 
 LIVE_STATES = ("PENDING", "RUNNING")
 # These go before an address that is given, in Ray; here they stand for one that is not.
@@ -136,21 +134,20 @@ class SubmittedJobs:
         """Stop a job, wait up to `stop_s` for its end, and return it as it is then."""
         with self._explained(submission_id):
             self._client.stop_job(submission_id)
-        deadline_s = time.monotonic() + self._timeouts.stop_s
-        while not (job := self.one(submission_id)).ended and time.monotonic() < deadline_s:
-            time.sleep(self._timeouts.poll_s)
+        for _ in tries(self._timeouts.stop_s, self._timeouts.poll_s):
+            if (job := self.one(submission_id)).ended:
+                break
         return job
 
     def _once_an_agent_is_there(self, submit: Callable[[], str]) -> str:
         """Submit; a head that has just started has no agent for it for a while."""
-        deadline_s = time.monotonic() + self._timeouts.agent_s
-        while True:
+        for is_last in tries(self._timeouts.agent_s, self._timeouts.agent_poll_s):
             try:
                 return submit()
             except RuntimeError as error:
-                if "No available agent" not in str(error) or time.monotonic() >= deadline_s:
+                if is_last or "No available agent" not in str(error):
                     raise
-            time.sleep(self._timeouts.agent_poll_s)
+        raise AssertionError("the last try returns or raises")
 
     @contextmanager
     def _explained(self, submission_id: str | None = None) -> Iterator[None]:
@@ -190,9 +187,9 @@ def _checked(address: str, timeout_s: float) -> str:
         return address
     form = "http://host:8265, the dashboard's, or host:6379, the head's"
     server = server_at(address, timeout_s, form=form)
-    if server is Server.OTHER:
+    if server == "other":
         raise UsageError(f"What answers at {address} is neither a Ray head nor its dashboard.")
-    return f"http://{address}" if server is Server.WEB else address
+    return f"http://{address}" if server == "web" else address
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -37,7 +36,7 @@ from qaic_ray.options import EmulatorOptions, Generation
 from qaic_ray.rows import ErrorClass, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.sdk import Sdk, find_sdk
-from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts, tries
 from qaic_ray.worker.text import mixed_seed
 from qaic_ray.worker.worker import CardWorker, WorkerInfo, WorkerSpec
 
@@ -200,17 +199,15 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
     # -- the card
 
     def _open(self) -> WorkerInfo:
-        deadline_s = time.monotonic() + self.timeouts.choose_s
-        while True:
-            busy: DeviceError | None = None
+        busy: DeviceError | None = None
+        for _ in tries(self.timeouts.choose_s, self.timeouts.poll_s):
+            busy = None
             for device_ids, part in places(self._sdk, granted(), self._device_ids):
                 try:
                     return self._open_on(device_ids, part)
                 except DeviceError as error:
                     busy = error
-            if time.monotonic() >= deadline_s:
-                raise busy or DeviceError("There is no card here that is ready.")
-            time.sleep(self.timeouts.poll_s)
+        raise busy or DeviceError("There is no card here that is ready.")
 
     def _open_on(self, device_ids: tuple[int, ...], part: Part | None) -> WorkerInfo:
         scope = card_scope(self._sdk)
