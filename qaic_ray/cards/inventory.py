@@ -322,15 +322,13 @@ def _check_cores(card: Device, partitions: int, num_cores: int | None) -> None:
         )
     if num_cores is None or num_cores <= share:
         return
-    if partitions == 1:
-        raise UsageError(
-            f"The QPC was compiled for {num_cores} NSPs and card {card.qid} has {share}: compile "
-            f"with --num-cores {share}."
-        )
+    has, remedy = f"card {card.qid} has {share}", ""
+    if partitions > 1:
+        has = f"a partition of card {card.qid} has {share} (1/{partitions} of {card.nsp_total})"
+        remedy = ", or use fewer partitions"
     raise UsageError(
-        f"The QPC was compiled for {num_cores} NSPs and a partition of card {card.qid} has {share} "
-        f"(1/{partitions} of {card.nsp_total}): compile with --num-cores {share}, or use fewer "
-        "partitions."
+        f"The QPC was compiled for {num_cores} NSPs and {has}: compile with --num-cores "
+        f"{share}{remedy}."
     )
 
 

@@ -37,7 +37,7 @@ from qaic_ray.dispatch.dispatcher import (
     WorkerReady,
 )
 from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
-from qaic_ray.errors import DeviceError, QaicRayError, UsageError
+from qaic_ray.errors import DeviceError, UsageError
 from qaic_ray.metrics import Measurement
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
@@ -250,9 +250,7 @@ class CardActors(AbstractContextManager["CardActors"]):
             return ShardFinished(worker, shard_id)
         except ray_errors.RayTaskError as error:
             cause = error.cause
-            retryable = isinstance(cause, ray_errors.RayError) or (
-                isinstance(cause, QaicRayError) and cause.retryable
-            )
+            retryable = isinstance(cause, ray_errors.RayError) or getattr(cause, "retryable", False)
             return ShardFailed(worker, shard_id, _text(cause), retryable)
         except ray_errors.RayError as error:  # of the actor's process, its node, its objects
             return self._lost(worker, error)

@@ -189,14 +189,13 @@ class Cluster(AbstractContextManager["Cluster"]):
         with self._losses():
             told = audience or Audience()
             self._await_cards(specs, told.on_wait)
-            actors = CardActors(
+            with CardActors(
                 specs,
                 worker_class,
                 num_cpus=self._cpus_each(len(specs)),
                 policy=policy,
                 timeouts=self._timeouts,
-            )
-            with actors as cards:
+            ) as cards:
                 result = Driver(
                     cards,
                     prompts,

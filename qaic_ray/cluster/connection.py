@@ -115,7 +115,17 @@ def join(address: str, timeouts: Timeouts) -> RayContext:
             "cluster, with --address auto."
         )
     if address != "auto":
-        _check_head(address, timeouts)
+        server = server_at(
+            address,
+            timeouts.probe_s,
+            form="host:port, or auto",
+            remedy=": start one with `ray start --head`, or leave --address out to start one here",
+        )
+        if server != "head":
+            raise UsageError(
+                f"What answers at {address} is no Ray head: its port is 6379 where none was "
+                "chosen, and 8265 is its dashboard's."
+            )
     _silence()
     with tempfile.TemporaryFile() as said, ExitStack() as around:
         if _is_on_loopback_alone(address, timeouts):
@@ -219,20 +229,6 @@ def _native_stderr_to(file: IO[bytes]) -> Iterator[None]:
         os.close(kept)
 
 
-def _check_head(address: str, timeouts: Timeouts) -> None:
-    server = server_at(
-        address,
-        timeouts.probe_s,
-        form="host:port, or auto",
-        remedy=": start one with `ray start --head`, or leave --address out to start one here",
-    )
-    if server != "head":
-        raise UsageError(
-            f"What answers at {address} is no Ray head: its port is 6379 where none was chosen, "
-            "and 8265 is its dashboard's."
-        )
-
-
 def _is_on_loopback_alone(address: str, timeouts: Timeouts) -> bool:
     """Whether a head on this machine, as 127.0.0.1 in `address` says, is not at its other address.
 
@@ -323,15 +319,14 @@ class ClusterWatch:
         self.loss: str | None = None
         """A sentence that says what is gone; None while nothing is."""
         self._dead = dead
-        self._ask = ask
         self._what = what
         self._on_loss = on_loss
         self._timeouts = timeouts
         self._interrupts = interruption.can_interrupt()
-        self._answered_s = time.monotonic()
+        self._answered_s = time.monotonic() if ask is not None else math.inf
         self._closed = threading.Event()
         if ask is not None:
-            threading.Thread(target=self._ask_on, name="ask Ray", daemon=True).start()
+            threading.Thread(target=self._ask_on, args=(ask,), name="ask Ray", daemon=True).start()
         self._thread = threading.Thread(target=self._watch, name="watch Ray", daemon=True)
         self._thread.start()
 
@@ -352,14 +347,13 @@ class ClusterWatch:
 
     def _silence(self) -> str | None:
         silent_s = time.monotonic() - self._answered_s
-        if self._ask is None or silent_s < self._timeouts.silent_s:
+        if silent_s < self._timeouts.silent_s:
             return None
         return f"{self._what} has not answered for {silent_s:.0f} s"
 
-    def _ask_on(self) -> None:
-        assert self._ask is not None
+    def _ask_on(self, ask: Callable[[], object]) -> None:
         while not self._closed.wait(self._timeouts.ask_s):
-            if self._ask():
+            if ask():
                 self._answered_s = time.monotonic()
 
 

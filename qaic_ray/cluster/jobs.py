@@ -17,11 +17,7 @@ import ray.exceptions as ray_errors
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray.job_submission import JobDetails, JobSubmissionClient
 
-from qaic_ray.cluster.connection import (
-    first_line,
-    server_at,
-    wants_token,
-)
+from qaic_ray.cluster.connection import first_line, server_at, wants_token
 from qaic_ray.cluster.ray_session import changed_environment
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts, tries
@@ -210,12 +206,8 @@ def _job(details: JobDetails) -> SubmittedJob:
         id=details.submission_id,
         state=str(details.status.value),
         message=details.message or "",
-        started_s=_seconds(details.start_time),
-        ended_s=_seconds(details.end_time),
+        started_s=details.start_time and details.start_time / 1000,
+        ended_s=details.end_time and details.end_time / 1000,
         exit_code=details.driver_exit_code,
         metadata=details.metadata or {},
     )
-
-
-def _seconds(time_ms: int | None) -> float | None:
-    return time_ms / 1000 if time_ms else None

@@ -66,7 +66,6 @@ _COLUMNS: Mapping[str, tuple[type, Callable[[Row], Any]]] = {
     ),
 }
 """The columns of answers. Nothing is null, so that a column has one type in every block."""
-_ON_REQUEST = {"logprobs", "choices"}
 
 
 @dataclass(frozen=True)
@@ -172,24 +171,20 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
         self._check_columns(batch)
         if self._worker is None:  # an earlier batch failed, and the card was given back
             self.info = self._open()
-        done: dict[int, Row] = {}
-        prompts = []
-        for item in self._items(batch):
-            if isinstance(item, Row):
-                done[item.index] = item
-            else:
-                prompts.append(item)
+        items = list(self._items(batch))
+        done = {item.index: item for item in items if isinstance(item, Row)}
+        prompts = [item for item in items if isinstance(item, Prompt)]
         try:
             self._answer(prompts, done)
         except BaseException:
             self.close()
             raise
         rows = [done[index] for index in sorted(done)]
-        answers: Batch = {}
-        for name in self._names(batch, rows):
-            dtype, value = _COLUMNS[name]
-            answers[self._prefix + name] = np.fromiter(map(value, rows), dtype, len(rows))
-        return batch | answers
+        columns = ((name, *_COLUMNS[name]) for name in self._names(batch, rows))
+        return batch | {
+            self._prefix + name: np.fromiter(map(value, rows), dtype, len(rows))
+            for name, dtype, value in columns
+        }
 
     def close(self) -> None:
         """Give the card back."""
@@ -278,16 +273,15 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
         """The columns of answers. Some depend on the batch's columns, which are the same in every
         block of a dataset, and on what rows have nevertheless."""
         names = {ALIASES.get(column, column) for column in batch}
-        asked = set()
-        if (
-            self._sampling.logprobs is not None
+        asked = {
+            "logprobs": self._sampling.logprobs is not None
             or names & {"logprobs", "top_logprobs", *NESTED}
-            or any(row.logprobs is not None for row in rows)
-        ):
-            asked.add("logprobs")
-        if self._sampling.n > 1 or names & {"n", *NESTED} or any(row.choices for row in rows):
-            asked.add("choices")
-        return [name for name in _COLUMNS if name not in _ON_REQUEST or name in asked]
+            or any(row.logprobs is not None for row in rows),
+            "choices": self._sampling.n > 1
+            or names & {"n", *NESTED}
+            or any(row.choices for row in rows),
+        }
+        return [name for name in _COLUMNS if asked.get(name, True)]
 
     def _answer(self, prompts: Sequence[Prompt], done: dict[int, Row]) -> None:
         shards = [prompts]
@@ -342,9 +336,7 @@ def granted() -> Grant:
 
 def _is_actor() -> bool:
     ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized():
-        return False
-    return bool(ray.get_runtime_context().get_actor_id())
+    return bool(ray and ray.is_initialized() and ray.get_runtime_context().get_actor_id())
 
 
 def plain(value: Any) -> Any:

@@ -176,10 +176,7 @@ class Dispatcher:
     """
 
     def __init__(
-        self,
-        *,
-        policy: Policy = DEFAULT_POLICY,
-        work_of: Callable[[Prompt], float] | None = None,
+        self, *, policy: Policy = DEFAULT_POLICY, work_of: Callable[[Prompt], float] | None = None
     ) -> None:
         self.finished = False
         self.abandoned = False
@@ -211,7 +208,10 @@ class Dispatcher:
         self.finished = self.abandoned or (self._table.exhausted and not self._table.open)
         self.wake_s = math.inf
         if not self.finished:
-            self.wake_s = self._hand_out()
+            if self._assignment.requesting:
+                for shard in self._assignment.next_shards(now_s):
+                    self._order(shard)
+            self.wake_s = min(self._pool.next_s, self._assignment.next_s)
             self._read_on()
         return self._out
 
@@ -327,14 +327,6 @@ class Dispatcher:
             self._assignment.consider(worker)
 
     # -- what is ordered
-
-    def _hand_out(self) -> float:
-        """Order shards for those that want one; return when to look again."""
-        if not self._assignment.requesting:
-            return self._pool.next_s
-        for shard in self._assignment.next_shards(self._now_s):
-            self._order(shard)
-        return min(self._pool.next_s, self._assignment.next_s)
 
     def _deliver(self, rows: Sequence[Row]) -> None:
         if rows:

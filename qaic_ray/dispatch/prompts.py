@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from operator import attrgetter
 
 from qaic_ray.dispatch.policy import DEFAULT_POLICY, LoneRuns, Policy
 from qaic_ray.dispatch.workers import WorkerState
@@ -26,9 +25,8 @@ def text_work(
     prompt: Prompt, defaults: SamplingParams = GREEDY, *, policy: Policy = DEFAULT_POLICY
 ) -> float:
     """Estimated work of a prompt in characters; `defaults` are what it does not say itself."""
-    if prompt.messages is None:
-        length = len(prompt.text)
-    else:
+    length = len(prompt.text)
+    if prompt.messages is not None:
         length = sum(len(message.get("content", "")) for message in prompt.messages)
     sampling = prompt.sampling or defaults
     num_tokens = policy.answer_tokens if sampling.max_tokens is None else sampling.max_tokens
@@ -46,7 +44,6 @@ class OpenPrompt:
         num_deaths_alone: workers that died while it was alone on them.
         died_on: the worker on which it came to a bad end last while it was alone.
         shard_ids: the shards it runs in: none while it waits, two in a second run.
-        rank: its place in a `WaitingList`.
     """
 
     prompt: Prompt
@@ -56,7 +53,6 @@ class OpenPrompt:
     num_deaths_alone: int = 0
     died_on: str = ""
     shard_ids: tuple[int, ...] = ()
-    rank: tuple[int, float, int] = (0, 0.0, 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -79,9 +75,6 @@ class Shard:
     held: bool = False
 
 
-_rank = attrgetter("rank")
-
-
 class WaitingList:
     """Waiting prompts in one sorted list, of which the next one is the last.
 
@@ -97,37 +90,32 @@ class WaitingList:
 
     def add(self, entry: OpenPrompt) -> None:
         """Let one prompt wait."""
-        self._set_rank(entry)
-        insort(self.entries, entry, key=_rank)
+        insort(self.entries, entry, key=self._rank)
 
     def add_band(self, entries: Sequence[OpenPrompt]) -> None:
         """Let the prompts of the newest band wait."""
-        for entry in entries:
-            self._set_rank(entry)
-        self.entries[:0] = sorted(entries, key=_rank)
+        self.entries[:0] = sorted(entries, key=self._rank)
 
     def remove(self, entry: OpenPrompt) -> None:
         """Take out a prompt that waits here."""
-        del self.entries[bisect_left(self.entries, entry.rank, key=_rank)]
+        del self.entries[bisect_left(self.entries, self._rank(entry), key=self._rank)]
 
     def pop(self, *, shortest: bool = False) -> OpenPrompt:
         """Take the next prompt, or the shortest one of the oldest band; there must be one."""
         if not shortest:
             return self.entries.pop()
-        oldest_band = self.entries[-1].rank[0]
-        return self.entries.pop(bisect_left(self.entries, (oldest_band, -math.inf, 0), key=_rank))
+        first = (self._rank(self.entries[-1])[0], -math.inf, 0)
+        return self.entries.pop(bisect_left(self.entries, first, key=self._rank))
 
     def merge_bands(self, *, exactly: bool) -> None:
         """Make one band of all bands, sorted by length, exactly or not."""
         self._has_bands, self._is_exact = False, exactly
-        for entry in self.entries:
-            self._set_rank(entry)
-        self.entries.sort(key=_rank)
+        self.entries.sort(key=self._rank)
 
-    def _set_rank(self, entry: OpenPrompt) -> None:
+    def _rank(self, entry: OpenPrompt) -> tuple[int, float, int]:
         band = entry.band if self._has_bands else 0
         length = entry.work if self._is_exact else math.frexp(entry.work)[1]
-        entry.rank = -band, length, -entry.prompt.index
+        return -band, length, -entry.prompt.index
 
 
 class PromptTable:

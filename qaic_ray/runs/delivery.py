@@ -84,7 +84,10 @@ class InputOrder:
         if index < self._next_index or index in self._held or index in self._spilled:
             raise ValueError(f"Row {index} came twice.")
         num_bytes = place.num_bytes if place else 0
-        if place is None or self._read is None or self._has_room(index, num_bytes):
+        has_bytes = self._held_bytes + num_bytes <= self._max_held_bytes
+        has_room = has_bytes and len(self._held) < self._max_held_rows
+        is_next = index == self._next_index  # it is returned at once
+        if place is None or self._read is None or has_room or is_next:
             self._held[index] = row, num_bytes
             self._held_bytes += num_bytes
         else:
@@ -102,12 +105,6 @@ class InputOrder:
                 row = self._read(*self._spilled.pop(index))
             self._next_index += 1
             yield row
-
-    def _has_room(self, index: int, num_bytes: int) -> bool:
-        if index == self._next_index:
-            return True  # it is returned next
-        has_bytes = self._held_bytes + num_bytes <= self._max_held_bytes
-        return has_bytes and len(self._held) < self._max_held_rows
 
 
 class _Places:
@@ -188,8 +185,7 @@ class Delivery:
         """Take a final row; see `Journal.append`."""
         if row.error is not None:
             # It quotes what was given, and half a surrogate pair cannot be written.
-            error = row.error.encode(errors="backslashreplace").decode()
-            row = replace(row, error=error)
+            row = replace(row, error=row.error.encode(errors="backslashreplace").decode())
         if self._journal is None:
             self._order.push(row)
             return

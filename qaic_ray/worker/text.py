@@ -54,12 +54,7 @@ class Answerer:
     """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        generation: Generation,
-        *,
-        engine: Engine,
-        vocab_size: object,
+        self, tokenizer: Tokenizer, generation: Generation, *, engine: Engine, vocab_size: object
     ) -> None:
         self._tokenizer = tokenizer.of_run(generation.chat_template, generation.date)
         self._eos_ids = frozenset(tokenizer.eos_ids)

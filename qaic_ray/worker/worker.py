@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar
 
 from qaic_ray.cards.inventory import WorkerPlace
 from qaic_ray.cards.lease import open_session
@@ -42,8 +42,6 @@ STATIC_LOOKAHEAD = 4
 sequences of about one length together."""
 
 _AGAIN = "QS_AGAIN"
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +76,7 @@ class WorkerInfo:
     host: str = ""
 
 
-class RowQueue(Generic[Item]):
+class RowQueue:
     """Queue from the engine's thread to a shard's thread; returns items in batches.
 
     Args:
@@ -87,13 +85,13 @@ class RowQueue(Generic[Item]):
 
     def __init__(self, gather_s: float) -> None:
         self._gather_s = gather_s
-        self._items: queue.SimpleQueue[Item | QaicRayError] = queue.SimpleQueue()
+        self._items: queue.SimpleQueue[Finished | QaicRayError] = queue.SimpleQueue()
 
-    def put(self, item: Item | QaicRayError) -> None:
+    def put(self, item: Finished | QaicRayError) -> None:
         """Add one; nothing may follow an error."""
         self._items.put(item)
 
-    def take(self, most: int) -> list[Item]:
+    def take(self, most: int) -> list[Finished]:
         """Wait for an item; return it with those that come soon after it, up to `most`.
 
         Raises:
@@ -101,7 +99,7 @@ class RowQueue(Generic[Item]):
         """
         item = self._items.get()
         until_s = time.monotonic() + self._gather_s
-        taken: list[Item] = []
+        taken: list[Finished] = []
         with suppress(queue.Empty):
             while not isinstance(item, QaicRayError):
                 taken.append(item)
@@ -143,7 +141,7 @@ class CardWorker:
         self._failed_rows = 0
         self._lock = threading.Condition()
         self._backlog: deque[tuple[batcher.Sequence, StopFinder | None]] = deque()
-        self._owner: dict[batcher.Sequence, RowQueue[Finished]] = {}
+        self._owner: dict[batcher.Sequence, RowQueue] = {}
         self._failure: QaicRayError | None = None
         self._closed = False
         self._opened: _Card | None = None
@@ -241,8 +239,8 @@ class CardWorker:
         card = self._opened
         if card is None:
             return 0
-        work = (card.past, card.engine.measurement)
-        return sum(part.prefill_steps + part.decode_steps for part in work)
+        work = card.past + card.engine.measurement
+        return work.prefill_steps + work.decode_steps
 
     def measurement(self) -> Measurement:
         """All work since `open`; may be asked for while answers are being made."""
@@ -310,9 +308,9 @@ class CardWorker:
                 self._failed_rows += 1
             return Row.failed(answer.prompt, str(error), worker=name, attempts=attempt)
 
-    def _queue(self, answers: Sequence[Answer], num_refused: int) -> RowQueue[Finished]:
+    def _queue(self, answers: Sequence[Answer], num_refused: int) -> RowQueue:
         """Give these to the engine's thread; their results come out of the queue."""
-        outcome: RowQueue[Finished] = RowQueue(self.spec.timeouts.gather_s)
+        outcome = RowQueue(self.spec.timeouts.gather_s)
         with self._lock:
             self._failed_rows += num_refused
             if self._failure is not None:
