@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from qaic_ray.cards.lease import Part, card_scope, held_cards
@@ -99,17 +100,12 @@ def problems(nodes: Sequence[NodeCards], head: str) -> list[str]:
     found_problems: list[str] = []
     used = usable(nodes)
     for found in nodes:
-        label = f"{found.host} ({found.node.address})"
-        if found.error and found.node.offered:
-            found_problems.append(
-                f"{label} offers {_cards(found.node.offered)} to Ray, and none can be seen there: "
-                f"{found.error}"
-            )
-        elif found.node.offered and found not in used:
-            found_problems.append(
-                f"{label} offers {_cards(found.node.offered)} to Ray that are emulated, and is "
-                "left out because other nodes have real ones."
-            )
+        if found.node.offered and found not in used:
+            why = " that are emulated, and is left out because other nodes have real ones."
+            if found.error:
+                why = f", and none can be seen there: {found.error}"
+            label = f"{found.host} ({found.node.address})"
+            found_problems.append(f"{label} offers {_cards(found.node.offered)} to Ray{why}")
     for machine in dict.fromkeys(found.machine for found in nodes if not found.error):
         found_problems += _of_machine([n for n in nodes if n.machine == machine], head)
     return found_problems
@@ -208,15 +204,10 @@ def place(
         node = found.node
         here = partial(WorkerPlace, node_id=node.node_id, sdk_root=found.sdk_root)
         if partitions > 1:
-            places += [
-                here(
-                    name=f"card {card.qid} {part}, {card.nsp_total // partitions} NSPs{where}",
-                    device_ids=(card.qid,),
-                    part=part,
-                )
-                for card in cards
-                for part in (Part(number, partitions) for number in range(1, partitions + 1))
-            ]
+            for card, number in product(cards, range(1, partitions + 1)):
+                part = Part(number, partitions)
+                name = f"card {card.qid} {part}, {card.nsp_total // partitions} NSPs{where}"
+                places.append(here(name=name, device_ids=(card.qid,), part=part))
             continue
         choices = _choices(found, used) if node.chooses and devices is None else ()
         ends = range(group_size, len(cards) + 1, group_size)

@@ -155,7 +155,9 @@ class CardLocks:
             own = folder / f"{name}.{self._part.number}-of-{self._part.count}.lock"
             self._take(card, fcntl.LOCK_SH, card.name)
             self._take(own, fcntl.LOCK_EX, own.name)
-        self._sign()
+        text = json.dumps(asdict(Holder.here(self._what))).encode()
+        os.pwrite(self._held[-1], text, 0)
+        os.ftruncate(self._held[-1], len(text))
 
     def _take(self, path: Path, kind: int, signed: str) -> None:
         """Lock a file; the files that match `signed` name who else may hold it."""
@@ -176,11 +178,6 @@ class CardLocks:
             f"Card {_device_id(path)}{part} is in use: {named}; wait for its end, or run on "
             "other cards."
         )
-
-    def _sign(self) -> None:
-        text = json.dumps(asdict(Holder.here(self._what))).encode()
-        os.pwrite(self._held[-1], text, 0)
-        os.ftruncate(self._held[-1], len(text))
 
 
 def open_session(

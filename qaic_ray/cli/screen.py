@@ -124,7 +124,7 @@ class Screen:
             _write_json(summary.document())
         if summary.error is not None:
             raise (Unfinished if summary.goes_on else QaicRayError)(summary.error)
-        if not summary.ok:
+        if not summary.result.ok:
             raise SystemExit(ExitCode.FAILED)
 
     def exported(self, result: ExportResult, *, as_json: bool) -> None:

@@ -91,7 +91,12 @@ def start(num_cards: int, *, dashboard: bool, timeouts: Timeouts) -> OwnRay:
                     _temp_dir=str(session.temp_dir),
                     **_QUIET,
                 )
-            _check_loopback(context)
+            node = str(context.address_info["node_ip_address"])  # on whose interface it listens
+            if not node.startswith("127.") and node != "::1":
+                raise QaicRayError(
+                    f"Ray {ray.__version__} would listen on {node}, for others to come in: "
+                    "install the version that qaic-ray was tested with."
+                )
             return OwnRay(context, session, timeouts)
         except BaseException as error:
             _end(session, timeouts)
@@ -199,16 +204,6 @@ def _silence() -> None:
     They are in Ray's logs, and the errors of this package say what matters of them.
     """
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
-
-
-def _check_loopback(context: RayContext) -> None:
-    """Check that Ray listens on the loopback interface, by its node's address."""
-    address = str(context.address_info["node_ip_address"])
-    if not address.startswith("127.") and address != "::1":
-        raise QaicRayError(
-            f"Ray {ray.__version__} would listen on {address}, for others to come in: install the "
-            "version that qaic-ray was tested with."
-        )
 
 
 def _read_settings() -> None:

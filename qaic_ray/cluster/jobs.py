@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import ray.exceptions as ray_errors
@@ -22,7 +21,6 @@ from qaic_ray.cluster.ray_session import changed_environment
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts, tries
 
-LIVE_STATES = ("PENDING", "RUNNING")
 # These go before an address that is given, in Ray; here they stand for one that is not.
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
@@ -46,7 +44,7 @@ class SubmittedJob:
     @property
     def ended(self) -> bool:
         """Whether it has ended, well or not."""
-        return self.state not in LIVE_STATES
+        return self.state not in ("PENDING", "RUNNING")
 
 
 class SubmittedJobs:
@@ -85,15 +83,22 @@ class SubmittedJobs:
 
         The command's words reach the program unchanged; no shell interprets them.
         """
-        submit = partial(
-            self._client.submit_job,
-            entrypoint=f"exec {shlex.join(command)}",
-            runtime_env={"working_dir": str(folder)},
-            submission_id=submission_id,
-            metadata=dict(metadata),
-        )
         with self._explained():
-            return str(self._once_an_agent_is_there(submit))
+            # A head that has just started has no agent for it for a while.
+            for is_last in tries(self._timeouts.agent_s, self._timeouts.agent_poll_s):
+                try:
+                    return str(
+                        self._client.submit_job(
+                            entrypoint=f"exec {shlex.join(command)}",
+                            runtime_env={"working_dir": str(folder)},
+                            submission_id=submission_id,
+                            metadata=dict(metadata),
+                        )
+                    )
+                except RuntimeError as error:
+                    if is_last or "No available agent" not in str(error):
+                        raise
+        raise AssertionError("the last try returns or raises")
 
     def all(self) -> list[SubmittedJob]:
         """Every job that was submitted, the newest first."""
@@ -134,16 +139,6 @@ class SubmittedJobs:
             if (job := self.one(submission_id)).ended:
                 break
         return job
-
-    def _once_an_agent_is_there(self, submit: Callable[[], str]) -> str:
-        """Submit; a head that has just started has no agent for it for a while."""
-        for is_last in tries(self._timeouts.agent_s, self._timeouts.agent_poll_s):
-            try:
-                return submit()
-            except RuntimeError as error:
-                if is_last or "No available agent" not in str(error):
-                    raise
-        raise AssertionError("the last try returns or raises")
 
     @contextmanager
     def _explained(self, submission_id: str | None = None) -> Iterator[None]:

@@ -224,12 +224,6 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
             self._worker, self._held = worker, held.pop_all()
         return info
 
-    def _reopen(self, error: DeviceError) -> None:
-        self._failure = str(error)
-        self.close()
-        self._spec = replace(self._spec, incarnation=self._spec.incarnation + 1)
-        self.info = self._open()
-
     # -- prompts in
 
     def _check_columns(self, batch: Batch) -> None:
@@ -292,7 +286,10 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
                     for rows in self._worker.answer(shard, attempt):
                         done.update((row.index, row) for row in rows)
                 except DeviceError as error:
-                    self._reopen(error)
+                    self._failure = str(error)
+                    self.close()
+                    self._spec = replace(self._spec, incarnation=self._spec.incarnation + 1)
+                    self.info = self._open()
             shards = [[prompt] for prompt in prompts if prompt.index not in done]
         for (prompt,) in shards:
             done[prompt.index] = Row.failed(

@@ -34,7 +34,6 @@ MAX_FOLDER_CHARS = 34
 DEFAULT_BASE = Path("/tmp")
 
 _LOCK = "lock"
-_TOKEN = "token"
 _PREFIX = f"qaic-ray-{os.getuid()}-"
 _PAUSE_S = 0.1
 
@@ -54,7 +53,7 @@ class RaySession:
         self.folder = _new_folder(default_base, timeouts)
         self.temp_dir = self.folder / "r"
         """For Ray's own folders, which it makes readable for everybody."""
-        self.token_file = self.folder / _TOKEN
+        self.token_file = self.folder / "token"
         # Held as long as this process runs; without it others know the folder as left behind.
         self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -73,24 +72,21 @@ class RaySession:
             cwd="/",
         )
 
-    def variables(self, environment: Mapping[str, str]) -> dict[str, str]:
-        """Variables to add to the environment of this Ray's processes.
+    def environment(self) -> AbstractContextManager[None]:
+        """A context in which processes that are started belong to the session.
 
         RAY_AUTH_MODE stays as the user has set it.
         """
-        mode = environment.get("RAY_AUTH_MODE", "token")
-        return {
-            SESSION_VARIABLE: str(self.folder),
-            # Ray's word for: this machine only, and all of it on the loopback interface.
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            "RAY_AUTH_MODE": mode,
-            "RAY_AUTH_TOKEN_PATH": str(self.token_file),
-        }
-
-    def environment(self) -> AbstractContextManager[None]:
-        """A context in which processes that are started belong to the session."""
-        # A token in the environment would go before the file's, and is of another Ray.
-        return changed_environment({**self.variables(os.environ), "RAY_AUTH_TOKEN": None})
+        return changed_environment(
+            {
+                SESSION_VARIABLE: str(self.folder),
+                # Ray's word for: this machine only, and all of it on the loopback interface.
+                "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+                "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
+                "RAY_AUTH_TOKEN_PATH": str(self.token_file),
+                "RAY_AUTH_TOKEN": None,  # it would go before the file's, and is of another Ray
+            }
+        )
 
     def kill(self) -> None:
         """Kill every process of this Ray."""

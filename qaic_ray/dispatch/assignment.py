@@ -105,10 +105,12 @@ class Assignment:
             if self._pool.num_awaited:
                 share = math.ceil(len(self._table.open) / self._num_sharing)
             return worker.num_unfinished < min(worker.slots, share)
-        if worker.num_unfinished < worker.slots:
+        num_queued = worker.num_unfinished - worker.slots
+        if num_queued < 0:
             return True
         # Nothing is queued in a worker of unknown speed: it may be there for long.
-        return worker.queued_work < self._policy.shard_s * worker.work_per_s
+        queued_work = worker.work * num_queued / worker.num_unfinished
+        return queued_work < self._policy.shard_s * worker.work_per_s
 
     def _share_of(self, worker: WorkerState) -> tuple[list[OpenPrompt], bool]:
         """The prompts of a worker's next shard, none where none fits; whether they must be alone.

@@ -127,12 +127,6 @@ class WorkerState:
             return self.policy.first_stall_s
         return max(self.policy.min_stall_s, self.policy.stall_steps * self.step_s)
 
-    @property
-    def queued_work(self) -> float:
-        """Estimated work of the prompts that wait in it for a slot."""
-        queued = self.num_unfinished - self.slots
-        return self.work * queued / self.num_unfinished if queued > 0 else 0.0
-
     def pause_s(self, failures: int) -> float:
         """How long it rests after so many failures in a row."""
         doubled_s = self.policy.min_backoff_s * 2.0 ** (max(1, failures) - 1)

@@ -54,11 +54,6 @@ class RunSummary:
     proof: Proof | None = None
 
     @property
-    def ok(self) -> bool:
-        """Whether every row was answered."""
-        return self.result.ok
-
-    @property
     def error(self) -> str | None:
         """Why the run is not complete, and what to do; None if it is."""
         broken_off = self.result.broken_off
@@ -184,11 +179,9 @@ def tables(document: Document) -> Iterator[RenderableType]:
         f"  ({count_text(document['generated_tokens'])} tokens generated in ",
         f"{seconds_text(document['seconds'])}, first shard out to last row in)",
     )
-    remarks = ", ".join(_engine_remarks(document))
-    if remarks:
+    if remarks := ", ".join(_engine_remarks(document)):
         yield Text(remarks, style="dim")
-    failed = document["failed_rows"]
-    if failed:
+    if failed := document["failed_rows"]:
         rows = f"{count_text(failed)} of {count_text(document['rows'])} rows failed"
         yield Text(f"{rows}: see {ERRORS_NAME} in the run folder", style="red")
     for trouble in _troubles(document):

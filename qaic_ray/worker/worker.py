@@ -73,7 +73,6 @@ class WorkerInfo:
     ctx_len: int
     load_s: float
     pid: int = 0
-    host: str = ""
 
 
 class RowQueue:
@@ -200,7 +199,6 @@ class CardWorker:
             ctx_len=shapes.ctx_len,
             load_s=time.perf_counter() - start_s,
             pid=os.getpid(),
-            host=os.uname().nodename,
         )
 
     def answer(self, prompts: Sequence[Prompt], attempt: int = 1) -> Iterator[list[Row]]:
@@ -211,7 +209,10 @@ class CardWorker:
         Raises:
             DeviceError: when the card fails; prompts without a row yet were not answered.
         """
-        answerer, name = self._card.answerer, self.spec.name
+        name, card = self.spec.name, self._opened
+        if card is None:
+            raise DeviceError(f"{name} is not open.")
+        answerer = card.answerer
         begun: list[Answer] = []
         refused: list[Row] = []
         for prompt in prompts:
@@ -291,12 +292,6 @@ class CardWorker:
                 )
 
     # -- answering, in the thread of each shard
-
-    @property
-    def _card(self) -> _Card:
-        if self._opened is None:
-            raise DeviceError(f"{self.spec.name} is not open.")
-        return self._opened
 
     def _row(self, answerer: Answerer, answer: Answer, attempt: int) -> Row:
         name = self.spec.name

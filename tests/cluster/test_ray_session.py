@@ -75,7 +75,8 @@ def test_the_environment_is_that_of_its_processes_only(
             assert "RAY_AUTH_TOKEN" not in os.environ
         assert dict(os.environ) == before
         monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # as somebody chose
-        assert opened.variables(os.environ)["RAY_AUTH_MODE"] == "disabled"
+        with opened.environment():
+            assert os.environ["RAY_AUTH_MODE"] == "disabled"
     finally:
         opened.close()
 

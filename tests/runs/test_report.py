@@ -125,7 +125,7 @@ def test_the_document_adds_up_and_is_json(tmp_path: Path) -> None:
     assert document["ttft_median_s"] == pytest.approx(0.3, rel=0.00101)
     assert document["seconds"] == 60.0
     assert document["emulated"]
-    assert not summary.ok
+    assert not summary.result.ok
 
 
 def test_a_run_that_never_began_has_a_report(tmp_path: Path) -> None:
