@@ -1,15 +1,16 @@
-"""Sequences into slots, slots into steps: the batcher of the `position-ids` contract.
+"""Sequences into slots, slots into steps: a batcher for each of the two contracts. Pure.
 
-Pure. `plan` says what the card computes next, `commit` takes in the tokens that came out. Every row
-has a slot and positions of its own:
+`plan` says what the card computes next, `commit` takes in the tokens that came out.
+
+`Batcher` is for `position-ids`, where every row has a slot and positions of its own:
 
     uncomputed tokens of a row    where they are computed
     at most `ride_len`            in the decode shape, together with every other such row
     more                          in a prefill shape, some at a time, longest wait first
     more, and no prefill shape    in the decode shape, `decode_len` at a time (a `pl1` program)
 
-so a prompt's last token and an answer's newest are one case. A slot remembers the tokens that its
-cache holds; a prompt that begins with them is computed from there on.
+so a prompt's last token and an answer's newest are one case. `LockstepBatcher` is for
+`cache-index`.
 """
 
 from __future__ import annotations
@@ -17,110 +18,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence as Listed
-from dataclasses import dataclass, field
 from itertools import compress
 
-from qaic_ray.engine.shapes import ProgramShapes, ShapeCosts
+from qaic_ray.engine.steps import ProgramShapes, Sequence, ShapeCosts, Step
 from qaic_ray.errors import RowError
-from qaic_ray.rows import FinishReason
-from qaic_ray.sampling_params import SamplingParams, TokenLogprob
-
-GREEDY = SamplingParams()
-
-
-@dataclass(eq=False)
-class Sequence:
-    """Token ids of one row in flight; compared by identity.
-
-    `max_new_tokens` is how many tokens may be generated at most; `stop_ids` end the row and are
-    kept as its last token. `num_computed` counts the tokens, prompt and answer, whose keys and
-    values the card holds, `num_reused` those of the prompt that it held already. `slot` is set
-    while the row runs.
-    """
-
-    key: int
-    prompt_ids: tuple[int, ...]
-    max_new_tokens: int
-    stop_ids: frozenset[int] = frozenset()
-    params: SamplingParams = GREEDY
-    seed: int = 0
-    output_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    num_computed: int = 0
-    num_reused: int = 0
-    slot: int | None = None
-    finish_reason: FinishReason | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and answer so far."""
-        return len(self.prompt_ids) + len(self.output_ids)
-
-    @property
-    def num_uncomputed(self) -> int:
-        """Tokens that the card has not computed yet; at least 1 while the row runs."""
-        return self.num_tokens - self.num_computed
-
-    @property
-    def newest(self) -> int:
-        """The uncomputed token, where there is one; the first of several."""
-        start = self.num_computed - len(self.prompt_ids)
-        return self.output_ids[start] if start >= 0 else self.prompt_ids[start]
-
-    def next_ids(self, count: int) -> Listed[int]:
-        """The next `count` uncomputed tokens, in order."""
-        start = self.num_computed - len(self.prompt_ids)
-        if start >= 0:
-            return self.output_ids[start : start + count]
-        if start + count <= 0:
-            return self.prompt_ids[self.num_computed : self.num_computed + count]
-        return (*self.prompt_ids[self.num_computed :], *self.output_ids[: start + count])
-
-    def take(self, tokens: Listed[int]) -> int:
-        """Append chosen tokens until one of them ends the row; how many were kept."""
-        output, stop_ids, limit = self.output_ids, self.stop_ids, self.max_new_tokens
-        for kept, token in enumerate(tokens, start=1):
-            output.append(token)
-            if token in stop_ids:
-                self.finish_reason = FinishReason.STOP
-                return kept
-            if len(output) >= limit:
-                self.finish_reason = FinishReason.LENGTH
-                return kept
-        return len(tokens)
-
-    def cut(self, num_tokens: int) -> int:
-        """End the row with its first `num_tokens` tokens; how many were dropped."""
-        dropped = len(self.output_ids) - num_tokens
-        del self.output_ids[num_tokens:]
-        del self.logprobs[num_tokens:]
-        self.finish_reason = FinishReason.STOP
-        return dropped
-
-
-@dataclass(frozen=True)
-class Step:
-    """One execution of the program: the rows that take part, and how many tokens each feeds.
-
-    `seq_len` is that of the shape to run in; for a decode step the longest that any row may use.
-    Row i is a slot and its sequence, and feeds `counts[i]` of its uncomputed tokens. If these are
-    all of them it is answered with its next token; logits of other rows mean nothing.
-
-    Rows in lockstep also have `padded_len`, the length that every prompt is padded to, and write
-    the cache from `cache_index` on; `counts` includes the padding there.
-    """
-
-    is_prefill: bool
-    seq_len: int
-    rows: tuple[tuple[int, Sequence], ...]
-    counts: tuple[int, ...]
-    cache_index: int = 0
-    padded_len: int = 0
-
-    @property
-    def ends_padded(self) -> bool:
-        """Whether a step in lockstep reaches the end of the padded prompts: all are answered."""
-        return self.cache_index + self.seq_len >= self.padded_len
 
 
 class StepPlanner(ABC):
@@ -204,6 +105,9 @@ class StepPlanner(ABC):
 
 class Batcher(StepPlanner):
     """Gives sequences slots of their own and plans steps over them.
+
+    A slot remembers the tokens that its cache holds; a prompt that begins with them is computed
+    from there on.
 
     Args:
         shapes: what the program can run.
@@ -346,6 +250,102 @@ class Batcher(StepPlanner):
         num_held = min(sequence.num_computed, sequence.num_tokens - 1)
         held = (*sequence.prompt_ids, *sequence.output_ids)[:num_held]
         self._free[slot] = held if self._prefix_reuse else ()
+
+
+class LockstepBatcher(StepPlanner):
+    """Gathers sequences into waves and plans their steps.
+
+    One cache index counts for the whole batch, so rows start together, as a wave, and each is
+    padded on the left to the wave's length:
+
+        padded_len    prompt_len x chunks, the same for every row of the wave
+        prefill       chunk 0, 1, ... of all rows at once; only the last answers, in its last column
+        decode        one token a row, written at padded_len, padded_len + 1, ... for all of them
+
+    A row that ends early keeps its place and is no longer counted; the next wave starts when the
+    last row has ended. Places without a row are padding.
+
+    Args:
+        shapes: what the program can run; it is static, with one prefill length at most.
+    """
+
+    def __init__(self, shapes: ProgramShapes) -> None:
+        super().__init__(shapes)
+        self._prompt_len = max(shapes.prefill_lens, default=1)
+        self._padded_len = 0
+        self._cache_index = 0
+
+    @property
+    def num_decoding(self) -> int:
+        """See `StepPlanner.num_decoding`."""
+        return len(self.running) if self._cache_index >= self._padded_len else 0
+
+    def plan(self, *, decode_first: bool = False) -> Step | None:
+        """See `StepPlanner.plan`; no row of a wave is ahead of the others, to decode first."""
+        if not self.running:
+            self._begin()
+        if not self.running:
+            return None
+        is_prefill = self._cache_index < self._padded_len
+        seq_len = self._prompt_len if is_prefill else 1
+        rows = tuple(self.running.items())
+        counts = (seq_len,) * len(rows)
+        return Step(is_prefill, seq_len, rows, counts, self._cache_index, self._padded_len)
+
+    def commit(self, step: Step, chosen: Listed[Listed[int]]) -> list[Sequence]:
+        """See `StepPlanner.commit`."""
+        self._cache_index += step.seq_len
+        if not step.ends_padded:
+            return []
+        finished = []
+        for (_, sequence), tokens in zip(step.rows, chosen, strict=True):
+            sequence.num_computed = sequence.num_tokens
+            sequence.take(tokens)
+            if sequence.finish_reason is not None:
+                self._release(sequence)
+                finished.append(sequence)
+        return finished
+
+    def check(self) -> None:
+        """Invariants, for tests: the wave fits its places and the context."""
+        assert len(self.running) <= self.shapes.num_slots
+        for slot, sequence in self.running.items():
+            assert sequence.slot == slot
+            assert sequence.finish_reason is None
+            assert self._padded(len(sequence.prompt_ids)) <= self._padded_len
+            assert max(self._cache_index, self._padded_len) <= self.shapes.ctx_len
+            assert len(sequence.output_ids) < sequence.max_new_tokens
+
+    def _padded(self, prompt_tokens: int) -> int:
+        """Whole chunks, because the prompt is padded to them."""
+        return -(-prompt_tokens // self._prompt_len) * self._prompt_len
+
+    def _begin(self) -> None:
+        """Choose the next wave: the row that waits longest, and rows of as many chunks.
+
+        Free places go to shorter rows whose answers still fit behind the longer padding.
+        """
+        if not self.waiting:
+            return
+        self._cache_index = 0
+        self._padded_len = self._padded(len(self.waiting[0].prompt_ids))
+        same = [s for s in self.waiting if self._padded(len(s.prompt_ids)) == self._padded_len]
+        shorter = [s for s in self.waiting if self._fits_with_padding(s)]
+        wave = (same + shorter)[: self.shapes.num_slots]
+        for slot, sequence in enumerate(wave):
+            sequence.slot = slot
+            self.running[slot] = sequence
+        self.waiting = deque(s for s in self.waiting if s.slot is None)
+
+    def _fits_with_padding(self, sequence: Sequence) -> bool:
+        shorter = self._padded(len(sequence.prompt_ids)) < self._padded_len
+        end = self._padded_len + sequence.max_new_tokens - 1
+        return shorter and end <= self.shapes.ctx_len
+
+    def _release(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self.running.pop(sequence.slot)
+        sequence.slot = None
 
 
 def num_common(left: tuple[int, ...], right: tuple[int, ...]) -> int:

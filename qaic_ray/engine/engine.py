@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from qaic_ray.contract import IoContract, Specialization, Specializations
-from qaic_ray.engine.batcher import Batcher, Sequence, Step, StepPlanner
+from qaic_ray.engine.batcher import Batcher, LockstepBatcher, StepPlanner
 from qaic_ray.engine.bindings import Array, Output
 from qaic_ray.engine.inputs import (
     CacheIndexInputs,
@@ -27,9 +27,8 @@ from qaic_ray.engine.inputs import (
     PositionIdsInputs,
     StepInputs,
 )
-from qaic_ray.engine.lockstep import LockstepBatcher
 from qaic_ray.engine.sampler import Selector
-from qaic_ray.engine.shapes import ProgramShapes
+from qaic_ray.engine.steps import ProgramShapes, Sequence, Step
 from qaic_ray.engine.token_picker import TokenPicker
 from qaic_ray.errors import RowError
 from qaic_ray.metrics import Measurement, Meter, bin_of

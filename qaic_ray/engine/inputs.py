@@ -13,9 +13,9 @@ import numpy as np
 
 from qaic_ray import contract
 from qaic_ray.contract import Specialization
-from qaic_ray.engine.batcher import Batcher, Step
+from qaic_ray.engine.batcher import Batcher
 from qaic_ray.engine.bindings import Array, Logits, TokenIds
-from qaic_ray.engine.shapes import ProgramShapes
+from qaic_ray.engine.steps import ProgramShapes, Step
 
 Drafts = Sequence[Sequence[int]]
 OutputT = TypeVar("OutputT", Logits, TokenIds)

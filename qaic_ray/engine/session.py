@@ -63,10 +63,15 @@ class Session:
     """
 
     def __init__(
-        self, sdk: Sdk, qpc: Path, device_ids: Iterable[int], *, runtime: Runtime | None = None
+        self,
+        sdk: Sdk,
+        qpc: Path | str,
+        device_ids: Iterable[int],
+        *,
+        runtime: Runtime | None = None,
     ) -> None:
         self.device_ids = tuple(device_ids)
-        self.qpc = qpc
+        self.qpc = Path(qpc)
         self._rt, api = runtime or load_runtime(sdk)
         # Each may stay None when a later call of the constructor fails: close() copes.
         self._program: Any = None

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Listed
 from typing import cast
 
-from qaic_ray.engine.batcher import Sequence, Step
 from qaic_ray.engine.bindings import Logits, Output, TokenIds
 from qaic_ray.engine.inputs import Drafts, StepInputs
 from qaic_ray.engine.sampler import Selector, overflowed
+from qaic_ray.engine.steps import Sequence, Step
 from qaic_ray.errors import RowError
 from qaic_ray.rows import ROW_ALONE
 

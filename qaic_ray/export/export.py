@@ -33,9 +33,8 @@ from qaic_ray.export.check.verify import (
     verify_export,
     write_report,
 )
-from qaic_ray.export.graph import COSINE_TABLE, SINE_TABLE, author
+from qaic_ray.export.graph import COSINE_TABLE, SINE_TABLE, Simplifier, author, simplifying
 from qaic_ray.export.rope import table_blocks
-from qaic_ray.export.simplify import Simplifier, simplifying
 from qaic_ray.export.tensors import read_entries
 from qaic_ray.export.weights import (
     Placement,

@@ -20,8 +20,8 @@ from typing import ClassVar, Generic, TypeVar
 
 from qaic_ray.cards.lease import CardLease
 from qaic_ray.contract import Specializations
-from qaic_ray.engine import batcher
-from qaic_ray.engine.drafting import Drafting, open_drafting
+from qaic_ray.engine import steps
+from qaic_ray.engine.drafts import Drafting, open_drafting
 from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
@@ -101,7 +101,7 @@ class _Card:
 class _Arrival:
     """A sequence for the engine, and the queue for its result."""
 
-    sequence: batcher.Sequence
+    sequence: steps.Sequence
     reader: StopFinder | None
     outcome: RowQueue[Finished]
 
@@ -122,7 +122,7 @@ class CardWorker:
         self._failed_rows = 0
         self._lock = threading.Condition()
         self._backlog: deque[_Arrival] = deque()
-        self._owner: dict[batcher.Sequence, RowQueue[Finished]] = {}
+        self._owner: dict[steps.Sequence, RowQueue[Finished]] = {}
         self._failure: QaicRayError | None = None
         self._closed = False
         self._opened: _Card | None = None

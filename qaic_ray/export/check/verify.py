@@ -16,13 +16,15 @@ import numpy as np
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP
 from qaic_ray.errors import CheckpointError, ExportError, UsageError
 from qaic_ray.export.architecture import Architecture
-from qaic_ray.export.check.headroom import Activation, beyond_float16, largest_activation
 from qaic_ray.export.check.reference import Floats, Trace, trace_prompts
 from qaic_ray.export.check.replay import (
+    Activation,
     PositionIdsReplay,
     Replay,
     ReplayAnswer,
+    beyond_float16,
     kept_layers,
+    largest_activation,
     open_replay,
 )
 from qaic_ray.files.documents import checked, read_object
