@@ -18,6 +18,7 @@ from qaic_ray.errors import CheckpointError
 from qaic_ray.model.checkpoint import MAX_SIZE, Fields
 
 FloatArray = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 THETA = 10000.0
@@ -27,9 +28,11 @@ LARGEST_FACTOR = 1e6
 _ROWS = 4096
 """Of a table that are computed at once."""
 
+_ORIGINAL = "original_max_position_embeddings"
+
 _KNOWN = frozenset(
     {
-        "rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings",
+        "rope_theta", "rope_type", "type", "factor", _ORIGINAL,
         "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow",
         "mscale", "mscale_all_dim", "truncate", "partial_rotary_factor", "short_factor",
         "long_factor", "finetuned",
@@ -82,7 +85,7 @@ def read_rope(config: Fields, head_dim: int, max_position: int) -> Rope:
     reader = _Options(rope, config, max_position)
     options: dict[str, Any] = {}
     if kind in ("linear", "dynamic"):
-        options = {"factor": reader.factor("factor")}
+        options = reader.factors("factor")
     elif kind == "llama3":
         options = reader.llama3()
     elif kind == "yarn":
@@ -98,38 +101,34 @@ class _Options:
         self._config = config
         self._max_position = max_position
 
-    def factor(self, key: str) -> float:
-        return self._rope.number(key, least=1 / LARGEST_FACTOR, most=LARGEST_FACTOR)
+    def factors(self, *keys: str) -> dict[str, Any]:
+        bounds = {"least": 1 / LARGEST_FACTOR, "most": LARGEST_FACTOR}
+        return {key: self._rope.number(key, **bounds) for key in keys}
 
-    def original(self) -> float:
+    def given(self, *keys: str) -> dict[str, Any]:
+        """Those of the factors that are there."""
+        return self.factors(*(key for key in keys if key in self._rope))
+
+    def original(self) -> dict[str, Any]:
         """The context of the training; outside the rope it has the last word."""
-        key = "original_max_position_embeddings"
         for holder in (self._config, self._rope):
-            if key in holder:
-                return holder.number(key, least=2, most=MAX_SIZE)
-        return self._max_position
+            if _ORIGINAL in holder:
+                return {_ORIGINAL: holder.number(_ORIGINAL, least=2, most=MAX_SIZE)}
+        return {_ORIGINAL: self._max_position}
 
     def llama3(self) -> dict[str, Any]:
-        low, high = self.factor("low_freq_factor"), self.factor("high_freq_factor")
+        options = self.factors("low_freq_factor", "high_freq_factor")
+        low, high = options.values()
         if low >= high:
             raise self._rope.error("high_freq_factor", f"above low_freq_factor, {low:g}")
-        return {
-            "factor": self.factor("factor"),
-            "low_freq_factor": low,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": self.original(),
-        }
+        return self.factors("factor") | options | self.original()
 
     def yarn(self) -> dict[str, Any]:
-        options: dict[str, Any] = {
-            "factor": self.factor("factor"),
-            "original_max_position_embeddings": self.original(),
-            "truncate": self._rope.flag("truncate", default=True),
-        }
-        for key in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
-            if key in self._rope:
-                options[key] = self.factor(key)
-        return options
+        options = self.factors("factor") | self.original()
+        options["truncate"] = self._rope.flag("truncate", default=True)
+        return options | self.given(
+            "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"
+        )
 
     def longrope(self, length: int) -> dict[str, Any]:
         """One table, where transformers would change it in the middle of a long answer."""
@@ -140,14 +139,9 @@ class _Options:
         divisors = short if isinstance(short, list) else []
         if len(divisors) != length or not all(_is_divisor(item) for item in divisors):
             raise rope.error("short_factor", f"a list of {length} numbers above 0")
-        options: dict[str, Any] = {
-            "short_factor": [float(item) for item in divisors],
-            "original_max_position_embeddings": self.original(),
-        }
-        for key in ("factor", "attention_factor"):
-            if key in rope:
-                options[key] = self.factor(key)
-        options.setdefault("factor", self._max_position / self.original())
+        options = {"short_factor": [float(item) for item in divisors]} | self.original()
+        options |= self.given("factor", "attention_factor")
+        options.setdefault("factor", self._max_position / options[_ORIGINAL])
         return options
 
 
@@ -173,40 +167,30 @@ def table_blocks(
 
 def inverse_frequencies(rope: Rope, dim: int) -> tuple[FloatArray, float]:
     """Angles per position of each pair of a head, and the factor on cosine and sine."""
-    frequencies = _plain_frequencies(rope.theta, dim)
-    scale = 1.0
+    options = rope.options
+    frequencies = _plain_frequencies(rope.theta, dim, options.get("short_factor", (1.0,)))
     if rope.kind == "linear":
-        frequencies = frequencies / float(rope.options["factor"])
+        frequencies = frequencies / options["factor"]
     elif rope.kind == "llama3":
-        frequencies = _llama3(frequencies, rope.options)
+        frequencies = _llama3(frequencies, options)
     elif rope.kind == "yarn":
-        frequencies, scale = _yarn(rope, dim)
-    elif rope.kind == "longrope":
-        frequencies = _plain_frequencies(rope.theta, dim, rope.options["short_factor"])
-        scale = _longrope_scale(rope.options)
+        frequencies = _yarn(frequencies, rope)
     # "dynamic" departs from the plain frequencies only beyond max_position.
-    return frequencies.astype(np.float32), scale
+    return frequencies.astype(np.float32), _scale(rope)
 
 
-def _plain_frequencies(
-    theta: float, dim: int, divisors: Sequence[float] = (1.0,)
-) -> npt.NDArray[np.float64]:
+def _plain_frequencies(theta: float, dim: int, divisors: Sequence[float]) -> Doubles:
     """In the float32 steps of transformers, each of them rounded exactly."""
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    powers: FloatArray = np.power(np.float64(theta), exponents.astype(np.float64)).astype(
-        np.float32
-    )
+    powers = np.power(np.float64(theta), exponents.astype(np.float64)).astype(np.float32)
     inverse: FloatArray = np.reciprocal(powers * np.asarray(divisors, np.float32))
     return inverse.astype(np.float64)
 
 
-def _llama3(
-    frequencies: npt.NDArray[np.float64], options: Mapping[str, Any]
-) -> npt.NDArray[np.float64]:
+def _llama3(frequencies: Doubles, options: Mapping[str, Any]) -> Doubles:
     """Long wavelengths are divided by `factor`, short ones kept, those between interpolated."""
-    factor = float(options["factor"])
-    low, high = float(options["low_freq_factor"]), float(options["high_freq_factor"])
-    context = float(options["original_max_position_embeddings"])
+    factor, context = options["factor"], options[_ORIGINAL]
+    low, high = options["low_freq_factor"], options["high_freq_factor"]
     wavelengths = 2 * math.pi / frequencies
     smooth = (context / wavelengths - low) / (high - low)
     between = (1 - smooth) * frequencies / factor + smooth * frequencies
@@ -214,45 +198,36 @@ def _llama3(
     return np.where(wavelengths < context / high, frequencies, scaled)
 
 
-def _yarn(rope: Rope, dim: int) -> tuple[npt.NDArray[np.float64], float]:
-    """YaRN (arXiv 2309.00071): a ramp from interpolated to plain frequencies, and its scale."""
-    theta, options = rope.theta, rope.options
-    factor = float(options["factor"])
-    original = float(options["original_max_position_embeddings"])
-    plain = _plain_frequencies(theta, dim)
+def _yarn(frequencies: Doubles, rope: Rope) -> Doubles:
+    """YaRN (arXiv 2309.00071): a ramp from interpolated to plain frequencies."""
+    options, dim = rope.options, 2 * frequencies.size
 
     def dimension_of(rotations: float) -> float:
         """The dimension that turns this many times over the original context."""
-        turns = math.log(original / (rotations * 2 * math.pi))
-        return (dim * turns) / (2 * math.log(theta))
+        turns = math.log(options[_ORIGINAL] / (rotations * 2 * math.pi))
+        return (dim * turns) / (2 * math.log(rope.theta))
 
-    low = dimension_of(float(options.get("beta_fast") or 32))
-    high = dimension_of(float(options.get("beta_slow") or 1))
+    low = dimension_of(options.get("beta_fast") or 32)
+    high = dimension_of(options.get("beta_slow") or 1)
     if options.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     width = (high - low) or 0.001
     ramp = np.clip((np.arange(dim // 2, dtype=np.float64) - low) / width, 0, 1)
-    return plain / factor * ramp + plain * (1 - ramp), _yarn_scale(options, factor)
+    factor = float(options["factor"])
+    return frequencies / factor * ramp + frequencies * (1 - ramp)
 
 
-def _longrope_scale(options: Mapping[str, Any]) -> float:
-    given, factor = options.get("attention_factor"), float(options["factor"])
-    if given is not None:
-        return float(given)
-    original = float(options["original_max_position_embeddings"])
-    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-
-
-def _yarn_scale(options: Mapping[str, Any], factor: float) -> float:
-    given = options.get("attention_factor")
-    if given is not None:
-        return float(given)
-
-    def magnitude(multiplier: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
-
-    mscale, all_dim = options.get("mscale"), options.get("mscale_all_dim")
-    if mscale and all_dim:
-        return magnitude(float(mscale)) / magnitude(float(all_dim))
-    return magnitude(1.0)
+def _scale(rope: Rope) -> float:
+    options = rope.options
+    if "attention_factor" in options:
+        return float(options["attention_factor"])
+    logarithm = math.log(max(options.get("factor", 1.0), 1.0))
+    if rope.kind == "longrope" and logarithm:
+        return math.sqrt(1 + logarithm / math.log(options[_ORIGINAL]))
+    if rope.kind != "yarn":
+        return 1.0
+    mscale, all_dim = 1.0, 0.0
+    if options.get("mscale") and options.get("mscale_all_dim"):
+        mscale, all_dim = options["mscale"], options["mscale_all_dim"]
+    return (0.1 * mscale * logarithm + 1.0) / (0.1 * all_dim * logarithm + 1.0)

@@ -22,7 +22,6 @@ from onnx import TensorProto, helper
 from qaic_ray import contract
 from qaic_ray.contract import IoContract
 from qaic_ray.export.functions import use_plain_functions
-from qaic_ray.export.tensors import FLOAT16_MAX
 from qaic_ray.model.manifest import ModelManifest
 
 NUM_KEPT = 2
@@ -83,7 +82,7 @@ class Replay(ABC):
         self._layers = tuple(layers)
         self._ctx_len = ctx_len
         self._past: dict[str, Any] = {}
-        self.largest: dict[str, float] = {}
+        self._largest: dict[str, float] = {}
 
     def reset(self, num_rows: int) -> None:
         """Start with a cache of so many rows, full of noise, as on a card."""
@@ -91,6 +90,10 @@ class Replay(ABC):
         noise = np.random.default_rng(0).standard_normal(shape).astype(self._manifest.dtype)
         names = [n for i in self._layers for n in (contract.past_key(i), contract.past_value(i))]
         self._past = dict.fromkeys(names, noise)
+
+    def activations(self) -> list[Activation]:
+        """The largest magnitudes of all runs without padding."""
+        return [Activation(layer_of(name), name, size) for name, size in self._largest.items()]
 
     @abstractmethod
     def prefill(
@@ -131,7 +134,7 @@ class Replay(ABC):
         # A padding row may hold anything: only runs without padding say what a card has to hold.
         if (positions >= 0).all():
             for name, value in zip(self._watched.values(), largest, strict=True):
-                self.largest[name] = max(self.largest.get(name, 0.0), float(value))
+                self._largest[name] = max(self._largest.get(name, 0.0), float(value))
         answer, *states = results[: len(outputs)]
         self._past = dict(zip(self._past, states[len(extra) :], strict=True))
         return self._answers(answer, positions, num_kept), states[: len(extra)]
@@ -352,22 +355,6 @@ def _activations(graph: Any) -> set[str]:
             before = producers[node.input[0]]
             masked |= {node.input[0], *(before.input if before.op_type == "Cast" else ())}
     return made - masked
-
-
-def beyond_float16(largest: Mapping[str, float]) -> tuple[Activation, ...]:
-    """Activations that float16 cannot hold, by layer."""
-    found = [
-        Activation(layer_of(name), name, size)
-        for name, size in largest.items()
-        if not size <= FLOAT16_MAX
-    ]
-    return tuple(sorted(found, key=lambda a: (a.layer is None, a.layer or 0, a.name)))
-
-
-def largest_activation(largest: Mapping[str, float]) -> Activation:
-    """The activation with the largest magnitude."""
-    name = max(largest, key=lambda n: largest[n])
-    return Activation(layer_of(name), name, largest[name])
 
 
 def layer_of(name: str) -> int | None:
