@@ -20,16 +20,15 @@ import numpy as np
 from qaic_ray.contract import IoContract, Specialization, Specializations
 from qaic_ray.engine.batcher import Batcher, LockstepBatcher, StepPlanner
 from qaic_ray.engine.bindings import Array, Output
-from qaic_ray.engine.inputs import (
+from qaic_ray.engine.sampler import Selector
+from qaic_ray.engine.step_io import (
     CacheIndexInputs,
     Drafts,
-    InputBuilder,
     PositionIdsInputs,
     StepInputs,
+    TokenPicker,
 )
-from qaic_ray.engine.sampler import Selector
 from qaic_ray.engine.steps import ProgramShapes, Sequence, Step
-from qaic_ray.engine.token_picker import TokenPicker
 from qaic_ray.errors import RowError
 from qaic_ray.metrics import Measurement, Meter, bin_of
 from qaic_ray.rows import ROW_ALONE
@@ -115,7 +114,7 @@ class Engine:
     ) -> None:
         shapes = self._shapes = ProgramShapes.of(program.specializations)
         self.batcher: StepPlanner
-        self._inputs: InputBuilder
+        self._inputs: PositionIdsInputs | CacheIndexInputs
         if program.contract is IoContract.CACHE_INDEX:
             self.batcher = LockstepBatcher(shapes)
             self._inputs = CacheIndexInputs(shapes, program.input_dtype)
