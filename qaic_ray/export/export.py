@@ -24,7 +24,7 @@ import onnx
 from qaic_ray import __version__
 from qaic_ray.contract import past_names, retained
 from qaic_ray.errors import ExportError, UsageError
-from qaic_ray.export.architecture import Architecture, read_architecture
+from qaic_ray.export.architecture import Architecture, read_architecture, table_blocks
 from qaic_ray.export.builder import PRODUCER
 from qaic_ray.export.check.verify import (
     VerifyReport,
@@ -34,7 +34,6 @@ from qaic_ray.export.check.verify import (
     write_report,
 )
 from qaic_ray.export.graph import COSINE_TABLE, SINE_TABLE, Simplifier, author, simplifying
-from qaic_ray.export.rope import table_blocks
 from qaic_ray.export.tensors import read_entries
 from qaic_ray.export.weights import (
     Placement,
