@@ -95,8 +95,6 @@ class Timeouts:
     # -- the compiler
     compile_s: float = 6 * 3600.0
     """A compiler that runs longer is stopped. A 70B model takes hours on the real one."""
-    compile_poll_s: float = 0.05
-    """Interval at which the compiler is looked at."""
     guard_s: float = 10.0
     """The compiler's guard, told to end, is gone within this."""
 

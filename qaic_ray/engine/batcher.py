@@ -15,7 +15,6 @@ so a prompt's last token and an answer's newest are one case. `LockstepBatcher` 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence as Listed
 from itertools import compress
@@ -24,8 +23,8 @@ from qaic_ray.engine.steps import ProgramShapes, Sequence, ShapeCosts, Step
 from qaic_ray.errors import RowError
 
 
-class StepPlanner(ABC):
-    """What the engine asks of a batcher; `Batcher` and `LockstepBatcher` are the two.
+class _Queue:
+    """The sequences that wait and run; what both batchers do alike.
 
     Args:
         shapes: what the program can run.
@@ -41,11 +40,6 @@ class StepPlanner(ABC):
     def busy(self) -> bool:
         """Whether any sequence waits or runs."""
         return bool(self.waiting or self.running)
-
-    @property
-    @abstractmethod
-    def num_decoding(self) -> int:
-        """Rows that wait for their next token and not for a prefill."""
 
     def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
         """How many tokens a prompt may generate: what was asked for, within the context.
@@ -69,24 +63,6 @@ class StepPlanner(ABC):
         """Queue a sequence whose `max_new_tokens` came from `new_token_limit`."""
         self.waiting.append(sequence)
 
-    @abstractmethod
-    def plan(self, *, decode_first: bool = False) -> Step | None:
-        """The next step, or None when nothing waits or runs.
-
-        Prefill goes before decode, because an empty row of the decode shape is lost; with
-        `decode_first` rows that can decode are not made to wait any longer.
-        """
-
-    @abstractmethod
-    def commit(self, step: Step, chosen: Listed[Listed[int]]) -> list[Sequence]:
-        """Take in a step's outcome; return the sequences it finished, in the step's order.
-
-        Args:
-            step: what `plan` returned last.
-            chosen: for each row of the step the tokens chosen for it, one more than the drafted
-                tokens that it accepted; read only where the row was to be answered.
-        """
-
     def stop(self, sequence: Sequence, num_tokens: int) -> int:
         """End a row with the first `num_tokens` tokens of its answer; how many were dropped."""
         dropped = sequence.cut(num_tokens)
@@ -98,12 +74,16 @@ class StepPlanner(ABC):
         """Places of the context that a prompt takes."""
         return prompt_tokens
 
-    @abstractmethod
-    def _release(self, sequence: Sequence) -> None:
-        """Take a running sequence out of its slot."""
+    def _release(self, sequence: Sequence) -> int:
+        """Take a running sequence out of its slot, which is returned."""
+        slot = sequence.slot
+        assert slot is not None
+        sequence.slot = None
+        del self.running[slot]
+        return slot
 
 
-class Batcher(StepPlanner):
+class Batcher(_Queue):
     """Gives sequences slots of their own and plans steps over them.
 
     A slot remembers the tokens that its cache holds; a prompt that begins with them is computed
@@ -134,11 +114,15 @@ class Batcher(StepPlanner):
 
     @property
     def num_decoding(self) -> int:
-        """See `StepPlanner.num_decoding`."""
+        """Rows that wait for their next token and not for a prefill."""
         return len(self.running) - len(self._prefilling)
 
     def plan(self, *, decode_first: bool = False) -> Step | None:
-        """See `StepPlanner.plan`."""
+        """The next step, or None when nothing waits or runs.
+
+        Prefill goes before decode, because an empty row of the decode shape is lost; with
+        `decode_first` rows that can decode are not made to wait any longer.
+        """
         self._admit()
         if not self.running:
             return None
@@ -149,7 +133,13 @@ class Batcher(StepPlanner):
         return self._steady
 
     def commit(self, step: Step, chosen: Listed[Listed[int]]) -> list[Sequence]:
-        """See `StepPlanner.commit`."""
+        """Take in a step's outcome; return the sequences it finished, in the step's order.
+
+        Args:
+            step: what `plan` returned last.
+            chosen: for each row of the step the tokens chosen for it, one more than the drafted
+                tokens that it accepted; read only where the row was to be answered.
+        """
         finished = []
         for (_, sequence), count, tokens in zip(step.rows, step.counts, chosen, strict=True):
             computed = sequence.num_computed + count
@@ -239,20 +229,18 @@ class Batcher(StepPlanner):
             if slot in self._prefilling and not self._wants_prefill(sequence):
                 del self._prefilling[slot]
 
-    def _release(self, sequence: Sequence) -> None:
-        slot = sequence.slot
-        assert slot is not None
-        sequence.slot = None
-        self.running.pop(slot)
+    def _release(self, sequence: Sequence) -> int:
+        slot = super()._release(sequence)
         self._prefilling.pop(slot, None)
         self._steady = None
         # The last token of an answer was never fed, and what was drafted behind it is not held.
         num_held = min(sequence.num_computed, sequence.num_tokens - 1)
         held = (*sequence.prompt_ids, *sequence.output_ids)[:num_held]
         self._free[slot] = held if self._prefix_reuse else ()
+        return slot
 
 
-class LockstepBatcher(StepPlanner):
+class LockstepBatcher(_Queue):
     """Gathers sequences into waves and plans their steps.
 
     One cache index counts for the whole batch, so rows start together, as a wave, and each is
@@ -277,11 +265,11 @@ class LockstepBatcher(StepPlanner):
 
     @property
     def num_decoding(self) -> int:
-        """See `StepPlanner.num_decoding`."""
+        """See `Batcher.num_decoding`."""
         return len(self.running) if self._cache_index >= self._padded_len else 0
 
     def plan(self, *, decode_first: bool = False) -> Step | None:
-        """See `StepPlanner.plan`; no row of a wave is ahead of the others, to decode first."""
+        """See `Batcher.plan`; no row of a wave is ahead of the others, to decode first."""
         if not self.running:
             self._begin()
         if not self.running:
@@ -293,7 +281,7 @@ class LockstepBatcher(StepPlanner):
         return Step(is_prefill, seq_len, rows, counts, self._cache_index, self._padded_len)
 
     def commit(self, step: Step, chosen: Listed[Listed[int]]) -> list[Sequence]:
-        """See `StepPlanner.commit`."""
+        """See `Batcher.commit`."""
         self._cache_index += step.seq_len
         if not step.ends_padded:
             return []
@@ -341,11 +329,6 @@ class LockstepBatcher(StepPlanner):
         shorter = self._padded(len(sequence.prompt_ids)) < self._padded_len
         end = self._padded_len + sequence.max_new_tokens - 1
         return shorter and end <= self.shapes.ctx_len
-
-    def _release(self, sequence: Sequence) -> None:
-        assert sequence.slot is not None
-        self.running.pop(sequence.slot)
-        sequence.slot = None
 
 
 def num_common(left: tuple[int, ...], right: tuple[int, ...]) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
 
-from qaic_ray.engine.engine import Engine, Program, Proposer
+from qaic_ray.engine.engine import Engine, Proposer
 from qaic_ray.engine.session import Session
 from qaic_ray.engine.steps import Sequence
 from qaic_ray.errors import UsageError
@@ -95,7 +95,7 @@ class DraftProgram:
         UsageError: where the draft program has fewer slots than that.
     """
 
-    def __init__(self, program: Program, num_rows: int) -> None:
+    def __init__(self, program: Session, num_rows: int) -> None:
         slots = program.specializations.batch_size
         if slots < num_rows:
             raise UsageError(

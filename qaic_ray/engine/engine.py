@@ -9,18 +9,16 @@ works, and everything else is kept short.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 from itertools import compress
 from typing import Protocol
 
-import numpy as np
-
-from qaic_ray.contract import IoContract, Specialization, Specializations
-from qaic_ray.engine.batcher import Batcher, LockstepBatcher, StepPlanner
-from qaic_ray.engine.bindings import Array, Output
+from qaic_ray.contract import IoContract
+from qaic_ray.engine.batcher import Batcher, LockstepBatcher
 from qaic_ray.engine.sampler import Selector
+from qaic_ray.engine.session import Session
 from qaic_ray.engine.step_io import (
     CacheIndexInputs,
     Drafts,
@@ -36,25 +34,6 @@ from qaic_ray.sampling_params import SamplingParams
 
 MAX_STALL_S = 1.0
 """Seconds that running rows may wait for the prefill of others, by default."""
-
-
-class Program(Protocol):
-    """What the engine needs of a session: shapes, and one call."""
-
-    contract: IoContract
-    specializations: Specializations
-    emits_tokens: bool
-
-    def input_dtype(self, name: str) -> np.dtype[np.generic]:
-        """dtype of an input."""
-
-    def run(
-        self,
-        shape: Specialization,
-        inputs: Mapping[str, Array],
-        meanwhile: Callable[[], None] | None = None,
-    ) -> Output:
-        """Execute once; `meanwhile` is called while the card works."""
 
 
 class StopReader(Protocol):
@@ -103,7 +82,7 @@ class Engine:
 
     def __init__(
         self,
-        program: Program,
+        program: Session,
         clock: Callable[[], float] = time.perf_counter,
         *,
         max_stall_s: float = MAX_STALL_S,
@@ -113,7 +92,7 @@ class Engine:
         selector: Selector | None = None,
     ) -> None:
         shapes = self._shapes = ProgramShapes.of(program.specializations)
-        self.batcher: StepPlanner
+        self.batcher: Batcher | LockstepBatcher
         self._inputs: PositionIdsInputs | CacheIndexInputs
         if program.contract is IoContract.CACHE_INDEX:
             self.batcher = LockstepBatcher(shapes)
@@ -132,7 +111,6 @@ class Engine:
             fail=self._end_with,
         )
         self._readers: dict[Sequence, StopReader] = {}
-        self._num_read: dict[Sequence, int] = {}
         self._unread: list[Sequence] = []
         self._stops: dict[Sequence, int] = {}
         self._errors: dict[Sequence, RowError] = {}
@@ -170,7 +148,7 @@ class Engine:
         self._awaiting[sequence] = self._clock()
         if reader is not None:
             self._readers[sequence] = reader
-            self._num_read[sequence] = len(sequence.output_ids)
+            sequence.num_read = len(sequence.output_ids)
         self._picker.add(sequence)
         self.batcher.add(sequence)
 
@@ -240,8 +218,7 @@ class Engine:
         self._unread.clear()
 
     def _read_new(self, sequence: Sequence) -> None:
-        start = self._num_read[sequence]
-        self._num_read[sequence] = len(sequence.output_ids)
+        start, sequence.num_read = sequence.num_read, len(sequence.output_ids)
         try:
             with ROW_ALONE:
                 kept = self._readers[sequence].read(sequence.output_ids[start:])
@@ -294,8 +271,7 @@ class Engine:
     def _finish(self, sequence: Sequence, end_s: float) -> Finished:
         entered_s, first_s = self._first.pop(sequence)
         self._picker.leave(sequence)
-        if self._readers.pop(sequence, None) is not None:
-            del self._num_read[sequence]
+        self._readers.pop(sequence, None)
         if self._proposer is not None:
             self._proposer.release(sequence)
         error = self._errors.pop(sequence, None)

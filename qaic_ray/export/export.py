@@ -36,7 +36,6 @@ from qaic_ray.export.check.verify import (
 from qaic_ray.export.graph import COSINE_TABLE, SINE_TABLE, Simplifier, author, simplifying
 from qaic_ray.export.tensors import read_entries
 from qaic_ray.export.weights import (
-    Placement,
     Table,
     WeightPlan,
     fit_architecture,
@@ -207,7 +206,7 @@ class _Making:
             graph.weights, read_entries(self.checkpoint.weight_files), self.options.dtype
         )
         manifest = self._manifest("", 0)
-        onnx_path = folder / manifest.onnx_file
+        onnx_path, data_file = folder / manifest.onnx_file, f"{manifest.onnx_file}.data"
         onnx_path.parent.mkdir()
         # Beside the new folder, where the next builder sweeps it away after a kill.
         with (
@@ -215,11 +214,11 @@ class _Making:
             self.simplifier(graph.model, Path(scratch)) as simplified,
             ThreadPoolExecutor(1) as pool,
         ):
-            written = write_weights(plan, _data_path(onnx_path), self._tables())
+            written = write_weights(plan, folder / data_file, self._tables())
             # Read once more, while the structure is being simplified.
-            data = pool.submit(KeptFile.of, folder, f"{manifest.onnx_file}.data")
+            data = pool.submit(KeptFile.of, folder, data_file)
             model = simplified()
-        _attach_weights(model, plan, _data_path(onnx_path).name)
+        _attach_weights(model, plan, Path(data_file).name)
         onnx.save(model, onnx_path)
         onnx.checker.check_model(str(onnx_path))
         if self._sources() != sources:
@@ -338,10 +337,6 @@ def _exported_file(folder: Path) -> str | None:
     return None
 
 
-def _data_path(onnx_path: Path) -> Path:
-    return onnx_path.with_name(f"{onnx_path.name}.data")
-
-
 def _attach_weights(model: Any, plan: WeightPlan, location: str) -> None:
     """Turn the inputs that stand for weights into initializers in the external data file."""
     places = {placement.spec.name: placement for placement in plan.placements}
@@ -353,17 +348,13 @@ def _attach_weights(model: Any, plan: WeightPlan, location: str) -> None:
     del graph.input[:]
     graph.input.extend(inputs)
     for value in weights:
-        dtype = value.type.tensor_type.elem_type
-        graph.initializer.append(_external(places[value.name], dtype, location))
-
-
-def _external(place: Placement, dtype: int, location: str) -> onnx.TensorProto:
-    tensor = onnx.TensorProto(name=place.spec.name, data_type=dtype, dims=place.spec.shape)
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in (
-        ("location", location),
-        ("offset", place.offset),
-        ("length", place.num_bytes),
-    ):
-        tensor.external_data.add(key=key, value=str(value))
-    return tensor
+        place = places[value.name]
+        tensor = graph.initializer.add(
+            name=value.name,
+            data_type=value.type.tensor_type.elem_type,
+            dims=place.spec.shape,
+            data_location=onnx.TensorProto.EXTERNAL,
+        )
+        where = {"location": location, "offset": place.offset, "length": place.num_bytes}
+        for key, told in where.items():
+            tensor.external_data.add(key=key, value=str(told))

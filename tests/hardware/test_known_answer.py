@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qaic_ray.compile.compiler import Variant
 from qaic_ray.compile.store import BuildRequest, build
-from qaic_ray.compile.variant import Variant
 from qaic_ray.contract import Specializations
 from qaic_ray.engine.engine import Engine
 from qaic_ray.engine.session import Session
