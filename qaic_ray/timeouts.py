@@ -1,7 +1,7 @@
 """Every time-out and interval of a run outside the dispatcher, each in seconds.
 
 What the dispatcher decides by time is in its `Policy`. Programs that run by their path and import
-nothing of the package (`cluster/keeper.py`, `compile/guard.py`) have their own polling intervals.
+nothing of the package (`cluster/keeper.py`, `guard.py`) have their own polling intervals.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Timeouts:
     compile_s: float = 6 * 3600.0
     """A compiler that runs longer is stopped. A 70B model takes hours on the real one."""
     guard_s: float = 10.0
-    """The compiler's guard, told to end, is gone within this."""
+    """The guard of a compiler or of onnxsim, told to end, is gone within this."""
 
 
 DEFAULT_TIMEOUTS = Timeouts()

@@ -1,8 +1,6 @@
 """One compile of a model: precision, NSPs and shapes; its name, its argv; a grid of many; its run.
 
-A compiler runs under a guard, with a log and a time limit, and its result is checked. Cancelling a
-Ray task interrupts Python code, but no grandchild, and a killed process interrupts nothing: hence
-`guard.py`, which ends the compiler and all that it started when the caller ends.
+A compiler runs under a guard, with a log and a time limit, and its result is checked.
 """
 
 from __future__ import annotations
@@ -10,10 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import struct
 import subprocess
-import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +17,7 @@ from itertools import product
 from math import prod
 from pathlib import Path
 
-from qaic_ray.compile import guard
+from qaic_ray import guard
 from qaic_ray.contract import MAX_VARIANTS, Specializations
 from qaic_ray.errors import CompileError, SpecializationError, UsageError
 from qaic_ray.option_types import Precision, check_num_cores, prompt_lens
@@ -226,30 +222,12 @@ def run_compiler(argv: list[str], log: Path, *, timeouts: Timeouts = DEFAULT_TIM
     with log.open("wb") as output:
         output.write((" ".join(argv) + "\n").encode())
         output.flush()
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", guard.__file__],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        assert process.stdin is not None
         code = None
-        try:
-            with suppress(BrokenPipeError):  # its exit code tells
-                process.stdin.write(json.dumps(argv).encode() + b"\n")
-                process.stdin.flush()
-            with suppress(subprocess.TimeoutExpired):
-                code = process.wait(timeouts.compile_s)
-        finally:
-            with suppress(BrokenPipeError):
-                process.stdin.close()  # the guard ends what it has begun, and then itself
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeouts.guard_s)
-            # Also where the guard was killed: its group outlives it.
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with (
+            guard.guarded(argv, output, end_s=timeouts.guard_s) as process,
+            suppress(subprocess.TimeoutExpired),
+        ):
+            code = process.wait(timeouts.compile_s)
     text = log.read_text(encoding="utf-8", errors="replace")
     why = _last_words(text, 1)
     if code == guard.NOT_STARTED and why.startswith(guard.CANNOT_START):

@@ -7,13 +7,10 @@ onnxsim runs in a process of its own: it loads torch, and weights can be written
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,9 @@ from qaic_ray.export.architecture import Architecture
 from qaic_ray.export.builder import GraphBuilder, Value, WeightSpec
 from qaic_ray.export.functions import card_functions
 from qaic_ray.export.io_contracts import CacheIndexContract, PositionIdsContract
+from qaic_ray.guard import guarded
 from qaic_ray.options import ExportOptions
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS
 
 COSINE_TABLE = "model.cos_cached"
 SINE_TABLE = "model.sin_cached"
@@ -42,17 +41,8 @@ Simplifier = Callable[
 """Starts on a model, with an empty folder for its files; the function that it gives waits for the
 result. `simplifying` is the real one."""
 
-# The library starts processes of its own, which would outlive this one: all go with whoever waits.
 _PROGRAM = """
-import os, signal, sys, threading, time
-
-def watch(parent):
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.killpg(0, signal.SIGKILL)
-
-threading.Thread(target=watch, args=(int(sys.argv[3]),), daemon=True).start()
-import onnx, onnxsim
+import sys, onnx, onnxsim
 model, _ = onnxsim.simplify(onnx.load(sys.argv[1]))
 onnx.save(model, sys.argv[2])
 """
@@ -305,30 +295,23 @@ def simplifying(model: onnx.ModelProto, scratch: Path) -> Iterator[Callable[[], 
     """
     source, output = scratch / "authored.onnx", scratch / "simplified.onnx"
     onnx.save(model, source)
-    with (scratch / "onnxsim.log").open("w+", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, str(source), str(output), str(os.getpid())],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    argv = [sys.executable, "-c", _PROGRAM, str(source), str(output)]
+    with (
+        (scratch / "onnxsim.log").open("w+b") as log,
+        # The library starts processes of its own.
+        guarded(argv, log, end_s=DEFAULT_TIMEOUTS.guard_s) as process,
+    ):
 
         def result() -> onnx.ModelProto:
             if process.wait() != 0 or not output.is_file():
                 log.seek(0)
-                last = log.read().strip().rpartition("\n")[2]
+                last = log.read().decode(errors="replace").strip().rpartition("\n")[2]
                 raise ExportError(f"onnxsim failed on the exported graph: {last}")
             simplified = onnx.load(output)
             _check_kept(model, simplified)
             return simplified
 
-        try:
-            yield result
-        finally:
-            with suppress(ProcessLookupError):  # all of it has ended
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        yield result
 
 
 def _check_kept(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
