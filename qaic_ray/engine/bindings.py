@@ -117,13 +117,13 @@ def read_interface(api: ModuleType, descriptor: bytes, qpc: Path) -> ProgramInte
         {b.name: tuple(entry.shapes[b.index].dims) for b in bindings} for entry in io.allowed_shapes
     ] or [{b.name: tuple(b.dims) for b in bindings}]
     _check_bindings(index, inputs, qpc)
+    is_lockstep = contract.CACHE_INDEX in index
+    io_contract = IoContract.CACHE_INDEX if is_lockstep else IoContract.POSITION_IDS
     shapes = {_specialization(dims, qpc): dims for dims in entries}
     output = contract.NEXT_TOKENS if contract.NEXT_TOKENS in index else contract.LOGITS
     lasting = [name for name in _LASTING if name in index]
     return ProgramInterface(
-        contract=IoContract.CACHE_INDEX
-        if contract.CACHE_INDEX in index
-        else IoContract.POSITION_IDS,
+        contract=io_contract,
         specializations=Specializations(tuple(shapes)),
         index=index,
         dtype=dtype,

@@ -162,17 +162,13 @@ def open_drafting(asked: Generation, sdk: Sdk, main: Session) -> Drafting:
         return Drafting(PromptLookup())
     session = Session(sdk, asked.draft_qpc, main.device_ids)
     try:
-        _check_vocab(session, main)
+        sizes = session.vocab_size, main.vocab_size
+        if None not in sizes and sizes[0] != sizes[1]:
+            raise UsageError(
+                f"The draft QPC has a vocabulary of {sizes[0]} and the main one of {sizes[1]}: a "
+                "draft must be of the same tokenizer."
+            )
         return Drafting(DraftProgram(session, shapes.decode.batch_size), session)
     except UsageError:
         session.close()
         raise
-
-
-def _check_vocab(draft: Session, main: Session) -> None:
-    sizes = draft.vocab_size, main.vocab_size
-    if None not in sizes and sizes[0] != sizes[1]:
-        raise UsageError(
-            f"The draft QPC has a vocabulary of {sizes[0]} and the main one of {sizes[1]}: a draft "
-            "must be of the same tokenizer."
-        )

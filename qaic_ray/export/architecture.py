@@ -169,8 +169,8 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     head_dim = _read_head_dim(fields, name, kind.head_dim)
     max_position = fields.size("max_position_embeddings", most=MAX_POSITION)
     attention_bias = fields.flag("attention_bias")
-    scales = {key: _read_scale(fields, key) for key in _GRANITE_SCALES}
-    granite = name == "GraniteForCausalLM"
+    attention_scale, *scales = (_read_scale(fields, key) for key in _GRANITE_SCALES)
+    granite, qwen2 = name == "GraniteForCausalLM", name == "Qwen2ForCausalLM"
     return Architecture(
         kind=name,
         num_layers=num_layers,
@@ -184,14 +184,12 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6, least=1e-30, most=1.0),
         rope=_read_rope(fields, head_dim // 2, max_position),
         tied_embeddings=fields.flag("tie_word_embeddings"),
-        qkv_bias=attention_bias or name == "Qwen2ForCausalLM",
-        output_bias=attention_bias and name != "Qwen2ForCausalLM",
+        qkv_bias=attention_bias or qwen2,
+        output_bias=attention_bias and not qwen2,
         mlp_bias=fields.flag("mlp_bias"),
         qk_norm=name == "Qwen3ForCausalLM",
-        attention_scale=scales["attention_multiplier"] if granite else head_dim**-0.5,
-        embedding_multiplier=scales["embedding_multiplier"],
-        residual_multiplier=scales["residual_multiplier"],
-        logits_scaling=scales["logits_scaling"],
+        attention_scale=attention_scale if granite else head_dim**-0.5,
+        **dict(zip(_GRANITE_SCALES[1:], scales, strict=True)),
     )
 
 

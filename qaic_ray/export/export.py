@@ -69,6 +69,7 @@ _TOOLS = ("numpy", "onnx", "onnxsim")
 _OURS = {MANIFEST_FILE, CUSTOM_IO_FILE, VERIFY_FILE}
 _MARKS = {"format", "onnx_file", "weights_sha256", "architecture_sha256", "tool_versions"}
 """Keys that a manifest of every version has."""
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EROFS)
 _PRODUCER_WITHIN = 64
 """Bytes at the start of an ONNX file among which is the producer's name."""
 
@@ -81,10 +82,14 @@ class ExportResult:
     """
 
     folder: Path
-    onnx_path: Path
     manifest: ModelManifest
     reused: bool
     verification: VerifyReport | None
+
+    @property
+    def onnx_path(self) -> Path:
+        """The graph's file."""
+        return self.folder / self.manifest.onnx_file
 
 
 def export_model(
@@ -127,10 +132,8 @@ def export_model(
         check_ours(folder)
         with locked(folder):
             return making.reuse(verify=True) or making.build()
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise UsageError(f"Cannot write {error.filename or folder}: {error.strerror}.") from error
     except OSError as error:
-        kind = UsageError if error.errno == errno.EROFS else ExportError
+        kind = UsageError if error.errno in _NOT_WRITABLE else ExportError
         raise kind(f"Cannot write {error.filename or folder}: {error.strerror}.") from error
 
 
@@ -166,8 +169,7 @@ class _Making:
             if not verify:
                 return None
             report = self._verified(self.folder)
-        path = self.folder / old.onnx_file
-        return ExportResult(self.folder, path, old, reused=True, verification=report)
+        return ExportResult(self.folder, old, reused=True, verification=report)
 
     def build(self) -> ExportResult:
         """Make the folder anew."""
@@ -175,8 +177,7 @@ class _Making:
         with building(self.folder) as fresh:
             manifest = self._write(fresh)
             report = None if self.level == "off" else self._verified(fresh)
-        path = self.folder / manifest.onnx_file
-        return ExportResult(self.folder, path, manifest, reused=False, verification=report)
+        return ExportResult(self.folder, manifest, reused=False, verification=report)
 
     def _whole(self) -> ModelManifest | None:
         """The manifest of an export that making it again would not change."""
@@ -184,13 +185,13 @@ class _Making:
             old = read_manifest(self.folder)
         except UsageError:
             return None  # none, or of another version of this tool: made again
-        if not self._manifest(old.weights_sha256, old.num_clipped).same_making(old):
-            return None
-        if not old.files or first_fault(self.folder, old.files):
-            return None
-        if old.sources != self._sources() and self._hash_weights() != old.weights_sha256:
-            return None
-        return old
+        unchanged = (
+            self._manifest(old.weights_sha256, old.num_clipped).same_making(old)
+            and old.files
+            and not first_fault(self.folder, old.files)
+            and (old.sources == self._sources() or self._hash_weights() == old.weights_sha256)
+        )
+        return old if unchanged else None
 
     def _verified(self, folder: Path) -> VerifyReport:
         """Check an export and leave the report in it."""

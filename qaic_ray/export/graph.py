@@ -100,11 +100,11 @@ class _Decoder:
         self._g = g
         self._a = architecture
         self._options = options
-        self._contract: CacheIndexContract | PositionIdsContract
-        if options.io is IoContract.CACHE_INDEX:
-            self._contract = CacheIndexContract(g, architecture, options)
-        else:
-            self._contract = PositionIdsContract(g, architecture, options)
+        self._contract = (
+            CacheIndexContract(g, architecture, options)
+            if options.io is IoContract.CACHE_INDEX
+            else PositionIdsContract(g, architecture, options)
+        )
 
     def write(self) -> None:
         g, a = self._g, self._a
@@ -169,16 +169,18 @@ class _Decoder:
         g, half = self._g, self._a.head_dim // 2
         cosine, sine = self._rotary
         straight = g.elementwise("Mul", scope, heads, cosine)
-        first = self._slice(scope, heads, 0, half)
-        second = self._slice(scope, heads, half, _INT64_MAX)
+        first, second = (
+            g.op(
+                "Slice",
+                scope,
+                [heads, *(g.constant([n]) for n in bounds)],
+                (*heads.shape[:3], half),
+            )
+            for bounds in ((0, half, 3, 1), (half, _INT64_MAX, 3, 1))
+        )
         negated = g.elementwise("Neg", scope, second)
         turned = g.op("Concat", scope, [negated, first], heads.shape, axis=-1)
         return g.elementwise("Add", scope, straight, g.elementwise("Mul", scope, turned, sine))
-
-    def _slice(self, scope: str, heads: Value, start: int, stop: int) -> Value:
-        g = self._g
-        bounds = [g.constant([start]), g.constant([stop]), g.constant([3]), g.constant([1])]
-        return g.op("Slice", scope, [heads, *bounds], (*heads.shape[:3], self._a.head_dim // 2))
 
     def _repeat(self, scope: str, heads: Value) -> Value:
         """Give every query head its own copy of the key or value head that it shares."""

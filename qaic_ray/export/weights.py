@@ -35,17 +35,8 @@ _STRIPE_ROWS = 16
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 """Tables that older checkpoints carry and that follow from the configuration."""
 _QUANTIZED_SUFFIXES = (
-    "qweight",
-    "qzeros",
-    "scales",
-    "g_idx",
-    "_scale",
-    "_scale_inv",
-    "_scale_2",
-    "_packed",
-    "_zero_point",
-    "absmax",
-    "_blocks",
+    *("qweight", "qzeros", "scales", "g_idx", "_scale", "_scale_inv", "_scale_2"),
+    *("_packed", "_zero_point", "absmax", "_blocks"),
 )
 
 
