@@ -175,7 +175,10 @@ class Engine:
         end_s = self._clock()
         self._measure(step, built, end_s - start_s)
         if drafts is not None:
-            self._count_drafts(drafts, _num_output(step) - num_before - sum(built.answers))
+            num_kept = _num_output(step) - num_before - sum(built.answers)
+            self._meter.drafted_tokens += sum(map(len, drafts))
+            self._meter.accepted_tokens += num_kept
+            self._meter.decode_tokens += num_kept
         self._has_stalled = step.is_prefill and could_decode
         if not self._has_stalled:
             self._stalled_since_s = end_s
@@ -254,12 +257,6 @@ class Engine:
         meter.decode_slots += self._shapes.num_rows
         meter.decode_rows += num_answered
         meter.decode_tokens += num_answered
-
-    def _count_drafts(self, drafts: Drafts, num_kept: int) -> None:
-        """`num_kept` of the drafted tokens are in answers now."""
-        self._meter.drafted_tokens += sum(map(len, drafts))
-        self._meter.accepted_tokens += num_kept
-        self._meter.decode_tokens += num_kept
 
     def _note_first(self, step: Step, built: StepInputs, end_s: float) -> None:
         for _, sequence in compress(step.rows, built.answers):

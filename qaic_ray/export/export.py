@@ -277,10 +277,8 @@ class _Making:
 
     def _tables(self) -> Mapping[str, Table]:
         a = self.architecture
-        return {
-            name: partial(table_blocks, a.rope, a.head_dim, a.max_position, sine=sine)
-            for name, sine in ((COSINE_TABLE, False), (SINE_TABLE, True))
-        }
+        blocks = partial(table_blocks, a.rope, a.head_dim, a.max_position)
+        return {COSINE_TABLE: partial(blocks, sine=False), SINE_TABLE: partial(blocks, sine=True)}
 
 
 def _check_extra(*, has_check: bool) -> None:

@@ -169,14 +169,10 @@ class _Decoder:
         g, half = self._g, self._a.head_dim // 2
         cosine, sine = self._rotary
         straight = g.elementwise("Mul", scope, heads, cosine)
+        shape = (*heads.shape[:3], half)
         first, second = (
-            g.op(
-                "Slice",
-                scope,
-                [heads, *(g.constant([n]) for n in bounds)],
-                (*heads.shape[:3], half),
-            )
-            for bounds in ((0, half, 3, 1), (half, _INT64_MAX, 3, 1))
+            g.op("Slice", scope, [heads, *(g.constant([n]) for n in (start, stop, 3, 1))], shape)
+            for start, stop in ((0, half), (half, _INT64_MAX))
         )
         negated = g.elementwise("Neg", scope, second)
         turned = g.op("Concat", scope, [negated, first], heads.shape, axis=-1)
@@ -249,7 +245,7 @@ class _Decoder:
         self, module: str, value: Value, width: int, *, bias: bool, copies: int = 1
     ) -> Value:
         """A projection; with `copies` every head of its output is there so many times."""
-        g, scope, dim = self._g, _scope(module), self._a.head_dim
+        g, scope, dim = self._g, _scope(module), self._a.head_dim if copies > 1 else 1
         source = f"{module}.weight"
         rows = int(value.shape[-1] or 0)
         weight = g.weight(

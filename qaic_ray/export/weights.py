@@ -264,7 +264,7 @@ class _Writer:
         rows, width = entry.shape[0], prod(entry.shape[1:])
         row_bytes = width * ITEM_BYTES[entry.dtype]
         places = self._places[entry.name]
-        copies, head = places[0].spec.copies, places[0].spec.rows_together
+        copies, head = places[0].spec.copies, places[0].spec.copied_rows
         # Whole heads where they are copied.
         step = min(rows, max(1, self._raw.size // 4 // width // (copies * head)) * head)
         turned = [place for place in places if place.spec.transpose]
