@@ -176,8 +176,8 @@ class Batcher(_Queue):
             return
         while self.waiting and self._free and len(self.running) < self.shapes.num_rows:
             sequence = self.waiting.popleft()
-            slot, reused = self._best_slot(sequence.prompt_ids)
-            del self._free[slot]
+            slot = self._best_slot(sequence.prompt_ids)
+            reused = num_common(self._free.pop(slot), sequence.prompt_ids)
             # The last token of a prompt is always computed: its logits are the answer's first.
             sequence.num_computed = sequence.num_reused = min(reused, len(sequence.prompt_ids) - 1)
             sequence.slot = slot
@@ -186,15 +186,10 @@ class Batcher(_Queue):
                 self._prefilling[slot] = sequence
             self._steady = None
 
-    def _best_slot(self, prompt_ids: tuple[int, ...]) -> tuple[int, int]:
-        """The free slot whose cache shares the longest prefix with a prompt, and its length."""
-        best, most = -1, -1
-        for slot, held in self._free.items():
-            common = num_common(held, prompt_ids)
-            # Of equals the one that has been free the longest.
-            if common > most:
-                best, most = slot, common
-        return best, most
+    def _best_slot(self, prompt_ids: tuple[int, ...]) -> int:
+        """The free slot whose cache shares the longest prefix with a prompt."""
+        # Of equals the first, which has been free the longest.
+        return max(self._free, key=lambda slot: num_common(self._free[slot], prompt_ids))
 
     def _wants_prefill(self, sequence: Sequence) -> bool:
         return (

@@ -58,8 +58,7 @@ class Sequence:
     @property
     def newest(self) -> int:
         """The uncomputed token, where there is one; the first of several."""
-        start = self.num_computed - len(self.prompt_ids)
-        return self.output_ids[start] if start >= 0 else self.prompt_ids[start]
+        return self.next_ids(1)[0]
 
     def next_ids(self, count: int) -> Listed[int]:
         """The next `count` uncomputed tokens, in order."""

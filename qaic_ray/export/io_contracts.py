@@ -62,20 +62,17 @@ class PositionIdsContract(_Contract):
 
     def __init__(self, g: GraphBuilder, architecture: Architecture, options: ExportOptions) -> None:
         super().__init__(g, architecture, options)
-        self._computed: Value | None = None
-        if options.comp_ctx_lengths:
-            name = contract.COMP_CTX_LENGTHS
-            self._computed = g.input(name, INT64, (name,))
+        lengths, kept = contract.COMP_CTX_LENGTHS, contract.NUM_LOGITS_TO_KEEP
+        computed = g.input(lengths, INT64, (lengths,)) if options.comp_ctx_lengths else None
         self._slots: tuple[Value, ...] = ()
         if options.continuous_batching:
             self._slots = (g.input(contract.BATCH_INDEX, INT64, ("batch_size", 1)),)
-        self._kept: Value | None = None
-        if options.logits == contract.NUM_LOGITS_TO_KEEP:
-            name = contract.NUM_LOGITS_TO_KEEP
-            self._kept = g.input(name, INT64, (name, 1))
-        self._prepare()
+        self._kept = g.input(kept, INT64, (kept, 1)) if options.logits == kept else None
+        # Only as many positions of the cache as the input is long are read and masked.
+        self._context = "ctx_len" if computed is None else lengths
+        self._prepare(computed)
 
-    def _prepare(self) -> None:
+    def _prepare(self, computed: Value | None) -> None:
         """What all layers share: where to write, what to read, what to mask."""
         g, scope = self._g, "/model"
         self._write_at = self.position_ids
@@ -84,12 +81,8 @@ class PositionIdsContract(_Contract):
             self._write_at = g.elementwise(
                 "Where", scope, padding, g.constant(SKIP), self.position_ids
             )
-        # Only as many positions of the cache as the input is long are read and masked.
-        self._context = "ctx_len" if self._computed is None else contract.COMP_CTX_LENGTHS
-        measured, axis = self._past[contract.past_key(0)], 2
-        if self._computed is not None:
-            measured, axis = self._computed, 0
-        self._ctx_len = g.dimension(scope, measured, axis)
+        measured = (self._past[contract.past_key(0)], 2) if computed is None else (computed, 0)
+        self._ctx_len = g.dimension(scope, *measured)
         positions = g.range(scope, self._ctx_len, self._context)
         positions = g.unsqueeze(scope, positions, 0, 1)
         own = g.unsqueeze(scope, self.position_ids, 2)
