@@ -45,6 +45,7 @@ _BUSY_TEXTS = ("NSP_ALLOC_FAILED", "allocate NSP", "Not enough NSPs", "suitable 
 _LOST_TEXTS = ("Failed to create Context", "Invalid Device")
 
 Runtime = tuple[ModuleType, ModuleType]
+StrPath = Path | str
 
 
 class Session:
@@ -63,12 +64,7 @@ class Session:
     """
 
     def __init__(
-        self,
-        sdk: Sdk,
-        qpc: Path | str,
-        device_ids: Iterable[int],
-        *,
-        runtime: Runtime | None = None,
+        self, sdk: Sdk, qpc: StrPath, device_ids: Iterable[int], *, runtime: Runtime | None = None
     ) -> None:
         self.device_ids = tuple(device_ids)
         self.qpc = Path(qpc)
