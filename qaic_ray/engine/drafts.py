@@ -17,7 +17,6 @@ from qaic_ray.engine.engine import Engine, Proposer
 from qaic_ray.engine.session import Session
 from qaic_ray.engine.steps import Sequence
 from qaic_ray.errors import UsageError
-from qaic_ray.metrics import Measurement
 from qaic_ray.options import Generation
 from qaic_ray.sdk import Sdk
 
@@ -104,11 +103,6 @@ class DraftProgram:
             )
         self._engine = Engine(program, ride_len=RIDE_LEN)
         self._ctx_len = program.specializations.ctx_len
-
-    @property
-    def measurement(self) -> Measurement:
-        """The draft engine's own work."""
-        return self._engine.measurement
 
     def propose(self, rows: Listed[Sequence], room: Listed[int]) -> list[list[int]]:
         """At most `room[i]` tokens for row i; none for a row beyond the draft's context."""
