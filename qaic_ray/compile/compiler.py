@@ -64,9 +64,8 @@ class Variant:
     @property
     def name(self) -> str:
         """Folder name, as the published recipe builds it, with the precision at its end."""
-        s, speculated = self.specializations, ""
-        if s.decode_len > 1:
-            speculated = f"{s.decode_len - 1}spec-"
+        s = self.specializations
+        speculated = f"{s.decode_len - 1}spec-" if s.decode_len > 1 else ""
         return (
             f"{self.source.name}-{_prompt_lens(s)}pl-{_contexts(s)}cl-{self.num_cores}c-"
             f"{s.batch_size}BS-{speculated}{_mark(s)}{self.precision.value}"
@@ -114,8 +113,8 @@ class Variant:
 
     def key_entries(self, sdk: Sdk, compiler_digest: str) -> list[tuple[str, str]]:
         """What the result depends on, by name: the cache key, explainable entry by entry."""
-        custom_io = self.source.custom_io
-        takes_io = self.precision is not Precision.FP32 and custom_io is not None
+        # At fp32 it is not passed.
+        custom_io = None if self.precision is Precision.FP32 else self.source.custom_io
         here = Path("-")
         flags = [a for a in self.argv(sdk, here, here)[1:] if not a.startswith(_PATH_FLAGS)]
         return [
@@ -123,7 +122,7 @@ class Variant:
             ("model", self.source.digest),
             ("flags", " ".join(flags)),
             ("specializations", self.specializations.to_json(named=sdk.named_specializations)),
-            ("custom_io", _sha256(custom_io.read_bytes()) if takes_io and custom_io else ""),
+            ("custom_io", _sha256(custom_io.read_bytes()) if custom_io else ""),
             ("sdk", f"{sdk.kind} {sdk.apps_version}"),
             ("compiler", compiler_digest),
         ]
