@@ -93,9 +93,9 @@ def num_tokens(some: Sequence[Any]) -> int:
 def one_engine(stage: dict[str, Any], some: Sequence[Any]) -> tuple[float, float]:
     """Seconds of an engine without Ray, longest first as the dispatcher hands them out; and of a
     step in the mean, its share of the host's work with it."""
-    from qaic_ray.engine.batcher import Sequence as Row
     from qaic_ray.engine.engine import Engine
     from qaic_ray.engine.session import Session
+    from qaic_ray.engine.steps import Sequence as Row
     from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
     from qaic_ray.sdk import open_sdk
 

@@ -1,7 +1,7 @@
 """Every time-out and interval of a run outside the dispatcher, each in seconds.
 
 What the dispatcher decides by time is in its `Policy`. Files that also run as programs, by their
-path (`cluster/ray_session.py`, `compile/guard.py`), have polling intervals of their own.
+path (`cluster/ray_session.py`, `guard.py`), have polling intervals of their own.
 """
 
 from __future__ import annotations
@@ -98,10 +98,8 @@ class Timeouts:
     # -- the compiler
     compile_s: float = 6 * 3600.0
     """A compiler that runs longer is stopped. A 70B model takes hours on the real one."""
-    compile_poll_s: float = 0.05
-    """Interval at which the compiler is looked at."""
     guard_s: float = 10.0
-    """The compiler's guard, told to end, is gone within this."""
+    """The guard of a compiler or of onnxsim, told to end, is gone within this."""
 
 
 DEFAULT_TIMEOUTS = Timeouts()

@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qaic_ray.compile.compiler import Source, Variant, grid_variants
 from qaic_ray.compile.store import (
     SPECIALIZATIONS_FILE,
     Build,
@@ -21,7 +22,6 @@ from qaic_ray.compile.store import (
     build,
     check_request,
 )
-from qaic_ray.compile.variant import Source, Variant, grid_variants
 from qaic_ray.contract import (
     BATCH_INDEX,
     COMP_CTX_LENGTHS,

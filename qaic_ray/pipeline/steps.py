@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from qaic_ray.compile.compiler import Variant
 from qaic_ray.compile.store import Build
-from qaic_ray.compile.variant import Variant
 from qaic_ray.errors import DeviceError, QaicRayError, UsageError
 from qaic_ray.options import EmulatorOptions
 from qaic_ray.sdk import Sdk, find_sdk

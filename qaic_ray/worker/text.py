@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from qaic_ray.engine import batcher
+from qaic_ray.engine import steps
 from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.files.documents import shown
@@ -38,7 +38,7 @@ class Answer:
 
     prompt: Prompt
     params: SamplingParams
-    sequences: tuple[batcher.Sequence, ...]
+    sequences: tuple[steps.Sequence, ...]
     readers: tuple[StopFinder | None, ...]
     finished: list[Finished] = field(default_factory=list)
 
@@ -84,7 +84,7 @@ class Answerer:
         _refuse_unholdable(params, len(prompt_ids), limit)
         stop_ids = frozenset(params.stop_token_ids) | self._ending_ids(params)
         sequences = [
-            batcher.Sequence(
+            steps.Sequence(
                 key=prompt.index,
                 prompt_ids=prompt_ids,
                 max_new_tokens=limit,
@@ -191,7 +191,7 @@ class Answerer:
         return _with_system(messages, self._generation.system)
 
     def _sample(
-        self, params: SamplingParams, sequence: batcher.Sequence, reader: StopFinder | None
+        self, params: SamplingParams, sequence: steps.Sequence, reader: StopFinder | None
     ) -> Sample:
         assert sequence.finish_reason is not None
         token_ids = tuple(sequence.output_ids)

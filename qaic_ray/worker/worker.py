@@ -21,8 +21,8 @@ from typing import ClassVar
 from qaic_ray.cards.inventory import WorkerPlace
 from qaic_ray.cards.lease import open_session
 from qaic_ray.contract import Specializations
-from qaic_ray.engine import batcher
-from qaic_ray.engine.drafting import Drafting, open_drafting
+from qaic_ray.engine import steps
+from qaic_ray.engine.drafts import Drafting, open_drafting
 from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
@@ -139,8 +139,8 @@ class CardWorker:
         self.spec = spec
         self._failed_rows = 0
         self._lock = threading.Condition()
-        self._backlog: deque[tuple[batcher.Sequence, StopFinder | None]] = deque()
-        self._owner: dict[batcher.Sequence, RowQueue] = {}
+        self._backlog: deque[tuple[steps.Sequence, StopFinder | None]] = deque()
+        self._owner: dict[steps.Sequence, RowQueue] = {}
         self._failure: QaicRayError | None = None
         self._closed = False
         self._opened: _Card | None = None

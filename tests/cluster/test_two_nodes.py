@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster as Nodes
 
 from qaic_ray.cards.inventory import WorkerPlace, place
 from qaic_ray.cluster.cluster import Cluster
-from qaic_ray.compile.variant import Variant
+from qaic_ray.compile.compiler import Variant
 from qaic_ray.contract import Specializations
 from qaic_ray.dispatch.policy import Policy
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint

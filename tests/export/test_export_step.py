@@ -16,7 +16,7 @@ from qaic_ray.contract import IoContract
 from qaic_ray.errors import CheckpointError, ExportError, UsageError
 from qaic_ray.export import export
 from qaic_ray.export.architecture import read_architecture
-from qaic_ray.export.check.headroom import Activation
+from qaic_ray.export.check.replay import Activation
 from qaic_ray.export.check.verify import (
     ScenarioDifference,
     VerifyReport,
