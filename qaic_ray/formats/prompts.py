@@ -19,13 +19,11 @@ from functools import partial
 from pathlib import Path, PurePath
 
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.formats.csv import prompts_from_csv
 from qaic_ray.formats.frozen_file import FrozenFile
-from qaic_ray.formats.jsonl import array_items, json_object, prompts_from_json
+from qaic_ray.formats.json_rows import array_items, json_object, prompts_from_json
 from qaic_ray.formats.lines import LIMITS, STDIN, LineLimits, PromptInput, check_readable
-from qaic_ray.formats.parquet import prompts_from_parquet
-from qaic_ray.formats.prompt_fields import Draft
-from qaic_ray.formats.row_fields import DEFAULT_CHAT, OwnFields
+from qaic_ray.formats.row_reader import DEFAULT_CHAT, Draft, OwnFields
+from qaic_ray.formats.tables import prompts_from_csv, prompts_from_parquet
 from qaic_ray.option_types import PromptFormat
 from qaic_ray.rows import ChatOptions, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qaic_ray.files.folders import replacing
-from qaic_ray.formats.openai_batch import Origin, response_line, token_number
-from qaic_ray.formats.parquet import write_parquet
+from qaic_ray.formats.json_rows import Origin, response_line, token_number
+from qaic_ray.formats.tables import write_parquet
 from qaic_ray.option_types import OutputFormat
 from qaic_ray.runs.delivery import OUTPUTS_NAME
 from qaic_ray.runs.journal import disk_errors_end_the_run

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.formats.parquet import row_schema, write_parquet
 from qaic_ray.formats.prompts import prompts_from_file
+from qaic_ray.formats.tables import row_schema, write_parquet
 from qaic_ray.option_types import OutputFormat, PromptFormat
 from qaic_ray.rows import ErrorClass, FinishReason, Prompt, Row, Sample
 from qaic_ray.runs.delivery import row_writer

@@ -1,23 +1,32 @@
-"""Parquet: the rows of a file as prompts, and a run's rows as a table.
+"""Tables: the rows of a CSV, TSV or parquet file as prompts, and a run's rows as a parquet table.
 
-Prompts have a column for each field that a line of JSONL could have: `prompt` of texts, `messages`
-of lists of structs; null means that a row has no such field. The user's own columns are not read.
-A table of rows has a typed column for each key of a row; `stop_reason` is two columns, the stop
+Prompts have a column for each field that a line of JSONL could have; others are not read. An empty
+cell or null means that the row has no such field.
+
+In CSV and TSV the first row names the columns. `prompt`, `id` and `stop` are texts; any other cell
+that holds JSON (a number, true, a list, an object) is that value. In parquet `prompt` is a column
+of texts, `messages` one of lists of structs.
+
+A written table has a typed column for each key of a row; `stop_reason` is two columns, the stop
 string and `stop_reason_token`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import csv
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.formats.lines import LIMITS, cannot_read
-from qaic_ray.formats.prompt_fields import Draft
-from qaic_ray.formats.row_fields import OwnFields, check_columns, read_columns
+from qaic_ray.formats.lines import LIMITS, PromptInput, cannot_read
+from qaic_ray.formats.row_fields import is_known, mistake
+from qaic_ray.formats.row_reader import Draft, OwnFields
+from qaic_ray.option_types import PromptFormat
 from qaic_ray.rows import Prompt, Row
 
 if TYPE_CHECKING:
@@ -26,11 +35,148 @@ if TYPE_CHECKING:
 
     from qaic_ray.formats.frozen_file import FrozenFile
 
+# A semicolon is what spreadsheets write where the comma is a decimal mark.
+_DELIMITERS = {PromptFormat.CSV: ",;", PromptFormat.TSV: "\t"}
+_PROMPTS = frozenset({"prompt", "messages"})
+_ONCE = ("prompt", "messages", "id")
+_PYTHON_WORDS = {"True": "true", "False": "false", "None": "null", "nan": "null", "NaN": "null"}
+
 _READ_ROWS = 256
 _READ_BYTES = 2**20
 _WRITE_ROWS = 1024
 _GROUP_BYTES = 64 * 2**20
 _GROUP_ROWS = 2**18
+
+
+def _check_columns(name: str, columns: Sequence[str]) -> None:
+    """Check that a table's columns name prompts, and no field of ours wrongly or twice.
+
+    Raises:
+        UsageError: naming the column.
+    """
+    for column in columns:
+        if column.isprintable() and (error := mistake(column)):
+            raise UsageError(f"{name}: {error}")
+        if (column in _ONCE or is_known(column)) and columns.count(column) > 1:
+            raise UsageError(f'{name} has several columns "{column}": keep one of them.')
+    if _PROMPTS.isdisjoint(columns):
+        some = ", ".join(c[:40] if c.isprintable() else repr(c[:40]) for c in columns[:20])
+        raise UsageError(
+            f'{name} has no column "prompt" and no "messages": its columns are {some}.'
+        )
+
+
+def _read_columns(columns: Sequence[str]) -> list[str]:
+    """Those of a table's columns that are read; the others are the user's own."""
+    return [name for name in columns if name in _ONCE or is_known(name)]
+
+
+def prompts_from_csv(
+    name: str, source: PromptInput, own: OwnFields, form: PromptFormat
+) -> Iterator[Prompt | Row]:
+    """An item for each row; an error names the line that the row begins in.
+
+    Args:
+        name: of the input.
+        source: opened.
+        own: reads the rows' fields.
+        form: CSV or TSV.
+
+    Raises:
+        UsageError: while reading, for a header that names no prompts.
+        QaicRayError: while reading, when that fails, and for a cell that is never closed.
+    """
+    max_bytes = source.limits.num_bytes
+    csv.field_size_limit(max_bytes)  # Python's own limit is less than a long prompt
+    lines = (line.decode("utf-8", "surrogateescape") for line in source.whole_lines())
+    first = next(lines, "")
+    delimiter = _delimiter(first, _DELIMITERS[form])
+    # Not pyarrow's reader: it waits for a megabyte, ends at the first row of another length, and
+    # guesses types from its first block.
+    records = _records(source, csv.reader(chain([first], lines), delimiter=delimiter, strict=True))
+    _, header = next(records, (1, []))
+    columns = _columns(name, header)
+    read = set(_read_columns(columns))
+
+    def prompt(draft: Draft, cells: list[str] | csv.Error) -> Prompt:
+        if isinstance(cells, csv.Error):
+            raise RowError(f"Not {form.value.upper()}: {cells}.")
+        if len(cells) != len(columns):
+            raise RowError(
+                f"It has {len(cells)} cells, and the header has {len(columns)}: put quotes around "
+                f"a cell that holds {delimiter!r}."
+            )
+        row = {key: cell for key, cell in zip(columns, cells, strict=True) if key in read}
+        return own.read_row(draft, _document(row))
+
+    for index, (line, cells) in enumerate(records):
+        raw = "" if isinstance(cells, csv.Error) else delimiter.join(cells)
+        yield Draft(index, raw, max_bytes).read(prompt, cells, f"{name} line {line}: ")
+
+
+def _delimiter(header: str, possible: str) -> str:
+    """The delimiter with which a column of the header holds prompts."""
+    for delimiter in possible:
+        with suppress(csv.Error):  # raised again with the first record
+            if not _PROMPTS.isdisjoint(next(csv.reader([header], delimiter=delimiter), [])):
+                return delimiter
+    return possible[0]
+
+
+def _records(
+    source: PromptInput, reader: Any
+) -> Iterator[tuple[int, list[str]] | tuple[int, csv.Error]]:
+    """Each record, or its error, with the line that it begins in."""
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if reader.line_num > line:
+                source.last = f"line {line - 1}"
+                raise source.broken(f"a cell that begins in line {line} is not closed") from error
+            yield line, error
+            continue
+        if cells:  # a blank line is no record
+            yield line, cells
+
+
+def _columns(name: str, header: list[str] | csv.Error) -> list[str]:
+    """The header's names.
+
+    Raises:
+        UsageError: no row could be answered with these columns.
+    """
+    if isinstance(header, csv.Error):
+        raise UsageError(f"{name}: the first line, which names the columns, is damaged: {header}.")
+    names = [column.strip() for column in header]
+    _check_columns(name, names)
+    return names
+
+
+def _document(row: dict[str, str]) -> dict[str, Any]:
+    """The row's fields as JSON values."""
+    fields = {}
+    for key, cell in row.items():
+        if not cell and key != "prompt":
+            continue
+        if any("\udc80" <= character <= "\udcff" for character in cell):
+            raise RowError(f'Not UTF-8: the column "{key}".')
+        is_text = key in ("prompt", "id") or (key == "stop" and not cell.startswith("["))
+        fields[key] = cell if is_text else _value(cell)
+    if "messages" in fields and not fields.get("prompt"):
+        fields.pop("prompt", None)
+    return fields
+
+
+def _value(cell: str) -> Any:
+    """A cell as JSON where it is JSON, else as text."""
+    try:
+        return json.loads(_PYTHON_WORDS.get(cell, cell))
+    except (ValueError, RecursionError):
+        return cell
 
 
 def prompts_from_parquet(
@@ -89,7 +235,7 @@ def _prompt_columns(path: str, schema: pyarrow.Schema) -> list[str]:
     """
     import pyarrow.types as kinds
 
-    check_columns(path, schema.names)
+    _check_columns(path, schema.names)
     for name, allows, allowed in (
         ("prompt", _is_text, "texts"),
         ("messages", _is_list, 'lists of structs with "role" and "content"'),
@@ -100,7 +246,7 @@ def _prompt_columns(path: str, schema: pyarrow.Schema) -> list[str]:
                 f'{path}: the column "{name}" is of {_short(schema.types[index])}, '
                 f"not of {allowed}."
             )
-    return read_columns(schema.names)
+    return _read_columns(schema.names)
 
 
 def _is_text(kind: pyarrow.DataType) -> bool:

@@ -1,38 +1,171 @@
-"""The OpenAI batch format: requests as prompts, rows as lines of its output and error files.
+"""JSON objects as prompts, one a line or the items of one array; and the OpenAI batch format.
 
-A request is `{"custom_id": ..., "method": "POST", "url": ..., "body": {...}}`:
-
-- `url` is `/v1/completions`, with a text as the body's `prompt`, or `/v1/chat/completions`, with
-  its `messages`.
-- `custom_id` becomes the row's id. It is a text, and no two lines have the same.
-- `model` may be any name, the same in all lines. The run's model answers, and the response names
-  that one.
-- The body's other fields are those of all formats, and the run's hold for the rest. In a
-  conversation `logprobs` is true or false and `top_logprobs` how many. A field that is not known is
-  an error.
+An object has `prompt`, a text, or `messages`, a conversation as the OpenAI interface has it:
+objects with `role` and `content`, both strings; content may be a list of parts of type `text`,
+which are joined. It may have an `id`, sampling fields in place of the run's, fields of the chat
+template and of other programs (`row_fields.py`), and keys of the user's own. Or it is a request;
+see `BatchRequests`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 from qaic_ray.errors import RowError
-from qaic_ray.formats.prompt_fields import Document, Draft, check_unicode, json_type
-from qaic_ray.formats.row_fields import OwnFields
-from qaic_ray.rows import Prompt
+from qaic_ray.formats.lines import LIMITS, PromptInput
+from qaic_ray.formats.row_fields import Document, as_type, check_unicode, json_type
+from qaic_ray.formats.row_reader import Draft, OwnFields
+from qaic_ray.rows import Prompt, Row
 
 COMPLETIONS_URL = "/v1/completions"
 CHAT_URL = "/v1/chat/completions"
-
 REPLACEMENT = "\ufffd"
 
 _PROMPT_FIELD = {COMPLETIONS_URL: "prompt", CHAT_URL: "messages"}
+_STRUCTURE = re.compile(rb'["\\{}\[\],]')
+_QUOTE, _BACKSLASH, _COMMA = b'"\\,'
+_OPENING, _CLOSING = b"{[", b"}]"
+
+
+def prompts_from_json(
+    name: str,
+    documents: Iterable[bytes],
+    own: OwnFields,
+    *,
+    only_requests: bool = False,
+    max_bytes: int = LIMITS.num_bytes,
+) -> Iterator[Prompt | Row]:
+    """An item for each document.
+
+    Args:
+        name: of the input and of what a document is in it, for its error rows: `p.jsonl line`.
+        documents: JSON objects, as text.
+        own: the fields that the run says.
+        only_requests: all are requests of the OpenAI batch format; otherwise those are that have a
+            `custom_id` or a `body`, and neither `prompt` nor `messages`.
+        max_bytes: the longest document.
+    """
+    requests = BatchRequests(own)
+
+    def prompt(draft: Draft, _: None) -> Prompt:
+        document = json_object(draft.decoded())
+        read = requests.read if only_requests or is_request(document) else own.read_row
+        return read(draft, document)
+
+    for index, text in enumerate(documents):
+        yield Draft(index, text, max_bytes).read(prompt, None, f"{name} {index + 1}: ")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Parse one document.
+
+    Raises:
+        RowError: saying what is wrong with it.
+    """
+    if not text.strip():
+        raise RowError("The line is empty.")
+    try:
+        document = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise RowError(f"Not JSON: {error.msg} at character {error.pos + 1}.") from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
+        raise RowError(f"Not JSON that can be read: {error}.") from error
+    if not isinstance(document, dict):
+        raise RowError('Not a JSON object: write {"prompt": "..."}.')
+    return document
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise RowError(f'It has "{twice[:80]}" twice: keep one of them.')
+    return document
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_each_key_once)
+
+
+class _ArrayScanner:
+    """Where in a JSON array the reading is, from one chunk of text to the next."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self._in_text = False
+        self._skipped_at = -1
+
+    def cuts(self, chunk: bytes) -> Iterator[int]:
+        """Where in the chunk the array begins, its items end, and it ends itself."""
+        for match in _STRUCTURE.finditer(chunk):
+            at, byte = match.start(), match.group()[0]
+            if at == self._skipped_at:
+                continue
+            if self._in_text:
+                if byte == _BACKSLASH:
+                    self._skipped_at = at + 1
+                self._in_text = byte != _QUOTE
+            elif byte == _QUOTE:
+                self._in_text = True
+            elif byte in _OPENING:
+                self.depth += 1
+                if self.depth == 1:
+                    yield at
+            elif byte in _CLOSING:
+                self.depth -= 1
+                if self.depth == 0:
+                    yield at
+            elif byte == _COMMA and self.depth == 1:
+                yield at
+        self._skipped_at -= len(chunk)
+
+
+def array_items(source: PromptInput) -> Iterator[bytes]:
+    """The items of the JSON array that an input holds, each as text as soon as it has come.
+
+    Only brackets and quotes are looked at, so an item that is not JSON spoils no other one, as long
+    as its brackets close. Of an item over the limit only the beginning is given, one byte more than
+    the limit.
+
+    Raises:
+        QaicRayError: while reading, also where the array does not end, or something follows it.
+    """
+    scanner, num_items, has_ended = _ArrayScanner(), 0, False
+    most = source.limits.num_bytes + 1
+    item, item_bytes = bytearray(), 0
+    for chunk in source.chunks():
+        start = 0
+        for at in () if has_ended else scanner.cuts(chunk):
+            item += chunk[start:at][: most - len(item)]
+            text = bytes(item).strip()
+            item, item_bytes, start = bytearray(), 0, at + 1
+            has_ended = scanner.depth == 0
+            if (text or not has_ended) and chunk[at : at + 1] != b"[":
+                yield text
+                num_items += 1
+                source.last = f"item {num_items}"
+            if has_ended:
+                break
+        rest = chunk[start:]
+        if has_ended and rest.strip():
+            raise source.broken("something stands behind the JSON array")
+        item += rest[: most - len(item)]
+        item_bytes += len(rest)
+        if item_bytes > source.limits.skipped_bytes:
+            raise source.broken(source.limits.endless)
+    if not has_ended:
+        raise source.broken("the JSON array does not end")
+
+
+# -- the OpenAI batch format
 
 
 def is_request(document: Document) -> bool:
@@ -43,10 +176,16 @@ def is_request(document: Document) -> bool:
 
 
 class BatchRequests:
-    """Reads the requests of one file.
+    """Reads the requests of one file: `{"custom_id", "method": "POST", "url", "body": {...}}`.
 
-    Args:
-        own: reads their fields.
+    - `url` is `/v1/completions`, with a text as the body's `prompt`, or `/v1/chat/completions`,
+      with its `messages`.
+    - `custom_id` becomes the row's id. It is a text, and no two lines have the same.
+    - `model` may be any name, the same in all lines. The run's model answers, and the response
+      names that one.
+    - The body's other fields are those of all formats, and the run's hold for the rest. In a
+      conversation `logprobs` is true or false and `top_logprobs` how many. A field that is not
+      known is an error.
     """
 
     def __init__(self, own: OwnFields) -> None:
@@ -73,27 +212,22 @@ class BatchRequests:
             raise RowError(
                 f'"url" is {_shown(url)}; allowed are "{COMPLETIONS_URL}" and "{CHAT_URL}".'
             )
-        body = document.get("body")
-        if not isinstance(body, dict):
-            raise RowError(f'"body" is {json_type(body)}, not an object.')
+        body = as_type(dict, '"body"', document.get("body"))
         field = _PROMPT_FIELD[url]
         if body.get(field) is None:
             raise RowError(f'There is no "{field}" in the body, which {url} needs.')
         draft.read_prompt(body)
         self._check_model(body.get("model"))
-        is_chat = url == CHAT_URL
-        if is_chat and not isinstance(body.get("logprobs", False), bool | None):
-            raise RowError(f'"logprobs" is {json_type(body["logprobs"])}, not true or false.')
+        if url == CHAT_URL and body.get("logprobs") is not None:
+            as_type(bool, '"logprobs"', body["logprobs"])
         return self._own.prompt(draft, body, only_ours=True)
 
     def _check_model(self, model: object) -> None:
         if model is None:
             return
-        if not isinstance(model, str):
-            raise RowError(f'"model" is {json_type(model)}, not a string.')
         if self._model is None:
-            self._model = model
-        elif model != self._model:
+            self._model = as_type(str, '"model"', model)
+        elif as_type(str, '"model"', model) != self._model:
             raise RowError(
                 f'"model" is {_shown(model)}, and that of the lines before is '
                 f"{_shown(self._model)}: one run has one model, so make a file for each."
@@ -103,9 +237,7 @@ class BatchRequests:
 def _custom_id(document: Document) -> str:
     if "custom_id" not in document:
         raise RowError('There is no "custom_id" in it.')
-    id_ = document["custom_id"]
-    if not isinstance(id_, str):
-        raise RowError(f'"custom_id" is {json_type(id_)}, not a string.')
+    id_ = as_type(str, '"custom_id"', document["custom_id"])
     if not id_:
         raise RowError('"custom_id" is empty.')
     check_unicode("custom_id", id_)
