@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any
 from qaic_ray.errors import CheckpointError, RowError
 from qaic_ray.files.documents import checked, read_object, read_text
 from qaic_ray.files.folders import building, cache_folder, locked
-from qaic_ray.model import transformers_child
-from qaic_ray.model.chat import ChatTemplate
-from qaic_ray.model.transformers_child import SETTINGS_FILE, TOKENIZER_FILE
+from qaic_ray.model import chat
+from qaic_ray.model.chat import SETTINGS_FILE, TOKENIZER_FILE, ChatTemplate
 from qaic_ray.rows import ChatOptions
 
 if TYPE_CHECKING:
@@ -144,7 +143,7 @@ class Tokenizer:
 
 
 def open_tokenizer(folder: Path, eos_ids: tuple[int, ...]) -> Tokenizer:
-    """The tokenizer in a folder that `transformers_child.load` wrote.
+    """The tokenizer in a folder that `loaded_tokenizer` made.
 
     Raises:
         CheckpointError: the folder is damaged.
@@ -280,8 +279,10 @@ def _is_whole(kept: Path) -> bool:
 
 def _load(folder: Path, fresh: Path, *, trust_remote_code: bool) -> None:
     try:
-        transformers_child.load(folder, fresh, trust_remote_code=trust_remote_code)
-    except transformers_child.ChildFailed as error:
+        task: dict[str, Any] = {"do": "load", "trust_remote_code": trust_remote_code}
+        task |= {"folder": str(folder.absolute()), "output": str(fresh.absolute())}
+        chat.ask_child(task, chat.LOAD_CPU_S)
+    except chat.ChildFailed as error:
         _name_what_is_odd(folder)
         lacking = _missing_library(folder)
         if lacking:

@@ -25,8 +25,7 @@ from qaic_ray.contract import IoContract
 from qaic_ray.errors import CheckpointError, ExportError, UsageError
 from qaic_ray.export.export import export_model
 from qaic_ray.export.simplify import simplifying
-from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
-from qaic_ray.model.manifest import read_manifest
+from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint, read_manifest
 from qaic_ray.options import ExportOptions
 from qaic_ray.pipeline.compile_step import open_folder
 

@@ -22,7 +22,7 @@ from tokenizer_folders import FOLDERS
 
 from qaic_ray.errors import UsageError
 from qaic_ray.files.folders import CACHE_VARIABLE
-from qaic_ray.model import chat, transformers_child
+from qaic_ray.model import chat
 from qaic_ray.model.chat import RESERVED, ChatTemplate
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.model.tokenizer import Tokenizer
@@ -360,7 +360,7 @@ def test_a_bomb_goes_off_in_the_child(name: str, monkeypatch: pytest.MonkeyPatch
     for _ in range(2):  # the second time it is known
         with pytest.raises(UsageError, match="cannot be used: it takes more"):
             template.render(HELLO, ChatOptions())
-        monkeypatch.setattr(transformers_child, "render", None)
+        monkeypatch.setattr(chat, "ask_child", None)
 
 
 def test_a_conversation_that_is_refused_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,7 +375,7 @@ def test_what_was_tried_out_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) 
     template = ChatTemplate("tried once")
     template.try_out(HELLO, ChatOptions())
     monkeypatch.setattr(chat, "_tried", {})  # as another process
-    monkeypatch.setattr(transformers_child, "render", None)
+    monkeypatch.setattr(chat, "ask_child", None)
     assert template.render(HELLO, ChatOptions()) == "tried once"
 
 

@@ -27,8 +27,14 @@ from qaic_ray.export.check.replay import (
 )
 from qaic_ray.files.documents import checked, read_object
 from qaic_ray.files.folders import write_whole
-from qaic_ray.model.checkpoint import Checkpoint, has_tokenizer, load_tokenizer
-from qaic_ray.model.manifest import VERIFY_FILE, ModelManifest, read_manifest
+from qaic_ray.model.checkpoint import (
+    VERIFY_FILE,
+    Checkpoint,
+    ModelManifest,
+    has_tokenizer,
+    load_tokenizer,
+    read_manifest,
+)
 
 PROMPTS = (
     "My name is",
