@@ -14,10 +14,14 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from qaic_ray.errors import CheckpointError
 from qaic_ray.files.documents import shown
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -25,6 +29,7 @@ MAX_ARRAY = 1 << 24  # more values than any vocabulary has
 MAX_STRING_BYTES = 1 << 26
 MAX_DIMS = 4
 DEFAULT_ALIGNMENT = 32
+NUMBER_MAX = 1 << 31
 
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -53,6 +58,63 @@ class GgufFile:
     name: str
     keys: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
+
+
+class GgufKeys:
+    """The keys of a file's architecture, checked as they are read; those that are read are used.
+
+    What is wrong with one is a CheckpointError that names it.
+    """
+
+    def __init__(self, gguf: GgufFile) -> None:
+        self._file = gguf.name
+        self._prefix = f"{gguf.keys['general.architecture']}."
+        self._keys = gguf.keys
+        self._used: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value as it is."""
+        self._used.add(key)
+        return self._keys.get(self._prefix + key, default)
+
+    def size(self, key: str, *, default: int | None = None) -> int:
+        """A whole number of at least 1; of an array over the layers, the one value of all."""
+        value = self.get(key, default)
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]
+        if type(value) is not int or not 1 <= value < NUMBER_MAX:
+            raise self.error(key, "a whole number of at least 1, the same in all layers")
+        return value
+
+    def number(self, key: str, *, default: float | None = None) -> float:
+        """A number above 0."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+            raise self.error(key, "a number above 0")
+        return float(value)
+
+    def scale(self, key: str, default: float) -> float:
+        """A number above 0; `default` where the key is missing or 0."""
+        return self.number(key) if self.get(key) else default
+
+    def error(self, key: str, must: str) -> CheckpointError:
+        """The error of a key whose value is not what it must be."""
+        value = self._keys.get(self._prefix + key)
+        given = "is missing" if value is None else f"is {shown(value)}"
+        return CheckpointError(f"{self._prefix}{key} of {self._file} {given}; it must be {must}.")
+
+    def refuse_the_rest(self, neutral: Mapping[str, tuple[Any, ...] | None]) -> None:
+        """Refuse the first key that is neither used nor `neutral` at its value; None: at any."""
+        for name, value in self._keys.items():
+            key = name.removeprefix(self._prefix)
+            if key == name or key in self._used:
+                continue
+            allowed = neutral.get(key, ())
+            if allowed is not None and value not in allowed:
+                raise CheckpointError(
+                    f"{self._file} has {name} = {shown(value)}, which asks for what we do not "
+                    "compute."
+                )
 
 
 def part_paths(path: Path) -> tuple[Path, ...]:
@@ -255,3 +317,27 @@ def tensor_bytes(name: str, kind: int, shape: tuple[int, ...]) -> int:
             f"blocks of {block}."
         )
     return int(prod(shape) // block * size)
+
+
+def read_values(
+    tensor: GgufTensor, rows: npt.NDArray[np.int64] | None = None
+) -> npt.NDArray[np.float32]:
+    """The values of a tensor, or of some of its rows, as the gguf package computes them."""
+    import numpy as np
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import QuantError, dequantize
+
+    row_bytes = tensor_bytes(tensor.name, tensor.kind, tensor.shape[-1:])
+    shape = (*tensor.shape[:-1], row_bytes)
+    stored = np.memmap(tensor.path, np.uint8, "r", offset=tensor.offset, shape=shape)
+    kind = GGMLQuantizationType(tensor.kind)
+    try:
+        values: npt.NDArray[np.float32] = dequantize(
+            np.array(stored if rows is None else stored[rows]), kind
+        )
+    except (NotImplementedError, QuantError) as error:
+        raise CheckpointError(
+            f"The tensor {tensor.name} has the type {kind.name}, which the installed gguf package "
+            "cannot read."
+        ) from error
+    return values

@@ -109,11 +109,8 @@ def end_ids(keys: Mapping[str, Any], name: str) -> tuple[int, ...]:
         CheckpointError: one of them is no token.
     """
     tokens = keys.get("tokenizer.ggml.tokens", [])
-    found = []
-    for key in ("eos_token_id", "eot_token_id", "eom_token_id"):
-        number = _special_id(keys, key)
-        if number is not None:
-            found.append(_checked_id(number, key, name, len(tokens)))
+    named = ("eos_token_id", "eot_token_id", "eom_token_id")
+    found = [id_ for id_ in (_special_id(keys, key, name) for key in named) if id_ is not None]
     for number, kind in enumerate(keys.get("tokenizer.ggml.token_type", [])[: len(tokens)]):
         if kind == CONTROL and tokens[number] in END_OF_TURN:
             found.append(number)
@@ -124,14 +121,12 @@ _SENTENCEPIECE_IDS = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 
 """What llama.cpp takes for a SentencePiece vocabulary that does not say."""
 
 
-def _special_id(keys: Mapping[str, Any], key: str) -> Any:
+def _special_id(keys: Mapping[str, Any], key: str, name: str) -> int | None:
     of_sentencepiece = keys.get("tokenizer.ggml.model") == "llama"
     default = _SENTENCEPIECE_IDS.get(key) if of_sentencepiece else None
-    return keys.get(f"tokenizer.ggml.{key}", default)
-
-
-def _checked_id(number: Any, key: str, name: str, num_tokens: int) -> int:
-    if type(number) is not int or not 0 <= number < max(num_tokens, 1):
+    number = keys.get(f"tokenizer.ggml.{key}", default)
+    num_tokens = len(keys.get("tokenizer.ggml.tokens", []))
+    if number is not None and (type(number) is not int or not 0 <= number < max(num_tokens, 1)):
         raise CheckpointError(
             f"tokenizer.ggml.{key} of {name} is {shown(number)}; it must be below the number of "
             f"tokens, {num_tokens}."
@@ -203,10 +198,8 @@ class _Vocabulary:
         return value
 
     def _special(self, key: str) -> str | None:
-        number = _special_id(self.keys, key)
-        if number is None:
-            return None
-        return self.tokens[_checked_id(number, key, self.name, len(self.tokens))]
+        number = _special_id(self.keys, key, self.name)
+        return None if number is None else self.tokens[number]
 
 
 def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
