@@ -172,7 +172,7 @@ def _read_head_dim(fields: Fields, name: str, default: int | None) -> int:
 
 def _read_kv_heads(fields: Fields, num_heads: int, default: int | None) -> int:
     # transformers tells a missing key, which has the class's default, from null.
-    absent = default is not None and fields.absent("num_key_value_heads")
+    absent = default is not None and "num_key_value_heads" not in fields.values
     num_kv_heads = fields.size("num_key_value_heads", default if absent else num_heads)
     if num_heads % num_kv_heads:
         raise fields.error("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}")
@@ -200,7 +200,7 @@ def _read_window(fields: Fields, name: str, num_layers: int) -> int | None:
         raise fields.error("layer_types", f"{num_layers} times {' or '.join(sorted(known))}")
     if name not in _WITH_LAYER_TYPES:
         default = _KINDS.get(name, _Kind()).window
-        if fields.absent("sliding_window"):
+        if "sliding_window" not in fields.values:
             return default
         return fields.size("sliding_window") if "sliding_window" in fields else None
     slides = fields.flag("use_sliding_window")

@@ -62,7 +62,7 @@ def read_rope(config: Fields, head_dim: int, max_position: int) -> Rope:
     # What loses must make sense too, and a value of another type may not count as nothing.
     for key in ("rope_scaling", "rope_parameters"):
         config.fields(key)
-    for key in rope.names():
+    for key in rope.values:
         if key not in _KNOWN:
             raise rope.error(key, "left out, since it is not supported")
     kind = rope.text("rope_type", rope.text("type", "default"))
@@ -76,7 +76,7 @@ def read_rope(config: Fields, head_dim: int, max_position: int) -> Rope:
     # A base of 1 has no logarithm to divide by.
     bounds = {"least": 1.001 if kind == "yarn" else 1e-6, "most": LARGEST_THETA}
     theta = THETA
-    if "rope_theta" in config or rope.absent("rope_theta"):
+    if "rope_theta" in config or "rope_theta" not in rope.values:
         theta = config.number("rope_theta", THETA, **bounds)
     theta = rope.number("rope_theta", theta, **bounds)
     reader = _Options(rope, config, max_position)

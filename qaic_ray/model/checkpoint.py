@@ -23,7 +23,6 @@ from qaic_ray.model.sources import check_folder, find_folder, find_weights
 from qaic_ray.model.tokenizer import (
     Tokenizer,
     eos_token_ids,
-    has_vocabulary,
     loaded_tokenizer,
     open_chat_template,
     open_tokenizer,
@@ -54,86 +53,73 @@ class Fields:
     A value that is not so is a CheckpointError that names file, key and value.
 
     Args:
-        values: the JSON object.
+        values: the JSON object, in which a key may be null.
         source: names it in errors, such as `config.json`.
     """
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
-        self._values = values
+        self.values = values
         self._source = source
 
     def __contains__(self, key: str) -> bool:
-        return self._values.get(key) is not None
+        return self.values.get(key) is not None
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value as it is; `default` where the key is missing or null."""
-        value = self._values.get(key)
+        value = self.values.get(key)
         return default if value is None else value
 
     def size(self, key: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
         """A whole number from 1 to `most`; `default` where the key is missing or null."""
         value = self.get(key, default)
-        if type(value) is not int or not 1 <= value <= most:
-            raise self.error(key, f"a whole number from 1 to {most}")
-        return value
+        is_size = type(value) is int and 1 <= value <= most
+        return int(self._checked(key, value, is_size, f"a whole number from 1 to {most}"))
 
     def number(self, key: str, default: float | None = None, *, least: float, most: float) -> float:
         """A number from `least` to `most`, never NaN; `default` where the key is missing."""
-        value = self._values.get(key, default)
-        if type(value) not in (int, float):
-            raise self.error(key, "a number")
+        value = self.values.get(key, default)
+        self._checked(key, value, type(value) in (int, float), "a number")
         # NaN is in no range, and a whole number may be larger than any float.
-        if not max(least, -_LARGEST) <= value <= min(most, _LARGEST):
-            raise self.error(key, f"a number from {least:g} to {most:g}")
-        return float(value)
+        is_within = max(least, -_LARGEST) <= value <= min(most, _LARGEST)
+        return float(self._checked(key, value, is_within, f"a number from {least:g} to {most:g}"))
 
     def flag(self, key: str, *, default: bool = False) -> bool:
         """True or false; `default` where the key is missing."""
-        value = self._values.get(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, "true or false")
-        return value
+        value = self.values.get(key, default)
+        return bool(self._checked(key, value, isinstance(value, bool), "true or false"))
 
     def text(self, key: str, default: str) -> str:
         """A text; `default` where the key is missing or null."""
         value = self.get(key, default)
-        if not isinstance(value, str):
-            raise self.error(key, "a text")
-        return value
+        return str(self._checked(key, value, isinstance(value, str), "a text"))
 
     def texts(self, key: str) -> list[str]:
         """A list of texts; empty where the key is missing or null."""
         value = self.get(key, [])
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.error(key, "a list of texts")
-        return value
+        are_texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        return list(self._checked(key, value, are_texts, "a list of texts"))
 
     def ids(self, key: str) -> tuple[int, ...]:
         """A token id or several; empty where the key is missing or null."""
         value = self.get(key, [])
         several = value if isinstance(value, list) else [value]
-        if not all(type(item) is int and 0 <= item <= MAX_SIZE for item in several):
-            raise self.error(key, "a token id, or a list of them")
-        return tuple(several)
+        are_ids = all(type(item) is int and 0 <= item <= MAX_SIZE for item in several)
+        return tuple(self._checked(key, several, are_ids, "a token id, or a list of them"))
 
     def fields(self, key: str) -> Fields:
         """The fields of an object inside; none where the key is missing or null."""
         value = self.get(key, {})
-        if not isinstance(value, dict):
-            raise self.error(key, "an object")
+        self._checked(key, value, isinstance(value, dict), "an object")
         return Fields(value, f"{key} of {self._source}")
 
-    def names(self) -> list[str]:
-        """The keys."""
-        return list(self._values)
-
-    def absent(self, key: str) -> bool:
-        """Whether the key is missing; null is not missing."""
-        return key not in self._values
+    def _checked(self, key: str, value: Any, is_right: bool, must: str) -> Any:
+        if not is_right:
+            raise self.error(key, must)
+        return value
 
     def error(self, key: str, must: str) -> CheckpointError:
         """The error of a key whose value is not what it must be."""
-        given = "is missing" if self.absent(key) else f"is {shown(self.get(key))}"
+        given = f"is {shown(self.get(key))}" if key in self.values else "is missing"
         return CheckpointError(f"{key} in {self._source} {given}; it must be {must}.")
 
 
@@ -197,11 +183,6 @@ def load_chat_template(checkpoint: Checkpoint) -> ChatTemplate:
     """The checkpoint's chat templates, without its tokens."""
     folder = loaded_tokenizer(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
     return open_chat_template(folder)
-
-
-def has_tokenizer(checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint has any tokenizer files."""
-    return has_vocabulary(checkpoint.folder)
 
 
 def load_torch_model(checkpoint: Checkpoint, *, layers: Sequence[int] | None = None) -> Any:

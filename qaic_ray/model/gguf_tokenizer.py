@@ -117,6 +117,13 @@ def end_ids(keys: Mapping[str, Any], name: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
+_SPECIAL = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+"""Names of transformers, and keys."""
 _SENTENCEPIECE_IDS = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
 """What llama.cpp takes for a SentencePiece vocabulary that does not say."""
 
@@ -151,13 +158,14 @@ class _Vocabulary:
                 f"{name} has {len(self.tokens)} tokens and another number of types "
                 "(tokenizer.ggml.token_type)."
             )
-        self.bos = self._special("bos_token_id")
-        self.eos = self._special("eos_token_id")
-        self.unknown = self._special("unknown_token_id")
-        self.padding = self._special("padding_token_id")
+        self.special = {}
+        for named, key in _SPECIAL.items():
+            number = _special_id(keys, key, name)
+            if number is not None:
+                self.special[named] = self.tokens[number]
         by_default = keys["tokenizer.ggml.model"] == "llama" or self.splitting.adds_bos
-        self.adds_bos = self.flag("add_bos_token", default=by_default) and self.bos is not None
-        self.adds_eos = self.flag("add_eos_token", default=False) and self.eos is not None
+        self.before = self._around("bos_token", by_default=by_default)
+        self.after = self._around("eos_token", by_default=False)
 
     @property
     def splitting(self) -> Splitting:
@@ -175,12 +183,12 @@ class _Vocabulary:
         texts = self.keys.get(f"tokenizer.ggml.{key}")
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise CheckpointError(f"{self.name} has no list of texts tokenizer.ggml.{key}.")
-        if any(len(text) > MAX_TOKEN_CHARS for text in texts):
-            raise CheckpointError(
-                f"{self.name} has an entry of more than {MAX_TOKEN_CHARS} characters in "
-                f"tokenizer.ggml.{key}."
-            )
         for number, text in enumerate(texts):
+            if len(text) > MAX_TOKEN_CHARS:
+                raise CheckpointError(
+                    f"{self.name} has an entry of more than {MAX_TOKEN_CHARS} characters in "
+                    f"tokenizer.ggml.{key}."
+                )
             if not _is_utf8(text):
                 raise CheckpointError(
                     f"{self.name} has an entry in tokenizer.ggml.{key} that is not UTF-8: number "
@@ -197,9 +205,10 @@ class _Vocabulary:
             )
         return value
 
-    def _special(self, key: str) -> str | None:
-        number = _special_id(self.keys, key, self.name)
-        return None if number is None else self.tokens[number]
+    def _around(self, named: str, *, by_default: bool) -> list[str]:
+        """The special token that is put before or after every text, if any."""
+        is_added = self.flag(f"add_{named}", default=by_default)
+        return [self.special[named]] if is_added and named in self.special else []
 
 
 def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
@@ -240,7 +249,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
     model = models.BPE(
         vocabulary.ids,
         _merges(vocabulary.ids, scores),
-        unk_token=vocabulary.unknown,
+        unk_token=vocabulary.special.get("unk_token"),
         fuse_unk=True,
         byte_fallback=True,
     )
@@ -278,28 +287,21 @@ def _finish(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
             if kind in whole and token
         ]
     )
-    before = [vocabulary.bos] * vocabulary.adds_bos
-    after = [vocabulary.eos] * vocabulary.adds_eos
+    before, after = vocabulary.before, vocabulary.after
     if before or after:
         ids = vocabulary.ids
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[*before, "$A", *after],
             pair=[*before, "$A", *after, *before, "$B", *after],
-            special_tokens=[(token, ids[token]) for token in {*before, *after} if token],
+            special_tokens=[(token, ids[token]) for token in {*before, *after}],
         )
 
 
 def _settings(vocabulary: _Vocabulary) -> dict[str, Any]:
-    special = {
-        "bos_token": vocabulary.bos,
-        "eos_token": vocabulary.eos,
-        "unk_token": vocabulary.unknown,
-        "pad_token": vocabulary.padding,
-    }
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        **{name: token for name, token in special.items() if token is not None},
+        **vocabulary.special,
     }
     prefix = "tokenizer.chat_template"
     templates = {

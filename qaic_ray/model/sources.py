@@ -140,14 +140,7 @@ def convert_gguf(path: Path, models: Path) -> Path:
 def fetch_hub(repo_id: str, *, cache_dir: Path | None, weights: bool) -> Path:
     """The local snapshot of a hub repository: safetensors and small files, never pickles."""
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-        )
+        from huggingface_hub import errors, snapshot_download
     except ImportError as error:
         raise _missing_extra("fetching a model from the hub", error) from error
     patterns = [*HUB_PATTERNS, *(HUB_WEIGHT_PATTERNS if weights else ())]
@@ -155,21 +148,21 @@ def fetch_hub(repo_id: str, *, cache_dir: Path | None, weights: bool) -> Path:
         snapshot = snapshot_download(
             repo_id, allow_patterns=patterns, ignore_patterns=["*/*"], cache_dir=cache_dir
         )
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise CheckpointError(
             f"The hub gives {repo_id} only to accounts that accepted its terms; accept them on its "
             "page and set HF_TOKEN."
         ) from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
             f"The hub has no model {repo_id}, or not for this account (HF_TOKEN)."
         ) from error
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"The hub cannot be reached and {repo_id} is not in its local cache; give a local "
             f"folder, or {' or '.join(NAMED_MODELS)}."
         ) from error
-    except (HfHubHTTPError, HFValidationError) as error:
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
         raise CheckpointError(f"The hub refused {repo_id}: {error}.") from error
     return Path(snapshot)
 

@@ -31,10 +31,10 @@ from qaic_ray.model.checkpoint import (
     VERIFY_FILE,
     Checkpoint,
     ModelManifest,
-    has_tokenizer,
     load_tokenizer,
     read_manifest,
 )
+from qaic_ray.model.tokenizer import has_vocabulary
 
 PROMPTS = (
     "My name is",
@@ -191,7 +191,7 @@ def _prompt_ids(
     checkpoint: Checkpoint, manifest: ModelManifest, *, longest: int
 ) -> list[list[int]]:
     prompts: list[list[int]] = []
-    if has_tokenizer(checkpoint):
+    if has_vocabulary(checkpoint.folder):
         encode = load_tokenizer(checkpoint).encode
         prompts = [encode(prompt)[:longest] for prompt in PROMPTS]
     largest = max((token for prompt in prompts for token in prompt), default=0)
