@@ -37,12 +37,9 @@ class FrozenFile:
     num_bytes: int
     sha256: str
     blocks: bytes
-    block_bytes: int = BLOCK_BYTES
 
     @classmethod
-    def of(
-        cls, path: Path, num_bytes: int | None = None, *, block_bytes: int = BLOCK_BYTES
-    ) -> FrozenFile:
+    def of(cls, path: Path, num_bytes: int | None = None) -> FrozenFile:
         """Read a file, or its first `num_bytes` bytes, for their digests.
 
         Raises:
@@ -54,8 +51,8 @@ class FrozenFile:
         try:
             with path.open("rb") as stream:
                 size = os.fstat(stream.fileno()).st_size if num_bytes is None else num_bytes
-                for offset in range(0, size, block_bytes):
-                    wanted = min(block_bytes, size - offset)
+                for offset in range(0, size, BLOCK_BYTES):
+                    wanted = min(BLOCK_BYTES, size - offset)
                     block = stream.read(wanted)
                     if len(block) < wanted:
                         raise InputChanged(
@@ -68,7 +65,7 @@ class FrozenFile:
             raise QaicRayError(
                 f"The prompts in {path} cannot be read: {error.strerror}."
             ) from error
-        return cls(path, size, whole.hexdigest(), bytes(blocks), block_bytes)
+        return cls(path, size, whole.hexdigest(), bytes(blocks))
 
     def open(self) -> io.BufferedReader:
         """The content as a seekable file, whose reading raises InputChanged where it differs.
@@ -76,7 +73,7 @@ class FrozenFile:
         Raises:
             OSError: it cannot be opened any more.
         """
-        return io.BufferedReader(_ComparingReader(self), self.block_bytes)
+        return io.BufferedReader(_ComparingReader(self), BLOCK_BYTES)
 
     def read_block(self, stream: BinaryIO, number: int) -> bytes:
         """A block of the opened file, counted from 0.
@@ -84,8 +81,8 @@ class FrozenFile:
         Raises:
             InputChanged: it is not what it was.
         """
-        offset = stream.seek(number * self.block_bytes)
-        block = stream.read(min(self.block_bytes, self.num_bytes - offset))
+        offset = stream.seek(number * BLOCK_BYTES)
+        block = stream.read(min(BLOCK_BYTES, self.num_bytes - offset))
         at = number * _DIGEST_BYTES
         if _digest(block) != self.blocks[at : at + _DIGEST_BYTES]:
             raise InputChanged(
@@ -119,7 +116,7 @@ class _ComparingReader(io.RawIOBase):
         if self._position >= self._file.num_bytes:
             return 0
         view = memoryview(buffer).cast("B")
-        number, offset = divmod(self._position, self._file.block_bytes)
+        number, offset = divmod(self._position, BLOCK_BYTES)
         piece = self._block(self._stream, number)[offset : offset + len(view)]
         view[: len(piece)] = piece
         self._position += len(piece)

@@ -21,7 +21,8 @@ from itertools import accumulate
 from typing import Any
 
 from qaic_ray.errors import RowError
-from qaic_ray.formats.lines import LIMITS, PromptInput
+from qaic_ray.formats import lines
+from qaic_ray.formats.lines import PromptInput
 from qaic_ray.formats.row_fields import Document, as_type, check_unicode, json_type
 from qaic_ray.formats.row_reader import Draft, OwnFields
 from qaic_ray.rows import Prompt, Row
@@ -42,7 +43,6 @@ def prompts_from_json(
     own: OwnFields,
     *,
     only_requests: bool = False,
-    max_bytes: int = LIMITS.num_bytes,
 ) -> Iterator[Prompt | Row]:
     """An item for each document.
 
@@ -52,7 +52,6 @@ def prompts_from_json(
         own: the fields that the run says.
         only_requests: all are requests of the OpenAI batch format; otherwise those are that have a
             `custom_id` or a `body`, and neither `prompt` nor `messages`.
-        max_bytes: the longest document.
     """
     requests = BatchRequests(own)
 
@@ -62,7 +61,7 @@ def prompts_from_json(
         return read(draft, document)
 
     for index, text in enumerate(documents):
-        yield Draft(index, text, max_bytes).read(prompt, None, f"{name} {index + 1}: ")
+        yield Draft(index, text).read(prompt, None, f"{name} {index + 1}: ")
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -139,7 +138,7 @@ def array_items(source: PromptInput) -> Iterator[bytes]:
         QaicRayError: while reading, also where the array does not end, or something follows it.
     """
     scanner, num_items, has_ended = _ArrayScanner(), 0, False
-    most = source.limits.num_bytes + 1
+    most = lines.MAX_LINE_BYTES + 1
     item, item_bytes = bytearray(), 0
     for chunk in source.chunks():
         start = 0
@@ -159,8 +158,8 @@ def array_items(source: PromptInput) -> Iterator[bytes]:
             raise source.broken("something stands behind the JSON array")
         item += rest[: most - len(item)]
         item_bytes += len(rest)
-        if item_bytes > source.limits.skipped_bytes:
-            raise source.broken(source.limits.endless)
+        if item_bytes > lines.MAX_SKIPPED_BYTES:
+            raise source.broken()
     if not has_ended:
         raise source.broken("the JSON array does not end")
 

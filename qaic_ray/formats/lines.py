@@ -15,7 +15,6 @@ import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, BinaryIO, TypeVar, cast
 
@@ -29,26 +28,11 @@ if TYPE_CHECKING:
 STDIN = "-"
 
 
-@dataclass(frozen=True)
-class LineLimits:
-    """How long one line, or one item of a JSON array, may be.
-
-    Attributes:
-        num_bytes: the longest that is read. What is longer was never meant as a prompt, and must
-            not fill the memory: a disk image, a file of one line, a bomb in a gzip.
-        skipped_bytes: how much of a longer one is read over before the input is given up.
-    """
-
-    num_bytes: int = 2**24
-    skipped_bytes: int = 2**30
-
-    @property
-    def endless(self) -> str:
-        """The reason for giving an input up."""
-        return f"a row is longer than {self.skipped_bytes >> 30} GiB"
-
-
-LIMITS = LineLimits()
+MAX_LINE_BYTES = 2**24
+"""The longest line, item of a JSON array, or prompt that is read. What is longer was never meant as
+a prompt, and must not fill the memory: a disk image, a file of one line, a bomb in a gzip."""
+MAX_SKIPPED_BYTES = 2**30
+"""How much of a longer one is read over before the input is given up."""
 
 _LOOK_BYTES = 2**16  # how far a format is looked for
 _BUFFER_BYTES = 2**16
@@ -109,7 +93,6 @@ class PromptInput:
     Args:
         path: of the file, or `-`.
         frozen: the file as it was when the run began; without it, it is read as it is.
-        limits: of a line.
 
     Raises:
         UsageError: for a packing that cannot be read.
@@ -119,12 +102,9 @@ class PromptInput:
     last = ""
     """What was read last, for the error of an input that breaks off: `line 7`."""
 
-    def __init__(
-        self, path: str, frozen: FrozenFile | None = None, limits: LineLimits = LIMITS
-    ) -> None:
+    def __init__(self, path: str, frozen: FrozenFile | None = None) -> None:
         self._path = path
         self._frozen = frozen
-        self.limits = limits
         self.head = b""
         """What `look_on` has seen."""
         self._damage: Exception | None = None
@@ -183,7 +163,7 @@ class PromptInput:
         # Bytes: Python's text lines also end at a lone carriage return, and one undecodable line
         # must not stop the others.
         readline = self._from_the_start().readline
-        most = self.limits.num_bytes + 1
+        most = MAX_LINE_BYTES + 1
         num_lines = 0
         try:
             while line := readline(most):
@@ -201,9 +181,9 @@ class PromptInput:
         while chunk := self._guarded(partial(stream.read1, _BUFFER_BYTES)):
             yield chunk
 
-    def broken(self, reason: str) -> QaicRayError:
-        """The error of an input that breaks off after what was read last."""
-        return cannot_read(self._path, self.last, OSError(reason))
+    def broken(self, reason: str = "") -> QaicRayError:
+        """The error of an input that breaks off after what was read last, or in an endless row."""
+        return cannot_read(self._path, self.last, OSError(reason or _endless()))
 
     def _from_the_start(self) -> io.BufferedReader:
         return _buffered(self._stream.read1 if self._damage is None else self._fail, self.head)
@@ -213,16 +193,20 @@ class PromptInput:
 
     def _skip_line(self, readline: Callable[[int], bytes]) -> None:
         num_bytes = 0
-        while (rest := readline(self.limits.num_bytes)) and not rest.endswith(b"\n"):
+        while (rest := readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
             num_bytes += len(rest)
-            if num_bytes > self.limits.skipped_bytes:
-                raise EOFError(self.limits.endless)
+            if num_bytes > MAX_SKIPPED_BYTES:
+                raise EOFError(_endless())
 
     def _guarded(self, read: Callable[[], _T]) -> _T:
         try:
             return read()
         except _DAMAGE as error:
             raise cannot_read(self._path, self.last, error) from error
+
+
+def _endless() -> str:
+    return f"a row is longer than {MAX_SKIPPED_BYTES >> 30} GiB"
 
 
 def cannot_read(path: str, last: str, error: Exception) -> QaicRayError:

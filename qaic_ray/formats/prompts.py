@@ -21,7 +21,7 @@ from pathlib import Path, PurePath
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.formats.frozen_file import FrozenFile
 from qaic_ray.formats.json_rows import array_items, json_object, prompts_from_json
-from qaic_ray.formats.lines import LIMITS, STDIN, LineLimits, PromptInput, check_readable
+from qaic_ray.formats.lines import STDIN, PromptInput, check_readable
 from qaic_ray.formats.row_reader import DEFAULT_CHAT, Draft, OwnFields
 from qaic_ray.formats.tables import prompts_from_csv, prompts_from_parquet
 from qaic_ray.option_types import PromptFormat
@@ -94,7 +94,6 @@ def prompts_from_file(
     chat: ChatOptions = DEFAULT_CHAT,
     *,
     frozen: FrozenFile | None = None,
-    limits: LineLimits = LIMITS,
 ) -> Iterator[Prompt | Row]:
     r"""The prompts of a file, or of stdin for `-`; one item a line, so that index = line - 1.
 
@@ -109,7 +108,6 @@ def prompts_from_file(
         sampling: the run's, for what a row's own fields leave open.
         chat: the run's, likewise.
         frozen: the file as it was when the run began; without it, it is read as it is.
-        limits: of a line.
 
     Raises:
         UsageError: at once, when there is no such file, or none that may be read, or one without
@@ -120,12 +118,12 @@ def prompts_from_file(
     own = OwnFields(sampling, chat)
     if path != STDIN:
         check_readable(path)
-    opened = partial(PromptInput, path, limits=limits)
+    opened = partial(PromptInput, path)
     if path == STDIN or not os.path.isfile(path):
         # A stream is opened once: what is read to look at it is gone.
         return _items(opened, path, prompt_format, own)
     if (prompt_format or _kind_of_file(path)) is PromptFormat.PARQUET:
-        return prompts_from_parquet(path, own, frozen, max_bytes=limits.num_bytes)
+        return prompts_from_parquet(path, own, frozen)
     opened = partial(opened, frozen=frozen)
     with opened() as source:
         known = _recognise(source, path, prompt_format)
@@ -159,7 +157,7 @@ def _items(
             known = _recognise(source, path, known)
         items: Iterator[Prompt | Row]
         if known.form is PromptFormat.TEXT:
-            items = _numbered(source.lines(), name, known, source.limits.num_bytes)
+            items = _numbered(source.lines(), name, known)
         elif known.form in (PromptFormat.CSV, PromptFormat.TSV):
             items = prompts_from_csv(name, source, own, known.form)
         else:
@@ -168,7 +166,6 @@ def _items(
                 array_items(source) if known.is_array else source.lines(),
                 own,
                 only_requests=known.form is PromptFormat.OPENAI,
-                max_bytes=source.limits.num_bytes,
             )
         first = next(items, None)
         if first is None:
@@ -181,7 +178,6 @@ def _numbered(
     texts: Iterable[str | bytes],
     name: str = "",
     known: _Recognised | None = None,
-    max_bytes: int = LIMITS.num_bytes,
 ) -> Iterator[Prompt | Row]:
     is_guess = known is not None and known.is_guess
 
@@ -196,7 +192,7 @@ def _numbered(
 
     for index, text in enumerate(texts):
         place = f"{name} line {index + 1}: " if name else ""
-        yield Draft(index, text, max_bytes).read(prompt, None, place)
+        yield Draft(index, text).read(prompt, None, place)
 
 
 def _is_row(text: str) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from qaic_ray.errors import RowError
-from qaic_ray.formats.lines import LIMITS
+from qaic_ray.formats import lines
 from qaic_ray.formats.row_fields import (
     ALIASES,
     CHAT,
@@ -50,15 +50,13 @@ class Draft:
     Args:
         index: its place in the input.
         raw: all of it, as it stands.
-        max_bytes: the longest line or prompt.
     """
 
-    __slots__ = ("_index", "_max_bytes", "_raw", "id", "messages", "text")
+    __slots__ = ("_index", "_raw", "id", "messages", "text")
 
-    def __init__(self, index: int, raw: str | bytes, max_bytes: int = LIMITS.num_bytes) -> None:
+    def __init__(self, index: int, raw: str | bytes) -> None:
         self._index = index
         self._raw = raw
-        self._max_bytes = max_bytes
         self.id: str | None = None
         self.text: str | None = None
         self.messages: tuple[Message, ...] | None = None
@@ -72,8 +70,8 @@ class Draft:
         line = self._raw
         if isinstance(line, str):
             return line
-        if len(line) > self._max_bytes:
-            raise RowError(f"The line is longer than {self._max_bytes >> 20} MiB.")
+        if len(line) > lines.MAX_LINE_BYTES:
+            raise RowError(f"The line is longer than {lines.MAX_LINE_BYTES >> 20} MiB.")
         try:
             return line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -100,8 +98,8 @@ class Draft:
                 raise RowError("The prompt is empty.")
             check_unicode("prompt", text)
         num_chars = sum(len(m["content"]) for m in self.messages or ()) or len(text)
-        if num_chars > self._max_bytes:
-            raise RowError(f"The prompt is longer than {self._max_bytes >> 20} MiB.")
+        if num_chars > lines.MAX_LINE_BYTES:
+            raise RowError(f"The prompt is longer than {lines.MAX_LINE_BYTES >> 20} MiB.")
         return Prompt(self._index, text, self.id, self.messages, sampling, chat)
 
     def read(self, read: Callable[[Draft, T], Prompt], given: T, place: str = "") -> Prompt | Row:
@@ -121,7 +119,7 @@ class Draft:
     def error_row(self, error: str) -> Row:
         """The row with an error, which goes to no card."""
         shown = self.text
-        if shown is None or len(shown) > self._max_bytes:
+        if shown is None or len(shown) > lines.MAX_LINE_BYTES:
             start = (self._raw if shown is None else shown)[: 4 * _MAX_SHOWN_CHARS]
             shown = _writable(start)[:_MAX_SHOWN_CHARS]
         prompt = Prompt(self._index, _writable(shown), self.id, self.messages)

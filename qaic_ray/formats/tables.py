@@ -23,7 +23,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.formats.lines import LIMITS, PromptInput, cannot_read
+from qaic_ray.formats.lines import MAX_LINE_BYTES, PromptInput, cannot_read
 from qaic_ray.formats.row_fields import is_known, mistake
 from qaic_ray.formats.row_reader import Draft, OwnFields
 from qaic_ray.option_types import PromptFormat
@@ -86,8 +86,7 @@ def prompts_from_csv(
         UsageError: while reading, for a header that names no prompts.
         QaicRayError: while reading, when that fails, and for a cell that is never closed.
     """
-    max_bytes = source.limits.num_bytes
-    csv.field_size_limit(max_bytes)  # Python's own limit is less than a long prompt
+    csv.field_size_limit(MAX_LINE_BYTES)  # Python's own limit is less than a long prompt
     lines = (line.decode("utf-8", "surrogateescape") for line in source.whole_lines())
     first = next(lines, "")
     delimiter = _delimiter(first, _DELIMITERS[form])
@@ -111,7 +110,7 @@ def prompts_from_csv(
 
     for index, (line, cells) in enumerate(records):
         raw = "" if isinstance(cells, csv.Error) else delimiter.join(cells)
-        yield Draft(index, raw, max_bytes).read(prompt, cells, f"{name} line {line}: ")
+        yield Draft(index, raw).read(prompt, cells, f"{name} line {line}: ")
 
 
 def _delimiter(header: str, possible: str) -> str:
@@ -180,11 +179,7 @@ def _value(cell: str) -> Any:
 
 
 def prompts_from_parquet(
-    path: str,
-    own: OwnFields,
-    frozen: FrozenFile | None = None,
-    *,
-    max_bytes: int = LIMITS.num_bytes,
+    path: str, own: OwnFields, frozen: FrozenFile | None = None
 ) -> Iterator[Prompt | Row]:
     """An item for each row; an error names the row by its `index`, which counts from 0.
 
@@ -192,7 +187,6 @@ def prompts_from_parquet(
         path: of the file.
         own: reads the rows' fields.
         frozen: the file as it was when the run began; without it, it is read as it is.
-        max_bytes: the longest prompt.
 
     Raises:
         UsageError: at once, for a file that is not parquet, or has no prompts in it.
@@ -222,7 +216,7 @@ def prompts_from_parquet(
 
     name = PurePath(path).name
     return (
-        Draft(index, "", max_bytes).read(prompt, row, f"{name} row index {index}: ")
+        Draft(index, "").read(prompt, row, f"{name} row index {index}: ")
         for index, row in enumerate(_rows(path, table, columns))
     )
 
@@ -353,15 +347,12 @@ def row_schema() -> pyarrow.Schema:
     )
 
 
-def write_parquet(
-    rows: Iterable[dict[str, Any]], stream: BinaryIO, *, group_rows: int = _GROUP_ROWS
-) -> None:
+def write_parquet(rows: Iterable[dict[str, Any]], stream: BinaryIO) -> None:
     """Write rows, as `Row.to_json` gives them, as one table.
 
     Args:
         rows: are taken as they are written.
         stream: to write to.
-        group_rows: the most rows of a row group.
     """
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
@@ -372,7 +363,7 @@ def write_parquet(
         while some := list(islice(rows, _WRITE_ROWS)):
             group.append(pa.RecordBatch.from_pylist(some, schema=row_schema()))
             num_bytes = sum(part.nbytes for part in group)
-            if num_bytes >= _GROUP_BYTES or len(group) * _WRITE_ROWS >= group_rows:
+            if num_bytes >= _GROUP_BYTES or len(group) * _WRITE_ROWS >= _GROUP_ROWS:
                 writer.write_table(pa.Table.from_batches(group))
                 group = []
         if group:

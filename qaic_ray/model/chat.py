@@ -67,13 +67,11 @@ class ChatTemplate:
             tools and `default` for the others; None where the model is not a chat model.
         special_tokens: texts by name, like `bos_token`.
         moment: the time that a template is given (`strftime_now`); None: that of rendering.
-        trial_cpu_s: the most CPU time of the first rendering, in a child.
     """
 
     templates: str | Mapping[str, str] | None
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     moment: datetime | None = None
-    trial_cpu_s: int = RENDER_CPU_S
 
     def of_run(self, template: str | None, date: str | None) -> ChatTemplate:
         """A copy with the run's template, where it has one, and with the run's date."""
@@ -141,7 +139,7 @@ class ChatTemplate:
         }
         with _trying:
             if template not in _tried:
-                _tried[template] = _why_never(template, task, self.trial_cpu_s)
+                _tried[template] = _why_never(template, task)
             reason = _tried[template]
         if reason is not None:
             raise UsageError(
@@ -206,7 +204,7 @@ _trying = threading.Lock()
 _tried: dict[str, str | None] = {}  # template -> why it can never be rendered
 
 
-def _why_never(template: str, task: dict[str, Any], cpu_s: int) -> str | None:
+def _why_never(template: str, task: dict[str, Any]) -> str | None:
     """Why a template can never be rendered; None where it can."""
     parts = [template, version("transformers"), version("jinja2")]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -214,7 +212,7 @@ def _why_never(template: str, task: dict[str, Any], cpu_s: int) -> str | None:
     if mark.is_file():
         return None
     try:
-        ask_child(task, cpu_s)
+        ask_child(task, RENDER_CPU_S)
     except ChildFailed as error:
         if error.is_final:
             return str(error)

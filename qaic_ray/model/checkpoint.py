@@ -141,24 +141,19 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    name: str,
-    *,
-    cache_dir: Path | None = None,
-    trust_remote_code: bool = False,
-    weights: bool = True,
+    name: str, *, trust_remote_code: bool = False, weights: bool = True
 ) -> Checkpoint:
     """Find a model and check it.
 
     Args:
         name: a local folder, a local `.gguf` file, a hub id (`org/name`) or `smollm2-135m`.
-        cache_dir: where fetched and converted models are kept, instead of the user's cache.
         trust_remote_code: let transformers run a tokenizer's own code from the checkpoint.
         weights: False where only the configuration and the tokenizer are needed.
 
     Raises:
         CheckpointError: one sentence with the remedy.
     """
-    folder, base = find_folder(name, cache_dir=cache_dir, weights=weights)
+    folder, base = find_folder(name, weights=weights)
     check_folder(folder)
     config = read_object(folder / "config.json", raises=CheckpointError)
     check_supported(config, name)

@@ -73,13 +73,13 @@ NAMED_MODELS = {
 }
 
 
-def find_folder(name: str, *, cache_dir: Path | None, weights: bool) -> tuple[Path, str]:
+def find_folder(name: str, *, weights: bool) -> tuple[Path, str]:
     """The local folder of a model, fetched or converted first, and the base of names made from it.
 
     Raises:
         CheckpointError: there is no such model, or it cannot be had.
     """
-    models = (cache_dir or cache_folder()) / "models"
+    models = cache_folder() / "models"
     if name in NAMED_MODELS:
         return fetch_named(name, models), name
     path = Path(name).expanduser()
@@ -94,7 +94,7 @@ def find_folder(name: str, *, cache_dir: Path | None, weights: bool) -> tuple[Pa
             f"{path} is a file; give the folder of the checkpoint, or a .gguf file."
         )
     if _HUB_ID.fullmatch(name):
-        return fetch_hub(name, cache_dir=cache_dir, weights=weights), name.rpartition("/")[2]
+        return fetch_hub(name, weights=weights), name.rpartition("/")[2]
     raise CheckpointError(
         f"There is no model {name!r}: it is neither a local folder, nor a .gguf file, nor a hub id "
         f"like org/name, nor {' or '.join(NAMED_MODELS)}."
@@ -137,7 +137,7 @@ def convert_gguf(path: Path, models: Path) -> Path:
     return folder
 
 
-def fetch_hub(repo_id: str, *, cache_dir: Path | None, weights: bool) -> Path:
+def fetch_hub(repo_id: str, *, weights: bool) -> Path:
     """The local snapshot of a hub repository: safetensors and small files, never pickles."""
     try:
         from huggingface_hub import errors, snapshot_download
@@ -145,9 +145,7 @@ def fetch_hub(repo_id: str, *, cache_dir: Path | None, weights: bool) -> Path:
         raise _missing_extra("fetching a model from the hub", error) from error
     patterns = [*HUB_PATTERNS, *(HUB_WEIGHT_PATTERNS if weights else ())]
     try:
-        snapshot = snapshot_download(
-            repo_id, allow_patterns=patterns, ignore_patterns=["*/*"], cache_dir=cache_dir
-        )
+        snapshot = snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=["*/*"])
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"The hub gives {repo_id} only to accounts that accepted its terms; accept them on its "

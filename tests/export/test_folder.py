@@ -223,8 +223,9 @@ def test_hub_id_without_network_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="cannot be reached") as caught:
-        open_checkpoint("nobody/nothing", cache_dir=tmp_path)
+        open_checkpoint("nobody/nothing")
     assert "\n" not in str(caught.value)
 
 

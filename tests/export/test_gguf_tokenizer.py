@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import transformers
-from gguf_models import GgufModel, random_model
+from gguf_models import GgufModel, opened, random_model
 from llama_cpp import LlamaCpp
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from qaic_ray.errors import CheckpointError
-from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
+from qaic_ray.model.checkpoint import load_tokenizer
 from qaic_ray.model.gguf_tokenizer import SPLITTINGS, write_tokenizer
 from qaic_ray.model.tokenizer import loaded_tokenizer, open_tokenizer
 
@@ -109,7 +109,7 @@ def check(llama_cpp: LlamaCpp, folder: Path, keys: dict[str, Any], asked: list[s
     model.keys = {k: v for k, v in model.keys.items() if not k.startswith("tokenizer.")} | keys
     path = model.write(folder / "model.gguf")
     llama_cpp.open(path)
-    checkpoint = open_checkpoint(str(path), cache_dir=folder)
+    checkpoint = opened(path, folder)
     ours = load_tokenizer(checkpoint)
     theirs = transformers.AutoTokenizer.from_pretrained(checkpoint.folder)
     for text, ids in zip(asked, llama_cpp.tokenize(asked), strict=True):
