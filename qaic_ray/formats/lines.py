@@ -15,8 +15,9 @@ import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import TYPE_CHECKING, BinaryIO, TypeVar, cast
+from contextlib import ExitStack, contextmanager
+from pathlib import PurePath
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from qaic_ray.errors import QaicRayError, UsageError
 
@@ -64,8 +65,6 @@ _UTF8_MARK = b"\xef\xbb\xbf"
 # The zstd reader loses what it had read of a block when it meets damage.
 _ZSTD_BLOCK_BYTES = 4096
 
-_T = TypeVar("_T")
-
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
 
 
@@ -85,7 +84,7 @@ def check_readable(path: str) -> None:
 
 
 class PromptInput:
-    """An opened prompts file or stdin, unpacked, as UTF-8 without a byte order mark.
+    """A prompts file or stdin, unpacked, as UTF-8 without a byte order mark; entering it opens it.
 
     Gzip, zstd, bzip2 and xz are recognised by their first bytes, UTF-16 and UTF-32 by their mark.
     Call `look_on` to see the beginning, then take everything from one of the iterators.
@@ -103,27 +102,26 @@ class PromptInput:
     """What was read last, for the error of an input that breaks off: `line 7`."""
 
     def __init__(self, path: str, frozen: FrozenFile | None = None) -> None:
-        self._path = path
+        self.path = path
+        self.name = "stdin" if path == STDIN else PurePath(path).name
+        """How error rows name it."""
         self._frozen = frozen
         self.head = b""
         """What `look_on` has seen."""
-        self._damage: Exception | None = None
-        self._file = self._guarded(partial(_opened, path, frozen))
-        try:
-            self._stream = self._guarded(partial(_as_utf8, path, self._file))
-        except QaicRayError:
-            self._close()
-            raise
+        self.damage: Exception | None = None
+        """What reading behind the head failed with."""
 
     def __enter__(self) -> PromptInput:
+        with self._guarded(), ExitStack() as opened:
+            self._file = _opened(self.path, self._frozen)
+            if self.path != STDIN:
+                opened.enter_context(self._file)
+            self._stream = _as_utf8(self.path, self._file)
+            self._close = opened.pop_all().close
         return self
 
     def __exit__(self, *_: object) -> None:
         self._close()
-
-    def _close(self) -> None:
-        if self._path != STDIN:
-            self._file.close()
 
     @property
     def is_all_there(self) -> bool:
@@ -133,19 +131,14 @@ class PromptInput:
         except OSError:
             return False
 
-    @property
-    def is_broken(self) -> bool:
-        """Whether reading failed behind the head."""
-        return self._damage is not None
-
     def look_on(self) -> bool:
         """Add a line to `head`; False at the end, after damage, or after 64 KiB."""
-        if self._damage is not None:
+        if self.damage is not None:
             return False
         try:
             line = self._stream.readline(_LOOK_BYTES - len(self.head))
         except _DAMAGE as error:
-            self._damage = error  # raised when the head has been read
+            self.damage = error  # raised when the head has been read
             return False
         self.head += line
         return bool(line)
@@ -173,23 +166,24 @@ class PromptInput:
                 num_lines += 1
         except _DAMAGE as error:
             self.last = f"line {num_lines}" if num_lines else ""
-            raise cannot_read(self._path, self.last, error) from error
+            raise cannot_read(self.path, self.last, error) from error
 
     def chunks(self) -> Iterator[bytes]:
         """All of it in pieces as they come."""
         stream = self._from_the_start()
-        while chunk := self._guarded(partial(stream.read1, _BUFFER_BYTES)):
-            yield chunk
+        with self._guarded():
+            while chunk := stream.read1(_BUFFER_BYTES):
+                yield chunk
 
     def broken(self, reason: str = "") -> QaicRayError:
         """The error of an input that breaks off after what was read last, or in an endless row."""
-        return cannot_read(self._path, self.last, OSError(reason or _endless()))
+        return cannot_read(self.path, self.last, OSError(reason or _endless()))
 
     def _from_the_start(self) -> io.BufferedReader:
-        return _buffered(self._stream.read1 if self._damage is None else self._fail, self.head)
+        return _buffered(self._stream.read1 if self.damage is None else self._fail, self.head)
 
     def _fail(self, _: int) -> bytes:
-        raise cast(Exception, self._damage)
+        raise cast(Exception, self.damage)
 
     def _skip_line(self, readline: Callable[[int], bytes]) -> None:
         num_bytes = 0
@@ -198,11 +192,12 @@ class PromptInput:
             if num_bytes > MAX_SKIPPED_BYTES:
                 raise EOFError(_endless())
 
-    def _guarded(self, read: Callable[[], _T]) -> _T:
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
         try:
-            return read()
+            yield
         except _DAMAGE as error:
-            raise cannot_read(self._path, self.last, error) from error
+            raise cannot_read(self.path, self.last, error) from error
 
 
 def _endless() -> str:

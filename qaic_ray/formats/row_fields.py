@@ -282,15 +282,13 @@ def is_known(key: str) -> bool:
     return key in _KNOWN
 
 
-def quoted(key: str) -> str:
-    """A name as an error shows it."""
-    return f'"{key}"' if len(key) <= MAX_NAME_CHARS else f'"{key[:MAX_NAME_CHARS]}..."'
-
-
-def holds_fields(value: Any) -> bool:
-    """Whether an object holds fields; `{"n": "north", "s": "south"}` does not."""
-    return isinstance(value, dict) and any(
-        is_known(key) and not (key == "n" and isinstance(item, str)) for key, item in value.items()
+def holds_fields(key: str, value: Any) -> bool:
+    """Whether a key is of an object that holds fields; `{"n": "north", "s": "south"}` does not."""
+    if key not in MAYBE_NESTED or not isinstance(value, dict):
+        return key in NESTED
+    return any(
+        is_known(inner) and not (inner == "n" and isinstance(item, str))
+        for inner, item in value.items()
     )
 
 

@@ -10,29 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from qaic_ray.errors import RowError
-from qaic_ray.formats import lines
-from qaic_ray.formats.row_fields import (
-    ALIASES,
-    CHAT,
-    MAYBE_NESTED,
-    NESTED,
-    NO_EFFECT,
-    NOT_OFFERED,
-    PROMPT,
-    SPECIAL,
-    UNLIMITED,
-    Document,
-    as_type,
-    chat_value,
-    check_unicode,
-    holds_fields,
-    json_type,
-    mistake,
-    not_offered,
-    quoted,
-)
+from qaic_ray.formats import lines, row_fields
+from qaic_ray.formats.row_fields import Document, as_type, check_unicode, json_type, not_offered
 from qaic_ray.rows import ROW_ALONE, ChatOptions, ErrorClass, Message, Prompt, Row
-from qaic_ray.sampling_params import FIELDS, SamplingParams
+from qaic_ray.sampling_params import FIELDS, MAX_NAME_CHARS, SamplingParams
 
 DEFAULT_CHAT = ChatOptions()
 """What holds where neither the run nor the row says anything."""
@@ -253,31 +234,32 @@ def read_fields(document: Document, *, is_chat: bool, only_ours: bool = False) -
 
 def _collect(document: Document, asked: Asked, *, within: str, only_ours: bool) -> None:
     for key, value in document.items():
-        if value is None or key in PROMPT or key in NO_EFFECT:
+        if value is None or key in row_fields.PROMPT or key in row_fields.NO_EFFECT:
             continue
         said = within + key
-        if key in FIELDS or key in ALIASES:
+        if key in FIELDS or key in row_fields.ALIASES:
             _take_sampling(asked, key, value, said)
-        elif key in CHAT:
-            asked.chat[key] = chat_value(said, key, value)
-        elif key in SPECIAL:
+        elif key in row_fields.CHAT:
+            asked.chat[key] = row_fields.chat_value(said, key, value)
+        elif key in row_fields.SPECIAL:
             asked.others[key] = value
-        elif key in NOT_OFFERED:
-            NOT_OFFERED[key].check(said, value, only_ours=only_ours)
-        elif key in NESTED or (key in MAYBE_NESTED and holds_fields(value)):
+        elif key in row_fields.NOT_OFFERED:
+            row_fields.NOT_OFFERED[key].check(said, value, only_ours=only_ours)
+        elif row_fields.holds_fields(key, value):
             _collect(as_type(dict, f'"{said}"', value), asked, within=f"{said}.", only_ours=True)
-        elif error := mistake(key):
+        elif error := row_fields.mistake(key):
             raise RowError(error)
         elif only_ours:
+            name = said if len(said) <= MAX_NAME_CHARS else f"{said[:MAX_NAME_CHARS]}..."
             raise RowError(
-                f"{quoted(said)} is not offered, and the answer would be another: leave it out."
+                f'"{name}" is not offered, and the answer would be another: leave it out.'
             )
 
 
 def _take_sampling(asked: Asked, key: str, value: Any, said: str) -> None:
     """Take a sampling field, which may stand under two names if they agree."""
-    name = ALIASES.get(key, "max_tokens" if key == "max_completion_tokens" else key)
-    if key in UNLIMITED and value in (-1, -2):
+    name = row_fields.ALIASES.get(key, "max_tokens" if key == "max_completion_tokens" else key)
+    if key in row_fields.UNLIMITED and value in (-1, -2):
         value = None
     if key == "n_probs" and value == 0:
         return

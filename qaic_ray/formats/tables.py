@@ -72,12 +72,11 @@ def _read_columns(columns: Sequence[str]) -> list[str]:
 
 
 def prompts_from_csv(
-    name: str, source: PromptInput, own: OwnFields, form: PromptFormat
+    source: PromptInput, own: OwnFields, form: PromptFormat
 ) -> Iterator[Prompt | Row]:
     """An item for each row; an error names the line that the row begins in.
 
     Args:
-        name: of the input.
         source: opened.
         own: reads the rows' fields.
         form: CSV or TSV.
@@ -94,7 +93,7 @@ def prompts_from_csv(
     # guesses types from its first block.
     records = _records(source, csv.reader(chain([first], lines), delimiter=delimiter, strict=True))
     _, header = next(records, (1, []))
-    columns = _columns(name, header)
+    columns = _columns(source.name, header)
     read = set(_read_columns(columns))
 
     def prompt(draft: Draft, cells: list[str] | csv.Error) -> Prompt:
@@ -110,7 +109,7 @@ def prompts_from_csv(
 
     for index, (line, cells) in enumerate(records):
         raw = "" if isinstance(cells, csv.Error) else delimiter.join(cells)
-        yield Draft(index, raw).read(prompt, cells, f"{name} line {line}: ")
+        yield Draft(index, raw).read(prompt, cells, f"{source.name} line {line}: ")
 
 
 def _delimiter(header: str, possible: str) -> str:
@@ -227,7 +226,7 @@ def _prompt_columns(path: str, schema: pyarrow.Schema) -> list[str]:
     Raises:
         UsageError: no row could be answered with these columns.
     """
-    import pyarrow.types as kinds
+    from pyarrow import types
 
     _check_columns(path, schema.names)
     for name, allows, allowed in (
@@ -235,27 +234,20 @@ def _prompt_columns(path: str, schema: pyarrow.Schema) -> list[str]:
         ("messages", _is_list, 'lists of structs with "role" and "content"'),
     ):
         index = schema.get_field_index(name)
-        if index >= 0 and not (allows(schema.types[index]) or kinds.is_null(schema.types[index])):
-            raise UsageError(
-                f'{path}: the column "{name}" is of {_short(schema.types[index])}, '
-                f"not of {allowed}."
-            )
+        kind = None if index < 0 else schema.types[index]
+        if kind is not None and not (allows(types, kind) or types.is_null(kind)):
+            raise UsageError(f'{path}: the column "{name}" is of {_short(kind)}, not of {allowed}.')
     return _read_columns(schema.names)
 
 
-def _is_text(kind: pyarrow.DataType) -> bool:
-    import pyarrow.types as kinds
-
-    if kinds.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind))
+def _is_text(types: Any, kind: Any) -> bool:
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
 
-def _is_list(kind: pyarrow.DataType) -> bool:
-    import pyarrow.types as kinds
-
-    is_list = kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind)
-    return bool(is_list and kinds.is_struct(kind.value_type))
+def _is_list(types: Any, kind: Any) -> bool:
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return bool(is_list and types.is_struct(kind.value_type))
 
 
 def _rows(

@@ -127,7 +127,10 @@ class ChatTemplate:
         Raises:
             UsageError: the template does not compile, or takes too long; or there is none.
         """
-        variables = self._variables(options)
+        check_kwargs(options.template_kwargs)
+        begins_answer = options.add_generation_prompt and not options.continue_final_message
+        variables = {**self.special_tokens, **options.template_kwargs}
+        variables["add_generation_prompt"] = begins_answer
         template = self._chosen(variables.get("tools"))
 
         task = {
@@ -147,12 +150,6 @@ class ChatTemplate:
                 "(--chat-template FILE, run.chat_template), or send plain prompts."
             )
         return template, variables
-
-    def _variables(self, options: ChatOptions) -> dict[str, Any]:
-        check_kwargs(options.template_kwargs)
-        begins_answer = options.add_generation_prompt and not options.continue_final_message
-        given = {**self.special_tokens, **options.template_kwargs}
-        return {**given, "add_generation_prompt": begins_answer}
 
     def _chosen(self, tools: object) -> str:
         templates = self.templates

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,15 +19,10 @@ from qaic_ray.contract import IoContract
 from qaic_ray.errors import CheckpointError, UsageError
 from qaic_ray.files.documents import checked, read_object, shown
 from qaic_ray.files.folders import KeptFile, SourceFile, first_fault, inside
+from qaic_ray.model import tokenizer
 from qaic_ray.model.chat import ChatTemplate
 from qaic_ray.model.sources import check_folder, find_folder, find_weights
-from qaic_ray.model.tokenizer import (
-    Tokenizer,
-    eos_token_ids,
-    loaded_tokenizer,
-    open_chat_template,
-    open_tokenizer,
-)
+from qaic_ray.model.tokenizer import Tokenizer, eos_token_ids, loaded_tokenizer, open_tokenizer
 
 SUPPORTED_ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -44,6 +40,7 @@ MANIFEST_FORMAT = 2
 MAX_SIZE = 2**31 - 1
 
 _MAY_DIFFER = {"name", "source", "sources", "num_clipped", "files"}  # between two equal exports
+_LAYER = re.compile(r"(.*?model\.layers\.)([^.]*)", re.DOTALL)
 _LARGEST = sys.float_info.max
 
 
@@ -177,7 +174,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 def load_chat_template(checkpoint: Checkpoint) -> ChatTemplate:
     """The checkpoint's chat templates, without its tokens."""
     folder = loaded_tokenizer(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
-    return open_chat_template(folder)
+    return tokenizer.open_chat_template(folder)
 
 
 def load_torch_model(checkpoint: Checkpoint, *, layers: Sequence[int] | None = None) -> Any:
@@ -247,12 +244,11 @@ def _read_layers(checkpoint: Checkpoint, layers: Sequence[int]) -> dict[str, Any
     for path in checkpoint.weight_files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # not a mapping: it only has keys()
-                head, found, tail = name.partition("model.layers.")
-                number, dot, rest = tail.partition(".")
-                if not found:
+                match = _LAYER.match(name)
+                if match is None:
                     tensors[name] = file.get_tensor(name)
-                elif number in numbers:
-                    kept = f"{head}{found}{numbers[number]}{dot}{rest}"
+                elif match[2] in numbers:
+                    kept = f"{match[1]}{numbers[match[2]]}{name[match.end() :]}"
                     tensors[kept] = file.get_tensor(name)
     return tensors
 

@@ -229,16 +229,12 @@ def _byte_level(piece: str) -> bytes:
         return piece.encode()
 
 
-def _byte_table() -> dict[str, int]:
-    """GPT-2's table: bytes that Latin-1 can show are themselves, the others 256 and up."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {
-        chr(0x100 + index): byte for index, byte in enumerate(others)
-    }
-
-
-_BYTE_OF = _byte_table()
+_SHOWN_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHER_BYTES = [byte for byte in range(0x100) if byte not in _SHOWN_BYTES]
+_BYTE_OF = {chr(byte): byte for byte in _SHOWN_BYTES} | {
+    chr(0x100 + index): byte for index, byte in enumerate(_OTHER_BYTES)
+}
+"""GPT-2's table: bytes that Latin-1 can show are themselves, the others 256 and up."""
 
 
 class StopFinder:
@@ -256,11 +252,12 @@ class StopFinder:
     """The stop string that ended the row."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self._tokenizer = tokenizer
+        self._special = tokenizer.special
         self._text = IncrementalText(tokenizer)
         self._params = params
-        self._plain_stops = [stop for stop in params.stop if not tokenizer.writes_special(stop)]
-        self._written_stops = set(params.stop) - set(self._plain_stops)
+        written = tokenizer.special.values()
+        self._written_stops = [s for s in params.stop if any(token in s for token in written)]
+        self._plain_stops = [stop for stop in params.stop if stop not in self._written_stops]
         self._overlap = max(map(len, params.stop), default=1) - 1
         self._num_read = 0
         self._num_certain = 0
@@ -303,7 +300,7 @@ class StopFinder:
         now = self._tail + certain + self._loose
         num_seen = len(before) if now.startswith(before) else len(self._tail)
         start = self._num_certain - len(self._tail)
-        special = self._tokenizer.special_text(token_id) if self._written_stops else None
+        special = self._special.get(token_id) if self._written_stops else None
         if special is not None:
             self._marks.append((start + len(now), special))
         if self._num_read >= self._params.min_tokens:

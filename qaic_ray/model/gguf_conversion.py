@@ -20,14 +20,7 @@ import numpy.typing as npt
 
 from qaic_ray.errors import CheckpointError
 from qaic_ray.files.documents import shown
-from qaic_ray.model.gguf_file import (
-    NUMBER_MAX,
-    GgufFile,
-    GgufKeys,
-    GgufTensor,
-    read_gguf,
-    read_values,
-)
+from qaic_ray.model.gguf_file import GgufFile, GgufKeys, GgufTensor, read_gguf, read_values
 from qaic_ray.model.gguf_tokenizer import end_ids, write_tokenizer
 
 ROPE_DIVISORS = "rope_freqs.weight"
@@ -244,7 +237,7 @@ def _divided(gguf: GgufFile, tensor: GgufTensor, head_dim: int, factor: float) -
         "long_factor": divisors,
         "factor": 1.0,
         "attention_factor": 1.0,
-        "original_max_position_embeddings": NUMBER_MAX - 1,
+        "original_max_position_embeddings": 2**31 - 1,  # which text is long does not matter
     }
 
 
@@ -282,10 +275,23 @@ def write_weights(gguf: GgufFile, family: Family, config: Mapping[str, Any], pat
         CheckpointError: a tensor is missing, unknown, of another shape or of an unreadable type.
     """
     needed = _needed(gguf, family, config)
-    _account(gguf, family, config, needed)
+    for name in gguf.tensors:
+        if name not in needed and name != ROPE_DIVISORS:
+            raise CheckpointError(
+                f"{gguf.name} has a tensor {shown(name)} that a {family.kind} of "
+                f"{config['num_hidden_layers']} layers does not have."
+            )
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for source in needed.values():
+    for name, source in needed.items():
+        tensor = gguf.tensors.get(name)
+        if tensor is None and not name.endswith(".bias"):
+            raise CheckpointError(f"{gguf.name} has no tensor {name}.")
+        if tensor is not None and tensor.shape != source.shape:
+            raise CheckpointError(
+                f"The tensor {name} of {gguf.name} has the shape {list(tensor.shape)}; its keys "
+                f"say {list(source.shape)}."
+            )
         end = offset + 4 * prod(source.shape)
         header[source.name] = {
             "dtype": "F32", "shape": list(source.shape), "data_offsets": [offset, end],
@@ -298,27 +304,6 @@ def write_weights(gguf: GgufFile, family: Family, config: Mapping[str, Any], pat
         for name, source in needed.items():
             for block in _blocks(source, gguf.tensors.get(name)):
                 file.write(np.ascontiguousarray(block, dtype="<f4").data)
-
-
-def _account(
-    gguf: GgufFile, family: Family, config: Mapping[str, Any], needed: Mapping[str, _Source]
-) -> None:
-    """Check that the file has the tensors that are needed, and no others."""
-    for name in gguf.tensors:
-        if name not in needed and name != ROPE_DIVISORS:
-            raise CheckpointError(
-                f"{gguf.name} has a tensor {shown(name)} that a {family.kind} of "
-                f"{config['num_hidden_layers']} layers does not have."
-            )
-    for name, source in needed.items():
-        tensor = gguf.tensors.get(name)
-        if tensor is None and not name.endswith(".bias"):
-            raise CheckpointError(f"{gguf.name} has no tensor {name}.")
-        if tensor is not None and tensor.shape != source.shape:
-            raise CheckpointError(
-                f"The tensor {name} of {gguf.name} has the shape {list(tensor.shape)}; its keys "
-                f"say {list(source.shape)}."
-            )
 
 
 def _needed(gguf: GgufFile, family: Family, config: Mapping[str, Any]) -> dict[str, _Source]:

@@ -68,7 +68,8 @@ class Tokenizer:
         special_tokens = settings.get("special_tokens_map", {})
         self.chat_template = ChatTemplate(settings.get("chat_template"), special_tokens)
         added = backend.get_added_tokens_decoder()
-        self._special = {id_: token.content for id_, token in added.items() if token.special}
+        self.special = {id_: token.content for id_, token in added.items() if token.special}
+        """Special tokens written out, by their ids."""
         eos_id = backend.token_to_id(special_tokens.get("eos_token", ""))
         self.eos_ids = eos_ids or (() if eos_id is None else (eos_id,))
 
@@ -98,15 +99,7 @@ class Tokenizer:
 
     def piece(self, token_id: int) -> str | None:
         """A token as the vocabulary has it; None for a special or unknown one."""
-        return None if token_id in self._special else self._backend.id_to_token(token_id)
-
-    def special_text(self, token_id: int) -> str | None:
-        """A special token written out; None for any other token."""
-        return self._special.get(token_id)
-
-    def writes_special(self, text: str) -> bool:
-        """Whether `text` has a special token written out."""
-        return any(token in text for token in self._special.values())
+        return None if token_id in self.special else self._backend.id_to_token(token_id)
 
     @property
     def decoder_steps(self) -> list[dict[str, Any]]:
@@ -353,13 +346,9 @@ def _name_what_is_odd(folder: Path) -> None:
             document = read_object(path, raises=CheckpointError)
             checked(kind, document, str(path), raises=CheckpointError)
             if name == "tokenizer_config.json":
-                _check_settings(document, path)
+                for key in filter(document.__contains__, _SETTINGS):
+                    place = f"{path}: {key}"
+                    checked(_SETTINGS[key], document[key], place, raises=CheckpointError)
     for path in (folder / "chat_template.jinja", *folder.glob(f"{_TEMPLATE_FOLDER}/*.jinja")):
         if path.is_file():
             read_text(path, raises=CheckpointError)
-
-
-def _check_settings(document: dict[str, Any], path: Path) -> None:
-    for key, kind in _SETTINGS.items():
-        if key in document:
-            checked(kind, document[key], f"{path}: {key}", raises=CheckpointError)
