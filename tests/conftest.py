@@ -129,6 +129,14 @@ def cluster(one_ray: OneRay) -> Cluster:
     return one_ray.use("four cards", four_cards)
 
 
+@pytest.fixture
+def address(cluster: Cluster) -> str:
+    """Of a Ray that is there already: a start a command would take most of a test's time."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyQpcs:
     """QPCs of one tiny Llama, made as they are asked for, and what transformers answers."""

@@ -42,6 +42,7 @@ _START_ATTEMPTS = 2
 # What an HTTP/2 connection begins with, and the type of the frame that answers it (RFC 9113, 3.4).
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 _HTTP2_SETTINGS = b"\x04"
+_LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 _QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
@@ -119,7 +120,9 @@ def join(address: str, timeouts: Timeouts) -> RayContext:
     if address != "auto":
         _check_head(address, timeouts)
     _silence()
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as said, ExitStack() as around:
+        if _is_on_loopback_alone(address, timeouts):
+            around.enter_context(_on_loopback())
         try:
             with _native_stderr_to(said), _signals_are_ours():
                 return ray.init(address=address, **_QUIET)
@@ -240,6 +243,21 @@ def _check_head(address: str, timeouts: Timeouts) -> None:
             f"What answers at {address} is no Ray head: its port is 6379 where none was chosen, "
             "and 8265 is its dashboard's."
         )
+
+
+def _is_on_loopback_alone(address: str, timeouts: Timeouts) -> bool:
+    """Whether a head on this machine, as 127.0.0.1 in `address` says, is not at its other address.
+
+    That is where Ray would look for it, for ever.
+    """
+    host, _, port = address.rpartition(":")
+    if host not in _LOOPBACK_HOSTS:
+        return False
+    try:
+        server_at(f"{ray.util.get_node_ip_address()}:{port}", timeouts.probe_s)
+    except OSError:
+        return True
+    return False
 
 
 class Server(Enum):

@@ -66,7 +66,7 @@ def test_called_by_hand_it_answers_as_transformers_on_a_card_of_its_own(
             assert answered["generated_tokens"][0] == len(answered["token_ids"][0])
 
 
-def test_parquet_becomes_parquet(tiny: TinyQpcs, model: str, tmp_path: Path) -> None:
+def test_parquet_becomes_parquet(tiny: TinyQpcs, model: str, tmp_path: Path, address: str) -> None:
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     texts = [chr(ord("a") + at % 26) * (1 + at % 7) for at in range(150)]
@@ -77,8 +77,15 @@ def test_parquet_becomes_parquet(tiny: TinyQpcs, model: str, tmp_path: Path) -> 
         *(sys.executable, str(EXAMPLE), str(tmp_path / "prompts.parquet"), str(tmp_path / "out")),
         *("--model", model, "--qpc", str(tiny.qpc()), "--sdk", str(tiny.sdk.root)),
         *("--cards", "2", "--max-tokens", str(NUM_TOKENS)),
+        *("--address", address),
     ]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        # Ray alone looks for a head on the loopback interface only when told.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=600, check=False
     )

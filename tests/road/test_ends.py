@@ -10,11 +10,12 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from marked_processes import MARK_VARIABLE, marked, until
 
 pytestmark = pytest.mark.cluster
 
@@ -40,7 +41,7 @@ class Work:
         self.environment = {
             **{key: value for key, value in os.environ.items() if key != "RAY_AUTH_MODE"},
             "QAIC_RAY_SDK": "emulated",
-            "QAIC_RAY_TEST_MARK": str(folder),
+            MARK_VARIABLE: str(folder),
         }
         lines = ({"prompt": f"number {i}", "ignore_eos": True} for i in range(NUM_ROWS))
         (folder / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -84,14 +85,7 @@ class Work:
 
     def left(self) -> dict[int, bytes]:
         """Processes of a command of ours, and what Ray started for it."""
-        mark = f"QAIC_RAY_TEST_MARK={self.folder}".encode()
-        found = {}
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdecimal():
-                with suppress(OSError):
-                    if mark in (entry / "environ").read_bytes().split(b"\0"):
-                        found[int(entry.name)] = (entry / "cmdline").read_bytes()
-        return found
+        return marked(str(self.folder))
 
     def pid_of(self, part: bytes) -> int:
         return next(pid for pid, line in self.left().items() if part in line)
@@ -100,13 +94,6 @@ class Work:
 @pytest.fixture(scope="module")
 def work(tiny_checkpoint: Path, tiny_qpc: Path, tmp_path_factory: pytest.TempPathFactory) -> Work:
     return Work(tmp_path_factory.mktemp("ends"), tiny_checkpoint, tiny_qpc)
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "it did not come true in time"
-        time.sleep(0.05)
 
 
 def sentence(said: str) -> tuple[int, Path]:
@@ -133,8 +120,9 @@ def finishes(work: Work, run: Path, output: str) -> None:
 @pytest.mark.parametrize(
     ("number", "times", "code"),
     [
-        (signal.SIGTERM, 1, 143),
         (signal.SIGINT, 3, -signal.SIGINT),
+        # SIGTERM ends the last test of this file too.
+        pytest.param(signal.SIGTERM, 1, 143, marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, 1, 129, marks=pytest.mark.slow),
     ],
 )
@@ -180,6 +168,8 @@ def test_a_ray_that_dies_ends_a_run_in_a_sentence(work: Work, part: bytes) -> No
     assert "of the Ray that was started here died (SIGKILL)" in work.said()
 
 
+# In the fast tier: test_resume_road.py.
+@pytest.mark.slow
 def test_a_killed_driver_leaves_nothing(work: Work) -> None:
     with work.running(*work.command("killed", "--no-stream")) as run:
         until(lambda: work.rows("killed") > 20 or run.poll() is not None)
@@ -226,8 +216,11 @@ def test_a_ray_of_ours_is_this_machines_and_this_users(work: Work) -> None:
         (folder,) = (work.folder / "alone").iterdir()
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         run.terminate()
-        run.wait(120)
-        until(lambda: not session.exists(), 60)
+        assert run.wait(120) == 143, work.said()
+        until(lambda: not session.exists() and not work.left(), 60)
+    rows, _ = sentence(work.said())
+    assert "stopped by SIGTERM" in work.said()
+    assert rows == work.rows("alone") > 0
 
 
 def open_to_others(pid: int) -> list[str]:

@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import yaml
-
-from qaic_ray.cluster.cluster import Cluster
 
 pytestmark = pytest.mark.cluster
 
@@ -41,14 +38,6 @@ def qaic_ray(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         check=False,
         env={**os.environ, "RAY_AUTH_MODE": "disabled", "QAIC_RAY_SDK": "emulated"},
     )
-
-
-@pytest.fixture
-def address(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Of a Ray that is there already: a start a command would take most of a test's time."""
-    # It listens on the loopback interface, where Ray looks for one only when told.
-    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    return str(ray.get_runtime_context().gcs_address)
 
 
 def rows_of(run_folder: Path, name: str = "outputs.jsonl") -> list[dict[str, Any]]:
@@ -152,19 +141,18 @@ def test_every_variant_is_compiled_and_answers_are_transformers_own(
 
 
 def test_the_three_steps_by_hand_and_what_a_qpc_is_not(
-    launched: tuple[Path, subprocess.CompletedProcess[str]], tiny_checkpoint: Path
+    launched: tuple[Path, subprocess.CompletedProcess[str]], tiny_checkpoint: Path, address: str
 ) -> None:
     work, _ = launched
     exported = qaic_ray("export", "--model_name", str(tiny_checkpoint), "--verify", "off", cwd=work)
     assert exported.returncode == 0, exported.stderr
-    compiled = qaic_ray(
-        *("compile", "tiny-kv", "mx6", "14", "--prompt-len", "16", "--ctx-len", "64", "--json"),
-        cwd=work,
-    )
+    variant = ("tiny-kv", "mx6", "14", "--prompt-len", "16", "--ctx-len", "64")
+    compiled = qaic_ray("compile", *variant, "--json", cwd=work)
     assert compiled.returncode == 0, compiled.stderr
-    (variant,) = json.loads(compiled.stdout.splitlines()[-1])["variants"]
-    assert Path(variant["path"]) == work / "qpc" / "tiny-kv-16pl-64cl-14c-1BS-mx6"
-    run = ["run", "--model_name", str(tiny_checkpoint), "--qpc", variant["path"]]
+    (built,) = json.loads(compiled.stdout.splitlines()[-1])["variants"]
+    assert Path(built["path"]) == work / "qpc" / "tiny-kv-16pl-64cl-14c-1BS-mx6"
+    run = ["run", "--model_name", str(tiny_checkpoint), "--qpc", built["path"]]
+    run += ["--address", address]
     asked = [*run, "--device_id", "0,1,2,3", "--prompt", r"My name is|The capital \| of", "--json"]
     answered = qaic_ray(*asked, "--generation-len", "5", "--input-len", "16", cwd=work)
     assert answered.returncode == 0, answered.stderr

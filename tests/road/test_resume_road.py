@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from marked_processes import MARK_VARIABLE, marked, until
 
 pytestmark = pytest.mark.cluster
 
@@ -63,15 +63,16 @@ def answers(run: Path) -> list[tuple[Any, ...]]:
 
 
 def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(
-    work: Path, tiny_checkpoint: Path, tiny_qpc: Path
+    work: Path, tiny_checkpoint: Path, tiny_qpc: Path, address: str
 ) -> None:
     run = partial(command, tiny_checkpoint, tiny_qpc)
     # Half of each of two cards, against all of it on one: where a row is answered changes nothing.
-    whole = qaic_ray(*run("whole", "--device-id", "2"), cwd=work)
+    whole = qaic_ray(*run("whole", "--device-id", "2", "--address", address), cwd=work)
     assert whole.returncode == 1, whole.stderr  # two rows cannot be answered
     (undisturbed,) = (work / "whole").iterdir()
     (work / "slow.json").write_text(json.dumps(SLOW))
     slow = {**ENVIRONMENT, "QAIC_EMULATOR_FAULTS": str(work / "slow.json")}
+    slow[MARK_VARIABLE] = mark = str(work)
     with (work / "said").open("w") as said:
         running = subprocess.Popen(
             [*COMMAND, *run("cut", "--device-id", "0,1", "--partitions", "2")],
@@ -80,13 +81,19 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(
             stdout=said,
             stderr=said,
         )
-    deadline_s = time.monotonic() + 240
-    while not any(p.stat().st_size > 8_000 for p in work.glob("cut/*/journal/*.jsonl")):
-        assert running.poll() is None, (work / "said").read_text()
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
+    journals = "cut/*/journal/*.jsonl"
+    until(
+        lambda: (
+            running.poll() is not None
+            or any(path.stat().st_size > 8_000 for path in work.glob(journals))
+        ),
+        240,
+    )
+    assert running.poll() is None, (work / "said").read_text()
+    assert len(marked(mark)) > 1
     running.send_signal(signal.SIGKILL)
     running.wait()
+    until(lambda: not marked(mark))
     (cut,) = (work / "cut").iterdir()
     assert not (cut / "report.json").exists()
 
@@ -94,7 +101,8 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(
     assert changed.returncode == 2
     assert "--temperature cannot be changed" in changed.stderr
 
-    resumed = qaic_ray("run", "--resume", str(cut), "--no-stream", "--json", cwd=work)
+    resume = ("run", "--resume", str(cut), "--no-stream", "--address", address)
+    resumed = qaic_ray(*resume, "--json", cwd=work)
     assert resumed.returncode == 1, resumed.stderr
     assert answers(cut) == answers(undisturbed)
     report = json.loads(resumed.stdout.splitlines()[-1])
@@ -105,6 +113,6 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(
     assert any("part 2/2, 7 NSPs" in worker["name"] for worker in report["workers"])
     assert (cut / "outputs.parquet").exists()
 
-    again = qaic_ray("run", "--resume", str(cut), "--no-stream", cwd=work)
+    again = qaic_ray(*resume, cwd=work)
     assert again.returncode == 1, again.stderr
     assert answers(cut) == answers(undisturbed)
