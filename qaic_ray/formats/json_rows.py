@@ -338,9 +338,6 @@ def _response(row: dict[str, Any], name: str, origin: Origin) -> dict[str, Any]:
 
 def _chat_choice(answer: dict[str, Any], token_text: Callable[[int], str]) -> dict[str, Any]:
     message = {"role": "assistant", "content": answer["text"], "refusal": None}
-    tokens = answer.get("logprobs")
-    if tokens is None:
-        return {"message": message, "logprobs": None}
 
     def entry(token: dict[str, Any]) -> dict[str, Any]:
         text = token_text(token["token_id"])
@@ -348,24 +345,23 @@ def _chat_choice(answer: dict[str, Any], token_text: Callable[[int], str]) -> di
         utf8 = None if REPLACEMENT in text else list(text.encode())
         return {"token": text, "logprob": token["logprob"], "bytes": utf8}
 
-    content = [
-        {**entry(token), "top_logprobs": [entry(other) for other in token["top"]]}
-        for token in tokens
-    ]
-    return {"message": message, "logprobs": {"content": content, "refusal": None}}
+    if (logprobs := answer.get("logprobs")) is not None:
+        content = [
+            {**entry(token), "top_logprobs": list(map(entry, token["top"]))} for token in logprobs
+        ]
+        logprobs = {"content": content, "refusal": None}
+    return {"message": message, "logprobs": logprobs}
 
 
 def _text_choice(answer: dict[str, Any], token_text: Callable[[int], str]) -> dict[str, Any]:
-    tokens = answer.get("logprobs")
-    if tokens is None:
-        return {"text": answer["text"], "logprobs": None}
-    texts = [token_text(token["token_id"]) for token in tokens]
-    logprobs = {
-        "tokens": texts,
-        "token_logprobs": [token["logprob"] for token in tokens],
-        "top_logprobs": [_by_text(token["top"], token_text) for token in tokens],
-        "text_offset": list(accumulate(map(len, texts), initial=0))[:-1],
-    }
+    if (logprobs := answer.get("logprobs")) is not None:
+        texts = [token_text(token["token_id"]) for token in logprobs]
+        logprobs = {
+            "tokens": texts,
+            "token_logprobs": [token["logprob"] for token in logprobs],
+            "top_logprobs": [_by_text(token["top"], token_text) for token in logprobs],
+            "text_offset": list(accumulate(map(len, texts), initial=0))[:-1],
+        }
     return {"text": answer["text"], "logprobs": logprobs}
 
 

@@ -84,7 +84,7 @@ class Draft:
         return Prompt(self._index, text, self.id, self.messages, sampling, chat)
 
     def read(self, read: Callable[[Draft, T], Prompt], given: T, place: str = "") -> Prompt | Row:
-        """What a reader makes of the row; what it raises becomes the error row.
+        """What a reader makes of the row; what it raises becomes an error row, for no card.
 
         Args:
             read: makes the prompt of this draft.
@@ -95,16 +95,13 @@ class Draft:
             with ROW_ALONE:
                 return read(self, given)
         except RowError as error:
-            return self.error_row(f"{place}{error}")
-
-    def error_row(self, error: str) -> Row:
-        """The row with an error, which goes to no card."""
+            said = _writable(f"{place}{error}")
         shown = self.text
         if shown is None or len(shown) > lines.MAX_LINE_BYTES:
             start = (self._raw if shown is None else shown)[: 4 * _MAX_SHOWN_CHARS]
             shown = _writable(start)[:_MAX_SHOWN_CHARS]
         prompt = Prompt(self._index, _writable(shown), self.id, self.messages)
-        return Row.failed(prompt, _writable(error), attempts=0, error_class=ErrorClass.MALFORMED)
+        return Row.failed(prompt, said, attempts=0, error_class=ErrorClass.MALFORMED)
 
 
 @dataclass

@@ -48,27 +48,24 @@ _GROUP_BYTES = 64 * 2**20
 _GROUP_ROWS = 2**18
 
 
-def _check_columns(name: str, columns: Sequence[str]) -> None:
-    """Check that a table's columns name prompts, and no field of ours wrongly or twice.
+def _checked_columns(name: str, columns: Sequence[str]) -> list[str]:
+    """Those of a table's columns that are read; the others are the user's own.
 
     Raises:
-        UsageError: naming the column.
+        UsageError: none is of prompts, or one is a misspelt field of ours, or is there twice.
     """
+    read = [column for column in columns if column in _ONCE or is_known(column)]
     for column in columns:
         if column.isprintable() and (error := mistake(column)):
             raise UsageError(f"{name}: {error}")
-        if (column in _ONCE or is_known(column)) and columns.count(column) > 1:
+        if column in read and columns.count(column) > 1:
             raise UsageError(f'{name} has several columns "{column}": keep one of them.')
     if _PROMPTS.isdisjoint(columns):
         some = ", ".join(c[:40] if c.isprintable() else repr(c[:40]) for c in columns[:20])
         raise UsageError(
             f'{name} has no column "prompt" and no "messages": its columns are {some}.'
         )
-
-
-def _read_columns(columns: Sequence[str]) -> list[str]:
-    """Those of a table's columns that are read; the others are the user's own."""
-    return [name for name in columns if name in _ONCE or is_known(name)]
+    return read
 
 
 def prompts_from_csv(
@@ -93,8 +90,12 @@ def prompts_from_csv(
     # guesses types from its first block.
     records = _records(source, csv.reader(chain([first], lines), delimiter=delimiter, strict=True))
     _, header = next(records, (1, []))
-    columns = _columns(source.name, header)
-    read = set(_read_columns(columns))
+    if isinstance(header, csv.Error):
+        raise UsageError(
+            f"{source.name}: the first line, which names the columns, is damaged: {header}."
+        )
+    columns = [column.strip() for column in header]
+    read = set(_checked_columns(source.name, columns))
 
     def prompt(draft: Draft, cells: list[str] | csv.Error) -> Prompt:
         if isinstance(cells, csv.Error):
@@ -139,19 +140,6 @@ def _records(
             continue
         if cells:  # a blank line is no record
             yield line, cells
-
-
-def _columns(name: str, header: list[str] | csv.Error) -> list[str]:
-    """The header's names.
-
-    Raises:
-        UsageError: no row could be answered with these columns.
-    """
-    if isinstance(header, csv.Error):
-        raise UsageError(f"{name}: the first line, which names the columns, is damaged: {header}.")
-    names = [column.strip() for column in header]
-    _check_columns(name, names)
-    return names
 
 
 def _document(row: dict[str, str]) -> dict[str, Any]:
@@ -228,7 +216,7 @@ def _prompt_columns(path: str, schema: pyarrow.Schema) -> list[str]:
     """
     from pyarrow import types
 
-    _check_columns(path, schema.names)
+    columns = _checked_columns(path, schema.names)
     for name, allows, allowed in (
         ("prompt", _is_text, "texts"),
         ("messages", _is_list, 'lists of structs with "role" and "content"'),
@@ -237,7 +225,7 @@ def _prompt_columns(path: str, schema: pyarrow.Schema) -> list[str]:
         kind = None if index < 0 else schema.types[index]
         if kind is not None and not (allows(types, kind) or types.is_null(kind)):
             raise UsageError(f'{path}: the column "{name}" is of {_short(kind)}, not of {allowed}.')
-    return _read_columns(schema.names)
+    return columns
 
 
 def _is_text(types: Any, kind: Any) -> bool:
@@ -259,10 +247,7 @@ def _rows(
     try:
         with table:
             for batch in table.iter_batches(_READ_ROWS, columns=columns, use_threads=False):
-                for row in _python_rows(batch):
-                    if isinstance(row, dict):
-                        row = {name: _plain(value) for name, value in row.items()}
-                    yield row
+                yield from _python_rows(batch)
                 num_rows += batch.num_rows
     except (OSError, pyarrow.ArrowException) as error:
         last = f"row index {num_rows - 1}" if num_rows else ""
@@ -272,7 +257,8 @@ def _rows(
 def _python_rows(batch: pyarrow.RecordBatch) -> list[dict[str, Any] | Exception]:
     rows: list[dict[str, Any] | Exception] = []
     try:
-        rows.extend(batch.to_pylist())
+        for row in batch.to_pylist():
+            rows.append({name: _plain(value) for name, value in row.items()})
     # Parquet keeps any bytes as text; a time of nanoseconds is none of Python's.
     except (ValueError, ArithmeticError, TypeError) as error:
         if batch.num_rows == 1:

@@ -129,16 +129,15 @@ def part_paths(path: Path) -> tuple[Path, ...]:
     count = int(match["count"])
     if not 1 <= int(match["number"]) <= count:
         raise CheckpointError(f"{path} is no part of {count}, as its name says.")
-    parts = []
-    for number in range(1, count + 1):
-        part = path.with_name(f"{match['name']}-{number:05d}-of-{count:05d}.gguf")
+    names = (f"{match['name']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1))
+    parts = tuple(map(path.with_name, names))
+    for part in parts:
         if not part.is_file():
             raise CheckpointError(
                 f"{path.name} is a part of a split GGUF file, and its part {part.name} is missing "
                 f"from {part.parent}."
             )
-        parts.append(part)
-    return tuple(parts)
+    return parts
 
 
 def model_name(path: Path) -> str:

@@ -117,14 +117,9 @@ class Tokenizer:
     def chat(
         self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None
     ) -> list[int]:
-        """Token ids of a conversation; see `render_chat`."""
-        return self._encode(self.render_chat(messages, options), adds_special=False)
-
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None
-    ) -> str:
-        """The prompt text of a conversation; see `ChatTemplate.render`."""
-        return self.chat_template.render(messages, options or ChatOptions())
+        """Token ids of a conversation; see `ChatTemplate.render`."""
+        text = self.chat_template.render(messages, options or ChatOptions())
+        return self._encode(text, adds_special=False)
 
     def _encode(self, text: str, *, adds_special: bool) -> list[int]:
         try:

@@ -18,6 +18,7 @@ from qaic_ray.errors import CheckpointError
 from qaic_ray.model.checkpoint import load_tokenizer
 from qaic_ray.model.gguf_tokenizer import SPLITTINGS, write_tokenizer
 from qaic_ray.model.tokenizer import loaded_tokenizer, open_tokenizer
+from qaic_ray.rows import ChatOptions
 
 CORPUS = [
     "def read(path: Path, *, size: int = 0) -> dict[str, int]:",
@@ -155,7 +156,8 @@ def test_templates_come_with_their_names(tmp_path: Path, byte_level: dict[str, A
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert theirs.chat_template == {"default": "A", "tool_use": "B"}
     message = {"role": "user", "content": "x"}
-    assert open_tokenizer(loaded_tokenizer(tmp_path), ()).render_chat([message]) == "A"
+    template = open_tokenizer(loaded_tokenizer(tmp_path), ()).chat_template
+    assert template.render([message], ChatOptions()) == "A"
 
 
 def damaged(changes: dict[str, Any], message: str) -> Any:

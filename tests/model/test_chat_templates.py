@@ -91,7 +91,7 @@ def both(
         expected = None
     tokenizer = tokenizer.of_run(template, None)
     try:
-        given = tokenizer.render_chat(messages, options), tokenizer.chat(messages, options)
+        given = tokenizer.chat_template.render(messages, options), tokenizer.chat(messages, options)
     except UsageError:
         given = None
     return expected, given
@@ -254,7 +254,7 @@ def test_the_template_is_the_one_that_the_library_takes(
             expected = None
         options = ChatOptions(False, False, {} if tools is None else {"tools": tools})
         try:
-            given = tokenizer.render_chat(HELLO, options)
+            given = tokenizer.chat_template.render(HELLO, options)
         except UsageError as error:
             assert "chat template" in str(error)  # noqa: PT017
             given = None
@@ -263,7 +263,7 @@ def test_the_template_is_the_one_that_the_library_takes(
 
 def test_a_processors_template_is_the_last_resort(no_child: None, simple: Path) -> None:
     (simple / "chat_template.json").write_text('{"chat_template": "old"}')
-    assert ours(simple).render_chat(HELLO) == "old"
+    assert ours(simple).chat_template.render(HELLO, ChatOptions()) == "old"
 
 
 # -- the run's own
