@@ -99,9 +99,9 @@ def write_conversion(path: Path, folder: Path) -> None:
     family = family_of(gguf)
     config = read_config(gguf, family)
     # First, because it checks the vocabulary.
-    write_tokenizer(gguf.keys, gguf.name, folder)
+    write_tokenizer(gguf, folder)
     ids = {
-        "eos_token_id": list(end_ids(gguf.keys, gguf.name)) or None,
+        "eos_token_id": list(end_ids(gguf)) or None,
         "bos_token_id": gguf.keys.get("tokenizer.ggml.bos_token_id"),
     }
     for name, fields in (("config.json", config | ids), ("generation_config.json", ids)):
@@ -133,7 +133,7 @@ def read_config(gguf: GgufFile, family: Family) -> dict[str, Any]:
     Raises:
         CheckpointError: a key is missing, impossible, or asks for what we do not compute.
     """
-    keys = GgufKeys(gguf)
+    keys = GgufKeys(gguf, f"{gguf.keys['general.architecture']}.")
     heads = keys.size("attention.head_count")
     hidden = keys.size("embedding_length")
     head_dim = _head_dim(keys, hidden, heads)

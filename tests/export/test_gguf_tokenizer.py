@@ -16,6 +16,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from qaic_ray.errors import CheckpointError
 from qaic_ray.model.checkpoint import load_tokenizer
+from qaic_ray.model.gguf_file import GgufFile
 from qaic_ray.model.gguf_tokenizer import SPLITTINGS, write_tokenizer
 from qaic_ray.model.tokenizer import loaded_tokenizer, open_tokenizer
 from qaic_ray.rows import ChatOptions
@@ -152,7 +153,7 @@ def test_sentencepiece_vocabularies(
 
 def test_templates_come_with_their_names(tmp_path: Path, byte_level: dict[str, Any]) -> None:
     keys = byte_level | {"tokenizer.chat_template": "A", "tokenizer.chat_template.tool_use": "B"}
-    write_tokenizer(keys, "model.gguf", tmp_path)
+    write_tokenizer(GgufFile("model.gguf", keys, {}), tmp_path)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert theirs.chat_template == {"default": "A", "tool_use": "B"}
     message = {"role": "user", "content": "x"}
@@ -189,10 +190,10 @@ def test_a_damaged_vocabulary_is_one_sentence(
     tmp_path: Path, byte_level: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
-        write_tokenizer(byte_level | changes, "model.gguf", tmp_path)
+        write_tokenizer(GgufFile("model.gguf", byte_level | changes, {}), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_without_a_vocabulary_has_no_tokenizer(tmp_path: Path) -> None:
-    write_tokenizer({}, "model.gguf", tmp_path)
+    write_tokenizer(GgufFile("model.gguf", {}, {}), tmp_path)
     assert list(tmp_path.iterdir()) == []
