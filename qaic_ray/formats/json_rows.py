@@ -198,10 +198,16 @@ class BatchRequests:
         Raises:
             RowError: saying what is wrong with it.
         """
-        draft.id = _custom_id(document)
-        if not self._ids.add(draft.id):
+        if "custom_id" not in document:
+            raise RowError('There is no "custom_id" in it.')
+        id_ = as_type(str, '"custom_id"', document["custom_id"])
+        if not id_:
+            raise RowError('"custom_id" is empty.')
+        check_unicode("custom_id", id_)
+        draft.id = id_
+        if not self._ids.add(id_):
             raise RowError(
-                f'"custom_id" is {_shown(draft.id)}, and so is that of an earlier line: give each '
+                f'"custom_id" is {_shown(id_)}, and so is that of an earlier line: give each '
                 "its own."
             )
         if (method := document.get("method")) != "POST":
@@ -231,16 +237,6 @@ class BatchRequests:
                 f'"model" is {_shown(model)}, and that of the lines before is '
                 f"{_shown(self._model)}: one run has one model, so make a file for each."
             )
-
-
-def _custom_id(document: Document) -> str:
-    if "custom_id" not in document:
-        raise RowError('There is no "custom_id" in it.')
-    id_ = as_type(str, '"custom_id"', document["custom_id"])
-    if not id_:
-        raise RowError('"custom_id" is empty.')
-    check_unicode("custom_id", id_)
-    return id_
 
 
 def _shown(value: object) -> str:

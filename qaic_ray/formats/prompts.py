@@ -226,7 +226,8 @@ def _recognise(source: PromptInput, said: PromptFormat | None) -> _Recognised:
         first = next(iter(_lines(source.head)), b"")
         # In a file that is only called JSON, an array may be all on the first line.
         any_line = said is None and (form is None or _suffix(source.path) == ".json")
-        is_array = _begins_array(first) and (any_line or _json(first) is None)
+        begins_array = re.match(rb"\[\s*(\{|$|\]$)", first) is not None
+        is_array = begins_array and (any_line or _json(first) is None)
         if form is None:
             form = PromptFormat.JSONL if is_array else _guessed(source, first)
         elif first.startswith(b"{") and _json(first) is None:
@@ -280,10 +281,6 @@ def _refuse_spread(source: PromptInput) -> None:
                 f"{source.name} holds a JSON object over several lines: write each row on one line "
                 "(JSONL), or all of them in an array."
             )
-
-
-def _begins_array(line: bytes) -> bool:
-    return re.match(rb"\[\s*(\{|$|\]$)", line) is not None
 
 
 def _is_header(line: bytes, delimiter: bytes) -> bool:

@@ -294,14 +294,15 @@ def row_schema() -> pyarrow.Schema:
     """The columns of a table of rows, in the order of a row's keys."""
     import pyarrow as pa
 
-    ending = [
+    token = [("token_id", pa.int32()), ("logprob", pa.float64())]
+    logprobs = pa.list_(pa.struct([*token, ("top", pa.list_(pa.struct(token)))]))
+    answer = [
+        ("text", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
         ("finish_reason", pa.string()),
         ("stop_reason", pa.string()),
         ("stop_reason_token", pa.int32()),
     ]
-    token = [("token_id", pa.int32()), ("logprob", pa.float64())]
-    logprobs = pa.list_(pa.struct([*token, ("top", pa.list_(pa.struct(token)))]))
-    answer = [("text", pa.string()), ("token_ids", pa.list_(pa.int32())), *ending]
     choices = pa.list_(pa.struct([("index", pa.int32()), *answer, ("logprobs", logprobs)]))
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     return pa.schema(
