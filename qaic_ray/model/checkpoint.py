@@ -256,9 +256,10 @@ def _read_layers(checkpoint: Checkpoint, layers: Sequence[int]) -> dict[str, Any
 def _eos_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """Ids that end an answer: of generation_config.json, else config.json, else the tokenizer."""
     generation = folder / "generation_config.json"
-    sources = [Fields(config, f"config.json of {folder}")]
-    if generation.is_file():
-        sources.insert(0, Fields(read_object(generation, raises=CheckpointError), str(generation)))
+    sources = (
+        Fields(tokenizer.object_if_there(generation), str(generation)),
+        Fields(config, f"config.json of {folder}"),
+    )
     found = [source.ids("eos_token_id") for source in sources]
     return next((ids for ids in found if ids), None) or eos_token_ids(folder)
 

@@ -36,7 +36,7 @@ _VOCABULARY_SUFFIX = ".model"  # tokenizer.model, spiece.model, tiktoken.model
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 _FOR_PEOPLE = (".md", ".png", ".jpg", ".pdf", ".log")
 _TEMPLATE_FOLDER = "additional_chat_templates"
-_PROCESSOR_TEMPLATE = "chat_template.json"
+_PROCESSOR_TEMPLATE = "chat_template.json"  # older transformers', of a model with images
 _MAX_BYTES = 256 * 2**20  # no file of a tokenizer is longer
 
 _CLEANED = (
@@ -84,13 +84,18 @@ class Tokenizer:
         other.chat_template = self.chat_template.of_run(chat_template, date)
         return other
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, adds_special: bool = True) -> list[int]:
         """Token ids of `text`, with the beginning-of-text token where the model has one.
 
         Raises:
             RowError: for a text that is no Unicode.
         """
-        return self._encode(text, adds_special=True)
+        try:
+            return self._backend.encode(text, add_special_tokens=adds_special).ids
+        except (TypeError, UnicodeError) as error:
+            raise RowError(
+                "The prompt holds half of a surrogate pair (like \\ud83d alone), which is no text."
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without special tokens."""
@@ -119,15 +124,7 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a conversation; see `ChatTemplate.render`."""
         text = self.chat_template.render(messages, options or ChatOptions())
-        return self._encode(text, adds_special=False)
-
-    def _encode(self, text: str, *, adds_special: bool) -> list[int]:
-        try:
-            return self._backend.encode(text, add_special_tokens=adds_special).ids
-        except (TypeError, UnicodeError) as error:
-            raise RowError(
-                "The prompt holds half of a surrogate pair (like \\ud83d alone), which is no text."
-            ) from error
+        return self.encode(text, adds_special=False)
 
 
 def open_tokenizer(folder: Path, eos_ids: tuple[int, ...]) -> Tokenizer:
@@ -242,19 +239,22 @@ def eos_token_ids(folder: Path) -> tuple[int, ...]:
     """Ids of the token that ends an answer, by a checkpoint's tokenizer.json."""
     token: Any = None
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = folder / name
-        if path.is_file():
-            token = read_object(path, raises=CheckpointError).get("eos_token", token)
+        token = object_if_there(folder / name).get("eos_token", token)
     if isinstance(token, dict):
         token = token.get("content")
-    path = folder / TOKENIZER_FILE
-    if not isinstance(token, str) or not path.is_file():
+    if not isinstance(token, str):
         return ()
-    added = read_object(path, raises=CheckpointError).get("added_tokens") or []
+    path = folder / TOKENIZER_FILE
+    added = object_if_there(path).get("added_tokens") or []
     kind = list[dict[str, Any]]
     entries = checked(kind, added, f"{path}: added_tokens", raises=CheckpointError)
     ids = [entry.get("id") for entry in entries if entry.get("content") == token]
     return tuple(id_ for id_ in ids if isinstance(id_, int))
+
+
+def object_if_there(path: Path) -> dict[str, Any]:
+    """The JSON object that a file of a checkpoint holds; an empty one where there is no file."""
+    return read_object(path, raises=CheckpointError) if path.is_file() else {}
 
 
 def _is_whole(kept: Path) -> bool:
@@ -283,7 +283,8 @@ def _load(folder: Path, fresh: Path, *, trust_remote_code: bool) -> None:
         ) from error
     settings = read_object(fresh / SETTINGS_FILE, raises=CheckpointError)
     if settings["chat_template"] is None:
-        settings["chat_template"] = _processor_template(folder)
+        template = object_if_there(folder / _PROCESSOR_TEMPLATE).get("chat_template")
+        settings["chat_template"] = template if isinstance(template, str) else None
     checked(
         str | dict[str, str] | None,  # type: ignore[arg-type]
         settings["chat_template"],
@@ -292,15 +293,6 @@ def _load(folder: Path, fresh: Path, *, trust_remote_code: bool) -> None:
     )
     settings["tokenizer_bytes"] = os.path.getsize(fresh / TOKENIZER_FILE)
     (fresh / SETTINGS_FILE).write_text(json.dumps(settings), encoding="utf-8")
-
-
-def _processor_template(folder: Path) -> str | None:
-    """The chat template that older versions of transformers wrote for a model with images."""
-    path = folder / _PROCESSOR_TEMPLATE
-    if not path.is_file():
-        return None
-    template = read_object(path, raises=CheckpointError).get("chat_template")
-    return template if isinstance(template, str) else None
 
 
 def _missing_library(folder: Path) -> str:
@@ -337,13 +329,10 @@ def _name_what_is_odd(folder: Path) -> None:
     """Raise CheckpointError for the file that the library failed at, if it can be found."""
     for name, kind in _OBJECTS.items():
         path = folder / name
-        if path.is_file():
-            document = read_object(path, raises=CheckpointError)
-            checked(kind, document, str(path), raises=CheckpointError)
-            if name == "tokenizer_config.json":
-                for key in filter(document.__contains__, _SETTINGS):
-                    place = f"{path}: {key}"
-                    checked(_SETTINGS[key], document[key], place, raises=CheckpointError)
+        document = checked(kind, object_if_there(path), str(path), raises=CheckpointError)
+        if name == "tokenizer_config.json":
+            for key in filter(document.__contains__, _SETTINGS):
+                checked(_SETTINGS[key], document[key], f"{path}: {key}", raises=CheckpointError)
     for path in (folder / "chat_template.jinja", *folder.glob(f"{_TEMPLATE_FOLDER}/*.jinja")):
         if path.is_file():
             read_text(path, raises=CheckpointError)
