@@ -259,7 +259,7 @@ class _HeaderReader:
 
     def _placed(self, start: int, tensor: GgufTensor) -> GgufTensor:
         begin = start + tensor.offset
-        end = begin + tensor_bytes(tensor.name, tensor.kind, tensor.shape)
+        end = begin + _num_bytes(tensor)
         if end > self._size:
             raise CheckpointError(
                 f"{self._path} is cut short: {self._size} bytes, and its tensor "
@@ -307,7 +307,7 @@ class _HeaderReader:
         return CheckpointError(f"{self._path} is a damaged GGUF file: {reason}.")
 
 
-def tensor_bytes(name: str, kind: int, shape: tuple[int, ...]) -> int:
+def _num_bytes(tensor: GgufTensor) -> int:
     """The number of bytes that a tensor takes.
 
     Raises:
@@ -315,19 +315,20 @@ def tensor_bytes(name: str, kind: int, shape: tuple[int, ...]) -> int:
     """
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+    name = shown(tensor.name)
     try:
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)]
     except (KeyError, ValueError):
         raise CheckpointError(
-            f"The tensor {shown(name)} has the type {kind}, which the installed gguf package does "
+            f"The tensor {name} has the type {tensor.kind}, which the installed gguf package does "
             "not know."
         ) from None
-    if shape[-1] % block:
+    if tensor.shape[-1] % block:
         raise CheckpointError(
-            f"The tensor {shown(name)} has rows of {shape[-1]} values, which its type stores in "
+            f"The tensor {name} has rows of {tensor.shape[-1]} values, which its type stores in "
             f"blocks of {block}."
         )
-    return int(prod(shape) // block * size)
+    return int(prod(tensor.shape) // block * size)
 
 
 def read_values(
@@ -336,12 +337,11 @@ def read_values(
     """The values of a tensor, or of some of its rows, as the gguf package computes them."""
     import numpy as np
     from gguf.constants import GGMLQuantizationType
-    from gguf.quants import QuantError, dequantize
+    from gguf.quants import QuantError, dequantize, quant_shape_to_byte_shape
 
-    row_bytes = tensor_bytes(tensor.name, tensor.kind, tensor.shape[-1:])
-    shape = (*tensor.shape[:-1], row_bytes)
-    stored = np.memmap(tensor.path, np.uint8, "r", offset=tensor.offset, shape=shape)
     kind = GGMLQuantizationType(tensor.kind)
+    shape = quant_shape_to_byte_shape(tensor.shape, kind)
+    stored = np.memmap(tensor.path, np.uint8, "r", offset=tensor.offset, shape=shape)
     try:
         values: npt.NDArray[np.float32] = dequantize(
             np.array(stored if rows is None else stored[rows]), kind
