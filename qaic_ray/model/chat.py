@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
@@ -92,23 +92,19 @@ class ChatTemplate:
         template, variables = self.try_out(messages, options)
         from transformers.utils import chat_template_utils
 
+        def rendered() -> str:
+            _moment.set(self.moment)
+            return str(
+                _renderer().apply_chat_template(
+                    list(messages), chat_template=template, tokenize=False, **variables
+                )
+            )
+
         # The library keeps what it compiled, and renders with that.
         try:
             compiled = chat_template_utils._compile_jinja_template(template)
             compiled.globals["strftime_now"] = _strftime
-            token = _moment.set(self.moment)
-            try:
-                return str(
-                    _renderer().apply_chat_template(
-                        list(messages),
-                        chat_template=template,
-                        tokenize=False,
-                        continue_final_message=options.continue_final_message,
-                        **variables,
-                    )
-                )
-            finally:
-                _moment.reset(token)
+            return copy_context().run(rendered)
         except Exception as error:  # a template is a program: it may raise anything
             raise UsageError(
                 f"The model's chat template refuses these messages: {_reason(error)}."
@@ -122,7 +118,7 @@ class ChatTemplate:
         A template is rendered in a child the first time; the cache folder remembers that.
 
         Returns:
-            The template, and the variables to render it with.
+            The template, and what `apply_chat_template` takes beside it.
 
         Raises:
             UsageError: the template does not compile, or takes too long; or there is none.
@@ -131,15 +127,10 @@ class ChatTemplate:
         begins_answer = options.add_generation_prompt and not options.continue_final_message
         variables = {**self.special_tokens, **options.template_kwargs}
         variables["add_generation_prompt"] = begins_answer
+        variables["continue_final_message"] = options.continue_final_message
         template = self._chosen(variables.get("tools"))
-
-        task = {
-            "do": "render",
-            "template": template,
-            "messages": [dict(message) for message in messages],
-            "variables": variables,
-            "continue_final": options.continue_final_message,
-        }
+        task: dict[str, Any] = {"do": "render", "template": template, "variables": variables}
+        task["messages"] = [dict(message) for message in messages]
         with _trying:
             if template not in _tried:
                 _tried[template] = _why_never(template, task)
@@ -368,12 +359,7 @@ def _render(task: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, most))
     chat_template_utils._compile_jinja_template(task["template"])
     task["step"] = "rendering"
-    tokenizer.apply_chat_template(
-        task["messages"],
-        tokenize=False,
-        continue_final_message=task["continue_final"],
-        **task["variables"],
-    )
+    tokenizer.apply_chat_template(task["messages"], tokenize=False, **task["variables"])
 
 
 def _limit_cpu(seconds: int) -> None:
