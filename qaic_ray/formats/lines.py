@@ -279,12 +279,10 @@ def _unpacked_pieces(
 
 def _recoded_pieces(stream: io.BufferedReader, encoding: str) -> Iterator[bytes]:
     """Text of an encoding with a mark, as UTF-8."""
+    pieces = iter(lambda: stream.read1(_BUFFER_BYTES), b"")
     # Half of a surrogate pair is its line's error, and no other's.
-    decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
-    while chunk := stream.read1(_BUFFER_BYTES):
-        if text := decoder.decode(chunk):
-            yield text.encode("utf-8", "surrogatepass")
-    yield decoder.decode(b"", final=True).encode("utf-8", "surrogatepass")
+    for text in codecs.iterdecode(pieces, encoding, "surrogatepass"):
+        yield text.encode("utf-8", "surrogatepass")
 
 
 def _joined(pieces: Iterator[bytes]) -> io.BufferedReader:

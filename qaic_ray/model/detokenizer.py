@@ -104,14 +104,13 @@ class _BytePieces(_Pieces):
     """
 
     def __init__(self, steps: Sequence[dict[str, Any]]) -> None:
-        kinds = [step["type"] for step in steps]
-        by_kind: dict[str, Any] = dict(zip(kinds, steps, strict=True))
+        by_kind: dict[str, Any] = {step["type"]: step for step in steps}
         replace = by_kind.get("Replace", {"pattern": {"String": ""}, "content": ""})
         strip = by_kind.get("Strip", {"content": "", "start": 0})
         self._mark: str = replace["pattern"]["String"]
         self._space: str = replace["content"]
-        self._has_bytes = "ByteFallback" in kinds
-        self._marks_in_runs = kinds[0] == "ByteFallback"
+        self._has_bytes = "ByteFallback" in by_kind
+        self._marks_in_runs = steps[0]["type"] == "ByteFallback"
         self._dropped: str = strip["content"]
         self._num_drops: int = strip["start"]
         self._begin_run()

@@ -272,8 +272,7 @@ def _load(folder: Path, fresh: Path, *, trust_remote_code: bool) -> None:
         chat.ask_child(task, chat.LOAD_CPU_S)
     except chat.ChildFailed as error:
         _name_what_is_odd(folder)
-        lacking = _missing_library(folder)
-        if lacking:
+        if lacking := _missing_library(folder):
             raise CheckpointError(
                 f"The tokenizer of {folder} is a {_VOCABULARY_SUFFIX} file, and reading it needs "
                 f"{lacking}: pip install 'qaic-ray[sentencepiece]'."
