@@ -29,9 +29,8 @@ from qaic_ray.cards.inventory import CARD_RESOURCE, cards_name
 from qaic_ray.cards.lease import CardLocks, Part, card_scope, held_cards
 from qaic_ray.errors import DeviceBusy, DeviceError, RowError, UsageError
 from qaic_ray.files.documents import checked
-from qaic_ray.formats.foreign_fields import ALIASES, NESTED
-from qaic_ray.formats.prompt_fields import Draft
-from qaic_ray.formats.row_fields import OwnFields, is_known, mistake
+from qaic_ray.formats.row_fields import ALIASES, NESTED, is_known, mistake
+from qaic_ray.formats.row_reader import Draft, OwnFields
 from qaic_ray.options import EmulatorOptions, Generation
 from qaic_ray.rows import ErrorClass, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams

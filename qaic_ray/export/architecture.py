@@ -210,7 +210,7 @@ def _read_head_dim(fields: Fields, name: str, default: int | None) -> int:
 
 def _read_kv_heads(fields: Fields, num_heads: int, default: int | None) -> int:
     # transformers tells a missing key, which has the class's default, from null.
-    absent = default is not None and fields.absent("num_key_value_heads")
+    absent = default is not None and "num_key_value_heads" not in fields.values
     num_kv_heads = fields.size("num_key_value_heads", default if absent else num_heads)
     if num_heads % num_kv_heads:
         raise fields.error("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}")
@@ -238,7 +238,7 @@ def _read_window(fields: Fields, name: str, num_layers: int) -> int | None:
         raise fields.error("layer_types", f"{num_layers} times {' or '.join(sorted(known))}")
     if name not in _WITH_LAYER_TYPES:
         default = _KINDS.get(name, _Kind()).window
-        if fields.absent("sliding_window"):
+        if "sliding_window" not in fields.values:
             return default
         return fields.size("sliding_window") if "sliding_window" in fields else None
     slides = fields.flag("use_sliding_window")
@@ -257,7 +257,7 @@ def _read_rope(config: Fields, num_pairs: int, max_position: int) -> Rope:
     # What loses must make sense too, and a value of another type may not count as nothing.
     for key in ("rope_scaling", "rope_parameters"):
         config.fields(key)
-    for key in rope.names():
+    for key in rope.values:
         if key not in _ROPE_KEYS:
             raise rope.error(key, "left out, since it is not supported")
     kind = rope.text("rope_type", rope.text("type", "default"))
@@ -271,7 +271,7 @@ def _read_rope(config: Fields, num_pairs: int, max_position: int) -> Rope:
     # A base of 1 has no logarithm to divide by.
     bounds = {"least": 1.001 if kind == "yarn" else 1e-6, "most": _LARGEST_THETA}
     theta = _THETA
-    if "rope_theta" in config or rope.absent("rope_theta"):
+    if "rope_theta" in config or "rope_theta" not in rope.values:
         theta = config.number("rope_theta", _THETA, **bounds)
     theta = rope.number("rope_theta", theta, **bounds)
     options: dict[str, Any] = {}

@@ -52,12 +52,12 @@ from qaic_ray.files.folders import (
     foreign_files,
     locked,
 )
-from qaic_ray.model.checkpoint import Checkpoint
-from qaic_ray.model.manifest import (
+from qaic_ray.model.checkpoint import (
     CUSTOM_IO_FILE,
-    FORMAT,
     MANIFEST_FILE,
+    MANIFEST_FORMAT,
     VERIFY_FILE,
+    Checkpoint,
     ModelManifest,
     read_manifest,
 )
@@ -237,7 +237,7 @@ class _Making:
         a, o = self.architecture, self.options
         digest = hashlib.sha256(json.dumps(asdict(a), sort_keys=True).encode()).hexdigest()
         return ModelManifest(
-            format=FORMAT,
+            format=MANIFEST_FORMAT,
             name=self.folder.name,
             source=self.checkpoint.name,
             contract=o.io,

@@ -33,7 +33,7 @@ from qaic_ray.contract import (
 from qaic_ray.errors import CompileError, QaicRayError, UsageError
 from qaic_ray.files.documents import shown, user_path
 from qaic_ray.files.folders import inside, sha256_of
-from qaic_ray.model.manifest import CUSTOM_IO_FILE, MANIFEST_FILE, check_files, read_manifest
+from qaic_ray.model.checkpoint import CUSTOM_IO_FILE, MANIFEST_FILE, check_files, read_manifest
 from qaic_ray.options import CompileOptions
 from qaic_ray.pipeline.steps import CompileOutcome, Listener, check_cores
 from qaic_ray.sdk import Sdk

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from qaic_ray.files.folders import new_file, replacing, sync_path
-from qaic_ray.formats.openai_batch import Origin, response_line, token_number
-from qaic_ray.formats.parquet import write_parquet
+from qaic_ray.formats.json_rows import Origin, response_line, token_number
+from qaic_ray.formats.tables import write_parquet
 from qaic_ray.option_types import OutputFormat
 from qaic_ray.rows import Row
 from qaic_ray.runs.journal import Entry, Journal, Place, disk_errors_end_the_run, write_all

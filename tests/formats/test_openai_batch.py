@@ -13,11 +13,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
 from qaic_ray.errors import QaicRayError, RowError
-from qaic_ray.formats.jsonl import prompts_from_json
-from qaic_ray.formats.openai_batch import BatchRequests, is_request
-from qaic_ray.formats.prompt_fields import Draft
+from qaic_ray.formats.json_rows import BatchRequests, is_request, prompts_from_json
 from qaic_ray.formats.prompts import prompts_from_file
-from qaic_ray.formats.row_fields import OwnFields
+from qaic_ray.formats.row_reader import Draft, OwnFields
 from qaic_ray.option_types import OutputFormat, PromptFormat
 from qaic_ray.rows import ErrorClass, FinishReason, Prompt, Row, Sample
 from qaic_ray.runs.delivery import RowWriter, export_outputs

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper
 from qaic_ray import contract
 from qaic_ray.contract import IoContract
 from qaic_ray.export.functions import use_plain_functions
-from qaic_ray.model.manifest import ModelManifest
+from qaic_ray.model.checkpoint import ModelManifest
 
 NUM_KEPT = 2
 """Length of `num_logits_to_keep`, where a graph has it and a run has as many tokens."""

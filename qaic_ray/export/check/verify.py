@@ -32,8 +32,15 @@ from qaic_ray.export.check.replay import (
 from qaic_ray.export.tensors import FLOAT16_MAX
 from qaic_ray.files.documents import checked, read_object
 from qaic_ray.files.folders import write_whole
-from qaic_ray.model.checkpoint import Checkpoint, has_tokenizer, load_tokenizer, load_torch_model
-from qaic_ray.model.manifest import VERIFY_FILE, ModelManifest, read_manifest
+from qaic_ray.model.checkpoint import (
+    VERIFY_FILE,
+    Checkpoint,
+    ModelManifest,
+    load_tokenizer,
+    load_torch_model,
+    read_manifest,
+)
+from qaic_ray.model.tokenizer import has_vocabulary
 
 PROMPTS = (
     "My name is",
@@ -209,7 +216,7 @@ def read_report(model_dir: Path) -> VerifyReport | None:
 
 def _prompt_ids(checkpoint: Checkpoint, vocab_size: int, longest: int) -> list[list[int]]:
     prompts: list[list[int]] = []
-    if has_tokenizer(checkpoint):
+    if has_vocabulary(checkpoint.folder):
         encode = load_tokenizer(checkpoint).encode
         prompts = [encode(prompt)[:longest] for prompt in PROMPTS]
     largest = max((token for prompt in prompts for token in prompt), default=0)
