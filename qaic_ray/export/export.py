@@ -28,7 +28,6 @@ from qaic_ray.export.architecture import Architecture, read_architecture, table_
 from qaic_ray.export.builder import PRODUCER
 from qaic_ray.export.check.verify import (
     VerifyReport,
-    default_level,
     read_report,
     verify_export,
     write_report,
@@ -74,6 +73,10 @@ _PRODUCER_WITHIN = 64
 """Bytes at the start of an ONNX file among which is the producer's name."""
 
 
+FULL_PARAMETERS = 2_000_000_000
+"""Models below this are compared with PyTorch in all their layers by default."""
+
+
 @dataclass(frozen=True)
 class ExportResult:
     """A finished model folder, and whether it was there already.
@@ -90,6 +93,11 @@ class ExportResult:
     def onnx_path(self) -> Path:
         """The graph's file."""
         return self.folder / self.manifest.onnx_file
+
+
+def default_level(architecture: Architecture) -> str:
+    """`full` for a model that fits into the memory of a workstation, else `quick`."""
+    return "full" if architecture.num_parameters < FULL_PARAMETERS else "quick"
 
 
 def export_model(

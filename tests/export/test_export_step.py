@@ -20,11 +20,10 @@ from qaic_ray.export.check.replay import Activation
 from qaic_ray.export.check.verify import (
     ScenarioDifference,
     VerifyReport,
-    default_level,
     read_report,
     write_report,
 )
-from qaic_ray.export.export import check_ours, custom_io, export_model
+from qaic_ray.export.export import check_ours, custom_io, default_level, export_model
 from qaic_ray.files.documents import checked
 from qaic_ray.files.folders import SourceFile
 from qaic_ray.model.checkpoint import (

@@ -18,7 +18,6 @@ import numpy as np
 
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP
 from qaic_ray.errors import CheckpointError, ExportError, UsageError
-from qaic_ray.export.architecture import Architecture
 from qaic_ray.export.check.replay import (
     Activation,
     Floats,
@@ -52,11 +51,7 @@ FLOAT32_TOLERANCE = 2e-3
 """Largest difference of a float32 logit that passes."""
 FLOAT16_TOLERANCE = 2e-2
 """The same for a float16 graph, as a fraction of the largest logit: its weights are rounded."""
-FULL_PARAMETERS = 2_000_000_000
-"""Models below this are checked with all their layers by default."""
-
-CTX_LEN = 64
-"""Context of a verification, where the model has as much."""
+CTX_LEN = 64  # where the model has as much
 CHUNK_LEN = 8
 """Tokens of a prefill chunk of a verification."""
 
@@ -122,11 +117,6 @@ class VerifyReport:
                 f"The exported graph differs from PyTorch by {worst.logits:.3g} in a logit "
                 f"({worst.scenario}); {self.tolerance:.3g} is allowed."
             )
-
-
-def default_level(architecture: Architecture) -> str:
-    """`full` for a model that fits into the memory of a workstation, else `quick`."""
-    return "full" if architecture.num_parameters < FULL_PARAMETERS else "quick"
 
 
 def verify_export(model_dir: Path, checkpoint: Checkpoint, *, level: str = "full") -> VerifyReport:
