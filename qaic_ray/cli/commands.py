@@ -188,7 +188,7 @@ def _folder_to_resume(
     """The folder of the run that goes on, of this job where one is named; None: a run begins."""
     from qaic_ray.cli.parameters import RESUME_LAST
     from qaic_ray.pipeline.request import REQUEST_NAME
-    from qaic_ray.runs.journal import last_unfinished
+    from qaic_ray.runs.report import last_unfinished
 
     if resuming.resume is None:
         if resuming.retry_errors:

@@ -22,7 +22,7 @@ from qaic_ray.files.documents import json_text
 
 if TYPE_CHECKING:
     from qaic_ray.cards.inventory import NodeCards
-    from qaic_ray.compile.variant import Variant
+    from qaic_ray.compile.compiler import Variant
     from qaic_ray.export.check.verify import VerifyReport
     from qaic_ray.export.export import ExportResult
     from qaic_ray.pipeline.compile_step import Compiled
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qaic_ray.rows import Row
     from qaic_ray.runs.report import RunSummary
     from qaic_ray.sdk import Device, Sdk
-    from qaic_ray.worker.spec import WorkerInfo
+    from qaic_ray.worker.worker import WorkerInfo
 
 GIB = 2**30
 PROGRESS_EVERY_S = 10.0
@@ -129,7 +129,7 @@ class Screen:
         self._end_with(summary.document())
         if summary.error is not None:
             raise (Unfinished if summary.goes_on else QaicRayError)(summary.error)
-        if not summary.ok:
+        if not summary.result.ok:
             raise SystemExit(ExitCode.FAILED)
 
     def exported(self, result: ExportResult) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qaic_ray import contract
+from qaic_ray.compile.compiler import Source, Variant, grid_variants
 from qaic_ray.compile.store import SPECIALIZATIONS_FILE, Build, BuildRequest, build, check_request
-from qaic_ray.compile.variant import Source, Variant, grid_variants
 from qaic_ray.errors import CompileError, DeviceError, QaicRayError, UsageError
 from qaic_ray.files.documents import shown, user_path
 from qaic_ray.files.folders import inside, sha256_of
-from qaic_ray.model.manifest import CUSTOM_IO_FILE, MANIFEST_FILE, check_files, read_manifest
+from qaic_ray.model.checkpoint import CUSTOM_IO_FILE, MANIFEST_FILE, check_files, read_manifest
 from qaic_ray.options import CompileOptions
 from qaic_ray.pipeline.request import Listener
 from qaic_ray.sdk import Sdk
@@ -169,13 +169,16 @@ def compile_on(
 ) -> list[Compiled]:
     """Compile as Ray tasks, `parallel` at a time; None means as many as there are CPUs."""
     by_label = {request.label: request for request in requests}
-    outcomes = cluster.compile_variants(
-        build,
-        by_label,
-        parallel=parallel or os.cpu_count() or 1,
-        on_done=lambda done: listener.compiled(by_label[done.label].variant, done.result),
+    outcomes: dict[str, Compiled] = {}
+
+    def done(label: str, result: Build | QaicRayError) -> None:
+        outcomes[label] = (by_label[label].variant, result)
+        listener.compiled(*outcomes[label])
+
+    cluster.compile_variants(
+        build, by_label, parallel=parallel or os.cpu_count() or 1, on_done=done
     )
-    return [(by_label[done.label].variant, done.result) for done in outcomes]
+    return [outcomes[label] for label in by_label]
 
 
 def _shapes_of(path: Path, model: ModelFolder, model_dir: Path) -> contract.Specializations:

@@ -20,12 +20,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from qaic_ray import interruption
+from qaic_ray.compile.compiler import Source, Variant, grid_variants
 from qaic_ray.compile.store import Build
-from qaic_ray.compile.variant import Source, Variant, grid_variants
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP
 from qaic_ray.errors import ExportError, JobError, SdkNotFound, UsageError
 from qaic_ray.files.documents import MAX_SHOWN_CHARS, first_error, parse_yaml, read_yaml, shown
-from qaic_ray.model.manifest import CUSTOM_IO_FILE
+from qaic_ray.model.checkpoint import CUSTOM_IO_FILE
 from qaic_ray.option_types import OptionValue
 from qaic_ray.options import ExportOptions, Job, ModelOptions
 from qaic_ray.pipeline.compile_step import compile_on, requested_builds

@@ -24,14 +24,14 @@ from qaic_ray.model.chat import check_kwargs
 from qaic_ray.model.sources import NAMED_MODELS
 from qaic_ray.option_types import is_template
 from qaic_ray.options import EmulatorOptions, Generation, RayOptions, RunOptions
-from qaic_ray.runs.fingerprint import INPUT, STREAM_SOURCE, Fingerprint, file_source, text_source
+from qaic_ray.runs.intake import INPUT, STREAM_SOURCE, Fingerprint, file_source, text_source
 from qaic_ray.sdk import Sdk, find_sdk
 
 if TYPE_CHECKING:
+    from qaic_ray.compile.compiler import Variant
     from qaic_ray.compile.store import Build
-    from qaic_ray.compile.variant import Variant
     from qaic_ray.rows import Prompt, Row
-    from qaic_ray.worker.spec import WorkerInfo
+    from qaic_ray.worker.worker import WorkerInfo
 
 REQUEST_NAME = "request.yaml"
 STDIN = "-"

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.rows import Row
     from qaic_ray.runs.delivery import Proof
+    from qaic_ray.runs.driver import FleetResult
     from qaic_ray.runs.report import RunSummary
-    from qaic_ray.runs.result import FleetResult
-    from qaic_ray.worker.spec import WorkerSpec
+    from qaic_ray.worker.worker import WorkerSpec
 
 
 def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSummary:
@@ -117,7 +117,7 @@ def run_on(
     Raises:
         UsageError: where the request does not fit the QPC, the cards, or the run that it resumes.
     """
-    from qaic_ray.runs.exports import export_outputs
+    from qaic_ray.runs.delivery import export_outputs
     from qaic_ray.runs.report import RunSummary, write_report
 
     specs = _worker_specs(cluster, request, sdk, listener)
@@ -224,11 +224,10 @@ def _answer(
     """All rows that have no answer yet, journaled and written."""
     from qaic_ray.dispatch.prompts import text_work
     from qaic_ray.files.documents import differences
-    from qaic_ray.runs.delivery import row_writer
-    from qaic_ray.runs.driver import Audience
-    from qaic_ray.runs.fingerprint import fingerprint
+    from qaic_ray.runs.delivery import RowWriter
+    from qaic_ray.runs.driver import Audience, BrokenOff, Cause
+    from qaic_ray.runs.intake import fingerprint
     from qaic_ray.runs.journal import Journal
-    from qaic_ray.runs.result import BrokenOff, Cause
     from qaic_ray.worker.worker import CardWorker
 
     parts = _parts(request)
@@ -238,7 +237,7 @@ def _answer(
         Journal(
             folder, same, retry_errors=request.retry_errors, new_input=request.new_input
         ) as journal,
-        row_writer(folder, resumed=resumed) as write,
+        RowWriter(folder, resumed=resumed) as write,
     ):
         if request.new_input:
             write_request(request, folder)
@@ -290,8 +289,8 @@ def _worker_specs(
     cluster: Cluster, request: RunRequest, sdk: SdkChoice, listener: Listener
 ) -> list[WorkerSpec]:
     """What each worker is given, its cards above all."""
-    from qaic_ray.cards.placement import place, qpc_cores
-    from qaic_ray.worker.spec import WorkerSpec
+    from qaic_ray.cards.inventory import place, qpc_cores
+    from qaic_ray.worker.worker import WorkerSpec
 
     here = request.ray.address is None
     sdk_name = str(sdk.here.root) if here else name_for_others(sdk.name)
