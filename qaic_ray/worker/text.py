@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -34,13 +35,18 @@ _LAST_WORD = 64
 
 @dataclass(eq=False)
 class Answer:
-    """A prompt in flight: a sequence for each of its `n` samples, and those that are finished."""
+    """A prompt in flight: a sequence for each of its `n` samples, and those that are finished.
+
+    `arrived_s` is when it came to the worker, on the engine's clock, `arrived_at` the Unix time.
+    """
 
     prompt: Prompt
     params: SamplingParams
     sequences: tuple[steps.Sequence, ...]
     readers: tuple[StopFinder | None, ...]
     finished: list[Finished] = field(default_factory=list)
+    arrived_s: float = field(default_factory=time.perf_counter)
+    arrived_at: float = field(default_factory=time.time)
 
 
 class Answerer:
@@ -114,6 +120,7 @@ class Answerer:
         ]
         first, prompt = samples[0], answer.prompt
         ttft_s = min(done.ttft_s for done in answer.finished)
+        end_s = max(done.entered_s + done.ttft_s + done.decode_s for done in answer.finished)
         return Row(
             index=prompt.index,
             id=prompt.id,
@@ -126,6 +133,9 @@ class Answerer:
             prompt_tokens=len(answer.sequences[0].prompt_ids),
             ttft_s=ttft_s,
             decode_s=max(done.ttft_s + done.decode_s for done in answer.finished) - ttft_s,
+            queue_s=min(done.scheduled_s for done in answer.finished) - answer.arrived_s,
+            started_at=answer.arrived_at,
+            ended_at=answer.arrived_at + end_s - answer.arrived_s,
             worker=worker,
             attempts=attempts,
             logprobs=first.logprobs,

@@ -213,12 +213,15 @@ class CardWorker:
         if card is None:
             raise DeviceError(f"{name} is not open.")
         answerer = card.answerer
+        arrived_s, arrived_at = time.perf_counter(), time.time()
         begun: list[Answer] = []
         refused: list[Row] = []
         for prompt in prompts:
             try:
                 with ROW_ALONE:
-                    begun.append(answerer.begin(prompt))
+                    answer = answerer.begin(prompt)
+                answer.arrived_s, answer.arrived_at = arrived_s, arrived_at
+                begun.append(answer)
             except RowError as error:
                 refused.append(Row.failed(prompt, str(error), worker=name, attempts=attempt))
         outcome = self._queue(begun, len(refused))
