@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ QAIC_UTIL_TIMEOUT_S = 30.0
 _MAX_XML_BYTES = 2**20
 _MAX_WORDS = 500
 _NUMBER = re.compile(r"[0-9]{1,18}")
+_WATTS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 _VERSION = re.compile(r"[0-9]{1,6}(\.[0-9A-Za-z_-]{1,20}){0,9}")
 _NAMED_SPECIALIZATIONS_FROM = (1, 22)
 _AI100_HW_VERSION_FROM = (1, 21)
@@ -115,6 +116,19 @@ class Sdk:
         Raises:
             DeviceError: when the tool is missing, fails or does not answer.
         """
+        return parse_devices(self._queried())
+
+    def board_watts(self) -> dict[str, float]:
+        """The power of each board by its serial number, where the tool tells it.
+
+        A board of several cards has one reading, which all of them show.
+
+        Raises:
+            DeviceError: as from `devices`.
+        """
+        return parse_board_watts(self._queried())
+
+    def _queried(self) -> str:
         command = [str(self.root / "tools" / "qaic-util"), "-q"]
         try:
             result = subprocess.run(
@@ -134,7 +148,7 @@ class Sdk:
         if result.returncode != 0:
             words = (result.stderr.strip() or result.stdout.strip())[-_MAX_WORDS:]
             raise DeviceError(f"{command[0]} failed: {words or 'it printed nothing'}")
-        return parse_devices(result.stdout)
+        return result.stdout
 
 
 def has_cards() -> bool:
@@ -237,9 +251,7 @@ def parse_devices(text: str) -> list[Device]:
         DeviceError: for a number that is none.
     """
     devices = []
-    for block in re.split(r"(?m)^QID ", text)[1:]:
-        qid, _, body = block.partition("\n")
-        fields = dict(re.findall(r"(?m)^\s*([^:\n]+?)\s*:\s*(.*?)\s*$", body))
+    for qid, fields in _cards_in(text):
         devices.append(
             Device(
                 qid=_number(qid, "QID"),
@@ -252,6 +264,23 @@ def parse_devices(text: str) -> list[Device]:
             )
         )
     return devices
+
+
+def parse_board_watts(text: str) -> dict[str, float]:
+    """Read the boards' power from `qaic-util -q`; a reading of 0 is one that failed."""
+    watts: dict[str, float] = {}
+    for qid, fields in _cards_in(text):
+        reading = fields.get("Board power(Watts)", "")
+        if _WATTS.fullmatch(reading) and float(reading) > 0:
+            watts[fields.get("Board serial") or f"QID {qid}"] = float(reading)
+    return watts
+
+
+def _cards_in(text: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """The QID and the lines of each card in `qaic-util -q`."""
+    for block in re.split(r"(?m)^QID ", text)[1:]:
+        qid, _, body = block.partition("\n")
+        yield qid, dict(re.findall(r"(?m)^\s*([^:\n]+?)\s*:\s*(.*?)\s*$", body))
 
 
 def _default_name(vendor_root: Path, has_cards: Callable[[], bool]) -> str:

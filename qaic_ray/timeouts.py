@@ -95,6 +95,9 @@ class Timeouts:
     commit_s: float = 0.05
     """Rows are gathered at least this long before they are written to the disk together."""
 
+    power_s: float = 15.0
+    """Interval at which the power of this machine's boards is asked for."""
+
     # -- the compiler
     compile_s: float = 6 * 3600.0
     """A compiler that runs longer is stopped. A 70B model takes hours on the real one."""

@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from qaic_ray import __version__
+from qaic_ray.cli.reporting import report
 from qaic_ray.errors import UsageError
 from qaic_ray.files.documents import user_path
 
@@ -357,6 +358,7 @@ def devices(ray: options.RayOptions, sdk: options.SdkOptions, show: parameters.J
         screen.inventory(nodes, cluster.problems(nodes))
 
 
+command(app)(report)
 app.add_typer(emulator_app, name="emulator", no_args_is_help=True)
 
 

@@ -33,11 +33,11 @@ from qaic_ray.pipeline.request import (
     absolute_model,
     write_request,
 )
+from qaic_ray.pipeline.run_record import Compiles, RunRecording, recorded
 from qaic_ray.sdk import name_for_others
 
 if TYPE_CHECKING:
     from qaic_ray.cluster.cluster import Cluster
-    from qaic_ray.rows import Row
     from qaic_ray.runs.delivery import Proof
     from qaic_ray.runs.driver import FleetResult
     from qaic_ray.runs.report import RunSummary
@@ -111,22 +111,30 @@ def run_on(
     *,
     sdk: SdkChoice,
     listener: Listener,
+    compiles: Compiles = (),
 ) -> RunSummary:
-    """Answer prompts on a cluster; the request's QPC is there.
+    """Answer prompts on a cluster; the request's QPC is there, and `compiles` are its job's.
 
     Raises:
         UsageError: where the request does not fit the QPC, the cards, or the run that it resumes.
     """
+    from qaic_ray.report.document import write_report
     from qaic_ray.runs.delivery import export_outputs
-    from qaic_ray.runs.report import RunSummary, write_report
+    from qaic_ray.runs.report import RunSummary
 
     specs = _worker_specs(cluster, request, sdk, listener)
     folder = request.resume.absolute() if request.resume else _new_run_folder(request)
     listener.run_folder(folder)
     with nullcontext() if request.resume else _kept(folder, request, sdk):
-        result, proof = _answer(
-            cluster, request, specs, run_input=run_input, folder=folder, listener=listener
-        )
+        with recorded(folder, request, sdk, listener=listener, compiles=compiles) as recording:
+            result, proof = _answer(
+                *(cluster, request, specs),
+                run_input=run_input,
+                folder=folder,
+                listener=listener,
+                recording=recording,
+            )
+            recording.history.ended(result)
         if formats := request.run.output_formats:
             tokenizer = load_tokenizer(open_checkpoint(request.model, weights=False))
             for output_format in formats:
@@ -145,7 +153,7 @@ def run_on(
             qpc=request.qpc.name,
             proof=proof,
         )
-        write_report(summary)  # last: by it a run is known as done
+        write_report(summary, recording.statistics)  # last: by it a run is known as done
         return summary
 
 
@@ -220,12 +228,13 @@ def _answer(
     run_input: RunInput,
     folder: Path,
     listener: Listener,
+    recording: RunRecording,
 ) -> tuple[FleetResult, Proof]:
     """All rows that have no answer yet, journaled and written."""
     from qaic_ray.dispatch.prompts import text_work
     from qaic_ray.files.documents import differences
     from qaic_ray.runs.delivery import RowWriter
-    from qaic_ray.runs.driver import Audience, BrokenOff, Cause
+    from qaic_ray.runs.driver import BrokenOff, Cause
     from qaic_ray.runs.intake import fingerprint
     from qaic_ray.runs.journal import Journal
     from qaic_ray.worker.worker import CardWorker
@@ -241,23 +250,11 @@ def _answer(
     ):
         if request.new_input:
             write_request(request, folder)
-
-        def on_row(row: Row) -> None:
-            with interruption.uninterrupted():
-                write(row)
-            listener.answered(row)
-
-        audience = Audience(
-            on_row=on_row,
-            on_earlier_row=write.rewrite,
-            on_worker_ready=listener.card_ready,
-            on_wait=listener.remark,
-        )
         result = cluster.run_prompts(
             run_input.prompts,
             specs,
             worker_class=CardWorker,
-            audience=audience,
+            audience=recording.audience(write, listener),
             journal=journal,
             work_of=partial(text_work, defaults=request.run.defaults),
         )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from qaic_ray.dispatch.dispatcher import (
     Command,
@@ -35,59 +35,13 @@ from qaic_ray.dispatch.dispatcher import (
 from qaic_ray.errors import QaicRayError
 from qaic_ray.metrics import Measurement, Span, Tally, tokens_per_s
 from qaic_ray.rows import Prompt, Row
+from qaic_ray.runs.cards import Cards
 from qaic_ray.runs.delivery import Delivery
 from qaic_ray.runs.intake import Batch, Intake, ThreadedReader
 from qaic_ray.runs.journal import Journal
 
 if TYPE_CHECKING:
     from qaic_ray.worker.worker import WorkerInfo
-
-
-class Cards(Protocol):
-    """The workers of a run; opening each for the first time has begun.
-
-    Only `wait` blocks. A card that is gone is an event, and no error.
-    """
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Every worker that is being opened."""
-
-    def wait(self, timeout_s: float | None) -> Event | None:
-        """Block until a worker has something to say, and return it; None after `timeout_s`.
-
-        Every few seconds each worker that is ready is asked for its engine's steps, without waiting
-        for the answer, which is returned later as a WorkerProgress. The first one, of 0 steps,
-        follows WorkerReady at once, so that a worker that never answers is watched too.
-
-        Raises:
-            UsageError: a worker found that the request itself is wrong.
-        """
-
-    def run(self, shard: RunShard) -> None:
-        """Begin a shard; rows are answered in the order of its prompts, behind older shards.
-
-        `wait` returns its RowsFinished, then one ShardFinished or ShardFailed, or WorkerLost for
-        all that the worker held.
-        """
-
-    def retire(self, worker: str) -> None:
-        """End a worker's process at once, if it is there; `wait` returns nothing more of it."""
-
-    def replace(self, worker: str, incarnation: int) -> None:
-        """Retire a worker, and begin to open it again with the same cards.
-
-        `wait` returns WorkerReady or WorkerLost with this incarnation.
-        """
-
-    def quarantine(self, worker: str, error: str) -> None:
-        """Retire a worker for the rest of the run; its cards are given back."""
-
-    def info(self, worker: str) -> WorkerInfo:
-        """The slots, shapes and process of a worker that is ready."""
-
-    def measurements(self) -> Mapping[str, Measurement]:
-        """The engine's counts of every worker that still lives, since it was last opened."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +71,7 @@ class Audience:
         on_worker_ready: each worker that has opened.
         on_progress: after each change of the counts.
         on_wait: once, in a sentence, where cards are held by others and are waited for.
+        on_event: whatever the dispatcher hears and orders, as it does.
     """
 
     on_row: Callable[[Row], None] = _ignore
@@ -124,6 +79,7 @@ class Audience:
     on_worker_ready: Callable[[WorkerInfo], None] = _ignore
     on_progress: Callable[[Progress], None] = _ignore
     on_wait: Callable[[str], None] = _ignore
+    on_event: Callable[[Event | Command], None] = _ignore
 
 
 @dataclass(frozen=True)
@@ -296,6 +252,7 @@ class Driver:
                 return TimePassed()
 
     def _hear(self, event: Event) -> None:
+        self._audience.on_event(event)
         match event:
             case RowsFinished():
                 self._worked()
@@ -309,6 +266,7 @@ class Driver:
                 self._errors[worker] = error
 
     def _obey(self, command: Command) -> None:
+        self._audience.on_event(command)
         match command:
             case ReadPrompts(num_prompts):
                 self._reader.ask(num_prompts)

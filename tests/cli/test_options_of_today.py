@@ -118,6 +118,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "logs": {"ID": "a-1", "--address": "http://head:8265", "--follow -f": FLAG},
     "stop": {"ID": "a-1", "--address": "http://head:8265", "--json": FLAG},
     "devices": {"--address": "auto", "--sdk": "real", "--json": FLAG},
+    "report": {"RUN...": "runs/a", "--html": "page.html", "--json": FLAG},
     "emulator install": {
         "PREFIX": "sdk",
         "--apps-version": "1.22",
@@ -133,6 +134,7 @@ NEEDED = {
     "compile": ["MODEL_DIR"],
     "logs": ["ID"],
     "stop": ["ID"],
+    "report": ["RUN..."],
     "emulator install": ["PREFIX"],
     "emulator run": ["COMMAND"],
 }
@@ -327,6 +329,7 @@ def test_arguments_are_parsed(name: str) -> None:
         for p in parameters(command)
         if p.param_type_name == "argument"
     ]
+    values = [value[0] if isinstance(value, list) else value for value in values]  # of several
     assert values == list(words.values())
 
 
