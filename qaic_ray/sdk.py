@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,15 +118,15 @@ class Sdk:
         """
         return parse_devices(self._queried())
 
-    def board_watts(self) -> dict[str, float]:
-        """The power of each board by its serial number, where the tool tells it.
+    def board_watts(self, qids: Container[int]) -> dict[str, float]:
+        """The power of the boards that these cards are on, by serial number, if the tool tells it.
 
         A board of several cards has one reading, which all of them show.
 
         Raises:
             DeviceError: as from `devices`.
         """
-        return parse_board_watts(self._queried())
+        return parse_board_watts(self._queried(), qids)
 
     def _queried(self) -> str:
         command = [str(self.root / "tools" / "qaic-util"), "-q"]
@@ -266,12 +266,12 @@ def parse_devices(text: str) -> list[Device]:
     return devices
 
 
-def parse_board_watts(text: str) -> dict[str, float]:
-    """Read the boards' power from `qaic-util -q`; a reading of 0 is one that failed."""
+def parse_board_watts(text: str, qids: Container[int]) -> dict[str, float]:
+    """Read these cards' boards' power from `qaic-util -q`; a reading of 0 is one that failed."""
     watts: dict[str, float] = {}
     for qid, fields in _cards_in(text):
         reading = fields.get("Board power(Watts)", "")
-        if _WATTS.fullmatch(reading) and float(reading) > 0:
+        if _number(qid, "QID") in qids and _WATTS.fullmatch(reading) and float(reading) > 0:
             watts[fields.get("Board serial") or f"QID {qid}"] = float(reading)
     return watts
 

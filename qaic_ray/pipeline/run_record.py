@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +87,10 @@ def recorded(
         history.write("session_started", **_what_runs(request, sdk), compiles=list(compiles))
         if request.ray.address is None:
             every_s = DEFAULT_TIMEOUTS.power_s
-            watch = PowerWatch(sdk.here.board_watts, history, every_s, listener.remark)
+            devices = request.run.devices
+            qids = () if devices == "all" else devices  # `on_local_cards` has named them
+            watts = partial(sdk.here.board_watts, qids)
+            watch = PowerWatch(watts, history, every_s, listener.remark)
             stack.enter_context(watch)
         yield RunRecording(history, RowStatistics())
 

@@ -116,9 +116,12 @@ def widen_all(series: Iterable[Series], max_buckets: int = MAX_BUCKETS) -> int:
             one.widen(exponent)
         # Each alone first: a union of millions need not be made.
         most = max((one.num_active() for one in every), default=0)
-        if most <= max_buckets and len(_union(every)) <= max_buckets:
+        if most <= max_buckets:
+            most = len(_union(every))
+        if most <= max_buckets:
             return exponent
-        exponent += 1
+        # So many doublings are needed at least, where all of it is without a gap.
+        exponent += max(1, math.floor(math.log2(most / max_buckets)))
 
 
 def _union(every: Iterable[Series]) -> set[int]:

@@ -180,6 +180,7 @@ class PowerWatch(AbstractContextManager["PowerWatch"]):
         self._stopped.set()
 
     def _run(self) -> None:
+        pause_s = self._every_s / 3  # a short run has two readings too
         while True:
             try:
                 watts = self._watts()
@@ -189,8 +190,9 @@ class PowerWatch(AbstractContextManager["PowerWatch"]):
             if not watts or self._stopped.is_set():
                 return
             self._history.write("power", watts=dict(watts))
-            if self._stopped.wait(self._every_s):
+            if self._stopped.wait(pause_s):
                 return
+            pause_s = self._every_s
 
 
 def read_history(folder: Path) -> Iterator[Happening]:
