@@ -12,8 +12,8 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qaic_ray.errors import DeviceError, SdkNotFound, UsageError
@@ -38,7 +38,10 @@ _AI100_HW_VERSION_FROM = (1, 21)
 
 @dataclass(frozen=True)
 class Device:
-    """One Cloud AI 100 SoC as `qaic-util -q` shows it; `qid` is the id that qaicrt takes."""
+    """One Cloud AI 100 SoC as `qaic-util -q` shows it; `qid` is the id that qaicrt takes.
+
+    `lines` are all that the tool says of it, by what stands before the colon.
+    """
 
     qid: int
     status: str
@@ -47,6 +50,7 @@ class Device:
     nsp_free: int
     dram_total_bytes: int
     dram_free_bytes: int
+    lines: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def ready(self) -> bool:
@@ -247,6 +251,7 @@ def parse_devices(text: str) -> list[Device]:
                 nsp_free=_number(fields.get("Nsp Free", "0"), "Nsp Free"),
                 dram_total_bytes=_dram_bytes(fields.get("Dram Total", "0 MB")),
                 dram_free_bytes=_dram_bytes(fields.get("Dram Free", "0 MB")),
+                lines=fields,
             )
         )
     return devices

@@ -162,7 +162,7 @@ class Screen:
         """Print the cards."""
         self._out.print(_card_table(f"Cards ({sdk.label})", devices, {}))
         if as_json:
-            _write_json({"sdk": sdk.label, "devices": [vars(device) for device in devices]})
+            _write_json({"sdk": sdk.label, "devices": [_device_document(d) for d in devices]})
 
     def inventory(
         self, nodes: Sequence[NodeCards], problems: Sequence[str], *, as_json: bool
@@ -347,6 +347,10 @@ def write(text: str) -> None:
     """Put text on stdout as it is."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _device_document(device: Device) -> dict[str, Any]:
+    return {name: value for name, value in vars(device).items() if name != "lines"}
 
 
 def _write_json(document: dict[str, Any]) -> None:

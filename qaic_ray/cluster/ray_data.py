@@ -18,7 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -111,6 +111,8 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
     timeouts: ClassVar[Timeouts] = DEFAULT_TIMEOUTS
     """`choose_s`, and those of the card and its worker, are used; a subclass may have others."""
     worker_class: ClassVar[type[CardWorker]] = CardWorker
+    metrics: ClassVar[bool] = True
+    """Whether an actor exports what it does through Ray."""
 
     def __init__(
         self,
@@ -146,6 +148,7 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
         self._failure = ""
         self._claim: CardLocks | None = None
         self._worker: CardWorker | None = None
+        self._recording: AbstractContextManager[object] = nullcontext()
         self.info: WorkerInfo = self._open()
         if _is_actor():
             from qaic_ray.cluster.actors import die_with_parent
@@ -199,6 +202,7 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
     def close(self) -> None:
         """Give the card back."""
         worker, self._worker = self._worker, None
+        self._recording.__exit__(None, None, None)
         try:
             if worker is not None:
                 worker.close()
@@ -239,6 +243,10 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
                 raise DeviceBusy(f"Card {device_id} is in use: {held[device_id][0]}.")
         spec = replace(self._spec, name=name, device_ids=device_ids, part=part)
         self._worker = self.worker_class(spec)
+        if self.metrics and _is_actor():
+            from qaic_ray.cluster.ray_metrics import record_worker
+
+            self._recording = record_worker(self._worker)
         return self._worker.open()
 
     def _reopen(self, error: DeviceError) -> None:

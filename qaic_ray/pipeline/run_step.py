@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qaic_ray.runs.delivery import Proof
     from qaic_ray.runs.report import RunSummary
     from qaic_ray.runs.result import FleetResult
+    from qaic_ray.telemetry.recorder import RunRecorder
     from qaic_ray.worker.spec import WorkerSpec
 
 
@@ -217,6 +218,7 @@ def _answer(
             folder, same, retry_errors=request.retry_errors, new_input=request.new_input
         ) as journal,
         row_writer(folder, resumed=resumed) as write,
+        _recorded(request, folder, listener) as recorder,
     ):
         if request.new_input:
             write_request(request, folder)
@@ -231,6 +233,7 @@ def _answer(
             on_earlier_row=write.rewrite,
             on_worker_ready=listener.card_ready,
             on_wait=listener.remark,
+            recorder=recorder,
         )
         result = cluster.run_prompts(
             run_input.prompts,
@@ -245,6 +248,19 @@ def _answer(
             result = replace(result, broken_off=BrokenOff(Cause.CHANGED, error))
     complete = result.broken_off is None
     return result, write.proof(result.rows_in, result.inputs_sha256, complete=complete)
+
+
+def _recorded(
+    request: RunRequest, folder: Path, listener: Listener
+) -> AbstractContextManager[RunRecorder]:
+    """The run's recorder, for Ray to export what it is told, if that is wanted."""
+    from qaic_ray.telemetry.recorder import NoSink, RunRecorder
+
+    if not request.run.metrics:
+        return nullcontext(RunRecorder(NoSink()))
+    from qaic_ray.cluster.ray_metrics import recorded_run
+
+    return recorded_run(folder.name, listener.remark)
 
 
 def _parts(request: RunRequest) -> dict[str, Any]:
@@ -298,6 +314,7 @@ def _worker_specs(request: RunRequest, places: Sequence[WorkerPlace]) -> list[Wo
             model=model,
             generation=request.generation,
             text=text,
+            metrics=request.run.metrics,
         )
         for where in places
     ]

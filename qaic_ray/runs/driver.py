@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from qaic_ray.dispatch.dispatcher import Dispatcher
@@ -40,6 +40,7 @@ from qaic_ray.runs.fingerprint import Intake
 from qaic_ray.runs.journal import Journal
 from qaic_ray.runs.reading import Batch, PromptReader, ThreadedReader
 from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, Tally, WorkerResult
+from qaic_ray.telemetry.recorder import NoSink, RunRecorder
 
 if TYPE_CHECKING:
     from qaic_ray.worker.spec import WorkerInfo
@@ -121,6 +122,7 @@ class Audience:
         on_worker_ready: each worker that has opened.
         on_progress: after each change of the counts.
         on_wait: once, in a sentence, where cards are held by others and are waited for.
+        recorder: is told what becomes a metric.
     """
 
     on_row: Callable[[Row], None] = _ignore
@@ -128,6 +130,7 @@ class Audience:
     on_worker_ready: Callable[[WorkerInfo], None] = _ignore
     on_progress: Callable[[Progress], None] = _ignore
     on_wait: Callable[[str], None] = _ignore
+    recorder: RunRecorder = field(default_factory=lambda: RunRecorder(NoSink()))
 
 
 class Driver:
@@ -163,6 +166,7 @@ class Driver:
         self._audience = audience
         self._dispatcher = dispatcher or Dispatcher()
         self._clock = clock
+        self._recorder = audience.recorder
 
         self._delivery = Delivery(journal, audience.on_row, audience.on_earlier_row, clock=clock)
         self._tally = Tally()
@@ -252,6 +256,7 @@ class Driver:
                 self._is_reading = True
             case RunShard():
                 self._worked()
+                self._recorder.began(len(command.prompts), command.attempt)
                 self._cards.run(command)
             case DeliverRows(rows):
                 self._deliver(rows)
@@ -268,6 +273,7 @@ class Driver:
     def _lose(self, worker: str, error: str) -> None:
         self._errors[worker] = error
         self._losses[worker] += 1
+        self._recorder.worker_lost()
         self._ready.discard(worker)
 
     def _read(self, batch: Batch) -> PromptsRead:
@@ -285,6 +291,8 @@ class Driver:
             digest = self._intake.open.pop(row.index)
             self._delivery.add(row, digest, span_s)
             self._tally.add(row)
+        num_ok = sum(row.ok for row in rows)
+        self._recorder.rows_ended(ok=num_ok, failed=len(rows) - num_ok)
         self._tell_progress()
 
     def _tell_progress(self) -> None:
@@ -296,6 +304,7 @@ class Driver:
             input_exhausted=self._is_exhausted,
         )
         self._audience.on_progress(progress)
+        self._recorder.looked(waiting=self._dispatcher.num_waiting, ready=len(self._ready))
 
     def _worked(self) -> None:
         self._last_s = self._clock()

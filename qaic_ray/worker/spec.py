@@ -16,7 +16,8 @@ class WorkerSpec:
 
     `model` is anything `open_checkpoint` takes; only its tokenizer and configuration are read, and
     these must have the `text` parts that the run began with, if any are given. `incarnation` is how
-    often the worker was opened before. The other fields are those of a `WorkerPlace`.
+    often the worker was opened before, `metrics` whether its actor records what it does. The other
+    fields are those of a `WorkerPlace`.
     """
 
     name: str
@@ -30,6 +31,7 @@ class WorkerSpec:
     part: Part | None = None
     choices: tuple[int, ...] = ()
     incarnation: int = 0
+    metrics: bool = False
     timeouts: Timeouts = DEFAULT_TIMEOUTS
 
 

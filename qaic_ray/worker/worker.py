@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
@@ -26,12 +26,14 @@ from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
 from qaic_ray.files.documents import differences
-from qaic_ray.metrics import Measurement
+from qaic_ray.metrics import EngineState, Measurement
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from qaic_ray.model.detokenizer import StopFinder
 from qaic_ray.model.tokenizer import Tokenizer, text_parts
 from qaic_ray.rows import ROW_ALONE, Prompt, Row
 from qaic_ray.sdk import Sdk, open_sdk
+from qaic_ray.telemetry.recorder import NoSink, RequestRecorder
+from qaic_ray.worker.recording import record_ended
 from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
 from qaic_ray.worker.text import Answer, Answerer, check_chat
 
@@ -88,13 +90,14 @@ class RowQueue(Generic[Item]):
 
 @dataclass
 class _Card:
-    """Everything an opened worker holds; `past` is the work of engines before this one."""
+    """Everything an opened worker holds; `past` is the work of the `num_past` engines before."""
 
     answerer: Answerer
     session: Session
     drafting: Drafting
     engine: Engine
     past: Measurement = field(default_factory=Measurement)
+    num_past: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,8 @@ class _Arrival:
 class CardWorker:
     """Answers prompts on one card, a part of one, or a device group.
 
-    A subclass may open something else in place of a checkpoint, an SDK and a card.
+    A subclass may open something else in place of a checkpoint, an SDK and a card. `recorder` is
+    told of every request; one that keeps what it is told may be put in its place.
     """
 
     open_checkpoint: ClassVar[staticmethod[..., Checkpoint]] = staticmethod(open_checkpoint)
@@ -119,6 +123,7 @@ class CardWorker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
+        self.recorder = RequestRecorder(NoSink())
         self._failed_rows = 0
         self._lock = threading.Condition()
         self._backlog: deque[_Arrival] = deque()
@@ -190,7 +195,7 @@ class CardWorker:
         Raises:
             DeviceError: when the card fails; prompts without a row yet were not answered.
         """
-        answerer, name = self._card.answerer, self.spec.name
+        answerer, name, arrived_s = self._card.answerer, self.spec.name, time.perf_counter()
         begun: list[Answer] = []
         refused: list[Row] = []
         for prompt in prompts:
@@ -199,19 +204,35 @@ class CardWorker:
                     begun.append(answerer.begin(prompt))
             except RowError as error:
                 refused.append(Row.failed(prompt, str(error), worker=name, attempts=attempt))
+                self.recorder.unanswered("error")
         outcome = self._queue(begun, len(refused))
         if refused:
             yield refused
         pending = {sequence: answer for answer in begun for sequence in answer.sequences}
         while pending:
             complete = []
-            for done in outcome.take(len(pending)):
+            try:
+                some = outcome.take(len(pending))
+            except QaicRayError:
+                self.recorder.unanswered("abort", len(pending))
+                raise
+            for done in some:
                 answer = pending.pop(done.sequence)
                 answer.finished.append(done)
+                record_ended(self.recorder, done, arrived_s)
                 if answer.is_complete:
                     complete.append(self._row(answerer, answer, attempt))
             if complete:
                 yield complete
+
+    def engine_state(self) -> EngineState:
+        """How the engine stands, and what waits for it; may be asked for at any time."""
+        card = self._opened
+        if card is None:
+            return EngineState()
+        state = card.engine.state()
+        waits = state.waiting + len(self._backlog)
+        return replace(state, waiting=waits, engine=card.num_past)
 
     def num_steps(self) -> int:
         """How many steps the engine has made; may be asked for at any time."""
@@ -355,6 +376,7 @@ class CardWorker:
         with self._lock:
             if lives:
                 card.past += card.engine.measurement
+                card.num_past += 1
                 card.engine = self._engine(card.session, card.drafting)
             else:
                 self._failure = error
