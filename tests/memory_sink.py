@@ -51,7 +51,10 @@ class MemorySink:
         return metric.name, tuple(tags[name] for name in metric.tags)
 
     def _series(
-        self, metric: Metric, tags: Mapping[str, str], kept: Mapping[tuple[str, tuple[str, ...]], object]
+        self,
+        metric: Metric,
+        tags: Mapping[str, str],
+        kept: Mapping[tuple[str, tuple[str, ...]], object],
     ) -> list[tuple[str, tuple[str, ...]]]:
         wanted = {metric.tags.index(name): value for name, value in tags.items()}
         return [

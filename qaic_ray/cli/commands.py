@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from qaic_ray import __version__
 from qaic_ray.cli.ending import Interrupted
+from qaic_ray.cli.monitoring import monitoring
 from qaic_ray.cli.parameters import Given, command, known_path
 from qaic_ray.errors import UsageError
 
@@ -257,8 +258,8 @@ def _resumed(folder: Path, asked: RunOptions) -> RunRequest:
     from qaic_ray.pipeline.request import read_request
 
     request = read_request(folder)
-    if "devices" in asked.model_fields_set:
-        request = request.with_run(devices=asked.devices)
+    anew = asked.model_fields_set & {"devices", "metrics"}
+    request = request.with_run(**{name: getattr(asked, name) for name in anew})
     if "prompts" in asked.model_fields_set:
         request = request.with_run(prompt=None, prompts=asked.prompts)
         request = replace(request, new_input=True)
@@ -345,6 +346,7 @@ def devices(ray: RayOptions, sdk: SdkOptions, show: JsonOptions) -> None:
         screen.inventory(nodes, cluster.problems(nodes), as_json=show.as_json)
 
 
+command(app)(monitoring)
 app.add_typer(emulator_app, name="emulator", no_args_is_help=True)
 
 

@@ -19,6 +19,8 @@ from qaic_ray.files.folders import write_whole
 from qaic_ray.telemetry.monitoring import targets_folder
 from qaic_ray.telemetry.names import METRICS, Metric, MetricKind
 from qaic_ray.telemetry.recorder import GuardedSink, RunRecorder
+from qaic_ray.telemetry.repeating import Repeating
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 from qaic_ray.worker.recording import RecordedWorker, WorkerRecording
 
 
@@ -70,8 +72,16 @@ def _cards_lock() -> Path:
 
 
 @contextmanager
-def recorded_run(run: str, on_fault: Callable[[str], None]) -> Iterator[RunRecorder]:
-    """The recorder of a run, in its driver; in this context Prometheus finds the run's nodes."""
+def recorded_run(
+    run: str, on_fault: Callable[[str], None], timeouts: Timeouts = DEFAULT_TIMEOUTS
+) -> Iterator[RunRecorder]:
+    """The recorder of a run, in its driver; in this context Prometheus finds the run's nodes.
+
+    Args:
+        run: its name.
+        on_fault: is told, in a sentence, why there are no metrics.
+        timeouts: `record_run_s` is used.
+    """
     recorder = RunRecorder(GuardedSink(RaySink, on_fault), run)
     try:
         targets: Path | None = _write_targets()
@@ -79,7 +89,8 @@ def recorded_run(run: str, on_fault: Callable[[str], None]) -> Iterator[RunRecor
         targets = None
         on_fault(f"Prometheus cannot be told where this run is: {error}.")
     try:
-        yield recorder
+        with Repeating(recorder.look_again, timeouts.record_run_s, "record run"):
+            yield recorder
     finally:
         if targets is not None:
             with suppress(OSError):

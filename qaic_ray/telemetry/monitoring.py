@@ -10,6 +10,7 @@ FOLDER/grafana/qaic-ray/qaic-ray.json         ours
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,16 +65,15 @@ class MonitoringFolder:
     def prometheus(self) -> str:
         """Starts Prometheus, on loopback."""
         config, data = self.folder / "prometheus/prometheus.yml", self.folder / "prometheus-data"
-        return (
-            f"prometheus --config.file={config} --storage.tsdb.path={data} "
-            "--web.listen-address=127.0.0.1:9090"
-        )
+        places = [f"--config.file={config}", f"--storage.tsdb.path={data}"]
+        return shlex.join(["prometheus", *places, "--web.listen-address=127.0.0.1:9090"])
 
     @property
     def grafana(self) -> str:
         """Starts Grafana, on loopback."""
         config = self.folder / "grafana/grafana.ini"
-        return f"grafana server --homepath /usr/share/grafana --config {config}"
+        words = ["grafana", "server", "--homepath", "/usr/share/grafana", "--config", str(config)]
+        return shlex.join(words)
 
 
 def write_monitoring(folder: Path, ray_dashboards: Mapping[str, str]) -> MonitoringFolder:

@@ -200,7 +200,8 @@ class RunRecorder:
             sink.add(metric, 0, self._tags)
         for tags in self._of_result.values():
             sink.add(names.ROWS, 0, tags)
-        self.looked(waiting=0, ready=0)
+        self._waiting = self._ready = 0
+        self.look_again()
 
     def began(self, num_prompts: int, attempt: int) -> None:
         """A shard was given to a worker; `attempt` counts from 1."""
@@ -219,5 +220,10 @@ class RunRecorder:
 
     def looked(self, *, waiting: int, ready: int) -> None:
         """How many prompts wait, and workers are open."""
-        self._sink.set(names.PROMPTS_WAITING, waiting, self._tags)
-        self._sink.set(names.WORKERS_READY, ready, self._tags)
+        self._waiting, self._ready = waiting, ready
+        self.look_again()
+
+    def look_again(self) -> None:
+        """The gauges as they were set last."""
+        self._sink.set(names.PROMPTS_WAITING, self._waiting, self._tags)
+        self._sink.set(names.WORKERS_READY, self._ready, self._tags)

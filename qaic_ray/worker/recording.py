@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
-import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,14 +13,8 @@ from qaic_ray.engine.engine import Finished
 from qaic_ray.metrics import EngineState
 from qaic_ray.sdk import Sdk, open_sdk
 from qaic_ray.telemetry.recorder import CardRecorder, EndedRequest, MetricSink, RequestRecorder
+from qaic_ray.telemetry.repeating import Repeating
 from qaic_ray.worker.spec import WorkerSpec
-
-ENGINE_S = 1.0
-"""Interval at which an engine is looked at."""
-CARDS_S = 10.0
-"""Interval at which a node's cards are asked for; Ray exports as often."""
-
-_log = logging.getLogger(__name__)
 
 
 class RecordedWorker(Protocol):
@@ -74,23 +66,23 @@ class WorkerRecording(AbstractContextManager["WorkerRecording"]):
         self._cards_lock = cards_lock
         self._lock: int | None = None
         self._sdk: Sdk | None = None
-        self._closed = threading.Event()
-        self._threads = [
-            self._start("record engine", ENGINE_S, self.look_at_engine),
-            self._start("record cards", CARDS_S, self.look_at_cards),
-        ]
+        name, timeouts = worker.spec.name, worker.spec.timeouts
+        self._looks = (
+            Repeating(self.look_at_engine, timeouts.record_engine_s, f"record engine of {name}"),
+            Repeating(self.look_at_cards, timeouts.record_cards_s, f"record cards by {name}"),
+        )
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Record once more how the engine stands, and stop."""
-        self._closed.set()
-        for thread in self._threads:
-            thread.join(ENGINE_S)  # one may wait for qaic-util
+        """Record once more how the engine stands, and stop; a second call does the same."""
+        for look in self._looks:
+            look.close(self._worker.spec.timeouts.record_engine_s)  # one may wait for qaic-util
         self.look_at_engine()
-        if self._lock is not None:
-            os.close(self._lock)
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)
 
     def look_at_engine(self) -> None:
         """Record how the engine stands now."""
@@ -113,21 +105,3 @@ class WorkerRecording(AbstractContextManager["WorkerRecording"]):
                 return False
             self._lock = lock
         return True
-
-    def _start(self, name: str, interval_s: float, look: Callable[[], None]) -> threading.Thread:
-        thread = threading.Thread(target=self._watch, args=(interval_s, look), name=name)
-        thread.daemon = True
-        thread.start()
-        return thread
-
-    def _watch(self, interval_s: float, look: Callable[[], None]) -> None:
-        is_said = False
-        while True:
-            try:
-                look()
-            except Exception as error:  # noqa: BLE001 - a run does not end of its metrics
-                if not is_said:
-                    _log.warning("%s: not recorded: %s", self._worker.spec.name, error)
-                    is_said = True
-            if self._closed.wait(interval_s):
-                return

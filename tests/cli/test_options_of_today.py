@@ -107,6 +107,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--ctx-len --ctx_len": "128",
         "--output": "elsewhere",
         "--output-format --output_format": "parquet",
+        "--metrics / --no-metrics": FLAG,
         "--resume": "runs/a",
         "--retry-errors --retry_errors": FLAG,
         "--stream / --no-stream": FLAG,
@@ -118,6 +119,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "logs": {"ID": "a-1", "--address": "http://head:8265", "--follow -f": FLAG},
     "stop": {"ID": "a-1", "--address": "http://head:8265", "--json": FLAG},
     "devices": {"--address": "auto", "--sdk": "real", "--json": FLAG},
+    "monitoring": {"FOLDER": "m", "--json": FLAG},
     "emulator install": {
         "PREFIX": "sdk",
         "--apps-version": "1.22",
@@ -133,6 +135,7 @@ NEEDED = {
     "compile": ["MODEL_DIR"],
     "logs": ["ID"],
     "stop": ["ID"],
+    "monitoring": ["FOLDER"],
     "emulator install": ["PREFIX"],
     "emulator run": ["COMMAND"],
 }
@@ -202,6 +205,7 @@ run:
   draft_qpc: /d
   partitions: 2
   group_size: 4
+  metrics: false
   output: /elsewhere
   output_formats: [openai, parquet]
 sdk: emulated
