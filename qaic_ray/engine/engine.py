@@ -162,17 +162,17 @@ class Engine:
 
     def state(self) -> EngineState:
         """How it stands; may be asked for from another thread, while a step is made."""
-        done = self._meter.measurement()  # before the rows: none that ends now counts twice
+        meter = self._meter
+        num_generated = meter.generated_tokens  # before the rows: none that ends now counts twice
         running = list(self.batcher.running.values())
         positions = self._shapes.num_slots * self._shapes.ctx_len
         return EngineState(
             running=len(running),
             waiting=len(self.batcher.waiting),
-            kv_usage=sum(sequence.num_computed for sequence in running) / positions,
-            prompt_tokens=done.prompt_tokens,
-            reused_tokens=done.reused_tokens,
-            generated_tokens=done.generated_tokens
-            + sum(len(sequence.output_ids) for sequence in running),
+            kv_usage=sum(row.num_computed for row in running) / positions,
+            prompt_tokens=meter.prompt_tokens,
+            reused_tokens=meter.reused_tokens,
+            generated_tokens=num_generated + sum(len(row.output_ids) for row in running),
         )
 
     def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
