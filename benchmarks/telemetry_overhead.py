@@ -33,7 +33,7 @@ def one_run(folder: Path, specs: Sequence[Any], some: Sequence[Any], name: str) 
     """Tokens/s and host CPU of one run; metrics where its specs say so."""
     from qaic_ray.cluster.actors import CardActors
     from qaic_ray.cluster.ray_metrics import recorded_run
-    from qaic_ray.runs.delivery import row_writer
+    from qaic_ray.runs.delivery import RowWriter
     from qaic_ray.runs.driver import Audience, Driver
     from qaic_ray.runs.journal import Journal
     from qaic_ray.telemetry.recorder import NoSink, RunRecorder
@@ -47,7 +47,7 @@ def one_run(folder: Path, specs: Sequence[Any], some: Sequence[Any], name: str) 
     with (
         CardActors(specs, CardWorker) as cards,
         Journal(run_folder, {"run": name}) as journal,
-        row_writer(run_folder) as write,
+        RowWriter(run_folder) as write,
         recorded_run(name, fault)
         if is_recorded
         else nullcontext(RunRecorder(NoSink())) as recorder,
@@ -68,10 +68,10 @@ def measure(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Both runs of each pair."""
     from dataclasses import replace
 
-    from qaic_ray.cards.placement import place
+    from qaic_ray.cards.inventory import place
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.options import EmulatorOptions
-    from qaic_ray.worker.spec import WorkerSpec
+    from qaic_ray.worker.worker import WorkerSpec
 
     stage = make(folder, options.cards)
     some = prompts(options.cards, options.seconds)

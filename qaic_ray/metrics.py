@@ -9,9 +9,11 @@ sum or mean of rates.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+from qaic_ray.rows import Row
 
 GROWTH = 1.002
 """Ratio of a bin's ends: durations are kept to a tenth of a percent."""
@@ -32,12 +34,17 @@ class Durations:
     Adds associatively, with `Durations()` as zero.
     """
 
-    counts: Mapping[int, int] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, seconds: Iterable[float]) -> Durations:
         """Of a number of durations."""
         return cls(dict(Counter(map(bin_of, seconds))))
+
+    def count(self, seconds: float) -> None:
+        """Add one duration to these, in place."""
+        number = bin_of(seconds)
+        self.counts[number] = self.counts.get(number, 0) + 1
 
     def __add__(self, other: Durations) -> Durations:
         return Durations(dict(Counter(self.counts) + Counter(other.counts)))
@@ -61,13 +68,14 @@ class Durations:
         return 0.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measurement:
     """Counts and times of some work; adds associatively, with `Measurement()` as zero.
 
-    Times in seconds. `ttft` has one duration a row, so that medians of sums are true medians.
-    `reused_tokens` are prompt tokens that a slot held already. `decode_slots` is the number of rows
-    that decode steps had room for. `accepted_tokens` are those of `drafted_tokens` that were right.
+    Only the engine that does the work changes its own; others get copies. Times are seconds.
+    `ttft` has one duration a row, so that medians of sums are true medians. `reused_tokens` are
+    prompt tokens that a slot held already. `decode_slots` is the number of rows that decode steps
+    had room for. `accepted_tokens` are those of `drafted_tokens` that were right.
     """
 
     rows: int = 0
@@ -116,33 +124,6 @@ class Measurement:
         return self.ttft.quantile(0.5)
 
 
-@dataclass
-class Meter:
-    """The fields of `Measurement`, counted up while work is done.
-
-    `ttft` counts the bins of `Durations`.
-    """
-
-    rows: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    generated_tokens: int = 0
-    prefill_steps: int = 0
-    prefill_s: float = 0.0
-    decode_steps: int = 0
-    decode_slots: int = 0
-    decode_rows: int = 0
-    decode_tokens: int = 0
-    decode_s: float = 0.0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    ttft: Counter[int] = field(default_factory=Counter)
-
-    def measurement(self) -> Measurement:
-        """What was counted so far."""
-        return Measurement(**(vars(self) | {"ttft": Durations(dict(self.ttft))}))
-
-
 @dataclass(frozen=True)
 class EngineState:
     """How an engine stands at a moment.
@@ -184,6 +165,50 @@ def tokens_per_s(generated_tokens: int, span: Span | None) -> float:
     return generated_tokens / span.seconds
 
 
-def total(measurements: Iterable[Measurement]) -> Measurement:
-    """The sum, zero for none."""
-    return sum(measurements, start=Measurement())
+class Tally:
+    """Adds rows up by worker, in constant time a row.
+
+    Attributes:
+        rows: of all workers, and `failed_rows` and `generated_tokens` of them.
+        length_counts: generated tokens of an answer -> how many answers had that many.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.failed_rows = 0
+        self.generated_tokens = 0
+        self.length_counts: Counter[int] = Counter()
+        self._meters: defaultdict[str, Measurement] = defaultdict(Measurement)
+
+    def add(self, row: Row) -> None:
+        """Count one final row."""
+        counts = self._meters[row.worker]
+        answer_lens = row.answer_lens
+        num_tokens = sum(answer_lens)
+        self.rows += 1
+        self.generated_tokens += num_tokens
+        counts.rows += 1
+        counts.prompt_tokens += row.prompt_tokens
+        counts.generated_tokens += num_tokens
+        if row.ok:
+            counts.ttft.count(row.ttft_s)
+            self.length_counts.update(answer_lens)
+        else:
+            self.failed_rows += 1
+            counts.failed_rows += 1
+
+    def earlier_workers(self, names: Sequence[str]) -> list[str]:
+        """Workers that rows were counted for and that are not among these."""
+        return sorted(self._meters.keys() - {"", *names})
+
+    def measurement(self, worker: str, engine: Measurement | None = None) -> Measurement:
+        """The rows counted for `worker` ("" for none), with the steps that its engine reports."""
+        counts = self._meters.get(worker, Measurement())
+        return replace(
+            engine or Measurement(),
+            rows=counts.rows,
+            failed_rows=counts.failed_rows,
+            prompt_tokens=counts.prompt_tokens,
+            generated_tokens=counts.generated_tokens,
+            ttft=counts.ttft + Durations(),
+        )

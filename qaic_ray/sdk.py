@@ -12,8 +12,8 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from qaic_ray.errors import DeviceError, SdkNotFound, UsageError
@@ -38,10 +38,7 @@ _AI100_HW_VERSION_FROM = (1, 21)
 
 @dataclass(frozen=True)
 class Device:
-    """One Cloud AI 100 SoC as `qaic-util -q` shows it; `qid` is the id that qaicrt takes.
-
-    `lines` are all that the tool says of it, by what stands before the colon.
-    """
+    """One Cloud AI 100 SoC as `qaic-util -q` shows it; `qid` is the id that qaicrt takes."""
 
     qid: int
     status: str
@@ -50,7 +47,6 @@ class Device:
     nsp_free: int
     dram_total_bytes: int
     dram_free_bytes: int
-    lines: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def ready(self) -> bool:
@@ -100,10 +96,18 @@ class Sdk:
     @property
     def python_paths(self) -> tuple[Path, Path]:
         """Folders that hold `qaicrt` and `QAicApi_pb2`."""
-        return (
-            self.root / "dev" / "lib" / platform.machine(),
-            self.root / "dev" / "python",
-        )
+        return self.root / "dev" / "lib" / platform.machine(), self.root / "dev" / "python"
+
+    def environment(self) -> dict[str, str]:
+        """This process's environment variables, with the SDK's folders before their paths."""
+        paths = {
+            "PYTHONPATH": [*map(str, self.python_paths)],
+            "PATH": [str(self.root / "exec"), str(self.root / "tools")],
+        }
+        for name, folders in paths.items():
+            folders += filter(None, os.environ.get(name, "").split(os.pathsep))
+        joined = {name: os.pathsep.join(folders) for name, folders in paths.items()}
+        return {**os.environ, **joined, SDK_VARIABLE: str(self.root)}
 
     def devices(self) -> list[Device]:
         """The machine's cards, by `qaic-util -q`.
@@ -111,6 +115,13 @@ class Sdk:
         Raises:
             DeviceError: when the tool is missing, fails or does not answer.
         """
+        return parse_devices(self._query())
+
+    def card_lines(self) -> dict[str, dict[str, str]]:
+        """All that `qaic-util -q` says of each card, as `parse_lines` does; raises as `devices`."""
+        return parse_lines(self._query())
+
+    def _query(self) -> str:
         command = [str(self.root / "tools" / "qaic-util"), "-q"]
         try:
             result = subprocess.run(
@@ -130,18 +141,12 @@ class Sdk:
         if result.returncode != 0:
             words = (result.stderr.strip() or result.stdout.strip())[-_MAX_WORDS:]
             raise DeviceError(f"{command[0]} failed: {words or 'it printed nothing'}")
-        return parse_devices(result.stdout)
+        return result.stdout
 
 
 def has_cards() -> bool:
     """Whether the kernel shows a Cloud AI 100 device node, new style or old."""
-    return any(
-        any(folder.glob(pattern))
-        for folder, pattern in (
-            (Path("/dev/accel"), "accel*"),
-            (Path("/dev"), "qaic_aic100_*"),
-        )
-    )
+    return any(any(Path("/dev").glob(nodes)) for nodes in ("accel/accel*", "qaic_aic100_*"))
 
 
 def find_sdk(
@@ -166,9 +171,9 @@ def find_sdk(
     if name in (None, "auto"):
         name = os.environ.get(SDK_VARIABLE) or _default_name(vendor_root, has_cards)
     if name == "emulated":
-        # Named below by all that it is made of: an SDK in use is never changed under its users.
+        # By its name there, an SDK in use is never changed under its users.
         folder = cache_folder() / "emulated-sdk"
-        return open_sdk(Path(_install(["--under", str(folder)], emulated)))
+        return open_sdk(install_emulated(folder, emulated, below=True))
     if name == "real":
         if not vendor_root.is_dir():
             raise SdkNotFound(
@@ -189,30 +194,30 @@ def find_sdk(
 
 def name_for_others(name: str) -> str:
     """A name for `find_sdk` that means the same on every node: a folder's path is absolute."""
-    return name if name in ("auto", "real", "emulated") else str(Path(name).expanduser().absolute())
+    return name if name in SDK_NAMES else str(Path(name).expanduser().absolute())
 
 
-def install_emulated(prefix: Path, wanted: EmulatorOptions) -> Path:
-    """Lay the emulated SDK down at `prefix`; does nothing where the same one stands already.
+def install_emulated(place: Path, wanted: EmulatorOptions, *, below: bool = False) -> Path:
+    """Lay the emulated SDK down, and say where; does nothing where the same one stands already.
+
+    Args:
+        place: its folder.
+        wanted: what it should be.
+        below: its folder is below `place` instead, and named by all that it is made of.
 
     Raises:
         SdkNotFound: with the installer's own sentence.
     """
-    _install([str(prefix)], wanted)
-    return prefix
-
-
-def _install(where: list[str], wanted: EmulatorOptions) -> str:
-    """Run the installer; the last line that it prints."""
     command = [
-        *(sys.executable, "-m", "qaic_ray.emulator.install", *where),
+        *(sys.executable, "-m", "qaic_ray.emulator.install"),
+        *(["--under", str(place)] if below else [str(place)]),
         *("--apps-version", wanted.apps_version),
         *("--cards", str(wanted.cards), "--sku", wanted.sku),
     ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise SdkNotFound(result.stderr.strip() or "The emulated SDK could not be laid down.")
-    return result.stdout.rstrip("\n").rpartition("\n")[2]
+    return Path(result.stdout.rstrip("\n").rpartition("\n")[2]) if below else place
 
 
 def open_sdk(root: Path) -> Sdk:
@@ -232,6 +237,19 @@ def open_sdk(root: Path) -> Sdk:
     return Sdk(root=root.resolve(), kind=kind, apps_version=_base_version(versions))
 
 
+def parse_lines(text: str) -> dict[str, dict[str, str]]:
+    """Read `qaic-util -q`: a card's id -> what stands before a line's colon -> what stands behind.
+
+    A line may have nothing behind it.
+    """
+    found = {}
+    for block in re.split(r"(?m)^QID ", text)[1:]:
+        qid, _, body = block.partition("\n")
+        lines = re.findall(r"(?m)^[ \t]*([^:\n]+?)[ \t]*:[ \t]*(.*?)[ \t\r]*$", body)
+        found[qid.strip()] = dict(lines)
+    return found
+
+
 def parse_devices(text: str) -> list[Device]:
     """Read `qaic-util -q`: both the open tool's MB and the 1.21 tool's KB.
 
@@ -239,9 +257,7 @@ def parse_devices(text: str) -> list[Device]:
         DeviceError: for a number that is none.
     """
     devices = []
-    for block in re.split(r"(?m)^QID ", text)[1:]:
-        qid, _, body = block.partition("\n")
-        fields = dict(re.findall(r"(?m)^\s*([^:\n]+?)\s*:\s*(.*?)\s*$", body))
+    for qid, fields in parse_lines(text).items():
         devices.append(
             Device(
                 qid=_number(qid, "QID"),
@@ -251,7 +267,6 @@ def parse_devices(text: str) -> list[Device]:
                 nsp_free=_number(fields.get("Nsp Free", "0"), "Nsp Free"),
                 dram_total_bytes=_dram_bytes(fields.get("Dram Total", "0 MB")),
                 dram_free_bytes=_dram_bytes(fields.get("Dram Free", "0 MB")),
-                lines=fields,
             )
         )
     return devices

@@ -5,54 +5,44 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from qaic_ray import __version__
-from qaic_ray.cli.ending import Interrupted
 from qaic_ray.cli.monitoring import monitoring
-from qaic_ray.cli.parameters import Given, command, known_path
 from qaic_ray.errors import UsageError
+from qaic_ray.files.documents import user_path
 
 if TYPE_CHECKING:
-    from qaic_ray.cli.command_options import (
-        JobsOptions,
-        JsonOptions,
-        ProgramOptions,
-        ResumeOptions,
-        ShapesOptions,
-        ShowOptions,
-        SubmitOptions,
-    )
+    from qaic_ray import options
+    from qaic_ray.cli import parameters
     from qaic_ray.cli.screen import Screen
-    from qaic_ray.options import (
-        CompileOptions,
-        EmulatorOptions,
-        ExportOptions,
-        Job,
-        ModelOptions,
-        RayOptions,
-        RunOptions,
-        SdkOptions,
-    )
-    from qaic_ray.pipeline.request import RunRequest
-    from qaic_ray.pipeline.steps import SdkChoice
+    from qaic_ray.pipeline.request import SdkChoice
+
+
+class Interrupted(Exception):
+    """Carries an interruption past typer, which would make an exit code of its own of it."""
+
+    def __init__(self, interruption: KeyboardInterrupt) -> None:
+        super().__init__()
+        self.interruption = interruption
 
 
 class _Commands(TyperGroup):
-    """Lets an interruption through, of which typer would make an exit code of its own."""
+    """Lets an interruption through."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise Interrupted(str(error)) from error
+            raise Interrupted(error) from error
 
 
 app = typer.Typer(
@@ -67,7 +57,7 @@ app = typer.Typer(
 emulator_app = typer.Typer(help="The emulated SDK: lay it down, run any program on it.")
 
 
-options = SimpleNamespace(debug=False)
+switches = SimpleNamespace(debug=False)
 """What stands before the command."""
 
 
@@ -85,13 +75,71 @@ def before(
     ] = False,
 ) -> None:
     """Options of every command."""
-    options.debug = debug
+    switches.debug = debug
 
 
-def _sdk_choice(sdk: SdkOptions, screen: Screen) -> SdkChoice:
+class _FromTree(TyperCommand):
+    """A command that reads its parameters when it is asked for them."""
+
+    function: Callable[..., None]
+
+    @cached_property
+    def _call(self) -> parameters.CommandCall:
+        from qaic_ray.cli.parameters import CommandCall
+
+        return CommandCall(self.function)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters, `--help` among them."""
+        if not self.params:
+            whole = typer.Typer(add_completion=False)
+            whole.command()(self._call.as_function())
+            made = typer.main.get_command(whole)
+            self.params, self.callback = made.params, made.callback
+        return list(super().get_params(ctx))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Write out the flags that may stand without a value, as typer's may not, then parse.
+
+        What is refused is named as it was typed, with dashes or underscores.
+        """
+        typed = {word.partition("=")[0] for word in args}
+        for flag in self._call.flags:
+            flag.flag = next((word for word in flag.spellings if word in typed), flag.flag)
+        is_last = [word.startswith("-") for word in args[1:]] + [True]
+        flags = self._call.flags
+        bare = {word: flag.opt.bare for flag in flags if flag.opt.bare for word in flag.spellings}
+        full = [
+            f"{word}={bare[word]}" if ends and word in bare else word
+            for word, ends in zip(args, is_last, strict=False)
+        ]
+        return list(super().parse_args(ctx, full))
+
+
+def command(app: typer.Typer, name: str | None = None, **how: Any) -> Callable[[Any], Any]:
+    """The decorator of a function that is a command; see the module's docstring."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        def listed() -> None:
+            """Stands for the function in the list of commands."""
+
+        listed.__doc__ = function.__doc__
+        cls = type("_Command", (_FromTree,), {"function": staticmethod(function)})
+        app.command(name or function.__name__, cls=cls, **how)(listed)
+        return function
+
+    return register
+
+
+def known_path(parameter: typer.CallbackParam, value: Path) -> Path:
+    """The callback of arguments that are paths: `~` put in, or one sentence."""
+    return user_path(value, str(parameter.name))
+
+
+def _sdk_choice(sdk: options.SdkOptions, screen: Screen) -> SdkChoice:
     """The SDK that `--sdk` names, said on the screen."""
     from qaic_ray.options import EmulatorOptions
-    from qaic_ray.pipeline.steps import choose_sdk
+    from qaic_ray.pipeline.request import choose_sdk
 
     return choose_sdk(sdk.sdk, EmulatorOptions(), screen)
 
@@ -108,36 +156,40 @@ SetOption = Annotated[
 @command(app)
 def launch(
     job: JobArgument,
-    ray: RayOptions,
-    submit: SubmitOptions,
-    resuming: ResumeOptions,
-    show: ShowOptions,
+    ray: options.RayOptions,
+    submit: parameters.SubmitOptions,
+    resuming: parameters.ResumeOptions,
+    show: parameters.ShowOptions,
     overrides: SetOption = None,
 ) -> None:
     """Run a whole job: export, compile, run on every card, report."""
     from qaic_ray.cli.screen import ProgressLog, Screen
-    from qaic_ray.pipeline.job import launch_job
-    from qaic_ray.pipeline.job_file import load_job
+    from qaic_ray.pipeline.job import launch_job, load_job
+    from qaic_ray.pipeline.submit_step import SubmitRequest, submit_step
 
     loaded = load_job(job, overrides or ())
     loaded = loaded.changed("ray", **{name: getattr(ray, name) for name in ray.model_fields_set})
     if submit.detach:
-        _detach(loaded, submit, as_json=show.as_json)
+        folder, python = Path(submit.folder or ".").absolute(), submit.python or sys.executable
+        request = SubmitRequest(loaded, folder, python, submit.send_prompts)
+        Screen(as_json=show.as_json).submitted(request, *submit_step(request))
         return
     if submit.folder is not None:
         _enter(Path(submit.folder))
-    screen = Screen(stream=True) if show.stream else ProgressLog()
+    kind = Screen if show.stream else ProgressLog
+    screen = kind(stream=show.stream, as_json=show.as_json)
     resume = _folder_to_resume(resuming, loaded.run.output, screen, job=loaded.name)
     summary = launch_job(loaded, screen, resume=resume, retry_errors=resuming.retry_errors)
-    screen.finish(summary, as_json=show.as_json)
+    screen.finish(summary)
 
 
 def _folder_to_resume(
-    resuming: ResumeOptions, output: str, screen: Screen, *, job: str = ""
+    resuming: parameters.ResumeOptions, output: str, screen: Screen, *, job: str = ""
 ) -> Path | None:
     """The folder of the run that goes on, of this job where one is named; None: a run begins."""
-    from qaic_ray.cli.command_options import RESUME_LAST
-    from qaic_ray.pipeline.request import last_unfinished
+    from qaic_ray.cli.parameters import RESUME_LAST
+    from qaic_ray.pipeline.request import REQUEST_NAME
+    from qaic_ray.runs.report import last_unfinished
 
     if resuming.resume is None:
         if resuming.retry_errors:
@@ -145,7 +197,7 @@ def _folder_to_resume(
         return None
     if resuming.resume != RESUME_LAST:
         return Path(resuming.resume)
-    folder = last_unfinished(Path(output), job)
+    folder = last_unfinished(Path(output), REQUEST_NAME, job)
     if folder is None:
         screen.remark(f"No run {f'of {job} ' if job else ''}in {output} is unfinished.")
         raise typer.Exit
@@ -163,38 +215,27 @@ def _enter(folder: Path) -> None:
         ) from error
 
 
-def _detach(job: Job, submit: SubmitOptions, *, as_json: bool) -> None:
-    """Hand a job to the cluster of its `ray.address`, and say what was sent."""
-    from qaic_ray.cli.screen import show_submission
-    from qaic_ray.pipeline.submit_step import SubmitRequest, submit_step
-
-    folder, python = Path(submit.folder or ".").absolute(), submit.python or sys.executable
-    request = SubmitRequest(job, job.ray.address, folder, python, submit.send_prompts)
-    show_submission(submit_step(request), as_json=as_json)
-
-
 @command(app)
 def plan(job: JobArgument, overrides: SetOption = None) -> None:
     """Show what a job would compile, with the compiler's command lines; runs nothing."""
     from qaic_ray.cli.screen import Screen
-    from qaic_ray.pipeline.job import plan_job
-    from qaic_ray.pipeline.job_file import load_job
+    from qaic_ray.pipeline.job import load_job, plan_job
 
     Screen().plan(plan_job(load_job(job, overrides or ())))
 
 
 @command(app)
 def export(
-    model: ModelOptions,
-    how: Annotated[ExportOptions, {"continuous_batching": False, "verify": "full"}],
-    show: JsonOptions,
+    model: options.ModelOptions,
+    how: Annotated[options.ExportOptions, {"continuous_batching": False, "verify": "full"}],
+    show: parameters.JsonOptions,
 ) -> None:
     """Make an ONNX model with its KV cache from a checkpoint, and check it against PyTorch."""
     from qaic_ray.cli.screen import Screen
-    from qaic_ray.pipeline.export_step import export_step
+    from qaic_ray.pipeline.job import export_step
 
-    screen = Screen()
-    screen.exported(export_step(model, how, screen), as_json=show.as_json)
+    screen = Screen(as_json=show.as_json)
+    screen.exported(export_step(model, how, screen))
 
 
 @command(app)
@@ -202,98 +243,67 @@ def compile(  # the recipe's word
     model_dir: Annotated[
         Path, typer.Argument(callback=known_path, help="Folder that export made (<base>-kv).")
     ],
-    shapes: ShapesOptions,
-    grid: CompileOptions,
-    sdk: SdkOptions,
-    show: JsonOptions,
+    shapes: parameters.ShapesOptions,
+    grid: options.CompileOptions,
+    sdk: options.SdkOptions,
+    show: parameters.JsonOptions,
 ) -> None:
     """Compile a model into QPCs: every combination of the lists, in parallel, each built once."""
     from qaic_ray.cli.screen import Screen
-    from qaic_ray.pipeline.compile_step import CompileRequest, compile_step, specializations_file
+    from qaic_ray.pipeline.compile_step import compile_step, requested_builds, specializations_file
 
-    screen = Screen()
+    screen = Screen(as_json=show.as_json)
     given = None if shapes.specializations is None else Path(shapes.specializations)
     file = specializations_file(given, grid)
     if file != given:
         screen.remark(f"{file} of this folder says the shapes, as in the published recipe.")
-    request = CompileRequest(model_dir, grid, file)
-    outcomes = compile_step(request, _sdk_choice(sdk, screen).here, screen)
-    screen.compiled_all(outcomes, as_json=show.as_json)
+    builds = requested_builds(model_dir, grid, _sdk_choice(sdk, screen).here, file)
+    outcomes = compile_step(builds, grid.parallel, screen)
+    screen.compiled_all(outcomes)
 
 
 @command(app)
 def run(
-    program: ProgramOptions,
-    asked: RunOptions,
-    resuming: ResumeOptions,
-    ray: RayOptions,
-    sdk: SdkOptions,
-    show: ShowOptions,
-    given: Given,
+    program: parameters.ProgramOptions,
+    asked: options.RunOptions,
+    resuming: parameters.ResumeOptions,
+    ray: options.RayOptions,
+    sdk: options.SdkOptions,
+    show: parameters.ShowOptions,
+    given: parameters.Given,
 ) -> None:
     """Answer prompts on every card, one Ray actor a card; print texts and tokens/s."""
     from qaic_ray.cli.screen import Screen
+    from qaic_ray.pipeline.request import RunRequest, resolved, resumed
     from qaic_ray.pipeline.run_step import run_step
 
-    screen = Screen(stream=show.stream)
+    screen = Screen(stream=show.stream, as_json=show.as_json)
     if resuming.resume is not None:
-        _refuse_changes(given, resuming.resume)
+        given.refuse_changes(resuming.resume)
     resume = _folder_to_resume(resuming, asked.output, screen)
-    request = _begun(program, asked) if resume is None else _resumed(resume, asked)
-    request = replace(request, ray=ray, retry_errors=resuming.retry_errors)
-    screen.finish(run_step(request, _sdk_choice(sdk, screen), screen), as_json=show.as_json)
-
-
-def _begun(program: ProgramOptions, asked: RunOptions) -> RunRequest:
-    """The request of a run that begins."""
-    from qaic_ray.pipeline.request import RunRequest, resolved
-
-    if program.model_name is None or program.qpc is None:
+    if resume is not None:
+        request = resumed(resume, asked)
+    elif program.model_name is None or program.qpc is None:
         raise UsageError("Give --model-name and --qpc, or --resume with the folder of a run.")
-    return RunRequest("run", program.model_name, Path(program.qpc), resolved(asked))
-
-
-def _resumed(folder: Path, asked: RunOptions) -> RunRequest:
-    """The request of a run folder, with what may be said anew."""
-    from qaic_ray.pipeline.request import read_request
-
-    request = read_request(folder)
-    anew = asked.model_fields_set & {"devices", "metrics"}
-    request = request.with_run(**{name: getattr(asked, name) for name in anew})
-    if "prompts" in asked.model_fields_set:
-        request = request.with_run(prompt=None, prompts=asked.prompts)
-        request = replace(request, new_input=True)
-    return request
-
-
-def _refuse_changes(given: Given, resume: str) -> None:
-    """Only what changes no answer may be said anew of a run that goes on."""
-    from qaic_ray.cli.command_options import RESUME_LAST
-
-    is_last = resume == RESUME_LAST
-    fixed = [flag for flag in given.fixed if not (is_last and flag == "--output")]
-    if fixed:
-        whose = "its folder" if is_last else resume
-        free = [flag for flag in given.may_be_free if flag != "--resume"]
-        raise UsageError(
-            f"{fixed[0]} cannot be changed in the middle of a run: leave it out, {whose} knows it; "
-            f"only {', '.join(free)} may stand beside --resume."
-        )
+    else:
+        request = RunRequest("run", program.model_name, Path(program.qpc), resolved(asked))
+    request = replace(request, ray=ray, retry_errors=resuming.retry_errors)
+    screen.finish(run_step(request, _sdk_choice(sdk, screen), screen))
 
 
 @command(app)
 def status(
-    jobs: JobsOptions,
-    show: JsonOptions,
+    jobs: parameters.JobsOptions,
+    show: parameters.JsonOptions,
     submission_id: Annotated[
         str | None, typer.Argument(metavar="[ID]", help="One job.", show_default="all")
     ] = None,
 ) -> None:
     """Show the jobs that a cluster runs, or ran, by itself."""
-    from qaic_ray.cli.screen import show_jobs
+    from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.submit_step import job_statuses
 
-    show_jobs(job_statuses(jobs.address, submission_id), as_json=show.as_json)
+    Screen(as_json=show.as_json).jobs(job_statuses(jobs.address, submission_id))
 
 
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="As launch --detach printed it.")]
@@ -302,7 +312,7 @@ IdArgument = Annotated[str, typer.Argument(metavar="ID", help="As launch --detac
 @command(app)
 def logs(
     submission_id: IdArgument,
-    jobs: JobsOptions,
+    jobs: parameters.JobsOptions,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Go on until the job ends.")
     ] = False,
@@ -319,23 +329,25 @@ def logs(
 
 
 @command(app)
-def stop(submission_id: IdArgument, jobs: JobsOptions, show: JsonOptions) -> None:
+def stop(
+    submission_id: IdArgument, jobs: parameters.JobsOptions, show: parameters.JsonOptions
+) -> None:
     """End a detached job; its cards are free then."""
-    from qaic_ray.cli.screen import show_jobs
+    from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.submit_step import stop_job
 
-    show_jobs([stop_job(jobs.address, submission_id)], as_json=show.as_json)
+    Screen(as_json=show.as_json).jobs([stop_job(jobs.address, submission_id)])
 
 
 @command(app)
-def devices(ray: RayOptions, sdk: SdkOptions, show: JsonOptions) -> None:
+def devices(ray: options.RayOptions, sdk: options.SdkOptions, show: parameters.JsonOptions) -> None:
     """List cards: status, SKU, free NSPs and DRAM; on a cluster also who holds them."""
     from qaic_ray.cli.screen import Screen
 
-    screen = Screen()
+    screen = Screen(as_json=show.as_json)
     if ray.address is None:
         found = _sdk_choice(sdk, screen).here
-        screen.devices(found, found.devices(), as_json=show.as_json)
+        screen.devices(found, found.devices())
         return
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.options import EmulatorOptions
@@ -343,7 +355,7 @@ def devices(ray: RayOptions, sdk: SdkOptions, show: JsonOptions) -> None:
 
     with Cluster(0, address=ray.address) as cluster:
         nodes = cluster.inventory(name_for_others(sdk.sdk), EmulatorOptions())
-        screen.inventory(nodes, cluster.problems(nodes), as_json=show.as_json)
+        screen.inventory(nodes, cluster.problems(nodes))
 
 
 command(app)(monitoring)
@@ -356,7 +368,7 @@ def emulator_install(
         Path,
         typer.Argument(callback=known_path, help="Folder to make, like ./sdk or /opt/qti-aic."),
     ],
-    emulated: EmulatorOptions,
+    emulated: options.EmulatorOptions,
 ) -> None:
     """Lay the emulated SDK down as a folder."""
     from qaic_ray.sdk import install_emulated, open_sdk
@@ -366,33 +378,20 @@ def emulator_install(
 
 
 @command(
-    emulator_app,
-    "run",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    emulator_app, "run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
 )
 def emulator_run(
     words: Annotated[
         list[str], typer.Argument(metavar="COMMAND", help="-- COMMAND and its arguments.")
     ],
-    sdk: Annotated[SdkOptions, {"sdk": "emulated"}],
+    sdk: Annotated[options.SdkOptions, {"sdk": "emulated"}],
 ) -> None:
     """Run any program with the emulated SDK on its paths; the exit code is the program's."""
     from qaic_ray.cli.screen import Screen
 
     found = _sdk_choice(sdk, Screen()).here
-    environment = os.environ | {
-        "PYTHONPATH": _before("PYTHONPATH", found.python_paths),
-        "PATH": _before("PATH", (found.root / "exec", found.root / "tools")),
-        "QAIC_RAY_SDK": str(found.root),
-    }
     try:
-        code = subprocess.run(words, env=environment, check=False).returncode
+        code = subprocess.run(words, env=found.environment(), check=False).returncode
     except OSError as error:
         raise UsageError(f"Cannot run {words[0]}: {error.strerror}.") from error
     raise typer.Exit(code if code >= 0 else 128 - code)
-
-
-def _before(variable: str, folders: Iterable[Path]) -> str:
-    """A variable of paths, with folders put before those that it has."""
-    own = os.environ.get(variable, "").split(os.pathsep)
-    return os.pathsep.join([*map(str, folders), *filter(None, own)])

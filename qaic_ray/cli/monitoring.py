@@ -7,18 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qaic_ray.cli.parameters import known_path
+from qaic_ray.files.documents import user_path
 
 if TYPE_CHECKING:
-    from qaic_ray.cli.command_options import JsonOptions
+    from qaic_ray.cli import parameters
     from qaic_ray.telemetry.monitoring import MonitoringFolder
 
 
 def monitoring(
-    folder: Annotated[
-        Path, typer.Argument(callback=known_path, help="Folder to make, or one made before.")
-    ],
-    show: JsonOptions,
+    folder: Annotated[Path, typer.Argument(help="Folder to make, or one made before.")],
+    show: parameters.JsonOptions,
 ) -> None:
     """Write configuration for Prometheus and Grafana: Ray's dashboards, and one of cards."""
     from qaic_ray.cli.screen import write
@@ -26,7 +24,7 @@ def monitoring(
     from qaic_ray.files.documents import json_text
     from qaic_ray.telemetry.monitoring import write_monitoring
 
-    written = write_monitoring(folder, ray_dashboards())
+    written = write_monitoring(user_path(folder, "folder"), ray_dashboards())
     write(
         f"{written.folder} has the configuration of both. Start them, each in a terminal:\n\n"
         f"    {written.prometheus}\n"

@@ -9,14 +9,14 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from qaic_ray.dispatch.dispatcher import Dispatcher
-from qaic_ray.dispatch.events import (
+from qaic_ray.dispatch.dispatcher import (
     Command,
     DeliverRows,
+    Dispatcher,
     Event,
     PromptsRead,
     QuarantineWorker,
@@ -28,30 +28,26 @@ from qaic_ray.dispatch.events import (
     RunStarted,
     ShardFailed,
     TimePassed,
-    WorkerFailedToOpen,
     WorkerLost,
     WorkerReady,
 )
 from qaic_ray.errors import QaicRayError
-from qaic_ray.metrics import Measurement, Span
+from qaic_ray.metrics import Measurement, Span, Tally
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.delivery import Delivery
-from qaic_ray.runs.fingerprint import Intake
+from qaic_ray.runs.intake import Batch, Intake, ThreadedReader
 from qaic_ray.runs.journal import Journal
-from qaic_ray.runs.reading import Batch, PromptReader, ThreadedReader
-from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, Tally, WorkerResult
+from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, WorkerResult
 from qaic_ray.telemetry.recorder import NoSink, RunRecorder
 
 if TYPE_CHECKING:
-    from qaic_ray.worker.spec import WorkerInfo
+    from qaic_ray.worker.worker import WorkerInfo
 
 
 class Cards(Protocol):
     """The workers of a run; opening each for the first time has begun.
 
-    Only `wait` blocks. Nothing raises because a card is gone: that is an event. Events of a worker
-    carry its incarnation: 0 for the first opening, and then what `replace` was given. Events of a
-    shard carry the shard's id, which is given once.
+    Only `wait` blocks. A card that is gone is an event, and no error.
     """
 
     @property
@@ -82,7 +78,7 @@ class Cards(Protocol):
     def replace(self, worker: str, incarnation: int) -> None:
         """Retire a worker, and begin to open it again with the same cards.
 
-        `wait` returns WorkerReady or WorkerFailedToOpen with this incarnation.
+        `wait` returns WorkerReady or WorkerLost with this incarnation.
         """
 
     def quarantine(self, worker: str, error: str) -> None:
@@ -137,9 +133,7 @@ class Driver:
     """One run of prompts over cards.
 
     Args:
-        cards: the workers.
         prompts: the input, by rising index; a Row in it is an item that is no usable prompt.
-        audience: the callbacks.
         dispatcher: None for one with the default policy.
         clock: seconds.
         journal: where rows are kept. Rows of earlier sessions in it are counted as they are, and
@@ -156,7 +150,7 @@ class Driver:
         dispatcher: Dispatcher | None = None,
         clock: Callable[[], float] = time.monotonic,
         journal: Journal | None = None,
-        reader: Callable[[Iterable[Prompt | Row]], PromptReader] = ThreadedReader,
+        reader: Callable[[Iterable[Prompt | Row]], ThreadedReader] = ThreadedReader,
     ) -> None:
         self._cards = cards
         self._intake = Intake()
@@ -166,16 +160,13 @@ class Driver:
         self._audience = audience
         self._dispatcher = dispatcher or Dispatcher()
         self._clock = clock
-        self._recorder = audience.recorder
-
         self._delivery = Delivery(journal, audience.on_row, audience.on_earlier_row, clock=clock)
         self._tally = Tally()
         self._infos: dict[str, WorkerInfo] = {}
         self._ready: set[str] = set()
         self._losses: Counter[str] = Counter()
         self._errors: dict[str, str] = {}
-        # When this session's first shard began and its last row came.
-        self._first_s: float | None = None
+        self._first_s: float | None = None  # when this session's first shard began
         self._last_s = 0.0
         self._rows_read = 0
         self._is_exhausted = False
@@ -186,31 +177,25 @@ class Driver:
         Whatever ends it early, a KeyboardInterrupt too: the rows that came are on the disk then.
 
         Raises:
-            UsageError: the input is not the one that earlier sessions had.
-            QaicRayError: the journal cannot be read or written.
+            QaicRayError: of the journal, or for an input that is not that of earlier sessions.
         """
         try:
-            return self._run()
+            self._replay()
+            event: Event = RunStarted(tuple(self._cards.names))
+            with closing(self._reader):
+                while True:
+                    self._hear(event)
+                    for command in self._dispatcher.handle(event, self._clock()):
+                        self._obey(command)
+                    if self._dispatcher.finished:
+                        break
+                    event = self._next_event()
+            self._delivery.finish()
+            return self._result()
         except (Exception, KeyboardInterrupt):
             with suppress(QaicRayError):  # of a disk that has said so already
                 self._delivery.save()
             raise
-
-    def _run(self) -> FleetResult:
-        self._replay()
-        event: Event = RunStarted(tuple(self._cards.names))
-        try:
-            while True:
-                self._hear(event)
-                for command in self._dispatcher.handle(event, self._clock()):
-                    self._obey(command)
-                if self._dispatcher.finished:
-                    break
-                event = self._next_event()
-        finally:
-            self._reader.close()
-        self._delivery.finish()
-        return self._result()
 
     def _replay(self) -> None:
         """Count the rows of earlier sessions of the run."""
@@ -244,7 +229,8 @@ class Driver:
                 self._infos[worker] = self._cards.info(worker)
                 self._ready.add(worker)
                 self._audience.on_worker_ready(self._infos[worker])
-            case WorkerLost(worker, error) | WorkerFailedToOpen(worker, error):
+                self._audience.recorder.worker_ready(worker)
+            case WorkerLost(worker, error):
                 self._lose(worker, error)
             case ShardFailed(worker, _, error, retryable=True):
                 self._errors[worker] = error
@@ -256,7 +242,7 @@ class Driver:
                 self._is_reading = True
             case RunShard():
                 self._worked()
-                self._recorder.began(len(command.prompts), command.attempt)
+                self._audience.recorder.began(len(command.prompts), command.attempt)
                 self._cards.run(command)
             case DeliverRows(rows):
                 self._deliver(rows)
@@ -273,7 +259,7 @@ class Driver:
     def _lose(self, worker: str, error: str) -> None:
         self._errors[worker] = error
         self._losses[worker] += 1
-        self._recorder.worker_lost()
+        self._audience.recorder.worker_lost(worker)
         self._ready.discard(worker)
 
     def _read(self, batch: Batch) -> PromptsRead:
@@ -287,24 +273,21 @@ class Driver:
 
     def _deliver(self, rows: Sequence[Row]) -> None:
         span_s = self._last_s - self._first_s if self._first_s is not None else 0.0
+        failed_before = self._tally.failed_rows
         for row in rows:
             digest = self._intake.open.pop(row.index)
             self._delivery.add(row, digest, span_s)
             self._tally.add(row)
-        num_ok = sum(row.ok for row in rows)
-        self._recorder.rows_ended(ok=num_ok, failed=len(rows) - num_ok)
+        num_failed = self._tally.failed_rows - failed_before
+        self._audience.recorder.rows_ended(
+            len(rows), num_failed, waiting=self._dispatcher.num_waiting
+        )
         self._tell_progress()
 
     def _tell_progress(self) -> None:
-        progress = Progress(
-            rows_read=self._rows_read,
-            rows_done=self._tally.rows,
-            rows_failed=self._tally.failed_rows,
-            generated_tokens=self._tally.generated_tokens,
-            input_exhausted=self._is_exhausted,
-        )
-        self._audience.on_progress(progress)
-        self._recorder.looked(waiting=self._dispatcher.num_waiting, ready=len(self._ready))
+        tally = self._tally
+        done = tally.rows, tally.failed_rows, tally.generated_tokens
+        self._audience.on_progress(Progress(self._rows_read, *done, self._is_exhausted))
 
     def _worked(self) -> None:
         self._last_s = self._clock()
@@ -313,20 +296,19 @@ class Driver:
 
     def _result(self) -> FleetResult:
         engines = self._cards.measurements()
-        names = (*self._cards.names, *self._tally.earlier_workers(self._cards.names))
-        workers = tuple(
-            WorkerResult(
-                name=name,
-                info=self._infos.get(name),
-                measurement=self._tally.measurement(name, engines.get(name)),
-                error=self._errors.get(name),
-                losses=self._losses[name],
-                ready_at_end=name in self._ready,
-            )
-            for name in names
-        )
+        names = self._cards.names
         return FleetResult(
-            workers=workers,
+            workers=tuple(
+                WorkerResult(
+                    name=name,
+                    info=self._infos.get(name),
+                    measurement=self._tally.measurement(name, engines.get(name)),
+                    error=self._errors.get(name),
+                    losses=self._losses[name],
+                    ready_at_end=name in self._ready,
+                )
+                for name in (*names, *self._tally.earlier_workers(names))
+            ),
             unassigned=self._tally.measurement(""),
             span=self._whole_span(),
             length_counts=dict(self._tally.length_counts),
@@ -337,8 +319,8 @@ class Driver:
 
     def _broken_off(self) -> BrokenOff | None:
         if self._dispatcher.abandoned:
-            lost = "Every card was lost; the prompts that were left have no answer."
-            return BrokenOff(Cause.CARDS, lost)
+            error = "Every card was lost; the prompts that were left have no answer."
+            return BrokenOff(Cause.CARDS, error)
         if self._input_error is not None:
             return BrokenOff(Cause.INPUT, str(self._input_error))
         return None
@@ -346,9 +328,6 @@ class Driver:
     def _whole_span(self) -> Span | None:
         """This session's span, with the time that cards worked in earlier ones put before it."""
         earlier_s = self._delivery.earlier_s
-        if self._first_s is not None:
-            return Span(self._first_s - earlier_s, self._last_s)
-        if not earlier_s:
-            return None
-        now_s = self._clock()
-        return Span(now_s - earlier_s, now_s)
+        if self._first_s is None:
+            return Span(-earlier_s, 0.0) if earlier_s else None
+        return Span(self._first_s - earlier_s, self._last_s)

@@ -1,30 +1,25 @@
-"""The result of a run over many cards, and the counts that it is made from while rows arrive."""
+"""What came of a run: each card's part, the whole, and why it ended early where it did."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from qaic_ray.metrics import Durations, Measurement, Span, bin_of, tokens_per_s, total
-from qaic_ray.rows import Row
+from qaic_ray.metrics import Measurement, Span, tokens_per_s
 
 if TYPE_CHECKING:
-    from qaic_ray.dispatch.policy import Policy
-    from qaic_ray.timeouts import Timeouts
-    from qaic_ray.worker.spec import WorkerInfo
+    from qaic_ray.worker.worker import WorkerInfo
 
 
 @dataclass(frozen=True)
 class WorkerResult:
     """One card's part in a run.
 
-    `measurement` has the rows and tokens of the answers that were kept, so that the workers' sum is
-    what the outputs hold; its steps are the engine's own, zero for a worker that was lost.
-    `info` is None for one that never got ready. `error` is the last error of the worker; `losses`
-    counts how often its process was lost or its cards did not open.
+    `measurement` has the rows and tokens of the answers that were kept; its steps are the engine's
+    own, zero for a worker that was lost. `info` is None for one that never got ready. `error` is
+    its last; `losses` counts how often its process was lost or its cards did not open.
     """
 
     name: str
@@ -62,8 +57,7 @@ class FleetResult:
         workers: in the order they were asked for.
         unassigned: rows without a worker: malformed input, or no card was left.
         span: first shard handed out to last row in, on the driver's clock; None when no card ran.
-            In a run that was resumed the spans of the earlier sessions come before it, end to end:
-            the time in between, in which nothing ran, is left out.
+            Those of earlier sessions come before it, end to end.
         length_counts: generated tokens of an answer -> how many answers had that many.
         broken_off: set when not every row of the input has an answer or an error of its own.
         rows_in: rows of the input that were read.
@@ -83,7 +77,7 @@ class FleetResult:
     @property
     def total(self) -> Measurement:
         """All rows of the input."""
-        return total([*(worker.measurement for worker in self.workers), self.unassigned])
+        return sum((worker.measurement for worker in self.workers), start=self.unassigned)
 
     @property
     def tokens_per_s(self) -> float:
@@ -94,71 +88,3 @@ class FleetResult:
     def ok(self) -> bool:
         """Whether every row of the input was answered."""
         return self.broken_off is None and self.total.failed_rows == 0
-
-
-def changed_values(settings: Policy | Timeouts) -> dict[str, object]:
-    """The fields of a run's policy or time-outs that are not the default."""
-    values = (
-        (field.name, getattr(settings, field.name), field.default) for field in fields(settings)
-    )
-    return {name: value for name, value, default in values if value != default}
-
-
-@dataclass
-class _Counts:
-    """The rows of one worker, so far."""
-
-    rows: int = 0
-    failed_rows: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    ttft: Counter[int] = field(default_factory=Counter)
-
-
-class Tally:
-    """Adds rows up by worker, in constant time a row.
-
-    Attributes:
-        rows: of all workers, and `failed_rows` and `generated_tokens` of them.
-        length_counts: generated tokens of an answer -> how many answers had that many.
-    """
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self.failed_rows = 0
-        self.generated_tokens = 0
-        self.length_counts: Counter[int] = Counter()
-        self._counts: defaultdict[str, _Counts] = defaultdict(_Counts)
-
-    def add(self, row: Row) -> None:
-        """Count one final row."""
-        counts = self._counts[row.worker]
-        answer_lens = row.answer_lens
-        num_tokens = sum(answer_lens)
-        self.rows += 1
-        self.generated_tokens += num_tokens
-        counts.rows += 1
-        counts.prompt_tokens += row.prompt_tokens
-        counts.generated_tokens += num_tokens
-        if row.ok:
-            counts.ttft[bin_of(row.ttft_s)] += 1
-            self.length_counts.update(answer_lens)
-        else:
-            self.failed_rows += 1
-            counts.failed_rows += 1
-
-    def earlier_workers(self, names: Sequence[str]) -> list[str]:
-        """Workers that rows were counted for and that are not among these."""
-        return sorted(self._counts.keys() - {"", *names})
-
-    def measurement(self, worker: str, engine: Measurement | None = None) -> Measurement:
-        """The rows counted for `worker` ("" for none), with the steps that its engine reports."""
-        counts = self._counts.get(worker, _Counts())
-        return replace(
-            engine or Measurement(),
-            rows=counts.rows,
-            failed_rows=counts.failed_rows,
-            prompt_tokens=counts.prompt_tokens,
-            generated_tokens=counts.generated_tokens,
-            ttft=Durations(dict(counts.ttft)),
-        )

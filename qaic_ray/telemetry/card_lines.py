@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
-from qaic_ray.sdk import Device
 from qaic_ray.telemetry.names import CARD_INFO_LINES, CARD_READINGS, CARD_STATUS, Metric
 
 _VALUE = re.compile(r"(-?[0-9]+(?:\.[0-9]+)?)\s*([A-Za-z%]*)")
@@ -17,12 +17,13 @@ _ERROR = 2
 _NEWER = {"TDP Cap(Watts)": "Board TDP Cap(Watts)"}
 
 
-def card_readings(device: Device) -> dict[Metric, float]:
-    """The value of each metric that the card's lines tell of."""
-    found: dict[Metric, float] = {CARD_STATUS: _STATUS.get(device.status.lower(), _ERROR)}
+def card_readings(lines: Mapping[str, str]) -> dict[Metric, float]:
+    """The value of each metric that a card's lines tell of."""
+    status = lines.get(CARD_STATUS.line, "").lower()
+    found: dict[Metric, float] = {CARD_STATUS: _STATUS.get(status, _ERROR)}
     for metric in CARD_READINGS:
         line = metric.line
-        text = device.lines.get(line) or device.lines.get(_NEWER.get(line, ""), "")
+        text = lines.get(line) or lines.get(_NEWER.get(line, ""), "")
         match = _VALUE.match(text)
         if match is not None:
             scale = 1e6 if line.endswith(_MHZ) else _SCALE.get(match[2], 1.0)
@@ -30,6 +31,6 @@ def card_readings(device: Device) -> dict[Metric, float]:
     return found
 
 
-def card_info(device: Device) -> dict[str, str]:
+def card_info(lines: Mapping[str, str]) -> dict[str, str]:
     """The tags of `qaic_device_info` beside the card's id."""
-    return {tag: device.lines.get(line, "") for tag, line in CARD_INFO_LINES.items()}
+    return {tag: lines.get(line, "") for tag, line in CARD_INFO_LINES.items()}

@@ -6,12 +6,11 @@ Ray's sink is in `cluster/ray_metrics.py`; tests have one in memory.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from qaic_ray.metrics import EngineState
-from qaic_ray.sdk import Device
 from qaic_ray.telemetry import names
 from qaic_ray.telemetry.card_lines import card_info, card_readings
 from qaic_ray.telemetry.names import Metric
@@ -175,12 +174,12 @@ class CardRecorder:
     def __init__(self, sink: MetricSink) -> None:
         self._sink = sink
 
-    def looked(self, devices: Iterable[Device]) -> None:
-        """How the cards of a machine are."""
-        for device in devices:
-            tags = {"qid": str(device.qid)}
-            self._sink.set(names.CARD_INFO, 1, tags | card_info(device))
-            for metric, value in card_readings(device).items():
+    def looked(self, cards: Mapping[str, Mapping[str, str]]) -> None:
+        """How the cards of a machine are: the lines of each, by its id."""
+        for qid, lines in cards.items():
+            tags = {"qid": qid}
+            self._sink.set(names.CARD_INFO, 1, tags | card_info(lines))
+            for metric, value in card_readings(lines).items():
                 self._sink.set(metric, value, tags)
 
 
@@ -200,7 +199,8 @@ class RunRecorder:
             sink.add(metric, 0, self._tags)
         for tags in self._of_result.values():
             sink.add(names.ROWS, 0, tags)
-        self._waiting = self._ready = 0
+        self._waiting = 0
+        self._ready: set[str] = set()
         self.look_again()
 
     def began(self, num_prompts: int, attempt: int) -> None:
@@ -208,22 +208,26 @@ class RunRecorder:
         if attempt > 1:
             self._sink.add(names.RETRIES, num_prompts, self._tags)
 
-    def rows_ended(self, *, ok: int, failed: int) -> None:
-        """So many rows are final."""
-        for result, number in (("ok", ok), ("failed", failed)):
-            if number:
-                self._sink.add(names.ROWS, number, self._of_result[result])
+    def rows_ended(self, number: int, failed: int, *, waiting: int) -> None:
+        """So many rows are final, some of them failed, and so many prompts wait now."""
+        for result, count in (("ok", number - failed), ("failed", failed)):
+            if count:
+                self._sink.add(names.ROWS, count, self._of_result[result])
+        self._waiting = waiting
+        self.look_again()
 
-    def worker_lost(self) -> None:
-        """A worker was lost, or retired."""
+    def worker_ready(self, worker: str) -> None:
+        """A worker has opened."""
+        self._ready.add(worker)
+        self.look_again()
+
+    def worker_lost(self, worker: str) -> None:
+        """A worker was lost, or retired, or did not open."""
+        self._ready.discard(worker)
         self._sink.add(names.LOSSES, 1, self._tags)
-
-    def looked(self, *, waiting: int, ready: int) -> None:
-        """How many prompts wait, and workers are open."""
-        self._waiting, self._ready = waiting, ready
         self.look_again()
 
     def look_again(self) -> None:
-        """The gauges as they were set last."""
+        """The gauges as they are now."""
         self._sink.set(names.PROMPTS_WAITING, self._waiting, self._tags)
-        self._sink.set(names.WORKERS_READY, self._ready, self._tags)
+        self._sink.set(names.WORKERS_READY, len(self._ready), self._tags)

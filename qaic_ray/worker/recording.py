@@ -14,13 +14,36 @@ from qaic_ray.metrics import EngineState
 from qaic_ray.sdk import Sdk, open_sdk
 from qaic_ray.telemetry.recorder import CardRecorder, EndedRequest, MetricSink, RequestRecorder
 from qaic_ray.telemetry.repeating import Repeating
-from qaic_ray.worker.spec import WorkerSpec
+from qaic_ray.timeouts import Timeouts
+
+
+class RecordedSpec(Protocol):
+    """What is needed of a worker's spec."""
+
+    @property
+    def name(self) -> str:
+        """The worker's."""
+
+    @property
+    def model(self) -> str:
+        """As it was named."""
+
+    @property
+    def sdk_root(self) -> str:
+        """The SDK's folder."""
+
+    @property
+    def timeouts(self) -> Timeouts:
+        """`record_engine_s` and `record_cards_s` are used."""
 
 
 class RecordedWorker(Protocol):
     """What is needed of a worker."""
 
-    spec: WorkerSpec
+    @property
+    def spec(self) -> RecordedSpec:
+        """What it was given."""
+
     recorder: RequestRecorder
 
     def engine_state(self) -> EngineState:
@@ -93,7 +116,7 @@ class WorkerRecording(AbstractContextManager["WorkerRecording"]):
         if not self._holds_lock():
             return
         self._sdk = self._sdk or open_sdk(Path(self._worker.spec.sdk_root))
-        self._cards.looked(self._sdk.devices())
+        self._cards.looked(self._sdk.card_lines())
 
     def _holds_lock(self) -> bool:
         if self._lock is None:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from qaic_ray.engine import batcher
+from qaic_ray.engine import steps
 from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.files.documents import shown
@@ -38,14 +38,9 @@ class Answer:
 
     prompt: Prompt
     params: SamplingParams
-    sequences: tuple[batcher.Sequence, ...]
+    sequences: tuple[steps.Sequence, ...]
     readers: tuple[StopFinder | None, ...]
     finished: list[Finished] = field(default_factory=list)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every sample is done."""
-        return len(self.finished) == len(self.sequences)
 
 
 class Answerer:
@@ -53,23 +48,16 @@ class Answerer:
 
     Args:
         tokenizer: the checkpoint's.
-        eos_ids: tokens that end an answer.
         generation: the run's.
         engine: says which prompts its program can answer.
         vocab_size: tokens of the model; no number if it is not known.
     """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        eos_ids: Sequence[int],
-        generation: Generation,
-        *,
-        engine: Engine,
-        vocab_size: object,
+        self, tokenizer: Tokenizer, generation: Generation, *, engine: Engine, vocab_size: object
     ) -> None:
         self._tokenizer = tokenizer.of_run(generation.chat_template, generation.date)
-        self._eos_ids = frozenset(eos_ids)
+        self._eos_ids = frozenset(tokenizer.eos_ids)
         self._generation = generation
         self._defaults = generation.defaults
         self._engine = engine
@@ -96,7 +84,7 @@ class Answerer:
         _refuse_unholdable(params, len(prompt_ids), limit)
         stop_ids = frozenset(params.stop_token_ids) | self._ending_ids(params)
         sequences = [
-            batcher.Sequence(
+            steps.Sequence(
                 key=prompt.index,
                 prompt_ids=prompt_ids,
                 max_new_tokens=limit,
@@ -200,14 +188,10 @@ class Answerer:
             messages = [{"role": "user", "content": prompt.text}]
         else:
             return None
-        system = self._generation.system
-        first = messages[0].get("role") if messages else None
-        if system is not None and first not in ("system", "developer"):
-            return [{"role": "system", "content": system}, *messages]
-        return messages
+        return _with_system(messages, self._generation.system)
 
     def _sample(
-        self, params: SamplingParams, sequence: batcher.Sequence, reader: StopFinder | None
+        self, params: SamplingParams, sequence: steps.Sequence, reader: StopFinder | None
     ) -> Sample:
         assert sequence.finish_reason is not None
         token_ids = tuple(sequence.output_ids)
@@ -246,7 +230,8 @@ def check_chat(template: ChatTemplate, generation: Generation, model: str) -> No
             f"{model} has no chat template: leave --chat (run.chat) out, give one "
             "(--chat-template FILE, run.chat_template), or use the chat version of the model."
         )
-    template.try_out(_example(generation), generation.chat_options)
+    example = _with_system([{"role": "user", "content": "Hello"}], generation.system)
+    template.try_out(example, generation.chat_options)
 
 
 def _refuse_unholdable(params: SamplingParams, prompt_tokens: int, limit: int) -> None:
@@ -281,9 +266,9 @@ def mixed_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") & MAX_SEED
 
 
-def _example(generation: Generation) -> list[Message]:
-    """A conversation as the run makes it of a prompt."""
-    user = {"role": "user", "content": "Hello"}
-    if generation.system is None:
-        return [user]
-    return [{"role": "system", "content": generation.system}, user]
+def _with_system(messages: list[Message], system: str | None) -> list[Message]:
+    """A conversation as the run makes it: it begins with the run's system message, or its own."""
+    first = messages[0].get("role") if messages else None
+    if system is None or first in ("system", "developer"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]

@@ -26,8 +26,7 @@ from qaic_ray.telemetry import names
 from qaic_ray.telemetry.monitoring import targets_folder
 from qaic_ray.telemetry.names import METRICS, Metric, exported_names
 from qaic_ray.timeouts import Timeouts
-from qaic_ray.worker.spec import WorkerSpec
-from qaic_ray.worker.worker import CardWorker
+from qaic_ray.worker.worker import CardWorker, WorkerSpec
 
 if TYPE_CHECKING:
     from tiny_qpcs import TinyQpcs
@@ -181,8 +180,8 @@ def test_where_ray_has_no_metrics_the_run_says_so_once_and_goes_on(
     said: list[str] = []
     monkeypatch.setattr(ray_metrics.Counter, "__init__", refuse)
     with recorded_run("broken", said.append) as recorder:
-        recorder.rows_ended(ok=1, failed=0)
-        recorder.worker_lost()
+        recorder.rows_ended(1, 0, waiting=0)
+        recorder.worker_lost("card 0")
     assert said == ["Metrics are off from here on: RuntimeError: no agent"]
 
 
@@ -205,7 +204,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_the_run_goes_on(
     monkeypatch.setenv("QAIC_RAY_CACHE", str(tmp_path / "file"))
     said: list[str] = []
     with recorded_run("a run", said.append) as recorder:
-        recorder.rows_ended(ok=1, failed=0)
+        recorder.rows_ended(1, 0, waiting=0)
     assert len(said) == 1
     assert said[0].startswith("Prometheus cannot be told where this run is: ")
 

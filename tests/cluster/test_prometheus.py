@@ -32,8 +32,7 @@ from qaic_ray.telemetry import monitoring
 from qaic_ray.telemetry.grafana import dashboard
 from qaic_ray.telemetry.monitoring import write_monitoring
 from qaic_ray.timeouts import Timeouts
-from qaic_ray.worker.spec import WorkerSpec
-from qaic_ray.worker.worker import CardWorker
+from qaic_ray.worker.worker import CardWorker, WorkerSpec
 
 if TYPE_CHECKING:
     from one_ray import OneRay
@@ -155,7 +154,7 @@ def seen(one_ray: OneRay, tiny: TinyQpcs, tmp_path: Path, monkeypatch: pytest.Mo
         "metrics": True,
         "timeouts": Timeouts(record_engine_s=0.5, record_cards_s=1.0),
     }
-    specs = [WorkerSpec(f"card {card}", (card,), **spec) for card in (0, 1)]
+    specs = [WorkerSpec(name=f"card {card}", device_ids=(card,), **spec) for card in (0, 1)]
     with (
         prometheus(written.prometheus) as server,
         recorded_run("prometheus-1", pytest.fail, Timeouts(record_run_s=0.5)) as recorder,

@@ -15,7 +15,7 @@ from qaic_ray.options import RunOptions
 from qaic_ray.pipeline import run_step
 from qaic_ray.pipeline.request import RunRequest, resolved
 from qaic_ray.rows import FinishReason, Row
-from qaic_ray.runs.delivery import row_writer
+from qaic_ray.runs.delivery import RowWriter
 
 
 @pytest.fixture
@@ -29,7 +29,6 @@ def request_(tmp_path: Path) -> RunRequest:
 
 
 def run(request: RunRequest, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_step, "_places", lambda *_: [])
     monkeypatch.setattr(run_step, "_parts", lambda _: {"qpc": "q", "model": {}})
     monkeypatch.setattr(run_step, "_worker_specs", lambda *_: [])
     heard = {name: lambda _: None for name in ("answered", "card_ready", "remark", "run_folder")}
@@ -77,7 +76,7 @@ def test_a_link_beside_the_outputs_is_not_written_through(tmp_path: Path) -> Non
     run_folder.mkdir()
     for name in (".outputs.jsonl.unfinished", ".errors.jsonl.unfinished"):
         (run_folder / name).symlink_to(mine)
-    with row_writer(run_folder, resumed=True) as write:
+    with RowWriter(run_folder, resumed=True) as write:
         write(Row(0, "a", "b", FinishReason.STOP))
     assert mine.read_text() == "precious"
     assert not (run_folder / "outputs.jsonl").is_symlink()

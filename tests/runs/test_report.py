@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from simulated_cards import info
 
-from qaic_ray.metrics import Durations, Measurement, Span
+from qaic_ray.metrics import Durations, Measurement, Span, Tally
 from qaic_ray.rows import FinishReason, Prompt, Row
 from qaic_ray.runs.report import (
     MAX_BINS,
@@ -31,7 +31,7 @@ from qaic_ray.runs.report import (
     tables,
     write_report,
 )
-from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, Tally, WorkerResult
+from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, WorkerResult
 
 FAST = Measurement(
     rows=3,
@@ -125,7 +125,7 @@ def test_the_document_adds_up_and_is_json(tmp_path: Path) -> None:
     assert document["ttft_median_s"] == pytest.approx(0.3, rel=0.00101)
     assert document["seconds"] == 60.0
     assert document["emulated"]
-    assert not summary.ok
+    assert not summary.result.ok
 
 
 def test_a_run_that_never_began_has_a_report(tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_an_engines_steps_are_taken_and_its_rows_are_not() -> None:
 @pytest.mark.parametrize("failed", [0, 1])
 def test_ok_means_every_row_was_answered(tmp_path: Path, failed: int) -> None:
     rows = Measurement(rows=2, failed_rows=failed)
-    assert make_summary(tmp_path, result=FleetResult((), rows, None, {})).ok is (failed == 0)
+    assert make_summary(tmp_path, result=FleetResult((), rows, None, {})).result.ok is (failed == 0)
 
 
 def test_a_run_that_lost_its_cards_says_how_to_go_on(tmp_path: Path) -> None:

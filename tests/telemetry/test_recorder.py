@@ -15,7 +15,7 @@ from simulated_cards import DirectReader, SimulatedCards
 from qaic_ray.metrics import EngineState
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience, Driver
-from qaic_ray.sdk import parse_devices
+from qaic_ray.sdk import parse_lines
 from qaic_ray.telemetry import names
 from qaic_ray.telemetry.names import Metric
 from qaic_ray.telemetry.recorder import (
@@ -154,7 +154,7 @@ QID 3
 
 def test_each_line_of_qaic_util_is_a_gauge_in_base_units() -> None:
     sink = MemorySink()
-    CardRecorder(sink).looked(parse_devices(OPEN_TOOL))
+    CardRecorder(sink).looked(parse_lines(OPEN_TOOL))
     of_first = {metric.name: sink.value(metric, qid="0") for metric in names.CARD_METRICS}
     assert of_first == {
         "qaic_device_info": 1,
@@ -187,7 +187,7 @@ def test_each_line_of_qaic_util_is_a_gauge_in_base_units() -> None:
 
 def test_a_card_that_is_not_ready_has_a_status_and_no_made_up_readings() -> None:
     sink = MemorySink()
-    CardRecorder(sink).looked(parse_devices(OPEN_TOOL))
+    CardRecorder(sink).looked(parse_lines(OPEN_TOOL))
     assert [sink.value(names.CARD_STATUS, qid=str(qid)) for qid in range(4)] == [1, 2, 0, 1]
     for metric in names.CARD_READINGS:
         assert {"1", "2"}.isdisjoint(qid for (qid,) in sink.tags(metric)), metric.name
@@ -195,7 +195,7 @@ def test_a_card_that_is_not_ready_has_a_status_and_no_made_up_readings() -> None
 
 def test_the_newer_tools_names_are_read_too() -> None:
     sink = MemorySink()
-    CardRecorder(sink).looked(parse_devices(OPEN_TOOL))
+    CardRecorder(sink).looked(parse_lines(OPEN_TOOL))
     values = {metric.name: metric for metric in names.CARD_READINGS}
     assert sink.value(values["qaic_tdp_cap_watts"], qid="3") == 150
     assert sink.value(values["qaic_board_power_watts"], qid="3") == 60
@@ -229,6 +229,7 @@ def test_a_run_over_cards_that_die_is_told_row_by_row() -> None:
     assert sink.value(names.RETRIES) == len(attempts) > 0
     assert sink.value(names.LOSSES) == sum(worker.losses for worker in result.workers) > 0
     assert sink.value(names.PROMPTS_WAITING) == 0
+    assert sink.value(names.WORKERS_READY) == sum(w.ready_at_end for w in result.workers)
     assert sink.tags(names.ROWS) == {("tiny-1", "ok"), ("tiny-1", "failed")}
 
 
@@ -267,7 +268,7 @@ def test_a_sink_that_fails_is_said_once_and_ends_nothing(
     with caplog.at_level(logging.WARNING):
         told = RunRecorder(GuardedSink(Broken, said.append), "run")
         for _ in range(5):
-            told.worker_lost()
+            told.worker_lost("card 0")
     assert said == ["Metrics are off from here on: RuntimeError: the agent is gone"]
     assert [record.message for record in caplog.records] == said
 
@@ -277,5 +278,5 @@ def test_a_sink_that_cannot_be_made_is_said_once(caplog: pytest.LogCaptureFixtur
         raise ImportError("no metrics here")
 
     said: list[str] = []
-    RunRecorder(GuardedSink(make, said.append), "run").worker_lost()
+    RunRecorder(GuardedSink(make, said.append), "run").worker_lost("card 0")
     assert said == ["Metrics are off from here on: ImportError: no metrics here"]

@@ -11,22 +11,21 @@ from types import SimpleNamespace
 
 import pytest
 from memory_sink import MemorySink
-from test_worker import FormulaSession, answers, letters, prompt
+from test_worker import FormulaSession, answers, held, letters, prompt
 
 from qaic_ray.contract import Specializations
 from qaic_ray.errors import DeviceError, DeviceLost
 from qaic_ray.options import Generation
 from qaic_ray.sampling_params import SamplingParams
-from qaic_ray.sdk import parse_devices
+from qaic_ray.sdk import parse_lines
 from qaic_ray.telemetry import names
 from qaic_ray.timeouts import Timeouts
 from qaic_ray.worker import recording
 from qaic_ray.worker.recording import WorkerRecording
-from qaic_ray.worker.spec import WorkerSpec
-from qaic_ray.worker.worker import CardWorker
+from qaic_ray.worker.worker import CardWorker, WorkerSpec
 
 SLOTS, CTX_LEN = 3, 40
-CARDS = parse_devices("QID 0\n\tStatus:Ready\nQID 1\n\tStatus:Error\n")
+CARDS = parse_lines("QID 0\n\tStatus:Ready\nQID 1\n\tStatus:Error\n")
 
 
 class Recorded:
@@ -46,13 +45,21 @@ class Recorded:
             open_sdk = staticmethod(  # type: ignore[assignment]
                 lambda _: SimpleNamespace(label="formulas")
             )
-            lease_class = staticmethod(  # type: ignore[assignment]
-                lambda *_, **__: SimpleNamespace(open=lambda *_: self.session, release=lambda: None)
+            open_session = staticmethod(  # type: ignore[assignment]
+                lambda *_, **__: held(self.session)
             )
 
         generation = Generation(sampling=SamplingParams(ignore_eos=True))
         timeouts = Timeouts(record_engine_s=0.02, record_cards_s=0.02)
-        spec = WorkerSpec(name, (0,), "", "", "formula", generation, timeouts=timeouts)
+        spec = WorkerSpec(
+            name=name,
+            device_ids=(0,),
+            sdk_root="",
+            qpc="",
+            model="formula",
+            generation=generation,
+            timeouts=timeouts,
+        )
         self.worker = FormulaWorker(spec)
         self.sink = MemorySink()
         self.recording = WorkerRecording(self.worker, self.sink, lambda: folder / "cards.lock")
@@ -68,7 +75,7 @@ Make = Callable[..., Recorded]
 
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    monkeypatch.setattr(recording, "open_sdk", lambda _: SimpleNamespace(devices=lambda: CARDS))
+    monkeypatch.setattr(recording, "open_sdk", lambda _: SimpleNamespace(card_lines=lambda: CARDS))
     made: list[Recorded] = []
 
     def one(name: str = "card 0") -> Recorded:
@@ -220,11 +227,11 @@ def test_a_query_that_fails_is_said_once_and_the_worker_answers(
 ) -> None:
     asked: list[int] = []
 
-    def devices() -> None:
+    def card_lines() -> None:
         asked.append(1)
         raise DeviceError("qaic-util did not answer within 30 s.")
 
-    monkeypatch.setattr(recording, "open_sdk", lambda _: SimpleNamespace(devices=devices))
+    monkeypatch.setattr(recording, "open_sdk", lambda _: SimpleNamespace(card_lines=card_lines))
     recorded = make()
     until(lambda: len(asked) > 3)
     assert answers(recorded.worker, prompt())[0].ok
