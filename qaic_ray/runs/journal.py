@@ -46,6 +46,8 @@ JOURNAL_NAME = "journal"
 LOCK_NAME = ".lock"
 REPORT_NAME = "report.json"
 SEGMENT_BYTES = 64 * 2**20
+LOOKED_AT_S = 0.2
+"""Who only looks whether a run is going on (`inspect/holder.py`) may hold its lock for an instant."""
 
 _MAX_NAMED_CHARS = 800
 _SEGMENT = re.compile("[0-9]{6,12}")
@@ -337,7 +339,7 @@ def _locked(run_folder: Path) -> FileLock:
     lock = FileLock(run_folder / LOCK_NAME)
     with disk_errors_end_the_run(run_folder):
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=LOOKED_AT_S, poll_interval=LOOKED_AT_S / 10)
         except Timeout as error:
             raise UsageError(
                 f"Another process is writing to {run_folder}: wait for it to end, or stop it."

@@ -27,7 +27,7 @@ FORMAT = 2
 MAX_OPEN_SEGMENTS = 16
 
 BEFORE_JSON = len("01234567 ")
-_MAX_HEADER_BYTES = 2**20
+MAX_HEADER_BYTES = 2**20
 
 
 class Place(NamedTuple):
@@ -109,7 +109,7 @@ def read_header(path: Path) -> Header:
         QaicRayError: it is damaged.
     """
     with path.open("rb") as stream:
-        line = stream.readline(_MAX_HEADER_BYTES)
+        line = stream.readline(MAX_HEADER_BYTES)
     if not is_whole(line):
         raise damaged(path, 1)
     text = line[BEFORE_JSON:].decode(errors="replace")
