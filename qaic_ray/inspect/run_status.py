@@ -25,7 +25,7 @@ RUNNING, UNFINISHED, DONE = "running", "unfinished", "done"
 _SPAN = re.compile(rb'"span_s":([-+.0-9eE]+),"row":')
 _TOKEN_IDS = re.compile(rb'"token_ids":\[([^\]]*)\]')
 _CHOICES = b'"choices":['
-_FAILED = b'"finish_reason":"error"'
+_REASON = re.compile(rb'"finish_reason":"(\w+)"')
 
 
 @dataclass(frozen=True)
@@ -146,13 +146,13 @@ class JournalCounts:
         found = _SPAN.search(line)
         if found:
             self.spans_s[self._session] = float(found[1])
-        if _FAILED in line:
+        reason = _REASON.search(line)  # the first one is the row's, those of its choices follow
+        if reason and reason[1] == b"error":
             self.failed_rows += 1
         else:
             self.ok_rows += 1
-        answers = _TOKEN_IDS.findall(line)
-        if _CHOICES in line:  # the first answer stands twice: as the row's, and among the choices
-            answers = answers[1:]
+        one, _, several = line.partition(_CHOICES)  # the first answer stands in both
+        answers = _TOKEN_IDS.findall(several or one)
         self.generated_tokens += sum(ids.count(b",") + 1 for ids in answers if ids)
 
 

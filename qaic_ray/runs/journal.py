@@ -47,7 +47,7 @@ LOCK_NAME = ".lock"
 REPORT_NAME = "report.json"
 SEGMENT_BYTES = 64 * 2**20
 LOOKED_AT_S = 0.2
-"""Who only looks whether a run is going on (`inspect/holder.py`) may hold its lock for an instant."""
+"""Who only looks whether a run is going on (`inspect/holder.py`) holds its lock for an instant."""
 
 _MAX_NAMED_CHARS = 800
 _SEGMENT = re.compile("[0-9]{6,12}")
