@@ -46,17 +46,16 @@ def prompts(count: int) -> Iterator[Any]:
 
 def drive(folder: Path, address: str, count: int) -> None:
     """One session of the run: until it is done, or this process is killed."""
-    from qaic_ray.cards.placement import place
+    from qaic_ray.cards.inventory import place
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.dispatch.policy import Policy
     from qaic_ray.options import EmulatorOptions, Generation
-    from qaic_ray.runs.delivery import row_writer
+    from qaic_ray.runs.delivery import RowWriter
     from qaic_ray.runs.driver import Audience
     from qaic_ray.runs.journal import Journal
     from qaic_ray.sampling_params import SamplingParams
     from qaic_ray.timeouts import Timeouts
-    from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
-    from qaic_ray.worker.worker import CardWorker
+    from qaic_ray.worker.worker import CardWorker, WorkerInfo, WorkerSpec
 
     # An hour of trouble in a minute.
     policy = Policy(min_stall_s=6.0, first_stall_s=6.0)
@@ -70,7 +69,7 @@ def drive(folder: Path, address: str, count: int) -> None:
     with (
         Cluster(0, address=address, timeouts=Timeouts(steps_s=0.5)) as cluster,
         Journal(folder, FINGERPRINT) as journal,
-        row_writer(folder, resumed=True) as write,
+        RowWriter(folder, resumed=True) as write,
     ):
         found = cluster.inventory(
             made["sdk"], EmulatorOptions(cards=4, sku="standard", apps_version="1.22")

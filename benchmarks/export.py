@@ -42,7 +42,7 @@ from pathlib import Path
 import onnx
 from qaic_ray.export.architecture import read_architecture
 from qaic_ray.export.graph import author
-from qaic_ray.export.simplify import simplifying
+from qaic_ray.export.graph import simplifying
 from qaic_ray.options import ExportOptions
 graph = author(read_architecture(json.loads(sys.argv[1])), ExportOptions(continuous_batching=True))
 with simplifying(graph.model, Path(sys.argv[2])) as simplified:

@@ -35,10 +35,10 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from qaic_ray.dispatch.dispatcher import Dispatcher
-from qaic_ray.dispatch.events import (
+from qaic_ray.dispatch.dispatcher import (
     Command,
     DeliverRows,
+    Dispatcher,
     Event,
     PromptsRead,
     QuarantineWorker,
@@ -50,7 +50,6 @@ from qaic_ray.dispatch.events import (
     RunStarted,
     ShardFinished,
     TimePassed,
-    WorkerFailedToOpen,
     WorkerLost,
     WorkerProgress,
     WorkerReady,
@@ -209,7 +208,7 @@ class Simulation:
     def _opened(self, card: Card) -> None:
         if card.broken:
             life, card.life = card.life, -1
-            self.tell(WorkerFailedToOpen(card.name, "broken", life))
+            self.tell(WorkerLost(card.name, "broken", life))
             return
         assert card.down_since_s is not None
         self.lost_s += self.now_s - card.down_since_s

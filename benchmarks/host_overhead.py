@@ -32,9 +32,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qaic_ray.engine.batcher import Sequence
 from qaic_ray.engine.engine import Engine
 from qaic_ray.engine.session import Session
+from qaic_ray.engine.steps import Sequence
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.model.detokenizer import StopFinder
 from qaic_ray.model.tokenizer import Tokenizer

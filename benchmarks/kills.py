@@ -71,7 +71,7 @@ def processes() -> Iterator[tuple[int, bytes]]:
 
 
 def of_ray(line: bytes) -> bool:
-    return any(word in line for word in (b"/ray/", b"ray::", b"keeper.py"))
+    return any(word in line for word in (b"/ray/", b"ray::", b"ray_session.py"))
 
 
 def locked(folder: Path) -> list[str]:

@@ -86,16 +86,15 @@ def lay_stage(folder: Path) -> None:
 
 def drive(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The run, as `qaic-ray run` makes it."""
-    from qaic_ray.cards.placement import place
+    from qaic_ray.cards.inventory import place
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.formats.prompts import prompts_from_file
     from qaic_ray.options import EmulatorOptions, Generation
-    from qaic_ray.runs.delivery import row_writer
+    from qaic_ray.runs.delivery import RowWriter
     from qaic_ray.runs.driver import Audience
     from qaic_ray.runs.journal import Journal
     from qaic_ray.sampling_params import SamplingParams
-    from qaic_ray.worker.spec import WorkerSpec
-    from qaic_ray.worker.worker import CardWorker
+    from qaic_ray.worker.worker import CardWorker, WorkerSpec
 
     made = make(folder)
     (folder / "timing.json").write_text(json.dumps({"mode": "replace"}))
@@ -109,7 +108,7 @@ def drive(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     with (
         Cluster(options.workers) as cluster,
         Journal(run_folder, {"run": "million"}) as journal,
-        row_writer(run_folder) as write,
+        RowWriter(run_folder) as write,
     ):
         found = cluster.inventory(
             made["sdk"], EmulatorOptions(cards=4, sku="standard", apps_version="1.20")

@@ -93,9 +93,9 @@ def num_tokens(some: Sequence[Any]) -> int:
 def one_engine(stage: dict[str, Any], some: Sequence[Any]) -> tuple[float, float]:
     """Seconds of an engine without Ray, longest first as the dispatcher hands them out; and of a
     step in the mean, its share of the host's work with it."""
-    from qaic_ray.engine.batcher import Sequence as Row
     from qaic_ray.engine.engine import Engine
     from qaic_ray.engine.session import Session
+    from qaic_ray.engine.steps import Sequence as Row
     from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
     from qaic_ray.sdk import open_sdk
 
@@ -121,14 +121,14 @@ class AllOpen:
     """The driver's cards, each of which has opened before it begins."""
 
     def __init__(self, cards: Any) -> None:
-        from qaic_ray.dispatch.events import WorkerFailedToOpen, WorkerReady
+        from qaic_ray.dispatch.dispatcher import WorkerLost, WorkerReady
 
         self._cards = cards
         self._heard: deque[Any] = deque()
         num_open = 0
         while num_open < len(cards.names):
             event = cards.wait(None)
-            if isinstance(event, WorkerFailedToOpen):
+            if isinstance(event, WorkerLost):
                 raise SystemExit(f"{event.worker}: {event.error}")
             num_open += isinstance(event, WorkerReady)
             self._heard.append(event)
@@ -144,7 +144,7 @@ class AllOpen:
 def fleet(stage: dict[str, Any], some: Sequence[Any], specs: Sequence[Any]) -> dict[str, Any]:
     """The product, but for the workers' opening."""
     from qaic_ray.cluster.actors import CardActors
-    from qaic_ray.runs.delivery import row_writer
+    from qaic_ray.runs.delivery import RowWriter
     from qaic_ray.runs.driver import Audience, Driver
     from qaic_ray.runs.journal import Journal
     from qaic_ray.worker.worker import CardWorker
@@ -153,7 +153,7 @@ def fleet(stage: dict[str, Any], some: Sequence[Any], specs: Sequence[Any]) -> d
     with (
         CardActors(specs, CardWorker) as cards,
         Journal(folder, {"run": "scaling"}) as journal,
-        row_writer(folder) as write,
+        RowWriter(folder) as write,
     ):
         ready = AllOpen(cards)
         with host_cpu() as cpu_s:
@@ -304,10 +304,10 @@ def make(folder: Path, num_cards: int) -> dict[str, Any]:
 
 def measure(num_cards: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures of one number of cards."""
-    from qaic_ray.cards.placement import place
+    from qaic_ray.cards.inventory import place
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.options import EmulatorOptions
-    from qaic_ray.worker.spec import WorkerSpec
+    from qaic_ray.worker.worker import WorkerSpec
 
     stage = make(folder, num_cards)
     some = prompts(num_cards, options.seconds)

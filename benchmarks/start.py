@@ -34,7 +34,7 @@ IN_PROCESS = """
 import sys
 from pathlib import Path
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
-from qaic_ray.engine.batcher import Sequence
+from qaic_ray.engine.steps import Sequence
 from qaic_ray.engine.engine import Engine
 from qaic_ray.engine.session import Session
 from qaic_ray.sdk import open_sdk

@@ -9,9 +9,11 @@ sum or mean of rates.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+from qaic_ray.rows import Row
 
 GROWTH = 1.002
 """Ratio of a bin's ends: durations are kept to a tenth of a percent."""
@@ -124,6 +126,7 @@ class Meter:
     """
 
     rows: int = 0
+    failed_rows: int = 0
     prompt_tokens: int = 0
     reused_tokens: int = 0
     generated_tokens: int = 0
@@ -166,6 +169,50 @@ def tokens_per_s(generated_tokens: int, span: Span | None) -> float:
     return generated_tokens / span.seconds
 
 
-def total(measurements: Iterable[Measurement]) -> Measurement:
-    """The sum, zero for none."""
-    return sum(measurements, start=Measurement())
+class Tally:
+    """Adds rows up by worker, in constant time a row.
+
+    Attributes:
+        rows: of all workers, and `failed_rows` and `generated_tokens` of them.
+        length_counts: generated tokens of an answer -> how many answers had that many.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.failed_rows = 0
+        self.generated_tokens = 0
+        self.length_counts: Counter[int] = Counter()
+        self._meters: defaultdict[str, Meter] = defaultdict(Meter)
+
+    def add(self, row: Row) -> None:
+        """Count one final row."""
+        counts = self._meters[row.worker]
+        answer_lens = row.answer_lens
+        num_tokens = sum(answer_lens)
+        self.rows += 1
+        self.generated_tokens += num_tokens
+        counts.rows += 1
+        counts.prompt_tokens += row.prompt_tokens
+        counts.generated_tokens += num_tokens
+        if row.ok:
+            counts.ttft[bin_of(row.ttft_s)] += 1
+            self.length_counts.update(answer_lens)
+        else:
+            self.failed_rows += 1
+            counts.failed_rows += 1
+
+    def earlier_workers(self, names: Sequence[str]) -> list[str]:
+        """Workers that rows were counted for and that are not among these."""
+        return sorted(self._meters.keys() - {"", *names})
+
+    def measurement(self, worker: str, engine: Measurement | None = None) -> Measurement:
+        """The rows counted for `worker` ("" for none), with the steps that its engine reports."""
+        counts = self._meters.get(worker, Meter())
+        return replace(
+            engine or Measurement(),
+            rows=counts.rows,
+            failed_rows=counts.failed_rows,
+            prompt_tokens=counts.prompt_tokens,
+            generated_tokens=counts.generated_tokens,
+            ttft=Durations(dict(counts.ttft)),
+        )

@@ -46,7 +46,7 @@ class PromptFormat(str, Enum):
     TEXT = "text"
     """A prompt on each line, as it stands."""
     JSONL = "jsonl"
-    """A JSON object on each line, as `formats/jsonl.py` says, or an array of them."""
+    """A JSON object on each line, as `formats/json_rows.py` says, or an array of them."""
     OPENAI = "openai"
     """A request of the OpenAI batch format on each line, and nothing else."""
     CSV = "csv"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -250,5 +251,6 @@ def _logprobs_json(logprobs: tuple[TokenLogprob, ...]) -> list[dict[str, Any]]:
 
 
 def _logprob_json(token_id: int, logprob: float) -> dict[str, Any]:
-    # JSON has no infinity; this stands for it in the OpenAI interface.
-    return {"token_id": token_id, "logprob": max(round(logprob, 6), -9999.0)}
+    # JSON has no NaN and no infinity; -9999 stands for that in the OpenAI interface.
+    finite = None if math.isnan(logprob) else max(round(logprob, 6), -9999.0)
+    return {"token_id": token_id, "logprob": finite}

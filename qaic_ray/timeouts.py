@@ -1,12 +1,15 @@
 """Every time-out and interval of a run outside the dispatcher, each in seconds.
 
-What the dispatcher decides by time is in its `Policy`. Programs that run by their path and import
-nothing of the package (`cluster/keeper.py`, `compile/guard.py`) have their own polling intervals.
+What the dispatcher decides by time is in its `Policy`. Files that also run as programs, by their
+path (`cluster/ray_session.py`, `guard.py`), have polling intervals of their own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -92,13 +95,30 @@ class Timeouts:
     commit_s: float = 0.05
     """Rows are gathered at least this long before they are written to the disk together."""
 
+    looked_at_s: float = 0.2
+    """A run folder's lock is tried for this; who only looks whether the run goes on holds it for an
+    instant (`inspect/holder.py`)."""
+
     # -- the compiler
     compile_s: float = 6 * 3600.0
     """A compiler that runs longer is stopped. A 70B model takes hours on the real one."""
-    compile_poll_s: float = 0.05
-    """Interval at which the compiler is looked at."""
     guard_s: float = 10.0
-    """The compiler's guard, told to end, is gone within this."""
+    """The guard of a compiler or of onnxsim, told to end, is gone within this."""
 
 
 DEFAULT_TIMEOUTS = Timeouts()
+
+
+def changed_values(settings: Any) -> dict[str, object]:
+    """The fields of a run's time-outs, or of a dispatcher's policy, that are not the default."""
+    values = ((field, getattr(settings, field.name)) for field in fields(settings))
+    return {field.name: value for field, value in values if value != field.default}
+
+
+def tries(timeout_s: float, pause_s: float) -> Iterator[bool]:
+    """Yield for each try, with a pause between two: whether it is the last one, after the time."""
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        yield False
+        time.sleep(pause_s)
+    yield True

@@ -149,7 +149,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyQpcs:
 def make_model_dir(tmp_path: Path) -> Callable[..., Path]:
     """Write a folder that `qaic-ray compile` takes for an exported model."""
     from qaic_ray.contract import IoContract
-    from qaic_ray.model.manifest import CUSTOM_IO_FILE, FORMAT, MANIFEST_FILE, ModelManifest
+    from qaic_ray.model.checkpoint import (
+        CUSTOM_IO_FILE,
+        MANIFEST_FILE,
+        MANIFEST_FORMAT,
+        ModelManifest,
+    )
 
     def make(
         name: str = "m-kv", *, continuous: bool = False, max_position: int = 2048, **changes: Any
@@ -160,7 +165,7 @@ def make_model_dir(tmp_path: Path) -> Callable[..., Path]:
         (folder / onnx_file).touch()
         (folder / CUSTOM_IO_FILE).touch()
         manifest = ModelManifest(
-            format=FORMAT,
+            format=MANIFEST_FORMAT,
             name=name,
             source="m",
             contract=IoContract.POSITION_IDS,

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from qaic_ray import contract
 from qaic_ray.contract import IoContract, Specialization, Specializations
-from qaic_ray.engine.batcher import Sequence
 from qaic_ray.engine.engine import Engine, Finished, StopReader
+from qaic_ray.engine.steps import Sequence
 
 VOCAB = 61
 EOS = 5

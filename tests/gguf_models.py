@@ -10,9 +10,13 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 import transformers
 from tokenizers import pre_tokenizers
+
+from qaic_ray.files.folders import CACHE_VARIABLE
+from qaic_ray.model.checkpoint import Checkpoint, open_checkpoint
 
 Array = npt.NDArray[Any]
 Quantization = gguf.GGMLQuantizationType
@@ -43,6 +47,13 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
+
+
+def opened(path: Path, cache: Path) -> Checkpoint:
+    """The checkpoint that a file is converted to, below `cache`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(cache))
+        return open_checkpoint(str(path))
 
 
 def random_model(kind: str, seed: int = 0, **changes: Any) -> Any:

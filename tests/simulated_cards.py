@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from qaic_ray.dispatch.events import (
+from qaic_ray.dispatch.dispatcher import (
     Event,
     RowsFinished,
     RunShard,
     ShardFinished,
-    WorkerFailedToOpen,
     WorkerLost,
     WorkerProgress,
     WorkerReady,
@@ -21,18 +20,17 @@ from qaic_ray.dispatch.events import (
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.metrics import Measurement
 from qaic_ray.rows import FinishReason, Prompt, Row
-from qaic_ray.runs.reading import Batch
-from qaic_ray.worker.spec import WorkerInfo
+from qaic_ray.runs.intake import Batch, ThreadedReader
+from qaic_ray.worker.worker import WorkerInfo
 
 STEP_S = 0.02
 
 
-class DirectReader:
+class DirectReader(ThreadedReader):
     """The input for a driver whose time is simulated: all that is asked for is there at once."""
 
-    poll_s = 0.02
-
     def __init__(self, items: Iterable[Prompt | Row]) -> None:
+        self.poll_s = 0.02
         self._items = iter(items)
         self._num_wanted = 0
 
@@ -174,7 +172,7 @@ class SimulatedCards:
         self._cards[name] = Card(incarnation, self.slots)
         open_s = self.open_s[self.names.index(name)]
         if open_s is None:
-            self._later(1.0, WorkerFailedToOpen(name, "DeviceError: no", incarnation))
+            self._later(1.0, WorkerLost(name, "DeviceError: no", incarnation))
         else:
             self._later(open_s, WorkerReady(name, self.slots, incarnation))
 
@@ -183,7 +181,7 @@ class SimulatedCards:
 
     def _happened(self, card: Card, worker: str, event: Event) -> Event:
         match event:
-            case WorkerLost() | WorkerFailedToOpen():
+            case WorkerLost():
                 del self._cards[worker]
                 self.lives_lost[worker] += 1
             case WorkerReady():

@@ -15,8 +15,8 @@ import torch
 from compiled_here import compile_here
 from random_models import export_untouched, write_checkpoint
 
+from qaic_ray.compile.compiler import Variant
 from qaic_ray.compile.store import BuildRequest, build
-from qaic_ray.compile.variant import Variant
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP, IoContract, Specializations
 from qaic_ray.model.checkpoint import load_torch_model
 from qaic_ray.option_types import Precision

@@ -1,7 +1,8 @@
-"""The cards of every node, as plain data: which are there, and how many it offers to Ray.
+"""The cards of every node, and which worker gets which: plain data and pure functions of it.
 
 `look` runs on each node and finds its cards. `problems` names the nodes that offer another number
-of cards to Ray than they have, each with the remedy.
+of cards to Ray than they have, each with the remedy. `place` gives every worker cards of one node;
+no node gives more cards than it offers to Ray.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
-from qaic_ray.cards.lease import card_scope, held_cards
-from qaic_ray.errors import DeviceError, SdkNotFound
+from qaic_ray.cards.lease import Part, card_scope, held_cards
+from qaic_ray.compile.store import read_record
+from qaic_ray.contract import MAX_CORES
+from qaic_ray.errors import DeviceError, SdkNotFound, UsageError
 from qaic_ray.options import EmulatorOptions
 from qaic_ray.sdk import Device, find_sdk
 
@@ -95,17 +100,12 @@ def problems(nodes: Sequence[NodeCards], head: str) -> list[str]:
     found_problems: list[str] = []
     used = usable(nodes)
     for found in nodes:
-        label = f"{found.host} ({found.node.address})"
-        if found.error and found.node.offered:
-            found_problems.append(
-                f"{label} offers {_cards(found.node.offered)} to Ray, and none can be seen there: "
-                f"{found.error}"
-            )
-        elif found.node.offered and found not in used:
-            found_problems.append(
-                f"{label} offers {_cards(found.node.offered)} to Ray that are emulated, and is "
-                "left out because other nodes have real ones."
-            )
+        if found.node.offered and found not in used:
+            why = " that are emulated, and is left out because other nodes have real ones."
+            if found.error:
+                why = f", and none can be seen there: {found.error}"
+            label = f"{found.host} ({found.node.address})"
+            found_problems.append(f"{label} offers {_cards(found.node.offered)} to Ray{why}")
     for machine in dict.fromkeys(found.machine for found in nodes if not found.error):
         found_problems += _of_machine([n for n in nodes if n.machine == machine], head)
     return found_problems
@@ -148,3 +148,194 @@ def remedy(found: NodeCards, cards: int, head: str = "<head>") -> str:
 
 def _cards(number: int) -> str:
     return "1 card" if number == 1 else f"{number} cards"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerPlace:
+    """Where one worker runs: its node, and its cards or its part of one.
+
+    Where Ray chooses the cards, `device_ids` says only how many, and `choices` maps Ray's unit
+    numbers, by position, to ids of cards.
+    """
+
+    name: str
+    sdk_root: str
+    device_ids: tuple[int, ...]
+    node_id: str = ""
+    part: Part | None = None
+    choices: tuple[int, ...] = ()
+
+
+def place(
+    nodes: Sequence[NodeCards],
+    *,
+    devices: Sequence[int] | None = None,
+    group_size: int = 1,
+    partitions: int = 1,
+    num_cores: int | None = None,
+) -> list[WorkerPlace]:
+    """One place for each worker, by node and card.
+
+    Args:
+        nodes: what was found.
+        devices: ids of cards, the same on every machine; None for all that are ready.
+        group_size: cards of one worker, for tensor-sliced QPCs: consecutive ones of a node.
+        partitions: workers of one card, each with as many of its NSPs.
+        num_cores: what the QPC was compiled for, where that is known.
+
+    Raises:
+        UsageError: for cards that are not there, or cannot be shared out so.
+        DeviceError: for cards that are not ready.
+    """
+    if group_size > 1 and partitions > 1:
+        raise UsageError("Parts of cards cannot be grouped: give partitions or a group, not both.")
+    places: list[WorkerPlace] = []
+    used = usable(nodes)
+    several = len({found.machine for found in used}) > 1
+    for found, cards in allot(used, devices):
+        for card in cards:
+            _check_cores(card, partitions, num_cores)
+        if len(cards) % group_size and devices is not None:
+            raise UsageError(
+                f"{len(cards)} cards of {_label(found, used)} cannot be used in groups of "
+                f"{group_size}: name as many as fill whole groups."
+            )
+        where = f" on {_label(found, used)}" if several else ""
+        node = found.node
+        here = partial(WorkerPlace, node_id=node.node_id, sdk_root=found.sdk_root)
+        if partitions > 1:
+            for card, number in product(cards, range(1, partitions + 1)):
+                part = Part(number, partitions)
+                name = f"card {card.qid} {part}, {card.nsp_total // partitions} NSPs{where}"
+                places.append(here(name=name, device_ids=(card.qid,), part=part))
+            continue
+        choices = _choices(found, used) if node.chooses and devices is None else ()
+        ends = range(group_size, len(cards) + 1, group_size)
+        for group in (tuple(card.qid for card in cards[end - group_size : end]) for end in ends):
+            name = f"{cards_name(group)}{where}"
+            places.append(here(name=name, device_ids=group, choices=choices))
+    if not places:
+        raise _nothing(nodes, group_size)
+    return [
+        replace(place, name=f"worker {number}") if place.choices else place
+        for number, place in enumerate(places, start=1)
+    ]
+
+
+def cards_name(device_ids: Sequence[int]) -> str:
+    """`card 3`, `cards 0-3` or `cards 0,2,5`."""
+    if len(device_ids) == 1:
+        return f"card {device_ids[0]}"
+    first, last = device_ids[0], device_ids[-1]
+    if list(device_ids) == list(range(first, last + 1)):
+        return f"cards {first}-{last}"
+    return f"cards {','.join(map(str, device_ids))}"
+
+
+def allot(
+    nodes: Sequence[NodeCards], devices: Sequence[int] | None = None
+) -> list[tuple[NodeCards, tuple[Device, ...]]]:
+    """The cards of each node that are to be used: no more than it offers to Ray.
+
+    The nodes of one machine share its cards out by their ids, always in the same way, so that two
+    jobs on a cluster do not mean the same card; what that leaves over goes where there is room.
+
+    Raises:
+        UsageError: for ids that are not there, or that no node offers.
+        DeviceError: for ids that are not ready.
+    """
+    result: list[tuple[NodeCards, tuple[Device, ...]]] = []
+    for machine in dict.fromkeys(found.machine for found in nodes):
+        shares = _shares([found for found in nodes if found.machine == machine])
+        known = {device.qid: device for found, _ in shares for device in found.devices}
+        wanted = _wanted(known, devices, machine[0])
+        chosen = {found.node.node_id: [q for q in own if q in wanted] for found, own in shares}
+        left = [q for q in wanted if not any(q in ids for ids in chosen.values())]
+        for found, _ in shares:
+            ids = chosen[found.node.node_id]
+            room = found.node.offered - len(ids)
+            ids += left[:room]
+            del left[:room]
+            result.append((found, tuple(known[qid] for qid in sorted(ids))))
+        if left and devices is not None:
+            offered = sum(found.node.offered for found, _ in shares)
+            raise UsageError(
+                f"{len(wanted)} cards of {machine[0]} are asked for and it offers {offered} to "
+                f"Ray: {remedy(shares[0][0], len(known))}"
+            )
+    return result
+
+
+def qpc_cores(qpc: Path) -> int | None:
+    """The NSPs that a QPC was compiled for; None where its folder does not say."""
+    record = read_record(qpc)
+    return record.num_cores if record and 1 <= record.num_cores <= MAX_CORES else None
+
+
+def _shares(nodes: Sequence[NodeCards]) -> list[tuple[NodeCards, list[int]]]:
+    """The nodes of one machine, each with the ids that are its own by order."""
+    start = 0
+    shares = []
+    for found in sorted(nodes, key=lambda found: found.node.node_id):
+        end = start + found.node.offered
+        shares.append((found, sorted(device.qid for device in found.devices)[start:end]))
+        start = end
+    return shares
+
+
+def _wanted(known: Mapping[int, Device], devices: Sequence[int] | None, host: str) -> list[int]:
+    if devices is None:
+        return sorted(qid for qid, device in known.items() if device.ready)
+    for qid in devices:
+        if list(devices).count(qid) > 1:
+            raise UsageError(f"Device {qid} is given twice.")
+        if qid not in known:
+            there = ", ".join(map(str, sorted(known))) or "none"
+            raise UsageError(f"There is no device {qid} on {host}: the cards there are {there}.")
+        if not known[qid].ready:
+            raise DeviceError(
+                f"Device {qid} of {host} is not ready: its status is {known[qid].status}."
+            )
+    return list(devices)
+
+
+def _choices(found: NodeCards, nodes: Sequence[NodeCards]) -> tuple[int, ...]:
+    same = [other for other in nodes if other.machine == found.machine]
+    return tuple(next(ids for other, ids in _shares(same) if other is found))
+
+
+def _check_cores(card: Device, partitions: int, num_cores: int | None) -> None:
+    share = card.nsp_total // partitions
+    if not share:
+        raise UsageError(
+            f"Card {card.qid} has {card.nsp_total} NSPs: that is not enough for {partitions} "
+            "partitions."
+        )
+    if num_cores is None or num_cores <= share:
+        return
+    has, remedy = f"card {card.qid} has {share}", ""
+    if partitions > 1:
+        has = f"a partition of card {card.qid} has {share} (1/{partitions} of {card.nsp_total})"
+        remedy = ", or use fewer partitions"
+    raise UsageError(
+        f"The QPC was compiled for {num_cores} NSPs and {has}: compile with --num-cores "
+        f"{share}{remedy}."
+    )
+
+
+def _nothing(nodes: Sequence[NodeCards], group_size: int) -> DeviceError:
+    if not any(found.node.offered for found in nodes):
+        return DeviceError(
+            "No node of the Ray cluster offers cards: start Ray on those that have them with "
+            f"`ray start --address=<head> --resources='{{\"{CARD_RESOURCE}\": <cards>}}'`."
+        )
+    errors = [f"{found.host}: {found.error}" for found in nodes if found.error]
+    number = sum(len(found.devices) for found in usable(nodes))
+    why = "; ".join(errors) or f"{number} found, and none, or no {group_size} of a node, are ready"
+    return DeviceError(f"No card of the cluster can be used ({why}).")
+
+
+def _label(found: NodeCards, nodes: Iterable[NodeCards]) -> str:
+    """The machine's name, or its address where another has the same name."""
+    same = {other.machine for other in nodes if other.host == found.host}
+    return found.host if len(same) == 1 else found.node.address

@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,7 +25,7 @@ from qaic_ray.errors import DeviceBusy, DeviceError, UsageError
 from qaic_ray.files.documents import checked, parse_json, shown
 from qaic_ray.files.folders import CACHE_VARIABLE, cache_folder, open_lock
 from qaic_ray.sdk import Sdk
-from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts, tries
 
 LOCKS_VARIABLE = "QAIC_RAY_LOCKS"
 # Not the user's temporary folder: all users of this machine have to look in the same place.
@@ -33,7 +33,7 @@ SHARED_FOLDER = Path("/tmp/qaic-ray-locks")
 
 _MAX_HOLDER_BYTES = 4096
 _MAX_WORDS = 80
-_LOCK_NAME = re.compile(r"[0-9]{1,6}(\.[0-9]+-of-[0-9]+)?\.lock")
+_LOCK_NAME = re.compile(r"([0-9]{1,6})(\.[0-9]+-of-[0-9]+)?\.lock")
 
 
 def locks_folder(shared_folder: Path = SHARED_FOLDER) -> Path:
@@ -127,18 +127,17 @@ class CardLocks:
         self._deadline_s, self._poll_s = time.monotonic() + timeout_s, poll_s
         folder = locks_folder(self._shared_folder)
         try:
-            _make_shared(folder, may_be_link=folder != self._shared_folder)
-            for name in self._names:
-                self._take_card(folder, name)
+            with ExitStack() as undo:
+                undo.callback(self.release)
+                _make_shared(folder, may_be_link=folder != self._shared_folder)
+                for name in self._names:
+                    self._take_card(folder, name)
+                undo.pop_all()
         except OSError as error:
-            self.release()
             raise DeviceError(
                 f"The lock files of the cards cannot be written in {folder} ({error.strerror}): "
                 f"let {LOCKS_VARIABLE} name a folder that all users of this machine can write to."
             ) from error
-        except DeviceBusy:
-            self.release()
-            raise
 
     def release(self) -> None:
         """Give them back; a second call does nothing."""
@@ -156,7 +155,9 @@ class CardLocks:
             own = folder / f"{name}.{self._part.number}-of-{self._part.count}.lock"
             self._take(card, fcntl.LOCK_SH, card.name)
             self._take(own, fcntl.LOCK_EX, own.name)
-        self._sign()
+        text = json.dumps(asdict(Holder.here(self._what))).encode()
+        os.pwrite(self._held[-1], text, 0)
+        os.ftruncate(self._held[-1], len(text))
 
     def _take(self, path: Path, kind: int, signed: str) -> None:
         """Lock a file; the files that match `signed` name who else may hold it."""
@@ -164,14 +165,10 @@ class CardLocks:
         if descriptor is None:
             raise OSError(errno.EINVAL, f"{path.name} is no lock file: remove it", str(path))
         self._held.append(descriptor)
-        while True:
-            try:
+        for _ in tries(self._deadline_s - time.monotonic(), self._poll_s):
+            with suppress(BlockingIOError):
                 fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
                 return
-            except BlockingIOError:
-                if time.monotonic() >= self._deadline_s:
-                    break
-                time.sleep(self._poll_s)
         self._held.remove(descriptor)  # what stays in it is the holder's
         os.close(descriptor)
         holders = _read(sorted(path.parent.glob(signed)))
@@ -182,70 +179,48 @@ class CardLocks:
             "other cards."
         )
 
-    def _sign(self) -> None:
-        text = json.dumps(asdict(Holder.here(self._what))).encode()
-        os.pwrite(self._held[-1], text, 0)
-        os.ftruncate(self._held[-1], len(text))
 
-
-class CardLease:
-    """Holds cards from `open` until `release`, or until this process ends.
+def open_session(
+    sdk: Sdk,
+    qpc: Path,
+    device_ids: tuple[int, ...],
+    *,
+    what: str,
+    part: Part | None,
+    is_used: bool,
+    timeouts: Timeouts,
+) -> tuple[Session, ExitStack]:
+    """Lock the cards and load the QPC; the stack, when it is closed, gives all of that back.
 
     Args:
+        sdk: the cards'.
+        qpc: the folder.
+        device_ids: the cards.
         what: the holder's name, for others that want the cards.
         part: the part of the card that is wanted; None for whole cards.
         is_used: whether another process had them until now, and did not end well.
         timeouts: those of cards are used.
+
+    Raises:
+        DeviceBusy: for cards that somebody else holds; naming them, where that is known.
+        DeviceError: for cards that are not ready, and from the runtime.
+        UsageError: for a QPC that cannot be run.
     """
-
-    def __init__(
-        self,
-        what: str,
-        *,
-        part: Part | None = None,
-        is_used: bool = False,
-        timeouts: Timeouts = DEFAULT_TIMEOUTS,
-    ) -> None:
-        self._what = what
-        self._part = part
-        self._is_used = is_used
-        self._timeouts = timeouts
-        self._locks: CardLocks | None = None
-
-    def open(self, sdk: Sdk, qpc: Path, device_ids: tuple[int, ...]) -> Session:
-        """Lock the cards and load the QPC.
-
-        Raises:
-            DeviceBusy: for cards that somebody else holds; naming them, where that is known.
-            DeviceError: for cards that are not ready, and from the runtime.
-            UsageError: for a QPC that cannot be run.
-        """
-        scope = card_scope(sdk)
-        self._locks = CardLocks(device_ids, part=self._part, scope=scope, what=self._what)
-        self._locks.acquire(self._timeouts.lock_s, poll_s=self._timeouts.lock_poll_s)
-        try:
-            if self._is_used:
-                await_ready(sdk, device_ids, self._timeouts)
-            return self._load(sdk, qpc, device_ids)
-        except BaseException:
-            self.release()
-            raise
-
-    def release(self) -> None:
-        """Give the cards back, after the session is closed; a second call does nothing."""
-        locks, self._locks = self._locks, None
-        if locks is not None:
-            locks.release()
-
-    def _load(self, sdk: Sdk, qpc: Path, device_ids: tuple[int, ...]) -> Session:
-        deadline_s = time.monotonic() + (self._timeouts.ready_s if self._is_used else 0.0)
-        while True:
+    with ExitStack() as held:
+        locks = CardLocks(device_ids, part=part, scope=card_scope(sdk), what=what)
+        locks.acquire(timeouts.lock_s, poll_s=timeouts.lock_poll_s)
+        held.callback(locks.release)
+        if is_used:
+            await_ready(sdk, device_ids, timeouts)
+        for is_last in tries(timeouts.ready_s if is_used else 0.0, timeouts.poll_s):
             try:
-                return Session(sdk, qpc, device_ids)
+                session = Session(sdk, qpc, device_ids)
+                break
             except DeviceBusy:
-                if time.monotonic() >= deadline_s:
+                if is_last:
                     raise
-            time.sleep(self._timeouts.poll_s)
+        held.callback(session.close)
+        return session, held.pop_all()
 
 
 def await_ready(sdk: Sdk, device_ids: Iterable[int], timeouts: Timeouts) -> None:
@@ -261,20 +236,18 @@ def await_ready(sdk: Sdk, device_ids: Iterable[int], timeouts: Timeouts) -> None
     """
     if sdk.kind == "real":
         time.sleep(timeouts.cool_down_s)
-    deadline_s = time.monotonic() + timeouts.ready_s
-    while True:
+    for is_last in tries(timeouts.ready_s, timeouts.poll_s):
         statuses = {device.qid: device.status for device in sdk.devices()}
         waiting = {qid: statuses.get(qid, "Absent") for qid in device_ids}
         waiting = {qid: status for qid, status in waiting.items() if status.lower() != "ready"}
         if not waiting:
             return
         hopeless = any(status.lower() != "initializing" for status in waiting.values())
-        if hopeless or time.monotonic() >= deadline_s:
+        if hopeless or is_last:
             named = ", ".join(f"{qid} is {status}" for qid, status in waiting.items())
             raise DeviceError(
                 f"Not ready: card {named}; `qaic-util -q` says more, and `qaic-util -s` resets."
             )
-        time.sleep(timeouts.poll_s)
 
 
 def card_scope(sdk: Sdk) -> str:
@@ -293,9 +266,8 @@ def held_cards(scope: str = "") -> dict[int, list[Holder]]:
     folder = locks_folder()
     found: dict[int, list[Holder]] = {}
     for path in sorted(folder.glob(f"{_prefix(scope)}*.lock")):
-        if not _LOCK_NAME.fullmatch(path.name.removeprefix(_prefix(scope))):
-            continue
-        found.setdefault(_device_id(path), []).extend(_read([path]))
+        if name := _LOCK_NAME.fullmatch(path.name.removeprefix(_prefix(scope))):
+            found.setdefault(int(name[1]), []).extend(_read([path]))
     return {device_id: some for device_id, some in found.items() if some}
 
 

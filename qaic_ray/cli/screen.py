@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from qaic_ray.rows import Row
     from qaic_ray.runs.report import RunSummary
     from qaic_ray.sdk import Device, Sdk
-    from qaic_ray.worker.spec import WorkerInfo
+    from qaic_ray.worker.worker import WorkerInfo
 
 GIB = 2**30
 PROGRESS_EVERY_S = 10.0
@@ -124,7 +124,7 @@ class Screen:
             _write_json(summary.document())
         if summary.error is not None:
             raise (Unfinished if summary.goes_on else QaicRayError)(summary.error)
-        if not summary.ok:
+        if not summary.result.ok:
             raise SystemExit(ExitCode.FAILED)
 
     def exported(self, result: ExportResult, *, as_json: bool) -> None:

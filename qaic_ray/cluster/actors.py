@@ -13,8 +13,8 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,26 +26,24 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qaic_ray.cards.inventory import CARD_RESOURCE
 from qaic_ray.cluster.connection import CARD_CPUS, call_for, first_line
-from qaic_ray.dispatch.events import (
+from qaic_ray.dispatch.dispatcher import (
     Event,
     RowsFinished,
     RunShard,
     ShardFailed,
     ShardFinished,
-    WorkerFailedToOpen,
     WorkerLost,
     WorkerProgress,
     WorkerReady,
 )
 from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
-from qaic_ray.errors import DeviceError, QaicRayError, UsageError
+from qaic_ray.errors import DeviceError, UsageError
 from qaic_ray.metrics import Measurement
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 if TYPE_CHECKING:
     from qaic_ray.cards.lease import Part
-    from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
-    from qaic_ray.worker.worker import CardWorker
+    from qaic_ray.worker.worker import CardWorker, WorkerInfo, WorkerSpec
 
 CONTROL_GROUP = "control"
 MAX_ASKED_PER_S = 100
@@ -55,12 +53,8 @@ MAX_ASKED_PER_S = 100
 _RESOURCE_STEPS = 10_000
 
 
-@dataclass(frozen=True)
-class _PendingCall:
-    """A call of a worker that has not returned; `event` makes the event of its result."""
-
-    worker: str
-    event: Callable[[Any], Event | None]
+_Returned = Callable[[Any], Event | None]
+"""Makes the event of what a call of a worker returned."""
 
 
 class CardActors(AbstractContextManager["CardActors"]):
@@ -93,7 +87,7 @@ class CardActors(AbstractContextManager["CardActors"]):
 
         self._actors: dict[str, ActorHandle] = {}
         self._infos: dict[str, WorkerInfo] = {}
-        self._in_flight: dict[ObjectRef | ObjectRefGenerator, _PendingCall] = {}
+        self._in_flight: dict[ObjectRef | ObjectRefGenerator, tuple[str, _Returned]] = {}
         self._events: deque[Event] = deque()
         self._silent: set[str] = set()  # asked for their steps, and have not answered
         self._next_ask_s = 0.0
@@ -123,9 +117,8 @@ class CardActors(AbstractContextManager["CardActors"]):
             until_s = min(deadline_s, self._next_ask_s) - now_s
             ref = self._next_ref(max(0.0, until_s))
             if ref is not None:
-                call = self._in_flight.pop(ref)
-                event = call.event(ref)
-                if event is not None:
+                _, returned = self._in_flight.pop(ref)
+                if (event := returned(ref)) is not None:
                     self._events.append(event)
             elif time.monotonic() >= deadline_s:
                 return None
@@ -146,9 +139,7 @@ class CardActors(AbstractContextManager["CardActors"]):
             ray.kill(actor)
         self._infos.pop(worker, None)
         self._silent.discard(worker)
-        self._in_flight = {
-            ref: call for ref, call in self._in_flight.items() if call.worker != worker
-        }
+        self._in_flight = {ref: call for ref, call in self._in_flight.items() if call[0] != worker}
 
     def replace(self, worker: str, incarnation: int) -> None:
         """End a worker's process, and start to open its cards in another one."""
@@ -169,10 +160,8 @@ class CardActors(AbstractContextManager["CardActors"]):
         refs = {_control(self._actors[name].measurement): name for name in self._infos}
         found: dict[str, Measurement] = {}
         for ref in self._wait_all(list(refs)):
-            try:
+            with suppress(ray_errors.RayActorError):
                 found[refs[ref]] = ray.get(ref)
-            except ray_errors.RayActorError:
-                continue
         return found
 
     # -- calls
@@ -193,10 +182,10 @@ class CardActors(AbstractContextManager["CardActors"]):
         ).remote(spec)
         self._actors[name] = actor
         opened = actor.__ray_call__.options(name=f"open {name}").remote(_open, self._timeouts)
-        self._in_flight[opened] = _PendingCall(name, partial(self._opened, name))
+        self._in_flight[opened] = name, partial(self._opened, name)
 
     def _listen_to(self, stream: ObjectRefGenerator, worker: str, shard_id: int) -> None:
-        self._in_flight[stream] = _PendingCall(worker, partial(self._rows, worker, shard_id))
+        self._in_flight[stream] = worker, partial(self._rows, worker, shard_id)
 
     def _ask_for_steps(self, now_s: float) -> None:
         """Ask every open worker that has answered before; the answers come as events."""
@@ -206,7 +195,7 @@ class CardActors(AbstractContextManager["CardActors"]):
         for name in self._infos.keys() - self._silent:
             self._silent.add(name)
             ref = _control(self._actors[name].num_steps)
-            self._in_flight[ref] = _PendingCall(name, partial(self._steps, name))
+            self._in_flight[ref] = name, partial(self._steps, name)
 
     def _next_ref(self, timeout_s: float) -> ObjectRef | ObjectRefGenerator | None:
         """A call that has returned something; None after the time."""
@@ -229,21 +218,21 @@ class CardActors(AbstractContextManager["CardActors"]):
         incarnation = self._specs[worker].incarnation
         try:
             self._infos[worker] = ray.get(ref)
-        except ray_errors.RayTaskError as error:
-            # What is wrong with the request shows the first time; later the node has changed.
-            if not (incarnation or isinstance(error.cause, DeviceError)):
-                raise error.cause from error
-            self.retire(worker)
-            return WorkerFailedToOpen(worker, _text(error.cause), incarnation)
         except ray_errors.RayError as error:
-            # It does nothing that could fail there.
-            if getattr(error, "actor_init_failed", False) and not incarnation:
+            # What is wrong with the request shows the first time; later the node has changed.
+            why = loss(error)
+            if isinstance(error, ray_errors.RayTaskError):
+                if not (incarnation or isinstance(error.cause, DeviceError)):
+                    raise error.cause from error
+                why = _text(error.cause)
+            elif getattr(error, "actor_init_failed", False) and not incarnation:
+                # It does nothing that could fail there.
                 raise UsageError(
                     f"The actor of {worker} cannot be made on its node "
                     f"({str(error).splitlines()[-1]}): the whole cluster needs the same qaic-ray."
                 ) from error
             self.retire(worker)
-            return WorkerFailedToOpen(worker, loss(error), incarnation)
+            return WorkerLost(worker, why, incarnation)
         self._events.append(WorkerReady(worker, self._infos[worker].slots, incarnation))
         return WorkerProgress(worker, 0, incarnation)
 
@@ -261,9 +250,7 @@ class CardActors(AbstractContextManager["CardActors"]):
             return ShardFinished(worker, shard_id)
         except ray_errors.RayTaskError as error:
             cause = error.cause
-            retryable = isinstance(cause, ray_errors.RayError) or (
-                isinstance(cause, QaicRayError) and cause.retryable
-            )
+            retryable = isinstance(cause, ray_errors.RayError) or getattr(cause, "retryable", False)
             return ShardFailed(worker, shard_id, _text(cause), retryable)
         except ray_errors.RayError as error:  # of the actor's process, its node, its objects
             return self._lost(worker, error)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import ray
 import ray.exceptions as ray_errors
@@ -30,7 +29,6 @@ from qaic_ray.cluster.connection import (
     call_for,
     first_line,
     join,
-    leave,
     start,
 )
 from qaic_ray.dispatch.dispatcher import Dispatcher
@@ -38,26 +36,16 @@ from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
 from qaic_ray.errors import ClusterLost, CompileError, DeviceBusy, QaicRayError, UsageError
 from qaic_ray.options import EmulatorOptions
 from qaic_ray.rows import Prompt, Row
-from qaic_ray.runs.driver import Audience, Driver
+from qaic_ray.runs.driver import Audience, Driver, FleetResult
+from qaic_ray.runs.intake import ThreadedReader
 from qaic_ray.runs.journal import Journal
-from qaic_ray.runs.reading import ThreadedReader
-from qaic_ray.runs.result import FleetResult, changed_values
-from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts, changed_values, tries
 
 if TYPE_CHECKING:
-    from qaic_ray.worker.spec import WorkerSpec
-    from qaic_ray.worker.worker import CardWorker
+    from qaic_ray.worker.worker import CardWorker, WorkerSpec
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Outcome(Generic[Result]):
-    """The result of one compile task, or its QaicRayError."""
-
-    label: str
-    result: Result | QaicRayError
 
 
 class Cluster(AbstractContextManager["Cluster"]):
@@ -86,35 +74,32 @@ class Cluster(AbstractContextManager["Cluster"]):
         self._dashboard = dashboard
         self._timeouts = timeouts
         self._own: OwnRay | None = None
-        self._joined = False
+        self._ends = ExitStack()
         self._watch: ClusterWatch | None = None
         self.dashboard_url: str | None = None
         self.token_file: Path | None = None
 
     def __enter__(self) -> Cluster:
-        if not ray.is_initialized():
-            if self._address is None:
-                self._own = start(
-                    self._num_cards, dashboard=self._dashboard, timeouts=self._timeouts
-                )
-                context = self._own.context
-                self.token_file = self._own.session.token_file
-            else:
-                context = join(self._address, self._timeouts)
-                self._joined = True
-            self.dashboard_url = context.dashboard_url or None
-        self._watch = self._watching()
+        with ExitStack() as ends:
+            if not ray.is_initialized():
+                if self._address is None:
+                    self._own = start(
+                        self._num_cards, dashboard=self._dashboard, timeouts=self._timeouts
+                    )
+                    ends.callback(self._own.end)
+                    context = self._own.context
+                    self.token_file = self._own.session.token_file
+                else:
+                    context = join(self._address, self._timeouts)
+                    ends.callback(call_for, self._timeouts.shutdown_s, ray.shutdown)
+                self.dashboard_url = context.dashboard_url or None
+            self._watch = self._watching()
+            ends.callback(self._watch.close)
+            self._ends = ends.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            if self._watch is not None:
-                self._watch.close()
-        finally:
-            if self._own is not None:
-                self._own.end()
-            elif self._joined:
-                leave(self._timeouts)
+        self._ends.close()
 
     def compile_variants(
         self,
@@ -122,23 +107,19 @@ class Cluster(AbstractContextManager["Cluster"]):
         requests: Mapping[str, Request],
         *,
         parallel: int,
-        on_done: Callable[[Outcome[Result]], None] | None = None,
-    ) -> list[Outcome[Result]]:
+        on_done: Callable[[str, Result | QaicRayError], None],
+    ) -> None:
         """Run `build` on every request, each as one Ray task named `compile <label>`.
 
         Args:
             build: a module's function, so that another process finds it.
             requests: label -> request.
             parallel: how many run at a time.
-            on_done: called with each outcome as it comes.
-
-        Returns:
-            The outcomes, in the order of the requests. An error of ours is an outcome; a task whose
-            process died is a CompileError.
+            on_done: called with each label and its result, as they come. An error of ours is a
+                result; a task whose process died is a CompileError.
         """
         waiting = deque(requests.items())
         running: dict[ObjectRef, str] = {}
-        outcomes: dict[str, Outcome[Result]] = {}
         with self._losses():
             try:
                 while waiting or running:
@@ -148,12 +129,9 @@ class Cluster(AbstractContextManager["Cluster"]):
                         running[task.remote(build, request)] = label
                     (ref,), _ = ray.wait(list(running), num_returns=1)
                     label = running.pop(ref)
-                    outcomes[label] = Outcome(label, _built(label, ref))
-                    if on_done is not None:
-                        on_done(outcomes[label])
+                    on_done(label, _built(label, ref))
             finally:
                 self._cancel(list(running))
-        return [outcomes[label] for label in requests]
 
     def inventory(self, sdk: str | None, emulated: EmulatorOptions) -> list[NodeCards]:
         """The cards of every node, by the SDK that is found there.
@@ -164,7 +142,7 @@ class Cluster(AbstractContextManager["Cluster"]):
             sdk: as the job names it; see `find_sdk`.
             emulated: what the emulated SDK is to be, where it is the one.
         """
-        if self._is_ours:  # one node, and it is this one
+        if self._own is not None:  # one node, and it is this one
             return [look(node, sdk, emulated) for node in _nodes()]
         told = self.each_node("look for cards", _look_here, (sdk, emulated))
         return [
@@ -203,7 +181,7 @@ class Cluster(AbstractContextManager["Cluster"]):
 
     def problems(self, nodes: Sequence[NodeCards]) -> list[str]:
         """A sentence, with its remedy, for each reason why cards of an inventory are not used."""
-        if self._is_ours:
+        if self._own is not None:
             return []  # it offers what it was asked for
         return problems(nodes, ray.get_runtime_context().gcs_address)
 
@@ -232,14 +210,13 @@ class Cluster(AbstractContextManager["Cluster"]):
         with self._losses():
             told = audience or Audience()
             self._await_cards(specs, told.on_wait)
-            actors = CardActors(
+            with CardActors(
                 specs,
                 worker_class,
                 num_cpus=self._cpus_each(len(specs)),
                 policy=policy,
                 timeouts=self._timeouts,
-            )
-            with actors as cards:
+            ) as cards:
                 result = Driver(
                     cards,
                     prompts,
@@ -277,15 +254,15 @@ class Cluster(AbstractContextManager["Cluster"]):
                 f"--resources='{{\"{CARD_RESOURCE}\": <cards of the node>}}'`."
             )
         is_told = False
-        deadline_s = time.monotonic() + self._timeouts.busy_s
-        while lacking := _lacking(needed):
+        for is_last in tries(self._timeouts.busy_s, self._timeouts.busy_poll_s):
+            if not (lacking := _lacking(needed)):
+                return
             words = f"{total} cards are asked for and {lacking:g} of them are held by others"
-            if time.monotonic() > deadline_s:
+            if is_last:
                 raise DeviceBusy(f"{words}: wait for the job that holds them, or ask for fewer.")
             if not is_told:
                 on_wait(f"{words}: waiting for up to {self._timeouts.busy_s:.0f} s.")
                 is_told = True
-            time.sleep(self._timeouts.busy_poll_s)
 
     def _cancel(self, refs: list[ObjectRef]) -> None:
         """Interrupt tasks, and wait up to `cancel_s` for their end."""
@@ -316,15 +293,10 @@ class Cluster(AbstractContextManager["Cluster"]):
         what = f"The Ray cluster {where}"
         return ClusterWatch(ask=_answers, what=what, timeouts=self._timeouts)
 
-    @property
-    def _is_ours(self) -> bool:
-        """Whether the Ray was started here, for this machine."""
-        return self._own is not None
-
     def _cpus_each(self, num_workers: int) -> float:
         """CPUs of each actor: an even share of this machine, or CARD_CPUS of a shared cluster."""
         share = (os.cpu_count() or 1) // num_workers
-        return share if self._is_ours and share else CARD_CPUS
+        return share if self._own is not None and share else CARD_CPUS
 
 
 def _answers() -> bool:

@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from enum import Enum
-from typing import IO
+from typing import IO, Literal
 
 import ray
 import ray._private.utils
@@ -38,7 +37,6 @@ sets OMP_NUM_THREADS to what is asked, or to 1, and that is what an emulated car
 OBJECT_STORE_BYTES = 256 * 2**20
 
 _VITAL = {"raylet": "raylet", "gcs_server": "head process (GCS)"}
-_START_ATTEMPTS = 2
 # What an HTTP/2 connection begins with, and the type of the frame that answers it (RFC 9113, 3.4).
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 _HTTP2_SETTINGS = b"\x04"
@@ -77,8 +75,7 @@ def start(num_cards: int, *, dashboard: bool, timeouts: Timeouts) -> OwnRay:
     is tried once more, as Ray's start-up timeout sometimes strikes on a busy machine
     (ray-project/ray#65983).
     """
-    failures = 0
-    while True:
+    for is_last in (False, True):
         session = RaySession(timeouts)
         try:
             with session.environment(), _on_loopback(), _signals_are_ours():
@@ -94,16 +91,21 @@ def start(num_cards: int, *, dashboard: bool, timeouts: Timeouts) -> OwnRay:
                     _temp_dir=str(session.temp_dir),
                     **_QUIET,
                 )
-            _check_loopback(context)
+            node = str(context.address_info["node_ip_address"])  # on whose interface it listens
+            if not node.startswith("127.") and node != "::1":
+                raise QaicRayError(
+                    f"Ray {ray.__version__} would listen on {node}, for others to come in: "
+                    "install the version that qaic-ray was tested with."
+                )
             return OwnRay(context, session, timeouts)
         except BaseException as error:
             _end(session, timeouts)
             # What Ray raises when it does not start is a bare Exception.
             if not isinstance(error, Exception) or isinstance(error, QaicRayError):
                 raise
-            failures += 1
-            if failures == _START_ATTEMPTS:
+            if is_last:
                 raise QaicRayError(f"Ray did not start on this machine: {error}") from error
+    raise AssertionError("the last attempt returns or raises")
 
 
 def join(address: str, timeouts: Timeouts) -> RayContext:
@@ -118,7 +120,17 @@ def join(address: str, timeouts: Timeouts) -> RayContext:
             "cluster, with --address auto."
         )
     if address != "auto":
-        _check_head(address, timeouts)
+        server = server_at(
+            address,
+            timeouts.probe_s,
+            form="host:port, or auto",
+            remedy=": start one with `ray start --head`, or leave --address out to start one here",
+        )
+        if server != "head":
+            raise UsageError(
+                f"What answers at {address} is no Ray head: its port is 6379 where none was "
+                "chosen, and 8265 is its dashboard's."
+            )
     _silence()
     with tempfile.TemporaryFile() as said, ExitStack() as around:
         if _is_on_loopback_alone(address, timeouts):
@@ -143,11 +155,6 @@ def _end(session: RaySession, timeouts: Timeouts) -> None:
         session.close()
     else:
         session.kill()  # Ray goes on writing in this process: the folder is removed after its end
-
-
-def leave(timeouts: Timeouts) -> None:
-    """Leave a Ray that was joined."""
-    call_for(timeouts.shutdown_s, ray.shutdown)
 
 
 @contextmanager
@@ -199,16 +206,6 @@ def _silence() -> None:
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
 
-def _check_loopback(context: RayContext) -> None:
-    """Check that Ray listens on the loopback interface, by its node's address."""
-    address = str(context.address_info["node_ip_address"])
-    if not address.startswith("127.") and address != "::1":
-        raise QaicRayError(
-            f"Ray {ray.__version__} would listen on {address}, for others to come in: install the "
-            "version that qaic-ray was tested with."
-        )
-
-
 def _read_settings() -> None:
     """Have Ray read its settings and its token from the environment again."""
     ray._raylet.Config.initialize("")
@@ -227,24 +224,6 @@ def _native_stderr_to(file: IO[bytes]) -> Iterator[None]:
         os.close(kept)
 
 
-def _check_head(address: str, timeouts: Timeouts) -> None:
-    """Check that a Ray head answers there; Ray itself would wait for minutes."""
-    if not is_host_and_port(address):
-        raise UsageError(f"{address} is no address of a Ray cluster: write host:port, or auto.")
-    try:
-        server = server_at(address, timeouts.probe_s)
-    except (OSError, OverflowError) as error:
-        raise UsageError(
-            f"No Ray cluster answers at {address} ({error}): start one with `ray start --head`, or "
-            "leave --address out to start one here."
-        ) from error
-    if server is not Server.HEAD:
-        raise UsageError(
-            f"What answers at {address} is no Ray head: its port is 6379 where none was chosen, "
-            "and 8265 is its dashboard's."
-        )
-
-
 def _is_on_loopback_alone(address: str, timeouts: Timeouts) -> bool:
     """Whether a head on this machine, as 127.0.0.1 in `address` says, is not at its other address.
 
@@ -255,43 +234,44 @@ def _is_on_loopback_alone(address: str, timeouts: Timeouts) -> bool:
         return False
     try:
         server_at(f"{ray.util.get_node_ip_address()}:{port}", timeouts.probe_s)
-    except OSError:
+    except UsageError:
         return True
     return False
 
 
-class Server(Enum):
-    """What answers at an address."""
-
-    HEAD = "head"
-    """A gRPC server, as a Ray head is; with RAY_USE_TLS whatever is not seen to be another."""
-    WEB = "web"
-    """An HTTP server, as a Ray dashboard is."""
-    OTHER = "other"
+Server = Literal["head", "web", "other"]
+"""What answers at an address: a gRPC server, as a Ray head is (with RAY_USE_TLS whatever is not
+seen to be another); an HTTP server, as a Ray dashboard is; or neither."""
 
 
-def is_host_and_port(address: str) -> bool:
-    """Whether an address is written as `host:port`."""
-    host, _, port = address.rpartition(":")
-    return bool(host) and port.isdecimal()
+def server_at(
+    address: str, timeout_s: float, *, form: str = "host:port", remedy: str = ""
+) -> Server:
+    """Find out what answers at `host:port`; Ray itself would wait for minutes.
 
-
-def server_at(address: str, timeout_s: float) -> Server:
-    """Find out what answers at `host:port`.
+    Args:
+        address: as somebody wrote it.
+        timeout_s: an answer comes within this, or nothing is there.
+        form: how to write an address, for the error.
+        remedy: what to do where nothing answers, for the error.
 
     Raises:
-        OSError: nothing answers within `timeout_s`.
-        OverflowError: there is no such port.
+        UsageError: for what is no address, or where nothing answers.
     """
     host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise UsageError(f"{address} is no address of a Ray cluster: write {form}.")
     where = (host.strip("[]"), int(port))
-    with socket.create_connection(where, timeout=timeout_s) as connection:
-        connection.sendall(_HTTP2_PREFACE)
-        answer = connection.recv(4, socket.MSG_WAITALL)
+    try:
+        with socket.create_connection(where, timeout=timeout_s) as connection:
+            connection.sendall(_HTTP2_PREFACE)
+            answer = connection.recv(4, socket.MSG_WAITALL)
+    except (OSError, OverflowError) as error:  # there is no port 70000
+        raise UsageError(f"No Ray cluster answers at {address} ({error}){remedy}.") from error
     if answer == b"HTTP":
-        return Server.WEB
+        return "web"
     is_head = answer[3:] == _HTTP2_SETTINGS or "RAY_USE_TLS" in os.environ
-    return Server.HEAD if is_head else Server.OTHER
+    return "head" if is_head else "other"
 
 
 def wants_token(where: str) -> UsageError:
@@ -334,15 +314,14 @@ class ClusterWatch:
         self.loss: str | None = None
         """A sentence that says what is gone; None while nothing is."""
         self._dead = dead
-        self._ask = ask
         self._what = what
         self._on_loss = on_loss
         self._timeouts = timeouts
         self._interrupts = interruption.can_interrupt()
-        self._answered_s = time.monotonic()
+        self._answered_s = time.monotonic() if ask is not None else math.inf
         self._closed = threading.Event()
         if ask is not None:
-            threading.Thread(target=self._ask_on, name="ask Ray", daemon=True).start()
+            threading.Thread(target=self._ask_on, args=(ask,), name="ask Ray", daemon=True).start()
         self._thread = threading.Thread(target=self._watch, name="watch Ray", daemon=True)
         self._thread.start()
 
@@ -363,14 +342,13 @@ class ClusterWatch:
 
     def _silence(self) -> str | None:
         silent_s = time.monotonic() - self._answered_s
-        if self._ask is None or silent_s < self._timeouts.silent_s:
+        if silent_s < self._timeouts.silent_s:
             return None
         return f"{self._what} has not answered for {silent_s:.0f} s"
 
-    def _ask_on(self) -> None:
-        assert self._ask is not None
+    def _ask_on(self, ask: Callable[[], object]) -> None:
         while not self._closed.wait(self._timeouts.ask_s):
-            if self._ask():
+            if ask():
                 self._answered_s = time.monotonic()
 
 

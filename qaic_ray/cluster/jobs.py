@@ -6,30 +6,21 @@ import asyncio
 import logging
 import os
 import shlex
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import ray.exceptions as ray_errors
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray.job_submission import JobDetails, JobSubmissionClient
 
-from qaic_ray.cluster.connection import (
-    Server,
-    first_line,
-    is_host_and_port,
-    server_at,
-    wants_token,
-)
+from qaic_ray.cluster.connection import first_line, server_at, wants_token
 from qaic_ray.cluster.ray_session import changed_environment
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts, tries
 
-LIVE_STATES = ("PENDING", "RUNNING")
 # These go before an address that is given, in Ray; here they stand for one that is not.
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
@@ -53,7 +44,7 @@ class SubmittedJob:
     @property
     def ended(self) -> bool:
         """Whether it has ended, well or not."""
-        return self.state not in LIVE_STATES
+        return self.state not in ("PENDING", "RUNNING")
 
 
 class SubmittedJobs:
@@ -92,15 +83,22 @@ class SubmittedJobs:
 
         The command's words reach the program unchanged; no shell interprets them.
         """
-        submit = partial(
-            self._client.submit_job,
-            entrypoint=f"exec {shlex.join(command)}",
-            runtime_env={"working_dir": str(folder)},
-            submission_id=submission_id,
-            metadata=dict(metadata),
-        )
         with self._explained():
-            return str(self._once_an_agent_is_there(submit))
+            # A head that has just started has no agent for it for a while.
+            for is_last in tries(self._timeouts.agent_s, self._timeouts.agent_poll_s):
+                try:
+                    return str(
+                        self._client.submit_job(
+                            entrypoint=f"exec {shlex.join(command)}",
+                            runtime_env={"working_dir": str(folder)},
+                            submission_id=submission_id,
+                            metadata=dict(metadata),
+                        )
+                    )
+                except RuntimeError as error:
+                    if is_last or "No available agent" not in str(error):
+                        raise
+        raise AssertionError("the last try returns or raises")
 
     def all(self) -> list[SubmittedJob]:
         """Every job that was submitted, the newest first."""
@@ -137,21 +135,10 @@ class SubmittedJobs:
         """Stop a job, wait up to `stop_s` for its end, and return it as it is then."""
         with self._explained(submission_id):
             self._client.stop_job(submission_id)
-        deadline_s = time.monotonic() + self._timeouts.stop_s
-        while not (job := self.one(submission_id)).ended and time.monotonic() < deadline_s:
-            time.sleep(self._timeouts.poll_s)
+        for _ in tries(self._timeouts.stop_s, self._timeouts.poll_s):
+            if (job := self.one(submission_id)).ended:
+                break
         return job
-
-    def _once_an_agent_is_there(self, submit: Callable[[], str]) -> str:
-        """Submit; a head that has just started has no agent for it for a while."""
-        deadline_s = time.monotonic() + self._timeouts.agent_s
-        while True:
-            try:
-                return submit()
-            except RuntimeError as error:
-                if "No available agent" not in str(error) or time.monotonic() >= deadline_s:
-                    raise
-            time.sleep(self._timeouts.agent_poll_s)
 
     @contextmanager
     def _explained(self, submission_id: str | None = None) -> Iterator[None]:
@@ -189,18 +176,11 @@ def _checked(address: str, timeout_s: float) -> str:
         )
     if "://" in address or address == "auto":
         return address
-    if not is_host_and_port(address):
-        raise UsageError(
-            f"{address} is no address of a Ray cluster: write http://host:8265, the dashboard's, "
-            "or host:6379, the head's."
-        )
-    try:
-        server = server_at(address, timeout_s)
-    except (OSError, OverflowError) as error:
-        raise UsageError(f"No Ray cluster answers at {address} ({error}).") from error
-    if server is Server.OTHER:
+    form = "http://host:8265, the dashboard's, or host:6379, the head's"
+    server = server_at(address, timeout_s, form=form)
+    if server == "other":
         raise UsageError(f"What answers at {address} is neither a Ray head nor its dashboard.")
-    return f"http://{address}" if server is Server.WEB else address
+    return f"http://{address}" if server == "web" else address
 
 
 @contextmanager
@@ -221,12 +201,8 @@ def _job(details: JobDetails) -> SubmittedJob:
         id=details.submission_id,
         state=str(details.status.value),
         message=details.message or "",
-        started_s=_seconds(details.start_time),
-        ended_s=_seconds(details.end_time),
+        started_s=details.start_time and details.start_time / 1000,
+        ended_s=details.end_time and details.end_time / 1000,
         exit_code=details.driver_exit_code,
         metadata=details.metadata or {},
     )
-
-
-def _seconds(time_ms: int | None) -> float | None:
-    return time_ms / 1000 if time_ms else None

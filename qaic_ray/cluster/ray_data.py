@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import math
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,22 +25,19 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qaic_ray.cards.inventory import CARD_RESOURCE
+from qaic_ray.cards.inventory import CARD_RESOURCE, cards_name
 from qaic_ray.cards.lease import CardLocks, Part, card_scope, held_cards
-from qaic_ray.cards.placement import cards_name
 from qaic_ray.errors import DeviceBusy, DeviceError, RowError, UsageError
 from qaic_ray.files.documents import checked
-from qaic_ray.formats.foreign_fields import ALIASES, NESTED
-from qaic_ray.formats.prompt_fields import Draft
-from qaic_ray.formats.row_fields import OwnFields, is_known, mistake
+from qaic_ray.formats.row_fields import ALIASES, NESTED, is_known, mistake
+from qaic_ray.formats.row_reader import Draft, OwnFields
 from qaic_ray.options import EmulatorOptions, Generation
 from qaic_ray.rows import ErrorClass, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.sdk import Sdk, find_sdk
-from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
-from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts, tries
 from qaic_ray.worker.text import mixed_seed
-from qaic_ray.worker.worker import CardWorker
+from qaic_ray.worker.worker import CardWorker, WorkerInfo, WorkerSpec
 
 Batch = dict[str, NDArray[Any]]
 """Columns of one length, as Ray Data's "numpy" batches have them."""
@@ -69,7 +65,6 @@ _COLUMNS: Mapping[str, tuple[type, Callable[[Row], Any]]] = {
     ),
 }
 """The columns of answers. Nothing is null, so that a column has one type in every block."""
-_ON_REQUEST = {"logprobs", "choices"}
 
 
 @dataclass(frozen=True)
@@ -144,7 +139,7 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
             timeouts=self.timeouts,
         )
         self._failure = ""
-        self._claim: CardLocks | None = None
+        self._held = ExitStack()
         self._worker: CardWorker | None = None
         self.info: WorkerInfo = self._open()
         if _is_actor():
@@ -175,77 +170,58 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
         self._check_columns(batch)
         if self._worker is None:  # an earlier batch failed, and the card was given back
             self.info = self._open()
-        done: dict[int, Row] = {}
-        prompts = []
-        for item in self._items(batch):
-            if isinstance(item, Row):
-                done[item.index] = item
-            else:
-                prompts.append(item)
+        items = list(self._items(batch))
+        done = {item.index: item for item in items if isinstance(item, Row)}
+        prompts = [item for item in items if isinstance(item, Prompt)]
         try:
             self._answer(prompts, done)
         except BaseException:
             self.close()
             raise
         rows = [done[index] for index in sorted(done)]
-        answers = {}
-        for name in self._names(batch, rows):
-            dtype, value = _COLUMNS[name]
-            values = map(value, rows)
-            column = objects(values) if dtype is object else np.array(list(values), dtype)
-            answers[self._prefix + name] = column
-        return batch | answers
+        columns = ((name, *_COLUMNS[name]) for name in self._names(batch, rows))
+        return batch | {
+            self._prefix + name: np.fromiter(map(value, rows), dtype, len(rows))
+            for name, dtype, value in columns
+        }
 
     def close(self) -> None:
         """Give the card back."""
-        worker, self._worker = self._worker, None
-        try:
-            if worker is not None:
-                worker.close()
-        finally:
-            claim, self._claim = self._claim, None
-            if claim is not None:
-                claim.release()
+        self._worker = None
+        self._held.close()
 
     # -- the card
 
     def _open(self) -> WorkerInfo:
-        deadline_s = time.monotonic() + self.timeouts.choose_s
-        while True:
-            busy: DeviceError | None = None
+        busy: DeviceError | None = None
+        for _ in tries(self.timeouts.choose_s, self.timeouts.poll_s):
+            busy = None
             for device_ids, part in places(self._sdk, granted(), self._device_ids):
                 try:
                     return self._open_on(device_ids, part)
                 except DeviceError as error:
-                    self.close()
                     busy = error
-                except BaseException:
-                    self.close()
-                    raise
-            if time.monotonic() >= deadline_s:
-                raise busy or DeviceError("There is no card here that is ready.")
-            time.sleep(self.timeouts.poll_s)
+        raise busy or DeviceError("There is no card here that is ready.")
 
     def _open_on(self, device_ids: tuple[int, ...], part: Part | None) -> WorkerInfo:
         scope = card_scope(self._sdk)
         name = f"{cards_name(device_ids)}{f' {part}' if part else ''}"
-        # Claimed among predictors first: a worker would wait for a card that another one opens.
-        claim_scope = "-".join(filter(None, (scope, "claim")))
-        self._claim = CardLocks(device_ids, part=part, scope=claim_scope, what="CardPredictor")
-        self._claim.acquire()
-        held = held_cards(scope) if part is None else {}
-        for device_id in device_ids:
-            if device_id in held:
-                raise DeviceBusy(f"Card {device_id} is in use: {held[device_id][0]}.")
         spec = replace(self._spec, name=name, device_ids=device_ids, part=part)
-        self._worker = self.worker_class(spec)
-        return self._worker.open()
-
-    def _reopen(self, error: DeviceError) -> None:
-        self._failure = str(error)
-        self.close()
-        self._spec = replace(self._spec, incarnation=self._spec.incarnation + 1)
-        self.info = self._open()
+        with ExitStack() as held:
+            # Claimed among predictors first: a worker would wait for a card that another one opens.
+            claim_scope = "-".join(filter(None, (scope, "claim")))
+            claim = CardLocks(device_ids, part=part, scope=claim_scope, what="CardPredictor")
+            claim.acquire()
+            held.callback(claim.release)
+            holders = held_cards(scope) if part is None else {}
+            for device_id in device_ids:
+                if device_id in holders:
+                    raise DeviceBusy(f"Card {device_id} is in use: {holders[device_id][0]}.")
+            worker = self.worker_class(spec)
+            held.callback(worker.close)
+            info = worker.open()
+            self._worker, self._held = worker, held.pop_all()
+        return info
 
     # -- prompts in
 
@@ -290,40 +266,38 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
         """The columns of answers. Some depend on the batch's columns, which are the same in every
         block of a dataset, and on what rows have nevertheless."""
         names = {ALIASES.get(column, column) for column in batch}
-        asked = set()
-        if (
-            self._sampling.logprobs is not None
+        asked = {
+            "logprobs": self._sampling.logprobs is not None
             or names & {"logprobs", "top_logprobs", *NESTED}
-            or any(row.logprobs is not None for row in rows)
-        ):
-            asked.add("logprobs")
-        if self._sampling.n > 1 or names & {"n", *NESTED} or any(row.choices for row in rows):
-            asked.add("choices")
-        return [name for name in _COLUMNS if name not in _ON_REQUEST or name in asked]
+            or any(row.logprobs is not None for row in rows),
+            "choices": self._sampling.n > 1
+            or names & {"n", *NESTED}
+            or any(row.choices for row in rows),
+        }
+        return [name for name in _COLUMNS if asked.get(name, True)]
 
     def _answer(self, prompts: Sequence[Prompt], done: dict[int, Row]) -> None:
         shards = [prompts]
         for attempt in range(1, MAX_ATTEMPTS + 1):
             for shard in shards:
-                self._answer_shard(shard, attempt, done)
+                try:
+                    assert self._worker is not None
+                    for rows in self._worker.answer(shard, attempt):
+                        done.update((row.index, row) for row in rows)
+                except DeviceError as error:
+                    self._failure = str(error)
+                    self.close()
+                    self._spec = replace(self._spec, incarnation=self._spec.incarnation + 1)
+                    self.info = self._open()
             shards = [[prompt] for prompt in prompts if prompt.index not in done]
         for (prompt,) in shards:
-            error = f"The card failed on it every time: {self._failure}"
             done[prompt.index] = Row.failed(
                 prompt,
-                error,
+                f"The card failed on it every time: {self._failure}",
                 worker=self.info.name,
                 attempts=MAX_ATTEMPTS,
                 error_class=ErrorClass.DEVICE,
             )
-
-    def _answer_shard(self, prompts: Sequence[Prompt], attempt: int, done: dict[int, Row]) -> None:
-        assert self._worker is not None
-        try:
-            for rows in self._worker.answer(prompts, attempt):
-                done.update((row.index, row) for row in rows)
-        except DeviceError as error:
-            self._reopen(error)
 
 
 def places(
@@ -358,28 +332,17 @@ def granted() -> Grant:
 
 def _is_actor() -> bool:
     ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized():
-        return False
-    return bool(ray.get_runtime_context().get_actor_id())
+    return bool(ray and ray.is_initialized() and ray.get_runtime_context().get_actor_id())
 
 
 def plain(value: Any) -> Any:
     """A value of a column as JSON has it; NaN is how a table has a number that is missing."""
-    if isinstance(value, np.ndarray | list | tuple):
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, np.generic):
-        value = value.item()
     if isinstance(value, float) and (math.isnan(value) or value.is_integer()):
         return None if math.isnan(value) else int(value)
     return value
-
-
-def objects(values: Iterable[Any]) -> NDArray[Any]:
-    """A column of Python objects: lists of one length would make a table of it."""
-    items = list(values)
-    column = np.empty(len(items), object)
-    for at, item in enumerate(items):
-        column[at] = item
-    return column

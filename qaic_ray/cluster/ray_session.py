@@ -1,33 +1,41 @@
 """The folder and the token of a Ray that we start, and the keeper process that removes them.
 
-The folder belongs to this user alone, and its path is short enough for the sockets in it. It is
-removed with its Ray, however the driver ends.
+The folder belongs to this user alone, and its path is short enough for the sockets in it. However
+the driver ends, it is removed by its keeper, which this file is as a program:
+
+    python ray_session.py FOLDER DRIVER TIMEOUT_S
+
+It waits until stdin ends or the process DRIVER does, by whatever signal; then it kills every
+process that was started with QAIC_RAY_SESSION=FOLDER in its environment, with all that these
+started, and removes FOLDER, each for up to TIMEOUT_S. It is run by its path and imports the
+standard library alone, as it takes memory as long as the driver runs.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import secrets
+import select
 import shutil
-import subprocess
+import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qaic_ray.cluster import keeper
-from qaic_ray.errors import QaicRayError
-from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
+if TYPE_CHECKING:
+    from qaic_ray.timeouts import Timeouts
 
+SESSION_VARIABLE = "QAIC_RAY_SESSION"
 MAX_FOLDER_CHARS = 34
 """The name of a socket has at most 107 bytes (unix(7)), and Ray puts up to 73 behind the folder."""
 DEFAULT_BASE = Path("/tmp")
 
 _LOCK = "lock"
-_TOKEN = "token"
+_PREFIX = f"qaic-ray-{os.getuid()}-"
+_PAUSE_S = 0.1
 
 
 class RaySession:
@@ -38,23 +46,23 @@ class RaySession:
         default_base: where the folder goes if the user's temporary folder has too long a path.
     """
 
-    def __init__(
-        self, timeouts: Timeouts = DEFAULT_TIMEOUTS, *, default_base: Path = DEFAULT_BASE
-    ) -> None:
+    def __init__(self, timeouts: Timeouts, *, default_base: Path = DEFAULT_BASE) -> None:
+        import subprocess
+
         self._timeouts = timeouts
         self.folder = _new_folder(default_base, timeouts)
         self.temp_dir = self.folder / "r"
         """For Ray's own folders, which it makes readable for everybody."""
-        self.token_file = self.folder / _TOKEN
+        self.token_file = self.folder / "token"
         # Held as long as this process runs; without it others know the folder as left behind.
         self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         token = os.open(self.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(token, "w", encoding="ascii") as stream:
-            stream.write(secrets.token_hex(32))
+            stream.write(os.urandom(32).hex())
         self._keeper = subprocess.Popen(
             [
-                *(sys.executable, "-I", "-S", keeper.__file__),
+                *(sys.executable, "-I", "-S", __file__),
                 *(str(self.folder), str(os.getpid()), str(timeouts.keeper_s)),
             ],
             stdin=subprocess.PIPE,
@@ -64,36 +72,37 @@ class RaySession:
             cwd="/",
         )
 
-    def variables(self, environment: Mapping[str, str]) -> dict[str, str]:
-        """Variables to add to the environment of this Ray's processes.
+    def environment(self) -> AbstractContextManager[None]:
+        """A context in which processes that are started belong to the session.
 
         RAY_AUTH_MODE stays as the user has set it.
         """
-        mode = environment.get("RAY_AUTH_MODE", "token")
-        return {
-            keeper.SESSION_VARIABLE: str(self.folder),
-            # Ray's word for: this machine only, and all of it on the loopback interface.
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            "RAY_AUTH_MODE": mode,
-            "RAY_AUTH_TOKEN_PATH": str(self.token_file),
-        }
-
-    def environment(self) -> AbstractContextManager[None]:
-        """A context in which processes that are started belong to the session."""
-        # A token in the environment would go before the file's, and is of another Ray.
-        return changed_environment({**self.variables(os.environ), "RAY_AUTH_TOKEN": None})
+        return changed_environment(
+            {
+                SESSION_VARIABLE: str(self.folder),
+                # Ray's word for: this machine only, and all of it on the loopback interface.
+                "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+                "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
+                "RAY_AUTH_TOKEN_PATH": str(self.token_file),
+                "RAY_AUTH_TOKEN": None,  # it would go before the file's, and is of another Ray
+            }
+        )
 
     def kill(self) -> None:
         """Kill every process of this Ray."""
-        keeper.kill_marked(str(self.folder), self._timeouts.keeper_s)
+        kill_marked(str(self.folder), self._timeouts.keeper_s)
 
     def close(self) -> None:
         """End the processes that are left of this Ray, and remove the folder."""
+        from subprocess import TimeoutExpired
+
+        from qaic_ray.errors import QaicRayError
+
         assert self._keeper.stdin is not None
         self._keeper.stdin.close()
         try:
             self._keeper.wait(self._timeouts.keeper_wait_s)
-        except subprocess.TimeoutExpired as error:
+        except TimeoutExpired as error:
             raise QaicRayError(
                 f"Processes of Ray cannot be ended: see which have {self.folder} in their command."
             ) from error
@@ -104,25 +113,23 @@ class RaySession:
 @contextmanager
 def changed_environment(variables: Mapping[str, str | None]) -> Iterator[None]:
     """Set environment variables in this context; those with None are not there."""
-    kept = {name: os.environ.get(name) for name in variables}
-    _set_environment(variables)
+    kept = {name: os.environ.pop(name, None) for name in variables}
     try:
+        os.environ.update({name: value for name, value in variables.items() if value is not None})
         yield
     finally:
-        _set_environment(kept)
-
-
-def _set_environment(variables: Mapping[str, str | None]) -> None:
-    for name, value in variables.items():
-        if value is None:
+        for name in variables:
             os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+        os.environ.update({name: value for name, value in kept.items() if value is not None})
 
 
 def _new_folder(default_base: Path, timeouts: Timeouts) -> Path:
+    import tempfile
+
+    from qaic_ray.errors import QaicRayError
+
     chosen = Path(tempfile.gettempdir()).absolute()
-    room = MAX_FOLDER_CHARS - len(f"/{_prefix()}12345678")
+    room = MAX_FOLDER_CHARS - len(f"/{_PREFIX}12345678")
     problems = []
     for base in dict.fromkeys((chosen, default_base)):
         if len(os.fsencode(base)) > room:
@@ -130,7 +137,7 @@ def _new_folder(default_base: Path, timeouts: Timeouts) -> Path:
             continue
         _sweep(base, timeouts)
         try:
-            return Path(tempfile.mkdtemp(prefix=_prefix(), dir=base))  # 0700
+            return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))  # 0700
         except OSError as error:
             problems.append(f"{base}: {error.strerror}")
     raise QaicRayError(
@@ -139,18 +146,14 @@ def _new_folder(default_base: Path, timeouts: Timeouts) -> Path:
     )
 
 
-def _prefix() -> str:
-    return f"qaic-ray-{os.getuid()}-"
-
-
 def _sweep(base: Path, timeouts: Timeouts) -> None:
     """Remove folders whose process was killed together with its keeper."""
-    for folder in base.glob(f"{_prefix()}*"):
+    for folder in base.glob(f"{_PREFIX}*"):
         with suppress(OSError):
             status = folder.lstat()
             is_ours = status.st_uid == os.getuid() and folder.is_dir() and not folder.is_symlink()
             if is_ours and _is_left(folder, status.st_mtime, timeouts.session_s):
-                keeper.kill_marked(str(folder), timeouts.keeper_s)
+                kill_marked(str(folder), timeouts.keeper_s)
                 shutil.rmtree(folder)
 
 
@@ -166,3 +169,74 @@ def _is_left(folder: Path, made_s: float, being_made_s: float) -> bool:
     finally:
         os.close(lock)
     return True
+
+
+def marked(folder: str, driver: int = 0) -> list[int]:
+    """The living processes that belong to the session in `folder`, but for its driver.
+
+    Some of Ray's processes overwrite their environment with a title. They are known by their
+    parents, or by the files of the folder that they have open.
+    """
+    mark = f"{SESSION_VARIABLE}={folder}".encode()
+    found = set()
+    parents = {}
+    for name in os.listdir("/proc"):
+        if name.isdecimal() and int(name) not in (os.getpid(), driver):
+            with suppress(OSError):
+                process = Path("/proc", name)
+                stat = process.joinpath("stat").read_bytes()
+                parents[int(name)] = int(stat.rpartition(b")")[2].split()[1])
+                environment = process.joinpath("environ").read_bytes()  # of a zombie: empty
+                if mark in environment.split(b"\0") or _writes_into(process, folder):
+                    found.add(int(name))
+    children = found
+    while children:
+        children = {pid for pid, parent in parents.items() if parent in children} - found
+        found |= children
+    return sorted(found)
+
+
+def _writes_into(process: Path, folder: str) -> bool:
+    """Whether it has a file of the folder open for writing; others may read the logs."""
+    for fd in os.listdir(f"{process}/fd"):
+        with suppress(OSError):  # it was closed just now
+            if os.readlink(f"{process}/fd/{fd}").startswith(f"{folder}/"):
+                with open(f"{process}/fdinfo/{fd}", encoding="ascii") as stream:
+                    flags = dict(line.split(":", 1) for line in stream)["flags"]
+                if int(flags, 8) & os.O_ACCMODE != os.O_RDONLY:
+                    return True
+    return False
+
+
+def kill_marked(folder: str, timeout_s: float, driver: int = 0) -> None:
+    """Kill them until two looks in a row have found none: a process may be starting another."""
+    deadline_s = time.monotonic() + timeout_s
+    num_empty = 0
+    while num_empty < 2 and time.monotonic() < deadline_s:
+        pids = marked(folder, driver)
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        num_empty = 0 if pids else num_empty + 1
+        time.sleep(_PAUSE_S)
+
+
+def main() -> None:
+    """Wait, kill, remove."""
+    folder, driver, timeout_s = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # what ends the driver must not end this before it
+    waiting = [sys.stdin.fileno()]
+    with suppress(ProcessLookupError):
+        waiting.append(os.pidfd_open(driver))
+        # Nothing is ever written to stdin: it is ready when it is at its end.
+        select.select(waiting, [], [])
+    kill_marked(folder, timeout_s, driver)
+    deadline_s = time.monotonic() + timeout_s
+    while os.path.exists(folder) and time.monotonic() < deadline_s:
+        shutil.rmtree(folder, ignore_errors=True)  # what is being written there meanwhile
+        time.sleep(_PAUSE_S)
+
+
+if __name__ == "__main__":
+    main()

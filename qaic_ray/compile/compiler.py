@@ -1,24 +1,28 @@
-"""Runs the SDK's compiler: under a guard, with a log and a time limit, and the result checked.
+"""One compile of a model: precision, NSPs and shapes; its name, its argv; a grid of many; its run.
 
-Cancelling a Ray task interrupts Python code, but neither a wait for a child nor a grandchild, and a
-killed process interrupts nothing. Hence the poll loop, and `guard.py`, which ends the compiler and
-all that it started when the caller ends.
+A compiler runs under a guard, with a log and a time limit, and its result is checked.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
 import os
-import signal
 import struct
 import subprocess
-import sys
-import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import product
+from math import prod
 from pathlib import Path
 
-from qaic_ray.compile import guard
-from qaic_ray.errors import CompileError
+from qaic_ray import guard
+from qaic_ray.contract import MAX_VARIANTS, Specializations
+from qaic_ray.errors import CompileError, SpecializationError, UsageError
+from qaic_ray.option_types import Precision, check_num_cores, prompt_lens
+from qaic_ray.options import CompileOptions
+from qaic_ray.sdk import Sdk
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 QPC_FILE = "programqpc.bin"
@@ -28,6 +32,182 @@ QPC_MAGIC = bytes.fromhex("7ccda100")
 _HEADER = struct.Struct("<4s4xQ")
 """Of a QPC: the magic, version and compression, the size of the whole file."""
 _MAX_WORDS = 1000
+_PATH_FLAGS = ("-m=", "-network-", "-custom-IO", "-aic-binary-dir=")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is compiled: an exported model, as files.
+
+    `name` is its folder's (`<base>-kv`); `digest` stands for graph and weights together.
+    `custom_io` is absent for a model whose state is left as the graph has it.
+    """
+
+    name: str
+    onnx: Path
+    custom_io: Path | None
+    digest: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A source compiled one way."""
+
+    source: Source
+    precision: Precision
+    num_cores: int
+    specializations: Specializations
+
+    def __post_init__(self) -> None:
+        check_num_cores(self.num_cores)
+
+    @property
+    def name(self) -> str:
+        """Folder name, as the published recipe builds it, with the precision at its end."""
+        s = self.specializations
+        speculated = f"{s.decode_len - 1}spec-" if s.decode_len > 1 else ""
+        return (
+            f"{self.source.name}-{_prompt_lens(s)}pl-{_contexts(s)}cl-{self.num_cores}c-"
+            f"{s.batch_size}BS-{speculated}{_mark(s)}{self.precision.value}"
+        )
+
+    @property
+    def label(self) -> str:
+        """Short name for tables and the Ray dashboard."""
+        s = self.specializations
+        speculated = f" spec{s.decode_len - 1}" if s.decode_len > 1 else ""
+        return (
+            f"{self.precision.value} {self.num_cores}c pl{_prompt_lens(s)} cl{_contexts(s)} "
+            f"bs{s.batch_size}{speculated}"
+        )
+
+    def argv(self, sdk: Sdk, specializations: Path, binary_dir: Path) -> list[str]:
+        """The compiler's command line, in the vendor's words.
+
+        Args:
+            sdk: decides binary, `-aic-hw-version` and whether `-compile-only` is said.
+            specializations: the JSON file, written in the form that this SDK reads.
+            binary_dir: where the QPC goes; must not exist yet.
+        """
+        argv = [
+            str(sdk.compiler),
+            "-aic-hw",
+            f"-aic-hw-version={sdk.hw_version}",
+            f"-m={self.source.onnx}",
+            "-retained-state",
+        ]
+        if sdk.compile_only:
+            argv.append("-compile-only")
+        if self.precision is not Precision.FP32:
+            argv.append("-convert-to-fp16")
+        if self.precision is Precision.MX6:
+            argv.append("-mxfp6-matmul")
+        argv += [
+            f"-aic-num-cores={self.num_cores}",
+            f"-network-specialization-config={specializations}",
+        ]
+        if self.precision is not Precision.FP32 and self.source.custom_io is not None:
+            argv.append(f"-custom-IO-list-file={self.source.custom_io}")
+        argv.append(f"-aic-binary-dir={binary_dir}")
+        return argv
+
+    def key_entries(self, sdk: Sdk, compiler_digest: str) -> list[tuple[str, str]]:
+        """What the result depends on, by name: the cache key, explainable entry by entry."""
+        # At fp32 it is not passed.
+        custom_io = None if self.precision is Precision.FP32 else self.source.custom_io
+        here = Path("-")
+        flags = [a for a in self.argv(sdk, here, here)[1:] if not a.startswith(_PATH_FLAGS)]
+        return [
+            ("format", "1"),
+            ("model", self.source.digest),
+            ("flags", " ".join(flags)),
+            ("specializations", self.specializations.to_json(named=sdk.named_specializations)),
+            ("custom_io", _sha256(custom_io.read_bytes()) if custom_io else ""),
+            ("sdk", f"{sdk.kind} {sdk.apps_version}"),
+            ("compiler", compiler_digest),
+        ]
+
+
+def _prompt_lens(shapes: Specializations) -> str:
+    lens = dict.fromkeys(s.seq_len for s in shapes.prefills) or {1: None}
+    return "+".join(map(str, lens))
+
+
+def _contexts(shapes: Specializations) -> str:
+    return "+".join(map(str, dict.fromkeys(sorted(s.reach for s in shapes.decodes))))
+
+
+def _mark(shapes: Specializations) -> str:
+    """Nothing for the usual shapes; a few digits of a digest for a file's, which a name omits."""
+    first, decodes = shapes.entries[0], shapes.decodes
+    try:
+        usual = Specializations.build(
+            batch_size=shapes.batch_size,
+            prompt_len=[1, *(s.seq_len for s in shapes.prefills)],
+            ctx_len=shapes.ctx_len,
+            continuous=shapes.continuous,
+            num_logits_to_keep=first.num_logits_to_keep is not None,
+            num_speculative_tokens=shapes.decode_len - 1,
+            comp_ctx_lengths=[s.comp_ctx_lengths for s in decodes if s.comp_ctx_lengths],
+        )
+    except SpecializationError:
+        usual = None
+    if usual is not None and set(usual.entries) == set(shapes.entries):
+        return ""
+    return _sha256(shapes.to_json(named=False).encode())[:6] + "-"
+
+
+def key_digest(entries: Iterable[tuple[str, str]]) -> str:
+    """One digest of all key entries, order included."""
+    return _sha256(json.dumps(list(entries)).encode())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def grid_variants(
+    source: Source, grid: CompileOptions, *, continuous: bool, num_logits_to_keep: bool = False
+) -> list[Variant]:
+    """Every combination of a grid's lists; equal ones are one.
+
+    The order is precision, NSPs, batch, prompt, context.
+
+    Args:
+        source: what is compiled.
+        grid: the lists; the rest of it is the same in every variant.
+        continuous: whether the graph is a continuous-batching one; batch sizes then are numbers of
+            slots.
+        num_logits_to_keep: whether the graph has that input.
+
+    Raises:
+        UsageError: for more variants than may be.
+    """
+    lists = (grid.precision, grid.num_cores, grid.batch_size, grid.prompt_len, grid.ctx_len)
+    number = prod(map(len, lists))
+    if number > MAX_VARIANTS:
+        raise UsageError(
+            f"That is a grid of {number} variants: at most {MAX_VARIANTS} are compiled at "
+            "once; shorten the lists."
+        )
+    variants = [
+        Variant(
+            source,
+            precision,
+            cores,
+            Specializations.build(
+                batch_size=batch,
+                prompt_len=prompt_lens(prompt),
+                ctx_len=ctx,
+                continuous=continuous,
+                num_logits_to_keep=num_logits_to_keep,
+                num_speculative_tokens=grid.num_speculative_tokens,
+                comp_ctx_lengths=grid.comp_ctx_lengths,
+            ),
+        )
+        for precision, cores, batch, prompt, ctx in product(*lists)
+    ]
+    return list(dict.fromkeys(variants))
 
 
 def run_compiler(argv: list[str], log: Path, *, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> None:
@@ -41,18 +221,12 @@ def run_compiler(argv: list[str], log: Path, *, timeouts: Timeouts = DEFAULT_TIM
     with log.open("wb") as output:
         output.write((" ".join(argv) + "\n").encode())
         output.flush()
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", guard.__file__],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            _tell(process, argv)
-            code = _wait(process, timeouts)
-        finally:
-            _end(process, timeouts)
+        code = None
+        with (
+            guard.guarded(argv, output, end_s=timeouts.guard_s) as process,
+            suppress(subprocess.TimeoutExpired),
+        ):
+            code = process.wait(timeouts.compile_s)
     text = log.read_text(encoding="utf-8", errors="replace")
     why = _last_words(text, 1)
     if code == guard.NOT_STARTED and why.startswith(guard.CANNOT_START):
@@ -104,35 +278,6 @@ def program_fault(directory: Path) -> str:
     if size < whole:
         return f"{binary} is cut short: it has {size} bytes of {whole}"
     return ""
-
-
-def _tell(process: subprocess.Popen[bytes], argv: list[str]) -> None:
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # its exit code tells
-        process.stdin.write(json.dumps(argv).encode() + b"\n")
-        process.stdin.flush()
-
-
-def _wait(process: subprocess.Popen[bytes], timeouts: Timeouts) -> int | None:
-    deadline_s = time.monotonic() + timeouts.compile_s
-    while time.monotonic() < deadline_s:
-        code = process.poll()
-        if code is not None:
-            return code
-        time.sleep(timeouts.compile_poll_s)
-    return None
-
-
-def _end(process: subprocess.Popen[bytes], timeouts: Timeouts) -> None:
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.close()  # the guard ends what it has begun, and then itself
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeouts.guard_s)
-    # Also where the guard was killed: its group outlives it.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _last_words(log: str, lines: int = 3) -> str:

@@ -19,8 +19,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from qaic_ray.compile.compiler import QPC_FILE, check_qpc, program_fault, run_compiler
-from qaic_ray.compile.variant import Variant, key_digest
+from qaic_ray.compile.compiler import (
+    QPC_FILE,
+    Variant,
+    check_qpc,
+    key_digest,
+    program_fault,
+    run_compiler,
+)
 from qaic_ray.errors import CompileError, UsageError
 from qaic_ray.files.documents import checked, read_object, shown
 from qaic_ray.files.folders import (
@@ -116,7 +122,12 @@ def build(request: BuildRequest, compiler: CompilerCall | None = None) -> Build:
         with locked(target):
             reused = is_current(target, entries)
             if not reused:
-                _build(request, entries, compiler or run_compiler)
+                check_ours(target)
+                try:
+                    with building(target) as folder:
+                        _compile_into(folder, request, entries, compiler or run_compiler)
+                except OSError as error:
+                    raise CompileError(f"Cannot write {target}: {error.strerror}.") from error
     size = sum(file.stat().st_size for file in _files(target))
     return Build(target, request.variant.name, reused, time.monotonic() - start_s, size)
 
@@ -205,15 +216,6 @@ def read_record(folder: Path) -> Record | None:
         return None
     is_sealed = document.pop("seal", None) == _seal(document)
     return record if is_sealed or not record.files else None
-
-
-def _build(request: BuildRequest, entries: KeyEntries, compiler: CompilerCall) -> None:
-    check_ours(request.target)
-    try:
-        with building(request.target) as folder:
-            _compile_into(folder, request, entries, compiler)
-    except OSError as error:
-        raise CompileError(f"Cannot write {request.target}: {error.strerror}.") from error
 
 
 def _compile_into(

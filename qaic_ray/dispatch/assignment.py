@@ -82,7 +82,7 @@ class Assignment:
             self._pool.drain(worker, False)
         shard = self._table.begin(worker, entries, now_s, alone=alone)
         if len(worker.shards) == 1:
-            self._pool.on_first_work(worker, now_s)
+            self._pool.set_timer(worker)
         self._watch(shard)
         return shard
 
@@ -105,10 +105,12 @@ class Assignment:
             if self._pool.num_awaited:
                 share = math.ceil(len(self._table.open) / self._num_sharing)
             return worker.num_unfinished < min(worker.slots, share)
-        if worker.num_unfinished < worker.slots:
+        num_queued = worker.num_unfinished - worker.slots
+        if num_queued < 0:
             return True
         # Nothing is queued in a worker of unknown speed: it may be there for long.
-        return worker.queued_work < self._policy.shard_s * worker.work_per_s
+        queued_work = worker.work * num_queued / worker.num_unfinished
+        return queued_work < self._policy.shard_s * worker.work_per_s
 
     def _share_of(self, worker: WorkerState) -> tuple[list[OpenPrompt], bool]:
         """The prompts of a worker's next shard, none where none fits; whether they must be alone.
@@ -214,15 +216,3 @@ class Assignment:
                 return worker
             self.consider(worker)
         return None
-
-    def check(self) -> None:
-        """Assert that no worker is idle while there is work for it; a failure is a bug."""
-        table = self._table
-        for worker in self._pool.workers.values():
-            assert worker.requesting == (worker in self.requesting)
-            if worker.status is WorkerStatus.READY and not worker.shards:
-                assert worker.requesting, "nobody will think of an idle worker"
-                assert not table.num_grouped, "an idle worker, and work"
-                has_others = len(self._pool.workers) > 1
-                suspect = table.suspect_for(worker, has_others=has_others)
-                assert suspect is None, "an idle worker, and a suspect"

@@ -2,38 +2,163 @@
 
 `docs/dispatch.md` describes the policy, `policy.py` has its numbers. Retry is decided here and
 nowhere else. What an event costs does not grow with the fleet.
+
+Events and commands are plain frozen data that pickles. Each command that something must come of has
+its events:
+
+    ReadPrompts   -> PromptsRead
+    RunShard      -> RowsFinished (any number), then ShardFinished, ShardFailed or WorkerLost
+    ReplaceWorker -> WorkerReady or WorkerLost
+
+What is said of a worker carries its `incarnation`, counted from 0: how often it was opened before.
+Late words of one that was replaced are not taken for the new one's. A shard's id is given once.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from qaic_ray.dispatch.assignment import Assignment
-from qaic_ray.dispatch.events import (
-    Command,
-    DeliverRows,
-    Event,
-    PromptsRead,
-    QuarantineWorker,
-    ReadPrompts,
-    ReplaceWorker,
-    RetireWorker,
-    RowsFinished,
-    RunShard,
-    RunStarted,
-    ShardFailed,
-    ShardFinished,
-    TimePassed,
-    WorkerFailedToOpen,
-    WorkerLost,
-    WorkerProgress,
-    WorkerReady,
-)
 from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
 from qaic_ray.dispatch.prompts import PromptTable, Shard
 from qaic_ray.dispatch.workers import WorkerPool, WorkerState, WorkerStatus
 from qaic_ray.rows import Prompt, Row
+
+
+class Event:
+    """What the dispatcher hears."""
+
+
+class Command:
+    """What it orders."""
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """These workers are being opened, each for the first time."""
+
+    workers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PromptsRead(Event):
+    """The next prompts of the input, by rising index; `exhausted` when there are no more."""
+
+    prompts: tuple[Prompt, ...]
+    exhausted: bool
+
+
+@dataclass(frozen=True)
+class WorkerReady(Event):
+    """A worker is open and runs `slots` prompts side by side."""
+
+    worker: str
+    slots: int
+    incarnation: int = 0
+
+
+@dataclass(frozen=True)
+class WorkerLost(Event):
+    """A worker is gone, with everything it held, or never got ready; `error` is a sentence."""
+
+    worker: str
+    error: str
+    incarnation: int = 0
+
+
+@dataclass(frozen=True)
+class WorkerProgress(Event):
+    """A worker's engine has made `num_steps` steps since it was opened.
+
+    From its first one on a worker is watched: while it has prompts and makes no step for a limit
+    that follows from its own speed, it is stalled.
+    """
+
+    worker: str
+    num_steps: int
+    incarnation: int = 0
+
+
+@dataclass(frozen=True)
+class RowsFinished(Event):
+    """Some rows of a running shard."""
+
+    worker: str
+    shard_id: int
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class ShardFinished(Event):
+    """A shard has given all its rows."""
+
+    worker: str
+    shard_id: int
+
+
+@dataclass(frozen=True)
+class ShardFailed(Event):
+    """A shard ended with an error. `retryable`: the worker is to blame, and it may be passing."""
+
+    worker: str
+    shard_id: int
+    error: str
+    retryable: bool
+
+
+@dataclass(frozen=True)
+class TimePassed(Event):
+    """Nothing happened until the dispatcher's `wake_s`."""
+
+
+@dataclass(frozen=True)
+class ReadPrompts(Command):
+    """Read up to `num_prompts` more from the input."""
+
+    num_prompts: int
+
+
+@dataclass(frozen=True)
+class RunShard(Command):
+    """Let a worker answer these; `attempt` counts from 1 and is the same for all of them."""
+
+    worker: str
+    shard_id: int
+    prompts: tuple[Prompt, ...]
+    attempt: int
+
+
+@dataclass(frozen=True)
+class DeliverRows(Command):
+    """These rows are final, each the only one of its prompt."""
+
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class RetireWorker(Command):
+    """End a worker that may still run. Its prompts wait again; it will be replaced."""
+
+    worker: str
+    error: str
+
+
+@dataclass(frozen=True)
+class ReplaceWorker(Command):
+    """End whatever is left of a worker, and open it again as this incarnation."""
+
+    worker: str
+    incarnation: int
+
+
+@dataclass(frozen=True)
+class QuarantineWorker(Command):
+    """End whatever is left of a worker, for the rest of this run; `error` is its last failure."""
+
+    worker: str
+    error: str
 
 
 class Dispatcher:
@@ -51,10 +176,7 @@ class Dispatcher:
     """
 
     def __init__(
-        self,
-        *,
-        policy: Policy = DEFAULT_POLICY,
-        work_of: Callable[[Prompt], float] | None = None,
+        self, *, policy: Policy = DEFAULT_POLICY, work_of: Callable[[Prompt], float] | None = None
     ) -> None:
         self.finished = False
         self.abandoned = False
@@ -86,7 +208,10 @@ class Dispatcher:
         self.finished = self.abandoned or (self._table.exhausted and not self._table.open)
         self.wake_s = math.inf
         if not self.finished:
-            self.wake_s = self._hand_out()
+            if self._assignment.requesting:
+                for shard in self._assignment.next_shards(now_s):
+                    self._order(shard)
+            self.wake_s = min(self._pool.next_s, self._assignment.next_s)
             self._read_on()
         return self._out
 
@@ -103,7 +228,7 @@ class Dispatcher:
                 self._table.read(prompts, exhausted=exhausted)
             case ShardFailed():
                 self._on_shard_failed(event)
-            case WorkerReady() | WorkerProgress() | WorkerFailedToOpen() | WorkerLost():
+            case WorkerReady() | WorkerProgress() | WorkerLost():
                 worker = self._pool.alive(event.worker, event.incarnation)
                 if worker is not None:
                     self._on_worker_event(worker, event)
@@ -114,9 +239,7 @@ class Dispatcher:
                 pass  # workers that are due are looked at after every event
 
     def _on_worker_event(
-        self,
-        worker: WorkerState,
-        event: WorkerReady | WorkerProgress | WorkerFailedToOpen | WorkerLost,
+        self, worker: WorkerState, event: WorkerReady | WorkerProgress | WorkerLost
     ) -> None:
         match event:
             case WorkerProgress():
@@ -135,13 +258,8 @@ class Dispatcher:
         worker = shard.worker
         full, work = worker.num_unfinished >= worker.slots, worker.work
         self._deliver(self._table.accept(rows, self._now_s, shard))
-        self._pool.worked(
-            worker,
-            self._now_s,
-            work - worker.work,
-            full=full,
-            answered=any(row.ok for row in rows),
-        )
+        done, answered = work - worker.work, any(row.ok for row in rows)
+        self._pool.worked(worker, self._now_s, done, full=full, answered=answered)
         self._assignment.consider(worker)
 
     def _fail_shard(self, shard: Shard, error: str) -> None:
@@ -162,8 +280,6 @@ class Dispatcher:
             worker.transients += 1
             if self._table.hold(shard, self._now_s):
                 worker.retry_s = self._now_s + worker.pause_s(worker.transients)
-                if len(worker.shards) == 1:
-                    worker.on_first_work(self._now_s)
                 self._pool.set_timer(worker)
             self._assignment.consider(worker)
 
@@ -212,14 +328,6 @@ class Dispatcher:
 
     # -- what is ordered
 
-    def _hand_out(self) -> float:
-        """Order shards for those that want one; return when to look again."""
-        if not self._assignment.requesting:
-            return self._pool.next_s
-        for shard in self._assignment.next_shards(self._now_s):
-            self._order(shard)
-        return min(self._pool.next_s, self._assignment.next_s)
-
     def _deliver(self, rows: Sequence[Row]) -> None:
         if rows:
             self._out.append(DeliverRows(tuple(rows)))
@@ -238,11 +346,3 @@ class Dispatcher:
             self._is_reading = True
             num_prompts = max(policy.read_ahead, policy.read_rounds * num_slots)
             self._out.append(ReadPrompts(num_prompts))
-
-    def check(self) -> None:
-        """Assert what always holds between two events; a failure is a bug of this package."""
-        self._table.check()
-        self._pool.check()
-        if not self.finished:
-            self._assignment.check()
-            assert self.wake_s > self._now_s, "the driver would never sleep"

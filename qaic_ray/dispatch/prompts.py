@@ -1,7 +1,7 @@
 """Every open prompt of a run: it waits, or it runs in a shard on a worker.
 
 A prompt that is done is forgotten. Each operation keeps the counts of prompts, shards and workers
-consistent; `PromptTable.check` says what that means.
+consistent; `tests/invariants.py` says what that means.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from operator import attrgetter
 
-from qaic_ray.dispatch.poison import LoneRuns
-from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
+from qaic_ray.dispatch.policy import DEFAULT_POLICY, LoneRuns, Policy
 from qaic_ray.dispatch.workers import WorkerState
 from qaic_ray.rows import ErrorClass, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
@@ -27,9 +25,8 @@ def text_work(
     prompt: Prompt, defaults: SamplingParams = GREEDY, *, policy: Policy = DEFAULT_POLICY
 ) -> float:
     """Estimated work of a prompt in characters; `defaults` are what it does not say itself."""
-    if prompt.messages is None:
-        length = len(prompt.text)
-    else:
+    length = len(prompt.text)
+    if prompt.messages is not None:
         length = sum(len(message.get("content", "")) for message in prompt.messages)
     sampling = prompt.sampling or defaults
     num_tokens = policy.answer_tokens if sampling.max_tokens is None else sampling.max_tokens
@@ -47,7 +44,6 @@ class OpenPrompt:
         num_deaths_alone: workers that died while it was alone on them.
         died_on: the worker on which it came to a bad end last while it was alone.
         shard_ids: the shards it runs in: none while it waits, two in a second run.
-        rank: its place in a `WaitingList`.
     """
 
     prompt: Prompt
@@ -57,7 +53,6 @@ class OpenPrompt:
     num_deaths_alone: int = 0
     died_on: str = ""
     shard_ids: tuple[int, ...] = ()
-    rank: tuple[int, float, int] = (0, 0.0, 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -80,9 +75,6 @@ class Shard:
     held: bool = False
 
 
-_rank = attrgetter("rank")
-
-
 class WaitingList:
     """Waiting prompts in one sorted list, of which the next one is the last.
 
@@ -98,37 +90,32 @@ class WaitingList:
 
     def add(self, entry: OpenPrompt) -> None:
         """Let one prompt wait."""
-        self._set_rank(entry)
-        insort(self.entries, entry, key=_rank)
+        insort(self.entries, entry, key=self._rank)
 
     def add_band(self, entries: Sequence[OpenPrompt]) -> None:
         """Let the prompts of the newest band wait."""
-        for entry in entries:
-            self._set_rank(entry)
-        self.entries[:0] = sorted(entries, key=_rank)
+        self.entries[:0] = sorted(entries, key=self._rank)
 
     def remove(self, entry: OpenPrompt) -> None:
         """Take out a prompt that waits here."""
-        del self.entries[bisect_left(self.entries, entry.rank, key=_rank)]
+        del self.entries[bisect_left(self.entries, self._rank(entry), key=self._rank)]
 
     def pop(self, *, shortest: bool = False) -> OpenPrompt:
         """Take the next prompt, or the shortest one of the oldest band; there must be one."""
         if not shortest:
             return self.entries.pop()
-        oldest_band = self.entries[-1].rank[0]
-        return self.entries.pop(bisect_left(self.entries, (oldest_band, -math.inf, 0), key=_rank))
+        first = (self._rank(self.entries[-1])[0], -math.inf, 0)
+        return self.entries.pop(bisect_left(self.entries, first, key=self._rank))
 
     def merge_bands(self, *, exactly: bool) -> None:
         """Make one band of all bands, sorted by length, exactly or not."""
         self._has_bands, self._is_exact = False, exactly
-        for entry in self.entries:
-            self._set_rank(entry)
-        self.entries.sort(key=_rank)
+        self.entries.sort(key=self._rank)
 
-    def _set_rank(self, entry: OpenPrompt) -> None:
+    def _rank(self, entry: OpenPrompt) -> tuple[int, float, int]:
         band = entry.band if self._has_bands else 0
         length = entry.work if self._is_exact else math.frexp(entry.work)[1]
-        entry.rank = -band, length, -entry.prompt.index
+        return -band, length, -entry.prompt.index
 
 
 class PromptTable:
@@ -232,6 +219,8 @@ class PromptTable:
         shard = Shard(self._num_shards, worker, entries[0].attempt, alone, now_s, unfinished)
         self._num_shards += 1
         self.shards[shard.id] = shard
+        if not worker.shards:
+            worker.on_first_work(now_s)
         worker.shards.append(shard.id)
         worker.alone = alone
         for entry in entries:
@@ -354,45 +343,3 @@ class PromptTable:
             shard.worker.work -= entry.work
         del self.open[index]
         self._num_done += 1
-
-    def check(self) -> None:
-        """Assert what always holds between two events; a failure is a bug."""
-        assert self._num_read == len(self.open) + self._num_done
-        self._check_waiting()
-        running = [(i, s.id) for s in self.shards.values() for i in s.unfinished]
-        assert sorted(running) == sorted(
-            (i, shard_id) for i, entry in self.open.items() for shard_id in entry.shard_ids
-        ), "a prompt and its shard do not know each other"
-        for entry in self.open.values():
-            assert len(entry.shard_ids) <= 2, "a prompt runs a third time"
-            workers = {self.shards[shard_id].worker.name for shard_id in entry.shard_ids}
-            assert len(workers) == len(entry.shard_ids), "a prompt runs twice on one worker"
-        for shard in self.shards.values():
-            self._check_shard(shard)
-
-    def _check_waiting(self) -> None:
-        alone_from = self._policy.alone_from
-        entries = [entry for entry in self.open.values() if not entry.shard_ids]
-        grouped = [entry for entry in entries if entry.attempt < alone_from]
-        fresh = {e.prompt.index for e in grouped if e.attempt == 1}
-        assert {entry.prompt.index for entry in self.fresh.entries} == fresh
-        retried = {entry.prompt.index for entry in self.retried.entries}
-        assert retried == {e.prompt.index for e in grouped} - fresh
-        assert set(self.suspects) == {e.prompt.index for e in entries if e.attempt >= alone_from}
-        assert self.num_grouped == len(grouped)
-        assert len(grouped) == len(self.fresh.entries) + len(self.retried.entries)
-        work = sum(entry.work for entry in grouped)
-        assert math.isclose(self.waiting_work, work, rel_tol=1e-9, abs_tol=1e-3)
-
-    def _check_shard(self, shard: Shard) -> None:
-        worker = shard.worker
-        assert shard.id in worker.shards
-        assert len(worker.shards) <= self._policy.max_shards
-        assert worker.alone == shard.alone
-        entries = [e for i in worker.shards for e in self.shards[i].unfinished.values()]
-        assert worker.num_unfinished == len(entries)
-        assert abs(worker.work - sum(entry.work for entry in entries)) < 1e-3
-        assert all(entry.attempt == shard.attempt for entry in shard.unfinished.values())
-        assert not shard.alone or len(worker.shards) == 1, "a prompt that is to be alone is not"
-        assert shard.alone or shard.attempt < self._policy.alone_from
-        assert not shard.alone or len(shard.unfinished) <= 1

@@ -127,12 +127,6 @@ class WorkerState:
             return self.policy.first_stall_s
         return max(self.policy.min_stall_s, self.policy.stall_steps * self.step_s)
 
-    @property
-    def queued_work(self) -> float:
-        """Estimated work of the prompts that wait in it for a slot."""
-        queued = self.num_unfinished - self.slots
-        return self.work * queued / self.num_unfinished if queued > 0 else 0.0
-
     def pause_s(self, failures: int) -> float:
         """How long it rests after so many failures in a row."""
         doubled_s = self.policy.min_backoff_s * 2.0 ** (max(1, failures) - 1)
@@ -251,11 +245,6 @@ class WorkerPool:
         self._count(worker, 1)
         self.set_timer(worker)
 
-    def on_first_work(self, worker: WorkerState, now_s: float) -> None:
-        """A worker got a shard, and had none: from now on its silence counts."""
-        worker.on_first_work(now_s)
-        self.set_timer(worker)
-
     def drain(self, worker: WorkerState, draining: bool) -> None:
         """Say whether it takes nothing more until it may run a prompt alone."""
         self.num_draining += draining - worker.draining
@@ -335,22 +324,3 @@ class WorkerPool:
             if worker is not None and worker.timer_s == time_s:
                 worker.timer_s = math.inf
                 yield worker
-
-    def check(self) -> None:
-        """Assert that sums and timers are true; a failure is a bug of this module."""
-        workers = self.workers.values()
-        recount = WorkerPool(self._policy)
-        for worker in workers:
-            recount._count(worker, 1)
-        for name in ("num_ready", "_ready_slots", "_num_measured", "_measured_slots",
-                     "_num_stepping"):  # fmt: skip
-            assert getattr(self, name) == getattr(recount, name), name
-        assert math.isclose(self._work_per_s, recount._work_per_s, rel_tol=1e-6, abs_tol=1e-3)
-        assert math.isclose(self._step_s, recount._step_s, rel_tol=1e-6, abs_tol=1e-6)
-        assert self.num_awaited == sum(worker.awaited for worker in workers)
-        assert self.num_draining == sum(worker.draining for worker in workers)
-        timed = {name for _, name in self._timers}
-        for worker in workers:
-            assert worker.timer_s <= worker.deadline_s(self.listening_s), "nobody looks at it"
-            assert worker.timer_s == math.inf or worker.name in timed
-            assert worker.status is WorkerStatus.READY or not worker.shards

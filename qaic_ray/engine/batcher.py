@@ -1,130 +1,30 @@
-"""Sequences into slots, slots into steps: the batcher of the `position-ids` contract.
+"""Sequences into slots, slots into steps: a batcher for each of the two contracts. Pure.
 
-Pure. `plan` says what the card computes next, `commit` takes in the tokens that came out. Every row
-has a slot and positions of its own:
+`plan` says what the card computes next, `commit` takes in the tokens that came out.
+
+`Batcher` is for `position-ids`, where every row has a slot and positions of its own:
 
     uncomputed tokens of a row    where they are computed
     at most `ride_len`            in the decode shape, together with every other such row
     more                          in a prefill shape, some at a time, longest wait first
     more, and no prefill shape    in the decode shape, `decode_len` at a time (a `pl1` program)
 
-so a prompt's last token and an answer's newest are one case. A slot remembers the tokens that its
-cache holds; a prompt that begins with them is computed from there on.
+so a prompt's last token and an answer's newest are one case. `LockstepBatcher` is for
+`cache-index`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence as Listed
-from dataclasses import dataclass, field
 from itertools import compress
 
-from qaic_ray.engine.shapes import ProgramShapes, ShapeCosts
+from qaic_ray.engine.steps import ProgramShapes, Sequence, ShapeCosts, Step
 from qaic_ray.errors import RowError
-from qaic_ray.rows import FinishReason
-from qaic_ray.sampling_params import SamplingParams, TokenLogprob
-
-GREEDY = SamplingParams()
 
 
-@dataclass(eq=False)
-class Sequence:
-    """Token ids of one row in flight; compared by identity.
-
-    `max_new_tokens` is how many tokens may be generated at most; `stop_ids` end the row and are
-    kept as its last token. `num_computed` counts the tokens, prompt and answer, whose keys and
-    values the card holds, `num_reused` those of the prompt that it held already. `slot` is set
-    while the row runs.
-    """
-
-    key: int
-    prompt_ids: tuple[int, ...]
-    max_new_tokens: int
-    stop_ids: frozenset[int] = frozenset()
-    params: SamplingParams = GREEDY
-    seed: int = 0
-    output_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    num_computed: int = 0
-    num_reused: int = 0
-    slot: int | None = None
-    finish_reason: FinishReason | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and answer so far."""
-        return len(self.prompt_ids) + len(self.output_ids)
-
-    @property
-    def num_uncomputed(self) -> int:
-        """Tokens that the card has not computed yet; at least 1 while the row runs."""
-        return self.num_tokens - self.num_computed
-
-    @property
-    def newest(self) -> int:
-        """The uncomputed token, where there is one; the first of several."""
-        start = self.num_computed - len(self.prompt_ids)
-        return self.output_ids[start] if start >= 0 else self.prompt_ids[start]
-
-    def next_ids(self, count: int) -> Listed[int]:
-        """The next `count` uncomputed tokens, in order."""
-        start = self.num_computed - len(self.prompt_ids)
-        if start >= 0:
-            return self.output_ids[start : start + count]
-        if start + count <= 0:
-            return self.prompt_ids[self.num_computed : self.num_computed + count]
-        return (*self.prompt_ids[self.num_computed :], *self.output_ids[: start + count])
-
-    def take(self, tokens: Listed[int]) -> int:
-        """Append chosen tokens until one of them ends the row; how many were kept."""
-        output, stop_ids, limit = self.output_ids, self.stop_ids, self.max_new_tokens
-        for kept, token in enumerate(tokens, start=1):
-            output.append(token)
-            if token in stop_ids:
-                self.finish_reason = FinishReason.STOP
-                return kept
-            if len(output) >= limit:
-                self.finish_reason = FinishReason.LENGTH
-                return kept
-        return len(tokens)
-
-    def cut(self, num_tokens: int) -> int:
-        """End the row with its first `num_tokens` tokens; how many were dropped."""
-        dropped = len(self.output_ids) - num_tokens
-        del self.output_ids[num_tokens:]
-        del self.logprobs[num_tokens:]
-        self.finish_reason = FinishReason.STOP
-        return dropped
-
-
-@dataclass(frozen=True)
-class Step:
-    """One execution of the program: the rows that take part, and how many tokens each feeds.
-
-    `seq_len` is that of the shape to run in; for a decode step the longest that any row may use.
-    Row i is a slot and its sequence, and feeds `counts[i]` of its uncomputed tokens. If these are
-    all of them it is answered with its next token; logits of other rows mean nothing.
-
-    Rows in lockstep also have `padded_len`, the length that every prompt is padded to, and write
-    the cache from `cache_index` on; `counts` includes the padding there.
-    """
-
-    is_prefill: bool
-    seq_len: int
-    rows: tuple[tuple[int, Sequence], ...]
-    counts: tuple[int, ...]
-    cache_index: int = 0
-    padded_len: int = 0
-
-    @property
-    def ends_padded(self) -> bool:
-        """Whether a step in lockstep reaches the end of the padded prompts: all are answered."""
-        return self.cache_index + self.seq_len >= self.padded_len
-
-
-class StepPlanner(ABC):
-    """What the engine asks of a batcher; `Batcher` and `LockstepBatcher` are the two.
+class _Queue:
+    """The sequences that wait and run; what both batchers do alike.
 
     Args:
         shapes: what the program can run.
@@ -140,11 +40,6 @@ class StepPlanner(ABC):
     def busy(self) -> bool:
         """Whether any sequence waits or runs."""
         return bool(self.waiting or self.running)
-
-    @property
-    @abstractmethod
-    def num_decoding(self) -> int:
-        """Rows that wait for their next token and not for a prefill."""
 
     def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
         """How many tokens a prompt may generate: what was asked for, within the context.
@@ -168,24 +63,6 @@ class StepPlanner(ABC):
         """Queue a sequence whose `max_new_tokens` came from `new_token_limit`."""
         self.waiting.append(sequence)
 
-    @abstractmethod
-    def plan(self, *, decode_first: bool = False) -> Step | None:
-        """The next step, or None when nothing waits or runs.
-
-        Prefill goes before decode, because an empty row of the decode shape is lost; with
-        `decode_first` rows that can decode are not made to wait any longer.
-        """
-
-    @abstractmethod
-    def commit(self, step: Step, chosen: Listed[Listed[int]]) -> list[Sequence]:
-        """Take in a step's outcome; return the sequences it finished, in the step's order.
-
-        Args:
-            step: what `plan` returned last.
-            chosen: for each row of the step the tokens chosen for it, one more than the drafted
-                tokens that it accepted; read only where the row was to be answered.
-        """
-
     def stop(self, sequence: Sequence, num_tokens: int) -> int:
         """End a row with the first `num_tokens` tokens of its answer; how many were dropped."""
         dropped = sequence.cut(num_tokens)
@@ -197,13 +74,20 @@ class StepPlanner(ABC):
         """Places of the context that a prompt takes."""
         return prompt_tokens
 
-    @abstractmethod
-    def _release(self, sequence: Sequence) -> None:
-        """Take a running sequence out of its slot."""
+    def _release(self, sequence: Sequence) -> int:
+        """Take a running sequence out of its slot, which is returned."""
+        slot = sequence.slot
+        assert slot is not None
+        sequence.slot = None
+        del self.running[slot]
+        return slot
 
 
-class Batcher(StepPlanner):
+class Batcher(_Queue):
     """Gives sequences slots of their own and plans steps over them.
+
+    A slot remembers the tokens that its cache holds; a prompt that begins with them is computed
+    from there on.
 
     Args:
         shapes: what the program can run.
@@ -230,11 +114,15 @@ class Batcher(StepPlanner):
 
     @property
     def num_decoding(self) -> int:
-        """See `StepPlanner.num_decoding`."""
+        """Rows that wait for their next token and not for a prefill."""
         return len(self.running) - len(self._prefilling)
 
     def plan(self, *, decode_first: bool = False) -> Step | None:
-        """See `StepPlanner.plan`."""
+        """The next step, or None when nothing waits or runs.
+
+        Prefill goes before decode, because an empty row of the decode shape is lost; with
+        `decode_first` rows that can decode are not made to wait any longer.
+        """
         self._admit()
         if not self.running:
             return None
@@ -245,7 +133,13 @@ class Batcher(StepPlanner):
         return self._steady
 
     def commit(self, step: Step, chosen: Listed[Listed[int]]) -> list[Sequence]:
-        """See `StepPlanner.commit`."""
+        """Take in a step's outcome; return the sequences it finished, in the step's order.
+
+        Args:
+            step: what `plan` returned last.
+            chosen: for each row of the step the tokens chosen for it, one more than the drafted
+                tokens that it accepted; read only where the row was to be answered.
+        """
         finished = []
         for (_, sequence), count, tokens in zip(step.rows, step.counts, chosen, strict=True):
             computed = sequence.num_computed + count
@@ -282,8 +176,8 @@ class Batcher(StepPlanner):
             return
         while self.waiting and self._free and len(self.running) < self.shapes.num_rows:
             sequence = self.waiting.popleft()
-            slot, reused = self._best_slot(sequence.prompt_ids)
-            del self._free[slot]
+            slot = self._best_slot(sequence.prompt_ids)
+            reused = num_common(self._free.pop(slot), sequence.prompt_ids)
             # The last token of a prompt is always computed: its logits are the answer's first.
             sequence.num_computed = sequence.num_reused = min(reused, len(sequence.prompt_ids) - 1)
             sequence.slot = slot
@@ -292,15 +186,10 @@ class Batcher(StepPlanner):
                 self._prefilling[slot] = sequence
             self._steady = None
 
-    def _best_slot(self, prompt_ids: tuple[int, ...]) -> tuple[int, int]:
-        """The free slot whose cache shares the longest prefix with a prompt, and its length."""
-        best, most = -1, -1
-        for slot, held in self._free.items():
-            common = num_common(held, prompt_ids)
-            # Of equals the one that has been free the longest.
-            if common > most:
-                best, most = slot, common
-        return best, most
+    def _best_slot(self, prompt_ids: tuple[int, ...]) -> int:
+        """The free slot whose cache shares the longest prefix with a prompt."""
+        # Of equals the first, which has been free the longest.
+        return max(self._free, key=lambda slot: num_common(self._free[slot], prompt_ids))
 
     def _wants_prefill(self, sequence: Sequence) -> bool:
         return (
@@ -335,17 +224,106 @@ class Batcher(StepPlanner):
             if slot in self._prefilling and not self._wants_prefill(sequence):
                 del self._prefilling[slot]
 
-    def _release(self, sequence: Sequence) -> None:
-        slot = sequence.slot
-        assert slot is not None
-        sequence.slot = None
-        self.running.pop(slot)
+    def _release(self, sequence: Sequence) -> int:
+        slot = super()._release(sequence)
         self._prefilling.pop(slot, None)
         self._steady = None
         # The last token of an answer was never fed, and what was drafted behind it is not held.
         num_held = min(sequence.num_computed, sequence.num_tokens - 1)
         held = (*sequence.prompt_ids, *sequence.output_ids)[:num_held]
         self._free[slot] = held if self._prefix_reuse else ()
+        return slot
+
+
+class LockstepBatcher(_Queue):
+    """Gathers sequences into waves and plans their steps.
+
+    One cache index counts for the whole batch, so rows start together, as a wave, and each is
+    padded on the left to the wave's length:
+
+        padded_len    prompt_len x chunks, the same for every row of the wave
+        prefill       chunk 0, 1, ... of all rows at once; only the last answers, in its last column
+        decode        one token a row, written at padded_len, padded_len + 1, ... for all of them
+
+    A row that ends early keeps its place and is no longer counted; the next wave starts when the
+    last row has ended. Places without a row are padding.
+
+    Args:
+        shapes: what the program can run; it is static, with one prefill length at most.
+    """
+
+    def __init__(self, shapes: ProgramShapes) -> None:
+        super().__init__(shapes)
+        self._prompt_len = max(shapes.prefill_lens, default=1)
+        self._padded_len = 0
+        self._cache_index = 0
+
+    @property
+    def num_decoding(self) -> int:
+        """See `Batcher.num_decoding`."""
+        return len(self.running) if self._cache_index >= self._padded_len else 0
+
+    def plan(self, *, decode_first: bool = False) -> Step | None:
+        """See `Batcher.plan`; no row of a wave is ahead of the others, to decode first."""
+        if not self.running:
+            self._begin()
+        if not self.running:
+            return None
+        is_prefill = self._cache_index < self._padded_len
+        seq_len = self._prompt_len if is_prefill else 1
+        rows = tuple(self.running.items())
+        counts = (seq_len,) * len(rows)
+        return Step(is_prefill, seq_len, rows, counts, self._cache_index, self._padded_len)
+
+    def commit(self, step: Step, chosen: Listed[Listed[int]]) -> list[Sequence]:
+        """See `Batcher.commit`."""
+        self._cache_index += step.seq_len
+        if not step.ends_padded:
+            return []
+        finished = []
+        for (_, sequence), tokens in zip(step.rows, chosen, strict=True):
+            sequence.num_computed = sequence.num_tokens
+            sequence.take(tokens)
+            if sequence.finish_reason is not None:
+                self._release(sequence)
+                finished.append(sequence)
+        return finished
+
+    def check(self) -> None:
+        """Invariants, for tests: the wave fits its places and the context."""
+        assert len(self.running) <= self.shapes.num_slots
+        for slot, sequence in self.running.items():
+            assert sequence.slot == slot
+            assert sequence.finish_reason is None
+            assert self._padded(len(sequence.prompt_ids)) <= self._padded_len
+            assert max(self._cache_index, self._padded_len) <= self.shapes.ctx_len
+            assert len(sequence.output_ids) < sequence.max_new_tokens
+
+    def _padded(self, prompt_tokens: int) -> int:
+        """Whole chunks, because the prompt is padded to them."""
+        return -(-prompt_tokens // self._prompt_len) * self._prompt_len
+
+    def _begin(self) -> None:
+        """Choose the next wave: the row that waits longest, and rows of as many chunks.
+
+        Free places go to shorter rows whose answers still fit behind the longer padding.
+        """
+        if not self.waiting:
+            return
+        self._cache_index = 0
+        self._padded_len = self._padded(len(self.waiting[0].prompt_ids))
+        same = [s for s in self.waiting if self._padded(len(s.prompt_ids)) == self._padded_len]
+        shorter = [s for s in self.waiting if self._fits_with_padding(s)]
+        wave = (same + shorter)[: self.shapes.num_slots]
+        for slot, sequence in enumerate(wave):
+            sequence.slot = slot
+            self.running[slot] = sequence
+        self.waiting = deque(s for s in self.waiting if s.slot is None)
+
+    def _fits_with_padding(self, sequence: Sequence) -> bool:
+        shorter = self._padded(len(sequence.prompt_ids)) < self._padded_len
+        end = self._padded_len + sequence.max_new_tokens - 1
+        return shorter and end <= self.shapes.ctx_len
 
 
 def num_common(left: tuple[int, ...], right: tuple[int, ...]) -> int:

@@ -116,8 +116,9 @@ def read_interface(api: ModuleType, descriptor: bytes, qpc: Path) -> ProgramInte
     entries: list[Dims] = [
         {b.name: tuple(entry.shapes[b.index].dims) for b in bindings} for entry in io.allowed_shapes
     ] or [{b.name: tuple(b.dims) for b in bindings}]
-    io_contract = _contract(index, qpc)
-    _refuse_unknown_inputs(inputs, qpc)
+    _check_bindings(index, inputs, qpc)
+    is_lockstep = contract.CACHE_INDEX in index
+    io_contract = IoContract.CACHE_INDEX if is_lockstep else IoContract.POSITION_IDS
     shapes = {_specialization(dims, qpc): dims for dims in entries}
     output = contract.NEXT_TOKENS if contract.NEXT_TOKENS in index else contract.LOGITS
     lasting = [name for name in _LASTING if name in index]
@@ -135,7 +136,7 @@ def read_interface(api: ModuleType, descriptor: bytes, qpc: Path) -> ProgramInte
     )
 
 
-def _contract(index: Mapping[str, int], qpc: Path) -> IoContract:
+def _check_bindings(index: Mapping[str, int], inputs: Iterable[str], qpc: Path) -> None:
     needed = {contract.INPUT_IDS, contract.POSITION_IDS, contract.past_key(0)}
     missing = sorted(needed - set(index))
     if not {contract.LOGITS, contract.NEXT_TOKENS} & set(index):
@@ -145,13 +146,7 @@ def _contract(index: Mapping[str, int], qpc: Path) -> IoContract:
             f"{qpc} is not the QPC of a language model this tool runs: "
             f"it has no binding {' or '.join(missing)}."
         )
-    if contract.CACHE_INDEX in index:
-        return IoContract.CACHE_INDEX
-    return IoContract.POSITION_IDS
-
-
-def _refuse_unknown_inputs(names: Iterable[str], qpc: Path) -> None:
-    unknown = [name for name in names if name not in _INPUTS and not contract.is_past(name)]
+    unknown = [name for name in inputs if name not in _INPUTS and not contract.is_past(name)]
     if unknown:
         raise UsageError(
             f"{qpc} has the input {' and '.join(unknown)}, which this tool does not feed: export "

@@ -28,6 +28,7 @@ _BLOCK_LEN = 16  # tokens of a block: fewer tell more of the tail, more shorten 
 _NUM_GROUPS = 512  # the head is found by the largest logits of so many groups of blocks
 _HEAD = 48  # tokens of the head at least, where neither top_k nor min_p says how many
 _IN_CACHE = 4096  # columns reduced at once: they stay in the first-level cache
+_CHUNK_LEN = 256  # weights of the exact draw that are summed at once
 _LOWEST = np.finfo(np.float32).min
 _SLACK = 1e-5  # of the tail's length, which is a sum of float32
 # Lengths are whole numbers of units: their sums are exact, whatever stands before them. The
@@ -311,13 +312,20 @@ class _Unsettled:
                 token = self._tail_token((place - int(self._ends[-1])) / _UNITS)
                 if token >= 0 and self._is_allowed_in_tail(token):
                     return token
-        return self._weights.token(uniforms[-1])
+        return self._exact_token(uniforms[-1])
 
     @cached_property
-    def _weights(self) -> _Weights:
-        weights = self._logits - self._best
+    def _weights(self) -> Logits:
+        """Of all tokens, for what the line cannot tell."""
+        weights: Logits = self._logits - self._best
         weights *= self._scale
-        return _Weights(self._logits, np.exp2(weights, out=weights), self._top_p)
+        np.exp2(weights, out=weights)
+        return weights
+
+    @cached_property
+    def _share(self) -> float:
+        """What the allowed tokens weigh at least."""
+        return self._top_p * float(self._weights.sum())
 
     @cached_property
     def _cell_ends(self) -> Floats:
@@ -327,13 +335,17 @@ class _Unsettled:
 
     def _is_allowed_in_head(self, number: int) -> bool:
         before = float(self._ends[number - 1]) / _UNITS if number else 0.0
-        return self._top_p == 1 or before < self._weights.share
+        return before < self._share
 
     def _is_allowed_in_tail(self, token: int) -> bool:
         if self._top_p == 1:
             return True
-        weights = self._weights
-        return float(self._ends[-1]) / _UNITS < weights.share and weights.allow(token)
+        if float(self._ends[-1]) / _UNITS >= self._share:
+            return False
+        logits, logit = self._logits, self._logits[token]
+        before = float(self._weights[logits > logit].sum())
+        num_equal = int(np.count_nonzero(logits[:token] == logit))
+        return before + num_equal * float(self._weights[token]) < self._share
 
     def _tail_token(self, place: float) -> int:
         """The token at a place of the tail, or -1 where none lies."""
@@ -349,42 +361,25 @@ class _Unsettled:
         weight = math.exp((float(self._logits[token]) - float(self._best)) / self._temperature)
         return token if offset - step * cell < weight else -1
 
-
-class _Weights:
-    """The weights of all tokens of a row, for what its line cannot tell."""
-
-    _CHUNK_LEN = 256
-
-    def __init__(self, logits: Logits, weights: Logits, top_p: float) -> None:
-        self._logits, self._weights, self._top_p = logits, weights, top_p
-        self._total = float(weights.sum())
-        self.share = top_p * self._total
-
-    def allow(self, token: int) -> bool:
-        """Whether the tokens before this one in the order of top_p fall short of its share."""
-        logits, logit = self._logits, self._logits[token]
-        before = float(self._weights[logits > logit].sum())
-        num_equal = int(np.count_nonzero(logits[:token] == logit))
-        return before + num_equal * float(self._weights[token]) < self.share
-
-    def token(self, uniform: float) -> int:
+    def _exact_token(self, uniform: float) -> int:
         """The token at a place among those that are allowed."""
         if self._top_p < 1:
             return self._of_nucleus(uniform)
-        firsts = np.arange(0, self._weights.size, self._CHUNK_LEN)
+        firsts = np.arange(0, self._weights.size, _CHUNK_LEN)
         chunk_ends = np.add.reduceat(self._weights, firsts).cumsum(dtype=np.float64)
         place = uniform * float(chunk_ends[-1])
         chunk = _number(chunk_ends, place)
-        first = chunk * self._CHUNK_LEN
-        ends = self._weights[first : first + self._CHUNK_LEN].cumsum(dtype=np.float64)
+        first = chunk * _CHUNK_LEN
+        ends = self._weights[first : first + _CHUNK_LEN].cumsum(dtype=np.float64)
         return first + _number(ends, place - (float(chunk_ends[chunk - 1]) if chunk else 0.0))
 
     def _of_nucleus(self, uniform: float) -> int:
         # All tokens lighter than this weigh less than what top_p leaves out.
-        ids = np.flatnonzero(self._weights >= (self._total - self.share) / self._weights.size)
+        left_out = float(self._weights.sum()) - self._share
+        ids = np.flatnonzero(self._weights >= left_out / self._weights.size)
         ids = ids[np.argsort(-self._logits[ids], kind="stable")]
         ends = self._weights[ids].cumsum(dtype=np.float64)
-        border = float(ends[min(int(ends.searchsorted(self.share)), ends.size - 1)])
+        border = float(ends[min(int(ends.searchsorted(self._share)), ends.size - 1)])
         return int(ids[_number(ends, uniform * border)])
 
 

@@ -1,5 +1,7 @@
 """Tokens guessed ahead, for a program that checks several of them a row in one decode step.
 
+`open_drafting` opens what a run has: nothing, the row's own text, or a draft QPC.
+
 `PromptLookup` guesses from the row's own text. Answers repeat their prompts (summaries, code,
 extraction) and themselves; the tokens behind the latest earlier occurrence of the last tokens are
 then a good guess, and a wrong one costs only its place in a decode shape that is there anyway.
@@ -11,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
 
-from qaic_ray.engine.batcher import Sequence
-from qaic_ray.engine.engine import Engine, Program
+from qaic_ray.engine.engine import Engine, Proposer
+from qaic_ray.engine.session import Session
+from qaic_ray.engine.steps import Sequence
 from qaic_ray.errors import UsageError
-from qaic_ray.metrics import Measurement
+from qaic_ray.options import Generation
+from qaic_ray.sdk import Sdk
 
 MAX_NGRAM = 3
 """Longest run of last tokens that is looked up; the longest that is found decides."""
@@ -90,7 +94,7 @@ class DraftProgram:
         UsageError: where the draft program has fewer slots than that.
     """
 
-    def __init__(self, program: Program, num_rows: int) -> None:
+    def __init__(self, program: Session, num_rows: int) -> None:
         slots = program.specializations.batch_size
         if slots < num_rows:
             raise UsageError(
@@ -99,11 +103,6 @@ class DraftProgram:
             )
         self._engine = Engine(program, ride_len=RIDE_LEN)
         self._ctx_len = program.specializations.ctx_len
-
-    @property
-    def measurement(self) -> Measurement:
-        """The draft engine's own work."""
-        return self._engine.measurement
 
     def propose(self, rows: Listed[Sequence], room: Listed[int]) -> list[list[int]]:
         """At most `room[i]` tokens for row i; none for a row beyond the draft's context."""
@@ -120,3 +119,50 @@ class DraftProgram:
 
     def release(self, sequence: Sequence) -> None:
         """Nothing to do: the slot keeps its tokens until another row needs it."""
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """What an opened worker drafts with; `session` is a draft QPC's, to be closed after use."""
+
+    proposer: Proposer | None = None
+    session: Session | None = None
+
+    def close(self) -> None:
+        """Give the draft QPC's part of the card back."""
+        if self.session is not None:
+            self.session.close()
+
+
+def open_drafting(asked: Generation, sdk: Sdk, main: Session) -> Drafting:
+    """Open what drafts for `main`, on the same card.
+
+    Raises:
+        UsageError: the main QPC cannot check drafts, or the draft QPC does not fit to it.
+        DeviceError: from the card, when the draft QPC has no room beside the main one.
+    """
+    shapes = main.specializations
+    if shapes.decode_len == 1:
+        if asked.draft_qpc is not None or asked.drafts == "prompt-lookup":
+            raise UsageError(
+                f"{main.qpc} takes one token a row in a decode step, so it cannot check drafts: "
+                "export with --logits num_logits_to_keep and compile with "
+                "--num-speculative-tokens 3."
+            )
+        return Drafting()
+    if asked.drafts == "none":
+        return Drafting()
+    if asked.draft_qpc is None:
+        return Drafting(PromptLookup())
+    session = Session(sdk, asked.draft_qpc, main.device_ids)
+    try:
+        sizes = session.vocab_size, main.vocab_size
+        if None not in sizes and sizes[0] != sizes[1]:
+            raise UsageError(
+                f"The draft QPC has a vocabulary of {sizes[0]} and the main one of {sizes[1]}: a "
+                "draft must be of the same tokenizer."
+            )
+        return Drafting(DraftProgram(session, shapes.decode.batch_size), session)
+    except UsageError:
+        session.close()
+        raise

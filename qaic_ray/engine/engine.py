@@ -9,28 +9,24 @@ works, and everything else is kept short.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 from itertools import compress
 from typing import Protocol
 
-import numpy as np
-
-from qaic_ray.contract import IoContract, Specialization, Specializations
-from qaic_ray.engine.batcher import Batcher, Sequence, Step, StepPlanner
-from qaic_ray.engine.bindings import Array, Output
-from qaic_ray.engine.inputs import (
+from qaic_ray.contract import IoContract
+from qaic_ray.engine.batcher import Batcher, LockstepBatcher
+from qaic_ray.engine.sampler import Selector
+from qaic_ray.engine.session import Session
+from qaic_ray.engine.step_io import (
     CacheIndexInputs,
     Drafts,
-    InputBuilder,
     PositionIdsInputs,
     StepInputs,
+    TokenPicker,
 )
-from qaic_ray.engine.lockstep import LockstepBatcher
-from qaic_ray.engine.sampler import Selector
-from qaic_ray.engine.shapes import ProgramShapes
-from qaic_ray.engine.token_picker import TokenPicker
+from qaic_ray.engine.steps import ProgramShapes, Sequence, Step
 from qaic_ray.errors import RowError
 from qaic_ray.metrics import Measurement, Meter, bin_of
 from qaic_ray.rows import ROW_ALONE
@@ -38,25 +34,6 @@ from qaic_ray.sampling_params import SamplingParams
 
 MAX_STALL_S = 1.0
 """Seconds that running rows may wait for the prefill of others, by default."""
-
-
-class Program(Protocol):
-    """What the engine needs of a session: shapes, and one call."""
-
-    contract: IoContract
-    specializations: Specializations
-    emits_tokens: bool
-
-    def input_dtype(self, name: str) -> np.dtype[np.generic]:
-        """dtype of an input."""
-
-    def run(
-        self,
-        shape: Specialization,
-        inputs: Mapping[str, Array],
-        meanwhile: Callable[[], None] | None = None,
-    ) -> Output:
-        """Execute once; `meanwhile` is called while the card works."""
 
 
 class StopReader(Protocol):
@@ -105,7 +82,7 @@ class Engine:
 
     def __init__(
         self,
-        program: Program,
+        program: Session,
         clock: Callable[[], float] = time.perf_counter,
         *,
         max_stall_s: float = MAX_STALL_S,
@@ -115,8 +92,8 @@ class Engine:
         selector: Selector | None = None,
     ) -> None:
         shapes = self._shapes = ProgramShapes.of(program.specializations)
-        self.batcher: StepPlanner
-        self._inputs: InputBuilder
+        self.batcher: Batcher | LockstepBatcher
+        self._inputs: PositionIdsInputs | CacheIndexInputs
         if program.contract is IoContract.CACHE_INDEX:
             self.batcher = LockstepBatcher(shapes)
             self._inputs = CacheIndexInputs(shapes, program.input_dtype)
@@ -134,7 +111,6 @@ class Engine:
             fail=self._end_with,
         )
         self._readers: dict[Sequence, StopReader] = {}
-        self._num_read: dict[Sequence, int] = {}
         self._unread: list[Sequence] = []
         self._stops: dict[Sequence, int] = {}
         self._errors: dict[Sequence, RowError] = {}
@@ -172,7 +148,7 @@ class Engine:
         self._awaiting[sequence] = self._clock()
         if reader is not None:
             self._readers[sequence] = reader
-            self._num_read[sequence] = len(sequence.output_ids)
+            sequence.num_read = len(sequence.output_ids)
         self._picker.add(sequence)
         self.batcher.add(sequence)
 
@@ -199,7 +175,10 @@ class Engine:
         end_s = self._clock()
         self._measure(step, built, end_s - start_s)
         if drafts is not None:
-            self._count_drafts(drafts, _num_output(step) - num_before - sum(built.answers))
+            num_kept = _num_output(step) - num_before - sum(built.answers)
+            self._meter.drafted_tokens += sum(map(len, drafts))
+            self._meter.accepted_tokens += num_kept
+            self._meter.decode_tokens += num_kept
         self._has_stalled = step.is_prefill and could_decode
         if not self._has_stalled:
             self._stalled_since_s = end_s
@@ -242,8 +221,7 @@ class Engine:
         self._unread.clear()
 
     def _read_new(self, sequence: Sequence) -> None:
-        start = self._num_read[sequence]
-        self._num_read[sequence] = len(sequence.output_ids)
+        start, sequence.num_read = sequence.num_read, len(sequence.output_ids)
         try:
             with ROW_ALONE:
                 kept = self._readers[sequence].read(sequence.output_ids[start:])
@@ -280,12 +258,6 @@ class Engine:
         meter.decode_rows += num_answered
         meter.decode_tokens += num_answered
 
-    def _count_drafts(self, drafts: Drafts, num_kept: int) -> None:
-        """`num_kept` of the drafted tokens are in answers now."""
-        self._meter.drafted_tokens += sum(map(len, drafts))
-        self._meter.accepted_tokens += num_kept
-        self._meter.decode_tokens += num_kept
-
     def _note_first(self, step: Step, built: StepInputs, end_s: float) -> None:
         for _, sequence in compress(step.rows, built.answers):
             if sequence in self._awaiting:
@@ -296,8 +268,7 @@ class Engine:
     def _finish(self, sequence: Sequence, end_s: float) -> Finished:
         entered_s, first_s = self._first.pop(sequence)
         self._picker.leave(sequence)
-        if self._readers.pop(sequence, None) is not None:
-            del self._num_read[sequence]
+        self._readers.pop(sequence, None)
         if self._proposer is not None:
             self._proposer.release(sequence)
         error = self._errors.pop(sequence, None)

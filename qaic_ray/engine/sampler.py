@@ -13,8 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from qaic_ray.engine.batcher import Sequence
 from qaic_ray.engine.categorical import NUMBERS, CategoricalSampler, Floats, Ints, Logits, Rules
+from qaic_ray.engine.steps import Sequence
 from qaic_ray.sampling_params import TokenLogprob
 
 _SPAN = 64  # tokens whose uniform numbers are made at once

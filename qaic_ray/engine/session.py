@@ -45,6 +45,7 @@ _BUSY_TEXTS = ("NSP_ALLOC_FAILED", "allocate NSP", "Not enough NSPs", "suitable 
 _LOST_TEXTS = ("Failed to create Context", "Invalid Device")
 
 Runtime = tuple[ModuleType, ModuleType]
+StrPath = Path | str
 
 
 class Session:
@@ -63,10 +64,10 @@ class Session:
     """
 
     def __init__(
-        self, sdk: Sdk, qpc: Path, device_ids: Iterable[int], *, runtime: Runtime | None = None
+        self, sdk: Sdk, qpc: StrPath, device_ids: Iterable[int], *, runtime: Runtime | None = None
     ) -> None:
         self.device_ids = tuple(device_ids)
-        self.qpc = qpc
+        self.qpc = Path(qpc)
         self._rt, api = runtime or load_runtime(sdk)
         # Each may stay None when a later call of the constructor fails: close() copes.
         self._program: Any = None

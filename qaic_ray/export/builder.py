@@ -60,14 +60,9 @@ class WeightSpec:
         return (rows // self.copies, *others)
 
     @property
-    def rows_together(self) -> int:
-        """Rows of the checkpoint that are copied as one block."""
-        return self.copied_rows if self.copies > 1 else 1
-
-    @property
     def least_elements(self) -> int:
         """Values of the smallest block that can be written: one row, or one head with copies."""
-        return self.copies * self.rows_together * prod(self.source_shape[1:])
+        return self.copies * self.copied_rows * prod(self.source_shape[1:])
 
 
 class GraphBuilder:

@@ -24,21 +24,17 @@ import onnx
 from qaic_ray import __version__
 from qaic_ray.contract import past_names, retained
 from qaic_ray.errors import ExportError, UsageError
-from qaic_ray.export.architecture import Architecture, read_architecture
+from qaic_ray.export.architecture import Architecture, read_architecture, table_blocks
 from qaic_ray.export.builder import PRODUCER
 from qaic_ray.export.check.verify import (
     VerifyReport,
-    default_level,
     read_report,
     verify_export,
     write_report,
 )
-from qaic_ray.export.graph import COSINE_TABLE, SINE_TABLE, author
-from qaic_ray.export.rope import table_blocks
-from qaic_ray.export.simplify import Simplifier, simplifying
+from qaic_ray.export.graph import COSINE_TABLE, SINE_TABLE, Simplifier, author, simplifying
 from qaic_ray.export.tensors import read_entries
 from qaic_ray.export.weights import (
-    Placement,
     Table,
     WeightPlan,
     fit_architecture,
@@ -55,12 +51,12 @@ from qaic_ray.files.folders import (
     foreign_files,
     locked,
 )
-from qaic_ray.model.checkpoint import Checkpoint
-from qaic_ray.model.manifest import (
+from qaic_ray.model.checkpoint import (
     CUSTOM_IO_FILE,
-    FORMAT,
     MANIFEST_FILE,
+    MANIFEST_FORMAT,
     VERIFY_FILE,
+    Checkpoint,
     ModelManifest,
     read_manifest,
 )
@@ -72,8 +68,13 @@ _TOOLS = ("numpy", "onnx", "onnxsim")
 _OURS = {MANIFEST_FILE, CUSTOM_IO_FILE, VERIFY_FILE}
 _MARKS = {"format", "onnx_file", "weights_sha256", "architecture_sha256", "tool_versions"}
 """Keys that a manifest of every version has."""
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EROFS)
 _PRODUCER_WITHIN = 64
 """Bytes at the start of an ONNX file among which is the producer's name."""
+
+
+FULL_PARAMETERS = 2_000_000_000
+"""Models below this are compared with PyTorch in all their layers by default."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,19 @@ class ExportResult:
     """
 
     folder: Path
-    onnx_path: Path
     manifest: ModelManifest
     reused: bool
     verification: VerifyReport | None
+
+    @property
+    def onnx_path(self) -> Path:
+        """The graph's file."""
+        return self.folder / self.manifest.onnx_file
+
+
+def default_level(architecture: Architecture) -> str:
+    """`full` for a model that fits into the memory of a workstation, else `quick`."""
+    return "full" if architecture.num_parameters < FULL_PARAMETERS else "quick"
 
 
 def export_model(
@@ -130,10 +140,8 @@ def export_model(
         check_ours(folder)
         with locked(folder):
             return making.reuse(verify=True) or making.build()
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise UsageError(f"Cannot write {error.filename or folder}: {error.strerror}.") from error
     except OSError as error:
-        kind = UsageError if error.errno == errno.EROFS else ExportError
+        kind = UsageError if error.errno in _NOT_WRITABLE else ExportError
         raise kind(f"Cannot write {error.filename or folder}: {error.strerror}.") from error
 
 
@@ -169,8 +177,7 @@ class _Making:
             if not verify:
                 return None
             report = self._verified(self.folder)
-        path = self.folder / old.onnx_file
-        return ExportResult(self.folder, path, old, reused=True, verification=report)
+        return ExportResult(self.folder, old, reused=True, verification=report)
 
     def build(self) -> ExportResult:
         """Make the folder anew."""
@@ -178,8 +185,7 @@ class _Making:
         with building(self.folder) as fresh:
             manifest = self._write(fresh)
             report = None if self.level == "off" else self._verified(fresh)
-        path = self.folder / manifest.onnx_file
-        return ExportResult(self.folder, path, manifest, reused=False, verification=report)
+        return ExportResult(self.folder, manifest, reused=False, verification=report)
 
     def _whole(self) -> ModelManifest | None:
         """The manifest of an export that making it again would not change."""
@@ -187,13 +193,13 @@ class _Making:
             old = read_manifest(self.folder)
         except UsageError:
             return None  # none, or of another version of this tool: made again
-        if not self._manifest(old.weights_sha256, old.num_clipped).same_making(old):
-            return None
-        if not old.files or first_fault(self.folder, old.files):
-            return None
-        if old.sources != self._sources() and self._hash_weights() != old.weights_sha256:
-            return None
-        return old
+        unchanged = (
+            self._manifest(old.weights_sha256, old.num_clipped).same_making(old)
+            and old.files
+            and not first_fault(self.folder, old.files)
+            and (old.sources == self._sources() or self._hash_weights() == old.weights_sha256)
+        )
+        return old if unchanged else None
 
     def _verified(self, folder: Path) -> VerifyReport:
         """Check an export and leave the report in it."""
@@ -209,7 +215,7 @@ class _Making:
             graph.weights, read_entries(self.checkpoint.weight_files), self.options.dtype
         )
         manifest = self._manifest("", 0)
-        onnx_path = folder / manifest.onnx_file
+        onnx_path, data_file = folder / manifest.onnx_file, f"{manifest.onnx_file}.data"
         onnx_path.parent.mkdir()
         # Beside the new folder, where the next builder sweeps it away after a kill.
         with (
@@ -217,11 +223,11 @@ class _Making:
             self.simplifier(graph.model, Path(scratch)) as simplified,
             ThreadPoolExecutor(1) as pool,
         ):
-            written = write_weights(plan, _data_path(onnx_path), self._tables())
+            written = write_weights(plan, folder / data_file, self._tables())
             # Read once more, while the structure is being simplified.
-            data = pool.submit(KeptFile.of, folder, f"{manifest.onnx_file}.data")
+            data = pool.submit(KeptFile.of, folder, data_file)
             model = simplified()
-        _attach_weights(model, plan, _data_path(onnx_path).name)
+        _attach_weights(model, plan, Path(data_file).name)
         onnx.save(model, onnx_path)
         onnx.checker.check_model(str(onnx_path))
         if self._sources() != sources:
@@ -239,7 +245,7 @@ class _Making:
         a, o = self.architecture, self.options
         digest = hashlib.sha256(json.dumps(asdict(a), sort_keys=True).encode()).hexdigest()
         return ModelManifest(
-            format=FORMAT,
+            format=MANIFEST_FORMAT,
             name=self.folder.name,
             source=self.checkpoint.name,
             contract=o.io,
@@ -279,10 +285,8 @@ class _Making:
 
     def _tables(self) -> Mapping[str, Table]:
         a = self.architecture
-        return {
-            name: partial(table_blocks, a.rope, a.head_dim, a.max_position, sine=sine)
-            for name, sine in ((COSINE_TABLE, False), (SINE_TABLE, True))
-        }
+        blocks = partial(table_blocks, a.rope, a.head_dim, a.max_position)
+        return {COSINE_TABLE: partial(blocks, sine=False), SINE_TABLE: partial(blocks, sine=True)}
 
 
 def _check_extra(*, has_check: bool) -> None:
@@ -340,10 +344,6 @@ def _exported_file(folder: Path) -> str | None:
     return None
 
 
-def _data_path(onnx_path: Path) -> Path:
-    return onnx_path.with_name(f"{onnx_path.name}.data")
-
-
 def _attach_weights(model: Any, plan: WeightPlan, location: str) -> None:
     """Turn the inputs that stand for weights into initializers in the external data file."""
     places = {placement.spec.name: placement for placement in plan.placements}
@@ -355,17 +355,13 @@ def _attach_weights(model: Any, plan: WeightPlan, location: str) -> None:
     del graph.input[:]
     graph.input.extend(inputs)
     for value in weights:
-        dtype = value.type.tensor_type.elem_type
-        graph.initializer.append(_external(places[value.name], dtype, location))
-
-
-def _external(place: Placement, dtype: int, location: str) -> onnx.TensorProto:
-    tensor = onnx.TensorProto(name=place.spec.name, data_type=dtype, dims=place.spec.shape)
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in (
-        ("location", location),
-        ("offset", place.offset),
-        ("length", place.num_bytes),
-    ):
-        tensor.external_data.add(key=key, value=str(value))
-    return tensor
+        place = places[value.name]
+        tensor = graph.initializer.add(
+            name=value.name,
+            data_type=value.type.tensor_type.elem_type,
+            dims=place.spec.shape,
+            data_location=onnx.TensorProto.EXTERNAL,
+        )
+        where = {"location": location, "offset": place.offset, "length": place.num_bytes}
+        for key, told in where.items():
+            tensor.external_data.add(key=key, value=str(told))

@@ -15,6 +15,8 @@ CLOUD_DOMAIN = "com.qualcomm.cloud"
 AISW_DOMAIN = "com.qti.aisw.onnx"
 PLAIN_DOMAIN = "qaic_ray.plain"
 
+_CACHE_FUNCTIONS = {"CtxScatter", "CtxScatterCB", "CtxGather", "CtxGatherCB"}
+
 SKIP = 2**31 - 1
 """The cache index that a kernel neither reads nor writes (INT32_MAX)."""
 
@@ -36,10 +38,34 @@ CustomRMSNorm <epsilon> (hidden_states, weight) => (normed)
 }}
 """
 
+# Indices of every element: of its row, of its head, of its position.
+_ROWS = """
+    row_axes = Constant <value_ints = [2, 3]> ()
+    rows_4d = Unsqueeze (batch_index, row_axes)
+    row_index = Expand (rows_4d, shape)"""
+_HEADS = """
+    heads = Range (i0, num_heads, i1)
+    head_axes = Constant <value_ints = [0, 2, 3]> ()
+    heads_4d = Unsqueeze (heads, head_axes)
+    head_index = Expand (heads_4d, shape)"""
+_SCATTERED = """
+    position_axes = Constant <value_ints = [1, 3]> ()
+    positions_4d = Unsqueeze (position_ids, position_axes)
+    position_index = Expand (positions_4d, shape)
+    indices = Concat <axis = 3> (row_index, head_index, position_index)
+    updated = ScatterND (data, indices, updates)
+}"""
+_GATHERED = """
+    expanded = Expand (ctx_indices, shape)
+    last_axis = Constant <value_ints = [-1]> ()
+    indices = Unsqueeze (expanded, last_axis)
+    gathered = GatherND <batch_dims = 2> (data, indices)
+}"""
+
 # Row b, head h, token s: `updates` goes to slot position_ids[b, s].
-CTX_SCATTER = """
+CTX_SCATTER = f"""
 CtxScatter (data, position_ids, updates) => (updated)
-{
+{{
     i0 = Constant <value_int = 0> ()
     i1 = Constant <value_int = 1> ()
     v1 = Constant <value_ints = [1]> ()
@@ -54,23 +80,13 @@ CtxScatter (data, position_ids, updates) => (updated)
     rows = Range (i0, batch_size, i1)
     row_axes = Constant <value_ints = [1, 2, 3]> ()
     rows_4d = Unsqueeze (rows, row_axes)
-    row_index = Expand (rows_4d, shape)
-    heads = Range (i0, num_heads, i1)
-    head_axes = Constant <value_ints = [0, 2, 3]> ()
-    heads_4d = Unsqueeze (heads, head_axes)
-    head_index = Expand (heads_4d, shape)
-    position_axes = Constant <value_ints = [1, 3]> ()
-    positions_4d = Unsqueeze (position_ids, position_axes)
-    position_index = Expand (positions_4d, shape)
-    indices = Concat <axis = 3> (row_index, head_index, position_index)
-    updated = ScatterND (data, indices, updates)
-}
+    row_index = Expand (rows_4d, shape){_HEADS}{_SCATTERED}
 """
 
 # The same, and row b of the batch is row batch_index[b] of the cache.
-CTX_SCATTER_CB = """
+CTX_SCATTER_CB = f"""
 CtxScatterCB (data, batch_index, position_ids, updates) => (updated)
-{
+{{
     i0 = Constant <value_int = 0> ()
     i1 = Constant <value_int = 1> ()
     v0 = Constant <value_ints = [0]> ()
@@ -81,56 +97,33 @@ CtxScatterCB (data, batch_index, position_ids, updates) => (updated)
     ids_shape = Shape (position_ids)
     batch_size = Gather (ids_shape, v0)
     seq_len = Gather (ids_shape, v1)
-    shape = Concat <axis = 0> (batch_size, num_heads_1d, seq_len, v1)
-    row_axes = Constant <value_ints = [2, 3]> ()
-    rows_4d = Unsqueeze (batch_index, row_axes)
-    row_index = Expand (rows_4d, shape)
-    heads = Range (i0, num_heads, i1)
-    head_axes = Constant <value_ints = [0, 2, 3]> ()
-    heads_4d = Unsqueeze (heads, head_axes)
-    head_index = Expand (heads_4d, shape)
-    position_axes = Constant <value_ints = [1, 3]> ()
-    positions_4d = Unsqueeze (position_ids, position_axes)
-    position_index = Expand (positions_4d, shape)
-    indices = Concat <axis = 3> (row_index, head_index, position_index)
-    updated = ScatterND (data, indices, updates)
-}
+    shape = Concat <axis = 0> (batch_size, num_heads_1d, seq_len, v1){_ROWS}{_HEADS}{_SCATTERED}
 """
 
 # Row b, head h: the slots that ctx_indices[b, 0] names.
-CTX_GATHER = """
+CTX_GATHER = f"""
 CtxGather (data, ctx_indices, comp_ctx_len) => (gathered)
-{
+{{
     batch_and_heads = Constant <value_ints = [0, 1]> ()
     v1 = Constant <value_ints = [1]> ()
     data_shape = Shape (data)
     rows_and_heads = Gather (data_shape, batch_and_heads)
     ctx_len = Reshape (comp_ctx_len, v1)
-    shape = Concat <axis = 0> (rows_and_heads, ctx_len)
-    expanded = Expand (ctx_indices, shape)
-    last_axis = Constant <value_ints = [-1]> ()
-    indices = Unsqueeze (expanded, last_axis)
-    gathered = GatherND <batch_dims = 2> (data, indices)
-}
+    shape = Concat <axis = 0> (rows_and_heads, ctx_len){_GATHERED}
 """
 
 # Its form up to opset 13: as many slots as the cache has.
-CTX_GATHER_13 = """
+CTX_GATHER_13 = f"""
 CtxGather (data, ctx_indices) => (gathered)
-{
+{{
     axes = Constant <value_ints = [0, 1, 2]> ()
     data_shape = Shape (data)
-    shape = Gather (data_shape, axes)
-    expanded = Expand (ctx_indices, shape)
-    last_axis = Constant <value_ints = [-1]> ()
-    indices = Unsqueeze (expanded, last_axis)
-    gathered = GatherND <batch_dims = 2> (data, indices)
-}
+    shape = Gather (data_shape, axes){_GATHERED}
 """
 
 # The same, and row b of the batch is row batch_index[b] of the cache.
-CTX_GATHER_CB = """
-CtxGatherCB (data, batch_index, ctx_indices{more_inputs}) => (gathered)
+CTX_GATHER_CB = f"""
+CtxGatherCB (data, batch_index, ctx_indices) => (gathered)
 {{
     i0 = Constant <value_int = 0> ()
     i1 = Constant <value_int = 1> ()
@@ -144,14 +137,7 @@ CtxGatherCB (data, batch_index, ctx_indices{more_inputs}) => (gathered)
     batch_size = Gather (slots_shape, v0)
     indices_shape = Shape (ctx_indices)
     ctx_len = Gather (indices_shape, v2)
-    shape = Concat <axis = 0> (batch_size, num_heads_1d, ctx_len, v1)
-    row_axes = Constant <value_ints = [2, 3]> ()
-    rows_4d = Unsqueeze (batch_index, row_axes)
-    row_index = Expand (rows_4d, shape)
-    heads = Range (i0, num_heads, i1)
-    head_axes = Constant <value_ints = [0, 2, 3]> ()
-    heads_4d = Unsqueeze (heads, head_axes)
-    head_index = Expand (heads_4d, shape)
+    shape = Concat <axis = 0> (batch_size, num_heads_1d, ctx_len, v1){_ROWS}{_HEADS}
     v3 = Constant <value_ints = [3]> ()
     positions_4d = Unsqueeze (ctx_indices, v3)
     position_index = Expand (positions_4d, shape)
@@ -196,11 +182,6 @@ _PLAIN_GATHER = """
 """
 
 
-_CACHE_FUNCTIONS = {
-    (CLOUD_DOMAIN, name + suffix) for name in ("CtxScatter", "CtxGather") for suffix in ("", "CB")
-}
-
-
 def has_ctx_len_input(opset: int) -> bool:
     """Whether the gather functions have the context's length as an input: from opset 17 on."""
     return opset >= 17
@@ -211,10 +192,10 @@ def card_functions(
 ) -> list[onnx.FunctionProto]:
     """The functions of an exported graph whose activations have the type `dtype`."""
     told = has_ctx_len_input(opset)
-    gather_cb = CTX_GATHER_CB.format(more_inputs=", comp_ctx_len" if told else "")
-    cache = (CTX_SCATTER_CB, gather_cb)
-    if not continuous:
-        cache = (CTX_SCATTER, CTX_GATHER if told else CTX_GATHER_13)
+    cache = (CTX_SCATTER, CTX_GATHER if told else CTX_GATHER_13)
+    if continuous:
+        inputs = "ctx_indices, comp_ctx_len)" if told else "ctx_indices)"
+        cache = (CTX_SCATTER_CB, CTX_GATHER_CB.replace("ctx_indices)", inputs, 1))
     norm = _function(RMS_NORM.format(dtype=dtype), AISW_DOMAIN, opset)
     return [norm, *(_function(text, CLOUD_DOMAIN, opset) for text in cache)]
 
@@ -224,7 +205,7 @@ def use_plain_functions(model: Any) -> None:
 
     The model's own function is kept under another domain and called from the new one.
     """
-    cache = [f for f in model.functions if (f.domain, f.name) in _CACHE_FUNCTIONS]
+    cache = [f for f in model.functions if f.domain == CLOUD_DOMAIN and f.name in _CACHE_FUNCTIONS]
     if not cache:
         return
     plain = [_plain(function) for function in cache]

@@ -1,31 +1,51 @@
-"""Authors the decoder as an ONNX graph: architecture in, nodes out.
+"""The graph of a decoder before its weights: authored as ONNX nodes, and simplified by onnxsim.
 
 Operators, their order and their names are those of the published Llama exports; every MatMul with
 a weight has it as a constant [K, N] right operand, which is what the compiler can hold in MXFP6.
+onnxsim runs in a process of its own: it loads torch, and weights can be written meanwhile.
 """
 
 from __future__ import annotations
 
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import onnx
 from onnx import TensorProto
 
 from qaic_ray import contract
 from qaic_ray.contract import IoContract
-from qaic_ray.errors import UsageError
+from qaic_ray.errors import ExportError, UsageError
 from qaic_ray.export.architecture import Architecture
 from qaic_ray.export.builder import GraphBuilder, Value, WeightSpec
-from qaic_ray.export.cache_index import CacheIndexContract
 from qaic_ray.export.functions import card_functions
-from qaic_ray.export.position_ids import PositionIdsContract
+from qaic_ray.export.io_contracts import CacheIndexContract, PositionIdsContract
+from qaic_ray.guard import guarded
 from qaic_ray.options import ExportOptions
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS
 
 COSINE_TABLE = "model.cos_cached"
 SINE_TABLE = "model.sin_cached"
 
 _TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 _INT64_MAX = 2**63 - 1
+
+Simplifier = Callable[
+    [onnx.ModelProto, Path], AbstractContextManager[Callable[[], onnx.ModelProto]]
+]
+"""Starts on a model, with an empty folder for its files; the function that it gives waits for the
+result. `simplifying` is the real one."""
+
+_PROGRAM = """
+import sys, onnx, onnxsim
+model, _ = onnxsim.simplify(onnx.load(sys.argv[1]))
+onnx.save(model, sys.argv[2])
+"""
 
 
 @dataclass(frozen=True)
@@ -80,11 +100,11 @@ class _Decoder:
         self._g = g
         self._a = architecture
         self._options = options
-        self._contract: CacheIndexContract | PositionIdsContract
-        if options.io is IoContract.CACHE_INDEX:
-            self._contract = CacheIndexContract(g, architecture, options)
-        else:
-            self._contract = PositionIdsContract(g, architecture, options)
+        self._contract = (
+            CacheIndexContract(g, architecture, options)
+            if options.io is IoContract.CACHE_INDEX
+            else PositionIdsContract(g, architecture, options)
+        )
 
     def write(self) -> None:
         g, a = self._g, self._a
@@ -149,16 +169,14 @@ class _Decoder:
         g, half = self._g, self._a.head_dim // 2
         cosine, sine = self._rotary
         straight = g.elementwise("Mul", scope, heads, cosine)
-        first = self._slice(scope, heads, 0, half)
-        second = self._slice(scope, heads, half, _INT64_MAX)
+        shape = (*heads.shape[:3], half)
+        first, second = (
+            g.op("Slice", scope, [heads, *(g.constant([n]) for n in (start, stop, 3, 1))], shape)
+            for start, stop in ((0, half), (half, _INT64_MAX))
+        )
         negated = g.elementwise("Neg", scope, second)
         turned = g.op("Concat", scope, [negated, first], heads.shape, axis=-1)
         return g.elementwise("Add", scope, straight, g.elementwise("Mul", scope, turned, sine))
-
-    def _slice(self, scope: str, heads: Value, start: int, stop: int) -> Value:
-        g = self._g
-        bounds = [g.constant([start]), g.constant([stop]), g.constant([3]), g.constant([1])]
-        return g.op("Slice", scope, [heads, *bounds], (*heads.shape[:3], self._a.head_dim // 2))
 
     def _repeat(self, scope: str, heads: Value) -> Value:
         """Give every query head its own copy of the key or value head that it shares."""
@@ -227,7 +245,7 @@ class _Decoder:
         self, module: str, value: Value, width: int, *, bias: bool, copies: int = 1
     ) -> Value:
         """A projection; with `copies` every head of its output is there so many times."""
-        g, scope, dim = self._g, _scope(module), self._a.head_dim
+        g, scope, dim = self._g, _scope(module), self._a.head_dim if copies > 1 else 1
         source = f"{module}.weight"
         rows = int(value.shape[-1] or 0)
         weight = g.weight(
@@ -262,8 +280,48 @@ class _Decoder:
 
 def _scope(module: str) -> str:
     """`model.layers.3.self_attn` -> `/model/layers.3/self_attn`."""
-    parts = module.split(".")
-    if "layers" in parts:
-        at = parts.index("layers")
-        parts[at : at + 2] = [".".join(parts[at : at + 2])]
-    return "/" + "/".join(parts)
+    return "/" + re.sub(r"\.(?!\d)", "/", module)
+
+
+@contextmanager
+def simplifying(model: onnx.ModelProto, scratch: Path) -> Iterator[Callable[[], onnx.ModelProto]]:
+    """Start onnxsim on a model without weights; all of it is ended with the block.
+
+    Yields:
+        A function that waits for the simplified model, whose interface and node names are those
+        of `model`. It raises ExportError where onnxsim failed or changed what it must keep.
+    """
+    source, output = scratch / "authored.onnx", scratch / "simplified.onnx"
+    onnx.save(model, source)
+    argv = [sys.executable, "-c", _PROGRAM, str(source), str(output)]
+    with (
+        (scratch / "onnxsim.log").open("w+b") as log,
+        # The library starts processes of its own.
+        guarded(argv, log, end_s=DEFAULT_TIMEOUTS.guard_s) as process,
+    ):
+
+        def result() -> onnx.ModelProto:
+            if process.wait() != 0 or not output.is_file():
+                log.seek(0)
+                last = log.read().decode(errors="replace").strip().rpartition("\n")[2]
+                raise ExportError(f"onnxsim failed on the exported graph: {last}")
+            simplified = onnx.load(output)
+            _check_kept(model, simplified)
+            return simplified
+
+        yield result
+
+
+def _check_kept(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
+    """Inputs, outputs and custom functions stay as they were."""
+    for what, old, new in (
+        ("inputs", list(before.graph.input), list(after.graph.input)),
+        ("outputs", list(before.graph.output), list(after.graph.output)),
+        ("custom functions", _functions(before), _functions(after)),
+    ):
+        if old != new:
+            raise ExportError(f"onnxsim changed the {what} of the exported graph.")
+
+
+def _functions(model: onnx.ModelProto) -> set[tuple[str, str]]:
+    return {(function.domain, function.name) for function in model.functions}

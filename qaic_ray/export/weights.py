@@ -35,17 +35,8 @@ _STRIPE_ROWS = 16
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 """Tables that older checkpoints carry and that follow from the configuration."""
 _QUANTIZED_SUFFIXES = (
-    "qweight",
-    "qzeros",
-    "scales",
-    "g_idx",
-    "_scale",
-    "_scale_inv",
-    "_scale_2",
-    "_packed",
-    "_zero_point",
-    "absmax",
-    "_blocks",
+    *("qweight", "qzeros", "scales", "g_idx", "_scale", "_scale_inv", "_scale_2"),
+    *("_packed", "_zero_point", "absmax", "_blocks"),
 )
 
 
@@ -175,9 +166,19 @@ def write_weights(
         for placement in plan.placements:
             if placement.spec.source is None:
                 _write_table(descriptor, placement, tables[placement.spec.name](), plan.dtype)
-        writer = _Writer(descriptor, plan, sizes)
+        free: SimpleQueue[_Writer] = SimpleQueue()
+        for _ in range(_NUM_WORKERS):
+            free.put(_Writer(descriptor, plan, sizes))
+
+        def write(source: str) -> tuple[str, str, int]:
+            writer = free.get()
+            try:
+                return writer.write(plan.entries[source])
+            finally:
+                free.put(writer)
+
         with ThreadPoolExecutor(_NUM_WORKERS) as pool:
-            results = list(pool.map(writer.write, plan.by_source()))
+            results = list(pool.map(write, plan.by_source()))
     finally:
         os.close(descriptor)
     return WrittenWeights(
@@ -199,16 +200,6 @@ def weights_sha256(plan: WeightPlan) -> str:
         return digest.hexdigest()
 
     return _combine(plan, {name: digest_of(name) for name in plan.by_source()})
-
-
-class _Buffers:
-    """Memory of one worker."""
-
-    def __init__(self, dtype: np.dtype[np.floating], num_elements: int, transposed: int) -> None:
-        self.raw = np.empty(num_elements * 4, np.uint8)
-        self.converter = Converter(dtype, num_elements)
-        # The kernel gives it pages as they are written.
-        self.turned = np.empty(max(transposed, num_elements), dtype)
 
 
 class _Transposed:
@@ -256,44 +247,37 @@ class _Transposed:
 
 
 class _Writer:
-    """Writes one source tensor at a time; several may be under way in different threads."""
+    """Writes one source tensor at a time, with memory of its own."""
 
     def __init__(self, descriptor: int, plan: WeightPlan, sizes: BlockSizes) -> None:
         self._descriptor = descriptor
-        self._plan = plan
         self._places = plan.by_source()
         least = max(placement.spec.least_elements for placement in plan.placements)
         num_elements = max(sizes.read, least)
-        self._free: SimpleQueue[_Buffers] = SimpleQueue()
-        for _ in range(_NUM_WORKERS):
-            self._free.put(_Buffers(plan.dtype, num_elements, sizes.transposed))
+        self._raw = np.empty(num_elements * 4, np.uint8)
+        self._converter = Converter(plan.dtype, num_elements)
+        # The kernel gives it pages as they are written.
+        self._turned = np.empty(max(sizes.transposed, num_elements), plan.dtype)
 
-    def write(self, source: str) -> tuple[str, str, int]:
+    def write(self, entry: TensorEntry) -> tuple[str, str, int]:
         """The tensor's name, its digest and how many of its values were clipped."""
-        buffers = self._free.get()
-        try:
-            return self._write(self._plan.entries[source], buffers)
-        finally:
-            self._free.put(buffers)
-
-    def _write(self, entry: TensorEntry, buffers: _Buffers) -> tuple[str, str, int]:
         rows, width = entry.shape[0], prod(entry.shape[1:])
         row_bytes = width * ITEM_BYTES[entry.dtype]
         places = self._places[entry.name]
-        copies, head = places[0].spec.copies, places[0].spec.rows_together
+        copies, head = places[0].spec.copies, places[0].spec.copied_rows
         # Whole heads where they are copied.
-        step = min(rows, max(1, buffers.raw.size // 4 // width // (copies * head)) * head)
+        step = min(rows, max(1, self._raw.size // 4 // width // (copies * head)) * head)
         turned = [place for place in places if place.spec.transpose]
         assert len(turned) <= 1, "the memory for columns is that of one place"
-        columns = [_Transposed(place, buffers.turned, step * copies) for place in turned]
+        columns = [_Transposed(place, self._turned, step * copies) for place in turned]
         digest, num_clipped = hashlib.sha256(), 0
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            raw = buffers.raw[: (stop - start) * row_bytes]
+            raw = self._raw[: (stop - start) * row_bytes]
             read_into(entry, start * row_bytes, raw)
             digest.update(raw.data)
             try:
-                values, clipped = buffers.converter.convert(raw, entry.dtype)
+                values, clipped = self._converter.convert(raw, entry.dtype)
             except ValueError:
                 raise CheckpointError(
                     f"The tensor {entry.name} of {entry.path.name} holds a value that is not a "

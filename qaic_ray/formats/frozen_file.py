@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from qaic_ray.errors import QaicRayError
 
@@ -37,12 +37,9 @@ class FrozenFile:
     num_bytes: int
     sha256: str
     blocks: bytes
-    block_bytes: int = BLOCK_BYTES
 
     @classmethod
-    def of(
-        cls, path: Path, num_bytes: int | None = None, *, block_bytes: int = BLOCK_BYTES
-    ) -> FrozenFile:
+    def of(cls, path: Path, num_bytes: int | None = None) -> FrozenFile:
         """Read a file, or its first `num_bytes` bytes, for their digests.
 
         Raises:
@@ -52,11 +49,11 @@ class FrozenFile:
         whole = hashlib.sha256()
         blocks = bytearray()
         try:
-            with path.open("rb", buffering=0) as stream:
+            with path.open("rb") as stream:
                 size = os.fstat(stream.fileno()).st_size if num_bytes is None else num_bytes
-                for offset in range(0, size, block_bytes):
-                    wanted = min(block_bytes, size - offset)
-                    block = _read_at(stream.fileno(), offset, wanted)
+                for offset in range(0, size, BLOCK_BYTES):
+                    wanted = min(BLOCK_BYTES, size - offset)
+                    block = stream.read(wanted)
                     if len(block) < wanted:
                         raise InputChanged(
                             f"{path} has {offset + len(block)} bytes, and had {size} when the run "
@@ -68,7 +65,7 @@ class FrozenFile:
             raise QaicRayError(
                 f"The prompts in {path} cannot be read: {error.strerror}."
             ) from error
-        return cls(path, size, whole.hexdigest(), bytes(blocks), block_bytes)
+        return cls(path, size, whole.hexdigest(), bytes(blocks))
 
     def open(self) -> io.BufferedReader:
         """The content as a seekable file, whose reading raises InputChanged where it differs.
@@ -76,16 +73,16 @@ class FrozenFile:
         Raises:
             OSError: it cannot be opened any more.
         """
-        return io.BufferedReader(_ComparingReader(self), self.block_bytes)
+        return io.BufferedReader(_ComparingReader(self), BLOCK_BYTES)
 
-    def read_block(self, descriptor: int, number: int) -> bytes:
+    def read_block(self, stream: BinaryIO, number: int) -> bytes:
         """A block of the opened file, counted from 0.
 
         Raises:
             InputChanged: it is not what it was.
         """
-        offset = number * self.block_bytes
-        block = _read_at(descriptor, offset, min(self.block_bytes, self.num_bytes - offset))
+        offset = stream.seek(number * BLOCK_BYTES)
+        block = stream.read(min(BLOCK_BYTES, self.num_bytes - offset))
         at = number * _DIGEST_BYTES
         if _digest(block) != self.blocks[at : at + _DIGEST_BYTES]:
             raise InputChanged(
@@ -100,7 +97,7 @@ class _ComparingReader(io.RawIOBase):
 
     def __init__(self, file: FrozenFile) -> None:
         self._file = file
-        self._descriptor = os.open(file.path, os.O_RDONLY)
+        self._stream = file.path.open("rb")
         self._position = 0
         self._block = lru_cache(_KEPT_BLOCKS)(file.read_block)
 
@@ -109,9 +106,6 @@ class _ComparingReader(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.num_bytes}
@@ -122,27 +116,16 @@ class _ComparingReader(io.RawIOBase):
         if self._position >= self._file.num_bytes:
             return 0
         view = memoryview(buffer).cast("B")
-        number, offset = divmod(self._position, self._file.block_bytes)
-        piece = self._block(self._descriptor, number)[offset : offset + len(view)]
+        number, offset = divmod(self._position, BLOCK_BYTES)
+        piece = self._block(self._stream, number)[offset : offset + len(view)]
         view[: len(piece)] = piece
         self._position += len(piece)
         return len(piece)
 
     def close(self) -> None:
-        if not self.closed:
-            os.close(self._descriptor)
+        self._stream.close()
         super().close()
 
 
 def _digest(block: bytes) -> bytes:
     return hashlib.sha256(block).digest()[:_DIGEST_BYTES]
-
-
-def _read_at(descriptor: int, offset: int, size: int) -> bytes:
-    """So many bytes from there; fewer at the end of the file."""
-    pieces = []
-    while size and (piece := os.pread(descriptor, size, offset)):
-        pieces.append(piece)
-        offset += len(piece)
-        size -= len(piece)
-    return b"".join(pieces)

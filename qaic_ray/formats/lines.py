@@ -15,9 +15,9 @@ import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, BinaryIO, TypeVar, cast
+from contextlib import ExitStack, contextmanager
+from pathlib import PurePath
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from qaic_ray.errors import QaicRayError, UsageError
 
@@ -29,26 +29,11 @@ if TYPE_CHECKING:
 STDIN = "-"
 
 
-@dataclass(frozen=True)
-class LineLimits:
-    """How long one line, or one item of a JSON array, may be.
-
-    Attributes:
-        num_bytes: the longest that is read. What is longer was never meant as a prompt, and must
-            not fill the memory: a disk image, a file of one line, a bomb in a gzip.
-        skipped_bytes: how much of a longer one is read over before the input is given up.
-    """
-
-    num_bytes: int = 2**24
-    skipped_bytes: int = 2**30
-
-    @property
-    def endless(self) -> str:
-        """The reason for giving an input up."""
-        return f"a row is longer than {self.skipped_bytes >> 30} GiB"
-
-
-LIMITS = LineLimits()
+MAX_LINE_BYTES = 2**24
+"""The longest line, item of a JSON array, or prompt that is read. What is longer was never meant as
+a prompt, and must not fill the memory: a disk image, a file of one line, a bomb in a gzip."""
+MAX_SKIPPED_BYTES = 2**30
+"""How much of a longer one is read over before the input is given up."""
 
 _LOOK_BYTES = 2**16  # how far a format is looked for
 _BUFFER_BYTES = 2**16
@@ -80,8 +65,6 @@ _UTF8_MARK = b"\xef\xbb\xbf"
 # The zstd reader loses what it had read of a block when it meets damage.
 _ZSTD_BLOCK_BYTES = 4096
 
-_T = TypeVar("_T")
-
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
 
 
@@ -101,7 +84,7 @@ def check_readable(path: str) -> None:
 
 
 class PromptInput:
-    """An opened prompts file or stdin, unpacked, as UTF-8 without a byte order mark.
+    """A prompts file or stdin, unpacked, as UTF-8 without a byte order mark; entering it opens it.
 
     Gzip, zstd, bzip2 and xz are recognised by their first bytes, UTF-16 and UTF-32 by their mark.
     Call `look_on` to see the beginning, then take everything from one of the iterators.
@@ -109,7 +92,6 @@ class PromptInput:
     Args:
         path: of the file, or `-`.
         frozen: the file as it was when the run began; without it, it is read as it is.
-        limits: of a line.
 
     Raises:
         UsageError: for a packing that cannot be read.
@@ -119,31 +101,27 @@ class PromptInput:
     last = ""
     """What was read last, for the error of an input that breaks off: `line 7`."""
 
-    def __init__(
-        self, path: str, frozen: FrozenFile | None = None, limits: LineLimits = LIMITS
-    ) -> None:
-        self._path = path
+    def __init__(self, path: str, frozen: FrozenFile | None = None) -> None:
+        self.path = path
+        self.name = "stdin" if path == STDIN else PurePath(path).name
+        """How error rows name it."""
         self._frozen = frozen
-        self.limits = limits
         self.head = b""
         """What `look_on` has seen."""
-        self._damage: Exception | None = None
-        self._file = self._guarded(partial(_opened, path, frozen))
-        try:
-            self._stream = self._guarded(partial(_as_utf8, path, self._file))
-        except QaicRayError:
-            self._close()
-            raise
+        self.damage: Exception | None = None
+        """What reading behind the head failed with."""
 
     def __enter__(self) -> PromptInput:
+        with self._guarded(), ExitStack() as opened:
+            self._file = _opened(self.path, self._frozen)
+            if self.path != STDIN:
+                opened.enter_context(self._file)
+            self._stream = _as_utf8(self.path, self._file)
+            self._close = opened.pop_all().close
         return self
 
     def __exit__(self, *_: object) -> None:
         self._close()
-
-    def _close(self) -> None:
-        if self._path != STDIN:
-            self._file.close()
 
     @property
     def is_all_there(self) -> bool:
@@ -153,19 +131,14 @@ class PromptInput:
         except OSError:
             return False
 
-    @property
-    def is_broken(self) -> bool:
-        """Whether reading failed behind the head."""
-        return self._damage is not None
-
     def look_on(self) -> bool:
         """Add a line to `head`; False at the end, after damage, or after 64 KiB."""
-        if self._damage is not None:
+        if self.damage is not None:
             return False
         try:
             line = self._stream.readline(_LOOK_BYTES - len(self.head))
         except _DAMAGE as error:
-            self._damage = error  # raised when the head has been read
+            self.damage = error  # raised when the head has been read
             return False
         self.head += line
         return bool(line)
@@ -183,7 +156,7 @@ class PromptInput:
         # Bytes: Python's text lines also end at a lone carriage return, and one undecodable line
         # must not stop the others.
         readline = self._from_the_start().readline
-        most = self.limits.num_bytes + 1
+        most = MAX_LINE_BYTES + 1
         num_lines = 0
         try:
             while line := readline(most):
@@ -193,36 +166,42 @@ class PromptInput:
                 num_lines += 1
         except _DAMAGE as error:
             self.last = f"line {num_lines}" if num_lines else ""
-            raise cannot_read(self._path, self.last, error) from error
+            raise cannot_read(self.path, self.last, error) from error
 
     def chunks(self) -> Iterator[bytes]:
         """All of it in pieces as they come."""
         stream = self._from_the_start()
-        while chunk := self._guarded(partial(stream.read1, _BUFFER_BYTES)):
-            yield chunk
+        with self._guarded():
+            while chunk := stream.read1(_BUFFER_BYTES):
+                yield chunk
 
-    def broken(self, reason: str) -> QaicRayError:
-        """The error of an input that breaks off after what was read last."""
-        return cannot_read(self._path, self.last, OSError(reason))
+    def broken(self, reason: str = "") -> QaicRayError:
+        """The error of an input that breaks off after what was read last, or in an endless row."""
+        return cannot_read(self.path, self.last, OSError(reason or _endless()))
 
     def _from_the_start(self) -> io.BufferedReader:
-        return _buffered(self._stream.read1 if self._damage is None else self._fail, self.head)
+        return _buffered(self._stream.read1 if self.damage is None else self._fail, self.head)
 
     def _fail(self, _: int) -> bytes:
-        raise cast(Exception, self._damage)
+        raise cast(Exception, self.damage)
 
     def _skip_line(self, readline: Callable[[int], bytes]) -> None:
         num_bytes = 0
-        while (rest := readline(self.limits.num_bytes)) and not rest.endswith(b"\n"):
+        while (rest := readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
             num_bytes += len(rest)
-            if num_bytes > self.limits.skipped_bytes:
-                raise EOFError(self.limits.endless)
+            if num_bytes > MAX_SKIPPED_BYTES:
+                raise EOFError(_endless())
 
-    def _guarded(self, read: Callable[[], _T]) -> _T:
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
         try:
-            return read()
+            yield
         except _DAMAGE as error:
-            raise cannot_read(self._path, self.last, error) from error
+            raise cannot_read(self.path, self.last, error) from error
+
+
+def _endless() -> str:
+    return f"a row is longer than {MAX_SKIPPED_BYTES >> 30} GiB"
 
 
 def cannot_read(path: str, last: str, error: Exception) -> QaicRayError:
@@ -300,12 +279,10 @@ def _unpacked_pieces(
 
 def _recoded_pieces(stream: io.BufferedReader, encoding: str) -> Iterator[bytes]:
     """Text of an encoding with a mark, as UTF-8."""
+    pieces = iter(lambda: stream.read1(_BUFFER_BYTES), b"")
     # Half of a surrogate pair is its line's error, and no other's.
-    decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
-    while chunk := stream.read1(_BUFFER_BYTES):
-        if text := decoder.decode(chunk):
-            yield text.encode("utf-8", "surrogatepass")
-    yield decoder.decode(b"", final=True).encode("utf-8", "surrogatepass")
+    for text in codecs.iterdecode(pieces, encoding, "surrogatepass"):
+        yield text.encode("utf-8", "surrogatepass")
 
 
 def _joined(pieces: Iterator[bytes]) -> io.BufferedReader:

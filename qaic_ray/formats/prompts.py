@@ -13,19 +13,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePath
 
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.formats.csv import prompts_from_csv
 from qaic_ray.formats.frozen_file import FrozenFile
-from qaic_ray.formats.jsonl import array_items, json_object, prompts_from_json
-from qaic_ray.formats.lines import LIMITS, STDIN, LineLimits, PromptInput, check_readable
-from qaic_ray.formats.parquet import prompts_from_parquet
-from qaic_ray.formats.prompt_fields import Draft
-from qaic_ray.formats.row_fields import DEFAULT_CHAT, OwnFields
+from qaic_ray.formats.json_rows import array_items, json_object, prompts_from_json
+from qaic_ray.formats.lines import STDIN, PromptInput, check_readable
+from qaic_ray.formats.row_reader import DEFAULT_CHAT, Draft, OwnFields
+from qaic_ray.formats.tables import prompts_from_csv, prompts_from_parquet
 from qaic_ray.option_types import PromptFormat
 from qaic_ray.rows import ChatOptions, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
@@ -96,7 +94,6 @@ def prompts_from_file(
     chat: ChatOptions = DEFAULT_CHAT,
     *,
     frozen: FrozenFile | None = None,
-    limits: LineLimits = LIMITS,
 ) -> Iterator[Prompt | Row]:
     r"""The prompts of a file, or of stdin for `-`; one item a line, so that index = line - 1.
 
@@ -111,7 +108,6 @@ def prompts_from_file(
         sampling: the run's, for what a row's own fields leave open.
         chat: the run's, likewise.
         frozen: the file as it was when the run began; without it, it is read as it is.
-        limits: of a line.
 
     Raises:
         UsageError: at once, when there is no such file, or none that may be read, or one without
@@ -122,16 +118,14 @@ def prompts_from_file(
     own = OwnFields(sampling, chat)
     if path != STDIN:
         check_readable(path)
-    opened = partial(PromptInput, path, limits=limits)
     if path == STDIN or not os.path.isfile(path):
         # A stream is opened once: what is read to look at it is gone.
-        return _items(opened, path, prompt_format, own)
+        return _items(PromptInput(path), own, prompt_format)
     if (prompt_format or _kind_of_file(path)) is PromptFormat.PARQUET:
-        return prompts_from_parquet(path, own, frozen, max_bytes=limits.num_bytes)
-    opened = partial(opened, frozen=frozen)
-    with opened() as source:
-        known = _recognise(source, path, prompt_format)
-    return _items(opened, path, known, own)
+        return prompts_from_parquet(path, own, frozen)
+    with PromptInput(path, frozen) as source:
+        known = _recognise(source, prompt_format)
+    return _items(PromptInput(path, frozen), own, prompt_format, known)
 
 
 def _kind_of_file(path: str) -> PromptFormat | None:
@@ -145,48 +139,40 @@ def _kind_of_file(path: str) -> PromptFormat | None:
 
 
 def _items(
-    opened: Callable[[], PromptInput],
-    path: str,
-    known: _Recognised | PromptFormat | None,
+    source: PromptInput,
     own: OwnFields,
+    said: PromptFormat | None,
+    known: _Recognised | None = None,
 ) -> Iterator[Prompt | Row]:
-    """The rows of an input, which is recognised first where `known` is what the user says of it.
+    """The rows of an input, which is recognised first where it is not `known`.
 
     Raises:
         UsageError: at the end, where there was none.
     """
-    name = _input_name(path)
-    with opened() as source:
-        if not isinstance(known, _Recognised):
-            known = _recognise(source, path, known)
+    with source:
+        known = known or _recognise(source, said)
         items: Iterator[Prompt | Row]
         if known.form is PromptFormat.TEXT:
-            items = _numbered(source.lines(), name, known, source.limits.num_bytes)
+            items = _numbered(source.lines(), f"{source.name} line ", is_guess=known.is_guess)
         elif known.form in (PromptFormat.CSV, PromptFormat.TSV):
-            items = prompts_from_csv(name, source, own, known.form)
+            items = prompts_from_csv(source, own, known.form)
         else:
             items = prompts_from_json(
-                f"{name} {'item' if known.is_array else 'line'}",
+                f"{source.name} {'item' if known.is_array else 'line'}",
                 array_items(source) if known.is_array else source.lines(),
                 own,
                 only_requests=known.form is PromptFormat.OPENAI,
-                max_bytes=source.limits.num_bytes,
             )
         first = next(items, None)
         if first is None:
-            raise UsageError(f"There are no prompts in {name}: give some.")
+            raise UsageError(f"There are no prompts in {source.name}: give some.")
         yield first
         yield from items
 
 
 def _numbered(
-    texts: Iterable[str | bytes],
-    name: str = "",
-    known: _Recognised | None = None,
-    max_bytes: int = LIMITS.num_bytes,
+    texts: Iterable[str | bytes], place: str = "", *, is_guess: bool = False
 ) -> Iterator[Prompt | Row]:
-    is_guess = known is not None and known.is_guess
-
     def prompt(draft: Draft, _: None) -> Prompt:
         draft.text = draft.decoded()
         if is_guess and draft.text.startswith("{") and _is_row(draft.text):
@@ -197,8 +183,7 @@ def _numbered(
         return draft.prompt()
 
     for index, text in enumerate(texts):
-        place = f"{name} line {index + 1}: " if name else ""
-        yield Draft(index, text, max_bytes).read(prompt, None, place)
+        yield Draft(index, text).read(prompt, None, place and f"{place}{index + 1}: ")
 
 
 def _is_row(text: str) -> bool:
@@ -212,11 +197,6 @@ def _is_row(text: str) -> bool:
 # -- what an input holds
 
 
-def _input_name(path: str) -> str:
-    """How error rows name an input."""
-    return "stdin" if path == STDIN else PurePath(path).name
-
-
 def _suffix(path: str) -> str:
     """The last suffix of the name, without that of a packing."""
     name = PurePath(path)
@@ -225,82 +205,61 @@ def _suffix(path: str) -> str:
     return name.suffix.lower()
 
 
-def _recognise(source: PromptInput, path: str, said: PromptFormat | None) -> _Recognised:
-    """What an input holds, by what is said, by its name, or by its beginning.
-
-    Args:
-        source: opened; nothing is taken from it.
-        path: of it.
-        said: by the user.
+def _recognise(source: PromptInput, said: PromptFormat | None) -> _Recognised:
+    """What an input holds, by what is said, its name, or its beginning; takes nothing from it.
 
     Raises:
         UsageError: it is empty, or cannot be lines of prompts.
     """
-    name = _input_name(path)
-    if not source.look_on() and not source.is_broken:
-        raise UsageError(f"There is nothing in {name}: give prompts.")
-    form = said or _FORMAT_OF_SUFFIX.get(_suffix(path))
+    if not source.look_on() and source.damage is None:
+        raise UsageError(f"There is nothing in {source.name}: give prompts.")
+    form = said or _FORMAT_OF_SUFFIX.get(_suffix(source.path))
     if form is PromptFormat.PARQUET or source.head.startswith(_PARQUET_MAGIC):
         raise UsageError(
-            f"The prompts from {name} are parquet in a stream, and parquet is read from a file: "
-            "save it unpacked and give its name."
+            f"The prompts from {source.name} are parquet in a stream, and parquet is read from a "
+            "file: save it unpacked and give its name."
         )
     is_array, is_guess = False, form is None
-    if form is None:
-        form, is_array = _guessed(source, name)
-    elif form in _JSON_LINES:
-        any_line = said is None and _suffix(path) == ".json"
-        is_array = _is_array(source, name, any_line=any_line)
+    if form is None or form in _JSON_LINES:
+        while not _lines(source.head) and source.look_on():
+            pass
+        first = next(iter(_lines(source.head)), b"")
+        # In a file that is only called JSON, an array may be all on the first line.
+        any_line = said is None and (form is None or _suffix(source.path) == ".json")
+        begins_array = re.match(rb"\[\s*(\{|$|\]$)", first) is not None
+        is_array = begins_array and (any_line or _json(first) is None)
+        if form is None:
+            form = PromptFormat.JSONL if is_array else _guessed(source, first)
+        elif first.startswith(b"{") and _json(first) is None:
+            _look_for_rows(source)
+            _refuse_spread(source)
     if form not in _JSON_LINES and b"\0" in source.head.partition(b"\n")[0]:
         raise UsageError(
-            f"{name} is no text: it holds NUL bytes. Text in UTF-16 without a mark does too: save "
-            "it as UTF-8."
+            f"{source.name} is no text: it holds NUL bytes. Text in UTF-16 without a mark does "
+            "too: save it as UTF-8."
         )
     has_old_ends = b"\n" not in source.head and b"\r" in source.head.rstrip(b"\r")
     if has_old_ends and not is_array and _json(source.head.strip()) is None:
         raise UsageError(
-            rf"The lines of {name} end in \r alone, as on old Macs: save it with \n line ends."
+            rf"The lines of {source.name} end in \r alone, as on old Macs: save it with \n line "
+            "ends."
         )
     return _Recognised(form, is_array, is_guess)
 
 
-def _is_array(source: PromptInput, name: str, *, any_line: bool) -> bool:
-    """Whether an input that is said to be JSON is one array; refuses an object over several lines.
-
-    With `any_line` also where the whole array is on the first line.
-    """
-    while not _lines(source.head) and source.look_on():
-        pass
-    lines = _lines(source.head)
-    if not lines:
-        return False
-    if _begins_array(lines[0]):
-        return any_line or _json(lines[0]) is None
-    if lines[0].startswith(b"{") and _json(lines[0]) is None:
+def _guessed(source: PromptInput, first: bytes) -> PromptFormat:
+    """The format that the lines have, of which `first` is the first that is not blank, if any."""
+    if first.startswith(b"{") or (first and source.is_all_there):
         _look_for_rows(source)
-        _refuse_spread(source.head, name)
-    return False
-
-
-def _guessed(source: PromptInput, name: str) -> tuple[PromptFormat, bool]:
-    """The format that the lines have, and whether they are one JSON array."""
-    while not (lines := _lines(source.head)):
-        if not source.look_on():
-            return PromptFormat.TEXT, False
-    if _begins_array(lines[0]):
-        return PromptFormat.JSONL, True
-    if lines[0].startswith(b"{") or source.is_all_there:
-        _look_for_rows(source)
-        lines = _lines(source.head)
-        if any(isinstance(_json(line), dict) for line in lines[:2]):
-            return PromptFormat.JSONL, False
-        _refuse_spread(source.head, name)
-        if re.match(rb'\{\s*("|$)', lines[0]):
-            return PromptFormat.JSONL, False
+        if any(isinstance(_json(line), dict) for line in _lines(source.head)[:2]):
+            return PromptFormat.JSONL
+        _refuse_spread(source)
+        if re.match(rb'\{\s*("|$)', first):
+            return PromptFormat.JSONL
     for delimiter, form in ((b",", PromptFormat.CSV), (b"\t", PromptFormat.TSV)):
-        if _is_header(lines[0], delimiter):
-            return form, False
-    return PromptFormat.TEXT, False
+        if _is_header(first, delimiter):
+            return form
+    return PromptFormat.TEXT
 
 
 def _look_for_rows(source: PromptInput) -> None:
@@ -310,28 +269,18 @@ def _look_for_rows(source: PromptInput) -> None:
             return
 
 
-def _refuse_spread(head: bytes, name: str) -> None:
+def _refuse_spread(source: PromptInput) -> None:
     """Refuse one JSON object that is written over several lines."""
-    lines = _lines(head)
+    lines = _lines(source.head)
     if len(lines) < 2 or any(isinstance(_json(line), dict) for line in lines):
         return
-    if lines[0] == b"{" or _is_spread(head):
-        raise UsageError(
-            f"{name} holds a JSON object over several lines: write each row on one line "
-            "(JSONL), or all of them in an array."
-        )
-
-
-def _is_spread(head: bytes) -> bool:
-    try:
-        value, _ = json.JSONDecoder().raw_decode(head.decode("utf-8", "replace").lstrip())
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(value, dict)
-
-
-def _begins_array(line: bytes) -> bool:
-    return re.match(rb"\[\s*(\{|$|\]$)", line) is not None
+    with suppress(ValueError, RecursionError):
+        text = source.head.decode("utf-8", "replace").lstrip()
+        if lines[0] == b"{" or isinstance(json.JSONDecoder().raw_decode(text)[0], dict):
+            raise UsageError(
+                f"{source.name} holds a JSON object over several lines: write each row on one line "
+                "(JSONL), or all of them in an array."
+            )
 
 
 def _is_header(line: bytes, delimiter: bytes) -> bool:

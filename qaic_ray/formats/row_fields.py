@@ -1,6 +1,8 @@
 """The fields of a row beside its prompt, read in one place for every format.
 
-- A field of ours (`SamplingParams`, `ChatOptions`), by our name or another program's: done.
+- A field of ours (`SamplingParams`, `ChatOptions`), by our name or another program's: done. The
+  others are vLLM, SGLang, TGI, llama.cpp, Ollama, transformers' generate and pipelines, the OpenAI
+  interface and text-generation-webui.
 - A field of another program's that would change the answer: refused by its name, unless its value
   changes nothing (`num_beams: 1`).
 - A misspelt field of ours (`temprature`, `topK`): an error; ignoring it would give other answers
@@ -14,62 +16,265 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from numbers import Number
+from typing import Any, TypeVar
 
-from qaic_ray.errors import RowError, UsageError
+from qaic_ray.errors import RowError
 from qaic_ray.files.documents import shown
-from qaic_ray.formats.foreign_fields import (
-    ALIASES,
-    CHAT,
-    MAYBE_NESTED,
-    NESTED,
-    NO_EFFECT,
-    NOT_OFFERED,
-    UNLIMITED,
-    NotOffered,
-)
-from qaic_ray.formats.prompt_fields import Document, Draft, check_unicode, json_type, row_id
-from qaic_ray.rows import ChatOptions, Prompt
-from qaic_ray.sampling_params import FIELDS, MAX_NAME_CHARS, SamplingParams
+from qaic_ray.sampling_params import FIELDS, MAX_NAME_CHARS
 
-DEFAULT_CHAT = ChatOptions()
-"""What holds where neither the run nor the row says anything."""
+Document = Mapping[str, Any]
+"""A row of input as a JSON object."""
+
+T = TypeVar("T")
 
 _MAX_DEPTH = 32
-_MOST_KNOWN = 1024
 
-_SAMPLING = frozenset(FIELDS)
-_SPECIAL = frozenset({"add_special_tokens", "best_of", "do_sample", "top_logprobs"})
-_PROMPT = frozenset({"prompt", "messages"})
-_ONCE = ("prompt", "messages", "id")
-_NAMES = (*FIELDS, *ALIASES, *CHAT)
-_KNOWN = frozenset({*_NAMES, *_SPECIAL, *NESTED, *MAYBE_NESTED, *NOT_OFFERED})
+_JSON_TYPES = {
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+
+_OTHER_NAMES = {
+    "max_tokens": (
+        *("max_gen_len", "max_gen_toks", "max_new_tokens", "max_output_tokens"),
+        *("max_tokens_to_sample", "n_predict", "num_predict"),
+    ),
+    "min_tokens": ("min_new_tokens",),
+    "stop": (
+        *("custom_stopping_strings", "stop_sequence", "stop_sequences", "stop_strings"),
+        *("stop_words", "stopping_strings"),
+    ),
+    "include_stop_str_in_output": ("include_stop_str", "no_stop_trim"),
+    "repetition_penalty": ("rep_pen", "repeat_penalty"),
+    "seed": ("random_seed", "sampling_seed"),
+    "n": ("num_return_sequences",),
+    "logprobs": ("n_probs",),
+}
+ALIASES = {other: ours for ours, others in _OTHER_NAMES.items() for other in others}
+"""Other programs' names for fields of ours."""
+
+UNLIMITED = ("n_predict", "num_predict")
+"""Names under which a negative number means: until the context is full."""
+
+CHAT = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+"""Fields of the chat template."""
+
+NESTED = frozenset({
+    "extra_body", "generate_kwargs", "generation_config", "generation_kwargs", "sampling_options",
+    "sampling_params",
+})  # fmt: skip
+"""Names of objects that hold fields."""
+
+MAYBE_NESTED = frozenset({"options", "parameters"})
+"""Such names in Ollama and TGI; in a data set they may be anything."""
+
+NO_EFFECT = frozenset({
+    # Who asks, where it runs, and when.
+    "cache_prompt", "cache_salt", "data_parallel_rank", "id_slot", "keep_alive", "metadata",
+    "model", "priority", "prompt_cache_key", "prompt_cache_retention", "request_id", "rid",
+    "safety_identifier", "service_tier", "session_id", "slot_id", "store", "stream_interval",
+    "stream_options", "timings_per_token", "user",
+    # What is given back beside the answer: more than is asked for.
+    "details", "output_attentions", "output_hidden_states", "output_logits", "output_scores",
+    "post_sampling_probs", "return_dict_in_generate", "return_timings", "return_token_ids",
+    "return_tokens",
+    # How it is computed.
+    "assistant_model", "cache_implementation", "f16_kv", "low_vram", "main_gpu", "num_batch",
+    "num_ctx", "num_gpu", "num_keep", "num_thread", "n_keep", "numa", "prediction",
+    "prompt_lookup_num_tokens", "num_assistant_tokens", "use_cache", "use_mlock", "use_mmap",
+    # Of no effect where the answer is decoded without special tokens.
+    "bos_token_id", "pad_token_id", "spaces_between_special_tokens",
+    # Parts of a method that has a switch of its own, which is among those not offered.
+    "dry_allowed_length", "dry_base", "dry_penalty_last_n", "dry_sequence_breaker",
+    "dry_sequence_breakers", "dynatemp_exponent", "dynatemp_high", "dynatemp_low",
+    "early_stopping", "mirostat_eta", "mirostat_tau", "smoothing_curve", "xtc_threshold",
+})  # fmt: skip
+"""Fields that change no answer; they are ignored."""
 
 
-@dataclass
-class Asked:
-    """The fields that a row has.
+def _is_count(value: object) -> bool:
+    return isinstance(value, Number) and not isinstance(value, bool)
+
+
+def _list_of(kind: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def _is_template(value: object) -> bool:
+    return isinstance(value, str) and ("{{" in value or "{%" in value)
+
+
+def _is_json_format(value: object) -> bool:
+    return value == "json" or isinstance(value, dict)
+
+
+def _is_effort(value: object) -> bool:
+    return value in ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+def _is_thinking(value: object) -> bool:
+    return isinstance(value, (bool, dict)) or _is_effort(value)
+
+
+def not_offered(said: str, value: object, instead: str) -> RowError:
+    """The error of a field that is refused."""
+    return RowError(f'"{said}" is not offered (given: {shown(value)}): {instead}.')
+
+
+@dataclass(frozen=True)
+class NotOffered:
+    """A field that is refused, unless its value changes nothing.
 
     Attributes:
-        sampling: fields of `SamplingParams`, by our names.
-        chat: fields of `ChatOptions`, by transformers' names.
-        others: fields whose meaning depends on other ones.
-        names: a sampling field's name in the row.
+        instead: what to do, as the end of a sentence.
+        neutral: values that change nothing.
+        meant: the type of a value that is this field, or a test for one; any other value is the
+            user's own.
     """
 
-    sampling: dict[str, Any] = field(default_factory=dict)
-    chat: dict[str, Any] = field(default_factory=dict)
-    others: dict[str, Any] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
+    instead: str = "the answer would be another: leave it out"
+    neutral: tuple[object, ...] = (False, "", [], {})
+    meant: type | Callable[[Any], bool] = object
 
-    def take(self, name: str, value: Any, said: str) -> None:
-        """Take a sampling field, which may stand under two names if they agree."""
-        if name in self.sampling and self.sampling[name] != value:
-            raise RowError(f"{self.names[name]} and {said} are the same: give one of them.")
-        self.sampling[name], self.names[name] = value, said
+    def check(self, said: str, value: Any, *, only_ours: bool) -> None:
+        """Refuse a value that changes something; with `only_ours` none is the user's own.
+
+        Raises:
+            RowError: naming the field as `said`.
+        """
+        meant, plain = self.meant, _as_number(value) if isinstance(value, str) else value
+        is_meant = isinstance(plain, meant) if isinstance(meant, type) else meant(plain)
+        if plain not in self.neutral and (only_ours or is_meant):
+            raise not_offered(said, value, self.instead)
+
+
+def _off(*neutral: object, instead: str = NotOffered.instead) -> NotOffered:
+    """A method's number, which some values switch off."""
+    return NotOffered(instead, neutral, Number)
+
+
+_FREE_FORM = "answers are free text: leave it out"
+_ONE_PATH = "answers are drawn, not searched for: leave it out"
+_TEXT_ONLY = "only text can be answered"
+_AS_PROMPT = 'give the text as "prompt"'
+_NO_TOOLS = "no tools are called: leave it out"
+_AS_MESSAGE = 'give "messages" with one of the role system'
+_NO_ADAPTER = "one model answers: leave it out"
+_WHOLE_TEXT = "penalties look at the whole text: leave it out"
+_AS_KWARGS = 'write "chat_template_kwargs": {"enable_thinking": ...}'
+_SHOWN_BESIDE = "a row has its prompt beside its text: leave it out"
+
+_BY_REASON: dict[str, tuple[str, ...]] = {
+    _FREE_FORM: (
+        *("grammar", "grammar_string", "guided_choice", "guided_decoding", "guided_grammar"),
+        *("guided_json", "guided_regex", "json_schema", "structural_tag", "structured_outputs"),
+        "ebnf",
+    ),
+    NotOffered.instead: (
+        *("allowed_token_ids", "ban_eos_token", "bad_words", "bad_words_ids"),
+        *("begin_suppress_tokens", "control_vectors", "custom_logit_processor", "custom_params"),
+        *("custom_token_bans", "eos_token_id", "exponential_decay_length_penalty"),
+        *("force_words_ids", "forced_bos_token_id", "forced_eos_token_id", "logit_bias"),
+        *("logits_processor", "logits_processors", "negative_prompt", "penalize_nl"),
+        *("sampler_order", "sampler_priority", "samplers", "sequence_bias", "suppress_tokens"),
+        *("temperature_last", "token_healing", "truncate", "truncate_prompt_tokens"),
+        *("truncation_length", "vllm_xargs", "watermark", "watermarking_config"),
+        *("web_search_options", "dynamic_temperature"),
+    ),
+    _TEXT_ONLY: (
+        *("audio", "audios", "image", "image_data", "image_url", "images", "mm_processor_kwargs"),
+        *("multi_modal_data", "video", "videos"),
+    ),
+    _AS_PROMPT: (
+        *("input_embeds", "input_ids", "inputs_embeds", "prompt_embeds", "prompt_token_ids"),
+    ),
+    _NO_TOOLS: ("function_call", "functions", "tools"),
+    _NO_ADAPTER: (
+        *("adapter", "adapter_id", "adapters", "lora", "lora_adapter", "lora_name", "lora_path"),
+        *("lora_request",),
+    ),
+}
+
+_OFF_AT_0 = (
+    *("dry_multiplier", "dynatemp_range", "encoder_no_repeat_ngram_size", "epsilon_cutoff"),
+    *("eta_cutoff", "mirostat", "mirostat_mode", "no_repeat_ngram_size", "penalty_alpha"),
+    *("smoothing_factor", "top_a", "xtc_probability"),
+)
+_OFF_AT_1 = (
+    *("encoder_repetition_penalty", "guidance_scale", "tfs", "tfs_z", "typical", "typical_p"),
+)
+_SEARCHES_OFF_AT_1 = ("beam_width", "length_penalty", "num_beam_groups", "num_beams")
+
+NOT_OFFERED: dict[str, NotOffered] = {
+    **{name: NotOffered(reason) for reason, names in _BY_REASON.items() for name in names},
+    # Searches.
+    **dict.fromkeys(_SEARCHES_OFF_AT_1, _off(1, instead=_ONE_PATH)),
+    "diversity_penalty": _off(0, instead=_ONE_PATH),
+    "use_beam_search": _off(False, instead=_ONE_PATH),
+    # Methods of choosing tokens.
+    **dict.fromkeys(_OFF_AT_0, _off(0)),
+    **dict.fromkeys(_OFF_AT_1, _off(1)),
+    "min_keep": _off(0, 1),
+    **dict.fromkeys(("penalty_last_n", "repeat_last_n"), _off(-1, instead=_WHOLE_TEXT)),
+    "repetition_penalty_range": _off(0, instead=_WHOLE_TEXT),
+    "top_n_sigma": _off(-1, 0),
+    # Where an answer ends, and what of it is shown.
+    "detokenize": NotOffered("answers have their text: leave it out", (True,), bool),
+    **dict.fromkeys(("echo", "return_full_text"), NotOffered(_SHOWN_BESIDE, meant=bool)),
+    "max_length": _off(instead='it counts the prompt too: write "max_tokens" for the answer alone'),
+    **dict.fromkeys(
+        ("max_time", "t_max_predict_ms"),
+        _off(0, instead='no answer ends by the clock: write "max_tokens"'),
+    ),
+    "min_length": _off(0, instead='it counts the prompt too: write "min_tokens" for the answer'),
+    "skip_special_tokens": NotOffered(
+        "special tokens are not shown, token_ids has them: leave it out", (True,), bool
+    ),
+    "clean_up_tokenization_spaces": NotOffered(meant=bool),
+    "stream": NotOffered("a batch is answered in one piece: leave it out", meant=bool),
+    "suffix": NotOffered("an answer only follows its prompt: leave it out", meant=str),
+    # Probabilities.
+    "decoder_input_details": NotOffered('write "logprobs": 0', meant=bool),
+    "logprob_start_len": _off(-1, instead='write "logprobs" for those of the answer'),
+    "prompt_logprobs": NotOffered('write "logprobs" for those of the answer', (), _is_count),
+    "return_logprob": NotOffered('write "logprobs": 0', meant=bool),
+    "return_tokens_as_token_ids": NotOffered(meant=bool),
+    "top_logprobs_num": _off(0, instead='write "logprobs"'),
+    "top_n_tokens": _off(0, instead='write "logprobs"'),
+    # What the model gets.
+    "add_bos_token": NotOffered("the tokenizer's own rule holds", (True,), bool),
+    "chat_template": NotOffered("the model's own is used: leave it out"),
+    "context": NotOffered(_AS_PROMPT, ([],), _list_of(Number)),
+    "documents": NotOffered("write them into the messages", ([],), _list_of(dict)),
+    "raw": NotOffered('a "prompt" goes as it stands unless the run says chat', meant=bool),
+    **dict.fromkeys(("system", "system_prompt"), NotOffered(_AS_MESSAGE, meant=str)),
+    "template": NotOffered("the model's own is used: leave it out", meant=_is_template),
+    "enable_thinking": NotOffered(_AS_KWARGS, ()),
+    "reasoning": NotOffered(meant=_is_thinking),
+    "reasoning_effort": NotOffered(meant=_is_effort),
+    **dict.fromkeys(("think", "thinking"), NotOffered(_AS_KWARGS, (), _is_thinking)),
+    "verbosity": NotOffered(neutral=("medium", ""), meant=_is_effort),
+    # Forms of answers.
+    "format": NotOffered(_FREE_FORM, meant=_is_json_format),
+    "modalities": NotOffered(_TEXT_ONLY, ([], ["text"]), list),
+    "parallel_tool_calls": NotOffered(_NO_TOOLS, (False, True)),
+    "response_format": NotOffered(_FREE_FORM, ({}, {"type": "text"})),
+    "tool_choice": NotOffered(_NO_TOOLS, ("auto", "none", "")),
+}
+"""Fields that are refused by name."""
+
+SPECIAL = frozenset({"add_special_tokens", "best_of", "do_sample", "top_logprobs"})
+PROMPT = frozenset({"prompt", "messages"})
+_NAMES = (*FIELDS, *ALIASES, *CHAT)
+_KNOWN = frozenset({*_NAMES, *SPECIAL, *NESTED, *MAYBE_NESTED, *NOT_OFFERED})
 
 
 def is_known(key: str) -> bool:
@@ -77,73 +282,14 @@ def is_known(key: str) -> bool:
     return key in _KNOWN
 
 
-def read_fields(document: Document, *, is_chat: bool, only_ours: bool = False) -> Asked:
-    """The fields of a row.
-
-    Args:
-        document: the row, or the object in it that has the fields.
-        is_chat: the row is a conversation.
-        only_ours: an unknown key is an error, and not the user's own.
-
-    Raises:
-        RowError: naming the field that is wrong, or not offered.
-    """
-    asked = Asked()
-    _collect(document, asked, within="", only_ours=only_ours)
-    if asked.others:
-        _settle_others(asked, is_chat=is_chat)
-    if "logprobs" in asked.sampling or "top_logprobs" in asked.others:
-        _settle_logprobs(asked)
-    return asked
-
-
-def _collect(document: Document, asked: Asked, *, within: str, only_ours: bool) -> None:
-    for key, value in document.items():
-        if value is None or key in _PROMPT or key in NO_EFFECT:
-            continue
-        said = within + key
-        if key in _SAMPLING or key in ALIASES:
-            _take_sampling(asked, key, value, said)
-        elif key in CHAT:
-            asked.chat[key] = _chat_value(said, key, value)
-        elif key in _SPECIAL:
-            asked.others[key] = value
-        elif key in NOT_OFFERED:
-            if not _is_neutral(NOT_OFFERED[key], value, only_ours=only_ours):
-                raise _not_offered(key, said, value)
-        elif key in NESTED or (key in MAYBE_NESTED and _is_of_fields(value)):
-            if not isinstance(value, dict):
-                raise RowError(f'"{said}" is {json_type(value)}, not an object.')
-            _collect(value, asked, within=f"{said}.", only_ours=True)
-        elif error := mistake(key):
-            raise RowError(error)
-        elif only_ours:
-            raise RowError(
-                f"{_quoted(said)} is not offered, and the answer would be another: leave it out."
-            )
-
-
-def _take_sampling(asked: Asked, key: str, value: Any, said: str) -> None:
-    name = ALIASES.get(key, "max_tokens" if key == "max_completion_tokens" else key)
-    if key in UNLIMITED and value in (-1, -2):
-        value = None
-    if key == "n_probs" and value == 0:
-        return
-    asked.take(name, value, said)
-
-
-def _is_of_fields(value: Any) -> bool:
-    """Whether an object holds fields; `{"n": "north", "s": "south"}` does not."""
-    return isinstance(value, dict) and any(
-        is_known(key) and not (key == "n" and isinstance(item, str)) for key, item in value.items()
+def holds_fields(key: str, value: Any) -> bool:
+    """Whether a key is of an object that holds fields; `{"n": "north", "s": "south"}` does not."""
+    if key not in MAYBE_NESTED or not isinstance(value, dict):
+        return key in NESTED
+    return any(
+        is_known(inner) and not (inner == "n" and isinstance(item, str))
+        for inner, item in value.items()
     )
-
-
-def _is_neutral(rule: NotOffered, value: Any, *, only_ours: bool) -> bool:
-    """Whether a value changes nothing, or is the user's own."""
-    if isinstance(value, str):
-        value = _as_number(value)
-    return value in rule.neutral or not (only_ours or rule.is_meant(value))
 
 
 def _as_number(text: str) -> Any:
@@ -155,53 +301,11 @@ def _as_number(text: str) -> Any:
     return value if isinstance(value, (bool, int, float)) else text
 
 
-def _not_offered(key: str, said: str, value: Any) -> RowError:
-    return RowError(f'"{said}" is not offered (given: {shown(value)}): {NOT_OFFERED[key].instead}.')
-
-
-def _settle_others(asked: Asked, *, is_chat: bool) -> None:
-    """Check `best_of`, `add_special_tokens` and `do_sample`, which depend on other fields."""
-    best_of = asked.others.get("best_of", 1)
-    if best_of not in (1, asked.sampling.get("n")):
-        raise RowError(
-            f'"best_of" is not offered (given: {shown(best_of)}): "n" says how many answers there '
-            "are; leave it out."
-        )
-    adds_special = asked.others.get("add_special_tokens")
-    if adds_special is not None and adds_special is is_chat:
-        raise RowError(
-            f'"add_special_tokens" is not offered (given: {shown(adds_special)}): a prompt begins '
-            "as the model's tokenizer begins one, and a conversation as its template does; leave "
-            "it out."
-        )
-    draws = asked.others.get("do_sample")
-    if draws is not None and not isinstance(draws, bool):
-        raise RowError(f'"do_sample" is {json_type(draws)}, not true or false.')
-    if draws is False:
-        asked.sampling["temperature"] = 0.0
-
-
-def _settle_logprobs(asked: Asked) -> None:
-    """Make a number of `logprobs`, which the OpenAI interface splits: true, with `top_logprobs`."""
-    wanted, num_top = asked.sampling.get("logprobs"), asked.others.get("top_logprobs")
-    if wanted is True:
-        asked.sampling["logprobs"] = 0 if num_top is None else num_top
-    elif wanted is None or wanted is False:
-        if num_top is not None and num_top != 0:
-            raise RowError('"top_logprobs" needs "logprobs": true.')
-        asked.sampling["logprobs"] = None
-    elif num_top not in (None, wanted):
-        raise RowError('"logprobs" and "top_logprobs" say different numbers: give one of them.')
-
-
-def _chat_value(said: str, key: str, value: Any) -> Any:
+def chat_value(said: str, key: str, value: Any) -> Any:
+    """The checked value of a field of the chat template, which errors name as `said`."""
     if key != "chat_template_kwargs":
-        if not isinstance(value, bool):
-            raise RowError(f'"{said}" is {json_type(value)}, not true or false.')
-        return value
-    if not isinstance(value, dict):
-        raise RowError(f'"{said}" is {json_type(value)}, not an object.')
-    if _is_deeper(value, _MAX_DEPTH):
+        return as_type(bool, f'"{said}"', value)
+    if _is_deeper(as_type(dict, f'"{said}"', value), _MAX_DEPTH):
         raise RowError(f'"{said}" is nested more than {_MAX_DEPTH} levels deep.')
     try:
         check_unicode(said, json.dumps(value, ensure_ascii=False))
@@ -230,116 +334,30 @@ def mistake(key: str) -> str | None:
     return f'Unknown sampling field "{key}": write "{name}", or give a key of yours another name.'
 
 
-def check_columns(name: str, columns: Sequence[str]) -> None:
-    """Check that a table's columns name prompts, and no field of ours wrongly or twice.
+def check_unicode(what: str, text: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can write and UTF-8 cannot."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"The {what} holds half of a surrogate pair, not a character.") from error
+
+
+def json_type(value: object) -> str:
+    """The type of a value, with its article."""
+    if value is None:
+        return "null"
+    return _JSON_TYPES.get(type(value)) or f"a {type(value).__name__}"
+
+
+def as_type(kind: type[T], what: str, value: object) -> T:
+    """A value that must be a string, a list, an object, or true or false.
 
     Raises:
-        UsageError: naming the column.
+        RowError: it is not, naming it as `what`.
     """
-    for column in columns:
-        if column.isprintable() and (error := mistake(column)):
-            raise UsageError(f"{name}: {error}")
-        if (column in _ONCE or is_known(column)) and columns.count(column) > 1:
-            raise UsageError(f'{name} has several columns "{column}": keep one of them.')
-    if _PROMPT.isdisjoint(columns):
-        some = ", ".join(c[:40] if c.isprintable() else repr(c[:40]) for c in columns[:20])
-        raise UsageError(
-            f'{name} has no column "prompt" and no "messages": its columns are {some}.'
-        )
-
-
-def _quoted(key: str) -> str:
-    return f'"{key}"' if len(key) <= MAX_NAME_CHARS else f'"{key[:MAX_NAME_CHARS]}..."'
-
-
-def read_columns(columns: Sequence[str]) -> list[str]:
-    """Those of a table's columns that are read; the others are the user's own."""
-    return [name for name in columns if name in _ONCE or is_known(name)]
-
-
-class OwnFields:
-    """Reads rows, whose fields go before the run's.
-
-    Args:
-        sampling: the run's.
-        chat: the run's.
-    """
-
-    def __init__(self, sampling: SamplingParams, chat: ChatOptions = DEFAULT_CHAT) -> None:
-        self._sampling = sampling
-        self._chat = chat
-        self._known: dict[str, SamplingParams] = {}
-
-    def read_row(self, draft: Draft, document: Document) -> Prompt:
-        """The prompt of a row that has `prompt` or `messages`, perhaps an `id`, and fields.
-
-        Raises:
-            RowError: saying what is wrong with it.
-        """
-        draft.id = row_id(document)
-        draft.read_prompt(document)
-        return self.prompt(draft, document)
-
-    def prompt(self, draft: Draft, fields: Document, *, only_ours: bool = False) -> Prompt:
-        """The prompt of a draft that has read its text or messages.
-
-        Args:
-            draft: of the row.
-            fields: the object that holds its fields.
-            only_ours: an unknown key is an error.
-        """
-        is_chat = draft.messages is not None
-        asked = read_fields(fields, is_chat=is_chat, only_ours=only_ours)
-        return draft.prompt(self.sampling(asked), self.chat(asked))
-
-    def sampling(self, asked: Asked) -> SamplingParams | None:
-        """The row's sampling parameters; None where they are the run's.
-
-        Raises:
-            RowError: for a value that is not allowed.
-        """
-        params = self._params(asked) if asked.sampling else None
-        if asked.others.get("do_sample") and (params or self._sampling).is_greedy:
-            raise RowError('"do_sample" is true: say with which "temperature", it is 0 here.')
-        return params
-
-    def chat(self, asked: Asked) -> ChatOptions | None:
-        """The row's options of the chat template; None where they are the run's.
-
-        Raises:
-            RowError: it both continues the last message and begins another one.
-        """
-        if not asked.chat:
-            return None
-        goes_on = asked.chat.get("continue_final_message", self._chat.continue_final_message)
-        begins = asked.chat.get("add_generation_prompt")
-        if goes_on and begins:
-            raise RowError(
-                '"continue_final_message" and "add_generation_prompt" are both true: keep one.'
-            )
-        if begins is None:
-            begins = not goes_on and self._chat.add_generation_prompt
-        kwargs = asked.chat.get("chat_template_kwargs", {})
-        options = ChatOptions(
-            add_generation_prompt=begins,
-            continue_final_message=goes_on,
-            template_kwargs={**self._chat.template_kwargs, **kwargs},
-        )
-        return None if options == self._chat else options
-
-    def _params(self, asked: Asked) -> SamplingParams:
-        # The rows of a file often have the same. As text, because 1, 1.0 and True are equal.
-        text = repr(asked.sampling)
-        if text in self._known:
-            return self._known[text]
-        try:
-            params = self._sampling.updated(asked.sampling)
-        except RowError as error:
-            sentence = str(error)
-            said = asked.names.get(sentence.partition(" ")[0])
-            if said is None or sentence.startswith(said):
-                raise
-            raise RowError(f'"{said}" is wrong: {sentence}') from error
-        if len(self._known) < _MOST_KNOWN:
-            self._known[text] = params
-        return params
+    if not isinstance(value, kind):
+        must = "true or false" if kind is bool else _JSON_TYPES[kind]
+        raise RowError(f"{what} is {json_type(value)}, not {must}.")
+    return value

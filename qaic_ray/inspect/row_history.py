@@ -11,13 +11,14 @@ from pydantic import ValidationError
 
 from qaic_ray.errors import UsageError
 from qaic_ray.rows import Row
-from qaic_ray.runs.journal import JOURNAL_NAME, safe_rows
-from qaic_ray.runs.journal_segments import (
+from qaic_ray.runs.journal import (
     BEFORE_JSON,
+    JOURNAL_NAME,
     MAX_HEADER_BYTES,
     RECORD,
     is_whole,
     read_header,
+    safe_rows,
 )
 
 

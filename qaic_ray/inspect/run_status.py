@@ -16,8 +16,8 @@ from typing import Any
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.files.documents import checked, read_object, read_yaml
 from qaic_ray.inspect.holder import holder_of
-from qaic_ray.runs.journal import JOURNAL_NAME, REPORT_NAME
-from qaic_ray.runs.journal_segments import is_whole, read_header
+from qaic_ray.runs.journal import JOURNAL_NAME, is_whole, read_header
+from qaic_ray.runs.report import REPORT_NAME
 
 RUNNING, UNFINISHED, DONE = "running", "unfinished", "done"
 

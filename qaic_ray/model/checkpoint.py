@@ -1,28 +1,28 @@
-"""Opens a checkpoint: finds a model by name, and checks that it is safe and of a kind we run.
+"""A model before and after it is exported: a checkpoint, and the manifest of a `<base>-kv` folder.
 
-Importing this module loads neither transformers nor torch.
+A checkpoint is found by name and checked: it must be safe and of a kind that we run. Importing this
+module loads neither transformers nor torch.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qaic_ray.errors import CheckpointError
-from qaic_ray.files.documents import read_object, shown
+from qaic_ray.contract import IoContract
+from qaic_ray.errors import CheckpointError, UsageError
+from qaic_ray.files.documents import checked, read_object, shown
+from qaic_ray.files.folders import KeptFile, SourceFile, first_fault, inside
+from qaic_ray.model import tokenizer
 from qaic_ray.model.chat import ChatTemplate
 from qaic_ray.model.sources import check_folder, find_folder, find_weights
-from qaic_ray.model.tokenizer import (
-    Tokenizer,
-    eos_token_ids,
-    has_vocabulary,
-    loaded_tokenizer,
-    open_chat_template,
-    open_tokenizer,
-)
+from qaic_ray.model.tokenizer import Tokenizer, eos_token_ids, loaded_tokenizer, open_tokenizer
 
 SUPPORTED_ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -32,7 +32,15 @@ SUPPORTED_ARCHITECTURES = {
     "GraniteForCausalLM": "granite",
 }
 """Classes of transformers, and the `model_type` of each."""
+MANIFEST_FILE = "manifest.json"
+CUSTOM_IO_FILE = "custom_io.yaml"
+VERIFY_FILE = "verify.json"
+MANIFEST_FORMAT = 2
+"""Raised when equal options would give other files, so that older exports are made again."""
 MAX_SIZE = 2**31 - 1
+
+_MAY_DIFFER = {"name", "source", "sources", "num_clipped", "files"}  # between two equal exports
+_LAYER = re.compile(r"(.*?model\.layers\.)([^.]*)", re.DOTALL)
 _LARGEST = sys.float_info.max
 
 
@@ -42,86 +50,73 @@ class Fields:
     A value that is not so is a CheckpointError that names file, key and value.
 
     Args:
-        values: the JSON object.
+        values: the JSON object, in which a key may be null.
         source: names it in errors, such as `config.json`.
     """
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
-        self._values = values
+        self.values = values
         self._source = source
 
     def __contains__(self, key: str) -> bool:
-        return self._values.get(key) is not None
+        return self.values.get(key) is not None
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value as it is; `default` where the key is missing or null."""
-        value = self._values.get(key)
+        value = self.values.get(key)
         return default if value is None else value
 
     def size(self, key: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
         """A whole number from 1 to `most`; `default` where the key is missing or null."""
         value = self.get(key, default)
-        if type(value) is not int or not 1 <= value <= most:
-            raise self.error(key, f"a whole number from 1 to {most}")
-        return value
+        is_size = type(value) is int and 1 <= value <= most
+        return int(self._checked(key, value, is_size, f"a whole number from 1 to {most}"))
 
     def number(self, key: str, default: float | None = None, *, least: float, most: float) -> float:
         """A number from `least` to `most`, never NaN; `default` where the key is missing."""
-        value = self._values.get(key, default)
-        if type(value) not in (int, float):
-            raise self.error(key, "a number")
+        value = self.values.get(key, default)
+        self._checked(key, value, type(value) in (int, float), "a number")
         # NaN is in no range, and a whole number may be larger than any float.
-        if not max(least, -_LARGEST) <= value <= min(most, _LARGEST):
-            raise self.error(key, f"a number from {least:g} to {most:g}")
-        return float(value)
+        is_within = max(least, -_LARGEST) <= value <= min(most, _LARGEST)
+        return float(self._checked(key, value, is_within, f"a number from {least:g} to {most:g}"))
 
     def flag(self, key: str, *, default: bool = False) -> bool:
         """True or false; `default` where the key is missing."""
-        value = self._values.get(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, "true or false")
-        return value
+        value = self.values.get(key, default)
+        return bool(self._checked(key, value, isinstance(value, bool), "true or false"))
 
     def text(self, key: str, default: str) -> str:
         """A text; `default` where the key is missing or null."""
         value = self.get(key, default)
-        if not isinstance(value, str):
-            raise self.error(key, "a text")
-        return value
+        return str(self._checked(key, value, isinstance(value, str), "a text"))
 
     def texts(self, key: str) -> list[str]:
         """A list of texts; empty where the key is missing or null."""
         value = self.get(key, [])
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.error(key, "a list of texts")
-        return value
+        are_texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        return list(self._checked(key, value, are_texts, "a list of texts"))
 
     def ids(self, key: str) -> tuple[int, ...]:
         """A token id or several; empty where the key is missing or null."""
         value = self.get(key, [])
         several = value if isinstance(value, list) else [value]
-        if not all(type(item) is int and 0 <= item <= MAX_SIZE for item in several):
-            raise self.error(key, "a token id, or a list of them")
-        return tuple(several)
+        are_ids = all(type(item) is int and 0 <= item <= MAX_SIZE for item in several)
+        return tuple(self._checked(key, several, are_ids, "a token id, or a list of them"))
 
     def fields(self, key: str) -> Fields:
         """The fields of an object inside; none where the key is missing or null."""
         value = self.get(key, {})
-        if not isinstance(value, dict):
-            raise self.error(key, "an object")
+        self._checked(key, value, isinstance(value, dict), "an object")
         return Fields(value, f"{key} of {self._source}")
 
-    def names(self) -> list[str]:
-        """The keys."""
-        return list(self._values)
-
-    def absent(self, key: str) -> bool:
-        """Whether the key is missing; null is not missing."""
-        return key not in self._values
+    def _checked(self, key: str, value: Any, is_right: bool, must: str) -> Any:
+        if not is_right:
+            raise self.error(key, must)
+        return value
 
     def error(self, key: str, must: str) -> CheckpointError:
         """The error of a key whose value is not what it must be."""
-        given = "is missing" if self.absent(key) else f"is {shown(self.get(key))}"
+        given = f"is {shown(self.get(key))}" if key in self.values else "is missing"
         return CheckpointError(f"{key} in {self._source} {given}; it must be {must}.")
 
 
@@ -143,24 +138,19 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    name: str,
-    *,
-    cache_dir: Path | None = None,
-    trust_remote_code: bool = False,
-    weights: bool = True,
+    name: str, *, trust_remote_code: bool = False, weights: bool = True
 ) -> Checkpoint:
     """Find a model and check it.
 
     Args:
         name: a local folder, a local `.gguf` file, a hub id (`org/name`) or `smollm2-135m`.
-        cache_dir: where fetched and converted models are kept, instead of the user's cache.
         trust_remote_code: let transformers run a tokenizer's own code from the checkpoint.
         weights: False where only the configuration and the tokenizer are needed.
 
     Raises:
         CheckpointError: one sentence with the remedy.
     """
-    folder, base = find_folder(name, cache_dir=cache_dir, weights=weights)
+    folder, base = find_folder(name, weights=weights)
     check_folder(folder)
     config = read_object(folder / "config.json", raises=CheckpointError)
     check_supported(config, name)
@@ -184,12 +174,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 def load_chat_template(checkpoint: Checkpoint) -> ChatTemplate:
     """The checkpoint's chat templates, without its tokens."""
     folder = loaded_tokenizer(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
-    return open_chat_template(folder)
-
-
-def has_tokenizer(checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint has any tokenizer files."""
-    return has_vocabulary(checkpoint.folder)
+    return tokenizer.open_chat_template(folder)
 
 
 def load_torch_model(checkpoint: Checkpoint, *, layers: Sequence[int] | None = None) -> Any:
@@ -259,12 +244,11 @@ def _read_layers(checkpoint: Checkpoint, layers: Sequence[int]) -> dict[str, Any
     for path in checkpoint.weight_files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # not a mapping: it only has keys()
-                head, found, tail = name.partition("model.layers.")
-                number, dot, rest = tail.partition(".")
-                if not found:
+                match = _LAYER.match(name)
+                if match is None:
                     tensors[name] = file.get_tensor(name)
-                elif number in numbers:
-                    kept = f"{head}{found}{numbers[number]}{dot}{rest}"
+                elif match[2] in numbers:
+                    kept = f"{match[1]}{numbers[match[2]]}{name[match.end() :]}"
                     tensors[kept] = file.get_tensor(name)
     return tensors
 
@@ -272,8 +256,101 @@ def _read_layers(checkpoint: Checkpoint, layers: Sequence[int]) -> dict[str, Any
 def _eos_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """Ids that end an answer: of generation_config.json, else config.json, else the tokenizer."""
     generation = folder / "generation_config.json"
-    sources = [Fields(config, f"config.json of {folder}")]
-    if generation.is_file():
-        sources.insert(0, Fields(read_object(generation, raises=CheckpointError), str(generation)))
+    sources = (
+        Fields(tokenizer.object_if_there(generation), str(generation)),
+        Fields(config, f"config.json of {folder}"),
+    )
     found = [source.ids("eos_token_id") for source in sources]
     return next((ids for ids in found if ids), None) or eos_token_ids(folder)
+
+
+# -- an exported model
+
+
+@dataclass(frozen=True)
+class ModelManifest:
+    """One exported model.
+
+    `onnx_file` is relative to the folder. `max_position` is the longest context (`ctx_len`) that
+    the graph is correct for. `weights_sha256` is over the checkpoint's tensors, however sharded.
+    `num_clipped` weights were beyond the range of float16. `sources` tell a later export whether
+    the weight files have changed, without reading them. `files` are the export's own; older
+    versions list none. `num_kv_heads` is that of the KV cache: the checkpoint's times
+    `num_replicate_kv_heads`. `logits` and `next_tokens` describe the first output, `kv_dtype` is
+    what custom_io.yaml asks for, `comp_ctx_lengths` tells whether there is such an input.
+    """
+
+    format: int
+    name: str
+    source: str
+    contract: IoContract
+    continuous: bool
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int
+    opset: int
+    dtype: str
+    eos_ids: tuple[int, ...]
+    onnx_file: str
+    weights_sha256: str
+    architecture_sha256: str
+    num_clipped: int
+    tool_versions: Mapping[str, str]
+    sources: tuple[SourceFile, ...]
+    kv_dtype: str = "float16"
+    logits: str = "last"
+    next_tokens: bool = False
+    num_replicate_kv_heads: int = 1
+    comp_ctx_lengths: bool = False
+    files: tuple[KeptFile, ...] = ()
+
+    def same_making(self, other: ModelManifest) -> bool:
+        """Whether weights, options, format and tools are equal."""
+        return replace(self, **{name: getattr(other, name) for name in _MAY_DIFFER}) == other
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`."""
+        document = asdict(self) | {"contract": self.contract.value}
+        return json.dumps(document, indent=2) + "\n"
+
+
+def read_manifest(model_dir: Path) -> ModelManifest:
+    """Read the manifest of an exported model.
+
+    Raises:
+        UsageError: the folder is not an exported model, or one of another format.
+    """
+    path = model_dir / MANIFEST_FILE
+    if not os.path.lexists(path):
+        raise UsageError(
+            f"{model_dir} is not an exported model (it has no {MANIFEST_FILE}); make one with "
+            "`qaic-ray export --model-name ...`."
+        )
+    try:
+        document = read_object(path)
+        if document.get("format") != MANIFEST_FORMAT:
+            raise UsageError(
+                f"{path} has format {shown(document.get('format'))}, not {MANIFEST_FORMAT}."
+            )
+        manifest = checked(ModelManifest, document, str(path))
+        inside(manifest.onnx_file)
+    except (UsageError, ValueError) as error:
+        raise UsageError(f"{str(error).rstrip('.')}; export the model again.") from error
+    return manifest
+
+
+def check_files(model_dir: Path, manifest: ModelManifest) -> None:
+    """Check that the files of an exported model are what was written.
+
+    Raises:
+        UsageError: naming a file that is not.
+    """
+    fault = first_fault(model_dir, manifest.files)
+    if fault:
+        raise UsageError(f"{fault} in {model_dir}: export the model again.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -104,14 +104,13 @@ class _BytePieces(_Pieces):
     """
 
     def __init__(self, steps: Sequence[dict[str, Any]]) -> None:
-        kinds = [step["type"] for step in steps]
-        by_kind: dict[str, Any] = dict(zip(kinds, steps, strict=True))
+        by_kind: dict[str, Any] = {step["type"]: step for step in steps}
         replace = by_kind.get("Replace", {"pattern": {"String": ""}, "content": ""})
         strip = by_kind.get("Strip", {"content": "", "start": 0})
         self._mark: str = replace["pattern"]["String"]
         self._space: str = replace["content"]
-        self._has_bytes = "ByteFallback" in kinds
-        self._marks_in_runs = kinds[0] == "ByteFallback"
+        self._has_bytes = "ByteFallback" in by_kind
+        self._marks_in_runs = steps[0]["type"] == "ByteFallback"
         self._dropped: str = strip["content"]
         self._num_drops: int = strip["start"]
         self._begin_run()
@@ -229,16 +228,12 @@ def _byte_level(piece: str) -> bytes:
         return piece.encode()
 
 
-def _byte_table() -> dict[str, int]:
-    """GPT-2's table: bytes that Latin-1 can show are themselves, the others 256 and up."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {
-        chr(0x100 + index): byte for index, byte in enumerate(others)
-    }
-
-
-_BYTE_OF = _byte_table()
+_SHOWN_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHER_BYTES = [byte for byte in range(0x100) if byte not in _SHOWN_BYTES]
+_BYTE_OF = {chr(byte): byte for byte in _SHOWN_BYTES} | {
+    chr(0x100 + index): byte for index, byte in enumerate(_OTHER_BYTES)
+}
+"""GPT-2's table: bytes that Latin-1 can show are themselves, the others 256 and up."""
 
 
 class StopFinder:
@@ -256,17 +251,19 @@ class StopFinder:
     """The stop string that ended the row."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        self._special = tokenizer.special
         self._text = IncrementalText(tokenizer)
         self._params = params
+        written = tokenizer.special.values()
+        self._written_stops = [s for s in params.stop if any(token in s for token in written)]
+        self._plain_stops = [stop for stop in params.stop if stop not in self._written_stops]
         self._overlap = max(map(len, params.stop), default=1) - 1
         self._num_read = 0
         self._num_certain = 0
         self._tail = ""  # of the certain text, where a stop string may have begun
         self._loose = ""
-        self._plain_stops = [stop for stop in params.stop if not tokenizer.writes_special(stop)]
-        self._special = None
-        if len(self._plain_stops) < len(params.stop):
-            self._special = _SpecialStops(tokenizer, set(params.stop) - set(self._plain_stops))
+        # Special tokens: where each stands in the text, in which it takes no room.
+        self._marks: list[tuple[int, str]] = []
         self._stopped_text = ""
 
     @property
@@ -280,14 +277,11 @@ class StopFinder:
         """The beginning of the answer that no later token or stop string can change."""
         if self.stop is not None:
             return self._stopped_text
-        text, num_held = self._text.text, 0
-        for length in range(min(self._overlap, len(text)), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._plain_stops):
-                num_held = length
-                break
-        if self._special is not None:
-            held = self._special.begun(self._tail, self._num_certain - len(self._tail))
-            num_held = max(num_held, held)
+        num_held = _num_begun(self._tail, range(len(self._tail) + 1), self._plain_stops)
+        if self._written_stops:
+            written = self._written(self._tail, self._num_certain - len(self._tail))
+            num_held = max(num_held, _num_begun(*written, self._written_stops))
+        text = self._text.text
         return text[: len(text) - num_held]
 
     def read(self, token_ids: Sequence[int]) -> int | None:
@@ -305,77 +299,32 @@ class StopFinder:
         now = self._tail + certain + self._loose
         num_seen = len(before) if now.startswith(before) else len(self._tail)
         start = self._num_certain - len(self._tail)
-        if self._special is not None:
-            self._special.read(token_id, start + len(now))
+        special = self._special.get(token_id) if self._written_stops else None
+        if special is not None:
+            self._marks.append((start + len(now), special))
         if self._num_read >= self._params.min_tokens:
-            self._look_for_stop(now, num_seen, start)
+            found = _found(now, range(len(now) + 1), num_seen, self._plain_stops)
+            if self._written_stops:
+                written, places = self._written(now, start)
+                if special is not None:
+                    num_seen = len(written) - len(special)
+                else:
+                    num_seen += sum(len(s) for at, s in self._marks if at - start <= num_seen)
+                found += _found(written, places, num_seen, self._written_stops)
+            if found:
+                _, at, self.stop = min(found)
+                kept = (self._text.text + self._loose)[: start + at]
+                is_kept = self._params.include_stop_str_in_output
+                self._stopped_text = kept + (self.stop if is_kept else "")
         self._num_certain += len(certain)
         tail = self._tail + certain
         self._tail = tail[max(0, len(tail) - self._overlap) :]
 
-    def _look_for_stop(self, window: str, num_seen: int, start: int) -> None:
-        """Find a stop string that ends behind the first `num_seen` characters of the window.
+    def _written(self, window: str, start: int) -> tuple[str, Sequence[int]]:
+        """A part of the text with its special tokens written out, from the character `start` on.
 
-        The window is the text from its character `start` on.
+        Also the place in the part of each character, and of the end.
         """
-        found = []
-        for stop in self._plain_stops:
-            at = window.find(stop, max(0, num_seen - len(stop) + 1))
-            if at >= 0:
-                found.append((at + len(stop), at, stop))
-        if self._special is not None:
-            found += self._special.found(window, num_seen, start)
-        if not found:
-            return
-        _, at, self.stop = min(found)
-        kept = (self._text.text + self._loose)[: start + at]
-        self._stopped_text = kept + (self.stop if self._params.include_stop_str_in_output else "")
-
-
-class _SpecialStops:
-    """Finds stop strings in the text with its special tokens written out.
-
-    Places are counted in the text itself, where a special token takes no room.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stops: Collection[str]) -> None:
-        self._tokenizer = tokenizer
-        self._stops = stops
-        self._marks: list[tuple[int, str]] = []  # place in the text, what is written there
-        self._is_new = False
-
-    def read(self, token_id: int, place: int) -> None:
-        """Take a token, and the length of the text with it."""
-        special = self._tokenizer.special_text(token_id)
-        self._is_new = special is not None
-        if special is not None:
-            self._marks.append((place, special))
-
-    def found(self, window: str, num_seen: int, start: int) -> list[tuple[int, int, str]]:
-        """End, start and stop string of those that the last token ends; see `_look_for_stop`."""
-        written, places = self._written(window, start)
-        if self._is_new:
-            num_seen = len(written) - len(self._marks[-1][1])
-        else:
-            num_seen += sum(len(text) for place, text in self._marks if place - start <= num_seen)
-        found = []
-        for stop in self._stops:
-            at = written.find(stop, max(0, num_seen - len(stop) + 1))
-            if at >= 0:
-                found.append((places[at + len(stop)], places[at], stop))
-        return found
-
-    def begun(self, tail: str, start: int) -> int:
-        """How many of the text's last characters may be the beginning of a stop string."""
-        written, places = self._written(tail, start)
-        for at in range(len(written)):
-            if any(stop.startswith(written[at:]) for stop in self._stops):
-                return len(tail) - places[at]
-        return 0
-
-    def _written(self, window: str, start: int) -> tuple[str, list[int]]:
-        """The window with its special tokens, and the place in the window of each character and of
-        the end."""
         self._marks = [mark for mark in self._marks if mark[0] >= start]
         written, done = "", 0
         places: list[int] = []
@@ -385,3 +334,23 @@ class _SpecialStops:
             places += [*range(done, at), *[at] * len(special)]
             done = at
         return written + window[done:], [*places, *range(done, len(window) + 1)]
+
+
+def _found(
+    text: str, places: Sequence[int], num_seen: int, stops: Iterable[str]
+) -> list[tuple[int, int, str]]:
+    """The stop strings that end behind the first `num_seen` characters: end, start, and itself."""
+    found = []
+    for stop in stops:
+        at = text.find(stop, max(0, num_seen - len(stop) + 1))
+        if at >= 0:
+            found.append((places[at + len(stop)], places[at], stop))
+    return found
+
+
+def _num_begun(text: str, places: Sequence[int], stops: Iterable[str]) -> int:
+    """How many of the last characters may be the beginning of a stop string."""
+    for at in range(len(text)):
+        if any(stop.startswith(text[at:]) for stop in stops):
+            return places[-1] - places[at]
+    return 0

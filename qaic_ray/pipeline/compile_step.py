@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qaic_ray.compile.compiler import Source, Variant, grid_variants
 from qaic_ray.compile.store import (
     SPECIALIZATIONS_FILE,
     Build,
@@ -21,7 +22,6 @@ from qaic_ray.compile.store import (
     build,
     check_request,
 )
-from qaic_ray.compile.variant import Source, Variant, grid_variants
 from qaic_ray.contract import (
     BATCH_INDEX,
     COMP_CTX_LENGTHS,
@@ -30,16 +30,16 @@ from qaic_ray.contract import (
     Specializations,
     is_past,
 )
-from qaic_ray.errors import CompileError, UsageError
+from qaic_ray.errors import CompileError, QaicRayError, UsageError
 from qaic_ray.files.documents import shown, user_path
 from qaic_ray.files.folders import inside, sha256_of
-from qaic_ray.model.manifest import CUSTOM_IO_FILE, MANIFEST_FILE, check_files, read_manifest
+from qaic_ray.model.checkpoint import CUSTOM_IO_FILE, MANIFEST_FILE, check_files, read_manifest
 from qaic_ray.options import CompileOptions
 from qaic_ray.pipeline.steps import CompileOutcome, Listener, check_cores
 from qaic_ray.sdk import Sdk
 
 if TYPE_CHECKING:
-    from qaic_ray.cluster.cluster import Cluster, Outcome
+    from qaic_ray.cluster.cluster import Cluster
 
 
 _GRAPHS = "generatedModels/*.onnx"
@@ -161,16 +161,16 @@ def compile_on(
     """Compile as Ray tasks, `parallel` at a time; None means as many as there are CPUs."""
     by_label = {request.label: request for request in requests}
 
-    def told(outcome: Outcome[Build]) -> None:
-        listener.compiled(CompileOutcome(by_label[outcome.label].variant, outcome.result))
+    outcomes: dict[str, CompileOutcome] = {}
 
-    outcomes = cluster.compile_variants(
-        build,
-        by_label,
-        parallel=parallel or os.cpu_count() or 1,
-        on_done=told,
+    def done(label: str, result: Build | QaicRayError) -> None:
+        outcomes[label] = CompileOutcome(by_label[label].variant, result)
+        listener.compiled(outcomes[label])
+
+    cluster.compile_variants(
+        build, by_label, parallel=parallel or os.cpu_count() or 1, on_done=done
     )
-    return [CompileOutcome(by_label[o.label].variant, o.result) for o in outcomes]
+    return [outcomes[label] for label in by_label]
 
 
 def _shapes_of(path: Path, model: ModelFolder, model_dir: Path) -> Specializations:

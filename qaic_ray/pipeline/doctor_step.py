@@ -74,7 +74,8 @@ def node_facts(cluster: Cluster, sdk: str, folder: Path) -> list[NodeFacts]:
     """What every node of a cluster tells."""
     skews: dict[str, tuple[float, float]] = {}
     with _shared_file(folder) as (path, content):
-        told = cluster.each_node("doctor", _look, (sdk, str(folder.absolute()), path, content))
+        asked = _Question(sdk, str(folder.absolute()), path, content)
+        told = cluster.each_node("doctor", _look, (asked,))
         for _ in range(CLOCK_LOOKS):
             began_s = time.time()
             clocks = cluster.each_node("clock", _clock, ())
@@ -96,14 +97,24 @@ def node_facts(cluster: Cluster, sdk: str, folder: Path) -> list[NodeFacts]:
     return found
 
 
-def _look(node: Node, sdk: str, folder: str, path: str, content: str) -> tuple[MachineFacts, str]:
+@dataclass(frozen=True)
+class _Question:
+    """What a node is asked: its facts, with this SDK and folder, and what `path` holds there."""
+
+    sdk: str
+    folder: str
+    path: str
+    content: str
+
+
+def _look(node: Node, asked: _Question) -> tuple[MachineFacts, str]:
     """The facts of a node, and what it sees in the place of a file of the machine that asks."""
-    here = Path(folder)
-    facts = machine_facts(sdk, EmulatorOptions(), here if here.is_dir() else Path.cwd())
+    here = Path(asked.folder)
+    facts = machine_facts(asked.sdk, EmulatorOptions(), here if here.is_dir() else Path.cwd())
     try:
-        seen = Path(path).read_text(encoding="ascii") == content
+        seen = Path(asked.path).read_text(encoding="ascii") == asked.content
     except (OSError, ValueError):
-        return facts, "other" if Path(path).parent.is_dir() else "absent"
+        return facts, "other" if here.is_dir() else "absent"
     return facts, "seen" if seen else "other"
 
 

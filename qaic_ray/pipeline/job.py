@@ -7,10 +7,10 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qaic_ray.compile.compiler import Source
 from qaic_ray.compile.store import Build
-from qaic_ray.compile.variant import Source
 from qaic_ray.errors import SdkNotFound, UsageError
-from qaic_ray.model.manifest import CUSTOM_IO_FILE
+from qaic_ray.model.checkpoint import CUSTOM_IO_FILE
 from qaic_ray.options import Job
 from qaic_ray.pipeline.compile_step import CompileRequest, compile_on, requested_builds
 from qaic_ray.pipeline.export_step import export_step

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from qaic_ray.compile.variant import Source, Variant, grid_variants
+from qaic_ray.compile.compiler import Source, Variant, grid_variants
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP
 from qaic_ray.errors import JobError, UsageError
 from qaic_ray.files.documents import MAX_SHOWN_CHARS, first_error, parse_yaml, read_yaml, shown

@@ -22,7 +22,7 @@ from qaic_ray.options import Generation, RayOptions, RunOptions
 if TYPE_CHECKING:
     from qaic_ray.formats.frozen_file import FrozenFile
     from qaic_ray.rows import Prompt, Row
-    from qaic_ray.runs.fingerprint import Fingerprint
+    from qaic_ray.runs.intake import Fingerprint
 
 REQUEST_NAME = "request.yaml"
 STDIN = "-"
@@ -84,7 +84,7 @@ class RunRequest:
     def _whole_input(self) -> RunInput:
         from qaic_ray.formats.prompts import prompts_from_file, prompts_from_text
         from qaic_ray.model.chat import check_kwargs
-        from qaic_ray.runs.fingerprint import STREAM_SOURCE, file_source, text_source
+        from qaic_ray.runs.intake import STREAM_SOURCE, file_source, text_source
 
         run = self.run
         defaults, chat = run.defaults, run.chat_options
@@ -113,7 +113,7 @@ class RunRequest:
     def _frozen(self, path: Path) -> FrozenFile:
         """The prompts file as it is, or as much of it as the run that is resumed began with."""
         from qaic_ray.formats.frozen_file import FrozenFile, InputChanged
-        from qaic_ray.runs.fingerprint import INPUT
+        from qaic_ray.runs.intake import INPUT
         from qaic_ray.runs.journal import last_fingerprint
 
         if self.resume is None or self.new_input:
@@ -183,7 +183,7 @@ def write_request(request: RunRequest, folder: Path) -> str:
 
 def last_unfinished(output: Path, job: str = "") -> Path | None:
     """The run in `output` that began last, of this job where one is named, and can go on."""
-    from qaic_ray.runs.journal import last_unfinished
+    from qaic_ray.runs.report import last_unfinished
 
     return last_unfinished(output, REQUEST_NAME, job)
 

@@ -126,7 +126,7 @@ def _prompt(request: RunRequest, record: RowRecord) -> tuple[Prompt, bool]:
 
 def _of_input(request: RunRequest, record: RowRecord) -> Iterator[Prompt]:
     from qaic_ray.rows import Prompt
-    from qaic_ray.runs.fingerprint import short_digest
+    from qaic_ray.runs.intake import short_digest
 
     if request.run.prompts == STDIN:
         return

@@ -30,13 +30,13 @@ from qaic_ray.pipeline.steps import Listener, SdkChoice, choose_devices
 from qaic_ray.sdk import name_for_others
 
 if TYPE_CHECKING:
-    from qaic_ray.cards.placement import WorkerPlace
+    from qaic_ray.cards.inventory import WorkerPlace
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.rows import Row
     from qaic_ray.runs.delivery import Proof
+    from qaic_ray.runs.driver import FleetResult
     from qaic_ray.runs.report import RunSummary
-    from qaic_ray.runs.result import FleetResult
-    from qaic_ray.worker.spec import WorkerSpec
+    from qaic_ray.worker.worker import WorkerSpec
 
 
 def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSummary:
@@ -202,11 +202,10 @@ def _answer(
     """All rows that have no answer yet, journaled and written."""
     from qaic_ray.dispatch.prompts import text_work
     from qaic_ray.files.documents import differences
-    from qaic_ray.runs.delivery import row_writer
-    from qaic_ray.runs.driver import Audience
-    from qaic_ray.runs.fingerprint import fingerprint
+    from qaic_ray.runs.delivery import RowWriter
+    from qaic_ray.runs.driver import Audience, BrokenOff, Cause
+    from qaic_ray.runs.intake import fingerprint
     from qaic_ray.runs.journal import Journal
-    from qaic_ray.runs.result import BrokenOff, Cause
     from qaic_ray.worker.worker import CardWorker
 
     parts = _parts(request)
@@ -216,7 +215,7 @@ def _answer(
         Journal(
             folder, same, retry_errors=request.retry_errors, new_input=request.new_input
         ) as journal,
-        row_writer(folder, resumed=resumed) as write,
+        RowWriter(folder, resumed=resumed) as write,
     ):
         if request.new_input:
             write_request(request, folder)
@@ -268,7 +267,7 @@ def _places(
     cluster: Cluster, request: RunRequest, sdk: SdkChoice, listener: Listener
 ) -> list[WorkerPlace]:
     """Which worker gets which cards."""
-    from qaic_ray.cards.placement import place, qpc_cores
+    from qaic_ray.cards.inventory import place, qpc_cores
 
     here = request.ray.address is None
     nodes = cluster.inventory(
@@ -286,7 +285,7 @@ def _places(
 
 
 def _worker_specs(request: RunRequest, places: Sequence[WorkerPlace]) -> list[WorkerSpec]:
-    from qaic_ray.worker.spec import WorkerSpec
+    from qaic_ray.worker.worker import WorkerSpec
 
     model = absolute_model(request.model)
     is_here = _is_here(request)
@@ -306,7 +305,7 @@ def _worker_specs(request: RunRequest, places: Sequence[WorkerPlace]) -> list[Wo
 def _export(request: RunRequest, folder: Path) -> None:
     """The run's rows in the other formats that are asked for."""
     from qaic_ray.model.checkpoint import load_tokenizer
-    from qaic_ray.runs.exports import export_outputs
+    from qaic_ray.runs.delivery import export_outputs
 
     if not request.run.output_formats:
         return

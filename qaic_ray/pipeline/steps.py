@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from qaic_ray.compile.compiler import Variant
 from qaic_ray.compile.store import Build
-from qaic_ray.compile.variant import Variant
 from qaic_ray.errors import DeviceError, QaicRayError, UsageError
 from qaic_ray.options import EmulatorOptions
 from qaic_ray.sdk import Sdk, find_sdk
 
 if TYPE_CHECKING:
     from qaic_ray.rows import Row
-    from qaic_ray.worker.spec import WorkerInfo
+    from qaic_ray.worker.worker import WorkerInfo
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,33 @@
-"""Rows on their way out: into the journal, back into the input's order, into the output files."""
+"""Rows on their way out: into the journal, back into the input's order, into the output files.
+
+When a run is done, its outputs are written once more in the formats of other programs.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qaic_ray.files.documents import json_text
-from qaic_ray.files.folders import new_file, sync_path
+from qaic_ray.files.folders import new_file, replacing, sync_path
+from qaic_ray.formats.json_rows import Origin, response_line, token_number
+from qaic_ray.formats.tables import write_parquet
+from qaic_ray.option_types import OutputFormat
 from qaic_ray.rows import Row
-from qaic_ray.runs.journal import Entry, Journal, disk_errors_end_the_run, write_all
-from qaic_ray.runs.journal_segments import Place
+from qaic_ray.runs.journal import Entry, Journal, Place, disk_errors_end_the_run, write_all
 
 OUTPUTS_NAME = "outputs.jsonl"
 ERRORS_NAME = "errors.jsonl"
+PARQUET_NAME = "outputs.parquet"
+OPENAI_NAMES = ("openai_output.jsonl", "openai_error.jsonl")
 
 MAX_HELD_ROWS = 4096
 MAX_HELD_BYTES = 8 * 2**20
@@ -31,7 +38,6 @@ COMMIT_PAUSES = 4
 MAX_SHOWN_AT_ONCE = 512
 
 # Python's str.splitlines (and others) also break lines here; inside JSON they can be escaped.
-_LINE_BREAKS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 _LINE_BREAK = re.compile("[\x85\u2028\u2029]")
 
 _OFFSET_BITS = 40
@@ -64,11 +70,6 @@ class InputOrder:
         self._next_index = 0
 
     @property
-    def num_held(self) -> int:
-        """Rows in memory that wait for one before them."""
-        return len(self._held)
-
-    @property
     def is_ready(self) -> bool:
         """Whether it is some row's turn."""
         return self._next_index in self._held or self._next_index in self._spilled
@@ -83,7 +84,10 @@ class InputOrder:
         if index < self._next_index or index in self._held or index in self._spilled:
             raise ValueError(f"Row {index} came twice.")
         num_bytes = place.num_bytes if place else 0
-        if place is None or self._read is None or self._has_room(index, num_bytes):
+        has_bytes = self._held_bytes + num_bytes <= self._max_held_bytes
+        has_room = has_bytes and len(self._held) < self._max_held_rows
+        is_next = index == self._next_index  # it is returned at once
+        if place is None or self._read is None or has_room or is_next:
             self._held[index] = row, num_bytes
             self._held_bytes += num_bytes
         else:
@@ -102,12 +106,6 @@ class InputOrder:
             self._next_index += 1
             yield row
 
-    def _has_room(self, index: int, num_bytes: int) -> bool:
-        if index == self._next_index:
-            return True  # it is returned next
-        has_bytes = self._held_bytes + num_bytes <= self._max_held_bytes
-        return has_bytes and len(self._held) < self._max_held_rows
-
 
 class _Places:
     """Index -> segment and offset, taken out by rising index: eight bytes for each index between
@@ -116,7 +114,6 @@ class _Places:
     def __init__(self) -> None:
         self._first = 0
         self._packed = array("Q")  # 0 where there is none: offset 0 is a segment's header
-        self._num_places = 0
 
     def __contains__(self, index: int) -> bool:
         at = index - self._first
@@ -124,27 +121,21 @@ class _Places:
 
     def add(self, index: int, place: Place, *, least: int) -> None:
         """Keep a place; from now on no index is below `least`."""
-        if not self._num_places:
+        if not self._packed:
             self._first = least
         at = index - self._first
-        missing = at + 1 - len(self._packed)
-        if missing > 0:
-            self._packed.frombytes(bytes(missing * self._packed.itemsize))
+        missing = max(0, at + 1 - len(self._packed))
+        self._packed.frombytes(bytes(missing * self._packed.itemsize))
         self._packed[at] = place.segment << _OFFSET_BITS | place.offset
-        self._num_places += 1
 
     def pop(self, index: int) -> tuple[int, int]:
         """Take out the place of the least index."""
-        at = index - self._first
-        packed = self._packed[at]
-        self._packed[at] = 0
-        self._num_places -= 1
-        if not self._num_places:
-            self._packed = array("Q")
-        elif at >= _FORGET_AT and 2 * at >= len(self._packed):
-            del self._packed[:at]
-            self._first = index
-        return packed >> _OFFSET_BITS, packed & ((1 << _OFFSET_BITS) - 1)
+        num_past = index - self._first + 1
+        segment, offset = divmod(self._packed[num_past - 1], 1 << _OFFSET_BITS)
+        if num_past == len(self._packed) or num_past > max(_FORGET_AT, len(self._packed) // 2):
+            del self._packed[:num_past]
+            self._first = index + 1
+        return segment, offset
 
 
 class Delivery:
@@ -194,8 +185,7 @@ class Delivery:
         """Take a final row; see `Journal.append`."""
         if row.error is not None:
             # It quotes what was given, and half a surrogate pair cannot be written.
-            error = row.error.encode(errors="backslashreplace").decode()
-            row = replace(row, error=error)
+            row = replace(row, error=row.error.encode(errors="backslashreplace").decode())
         if self._journal is None:
             self._order.push(row)
             return
@@ -257,90 +247,9 @@ class Proof:
         """Whether every row of the input has its one row in the outputs."""
         return self.complete and self.rows_in == self.rows_ok + self.rows_error
 
-    def to_json(self) -> dict[str, Any]:
-        """As it stands in `report.json`."""
-        return asdict(self)
 
-
-class RowWriter:
-    """Writes rows to `outputs.jsonl`, and to `errors.jsonl` too if they failed; see `row_writer`.
-
-    Raises:
-        QaicRayError: when the disk refuses.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._paths = [folder / OUTPUTS_NAME, folder / ERRORS_NAME]
-        self._unfinished = [path.with_name(f".{path.name}.unfinished") for path in self._paths]
-        self._published = False
-        self._rows_ok = 0
-        self._rows_error = 0
-        self._sha256 = hashlib.sha256()
-        with disk_errors_end_the_run(folder):
-            self._fds = [new_file(path) for path in self._unfinished]
-
-    def __call__(self, row: Row) -> None:
-        """Write a new row; others can read it at once."""
-        if not self._published:
-            self.publish()
-        self._write(row)
-
-    def rewrite(self, row: Row) -> None:
-        """Write a row of an earlier session, before all new ones."""
-        self._write(row)
-
-    def publish(self) -> None:
-        """Replace the files of an earlier session by these."""
-        with disk_errors_end_the_run(self._folder):
-            for fd, unfinished, path in zip(self._fds, self._unfinished, self._paths, strict=True):
-                os.fsync(fd)
-                os.replace(unfinished, path)
-            sync_path(self._folder)
-        self._published = True
-
-    def finish(self) -> None:
-        """Give the files their names, and write them to the disk."""
-        if not self._published:
-            self.publish()
-        with disk_errors_end_the_run(self._folder):
-            for fd in self._fds:
-                os.fsync(fd)
-
-    def close(self) -> None:
-        """Close the files, and remove those that were not published."""
-        for fd, unfinished in zip(self._fds, self._unfinished, strict=True):
-            os.close(fd)
-            unfinished.unlink(missing_ok=True)
-
-    def proof(self, rows_in: int, inputs_sha256: str, *, complete: bool = True) -> Proof:
-        """Counts and digests of what was written, beside those of what was read."""
-        return Proof(
-            rows_in,
-            self._rows_ok,
-            self._rows_error,
-            inputs_sha256,
-            self._sha256.hexdigest(),
-            complete,
-        )
-
-    def _write(self, row: Row) -> None:
-        is_ok = row.ok
-        text = json_text(row.to_json())
-        if _LINE_BREAK.search(text):
-            text = text.translate(_LINE_BREAKS)
-        line = text.encode() + b"\n"
-        with disk_errors_end_the_run(self._folder):
-            for fd in self._fds[: 1 if is_ok else 2]:
-                write_all(fd, line)
-        self._sha256.update(line)
-        self._rows_ok += is_ok
-        self._rows_error += not is_ok
-
-
-@contextmanager
-def row_writer(folder: Path, *, resumed: bool = False) -> Iterator[RowWriter]:
-    """Yield the writer of `outputs.jsonl` and `errors.jsonl`.
+class RowWriter(AbstractContextManager["RowWriter"]):
+    """Writes rows to `outputs.jsonl`, and to `errors.jsonl` too if they failed.
 
     Both grow row by row under their own names, so that they can be followed (`tail -f`) while the
     run goes. A run that is killed leaves the rows it had; the last line may be torn.
@@ -349,12 +258,108 @@ def row_writer(folder: Path, *, resumed: bool = False) -> Iterator[RowWriter]:
         folder: the run's.
         resumed: the files that are there stay until all rows of earlier sessions are written
             again, and for good if that ends with an error.
+
+    Raises:
+        QaicRayError: when the disk refuses.
     """
-    writer = RowWriter(folder)
-    try:
-        if not resumed:
-            writer.publish()
-        yield writer
-        writer.finish()
-    finally:
-        writer.close()
+
+    def __init__(self, folder: Path, *, resumed: bool = False) -> None:
+        self._folder = folder
+        self._paths = [folder / OUTPUTS_NAME, folder / ERRORS_NAME]
+        self._unfinished = [path.with_name(f".{path.name}.unfinished") for path in self._paths]
+        self._published = not resumed
+        self._rows_ok = 0
+        self._rows_error = 0
+        self._sha256 = hashlib.sha256()
+        with disk_errors_end_the_run(folder):
+            self._fds = [new_file(path) for path in (self._unfinished if resumed else self._paths)]
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Write the files to the disk, after an error without their names; close them."""
+        try:
+            if kind is None:
+                self._sync()
+        finally:
+            for fd, unfinished in zip(self._fds, self._unfinished, strict=True):
+                os.close(fd)
+                unfinished.unlink(missing_ok=True)
+
+    def __call__(self, row: Row) -> None:
+        """Write a new row; others can read it at once."""
+        if not self._published:
+            self._sync()
+        self.rewrite(row)
+
+    def rewrite(self, row: Row) -> None:
+        """Write a row of an earlier session, before all new ones."""
+        is_ok = row.ok
+        text = json.dumps(row.to_json(), ensure_ascii=False)
+        text = _LINE_BREAK.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+        line = text.encode() + b"\n"
+        with disk_errors_end_the_run(self._folder):
+            for fd in self._fds[: 1 if is_ok else 2]:
+                write_all(fd, line)
+        self._sha256.update(line)
+        self._rows_ok += is_ok
+        self._rows_error += not is_ok
+
+    def _sync(self) -> None:
+        """Write the files to the disk; they replace those of an earlier session."""
+        with disk_errors_end_the_run(self._folder):
+            for fd, unfinished, path in zip(self._fds, self._unfinished, self._paths, strict=True):
+                os.fsync(fd)
+                if not self._published:
+                    os.replace(unfinished, path)
+            sync_path(self._folder)
+        self._published = True
+
+    def proof(self, rows_in: int, inputs_sha256: str, *, complete: bool = True) -> Proof:
+        """Counts and digests of what was written, beside those of what was read."""
+        counts = rows_in, self._rows_ok, self._rows_error
+        return Proof(*counts, inputs_sha256, self._sha256.hexdigest(), complete)
+
+
+def export_outputs(
+    folder: Path,
+    output_format: OutputFormat,
+    *,
+    model: str,
+    token_text: Callable[[int], str] = token_number,
+) -> tuple[Path, ...]:
+    """Write a run's rows once more, in another format; return the files, each whole or not at all.
+
+    The rows that are there are written: of a run that is still going, those that it has.
+
+    Args:
+        folder: the run's.
+        output_format: which.
+        model: the name of the model that answered, for the OpenAI format.
+        token_text: a token's text, for the OpenAI format's logprobs.
+
+    Raises:
+        QaicRayError: when the disk refuses.
+    """
+    is_table = output_format is OutputFormat.PARQUET
+    paths = tuple(folder / name for name in ((PARQUET_NAME,) if is_table else OPENAI_NAMES))
+    with disk_errors_end_the_run(folder), ExitStack() as stack:
+        streams = [
+            stack.enter_context(replacing(path, path.with_name(f".{path.name}.unfinished")))
+            for path in paths
+        ]
+        if is_table:
+            write_parquet(_rows(folder), streams[0])
+            return paths
+        created = int((folder / OUTPUTS_NAME).stat().st_mtime)
+        origin = Origin(folder.name, model, created, token_text)
+        for row in _rows(folder):
+            line = json.dumps(response_line(row, origin)) + "\n"
+            streams["error" in row].write(line.encode())
+    return paths
+
+
+def _rows(folder: Path) -> Iterator[dict[str, Any]]:
+    with (folder / OUTPUTS_NAME).open("rb") as stream:
+        for line in stream:
+            if not line.endswith(b"\n"):
+                return  # it is being written
+            yield json.loads(line)

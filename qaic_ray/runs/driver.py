@@ -9,14 +9,15 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
-from qaic_ray.dispatch.dispatcher import Dispatcher
-from qaic_ray.dispatch.events import (
+from qaic_ray.dispatch.dispatcher import (
     Command,
     DeliverRows,
+    Dispatcher,
     Event,
     PromptsRead,
     QuarantineWorker,
@@ -28,29 +29,24 @@ from qaic_ray.dispatch.events import (
     RunStarted,
     ShardFailed,
     TimePassed,
-    WorkerFailedToOpen,
     WorkerLost,
     WorkerReady,
 )
 from qaic_ray.errors import QaicRayError
-from qaic_ray.metrics import Measurement, Span
+from qaic_ray.metrics import Measurement, Span, Tally, tokens_per_s
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.delivery import Delivery
-from qaic_ray.runs.fingerprint import Intake
+from qaic_ray.runs.intake import Batch, Intake, ThreadedReader
 from qaic_ray.runs.journal import Journal
-from qaic_ray.runs.reading import Batch, PromptReader, ThreadedReader
-from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, Tally, WorkerResult
 
 if TYPE_CHECKING:
-    from qaic_ray.worker.spec import WorkerInfo
+    from qaic_ray.worker.worker import WorkerInfo
 
 
 class Cards(Protocol):
     """The workers of a run; opening each for the first time has begun.
 
-    Only `wait` blocks. Nothing raises because a card is gone: that is an event. Events of a worker
-    carry its incarnation: 0 for the first opening, and then what `replace` was given. Events of a
-    shard carry the shard's id, which is given once.
+    Only `wait` blocks. A card that is gone is an event, and no error.
     """
 
     @property
@@ -81,7 +77,7 @@ class Cards(Protocol):
     def replace(self, worker: str, incarnation: int) -> None:
         """Retire a worker, and begin to open it again with the same cards.
 
-        `wait` returns WorkerReady or WorkerFailedToOpen with this incarnation.
+        `wait` returns WorkerReady or WorkerLost with this incarnation.
         """
 
     def quarantine(self, worker: str, error: str) -> None:
@@ -130,13 +126,88 @@ class Audience:
     on_wait: Callable[[str], None] = _ignore
 
 
+@dataclass(frozen=True)
+class WorkerResult:
+    """One card's part in a run.
+
+    `measurement` has the rows and tokens of the answers that were kept; its steps are the engine's
+    own, zero for a worker that was lost. `info` is None for one that never got ready. `error` is
+    its last; `losses` counts how often its process was lost or its cards did not open.
+    """
+
+    name: str
+    info: WorkerInfo | None
+    measurement: Measurement
+    error: str | None = None
+    losses: int = 0
+    ready_at_end: bool = False
+
+
+class Cause(str, Enum):
+    """Why a run ended early, which decides how it can be resumed."""
+
+    CARDS = "cards"
+    """Every card was lost; prompts that were left have no answer."""
+    INPUT = "input"
+    """The input could not be read to its end; all that was read of it is answered."""
+    CHANGED = "changed"
+    """What answers depend on was not the same at the end: they may be of either."""
+
+
+@dataclass(frozen=True)
+class BrokenOff:
+    """Why a run is not complete: its cause, and a sentence."""
+
+    cause: Cause
+    error: str
+
+
+@dataclass(frozen=True)
+class FleetResult:
+    """The result of a run.
+
+    Attributes:
+        workers: in the order they were asked for.
+        unassigned: rows without a worker: malformed input, or no card was left.
+        span: first shard handed out to last row in, on the driver's clock; None when no card ran.
+            Those of earlier sessions come before it, end to end.
+        length_counts: generated tokens of an answer -> how many answers had that many.
+        broken_off: set when not every row of the input has an answer or an error of its own.
+        rows_in: rows of the input that were read.
+        inputs_sha256: over their digests, in order.
+        settings: values of the run's `Timeouts` and policy that are not the default.
+    """
+
+    workers: tuple[WorkerResult, ...]
+    unassigned: Measurement
+    span: Span | None
+    length_counts: Mapping[int, int]
+    broken_off: BrokenOff | None = None
+    rows_in: int = 0
+    inputs_sha256: str = ""
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def total(self) -> Measurement:
+        """All rows of the input."""
+        return sum((worker.measurement for worker in self.workers), start=self.unassigned)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Merged rate: all generated tokens over the time in which any card worked."""
+        return tokens_per_s(self.total.generated_tokens, self.span)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every row of the input was answered."""
+        return self.broken_off is None and self.total.failed_rows == 0
+
+
 class Driver:
     """One run of prompts over cards.
 
     Args:
-        cards: the workers.
         prompts: the input, by rising index; a Row in it is an item that is no usable prompt.
-        audience: the callbacks.
         dispatcher: None for one with the default policy.
         clock: seconds.
         journal: where rows are kept. Rows of earlier sessions in it are counted as they are, and
@@ -153,7 +224,7 @@ class Driver:
         dispatcher: Dispatcher | None = None,
         clock: Callable[[], float] = time.monotonic,
         journal: Journal | None = None,
-        reader: Callable[[Iterable[Prompt | Row]], PromptReader] = ThreadedReader,
+        reader: Callable[[Iterable[Prompt | Row]], ThreadedReader] = ThreadedReader,
     ) -> None:
         self._cards = cards
         self._intake = Intake()
@@ -163,15 +234,13 @@ class Driver:
         self._audience = audience
         self._dispatcher = dispatcher or Dispatcher()
         self._clock = clock
-
         self._delivery = Delivery(journal, audience.on_row, audience.on_earlier_row, clock=clock)
         self._tally = Tally()
         self._infos: dict[str, WorkerInfo] = {}
         self._ready: set[str] = set()
         self._losses: Counter[str] = Counter()
         self._errors: dict[str, str] = {}
-        # When this session's first shard began and its last row came.
-        self._first_s: float | None = None
+        self._first_s: float | None = None  # when this session's first shard began
         self._last_s = 0.0
         self._rows_read = 0
         self._is_exhausted = False
@@ -182,31 +251,25 @@ class Driver:
         Whatever ends it early, a KeyboardInterrupt too: the rows that came are on the disk then.
 
         Raises:
-            UsageError: the input is not the one that earlier sessions had.
-            QaicRayError: the journal cannot be read or written.
+            QaicRayError: of the journal, or for an input that is not that of earlier sessions.
         """
         try:
-            return self._run()
+            self._replay()
+            event: Event = RunStarted(tuple(self._cards.names))
+            with closing(self._reader):
+                while True:
+                    self._hear(event)
+                    for command in self._dispatcher.handle(event, self._clock()):
+                        self._obey(command)
+                    if self._dispatcher.finished:
+                        break
+                    event = self._next_event()
+            self._delivery.finish()
+            return self._result()
         except (Exception, KeyboardInterrupt):
             with suppress(QaicRayError):  # of a disk that has said so already
                 self._delivery.save()
             raise
-
-    def _run(self) -> FleetResult:
-        self._replay()
-        event: Event = RunStarted(tuple(self._cards.names))
-        try:
-            while True:
-                self._hear(event)
-                for command in self._dispatcher.handle(event, self._clock()):
-                    self._obey(command)
-                if self._dispatcher.finished:
-                    break
-                event = self._next_event()
-        finally:
-            self._reader.close()
-        self._delivery.finish()
-        return self._result()
 
     def _replay(self) -> None:
         """Count the rows of earlier sessions of the run."""
@@ -240,7 +303,7 @@ class Driver:
                 self._infos[worker] = self._cards.info(worker)
                 self._ready.add(worker)
                 self._audience.on_worker_ready(self._infos[worker])
-            case WorkerLost(worker, error) | WorkerFailedToOpen(worker, error):
+            case WorkerLost(worker, error):
                 self._lose(worker, error)
             case ShardFailed(worker, _, error, retryable=True):
                 self._errors[worker] = error
@@ -288,14 +351,9 @@ class Driver:
         self._tell_progress()
 
     def _tell_progress(self) -> None:
-        progress = Progress(
-            rows_read=self._rows_read,
-            rows_done=self._tally.rows,
-            rows_failed=self._tally.failed_rows,
-            generated_tokens=self._tally.generated_tokens,
-            input_exhausted=self._is_exhausted,
-        )
-        self._audience.on_progress(progress)
+        tally = self._tally
+        done = tally.rows, tally.failed_rows, tally.generated_tokens
+        self._audience.on_progress(Progress(self._rows_read, *done, self._is_exhausted))
 
     def _worked(self) -> None:
         self._last_s = self._clock()
@@ -304,20 +362,19 @@ class Driver:
 
     def _result(self) -> FleetResult:
         engines = self._cards.measurements()
-        names = (*self._cards.names, *self._tally.earlier_workers(self._cards.names))
-        workers = tuple(
-            WorkerResult(
-                name=name,
-                info=self._infos.get(name),
-                measurement=self._tally.measurement(name, engines.get(name)),
-                error=self._errors.get(name),
-                losses=self._losses[name],
-                ready_at_end=name in self._ready,
-            )
-            for name in names
-        )
+        names = self._cards.names
         return FleetResult(
-            workers=workers,
+            workers=tuple(
+                WorkerResult(
+                    name=name,
+                    info=self._infos.get(name),
+                    measurement=self._tally.measurement(name, engines.get(name)),
+                    error=self._errors.get(name),
+                    losses=self._losses[name],
+                    ready_at_end=name in self._ready,
+                )
+                for name in (*names, *self._tally.earlier_workers(names))
+            ),
             unassigned=self._tally.measurement(""),
             span=self._whole_span(),
             length_counts=dict(self._tally.length_counts),
@@ -328,8 +385,8 @@ class Driver:
 
     def _broken_off(self) -> BrokenOff | None:
         if self._dispatcher.abandoned:
-            lost = "Every card was lost; the prompts that were left have no answer."
-            return BrokenOff(Cause.CARDS, lost)
+            error = "Every card was lost; the prompts that were left have no answer."
+            return BrokenOff(Cause.CARDS, error)
         if self._input_error is not None:
             return BrokenOff(Cause.INPUT, str(self._input_error))
         return None
@@ -337,9 +394,6 @@ class Driver:
     def _whole_span(self) -> Span | None:
         """This session's span, with the time that cards worked in earlier ones put before it."""
         earlier_s = self._delivery.earlier_s
-        if self._first_s is not None:
-            return Span(self._first_s - earlier_s, self._last_s)
-        if not earlier_s:
-            return None
-        now_s = self._clock()
-        return Span(now_s - earlier_s, now_s)
+        if self._first_s is None:
+            return Span(-earlier_s, 0.0) if earlier_s else None
+        return Span(self._first_s - earlier_s, self._last_s)

@@ -1,8 +1,12 @@
-"""A run's rows on disk: written there before they are shown, and read when the run is resumed.
+"""A run's rows on disk: written before they are shown, and read when the run is resumed.
 
-`outputs.jsonl` is made from the journal; `journal_segments.py` has its format. Only the last
-segment can end in the middle of a line, which is cut off on opening. Damage anywhere else is an
-error. A row that is not in the journal is answered again.
+    journal/000000.jsonl, 000001.jsonl, ...      segments, of about equal size
+    <CRC-32 of the JSON, 8 hex digits> <JSON>    a line; the first of a segment is its header
+
+A header has the format, the run's id and fingerprint, and the session: each process that writes to
+the folder is one, and begins a segment. Every other line is a row in full, with a short digest of
+its input and how long the session had worked by then. Only the last segment can end within a line,
+which is cut off on opening; other damage is an error. A row not here is answered again.
 """
 
 from __future__ import annotations
@@ -11,56 +15,74 @@ import json
 import os
 import re
 import secrets
+import zlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO, ClassVar, NamedTuple
 
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from qaic_ray.errors import QaicRayError, Unfinished, UsageError
-from qaic_ray.files.documents import differences, read_object
+from qaic_ray.files.documents import as_object, checked, differences, parse_json, shown
 from qaic_ray.files.folders import sync_path
 from qaic_ray.interruption import uninterrupted
 from qaic_ray.rows import Row
-from qaic_ray.runs.fingerprint import INPUT, Fingerprint
-from qaic_ray.runs.journal_segments import (
-    BEFORE_JSON,
-    FORMAT,
-    RECORD,
-    Header,
-    Place,
-    RowReader,
-    damaged,
-    is_whole,
-    line_of,
-    read_header,
-    row_line,
-    segment_path,
-    whole_bytes,
-)
+from qaic_ray.runs.intake import INPUT, Fingerprint
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS
 
+FORMAT = 2
 JOURNAL_NAME = "journal"
 LOCK_NAME = ".lock"
-REPORT_NAME = "report.json"
 SEGMENT_BYTES = 64 * 2**20
-LOOKED_AT_S = 0.2
-"""Who only looks whether a run is going on (`inspect/holder.py`) holds its lock for an instant."""
+MAX_OPEN_SEGMENTS = 16
 
+BEFORE_JSON = len("01234567 ")
+MAX_HEADER_BYTES = 2**20
 _MAX_NAMED_CHARS = 800
 _SEGMENT = re.compile("[0-9]{6,12}")
 _ROW_INDEX = re.compile(rb'"row":\{"index":(\d+)')
 
 
+class Place(NamedTuple):
+    """Where a row's line is: its segment's number, and its first byte and size there."""
+
+    segment: int
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The first line of a segment."""
+
+    format: int
+    run: str
+    session: int
+    retry_errors: bool
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True)
+class JournalRecord:
+    """The JSON of a row's line. Not `Row.to_json`, which rounds times and drops what is derived."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(ser_json_inf_nan="constants")
+
+    input: int
+    span_s: float
+    row: Row
+
+
+RECORD = TypeAdapter(JournalRecord)
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A row as the journal has it.
-
-    `digest` is of the row's input. `session` is the number of the process that wrote it, and
-    `span_s` is how long cards had worked in that session when the row was final.
-    """
+    """A row as the journal has it: with the digest of its input, the number of the session that
+    wrote it, and how long cards had worked in that session by then."""
 
     row: Row
     digest: int
@@ -116,7 +138,7 @@ class Journal(AbstractContextManager["Journal"]):
         self._buffer: list[bytes] = []
         self._fd = -1
         self._size = 0
-        self._reader = RowReader(self._folder)
+        self._streams: dict[int, BinaryIO] = {}  # open for `read`, the last one used last
         self._lock = _locked(run_folder)
         try:
             with disk_errors_end_the_run(run_folder):
@@ -148,12 +170,13 @@ class Journal(AbstractContextManager["Journal"]):
 
     def append(self, row: Row, digest: int, span_s: float) -> Place:
         """Take a row for the next `commit`; return where it will be."""
-        line = row_line(row, digest, span_s)
-        if self._size >= self._segment_bytes:
-            self.commit()
-            with uninterrupted(), disk_errors_end_the_run(self._run_folder):
-                self._begin_segment()
+        record = JournalRecord(digest, round(span_s, 6), row)
+        line = line_of(RECORD.dump_json(record, exclude_defaults=True))
         with uninterrupted():  # the next place is behind this line
+            if self._size >= self._segment_bytes:
+                self.commit()
+                with disk_errors_end_the_run(self._run_folder):
+                    self._begin_segment()
             place = Place(self._segment, self._size, len(line))
             self._buffer.append(line)
             self._size += len(line)
@@ -178,13 +201,25 @@ class Journal(AbstractContextManager["Journal"]):
             self._buffer.clear()
 
     def read(self, segment: int, offset: int) -> Row:
-        """A row that was committed, by this session or an earlier one; see `RowReader`."""
-        return self._reader.read(segment, offset)
+        """A row that was committed, by this session or an earlier one; unchanged, or an error."""
+        stream = self._streams.pop(segment, None) or _path(self._folder, segment).open("rb")
+        self._streams[segment] = stream
+        if len(self._streams) > MAX_OPEN_SEGMENTS:
+            self._streams.pop(next(iter(self._streams))).close()
+        stream.seek(offset)
+        line = stream.readline()
+        if not is_whole(line):
+            raise QaicRayError(
+                f"{stream.name} has changed under the run at byte {offset}: look after that disk, "
+                "then resume the run."
+            )
+        return RECORD.validate_json(line[BEFORE_JSON:], strict=True).row
 
     def close(self) -> None:
         """Release the folder. What was appended and not committed is lost."""
         self._close_segment()
-        self._reader.close()
+        for stream in self._streams.values():
+            stream.close()
         self._lock.release()
 
     # -- segments
@@ -195,8 +230,8 @@ class Journal(AbstractContextManager["Journal"]):
         stems = (path.stem for path in self._folder.glob("*.jsonl"))
         segments = sorted(int(stem) for stem in stems if _SEGMENT.fullmatch(stem))
         if segments:
-            path = segment_path(self._folder, segments[-1])
-            num_bytes = whole_bytes(path)
+            path = _path(self._folder, segments[-1])
+            num_bytes = _whole_bytes(path)
             if num_bytes == 0:
                 path.unlink()
                 sync_path(self._folder)
@@ -204,14 +239,14 @@ class Journal(AbstractContextManager["Journal"]):
             elif num_bytes < path.stat().st_size:
                 os.truncate(path, num_bytes)
                 sync_path(path)
-        return {segment: read_header(segment_path(self._folder, segment)) for segment in segments}
+        return {segment: read_header(_path(self._folder, segment)) for segment in segments}
 
     def _next_header(self, fingerprint: Fingerprint, retry_errors: bool, new_input: bool) -> Header:
         headers = list(self._headers.values())
         if not headers:
             return Header(FORMAT, secrets.token_hex(8), 0, retry_errors, fingerprint)
-        first, last = headers[0], headers[-1]
-        if any(header.run != first.run for header in headers):
+        last = headers[-1]
+        if any(header.run != last.run for header in headers):
             raise UsageError(
                 f"{self._folder} holds segments of several runs: take out those of all but one."
             )
@@ -223,13 +258,13 @@ class Journal(AbstractContextManager["Journal"]):
                 f"The run in {self._run_folder} cannot go on: {named}. Resume it as it was begun "
                 "(other prompts are given with --prompts-file), or begin a new run."
             )
-        return Header(FORMAT, first.run, last.session + 1, retry_errors, fingerprint)
+        return Header(FORMAT, last.run, last.session + 1, retry_errors, fingerprint)
 
     def _begin_segment(self) -> None:
         """The next segment, its header on the disk."""
         self._close_segment()
         self._segment += 1
-        path = segment_path(self._folder, self._segment)
+        path = _path(self._folder, self._segment)
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         header = line_of(json.dumps(asdict(self._header)).encode())
         write_all(self._fd, header)
@@ -243,16 +278,16 @@ class Journal(AbstractContextManager["Journal"]):
             os.close(fd)
 
     def _entries(self, segment: int, header: Header) -> Iterator[Entry]:
-        path = segment_path(self._folder, segment)
+        path = _path(self._folder, segment)
         with path.open("rb", buffering=2**20) as stream:
             offset = len(stream.readline())
             for number, line in enumerate(stream, start=2):
                 if not is_whole(line):
-                    raise damaged(path, number)
+                    raise _damaged(path, number)
                 try:
                     record = RECORD.validate_json(line[BEFORE_JSON:], strict=True)
                 except ValidationError as error:
-                    raise damaged(path, number) from error
+                    raise _damaged(path, number) from error
                 place = Place(segment, offset, len(line))
                 yield Entry(record.row, record.input, record.span_s, header.session, place)
                 offset += len(line)
@@ -262,61 +297,79 @@ def last_fingerprint(run_folder: Path) -> Fingerprint | None:
     """That of a run's last session; None where no session has begun a segment.
 
     Raises:
-        UsageError: the journal is of another version.
-        QaicRayError: it is damaged.
+        QaicRayError: the journal is damaged, or of another version.
     """
     with disk_errors_end_the_run(run_folder):
         for path in sorted((run_folder / JOURNAL_NAME).glob("*.jsonl"), reverse=True):
-            if whole_bytes(path):
+            if _whole_bytes(path):
                 return read_header(path).fingerprint
     return None
 
 
 def safe_rows(run_folder: Path) -> int:
     """How many rows of the input a run folder's journal has an answer for."""
-    indexes = set()
-    for path in sorted((run_folder / JOURNAL_NAME).glob("*.jsonl")):
+    indexes: set[int] = set()
+    for path in (run_folder / JOURNAL_NAME).glob("*.jsonl"):
         with path.open("rb", buffering=2**20) as stream:
-            for line in stream:
-                found = _ROW_INDEX.search(line)
-                if found and line.endswith(b"\n"):
-                    indexes.add(int(found[1]))
+            found = (_ROW_INDEX.search(line) for line in stream if line.endswith(b"\n"))
+            indexes.update(int(match[1]) for match in found if match)
     return len(indexes)
 
 
-def is_finished(run_folder: Path) -> bool:
-    """Whether a run is done: it has a report that does not say that it can be resumed."""
-    try:
-        return read_object(run_folder / REPORT_NAME)["goes_on"] is False
-    except (UsageError, KeyError):
-        return False
+def read_header(path: Path) -> Header:
+    """The header of a segment; an error where it is damaged, or of another version."""
+    with path.open("rb") as stream:
+        line = stream.readline(MAX_HEADER_BYTES)
+    if not is_whole(line):
+        raise _damaged(path, 1)
+    text = line[BEFORE_JSON:].decode(errors="replace")
+    document = as_object(parse_json(text, str(path)), str(path))
+    if document.get("format") != FORMAT:
+        raise UsageError(
+            f"{path} has journal format {shown(document.get('format'))}, and this version writes "
+            f"{FORMAT}: resume with the version that began the run, or begin a new one."
+        )
+    return checked(Header, document, str(path), raises=QaicRayError)
 
 
-def last_unfinished(output: Path, request_name: str, job: str = "") -> Path | None:
-    """The newest run in `output` that can be resumed; None if there is none.
-
-    Args:
-        output: the folder of run folders.
-        request_name: the file by which a run folder is known; written when the run begins.
-        job: only runs of this job.
-    """
-    for folder in _newest_first(output, request_name, job):
-        if not (is_finished(folder) or _is_held(folder)):
-            return folder
-    return None
+def _path(folder: Path, segment: int) -> Path:
+    return folder / f"{segment:06}.jsonl"
 
 
-def _newest_first(output: Path, request_name: str, job: str) -> Iterator[Path]:
-    begun = []
-    for request in output.glob(f"*/{request_name}"):
-        with suppress(OSError):  # it is being removed just now
-            begun.append((request.stat().st_mtime_ns, request.parent))
-    for _, folder in sorted(begun, reverse=True):
-        if not job or folder.name.startswith(f"{job}-"):
-            yield folder
+def line_of(json_bytes: bytes) -> bytes:
+    """A line that holds this JSON object."""
+    return b"%08x %s\n" % (zlib.crc32(json_bytes), json_bytes)
 
 
-def _is_held(folder: Path) -> bool:
+def is_whole(line: bytes) -> bool:
+    """Whether a line is complete and its checksum fits."""
+    checksum = b"%08x " % zlib.crc32(memoryview(line)[BEFORE_JSON:-1])
+    return line.endswith(b"}\n") and line.startswith(checksum)
+
+
+def _whole_bytes(path: Path) -> int:
+    """Bytes of the whole lines at the start of a segment; a whole line behind others is damage."""
+    num_bytes, first = 0, 0
+    with path.open("rb", buffering=2**20) as stream:
+        for number, line in enumerate(stream, start=1):
+            if not is_whole(line):
+                first = first or number
+            elif first:
+                raise _damaged(path, first)
+            else:
+                num_bytes += len(line)
+    return num_bytes
+
+
+def _damaged(path: Path, number: int) -> QaicRayError:
+    what = "the file" if number == 1 else "that line"
+    return QaicRayError(
+        f"{path} is damaged at line {number}: delete {what}, and what it held is answered again "
+        "when the run is resumed."
+    )
+
+
+def is_held(folder: Path) -> bool:
     """Whether another process holds the folder's lock."""
     try:
         with FileLock(folder / LOCK_NAME, timeout=0):
@@ -339,7 +392,7 @@ def _locked(run_folder: Path) -> FileLock:
     lock = FileLock(run_folder / LOCK_NAME)
     with disk_errors_end_the_run(run_folder):
         try:
-            lock.acquire(timeout=LOOKED_AT_S, poll_interval=LOOKED_AT_S / 10)
+            lock.acquire(timeout=DEFAULT_TIMEOUTS.looked_at_s, poll_interval=0.02)
         except Timeout as error:
             raise UsageError(
                 f"Another process is writing to {run_folder}: wait for it to end, or stop it."

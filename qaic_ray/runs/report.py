@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,25 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qaic_ray.files.documents import json_text
+from qaic_ray.errors import UsageError
+from qaic_ray.files.documents import json_text, read_object
 from qaic_ray.files.folders import write_whole
 from qaic_ray.metrics import Measurement
 from qaic_ray.runs.delivery import ERRORS_NAME, Proof
-from qaic_ray.runs.journal import REPORT_NAME
-from qaic_ray.runs.result import Cause, FleetResult, WorkerResult
+from qaic_ray.runs.driver import Cause, FleetResult, WorkerResult
+from qaic_ray.runs.journal import is_held
 
 FORMAT = 1
+REPORT_NAME = "report.json"
 PAGE_NAME = "report.html"
 MAX_BINS = 25
 NONE = "–"
 
 Document = dict[str, Any]
+
+_UNITS = ((0.9995e-3, 1e6, "µs"), (0.9995, 1e3, "ms"), (math.inf, 1.0, "s"))
+_COUNTS = ("rows", "failed_rows", "prompt_tokens", "generated_tokens")
+_STEPS = ("prefill_steps", "prefill_s", "decode_steps", "decode_tokens", "decode_s")
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
@@ -45,11 +52,6 @@ class RunSummary:
     model: str = ""
     qpc: str = ""
     proof: Proof | None = None
-
-    @property
-    def ok(self) -> bool:
-        """Whether every row was answered."""
-        return self.result.ok
 
     @property
     def error(self) -> str | None:
@@ -86,10 +88,7 @@ class RunSummary:
             "sdk": self.sdk,
             "emulated": self.sdk.startswith("emulated"),
             "folder": str(self.folder),
-            "rows": total.rows,
-            "failed_rows": total.failed_rows,
-            "prompt_tokens": total.prompt_tokens,
-            "generated_tokens": total.generated_tokens,
+            **_figures(total, *_COUNTS),
             "seconds": round(self.result.span.seconds, 6) if self.result.span else 0.0,
             "tokens_per_s": round(self.result.tokens_per_s, 3),
             "ttft_median_s": round(total.ttft_median_s, 6),
@@ -98,7 +97,7 @@ class RunSummary:
             "settings": dict(self.result.settings),
             "error": self.error,
             "goes_on": self.goes_on,
-            "proof": None if self.proof is None else self.proof.to_json(),
+            "proof": None if self.proof is None else asdict(self.proof),
             "workers": [_worker_document(worker) for worker in self.result.workers],
             "ttft_s_histogram": histogram(dict(total.ttft.items())),
             "generated_tokens_histogram": histogram(self.result.length_counts, whole=True),
@@ -114,6 +113,33 @@ def write_report(summary: RunSummary) -> None:
     document = summary.document()
     write_whole(summary.folder / REPORT_NAME, json_text(document, indent=2) + "\n")
     write_whole(summary.folder / PAGE_NAME, html_page(document))
+
+
+def is_finished(run_folder: Path) -> bool:
+    """Whether a run is done: it has a report that does not say that it can be resumed."""
+    try:
+        return read_object(run_folder / REPORT_NAME)["goes_on"] is False
+    except (UsageError, KeyError):
+        return False
+
+
+def last_unfinished(output: Path, request_name: str, job: str = "") -> Path | None:
+    """The newest run in `output` that can be resumed; None if there is none.
+
+    Args:
+        output: the folder of run folders.
+        request_name: the file by which a run folder is known; written when the run begins.
+        job: only runs of this job.
+    """
+    begun = []
+    for request in output.glob(f"*/{request_name}"):
+        with suppress(OSError):  # it is being removed just now
+            begun.append((request.stat().st_mtime_ns, request.parent))
+    for _, folder in sorted(begun, reverse=True):
+        is_of_job = not job or folder.name.startswith(f"{job}-")
+        if is_of_job and not (is_finished(folder) or is_held(folder)):
+            return folder
+    return None
 
 
 def histogram(counts: Mapping[int, int] | Mapping[float, int], *, whole: bool = False) -> Document:
@@ -153,11 +179,9 @@ def tables(document: Document) -> Iterator[RenderableType]:
         f"  ({count_text(document['generated_tokens'])} tokens generated in ",
         f"{seconds_text(document['seconds'])}, first shard out to last row in)",
     )
-    remarks = ", ".join(_engine_remarks(document))
-    if remarks:
+    if remarks := ", ".join(_engine_remarks(document)):
         yield Text(remarks, style="dim")
-    failed = document["failed_rows"]
-    if failed:
+    if failed := document["failed_rows"]:
         rows = f"{count_text(failed)} of {count_text(document['rows'])} rows failed"
         yield Text(f"{rows}: see {ERRORS_NAME} in the run folder", style="red")
     for trouble in _troubles(document):
@@ -207,9 +231,7 @@ def _engine_document(work: Measurement) -> Document:
     """How well the cards were filled; shares are null where there was nothing to share."""
     return {
         "occupancy": round(work.occupancy, 6) if work.decode_slots else None,
-        "reused_tokens": work.reused_tokens,
-        "drafted_tokens": work.drafted_tokens,
-        "accepted_tokens": work.accepted_tokens,
+        **_figures(work, "reused_tokens", "drafted_tokens", "accepted_tokens"),
         "acceptance": round(work.acceptance, 6) if work.drafted_tokens else None,
         "tokens_per_row_step": round(work.tokens_per_row_step, 3) if work.decode_rows else None,
     }
@@ -228,11 +250,10 @@ def _engine_remarks(document: Document) -> Iterator[str]:
 
 
 def _heading(document: Document) -> Text:
+    sdk = f"  {document['sdk']}"
     if document["emulated"]:
-        return Text.assemble(
-            (document["job"], "bold"), (f"  {document['sdk']}: not a card's speed", "yellow")
-        )
-    return Text.assemble((document["job"], "bold"), f"  {document['sdk']}")
+        sdk = f"{sdk}: not a card's speed"
+    return Text.assemble((document["job"], "bold"), (sdk, "yellow" if document["emulated"] else ""))
 
 
 def _card_table(document: Document) -> Table:
@@ -258,6 +279,10 @@ def _card_table(document: Document) -> Table:
     return table
 
 
+def _figures(work: Measurement, *names: str) -> Document:
+    return {name: round(getattr(work, name), 6) for name in names}
+
+
 def _worker_document(worker: WorkerResult) -> Document:
     work = worker.measurement
     return {
@@ -265,16 +290,7 @@ def _worker_document(worker: WorkerResult) -> Document:
         "device_ids": list(worker.info.device_ids) if worker.info else [],
         "slots": worker.info.slots if worker.info else 0,
         "load_s": round(worker.info.load_s, 6) if worker.info else 0.0,
-        "rows": work.rows,
-        "failed_rows": work.failed_rows,
-        "prompt_tokens": work.prompt_tokens,
-        "generated_tokens": work.generated_tokens,
-        "ttft_median_s": round(work.ttft_median_s, 6),
-        "prefill_steps": work.prefill_steps,
-        "prefill_s": round(work.prefill_s, 6),
-        "decode_steps": work.decode_steps,
-        "decode_tokens": work.decode_tokens,
-        "decode_s": round(work.decode_s, 6),
+        **_figures(work, *_COUNTS, "ttft_median_s", *_STEPS),
         **_engine_document(work),
         "decode_tokens_per_s": round(work.decode_tokens_per_s, 3) if work.decode_s > 0 else None,
         "error": worker.error,
@@ -292,11 +308,8 @@ def seconds_text(seconds: float) -> str:
     """Three figures: 12.3 µs, 123 ms, 1.23 s, 1,234 s; a dash for 0, where nothing was measured."""
     if seconds <= 0:
         return NONE
-    if seconds < 0.9995e-3:
-        return f"{_three_figures(seconds * 1e6)} µs"
-    if seconds < 0.9995:
-        return f"{_three_figures(seconds * 1e3)} ms"
-    return f"{_three_figures(seconds)} s"
+    scale, unit = next((scale, unit) for limit_s, scale, unit in _UNITS if seconds < limit_s)
+    return f"{_three_figures(seconds * scale)} {unit}"
 
 
 def rate_text(per_s: float | None) -> str:

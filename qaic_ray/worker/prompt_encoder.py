@@ -48,7 +48,7 @@ class PromptEncoder:
         if messages is None:
             return prompt.text
         try:
-            return self.tokenizer.render_chat(messages, self._chat_options(prompt))
+            return self.tokenizer.chat_template.render(messages, self._chat_options(prompt))
         except UsageError as error:
             raise RowError(str(error)) from error
 
@@ -68,8 +68,12 @@ class PromptEncoder:
             messages = [{"role": "user", "content": prompt.text}]
         else:
             return None
-        system = self._generation.system
-        first = messages[0].get("role") if messages else None
-        if system is not None and first not in ("system", "developer"):
-            return [{"role": "system", "content": system}, *messages]
+        return with_system(messages, self._generation.system)
+
+
+def with_system(messages: list[Message], system: str | None) -> list[Message]:
+    """A conversation as the run makes it: it begins with the run's system message, or its own."""
+    first = messages[0].get("role") if messages else None
+    if system is None or first in ("system", "developer"):
         return messages
+    return [{"role": "system", "content": system}, *messages]

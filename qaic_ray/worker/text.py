@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from qaic_ray.engine import batcher
+from qaic_ray.engine import steps
 from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.files.documents import shown
@@ -19,9 +19,9 @@ from qaic_ray.model.chat import ChatTemplate
 from qaic_ray.model.detokenizer import StopFinder
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import Generation
-from qaic_ray.rows import FinishReason, Message, Prompt, Row, Sample
+from qaic_ray.rows import FinishReason, Prompt, Row, Sample
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
-from qaic_ray.worker.prompt_encoder import PromptEncoder
+from qaic_ray.worker.prompt_encoder import PromptEncoder, with_system
 
 MAX_HELD = 2**23
 """Tokens and their log-probabilities in the answers to one prompt; 128 of 65,536 tokens each."""
@@ -39,14 +39,9 @@ class Answer:
 
     prompt: Prompt
     params: SamplingParams
-    sequences: tuple[batcher.Sequence, ...]
+    sequences: tuple[steps.Sequence, ...]
     readers: tuple[StopFinder | None, ...]
     finished: list[Finished] = field(default_factory=list)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every sample is done."""
-        return len(self.finished) == len(self.sequences)
 
 
 class Answerer:
@@ -54,24 +49,17 @@ class Answerer:
 
     Args:
         tokenizer: the checkpoint's.
-        eos_ids: tokens that end an answer.
         generation: the run's.
         engine: says which prompts its program can answer.
         vocab_size: tokens of the model; no number if it is not known.
     """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        eos_ids: Sequence[int],
-        generation: Generation,
-        *,
-        engine: Engine,
-        vocab_size: object,
+        self, tokenizer: Tokenizer, generation: Generation, *, engine: Engine, vocab_size: object
     ) -> None:
         self._prompts = PromptEncoder(tokenizer, generation)
         self._tokenizer = self._prompts.tokenizer
-        self._eos_ids = frozenset(eos_ids)
+        self._eos_ids = frozenset(tokenizer.eos_ids)
         self._generation = generation
         self._defaults = generation.defaults
         self._engine = engine
@@ -98,7 +86,7 @@ class Answerer:
         _refuse_unholdable(params, len(prompt_ids), limit)
         stop_ids = frozenset(params.stop_token_ids) | self._ending_ids(params)
         sequences = [
-            batcher.Sequence(
+            steps.Sequence(
                 key=prompt.index,
                 prompt_ids=prompt_ids,
                 max_new_tokens=limit,
@@ -176,7 +164,7 @@ class Answerer:
         return frozenset() if params.ignore_eos else self._eos_ids
 
     def _sample(
-        self, params: SamplingParams, sequence: batcher.Sequence, reader: StopFinder | None
+        self, params: SamplingParams, sequence: steps.Sequence, reader: StopFinder | None
     ) -> Sample:
         assert sequence.finish_reason is not None
         token_ids = tuple(sequence.output_ids)
@@ -215,7 +203,8 @@ def check_chat(template: ChatTemplate, generation: Generation, model: str) -> No
             f"{model} has no chat template: leave --chat (run.chat) out, give one "
             "(--chat-template FILE, run.chat_template), or use the chat version of the model."
         )
-    template.try_out(_example(generation), generation.chat_options)
+    example = with_system([{"role": "user", "content": "Hello"}], generation.system)
+    template.try_out(example, generation.chat_options)
 
 
 def _refuse_unholdable(params: SamplingParams, prompt_tokens: int, limit: int) -> None:
@@ -248,11 +237,3 @@ def mixed_seed(*parts: object) -> int:
     """A seed that is the same for parts of the same `repr`."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") & MAX_SEED
-
-
-def _example(generation: Generation) -> list[Message]:
-    """A conversation as the run makes it of a prompt."""
-    user = {"role": "user", "content": "Hello"}
-    if generation.system is None:
-        return [user]
-    return [{"role": "system", "content": generation.system}, user]

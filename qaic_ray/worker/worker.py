@@ -12,16 +12,17 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar
 
-from qaic_ray.cards.lease import CardLease
+from qaic_ray.cards.inventory import WorkerPlace
+from qaic_ray.cards.lease import open_session
 from qaic_ray.contract import Specializations
-from qaic_ray.engine import batcher
-from qaic_ray.engine.drafting import Drafting, open_drafting
+from qaic_ray.engine import steps
+from qaic_ray.engine.drafts import Drafting, open_drafting
 from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
@@ -30,9 +31,10 @@ from qaic_ray.metrics import Measurement
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from qaic_ray.model.detokenizer import StopFinder
 from qaic_ray.model.tokenizer import Tokenizer, text_parts
+from qaic_ray.options import Generation
 from qaic_ray.rows import ROW_ALONE, Prompt, Row
 from qaic_ray.sdk import Sdk, open_sdk
-from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 from qaic_ray.worker.text import Answer, Answerer, check_chat
 
 STATIC_LOOKAHEAD = 4
@@ -41,10 +43,39 @@ sequences of about one length together."""
 
 _AGAIN = "QS_AGAIN"
 
-Item = TypeVar("Item")
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSpec(WorkerPlace):
+    """What one worker is given by the driver; plain data, as is `WorkerInfo`.
+
+    `model` is anything `open_checkpoint` takes; only its tokenizer and configuration are read, and
+    these must have the `text` parts that the run began with, if any are given. `incarnation` is how
+    often the worker was opened before.
+    """
+
+    qpc: str
+    model: str
+    generation: Generation = field(default_factory=Generation)
+    text: Mapping[str, str] = field(default_factory=dict)
+    incarnation: int = 0
+    timeouts: Timeouts = DEFAULT_TIMEOUTS
 
 
-class RowQueue(Generic[Item]):
+@dataclass(frozen=True)
+class WorkerInfo:
+    """What an opened worker has, and which process it is."""
+
+    name: str
+    device_ids: tuple[int, ...]
+    sdk: str
+    slots: int
+    prompt_len: int
+    ctx_len: int
+    load_s: float
+    pid: int = 0
+
+
+class RowQueue:
     """Queue from the engine's thread to a shard's thread; returns items in batches.
 
     Args:
@@ -53,57 +84,44 @@ class RowQueue(Generic[Item]):
 
     def __init__(self, gather_s: float) -> None:
         self._gather_s = gather_s
-        self._items: queue.SimpleQueue[Item | QaicRayError] = queue.SimpleQueue()
-        self._error: QaicRayError | None = None
+        self._items: queue.SimpleQueue[Finished | QaicRayError] = queue.SimpleQueue()
 
-    def put(self, item: Item | QaicRayError) -> None:
+    def put(self, item: Finished | QaicRayError) -> None:
         """Add one; nothing may follow an error."""
         self._items.put(item)
 
-    def take(self, most: int) -> list[Item]:
+    def take(self, most: int) -> list[Finished]:
         """Wait for an item; return it with those that come soon after it, up to `most`.
 
         Raises:
             QaicRayError: the one that was put, after all items before it.
         """
-        if self._error is not None:
-            raise self._error
-        taken: list[Item] = []
-        until_s = None
-        while len(taken) < most:
-            try:
-                left_s = None if until_s is None else max(0.0, until_s - time.monotonic())
-                item = self._items.get(timeout=left_s)
-            except queue.Empty:
-                break
-            if isinstance(item, QaicRayError):
-                self._error = item
-                if not taken:
-                    raise item
-                break
-            taken.append(item)
-            until_s = until_s or time.monotonic() + self._gather_s
+        item = self._items.get()
+        until_s = time.monotonic() + self._gather_s
+        taken: list[Finished] = []
+        with suppress(queue.Empty):
+            while not isinstance(item, QaicRayError):
+                taken.append(item)
+                if len(taken) == most:
+                    return taken
+                item = self._items.get(timeout=max(0.0, until_s - time.monotonic()))
+            self._items.put(item)  # for the next call
+            if not taken:
+                raise item
         return taken
 
 
 @dataclass
 class _Card:
-    """Everything an opened worker holds; `past` is the work of engines before this one."""
+    """Everything an opened worker holds, until `held` is closed; `past` is the work of engines
+    before this one."""
 
     answerer: Answerer
     session: Session
     drafting: Drafting
     engine: Engine
+    held: ExitStack
     past: Measurement = field(default_factory=Measurement)
-
-
-@dataclass(frozen=True)
-class _Arrival:
-    """A sequence for the engine, and the queue for its result."""
-
-    sequence: batcher.Sequence
-    reader: StopFinder | None
-    outcome: RowQueue[Finished]
 
 
 class CardWorker:
@@ -115,20 +133,17 @@ class CardWorker:
     open_checkpoint: ClassVar[staticmethod[..., Checkpoint]] = staticmethod(open_checkpoint)
     load_tokenizer: ClassVar[staticmethod[[Checkpoint], Tokenizer]] = staticmethod(load_tokenizer)
     open_sdk: ClassVar[staticmethod[[Path], Sdk]] = staticmethod(open_sdk)
-    lease_class: ClassVar[type[CardLease]] = CardLease
+    open_session: ClassVar[Callable[..., tuple[Session, ExitStack]]] = staticmethod(open_session)
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
         self._failed_rows = 0
         self._lock = threading.Condition()
-        self._backlog: deque[_Arrival] = deque()
-        self._owner: dict[batcher.Sequence, RowQueue[Finished]] = {}
+        self._backlog: deque[tuple[steps.Sequence, StopFinder | None]] = deque()
+        self._owner: dict[steps.Sequence, RowQueue] = {}
         self._failure: QaicRayError | None = None
         self._closed = False
         self._opened: _Card | None = None
-        self._lease = self.lease_class(
-            spec.name, part=spec.part, is_used=spec.incarnation > 0, timeouts=spec.timeouts
-        )
         self._thread = threading.Thread(target=self._run, name=spec.name, daemon=True)
 
     def open(self, device_ids: tuple[int, ...] | None = None) -> WorkerInfo:
@@ -149,16 +164,22 @@ class CardWorker:
         check_chat(tokenizer.chat_template, self.spec.generation, self.spec.model)
         sdk = self.open_sdk(Path(self.spec.sdk_root))
         with ExitStack() as undo:
-            session = self._lease.open(sdk, Path(self.spec.qpc), device_ids)
-            undo.callback(self._lease.release)
-            undo.callback(session.close)
+            session, held = self.open_session(
+                sdk,
+                Path(self.spec.qpc),
+                device_ids,
+                what=self.spec.name,
+                part=self.spec.part,
+                is_used=self.spec.incarnation > 0,
+                timeouts=self.spec.timeouts,
+            )
+            undo.push(held)
             self._check_shapes(session.specializations)
             drafting = open_drafting(self.spec.generation, sdk, session)
             undo.callback(drafting.close)
             engine = self._engine(session, drafting)
             answerer = Answerer(
                 tokenizer,
-                tokenizer.eos_ids,
                 self.spec.generation,
                 engine=engine,
                 vocab_size=session.vocab_size or checkpoint.config.get("vocab_size"),
@@ -166,9 +187,8 @@ class CardWorker:
             with self._lock:
                 if self._closed:
                     raise DeviceError(f"{self.spec.name} was closed.")
-                self._opened = _Card(answerer, session, drafting, engine)
+                self._opened = _Card(answerer, session, drafting, engine, undo.pop_all())
                 self._thread.start()
-            undo.pop_all()
         shapes = session.specializations
         return WorkerInfo(
             name=self.spec.name,
@@ -179,7 +199,6 @@ class CardWorker:
             ctx_len=shapes.ctx_len,
             load_s=time.perf_counter() - start_s,
             pid=os.getpid(),
-            host=os.uname().nodename,
         )
 
     def answer(self, prompts: Sequence[Prompt], attempt: int = 1) -> Iterator[list[Row]]:
@@ -190,7 +209,10 @@ class CardWorker:
         Raises:
             DeviceError: when the card fails; prompts without a row yet were not answered.
         """
-        answerer, name = self._card.answerer, self.spec.name
+        name, card = self.spec.name, self._opened
+        if card is None:
+            raise DeviceError(f"{name} is not open.")
+        answerer = card.answerer
         begun: list[Answer] = []
         refused: list[Row] = []
         for prompt in prompts:
@@ -208,7 +230,7 @@ class CardWorker:
             for done in outcome.take(len(pending)):
                 answer = pending.pop(done.sequence)
                 answer.finished.append(done)
-                if answer.is_complete:
+                if len(answer.finished) == len(answer.sequences):
                     complete.append(self._row(answerer, answer, attempt))
             if complete:
                 yield complete
@@ -218,8 +240,8 @@ class CardWorker:
         card = self._opened
         if card is None:
             return 0
-        work = (card.past, card.engine.measurement)
-        return sum(part.prefill_steps + part.decode_steps for part in work)
+        work = card.past + card.engine.measurement
+        return work.prefill_steps + work.decode_steps
 
     def measurement(self) -> Measurement:
         """All work since `open`; may be asked for while answers are being made."""
@@ -237,9 +259,7 @@ class CardWorker:
         if card is not None:
             self._thread.join()
             self._end_shards(DeviceError(f"{self.spec.name} was closed."))
-            card.drafting.close()
-            card.session.close()
-        self._lease.release()
+            card.held.close()
 
     # -- opening
 
@@ -273,12 +293,6 @@ class CardWorker:
 
     # -- answering, in the thread of each shard
 
-    @property
-    def _card(self) -> _Card:
-        if self._opened is None:
-            raise DeviceError(f"{self.spec.name} is not open.")
-        return self._opened
-
     def _row(self, answerer: Answerer, answer: Answer, attempt: int) -> Row:
         name = self.spec.name
         try:
@@ -289,9 +303,9 @@ class CardWorker:
                 self._failed_rows += 1
             return Row.failed(answer.prompt, str(error), worker=name, attempts=attempt)
 
-    def _queue(self, answers: Sequence[Answer], num_refused: int) -> RowQueue[Finished]:
+    def _queue(self, answers: Sequence[Answer], num_refused: int) -> RowQueue:
         """Give these to the engine's thread; their results come out of the queue."""
-        outcome: RowQueue[Finished] = RowQueue(self.spec.timeouts.gather_s)
+        outcome = RowQueue(self.spec.timeouts.gather_s)
         with self._lock:
             self._failed_rows += num_refused
             if self._failure is not None:
@@ -299,8 +313,8 @@ class CardWorker:
             if self._closed:
                 raise DeviceError(f"{self.spec.name} is closed.")
             for answer in answers:
-                for sequence, reader in zip(answer.sequences, answer.readers, strict=True):
-                    self._backlog.append(_Arrival(sequence, reader, outcome))
+                self._backlog.extend(zip(answer.sequences, answer.readers, strict=True))
+                self._owner.update(dict.fromkeys(answer.sequences, outcome))
             self._lock.notify()
         return outcome
 
@@ -340,9 +354,7 @@ class CardWorker:
             shapes = engine.batcher.shapes
             most = shapes.num_slots * (1 if shapes.continuous else STATIC_LOOKAHEAD)
             while self._backlog and len(engine.batcher.waiting) < most:
-                arrival = self._backlog.popleft()
-                self._owner[arrival.sequence] = arrival.outcome
-                engine.add(arrival.sequence, arrival.reader)
+                engine.add(*self._backlog.popleft())
             return not self._closed
 
     def _fail(self, error: QaicRayError, card: _Card) -> bool:
@@ -364,7 +376,7 @@ class CardWorker:
     def _end_shards(self, error: QaicRayError) -> None:
         """Give an error to every shard that waits for rows."""
         with self._lock:
-            outcomes = {*self._owner.values(), *(arrival.outcome for arrival in self._backlog)}
+            outcomes = set(self._owner.values())
             self._owner.clear()
             self._backlog.clear()
         for outcome in outcomes:

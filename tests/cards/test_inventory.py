@@ -12,9 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qaic_ray.cards.inventory import Node, NodeCards, look, problems
+from qaic_ray.cards.inventory import (
+    Node,
+    NodeCards,
+    WorkerPlace,
+    allot,
+    cards_name,
+    look,
+    place,
+    problems,
+    qpc_cores,
+)
 from qaic_ray.cards.lease import CardLocks, Part, await_ready, card_scope
-from qaic_ray.cards.placement import WorkerPlace, allot, cards_name, place, qpc_cores
 from qaic_ray.errors import DeviceError, UsageError
 from qaic_ray.options import EmulatorOptions
 from qaic_ray.sdk import Device, Sdk

@@ -11,7 +11,7 @@ import ray
 from qaic_ray.cluster.cluster import Cluster
 from qaic_ray.rows import Prompt
 from qaic_ray.runs.driver import Audience
-from qaic_ray.worker.spec import WorkerInfo
+from qaic_ray.worker.worker import WorkerInfo
 
 
 def tell(text: str) -> None:

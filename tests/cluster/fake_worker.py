@@ -15,7 +15,7 @@ from qaic_ray.dispatch.policy import Policy
 from qaic_ray.errors import CompileError, DeviceError, UsageError
 from qaic_ray.metrics import Measurement
 from qaic_ray.rows import FinishReason, Prompt, Row
-from qaic_ray.worker.spec import WorkerInfo
+from qaic_ray.worker.worker import WorkerInfo
 
 IMPATIENT = Policy(min_backoff_s=0.1, min_stall_s=3.0, stall_steps=10)
 """No test waits as long as a run of days may."""

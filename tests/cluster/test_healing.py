@@ -18,12 +18,11 @@ from fake_worker import IMPATIENT, FakeSpec, FakeWorker, specs
 from qaic_ray.cards.lease import Part
 from qaic_ray.cluster.actors import CardActors, cards_needed, chooses_units, loss
 from qaic_ray.cluster.cluster import Cluster
-from qaic_ray.dispatch.events import (
+from qaic_ray.dispatch.dispatcher import (
     Event,
     RowsFinished,
     RunShard,
     ShardFinished,
-    WorkerFailedToOpen,
     WorkerLost,
     WorkerProgress,
     WorkerReady,
@@ -31,7 +30,7 @@ from qaic_ray.dispatch.events import (
 from qaic_ray.dispatch.policy import Policy
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience
-from qaic_ray.worker.spec import WorkerInfo
+from qaic_ray.worker.worker import WorkerInfo
 
 pytestmark = pytest.mark.cluster
 
@@ -102,7 +101,7 @@ def test_nothing_is_heard_of_a_worker_that_was_replaced(cluster: Cluster) -> Non
 
 def test_a_worker_on_a_node_that_is_gone_cannot_open(cluster: Cluster) -> None:
     with actors_of(FakeSpec("card 0", (0,), node_id="ab" * 28)) as cards:
-        event = last(events_until(cards, WorkerFailedToOpen))
+        event = last(events_until(cards, WorkerLost))
     assert event.error.startswith("its node is gone (ActorUnschedulableError: ")
 
 

@@ -20,7 +20,7 @@ from qaic_ray.rows import FinishReason, Prompt, Row, Sample
 from qaic_ray.sampling_params import TokenLogprob
 from qaic_ray.sdk import Device, Sdk
 from qaic_ray.timeouts import Timeouts
-from qaic_ray.worker.spec import WorkerSpec
+from qaic_ray.worker.worker import WorkerSpec
 
 NUM_CARDS = 4
 

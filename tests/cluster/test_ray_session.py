@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from qaic_ray.cluster import keeper
-from qaic_ray.cluster.ray_session import RaySession
+from qaic_ray.cluster.ray_session import RaySession, marked
 from qaic_ray.errors import QaicRayError
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS
 
 DRIVER = """
 import os, subprocess, sys
 from qaic_ray.cluster.ray_session import RaySession
-session = RaySession()
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS
+session = RaySession(DEFAULT_TIMEOUTS)
 with session.environment():
     child = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL)
 print(session.folder, child.pid, flush=True)
@@ -50,7 +51,7 @@ def mode(path: Path) -> int:
 def test_folder_and_token_are_the_users_alone_and_go(base: Path) -> None:
     umask = os.umask(0)
     try:
-        opened = RaySession()
+        opened = RaySession(DEFAULT_TIMEOUTS)
     finally:
         os.umask(umask)
     assert opened.folder.parent == base
@@ -66,7 +67,7 @@ def test_the_environment_is_that_of_its_processes_only(
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "of another Ray")
     before = dict(os.environ)
-    opened = RaySession()
+    opened = RaySession(DEFAULT_TIMEOUTS)
     try:
         with opened.environment():
             assert os.environ["RAY_AUTH_MODE"] == "token"
@@ -74,7 +75,8 @@ def test_the_environment_is_that_of_its_processes_only(
             assert "RAY_AUTH_TOKEN" not in os.environ
         assert dict(os.environ) == before
         monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # as somebody chose
-        assert opened.variables(os.environ)["RAY_AUTH_MODE"] == "disabled"
+        with opened.environment():
+            assert os.environ["RAY_AUTH_MODE"] == "disabled"
     finally:
         opened.close()
 
@@ -89,7 +91,7 @@ def driver(base: Path) -> tuple[subprocess.Popen[str], Path, int]:
     )
     assert process.stdout is not None
     folder, pid = process.stdout.readline().split()
-    until(lambda: keeper.marked(folder, process.pid) == [int(pid)])
+    until(lambda: marked(folder, process.pid) == [int(pid)])
     return process, Path(folder), int(pid)
 
 
@@ -98,7 +100,7 @@ def test_a_killed_driver_leaves_no_process_and_no_folder(base: Path) -> None:
     process.kill()
     process.communicate()
     until(lambda: not folder.exists())
-    assert keeper.marked(str(folder)) == []
+    assert marked(str(folder)) == []
 
 
 TITLED = """
@@ -117,7 +119,7 @@ sys.stdin.read()
 def test_what_hides_its_environment_is_told_by_its_parent_or_its_log(
     base: Path, parent_lives: bool
 ) -> None:
-    opened = RaySession()
+    opened = RaySession(DEFAULT_TIMEOUTS)
     log = "/dev/null" if parent_lives else str(opened.folder / "agent.log")
     with opened.environment():
         parent = subprocess.Popen(
@@ -131,7 +133,7 @@ def test_what_hides_its_environment_is_told_by_its_parent_or_its_log(
     if not parent_lives:
         parent.communicate()
     with (opened.folder / "read along").open("w"), (opened.folder / "read along").open() as stream:
-        assert hidden in keeper.marked(str(opened.folder))
+        assert hidden in marked(str(opened.folder))
         opened.close()
         assert stream.read() == ""  # whoever reads along lives on
     parent.communicate()
@@ -140,7 +142,7 @@ def test_what_hides_its_environment_is_told_by_its_parent_or_its_log(
 
 def test_what_was_killed_with_its_keeper_is_swept_by_the_next(base: Path) -> None:
     process, folder, pid = driver(base)
-    command = f"keeper.py\0{folder}\0".encode()
+    command = f"ray_session.py\0{folder}\0".encode()
     (guard,) = [
         int(entry.name)
         for entry in Path("/proc").iterdir()
@@ -150,11 +152,11 @@ def test_what_was_killed_with_its_keeper_is_swept_by_the_next(base: Path) -> Non
     process.kill()
     process.communicate()
     assert folder.exists()
-    assert keeper.marked(str(folder)) == [pid]
+    assert marked(str(folder)) == [pid]
     living, other, _ = driver(base)
     assert not folder.exists()
-    assert keeper.marked(str(folder)) == []
-    RaySession().close()
+    assert marked(str(folder)) == []
+    RaySession(DEFAULT_TIMEOUTS).close()
     assert other.exists()  # somebody has it
     living.kill()
     living.communicate()
@@ -173,8 +175,8 @@ def test_a_temporary_folder_too_long_for_a_socket_is_passed_over(
     long = base / ("x" * 60)
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
-    opened = RaySession(default_base=base)
+    opened = RaySession(DEFAULT_TIMEOUTS, default_base=base)
     assert opened.folder.parent == base
     opened.close()
     with pytest.raises(QaicRayError, match=r"is too long; .*too long\): set TMPDIR to one\.$"):
-        RaySession(default_base=long / "not-there")
+        RaySession(DEFAULT_TIMEOUTS, default_base=long / "not-there")

@@ -17,9 +17,9 @@ from compiled_here import compile_here
 from fake_worker import IMPATIENT
 from ray.cluster_utils import Cluster as Nodes
 
-from qaic_ray.cards.placement import WorkerPlace, place
+from qaic_ray.cards.inventory import WorkerPlace, place
 from qaic_ray.cluster.cluster import Cluster
-from qaic_ray.compile.variant import Variant
+from qaic_ray.compile.compiler import Variant
 from qaic_ray.contract import Specializations
 from qaic_ray.dispatch.policy import Policy
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
@@ -28,12 +28,10 @@ from qaic_ray.option_types import Precision
 from qaic_ray.options import EmulatorOptions, ExportOptions, Generation
 from qaic_ray.pipeline.compile_step import source_of
 from qaic_ray.rows import Prompt, Row
-from qaic_ray.runs.driver import Audience
-from qaic_ray.runs.result import FleetResult
+from qaic_ray.runs.driver import Audience, FleetResult
 from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.timeouts import Timeouts
-from qaic_ray.worker.spec import WorkerInfo, WorkerSpec
-from qaic_ray.worker.worker import CardWorker
+from qaic_ray.worker.worker import CardWorker, WorkerInfo, WorkerSpec
 
 if TYPE_CHECKING:
     from one_ray import OneRay

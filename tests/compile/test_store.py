@@ -18,9 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from qaic_ray.compile.compiler import run_compiler
+from qaic_ray.compile.compiler import Source, Variant, run_compiler
 from qaic_ray.compile.store import BuildRequest, build, check_kept, check_request, content_key
-from qaic_ray.compile.variant import Source, Variant
 from qaic_ray.contract import Specializations
 from qaic_ray.errors import CompileError, UsageError
 from qaic_ray.files.folders import CACHE_VARIABLE
@@ -126,7 +125,7 @@ def test_killed_build_leaves_nothing_and_the_next_one_is_whole(tmp_path: Path) -
     wanted = request(tmp_path, "touch started-here; mkdir started; sleep 60")
     code = (
         "import pickle, sys; from pathlib import Path; from qaic_ray.compile.store import *\n"
-        "from qaic_ray.compile.variant import *; from qaic_ray.contract import *\n"
+        "from qaic_ray.compile.compiler import *; from qaic_ray.contract import *\n"
         "from qaic_ray.sdk import open_sdk\n"
         "tmp = Path(sys.argv[1])\n"
         "shapes = Specializations.build("

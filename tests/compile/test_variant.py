@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qaic_ray.compile.variant import Source, Variant, grid_variants, key_digest
+from qaic_ray.compile.compiler import Source, Variant, grid_variants, key_digest
 from qaic_ray.contract import Specializations
 from qaic_ray.errors import UsageError
 from qaic_ray.files.documents import checked

@@ -10,12 +10,13 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from invariants import check, check_table
 from simulated_cards import DirectReader, SimulatedCards, answer
 
-from qaic_ray.dispatch.dispatcher import Dispatcher
-from qaic_ray.dispatch.events import (
+from qaic_ray.dispatch.dispatcher import (
     Command,
     DeliverRows,
+    Dispatcher,
     Event,
     PromptsRead,
     QuarantineWorker,
@@ -28,7 +29,6 @@ from qaic_ray.dispatch.events import (
     ShardFailed,
     ShardFinished,
     TimePassed,
-    WorkerFailedToOpen,
     WorkerLost,
     WorkerProgress,
     WorkerReady,
@@ -57,7 +57,7 @@ def dispatcher() -> Iterator[Dispatcher]:
     """A dispatcher that reads 100 at once; its invariants are checked at the end."""
     made = Dispatcher(policy=POLICY)
     yield made
-    made.check()
+    check(made)
 
 
 def after(dispatcher: Dispatcher, *events: Event, now_s: float = 0.0) -> list[Command]:
@@ -65,7 +65,7 @@ def after(dispatcher: Dispatcher, *events: Event, now_s: float = 0.0) -> list[Co
     commands: list[Command] = []
     for event in events:
         commands = dispatcher.handle(event, now_s)
-        dispatcher.check()
+        check(dispatcher)
     return commands
 
 
@@ -273,10 +273,10 @@ def test_retried_shards_are_smaller(dispatcher: Dispatcher) -> None:
 
 def test_a_lost_worker_is_replaced_after_a_rest_that_doubles(dispatcher: Dispatcher) -> None:
     after(dispatcher, RunStarted(("a", "b")), PromptsRead(same(1), exhausted=True))
-    assert after(dispatcher, WorkerFailedToOpen("a", "no"), now_s=10.0) == []
+    assert after(dispatcher, WorkerLost("a", "no"), now_s=10.0) == []
     assert after(dispatcher, TimePassed(), now_s=10.4) == []
     assert after(dispatcher, TimePassed(), now_s=10.5) == [ReplaceWorker("a", 1)]
-    assert after(dispatcher, WorkerFailedToOpen("a", "no", 1), now_s=20.0) == []
+    assert after(dispatcher, WorkerLost("a", "no", 1), now_s=20.0) == []
     assert after(dispatcher, TimePassed(), now_s=20.9) == []
     assert after(dispatcher, TimePassed(), now_s=21.0) == [ReplaceWorker("a", 2)]
     assert shards(after(dispatcher, WorkerReady("a", 1, 2), now_s=22.0)) == [("a", 0, [0], 1)]
@@ -325,7 +325,7 @@ def test_a_worker_that_cannot_be_opened_is_given_up_whatever_it_did(dispatcher: 
     after(dispatcher, RunStarted(("a", "b")), PromptsRead(same(50), exhausted=True))
     live(dispatcher, 0, now_s=0.0, answers=True)
     for life in range(1, 4):
-        failed = WorkerFailedToOpen("a", "DeviceError: off", life)
+        failed = WorkerLost("a", "DeviceError: off", life)
         commands = after(dispatcher, failed, now_s=100.0 * life)
         after(dispatcher, TimePassed(), now_s=100.0 * life + 60)
     assert commands == [QuarantineWorker("a", "DeviceError: off")]
@@ -334,7 +334,7 @@ def test_a_worker_that_cannot_be_opened_is_given_up_whatever_it_did(dispatcher: 
 def test_all_workers_given_up_leaves_the_prompts_undone(dispatcher: Dispatcher) -> None:
     after(dispatcher, RunStarted(("a",)), PromptsRead(same(100), exhausted=False))
     for life in range(3):
-        commands = after(dispatcher, WorkerFailedToOpen("a", "no", life), now_s=100.0 * life)
+        commands = after(dispatcher, WorkerLost("a", "no", life), now_s=100.0 * life)
         after(dispatcher, TimePassed(), now_s=100.0 * life + 50)
     assert commands == [QuarantineWorker("a", "no")]
     assert dispatcher.abandoned
@@ -348,7 +348,7 @@ def test_the_last_words_of_an_earlier_life_are_not_the_new_ones(dispatcher: Disp
     assert after(dispatcher, TimePassed(), now_s=1.0) == [ReplaceWorker("a", 1)]
     assert after(dispatcher, WorkerReady("a", 2), now_s=1.0) == []
     assert shards(after(dispatcher, WorkerReady("a", 2, 1), now_s=2.0))
-    for late in (WorkerLost("a", "gone"), WorkerFailedToOpen("a", "no"), WorkerReady("a", 9)):
+    for late in (WorkerLost("a", "gone"), WorkerLost("a", "no"), WorkerReady("a", 9)):
         assert after(dispatcher, late, now_s=3.0) == []
     assert after(dispatcher, ShardFailed("a", 0, "late", retryable=True), now_s=3.0) == []
     row = rows_of(0)
@@ -371,7 +371,7 @@ def test_a_prompt_that_kills_is_found_and_the_card_is_not_blamed(dispatcher: Dis
         commands = kill(dispatcher, "a", life, 100.0 * life)
         if attempt < 4:
             assert [s[2:] for s in shards(commands)] in ([([0], attempt + 1)], [([1], 2)])
-    dispatcher.check()
+    check(dispatcher)
 
 
 def test_a_lone_prompt_that_dies_goes_to_another_worker() -> None:
@@ -615,9 +615,9 @@ def test_a_prompt_that_left_a_list_is_not_there_when_it_waits_in_another() -> No
     (shortest,) = table.take(table.fresh, (1, 1, 0.0), shortest=True)
     worker = WorkerState("a", 0.0, POLICY, slots=1)
     table.begin(worker, [shortest], 0.0, alone=False)
-    table.check()
+    check_table(table)
     assert table.on_worker_lost(worker, "gone", num_begun=1) == []
-    table.check()
+    check_table(table)
     others = [entry.prompt for entry in table.take(table.fresh, (9, 9, 0.0))]
     assert {shortest.prompt.index} | {prompt.index for prompt in others} == {0, 1, 2}
     assert table.take(table.retried, (9, 9, 0.0)) == [shortest]
@@ -657,7 +657,7 @@ def test_a_slow_worker_is_given_the_short_prompts() -> None:
         RunStarted(("a",)),
         PromptsRead(same(2), exhausted=True),
         WorkerReady("a", 4),
-        WorkerFailedToOpen("a", "no"),
+        WorkerLost("a", "no"),
         WorkerLost("a", "gone", 2),
         WorkerProgress("a", 100),
         RowsFinished("a", 1, (answer(same(1)[0]),)),
@@ -694,7 +694,7 @@ def run(
         clock=cards.clock,
         reader=DirectReader,
     ).run()
-    dispatcher.check()
+    check(dispatcher)
     assert [row.index for row in rows] == list(range(len(given_prompts)))
     return rows
 

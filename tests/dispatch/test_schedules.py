@@ -23,12 +23,13 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from invariants import check
 from simulated_cards import DirectReader, SimulatedCards, answer
 
-from qaic_ray.dispatch.dispatcher import Dispatcher
-from qaic_ray.dispatch.events import (
+from qaic_ray.dispatch.dispatcher import (
     Command,
     DeliverRows,
+    Dispatcher,
     Event,
     PromptsRead,
     QuarantineWorker,
@@ -41,7 +42,6 @@ from qaic_ray.dispatch.events import (
     ShardFailed,
     ShardFinished,
     TimePassed,
-    WorkerFailedToOpen,
     WorkerLost,
     WorkerProgress,
     WorkerReady,
@@ -101,7 +101,7 @@ class Schedules(RuleBasedStateMachine):
         assert self.dispatcher is not None
         self.now_s += after_s
         commands = self.dispatcher.handle(event, self.now_s)
-        self.dispatcher.check()
+        check(self.dispatcher)
         self.wake_s = None if self.dispatcher.wake_s == math.inf else self.dispatcher.wake_s
         # What was given up belongs to the end of it, whatever the order of the commands.
         for command in commands:
@@ -215,7 +215,7 @@ class Schedules(RuleBasedStateMachine):
         worker = data.draw(st.sampled_from(self.opening))
         if not opens:
             self.end_life(worker)
-            self.tell(WorkerFailedToOpen(worker, "no", self.lives[worker]))
+            self.tell(WorkerLost(worker, "no", self.lives[worker]))
             return
         self.opening.remove(worker)
         self.openings[worker] = 0
@@ -308,7 +308,7 @@ class Schedules(RuleBasedStateMachine):
             [
                 WorkerLost(worker, "late", life),
                 WorkerReady(worker, 5, life),
-                WorkerFailedToOpen(worker, "late", life),
+                WorkerLost(worker, "late", life),
                 WorkerProgress(worker, 10**6, life),
             ][kind]
         )
@@ -395,7 +395,7 @@ class Checked(Dispatcher):
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
         commands = super().handle(event, now_s)
-        self.check()
+        check(self)
         return commands
 
 

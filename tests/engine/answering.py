@@ -9,9 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from qaic_ray.engine.batcher import Sequence
 from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.engine.session import Runtime, Session
+from qaic_ray.engine.steps import Sequence
 from qaic_ray.sdk import Sdk
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 from answering import engine_on, outputs, rows_of, run
 
+from qaic_ray.compile.compiler import Variant
 from qaic_ray.compile.store import BuildRequest, build
-from qaic_ray.compile.variant import Variant
 from qaic_ray.contract import Specialization, Specializations
 from qaic_ray.metrics import Span, tokens_per_s
 from qaic_ray.option_types import Precision

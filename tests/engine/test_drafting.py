@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qaic_ray.engine.drafting import open_drafting
-from qaic_ray.engine.drafts import DraftProgram, PromptLookup
+from qaic_ray.engine.drafts import DraftProgram, PromptLookup, open_drafting
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceBusy, UsageError
 from qaic_ray.options import Generation

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.contract import IoContract, Specialization, Specializations
-from qaic_ray.engine.batcher import Sequence
 from qaic_ray.engine.engine import Engine
+from qaic_ray.engine.steps import Sequence
 from qaic_ray.errors import RowError
 from qaic_ray.rows import FinishReason
 from qaic_ray.sampling_params import SamplingParams

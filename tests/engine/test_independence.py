@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qaic_ray.contract import IoContract
-from qaic_ray.engine.batcher import Sequence
 from qaic_ray.engine.drafts import DraftProgram, PromptLookup
 from qaic_ray.engine.session import Session
+from qaic_ray.engine.steps import Sequence
 
 if TYPE_CHECKING:
     from tiny_qpcs import TinyQpcs

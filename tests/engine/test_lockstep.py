@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from qaic_ray.engine.batcher import Sequence
-from qaic_ray.engine.lockstep import LockstepBatcher
-from qaic_ray.engine.shapes import ProgramShapes
+from qaic_ray.engine.batcher import LockstepBatcher
+from qaic_ray.engine.steps import ProgramShapes, Sequence
 from qaic_ray.errors import RowError
 
 EOS = 2

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.contract import IoContract, Specializations
-from qaic_ray.engine.batcher import Sequence
 from qaic_ray.engine.engine import Engine
 from qaic_ray.engine.sampler import overflowed
+from qaic_ray.engine.steps import Sequence
 from qaic_ray.sampling_params import SamplingParams
 
 POISON = 60

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.contract import IoContract, Specializations
-from qaic_ray.engine.batcher import Sequence
 from qaic_ray.engine.engine import Engine
 from qaic_ray.engine.sampler import Selector
+from qaic_ray.engine.steps import Sequence
 from qaic_ray.errors import DeviceError, RowError, UsageError
 from qaic_ray.rows import ROW_ALONE
 from qaic_ray.sampling_params import SamplingParams

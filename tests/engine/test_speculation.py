@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.contract import Specialization, Specializations
-from qaic_ray.engine.batcher import Sequence
 from qaic_ray.engine.drafts import DraftProgram, PromptLookup
 from qaic_ray.engine.engine import Engine, Proposer
+from qaic_ray.engine.steps import Sequence
 from qaic_ray.errors import UsageError
 from qaic_ray.sampling_params import SamplingParams
 

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from qaic_ray.model.manifest import read_manifest
+from qaic_ray.model.checkpoint import read_manifest
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "export.py"
 

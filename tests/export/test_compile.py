@@ -18,11 +18,10 @@ from qaic_ray import contract
 from qaic_ray.compile.compiler import check_qpc, run_compiler
 from qaic_ray.contract import IoContract
 from qaic_ray.emulator.container.execution import CompiledProgram, LoadedProgram
-from qaic_ray.export.check.reference import Trace, trace_prompts
 from qaic_ray.export.check.replay import NUM_KEPT, PositionIdsReplay, Replay, replay_of
+from qaic_ray.export.check.verify import Trace, trace_prompts
 from qaic_ray.export.export import ExportResult
-from qaic_ray.model.checkpoint import Checkpoint
-from qaic_ray.model.manifest import ModelManifest
+from qaic_ray.model.checkpoint import Checkpoint, ModelManifest
 from qaic_ray.options import EmulatorOptions, ExportOptions
 from qaic_ray.sdk import Sdk, find_sdk
 

@@ -19,9 +19,8 @@ from random_models import export_untouched
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qaic_ray.errors import CheckpointError, QaicRayError
-from qaic_ray.export.architecture import read_architecture
+from qaic_ray.export.architecture import inverse_frequencies, read_architecture
 from qaic_ray.export.graph import author
-from qaic_ray.export.rope import inverse_frequencies
 from qaic_ray.model.checkpoint import Checkpoint, Fields, open_checkpoint
 from qaic_ray.options import ExportOptions
 

@@ -16,23 +16,27 @@ from qaic_ray.contract import IoContract
 from qaic_ray.errors import CheckpointError, ExportError, UsageError
 from qaic_ray.export import export
 from qaic_ray.export.architecture import read_architecture
-from qaic_ray.export.check.headroom import Activation
+from qaic_ray.export.check.replay import Activation
 from qaic_ray.export.check.verify import (
     ScenarioDifference,
     VerifyReport,
-    default_level,
     read_report,
     write_report,
 )
-from qaic_ray.export.export import check_ours, custom_io, export_model
+from qaic_ray.export.export import check_ours, custom_io, default_level, export_model
 from qaic_ray.files.documents import checked
 from qaic_ray.files.folders import SourceFile
-from qaic_ray.model.checkpoint import Checkpoint, open_checkpoint
-from qaic_ray.model.manifest import FORMAT, ModelManifest, read_manifest
+from qaic_ray.model.checkpoint import (
+    MANIFEST_FORMAT,
+    Checkpoint,
+    ModelManifest,
+    open_checkpoint,
+    read_manifest,
+)
 from qaic_ray.options import ExportOptions
 
 MANIFEST = ModelManifest(
-    format=FORMAT,
+    format=MANIFEST_FORMAT,
     name="m-kv",
     source="org/m",
     contract=IoContract.POSITION_IDS,
@@ -88,8 +92,11 @@ def test_manifest_survives_the_disk(tmp_path: Path) -> None:
         (None, "not an exported model"),
         ("{", "is not JSON"),
         ("[]", "must hold a JSON object"),
-        ("{}", f"has format None, not {FORMAT}"),
-        (json.dumps({"format": FORMAT + 1}), f"has format {FORMAT + 1}, not {FORMAT}"),
+        ("{}", f"has format None, not {MANIFEST_FORMAT}"),
+        (
+            json.dumps({"format": MANIFEST_FORMAT + 1}),
+            f"has format {MANIFEST_FORMAT + 1}, not {MANIFEST_FORMAT}",
+        ),
         (
             MANIFEST.to_json().replace("position-ids", "other"),
             r"manifest\.json: contract: .*'other'",
@@ -108,7 +115,7 @@ def test_a_manifest_we_cannot_use_is_named(tmp_path: Path, text: str | None, mes
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": FORMAT + 1},
+        {"format": MANIFEST_FORMAT + 1},
         {"contract": IoContract.CACHE_INDEX},
         {"continuous": False},
         {"opset": 13},

@@ -24,9 +24,8 @@ from transformers import AutoTokenizer
 from qaic_ray.contract import IoContract
 from qaic_ray.errors import CheckpointError, ExportError, UsageError
 from qaic_ray.export.export import export_model
-from qaic_ray.export.simplify import simplifying
-from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
-from qaic_ray.model.manifest import read_manifest
+from qaic_ray.export.graph import simplifying
+from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint, read_manifest
 from qaic_ray.options import ExportOptions
 from qaic_ray.pipeline.compile_step import open_folder
 
@@ -224,8 +223,9 @@ def test_hub_id_without_network_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="cannot be reached") as caught:
-        open_checkpoint("nobody/nothing", cache_dir=tmp_path)
+        open_checkpoint("nobody/nothing")
     assert "\n" not in str(caught.value)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from gguf_models import VOCAB, GgufModel, Quantization, random_model
+from gguf_models import VOCAB, GgufModel, Quantization, opened, random_model
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_cpp import LlamaCpp
@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from qaic_ray.errors import CheckpointError
 from qaic_ray.export.check.replay import open_replay
 from qaic_ray.model import gguf_conversion
-from qaic_ray.model.checkpoint import Checkpoint, open_checkpoint
+from qaic_ray.model.checkpoint import Checkpoint
 from qaic_ray.options import ExportOptions
 
 PROMPTS = [[257, 5, 6, 7], [257, *((37 * i) % 250 for i in range(60))]]
@@ -128,7 +128,7 @@ def test_log_probabilities_are_those_of_llama_cpp(
 ) -> None:
     path = MODELS[name]().write(tmp_path / "model.gguf")
     llama_cpp.open(path)
-    checkpoint = open_checkpoint(str(path), cache_dir=tmp_path)
+    checkpoint = opened(path, tmp_path)
     for prompt, logits in zip(PROMPTS, export_logits(checkpoint, tmp_path), strict=True):
         expected = llama_cpp.log_probs(prompt)
         log_probs = logits - np.logaddexp.reduce(logits)
@@ -139,7 +139,7 @@ def test_log_probabilities_are_those_of_llama_cpp(
 def test_export_of_a_gguf_file_is_verified(tmp_path: Path) -> None:
     """The folder means to transformers what it means to us, divisors of the rope too."""
     path = with_tensors(llama(), DIVISORS).write(tmp_path / "model.gguf")
-    checkpoint = open_checkpoint(str(path), cache_dir=tmp_path)
+    checkpoint = opened(path, tmp_path)
     result = export_untouched(checkpoint, output=tmp_path / "kv", verify="full")
     assert result.verification is not None
     assert max(scenario.logits for scenario in result.verification.scenarios) < 1e-4
@@ -152,10 +152,10 @@ def test_parts_are_joined_from_whichever_is_given(
     model = llama()
     whole = model.write(tmp_path / "whole.gguf")
     paths = model.write_split(tmp_path, "tiny", 3)
-    checkpoint = open_checkpoint(str(paths[given]), cache_dir=tmp_path)
+    checkpoint = opened(paths[given], tmp_path)
     assert checkpoint.base == "tiny"
     (weights,) = checkpoint.weight_files
-    (expected,) = open_checkpoint(str(whole), cache_dir=tmp_path).weight_files
+    (expected,) = opened(whole, tmp_path).weight_files
     assert weights.read_bytes() == expected.read_bytes()
     llama_cpp.open(paths[0])
     logits = export_logits(checkpoint, tmp_path)[1]
@@ -166,11 +166,11 @@ def test_parts_are_joined_from_whichever_is_given(
 def test_a_conversion_is_found_by_the_content_of_all_parts(tmp_path: Path) -> None:
     model = llama()
     paths = model.write_split(tmp_path, "tiny", 2)
-    first = open_checkpoint(str(paths[0]), cache_dir=tmp_path).folder
-    assert open_checkpoint(str(paths[1]), cache_dir=tmp_path).folder == first
+    first = opened(paths[0], tmp_path).folder
+    assert opened(paths[1], tmp_path).folder == first
     model.tensors["output.weight"] = model.tensors["output.weight"] + 1
     model.write_split(tmp_path, "tiny", 2)
-    assert open_checkpoint(str(paths[0]), cache_dir=tmp_path).folder != first
+    assert opened(paths[0], tmp_path).folder != first
 
 
 def lose_a_part(folder: Path) -> None:
@@ -206,7 +206,7 @@ def test_parts_that_do_not_belong_together(
     paths = llama().write_split(tmp_path, "tiny", 3)
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(str(paths[0]), cache_dir=tmp_path)
+        opened(paths[0], tmp_path)
 
 
 WRITABLE = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
@@ -239,7 +239,7 @@ def test_blocks_of_any_type_are_read_as_the_gguf_package_reads_them(
 
 def check_bits(model: GgufModel, tmp_path: Path) -> None:
     path = model.write(tmp_path / "model.gguf")
-    (weights,) = open_checkpoint(str(path), cache_dir=tmp_path).weight_files
+    (weights,) = opened(path, tmp_path).weight_files
     found = load_file(weights)
     names = {
         "ffn_down": "mlp.down_proj",
@@ -346,7 +346,7 @@ def test_what_is_not_run_is_named(tmp_path: Path, name: str) -> None:
     make, message = REFUSED[name]
     path = make().write(tmp_path / "model.gguf")
     with pytest.raises(CheckpointError, match=message) as caught:
-        open_checkpoint(str(path), cache_dir=tmp_path)
+        opened(path, tmp_path)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
     assert list((tmp_path / "models").iterdir()) == []
@@ -355,7 +355,7 @@ def test_what_is_not_run_is_named(tmp_path: Path, name: str) -> None:
 def test_a_window_makes_the_context_shorter(tmp_path: Path) -> None:
     model = with_keys(llama(), **{"attention.sliding_window": 32})
     path = model.write(tmp_path / "model.gguf")
-    checkpoint = open_checkpoint(str(path), cache_dir=tmp_path)
+    checkpoint = opened(path, tmp_path)
     assert checkpoint.config["max_position_embeddings"] == 32
 
 
@@ -363,7 +363,7 @@ def test_all_ids_that_end_a_turn_are_known(tmp_path: Path) -> None:
     model = llama()
     model.keys |= {"tokenizer.ggml.eot_token_id": 9, "tokenizer.ggml.eom_token_id": 10}
     path = model.write(tmp_path / "model.gguf")
-    checkpoint = open_checkpoint(str(path), cache_dir=tmp_path)
+    checkpoint = opened(path, tmp_path)
     assert checkpoint.eos_ids == (258, 9, 10, 259)
     config = json.loads((checkpoint.folder / "config.json").read_text())
     assert config["eos_token_id"] == [258, 9, 10, 259]
@@ -381,7 +381,7 @@ def test_a_file_that_changes_meanwhile_is_not_kept(
 
     monkeypatch.setattr(gguf_conversion, "read_gguf", change_and_read)
     with pytest.raises(CheckpointError, match="changed while it was converted"):
-        open_checkpoint(str(path), cache_dir=tmp_path)
+        opened(path, tmp_path)
     assert list((tmp_path / "models").iterdir()) == []
 
 
@@ -403,7 +403,7 @@ def test_any_key_is_read_or_one_sentence(tmp_path: Path, data: st.DataObject) ->
     path = model.write(tmp_path / "model.gguf")
     said = ""
     try:
-        open_checkpoint(str(path), cache_dir=tmp_path)
+        opened(path, tmp_path)
     except CheckpointError as error:
         said = str(error)
     assert "\n" not in said

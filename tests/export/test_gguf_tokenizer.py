@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import transformers
-from gguf_models import GgufModel, random_model
+from gguf_models import GgufModel, opened, random_model
 from llama_cpp import LlamaCpp
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from qaic_ray.errors import CheckpointError
-from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
+from qaic_ray.model.checkpoint import load_tokenizer
+from qaic_ray.model.gguf_file import GgufFile
 from qaic_ray.model.gguf_tokenizer import SPLITTINGS, write_tokenizer
 from qaic_ray.model.tokenizer import loaded_tokenizer, open_tokenizer
+from qaic_ray.rows import ChatOptions
 
 CORPUS = [
     "def read(path: Path, *, size: int = 0) -> dict[str, int]:",
@@ -109,7 +111,7 @@ def check(llama_cpp: LlamaCpp, folder: Path, keys: dict[str, Any], asked: list[s
     model.keys = {k: v for k, v in model.keys.items() if not k.startswith("tokenizer.")} | keys
     path = model.write(folder / "model.gguf")
     llama_cpp.open(path)
-    checkpoint = open_checkpoint(str(path), cache_dir=folder)
+    checkpoint = opened(path, folder)
     ours = load_tokenizer(checkpoint)
     theirs = transformers.AutoTokenizer.from_pretrained(checkpoint.folder)
     for text, ids in zip(asked, llama_cpp.tokenize(asked), strict=True):
@@ -151,11 +153,12 @@ def test_sentencepiece_vocabularies(
 
 def test_templates_come_with_their_names(tmp_path: Path, byte_level: dict[str, Any]) -> None:
     keys = byte_level | {"tokenizer.chat_template": "A", "tokenizer.chat_template.tool_use": "B"}
-    write_tokenizer(keys, "model.gguf", tmp_path)
+    write_tokenizer(GgufFile("model.gguf", keys, {}), tmp_path)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert theirs.chat_template == {"default": "A", "tool_use": "B"}
     message = {"role": "user", "content": "x"}
-    assert open_tokenizer(loaded_tokenizer(tmp_path), ()).render_chat([message]) == "A"
+    template = open_tokenizer(loaded_tokenizer(tmp_path), ()).chat_template
+    assert template.render([message], ChatOptions()) == "A"
 
 
 def damaged(changes: dict[str, Any], message: str) -> Any:
@@ -187,10 +190,10 @@ def test_a_damaged_vocabulary_is_one_sentence(
     tmp_path: Path, byte_level: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
-        write_tokenizer(byte_level | changes, "model.gguf", tmp_path)
+        write_tokenizer(GgufFile("model.gguf", byte_level | changes, {}), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_without_a_vocabulary_has_no_tokenizer(tmp_path: Path) -> None:
-    write_tokenizer({}, "model.gguf", tmp_path)
+    write_tokenizer(GgufFile("model.gguf", {}, {}), tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.formats.lines import LIMITS, LineLimits
+from qaic_ray.formats import lines
 from qaic_ray.formats.prompts import prompts_from_file
 from qaic_ray.option_types import PromptFormat
 from qaic_ray.rows import Prompt, Row
@@ -42,14 +42,13 @@ def both_ways(
     tmp_path: Path,
     name: str = "p",
     form: PromptFormat | None = None,
-    limits: LineLimits = LIMITS,
 ) -> list[Prompt | Row]:
     """The rows of a file, which must be those of the same as a stream."""
     path = tmp_path / name
     path.write_bytes(data)
-    items = list(prompts_from_file(path, form, limits=limits))
+    items = list(prompts_from_file(path, form))
     with stdin(data):
-        piped = list(prompts_from_file("-", form, limits=limits))
+        piped = list(prompts_from_file("-", form))
     assert [type(item) for item in piped] == [type(item) for item in items]
     assert [i for i in piped if isinstance(i, Prompt)] == [
         i for i in items if isinstance(i, Prompt)
@@ -229,11 +228,12 @@ def test_any_array_in_any_pieces(
 
 
 def test_an_item_that_is_too_long_is_an_error_row(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 2**20)
     long = json.dumps({"prompt": "x" * 2**21}).encode()
     data = b'[{"prompt": "a"},' + long + b',{"prompt": "b"}]'
-    first, row, last = both_ways(data, tmp_path, limits=LineLimits(2**20))
+    first, row, last = both_ways(data, tmp_path)
     assert (first, last) == (Prompt(0, "a"), Prompt(2, "b"))
     assert "longer than 1 MiB" in str(errors([row])[0])
 
@@ -472,12 +472,16 @@ def test_a_prompt_is_there_as_soon_as_its_line_is(
 
 
 @pytest.mark.parametrize("start", [b"a\n", b'[{"prompt": "a"},"'], ids=["line", "item"])
-def test_a_row_without_end_ends_the_reading(start: bytes, tmp_path: Path) -> None:
+def test_a_row_without_end_ends_the_reading(
+    start: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(lines, "MAX_SKIPPED_BYTES", 2**21)
     path = tmp_path / "bomb.gz"
     path.write_bytes(gzip.compress(start + b"x" * 2**23, mtime=0))
     read: list[Prompt | Row] = []
     with pytest.raises(QaicRayError, match=r"past (line|item) 1: a row is longer than"):
-        list(map(read.append, prompts_from_file(path, limits=LineLimits(2**20, 2**21))))
+        list(map(read.append, prompts_from_file(path)))
     assert read == AB[:1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError
+from qaic_ray.formats import frozen_file as frozen_files
 from qaic_ray.formats.frozen_file import FrozenFile, InputChanged
 
 
-def frozen_file(path: Path, num_bytes: int | None = None) -> FrozenFile:
-    """Of blocks of 16 bytes: every file of a test has several."""
-    return FrozenFile.of(path, num_bytes, block_bytes=16)
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks() -> Iterator[None]:
+    """Of 16 bytes: every file of a test has several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frozen_files, "BLOCK_BYTES", 16)
+        yield
 
 
 def file(tmp_path: Path, content: bytes) -> Path:
@@ -30,7 +35,7 @@ def test_it_reads_like_the_file(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, reads: list[tuple[int, int]]
 ) -> None:
     path = file(tmp_path_factory.mktemp("frozen"), content)
-    frozen = frozen_file(path)
+    frozen = FrozenFile.of(path)
     assert (frozen.num_bytes, frozen.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     with frozen.open() as ours, path.open("rb") as theirs:
         assert list(ours) == list(theirs)
@@ -45,7 +50,7 @@ def test_it_reads_like_the_file(
 def test_what_changed_is_never_given(tmp_path: Path, offset: int) -> None:
     content = bytes(range(100))
     path = file(tmp_path, content)
-    frozen = frozen_file(path)
+    frozen = FrozenFile.of(path)
     path.write_bytes(content[:offset] + b"\xff" + content[offset + 1 :])
     whole = offset // 16 * 16
     with frozen.open() as stream:
@@ -56,23 +61,23 @@ def test_what_changed_is_never_given(tmp_path: Path, offset: int) -> None:
 
 def test_what_is_appended_is_not_of_the_run(tmp_path: Path) -> None:
     path = file(tmp_path, b"a" * 40)
-    frozen = frozen_file(path)
+    frozen = FrozenFile.of(path)
     path.write_bytes(b"a" * 40 + b"b" * 40)
     with frozen.open() as stream:
         assert stream.read() == b"a" * 40
-    assert frozen_file(path, 40) == frozen
+    assert FrozenFile.of(path, 40) == frozen
 
 
 def test_a_file_that_shrank_is_another(tmp_path: Path) -> None:
     path = file(tmp_path, b"a" * 40)
-    frozen = frozen_file(path)
+    frozen = FrozenFile.of(path)
     os.truncate(path, 39)
     with frozen.open() as stream, pytest.raises(InputChanged):
         stream.read()
     with pytest.raises(InputChanged, match="has 39 bytes, and had 40"):
-        frozen_file(path, 40)
+        FrozenFile.of(path, 40)
 
 
 def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(QaicRayError, match="cannot be read: No such file"):
-        frozen_file(tmp_path / "none")
+        FrozenFile.of(tmp_path / "none")

@@ -13,15 +13,12 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
 from qaic_ray.errors import QaicRayError, RowError
-from qaic_ray.formats.jsonl import prompts_from_json
-from qaic_ray.formats.openai_batch import BatchRequests, is_request
-from qaic_ray.formats.prompt_fields import Draft
+from qaic_ray.formats.json_rows import BatchRequests, is_request, prompts_from_json
 from qaic_ray.formats.prompts import prompts_from_file
-from qaic_ray.formats.row_fields import OwnFields
+from qaic_ray.formats.row_reader import Draft, OwnFields
 from qaic_ray.option_types import OutputFormat, PromptFormat
 from qaic_ray.rows import ErrorClass, FinishReason, Prompt, Row, Sample
-from qaic_ray.runs.delivery import row_writer
-from qaic_ray.runs.exports import export_outputs
+from qaic_ray.runs.delivery import RowWriter, export_outputs
 from qaic_ray.sampling_params import SamplingParams, TokenLogprob
 
 RUN = SamplingParams(temperature=0.5, top_p=0.9, max_tokens=9)
@@ -246,7 +243,7 @@ def answer(index: int, **fields: Any) -> Row:
 
 
 def export(folder: Path, *rows: Row) -> tuple[list[Line], list[Line]]:
-    with row_writer(folder) as write:
+    with RowWriter(folder) as write:
         for row in rows:
             write(row)
     paths = export_outputs(
@@ -321,7 +318,7 @@ def test_logprobs_have_the_texts_of_their_tokens(tmp_path: Path) -> None:
 
 
 def test_without_a_tokenizer_tokens_have_numbers(tmp_path: Path) -> None:
-    with row_writer(tmp_path) as write:
+    with RowWriter(tmp_path) as write:
         write(answer(0, logprobs=LOGPROBS))
     path, _ = export_outputs(tmp_path, OutputFormat.OPENAI, model="m")
     line = Line.model_validate_json(path.read_text())
@@ -348,7 +345,7 @@ def test_export_is_the_same_every_time_and_leaves_a_torn_line_out(tmp_path: Path
 def test_what_the_disk_refuses_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output_format: OutputFormat
 ) -> None:
-    with row_writer(tmp_path) as write:
+    with RowWriter(tmp_path) as write:
         write(answer(0))
     paths = export_outputs(tmp_path, output_format, model="m")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}

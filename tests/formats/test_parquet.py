@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.formats.parquet import row_schema, write_parquet
+from qaic_ray.formats import tables
 from qaic_ray.formats.prompts import prompts_from_file
+from qaic_ray.formats.tables import row_schema, write_parquet
 from qaic_ray.option_types import OutputFormat, PromptFormat
 from qaic_ray.rows import ErrorClass, FinishReason, Prompt, Row, Sample
-from qaic_ray.runs.delivery import row_writer
-from qaic_ray.runs.exports import export_outputs
+from qaic_ray.runs.delivery import RowWriter, export_outputs
 from qaic_ray.sampling_params import SamplingParams, TokenLogprob
 
 MESSAGES = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "東京?"})
@@ -221,7 +221,7 @@ def test_every_key_of_a_row_has_its_column() -> None:
 
 
 def test_a_runs_rows_are_a_table_and_that_can_be_a_prompts_file(tmp_path: Path) -> None:
-    with row_writer(tmp_path) as write:
+    with RowWriter(tmp_path) as write:
         write(Row(0, "a", "b", FinishReason.STOP, token_ids=(1, 2)))
         write(Row.failed(Prompt(1, "東京?", "x"), "It is too long."))
     (path,) = export_outputs(tmp_path, OutputFormat.PARQUET, model="m")
@@ -231,10 +231,11 @@ def test_a_runs_rows_are_a_table_and_that_can_be_a_prompts_file(tmp_path: Path) 
     assert list(prompts_from_file(path)) == [Prompt(0, "a"), Prompt(1, "東京?", "x")]
 
 
-def test_many_rows_are_written_in_groups(tmp_path: Path) -> None:
+def test_many_rows_are_written_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_GROUP_ROWS", 1024)
     row = Row(index=0, prompt="a", text="b", finish_reason=FinishReason.STOP).to_json()
     with (tmp_path / "t").open("wb") as stream:
-        write_parquet(({**row, "index": index} for index in range(2500)), stream, group_rows=1024)
+        write_parquet(({**row, "index": index} for index in range(2500)), stream)
     back = pq.ParquetFile(tmp_path / "t")
     assert back.metadata.num_row_groups == 3
     assert back.read(["index"]).to_pydict()["index"] == list(range(2500))

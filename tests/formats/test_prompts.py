@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.formats.lines import LineLimits
+from qaic_ray.formats import lines
 from qaic_ray.formats.prompts import (
     prompts_from_file,
     prompts_from_text,
@@ -174,13 +174,14 @@ def test_lines_are_read_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_line_without_end_is_an_error_row_and_does_not_fill_the_memory(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = 2**20
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", limit)
     allowed = b"x" * limit
     data = b"\n".join([b"a", allowed, allowed + b"x\r", b"b", allowed * 2])
     path = write(tmp_path / "p", data)
-    first, longest, long, second, last = prompts_from_file(path, limits=LineLimits(limit))
+    first, longest, long, second, last = prompts_from_file(path)
     assert (first, second) == (Prompt(0, "a"), Prompt(3, "b"))
     assert isinstance(longest, Prompt)
     assert len(longest.text) == limit

@@ -15,18 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qaic_ray.cluster.ray_data import CardPredictor
-from qaic_ray.formats.foreign_fields import (
+from qaic_ray.formats.json_rows import prompts_from_json
+from qaic_ray.formats.prompts import prompts_from_file
+from qaic_ray.formats.row_fields import (
     ALIASES,
     CHAT,
     MAYBE_NESTED,
     NESTED,
     NO_EFFECT,
     NOT_OFFERED,
+    mistake,
 )
-from qaic_ray.formats.jsonl import prompts_from_json
-from qaic_ray.formats.parquet import prompts_from_parquet
-from qaic_ray.formats.prompts import prompts_from_file
-from qaic_ray.formats.row_fields import OwnFields, mistake, read_fields
+from qaic_ray.formats.row_reader import OwnFields, read_fields
+from qaic_ray.formats.tables import prompts_from_parquet
 from qaic_ray.option_types import PromptFormat
 from qaic_ray.rows import ChatOptions, Prompt, Row
 from qaic_ray.sampling_params import FIELDS, SamplingParams

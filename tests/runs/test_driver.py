@@ -8,16 +8,14 @@ from collections.abc import Iterator
 import pytest
 from simulated_cards import DirectReader, SimulatedCards, answer
 
-from qaic_ray.dispatch.dispatcher import Dispatcher
-from qaic_ray.dispatch.events import Event, RunShard, ShardFailed
+from qaic_ray.dispatch.dispatcher import Dispatcher, Event, RunShard, ShardFailed
 from qaic_ray.dispatch.policy import Policy
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.formats.prompts import prompts_from_text
 from qaic_ray.metrics import Durations, Measurement, Span
 from qaic_ray.rows import Prompt, Row
-from qaic_ray.runs.driver import Audience, Driver, Progress
-from qaic_ray.runs.result import BrokenOff, Cause, FleetResult
-from qaic_ray.worker.spec import WorkerInfo
+from qaic_ray.runs.driver import Audience, BrokenOff, Cause, Driver, FleetResult, Progress
+from qaic_ray.worker.worker import WorkerInfo
 
 
 def same(count: int) -> list[Prompt]:

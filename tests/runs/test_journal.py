@@ -21,7 +21,7 @@ from qaic_ray.files.documents import differences
 from qaic_ray.formats.frozen_file import FrozenFile
 from qaic_ray.options import Generation
 from qaic_ray.rows import FinishReason, Prompt, Row
-from qaic_ray.runs.fingerprint import (
+from qaic_ray.runs.intake import (
     STREAM_SOURCE,
     Fingerprint,
     file_source,
@@ -29,8 +29,7 @@ from qaic_ray.runs.fingerprint import (
     row_digest,
     text_source,
 )
-from qaic_ray.runs.journal import Entry, Journal
-from qaic_ray.runs.journal_segments import MAX_OPEN_SEGMENTS, line_of
+from qaic_ray.runs.journal import MAX_OPEN_SEGMENTS, Entry, Journal, line_of
 from qaic_ray.sampling_params import SamplingParams
 
 RUN: Fingerprint = {"input": {"name": "-"}, "qpc": "q"}

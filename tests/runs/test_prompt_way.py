@@ -10,12 +10,12 @@ from typing import NamedTuple
 from simulated_cards import DirectReader, SimulatedCards
 
 from qaic_ray.rows import Prompt
-from qaic_ray.runs.delivery import row_writer
+from qaic_ray.runs.delivery import RowWriter
 from qaic_ray.runs.driver import Audience, Driver
 from qaic_ray.runs.journal import Journal
 
 MOST_MOVES = 60
-MOST_MODULES = 14
+MOST_MODULES = 10
 PACKAGE = "qaic_ray."
 
 
@@ -41,7 +41,7 @@ def way(num_prompts: int, folder: Path) -> list[Move]:
 
     cards = SimulatedCards([0.0])
     folder.mkdir()
-    with Journal(folder, {}) as journal, row_writer(folder) as write:
+    with Journal(folder, {}) as journal, RowWriter(folder) as write:
         driver = Driver(
             cards,
             [Prompt(index, "same") for index in range(num_prompts)],

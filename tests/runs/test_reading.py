@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.rows import Prompt
-from qaic_ray.runs.reading import Batch, ThreadedReader
+from qaic_ray.runs.intake import Batch, ThreadedReader
 
 
 def same(count: int) -> list[Prompt]:

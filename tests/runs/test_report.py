@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from simulated_cards import info
 
-from qaic_ray.metrics import Durations, Measurement, Span
+from qaic_ray.metrics import Durations, Measurement, Span, Tally
 from qaic_ray.rows import FinishReason, Prompt, Row
+from qaic_ray.runs.driver import BrokenOff, Cause, FleetResult, WorkerResult
 from qaic_ray.runs.report import (
     MAX_BINS,
     RunSummary,
@@ -31,7 +32,6 @@ from qaic_ray.runs.report import (
     tables,
     write_report,
 )
-from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, Tally, WorkerResult
 
 FAST = Measurement(
     rows=3,
@@ -125,7 +125,7 @@ def test_the_document_adds_up_and_is_json(tmp_path: Path) -> None:
     assert document["ttft_median_s"] == pytest.approx(0.3, rel=0.00101)
     assert document["seconds"] == 60.0
     assert document["emulated"]
-    assert not summary.ok
+    assert not summary.result.ok
 
 
 def test_a_run_that_never_began_has_a_report(tmp_path: Path) -> None:

@@ -15,15 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulated_cards import DirectReader, SimulatedCards, answer
 
-from qaic_ray.dispatch.events import Event, RowsFinished
+from qaic_ray.dispatch.dispatcher import Event, RowsFinished
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.metrics import Span
 from qaic_ray.rows import Prompt, Row
-from qaic_ray.runs.delivery import Proof, row_writer
-from qaic_ray.runs.driver import Audience, Driver, Progress
-from qaic_ray.runs.fingerprint import Fingerprint, row_digest
+from qaic_ray.runs.delivery import Proof, RowWriter
+from qaic_ray.runs.driver import Audience, Driver, FleetResult, Progress
+from qaic_ray.runs.intake import Fingerprint, row_digest
 from qaic_ray.runs.journal import Journal
-from qaic_ray.runs.result import FleetResult
 
 RUN: Fingerprint = {"qpc": "q"}
 
@@ -68,7 +67,7 @@ def drive(
     cards = cards or one_card()
     with (
         Journal(folder, RUN, retry_errors=retry_errors, segment_bytes=5000) as journal,
-        row_writer(folder, resumed=True) as write,
+        RowWriter(folder, resumed=True) as write,
     ):
         seen: Callable[[Row], None] = audience.pop("on_row", lambda row: None)
 

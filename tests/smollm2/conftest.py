@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from qaic_ray.compile.compiler import Variant
 from qaic_ray.compile.store import BuildRequest, build
-from qaic_ray.compile.variant import Variant
 from qaic_ray.contract import Specializations
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from qaic_ray.model.tokenizer import Tokenizer

@@ -14,8 +14,7 @@ from qaic_ray.contract import IoContract
 from qaic_ray.export.check.verify import VerifyReport, verify_export
 from qaic_ray.export.export import export_model
 from qaic_ray.export.functions import use_plain_functions
-from qaic_ray.model.checkpoint import Checkpoint
-from qaic_ray.model.manifest import read_manifest
+from qaic_ray.model.checkpoint import Checkpoint, read_manifest
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import ExportOptions
 

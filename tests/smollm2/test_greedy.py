@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from qaic_ray.engine import batcher
+from qaic_ray.engine import steps
 from qaic_ray.engine.engine import Engine
 from qaic_ray.engine.session import Session
 from qaic_ray.model.checkpoint import Checkpoint, load_torch_model
@@ -70,7 +70,7 @@ def answer(
     try:
         engine = Engine(session)
         arriving = [
-            batcher.Sequence(i, p, engine.new_token_limit(len(p), new_tokens), frozenset(eos_ids))
+            steps.Sequence(i, p, engine.new_token_limit(len(p), new_tokens), frozenset(eos_ids))
             for i, p in enumerate(prompts)
         ]
         done: dict[int, TokenIds] = {}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qaic_ray.metrics import Durations, Measurement, Span, tokens_per_s, total
+from qaic_ray.metrics import Durations, Measurement, Span, tokens_per_s
 
 COUNTS = st.integers(0, 10**6)
 # Multiples of 1/8 add exactly, so that equality is equality.
@@ -27,7 +27,7 @@ MEASUREMENTS = st.builds(
 
 @given(MEASUREMENTS, MEASUREMENTS, MEASUREMENTS)
 def test_measurements_add_associatively(a: Measurement, b: Measurement, c: Measurement) -> None:
-    assert (a + b) + c == a + (b + c) == total([a, b, c])
+    assert (a + b) + c == a + (b + c) == sum([a, b, c], start=Measurement())
 
 
 @given(MEASUREMENTS, MEASUREMENTS)
@@ -39,8 +39,7 @@ def test_every_field_is_added(a: Measurement, b: Measurement) -> None:
 
 @given(MEASUREMENTS)
 def test_zero(a: Measurement) -> None:
-    assert a + Measurement() == Measurement() + a == total([a]) == a
-    assert total([]) == Measurement()
+    assert a + Measurement() == Measurement() + a == sum([a], start=Measurement()) == a
 
 
 def test_the_rate_of_a_sum_is_no_sum_and_no_mean_of_rates() -> None:

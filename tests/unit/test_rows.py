@@ -6,8 +6,8 @@ import json
 import pickle
 from dataclasses import replace
 
+from qaic_ray.metrics import Tally
 from qaic_ray.rows import FinishReason, Prompt, Row, Sample
-from qaic_ray.runs.result import Tally
 from qaic_ray.sampling_params import SamplingParams, TokenLogprob
 
 DOCUMENTED_KEYS = [
@@ -150,3 +150,9 @@ def test_prompts_and_rows_cross_processes() -> None:
     for value in (make_row(), full_row(), prompt):
         assert pickle.loads(pickle.dumps(value)) == value
     assert make_row().ok
+
+
+def test_a_logprob_that_is_no_number_is_null() -> None:
+    token = TokenLogprob(5, float("nan"), ((9, float("nan")),))
+    (written,) = replace(make_row(), logprobs=(token,)).to_json()["logprobs"]
+    assert written == {"token_id": 5, "logprob": None, "top": [{"token_id": 9, "logprob": None}]}

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from mutations import documents, texts
 
-from qaic_ray.cards.placement import qpc_cores
+from qaic_ray.cards.inventory import qpc_cores
 from qaic_ray.compile.store import check_kept, check_ours, content_key, is_current, read_record
 from qaic_ray.contract import Specializations
 from qaic_ray.errors import QaicRayError

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from qaic_ray import timeouts
 from qaic_ray.dispatch.policy import Policy
-from qaic_ray.runs.result import changed_values
-from qaic_ray.timeouts import Timeouts
+from qaic_ray.timeouts import Timeouts, changed_values
 
 
 def test_every_time_out_is_in_seconds_and_says_what_it_limits() -> None:

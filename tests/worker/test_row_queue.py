@@ -11,7 +11,7 @@ from qaic_ray.worker.worker import RowQueue
 
 
 def test_what_is_there_comes_together_and_no_more_than_is_asked_for() -> None:
-    row_queue: RowQueue[int] = RowQueue(0.05)
+    row_queue = RowQueue(0.05)
     for item in range(5):
         row_queue.put(item)
     assert row_queue.take(3) == [0, 1, 2]
@@ -19,7 +19,7 @@ def test_what_is_there_comes_together_and_no_more_than_is_asked_for() -> None:
 
 
 def test_an_error_ends_it_when_all_before_it_has_been_taken() -> None:
-    row_queue: RowQueue[int] = RowQueue(0.05)
+    row_queue = RowQueue(0.05)
     row_queue.put(1)
     row_queue.put(DeviceError("The card is off."))
     assert row_queue.take(9) == [1]
@@ -29,7 +29,7 @@ def test_an_error_ends_it_when_all_before_it_has_been_taken() -> None:
 
 
 def test_it_waits_for_the_first() -> None:
-    row_queue: RowQueue[int] = RowQueue(0.05)
+    row_queue = RowQueue(0.05)
     taken: list[list[int]] = []
     thread = threading.Thread(target=lambda: taken.append(row_queue.take(1)))
     thread.start()

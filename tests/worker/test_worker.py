@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,9 +22,8 @@ from qaic_ray.model.tokenizer import Tokenizer, text_parts
 from qaic_ray.options import Generation
 from qaic_ray.rows import ChatOptions, ErrorClass, FinishReason, Prompt, Row
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
-from qaic_ray.worker.spec import WorkerSpec
 from qaic_ray.worker.text import BEGINNING_CHARS, sample_seed
-from qaic_ray.worker.worker import CardWorker
+from qaic_ray.worker.worker import CardWorker, WorkerSpec
 
 LETTERS = [chr(ord("A") + index) for index in range(VOCAB)]
 CTX_LEN = 40
@@ -62,6 +62,12 @@ class FormulaSession(FormulaProgram):
         self.calls.clear()
 
 
+def held(session: FormulaSession) -> tuple[FormulaSession, ExitStack]:
+    stack = ExitStack()
+    stack.callback(session.close)
+    return session, stack
+
+
 Open = Callable[..., CardWorker]
 
 
@@ -91,14 +97,22 @@ def open_worker() -> Iterator[Open]:
             open_sdk = staticmethod(  # type: ignore[assignment]
                 lambda _: SimpleNamespace(label="formulas")
             )
-            lease_class = staticmethod(  # type: ignore[assignment]
-                lambda *_, **__: SimpleNamespace(
-                    open=lambda *_: FormulaSession(shapes), release=lambda: None
-                )
+            open_session = staticmethod(  # type: ignore[assignment]
+                lambda *_, **__: held(FormulaSession(shapes))
             )
 
         made = Generation(**generation)  # type: ignore[arg-type]
-        worker = FormulaWorker(WorkerSpec("card 0", (0,), "", "", "", made, text=text))
+        worker = FormulaWorker(
+            WorkerSpec(
+                name="card 0",
+                device_ids=(0,),
+                sdk_root="",
+                qpc="",
+                model="",
+                generation=made,
+                text=text,
+            )
+        )
         worker.open()
         opened.append(worker)
         return worker

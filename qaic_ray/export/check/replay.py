@@ -1,12 +1,13 @@
 """Runs an exported graph on onnxruntime as an engine runs a card: chunks, slots, retained state.
 
 The graph is changed first: its functions get the card's meaning of indices outside the cache,
-layers may be left out, and the magnitudes of activations become outputs.
+layers may be left out, and the largest magnitude of each activation becomes an output: a card
+computes in float16, where a larger value overflows.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +16,34 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+from onnx import TensorProto, helper
 
 from qaic_ray import contract
 from qaic_ray.contract import IoContract
-from qaic_ray.export.check.headroom import layer_of, watch_activations
 from qaic_ray.export.functions import use_plain_functions
-from qaic_ray.model.manifest import ModelManifest
+from qaic_ray.model.checkpoint import ModelManifest
 
 NUM_KEPT = 2
 """Length of `num_logits_to_keep`, where a graph has it and a run has as many tokens."""
 
+EMBEDDING = "/model/embed_tokens/"
+"""Scope of the first activations; values that do not depend on it are indices and masks."""
+
+_LAYER = re.compile(r"^(?:/model/layers|past_key|past_value)\.(\d+)")
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
+_PREFIX = "largest:"
+
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The largest magnitude seen of a value of the graph; `layer` is None outside the layers."""
+
+    layer: int | None
+    name: str
+    largest: float
 
 
 @dataclass(frozen=True)
@@ -38,7 +55,7 @@ class ReplayAnswer:
     values: npt.NDArray[Any]
 
 
-class Replay(ABC):
+class _Replay:
     """A graph and the state that a card would retain; `open_replay` makes the contract's kind.
 
     Args:
@@ -64,7 +81,7 @@ class Replay(ABC):
         self._layers = tuple(layers)
         self._ctx_len = ctx_len
         self._past: dict[str, Any] = {}
-        self.largest: dict[str, float] = {}
+        self._largest: dict[str, float] = {}
 
     def reset(self, num_rows: int) -> None:
         """Start with a cache of so many rows, full of noise, as on a card."""
@@ -73,19 +90,13 @@ class Replay(ABC):
         names = [n for i in self._layers for n in (contract.past_key(i), contract.past_value(i))]
         self._past = dict.fromkeys(names, noise)
 
-    @abstractmethod
-    def prefill(
-        self, prompts: Sequence[Ints], slots: Sequence[int], chunk_len: int
-    ) -> list[ReplayAnswer]:
-        """Run prompts from their beginning, `chunk_len` tokens at once, in rows of the cache."""
+    def activations(self) -> list[Activation]:
+        """The largest magnitudes of all runs without padding."""
+        return [Activation(layer_of(name), name, size) for name, size in self._largest.items()]
 
-    @abstractmethod
-    def decode(self, tokens: Sequence[int], slots: Sequence[int]) -> list[ReplayAnswer]:
-        """Run one more token of every row."""
-
-    @abstractmethod
     def _start(self, slot: int) -> int:
         """The cache slot of a row's first token."""
+        return 0
 
     def row(self, slot: int, num_tokens: int) -> tuple[list[Floats], list[Floats]]:
         """Keys and values of the first tokens of a row, a list over the layers."""
@@ -94,8 +105,8 @@ class Replay(ABC):
         values = [self._past[contract.past_value(i)][seen] for i in self._layers]
         return keys, values
 
-    def _run(self, feed: Mapping[str, Any], positions: Ints, extra: Sequence[str] = ()) -> Any:
-        """The answers of one run and its `extra` outputs; positions below 0 are padding."""
+    def _run(self, feed: Mapping[str, Any], positions: Ints) -> list[ReplayAnswer]:
+        """The answers of one run; positions below 0 are padding."""
         manifest, feed = self._manifest, dict(feed)
         num_kept = min(NUM_KEPT, positions.shape[1])
         if manifest.logits == contract.NUM_LOGITS_TO_KEEP:
@@ -105,17 +116,17 @@ class Replay(ABC):
             needed = max(1, int(positions.max()) + 1)
             feed[contract.COMP_CTX_LENGTHS] = np.zeros(needed, np.int64)
         first = contract.NEXT_TOKENS if manifest.next_tokens else contract.LOGITS
-        outputs = [first, *extra, *(contract.retained(name) for name in self._past)]
+        outputs = [first, *(contract.retained(name) for name in self._past)]
         watched = list(self._watched)
         results = self._session.run(outputs + watched, feed | self._past)
         largest = results[len(outputs) :]
         # A padding row may hold anything: only runs without padding say what a card has to hold.
         if (positions >= 0).all():
             for name, value in zip(self._watched.values(), largest, strict=True):
-                self.largest[name] = max(self.largest.get(name, 0.0), float(value))
+                self._largest[name] = max(self._largest.get(name, 0.0), float(value))
         answer, *states = results[: len(outputs)]
-        self._past = dict(zip(self._past, states[len(extra) :], strict=True))
-        return self._answers(answer, positions, num_kept), states[: len(extra)]
+        self._past = dict(zip(self._past, states, strict=True))
+        return self._answers(answer, positions, num_kept)
 
     def _answers(self, answer: Any, positions: Ints, num_kept: int) -> list[ReplayAnswer]:
         num_rows, seq_len = positions.shape
@@ -131,7 +142,7 @@ class Replay(ABC):
         return found
 
 
-class PositionIdsReplay(Replay):
+class PositionIdsReplay(_Replay):
     """Rows padded on the right; each has its own positions, and a slot where they are continuous.
 
     Static rows keep their place, so `slots` are 0, 1, 2 there.
@@ -144,6 +155,7 @@ class PositionIdsReplay(Replay):
     def prefill(
         self, prompts: Sequence[Ints], slots: Sequence[int], chunk_len: int
     ) -> list[ReplayAnswer]:
+        """Run prompts from their beginning, `chunk_len` tokens at once, in rows of the cache."""
         self._lengths |= dict.fromkeys(slots, 0)
         found = []
         for start in range(0, max(map(len, prompts)), chunk_len):
@@ -152,14 +164,12 @@ class PositionIdsReplay(Replay):
         return found
 
     def decode(self, tokens: Sequence[int], slots: Sequence[int]) -> list[ReplayAnswer]:
+        """Run one more token of every row."""
         return self.extend([[token] for token in tokens], slots)
 
     def extend(self, tokens: Sequence[Sequence[int]], slots: Sequence[int]) -> list[ReplayAnswer]:
         """Run more tokens of every row at once, as a check of drafted ones does."""
         return self._step(tokens, slots, max(map(len, tokens)))
-
-    def _start(self, slot: int) -> int:
-        return 0
 
     def _step(
         self, tokens: Sequence[Sequence[int] | Ints], slots: Sequence[int], seq_len: int
@@ -173,16 +183,16 @@ class PositionIdsReplay(Replay):
         feed = {contract.INPUT_IDS: ids, contract.POSITION_IDS: positions}
         if self._manifest.continuous:
             feed[contract.BATCH_INDEX] = np.array(slots, np.int64)[:, None]
-        answers: list[ReplayAnswer] = self._run(feed, positions)[0]
-        return answers
+        return self._run(feed, positions)
 
 
-class CacheIndexReplay(Replay):
+class CacheIndexReplay(_Replay):
     """Rows padded on the left to whole chunks, as the published recipe's runModel.py does."""
 
     def prefill(
         self, prompts: Sequence[Ints], slots: Sequence[int], chunk_len: int
     ) -> list[ReplayAnswer]:
+        """See `PositionIdsReplay.prefill`; the rows are all of the cache."""
         lengths = np.array([len(prompt) for prompt in prompts])
         self._input_len = -(-int(lengths.max()) // chunk_len) * chunk_len
         self._lengths, self._cache_index = lengths, 0
@@ -193,12 +203,14 @@ class CacheIndexReplay(Replay):
         found = []
         for start in range(0, self._input_len, chunk_len):
             stop = start + chunk_len
-            self._mask = np.zeros((len(prompts), self._ctx_len), bool)
-            self._mask[:, :stop] = positions[:, :stop] >= 0
+            mask = np.zeros((len(prompts), self._ctx_len), bool)
+            mask[:, :stop] = positions[:, :stop] >= 0
+            self._past[contract.ATTENTION_MASK] = mask
             found += self._step(ids[:, start:stop], positions[:, start:stop])
         return found
 
     def decode(self, tokens: Sequence[int], slots: Sequence[int]) -> list[ReplayAnswer]:
+        """See `PositionIdsReplay.decode`."""
         positions = self._lengths[:, None] + (self._cache_index - self._input_len)
         return self._step(np.array(tokens, np.int64)[:, None], positions)
 
@@ -208,18 +220,17 @@ class CacheIndexReplay(Replay):
     def _step(self, ids: Ints, positions: Ints) -> list[ReplayAnswer]:
         feed = {
             contract.INPUT_IDS: ids,
-            contract.ATTENTION_MASK: self._mask,
             contract.POSITION_IDS: np.maximum(positions, 0),
             contract.CACHE_INDEX: np.array([self._cache_index], np.int64),
         }
-        name = contract.retained(contract.ATTENTION_MASK)
-        answers, (self._mask,) = self._run(feed, positions, [name])
         self._cache_index += ids.shape[1]
-        found: list[ReplayAnswer] = answers
-        return found
+        return self._run(feed, positions)
 
 
-def replay_of(contract_: IoContract) -> type[Replay]:
+Replay = PositionIdsReplay | CacheIndexReplay
+
+
+def replay_of(contract_: IoContract) -> type[PositionIdsReplay] | type[CacheIndexReplay]:
     """The kind of replay that feeds a contract."""
     return CacheIndexReplay if contract_ is IoContract.CACHE_INDEX else PositionIdsReplay
 
@@ -291,3 +302,51 @@ def cut_layers(model: Any, keep: Sequence[int]) -> None:
         copies = [type(item).FromString(item.SerializeToString()) for item in kept]
         del field[:]
         field.extend(copies)
+
+
+def watch_activations(model: Any) -> dict[str, str]:
+    """Give an `onnx.ModelProto` one more scalar output for each of its activations, in place.
+
+    Returns:
+        Names of those outputs, each with the name of its activation.
+    """
+    graph = model.graph
+    made = _activations(graph)
+    watched = {}
+    for value in [*graph.value_info, *graph.output]:
+        kind = value.type.tensor_type.elem_type
+        if kind not in _FLOATS or value.name not in made:
+            continue
+        name = _PREFIX + value.name
+        wide, size = f"{name}/wide", f"{name}/size"
+        graph.node.extend(
+            [
+                helper.make_node("Cast", [value.name], [wide], to=TensorProto.FLOAT),
+                helper.make_node("Abs", [wide], [size]),
+                helper.make_node("ReduceMax", [size], [name], keepdims=0),
+            ]
+        )
+        watched[name] = value.name
+    graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, []) for n in watched)
+    return watched
+
+
+def _activations(graph: Any) -> set[str]:
+    """Values that depend on the embedding, without masked scores, which are meant to be huge."""
+    made: set[str] = set()
+    producers = {}
+    masked = set()
+    for node in graph.node:
+        producers[node.output[0]] = node
+        if node.name.startswith(EMBEDDING) or made.intersection(node.input):
+            made.update(node.output)
+        if node.op_type == "Softmax":
+            before = producers[node.input[0]]
+            masked |= {node.input[0], *(before.input if before.op_type == "Cast" else ())}
+    return made - masked
+
+
+def layer_of(name: str) -> int | None:
+    """The layer of a node or a cache, by its name; None outside the layers."""
+    match = _LAYER.match(name)
+    return int(match.group(1)) if match else None

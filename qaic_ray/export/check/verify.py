@@ -1,34 +1,45 @@
 """Compares an exported graph with PyTorch: the same prompts through both, differences as data.
 
-`reference.py` runs PyTorch, `replay.py` the graph.
+`trace_prompts` runs PyTorch, `replay.py` the graph. No other file of the export runs torch.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP
 from qaic_ray.errors import CheckpointError, ExportError, UsageError
-from qaic_ray.export.architecture import Architecture
-from qaic_ray.export.check.headroom import Activation, beyond_float16, largest_activation
-from qaic_ray.export.check.reference import Floats, Trace, trace_prompts
 from qaic_ray.export.check.replay import (
+    Activation,
+    Floats,
+    Ints,
     PositionIdsReplay,
     Replay,
     ReplayAnswer,
     kept_layers,
     open_replay,
 )
+from qaic_ray.export.tensors import FLOAT16_MAX
 from qaic_ray.files.documents import checked, read_object
 from qaic_ray.files.folders import write_whole
-from qaic_ray.model.checkpoint import Checkpoint, has_tokenizer, load_tokenizer
-from qaic_ray.model.manifest import VERIFY_FILE, ModelManifest, read_manifest
+from qaic_ray.model.checkpoint import (
+    VERIFY_FILE,
+    Checkpoint,
+    ModelManifest,
+    load_tokenizer,
+    load_torch_model,
+    read_manifest,
+)
+from qaic_ray.model.tokenizer import has_vocabulary
 
 PROMPTS = (
     "My name is",
@@ -40,13 +51,29 @@ FLOAT32_TOLERANCE = 2e-3
 """Largest difference of a float32 logit that passes."""
 FLOAT16_TOLERANCE = 2e-2
 """The same for a float16 graph, as a fraction of the largest logit: its weights are rounded."""
-FULL_PARAMETERS = 2_000_000_000
-"""Models below this are checked with all their layers by default."""
-
-CTX_LEN = 64
-"""Context of a verification, where the model has as much."""
+CTX_LEN = 64  # where the model has as much
 CHUNK_LEN = 8
 """Tokens of a prefill chunk of a verification."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One prompt and its greedy continuation.
+
+    `tokens` are the prompt's and those decoded from it but the last, `logits` [tokens, vocab] what
+    follows each of them; `keys` and `values` are [heads, tokens, head_dim], one for every layer.
+    """
+
+    prompt_len: int
+    tokens: Ints
+    logits: Floats
+    keys: list[Floats]
+    values: list[Floats]
+
+    @property
+    def prompt(self) -> Ints:
+        """The prompt's tokens; those behind them are decoded."""
+        return self.tokens[: self.prompt_len]
 
 
 @dataclass(frozen=True)
@@ -84,18 +111,12 @@ class VerifyReport:
 
     def raise_if_different(self) -> None:
         """Raise ExportError naming the worst scenario, unless the report passed."""
-        if self.passed:
-            return
-        worst = max(self.scenarios, key=lambda s: np.nan_to_num(s.logits, nan=np.inf))
-        raise ExportError(
-            f"The exported graph differs from PyTorch by {worst.logits:.3g} in a logit "
-            f"({worst.scenario}); {self.tolerance:.3g} is allowed."
-        )
-
-
-def default_level(architecture: Architecture) -> str:
-    """`full` for a model that fits into the memory of a workstation, else `quick`."""
-    return "full" if architecture.num_parameters < FULL_PARAMETERS else "quick"
+        if not self.passed:
+            worst = max(self.scenarios, key=lambda s: np.nan_to_num(s.logits, nan=np.inf))
+            raise ExportError(
+                f"The exported graph differs from PyTorch by {worst.logits:.3g} in a logit "
+                f"({worst.scenario}); {self.tolerance:.3g} is allowed."
+            )
 
 
 def verify_export(model_dir: Path, checkpoint: Checkpoint, *, level: str = "full") -> VerifyReport:
@@ -114,7 +135,7 @@ def verify_export(model_dir: Path, checkpoint: Checkpoint, *, level: str = "full
     chunk_len = max(1, min(CHUNK_LEN, (ctx_len - NUM_DECODE_STEPS) // 2))
     # Whole chunks, because rows that are padded on the left take so much of the context.
     longest = (ctx_len - NUM_DECODE_STEPS) // chunk_len * chunk_len
-    prompts = _prompt_ids(checkpoint, manifest, longest=longest)
+    prompts = _prompt_ids(checkpoint, manifest.vocab_size, longest)
     return compare(
         model_dir, checkpoint, prompts, ctx_len=ctx_len, chunk_len=chunk_len, level=level
     )
@@ -150,15 +171,17 @@ def compare(
         scenarios.speculation(replay)
     tolerance = FLOAT32_TOLERANCE
     if manifest.dtype == "float16":
-        tolerance = FLOAT16_TOLERANCE * max(float(np.abs(t.logits).max()) for t in traces)
+        tolerance = FLOAT16_TOLERANCE * float(max(np.abs(t.logits).max() for t in traces))
+    activations = replay.activations()
+    beyond = [a for a in activations if not a.largest <= FLOAT16_MAX]
     return VerifyReport(
         level=level,
         layers=layers,
         ctx_len=ctx_len,
         tolerance=tolerance,
-        scenarios=tuple(difference.total() for difference in scenarios.differences),
-        largest=largest_activation(replay.largest),
-        overflows=beyond_float16(replay.largest),
+        scenarios=tuple(d.total(name) for name, d in scenarios.differences.items()),
+        largest=max(activations, key=lambda a: a.largest),
+        overflows=tuple(sorted(beyond, key=lambda a: (a.layer is None, a.layer or 0, a.name))),
     )
 
 
@@ -181,133 +204,165 @@ def read_report(model_dir: Path) -> VerifyReport | None:
         raise UsageError(f"{error} Delete the file and verify again.") from error
 
 
-def _prompt_ids(
-    checkpoint: Checkpoint, manifest: ModelManifest, *, longest: int
-) -> list[list[int]]:
+def _prompt_ids(checkpoint: Checkpoint, vocab_size: int, longest: int) -> list[list[int]]:
     prompts: list[list[int]] = []
-    if has_tokenizer(checkpoint):
+    if has_vocabulary(checkpoint.folder):
         encode = load_tokenizer(checkpoint).encode
         prompts = [encode(prompt)[:longest] for prompt in PROMPTS]
     largest = max((token for prompt in prompts for token in prompt), default=0)
-    if largest >= manifest.vocab_size:
+    if largest >= vocab_size:
         raise CheckpointError(
             f"The tokenizer of {checkpoint.name} is of another model: it gives the token "
-            f"{largest}, and vocab_size in config.json is {manifest.vocab_size}."
+            f"{largest}, and vocab_size in config.json is {vocab_size}."
         )
     if prompts and all(prompts):
         return prompts
     # A checkpoint without a tokenizer still has a graph to check; its tokens have no meaning.
     raw = [list(prompt.encode()) for prompt in PROMPTS]
-    return [[byte % manifest.vocab_size for byte in prompt][:longest] for prompt in raw]
+    return [[byte % vocab_size for byte in prompt][:longest] for prompt in raw]
+
+
+def trace_prompts(
+    checkpoint: Checkpoint,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_steps: int,
+    layers: Sequence[int] | None = None,
+    clip: bool = False,
+) -> list[Trace]:
+    """Run prompts through transformers in float32.
+
+    Args:
+        checkpoint: opened with its weights.
+        prompts: token ids.
+        num_steps: tokens decoded after each prompt.
+        layers: the layers to run, where not all.
+        clip: bring the weights into the range of float16 first, as the export has done.
+    """
+    import torch
+
+    model = load_torch_model(checkpoint, layers=layers)
+    if clip:
+        for parameter in model.parameters():
+            clipped = parameter.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+            parameter.data = torch.where(parameter.isneginf(), parameter, clipped)
+    with torch.inference_mode():
+        return [_trace(model, prompt, num_steps) for prompt in prompts]
+
+
+def _trace(model: Any, prompt: Sequence[int], num_steps: int) -> Trace:
+    import torch
+
+    fresh, tokens, logits = list(prompt), list(prompt), []
+    cache: Any = None
+    for _ in range(num_steps + 1):
+        result = model(torch.tensor([fresh]), past_key_values=cache, use_cache=True)
+        cache = result.past_key_values
+        logits.append(result.logits[0].numpy())
+        fresh = [int(logits[-1][-1].argmax())]
+        tokens += fresh
+    return Trace(
+        prompt_len=len(prompt),
+        tokens=np.array(tokens[:-1], np.int64),
+        logits=np.concatenate(logits),
+        keys=[layer.keys[0].numpy() for layer in cache.layers],
+        values=[layer.values[0].numpy() for layer in cache.layers],
+    )
 
 
 class _Scenarios:
-    """Runs the prompts in several ways and keeps a difference for each."""
+    """Runs the prompts in several ways and keeps a difference for each, by its name."""
 
     def __init__(
         self, replay: Replay, manifest: ModelManifest, traces: Sequence[Trace], chunk_len: int
     ) -> None:
         self._replay = replay
         self._continuous = manifest.continuous
-        self._num_copies = manifest.num_replicate_kv_heads
         self._traces = traces
         self._chunk_len = chunk_len
-        # One slot more than rows, so that one always belongs to no row.
-        self._num_slots = len(traces) + 1
-        self.differences: list[_Difference] = []
+        self.differences: defaultdict[str, _Difference] = defaultdict(
+            lambda: _Difference(manifest.num_replicate_kv_heads)
+        )
 
     def prefill_and_decode(self) -> None:
         """Each prompt alone, in one prefill, and then its decode steps."""
-        prefill, decode = self._scenario("prefill"), self._scenario("decode")
         for trace in self._traces:
             self._reset(1)
-            self._prefill([trace], [0], trace.prompt_len, prefill)
-            self._decode([trace], [0], decode)
+            self._prefill("prefill", [trace], [0], trace.prompt_len)
+            self._decode("decode", [trace], [0])
 
     def chunked_prefill(self) -> None:
         """The longest prompt in chunks, one of them padded."""
-        trace = max(self._traces, key=lambda t: t.prompt_len)
+        longest = [max(self._traces, key=lambda t: t.prompt_len)]
         self._reset(1)
-        difference = self._scenario("chunked prefill")
-        self._prefill([trace], [0], self._chunk_len, difference)
-        self._decode([trace], [0], difference)
+        self._prefill("chunked prefill", longest, [0], self._chunk_len)
+        self._decode("chunked prefill", longest, [0])
 
     def mixed_batch(self) -> None:
         """Prompts of different lengths decoded together."""
-        difference = self._scenario("mixed batch")
-        self._decode(self._traces, self._prefill_all(difference), difference)
+        self._decode("mixed batch", self._traces, self._prefill_all("mixed batch"))
 
     def slot_reuse(self) -> None:
         """A short prompt in the slot that a longer one has left."""
-        ordered = sorted(self._traces, key=lambda t: t.prompt_len)
+        shortest = min(self._traces, key=lambda t: t.prompt_len)
+        longest = max(self._traces, key=lambda t: t.prompt_len)
         self._reset(1)
-        longest = ordered[-1].tokens[: ordered[-1].prompt_len]
-        self._replay.prefill([longest], [1], self._chunk_len)
-        difference = self._scenario("slot reuse")
-        self._prefill([ordered[0]], [1], self._chunk_len, difference)
-        self._decode([ordered[0]], [1], difference)
+        self._replay.prefill([longest.prompt], [1], self._chunk_len)
+        self._prefill("slot reuse", [shortest], [1], self._chunk_len)
+        self._decode("slot reuse", [shortest], [1])
 
     def speculation(self, replay: PositionIdsReplay) -> None:
         """Several tokens of every row in one step, and one of the last row."""
-        ends = [trace.prompt_len + NUM_DECODE_STEPS for trace in self._traces]
-        ends[-1] = self._traces[-1].prompt_len + 1
-        more = [
-            trace.tokens[trace.prompt_len : end].tolist()
-            for trace, end in zip(self._traces, ends, strict=True)
-        ]
-        difference = self._scenario("speculation")
-        slots = self._prefill_all(difference)
-        for answer in replay.extend(more, slots):
-            difference.add_answer(self._traces[answer.row], answer)
-        for trace, slot, end in zip(self._traces, slots, ends, strict=True):
-            difference.add_cache(trace, replay.row(slot, end))
-
-    def _scenario(self, name: str) -> _Difference:
-        self.differences.append(_Difference(name, self._num_copies))
-        return self.differences[-1]
+        counts = [NUM_DECODE_STEPS] * (len(self._traces) - 1) + [1]
+        slots = self._prefill_all("speculation")
+        rows = list(zip(self._traces, slots, counts, strict=True))
+        more = [t.tokens[t.prompt_len : t.prompt_len + count].tolist() for t, _, count in rows]
+        answers = replay.extend(more, slots)
+        self._compare("speculation", answers, rows)
 
     def _reset(self, num_rows: int) -> None:
-        self._replay.reset(self._num_slots if self._continuous else num_rows)
+        # One slot more than rows, so that one always belongs to no row.
+        self._replay.reset(len(self._traces) + 1 if self._continuous else num_rows)
 
-    def _prefill_all(self, into: _Difference) -> list[int]:
+    def _prefill_all(self, name: str) -> Sequence[int]:
         """Every prompt in a row of its own; the rows."""
-        slots = list(range(len(self._traces)))
-        self._reset(len(slots))
+        num_rows = len(self._traces)
+        self._reset(num_rows)
         if not self._continuous:
-            self._prefill(self._traces, slots, self._chunk_len, into)
-            return slots
-        slots = [self._num_slots - 1 - slot for slot in slots]
+            self._prefill(name, self._traces, range(num_rows), self._chunk_len)
+            return range(num_rows)
+        slots = range(num_rows, 0, -1)
         for trace, slot in zip(self._traces, slots, strict=True):
-            self._prefill([trace], [slot], self._chunk_len, into)
+            self._prefill(name, [trace], [slot], self._chunk_len)
         return slots
 
     def _prefill(
-        self, traces: Sequence[Trace], slots: Sequence[int], chunk_len: int, into: _Difference
+        self, name: str, traces: Sequence[Trace], slots: Sequence[int], chunk_len: int
     ) -> None:
-        prompts = [trace.tokens[: trace.prompt_len] for trace in traces]
-        for answer in self._replay.prefill(prompts, slots, chunk_len):
-            into.add_answer(traces[answer.row], answer)
-        self._compare_caches(traces, slots, 0, into)
+        answers = self._replay.prefill([trace.prompt for trace in traces], slots, chunk_len)
+        self._compare(name, answers, zip(traces, slots, repeat(0)))
 
-    def _decode(self, traces: Sequence[Trace], slots: Sequence[int], into: _Difference) -> None:
+    def _decode(self, name: str, traces: Sequence[Trace], slots: Sequence[int]) -> None:
         for step in range(NUM_DECODE_STEPS):
             tokens = [int(trace.tokens[trace.prompt_len + step]) for trace in traces]
-            for answer in self._replay.decode(tokens, slots):
-                into.add_answer(traces[answer.row], answer)
-            self._compare_caches(traces, slots, step + 1, into)
+            answers = self._replay.decode(tokens, slots)
+            self._compare(name, answers, zip(traces, slots, repeat(step + 1)))
 
-    def _compare_caches(
-        self, traces: Sequence[Trace], slots: Sequence[int], step: int, into: _Difference
+    def _compare(
+        self, name: str, answers: Sequence[ReplayAnswer], rows: Iterable[tuple[Trace, int, int]]
     ) -> None:
-        for trace, slot in zip(traces, slots, strict=True):
-            into.add_cache(trace, self._replay.row(slot, trace.prompt_len + step))
+        """Compare a run's answers and caches; a row has a slot and so many decoded tokens."""
+        difference, every = self.differences[name], list(rows)
+        for answer in answers:
+            difference.add_answer(every[answer.row][0], answer)
+        for trace, slot, count in every:
+            difference.add_cache(trace, self._replay.row(slot, trace.prompt_len + count))
 
 
 class _Difference:
     """The largest differences over the rows of one scenario."""
 
-    def __init__(self, scenario: str, num_copies: int) -> None:
-        self._scenario = scenario
+    def __init__(self, num_copies: int) -> None:
         self._num_copies = num_copies
         self._largest: list[list[float]] = [[0.0], [0.0], [0.0]]
         self._top1: list[bool] = []
@@ -330,11 +385,10 @@ class _Difference:
                 seen = np.repeat(layer_truth[:, : layer.shape[1]], self._num_copies, axis=0)
                 self._largest[which + 1].append(_largest(layer, seen))
 
-    def total(self) -> ScenarioDifference:
+    def total(self, scenario: str) -> ScenarioDifference:
+        """The difference of the scenario of this name."""
         logits, keys, values = (float(np.max(found)) for found in self._largest)
-        return ScenarioDifference(
-            self._scenario, logits, keys, values, len(self._top1), sum(self._top1)
-        )
+        return ScenarioDifference(scenario, logits, keys, values, len(self._top1), sum(self._top1))
 
 
 def _largest(got: Floats, expected: Floats) -> float:

@@ -1,9 +1,10 @@
 """Runs one command; it and all that it started end with the caller at the latest.
 
-A script of its own, `python -I -S guard.py`, that imports nothing of the package. stdin has the
-argv as a line of JSON and stays open as long as the caller wants the command; the kernel closes it
-when the caller dies of any signal. Then all processes below the command are killed, also stopped
-ones and those in other sessions. It ends with the command's exit code or signal.
+A killed caller can end nothing, so `guarded` starts this file as a script of its own, `python -I -S
+guard.py`, that imports nothing of the package. stdin has the argv as a line of JSON and stays open
+as long as the caller wants the command; the kernel closes it when the caller dies of any signal.
+Then all processes below the command are killed, also stopped ones and those in other sessions. It
+ends with the command's exit code or signal.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import json
 import os
 import select
 import signal
+import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import IO
 
 NOT_STARTED = 127
 CANNOT_START = "guard: cannot start: "
@@ -24,6 +28,44 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.02
+
+
+@contextmanager
+def guarded(
+    argv: list[str], output: IO[bytes], *, end_s: float
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command under a guard; all of it is ended with the block.
+
+    Args:
+        argv: the command.
+        output: takes stdout and stderr.
+        end_s: so long the guard may take to end the command.
+
+    Yields:
+        The guard's process, whose exit code is the command's.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", __file__],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    try:
+        with suppress(BrokenPipeError):  # its exit code tells
+            process.stdin.write(json.dumps(argv).encode() + b"\n")
+            process.stdin.flush()
+        yield process
+    finally:
+        with suppress(BrokenPipeError):
+            process.stdin.close()  # the guard ends what it has begun, and then itself
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(end_s)
+        # Also where the guard was killed: its group outlives it.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The shapes of a program, and the choice among them. Pure.
+"""What the batchers work with: rows in flight, steps, and the shapes of a program. Pure.
 
 Of several prefill shapes a long one computes more in a step, a short one wastes less on the end of
 a prompt; `cheapest_cover` weighs them. Of several compute-context lengths the shortest that reaches
@@ -7,14 +7,113 @@ the step's last position reads the least of the cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from collections.abc import Sequence as Listed
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from qaic_ray.contract import Specialization, Specializations
+from qaic_ray.rows import FinishReason
+from qaic_ray.sampling_params import SamplingParams, TokenLogprob
 
+GREEDY = SamplingParams()
 STEP_TOKENS = 128
 """Until steps are measured: reading the weights costs as much as computing this many tokens."""
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Token ids of one row in flight; compared by identity.
+
+    `max_new_tokens` is how many tokens may be generated at most; `stop_ids` end the row and are
+    kept as its last token. `num_computed` counts the tokens, prompt and answer, whose keys and
+    values the card holds, `num_reused` those of the prompt that it held already. `slot` is set
+    while the row runs. `num_read` tokens of the answer were looked through for stop strings.
+    """
+
+    key: int
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    params: SamplingParams = GREEDY
+    seed: int = 0
+    output_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    num_computed: int = 0
+    num_reused: int = 0
+    num_read: int = 0
+    slot: int | None = None
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and answer so far."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens that the card has not computed yet; at least 1 while the row runs."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def newest(self) -> int:
+        """The uncomputed token, where there is one; the first of several."""
+        return self.next_ids(1)[0]
+
+    def next_ids(self, count: int) -> Listed[int]:
+        """The next `count` uncomputed tokens, in order."""
+        start = self.num_computed - len(self.prompt_ids)
+        if start >= 0:
+            return self.output_ids[start : start + count]
+        if start + count <= 0:
+            return self.prompt_ids[self.num_computed : self.num_computed + count]
+        return (*self.prompt_ids[self.num_computed :], *self.output_ids[: start + count])
+
+    def take(self, tokens: Listed[int]) -> int:
+        """Append chosen tokens until one of them ends the row; how many were kept."""
+        output, stop_ids, limit = self.output_ids, self.stop_ids, self.max_new_tokens
+        for kept, token in enumerate(tokens, start=1):
+            output.append(token)
+            if token in stop_ids:
+                self.finish_reason = FinishReason.STOP
+                return kept
+            if len(output) >= limit:
+                self.finish_reason = FinishReason.LENGTH
+                return kept
+        return len(tokens)
+
+    def cut(self, num_tokens: int) -> int:
+        """End the row with its first `num_tokens` tokens; how many were dropped."""
+        dropped = len(self.output_ids) - num_tokens
+        del self.output_ids[num_tokens:]
+        del self.logprobs[num_tokens:]
+        self.finish_reason = FinishReason.STOP
+        return dropped
+
+
+@dataclass(frozen=True)
+class Step:
+    """One execution of the program: the rows that take part, and how many tokens each feeds.
+
+    `seq_len` is that of the shape to run in; for a decode step the longest that any row may use.
+    Row i is a slot and its sequence, and feeds `counts[i]` of its uncomputed tokens. If these are
+    all of them it is answered with its next token; logits of other rows mean nothing.
+
+    Rows in lockstep also have `padded_len`, the length that every prompt is padded to, and write
+    the cache from `cache_index` on; `counts` includes the padding there.
+    """
+
+    is_prefill: bool
+    seq_len: int
+    rows: tuple[tuple[int, Sequence], ...]
+    counts: tuple[int, ...]
+    cache_index: int = 0
+    padded_len: int = 0
+
+    @property
+    def ends_padded(self) -> bool:
+        """Whether a step in lockstep reaches the end of the padded prompts: all are answered."""
+        return self.cache_index + self.seq_len >= self.padded_len
 
 
 @dataclass(frozen=True)
@@ -78,7 +177,7 @@ class ShapeCosts:
         lens: `seq_len` of the prefill shapes, in any order; may be empty.
     """
 
-    def __init__(self, lens: Sequence[int]) -> None:
+    def __init__(self, lens: Listed[int]) -> None:
         self.lens = tuple(sorted(lens))
         self._seconds: dict[int, float] = {}
         self._latest: dict[int, float] = {}
