@@ -85,6 +85,24 @@ class DeviceNode:
 
 
 @dataclass(frozen=True)
+class CardTrial:
+    """What became of a program with a known answer on one card.
+
+    Attributes:
+        outcome: right, wrong, refused, hung, died, or busy: somebody else holds the card.
+        says: a sentence, where it is not right.
+        open_s: seconds that loading took.
+        run_s: seconds of its quickest execution.
+    """
+
+    qid: int
+    outcome: str
+    says: str = ""
+    open_s: float = 0.0
+    run_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class CardFacts:
     """The cards as the SDK's tool tells of them, and as the kernel does.
 
@@ -93,6 +111,8 @@ class CardFacts:
         held: id of a card -> who holds it.
         on_bus: Cloud AI 100 functions on the PCI bus.
         parameters: of the kernel module; None where it is not loaded.
+        trials: of a program that was run on the cards; none where that was not asked for.
+        trial_error: why there is no such program.
         in_group: groups that the user is a member of, by the system's list; a login that is older
             than the membership does not have it.
     """
@@ -103,6 +123,8 @@ class CardFacts:
     nodes: tuple[DeviceNode, ...] = ()
     on_bus: int = 0
     parameters: Mapping[str, int] | None = None
+    trials: tuple[CardTrial, ...] = ()
+    trial_error: str = ""
     in_group: frozenset[str] = frozenset()
 
 

@@ -28,7 +28,7 @@ from qaic_ray.doctor.facts import (
     RayFacts,
     SdkFacts,
 )
-from qaic_ray.errors import DeviceError, QaicRayError, SdkNotFound
+from qaic_ray.errors import CompileError, DeviceError, QaicRayError, SdkNotFound
 from qaic_ray.files.documents import read_object, read_text
 from qaic_ray.files.folders import cache_folder
 from qaic_ray.options import EmulatorOptions
@@ -49,7 +49,12 @@ _LISTENS = "0A"
 
 
 def machine_facts(
-    sdk: str | None, emulated: EmulatorOptions, folder: Path, *, root: Path = Path("/")
+    sdk: str | None,
+    emulated: EmulatorOptions,
+    folder: Path,
+    *,
+    tries_cards: bool = False,
+    root: Path = Path("/"),
 ) -> MachineFacts:
     """All facts of this machine.
 
@@ -57,6 +62,7 @@ def machine_facts(
         sdk: as `find_sdk` takes it.
         emulated: what the emulated SDK is to be, where it is the one.
         folder: where runs would write.
+        tries_cards: run a tiny program on every card that is free.
         root: holds `dev`, `sys` and `proc`.
     """
     sdk_facts, found = _sdk(sdk, emulated)
@@ -65,7 +71,7 @@ def machine_facts(
         host=os.uname().nodename,
         python=platform.python_version(),
         sdk=sdk_facts,
-        cards=_cards(found, root),
+        cards=_cards(found, root, tries_cards),
         ray=ray_facts(Path.home()),
         ports=tuple(ports(root)),
         disks=tuple(_disks(folder)),
@@ -121,7 +127,7 @@ def _emulated_cards(sdk: Sdk) -> int:
     return number if isinstance(number, int) else 0
 
 
-def _cards(sdk: Sdk | None, root: Path) -> CardFacts:
+def _cards(sdk: Sdk | None, root: Path, tries_cards: bool) -> CardFacts:
     facts = CardFacts(
         nodes=tuple(_device_nodes(root)),
         on_bus=_on_bus(root),
@@ -131,12 +137,25 @@ def _cards(sdk: Sdk | None, root: Path) -> CardFacts:
     if sdk is None:
         return facts
     try:
-        devices = tuple(sdk.devices())
+        if tries_cards:
+            facts = _tried(facts, sdk)
+        devices = tuple(sdk.devices())  # last: a trial may have found a card to be in error
     except DeviceError as error:
         return replace(facts, error=str(error))
     held = held_cards(card_scope(sdk))
     who = {qid: " and ".join(map(str, holders)) for qid, holders in held.items()}
     return replace(facts, devices=devices, held=who)
+
+
+def _tried(facts: CardFacts, sdk: Sdk) -> CardFacts:
+    from qaic_ray.doctor.card_trial import try_cards
+
+    ready = [device.qid for device in sdk.devices() if device.ready]
+    with tempfile.TemporaryDirectory(prefix="qaic-ray-doctor-") as made:
+        try:
+            return replace(facts, trials=tuple(try_cards(sdk, ready, Path(made))))
+        except CompileError as error:
+            return replace(facts, trial_error=str(error))
 
 
 def _device_nodes(root: Path) -> Iterator[DeviceNode]:

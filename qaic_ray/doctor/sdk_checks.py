@@ -276,6 +276,45 @@ def driver_waits(facts: MachineFacts) -> Iterator[Finding]:
         yield ok("driver time-outs", said or "the driver has no such parameters")
 
 
+SLOW = 2.5
+"""A card that takes so many times as long as the quickest one is slow."""
+SLOW_S = 0.005
+"""Differences below this are the host's."""
+
+
+def cards_compute(facts: MachineFacts) -> Iterator[Finding]:
+    """Every card gives the known answer, in its time; where cards were tried."""
+    trials, util = facts.cards.trials, f"{facts.sdk.root}/tools/qaic-util"
+    if facts.cards.trial_error:
+        yield fail(
+            "card trial",
+            facts.cards.trial_error,
+            "The SDK's compiler must make a program of one addition: install the SDK again.",
+        )
+        return
+    right = [trial for trial in trials if trial.outcome == "right"]
+    least_s = min((trial.run_s for trial in right), default=0.0)
+    for trial in trials:
+        label = f"card {trial.qid}"
+        if trial.outcome == "busy":
+            yield warn(label, f"Not tried. {trial.says}", "Try it when nobody holds it.")
+        elif trial.outcome != "right":
+            yield fail(
+                label,
+                f"A program with a known answer came to nothing: {trial.says}",
+                f"Leave it out (--device-id), reset it (`sudo {util} -s -p PCI`), and try again.",
+            )
+        elif trial.run_s > SLOW * least_s and trial.run_s - least_s > SLOW_S:
+            yield warn(
+                label,
+                f"It is slow: {trial.run_s * 1000:.1f} ms an execution, the quickest card "
+                f"{least_s * 1000:.1f}.",
+                f"See its temperature and clocks: `{util} -q -d {trial.qid}`.",
+            )
+    if right and len(right) == len(trials):
+        yield ok("card trial", f"{len(right)} cards gave the known answer")
+
+
 CHECKS = (
     sdk_is_there,
     versions_fit,
@@ -284,4 +323,5 @@ CHECKS = (
     cards_are_ready,
     cards_are_free,
     driver_waits,
+    cards_compute,
 )

@@ -47,34 +47,39 @@ class Diagnosis:
         }
 
 
-def doctor_step(sdk: str, address: str | None, folder: Path) -> Diagnosis:
+def doctor_step(
+    sdk: str, address: str | None, folder: Path, *, tries_cards: bool = False
+) -> Diagnosis:
     """Look at this machine, or at every node of a cluster.
 
     Args:
         sdk: as `--sdk` names it.
         address: of a Ray cluster; None for this machine alone.
         folder: where runs would be, on this machine.
+        tries_cards: run a tiny program on every card that is free.
 
     Raises:
         UsageError: no such cluster, or one that this machine cannot join.
     """
     if address is None:
-        here = machine_facts(sdk, EmulatorOptions(), folder)
+        here = machine_facts(sdk, EmulatorOptions(), folder, tries_cards=tries_cards)
         return Diagnosis(of_machine(here), [here])
     from qaic_ray.cluster.cluster import Cluster
 
     here = machine_facts(sdk, EmulatorOptions(), folder)
     with Cluster(0, address=address) as cluster:
-        nodes = node_facts(cluster, name_for_others(sdk), folder)
+        nodes = node_facts(cluster, name_for_others(sdk), folder, tries_cards=tries_cards)
     findings = of_cluster(nodes, here, str(folder.absolute()))
     return Diagnosis(findings, [node.facts for node in nodes if node.facts is not None])
 
 
-def node_facts(cluster: Cluster, sdk: str, folder: Path) -> list[NodeFacts]:
+def node_facts(
+    cluster: Cluster, sdk: str, folder: Path, *, tries_cards: bool = False
+) -> list[NodeFacts]:
     """What every node of a cluster tells."""
     skews: dict[str, tuple[float, float]] = {}
     with _shared_file(folder) as (path, content):
-        asked = _Question(sdk, str(folder.absolute()), path, content)
+        asked = _Question(sdk, str(folder.absolute()), path, content, tries_cards)
         told = cluster.each_node("doctor", _look, (asked,))
         for _ in range(CLOCK_LOOKS):
             began_s = time.time()
@@ -105,12 +110,14 @@ class _Question:
     folder: str
     path: str
     content: str
+    tries_cards: bool
 
 
 def _look(node: Node, asked: _Question) -> tuple[MachineFacts, str]:
     """The facts of a node, and what it sees in the place of a file of the machine that asks."""
     here = Path(asked.folder)
-    facts = machine_facts(asked.sdk, EmulatorOptions(), here if here.is_dir() else Path.cwd())
+    folder = here if here.is_dir() else Path.cwd()
+    facts = machine_facts(asked.sdk, EmulatorOptions(), folder, tries_cards=asked.tries_cards)
     try:
         seen = Path(asked.path).read_text(encoding="ascii") == asked.content
     except (OSError, ValueError):
