@@ -72,7 +72,7 @@ def ours(cwd: Path) -> dict[str, Any]:
 PEER = """
 import json, sys, time
 import torch
-from qaic_ray.pipeline.job_file import load_job
+from qaic_ray.pipeline.job import load_job
 from qaic_ray.model.checkpoint import load_tokenizer, load_torch_model, open_checkpoint
 from pathlib import Path
 job = load_job(Path(sys.argv[1]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from itertools import chain, islice
 from pathlib import Path
@@ -31,9 +31,6 @@ RETAINED_SUFFIX = "_RetainedState"
 
 PADDING_POSITION = -1
 """`position_ids` of a padding token in the `position-ids` contract."""
-
-MAX_CORES = 16
-"""NSPs of the largest Cloud AI 100 SoC (Pro, Ultra)."""
 
 MAX_SIZE = 2**31 - 1
 """The largest dimension: what 32 bits hold."""
@@ -111,9 +108,7 @@ class Specialization:
         return {key: str(value) for key, value in values.items() if value is not None}
 
 
-SYMBOLS = (
-    "batch_size", "seq_len", "ctx_len", "full_batch_size", NUM_LOGITS_TO_KEEP, COMP_CTX_LENGTHS
-)  # fmt: skip
+SYMBOLS = tuple(field.name for field in fields(Specialization))
 """The fields of a specialization; the first three are always there."""
 
 

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import partial
 
 
 class ExitCode(IntEnum):
@@ -73,11 +74,7 @@ class CompileError(QaicRayError):
         self.log = log
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild_compile_error, (str(self), self.exit_code, self.log)
-
-
-def _rebuild_compile_error(message: str, exit_code: int | None, log: str) -> CompileError:
-    return CompileError(message, exit_code=exit_code, log=log)
+        return partial(CompileError, exit_code=self.exit_code, log=self.log), (str(self),)
 
 
 class Unfinished(QaicRayError):
@@ -102,11 +99,7 @@ class DeviceError(QaicRayError):
         self.status = status
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild_device_error, (type(self), str(self), self.status)
-
-
-def _rebuild_device_error(kind: type[DeviceError], message: str, status: str | None) -> DeviceError:
-    return kind(message, status=status)
+        return partial(type(self), status=self.status), (str(self),)
 
 
 class DeviceBusy(DeviceError):

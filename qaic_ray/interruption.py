@@ -158,11 +158,6 @@ def clear_last_words() -> None:
     _state.last_words = None
 
 
-def exit_code(otherwise: ExitCode) -> int:
-    """128 + the signal that interrupted this process, or another code where there was none."""
-    return otherwise if _state.signal is None else 128 + _state.signal
-
-
 def _listen_for_nudges() -> None:
     if signal.getsignal(_NUDGE) is not _heard:
         signal.signal(_NUDGE, _heard)
@@ -211,4 +206,4 @@ def _give_up() -> None:
     if words is not None:
         with suppress(OSError):  # stderr is closed
             os.write(2, f"qaic-ray: {words()}\n".encode())
-    os._exit(exit_code(ExitCode.UNFINISHED))
+    os._exit(ExitCode.UNFINISHED if _state.signal is None else 128 + _state.signal)

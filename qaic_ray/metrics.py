@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 from qaic_ray.rows import Row
@@ -34,12 +34,17 @@ class Durations:
     Adds associatively, with `Durations()` as zero.
     """
 
-    counts: Mapping[int, int] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, seconds: Iterable[float]) -> Durations:
         """Of a number of durations."""
         return cls(dict(Counter(map(bin_of, seconds))))
+
+    def count(self, seconds: float) -> None:
+        """Add one duration to these, in place."""
+        number = bin_of(seconds)
+        self.counts[number] = self.counts.get(number, 0) + 1
 
     def __add__(self, other: Durations) -> Durations:
         return Durations(dict(Counter(self.counts) + Counter(other.counts)))
@@ -63,13 +68,14 @@ class Durations:
         return 0.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measurement:
     """Counts and times of some work; adds associatively, with `Measurement()` as zero.
 
-    Times in seconds. `ttft` has one duration a row, so that medians of sums are true medians.
-    `reused_tokens` are prompt tokens that a slot held already. `decode_slots` is the number of rows
-    that decode steps had room for. `accepted_tokens` are those of `drafted_tokens` that were right.
+    Only the engine that does the work changes its own; others get copies. Times are seconds.
+    `ttft` has one duration a row, so that medians of sums are true medians. `reused_tokens` are
+    prompt tokens that a slot held already. `decode_slots` is the number of rows that decode steps
+    had room for. `accepted_tokens` are those of `drafted_tokens` that were right.
     """
 
     rows: int = 0
@@ -118,34 +124,6 @@ class Measurement:
         return self.ttft.quantile(0.5)
 
 
-@dataclass
-class Meter:
-    """The fields of `Measurement`, counted up while work is done.
-
-    `ttft` counts the bins of `Durations`.
-    """
-
-    rows: int = 0
-    failed_rows: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    generated_tokens: int = 0
-    prefill_steps: int = 0
-    prefill_s: float = 0.0
-    decode_steps: int = 0
-    decode_slots: int = 0
-    decode_rows: int = 0
-    decode_tokens: int = 0
-    decode_s: float = 0.0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    ttft: Counter[int] = field(default_factory=Counter)
-
-    def measurement(self) -> Measurement:
-        """What was counted so far."""
-        return Measurement(**(vars(self) | {"ttft": Durations(dict(self.ttft))}))
-
-
 @dataclass(frozen=True)
 class Span:
     """An interval on one clock, in seconds; adding two gives the interval that covers both."""
@@ -182,7 +160,7 @@ class Tally:
         self.failed_rows = 0
         self.generated_tokens = 0
         self.length_counts: Counter[int] = Counter()
-        self._meters: defaultdict[str, Meter] = defaultdict(Meter)
+        self._meters: defaultdict[str, Measurement] = defaultdict(Measurement)
 
     def add(self, row: Row) -> None:
         """Count one final row."""
@@ -195,7 +173,7 @@ class Tally:
         counts.prompt_tokens += row.prompt_tokens
         counts.generated_tokens += num_tokens
         if row.ok:
-            counts.ttft[bin_of(row.ttft_s)] += 1
+            counts.ttft.count(row.ttft_s)
             self.length_counts.update(answer_lens)
         else:
             self.failed_rows += 1
@@ -207,12 +185,12 @@ class Tally:
 
     def measurement(self, worker: str, engine: Measurement | None = None) -> Measurement:
         """The rows counted for `worker` ("" for none), with the steps that its engine reports."""
-        counts = self._meters.get(worker, Meter())
+        counts = self._meters.get(worker, Measurement())
         return replace(
             engine or Measurement(),
             rows=counts.rows,
             failed_rows=counts.failed_rows,
             prompt_tokens=counts.prompt_tokens,
             generated_tokens=counts.generated_tokens,
-            ttft=Durations(dict(counts.ttft)),
+            ttft=counts.ttft + Durations(),
         )

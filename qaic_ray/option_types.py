@@ -17,9 +17,10 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-from qaic_ray.contract import MAX_CORES, MAX_SIZE
+from qaic_ray.contract import MAX_SIZE
 from qaic_ray.errors import UsageError
 from qaic_ray.files.documents import shown, user_path
+from qaic_ray.limits import MAX_CORES
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Section")
@@ -133,7 +134,7 @@ def options_of(kind: type) -> dict[str, Opt]:
             entry = Opt(field.description, **field.json_schema_extra["opt"])
             own = (base for base in kind.__mro__ if name in vars(base).get("__annotations__", ()))
             group = entry.group or getattr(next(own), "GROUP", "")
-            allowed = entry.allowed or OptionValue.of(field).allowed
+            allowed = entry.allowed or OptionValue(field).allowed
             found[name] = replace(entry, group=group, allowed=allowed)
     return found
 
@@ -143,32 +144,25 @@ def _bare(kind: Any) -> Any:
     return _bare(get_args(kind)[0]) if get_origin(kind) is Annotated else kind
 
 
-@dataclass(frozen=True)
 class OptionValue:
     """What a field may hold: its type without None and bounds, its bounds, and whether None is one.
 
     `kind` is a list's own type where the field holds a list; `members` are a union's.
     """
 
-    kind: Any
-    members: tuple[Any, ...]
-    metadata: tuple[Any, ...]
-    is_optional: bool
-
-    @classmethod
-    def of(cls, field: FieldInfo) -> OptionValue:
-        """Read a field's annotation."""
-        kind, metadata = field.annotation, list(field.metadata)
+    def __init__(self, field: FieldInfo) -> None:
+        kind, self.metadata = field.annotation, list(field.metadata)
         is_union = get_origin(kind) in (Union, UnionType)
         members = tuple(m for m in get_args(kind) if m is not NoneType) if is_union else (kind,)
-        is_optional = is_union and NoneType in get_args(kind)
+        self.is_optional = is_union and NoneType in get_args(kind)
         if len(members) == 1:
             (kind,) = members
             while get_origin(kind) is Annotated:
-                metadata += get_args(kind)[1:]
+                self.metadata += get_args(kind)[1:]
                 kind = get_args(kind)[0]
             members = (kind,)
-        return cls(kind, members, tuple(metadata), is_optional)
+        self.kind: Any = kind
+        self.members: tuple[Any, ...] = members
 
     @property
     def is_path(self) -> bool:
@@ -195,18 +189,15 @@ class OptionValue:
             return self.kind  # type: ignore[no-any-return]
         return int if self.words and all(isinstance(word, int) for word in self.words) else str
 
-    def bound(self, name: str) -> Any:
-        """The value of `ge`, `gt` or `le`; None where there is no such bound."""
-        inner = [part for entry in self.metadata for part in getattr(entry, "metadata", (entry,))]
-        return next((getattr(part, name) for part in inner if hasattr(part, name)), None)
-
     @property
     def allowed(self) -> str:
         """What a number or a switch may be, as the end of a sentence; nothing for other types."""
         if self.kind is bool:
             return "true or false"
         words = {int: "a whole number", float: "a number"}.get(self.kind)
-        least, most = self.bound("ge"), self.bound("le")
+        bounds = [part for entry in self.metadata for part in getattr(entry, "metadata", (entry,))]
+        least = next((bound.ge for bound in bounds if hasattr(bound, "ge")), None)
+        most = next((bound.le for bound in bounds if hasattr(bound, "le")), None)
         if words is None or least is None:
             return words or ""
         end = "" if most is None else f" to {most}"

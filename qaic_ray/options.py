@@ -12,11 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from qaic_ray.contract import (
-    COMP_CTX_LENGTHS,
-    NUM_LOGITS_TO_KEEP,
-    IoContract,
-)
+from qaic_ray.contract import COMP_CTX_LENGTHS, NUM_LOGITS_TO_KEEP, IoContract
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.files.documents import read_object
 from qaic_ray.option_types import (

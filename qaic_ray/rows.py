@@ -40,6 +40,7 @@ class ErrorClass(str, Enum):
     """A card failed at each attempt."""
 
 
+_LEFT_OUT = ("messages", "stop_reason", "logprobs", "choices", "error", "error_class")
 _log = logging.getLogger(__name__)
 
 MAX_ERROR_CHARS = 900
@@ -122,17 +123,15 @@ class Sample:
 
     def to_json(self, index: int) -> dict[str, Any]:
         """The sample as an entry of the row's `choices`."""
-        document: dict[str, Any] = {
+        document = {
             "index": index,
             "text": self.text,
             "token_ids": list(self.token_ids),
             "finish_reason": self.finish_reason.value,
+            "stop_reason": self.stop_reason,
+            "logprobs": _logprobs_json(self.logprobs),
         }
-        if self.stop_reason is not None:
-            document["stop_reason"] = self.stop_reason
-        if self.logprobs is not None:
-            document["logprobs"] = _logprobs_json(self.logprobs)
-        return document
+        return {key: value for key, value in document.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -214,33 +213,36 @@ class Row:
         `messages`, `stop_reason`, `logprobs`, `choices`, `error` and `error_class` are left out
         where the row has none.
         """
-        document: dict[str, Any] = {"index": self.index, "id": self.id, "prompt": self.prompt}
-        if self.messages is not None:
-            document["messages"] = [dict(message) for message in self.messages]
-        document["text"] = self.text
-        document["token_ids"] = list(self.token_ids)
-        document["finish_reason"] = self.finish_reason.value
-        if self.stop_reason is not None:
-            document["stop_reason"] = self.stop_reason
-        document["prompt_tokens"] = self.prompt_tokens
-        document["generated_tokens"] = self.generated_tokens
-        document["ttft_s"] = round(self.ttft_s, 6)
-        document["decode_s"] = round(self.decode_s, 6)
-        document["worker"] = self.worker
-        document["attempts"] = self.attempts
-        if self.logprobs is not None:
-            document["logprobs"] = _logprobs_json(self.logprobs)
-        if self.choices:
-            document["choices"] = [c.to_json(index) for index, c in enumerate(self.choices)]
-        if self.error is not None:
-            document["error"] = self.error
-        if self.error_class is not None:
-            document["error_class"] = self.error_class.value
+        document: dict[str, Any] = {
+            "index": self.index,
+            "id": self.id,
+            "prompt": self.prompt,
+            "messages": None if self.messages is None else list(map(dict, self.messages)),
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "finish_reason": self.finish_reason.value,
+            "stop_reason": self.stop_reason,
+            "prompt_tokens": self.prompt_tokens,
+            "generated_tokens": self.generated_tokens,
+            "ttft_s": round(self.ttft_s, 6),
+            "decode_s": round(self.decode_s, 6),
+            "worker": self.worker,
+            "attempts": self.attempts,
+            "logprobs": _logprobs_json(self.logprobs),
+            "choices": [c.to_json(index) for index, c in enumerate(self.choices)] or None,
+            "error": self.error,
+            "error_class": None if self.error_class is None else self.error_class.value,
+        }
+        for key in _LEFT_OUT:
+            if document[key] is None:
+                del document[key]
         return document
 
 
-def _logprobs_json(logprobs: tuple[TokenLogprob, ...]) -> list[dict[str, Any]]:
+def _logprobs_json(logprobs: tuple[TokenLogprob, ...] | None) -> list[dict[str, Any]] | None:
     """One object a token, natural logs."""
+    if logprobs is None:
+        return None
     return [
         {
             **_logprob_json(token.token_id, token.logprob),

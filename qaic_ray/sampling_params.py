@@ -189,21 +189,14 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         """Whether tokens that occurred before get other logits."""
-        return (
-            self.repetition_penalty != 1.0
-            or self.presence_penalty != 0.0
-            or self.frequency_penalty != 0.0
-        )
+        penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
+        return penalties != (1.0, 0.0, 0.0)
 
     @property
     def is_plain(self) -> bool:
         """Whether the argmax of the raw logits, and nothing else, answers the row."""
-        return (
-            self.is_greedy
-            and not self.has_penalties
-            and self.min_tokens == 0
-            and self.logprobs is None
-        )
+        is_argmax = self.is_greedy and not self.has_penalties and not self.min_tokens
+        return is_argmax and self.logprobs is None
 
     def updated(self, json_fields: Mapping[str, Any]) -> SamplingParams:
         """These parameters with the fields of a JSON object in place of its own.

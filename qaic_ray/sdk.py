@@ -19,6 +19,7 @@ from pathlib import Path
 from qaic_ray.errors import DeviceError, SdkNotFound, UsageError
 from qaic_ray.files.documents import read_object, read_text, shown, user_path
 from qaic_ray.files.folders import cache_folder
+from qaic_ray.limits import AI100_HW_VERSION_FROM, NAMED_SPECIALIZATIONS_FROM
 from qaic_ray.options import EmulatorOptions
 
 VENDOR_ROOT = Path("/opt/qti-aic")
@@ -32,8 +33,6 @@ _MAX_XML_BYTES = 2**20
 _MAX_WORDS = 500
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _VERSION = re.compile(r"[0-9]{1,6}(\.[0-9A-Za-z_-]{1,20}){0,9}")
-_NAMED_SPECIALIZATIONS_FROM = (1, 22)
-_AI100_HW_VERSION_FROM = (1, 21)
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Sdk:
     @property
     def hw_version(self) -> str:
         """Value of `-aic-hw-version` that this generation's recipes pass."""
-        return "ai100" if self.version >= _AI100_HW_VERSION_FROM else "2.0"
+        return "ai100" if self.version >= AI100_HW_VERSION_FROM else "2.0"
 
     @property
     def compile_only(self) -> bool:
@@ -91,15 +90,23 @@ class Sdk:
     @property
     def named_specializations(self) -> bool:
         """Whether the compiler reads `{name, symbols}` specializations; older ones exit 255."""
-        return self.version >= _NAMED_SPECIALIZATIONS_FROM
+        return self.version >= NAMED_SPECIALIZATIONS_FROM
 
     @property
     def python_paths(self) -> tuple[Path, Path]:
         """Folders that hold `qaicrt` and `QAicApi_pb2`."""
-        return (
-            self.root / "dev" / "lib" / platform.machine(),
-            self.root / "dev" / "python",
-        )
+        return self.root / "dev" / "lib" / platform.machine(), self.root / "dev" / "python"
+
+    def environment(self) -> dict[str, str]:
+        """This process's environment variables, with the SDK's folders before their paths."""
+        paths = {
+            "PYTHONPATH": [*map(str, self.python_paths)],
+            "PATH": [str(self.root / "exec"), str(self.root / "tools")],
+        }
+        for name, folders in paths.items():
+            folders += filter(None, os.environ.get(name, "").split(os.pathsep))
+        joined = {name: os.pathsep.join(folders) for name, folders in paths.items()}
+        return {**os.environ, **joined, SDK_VARIABLE: str(self.root)}
 
     def devices(self) -> list[Device]:
         """The machine's cards, by `qaic-util -q`.
@@ -131,13 +138,7 @@ class Sdk:
 
 def has_cards() -> bool:
     """Whether the kernel shows a Cloud AI 100 device node, new style or old."""
-    return any(
-        any(folder.glob(pattern))
-        for folder, pattern in (
-            (Path("/dev/accel"), "accel*"),
-            (Path("/dev"), "qaic_aic100_*"),
-        )
-    )
+    return any(any(Path("/dev").glob(nodes)) for nodes in ("accel/accel*", "qaic_aic100_*"))
 
 
 def find_sdk(
@@ -162,9 +163,9 @@ def find_sdk(
     if name in (None, "auto"):
         name = os.environ.get(SDK_VARIABLE) or _default_name(vendor_root, has_cards)
     if name == "emulated":
-        # Named below by all that it is made of: an SDK in use is never changed under its users.
+        # By its name there, an SDK in use is never changed under its users.
         folder = cache_folder() / "emulated-sdk"
-        return open_sdk(Path(_install(["--under", str(folder)], emulated)))
+        return open_sdk(install_emulated(folder, emulated, below=True))
     if name == "real":
         if not vendor_root.is_dir():
             raise SdkNotFound(
@@ -185,30 +186,30 @@ def find_sdk(
 
 def name_for_others(name: str) -> str:
     """A name for `find_sdk` that means the same on every node: a folder's path is absolute."""
-    return name if name in ("auto", "real", "emulated") else str(Path(name).expanduser().absolute())
+    return name if name in SDK_NAMES else str(Path(name).expanduser().absolute())
 
 
-def install_emulated(prefix: Path, wanted: EmulatorOptions) -> Path:
-    """Lay the emulated SDK down at `prefix`; does nothing where the same one stands already.
+def install_emulated(place: Path, wanted: EmulatorOptions, *, below: bool = False) -> Path:
+    """Lay the emulated SDK down, and say where; does nothing where the same one stands already.
+
+    Args:
+        place: its folder.
+        wanted: what it should be.
+        below: its folder is below `place` instead, and named by all that it is made of.
 
     Raises:
         SdkNotFound: with the installer's own sentence.
     """
-    _install([str(prefix)], wanted)
-    return prefix
-
-
-def _install(where: list[str], wanted: EmulatorOptions) -> str:
-    """Run the installer; the last line that it prints."""
     command = [
-        *(sys.executable, "-m", "qaic_ray.emulator.install", *where),
+        *(sys.executable, "-m", "qaic_ray.emulator.install"),
+        *(["--under", str(place)] if below else [str(place)]),
         *("--apps-version", wanted.apps_version),
         *("--cards", str(wanted.cards), "--sku", wanted.sku),
     ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise SdkNotFound(result.stderr.strip() or "The emulated SDK could not be laid down.")
-    return result.stdout.rstrip("\n").rpartition("\n")[2]
+    return Path(result.stdout.rstrip("\n").rpartition("\n")[2]) if below else place
 
 
 def open_sdk(root: Path) -> Sdk:

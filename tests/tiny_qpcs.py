@@ -21,7 +21,7 @@ from qaic_ray.contract import NUM_LOGITS_TO_KEEP, IoContract, Specializations
 from qaic_ray.model.checkpoint import load_torch_model
 from qaic_ray.option_types import Precision
 from qaic_ray.options import EmulatorOptions, ExportOptions
-from qaic_ray.pipeline.compile_step import source_of
+from qaic_ray.pipeline.compile_step import open_folder
 from qaic_ray.sdk import Sdk, find_sdk
 
 VOCAB_SIZE = 300
@@ -90,7 +90,7 @@ class TinyQpcs:
             comp_ctx_lengths=comp_ctx_lengths,
         )
         if (options, shapes, num_cores) not in self._qpcs:
-            source = source_of(self.exported(options))
+            source = open_folder(self.exported(options)).source
             variant = Variant(source, Precision.FP32, num_cores, shapes)
             request = BuildRequest(variant, self.sdk, self._folder / "qpc")
             self._qpcs[options, shapes, num_cores] = build(request, compile_here).path

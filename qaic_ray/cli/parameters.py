@@ -1,33 +1,113 @@
 """A command's parameters, made of the sections of options that its function takes.
 
 A function `def run(run: RunOptions, sdk: SdkOptions, given: Given)` becomes a command with a flag
-for each option of the two sections. The tree is read when the command is asked for, so that the
-list of commands needs no pydantic.
+for each option of the two sections. The sections that no job has, as they say what is done or shown
+now, are here.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperCommand
+from pydantic import ValidationError
 
+from qaic_ray import options
 from qaic_ray.errors import UsageError
-from qaic_ray.files.documents import as_object, parse_json, shown, user_path, with_given
+from qaic_ray.files.documents import as_object, parse_json, shown, with_given
+from qaic_ray.option_types import Opt, OptionValue, PathText, Section, opt, options_of
 
-if TYPE_CHECKING:
-    from pydantic import ValidationError
+RESUME_LAST = "last"
+"""What `--resume` means where nothing follows it: the run that began last and is not finished."""
 
-    from qaic_ray.option_types import Opt, OptionValue, Section
+PROGRAM = "What is run (needed, but with --resume)"
 
 _NUMBER = re.compile(r"\s*[+-]?[0-9]{1,18}\s*", re.ASCII)
+
+
+class ProgramOptions(Section):
+    """What is run."""
+
+    GROUP: ClassVar[str] = PROGRAM
+
+    model_name: PathText | None = opt(None, options.MODEL_HELP, metavar="<name>")
+    qpc: PathText | None = opt(None, "Folder of a compiled variant.")
+
+
+class ShapesOptions(Section):
+    """What stands in place of a grid's shapes."""
+
+    specializations: PathText | None = opt(
+        None,
+        "A specializations.json, in place of the options for shapes below; the one of this "
+        "folder is used where none of them is given.",
+    )
+
+
+class ResumeOptions(Section):
+    """Whether a run goes on that stopped."""
+
+    GROUP: ClassVar[str] = options.FOLDER
+
+    resume: PathText | None = opt(
+        None,
+        "Go on where a run stopped: its folder, or nothing for the last unfinished one.",
+        metavar="[RUN]",
+        bare=RESUME_LAST,
+        free=True,
+    )
+    retry_errors: bool = opt(False, "With --resume: its rows of errors once more.", free=True)
+
+
+class JsonOptions(Section):
+    """What is printed at the end."""
+
+    as_json: bool = opt(
+        False, "End stdout with one JSON object on one line.", flag="--json", free=True
+    )
+
+
+class ShowOptions(JsonOptions):
+    """What is printed."""
+
+    stream: bool = opt(True, "Print answers as they come.", free=True)
+
+
+class SubmitOptions(Section):
+    """How a job is handed to a cluster that runs it by itself."""
+
+    GROUP: ClassVar[str] = "On a cluster"
+
+    detach: bool = opt(False, "Let the cluster run it: see status, logs and stop.")
+    folder: str | None = opt(
+        None,
+        "Where the job's relative paths start, on the machine that runs it.",
+        shown="this folder",
+    )
+    python: str | None = opt(
+        None,
+        "With --detach: the Python on the cluster's head that has qaic-ray.",
+        shown="this one's path",
+    )
+    send_prompts: bool = opt(
+        True, "With --detach: send the prompts file, or read it at its path there."
+    )
+
+
+class JobsOptions(Section):
+    """Which cluster's jobs."""
+
+    address: str | None = opt(
+        None,
+        "The cluster's dashboard, http://host:8265, or its head, host:6379.",
+        shown="this machine's cluster",
+    )
 
 
 @dataclass(frozen=True)
@@ -37,69 +117,28 @@ class Given:
     fixed: tuple[str, ...] = ()
     may_be_free: tuple[str, ...] = ()
 
-
-class _FromTree(TyperCommand):
-    """A command that reads its parameters when it is asked for them."""
-
-    function: Callable[..., None]
-
-    @cached_property
-    def _call(self) -> _CommandCall:
-        return _CommandCall(self.function)
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        """The parameters, `--help` among them."""
-        if not self.params:
-            whole = typer.Typer(add_completion=False)
-            whole.command()(self._call.as_function())
-            made = typer.main.get_command(whole)
-            self.params, self.callback = made.params, made.callback
-        return list(super().get_params(ctx))
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Write out the flags that may stand without a value, as typer's may not, then parse."""
-        is_last = [word.startswith("-") for word in args[1:]] + [True]
-        bare = self._call.bare
-        full = [
-            f"{word}={bare[word]}" if ends and word in bare else word
-            for word, ends in zip(args, is_last, strict=False)
-        ]
-        return list(super().parse_args(ctx, full))
+    def refuse_changes(self, resume: str) -> None:
+        """Only what changes no answer may be said anew of a run that goes on."""
+        is_last = resume == RESUME_LAST
+        fixed = [flag for flag in self.fixed if not (is_last and flag == "--output")]
+        if fixed:
+            whose = "its folder" if is_last else resume
+            free = [flag for flag in self.may_be_free if flag != "--resume"]
+            raise UsageError(
+                f"{fixed[0]} cannot be changed in the middle of a run: leave it out, {whose} knows "
+                f"it; only {', '.join(free)} may stand beside --resume."
+            )
 
 
-def command(app: typer.Typer, name: str | None = None, **how: Any) -> Callable[[Any], Any]:
-    """The decorator of a function that is a command; see the module's docstring."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        def listed() -> None:
-            """Stands for the function in the list of commands."""
-
-        listed.__doc__ = function.__doc__
-        cls = type("_Command", (_FromTree,), {"function": staticmethod(function)})
-        app.command(name or function.__name__, cls=cls, **how)(listed)
-        return function
-
-    return register
-
-
-def known_path(parameter: typer.CallbackParam, value: Path) -> Path:
-    """The callback of arguments that are paths: `~` put in, or one sentence."""
-    return user_path(value, str(parameter.name))
-
-
-class _CommandCall:
+class CommandCall:
     """A function's parameters on the command line, and its call with what they hold."""
 
     def __init__(self, function: Callable[..., None]) -> None:
-        from qaic_ray import options
-        from qaic_ray.cli import command_options
-        from qaic_ray.option_types import Section
-
-        names = {**function.__globals__, **vars(options), **vars(command_options)}
+        names = {**function.__globals__, "options": options, "parameters": sys.modules[__name__]}
         hints = get_type_hints(function, names, include_extras=True)
         self._function = function
         self._plain: list[inspect.Parameter] = []
-        self._sections: dict[str, _SectionFlags] = {}
+        self._sections: dict[str, tuple[type[Section], list[Flag], Mapping[str, Any]]] = {}
         self._given: str | None = None
         for name, parameter in inspect.signature(function).parameters.items():
             hint, *extras = get_args(hints[name]) or (hints[name],)
@@ -107,15 +146,10 @@ class _CommandCall:
                 self._given = name
             elif isinstance(hint, type) and issubclass(hint, Section):
                 defaults = extras[0] if extras else {}
-                self._sections[name] = _SectionFlags(hint, defaults)
+                self._sections[name] = (hint, flags_of(hint, defaults), defaults)
             else:
                 self._plain.append(parameter.replace(annotation=hints[name], kind=_BY_NAME))
-        self._flags = [flag for section in self._sections.values() for flag in section.flags]
-
-    @property
-    def bare(self) -> dict[str, str]:
-        """Spellings that may stand without a value, and the value that is meant."""
-        return {word: f.opt.bare for f in self._flags if f.opt.bare for word in f.spellings}
+        self.flags = [flag for _, flags, _ in self._sections.values() for flag in flags]
 
     def as_function(self) -> Callable[..., None]:
         """A function as typer takes it."""
@@ -125,8 +159,8 @@ class _CommandCall:
 
         context = inspect.Parameter("context", _BY_NAME, annotation=typer.Context)
         made = [context, *self._plain]
-        made += [flag.argument() for flag in self._flags if flag.opt.argument]
-        made += [flag.parameter() for flag in self._flags]
+        made += [flag.argument() for flag in self.flags if flag.opt.argument]
+        made += [flag.parameter() for flag in self.flags]
         call.__signature__ = inspect.Signature(made)  # type: ignore[attr-defined]
         call.__annotations__ = {parameter.name: parameter.annotation for parameter in made}
         call.__doc__ = self._function.__doc__
@@ -137,12 +171,12 @@ class _CommandCall:
         words = {n: values[n] for n, source in sources.items() if source and source.name == _TYPED}
         arguments = {parameter.name: values[parameter.name] for parameter in self._plain}
         for name, section in self._sections.items():
-            arguments[name] = section.of(words)
+            arguments[name] = section_of(*section, words)
         if self._given is not None:
-            used = [flag for flag in self._flags if flag.name in words]
+            used = [flag for flag in self.flags if flag.name in words]
             arguments[self._given] = Given(
                 fixed=tuple(flag.written for flag in used if not flag.opt.free),
-                may_be_free=tuple(flag.flag for flag in self._flags if flag.opt.free),
+                may_be_free=tuple(flag.flag for flag in self.flags if flag.opt.free),
             )
         self._function(**arguments)
 
@@ -221,75 +255,65 @@ class Flag:
             return text
         if get_origin(self.value.kind) is dict:
             return as_object(parse_json(text, self.flag), self.flag)
-        if self.value.item is int:
-            return numbers(text, self.flag)
-        return [word.strip() for word in text.split(",")] if self.value.item else text
+        if self.value.item is None:
+            return text
+        parts = text.split(",")
+        if self.value.item is not int:
+            return [part.strip() for part in parts]
+        if not all(map(_NUMBER.fullmatch, parts)):
+            raise UsageError(
+                f"{self.flag} takes a whole number, or several separated by commas, not "
+                f"{shown(text)}."
+            )
+        return list(map(int, parts))
 
 
 def flags_of(kind: type, defaults: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[Flag]:
     """The flags of a section, with those of sections in it."""
-    from qaic_ray.option_types import OptionValue, options_of
-
-    options, flags = options_of(kind), []
+    entries, flags = options_of(kind), []
     for name, field in kind.__pydantic_fields__.items():  # type: ignore[attr-defined]
-        value = OptionValue.of(field)
+        value = OptionValue(field)
         if hasattr(value.kind, "__pydantic_fields__"):
             flags += flags_of(value.kind, {}, (*path, name))
-        elif name in options and options[name].flag is not None:
+        elif name in entries and entries[name].flag is not None:
             default = defaults.get(name, ... if field.is_required() else field.default)
             default = default.value if isinstance(default, Enum) else default
-            flags.append(Flag((*path, name), options[name], value, default))
+            flags.append(Flag((*path, name), entries[name], value, default))
     return flags
 
 
-class _SectionFlags:
-    """A section's flags; `defaults` are the command's own."""
+def section_of(
+    kind: type[Section], flags: list[Flag], defaults: Mapping[str, Any], words: Mapping[str, Any]
+) -> Section:
+    """The section that a command line's words make; `defaults` are the command's own.
 
-    def __init__(self, kind: type[Section], defaults: Mapping[str, Any]) -> None:
-        self._kind, self._defaults = kind, defaults
-        self.flags = flags_of(kind, defaults)
-
-    def of(self, words: Mapping[str, Any]) -> Section:
-        """The section that the words make.
-
-        Raises:
-            UsageError: naming the flag and the value.
-        """
-        from pydantic import ValidationError
-
-        document: dict[str, Any] = dict(self._defaults)
-        for flag in self.flags:
-            value = flag.read(words)
-            if value is not ...:
-                place = document
-                for parent in flag.path[:-1]:
-                    place = place.setdefault(parent, {})
-                place[flag.path[-1]] = value
-        try:
-            return self._kind.model_validate(document)
-        except ValidationError as error:
-            raise UsageError(self._refusal(error)) from error
-
-    def _refusal(self, error: ValidationError) -> str:
-        """The first thing that is wrong, in the words of the command line."""
-        first = error.errors(include_url=False)[0]
-        said = first["msg"].removeprefix("Value error, ").rstrip(".")
-        flag = next((flag for flag in self.flags if flag.path == first["loc"][:1]), None)
-        if flag is None:
-            return f"{said}."
-        value, limits = shown(first["input"]), first.get("ctx", {})
-        if first["type"] in ("literal_error", "enum"):
-            return f"{flag.flag} takes {limits['expected'].replace(chr(39), '')}, not {value}."
-        if first["type"] == "greater_than_equal":
-            return f"{flag.flag}: {flag.name} must be at least {limits['ge']}, not {value}."
-        return f"{flag.flag}: {with_given(said, first['input'])}."
+    Raises:
+        UsageError: naming the flag and the value.
+    """
+    document: dict[str, Any] = dict(defaults)
+    for flag in flags:
+        value = flag.read(words)
+        if value is not ...:
+            place = document
+            for parent in flag.path[:-1]:
+                place = place.setdefault(parent, {})
+            place[flag.path[-1]] = value
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        raise UsageError(_refusal(error, flags)) from error
 
 
-def numbers(text: str, what: str) -> list[int]:
-    """Whole numbers separated by commas; `what` names them in the error."""
-    parts = text.split(",")
-    if not all(map(_NUMBER.fullmatch, parts)):
-        raise UsageError(
-            f"{what} takes a whole number, or several separated by commas, not {shown(text)}."
-        )
-    return [int(part) for part in parts]
+def _refusal(error: ValidationError, flags: list[Flag]) -> str:
+    """The first thing that is wrong, in the words of the command line."""
+    first = error.errors(include_url=False)[0]
+    said = first["msg"].removeprefix("Value error, ").rstrip(".")
+    flag = next((flag.flag for flag in flags if flag.path == first["loc"][:1]), None)
+    if flag is None:
+        return f"{said}."
+    value, limits = shown(first["input"]), first.get("ctx", {})
+    if first["type"] in ("literal_error", "enum"):
+        return f"{flag} takes {limits['expected'].replace(chr(39), '')}, not {value}."
+    if first["type"] == "greater_than_equal":
+        return f"{flag} must be at least {limits['ge']}, not {value}."
+    return f"{flag}: {with_given(said, first['input'])}."

@@ -7,25 +7,26 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from qaic_ray.compile.store import Build
 from qaic_ray.errors import CompileError, ExitCode, QaicRayError, Unfinished
 from qaic_ray.files.documents import json_text
-from qaic_ray.pipeline.submit_step import JobStatus, Submission, progress_line
 
 if TYPE_CHECKING:
     from qaic_ray.cards.inventory import NodeCards
+    from qaic_ray.compile.compiler import Variant
     from qaic_ray.export.check.verify import VerifyReport
     from qaic_ray.export.export import ExportResult
+    from qaic_ray.pipeline.compile_step import Compiled
     from qaic_ray.pipeline.job import Plan
-    from qaic_ray.pipeline.steps import CompileOutcome
+    from qaic_ray.pipeline.submit_step import Parcel, SubmitRequest
     from qaic_ray.rows import Row
     from qaic_ray.runs.report import RunSummary
     from qaic_ray.sdk import Device, Sdk
@@ -34,16 +35,21 @@ if TYPE_CHECKING:
 GIB = 2**30
 PROGRESS_EVERY_S = 10.0
 
-_COLOURS = {"running": "cyan", "done": "green", "failed": "red"}
+_right = partial(Column, justify="right")
 
 
 class Screen:
-    """Draws for people; `stream` says whether answers are printed as they come."""
+    """Draws for people.
 
-    def __init__(self, *, stream: bool = False) -> None:
-        self._stream = stream
+    Args:
+        stream: whether answers are printed as they come.
+        as_json: whether stdout ends with one JSON object on one line.
+    """
+
+    def __init__(self, *, stream: bool = False, as_json: bool = False) -> None:
+        self._stream, self._as_json = stream, as_json
         self._out = Console(soft_wrap=True, highlight=False)
-        self._err = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._note = Console(stderr=True, soft_wrap=True, highlight=False).print
         self._began_s = time.monotonic()
 
     # -- while it runs: the pipeline's Listener
@@ -68,17 +74,15 @@ class Screen:
         seconds = time.monotonic() - self._began_s
         self._note(f"[green]✓[/] {escape(stage)} [dim]{seconds:.1f} s[/]")
 
-    def compiled(self, outcome: CompileOutcome) -> None:
+    def compiled(self, variant: Variant, result: Build | QaicRayError) -> None:
         """One variant is there, or failed."""
-        label = escape(outcome.variant.label)
-        if isinstance(outcome.result, Build):
-            built = outcome.result
-            how = "kept" if built.reused else f"{built.seconds:.1f} s"
-            self._note(
-                f"  [green]✓[/] compile {label} [dim]{how}, {built.qpc_bytes / 2**20:.0f} MiB[/]"
-            )
+        label = escape(variant.label)
+        if isinstance(result, Build):
+            how = "kept" if result.reused else f"{result.seconds:.1f} s"
+            size = f"{result.qpc_bytes / 2**20:.0f} MiB"
+            self._note(f"  [green]✓[/] compile {label} [dim]{how}, {size}[/]")
         else:
-            self._note(f"  [red]✗[/] compile {label}: {escape(str(outcome.result))}")
+            self._note(f"  [red]✗[/] compile {label}: {escape(str(result))}")
 
     def card_ready(self, info: WorkerInfo) -> None:
         """A card has loaded its program."""
@@ -110,7 +114,7 @@ class Screen:
 
     # -- at the end
 
-    def finish(self, summary: RunSummary, *, as_json: bool) -> None:
+    def finish(self, summary: RunSummary) -> None:
         """Print a run's tables; exit code 1 when rows failed.
 
         Raises:
@@ -120,14 +124,13 @@ class Screen:
             self._out.rule(style="dim")
         for part in summary.renderables():
             self._out.print(part)
-        if as_json:
-            _write_json(summary.document())
+        self._end_with(summary.document())
         if summary.error is not None:
             raise (Unfinished if summary.goes_on else QaicRayError)(summary.error)
         if not summary.result.ok:
             raise SystemExit(ExitCode.FAILED)
 
-    def exported(self, result: ExportResult, *, as_json: bool) -> None:
+    def exported(self, result: ExportResult) -> None:
         """Print where the model is and how far it is from PyTorch."""
         report = result.verification
         if report is not None:
@@ -144,29 +147,24 @@ class Screen:
                 "--next-tokens out to have such rows reported."
             )
         self._out.print(escape(str(result.folder)))
-        if as_json:
-            manifest = json.loads(result.manifest.to_json())
-            _write_json({"folder": str(result.folder), "reused": result.reused, **manifest})
+        manifest = json.loads(result.manifest.to_json())
+        self._end_with({"folder": str(result.folder), "reused": result.reused, **manifest})
 
-    def compiled_all(self, outcomes: Sequence[CompileOutcome], *, as_json: bool) -> None:
+    def compiled_all(self, outcomes: Sequence[Compiled]) -> None:
         """Print the folders; exit code 1 when a variant failed."""
-        for outcome in outcomes:
-            if isinstance(outcome.result, Build):
-                self._out.print(escape(str(outcome.result.path)))
-        if as_json:
-            _write_json({"variants": [_outcome_document(outcome) for outcome in outcomes]})
-        if not all(outcome.ok for outcome in outcomes):
+        built = [result for _, result in outcomes if isinstance(result, Build)]
+        for result in built:
+            self._out.print(escape(str(result.path)))
+        self._end_with({"variants": [_compiled_document(*outcome) for outcome in outcomes]})
+        if len(built) < len(outcomes):
             raise SystemExit(ExitCode.FAILED)
 
-    def devices(self, sdk: Sdk, devices: Sequence[Device], *, as_json: bool) -> None:
+    def devices(self, sdk: Sdk, devices: Sequence[Device]) -> None:
         """Print the cards."""
         self._out.print(_card_table(f"Cards ({sdk.label})", devices, {}))
-        if as_json:
-            _write_json({"sdk": sdk.label, "devices": [vars(device) for device in devices]})
+        self._end_with({"sdk": sdk.label, "devices": [vars(device) for device in devices]})
 
-    def inventory(
-        self, nodes: Sequence[NodeCards], problems: Sequence[str], *, as_json: bool
-    ) -> None:
+    def inventory(self, nodes: Sequence[NodeCards], problems: Sequence[str]) -> None:
         """Print the cards of every node of a cluster, and what keeps some from being used."""
         for found in nodes:
             title = f"{found.host} ({found.node.address}), {found.node.offered} offered to Ray"
@@ -177,8 +175,7 @@ class Screen:
                 self._out.print(f"{escape(title)}: {escape(found.error or 'no cards')}")
         for problem in problems:
             self.remark(problem)
-        if as_json:
-            _write_json({"nodes": [asdict(found) for found in nodes], "problems": list(problems)})
+        self._end_with({"nodes": [asdict(found) for found in nodes], "problems": list(problems)})
 
     def plan(self, plan: Plan) -> None:
         """Print what a job would do."""
@@ -188,19 +185,29 @@ class Screen:
             self._out.print(f"\n[bold]{escape(name)}[/]{mark}")
             self._out.print(escape(" \\\n    ".join(argv)))
 
-    def _note(self, markup: str) -> None:
-        self._err.print(markup)
+    def submitted(self, request: SubmitRequest, submission_id: str, parcel: Parcel) -> None:
+        """Print the id, and beside it what was sent and what was not."""
+        job, folder = request.job, str(request.folder)
+        files = ", ".join(f"{name} ({size:,} bytes)" for name, size in parcel.sent.items())
+        self._note(f"[green]✓[/] sent {escape(files)}")
+        self._note(f"  runs in {escape(folder)} of the cluster's head")
+        for path in parcel.expected:
+            self._note(f"  [yellow]not sent[/], and must be there: {escape(path)}")
+        at = "" if job.ray.address is None else f" --address {job.ray.address}"
+        self._note(f"[dim]qaic-ray status|logs|stop {escape(submission_id + at)}[/]")
+        write(submission_id + "\n")
+        self._end_with({"id": submission_id, "job": job.name, "folder": folder, **vars(parcel)})
+
+    def _end_with(self, document: dict[str, Any]) -> None:
+        if self._as_json:
+            # Not through the console: it would wrap or colour what programs read.
+            write(json_text(document) + "\n")
 
 
 def _card_table(title: str, devices: Sequence[Device], held: Mapping[int, str]) -> Table:
-    table = Table(title=escape(title), title_justify="left")
-    table.add_column("QID", justify="right")
-    for column in ("status", "SKU"):
-        table.add_column(column)
-    for column in ("NSPs free", "DRAM free"):
-        table.add_column(column, justify="right")
-    if held:
-        table.add_column("held by")
+    columns = _right("QID"), "status", "SKU", _right("NSPs free"), _right("DRAM free")
+    more = ["held by"] if held else []
+    table = Table(*columns, *more, title=escape(title), title_justify="left")
     for device in devices:
         free, total = device.dram_free_bytes / GIB, device.dram_total_bytes / GIB
         colour = "green" if device.ready else "red"
@@ -218,14 +225,13 @@ def _card_table(title: str, devices: Sequence[Device], held: Mapping[int, str]) 
 def _verification_table(report: VerifyReport) -> Table:
     what = "all layers" if report.level == "full" else f"layers {report.layers}"
     table = Table(
+        "check",
+        *map(_right, ("logits", "past keys", "past values", "top-1 equal")),
         title=f"Largest absolute difference to PyTorch ({what})",
         title_justify="left",
         caption=f"a logit may differ by {report.tolerance:g}",
         caption_justify="left",
     )
-    table.add_column("check")
-    for column in ("logits", "past keys", "past values", "top-1 equal"):
-        table.add_column(column, justify="right")
     for line in report.scenarios:
         table.add_row(
             escape(line.scenario),
@@ -240,115 +246,35 @@ def _one_line(text: str, limit: int = 100) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def _outcome_document(outcome: CompileOutcome) -> dict[str, Any]:
-    document: dict[str, Any] = {"name": outcome.variant.name, "ok": outcome.ok}
-    if isinstance(outcome.result, Build):
-        built = outcome.result
-        document |= {
-            "path": str(built.path),
-            "reused": built.reused,
-            "seconds": round(built.seconds, 3),
-            "qpc_bytes": built.qpc_bytes,
-        }
-    else:
-        document["error"] = str(outcome.result)
-        if isinstance(outcome.result, CompileError):
-            document["exit_code"] = outcome.result.exit_code
+def _compiled_document(variant: Variant, result: Build | QaicRayError) -> dict[str, Any]:
+    document: dict[str, Any] = {"name": variant.name, "ok": isinstance(result, Build)}
+    if isinstance(result, Build):
+        seconds = round(result.seconds, 3)
+        return document | {**vars(result), "path": str(result.path), "seconds": seconds}
+    document["error"] = str(result)
+    if isinstance(result, CompileError):
+        document["exit_code"] = result.exit_code
     return document
 
 
 class ProgressLog(Screen):
-    """A screen for nobody: in place of answers how many there are, now and then."""
+    """A screen without a terminal: in place of answers how many there are, now and then."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._rows = 0
-        self._failed_rows = 0
-        self._next_s = 0.0
+    _rows = _failed_rows = 0
+    _next_s = 0.0
 
     def answered(self, row: Row) -> None:
         """Count a row."""
         self._rows += 1
         self._failed_rows += not row.ok
         if time.monotonic() >= self._next_s:
+            from qaic_ray.pipeline.submit_step import progress_line
+
             self._next_s = time.monotonic() + PROGRESS_EVERY_S
             sys.stderr.write(progress_line(self._rows, self._failed_rows) + "\n")
-
-
-def show_submission(submission: Submission, *, as_json: bool) -> None:
-    """Print the id, and beside it what was sent and what was not."""
-    request, parcel = submission.request, submission.parcel
-    note = Console(stderr=True, soft_wrap=True, highlight=False).print
-    sent = ", ".join(f"{name} ({size:,} bytes)" for name, size in parcel.sent.items())
-    note(f"[green]✓[/] sent {escape(sent)}")
-    note(f"  runs in {escape(str(request.folder))} of the cluster's head")
-    for path in parcel.expected:
-        note(f"  [yellow]not sent[/], and must be there: {escape(path)}")
-    at = "" if request.address is None else f" --address {request.address}"
-    note(f"[dim]qaic-ray status|logs|stop {escape(submission.id + at)}[/]")
-    write(submission.id + "\n")
-    if as_json:
-        _write_json(
-            {
-                "id": submission.id,
-                "job": request.job.name,
-                "folder": str(request.folder),
-                "sent": parcel.sent,
-                "expected": list(parcel.expected),
-            }
-        )
-
-
-def show_jobs(found: Sequence[JobStatus], *, as_json: bool) -> None:
-    """Print a table of jobs, and below it why those failed that did, and where results are."""
-    table = Table()
-    for column in ("id", "job", "state", "started", "took"):
-        table.add_column(column)
-    for column in ("rows done", "failed"):
-        table.add_column(column, justify="right")
-    out = Console(soft_wrap=True, highlight=False)
-    for job in found:
-        table.add_row(
-            escape(job.id),
-            escape(job.job),
-            f"[{_COLOURS.get(job.state, 'yellow')}]{escape(job.state)}[/]",
-            _when(job.started_s),
-            _took(job),
-            "" if job.rows is None else f"{job.rows:,}",
-            "" if job.failed_rows is None else f"{job.failed_rows:,}",
-        )
-    if found:
-        out.print(table)
-    else:
-        out.print("The cluster knows no detached job.")
-    for job in found:
-        if job.error:
-            out.print(f"{escape(job.id)}: [red]{escape(job.error)}[/]")
-        if job.folder:
-            out.print(f"{escape(job.id)}: {escape(job.folder)}")
-    if as_json:
-        _write_json({"jobs": [asdict(job) for job in found]})
-
-
-def _when(time_s: float | None) -> str:
-    if time_s is None:
-        return ""
-    return datetime.fromtimestamp(time_s).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _took(job: JobStatus) -> str:
-    if job.started_s is None:
-        return ""
-    seconds = int((job.ended_s or time.time()) - job.started_s)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 def write(text: str) -> None:
     """Put text on stdout as it is."""
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _write_json(document: dict[str, Any]) -> None:
-    # Not through the console: it would wrap or colour what programs read.
-    write(json_text(document) + "\n")

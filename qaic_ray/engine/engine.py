@@ -28,7 +28,7 @@ from qaic_ray.engine.step_io import (
 )
 from qaic_ray.engine.steps import ProgramShapes, Sequence, Step
 from qaic_ray.errors import RowError
-from qaic_ray.metrics import Measurement, Meter, bin_of
+from qaic_ray.metrics import Measurement
 from qaic_ray.rows import ROW_ALONE
 from qaic_ray.sampling_params import SamplingParams
 
@@ -114,7 +114,7 @@ class Engine:
         self._unread: list[Sequence] = []
         self._stops: dict[Sequence, int] = {}
         self._errors: dict[Sequence, RowError] = {}
-        self._meter = Meter()
+        self._meter = Measurement()
         self._awaiting: dict[Sequence, float] = {}
         self._first: dict[Sequence, tuple[float, float]] = {}
         self._stalled_since_s = 0.0
@@ -128,7 +128,7 @@ class Engine:
     @property
     def measurement(self) -> Measurement:
         """All work so far."""
-        return self._meter.measurement()
+        return self._meter + Measurement()
 
     def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
         """How many tokens a prompt may generate; see the batcher's."""
@@ -263,7 +263,7 @@ class Engine:
             if sequence in self._awaiting:
                 entered_s = self._awaiting.pop(sequence)
                 self._first[sequence] = (entered_s, end_s)
-                self._meter.ttft[bin_of(end_s - entered_s)] += 1
+                self._meter.ttft.count(end_s - entered_s)
 
     def _finish(self, sequence: Sequence, end_s: float) -> Finished:
         entered_s, first_s = self._first.pop(sequence)

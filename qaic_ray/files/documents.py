@@ -82,14 +82,10 @@ def read_text(
         ) from error
 
 
-def read_json(path: Path, *, raises: type[QaicRayError] = UsageError) -> Any:
-    """The value that a JSON file holds; see `parse_json`."""
-    return parse_json(read_text(path, raises=raises), str(path), raises=raises)
-
-
 def read_object(path: Path, *, raises: type[QaicRayError] = UsageError) -> dict[str, Any]:
     """The JSON object that a file holds."""
-    return as_object(read_json(path, raises=raises), str(path), raises=raises)
+    value = parse_json(read_text(path, raises=raises), str(path), raises=raises)
+    return as_object(value, str(path), raises=raises)
 
 
 def parse_json(text: str, source: str, *, raises: type[QaicRayError] = UsageError) -> Any:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -59,24 +60,22 @@ def foreign_files(folder: Path, is_ours: Callable[[str], bool], *, limit: int = 
     Returns:
         Relative paths of files that are not ours, of links, and of empty folders (with a `/`).
     """
-    found: list[str] = []
-    pending = [folder]
-    while pending and len(found) < limit:
-        place = pending.pop()
-        empty = True
-        with os.scandir(place) as entries:
+
+    def foreign() -> Iterator[str]:
+        pending = [folder]
+        while pending:
+            place = pending.pop()
+            entries = list(os.scandir(place))
+            if not entries and place != folder:
+                yield f"{place.relative_to(folder).as_posix()}/"
             for entry in entries:
-                empty = False
                 name = Path(entry.path).relative_to(folder).as_posix()
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(Path(entry.path))
                 elif not (entry.is_file(follow_symlinks=False) and is_ours(name)):
-                    found.append(name)
-                if len(found) == limit:
-                    break
-        if empty and place != folder:
-            found.append(f"{place.relative_to(folder).as_posix()}/")
-    return sorted(found)
+                    yield name
+
+    return sorted(islice(foreign(), limit))
 
 
 @contextmanager
@@ -326,43 +325,35 @@ def _is_leftover(entry: os.DirEntry[str]) -> bool:
 
 def _acquire(path: Path, target: Path, wait_said_s: float) -> int:
     """Open the lock file and wait for the lock; the descriptor that holds it."""
+    said_at_s = time.monotonic() + wait_said_s
     while True:
         descriptor = open_lock(path)
         if descriptor is None:
             raise UsageError(f"{path} is not a lock file of this tool: remove it.")
-        try:
-            has_locks = _wait(descriptor, target, wait_said_s)
-            # If its last holder has removed the file, nobody else would find this lock.
-            if not has_locks or _is_at(path, descriptor):
-                _sign(descriptor)
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _wait(descriptor: int, target: Path, wait_said_s: float) -> bool:
-    """Wait for the lock; False where the file system has none."""
-    said_at_s = time.monotonic() + wait_said_s
-    while True:
+        is_held = False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+            # If its last holder has removed the file, nobody else would find this lock.
+            if _is_at(path, descriptor):
+                _sign(descriptor)
+                is_held = True
         except BlockingIOError:
             if time.monotonic() >= said_at_s:
                 _log.warning("Waiting for %s, which %s builds.", target, _holder(descriptor))
                 said_at_s = float("inf")
+            time.sleep(_POLL_S)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            _log.warning(
-                "The file system of %s has no locks (%s): let nobody else build it meanwhile.",
-                target,
-                error.strerror,
-            )
-            return False
-        time.sleep(_POLL_S)
+            how = "The file system of %s has no locks (%s): let nobody else build it meanwhile."
+            _log.warning(how, target, error.strerror)
+            _sign(descriptor)
+            is_held = True
+        finally:
+            if not is_held:
+                os.close(descriptor)
+        if is_held:
+            return descriptor
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

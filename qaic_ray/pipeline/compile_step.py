@@ -8,51 +8,33 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qaic_ray import contract
 from qaic_ray.compile.compiler import Source, Variant, grid_variants
-from qaic_ray.compile.store import (
-    SPECIALIZATIONS_FILE,
-    Build,
-    BuildRequest,
-    build,
-    check_request,
-)
-from qaic_ray.contract import (
-    BATCH_INDEX,
-    COMP_CTX_LENGTHS,
-    INPUT_IDS,
-    NUM_LOGITS_TO_KEEP,
-    Specializations,
-    is_past,
-)
-from qaic_ray.errors import CompileError, QaicRayError, UsageError
+from qaic_ray.compile.store import SPECIALIZATIONS_FILE, Build, BuildRequest, build, check_request
+from qaic_ray.errors import CompileError, DeviceError, QaicRayError, UsageError
 from qaic_ray.files.documents import shown, user_path
 from qaic_ray.files.folders import inside, sha256_of
+from qaic_ray.limits import too_many_cores
 from qaic_ray.model.checkpoint import CUSTOM_IO_FILE, MANIFEST_FILE, check_files, read_manifest
 from qaic_ray.options import CompileOptions
-from qaic_ray.pipeline.steps import CompileOutcome, Listener, check_cores
+from qaic_ray.pipeline.request import Listener
 from qaic_ray.sdk import Sdk
 
 if TYPE_CHECKING:
     from qaic_ray.cluster.cluster import Cluster
 
-
 _GRAPHS = "generatedModels/*.onnx"
 _SHAPES = ("batch_size", "prompt_len", "ctx_len", "num_speculative_tokens", "comp_ctx_lengths")
 
 
-@dataclass(frozen=True)
-class CompileRequest:
-    """A grid over one exported model; a file of `specializations` stands in place of all shapes."""
-
-    model_dir: Path
-    grid: CompileOptions
-    specializations: Path | None = None
+Compiled = tuple[Variant, Build | QaicRayError]
+"""What came of one variant: a build, or the error in its place."""
 
 
 def specializations_file(given: Path | None, grid: CompileOptions) -> Path | None:
@@ -79,50 +61,54 @@ def specializations_file(given: Path | None, grid: CompileOptions) -> Path | Non
     )
 
 
-def requested_builds(request: CompileRequest, sdk: Sdk) -> list[BuildRequest]:
-    """A request's builds, by paths that mean the same on every node.
+def requested_builds(
+    model_dir: Path, grid: CompileOptions, sdk: Sdk, specializations: Path | None = None
+) -> list[BuildRequest]:
+    """The builds of `requested_variants`, by paths that mean the same on every node.
 
     Raises:
         UsageError: as `requested_variants`, and for folders that may not be replaced.
     """
-    store = user_path(request.grid.output, "The folder of the QPCs").absolute()
-    builds = [BuildRequest(v, sdk, store) for v in requested_variants(request, sdk)]
-    for build_request in builds:
-        user_path(build_request.target, "The folder of the QPC")
-        check_request(build_request)
+    store = user_path(grid.output, "The folder of the QPCs").absolute()
+    variants = requested_variants(model_dir, grid, sdk, specializations)
+    builds = [BuildRequest(variant, sdk, store) for variant in variants]
+    for request in builds:
+        user_path(request.target, "The folder of the QPC")
+        check_request(request)
     return builds
 
 
-def requested_variants(request: CompileRequest, sdk: Sdk) -> list[Variant]:
-    """Every variant of a request, checked before anything is compiled.
+def requested_variants(
+    model_dir: Path, grid: CompileOptions, sdk: Sdk, specializations: Path | None = None
+) -> list[Variant]:
+    """Every variant of a grid over one exported model, checked before anything is compiled.
+
+    Args:
+        model_dir: of the model.
+        grid: what is compiled.
+        sdk: whose cards the programs are for.
+        specializations: a file in place of all shapes of the grid.
 
     Raises:
         UsageError: for a model, shapes, a precision or NSPs that cannot be.
     """
-    model = open_folder(request.model_dir)
-    source = model.source
-    grid = request.grid
-    if request.specializations is None:
+    model = open_folder(model_dir)
+    if specializations is None:
         _check_inputs(
             model,
             num_logits_to_keep=grid.num_speculative_tokens > 0 or None,
             comp_ctx_lengths=len(grid.comp_ctx_lengths) > 0,
         )
         variants = grid_variants(
-            source,
+            model.source,
             grid,
             continuous=model.continuous,
             num_logits_to_keep=model.num_logits_to_keep,
         )
-    elif grid.num_speculative_tokens or grid.comp_ctx_lengths:
-        raise UsageError(
-            f"{request.specializations} says all shapes: leave --num-speculative-tokens and "
-            "--comp-ctx-lengths out."
-        )
     else:
-        shapes = _shapes_of(request.specializations, model, request.model_dir)
+        shapes = _shapes_of(specializations, model, model_dir)
         variants = [
-            Variant(source, precision, cores, shapes)
+            Variant(model.source, precision, cores, shapes)
             for precision, cores in product(grid.precision, grid.num_cores)
         ]
     for variant in variants:
@@ -130,42 +116,63 @@ def requested_variants(request: CompileRequest, sdk: Sdk) -> list[Variant]:
         if model.max_position is not None and ctx_len > model.max_position:
             raise UsageError(
                 f"ctx_len {ctx_len} is more than the {model.max_position} positions that "
-                f"{source.name} was made for: choose a smaller one."
+                f"{model.source.name} was made for: choose a smaller one."
             )
-    check_cores(variants, sdk)
+    _check_cores(variants, sdk)
     return variants
 
 
-def compile_step(request: CompileRequest, sdk: Sdk, listener: Listener) -> list[CompileOutcome]:
-    """Compile a request: a single variant in this process, several as Ray tasks.
+def _check_cores(variants: Sequence[Variant], sdk: Sdk) -> None:
+    """A program may not need more NSPs than the cards of this machine have.
 
     Raises:
-        UsageError: before anything is compiled; a compile that fails is an outcome.
+        UsageError: naming both numbers.
     """
-    requests = requested_builds(request, sdk)
+    try:
+        devices = sdk.devices()
+    except DeviceError:
+        return  # a machine that only compiles needs no card and no driver
+    most = max((device.nsp_total for device in devices), default=0)
+    for variant in variants:
+        refusal = too_many_cores(variant.num_cores, most) if most else None
+        if refusal is not None:
+            raise UsageError(refusal)
+
+
+def compile_step(
+    requests: Sequence[BuildRequest], parallel: int | None, listener: Listener
+) -> list[Compiled]:
+    """Compile what `requested_builds` gave: one variant in this process, several as Ray tasks.
+
+    A compile that fails is an outcome.
+    """
     if len(requests) == 1:
-        outcome = _build_here(requests[0])
-        listener.compiled(outcome)
-        return [outcome]
+        (request,) = requests
+        result: Build | QaicRayError
+        try:
+            result = build(request)
+        except CompileError as error:
+            result = error
+        listener.compiled(request.variant, result)
+        return [(request.variant, result)]
     from qaic_ray.cluster.cluster import Cluster
 
     listener.began("Ray")
     with Cluster(num_cards=0) as cluster:
         listener.ended("Ray")
-        return compile_on(cluster, requests, request.grid.parallel, listener)
+        return compile_on(cluster, requests, parallel, listener)
 
 
 def compile_on(
     cluster: Cluster, requests: Sequence[BuildRequest], parallel: int | None, listener: Listener
-) -> list[CompileOutcome]:
+) -> list[Compiled]:
     """Compile as Ray tasks, `parallel` at a time; None means as many as there are CPUs."""
     by_label = {request.label: request for request in requests}
-
-    outcomes: dict[str, CompileOutcome] = {}
+    outcomes: dict[str, Compiled] = {}
 
     def done(label: str, result: Build | QaicRayError) -> None:
-        outcomes[label] = CompileOutcome(by_label[label].variant, result)
-        listener.compiled(outcomes[label])
+        outcomes[label] = (by_label[label].variant, result)
+        listener.compiled(*outcomes[label])
 
     cluster.compile_variants(
         build, by_label, parallel=parallel or os.cpu_count() or 1, on_done=done
@@ -173,8 +180,8 @@ def compile_on(
     return [outcomes[label] for label in by_label]
 
 
-def _shapes_of(path: Path, model: ModelFolder, model_dir: Path) -> Specializations:
-    shapes = Specializations.load(path)
+def _shapes_of(path: Path, model: ModelFolder, model_dir: Path) -> contract.Specializations:
+    shapes = contract.Specializations.load(path)
     if shapes.continuous != model.continuous:
         how = "was not" if shapes.continuous else "was"
         raise UsageError(
@@ -213,13 +220,6 @@ def _check_inputs(
         )
 
 
-def _build_here(request: BuildRequest) -> CompileOutcome:
-    try:
-        return CompileOutcome(request.variant, build(request))
-    except CompileError as error:
-        return CompileOutcome(request.variant, error)
-
-
 @dataclass(frozen=True)
 class ModelFolder:
     """What is compiled, and which shapes fit it.
@@ -255,15 +255,10 @@ def open_folder(model_dir: Path) -> ModelFolder:
     return ModelFolder(
         Source(model_dir.resolve().name, onnx.absolute(), custom_io.absolute(), digest),
         continuous=manifest.continuous,
-        num_logits_to_keep=manifest.logits == NUM_LOGITS_TO_KEEP,
+        num_logits_to_keep=manifest.logits == contract.NUM_LOGITS_TO_KEEP,
         comp_ctx_lengths=manifest.comp_ctx_lengths,
         max_position=manifest.max_position,
     )
-
-
-def source_of(model_dir: Path) -> Source:
-    """An exported model folder as the compile floor takes it; see `open_folder`."""
-    return open_folder(model_dir).source
 
 
 def _chosen(model_dir: Path, graphs: list[Path]) -> Path:
@@ -280,53 +275,41 @@ def _chosen(model_dir: Path, graphs: list[Path]) -> Path:
 
 
 def _of_graph(model_dir: Path, onnx_path: Path) -> ModelFolder:
-    graph = _read_graph(onnx_path)
-    weights = {tensor.name for tensor in graph.initializer}
-    inputs = {value.name for value in graph.input} - weights
-    if INPUT_IDS not in inputs or not any(map(is_past, inputs)):
-        raise UsageError(
-            f"{onnx_path} is not a language model with its KV cache as inputs ({INPUT_IDS}, "
-            f"past_key.0, ...): it has {shown(sorted(inputs))}; make one with `qaic-ray export`."
-        )
-    digest = hashlib.sha256(sha256_of(onnx_path).encode())
-    for name in sorted(set(_data_files(graph, onnx_path))):
-        path = onnx_path.parent / name
-        if not path.is_file():
-            raise UsageError(f"{onnx_path} keeps weights in {path}, which is not there.")
-        digest.update(f"{name} {sha256_of(path)}".encode())
-    custom_io = model_dir / CUSTOM_IO_FILE
-    return ModelFolder(
-        Source(
-            model_dir.resolve().name,
-            onnx_path.absolute(),
-            custom_io.absolute() if custom_io.is_file() else None,
-            digest.hexdigest(),
-        ),
-        continuous=BATCH_INDEX in inputs,
-        num_logits_to_keep=NUM_LOGITS_TO_KEEP in inputs,
-        comp_ctx_lengths=COMP_CTX_LENGTHS in inputs,
-        max_position=None,
-    )
-
-
-def _read_graph(path: Path) -> Any:
     import onnx
     from google.protobuf.message import DecodeError
 
     try:
-        return onnx.load(path, load_external_data=False).graph
+        graph = onnx.load(onnx_path, load_external_data=False).graph
     except (OSError, DecodeError) as error:
-        raise UsageError(f"{path} cannot be read as an ONNX model: {error}.") from error
+        raise UsageError(f"{onnx_path} cannot be read as an ONNX model: {error}.") from error
+    inputs = {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
+    if contract.INPUT_IDS not in inputs or not any(map(contract.is_past, inputs)):
+        raise UsageError(
+            f"{onnx_path} is not a language model with its KV cache as inputs (input_ids, "
+            f"past_key.0, ...): it has {shown(sorted(inputs))}; make one with `qaic-ray export`."
+        )
+    digest = hashlib.sha256(sha256_of(onnx_path).encode())
+    for name in _data_files(graph):
+        try:
+            path = onnx_path.parent / inside(name)
+        except ValueError as error:
+            raise UsageError(f"{onnx_path} keeps weights in {shown(name)}: {error}.") from error
+        if not path.is_file():
+            raise UsageError(f"{onnx_path} keeps weights in {path}, which is not there.")
+        digest.update(f"{name} {sha256_of(path)}".encode())
+    custom_io = model_dir / CUSTOM_IO_FILE
+    custom_io_path = custom_io.absolute() if custom_io.is_file() else None
+    name = model_dir.resolve().name
+    return ModelFolder(
+        Source(name, onnx_path.absolute(), custom_io_path, digest.hexdigest()),
+        continuous=contract.BATCH_INDEX in inputs,
+        num_logits_to_keep=contract.NUM_LOGITS_TO_KEEP in inputs,
+        comp_ctx_lengths=contract.COMP_CTX_LENGTHS in inputs,
+        max_position=None,
+    )
 
 
-def _data_files(graph: Any, onnx_path: Path) -> Iterator[str]:
+def _data_files(graph: Any) -> list[str]:
     """The files that hold the graph's weights, by their paths beside it."""
-    for tensor in graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                try:
-                    yield inside(entry.value)
-                except ValueError as error:
-                    raise UsageError(
-                        f"{onnx_path} keeps weights in {shown(entry.value)}: {error}."
-                    ) from error
+    entries = [entry for tensor in graph.initializer for entry in tensor.external_data]
+    return sorted({entry.value for entry in entries if entry.key == "location"})

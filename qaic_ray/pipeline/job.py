@@ -1,27 +1,160 @@
-"""A job from end to end: export, compile, run, report; and the plan of it."""
+"""A job: its file read, checked and frozen; the plan of it; and the whole road, export to report.
+
+In a job file unknown keys are refused with the nearest known one.
+"""
 
 from __future__ import annotations
 
+import difflib
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import product
+from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from qaic_ray.compile.compiler import Source
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from qaic_ray import interruption
+from qaic_ray.compile.compiler import Source, Variant, grid_variants
 from qaic_ray.compile.store import Build
-from qaic_ray.errors import SdkNotFound, UsageError
+from qaic_ray.contract import NUM_LOGITS_TO_KEEP
+from qaic_ray.errors import ExportError, JobError, SdkNotFound, UsageError
+from qaic_ray.files.documents import MAX_SHOWN_CHARS, first_error, parse_yaml, read_yaml, shown
 from qaic_ray.model.checkpoint import CUSTOM_IO_FILE
-from qaic_ray.options import Job
-from qaic_ray.pipeline.compile_step import CompileRequest, compile_on, requested_builds
-from qaic_ray.pipeline.export_step import export_step
-from qaic_ray.pipeline.job_file import dump_job, job_variants
-from qaic_ray.pipeline.request import RunRequest, absolute_model, absolute_paths, resolved
+from qaic_ray.option_types import OptionValue
+from qaic_ray.options import ExportOptions, Job, ModelOptions
+from qaic_ray.pipeline.compile_step import compile_on, requested_builds
+from qaic_ray.pipeline.request import (
+    Listener,
+    RunRequest,
+    absolute_model,
+    absolute_paths,
+    choose_sdk,
+    resolved,
+)
 from qaic_ray.pipeline.run_step import check_chat_template, on_local_cards, resuming, run_on
-from qaic_ray.pipeline.steps import Listener, SdkChoice, choose_sdk
 from qaic_ray.sdk import SDK_NAMES, VENDOR_ROOT, Sdk, find_sdk
 
 if TYPE_CHECKING:
+    from qaic_ray.export.export import ExportResult
     from qaic_ray.runs.report import RunSummary
+
+CLEAN_UP_S = 8.0
+"""How long an export that is interrupted may still be in a call that computes."""
+
+
+def load_job(path: Path, overrides: Iterable[str] = ()) -> Job:
+    """Read a job file.
+
+    Args:
+        path: the YAML file.
+        overrides: `key=value` with a dotted key, the value read as YAML.
+
+    Raises:
+        JobError: naming the file, the key, the value and the nearest known key.
+    """
+    document = read_yaml(path, raises=JobError)
+    if not isinstance(document, dict):
+        raise JobError(f"{path} must hold a mapping with at least 'name' and 'model'.")
+    for override in overrides:
+        _override(document, override)
+    job = job_from(document, source=str(path))
+    return _with_files_beside(job, path.resolve().parent)
+
+
+def job_from(document: dict[str, Any], *, source: str) -> Job:
+    """Check a document and freeze it; `source` names it in errors."""
+    try:
+        job = Job.model_validate(document)
+    except ValidationError as error:
+        raise JobError(f"{source}: {_first_error(error)}") from error
+    except RecursionError as error:
+        raise JobError(f"{source} is nested too deep to be read.") from error
+    _check_shapes(job, source)
+    return job
+
+
+def dump_job(job: Job) -> str:
+    """The job as YAML, every default written out."""
+    document = {"name": job.name, **job.model_dump(mode="json")}
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+
+
+def job_variants(job: Job, source: Source) -> list[Variant]:
+    """The grid of a job, over a model that need not be there yet.
+
+    Raises:
+        UsageError: for shapes that cannot be.
+    """
+    return grid_variants(
+        source,
+        job.compile,
+        continuous=job.export.continuous_batching,
+        num_logits_to_keep=job.export.logits == NUM_LOGITS_TO_KEEP,
+    )
+
+
+def _check_shapes(job: Job, source: str) -> None:
+    grid = job.compile
+    try:
+        job_variants(job, Source("", Path(), None, ""))
+    except UsageError as error:
+        raise JobError(f"{source}: compile: {error}") from error
+    if grid.num_speculative_tokens and job.export.logits != NUM_LOGITS_TO_KEEP:
+        raise JobError(
+            f"{source}: compile.num_speculative_tokens needs export.logits: {NUM_LOGITS_TO_KEEP}."
+        )
+    if grid.comp_ctx_lengths and not job.export.comp_ctx_lengths:
+        raise JobError(f"{source}: compile.comp_ctx_lengths needs export.comp_ctx_lengths: true.")
+    if job.export.comp_ctx_lengths and not grid.comp_ctx_lengths:
+        raise JobError(
+            f"{source} exports with comp_ctx_lengths: say which ones with "
+            "compile.comp_ctx_lengths, like [512, 1024] (ctx_len is added)."
+        )
+    if job.run.prompts is not None and job.run.prompt is not None:
+        raise JobError(f"{source}: run has both prompts and prompt: keep one of them.")
+
+
+def _with_files_beside(job: Job, folder: Path) -> Job:
+    files = {"prompts": job.run.prompts, "chat_template": job.run.chat_template}
+    absolute = {name: str(folder / path) for name, path in files.items() if path not in (None, "-")}
+    return job.changed("run", **absolute)
+
+
+def _override(document: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise JobError(f"--set takes key=value, like run.generation_len=64, not {shown(override)}.")
+    *parents, last = key.split(".")
+    place = document
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise JobError(f"--set {shown(override)}: {shown(parent)} is not a mapping in the job.")
+    place[last] = parse_yaml(text, f"--set {shown(key)}: the value", raises=JobError)
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    if first["type"] != "extra_forbidden":
+        return first_error(error)
+    location = [str(part) for part in first["loc"]]
+    known = _known_keys(location[:-1])
+    near = difflib.get_close_matches(location[-1][:MAX_SHOWN_CHARS], known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}."
+    return f"unknown key {shown('.'.join(location))}; {hint}"
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    part: type[BaseModel] = Job
+    for name in location:
+        part = OptionValue(part.model_fields[name]).kind
+    return list(part.model_fields)
 
 
 def launch_job(
@@ -39,36 +172,30 @@ def launch_job(
         UsageError: as early as it can be known.
         CompileError: when the variant to be run could not be compiled.
     """
-    chosen_index(job)  # it is there
+    chosen_at = chosen_index(job)
     sdk = choose_sdk(job.sdk, job.emulator, listener)
     request = run_request(job, resume, retry_errors=retry_errors)
     request, num_cards = on_local_cards(request, sdk)
     with resuming(request, sdk):
-        return _launched(job, request, sdk, num_cards=num_cards, listener=listener)
+        run_input = request.open_input()
+        exported = export_step(job.model, job.export, listener)
+        check_chat_template(request)
+        builds = requested_builds(exported.folder, job.compile, sdk.here)
+        from qaic_ray.cluster.cluster import Cluster
 
-
-def _launched(
-    job: Job, request: RunRequest, sdk: SdkChoice, *, num_cards: int, listener: Listener
-) -> RunSummary:
-    chosen_at = chosen_index(job)
-    run_input = request.open_input()
-    exported = export_step(job.model, job.export, listener)
-    check_chat_template(request)
-    builds = requested_builds(CompileRequest(exported.folder, job.compile), sdk.here)
-    from qaic_ray.cluster.cluster import Cluster
-
-    listener.began("Ray")
-    with Cluster(num_cards, address=job.ray.address, dashboard=job.ray.dashboard) as cluster:
-        where = f", dashboard at {cluster.dashboard_url}" if cluster.dashboard_url else ""
-        token = f" (its token is in {cluster.token_file})" if where and cluster.token_file else ""
-        listener.ended(f"Ray{where}{token}")
-        outcomes = compile_on(cluster, builds, job.compile.parallel, listener)
-        chosen = outcomes[chosen_at].result
-        if not isinstance(chosen, Build):
-            raise chosen
-        return run_on(
-            cluster, replace(request, qpc=chosen.path), run_input, sdk=sdk, listener=listener
-        )
+        listener.began("Ray")
+        ray = job.ray
+        with Cluster(num_cards, address=ray.address, dashboard=ray.dashboard) as cluster:
+            where = f", dashboard at {cluster.dashboard_url}" if cluster.dashboard_url else ""
+            if where and cluster.token_file:
+                where += f" (its token is in {cluster.token_file})"
+            listener.ended(f"Ray{where}")
+            outcomes = compile_on(cluster, builds, job.compile.parallel, listener)
+            _, chosen = outcomes[chosen_at]
+            if not isinstance(chosen, Build):
+                raise chosen
+            request = replace(request, qpc=chosen.path)
+            return run_on(cluster, request, run_input, sdk=sdk, listener=listener)
 
 
 @dataclass(frozen=True)
@@ -115,10 +242,9 @@ def chosen_index(job: Job) -> int:
     Raises:
         UsageError: where the choice fits none of the variants, or several.
     """
-    num_variants = len(job_variants(job, Source("", Path(), None, "")))
     names = ("precision", "num_cores", "batch_size", "prompt_len", "ctx_len")
     wanted = [getattr(job.run.variant, name) for name in names]
-    grid = product(*(getattr(job.compile, name) for name in names))
+    grid = list(product(*(getattr(job.compile, name) for name in names)))
     fitting = [
         index
         for index, values in enumerate(grid)
@@ -127,7 +253,7 @@ def chosen_index(job: Job) -> int:
     if len(fitting) == 1:
         return fitting[0]
     raise UsageError(
-        f"run.variant of the job {job.name} fits {len(fitting)} of the {num_variants} compiled "
+        f"run.variant of the job {job.name} fits {len(fitting)} of the {len(grid)} compiled "
         "variants: say which one with precision, num_cores, batch_size, prompt_len or ctx_len."
     )
 
@@ -159,3 +285,47 @@ def _absolute(job: Job) -> Job:
 def _base(model_name: str) -> str:
     path = Path(model_name)
     return path.stem if path.suffix == ".gguf" else path.name
+
+
+def export_step(model: ModelOptions, options: ExportOptions, listener: Listener) -> ExportResult:
+    """Export a model; a folder that is still right is kept as it is.
+
+    Runs in a process of its own: checking against PyTorch takes gigabytes, and the driver of a
+    fleet should not keep them.
+    """
+    listener.began(f"export {model.name}")
+    with ProcessPoolExecutor(
+        max_workers=1, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
+    ) as pool:
+        try:
+            result = pool.submit(_export, model, options).result()
+        except KeyboardInterrupt:
+            for child in active_children():
+                child.terminate()  # it is waited for below, and cleans up
+            raise
+        except BrokenProcessPool as error:
+            raise ExportError(
+                f"The process that exported {model.name} died: most often the machine ran out of "
+                "memory; try --verify quick, or off."
+            ) from error
+    listener.ended(f"export {result.folder.name} {'kept' if result.reused else 'written'}")
+    return result
+
+
+def _begin(parent: int) -> None:
+    """In the new process: it ends with the one that waits for it."""
+    interruption.die_with_parent(parent)
+    interruption.listen(first_grace_s=CLEAN_UP_S)
+
+
+def _export(model: ModelOptions, options: ExportOptions) -> ExportResult:
+    from qaic_ray.export.export import export_model
+    from qaic_ray.model.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(model.name, trust_remote_code=model.trust_remote_code)
+    return export_model(
+        checkpoint,
+        options,
+        output=None if options.output is None else Path(options.output),
+        verify=None if options.verify == "auto" else options.verify,
+    )

@@ -1,4 +1,7 @@
-"""What a run is asked to do, and how that is kept in its folder, so that it can go on."""
+"""What steps are handed: who listens, which SDK, and what a run is asked to do.
+
+A run's request is kept in its folder, so that it can go on.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,78 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
-from qaic_ray.errors import RowError, UsageError
+from qaic_ray.errors import QaicRayError, RowError, UsageError
 from qaic_ray.files.documents import checked, read_text, read_yaml, user_path
 from qaic_ray.files.folders import write_whole
+from qaic_ray.formats.frozen_file import FrozenFile, InputChanged
+from qaic_ray.formats.prompts import prompts_from_file, prompts_from_text
+from qaic_ray.model.chat import check_kwargs
 from qaic_ray.model.sources import NAMED_MODELS
 from qaic_ray.option_types import is_template
-from qaic_ray.options import Generation, RayOptions, RunOptions
+from qaic_ray.options import EmulatorOptions, Generation, RayOptions, RunOptions
+from qaic_ray.runs.intake import INPUT, STREAM_SOURCE, Fingerprint, file_source, text_source
+from qaic_ray.sdk import Sdk, find_sdk
 
 if TYPE_CHECKING:
-    from qaic_ray.formats.frozen_file import FrozenFile
+    from qaic_ray.compile.compiler import Variant
+    from qaic_ray.compile.store import Build
     from qaic_ray.rows import Prompt, Row
-    from qaic_ray.runs.intake import Fingerprint
+    from qaic_ray.worker.worker import WorkerInfo
 
 REQUEST_NAME = "request.yaml"
 STDIN = "-"
 _MAX_REASON_CHARS = 500
+
+
+class Listener(Protocol):
+    """Hears what happens; every method returns at once."""
+
+    def sdk_chosen(self, sdk: Sdk) -> None:
+        """Which SDK everything goes through."""
+
+    def began(self, stage: str) -> None:
+        """A stage begins."""
+
+    def ended(self, stage: str) -> None:
+        """The stage that began last is done; the text says what came of it."""
+
+    def compiled(self, variant: Variant, result: Build | QaicRayError) -> None:
+        """One variant is there, or failed."""
+
+    def card_ready(self, info: WorkerInfo) -> None:
+        """A card has loaded its program."""
+
+    def remark(self, text: str) -> None:
+        """Something that the user may want to mend."""
+
+    def run_folder(self, folder: Path) -> None:
+        """Where the run that begins, or goes on, keeps everything."""
+
+    def answered(self, row: Row) -> None:
+        """The next row, in input order."""
+
+
+@dataclass(frozen=True)
+class SdkChoice:
+    """The SDK of this machine, and what the nodes of a cluster look for: each has its own.
+
+    `name` is as the user gave it, `emulated` what the emulated one is to be where it is the one.
+    """
+
+    here: Sdk
+    name: str
+    emulated: EmulatorOptions
+
+
+def choose_sdk(name: str, emulated: EmulatorOptions, listener: Listener) -> SdkChoice:
+    """Find the SDK, lay the emulated one down where it is the one, and say which it is."""
+    sdk = find_sdk(name, emulated)
+    listener.sdk_chosen(sdk)
+    return SdkChoice(sdk, name, emulated)
 
 
 @dataclass(frozen=True)
@@ -82,10 +138,6 @@ class RunRequest:
         return replace(whole, prompts=islice(whole.prompts, self.run.max_prompts))
 
     def _whole_input(self) -> RunInput:
-        from qaic_ray.formats.prompts import prompts_from_file, prompts_from_text
-        from qaic_ray.model.chat import check_kwargs
-        from qaic_ray.runs.intake import STREAM_SOURCE, file_source, text_source
-
         run = self.run
         defaults, chat = run.defaults, run.chat_options
         check_kwargs(chat.template_kwargs)
@@ -112,8 +164,6 @@ class RunRequest:
 
     def _frozen(self, path: Path) -> FrozenFile:
         """The prompts file as it is, or as much of it as the run that is resumed began with."""
-        from qaic_ray.formats.frozen_file import FrozenFile, InputChanged
-        from qaic_ray.runs.intake import INPUT
         from qaic_ray.runs.journal import last_fingerprint
 
         if self.resume is None or self.new_input:
@@ -181,13 +231,6 @@ def write_request(request: RunRequest, folder: Path) -> str:
     return text
 
 
-def last_unfinished(output: Path, job: str = "") -> Path | None:
-    """The run in `output` that began last, of this job where one is named, and can go on."""
-    from qaic_ray.runs.report import last_unfinished
-
-    return last_unfinished(output, REQUEST_NAME, job)
-
-
 def read_request(folder: Path) -> RunRequest:
     """The request of a run folder, to go on with it.
 
@@ -208,6 +251,17 @@ def read_request(folder: Path) -> RunRequest:
             f"{path} cannot be gone on with: it was written by another version, or changed "
             f"({str(error)[:_MAX_REASON_CHARS].rstrip('.')})."
         ) from error
+
+
+def resumed(folder: Path, asked: RunOptions) -> RunRequest:
+    """The request of a run folder, with what may be said anew."""
+    request = read_request(folder)
+    if "devices" in asked.model_fields_set:
+        request = request.with_run(devices=asked.devices)
+    if "prompts" in asked.model_fields_set:
+        request = request.with_run(prompt=None, prompts=asked.prompts)
+        request = replace(request, new_input=True)
+    return request
 
 
 _OLDER = {"prompts_file": "prompts", "template_kwargs": "chat_template_kwargs"}

@@ -16,21 +16,26 @@ from typing import TYPE_CHECKING, Any
 
 from qaic_ray import interruption
 from qaic_ray.compile.store import check_kept, content_key
-from qaic_ray.errors import QaicRayError, Unfinished, UsageError
-from qaic_ray.model.checkpoint import open_checkpoint
+from qaic_ray.errors import DeviceError, QaicRayError, Unfinished, UsageError
+from qaic_ray.model.checkpoint import (
+    Checkpoint,
+    load_chat_template,
+    load_tokenizer,
+    open_checkpoint,
+)
 from qaic_ray.model.tokenizer import text_parts
 from qaic_ray.pipeline.request import (
     STDIN,
+    Listener,
     RunInput,
     RunRequest,
+    SdkChoice,
     absolute_model,
     write_request,
 )
-from qaic_ray.pipeline.steps import Listener, SdkChoice, choose_devices
 from qaic_ray.sdk import name_for_others
 
 if TYPE_CHECKING:
-    from qaic_ray.cards.inventory import WorkerPlace
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.rows import Row
     from qaic_ray.runs.delivery import Proof
@@ -60,11 +65,29 @@ def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSumm
 
 
 def on_local_cards(request: RunRequest, sdk: SdkChoice) -> tuple[RunRequest, int]:
-    """The request on cards of this machine that are ready, and how many; 0 for a cluster's."""
+    """The request on cards of this machine, and how many; 0 for a cluster's.
+
+    They are those asked for, or every card that is ready.
+
+    Raises:
+        UsageError: for ids that are not there.
+        DeviceError: where a card, or every card, is not ready.
+    """
     if request.ray.address is not None:
         return request, 0
-    devices = choose_devices(sdk.here, request.run.devices)
-    return request.with_run(devices=devices), len(devices)
+    known = {device.qid: device for device in sdk.here.devices()}
+    wanted = request.run.devices
+    if wanted == "all":
+        wanted = tuple(qid for qid, device in known.items() if device.ready)
+        if not wanted:
+            raise DeviceError(f"No card is ready on this machine ({len(known)} found).")
+    for qid in wanted:
+        if qid not in known:
+            there = ", ".join(map(str, known)) or "none"
+            raise UsageError(f"There is no device {qid}: the cards here are {there}.")
+        if not known[qid].ready:
+            raise DeviceError(f"Device {qid} is not ready: its status is {known[qid].status}.")
+    return request.with_run(devices=wanted), len(wanted)
 
 
 def check_chat_template(request: RunRequest) -> None:
@@ -73,13 +96,12 @@ def check_chat_template(request: RunRequest) -> None:
     Raises:
         UsageError: they cannot; one sentence.
     """
-    from qaic_ray.model.checkpoint import load_chat_template, open_checkpoint
     from qaic_ray.worker.text import check_chat
 
     is_wanted = request.run.chat or request.run.chat_template is not None
-    if is_wanted and _is_here(request):  # else each worker finds out when it is opened
-        template = load_chat_template(open_checkpoint(request.model, weights=False))
-        check_chat(template, request.generation, request.model)
+    checkpoint = _checkpoint(request) if is_wanted else None
+    if checkpoint is not None:  # else each worker finds out when it is opened
+        check_chat(load_chat_template(checkpoint), request.generation, request.model)
 
 
 def run_on(
@@ -95,47 +117,45 @@ def run_on(
     Raises:
         UsageError: where the request does not fit the QPC, the cards, or the run that it resumes.
     """
-    specs = _worker_specs(request, _places(cluster, request, sdk, listener))
-    is_new = request.resume is None
+    from qaic_ray.runs.delivery import export_outputs
+    from qaic_ray.runs.report import RunSummary, write_report
+
+    specs = _worker_specs(cluster, request, sdk, listener)
     folder = request.resume.absolute() if request.resume else _new_run_folder(request)
     listener.run_folder(folder)
-    with _kept(folder, _resume_command(request, sdk, folder)) if is_new else nullcontext():
+    with nullcontext() if request.resume else _kept(folder, request, sdk):
         result, proof = _answer(
             cluster, request, specs, run_input=run_input, folder=folder, listener=listener
         )
-        return _reported(request, folder, result, proof=proof, sdk=sdk)
-
-
-def _reported(
-    request: RunRequest, folder: Path, result: FleetResult, *, proof: Proof, sdk: SdkChoice
-) -> RunSummary:
-    """The end of a run: the other formats, and last the report, by which it is known as done."""
-    from qaic_ray.runs.report import RunSummary, write_report
-
-    _export(request, folder)
-    summary = RunSummary(
-        result,
-        job=request.name,
-        sdk=next((worker.info.sdk for worker in result.workers if worker.info), sdk.here.label),
-        folder=folder,
-        model=request.model,
-        qpc=request.qpc.name,
-        proof=proof,
-    )
-    write_report(summary)
-    return summary
+        if formats := request.run.output_formats:
+            tokenizer = load_tokenizer(open_checkpoint(request.model, weights=False))
+            for output_format in formats:
+                export_outputs(
+                    folder,
+                    output_format,
+                    model=request.model,
+                    token_text=lambda token: tokenizer.decode((token,)),
+                )
+        summary = RunSummary(
+            result,
+            job=request.name,
+            sdk=next((worker.info.sdk for worker in result.workers if worker.info), sdk.here.label),
+            folder=folder,
+            model=request.model,
+            qpc=request.qpc.name,
+            proof=proof,
+        )
+        write_report(summary)  # last: by it a run is known as done
+        return summary
 
 
 def resuming(request: RunRequest, sdk: SdkChoice) -> AbstractContextManager[None]:
     """Say what is safe of the run that goes on, whatever ends it from here on; see `_kept`."""
-    folder = None if request.resume is None else request.resume.absolute()
-    if folder is None:
-        return nullcontext()
-    return _kept(folder, _resume_command(request, sdk, folder), is_new=False)
+    return _kept(request.resume.absolute(), request, sdk) if request.resume else nullcontext()
 
 
 @contextmanager
-def _kept(folder: Path, command: str, *, is_new: bool = True) -> Iterator[None]:
+def _kept(folder: Path, request: RunRequest, sdk: SdkChoice) -> Iterator[None]:
     """Say, whatever ends a run before its end, how many rows are safe and what goes on with it.
 
     Raises:
@@ -144,6 +164,8 @@ def _kept(folder: Path, command: str, *, is_new: bool = True) -> Iterator[None]:
         Unfinished: for all else.
     """
     from qaic_ray.runs.journal import safe_rows
+
+    command = _resume_command(request, sdk, folder)
 
     def sentence(why: str) -> str:
         rows = safe_rows(folder)
@@ -158,7 +180,7 @@ def _kept(folder: Path, command: str, *, is_new: bool = True) -> Iterator[None]:
         with interruption.last_words(stopped):
             yield
     except UsageError as error:
-        if not is_new:
+        if request.resume is not None:
             raise
         if safe_rows(folder):
             raise UsageError(sentence(_unended(error))) from error
@@ -252,96 +274,69 @@ def _parts(request: RunRequest) -> dict[str, Any]:
     A model that only the nodes of a cluster have is known by its name.
     """
     model: dict[str, Any] = {"name": request.model}
-    if _is_here(request):
-        checkpoint = open_checkpoint(request.model, weights=False)
+    if checkpoint := _checkpoint(request):
         model = {**text_parts(checkpoint.folder), "eos_ids": list(checkpoint.eos_ids)}
     return {"qpc": content_key(request.qpc), "model": model}
 
 
-def _is_here(request: RunRequest) -> bool:
-    """Whether this machine has the model's files, or the nodes of a cluster alone."""
-    return request.ray.address is None or Path(request.model).expanduser().exists()
+def _checkpoint(request: RunRequest) -> Checkpoint | None:
+    """The model, without its weights; None where only the nodes of a cluster have its files."""
+    is_here = request.ray.address is None or Path(request.model).expanduser().exists()
+    return open_checkpoint(request.model, weights=False) if is_here else None
 
 
-def _places(
+def _worker_specs(
     cluster: Cluster, request: RunRequest, sdk: SdkChoice, listener: Listener
-) -> list[WorkerPlace]:
-    """Which worker gets which cards."""
+) -> list[WorkerSpec]:
+    """What each worker is given, its cards above all."""
     from qaic_ray.cards.inventory import place, qpc_cores
+    from qaic_ray.worker.worker import WorkerSpec
 
     here = request.ray.address is None
-    nodes = cluster.inventory(
-        str(sdk.here.root) if here else name_for_others(sdk.name), sdk.emulated
-    )
+    sdk_name = str(sdk.here.root) if here else name_for_others(sdk.name)
+    nodes = cluster.inventory(sdk_name, sdk.emulated)
     for problem in cluster.problems(nodes):
         listener.remark(problem)
-    return place(
+    places = place(
         nodes,
         devices=None if request.run.devices == "all" else request.run.devices,
         group_size=request.run.group_size,
         partitions=request.run.partitions,
         num_cores=qpc_cores(request.qpc),
     )
-
-
-def _worker_specs(request: RunRequest, places: Sequence[WorkerPlace]) -> list[WorkerSpec]:
-    from qaic_ray.worker.worker import WorkerSpec
-
-    model = absolute_model(request.model)
-    is_here = _is_here(request)
-    text = text_parts(open_checkpoint(model, weights=False).folder) if is_here else {}
+    checkpoint = _checkpoint(request)
+    text = text_parts(checkpoint.folder) if checkpoint else {}
+    qpc, model = str(request.qpc.absolute()), absolute_model(request.model)
+    generation = request.generation
     return [
-        WorkerSpec(
-            **vars(where),
-            qpc=str(request.qpc.absolute()),
-            model=model,
-            generation=request.generation,
-            text=text,
-        )
+        WorkerSpec(**vars(where), qpc=qpc, model=model, generation=generation, text=text)
         for where in places
     ]
 
 
-def _export(request: RunRequest, folder: Path) -> None:
-    """The run's rows in the other formats that are asked for."""
-    from qaic_ray.model.checkpoint import load_tokenizer
-    from qaic_ray.runs.delivery import export_outputs
-
-    if not request.run.output_formats:
-        return
-    tokenizer = load_tokenizer(open_checkpoint(request.model, weights=False))
-    for output_format in request.run.output_formats:
-        export_outputs(
-            folder,
-            output_format,
-            model=request.model,
-            token_text=lambda token: tokenizer.decode((token,)),
-        )
-
-
 def _new_run_folder(request: RunRequest) -> Path:
     """`<output>/<name>-<UTC time>`, with a number behind it where that is taken."""
-    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
-    name = f"{request.name}-{stamp}"
-    for number in range(2, 1000):
-        folder = Path(request.run.output).absolute() / name
+    output = Path(request.run.output).absolute()
+    name = f"{request.name}-{datetime.now(timezone.utc).strftime('%Y%m%d-%H%M%S')}"
+    for number in range(1, 1000):
+        folder = output / (f"{name}-{number}" if number > 1 else name)
         try:
-            os.makedirs(folder.parent, exist_ok=True)
+            os.makedirs(output, exist_ok=True)
             folder.mkdir(mode=0o700)  # prompts and answers are their user's
+            break
         except FileExistsError:
-            if not folder.parent.is_dir():
-                raise UsageError(f"{folder.parent} is not a folder.") from None
-            name = f"{request.name}-{stamp}-{number}"
-            continue
+            if not output.is_dir():
+                raise UsageError(f"{output} is not a folder.") from None
         except OSError as error:
-            raise UsageError(f"Cannot write to {folder.parent}: {error.strerror}.") from error
-        try:
-            (folder / "logs").mkdir()
-            text = write_request(request, folder)
-            (folder / "job.yaml").write_text(request.job_text or text, encoding="utf-8")
-        except OSError as error:
-            raise QaicRayError(f"Cannot write to {folder}: {error.strerror}.") from error
-        return folder
-    raise UsageError(
-        f"{request.run.output} has a thousand runs of this second: use another --output."
-    )
+            raise UsageError(f"Cannot write to {output}: {error.strerror}.") from error
+    else:
+        raise UsageError(
+            f"{request.run.output} has a thousand runs of this second: use another --output."
+        )
+    try:
+        (folder / "logs").mkdir()
+        text = write_request(request, folder)
+        (folder / "job.yaml").write_text(request.job_text or text, encoding="utf-8")
+    except OSError as error:
+        raise QaicRayError(f"Cannot write to {folder}: {error.strerror}.") from error
+    return folder

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from qaic_ray import __version__
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.options import Job
-from qaic_ray.pipeline.job_file import dump_job
+from qaic_ray.pipeline.job import dump_job
 
 if TYPE_CHECKING:
     from qaic_ray.cluster.jobs import SubmittedJob, SubmittedJobs
@@ -38,6 +38,7 @@ _STATES = {
     "SUCCEEDED": "done",
     "FAILED": "failed",
 }
+_FIGURES = ("rows", "failed_rows", "folder")  # of a report, as it ends a log
 _ERROR = re.compile(r"^qaic-ray: (?!\d+ rows done)(.+)$", re.MULTILINE)
 _PROGRESS = re.compile(r"^qaic-ray: (\d+) rows done, (\d+) failed$", re.MULTILINE)
 
@@ -51,7 +52,6 @@ class SubmitRequest:
     """
 
     job: Job
-    address: str | None
     folder: Path
     python: str
     send_prompts: bool = True
@@ -63,15 +63,6 @@ class Parcel:
 
     sent: dict[str, int]
     expected: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Submission:
-    """A job that was handed in."""
-
-    id: str
-    request: SubmitRequest
-    parcel: Parcel
 
 
 @dataclass(frozen=True)
@@ -92,30 +83,27 @@ class JobStatus:
     error: str | None = None
 
 
-def submit_step(request: SubmitRequest) -> Submission:
-    """Hand a job in.
+def submit_step(request: SubmitRequest) -> tuple[str, Parcel]:
+    """Hand a job in; its id, and what was sent.
 
     Raises:
         UsageError: for a job that cannot be sent, or a cluster that cannot be reached.
     """
     from qaic_ray.cluster.jobs import SubmittedJobs
 
-    name = request.job.name
+    name, there = request.job.name, str(request.folder)
+    metadata = {_JOB_KEY: name, _FOLDER_KEY: there, _VERSION_KEY: __version__}
     with tempfile.TemporaryDirectory(prefix="qaic-ray-") as made:
         folder = Path(made)
         parcel = pack(request, folder)
         stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
-        submission_id = SubmittedJobs(request.address).submit(
+        submission_id = SubmittedJobs(request.job.ray.address).submit(
             entry_command(request),
             folder,
             submission_id=f"{name}-{stamp}-{secrets.token_hex(2)}",
-            metadata={
-                _JOB_KEY: name,
-                _FOLDER_KEY: str(request.folder),
-                _VERSION_KEY: __version__,
-            },
+            metadata=metadata,
         )
-    return Submission(submission_id, request, parcel)
+    return submission_id, parcel
 
 
 def entry_command(request: SubmitRequest) -> list[str]:
@@ -194,13 +182,7 @@ def read_status(job: SubmittedJob, log: str) -> JobStatus:
     )
     report = _report(log) if job.ended else None
     if report is not None:  # rows that failed are no failure of the job, whatever its exit code
-        return replace(
-            status,
-            state="done",
-            rows=report["rows"],
-            failed_rows=report["failed_rows"],
-            folder=report["folder"],
-        )
+        return replace(status, state="done", **{key: report[key] for key in _FIGURES})
     found = _PROGRESS.findall(log)
     if found:
         rows, failed_rows = map(int, found[-1])
@@ -222,7 +204,7 @@ def _report(log: str) -> dict[str, Any] | None:
         document = json.loads(log.rstrip().rpartition("\n")[2])
     except (ValueError, RecursionError):
         return None
-    is_report = isinstance(document, dict) and {"rows", "failed_rows", "folder"} <= set(document)
+    is_report = isinstance(document, dict) and set(_FIGURES) <= set(document)
     return document if is_report else None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from qaic_ray.cli import main
-from qaic_ray.cli.command_options import PROGRAM
+from qaic_ray.cli.parameters import PROGRAM
 from qaic_ray.cli.screen import Screen
 from qaic_ray.errors import UsageError
 from qaic_ray.files.folders import CACHE_VARIABLE
@@ -115,7 +115,8 @@ def test_missing_things_are_named(run: Run, arguments: list[str], words: str) ->
         (["mx6", "14", "--prompt-len", "32+48"], "power of two, not 48"),
         (["--num-speculative-tokens", "3"], "exported without num_logits_to_keep"),
         (["--comp-ctx-lengths", "512,1024"], "exported without compute-context lengths"),
-        (["mx6", "14", "--batch-size", "0"], "batch_size must be at least 1, not 0"),
+        (["mx6", "14", "--batch-size", "0"], "qaic-ray: --batch-size must be at least 1, not 0."),
+        (["mx6", "14", "--batch_size=0"], "qaic-ray: --batch_size must be at least 1, not 0."),
         (["mx6", "14", "--ctx-len", "4096"], "4096 is more than the 2048 positions"),
     ],
 )
@@ -245,7 +246,7 @@ def test_run_options_are_the_sampling_fields_of_that_name(
     [
         (["--opset", "12"], "--opset takes 13 or 17, not 12."),
         (["--io", "recipe"], "--io takes position-ids or cache-index, not 'recipe'."),
-        (["--replicate-kv-heads", "0"], "replicate_kv_heads must be at least 1, not 0"),
+        (["--replicate-kv-heads", "0"], "--replicate-kv-heads must be at least 1, not 0"),
         (["--io", "cache-index", "--continuous-batching"], "no continuous batching with it"),
         (["--comp-ctx-lengths", "--opset", "13"], "comp_ctx_lengths needs opset 17"),
         (["--output", "a" * 5000], "--output: it is 'aaa"),
@@ -362,8 +363,10 @@ def test_answers_are_printed_whole_and_each_of_several(
 def test_an_export_of_token_ids_says_what_a_host_cannot_see(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, next_tokens: bool
 ) -> None:
-    manifest = SimpleNamespace(next_tokens=next_tokens)
-    result: Any = SimpleNamespace(folder=tmp_path, manifest=manifest, verification=None)
-    Screen(stream=True).exported(result, as_json=False)
+    manifest = SimpleNamespace(next_tokens=next_tokens, to_json=lambda: "{}")
+    result: Any = SimpleNamespace(
+        folder=tmp_path, manifest=manifest, verification=None, reused=False
+    )
+    Screen(stream=True).exported(result)
     out = " ".join(capsys.readouterr().out.split())
     assert ("a row whose logits overflow is answered wrong without a sign" in out) is next_tokens

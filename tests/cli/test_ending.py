@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qaic_ray.cli.ending import Interrupted, end
+from qaic_ray.cli import end
 from qaic_ray.errors import (
     ClusterLost,
     CompileError,
@@ -31,7 +31,7 @@ def caused(error: Exception, cause: BaseException) -> Exception:
         (Unfinished("7 rows are safe."), 75, "7 rows are safe."),
         (caused(Unfinished("7 rows."), QaicRayError("full")), 75, "7 rows."),
         (ClusterLost("Gone."), 75, "Gone. Give the command again: what is done is kept."),
-        (Interrupted("stopped: 7 rows."), 130, "stopped: 7 rows."),
+        (KeyboardInterrupt("stopped: 7 rows."), 130, "stopped: 7 rows."),
         (KeyboardInterrupt(), 130, "stopped by SIGINT; what is done is kept."),
     ],
 )

@@ -15,7 +15,7 @@ import typer
 import yaml
 
 from qaic_ray.cli.commands import app
-from qaic_ray.pipeline.job_file import dump_job, load_job
+from qaic_ray.pipeline.job import dump_job, load_job
 
 FLAG = True
 

@@ -26,7 +26,7 @@ from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.option_types import Precision
 from qaic_ray.options import EmulatorOptions, ExportOptions, Generation
-from qaic_ray.pipeline.compile_step import source_of
+from qaic_ray.pipeline.compile_step import open_folder
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience, FleetResult
 from qaic_ray.sampling_params import SamplingParams
@@ -196,7 +196,7 @@ def test_a_device_group_is_one_worker(fleet: Fleet, tmp_path: Path) -> None:
     tiny = fleet.tiny
     shapes = Specializations.build(batch_size=4, prompt_len=8, ctx_len=64, continuous=True)
     variant = Variant(
-        source_of(tiny.exported(ExportOptions(continuous_batching=True))),
+        open_folder(tiny.exported(ExportOptions(continuous_batching=True))).source,
         Precision.FP32,
         14,
         shapes,

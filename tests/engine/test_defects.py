@@ -18,7 +18,7 @@ from qaic_ray.contract import Specialization, Specializations
 from qaic_ray.metrics import Span, tokens_per_s
 from qaic_ray.option_types import Precision
 from qaic_ray.options import ExportOptions
-from qaic_ray.pipeline.compile_step import source_of
+from qaic_ray.pipeline.compile_step import open_folder
 from qaic_ray.rows import FinishReason
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def test_3_without_a_limit_every_row_fills_its_own_context(
 def test_4_fewer_rows_decoded_at_once_than_there_are_slots(tiny: TinyQpcs, tmp_path: Path) -> None:
     """There a batch of four was fed to a decode of two."""
     shapes = Specializations((Specialization(1, 8, 64, 4), Specialization(2, 1, 64, 4)))
-    source = source_of(tiny.exported(ExportOptions(continuous_batching=True)))
+    source = open_folder(tiny.exported(ExportOptions(continuous_batching=True))).source
     variant = Variant(source, Precision.FP32, 14, shapes)
     qpc = build(BuildRequest(variant, tiny.sdk, tmp_path)).path
     prompts = [prompt(5 + i, 30 * i) for i in range(5)]

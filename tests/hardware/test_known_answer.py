@@ -20,7 +20,7 @@ from qaic_ray.export.export import export_model
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.option_types import Precision
 from qaic_ray.options import ExportOptions
-from qaic_ray.pipeline.compile_step import source_of
+from qaic_ray.pipeline.compile_step import open_folder
 from qaic_ray.sdk import VENDOR_ROOT, has_cards, open_sdk
 
 pytestmark = [
@@ -42,7 +42,7 @@ def test_known_answer_comes_from_the_card(tmp_path: Path) -> None:
     options = ExportOptions(continuous_batching=True)
     model = export_model(checkpoint, options, output=tmp_path / "m-kv", verify="off").folder
     shapes = Specializations.build(batch_size=4, prompt_len=32, ctx_len=256, continuous=True)
-    variant = Variant(source_of(model), Precision.FP16, device.nsp_total, shapes)
+    variant = Variant(open_folder(model).source, Precision.FP16, device.nsp_total, shapes)
     qpc = build(BuildRequest(variant, sdk, tmp_path / "qpc")).path
     tokenizer = load_tokenizer(checkpoint)
     session = Session(sdk, qpc, [device.qid])

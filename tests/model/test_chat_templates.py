@@ -27,8 +27,7 @@ from qaic_ray.model.chat import RESERVED, ChatTemplate
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import RunOptions
-from qaic_ray.pipeline.job import run_request
-from qaic_ray.pipeline.job_file import job_from
+from qaic_ray.pipeline.job import job_from, run_request
 from qaic_ray.pipeline.request import REQUEST_NAME, RunRequest
 from qaic_ray.pipeline.run_step import check_chat_template
 from qaic_ray.rows import ChatOptions

@@ -9,12 +9,12 @@ import yaml
 from pydantic import ValidationError
 
 from qaic_ray import options
-from qaic_ray.cli import command_options
+from qaic_ray.cli import parameters
 from qaic_ray.engine.engine import MAX_STALL_S
 from qaic_ray.errors import JobError
 from qaic_ray.option_types import Section, prompt_lens
 from qaic_ray.options import Job, RunOptions
-from qaic_ray.pipeline.job_file import dump_job, job_from, load_job
+from qaic_ray.pipeline.job import dump_job, job_from, load_job
 from qaic_ray.sampling_params import FIELDS, SamplingParams
 
 JOBS = sorted((Path(__file__).parents[2] / "jobs").glob("*.yaml"))
@@ -34,7 +34,7 @@ def test_shipped_jobs_are_read() -> None:
 def test_every_part_is_frozen_and_refuses_unknown_keys() -> None:
     parts = [
         part
-        for part in (*vars(options).values(), *vars(command_options).values())
+        for part in (*vars(options).values(), *vars(parameters).values())
         if isinstance(part, type) and issubclass(part, Section)
     ]
     assert len(parts) >= 15

@@ -10,8 +10,7 @@ import yaml
 
 from qaic_ray.errors import UsageError
 from qaic_ray.options import RunOptions
-from qaic_ray.pipeline.job import run_request
-from qaic_ray.pipeline.job_file import load_job
+from qaic_ray.pipeline.job import load_job, run_request
 from qaic_ray.pipeline.request import REQUEST_NAME, RunRequest, read_request
 from qaic_ray.rows import Prompt
 from qaic_ray.sampling_params import SamplingParams

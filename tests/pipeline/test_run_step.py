@@ -29,7 +29,6 @@ def request_(tmp_path: Path) -> RunRequest:
 
 
 def run(request: RunRequest, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_step, "_places", lambda *_: [])
     monkeypatch.setattr(run_step, "_parts", lambda _: {"qpc": "q", "model": {}})
     monkeypatch.setattr(run_step, "_worker_specs", lambda *_: [])
     heard = {name: lambda _: None for name in ("answered", "card_ready", "remark", "run_folder")}

@@ -16,7 +16,6 @@ from qaic_ray.errors import UsageError
 from qaic_ray.files.documents import checked
 from qaic_ray.options import CompileOptions
 from qaic_ray.pipeline.compile_step import (
-    CompileRequest,
     open_folder,
     requested_builds,
     requested_variants,
@@ -45,9 +44,9 @@ def recipe_folder(where: Path, *more: str, name: str = "", data: str = "weights"
     return where
 
 
-def request(model_dir: Path, **changes: Any) -> CompileRequest:
-    grid = {"batch_size": 4, "prompt_len": 32, "ctx_len": 128, **changes}
-    return CompileRequest(model_dir, checked(CompileOptions, grid, "compile"))
+def grid(**changes: Any) -> CompileOptions:
+    document = {"batch_size": 4, "prompt_len": 32, "ctx_len": 128, **changes}
+    return checked(CompileOptions, document, "compile")
 
 
 def test_a_folder_of_the_recipe_is_read_by_its_graph(tmp_path: Path) -> None:
@@ -58,7 +57,7 @@ def test_a_folder_of_the_recipe_is_read_by_its_graph(tmp_path: Path) -> None:
     assert not (model.continuous)
     assert not (model.num_logits_to_keep)
     assert not (model.comp_ctx_lengths)
-    (variant,) = requested_variants(request(tmp_path / "e691f-kv"), SDK)
+    (variant,) = requested_variants(tmp_path / "e691f-kv", grid(), SDK)
     assert variant.name == "e691f-kv-32pl-128cl-14c-4BS-mx6"
     assert variant.specializations.entries[0].full_batch_size is None
 
@@ -139,15 +138,14 @@ def test_equal_variants_are_one_and_paths_are_the_driver_s(
 ) -> None:
     folder = make_model_dir()
     monkeypatch.chdir(tmp_path)
-    twice = request(
-        Path(folder.name),
+    twice = grid(
         precision=["mx6", "MX6"],
         num_cores=[14, 14],
         prompt_len=["32+64", "64+32", 32, "32"],
     )
     (tmp_path / "sdk" / "exec").mkdir(parents=True)
     (tmp_path / "sdk" / "exec" / "qaic-exec").touch()
-    builds = requested_builds(twice, Sdk(tmp_path / "sdk", "real", "1.20"))
+    builds = requested_builds(Path(folder.name), twice, Sdk(tmp_path / "sdk", "real", "1.20"))
     assert [build.target for build in builds] == [
         tmp_path / "qpc" / f"m-kv-{lens}pl-128cl-14c-4BS-mx6" for lens in ("32+64", "32")
     ]
@@ -173,5 +171,5 @@ def test_a_name_that_no_file_system_takes_is_refused_at_once(
     lens = "+".join(map(str, [2**n for n in range(1, 30)] + [2] * 300))
     with pytest.raises(UsageError, match="no path: File name too long"):
         requested_builds(
-            request(folder, prompt_len=lens, ctx_len=2**29, output=str(tmp_path / ("x" * 300))), SDK
+            folder, grid(prompt_len=lens, ctx_len=2**29, output=str(tmp_path / ("x" * 300))), SDK
         )

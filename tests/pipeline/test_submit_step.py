@@ -15,7 +15,7 @@ import yaml
 
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.pipeline import submit_step
-from qaic_ray.pipeline.job_file import load_job
+from qaic_ray.pipeline.job import load_job
 from qaic_ray.pipeline.submit_step import (
     SubmitRequest,
     entry_command,
@@ -36,7 +36,7 @@ def request_for(tmp_path: Path) -> Request:
     def make(*, model: str = "some/hub-id", send: bool = True, **run: object) -> SubmitRequest:
         path = tmp_path / "home" / "job.yaml"
         path.write_text(yaml.safe_dump({"name": "x", "model": {"name": model}, "run": run}))
-        return SubmitRequest(load_job(path), None, Path("/there"), "/py thon", send)
+        return SubmitRequest(load_job(path), Path("/there"), "/py thon", send)
 
     return make
 

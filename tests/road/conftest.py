@@ -18,7 +18,7 @@ from qaic_ray.export.export import export_model
 from qaic_ray.model.checkpoint import open_checkpoint
 from qaic_ray.option_types import Precision
 from qaic_ray.options import EmulatorOptions, ExportOptions
-from qaic_ray.pipeline.compile_step import source_of
+from qaic_ray.pipeline.compile_step import open_folder
 from qaic_ray.sdk import find_sdk
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN = 2, 32, 4, 2, 8, 48
@@ -85,7 +85,7 @@ def tiny_qpc(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     checkpoint = open_checkpoint(str(tiny_checkpoint))
     exported = export_model(checkpoint, options, output=folder / "tiny-kv", verify="off")
     shapes = Specializations.build(batch_size=2, prompt_len=16, ctx_len=128, continuous=True)
-    variant = Variant(source_of(exported.folder), Precision.FP32, 7, shapes)
+    variant = Variant(open_folder(exported.folder).source, Precision.FP32, 7, shapes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "run_compiler", compile_here)
         sdk = find_sdk("emulated", EmulatorOptions())

@@ -326,7 +326,7 @@ def test_an_engines_steps_are_taken_and_its_rows_are_not() -> None:
 @pytest.mark.parametrize("failed", [0, 1])
 def test_ok_means_every_row_was_answered(tmp_path: Path, failed: int) -> None:
     rows = Measurement(rows=2, failed_rows=failed)
-    assert make_summary(tmp_path, result=FleetResult((), rows, None, {})).ok is (failed == 0)
+    assert make_summary(tmp_path, result=FleetResult((), rows, None, {})).result.ok is (failed == 0)
 
 
 def test_a_run_that_lost_its_cards_says_how_to_go_on(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoin
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.option_types import Precision
 from qaic_ray.options import EmulatorOptions
-from qaic_ray.pipeline.compile_step import source_of
+from qaic_ray.pipeline.compile_step import open_folder
 from qaic_ray.sdk import Sdk, find_sdk
 
 PROMPTS = Path(__file__).parents[2] / "jobs" / "prompts" / "english.jsonl"
@@ -71,7 +71,7 @@ def qpc(
         shapes = Specializations.build(
             batch_size=slots, prompt_len=PROMPT_LEN, ctx_len=CTX_LEN, continuous=True
         )
-        variant = Variant(source_of(exported), precision, 14, shapes)
+        variant = Variant(open_folder(exported).source, precision, 14, shapes)
         return build(BuildRequest(variant, emulated_sdk, store)).path
 
     return compiled

@@ -20,7 +20,6 @@ from qaic_ray.files.documents import (
     json_text,
     parse_json,
     parse_yaml,
-    read_json,
     read_object,
     read_text,
     read_yaml,
@@ -94,7 +93,7 @@ def test_yaml_dates_are_text_and_merged_keys_may_be_given_anew() -> None:
 
 
 def test_a_byte_order_mark_is_no_character(tmp_path: Path) -> None:
-    assert read_json(file(tmp_path, b'\xef\xbb\xbf{"a": 1}')) == {"a": 1}
+    assert read_object(file(tmp_path, b'\xef\xbb\xbf{"a": 1}')) == {"a": 1}
 
 
 def test_what_is_no_file_is_said(tmp_path: Path) -> None:

@@ -23,8 +23,7 @@ from qaic_ray.contract import Specializations
 from qaic_ray.errors import QaicRayError
 from qaic_ray.options import RunOptions
 from qaic_ray.pipeline.compile_step import open_folder
-from qaic_ray.pipeline.job import chosen_index
-from qaic_ray.pipeline.job_file import dump_job, job_from, load_job
+from qaic_ray.pipeline.job import chosen_index, dump_job, job_from, load_job
 from qaic_ray.pipeline.request import REQUEST_NAME, RunRequest, read_request
 from qaic_ray.runs.journal import Journal
 from qaic_ray.sdk import compiler_digest, open_sdk, parse_devices
