@@ -67,11 +67,10 @@ def status(
 def _show(found: Statuses, *, as_json: bool) -> None:
     from qaic_ray.cli import tables
 
-    out = tables.console()
-    if found.runs or found.jobs:
-        out.print(tables.status_table(found, out.width))
+    if found.runs or found.jobs or found.remark:
+        tables.draw(lambda width: tables.status_table(found, width))
     else:
-        out.print(f"There is nothing to show: no run in {_runs()}, and no detached job.")
+        tables.draw(lambda _: f"There is nothing to show: no run in {_runs()}, no detached job.")
     _write_json(found.to_json(), as_json=as_json)
 
 
@@ -80,6 +79,7 @@ def _watch(look: StatusLook, *, ends: bool, as_json: bool) -> None:
     from rich.live import Live
 
     from qaic_ray.cli import tables
+    from qaic_ray.cli.screen import write
 
     found = look.look()
     if as_json or not tables.can_redraw():
@@ -87,7 +87,7 @@ def _watch(look: StatusLook, *, ends: bool, as_json: bool) -> None:
             if as_json:
                 _write_json(found.to_json(), as_json=True)
             else:
-                tables.console().print(f"{time.strftime('%H:%M:%S')} {tables.status_line(found)}")
+                write(f"{time.strftime('%H:%M:%S')} {tables.status_line(found)}\n")
             if ends and not found.is_running:
                 return
             time.sleep(WATCH_S if as_json else WATCH_LOG_S)
@@ -149,8 +149,11 @@ def runs(
     from qaic_ray.pipeline.looking import listed_runs
 
     output = _runs() if folder is None else user_path(folder, "FOLDER")
-    found, out = listed_runs(output), tables.console()
-    out.print(tables.runs_table(found, out.width) if found else f"There is no run in {output}.")
+    found = listed_runs(output)
+    if found:
+        tables.draw(lambda width: tables.runs_table(found, width))
+    else:
+        tables.draw(lambda _: f"There is no run in {output}.")
     _write_json({"runs": [run.to_json() for run in found]}, as_json=show.as_json)
 
 
@@ -165,7 +168,7 @@ def show(
     from qaic_ray.pipeline.row_view import show_row
 
     view = show_row(run, row, _runs())
-    tables.console().print(tables.row_lines(view))
+    tables.draw(lambda _: tables.row_lines(view))
     _write_json(view.to_json(), as_json=how.as_json)
 
 
@@ -205,9 +208,7 @@ def doctor(
     from qaic_ray.pipeline.doctor_step import doctor_step
 
     found = doctor_step(sdk.sdk, ray.address, Path.cwd(), tries_cards=try_cards)
-    out = tables.console()
-    out.print(tables.findings_table(found.findings))
-    out.print(tables.summary_line(found.findings))
+    tables.draw(lambda _: tables.findings_table(found.findings))
     _write_json(found.to_json(), as_json=show.as_json)
     if not found.is_well:
         raise SystemExit(ExitCode.FAILED)

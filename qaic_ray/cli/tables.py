@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
+from qaic_ray.cli.screen import write
 from qaic_ray.doctor.facts import Finding, Verdict
 
 if TYPE_CHECKING:
@@ -39,9 +41,22 @@ _VERDICT_STYLES = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "r
 
 def console() -> Console:
     """stdout, as wide as its terminal is."""
-    if is_terminal() or "COLUMNS" in os.environ:
+    if "COLUMNS" in os.environ:
         return Console(highlight=False)
-    return Console(highlight=False, width=WIDE)
+    if not is_terminal():
+        return Console(highlight=False, width=WIDE)
+    # Without both rich takes a dumb terminal for one of 80 columns.
+    columns, lines = os.get_terminal_size(sys.stdout.fileno())
+    return Console(highlight=False, width=columns or 80, height=lines or 25)
+
+
+def draw(what: Callable[[int], RenderableType]) -> None:
+    """Put on stdout what a function makes for a width; without spaces at the ends of lines."""
+    out = console()
+    with out.capture() as captured:
+        out.print(what(out.width))
+    lines = captured.get().splitlines()
+    write("".join(f"{line.rstrip()}\n" for line in lines))
 
 
 def is_terminal() -> bool:
@@ -85,7 +100,7 @@ def status_table(found: Statuses, width: int) -> RenderableType:
         below.append(Text(f"{runs} not shown: `qaic-ray runs` lists all.", "dim"))
     if found.remark:
         below.append(Text(found.remark, "yellow"))
-    return Group(_table(_STATUS_HEADS, lines, width), *below)
+    return Group(*([_table(_STATUS_HEADS, lines, width)] if lines else []), *below)
 
 
 def runs_table(runs: Sequence[RunStatus], width: int) -> RenderableType:
@@ -96,16 +111,17 @@ def runs_table(runs: Sequence[RunStatus], width: int) -> RenderableType:
 
 def status_line(found: Statuses) -> str:
     """What goes on, on one line, for a log."""
+    is_one = len(found.runs) + len(found.jobs) == 1
     parts = []
     for run in found.runs:
-        if run.state == "running" or len(found.runs) == 1:
+        if is_one or run.state == "running":
             eta = "" if run.eta_s is None else f", ETA {clock(run.eta_s)}"
             parts.append(
                 f"{run.name}: {run.state}, {_rows(run)} rows, {run.failed_rows:,} failed, "
                 f"{run.tokens_per_s:,.1f} tokens/s{eta}"
             )
     for job in found.jobs:
-        if job.state in ("running", "waiting") or len(found.jobs) == 1:
+        if is_one or job.state in ("running", "waiting"):
             parts.append(f"{job.id}: {job.state}, {job.rows or 0:,} rows")
     return "; ".join(parts) or "nothing is running"
 
@@ -116,8 +132,8 @@ _STATUS_HEADS = (
     ("state", 0, False),
     ("rows", 0, True),
     ("failed", 0, True),
-    ("tok/s", 1, True),
-    ("ETA", 2, True),
+    ("tok/s", 2, True),
+    ("ETA", 1, True),
     ("tokens", 4, True),
     ("started", 3, False),
     ("worked", 5, True),
@@ -204,7 +220,7 @@ def _table(
         )
         for field in shown
     ]
-    table = Table(*columns)
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for cells in zip(*(field.cells for field in shown), strict=True):
         table.add_row(*cells)
     return table
@@ -218,7 +234,7 @@ def _that_fit(fields: Sequence[_Field], width: int) -> list[_Field]:
     def needed(some: Iterable[_Field]) -> int:
         rest = [field for field in some if field is not fields[0]]
         name = min(fields[0].width, max(MIN_NAME, width // 3))
-        return 4 + name + sum(field.width + _BETWEEN for field in rest)
+        return name + sum(field.width + _BETWEEN for field in rest)
 
     shown = [field for field in fields if field.rank == 0]
     for field in sorted((f for f in fields if f.rank), key=lambda f: f.rank):
@@ -236,7 +252,7 @@ def clock(seconds: float) -> str:
 def _when(time_s: float | None) -> str:
     if time_s is None:
         return ""
-    return datetime.fromtimestamp(time_s).strftime("%Y-%m-%d %H:%M:%S")
+    return datetime.fromtimestamp(time_s).strftime("%m-%d %H:%M")
 
 
 # -- a row
@@ -319,10 +335,10 @@ def findings_table(findings: Sequence[Finding]) -> RenderableType:
             text.append(f"\n{finding.remedy}", "bold")
         style = _VERDICT_STYLES[finding.verdict]
         table.add_row(Text(finding.verdict.value, style), finding.check, text)
-    return table
+    return Group(table, _summary(findings))
 
 
-def summary_line(findings: Sequence[Finding]) -> Text:
+def _summary(findings: Sequence[Finding]) -> Text:
     """How many checks came to what."""
     counts = {v: sum(one.verdict is v for one in findings) for v in Verdict}
     words = {Verdict.OK: "well", Verdict.WARN: "may be mended", Verdict.FAIL: "must be mended"}

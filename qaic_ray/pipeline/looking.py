@@ -77,7 +77,7 @@ class StatusLook:
     """
 
     def __init__(self, what: str | None, address: str | None, output: Path) -> None:
-        self._what, self._address = what, address
+        self._what, self._address, self._output = what, address, output
         self._run = None if what is None else find_run(what, output)
         self._folder: Path | None = None
         if what is None:
@@ -91,10 +91,21 @@ class StatusLook:
         if self._run is not None:
             return Statuses([self._status(self._run)], [])
         if self._folder is None:
-            return Statuses([], job_statuses(self._address, self._what))
+            return Statuses([], self._job())
         runs, hidden = self._in_folder(self._folder)
         jobs, remark = ([], "") if self._what is not None else self._jobs()
         return Statuses(runs, jobs, hidden, remark)
+
+    def _job(self) -> list[JobStatus]:
+        try:
+            return job_statuses(self._address, self._what)
+        except QaicRayError as error:
+            if self._address is not None:
+                raise
+            raise UsageError(
+                f"{self._what} is no run folder, {self._output} has none of that name, and of a "
+                f"job nothing is known: {error}"
+            ) from error
 
     def _in_folder(self, folder: Path) -> tuple[list[RunStatus], int]:
         statuses = [self._status(run) for run in run_folders(folder, REQUEST_NAME)]
