@@ -54,7 +54,7 @@ def draw(what: Callable[[int], RenderableType]) -> None:
     """Put on stdout what a function makes for a width; without spaces at the ends of lines."""
     out = console()
     with out.capture() as captured:
-        out.print(what(out.width))
+        out.print(what(out.width), crop=False)
     lines = captured.get().splitlines()
     write("".join(f"{line.rstrip()}\n" for line in lines))
 
@@ -94,7 +94,8 @@ def status_table(found: Statuses, width: int) -> RenderableType:
         if job.error:
             below.append(Text.assemble(f"{job.id}: ", (job.error, "red")))
         if job.folder:
-            below.append(Text(f"{job.id}: {job.folder}"))
+            # Whole, to be copied.
+            below.append(Text(f"{job.id}: {job.folder}", no_wrap=True, overflow="ignore"))
     if found.hidden:
         runs = "1 run that is done is" if found.hidden == 1 else f"{found.hidden} runs done are"
         below.append(Text(f"{runs} not shown: `qaic-ray runs` lists all.", "dim"))
