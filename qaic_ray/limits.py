@@ -56,6 +56,9 @@ DRIVER_TIMEOUTS = {
 }
 """Parameters of the kernel module `qaic`: the default, the least for language models, of what."""
 
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+"""The versions of Python that qaic-ray runs on."""
+
 RAY_FROM: Version = (2, 60)
 RAY_TESTED: Version = (2, 60)
 """Some of Ray's private interfaces are used; this is the release that they were tested with."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -116,7 +117,8 @@ def logs(
 
     folder = find_run(what, _runs())
     if folder is not None:
-        run_logs(folder, write, follow=follow)
+        if not run_logs(folder, write, follow=follow):
+            sys.stderr.write(f"There are no logs in {folder / 'logs'}.\n")
         return
     from qaic_ray.cluster.jobs import SubmittedJobs
 

@@ -104,8 +104,7 @@ def python_fits(facts: MachineFacts) -> Iterator[Finding]:
         yield fail(
             "Python",
             f"Python {facts.python} runs here, and qaicrt of this SDK is for Python {which}.",
-            f"Install qaic-ray with Python {which}, or an SDK whose qaicrt is for {here}: "
-            f"python{wanted[0]} -m venv .venv.",
+            _other_python([python for python in wanted if python in limits.PYTHONS], here),
         )
     else:
         yield warn(
@@ -113,6 +112,18 @@ def python_fits(facts: MachineFacts) -> Iterator[Finding]:
             f"{sdk.bindings[0]} does not say which Python it is for; {facts.python} runs here.",
             f"Try it: PYTHONPATH={sdk.root}/dev/lib/x86_64 python -c 'import qaicrt'.",
         )
+
+
+def _other_python(usable: list[str], here: str) -> str:
+    if usable:
+        return (
+            f"Install qaic-ray with it: python{usable[0]} -m venv .venv; or an SDK whose qaicrt is "
+            f"for {here}."
+        )
+    first, last = limits.PYTHONS[0], limits.PYTHONS[-1]
+    return (
+        f"qaic-ray runs on Python {first} to {last}: install an Apps SDK whose qaicrt is for one."
+    )
 
 
 def nodes_are_usable(facts: MachineFacts) -> Iterator[Finding]:

@@ -212,13 +212,16 @@ def stop(what: str, address: str | None, output: Path) -> Statuses:
 # -- logs
 
 
-def run_logs(folder: Path, hear: Callable[[str], None], *, follow: bool) -> None:
+def run_logs(folder: Path, hear: Callable[[str], None], *, follow: bool) -> bool:
     """Give what is in the logs of a run folder, each file under its name; then what comes.
 
     Args:
         folder: the run's.
         hear: gets pieces of text.
         follow: go on as long as somebody works on the run.
+
+    Returns:
+        Whether there was anything.
     """
     read: dict[Path, int] = {}
     last: Path | None = None
@@ -230,7 +233,7 @@ def run_logs(folder: Path, hear: Callable[[str], None], *, follow: bool) -> None
                 hear(f"==> {path.relative_to(folder)} <==\n{text}" if path != last else text)
                 last = path
         if not is_running:
-            return
+            return last is not None
         time.sleep(FOLLOW_S)
 
 

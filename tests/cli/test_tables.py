@@ -295,6 +295,7 @@ def test_what_is_not_there_is_one_sentence(folder: Path) -> None:
 
 def test_logs_of_a_run_folder(folder: Path) -> None:
     logs = folder / "runs" / "run-20260101-000000" / "logs"
+    assert "no logs" in command(folder, "logs", "run-20260101-000000").stderr
     logs.mkdir()
     (logs / "card-0.log").write_text("opened\n")
     (logs / "card-1.log").write_text("lost\n")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -117,6 +119,10 @@ BAD: dict[str, tuple[MachineFacts, str, Verdict, str, str]] = {
     "other Python": (
         replace(WELL, python="3.11.7"), "Python", Verdict.FAIL, "3.10 or 3.12", "venv",
     ),
+    "Python too old": (
+        sdk(bindings=("qaicrt.cpython-38-x86_64-linux-gnu.so",)),
+        "Python", Verdict.FAIL, "for Python 3.8", "install an Apps SDK",
+    ),
     "no binding": (sdk(bindings=()), "Python", Verdict.FAIL, "no qaicrt", "Apps SDK"),
     "untagged": (sdk(bindings=("qaicrt.so",)), "Python", Verdict.WARN, "does not say", "import"),
     "no driver": (
@@ -205,6 +211,12 @@ def test_the_pair_of_the_dl2q_images_is_known_to_work() -> None:
     assert not_well(facts) == []
     (versions,) = [one for one in of_machine(facts) if one.check == "versions"]
     assert "--io cache-index" in versions.says
+
+
+def test_pythons_are_those_of_the_package() -> None:
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    named = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project.read_text())
+    assert tuple(named) == limits.PYTHONS
 
 
 def test_a_port_of_ray_s_own_is_no_fault() -> None:
