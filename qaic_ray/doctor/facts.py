@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -100,6 +100,20 @@ class CardTrial:
     says: str = ""
     open_s: float = 0.0
     run_s: float = 0.0
+
+
+SLOW = 2.5
+"""A card that takes so many times as long as the quickest one is slow."""
+SLOW_S = 0.005
+"""Differences below this are the host's."""
+
+
+def quickest_and_slow(trials: Iterable[CardTrial]) -> tuple[float, list[CardTrial]]:
+    """Seconds of an execution on the quickest card, and the trials of slow ones."""
+    right = [trial for trial in trials if trial.outcome == "right"]
+    least_s = min((trial.run_s for trial in right), default=0.0)
+    limit_s = max(SLOW * least_s, least_s + SLOW_S)
+    return least_s, [trial for trial in right if trial.run_s > limit_s]
 
 
 @dataclass(frozen=True)

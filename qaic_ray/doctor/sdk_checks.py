@@ -6,7 +6,16 @@ import re
 from collections.abc import Iterator
 
 from qaic_ray import limits
-from qaic_ray.doctor.facts import DeviceNode, Finding, MachineFacts, SdkFacts, fail, ok, warn
+from qaic_ray.doctor.facts import (
+    DeviceNode,
+    Finding,
+    MachineFacts,
+    SdkFacts,
+    fail,
+    ok,
+    quickest_and_slow,
+    warn,
+)
 from qaic_ray.limits import GIB, version_of
 from qaic_ray.sdk import VENDOR_ROOT, Device
 
@@ -287,12 +296,6 @@ def driver_waits(facts: MachineFacts) -> Iterator[Finding]:
         yield ok("driver time-outs", said or "the driver has no such parameters")
 
 
-SLOW = 2.5
-"""A card that takes so many times as long as the quickest one is slow."""
-SLOW_S = 0.005
-"""Differences below this are the host's."""
-
-
 def cards_compute(facts: MachineFacts) -> Iterator[Finding]:
     """Every card gives the known answer, in its time; where cards were tried."""
     trials, util = facts.cards.trials, f"{facts.sdk.root}/tools/qaic-util"
@@ -304,7 +307,7 @@ def cards_compute(facts: MachineFacts) -> Iterator[Finding]:
         )
         return
     right = [trial for trial in trials if trial.outcome == "right"]
-    least_s = min((trial.run_s for trial in right), default=0.0)
+    least_s, slow = quickest_and_slow(trials)
     for trial in trials:
         label = f"card {trial.qid}"
         if trial.outcome == "busy":
@@ -315,7 +318,7 @@ def cards_compute(facts: MachineFacts) -> Iterator[Finding]:
                 f"A program with a known answer came to nothing: {trial.says}",
                 f"Leave it out (--device-id), reset it (`sudo {util} -s -p PCI`), and try again.",
             )
-        elif trial.run_s > SLOW * least_s and trial.run_s - least_s > SLOW_S:
+        elif trial in slow:
             yield warn(
                 label,
                 f"It is slow: {trial.run_s * 1000:.1f} ms an execution, the quickest card "
