@@ -149,7 +149,8 @@ def nodes_are_usable(facts: MachineFacts) -> Iterator[Finding]:
         return
     nodes = facts.cards.nodes
     if not nodes:
-        yield _no_nodes(facts)
+        if facts.cards.on_bus or not facts.sdk.error:
+            yield _no_nodes(facts)
         return
     refused = [node for node in nodes if not node.usable]
     if refused:
@@ -315,7 +316,7 @@ def cards_compute(facts: MachineFacts) -> Iterator[Finding]:
         elif trial.outcome != "right":
             yield fail(
                 label,
-                f"A program with a known answer came to nothing: {trial.says}",
+                f"It failed a program with a known answer. {trial.says}",
                 f"Leave it out (--device-id), reset it (`sudo {util} -s -p PCI`), and try again.",
             )
         elif trial in slow:
