@@ -19,6 +19,7 @@ from pathlib import Path
 from qaic_ray.errors import DeviceError, SdkNotFound, UsageError
 from qaic_ray.files.documents import read_object, read_text, shown, user_path
 from qaic_ray.files.folders import cache_folder
+from qaic_ray.limits import AI100_HW_VERSION_FROM, NAMED_SPECIALIZATIONS_FROM
 from qaic_ray.options import EmulatorOptions
 
 VENDOR_ROOT = Path("/opt/qti-aic")
@@ -32,8 +33,6 @@ _MAX_XML_BYTES = 2**20
 _MAX_WORDS = 500
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _VERSION = re.compile(r"[0-9]{1,6}(\.[0-9A-Za-z_-]{1,20}){0,9}")
-_NAMED_SPECIALIZATIONS_FROM = (1, 22)
-_AI100_HW_VERSION_FROM = (1, 21)
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Sdk:
     @property
     def hw_version(self) -> str:
         """Value of `-aic-hw-version` that this generation's recipes pass."""
-        return "ai100" if self.version >= _AI100_HW_VERSION_FROM else "2.0"
+        return "ai100" if self.version >= AI100_HW_VERSION_FROM else "2.0"
 
     @property
     def compile_only(self) -> bool:
@@ -91,7 +90,7 @@ class Sdk:
     @property
     def named_specializations(self) -> bool:
         """Whether the compiler reads `{name, symbols}` specializations; older ones exit 255."""
-        return self.version >= _NAMED_SPECIALIZATIONS_FROM
+        return self.version >= NAMED_SPECIALIZATIONS_FROM
 
     @property
     def python_paths(self) -> tuple[Path, Path]:

@@ -103,6 +103,10 @@ class Timeouts:
     commit_s: float = 0.05
     """Rows are gathered at least this long before they are written to the disk together."""
 
+    looked_at_s: float = 0.2
+    """A run folder's lock is tried for this; who only looks whether the run goes on holds it for an
+    instant (`inspect/holder.py`)."""
+
     # -- the compiler
     compile_s: float = 6 * 3600.0
     """A compiler that runs longer is stopped. A 70B model takes hours on the real one."""
