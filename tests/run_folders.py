@@ -13,9 +13,9 @@ from typing import Any
 from qaic_ray.dispatch.dispatcher import ReplaceWorker, RunShard, WorkerLost
 from qaic_ray.metrics import Durations, Measurement
 from qaic_ray.rows import ErrorClass, FinishReason, Prompt, Row
-from qaic_ray.runs.driver import FleetResult, WorkerResult
 from qaic_ray.runs.history import RunHistory
 from qaic_ray.runs.journal import Journal
+from qaic_ray.runs.result import FleetResult, WorkerResult
 from qaic_ray.worker.worker import WorkerInfo
 
 BEGAN_AT = 1_764_396_395.0

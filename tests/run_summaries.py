@@ -11,8 +11,8 @@ from typing import Any
 from simulated_cards import info
 
 from qaic_ray.metrics import Durations, Measurement, Span
-from qaic_ray.runs.driver import BrokenOff, Cause, FleetResult, WorkerResult
 from qaic_ray.runs.report import RunSummary
+from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, WorkerResult
 
 FAST = Measurement(
     rows=3,

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folder of a run, in any state.")
+        list[str],
+        typer.Argument(metavar="RUN...", help="Folder of a run in any state, or its name in runs."),
     ],
     show: parameters.JsonOptions,
     html: Annotated[
@@ -29,8 +30,11 @@ def report(
     """Draw a run's report anew, from its folder; or compare several runs."""
     from qaic_ray.cli.screen import write
     from qaic_ray.files.documents import json_text
+    from qaic_ray.options import RunOptions
+    from qaic_ray.pipeline.looking import known_run
 
-    folders = [user_path(run, "RUN") for run in runs]
+    output = Path(RunOptions().output)
+    folders = [known_run(run, output) for run in runs]
     page = None if html is None else user_path(html, "--html")
     if len(folders) == 1:
         from qaic_ray.report.document import redraw

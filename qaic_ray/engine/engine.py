@@ -28,7 +28,7 @@ from qaic_ray.engine.step_io import (
 )
 from qaic_ray.engine.steps import ProgramShapes, Sequence, Step
 from qaic_ray.errors import RowError
-from qaic_ray.metrics import Measurement
+from qaic_ray.metrics import EngineState, Measurement
 from qaic_ray.rows import ROW_ALONE
 from qaic_ray.sampling_params import SamplingParams
 
@@ -139,6 +139,21 @@ class Engine:
     def measurement(self) -> Measurement:
         """All work so far."""
         return self._meter + Measurement()
+
+    def state(self) -> EngineState:
+        """How it stands; may be asked for from another thread, while a step is made."""
+        meter = self._meter
+        num_generated = meter.generated_tokens  # before the rows: none that ends now counts twice
+        running = list(self.batcher.running.values())
+        positions = self._shapes.num_slots * self._shapes.ctx_len
+        return EngineState(
+            running=len(running),
+            waiting=len(self.batcher.waiting),
+            kv_usage=sum(row.num_computed for row in running) / positions,
+            prompt_tokens=meter.prompt_tokens,
+            reused_tokens=meter.reused_tokens,
+            generated_tokens=num_generated + sum(len(row.output_ids) for row in running),
+        )
 
     def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
         """How many tokens a prompt may generate; see the batcher's."""

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from qaic_ray.runs.delivery import RowWriter
     from qaic_ray.runs.driver import Audience
     from qaic_ray.runs.history import RunHistory
+    from qaic_ray.telemetry.recorder import RunRecorder
     from qaic_ray.worker.worker import WorkerInfo
 
 _MAX_COMMAND_CHARS = 1000
@@ -39,8 +39,8 @@ class RunRecording:
     history: RunHistory
     statistics: RowStatistics
 
-    def audience(self, write: RowWriter, listener: Listener) -> Audience:
-        """Who hears of the run: the files of its rows, this record, and the listener."""
+    def audience(self, write: RowWriter, listener: Listener, metrics: RunRecorder) -> Audience:
+        """Who hears of the run: the files of its rows, this record, the listener and metrics."""
         from qaic_ray.runs.driver import Audience
 
         def on_row(row: Row) -> None:
@@ -62,6 +62,7 @@ class RunRecording:
             on_earlier_row=on_earlier_row,
             on_worker_ready=on_worker_ready,
             on_wait=listener.remark,
+            recorder=metrics,
             on_event=self.history.happened,
         )
 
@@ -81,6 +82,7 @@ def recorded(
     """
     from qaic_ray.report.statistics import RowStatistics
     from qaic_ray.runs.history import PowerWatch, RunHistory
+    from qaic_ray.telemetry.card_lines import board_watts
 
     with ExitStack() as stack:
         history = stack.enter_context(RunHistory(folder, listener.remark))
@@ -89,7 +91,10 @@ def recorded(
             every_s = DEFAULT_TIMEOUTS.power_s
             devices = request.run.devices
             qids = () if devices == "all" else devices  # `on_local_cards` has named them
-            watts = partial(sdk.here.board_watts, qids)
+
+            def watts() -> dict[str, float]:
+                return board_watts(sdk.here.card_lines(), qids)
+
             watch = PowerWatch(watts, history, every_s, listener.remark)
             stack.enter_context(watch)
         yield RunRecording(history, RowStatistics())

@@ -39,8 +39,9 @@ from qaic_ray.sdk import name_for_others
 if TYPE_CHECKING:
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.runs.delivery import Proof
-    from qaic_ray.runs.driver import FleetResult
     from qaic_ray.runs.report import RunSummary
+    from qaic_ray.runs.result import FleetResult
+    from qaic_ray.telemetry.recorder import RunRecorder
     from qaic_ray.worker.worker import WorkerSpec
 
 
@@ -234,9 +235,9 @@ def _answer(
     from qaic_ray.dispatch.prompts import text_work
     from qaic_ray.files.documents import differences
     from qaic_ray.runs.delivery import RowWriter
-    from qaic_ray.runs.driver import BrokenOff, Cause
     from qaic_ray.runs.intake import fingerprint
     from qaic_ray.runs.journal import Journal
+    from qaic_ray.runs.result import BrokenOff, Cause
     from qaic_ray.worker.worker import CardWorker
 
     parts = _parts(request)
@@ -247,6 +248,7 @@ def _answer(
             folder, same, retry_errors=request.retry_errors, new_input=request.new_input
         ) as journal,
         RowWriter(folder, resumed=resumed) as write,
+        _recorded(request, folder, listener) as recorder,
     ):
         if request.new_input:
             write_request(request, folder)
@@ -254,7 +256,7 @@ def _answer(
             run_input.prompts,
             specs,
             worker_class=CardWorker,
-            audience=recording.audience(write, listener),
+            audience=recording.audience(write, listener, recorder),
             journal=journal,
             work_of=partial(text_work, defaults=request.run.defaults),
         )
@@ -263,6 +265,19 @@ def _answer(
             result = replace(result, broken_off=BrokenOff(Cause.CHANGED, error))
     complete = result.broken_off is None
     return result, write.proof(result.rows_in, result.inputs_sha256, complete=complete)
+
+
+def _recorded(
+    request: RunRequest, folder: Path, listener: Listener
+) -> AbstractContextManager[RunRecorder]:
+    """The run's recorder, for Ray to export what it is told, if that is wanted."""
+    from qaic_ray.telemetry.recorder import NoSink, RunRecorder
+
+    if not request.run.metrics:
+        return nullcontext(RunRecorder(NoSink()))
+    from qaic_ray.cluster.ray_metrics import recorded_run
+
+    return recorded_run(folder.name, listener.remark)
 
 
 def _parts(request: RunRequest) -> dict[str, Any]:
@@ -306,7 +321,14 @@ def _worker_specs(
     qpc, model = str(request.qpc.absolute()), absolute_model(request.model)
     generation = request.generation
     return [
-        WorkerSpec(**vars(where), qpc=qpc, model=model, generation=generation, text=text)
+        WorkerSpec(
+            **vars(where),
+            qpc=qpc,
+            model=model,
+            generation=generation,
+            text=text,
+            metrics=request.run.metrics,
+        )
         for where in places
     ]
 

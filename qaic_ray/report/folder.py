@@ -16,9 +16,9 @@ from pydantic import ValidationError
 
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.files.documents import checked, read_object, read_yaml
+from qaic_ray.inspect.holder import holder_of
 from qaic_ray.metrics import Measurement, Span, Tally
 from qaic_ray.report.statistics import RowStatistics
-from qaic_ray.runs.driver import FleetResult, WorkerResult
 from qaic_ray.runs.history import Happening, engine_work, read_history
 from qaic_ray.runs.journal import (
     BEFORE_JSON,
@@ -26,11 +26,11 @@ from qaic_ray.runs.journal import (
     RECORD,
     Header,
     JournalRecord,
-    is_held,
     is_whole,
     read_header,
 )
 from qaic_ray.runs.report import REPORT_NAME, Document, RunSummary
+from qaic_ray.runs.result import FleetResult, WorkerResult
 
 REQUEST_NAME = "request.yaml"
 
@@ -80,7 +80,7 @@ def read_run(folder: Path) -> RunRecord:
     report = _report(folder)
     is_done = report is not None and report.get("goes_on") is False
     left = RunState.DONE if is_done else RunState.UNFINISHED
-    state = RunState.RUNNING if is_held(folder) else left
+    state = left if holder_of(folder) is None else RunState.RUNNING
     run = RunRecord(folder.absolute(), state, RowStatistics(), Tally(), report)
     run.request = _request(run)
     run.happenings = list(read_history(folder))

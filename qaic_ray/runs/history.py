@@ -28,8 +28,8 @@ from qaic_ray.dispatch.dispatcher import (
 )
 from qaic_ray.errors import QaicRayError
 from qaic_ray.metrics import Durations, Measurement
-from qaic_ray.runs.driver import FleetResult
 from qaic_ray.runs.journal import write_all
+from qaic_ray.runs.result import FleetResult
 from qaic_ray.worker.worker import WorkerInfo
 
 EVENTS_NAME = "events.jsonl"

@@ -392,7 +392,7 @@ def _locked(run_folder: Path) -> FileLock:
     lock = FileLock(run_folder / LOCK_NAME)
     with disk_errors_end_the_run(run_folder):
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=DEFAULT_TIMEOUTS.looked_at_s, poll_interval=0.02)
         except Timeout as error:
             raise UsageError(
                 f"Another process is writing to {run_folder}: wait for it to end, or stop it."

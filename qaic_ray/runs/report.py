@@ -21,8 +21,8 @@ from qaic_ray.errors import UsageError
 from qaic_ray.files.documents import read_object
 from qaic_ray.metrics import Measurement
 from qaic_ray.runs.delivery import ERRORS_NAME, Proof
-from qaic_ray.runs.driver import Cause, FleetResult, WorkerResult
 from qaic_ray.runs.journal import is_held
+from qaic_ray.runs.result import Cause, FleetResult, WorkerResult
 
 FORMAT = 1
 REPORT_NAME = "report.json"

@@ -107,6 +107,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--ctx-len --ctx_len": "128",
         "--output": "elsewhere",
         "--output-format --output_format": "parquet",
+        "--metrics / --no-metrics": FLAG,
         "--resume": "runs/a",
         "--retry-errors --retry_errors": FLAG,
         "--stream / --no-stream": FLAG,
@@ -114,11 +115,20 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--sdk": "real",
         "--json": FLAG,
     },
-    "status": {"[ID]": "a-1", "--address": "http://head:8265", "--json": FLAG},
-    "logs": {"ID": "a-1", "--address": "http://head:8265", "--follow -f": FLAG},
-    "stop": {"ID": "a-1", "--address": "http://head:8265", "--json": FLAG},
+    "status": {
+        "[WHAT]": "a-1",
+        "--watch -w": FLAG,
+        "--address": "http://head:8265",
+        "--json": FLAG,
+    },
+    "logs": {"WHAT": "a-1", "--address": "http://head:8265", "--follow -f": FLAG},
+    "stop": {"WHAT": "a-1", "--address": "http://head:8265", "--json": FLAG},
+    "runs": {"[FOLDER]": "runs", "--json": FLAG},
+    "show": {"RUN": "runs/a", "ROW": "3", "--json": FLAG},
+    "doctor": {"--address": "auto", "--sdk": "real", "--try-cards": FLAG, "--json": FLAG},
     "devices": {"--address": "auto", "--sdk": "real", "--json": FLAG},
     "report": {"RUN...": "runs/a", "--html": "page.html", "--json": FLAG},
+    "monitoring": {"FOLDER": "m", "--json": FLAG},
     "emulator install": {
         "PREFIX": "sdk",
         "--apps-version": "1.22",
@@ -132,9 +142,11 @@ NEEDED = {
     "plan": ["JOB"],
     "export": ["--model-name --model_name"],
     "compile": ["MODEL_DIR"],
-    "logs": ["ID"],
-    "stop": ["ID"],
     "report": ["RUN..."],
+    "monitoring": ["FOLDER"],
+    "logs": ["WHAT"],
+    "stop": ["WHAT"],
+    "show": ["RUN", "ROW"],
     "emulator install": ["PREFIX"],
     "emulator run": ["COMMAND"],
 }
@@ -204,6 +216,7 @@ run:
   draft_qpc: /d
   partitions: 2
   group_size: 4
+  metrics: false
   output: /elsewhere
   output_formats: [openai, parquet]
 sdk: emulated

@@ -23,7 +23,8 @@ from qaic_ray.cluster.cluster import Cluster
 from qaic_ray.cluster.connection import join
 from qaic_ray.errors import CompileError, DeviceBusy, QaicRayError, UsageError
 from qaic_ray.rows import Prompt, Row
-from qaic_ray.runs.driver import Audience, FleetResult
+from qaic_ray.runs.driver import Audience
+from qaic_ray.runs.result import FleetResult
 from qaic_ray.timeouts import Timeouts
 from qaic_ray.worker.worker import WorkerInfo
 

@@ -13,7 +13,7 @@ from simulated_cards import DirectReader, SimulatedCards
 from qaic_ray.errors import DeviceError
 from qaic_ray.metrics import Durations, Measurement
 from qaic_ray.rows import Prompt
-from qaic_ray.runs.driver import Audience, Driver, FleetResult, WorkerResult
+from qaic_ray.runs.driver import Audience, Driver
 from qaic_ray.runs.history import (
     EVENTS_NAME,
     PowerWatch,
@@ -21,6 +21,7 @@ from qaic_ray.runs.history import (
     engine_work,
     read_history,
 )
+from qaic_ray.runs.result import FleetResult, WorkerResult
 
 
 def told(folder: Path) -> list[tuple[str, str | None]]:

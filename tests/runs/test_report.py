@@ -18,7 +18,6 @@ from run_summaries import FAST, Page, make_summary, nothing_ran
 from qaic_ray.metrics import Durations, Measurement, Tally
 from qaic_ray.report.page import html_page
 from qaic_ray.rows import FinishReason, Prompt, Row
-from qaic_ray.runs.driver import BrokenOff, Cause, FleetResult, WorkerResult
 from qaic_ray.runs.report import (
     MAX_BINS,
     RunSummary,
@@ -28,6 +27,7 @@ from qaic_ray.runs.report import (
     seconds_text,
     tables,
 )
+from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, WorkerResult
 
 
 def terminal(summary: RunSummary) -> str:
