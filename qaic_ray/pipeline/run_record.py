@@ -118,7 +118,7 @@ def _compile_s(build: Build) -> float:
 def _what_runs(request: RunRequest, sdk: SdkChoice) -> dict[str, Any]:
     from qaic_ray.compile.store import content_key
 
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = shlex.join(["qaic-ray", *sys.argv[1:]])
     return {
         "qaic_ray": __version__,
         "ray": metadata.version("ray"),
