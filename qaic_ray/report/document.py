@@ -37,9 +37,13 @@ _UNLISTED = {"power", *_OF_ALL}
 
 
 def write_report(summary: RunSummary, statistics: RowStatistics) -> None:
-    """Write `report.json` and `report.html` into the run folder, each whole or not at all."""
-    happenings = list(read_history(summary.folder))
+    """Write `report.json` and `report.html` into the run folder, each whole or not at all.
+
+    By its `report.json` a run is known as done, whatever becomes of the page.
+    """
     base = summary.document()
+    write_whole(summary.folder / REPORT_NAME, json_text(base, indent=2) + "\n")
+    happenings = list(read_history(summary.folder))
     problems = missing(statistics, happenings, base)
     _write(base | details(statistics, happenings, base, problems), summary.folder)
 
@@ -91,7 +95,6 @@ def document_of(run: RunRecord) -> Document:
 
 def _write(document: Document, folder: Path) -> None:
     write_whole(folder / PAGE_NAME, html_page(document))
-    # Last: by it a run is known as done.
     write_whole(folder / REPORT_NAME, json_text(document, indent=2) + "\n")
 
 

@@ -130,6 +130,8 @@ def test_rows_of_an_earlier_version_have_no_times_and_no_events(tmp_path: Path) 
     maker = FolderMaker(tmp_path / "run", timed=False)
     maker.session(30)
     (maker.folder / "events.jsonl").unlink()
+    # What that version knew of a row, and no more.
+    assert b"started_at" not in (maker.folder / "journal" / "000000.jsonl").read_bytes()
     document = redraw(maker.folder)
     assert document["latency"]["ttft_engine"]["count"] > 0
     assert document["latency"]["end_to_end"]["count"] == 0
