@@ -5,48 +5,29 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
 from qaic_ray import __version__
+from qaic_ray.cli.command_class import CommandGroup, command
 from qaic_ray.errors import UsageError
 from qaic_ray.files.documents import user_path
 
 if TYPE_CHECKING:
     from qaic_ray import options
     from qaic_ray.cli import parameters
+    from qaic_ray.cli.answers import Streaming
     from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.request import SdkChoice
 
 
-class Interrupted(Exception):
-    """Carries an interruption past typer, which would make an exit code of its own of it."""
-
-    def __init__(self, interruption: KeyboardInterrupt) -> None:
-        super().__init__()
-        self.interruption = interruption
-
-
-class _Commands(TyperGroup):
-    """Lets an interruption through."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            raise Interrupted(error) from error
-
-
 app = typer.Typer(
     name="qaic-ray",
-    cls=_Commands,
+    cls=CommandGroup,
     help="Run Llama-family models over every Cloud AI 100 card you own, with or without a card.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -75,59 +56,6 @@ def before(
 ) -> None:
     """Options of every command."""
     switches.debug = debug
-
-
-class _FromTree(TyperCommand):
-    """A command that reads its parameters when it is asked for them."""
-
-    function: Callable[..., None]
-
-    @cached_property
-    def _call(self) -> parameters.CommandCall:
-        from qaic_ray.cli.parameters import CommandCall
-
-        return CommandCall(self.function)
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        """The parameters, `--help` among them."""
-        if not self.params:
-            whole = typer.Typer(add_completion=False)
-            whole.command()(self._call.as_function())
-            made = typer.main.get_command(whole)
-            self.params, self.callback = made.params, made.callback
-        return list(super().get_params(ctx))
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Write out the flags that may stand without a value, as typer's may not, then parse.
-
-        What is refused is named as it was typed, with dashes or underscores.
-        """
-        typed = {word.partition("=")[0] for word in args}
-        for flag in self._call.flags:
-            flag.flag = next((word for word in flag.spellings if word in typed), flag.flag)
-        is_last = [word.startswith("-") for word in args[1:]] + [True]
-        flags = self._call.flags
-        bare = {word: flag.opt.bare for flag in flags if flag.opt.bare for word in flag.spellings}
-        full = [
-            f"{word}={bare[word]}" if ends and word in bare else word
-            for word, ends in zip(args, is_last, strict=False)
-        ]
-        return list(super().parse_args(ctx, full))
-
-
-def command(app: typer.Typer, name: str | None = None, **how: Any) -> Callable[[Any], Any]:
-    """The decorator of a function that is a command; see the module's docstring."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        def listed() -> None:
-            """Stands for the function in the list of commands."""
-
-        listed.__doc__ = function.__doc__
-        cls = type("_Command", (_FromTree,), {"function": staticmethod(function)})
-        app.command(name or function.__name__, cls=cls, **how)(listed)
-        return function
-
-    return register
 
 
 def known_path(parameter: typer.CallbackParam, value: Path) -> Path:
@@ -162,7 +90,7 @@ def launch(
     overrides: SetOption = None,
 ) -> None:
     """Run a whole job: export, compile, run on every card, report."""
-    from qaic_ray.cli.screen import ProgressLog, Screen
+    from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.job import launch_job, load_job
     from qaic_ray.pipeline.submit_step import SubmitRequest, submit_step
 
@@ -175,11 +103,35 @@ def launch(
         return
     if submit.folder is not None:
         _enter(Path(submit.folder))
-    kind = Screen if show.stream else ProgressLog
-    screen = kind(stream=show.stream, as_json=show.as_json)
-    resume = _folder_to_resume(resuming, loaded.run.output, screen, job=loaded.name)
-    summary = launch_job(loaded, screen, resume=resume, retry_errors=resuming.retry_errors)
-    screen.finish(summary)
+    with _live_screen(show) as screen:
+        resume = _folder_to_resume(resuming, loaded.run.output, screen, job=loaded.name)
+        screen.show_answers(_streaming(show, loaded.run.prompt))
+        summary = launch_job(
+            loaded,
+            screen,
+            resume=resume,
+            retry_errors=resuming.retry_errors,
+            stop_if_errors=_share(show),
+        )
+        screen.finish(summary)
+
+
+def _live_screen(show: parameters.ViewOptions) -> Screen:
+    from qaic_ray.cli.screen import Screen
+
+    return Screen(as_json=show.as_json, verbose=show.verbose, log_json=show.log_format == "json")
+
+
+def _share(show: parameters.ShowOptions) -> float | None:
+    return None if show.stop_if_errors is None else float(show.stop_if_errors)
+
+
+def _streaming(show: parameters.ShowOptions, prompt: str | None) -> Streaming:
+    """How answers are printed of a run of that prompt, or of a file where it is None."""
+    from qaic_ray.cli.answers import Streaming, chosen
+
+    asked = Streaming.NONE if show.no_stream else Streaming(show.stream)
+    return chosen(asked, prompt=prompt, is_terminal=sys.stdout.isatty())
 
 
 def _folder_to_resume(
@@ -227,14 +179,13 @@ def plan(job: JobArgument, overrides: SetOption = None) -> None:
 def export(
     model: options.ModelOptions,
     how: Annotated[options.ExportOptions, {"continuous_batching": False, "verify": "full"}],
-    show: parameters.JsonOptions,
+    show: parameters.ViewOptions,
 ) -> None:
     """Make an ONNX model with its KV cache from a checkpoint, and check it against PyTorch."""
-    from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.job import export_step
 
-    screen = Screen(as_json=show.as_json)
-    screen.exported(export_step(model, how, screen))
+    with _live_screen(show) as screen:
+        screen.exported(export_step(model, how, screen))
 
 
 @command(app)
@@ -245,20 +196,19 @@ def compile(  # the recipe's word
     shapes: parameters.ShapesOptions,
     grid: options.CompileOptions,
     sdk: options.SdkOptions,
-    show: parameters.JsonOptions,
+    show: parameters.ViewOptions,
 ) -> None:
     """Compile a model into QPCs: every combination of the lists, in parallel, each built once."""
-    from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.compile_step import compile_step, requested_builds, specializations_file
 
-    screen = Screen(as_json=show.as_json)
-    given = None if shapes.specializations is None else Path(shapes.specializations)
-    file = specializations_file(given, grid)
-    if file != given:
-        screen.remark(f"{file} of this folder says the shapes, as in the published recipe.")
-    builds = requested_builds(model_dir, grid, _sdk_choice(sdk, screen).here, file)
-    outcomes = compile_step(builds, grid.parallel, screen)
-    screen.compiled_all(outcomes)
+    with _live_screen(show) as screen:
+        given = None if shapes.specializations is None else Path(shapes.specializations)
+        file = specializations_file(given, grid)
+        if file != given:
+            screen.remark(f"{file} of this folder says the shapes, as in the published recipe.")
+        builds = requested_builds(model_dir, grid, _sdk_choice(sdk, screen).here, file)
+        outcomes = compile_step(builds, grid.parallel, screen)
+        screen.compiled_all(outcomes)
 
 
 @command(app)
@@ -272,22 +222,27 @@ def run(
     given: parameters.Given,
 ) -> None:
     """Answer prompts on every card, one Ray actor a card; print texts and tokens/s."""
-    from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.request import RunRequest, resolved, resumed
     from qaic_ray.pipeline.run_step import run_step
 
-    screen = Screen(stream=show.stream, as_json=show.as_json)
-    if resuming.resume is not None:
-        given.refuse_changes(resuming.resume)
-    resume = _folder_to_resume(resuming, asked.output, screen)
-    if resume is not None:
-        request = resumed(resume, asked)
-    elif program.model_name is None or program.qpc is None:
-        raise UsageError("Give --model-name and --qpc, or --resume with the folder of a run.")
-    else:
-        request = RunRequest("run", program.model_name, Path(program.qpc), resolved(asked))
-    request = replace(request, ray=ray, retry_errors=resuming.retry_errors)
-    screen.finish(run_step(request, _sdk_choice(sdk, screen), screen))
+    with _live_screen(show) as screen:
+        if resuming.resume is not None:
+            given.refuse_changes(resuming.resume)
+        resume = _folder_to_resume(resuming, asked.output, screen)
+        if resume is not None:
+            request = resumed(resume, asked)
+        elif program.model_name is None or program.qpc is None:
+            raise UsageError("Give --model-name and --qpc, or --resume with the folder of a run.")
+        else:
+            request = RunRequest("run", program.model_name, Path(program.qpc), resolved(asked))
+        request = replace(
+            request,
+            ray=ray,
+            retry_errors=resuming.retry_errors,
+            stop_if_errors=_share(show),
+        )
+        screen.show_answers(_streaming(show, request.run.prompt))
+        screen.finish(run_step(request, _sdk_choice(sdk, screen), screen))
 
 
 @command(app)

@@ -219,7 +219,7 @@ class CardActors(AbstractContextManager["CardActors"]):
         self._next_ask_s = now_s + max(self._timeouts.steps_s, len(self._infos) / MAX_ASKED_PER_S)
         for name in self._infos.keys() - self._silent:
             self._silent.add(name)
-            ref = _control(self._actors[name].num_steps)
+            ref = _control(self._actors[name].progress)
             self._in_flight[ref] = name, partial(self._steps, name)
 
     def _next_ref(self, timeout_s: float) -> ObjectRef | ObjectRefGenerator | None:
@@ -264,7 +264,9 @@ class CardActors(AbstractContextManager["CardActors"]):
     def _steps(self, worker: str, ref: ObjectRef) -> Event | None:
         self._silent.discard(worker)
         try:
-            return WorkerProgress(worker, ray.get(ref), self._specs[worker].incarnation)
+            num_steps, num_tokens, running = ray.get(ref)
+            incarnation = self._specs[worker].incarnation
+            return WorkerProgress(worker, num_steps, incarnation, num_tokens, running)
         except ray_errors.RayError as error:
             return self._lost(worker, error)
 

@@ -73,13 +73,16 @@ class WorkerLost(Event):
 class WorkerProgress(Event):
     """A worker's engine has made `num_steps` steps since it was opened.
 
-    From its first one on a worker is watched: while it has prompts and makes no step for a limit
-    that follows from its own speed, it is stalled.
+    These gave `generated_tokens`, and `running` rows are in its slots. From its first one on a
+    worker is watched: while it has prompts and makes no step for a limit that follows from its own
+    speed, it is stalled.
     """
 
     worker: str
     num_steps: int
     incarnation: int = 0
+    generated_tokens: int = 0
+    running: int = 0
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from qaic_ray.model.checkpoint import (
     open_checkpoint,
 )
 from qaic_ray.model.tokenizer import text_parts
+from qaic_ray.pipeline.early_warning import EarlyWarning
 from qaic_ray.pipeline.request import (
     STDIN,
     Listener,
@@ -33,13 +34,13 @@ from qaic_ray.pipeline.request import (
     absolute_model,
     write_request,
 )
+from qaic_ray.rows import Prompt, Row
 from qaic_ray.sdk import name_for_others
 
 if TYPE_CHECKING:
     from qaic_ray.cluster.cluster import Cluster
-    from qaic_ray.rows import Row
-    from qaic_ray.runs.delivery import Proof
-    from qaic_ray.runs.driver import FleetResult
+    from qaic_ray.runs.delivery import Proof, RowWriter
+    from qaic_ray.runs.driver import Audience, FleetResult
     from qaic_ray.runs.report import RunSummary
     from qaic_ray.worker.worker import WorkerSpec
 
@@ -224,10 +225,11 @@ def _answer(
     """All rows that have no answer yet, journaled and written."""
     from qaic_ray.dispatch.prompts import text_work
     from qaic_ray.files.documents import differences
+    from qaic_ray.runs.broken_off import BrokenOff, Cause
     from qaic_ray.runs.delivery import RowWriter
-    from qaic_ray.runs.driver import Audience, BrokenOff, Cause
     from qaic_ray.runs.intake import fingerprint
     from qaic_ray.runs.journal import Journal
+    from qaic_ray.runs.run_view import RunWatch
     from qaic_ray.worker.worker import CardWorker
 
     parts = _parts(request)
@@ -242,22 +244,15 @@ def _answer(
         if request.new_input:
             write_request(request, folder)
 
-        def on_row(row: Row) -> None:
-            with interruption.uninterrupted():
-                write(row)
-            listener.answered(row)
-
-        audience = Audience(
-            on_row=on_row,
-            on_earlier_row=write.rewrite,
-            on_worker_ready=listener.card_ready,
-            on_wait=listener.remark,
-        )
+        watch = RunWatch(run_input.rows_guess)
+        early = EarlyWarning(watch, listener, request.stop_if_errors)
+        listener.running(watch)
+        prompts = run_input.prompts
         result = cluster.run_prompts(
-            run_input.prompts,
+            map(_streamed, prompts) if listener.wants_tokens else prompts,
             specs,
             worker_class=CardWorker,
-            audience=audience,
+            audience=_audience(write, early, listener),
             journal=journal,
             work_of=partial(text_work, defaults=request.run.defaults),
         )
@@ -266,6 +261,31 @@ def _answer(
             result = replace(result, broken_off=BrokenOff(Cause.CHANGED, error))
     complete = result.broken_off is None
     return result, write.proof(result.rows_in, result.inputs_sha256, complete=complete)
+
+
+def _audience(write: RowWriter, early: EarlyWarning, listener: Listener) -> Audience:
+    """Who hears what of a run: its output files, whoever looks at how it goes, and the user."""
+    from qaic_ray.runs.driver import Audience
+
+    def on_row(row: Row) -> None:
+        with interruption.uninterrupted():
+            write(row)
+        listener.answered(row)
+
+    return Audience(
+        on_row=on_row,
+        on_earlier_row=write.rewrite,
+        on_worker_ready=listener.card_ready,
+        on_progress=early.counted,
+        on_change=early.change,
+        on_saved=listener.saved,
+        on_tokens=listener.generated,
+        on_wait=listener.remark,
+    )
+
+
+def _streamed(item: Prompt | Row) -> Prompt | Row:
+    return item if isinstance(item, Row) else replace(item, stream=True)
 
 
 def _parts(request: RunRequest) -> dict[str, Any]:

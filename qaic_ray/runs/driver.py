@@ -11,7 +11,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import TYPE_CHECKING
 
 from qaic_ray.dispatch.dispatcher import (
@@ -38,6 +37,7 @@ from qaic_ray.dispatch.dispatcher import (
 from qaic_ray.errors import QaicRayError
 from qaic_ray.metrics import Measurement, Span, Tally, tokens_per_s
 from qaic_ray.rows import Prompt, Row
+from qaic_ray.runs.broken_off import BrokenOff, Cause
 from qaic_ray.runs.delivery import Delivery
 from qaic_ray.runs.fleet import Cards
 from qaic_ray.runs.intake import Batch, Intake, ThreadedReader
@@ -75,6 +75,8 @@ class Audience:
         on_worker_ready: each worker that has opened.
         on_progress: after each change of the counts.
         on_wait: once, in a sentence, where cards are held by others and are waited for.
+        on_saved: each new row as soon as it is on the disk, in the order of the journal.
+        on_change: what is heard of workers, what is ordered, and rows that are final.
         on_tokens: what prompts with `stream` got; the last of a row comes before its `on_row`.
         on_begin: once, with a function that cancels rows by their indexes. Any thread may call it;
             it takes effect with the next event, and each such row comes as one of finish_reason
@@ -86,6 +88,8 @@ class Audience:
     on_worker_ready: Callable[[WorkerInfo], None] = _ignore
     on_progress: Callable[[Progress], None] = _ignore
     on_wait: Callable[[str], None] = _ignore
+    on_saved: Callable[[Row], None] = _ignore
+    on_change: Callable[[Event | Command], None] = _ignore
     on_tokens: Callable[[Sequence[TokenDelta]], None] = _ignore
     on_begin: Callable[[Callable[[Iterable[int]], None]], None] = _ignore
 
@@ -105,25 +109,6 @@ class WorkerResult:
     error: str | None = None
     losses: int = 0
     ready_at_end: bool = False
-
-
-class Cause(str, Enum):
-    """Why a run ended early, which decides how it can be resumed."""
-
-    CARDS = "cards"
-    """Every card was lost; prompts that were left have no answer."""
-    INPUT = "input"
-    """The input could not be read to its end; all that was read of it is answered."""
-    CHANGED = "changed"
-    """What answers depend on was not the same at the end: they may be of either."""
-
-
-@dataclass(frozen=True)
-class BrokenOff:
-    """Why a run is not complete: its cause, and a sentence."""
-
-    cause: Cause
-    error: str
 
 
 @dataclass(frozen=True)
@@ -198,7 +183,13 @@ class Driver:
         self._audience = audience
         self._dispatcher = dispatcher or Dispatcher()
         self._clock = clock
-        self._delivery = Delivery(journal, audience.on_row, audience.on_earlier_row, clock=clock)
+        self._delivery = Delivery(
+            journal,
+            audience.on_row,
+            audience.on_earlier_row,
+            on_saved=audience.on_saved,
+            clock=clock,
+        )
         self._tally = Tally()
         self._streams: dict[int, RowStream] = {}
         self._to_cancel: deque[int] = deque()
@@ -267,6 +258,7 @@ class Driver:
                 return TimePassed()
 
     def _hear(self, event: Event) -> None:
+        self._audience.on_change(event)
         match event:
             case RowsFinished():
                 self._worked()
@@ -286,6 +278,8 @@ class Driver:
                 self._cancelled.update(indexes)
 
     def _obey(self, command: Command) -> None:
+        if not isinstance(command, DeliverRows):  # rows are told where they are delivered
+            self._audience.on_change(command)
         match command:
             case ReadPrompts(num_prompts):
                 self._reader.ask(num_prompts)
@@ -341,6 +335,7 @@ class Driver:
             self._cancelled.discard(row.index)
             if row.index in self._streams:
                 self._tell_tokens(self._streams.pop(row.index).end(row))
+        self._audience.on_change(DeliverRows(tuple(rows)))
         self._tell_progress()
 
     def _tell_tokens(self, deltas: Sequence[TokenDelta]) -> None:

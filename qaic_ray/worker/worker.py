@@ -223,13 +223,14 @@ class CardWorker:
             self._cancelled |= wanted & (running | self._beginning)
             self._lock.notify()
 
-    def num_steps(self) -> int:
-        """How many steps the engine has made; may be asked for at any time."""
+    def progress(self) -> tuple[int, int, int]:
+        """Steps of the engine, tokens of these, rows in its slots; may be asked for at any time."""
         card = self._opened
         if card is None:
-            return 0
-        work = card.past + card.engine.measurement
-        return work.prefill_steps + work.decode_steps
+            return 0, 0, 0
+        work, engine = card.past + card.engine.measurement, card.engine
+        num_tokens = work.decode_tokens + len(work.ttft)  # prefill gives each row its first
+        return work.prefill_steps + work.decode_steps, num_tokens, len(engine.batcher.running)
 
     def measurement(self) -> Measurement:
         """All work since `open`; may be asked for while answers are being made."""

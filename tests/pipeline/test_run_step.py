@@ -31,8 +31,8 @@ def request_(tmp_path: Path) -> RunRequest:
 def run(request: RunRequest, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_step, "_parts", lambda _: {"qpc": "q", "model": {}})
     monkeypatch.setattr(run_step, "_worker_specs", lambda *_: [])
-    heard = {name: lambda _: None for name in ("answered", "card_ready", "remark", "run_folder")}
-    listener: Any = SimpleNamespace(**heard)
+    names = ["answered", "saved", "generated", "running", "card_ready", "remark", "run_folder"]
+    listener: Any = SimpleNamespace(**{n: lambda _: None for n in names}, wants_tokens=False)
     sdk: Any = SimpleNamespace(name="auto")
     run_step.run_on(cluster, request, request.open_input(), sdk=sdk, listener=listener)
 

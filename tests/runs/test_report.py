@@ -20,7 +20,8 @@ from simulated_cards import info
 
 from qaic_ray.metrics import Durations, Measurement, Span, Tally
 from qaic_ray.rows import FinishReason, Prompt, Row
-from qaic_ray.runs.driver import BrokenOff, Cause, FleetResult, WorkerResult
+from qaic_ray.runs.broken_off import BrokenOff, Cause
+from qaic_ray.runs.driver import FleetResult, WorkerResult
 from qaic_ray.runs.report import (
     MAX_BINS,
     RunSummary,
