@@ -29,6 +29,9 @@ from qaic_ray.cli.live_text import (
 from qaic_ray.runs.run_view import RunView
 
 DRAW_EVERY_S = 0.25
+DRAW_AT_LEAST_EVERY_S = 0.9
+COST_LIMIT = 0.008
+"""Share of a core that drawing may take: with very many cards it is drawn less often."""
 LOG_EVERY_S = 10.0
 _ERASE_LINE = "\r\x1b[2K"
 _ERASE_LINE_ABOVE = "\x1b[1A\x1b[2K"
@@ -114,6 +117,7 @@ class LiveLine:
     def _run(self) -> None:
         while True:
             self._wakes.wait()
+            before_s = time.thread_time()
             try:
                 self.draw()
             except Exception as error:  # noqa: BLE001  # it may not end the run, but is said
@@ -122,7 +126,8 @@ class LiveLine:
                 sys.stderr.write(f"qaic-ray: the live line ends ({error!r}); the run goes on.\n")
             if self._ask is None:
                 self._wakes.clear()
-            time.sleep(DRAW_EVERY_S)
+            rest_s = (time.thread_time() - before_s) / COST_LIMIT
+            time.sleep(max(DRAW_EVERY_S, min(rest_s, DRAW_AT_LEAST_EVERY_S)))
 
     def _redraw(self, view: View) -> None:
         frame = self._frames[next(self._frame_numbers) % len(self._frames)]

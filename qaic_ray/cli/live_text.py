@@ -53,15 +53,17 @@ def live_lines(view: View, *, width: int, frame: str, verbose: bool = False) -> 
         frame: of the spinner.
         verbose: a line a card too.
     """
-    head = Text(f"{frame} ", "cyan")
+    head, room = (f"{frame} ", "cyan"), width - len(frame) - 1
     match view:
         case Stage(name, seconds):
-            lines = [head + _fitted([(0, Text(name)), (1, Text(clock(seconds)))], width - 2)]
+            parts = [(0, Text(name)), (1, Text(clock(seconds), "dim"))]
         case GridView():
-            lines = [head + _fitted(_grid_parts(view), width - 2)]
+            parts = _grid_parts(view)
         case RunView():
-            lines = [head + _fitted(_run_parts(view), width - 2)]
-            lines += _card_lines(view) if verbose else []
+            parts = _run_parts(view)
+    lines = [Text.assemble(head, _fitted(parts, room))]
+    if verbose and isinstance(view, RunView):
+        lines += _card_lines(view)
     for line in lines:
         line.no_wrap = True
         line.truncate(width, overflow="ellipsis")
@@ -142,6 +144,8 @@ def _run_parts(view: RunView) -> list[tuple[int, Text]]:
     parts = [(0, Text(f"{view.rows_done:,}{whole} rows"))]
     if view.rows_failed:
         parts.append((1, Text(f"{view.rows_failed:,} failed", "red")))
+    if view.is_exact and view.rows_done == view.rows_total:
+        return [*parts, (2, Text("closing the cards")), (6, Text(clock(view.seconds), "dim"))]
     parts.append((2, Text(f"{view.tokens_per_s:,.0f} tokens/s", "bold")))
     if view.eta_s is not None:
         parts.append((3, Text(f"ETA {clock(view.eta_s)}")))

@@ -124,12 +124,10 @@ class _WatchedCard:
         self.shards: dict[int, int] = {}
         self.rate = _Rate()
         self.tokens = 0
-        self.past_tokens = 0
 
     def begin(self) -> None:
         """It is opened, for the first time or again."""
         self.state, self.running, self.shards, self.rate = OPENING, 0, {}, _Rate()
-        self.past_tokens += self.tokens
         self.tokens = 0
 
     def end(self, state: str, error: str) -> None:
@@ -168,6 +166,7 @@ class RunWatch:
         self._rows_read = self._rows_done = self._rows_failed = 0
         self._num_ended = self._num_failed = 0
         self._is_exhausted = False
+        self._engine_tokens = self._row_tokens = 0
         self._has_work = False
         self._rows_rate, self._tokens_rate = _Rate(), _Rate()
         self._by_reason: Counter[str] = Counter()
@@ -197,6 +196,7 @@ class RunWatch:
                     if not self._has_work:
                         self._has_work = True
                         self._rows_rate.mark(self._clock(), 0)
+                        self._mark_tokens()
                     self._card(name).shards[shard_id] = len(prompts)
                 case (
                     WorkerReady()
@@ -242,11 +242,10 @@ class RunWatch:
             case WorkerReady(slots=slots):
                 card.state, card.slots, card.error = READY, slots, ""
             case WorkerProgress():
+                self._engine_tokens += event.generated_tokens - card.tokens
                 card.tokens, card.running = event.generated_tokens, event.running
-                now_s = self._clock()
-                card.rate.mark(now_s, card.tokens)
-                tokens = sum(card.tokens + card.past_tokens for card in self._cards.values())
-                self._tokens_rate.mark(now_s, tokens)
+                card.rate.mark(self._clock(), card.tokens)
+                self._mark_tokens()
             case WorkerLost(error=error):
                 card.end(BACKOFF, error)
             case RowsFinished(shard_id=shard_id, rows=rows):
@@ -258,6 +257,10 @@ class RunWatch:
                 card.shards.pop(shard_id, None)
                 card.error = error
 
+    def _mark_tokens(self) -> None:
+        """Engines tell their tokens now and then; rows that end before that have some too."""
+        self._tokens_rate.mark(self._clock(), max(self._engine_tokens, self._row_tokens))
+
     def _ended(self, rows: Sequence[Row]) -> None:
         now_s = self._clock()
         for row in rows:
@@ -266,6 +269,8 @@ class RunWatch:
                 self._by_error["error" if row.error_class is None else row.error_class.value] += 1
             elif self._sample is None and row.text.strip():
                 self._sample = row
+        self._row_tokens += sum(row.generated_tokens for row in rows)
+        self._mark_tokens()
         self._num_ended += len(rows)
         self._num_failed += sum(not row.ok for row in rows)
         self._rows_rate.mark(now_s, self._num_ended)
