@@ -26,7 +26,7 @@ from qaic_ray.dispatch.dispatcher import (
     WorkerReady,
 )
 from qaic_ray.rows import FinishReason, Prompt, Row
-from qaic_ray.runs.run_view import RunWatch
+from qaic_ray.runs.run_view import RunFollower
 
 ROWS_PER_S = 200
 
@@ -72,7 +72,7 @@ def main() -> None:
 
 def measure(num_cards: int, seconds: float, *, verbose: bool) -> tuple[float, float]:
     """The shares of a core of the line's thread, and of keeping up what it shows."""
-    watch = RunWatch(1_000_000)
+    watch = RunFollower(1_000_000)
     names = tuple(f"card {i}" for i in range(num_cards))
     watch.change(RunStarted(names))
     prompt = Prompt(0, "p")

@@ -125,6 +125,24 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class EngineState:
+    """How an engine stands at a moment.
+
+    The token counts are since it was made, and `generated_tokens` has those of running rows too.
+    `kv_usage` is the share of all slots' cache positions that running rows use. `engine` counts
+    the engines that the worker had before.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    generated_tokens: int = 0
+    engine: int = 0
+
+
+@dataclass(frozen=True)
 class Span:
     """An interval on one clock, in seconds; adding two gives the interval that covers both."""
 

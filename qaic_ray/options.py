@@ -304,6 +304,12 @@ class RunOptions(CardOptions, Generation, PromptOptions):
     """What is answered, by what, how."""
 
     variant: VariantChoice = VariantChoice()
+    metrics: bool = opt(
+        True,
+        "Export metrics of requests, cards and the run through Ray, for Prometheus.",
+        group=CARDS,
+        free=True,
+    )
     output: PathText = opt("runs", "Folder that gets one folder a run.", group=FOLDER)
     output_formats: Words[OutputFormat] = opt(
         (),

@@ -37,8 +37,7 @@ def main() -> None:
     os.environ.update(NO_BARS)
     debug = False
     try:
-        from qaic_ray.cli.command_class import Interrupted
-        from qaic_ray.cli.commands import app, switches
+        from qaic_ray.cli.commands import Interrupted, app, switches
 
         try:
             app()

@@ -1,4 +1,4 @@
-"""The commands: each takes sections of options, and calls one function of a lower floor."""
+"""The commands that do something: each takes sections of options, and calls one function below."""
 
 from __future__ import annotations
 
@@ -7,69 +7,25 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qaic_ray import __version__
-from qaic_ray.cli.command_class import CommandGroup, command
+from qaic_ray.cli.app import Interrupted, app, command, known_path, sdk_choice, switches
+from qaic_ray.cli.looking import looking
+from qaic_ray.cli.monitoring import monitoring
 from qaic_ray.errors import UsageError
-from qaic_ray.files.documents import user_path
 
 if TYPE_CHECKING:
     from qaic_ray import options
     from qaic_ray.cli import parameters
     from qaic_ray.cli.answers import Streaming
     from qaic_ray.cli.screen import Screen
-    from qaic_ray.pipeline.request import SdkChoice
 
 
-app = typer.Typer(
-    name="qaic-ray",
-    cls=CommandGroup,
-    help="Run Llama-family models over every Cloud AI 100 card you own, with or without a card.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+__all__ = ["Interrupted", "app", "switches"]
+
 emulator_app = typer.Typer(help="The emulated SDK: lay it down, run any program on it.")
-
-
-switches = SimpleNamespace(debug=False)
-"""What stands before the command."""
-
-
-def _version(value: bool) -> None:
-    if value:
-        typer.echo(f"qaic-ray {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def before(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
-    ] = False,
-) -> None:
-    """Options of every command."""
-    switches.debug = debug
-
-
-def known_path(parameter: typer.CallbackParam, value: Path) -> Path:
-    """The callback of arguments that are paths: `~` put in, or one sentence."""
-    return user_path(value, str(parameter.name))
-
-
-def _sdk_choice(sdk: options.SdkOptions, screen: Screen) -> SdkChoice:
-    """The SDK that `--sdk` names, said on the screen."""
-    from qaic_ray.options import EmulatorOptions
-    from qaic_ray.pipeline.request import choose_sdk
-
-    return choose_sdk(sdk.sdk, EmulatorOptions(), screen)
-
 
 JobArgument = Annotated[
     Path, typer.Argument(callback=known_path, help="A job file, like jobs/smollm2.yaml.")
@@ -206,7 +162,7 @@ def compile(  # the recipe's word
         file = specializations_file(given, grid)
         if file != given:
             screen.remark(f"{file} of this folder says the shapes, as in the published recipe.")
-        builds = requested_builds(model_dir, grid, _sdk_choice(sdk, screen).here, file)
+        builds = requested_builds(model_dir, grid, sdk_choice(sdk, screen).here, file)
         outcomes = compile_step(builds, grid.parallel, screen)
         screen.compiled_all(outcomes)
 
@@ -242,76 +198,12 @@ def run(
             stop_if_errors=_share(show),
         )
         screen.show_answers(_streaming(show, request.run.prompt))
-        screen.finish(run_step(request, _sdk_choice(sdk, screen), screen))
+        screen.finish(run_step(request, sdk_choice(sdk, screen), screen))
 
 
-@command(app)
-def status(
-    jobs: parameters.JobsOptions,
-    show: parameters.JsonOptions,
-    submission_id: Annotated[
-        str | None, typer.Argument(metavar="[ID]", help="One job.", show_default="all")
-    ] = None,
-) -> None:
-    """Show the jobs that a cluster runs, or ran, by itself."""
-    from qaic_ray.cli.screen import Screen
-    from qaic_ray.pipeline.submit_step import job_statuses
-
-    Screen(as_json=show.as_json).jobs(job_statuses(jobs.address, submission_id))
-
-
-IdArgument = Annotated[str, typer.Argument(metavar="ID", help="As launch --detach printed it.")]
-
-
-@command(app)
-def logs(
-    submission_id: IdArgument,
-    jobs: parameters.JobsOptions,
-    follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on until the job ends.")
-    ] = False,
-) -> None:
-    """Print what a detached job has printed."""
-    from qaic_ray.cli.screen import write
-    from qaic_ray.cluster.jobs import SubmittedJobs
-
-    submitted = SubmittedJobs(jobs.address)
-    if follow:
-        submitted.follow(submission_id, write)
-    else:
-        write(submitted.log(submission_id))
-
-
-@command(app)
-def stop(
-    submission_id: IdArgument, jobs: parameters.JobsOptions, show: parameters.JsonOptions
-) -> None:
-    """End a detached job; its cards are free then."""
-    from qaic_ray.cli.screen import Screen
-    from qaic_ray.pipeline.submit_step import stop_job
-
-    Screen(as_json=show.as_json).jobs([stop_job(jobs.address, submission_id)])
-
-
-@command(app)
-def devices(ray: options.RayOptions, sdk: options.SdkOptions, show: parameters.JsonOptions) -> None:
-    """List cards: status, SKU, free NSPs and DRAM; on a cluster also who holds them."""
-    from qaic_ray.cli.screen import Screen
-
-    screen = Screen(as_json=show.as_json)
-    if ray.address is None:
-        found = _sdk_choice(sdk, screen).here
-        screen.devices(found, found.devices())
-        return
-    from qaic_ray.cluster.cluster import Cluster
-    from qaic_ray.options import EmulatorOptions
-    from qaic_ray.sdk import name_for_others
-
-    with Cluster(0, address=ray.address) as cluster:
-        nodes = cluster.inventory(name_for_others(sdk.sdk), EmulatorOptions())
-        screen.inventory(nodes, cluster.problems(nodes))
-
-
+command(app)(monitoring)
+# The commands that only look follow those that do something, in the help too.
+app.registered_commands += looking.registered_commands
 app.add_typer(emulator_app, name="emulator", no_args_is_help=True)
 
 
@@ -342,7 +234,7 @@ def emulator_run(
     """Run any program with the emulated SDK on its paths; the exit code is the program's."""
     from qaic_ray.cli.screen import Screen
 
-    found = _sdk_choice(sdk, Screen()).here
+    found = sdk_choice(sdk, Screen()).here
     try:
         code = subprocess.run(words, env=found.environment(), check=False).returncode
     except OSError as error:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,10 +32,10 @@ if TYPE_CHECKING:
     from qaic_ray.export.export import ExportResult
     from qaic_ray.pipeline.compile_step import Compiled
     from qaic_ray.pipeline.job import Plan
-    from qaic_ray.pipeline.submit_step import JobStatus, Parcel, SubmitRequest
+    from qaic_ray.pipeline.submit_step import Parcel, SubmitRequest
     from qaic_ray.rows import Row
     from qaic_ray.runs.report import RunSummary
-    from qaic_ray.runs.run_view import RunView, RunWatch
+    from qaic_ray.runs.run_view import RunFollower, RunView
     from qaic_ray.runs.token_streams import TokenDelta
     from qaic_ray.sdk import Device, Sdk
     from qaic_ray.worker.worker import WorkerInfo
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 _right = partial(Column, justify="right")
-_COLOURS = {"running": "cyan", "done": "green", "failed": "red"}
 
 
 class Screen(AbstractContextManager["Screen"]):
@@ -166,7 +164,7 @@ class Screen(AbstractContextManager["Screen"]):
         with self._beside(hide=True):
             self._answers.generated(deltas)
 
-    def running(self, watch: RunWatch) -> None:
+    def running(self, watch: RunFollower) -> None:
         """A run goes on; how it stands can be asked for."""
         self._live.show(watch.view)
 
@@ -274,26 +272,6 @@ class Screen(AbstractContextManager["Screen"]):
         write(submission_id + "\n")
         self._end_with({"id": submission_id, "job": job.name, "folder": folder, **vars(parcel)})
 
-    def jobs(self, found: Sequence[JobStatus]) -> None:
-        """Print a table of jobs, and below it why those failed that did, and where results are."""
-        columns = ("id", "job", "state", "started", "took", _right("rows done"), _right("failed"))
-        table = Table(*columns)
-        for job in found:
-            table.add_row(
-                escape(job.id),
-                escape(job.job),
-                f"[{_COLOURS.get(job.state, 'yellow')}]{escape(job.state)}[/]",
-                *_times(job),
-                *("" if count is None else f"{count:,}" for count in (job.rows, job.failed_rows)),
-            )
-        self._out.print(table if found else "The cluster knows no detached job.")
-        for job in found:
-            if job.error:
-                self._out.print(f"{escape(job.id)}: [red]{escape(job.error)}[/]")
-            if job.folder:
-                self._out.print(f"{escape(job.id)}: {escape(job.folder)}")
-        self._end_with({"jobs": [asdict(job) for job in found]})
-
     def _end_with(self, document: dict[str, Any]) -> None:
         if self._as_json:
             # Not through the console: it would wrap or colour what programs read.
@@ -346,15 +324,6 @@ def _compiled_document(variant: Variant, result: Build | QaicRayError) -> dict[s
     if isinstance(result, CompileError):
         document["exit_code"] = result.exit_code
     return document
-
-
-def _times(job: JobStatus) -> tuple[str, str]:
-    """When a job started, and how long it took, or takes so far."""
-    if job.started_s is None:
-        return "", ""
-    seconds = int((job.ended_s or time.time()) - job.started_s)
-    started = datetime.fromtimestamp(job.started_s).strftime("%Y-%m-%d %H:%M:%S")
-    return started, f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 def write(text: str) -> None:

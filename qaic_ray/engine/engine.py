@@ -28,7 +28,7 @@ from qaic_ray.engine.step_io import (
 )
 from qaic_ray.engine.steps import ProgramShapes, Sequence, Step
 from qaic_ray.errors import RowError
-from qaic_ray.metrics import Measurement
+from qaic_ray.metrics import EngineState, Measurement
 from qaic_ray.rows import ROW_ALONE
 from qaic_ray.sampling_params import SamplingParams
 
@@ -57,6 +57,8 @@ class Proposer(Protocol):
 class Finished:
     """A row that ended: `ttft_s` from entering the engine, `decode_s` from there to its end.
 
+    `entered_s` is when that was, and `scheduled_s` when its first step began, on the engine's
+    clock.
     With an `error`, which its own sampling or reading raised, it has no answer.
     """
 
@@ -64,6 +66,8 @@ class Finished:
     ttft_s: float
     decode_s: float
     error: RowError | None = None
+    entered_s: float = 0.0
+    scheduled_s: float = 0.0
 
 
 class Engine:
@@ -117,6 +121,8 @@ class Engine:
         self._meter = Measurement()
         self._awaiting: dict[Sequence, float] = {}
         self._first: dict[Sequence, tuple[float, float]] = {}
+        self._scheduled: dict[Sequence, float] = {}
+        self._step_before: Step | None = None
         self._stalled_since_s = 0.0
         self._has_stalled = False
 
@@ -129,6 +135,21 @@ class Engine:
     def measurement(self) -> Measurement:
         """All work so far."""
         return self._meter + Measurement()
+
+    def state(self) -> EngineState:
+        """How it stands; may be asked for from another thread, while a step is made."""
+        meter = self._meter
+        num_generated = meter.generated_tokens  # before the rows: none that ends now counts twice
+        running = list(self.batcher.running.values())
+        positions = self._shapes.num_slots * self._shapes.ctx_len
+        return EngineState(
+            running=len(running),
+            waiting=len(self.batcher.waiting),
+            kv_usage=sum(row.num_computed for row in running) / positions,
+            prompt_tokens=meter.prompt_tokens,
+            reused_tokens=meter.reused_tokens,
+            generated_tokens=num_generated + sum(len(row.output_ids) for row in running),
+        )
 
     def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
         """How many tokens a prompt may generate; see the batcher's."""
@@ -166,6 +187,11 @@ class Engine:
         step = self.batcher.plan(decode_first=self._must_decode(start_s))
         if step is None:
             return []
+        # A steady step is the same object again and again, with no row that is new.
+        if self._awaiting and step is not self._step_before:
+            for _, sequence in step.rows:
+                self._scheduled.setdefault(sequence, start_s)
+        self._step_before = step
         drafts = None if self._proposer is None or step.is_prefill else self._draft(step)
         built = self._inputs.build(step, drafts)
         output = self._program.run(built.shape, built.inputs, self._read if self._unread else None)
@@ -196,6 +222,7 @@ class Engine:
         self.batcher.abort(sequence)
         self._awaiting.pop(sequence, None)
         self._first.pop(sequence, None)
+        self._scheduled.pop(sequence, None)
         self._unread = [row for row in self._unread if row is not sequence]
         self._forget(sequence)
 
@@ -275,6 +302,7 @@ class Engine:
 
     def _finish(self, sequence: Sequence, end_s: float) -> Finished:
         entered_s, first_s = self._first.pop(sequence)
+        scheduled_s = self._scheduled.pop(sequence)
         self._forget(sequence)
         error = self._errors.pop(sequence, None)
         if error is None:
@@ -284,7 +312,8 @@ class Engine:
             meter.prompt_tokens += len(sequence.prompt_ids)
             meter.reused_tokens += sequence.num_reused
             meter.generated_tokens += len(sequence.output_ids)
-        return Finished(sequence, first_s - entered_s, end_s - first_s, error)
+        ttft_s, decode_s = first_s - entered_s, end_s - first_s
+        return Finished(sequence, ttft_s, decode_s, error, entered_s, scheduled_s)
 
     def _forget(self, sequence: Sequence) -> None:
         self._picker.leave(sequence)

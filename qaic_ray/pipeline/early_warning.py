@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qaic_ray.dispatch.dispatcher import Command, Event
+from qaic_ray.dispatch.dispatcher import Command, DeliverRows, Event
 from qaic_ray.errors import QaicRayError
-from qaic_ray.runs.run_view import WARN_AFTER, RunWatch
+from qaic_ray.runs.run_view import WARN_AFTER, RunFollower
 
 if TYPE_CHECKING:
     from qaic_ray.pipeline.request import Listener
@@ -23,7 +23,7 @@ class EarlyWarning:
     """
 
     def __init__(
-        self, watch: RunWatch, listener: Listener, stop_if_errors: float | None = None
+        self, watch: RunFollower, listener: Listener, stop_if_errors: float | None = None
     ) -> None:
         self._watch = watch
         self._listener = listener
@@ -38,18 +38,19 @@ class EarlyWarning:
             rows_failed=progress.rows_failed,
             exhausted=progress.input_exhausted,
         )
-        self._look()
 
     def change(self, change: Event | Command) -> None:
-        """What was heard or ordered."""
-        self._watch.change(change)
-
-    def _look(self) -> None:
-        """Say how the run is going, once; end it where too many rows failed.
+        """What was heard or ordered.
 
         Raises:
-            QaicRayError: they did; one sentence.
+            QaicRayError: too many rows failed; one sentence.
         """
+        self._watch.change(change)
+        if isinstance(change, DeliverRows):
+            self._look()
+
+    def _look(self) -> None:
+        """Say how the run is going, once; end it where too many rows failed."""
         num_ended, num_failed = self._watch.ended
         if num_ended < WARN_AFTER:
             return

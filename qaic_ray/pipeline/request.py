@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qaic_ray.compile.compiler import Variant
     from qaic_ray.compile.store import Build, BuildRequest
     from qaic_ray.rows import Prompt, Row
-    from qaic_ray.runs.run_view import RunView, RunWatch
+    from qaic_ray.runs.run_view import RunFollower, RunView
     from qaic_ray.runs.token_streams import TokenDelta
     from qaic_ray.worker.worker import WorkerInfo
 
@@ -70,7 +70,7 @@ class Listener(Protocol):
     def run_folder(self, folder: Path) -> None:
         """Where the run that begins, or goes on, keeps everything."""
 
-    def running(self, watch: RunWatch) -> None:
+    def running(self, watch: RunFollower) -> None:
         """A run goes on; how it stands can be asked for at any time, by any thread."""
 
     def going(self, view: RunView) -> None:
@@ -290,8 +290,8 @@ def read_request(folder: Path) -> RunRequest:
 def resumed(folder: Path, asked: RunOptions) -> RunRequest:
     """The request of a run folder, with what may be said anew."""
     request = read_request(folder)
-    if "devices" in asked.model_fields_set:
-        request = request.with_run(devices=asked.devices)
+    anew = asked.model_fields_set & {"devices", "metrics"}
+    request = request.with_run(**{name: getattr(asked, name) for name in anew})
     if "prompts" in asked.model_fields_set:
         request = request.with_run(prompt=None, prompts=asked.prompts)
         request = replace(request, new_input=True)

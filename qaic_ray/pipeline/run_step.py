@@ -40,8 +40,10 @@ from qaic_ray.sdk import name_for_others
 if TYPE_CHECKING:
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.runs.delivery import Proof, RowWriter
-    from qaic_ray.runs.driver import Audience, FleetResult
+    from qaic_ray.runs.driver import Audience
     from qaic_ray.runs.report import RunSummary
+    from qaic_ray.runs.result import FleetResult
+    from qaic_ray.telemetry.recorder import RunRecorder
     from qaic_ray.worker.worker import WorkerSpec
 
 
@@ -225,11 +227,11 @@ def _answer(
     """All rows that have no answer yet, journaled and written."""
     from qaic_ray.dispatch.prompts import text_work
     from qaic_ray.files.documents import differences
-    from qaic_ray.runs.broken_off import BrokenOff, Cause
     from qaic_ray.runs.delivery import RowWriter
     from qaic_ray.runs.intake import fingerprint
     from qaic_ray.runs.journal import Journal
-    from qaic_ray.runs.run_view import RunWatch
+    from qaic_ray.runs.result import BrokenOff, Cause
+    from qaic_ray.runs.run_view import RunFollower
     from qaic_ray.worker.worker import CardWorker
 
     parts = _parts(request)
@@ -240,11 +242,12 @@ def _answer(
             folder, same, retry_errors=request.retry_errors, new_input=request.new_input
         ) as journal,
         RowWriter(folder, resumed=resumed) as write,
+        _recorded(request, folder, listener) as recorder,
     ):
         if request.new_input:
             write_request(request, folder)
 
-        watch = RunWatch(run_input.rows_guess)
+        watch = RunFollower(run_input.rows_guess)
         early = EarlyWarning(watch, listener, request.stop_if_errors)
         listener.running(watch)
         prompts = run_input.prompts
@@ -252,7 +255,7 @@ def _answer(
             map(_streamed, prompts) if listener.wants_tokens else prompts,
             specs,
             worker_class=CardWorker,
-            audience=_audience(write, early, listener),
+            audience=replace(_audience(write, early, listener), recorder=recorder),
             journal=journal,
             work_of=partial(text_work, defaults=request.run.defaults),
         )
@@ -286,6 +289,19 @@ def _audience(write: RowWriter, early: EarlyWarning, listener: Listener) -> Audi
 
 def _streamed(item: Prompt | Row) -> Prompt | Row:
     return item if isinstance(item, Row) else replace(item, stream=True)
+
+
+def _recorded(
+    request: RunRequest, folder: Path, listener: Listener
+) -> AbstractContextManager[RunRecorder]:
+    """The run's recorder, for Ray to export what it is told, if that is wanted."""
+    from qaic_ray.telemetry.recorder import NoSink, RunRecorder
+
+    if not request.run.metrics:
+        return nullcontext(RunRecorder(NoSink()))
+    from qaic_ray.cluster.ray_metrics import recorded_run
+
+    return recorded_run(folder.name, listener.remark)
 
 
 def _parts(request: RunRequest) -> dict[str, Any]:
@@ -329,7 +345,14 @@ def _worker_specs(
     qpc, model = str(request.qpc.absolute()), absolute_model(request.model)
     generation = request.generation
     return [
-        WorkerSpec(**vars(where), qpc=qpc, model=model, generation=generation, text=text)
+        WorkerSpec(
+            **vars(where),
+            qpc=qpc,
+            model=model,
+            generation=generation,
+            text=text,
+            metrics=request.run.metrics,
+        )
         for where in places
     ]
 

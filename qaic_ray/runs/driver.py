@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -35,14 +35,15 @@ from qaic_ray.dispatch.dispatcher import (
     WorkerReady,
 )
 from qaic_ray.errors import QaicRayError
-from qaic_ray.metrics import Measurement, Span, Tally, tokens_per_s
+from qaic_ray.metrics import Span, Tally
 from qaic_ray.rows import Prompt, Row
-from qaic_ray.runs.broken_off import BrokenOff, Cause
 from qaic_ray.runs.delivery import Delivery
 from qaic_ray.runs.fleet import Cards
 from qaic_ray.runs.intake import Batch, Intake, ThreadedReader
 from qaic_ray.runs.journal import Journal
+from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, WorkerResult
 from qaic_ray.runs.token_streams import RowStream, TokenDelta
+from qaic_ray.telemetry.recorder import NoSink, RunRecorder
 
 if TYPE_CHECKING:
     from qaic_ray.worker.worker import WorkerInfo
@@ -81,6 +82,7 @@ class Audience:
         on_begin: once, with a function that cancels rows by their indexes. Any thread may call it;
             it takes effect with the next event, and each such row comes as one of finish_reason
             ABORT, if it is not done.
+        recorder: is told what becomes a metric.
     """
 
     on_row: Callable[[Row], None] = _ignore
@@ -92,64 +94,7 @@ class Audience:
     on_change: Callable[[Event | Command], None] = _ignore
     on_tokens: Callable[[Sequence[TokenDelta]], None] = _ignore
     on_begin: Callable[[Callable[[Iterable[int]], None]], None] = _ignore
-
-
-@dataclass(frozen=True)
-class WorkerResult:
-    """One card's part in a run.
-
-    `measurement` has the rows and tokens of the answers that were kept; its steps are the engine's
-    own, zero for a worker that was lost. `info` is None for one that never got ready. `error` is
-    its last; `losses` counts how often its process was lost or its cards did not open.
-    """
-
-    name: str
-    info: WorkerInfo | None
-    measurement: Measurement
-    error: str | None = None
-    losses: int = 0
-    ready_at_end: bool = False
-
-
-@dataclass(frozen=True)
-class FleetResult:
-    """The result of a run.
-
-    Attributes:
-        workers: in the order they were asked for.
-        unassigned: rows without a worker: malformed input, or no card was left.
-        span: first shard handed out to last row in, on the driver's clock; None when no card ran.
-            Those of earlier sessions come before it, end to end.
-        length_counts: generated tokens of an answer -> how many answers had that many.
-        broken_off: set when not every row of the input has an answer or an error of its own.
-        rows_in: rows of the input that were read.
-        inputs_sha256: over their digests, in order.
-        settings: values of the run's `Timeouts` and policy that are not the default.
-    """
-
-    workers: tuple[WorkerResult, ...]
-    unassigned: Measurement
-    span: Span | None
-    length_counts: Mapping[int, int]
-    broken_off: BrokenOff | None = None
-    rows_in: int = 0
-    inputs_sha256: str = ""
-    settings: Mapping[str, object] = field(default_factory=dict)
-
-    @property
-    def total(self) -> Measurement:
-        """All rows of the input."""
-        return sum((worker.measurement for worker in self.workers), start=self.unassigned)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Merged rate: all generated tokens over the time in which any card worked."""
-        return tokens_per_s(self.total.generated_tokens, self.span)
-
-    @property
-    def ok(self) -> bool:
-        """Whether every row of the input was answered."""
-        return self.broken_off is None and self.total.failed_rows == 0
+    recorder: RunRecorder = field(default_factory=lambda: RunRecorder(NoSink()))
 
 
 class Driver:
@@ -266,6 +211,7 @@ class Driver:
                 self._infos[worker] = self._cards.info(worker)
                 self._ready.add(worker)
                 self._audience.on_worker_ready(self._infos[worker])
+                self._audience.recorder.worker_ready(worker)
             case WorkerLost(worker, error):
                 self._lose(worker, error)
             case ShardFailed(worker, _, error, retryable=True):
@@ -278,7 +224,7 @@ class Driver:
                 self._cancelled.update(indexes)
 
     def _obey(self, command: Command) -> None:
-        if not isinstance(command, DeliverRows):  # rows are told where they are delivered
+        if not isinstance(command, DeliverRows):  # that is told when it is done
             self._audience.on_change(command)
         match command:
             case ReadPrompts(num_prompts):
@@ -286,11 +232,13 @@ class Driver:
                 self._is_reading = True
             case RunShard():
                 self._worked()
+                self._audience.recorder.began(len(command.prompts), command.attempt)
                 self._cards.run(command)
             case CancelRows(worker, indexes):
                 self._cards.cancel(worker, indexes)
             case DeliverRows(rows):
                 self._deliver(rows)
+                self._audience.on_change(command)
             case RetireWorker(worker, error):
                 self._lose(worker, error)
                 self._cards.retire(worker)
@@ -304,6 +252,7 @@ class Driver:
     def _lose(self, worker: str, error: str) -> None:
         self._errors[worker] = error
         self._losses[worker] += 1
+        self._audience.recorder.worker_lost(worker)
         self._ready.discard(worker)
 
     def _read(self, batch: Batch) -> PromptsRead:
@@ -324,10 +273,13 @@ class Driver:
             else:
                 prompts.append(item)
         self._deliver(rows)
+        if rows:
+            self._audience.on_change(DeliverRows(tuple(rows)))
         return PromptsRead(tuple(prompts), exhausted=batch.exhausted)
 
     def _deliver(self, rows: Sequence[Row]) -> None:
         span_s = self._last_s - self._first_s if self._first_s is not None else 0.0
+        failed_before = self._tally.failed_rows
         for row in rows:
             digest = self._intake.open.pop(row.index)
             self._delivery.add(row, digest, span_s)
@@ -335,7 +287,10 @@ class Driver:
             self._cancelled.discard(row.index)
             if row.index in self._streams:
                 self._tell_tokens(self._streams.pop(row.index).end(row))
-        self._audience.on_change(DeliverRows(tuple(rows)))
+        num_failed = self._tally.failed_rows - failed_before
+        self._audience.recorder.rows_ended(
+            len(rows), num_failed, waiting=self._dispatcher.num_waiting
+        )
         self._tell_progress()
 
     def _tell_tokens(self, deltas: Sequence[TokenDelta]) -> None:

@@ -22,10 +22,9 @@ from qaic_ray.errors import UsageError
 from qaic_ray.files.documents import json_text, read_object
 from qaic_ray.files.folders import write_whole
 from qaic_ray.metrics import Measurement
-from qaic_ray.runs.broken_off import Cause
 from qaic_ray.runs.delivery import ERRORS_NAME, Proof
-from qaic_ray.runs.driver import FleetResult, WorkerResult
 from qaic_ray.runs.journal import is_held
+from qaic_ray.runs.result import Cause, FleetResult, WorkerResult
 
 FORMAT = 1
 REPORT_NAME = "report.json"

@@ -1,6 +1,6 @@
 """How a run stands, as one value: what a live line, a log or a page draws.
 
-`RunWatch` hears what the driver hears and orders, and decides nothing. Another thread may ask it
+`RunFollower` hears what the driver hears and orders, and decides nothing. Another thread may ask it
 for the view.
 """
 
@@ -147,7 +147,7 @@ class _WatchedCard:
         )
 
 
-class RunWatch:
+class RunFollower:
     """Keeps up how a run stands.
 
     Args:

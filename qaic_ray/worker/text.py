@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qaic_ray.contract import Specializations
@@ -22,9 +22,10 @@ from qaic_ray.model.chat import ChatTemplate
 from qaic_ray.model.detokenizer import StopFinder
 from qaic_ray.model.tokenizer import Tokenizer, text_parts
 from qaic_ray.options import Generation
-from qaic_ray.rows import ChatOptions, FinishReason, Message, Prompt, Row, Sample
+from qaic_ray.rows import FinishReason, Prompt, Row, Sample
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
 from qaic_ray.worker.feeds import StreamedSequence
+from qaic_ray.worker.prompt_encoder import PromptEncoder, with_system
 
 MAX_HELD = 2**23
 """Tokens and their log-probabilities in the answers to one prompt; 128 of 65,536 tokens each."""
@@ -64,7 +65,8 @@ class Answerer:
     def __init__(
         self, tokenizer: Tokenizer, generation: Generation, *, engine: Engine, vocab_size: object
     ) -> None:
-        self._tokenizer = tokenizer.of_run(generation.chat_template, generation.date)
+        self._prompts = PromptEncoder(tokenizer, generation)
+        self._tokenizer = self._prompts.tokenizer
         self._eos_ids = frozenset(tokenizer.eos_ids)
         self._generation = generation
         self._defaults = generation.defaults
@@ -86,7 +88,7 @@ class Answerer:
                 "the prompt, or let the run say --chat."
             )
         self._refuse_endless(prompt)
-        prompt_ids = tuple(self._prompt_ids(prompt))
+        prompt_ids = tuple(self._prompts.ids(prompt))
         self._refuse_unknown("The prompt", prompt_ids)
         limit = self._engine.new_token_limit(len(prompt_ids), params.max_tokens)
         _refuse_unholdable(params, len(prompt_ids), limit)
@@ -175,35 +177,6 @@ class Answerer:
     def _ending_ids(self, params: SamplingParams) -> frozenset[int]:
         return frozenset() if params.ignore_eos else self._eos_ids
 
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        messages = self._messages(prompt)
-        if messages is not None:
-            try:
-                return self._tokenizer.chat(messages, self._chat_options(prompt))
-            except UsageError as error:
-                raise RowError(str(error)) from error
-        if not prompt.text:
-            raise RowError("The prompt is empty: it has no token to start from.")
-        return self._tokenizer.encode(prompt.text)
-
-    def _chat_options(self, prompt: Prompt) -> ChatOptions:
-        """The prompt's own, with the run's template variables where it has none of the name."""
-        run = self._generation.chat_options
-        if prompt.chat is None:
-            return run
-        kwargs = {**run.template_kwargs, **prompt.chat.template_kwargs}
-        return replace(prompt.chat, template_kwargs=kwargs)
-
-    def _messages(self, prompt: Prompt) -> list[Message] | None:
-        """The conversation to answer; None for a prompt that is plain text to complete."""
-        if prompt.messages is not None:
-            messages = list(prompt.messages)
-        elif self._generation.chat and prompt.text:
-            messages = [{"role": "user", "content": prompt.text}]
-        else:
-            return None
-        return _with_system(messages, self._generation.system)
-
     def _sample(
         self, params: SamplingParams, sequence: steps.Sequence, reader: StopFinder | None
     ) -> Sample:
@@ -244,7 +217,7 @@ def check_chat(template: ChatTemplate, generation: Generation, model: str) -> No
             f"{model} has no chat template: leave --chat (run.chat) out, give one "
             "(--chat-template FILE, run.chat_template), or use the chat version of the model."
         )
-    example = _with_system([{"role": "user", "content": "Hello"}], generation.system)
+    example = with_system([{"role": "user", "content": "Hello"}], generation.system)
     template.try_out(example, generation.chat_options)
 
 
@@ -313,11 +286,3 @@ def mixed_seed(*parts: object) -> int:
     """A seed that is the same for parts of the same `repr`."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") & MAX_SEED
-
-
-def _with_system(messages: list[Message], system: str | None) -> list[Message]:
-    """A conversation as the run makes it: it begins with the run's system message, or its own."""
-    first = messages[0].get("role") if messages else None
-    if system is None or first in ("system", "developer"):
-        return messages
-    return [{"role": "system", "content": system}, *messages]

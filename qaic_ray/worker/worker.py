@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,15 +24,17 @@ from qaic_ray.engine.drafts import Drafting, open_drafting
 from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError
-from qaic_ray.metrics import Measurement
+from qaic_ray.metrics import EngineState, Measurement
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from qaic_ray.model.detokenizer import StopFinder
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import Generation
 from qaic_ray.rows import ROW_ALONE, FinishReason, Prompt, Row, TokenChunk
 from qaic_ray.sdk import Sdk, open_sdk
+from qaic_ray.telemetry.recorder import NoSink, RequestRecorder
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 from qaic_ray.worker.feeds import RowQueue, TokenFeed
+from qaic_ray.worker.recording import record_ended
 from qaic_ray.worker.text import Answer, Answerer, check_chat, check_shapes, check_text
 
 STATIC_LOOKAHEAD = 4
@@ -48,7 +50,7 @@ class WorkerSpec(WorkerPlace):
 
     `model` is anything `open_checkpoint` takes; only its tokenizer and configuration are read, and
     these must have the `text` parts that the run began with, if any are given. `incarnation` is how
-    often the worker was opened before.
+    often the worker was opened before, `metrics` whether its actor records what it does.
     """
 
     qpc: str
@@ -56,6 +58,7 @@ class WorkerSpec(WorkerPlace):
     generation: Generation = field(default_factory=Generation)
     text: Mapping[str, str] = field(default_factory=dict)
     incarnation: int = 0
+    metrics: bool = False
     timeouts: Timeouts = DEFAULT_TIMEOUTS
 
 
@@ -75,8 +78,8 @@ class WorkerInfo:
 
 @dataclass
 class _Card:
-    """Everything an opened worker holds, until `held` is closed; `past` is the work of engines
-    before this one."""
+    """Everything an opened worker holds, until `held` is closed; `past` is the work of the
+    `num_past` engines before this one."""
 
     answerer: Answerer
     session: Session
@@ -84,12 +87,13 @@ class _Card:
     engine: Engine
     held: ExitStack
     past: Measurement = field(default_factory=Measurement)
+    num_past: int = 0
 
 
 class CardWorker:
     """Answers prompts on one card, a part of one, or a device group.
 
-    A subclass may open something else in place of a checkpoint, an SDK and a card.
+    A subclass may open something else than a checkpoint, an SDK and a card; `recorder` hears all.
     """
 
     open_checkpoint: ClassVar[staticmethod[..., Checkpoint]] = staticmethod(open_checkpoint)
@@ -99,6 +103,7 @@ class CardWorker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
+        self.recorder = RequestRecorder(NoSink())
         self._failed_rows = 0
         self._lock = threading.Condition()
         self._backlog: deque[tuple[steps.Sequence, StopFinder | None]] = deque()
@@ -174,7 +179,7 @@ class CardWorker:
         Raises:
             DeviceError: when the card fails; prompts without a row yet were not answered.
         """
-        name, card = self.spec.name, self._opened
+        name, card, arrived_s = self.spec.name, self._opened, time.perf_counter()
         if card is None:
             raise DeviceError(f"{name} is not open.")
         answerer = card.answerer
@@ -188,6 +193,7 @@ class CardWorker:
                     begun.append(answerer.begin(prompt))
             except RowError as error:
                 refused.append(Row.failed(prompt, str(error), worker=name, attempts=attempt))
+                self.recorder.unanswered("error")
         indexes = frozenset(prompt.index for prompt in prompts)
         outcome = self._queue(begun, indexes, len(refused))
         if refused:
@@ -198,6 +204,7 @@ class CardWorker:
             for done in outcome.take(len(pending)):
                 answer = pending.pop(done.sequence)
                 answer.finished.append(done)
+                record_ended(self.recorder, done, arrived_s)
                 if len(answer.finished) == len(answer.sequences):
                     complete.append(self._row(answerer, answer, attempt))
             if complete:
@@ -222,6 +229,14 @@ class CardWorker:
             running = {sequence.key for sequence in list(self._owner)}
             self._cancelled |= wanted & (running | self._beginning)
             self._lock.notify()
+
+    def engine_state(self) -> EngineState:
+        """How the engine stands, and what waits for it; may be asked for at any time."""
+        card = self._opened
+        if card is None:
+            return EngineState()
+        state = card.engine.state()
+        return replace(state, waiting=state.waiting + len(self._backlog), engine=card.num_past)
 
     def progress(self) -> tuple[int, int, int]:
         """Steps of the engine, tokens of these, rows in its slots; may be asked for at any time."""
@@ -364,6 +379,7 @@ class CardWorker:
         with self._lock:
             if lives:
                 card.past += card.engine.measurement
+                card.num_past += 1
                 card.engine = self._engine(card.session, card.drafting)
             else:
                 self._failure = error
@@ -375,6 +391,7 @@ class CardWorker:
         with self._lock:
             outcomes = set(self._owner.values())
             self._feed.drop(list(self._owner))
+            self.recorder.unanswered("abort", len(self._owner))
             self._owner.clear()
             self._backlog.clear()
         for outcome in outcomes:

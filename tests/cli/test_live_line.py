@@ -140,7 +140,9 @@ def test_a_log_has_a_line_at_times_and_one_at_least(
 ) -> None:
     now_s = 100.0
     monkeypatch.setattr(
-        live_line, "time", SimpleNamespace(monotonic=lambda: now_s, sleep=time.sleep)
+        live_line,
+        "time",
+        SimpleNamespace(monotonic=lambda: now_s, sleep=time.sleep, thread_time=time.thread_time),
     )
     live = LiveLine(as_json=True)
     view: View = Stage("export m", 0.0)

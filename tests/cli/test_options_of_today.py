@@ -115,6 +115,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--ctx-len --ctx_len": "128",
         "--output": "elsewhere",
         "--output-format --output_format": "parquet",
+        "--metrics / --no-metrics": FLAG,
         "--resume": "runs/a",
         "--retry-errors --retry_errors": FLAG,
         "--stream": "rows",
@@ -126,10 +127,19 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--sdk": "real",
         "--json": FLAG,
     },
-    "status": {"[ID]": "a-1", "--address": "http://head:8265", "--json": FLAG},
-    "logs": {"ID": "a-1", "--address": "http://head:8265", "--follow -f": FLAG},
-    "stop": {"ID": "a-1", "--address": "http://head:8265", "--json": FLAG},
+    "status": {
+        "[WHAT]": "a-1",
+        "--watch -w": FLAG,
+        "--address": "http://head:8265",
+        "--json": FLAG,
+    },
+    "logs": {"WHAT": "a-1", "--address": "http://head:8265", "--follow -f": FLAG},
+    "stop": {"WHAT": "a-1", "--address": "http://head:8265", "--json": FLAG},
+    "runs": {"[FOLDER]": "runs", "--json": FLAG},
+    "show": {"RUN": "runs/a", "ROW": "3", "--json": FLAG},
+    "doctor": {"--address": "auto", "--sdk": "real", "--try-cards": FLAG, "--json": FLAG},
     "devices": {"--address": "auto", "--sdk": "real", "--json": FLAG},
+    "monitoring": {"FOLDER": "m", "--json": FLAG},
     "emulator install": {
         "PREFIX": "sdk",
         "--apps-version": "1.22",
@@ -143,8 +153,10 @@ NEEDED = {
     "plan": ["JOB"],
     "export": ["--model-name --model_name"],
     "compile": ["MODEL_DIR"],
-    "logs": ["ID"],
-    "stop": ["ID"],
+    "monitoring": ["FOLDER"],
+    "logs": ["WHAT"],
+    "stop": ["WHAT"],
+    "show": ["RUN", "ROW"],
     "emulator install": ["PREFIX"],
     "emulator run": ["COMMAND"],
 }
@@ -214,6 +226,7 @@ run:
   draft_qpc: /d
   partitions: 2
   group_size: 4
+  metrics: false
   output: /elsewhere
   output_formats: [openai, parquet]
 sdk: emulated

@@ -12,7 +12,7 @@ from qaic_ray.errors import QaicRayError
 from qaic_ray.pipeline.early_warning import EarlyWarning
 from qaic_ray.rows import FinishReason, Prompt, Row
 from qaic_ray.runs.driver import Progress
-from qaic_ray.runs.run_view import RunView, RunWatch
+from qaic_ray.runs.run_view import RunFollower, RunView
 
 
 class Run:
@@ -21,7 +21,7 @@ class Run:
     def __init__(self, stop_if_errors: float | None = None) -> None:
         self.said: list[RunView] = []
         listener: Any = SimpleNamespace(going=self.said.append)
-        self.early = EarlyWarning(RunWatch(), listener, stop_if_errors)
+        self.early = EarlyWarning(RunFollower(), listener, stop_if_errors)
         self.done = self.failed = 0
 
     def end(self, *oks: bool, total: int = 100) -> None:
@@ -30,8 +30,8 @@ class Run:
             row = Row(prompt.index, "p", "x", FinishReason.STOP) if ok else Row.failed(prompt, "no")
             self.done += 1
             self.failed += not ok
-            self.early.change(DeliverRows((row,)))
             self.early.counted(Progress(total, self.done, self.failed, 0, True))
+            self.early.change(DeliverRows((row,)))
 
 
 def test_it_is_said_once_after_twenty_rows() -> None:

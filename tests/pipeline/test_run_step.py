@@ -20,7 +20,8 @@ from qaic_ray.runs.delivery import RowWriter
 
 @pytest.fixture
 def request_(tmp_path: Path) -> RunRequest:
-    options = RunOptions(devices=(0,), prompt="a|b", output=str(tmp_path / "runs"))
+    output = str(tmp_path / "runs")
+    options = RunOptions(devices=(0,), prompt="a|b", metrics=False, output=output)
     qpc = tmp_path / "qpc"
     qpc.mkdir()
     header = struct.pack("<4sBBHQQ", bytes.fromhex("7ccda100"), 0, 1, 1, 24, 0)

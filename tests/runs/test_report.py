@@ -20,8 +20,6 @@ from simulated_cards import info
 
 from qaic_ray.metrics import Durations, Measurement, Span, Tally
 from qaic_ray.rows import FinishReason, Prompt, Row
-from qaic_ray.runs.broken_off import BrokenOff, Cause
-from qaic_ray.runs.driver import FleetResult, WorkerResult
 from qaic_ray.runs.report import (
     MAX_BINS,
     RunSummary,
@@ -33,6 +31,7 @@ from qaic_ray.runs.report import (
     tables,
     write_report,
 )
+from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, WorkerResult
 
 FAST = Measurement(
     rows=3,

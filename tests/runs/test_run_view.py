@@ -29,8 +29,8 @@ from qaic_ray.runs.run_view import (
     LOST,
     OPENING,
     READY,
+    RunFollower,
     RunView,
-    RunWatch,
     share_by_length,
 )
 
@@ -51,7 +51,7 @@ PROMPTS = (Prompt(0, "p"), Prompt(1, "p"))
 
 def test_the_life_of_a_card() -> None:
     clock = Clock()
-    watch = RunWatch(clock=clock)
+    watch = RunFollower(clock=clock)
 
     def state() -> str:
         return watch.view().cards[0].state
@@ -80,7 +80,7 @@ def test_the_life_of_a_card() -> None:
 
 def test_tokens_move_before_the_first_row_ends() -> None:
     clock = Clock()
-    watch = RunWatch(clock=clock)
+    watch = RunFollower(clock=clock)
     watch.change(RunStarted(("card 0", "card 1")))
     for name in ("card 0", "card 1"):
         watch.change(WorkerReady(name, 4))
@@ -97,7 +97,7 @@ def test_tokens_move_before_the_first_row_ends() -> None:
 
 def test_a_rate_is_that_of_the_last_seconds_and_survives_a_death() -> None:
     clock = Clock()
-    watch = RunWatch(clock=clock)
+    watch = RunFollower(clock=clock)
     watch.change(RunStarted(("card 0",)))
     watch.change(WorkerReady("card 0", 4))
     watch.change(RunShard("card 0", 0, PROMPTS, 1))
@@ -116,7 +116,7 @@ def test_a_rate_is_that_of_the_last_seconds_and_survives_a_death() -> None:
 
 def test_the_end_is_told_from_rows_and_a_total() -> None:
     clock = Clock()
-    watch = RunWatch(1000, clock=clock)
+    watch = RunFollower(1000, clock=clock)
     watch.change(RunStarted(("card 0",)))
     clock.now_s = 60.0  # cards opened so long: not the rows' speed
     watch.change(RunShard("card 0", 0, PROMPTS, 1))
@@ -139,7 +139,7 @@ def test_the_end_is_told_from_rows_and_a_total() -> None:
 
 
 def test_errors_are_counted_by_class() -> None:
-    watch = RunWatch()
+    watch = RunFollower()
     failed = Row.failed(Prompt(0, "p"), "no")
     watch.change(DeliverRows((failed, failed, row(1))))
     view = watch.view()
@@ -159,7 +159,7 @@ def test_it_agrees_with_the_driver_whatever_happens(
     num_prompts: int, num_cards: int, seed: int, mean_life_s: float | None
 ) -> None:
     cards = SimulatedCards([0.0] * num_cards, seed=seed, mean_life_s=mean_life_s, progress_s=0.5)
-    watch = RunWatch(clock=cards.clock)
+    watch = RunFollower(clock=cards.clock)
 
     def on_progress(progress: Progress) -> None:
         watch.counted(

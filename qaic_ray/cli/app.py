@@ -1,16 +1,24 @@
-"""What a command is to typer: its parameters, and how it is interrupted."""
+"""The application that commands belong to, and the decorator that makes a command of a function."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from qaic_ray import __version__
+from qaic_ray.files.documents import user_path
+
 if TYPE_CHECKING:
+    from qaic_ray import options
     from qaic_ray.cli import parameters
+    from qaic_ray.cli.screen import Screen
+    from qaic_ray.pipeline.request import SdkChoice
 
 
 class Interrupted(Exception):
@@ -21,7 +29,7 @@ class Interrupted(Exception):
         self.interruption = interruption
 
 
-class CommandGroup(TyperGroup):
+class _Commands(TyperGroup):
     """Lets an interruption through."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -29,6 +37,37 @@ class CommandGroup(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise Interrupted(error) from error
+
+
+app = typer.Typer(
+    name="qaic-ray",
+    cls=_Commands,
+    help="Run Llama-family models over every Cloud AI 100 card you own, with or without a card.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+switches = SimpleNamespace(debug=False)
+"""What stands before the command."""
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"qaic-ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def before(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+    switches.debug = debug
 
 
 class _FromTree(TyperCommand):
@@ -81,3 +120,16 @@ def command(app: typer.Typer, name: str | None = None, **how: Any) -> Callable[[
         return function
 
     return register
+
+
+def known_path(parameter: typer.CallbackParam, value: Path) -> Path:
+    """The callback of arguments that are paths: `~` put in, or one sentence."""
+    return user_path(value, str(parameter.name))
+
+
+def sdk_choice(sdk: options.SdkOptions, screen: Screen) -> SdkChoice:
+    """The SDK that `--sdk` names, said on the screen."""
+    from qaic_ray.options import EmulatorOptions
+    from qaic_ray.pipeline.request import choose_sdk
+
+    return choose_sdk(sdk.sdk, EmulatorOptions(), screen)
