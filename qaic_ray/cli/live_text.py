@@ -71,14 +71,17 @@ def live_lines(view: View, *, width: int, frame: str, verbose: bool = False) -> 
 
 
 def log_line(view: View, *, verbose: bool = False) -> str:
-    """The same for a log, in one line; of a run it begins as `submit_step.progress_line` has it."""
+    """The same for a log, in one line; of a run it begins as `submit_step.progress_line` has it.
+
+    No other begins with the command's name: that is for its last sentence.
+    """
     from qaic_ray.pipeline.submit_step import progress_line
 
     match view:
         case Stage(name, seconds):
-            return f"qaic-ray: {name}, {clock(seconds)}"
+            return f"… {name}, {clock(seconds)}"
         case GridView():
-            return "qaic-ray: " + ", ".join(part.plain for _, part in _grid_parts(view))
+            return "… " + ", ".join(part.plain for _, part in _grid_parts(view))
     parts = [part.plain for rank, part in _run_parts(view) if rank > 1]
     said = [] if view.rows_total is None else [f"of {_total(view)}"]
     line = "; ".join([progress_line(view.rows_done, view.rows_failed), *said, *parts])

@@ -140,7 +140,7 @@ class _WatchedCard:
             self.name,
             BUSY if has_rows else self.state,
             self.slots,
-            self.running,
+            self.running if has_rows else 0,
             self.rate.per_s() if has_rows else 0.0,
             self.restarts,
             self.error,

@@ -17,7 +17,7 @@ from qaic_ray.cli.live_text import (
     log_line,
     warning_line,
 )
-from qaic_ray.pipeline.submit_step import _PROGRESS
+from qaic_ray.pipeline.submit_step import _ERROR, _PROGRESS
 from qaic_ray.rows import FinishReason, Row
 from qaic_ray.runs.run_view import BACKOFF, BUSY, LOST, OPENING, READY, CardView, RunView
 
@@ -126,9 +126,11 @@ def test_a_log_line_is_read_by_status() -> None:
         "2 of 6 cards busy; 1 opening; 2:11"
     )
     assert _PROGRESS.findall(line) == [("1204", "3")]
+    lines = [log_line(view, verbose=True) for view in (RUN, GRID, Stage("export m", 70))]
+    assert not _ERROR.findall("\n".join(lines)), "it would be taken for the job's error"
     assert len(log_line(RUN, verbose=True).splitlines()) == 7
-    assert log_line(Stage("export m", 70)) == "qaic-ray: export m, 1:10"
-    assert log_line(GRID).startswith("qaic-ray: 3 of 8 compiled, 1 failed, building mx6 14c")
+    assert log_line(Stage("export m", 70)) == "… export m, 1:10"
+    assert log_line(GRID).startswith("… 3 of 8 compiled, 1 failed, building mx6 14c")
 
 
 def test_a_log_of_json_has_the_numbers() -> None:
