@@ -33,6 +33,7 @@ from qaic_ray.dispatch.dispatcher import (
     RunShard,
     ShardFailed,
     ShardFinished,
+    TokensGenerated,
     WorkerLost,
     WorkerProgress,
     WorkerReady,
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
     from qaic_ray.worker.worker import CardWorker, WorkerInfo, WorkerSpec
 
 CONTROL_GROUP = "control"
+TOKENS_GROUP = "tokens"
+TOKEN_MESSAGES = 2
+"""Messages of tokens that a worker may be ahead of the driver; what comes then is in the next."""
 MAX_ASKED_PER_S = 100
 """Workers that are asked for their steps in a second; with many, each is asked less often."""
 
@@ -81,7 +85,9 @@ class CardActors(AbstractContextManager["CardActors"]):
         self.names = tuple(spec.name for spec in specs)
         self._specs = {spec.name: spec for spec in specs}
         self._max_shards = policy.max_shards
-        self._actor_class = ray.remote(concurrency_groups={CONTROL_GROUP: 1})(worker_class)
+        self._actor_class = ray.remote(concurrency_groups={CONTROL_GROUP: 1, TOKENS_GROUP: 1})(
+            worker_class
+        )
         self._num_cpus = num_cpus
         self._timeouts = timeouts
         self._namespace = f"qaic-ray-{uuid.uuid4().hex}"
@@ -90,6 +96,7 @@ class CardActors(AbstractContextManager["CardActors"]):
         self._infos: dict[str, WorkerInfo] = {}
         self._in_flight: dict[ObjectRef | ObjectRefGenerator, tuple[str, _Returned]] = {}
         self._events: deque[Event] = deque()
+        self._streaming: set[str] = set()  # their tokens are listened to
         self._silent: set[str] = set()  # asked for their steps, and have not answered
         self._next_ask_s = 0.0
         for name in self.names:
@@ -130,8 +137,22 @@ class CardActors(AbstractContextManager["CardActors"]):
         answer = self._actors[shard.worker].answer.options(
             num_returns="streaming", name=f"shard {shard.shard_id} on {shard.worker}"
         )
+        if shard.worker not in self._streaming and any(p.stream for p in shard.prompts):
+            self._streaming.add(shard.worker)
+            tokens = self._actors[shard.worker].tokens.options(
+                num_returns="streaming",
+                concurrency_group=TOKENS_GROUP,
+                name=f"tokens of {shard.worker}",
+                _generator_backpressure_num_objects=TOKEN_MESSAGES,
+            )
+            self._listen_to_tokens(tokens.remote(), shard.worker)
         stream = answer.remote(shard.prompts, shard.attempt)
         self._listen_to(stream, shard.worker, shard.shard_id)
+
+    def cancel(self, worker: str, indexes: Sequence[int]) -> None:
+        """End these rows on a worker, those that it still has; nothing where it is gone."""
+        if worker in self._actors:
+            _control(self._actors[worker].cancel, indexes)
 
     def retire(self, worker: str) -> None:
         """End a worker's process, if it is there; no further event comes of it."""
@@ -140,6 +161,7 @@ class CardActors(AbstractContextManager["CardActors"]):
             ray.kill(actor)
         self._infos.pop(worker, None)
         self._silent.discard(worker)
+        self._streaming.discard(worker)
         self._in_flight = {ref: call for ref, call in self._in_flight.items() if call[0] != worker}
 
     def replace(self, worker: str, incarnation: int) -> None:
@@ -188,6 +210,9 @@ class CardActors(AbstractContextManager["CardActors"]):
     def _listen_to(self, stream: ObjectRefGenerator, worker: str, shard_id: int) -> None:
         self._in_flight[stream] = worker, partial(self._rows, worker, shard_id)
 
+    def _listen_to_tokens(self, stream: ObjectRefGenerator, worker: str) -> None:
+        self._in_flight[stream] = worker, partial(self._tokens, worker)
+
     def _ask_for_steps(self, now_s: float) -> None:
         """Ask every open worker that has answered before; the answers come as events."""
         if now_s < self._next_ask_s:
@@ -195,7 +220,7 @@ class CardActors(AbstractContextManager["CardActors"]):
         self._next_ask_s = now_s + max(self._timeouts.steps_s, len(self._infos) / MAX_ASKED_PER_S)
         for name in self._infos.keys() - self._silent:
             self._silent.add(name)
-            ref = _control(self._actors[name].num_steps)
+            ref = _control(self._actors[name].progress)
             self._in_flight[ref] = name, partial(self._steps, name)
 
     def _next_ref(self, timeout_s: float) -> ObjectRef | ObjectRefGenerator | None:
@@ -240,7 +265,9 @@ class CardActors(AbstractContextManager["CardActors"]):
     def _steps(self, worker: str, ref: ObjectRef) -> Event | None:
         self._silent.discard(worker)
         try:
-            return WorkerProgress(worker, ray.get(ref), self._specs[worker].incarnation)
+            num_steps, num_tokens, running = ray.get(ref)
+            incarnation = self._specs[worker].incarnation
+            return WorkerProgress(worker, num_steps, incarnation, num_tokens, running)
         except ray_errors.RayError as error:
             return self._lost(worker, error)
 
@@ -257,6 +284,16 @@ class CardActors(AbstractContextManager["CardActors"]):
             return self._lost(worker, error)
         self._listen_to(stream, worker, shard_id)  # at the end: every worker gets its turn
         return RowsFinished(worker, shard_id, tuple(item))
+
+    def _tokens(self, worker: str, stream: ObjectRefGenerator) -> Event | None:
+        try:
+            chunks = ray.get(next(stream))
+        except StopIteration:
+            return None
+        except ray_errors.RayError as error:
+            return self._lost(worker, error)
+        self._listen_to_tokens(stream, worker)
+        return TokensGenerated(worker, tuple(chunks))
 
     def _lost(self, worker: str, error: ray_errors.RayError) -> Event:
         self.retire(worker)
@@ -353,6 +390,6 @@ def _text(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _control(method: ActorMethod, *arguments: int) -> ObjectRef:
+def _control(method: ActorMethod, *arguments: object) -> ObjectRef:
     """Call an actor's method in the group that shards do not use."""
     return method.options(concurrency_group=CONTROL_GROUP).remote(*arguments)

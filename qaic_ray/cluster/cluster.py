@@ -109,6 +109,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         *,
         parallel: int,
         on_done: Callable[[str, Result | QaicRayError], None],
+        on_begin: Callable[[str], object] = str,
     ) -> None:
         """Run `build` on every request, each as one Ray task named `compile <label>`.
 
@@ -118,6 +119,7 @@ class Cluster(AbstractContextManager["Cluster"]):
             parallel: how many run at a time.
             on_done: called with each label and its result, as they come. An error of ours is a
                 result; a task whose process died is a CompileError.
+            on_begin: called with each label whose task is submitted.
         """
         waiting = deque(requests.items())
         running: dict[ObjectRef, str] = {}
@@ -128,6 +130,7 @@ class Cluster(AbstractContextManager["Cluster"]):
                         label, request = waiting.popleft()
                         task = _BUILD.options(name=f"compile {label}", num_cpus=1, max_retries=0)
                         running[task.remote(build, request)] = label
+                        on_begin(label)
                     (ref,), _ = ray.wait(list(running), num_returns=1)
                     label = running.pop(ref)
                     on_done(label, _built(label, ref))

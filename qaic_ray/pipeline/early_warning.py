@@ -1,0 +1,67 @@
+"""How a run is going, said after its first rows; and its early end where too many of them fail."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qaic_ray.dispatch.dispatcher import Command, DeliverRows, Event
+from qaic_ray.errors import QaicRayError
+from qaic_ray.runs.run_view import WARN_AFTER, RunFollower
+
+if TYPE_CHECKING:
+    from qaic_ray.pipeline.request import Listener
+    from qaic_ray.runs.driver import Progress
+
+
+class EarlyWarning:
+    """Passes on to a watch what the driver tells, and looks at what came of it.
+
+    Args:
+        watch: of the run.
+        listener: is told once how the run is going.
+        stop_if_errors: the share of failed rows that ends the run; None for never.
+    """
+
+    def __init__(
+        self, watch: RunFollower, listener: Listener, stop_if_errors: float | None = None
+    ) -> None:
+        self._watch = watch
+        self._listener = listener
+        self._stop_if_errors = stop_if_errors
+        self._is_said = False
+
+    def counted(self, progress: Progress) -> None:
+        """How many rows there are, and how many are done."""
+        self._watch.counted(
+            rows_read=progress.rows_read,
+            rows_done=progress.rows_done,
+            rows_failed=progress.rows_failed,
+            exhausted=progress.input_exhausted,
+        )
+
+    def change(self, change: Event | Command) -> None:
+        """What was heard or ordered.
+
+        Raises:
+            QaicRayError: too many rows failed; one sentence.
+        """
+        self._watch.change(change)
+        if isinstance(change, DeliverRows):
+            self._look()
+
+    def _look(self) -> None:
+        """Say how the run is going, once; end it where too many rows failed."""
+        num_ended, num_failed = self._watch.ended
+        if num_ended < WARN_AFTER:
+            return
+        if not self._is_said:
+            self._is_said = True
+            view = self._watch.view()
+            if view.rows_done != view.rows_total:
+                self._listener.going(view)
+        limit = self._stop_if_errors
+        if limit is not None and num_failed >= limit * num_ended:
+            raise QaicRayError(
+                f"{num_failed:,} of {num_ended:,} rows failed, and --stop-if-errors ends a run at "
+                f"{limit:.0%}"
+            )
