@@ -1,11 +1,13 @@
-"""What metrics cost: merged tokens/s of runs with them and without, in turns, on simulated cards.
+"""What metrics and the report's data cost: merged tokens/s with them and without, in turns.
 
     python benchmarks/telemetry_overhead.py [--cards 8] [--pairs 5] [--seconds 15]
 
 The product's driver, dispatcher, journal, actors, engines and sessions, on the cards of
 `instant_card.py` as in `scaling.py`: every step takes 20 ms, asleep, so that two cores carry eight
 cards of 8 slots. A run with metrics records each request, looks at its engines every second and at
-the cards every ten, and Ray exports all of it. Each pair goes once in either order, and its ratio
+the cards every ten, and Ray exports all of it; its driver keeps what happens and adds rows up for
+the report, and the power of the boards is asked for. Times of rows and tokens are in both:
+`host_overhead.py` has what they cost a step. Each pair goes once in either order, and its ratio
 is of the tokens/s with metrics to those without; the median of the ratios is what counts. Prints a
 table, and one JSON object as its last line.
 """
@@ -17,7 +19,8 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,9 +36,13 @@ def one_run(folder: Path, specs: Sequence[Any], some: Sequence[Any], name: str) 
     """Tokens/s and host CPU of one run; metrics where its specs say so."""
     from qaic_ray.cluster.actors import CardActors
     from qaic_ray.cluster.ray_metrics import recorded_run
+    from qaic_ray.report.statistics import RowStatistics
     from qaic_ray.runs.delivery import RowWriter
     from qaic_ray.runs.driver import Audience, Driver
+    from qaic_ray.runs.history import PowerWatch, RunHistory
     from qaic_ray.runs.journal import Journal
+    from qaic_ray.sdk import open_sdk
+    from qaic_ray.telemetry.card_lines import board_watts
     from qaic_ray.telemetry.recorder import NoSink, RunRecorder
     from qaic_ray.worker.worker import CardWorker
 
@@ -51,9 +58,26 @@ def one_run(folder: Path, specs: Sequence[Any], some: Sequence[Any], name: str) 
         recorded_run(name, fault)
         if is_recorded
         else nullcontext(RunRecorder(NoSink())) as recorder,
+        ExitStack() as stack,
     ):
         ready = AllOpen(cards)
         audience = Audience(on_row=write, recorder=recorder)
+        if is_recorded:
+            statistics, history = (
+                RowStatistics(),
+                stack.enter_context(RunHistory(run_folder, fault)),
+            )
+            lines, qids = open_sdk(Path(specs[0].sdk_root)).card_lines, range(len(specs))
+            every_s = specs[0].timeouts.power_s
+            stack.enter_context(
+                PowerWatch(lambda: board_watts(lines(), qids), history, every_s, fault)
+            )
+
+            def on_row(row: Any) -> None:
+                write(row)
+                statistics.add(row)
+
+            audience = replace(audience, on_row=on_row, on_event=history.happened)
         with host_cpu() as cpu_s:
             result = Driver(ready, some, audience, journal=journal).run()
     if not result.ok or result.span is None or result.total.generated_tokens != num_tokens(some):

@@ -107,6 +107,9 @@ class Timeouts:
     """A run folder's lock is tried for this; who only looks whether the run goes on holds it for an
     instant (`inspect/holder.py`)."""
 
+    power_s: float = 15.0
+    """Interval at which the power of this machine's boards is asked for, for the report."""
+
     # -- the compiler
     compile_s: float = 6 * 3600.0
     """A compiler that runs longer is stopped. A 70B model takes hours on the real one."""

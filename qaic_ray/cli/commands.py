@@ -14,6 +14,7 @@ import typer
 from qaic_ray.cli.app import Interrupted, app, command, known_path, sdk_choice, switches
 from qaic_ray.cli.looking import looking
 from qaic_ray.cli.monitoring import monitoring
+from qaic_ray.cli.reporting import report
 from qaic_ray.errors import UsageError
 
 if TYPE_CHECKING:
@@ -201,6 +202,7 @@ def run(
         screen.finish(run_step(request, sdk_choice(sdk, screen), screen))
 
 
+command(app)(report)
 command(app)(monitoring)
 # The commands that only look follow those that do something, in the help too.
 app.registered_commands += looking.registered_commands

@@ -123,6 +123,10 @@ class Engine:
         self._first: dict[Sequence, tuple[float, float]] = {}
         self._scheduled: dict[Sequence, float] = {}
         self._step_before: Step | None = None
+        # When running rows had their last tokens: all at the end of the last decode step, but those
+        # that a prefill has answered since.
+        self._decoded_s = 0.0
+        self._prefilled_s: dict[Sequence, float] = {}
         self._stalled_since_s = 0.0
         self._has_stalled = False
 
@@ -199,7 +203,9 @@ class Engine:
         num_before = 0 if drafts is None else _num_output(step)
         ended = self.batcher.commit(step, chosen)
         end_s = self._clock()
+        num_first = self._note_first(step, built, end_s) if self._awaiting else 0
         self._measure(step, built, end_s - start_s)
+        self._note_gaps(step, built, end_s, num_first)
         if drafts is not None:
             num_kept = _num_output(step) - num_before - sum(built.answers)
             self._meter.drafted_tokens += sum(map(len, drafts))
@@ -208,8 +214,6 @@ class Engine:
         self._has_stalled = step.is_prefill and could_decode
         if not self._has_stalled:
             self._stalled_since_s = end_s
-        if self._awaiting:
-            self._note_first(step, built, end_s)
         if self._readers:
             answered = compress(step.rows, built.answers)
             self._unread = [row for _, row in answered if row in self._readers]
@@ -223,6 +227,7 @@ class Engine:
         self._awaiting.pop(sequence, None)
         self._first.pop(sequence, None)
         self._scheduled.pop(sequence, None)
+        self._prefilled_s.pop(sequence, None)
         self._unread = [row for row in self._unread if row is not sequence]
         self._forget(sequence)
 
@@ -293,16 +298,39 @@ class Engine:
         meter.decode_rows += num_answered
         meter.decode_tokens += num_answered
 
-    def _note_first(self, step: Step, built: StepInputs, end_s: float) -> None:
+    def _note_first(self, step: Step, built: StepInputs, end_s: float) -> int:
+        """Note rows that have their first token now; how many."""
+        num_before = len(self._awaiting)
         for _, sequence in compress(step.rows, built.answers):
             if sequence in self._awaiting:
                 entered_s = self._awaiting.pop(sequence)
                 self._first[sequence] = (entered_s, end_s)
                 self._meter.ttft.count(end_s - entered_s)
+        return num_before - len(self._awaiting)
+
+    def _note_gaps(self, step: Step, built: StepInputs, end_s: float, num_first: int) -> None:
+        """Count the time since the last tokens of each answered row, but those with their first."""
+        gaps, prefilled_s = self._meter.inter_token, self._prefilled_s
+        if step.is_prefill:
+            for _, sequence in compress(step.rows, built.answers):
+                if self._first[sequence][1] != end_s:
+                    gaps.count(end_s - prefilled_s.get(sequence, self._decoded_s))
+                prefilled_s[sequence] = end_s
+            return
+        # Every row that has a token already is in a decode step: most share one gap.
+        num_steady = sum(built.answers) - num_first - len(prefilled_s)
+        if num_steady > 0:
+            gaps.count(end_s - self._decoded_s, num_steady)
+        if prefilled_s:
+            for since_s in prefilled_s.values():
+                gaps.count(end_s - since_s)
+            prefilled_s.clear()
+        self._decoded_s = end_s
 
     def _finish(self, sequence: Sequence, end_s: float) -> Finished:
         entered_s, first_s = self._first.pop(sequence)
         scheduled_s = self._scheduled.pop(sequence)
+        self._prefilled_s.pop(sequence, None)
         self._forget(sequence)
         error = self._errors.pop(sequence, None)
         if error is None:

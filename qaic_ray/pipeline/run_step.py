@@ -34,13 +34,13 @@ from qaic_ray.pipeline.request import (
     absolute_model,
     write_request,
 )
+from qaic_ray.pipeline.run_record import Compiles, RunRecording, recorded
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.sdk import name_for_others
 
 if TYPE_CHECKING:
     from qaic_ray.cluster.cluster import Cluster
-    from qaic_ray.runs.delivery import Proof, RowWriter
-    from qaic_ray.runs.driver import Audience
+    from qaic_ray.runs.delivery import Proof
     from qaic_ray.runs.report import RunSummary
     from qaic_ray.runs.result import FleetResult
     from qaic_ray.telemetry.recorder import RunRecorder
@@ -114,22 +114,30 @@ def run_on(
     *,
     sdk: SdkChoice,
     listener: Listener,
+    compiles: Compiles = (),
 ) -> RunSummary:
-    """Answer prompts on a cluster; the request's QPC is there.
+    """Answer prompts on a cluster; the request's QPC is there, and `compiles` are its job's.
 
     Raises:
         UsageError: where the request does not fit the QPC, the cards, or the run that it resumes.
     """
+    from qaic_ray.report.document import write_report
     from qaic_ray.runs.delivery import export_outputs
-    from qaic_ray.runs.report import RunSummary, write_report
+    from qaic_ray.runs.report import RunSummary
 
     specs = _worker_specs(cluster, request, sdk, listener)
     folder = request.resume.absolute() if request.resume else _new_run_folder(request)
     listener.run_folder(folder)
     with nullcontext() if request.resume else _kept(folder, request, sdk):
-        result, proof = _answer(
-            cluster, request, specs, run_input=run_input, folder=folder, listener=listener
-        )
+        with recorded(folder, request, sdk, listener=listener, compiles=compiles) as recording:
+            result, proof = _answer(
+                *(cluster, request, specs),
+                run_input=run_input,
+                folder=folder,
+                listener=listener,
+                recording=recording,
+            )
+            recording.history.ended(result)
         if formats := request.run.output_formats:
             tokenizer = load_tokenizer(open_checkpoint(request.model, weights=False))
             for output_format in formats:
@@ -148,7 +156,7 @@ def run_on(
             qpc=request.qpc.name,
             proof=proof,
         )
-        write_report(summary)  # last: by it a run is known as done
+        write_report(summary, recording.statistics)  # last: by it a run is known as done
         return summary
 
 
@@ -223,6 +231,7 @@ def _answer(
     run_input: RunInput,
     folder: Path,
     listener: Listener,
+    recording: RunRecording,
 ) -> tuple[FleetResult, Proof]:
     """All rows that have no answer yet, journaled and written."""
     from qaic_ray.dispatch.prompts import text_work
@@ -246,7 +255,6 @@ def _answer(
     ):
         if request.new_input:
             write_request(request, folder)
-
         watch = RunFollower(run_input.rows_guess)
         early = EarlyWarning(watch, listener, request.stop_if_errors)
         listener.running(watch)
@@ -255,7 +263,7 @@ def _answer(
             map(_streamed, prompts) if listener.wants_tokens else prompts,
             specs,
             worker_class=CardWorker,
-            audience=replace(_audience(write, early, listener), recorder=recorder),
+            audience=early.audience(recording.audience(write, listener, recorder)),
             journal=journal,
             work_of=partial(text_work, defaults=request.run.defaults),
         )
@@ -264,27 +272,6 @@ def _answer(
             result = replace(result, broken_off=BrokenOff(Cause.CHANGED, error))
     complete = result.broken_off is None
     return result, write.proof(result.rows_in, result.inputs_sha256, complete=complete)
-
-
-def _audience(write: RowWriter, early: EarlyWarning, listener: Listener) -> Audience:
-    """Who hears what of a run: its output files, whoever looks at how it goes, and the user."""
-    from qaic_ray.runs.driver import Audience
-
-    def on_row(row: Row) -> None:
-        with interruption.uninterrupted():
-            write(row)
-        listener.answered(row)
-
-    return Audience(
-        on_row=on_row,
-        on_earlier_row=write.rewrite,
-        on_worker_ready=listener.card_ready,
-        on_progress=early.counted,
-        on_change=early.change,
-        on_saved=listener.saved,
-        on_tokens=listener.generated,
-        on_wait=listener.remark,
-    )
 
 
 def _streamed(item: Prompt | Row) -> Prompt | Row:

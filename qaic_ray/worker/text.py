@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from qaic_ray.contract import Specializations
 from qaic_ray.engine import steps
 from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.files.documents import differences, shown
+from qaic_ray.files.documents import shown
 from qaic_ray.model.chat import ChatTemplate
 from qaic_ray.model.detokenizer import StopFinder
-from qaic_ray.model.tokenizer import Tokenizer, text_parts
+from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import Generation
 from qaic_ray.rows import FinishReason, Prompt, Row, Sample
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
@@ -37,6 +35,14 @@ _LAST_WORD = 64
 """Tokens that the end of a beginning may have more than the same characters amid the text."""
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """When prompts came to the worker: by the engine's clock, and the Unix time."""
+
+    clock_s: float = field(default_factory=time.perf_counter)
+    at: float = field(default_factory=time.time)
+
+
 @dataclass(eq=False)
 class Answer:
     """A prompt in flight: a sequence for each of its `n` samples, and those that are finished.
@@ -48,6 +54,7 @@ class Answer:
     params: SamplingParams
     sequences: tuple[steps.Sequence, ...]
     readers: tuple[StopFinder | None, ...]
+    arrived: Arrival
     streamed: tuple[StreamedSequence, ...] = ()
     finished: list[Finished] = field(default_factory=list)
 
@@ -73,8 +80,8 @@ class Answerer:
         self._engine = engine
         self._vocab_size = vocab_size if isinstance(vocab_size, int) else math.inf
 
-    def begin(self, prompt: Prompt) -> Answer:
-        """Tokenize a prompt.
+    def begin(self, prompt: Prompt, arrived: Arrival | None = None) -> Answer:
+        """Tokenize a prompt; it came just now, where nothing else is said.
 
         Raises:
             RowError: for a prompt that cannot be answered, or not so.
@@ -107,11 +114,13 @@ class Answerer:
         readers = [
             StopFinder(self._tokenizer, params) if params.stop else None for _ in range(params.n)
         ]
-        streamed = [
+        streamed = tuple(
             StreamedSequence(sequence, choice, StopFinder(self._tokenizer, params))
             for choice, sequence in enumerate(sequences if prompt.stream else ())
-        ]
-        return Answer(prompt, params, tuple(sequences), tuple(readers), tuple(streamed))
+        )
+        return Answer(
+            prompt, params, tuple(sequences), tuple(readers), arrived or Arrival(), streamed
+        )
 
     def row(self, answer: Answer, *, worker: str, attempts: int) -> Row:
         """The row of a complete answer.
@@ -128,8 +137,9 @@ class Answerer:
             self._sample(answer.params, sequence, reader)
             for sequence, reader in zip(answer.sequences, answer.readers, strict=True)
         ]
-        first, prompt = samples[0], answer.prompt
+        first, prompt, arrived = samples[0], answer.prompt, answer.arrived
         ttft_s = min(done.ttft_s for done in answer.finished)
+        end_s = max(done.entered_s + done.ttft_s + done.decode_s for done in answer.finished)
         return Row(
             index=prompt.index,
             id=prompt.id,
@@ -142,6 +152,9 @@ class Answerer:
             prompt_tokens=len(answer.sequences[0].prompt_ids),
             ttft_s=ttft_s,
             decode_s=max(done.ttft_s + done.decode_s for done in answer.finished) - ttft_s,
+            queue_s=min(done.scheduled_s for done in answer.finished) - arrived.clock_s,
+            started_at=arrived.at,
+            ended_at=arrived.at + end_s - arrived.clock_s,
             worker=worker,
             attempts=attempts,
             logprobs=first.logprobs,
@@ -219,41 +232,6 @@ def check_chat(template: ChatTemplate, generation: Generation, model: str) -> No
         )
     example = with_system([{"role": "user", "content": "Hello"}], generation.system)
     template.try_out(example, generation.chat_options)
-
-
-def check_text(expected: Mapping[str, str], folder: Path) -> None:
-    """Check that a folder has the tokenizer that the run began with.
-
-    Args:
-        expected: its parts' digests; none where they are not known.
-        folder: of the checkpoint, on this node.
-
-    Raises:
-        UsageError: it has another one.
-    """
-    changes = differences(expected, text_parts(folder)) if expected else []
-    if changes:
-        raise UsageError(
-            f"The tokenizer in {folder} on {os.uname().nodename} is not the one that the run "
-            f"began with ({', '.join(changes)}): one run has one tokenizer."
-        )
-
-
-def check_shapes(generation: Generation, qpc: str, shapes: Specializations) -> None:
-    """Check that a QPC was compiled for what the run says it was.
-
-    Raises:
-        UsageError: naming the option and both numbers.
-    """
-    for option, wanted, compiled in (
-        ("--input-len", generation.input_len, shapes.prompt_len),
-        ("--ctx-len", generation.ctx_len, shapes.ctx_len),
-    ):
-        if wanted not in (None, compiled):
-            raise UsageError(
-                f"{option} is {wanted}, but {qpc} was compiled for {compiled}: give {compiled}, "
-                "or compile another variant."
-            )
 
 
 def _refuse_unholdable(params: SamplingParams, prompt_tokens: int, limit: int) -> None:

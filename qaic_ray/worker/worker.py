@@ -33,9 +33,10 @@ from qaic_ray.rows import ROW_ALONE, FinishReason, Prompt, Row, TokenChunk
 from qaic_ray.sdk import Sdk, open_sdk
 from qaic_ray.telemetry.recorder import NoSink, RequestRecorder
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
+from qaic_ray.worker.checks import check_shapes, check_text
 from qaic_ray.worker.feeds import RowQueue, TokenFeed
 from qaic_ray.worker.recording import record_ended
-from qaic_ray.worker.text import Answer, Answerer, check_chat, check_shapes, check_text
+from qaic_ray.worker.text import Answer, Answerer, Arrival, check_chat
 
 STATIC_LOOKAHEAD = 4
 """Sequences that the engine of a static program holds for each of its slots, so that it can start
@@ -179,10 +180,10 @@ class CardWorker:
         Raises:
             DeviceError: when the card fails; prompts without a row yet were not answered.
         """
-        name, card, arrived_s = self.spec.name, self._opened, time.perf_counter()
+        name, card = self.spec.name, self._opened
         if card is None:
             raise DeviceError(f"{name} is not open.")
-        answerer = card.answerer
+        answerer, arrived = card.answerer, Arrival()
         begun: list[Answer] = []
         refused: list[Row] = []
         with self._lock:
@@ -190,7 +191,7 @@ class CardWorker:
         for prompt in prompts:
             try:
                 with ROW_ALONE:
-                    begun.append(answerer.begin(prompt))
+                    begun.append(answerer.begin(prompt, arrived))
             except RowError as error:
                 refused.append(Row.failed(prompt, str(error), worker=name, attempts=attempt))
                 self.recorder.unanswered("error")
@@ -204,7 +205,7 @@ class CardWorker:
             for done in outcome.take(len(pending)):
                 answer = pending.pop(done.sequence)
                 answer.finished.append(done)
-                record_ended(self.recorder, done, arrived_s)
+                record_ended(self.recorder, done, arrived.clock_s)
                 if len(answer.finished) == len(answer.sequences):
                     complete.append(self._row(answerer, answer, attempt))
             if complete:

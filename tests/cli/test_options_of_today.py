@@ -139,6 +139,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "show": {"RUN": "runs/a", "ROW": "3", "--json": FLAG},
     "doctor": {"--address": "auto", "--sdk": "real", "--try-cards": FLAG, "--json": FLAG},
     "devices": {"--address": "auto", "--sdk": "real", "--json": FLAG},
+    "report": {"RUN...": "runs/a", "--html": "page.html", "--json": FLAG},
     "monitoring": {"FOLDER": "m", "--json": FLAG},
     "emulator install": {
         "PREFIX": "sdk",
@@ -153,6 +154,7 @@ NEEDED = {
     "plan": ["JOB"],
     "export": ["--model-name --model_name"],
     "compile": ["MODEL_DIR"],
+    "report": ["RUN..."],
     "monitoring": ["FOLDER"],
     "logs": ["WHAT"],
     "stop": ["WHAT"],
@@ -352,6 +354,7 @@ def test_arguments_are_parsed(name: str) -> None:
         for p in parameters(command)
         if p.param_type_name == "argument"
     ]
+    values = [value[0] if isinstance(value, list) else value for value in values]  # of several
     assert values == list(words.values())
 
 

@@ -34,7 +34,8 @@ def run(request: RunRequest, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(run_step, "_worker_specs", lambda *_: [])
     names = ["answered", "saved", "generated", "running", "card_ready", "remark", "run_folder"]
     listener: Any = SimpleNamespace(**{n: lambda _: None for n in names}, wants_tokens=False)
-    sdk: Any = SimpleNamespace(name="auto")
+    here = SimpleNamespace(label="none", card_lines=dict)
+    sdk: Any = SimpleNamespace(name="auto", here=here)
     run_step.run_on(cluster, request, request.open_input(), sdk=sdk, listener=listener)
 
 
