@@ -109,7 +109,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         *,
         parallel: int,
         on_done: Callable[[str, Result | QaicRayError], None],
-        on_begin: Callable[[str], object] = str,
+        on_begin: Callable[[str], None] | None = None,
     ) -> None:
         """Run `build` on every request, each as one Ray task named `compile <label>`.
 
@@ -130,7 +130,8 @@ class Cluster(AbstractContextManager["Cluster"]):
                         label, request = waiting.popleft()
                         task = _BUILD.options(name=f"compile {label}", num_cpus=1, max_retries=0)
                         running[task.remote(build, request)] = label
-                        on_begin(label)
+                        if on_begin is not None:
+                            on_begin(label)
                     (ref,), _ = ray.wait(list(running), num_returns=1)
                     label = running.pop(ref)
                     on_done(label, _built(label, ref))

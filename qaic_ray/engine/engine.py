@@ -227,6 +227,7 @@ class Engine:
         self._awaiting.pop(sequence, None)
         self._first.pop(sequence, None)
         self._scheduled.pop(sequence, None)
+        self._prefilled_s.pop(sequence, None)
         self._unread = [row for row in self._unread if row is not sequence]
         self._forget(sequence)
 

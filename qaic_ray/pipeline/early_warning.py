@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qaic_ray.dispatch.dispatcher import Command, DeliverRows, Event
 from qaic_ray.errors import QaicRayError
 from qaic_ray.runs.run_view import WARN_AFTER, RunFollower
 
 if TYPE_CHECKING:
+    from qaic_ray.dispatch.dispatcher import Command, Event
     from qaic_ray.pipeline.request import Listener
-    from qaic_ray.runs.driver import Progress
+    from qaic_ray.runs.driver import Audience, Progress
 
 
 class EarlyWarning:
@@ -30,24 +31,38 @@ class EarlyWarning:
         self._stop_if_errors = stop_if_errors
         self._is_said = False
 
+    def audience(self, others: Audience) -> Audience:
+        """The run's audience, with this one in it, and with the listener's answers and tokens."""
+
+        def on_event(change: Event | Command) -> None:
+            others.on_event(change)
+            self._watch.change(change)
+
+        def on_progress(progress: Progress) -> None:
+            others.on_progress(progress)
+            self.counted(progress)
+
+        return replace(
+            others,
+            on_event=on_event,
+            on_progress=on_progress,
+            on_saved=self._listener.saved,
+            on_tokens=self._listener.generated,
+        )
+
     def counted(self, progress: Progress) -> None:
-        """How many rows there are, and how many are done."""
+        """How many rows there are, and how many are done; what ended them was told before.
+
+        Raises:
+            QaicRayError: too many rows failed; one sentence.
+        """
         self._watch.counted(
             rows_read=progress.rows_read,
             rows_done=progress.rows_done,
             rows_failed=progress.rows_failed,
             exhausted=progress.input_exhausted,
         )
-
-    def change(self, change: Event | Command) -> None:
-        """What was heard or ordered.
-
-        Raises:
-            QaicRayError: too many rows failed; one sentence.
-        """
-        self._watch.change(change)
-        if isinstance(change, DeliverRows):
-            self._look()
+        self._look()
 
     def _look(self) -> None:
         """Say how the run is going, once; end it where too many rows failed."""

@@ -19,8 +19,6 @@ from qaic_ray.pipeline.request import Listener, RunRequest, SdkChoice
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS
 
 if TYPE_CHECKING:
-    from qaic_ray.dispatch.dispatcher import Command, Event
-    from qaic_ray.pipeline.early_warning import EarlyWarning
     from qaic_ray.report.statistics import RowStatistics
     from qaic_ray.rows import Row
     from qaic_ray.runs.delivery import RowWriter
@@ -41,10 +39,8 @@ class RunRecording:
     history: RunHistory
     statistics: RowStatistics
 
-    def audience(
-        self, write: RowWriter, early: EarlyWarning, listener: Listener, metrics: RunRecorder
-    ) -> Audience:
-        """Who hears what of the run: its output files, this record, whoever looks, and metrics."""
+    def audience(self, write: RowWriter, listener: Listener, metrics: RunRecorder) -> Audience:
+        """Who hears of the run: the files of its rows, this record, the listener and metrics."""
         from qaic_ray.runs.driver import Audience
 
         def on_row(row: Row) -> None:
@@ -61,20 +57,13 @@ class RunRecording:
             self.history.worker_ready(info)
             listener.card_ready(info)
 
-        def on_change(change: Event | Command) -> None:
-            self.history.happened(change)
-            early.change(change)
-
         return Audience(
             on_row=on_row,
             on_earlier_row=on_earlier_row,
             on_worker_ready=on_worker_ready,
-            on_progress=early.counted,
-            on_change=on_change,
-            on_saved=listener.saved,
-            on_tokens=listener.generated,
             on_wait=listener.remark,
             recorder=metrics,
+            on_event=self.history.happened,
         )
 
 

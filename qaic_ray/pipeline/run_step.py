@@ -255,7 +255,6 @@ def _answer(
     ):
         if request.new_input:
             write_request(request, folder)
-
         watch = RunFollower(run_input.rows_guess)
         early = EarlyWarning(watch, listener, request.stop_if_errors)
         listener.running(watch)
@@ -264,7 +263,7 @@ def _answer(
             map(_streamed, prompts) if listener.wants_tokens else prompts,
             specs,
             worker_class=CardWorker,
-            audience=recording.audience(write, early, listener, recorder),
+            audience=early.audience(recording.audience(write, listener, recorder)),
             journal=journal,
             work_of=partial(text_work, defaults=request.run.defaults),
         )

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -158,7 +158,7 @@ class Delivery:
         on_row: Callable[[Row], None],
         on_earlier_row: Callable[[Row], None],
         *,
-        on_saved: Callable[[Row], object] = bool,
+        on_saved: Callable[[Row], None] | None = None,
         clock: Callable[[], float],
     ) -> None:
         self.earlier_s = 0.0
@@ -190,8 +190,8 @@ class Delivery:
             # It quotes what was given, and half a surrogate pair cannot be written.
             row = replace(row, error=row.error.encode(errors="backslashreplace").decode())
         if self._journal is None:
-            self._on_saved(row)
             self._order.push(row)
+            self._tell_saved([row])
             return
         if not self._uncommitted:
             self._commit_at_s = self._clock() + self._pause_s
@@ -230,8 +230,12 @@ class Delivery:
         for row, place in self._uncommitted:
             self._order.push(row, place)
         self._uncommitted.clear()
-        for row in saved:
-            self._on_saved(row)
+        self._tell_saved(saved)
+
+    def _tell_saved(self, rows: Sequence[Row]) -> None:
+        if self._on_saved is not None:
+            for row in rows:
+                self._on_saved(row)
 
 
 @dataclass(frozen=True)

@@ -77,12 +77,13 @@ class Audience:
         on_progress: after each change of the counts.
         on_wait: once, in a sentence, where cards are held by others and are waited for.
         on_saved: each new row as soon as it is on the disk, in the order of the journal.
-        on_change: what is heard of workers, what is ordered, and rows that are final.
         on_tokens: what prompts with `stream` got; the last of a row comes before its `on_row`.
         on_begin: once, with a function that cancels rows by their indexes. Any thread may call it;
             it takes effect with the next event, and each such row comes as one of finish_reason
             ABORT, if it is not done.
         recorder: is told what becomes a metric.
+        on_event: whatever the dispatcher hears and orders, as it does; and rows of the input that
+            are no prompts, as if it had ordered them.
     """
 
     on_row: Callable[[Row], None] = _ignore
@@ -91,10 +92,10 @@ class Audience:
     on_progress: Callable[[Progress], None] = _ignore
     on_wait: Callable[[str], None] = _ignore
     on_saved: Callable[[Row], None] = _ignore
-    on_change: Callable[[Event | Command], None] = _ignore
     on_tokens: Callable[[Sequence[TokenDelta]], None] = _ignore
     on_begin: Callable[[Callable[[Iterable[int]], None]], None] = _ignore
     recorder: RunRecorder = field(default_factory=lambda: RunRecorder(NoSink()))
+    on_event: Callable[[Event | Command], None] = _ignore
 
 
 class Driver:
@@ -203,7 +204,7 @@ class Driver:
                 return TimePassed()
 
     def _hear(self, event: Event) -> None:
-        self._audience.on_change(event)
+        self._audience.on_event(event)
         match event:
             case RowsFinished():
                 self._worked()
@@ -224,8 +225,7 @@ class Driver:
                 self._cancelled.update(indexes)
 
     def _obey(self, command: Command) -> None:
-        if not isinstance(command, DeliverRows):  # that is told when it is done
-            self._audience.on_change(command)
+        self._audience.on_event(command)
         match command:
             case ReadPrompts(num_prompts):
                 self._reader.ask(num_prompts)
@@ -238,7 +238,6 @@ class Driver:
                 self._cards.cancel(worker, indexes)
             case DeliverRows(rows):
                 self._deliver(rows)
-                self._audience.on_change(command)
             case RetireWorker(worker, error):
                 self._lose(worker, error)
                 self._cards.retire(worker)
@@ -272,9 +271,9 @@ class Driver:
                 rows.append(Row.cancelled(item))
             else:
                 prompts.append(item)
-        self._deliver(rows)
         if rows:
-            self._audience.on_change(DeliverRows(tuple(rows)))
+            self._audience.on_event(DeliverRows(tuple(rows)))
+        self._deliver(rows)
         return PromptsRead(tuple(prompts), exhausted=batch.exhausted)
 
     def _deliver(self, rows: Sequence[Row]) -> None:

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from qaic_ray.contract import Specializations
 from qaic_ray.engine import steps
 from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.files.documents import differences, shown
+from qaic_ray.files.documents import shown
 from qaic_ray.model.chat import ChatTemplate
 from qaic_ray.model.detokenizer import StopFinder
-from qaic_ray.model.tokenizer import Tokenizer, text_parts
+from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import Generation
 from qaic_ray.rows import FinishReason, Prompt, Row, Sample
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
@@ -117,12 +114,12 @@ class Answerer:
         readers = [
             StopFinder(self._tokenizer, params) if params.stop else None for _ in range(params.n)
         ]
-        streamed = [
+        streamed = tuple(
             StreamedSequence(sequence, choice, StopFinder(self._tokenizer, params))
             for choice, sequence in enumerate(sequences if prompt.stream else ())
-        ]
+        )
         return Answer(
-            prompt, params, tuple(sequences), tuple(readers), arrived or Arrival(), tuple(streamed)
+            prompt, params, tuple(sequences), tuple(readers), arrived or Arrival(), streamed
         )
 
     def row(self, answer: Answer, *, worker: str, attempts: int) -> Row:
@@ -235,41 +232,6 @@ def check_chat(template: ChatTemplate, generation: Generation, model: str) -> No
         )
     example = with_system([{"role": "user", "content": "Hello"}], generation.system)
     template.try_out(example, generation.chat_options)
-
-
-def check_text(expected: Mapping[str, str], folder: Path) -> None:
-    """Check that a folder has the tokenizer that the run began with.
-
-    Args:
-        expected: its parts' digests; none where they are not known.
-        folder: of the checkpoint, on this node.
-
-    Raises:
-        UsageError: it has another one.
-    """
-    changes = differences(expected, text_parts(folder)) if expected else []
-    if changes:
-        raise UsageError(
-            f"The tokenizer in {folder} on {os.uname().nodename} is not the one that the run "
-            f"began with ({', '.join(changes)}): one run has one tokenizer."
-        )
-
-
-def check_shapes(generation: Generation, qpc: str, shapes: Specializations) -> None:
-    """Check that a QPC was compiled for what the run says it was.
-
-    Raises:
-        UsageError: naming the option and both numbers.
-    """
-    for option, wanted, compiled in (
-        ("--input-len", generation.input_len, shapes.prompt_len),
-        ("--ctx-len", generation.ctx_len, shapes.ctx_len),
-    ):
-        if wanted not in (None, compiled):
-            raise UsageError(
-                f"{option} is {wanted}, but {qpc} was compiled for {compiled}: give {compiled}, "
-                "or compile another variant."
-            )
 
 
 def _refuse_unholdable(params: SamplingParams, prompt_tokens: int, limit: int) -> None:

@@ -33,9 +33,10 @@ from qaic_ray.rows import ROW_ALONE, FinishReason, Prompt, Row, TokenChunk
 from qaic_ray.sdk import Sdk, open_sdk
 from qaic_ray.telemetry.recorder import NoSink, RequestRecorder
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
+from qaic_ray.worker.checks import check_shapes, check_text
 from qaic_ray.worker.feeds import RowQueue, TokenFeed
 from qaic_ray.worker.recording import record_ended
-from qaic_ray.worker.text import Answer, Answerer, Arrival, check_chat, check_shapes, check_text
+from qaic_ray.worker.text import Answer, Answerer, Arrival, check_chat
 
 STATIC_LOOKAHEAD = 4
 """Sequences that the engine of a static program holds for each of its slots, so that it can start

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+
+from qaic_ray.cli import NO_BARS
 
 CHILD = """
 import sys
@@ -22,12 +25,21 @@ main()
 """
 
 
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    """In an environment that no other test's command has changed."""
+    environment = {name: value for name, value in os.environ.items() if name not in NO_BARS}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+
+
 def test_bars_of_libraries_that_a_command_uses_are_off() -> None:
-    plain = subprocess.run(
-        [sys.executable, "-c", CHILD], capture_output=True, text=True, check=True, timeout=120
-    )
+    plain = run(CHILD)
     assert plain.stderr.count("Loading weights: 100%") == 3
-    ours = subprocess.run(
-        [sys.executable, "-c", COMMAND], capture_output=True, text=True, check=True, timeout=120
-    )
+    ours = run(COMMAND)
     assert (ours.stdout, ours.stderr) == ("", "")

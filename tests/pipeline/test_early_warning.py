@@ -11,7 +11,7 @@ from qaic_ray.dispatch.dispatcher import DeliverRows
 from qaic_ray.errors import QaicRayError
 from qaic_ray.pipeline.early_warning import EarlyWarning
 from qaic_ray.rows import FinishReason, Prompt, Row
-from qaic_ray.runs.driver import Progress
+from qaic_ray.runs.driver import Audience, Progress
 from qaic_ray.runs.run_view import RunFollower, RunView
 
 
@@ -21,7 +21,9 @@ class Run:
     def __init__(self, stop_if_errors: float | None = None) -> None:
         self.said: list[RunView] = []
         listener: Any = SimpleNamespace(going=self.said.append)
+        listener.saved = listener.generated = None
         self.early = EarlyWarning(RunFollower(), listener, stop_if_errors)
+        self.audience = self.early.audience(Audience())
         self.done = self.failed = 0
 
     def end(self, *oks: bool, total: int = 100) -> None:
@@ -30,8 +32,8 @@ class Run:
             row = Row(prompt.index, "p", "x", FinishReason.STOP) if ok else Row.failed(prompt, "no")
             self.done += 1
             self.failed += not ok
-            self.early.counted(Progress(total, self.done, self.failed, 0, True))
-            self.early.change(DeliverRows((row,)))
+            self.audience.on_event(DeliverRows((row,)))
+            self.audience.on_progress(Progress(total, self.done, self.failed, 0, True))
 
 
 def test_it_is_said_once_after_twenty_rows() -> None:

@@ -172,7 +172,7 @@ def test_it_agrees_with_the_driver_whatever_happens(
         assert view.num_busy <= num_cards
         assert view.tokens_per_s >= 0
 
-    audience = Audience(on_change=watch.change, on_progress=on_progress)
+    audience = Audience(on_event=watch.change, on_progress=on_progress)
     prompts = [Prompt(i, "same") for i in range(num_prompts)]
     result = Driver(cards, prompts, audience, clock=cards.clock, reader=DirectReader).run()
     view = watch.view()

@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
+from typing import Any
 
 import pytest
 from formula_program import EOS, VOCAB, FormulaProgram, answer
@@ -604,10 +605,10 @@ def test_rows_are_cancelled_in_a_slot_in_the_queue_and_on_their_way(
     worker = open_worker(slots=1)
     begin = Answerer.begin
 
-    def begin_and_cancel(answerer: Answerer, given: Prompt) -> Answer:
+    def begin_and_cancel(answerer: Answerer, given: Prompt, *more: Any) -> Answer:
         if given.text == "LATE":
             worker.cancel([given.index])  # while its shard is being tokenized
-        return begin(answerer, given)
+        return begin(answerer, given, *more)
 
     monkeypatch.setattr(Answerer, "begin", begin_and_cancel)
     with ThreadPoolExecutor() as pool:
