@@ -41,6 +41,7 @@ def one_run(folder: Path, specs: Sequence[Any], some: Sequence[Any], name: str) 
     from qaic_ray.runs.driver import Audience, Driver
     from qaic_ray.runs.history import PowerWatch, RunHistory
     from qaic_ray.runs.journal import Journal
+    from qaic_ray.runs.metering import metered
     from qaic_ray.sdk import open_sdk
     from qaic_ray.telemetry.card_lines import board_watts
     from qaic_ray.telemetry.recorder import NoSink, RunRecorder
@@ -61,7 +62,7 @@ def one_run(folder: Path, specs: Sequence[Any], some: Sequence[Any], name: str) 
         ExitStack() as stack,
     ):
         ready = AllOpen(cards)
-        audience = Audience(on_row=write, recorder=recorder)
+        audience = Audience(on_row=write)
         if is_recorded:
             statistics, history = (
                 RowStatistics(),
@@ -77,7 +78,8 @@ def one_run(folder: Path, specs: Sequence[Any], some: Sequence[Any], name: str) 
                 write(row)
                 statistics.add(row)
 
-            audience = replace(audience, on_row=on_row, on_event=history.happened)
+            audience = Audience(on_row=on_row, on_event=history.happened)
+            audience = metered(audience, recorder)
         with host_cpu() as cpu_s:
             result = Driver(ready, some, audience, journal=journal).run()
     if not result.ok or result.span is None or result.total.generated_tokens != num_tokens(some):
@@ -90,7 +92,6 @@ def one_run(folder: Path, specs: Sequence[Any], some: Sequence[Any], name: str) 
 
 def measure(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Both runs of each pair."""
-    from dataclasses import replace
 
     from qaic_ray.cards.inventory import place
     from qaic_ray.cluster.cluster import Cluster

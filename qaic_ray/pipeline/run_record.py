@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from qaic_ray.runs.delivery import RowWriter
     from qaic_ray.runs.driver import Audience
     from qaic_ray.runs.history import RunHistory
-    from qaic_ray.telemetry.recorder import RunRecorder
     from qaic_ray.worker.worker import WorkerInfo
 
 _MAX_COMMAND_CHARS = 1000
@@ -39,8 +38,8 @@ class RunRecording:
     history: RunHistory
     statistics: RowStatistics
 
-    def audience(self, write: RowWriter, listener: Listener, metrics: RunRecorder) -> Audience:
-        """Who hears of the run: the files of its rows, this record, the listener and metrics."""
+    def audience(self, write: RowWriter, listener: Listener) -> Audience:
+        """Who hears of the run: the files of its rows, this record and the listener."""
         from qaic_ray.runs.driver import Audience
 
         def on_row(row: Row) -> None:
@@ -62,7 +61,6 @@ class RunRecording:
             on_earlier_row=on_earlier_row,
             on_worker_ready=on_worker_ready,
             on_wait=listener.remark,
-            recorder=metrics,
             on_event=self.history.happened,
         )
 

@@ -239,6 +239,7 @@ def _answer(
     from qaic_ray.runs.delivery import RowWriter
     from qaic_ray.runs.intake import fingerprint
     from qaic_ray.runs.journal import Journal
+    from qaic_ray.runs.metering import metered
     from qaic_ray.runs.result import BrokenOff, Cause
     from qaic_ray.runs.run_view import RunFollower
     from qaic_ray.worker.worker import CardWorker
@@ -263,7 +264,7 @@ def _answer(
             map(_streamed, prompts) if listener.wants_tokens else prompts,
             specs,
             worker_class=CardWorker,
-            audience=early.audience(recording.audience(write, listener, recorder)),
+            audience=early.audience(metered(recording.audience(write, listener), recorder)),
             journal=journal,
             work_of=partial(text_work, defaults=request.run.defaults),
         )

@@ -10,7 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qaic_ray.dispatch.dispatcher import (
@@ -43,7 +43,6 @@ from qaic_ray.runs.intake import Batch, Intake, ThreadedReader
 from qaic_ray.runs.journal import Journal
 from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, WorkerResult
 from qaic_ray.runs.token_streams import RowStream, TokenDelta
-from qaic_ray.telemetry.recorder import NoSink, RunRecorder
 
 if TYPE_CHECKING:
     from qaic_ray.worker.worker import WorkerInfo
@@ -51,13 +50,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. `rows_read` is the whole input once `input_exhausted` is true."""
+    """How far a run is. `rows_read` is the whole input once `input_exhausted` is true.
+
+    `prompts_waiting` were read, and no worker has them.
+    """
 
     rows_read: int = 0
     rows_done: int = 0
     rows_failed: int = 0
     generated_tokens: int = 0
     input_exhausted: bool = False
+    prompts_waiting: int = 0
 
 
 def _ignore(_: object) -> None:
@@ -81,7 +84,6 @@ class Audience:
         on_begin: once, with a function that cancels rows by their indexes. Any thread may call it;
             it takes effect with the next event, and each such row comes as one of finish_reason
             ABORT, if it is not done.
-        recorder: is told what becomes a metric.
         on_event: whatever the dispatcher hears and orders, as it does; and rows of the input that
             are no prompts, as if it had ordered them.
     """
@@ -94,7 +96,6 @@ class Audience:
     on_saved: Callable[[Row], None] = _ignore
     on_tokens: Callable[[Sequence[TokenDelta]], None] = _ignore
     on_begin: Callable[[Callable[[Iterable[int]], None]], None] = _ignore
-    recorder: RunRecorder = field(default_factory=lambda: RunRecorder(NoSink()))
     on_event: Callable[[Event | Command], None] = _ignore
 
 
@@ -212,7 +213,6 @@ class Driver:
                 self._infos[worker] = self._cards.info(worker)
                 self._ready.add(worker)
                 self._audience.on_worker_ready(self._infos[worker])
-                self._audience.recorder.worker_ready(worker)
             case WorkerLost(worker, error):
                 self._lose(worker, error)
             case ShardFailed(worker, _, error, retryable=True):
@@ -232,7 +232,6 @@ class Driver:
                 self._is_reading = True
             case RunShard():
                 self._worked()
-                self._audience.recorder.began(len(command.prompts), command.attempt)
                 self._cards.run(command)
             case CancelRows(worker, indexes):
                 self._cards.cancel(worker, indexes)
@@ -251,7 +250,6 @@ class Driver:
     def _lose(self, worker: str, error: str) -> None:
         self._errors[worker] = error
         self._losses[worker] += 1
-        self._audience.recorder.worker_lost(worker)
         self._ready.discard(worker)
 
     def _read(self, batch: Batch) -> PromptsRead:
@@ -278,7 +276,6 @@ class Driver:
 
     def _deliver(self, rows: Sequence[Row]) -> None:
         span_s = self._last_s - self._first_s if self._first_s is not None else 0.0
-        failed_before = self._tally.failed_rows
         for row in rows:
             digest = self._intake.open.pop(row.index)
             self._delivery.add(row, digest, span_s)
@@ -286,10 +283,6 @@ class Driver:
             self._cancelled.discard(row.index)
             if row.index in self._streams:
                 self._tell_tokens(self._streams.pop(row.index).end(row))
-        num_failed = self._tally.failed_rows - failed_before
-        self._audience.recorder.rows_ended(
-            len(rows), num_failed, waiting=self._dispatcher.num_waiting
-        )
         self._tell_progress()
 
     def _tell_tokens(self, deltas: Sequence[TokenDelta]) -> None:
@@ -299,7 +292,8 @@ class Driver:
     def _tell_progress(self) -> None:
         tally = self._tally
         done = tally.rows, tally.failed_rows, tally.generated_tokens
-        self._audience.on_progress(Progress(self._rows_read, *done, self._is_exhausted))
+        waiting = self._dispatcher.num_waiting
+        self._audience.on_progress(Progress(self._rows_read, *done, self._is_exhausted, waiting))
 
     def _worked(self) -> None:
         self._last_s = self._clock()

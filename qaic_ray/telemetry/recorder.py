@@ -209,12 +209,15 @@ class RunRecorder:
         if attempt > 1:
             self._sink.add(names.RETRIES, num_prompts, self._tags)
 
-    def rows_ended(self, number: int, failed: int, *, waiting: int) -> None:
-        """So many rows are final, some of them failed, and so many prompts wait now."""
+    def rows_ended(self, number: int, failed: int) -> None:
+        """So many rows are final, and some of them failed."""
         for result, count in (("ok", number - failed), ("failed", failed)):
             if count:
                 self._sink.add(names.ROWS, count, self._of_result[result])
-        self._waiting = waiting
+
+    def waiting(self, num_prompts: int) -> None:
+        """So many prompts wait now."""
+        self._waiting = num_prompts
         self.look_again()
 
     def worker_ready(self, worker: str) -> None:

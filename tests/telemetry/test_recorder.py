@@ -14,7 +14,8 @@ from simulated_cards import DirectReader, SimulatedCards
 
 from qaic_ray.metrics import EngineState
 from qaic_ray.rows import Prompt, Row
-from qaic_ray.runs.driver import Audience, Driver
+from qaic_ray.runs.driver import Audience, Driver, Progress
+from qaic_ray.runs.metering import metered
 from qaic_ray.sdk import parse_lines
 from qaic_ray.telemetry import names
 from qaic_ray.telemetry.names import Metric
@@ -212,7 +213,7 @@ def test_a_run_over_cards_that_die_is_told_row_by_row() -> None:
     attempts: list[int] = []
     prompts: list[Prompt | Row] = [Prompt(i, f"prompt {i}") for i in range(60)]
     prompts[7] = Row.failed(Prompt(7, ""), "It is empty.")
-    audience = Audience(on_row=rows.append, recorder=RunRecorder(sink, "tiny-1"))
+    audience = metered(Audience(on_row=rows.append), RunRecorder(sink, "tiny-1"))
     run = cards.run
 
     def counted(shard: object) -> None:
@@ -238,9 +239,14 @@ def test_prompts_wait_until_a_worker_has_them() -> None:
     waiting: list[float] = []
     cards = SimulatedCards([0.0], slots=1)
     recorder = RunRecorder(sink, "tiny-1")
-    audience = Audience(
-        on_progress=lambda _: waiting.append(sink.value(names.PROMPTS_WAITING)), recorder=recorder
-    )
+    audience = metered(Audience(), recorder)
+    look = audience.on_progress
+
+    def on_progress(progress: Progress) -> None:
+        look(progress)
+        waiting.append(sink.value(names.PROMPTS_WAITING))
+
+    audience = replace(audience, on_progress=on_progress)
     prompts = [Prompt(i, "same") for i in range(30)]
     Driver(cards, prompts, audience, clock=cards.clock, reader=DirectReader).run()  # type: ignore[arg-type]
     assert max(waiting) > 10
