@@ -12,13 +12,15 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
+import ray._private.worker
+import ray._raylet
 import ray.exceptions as ray_errors
 from ray import ObjectRef, ObjectRefGenerator
 from ray.actor import ActorHandle, ActorMethod
@@ -26,6 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qaic_ray.cards.inventory import CARD_RESOURCE
 from qaic_ray.cluster.connection import CARD_CPUS, call_for, first_line
+from qaic_ray.cluster.worker_logs import say
 from qaic_ray.dispatch.dispatcher import (
     Event,
     RowsFinished,
@@ -322,8 +325,31 @@ def card_units() -> tuple[int, ...]:
 def _open(worker: CardWorker, timeouts: Timeouts) -> WorkerInfo:
     """Open a worker's cards, in its actor; those whose numbers Ray gave to it, where it chooses."""
     die_with_parent(worker.close, timeouts)
+    _title_process(worker.spec.name)
     choices = worker.spec.choices
-    return worker.open(tuple(choices[unit] for unit in card_units())) if choices else worker.open()
+    chosen = tuple(choices[unit] for unit in card_units()) if choices else worker.spec.device_ids
+    say(f"{worker.spec.name}: process {os.getpid()} opens device {', '.join(map(str, chosen))}")
+    try:
+        info = worker.open(chosen) if choices else worker.open()
+    except Exception as error:
+        say(f"{worker.spec.name}: {_text(error)}")
+        raise
+    say(f"{worker.spec.name}: ready after {info.load_s:.1f} s, {info.slots} slots")
+    return info
+
+
+def _title_process(name: str) -> None:
+    """Have `ps` and the dashboard call this process, an actor's, by its card.
+
+    Ray would name it by its class, and by each call while that runs.
+    """
+
+    @contextmanager
+    def titled(*_: object) -> Iterator[None]:
+        ray._raylet.setproctitle(f"ray::{name}")
+        yield
+
+    ray._private.worker._changeproctitle = titled
 
 
 def die_with_parent(close: Callable[[], object], timeouts: Timeouts) -> None:
@@ -351,5 +377,6 @@ def _text(error: BaseException) -> str:
 
 
 def _control(method: ActorMethod, *arguments: int) -> ObjectRef:
-    """Call an actor's method in the group that shards do not use."""
-    return method.options(concurrency_group=CONTROL_GROUP).remote(*arguments)
+    """Call an actor's method in the group that shards do not use; no list of tasks has the call."""
+    called = method.options(concurrency_group=CONTROL_GROUP, enable_task_events=False)
+    return called.remote(*arguments)

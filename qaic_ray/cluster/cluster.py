@@ -31,6 +31,7 @@ from qaic_ray.cluster.connection import (
     join,
     start,
 )
+from qaic_ray.cluster.worker_logs import WorkerLogs, say
 from qaic_ray.dispatch.dispatcher import Dispatcher
 from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
 from qaic_ray.errors import ClusterLost, CompileError, DeviceBusy, QaicRayError, UsageError
@@ -58,6 +59,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         num_cards: the cards of this machine; a cluster that runs already knows its own.
         address: `host:port` of a running cluster's head, or `auto` for this machine's.
         dashboard: whether a Ray that is started has one, on the loopback interface.
+        name: begins the entry of this driver in the dashboard's list of jobs.
         timeouts: all of the cluster's and its actors'; the workers' are in their specs.
     """
 
@@ -67,15 +69,18 @@ class Cluster(AbstractContextManager["Cluster"]):
         *,
         address: str | None = None,
         dashboard: bool = False,
+        name: str = "qaic-ray",
         timeouts: Timeouts = DEFAULT_TIMEOUTS,
     ) -> None:
         self._num_cards = num_cards
         self._address = address
         self._dashboard = dashboard
+        self._name = name
         self._timeouts = timeouts
         self._own: OwnRay | None = None
         self._ends = ExitStack()
         self._watch: ClusterWatch | None = None
+        self._logs = WorkerLogs()
         self.dashboard_url: str | None = None
         self.token_file: Path | None = None
 
@@ -84,15 +89,21 @@ class Cluster(AbstractContextManager["Cluster"]):
             if not ray.is_initialized():
                 if self._address is None:
                     self._own = start(
-                        self._num_cards, dashboard=self._dashboard, timeouts=self._timeouts
+                        self._num_cards,
+                        dashboard=self._dashboard,
+                        name=self._name,
+                        timeouts=self._timeouts,
                     )
                     ends.callback(self._own.end)
                     context = self._own.context
                     self.token_file = self._own.session.token_file
                 else:
-                    context = join(self._address, self._timeouts)
+                    context = join(self._address, self._timeouts, name=self._name)
                     ends.callback(call_for, self._timeouts.shutdown_s, ray.shutdown)
-                self.dashboard_url = context.dashboard_url or None
+                url = context.dashboard_url
+                self.dashboard_url = f"http://{url}" if url else None
+            ends.enter_context(self._logs)
+            ends.callback(self._flush_logs)
             self._watch = self._watching()
             ends.callback(self._watch.close)
             self._ends = ends.pop_all()
@@ -100,6 +111,19 @@ class Cluster(AbstractContextManager["Cluster"]):
 
     def __exit__(self, *_: object) -> None:
         self._ends.close()
+
+    def write_logs_to(self, folder: Path, on_error: Callable[[str], None]) -> None:
+        """Write what actors and tasks print, and have printed, to `<name>.log` in this folder.
+
+        Args:
+            folder: is there.
+            on_error: told once, by a sentence, when a log cannot be written.
+        """
+        self._logs.write_to(folder, on_error)
+
+    def _flush_logs(self) -> None:
+        if self._watch is not None and self._watch.loss is None:
+            self._logs.flush()
 
     def compile_variants(
         self,
@@ -126,7 +150,7 @@ class Cluster(AbstractContextManager["Cluster"]):
                     while waiting and len(running) < parallel:
                         label, request = waiting.popleft()
                         task = _BUILD.options(name=f"compile {label}", num_cpus=1, max_retries=0)
-                        running[task.remote(build, request)] = label
+                        running[task.remote(build, label, request)] = label
                     (ref,), _ = ray.wait(list(running), num_returns=1)
                     label = running.pop(ref)
                     on_done(label, _built(label, ref))
@@ -322,11 +346,17 @@ def _lacking(needed: Mapping[str, float]) -> float:
     )
 
 
-def _build(build: Callable[[Request], Result], request: Request) -> Result | QaicRayError:
+def _build(
+    build: Callable[[Request], Result], label: str, request: Request
+) -> Result | QaicRayError:
+    say(f"compiles {label}")
     try:
-        return build(request)
+        result = build(request)
     except QaicRayError as error:
+        say(f"did not compile {label}: {error}")
         return error
+    say(f"compiled {label}")
+    return result
 
 
 _BUILD = ray.remote(_build)

@@ -41,7 +41,8 @@ _VITAL = {"raylet": "raylet", "gcs_server": "head process (GCS)"}
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 _HTTP2_SETTINGS = b"\x04"
 _LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
-_QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
+# What processes print comes to the driver for `worker_logs.py`; `_silence` keeps it off stdout.
+_QUIET = {"log_to_driver": True, "logging_level": "ERROR"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class OwnRay:
         _read_settings()
 
 
-def start(num_cards: int, *, dashboard: bool, timeouts: Timeouts) -> OwnRay:
+def start(num_cards: int, *, dashboard: bool, name: str, timeouts: Timeouts) -> OwnRay:
     """Start a Ray of this machine, for this process alone.
 
     It listens on the loopback interface and accepts clients that have its token. A start that fails
@@ -78,7 +79,7 @@ def start(num_cards: int, *, dashboard: bool, timeouts: Timeouts) -> OwnRay:
     for is_last in (False, True):
         session = RaySession(timeouts)
         try:
-            with session.environment(), _on_loopback(), _signals_are_ours():
+            with session.environment(), _on_loopback(), _connecting(name):
                 _read_settings()
                 _silence()
                 context = ray.init(
@@ -108,7 +109,7 @@ def start(num_cards: int, *, dashboard: bool, timeouts: Timeouts) -> OwnRay:
     raise AssertionError("the last attempt returns or raises")
 
 
-def join(address: str, timeouts: Timeouts) -> RayContext:
+def join(address: str, timeouts: Timeouts, *, name: str) -> RayContext:
     """Join the Ray at `host:port`, or the one of this machine for `auto`.
 
     Raises:
@@ -136,7 +137,7 @@ def join(address: str, timeouts: Timeouts) -> RayContext:
         if _is_on_loopback_alone(address, timeouts):
             around.enter_context(_on_loopback())
         try:
-            with _native_stderr_to(said), _signals_are_ours():
+            with _native_stderr_to(said), _connecting(name):
                 return ray.init(address=address, **_QUIET)
         except (ray_errors.AuthenticationError, OSError, RuntimeError, ValueError) as error:
             ray.shutdown()
@@ -155,6 +156,18 @@ def _end(session: RaySession, timeouts: Timeouts) -> None:
         session.close()
     else:
         session.kill()  # Ray goes on writing in this process: the folder is removed after its end
+
+
+@contextmanager
+def _connecting(name: str) -> Iterator[None]:
+    """Have Ray put this name before the command in its list of jobs, and leave signals to us."""
+    command = ray._private.utils.get_entrypoint_name
+    ray._private.utils.get_entrypoint_name = lambda: f"{name}: {command()}"
+    try:
+        with _signals_are_ours():
+            yield
+    finally:
+        ray._private.utils.get_entrypoint_name = command
 
 
 @contextmanager

@@ -159,7 +159,7 @@ def compile_step(
     from qaic_ray.cluster.cluster import Cluster
 
     listener.began("Ray")
-    with Cluster(num_cards=0) as cluster:
+    with Cluster(num_cards=0, name="compile") as cluster:
         listener.ended("Ray")
         return compile_on(cluster, requests, parallel, listener)
 

@@ -185,7 +185,9 @@ def launch_job(
 
         listener.began("Ray")
         ray = job.ray
-        with Cluster(num_cards, address=ray.address, dashboard=ray.dashboard) as cluster:
+        with Cluster(
+            num_cards, address=ray.address, dashboard=ray.dashboard, name=job.name
+        ) as cluster:
             where = f", dashboard at {cluster.dashboard_url}" if cluster.dashboard_url else ""
             if where and cluster.token_file:
                 where += f" (its token is in {cluster.token_file})"

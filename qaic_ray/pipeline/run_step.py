@@ -35,6 +35,9 @@ from qaic_ray.pipeline.request import (
 )
 from qaic_ray.sdk import name_for_others
 
+LOGS_FOLDER = "logs"
+"""Of a run folder; has what each card's process has printed."""
+
 if TYPE_CHECKING:
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.rows import Row
@@ -59,7 +62,11 @@ def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSumm
     from qaic_ray.cluster.cluster import Cluster
 
     listener.began("Ray")
-    with resuming(request, sdk), Cluster(num_cards, address=request.ray.address) as cluster:
+    ray = request.ray
+    with (
+        resuming(request, sdk),
+        Cluster(num_cards, address=ray.address, name=request.name) as cluster,
+    ):
         listener.ended("Ray")
         return run_on(cluster, request, run_input, sdk=sdk, listener=listener)
 
@@ -123,6 +130,7 @@ def run_on(
     specs = _worker_specs(cluster, request, sdk, listener)
     folder = request.resume.absolute() if request.resume else _new_run_folder(request)
     listener.run_folder(folder)
+    cluster.write_logs_to(folder / LOGS_FOLDER, listener.remark)
     with nullcontext() if request.resume else _kept(folder, request, sdk):
         result, proof = _answer(
             cluster, request, specs, run_input=run_input, folder=folder, listener=listener
@@ -334,7 +342,7 @@ def _new_run_folder(request: RunRequest) -> Path:
             f"{request.run.output} has a thousand runs of this second: use another --output."
         )
     try:
-        (folder / "logs").mkdir()
+        (folder / LOGS_FOLDER).mkdir()
         text = write_request(request, folder)
         (folder / "job.yaml").write_text(request.job_text or text, encoding="utf-8")
     except OSError as error:

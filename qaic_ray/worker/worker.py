@@ -146,6 +146,10 @@ class CardWorker:
         self._opened: _Card | None = None
         self._thread = threading.Thread(target=self._run, name=spec.name, daemon=True)
 
+    def __repr__(self) -> str:
+        """What Ray's dashboard and logs call its actor: the card."""
+        return self.spec.name
+
     def open(self, device_ids: tuple[int, ...] | None = None) -> WorkerInfo:
         """Load the tokenizer and the QPC, and start the engine's thread.
 

@@ -53,6 +53,9 @@ class FakeWorker:
         self._card = threading.Lock()
         self._rows = 0
 
+    def __repr__(self) -> str:
+        return self.spec.name
+
     def open(self, device_ids: tuple[int, ...] | None = None) -> WorkerInfo:
         time.sleep(self.spec.open_s)
         match self.spec.open_error:

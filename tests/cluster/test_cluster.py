@@ -385,7 +385,7 @@ def test_an_address_of_something_else_is_one_sentence() -> None:
         thread.start()
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(UsageError, match="is no Ray head: its port is 6379"):
-            join(address, Timeouts())
+            join(address, Timeouts(), name="test")
         thread.join()
 
 
