@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from qaic_ray import __version__
+from qaic_ray.cli.kept_ray import ray_app
 from qaic_ray.errors import UsageError
 from qaic_ray.files.documents import user_path
 
@@ -244,6 +245,7 @@ def compile(  # the recipe's word
     ],
     shapes: parameters.ShapesOptions,
     grid: options.CompileOptions,
+    ray: Annotated[options.LocalRayOptions, {"dashboard": False}],
     sdk: options.SdkOptions,
     show: parameters.JsonOptions,
 ) -> None:
@@ -257,7 +259,7 @@ def compile(  # the recipe's word
     if file != given:
         screen.remark(f"{file} of this folder says the shapes, as in the published recipe.")
     builds = requested_builds(model_dir, grid, _sdk_choice(sdk, screen).here, file)
-    outcomes = compile_step(builds, grid.parallel, screen)
+    outcomes = compile_step(builds, grid.parallel, screen, ray)
     screen.compiled_all(outcomes)
 
 
@@ -266,7 +268,7 @@ def run(
     program: parameters.ProgramOptions,
     asked: options.RunOptions,
     resuming: parameters.ResumeOptions,
-    ray: options.RayOptions,
+    ray: Annotated[options.RayOptions, {"dashboard": False}],
     sdk: options.SdkOptions,
     show: parameters.ShowOptions,
     given: parameters.Given,
@@ -339,7 +341,9 @@ def stop(
 
 
 @command(app)
-def devices(ray: options.RayOptions, sdk: options.SdkOptions, show: parameters.JsonOptions) -> None:
+def devices(
+    ray: options.ClusterOptions, sdk: options.SdkOptions, show: parameters.JsonOptions
+) -> None:
     """List cards: status, SKU, free NSPs and DRAM; on a cluster also who holds them."""
     from qaic_ray.cli.screen import Screen
 
@@ -358,6 +362,7 @@ def devices(ray: options.RayOptions, sdk: options.SdkOptions, show: parameters.J
 
 
 app.add_typer(emulator_app, name="emulator", no_args_is_help=True)
+app.add_typer(ray_app, name="ray", no_args_is_help=True)
 
 
 @command(emulator_app, "install")

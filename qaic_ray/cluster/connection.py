@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import ray
 import ray._private.utils
@@ -66,7 +66,7 @@ class OwnRay:
     def end(self) -> None:
         """Shut it down, and kill its processes that remain."""
         _end(self.session, self.timeouts)
-        _read_settings()
+        read_settings()
 
 
 def start(num_cards: int, *, dashboard: bool, name: str, timeouts: Timeouts) -> OwnRay:
@@ -79,10 +79,9 @@ def start(num_cards: int, *, dashboard: bool, name: str, timeouts: Timeouts) -> 
     for is_last in (False, True):
         session = RaySession(timeouts)
         try:
-            with session.environment(), _on_loopback(), _connecting(name):
-                _read_settings()
-                _silence()
-                context = ray.init(
+            with session.environment():
+                context = connect(
+                    name,
                     address="local",
                     num_cpus=max(os.cpu_count() or 1, math.ceil(CARD_CPUS * num_cards) + 1),
                     resources={CARD_RESOURCE: num_cards} if num_cards else {},
@@ -90,7 +89,6 @@ def start(num_cards: int, *, dashboard: bool, name: str, timeouts: Timeouts) -> 
                     dashboard_host="127.0.0.1",
                     object_store_memory=OBJECT_STORE_BYTES,
                     _temp_dir=str(session.temp_dir),
-                    **_QUIET,
                 )
             node = str(context.address_info["node_ip_address"])  # on whose interface it listens
             if not node.startswith("127.") and node != "::1":
@@ -107,6 +105,14 @@ def start(num_cards: int, *, dashboard: bool, name: str, timeouts: Timeouts) -> 
             if is_last:
                 raise QaicRayError(f"Ray did not start on this machine: {error}") from error
     raise AssertionError("the last attempt returns or raises")
+
+
+def connect(name: str, **how: Any) -> RayContext:
+    """`ray.init` for a Ray of ours on this machine, by what the environment says of it now."""
+    with _on_loopback(), _connecting(name):
+        read_settings()
+        _silence()
+        return ray.init(**how, **_QUIET)
 
 
 def join(address: str, timeouts: Timeouts, *, name: str) -> RayContext:
@@ -219,7 +225,7 @@ def _silence() -> None:
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
 
-def _read_settings() -> None:
+def read_settings() -> None:
     """Have Ray read its settings and its token from the environment again."""
     ray._raylet.Config.initialize("")
     ray._raylet.AuthenticationTokenLoader.instance().reset_cache()

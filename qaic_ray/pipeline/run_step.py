@@ -59,16 +59,13 @@ def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSumm
     request, num_cards = on_local_cards(request, sdk)
     run_input = request.open_input()
     check_chat_template(request)
-    from qaic_ray.cluster.cluster import Cluster
+    from qaic_ray.pipeline.open_ray import open_ray
 
-    listener.began("Ray")
-    ray = request.ray
     with (
         resuming(request, sdk),
-        Cluster(num_cards, address=ray.address, name=request.name) as cluster,
+        open_ray(request.ray, num_cards, name=request.name, sdk=sdk.here, listener=listener) as ray,
     ):
-        listener.ended("Ray")
-        return run_on(cluster, request, run_input, sdk=sdk, listener=listener)
+        return run_on(ray, request, run_input, sdk=sdk, listener=listener)
 
 
 def on_local_cards(request: RunRequest, sdk: SdkChoice) -> tuple[RunRequest, int]:

@@ -47,9 +47,9 @@ class FakeWorker:
     stops the process, which is still there then, `until F` waits for a file."""
 
     def __init__(self, spec: FakeSpec) -> None:
+        self.spec = spec  # Ray asks for its `repr` also where this fails
         if spec.open_error == "make":
             raise ModuleNotFoundError("No module named 'nowhere'")
-        self.spec = spec
         self._card = threading.Lock()
         self._rows = 0
 
