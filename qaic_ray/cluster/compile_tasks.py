@@ -64,7 +64,7 @@ def _cancel(refs: list[ObjectRef], timeout_s: float) -> None:
         call_for(timeout_s + 1.0, cancel)
 
 
-def _build(
+def compile_variant(
     build: Callable[[Request], Result], label: str, request: Request
 ) -> Result | QaicRayError:
     say(f"compiles {label}")
@@ -77,7 +77,7 @@ def _build(
     return result
 
 
-_BUILD = ray.remote(_build)
+_BUILD = ray.remote(compile_variant)
 
 
 def _built(label: str, ref: ObjectRef[Result | QaicRayError]) -> Result | QaicRayError:

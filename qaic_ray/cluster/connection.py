@@ -24,6 +24,7 @@ import ray._raylet
 import ray.exceptions as ray_errors
 from ray._private import ray_constants
 from ray._private.worker import RayContext
+from ray.job_config import JobConfig
 
 from qaic_ray import interruption
 from qaic_ray.cards.inventory import CARD_RESOURCE
@@ -35,6 +36,9 @@ CARD_CPUS = 0.1
 """The least an actor asks of its node, so that a node with few cores still holds all its cards. Ray
 sets OMP_NUM_THREADS to what is asked, or to 1, and that is what an emulated card computes with."""
 OBJECT_STORE_BYTES = 256 * 2**20
+
+JOB_NAME_KEY = "job_name"
+"""Of a job's metadata: what the dashboard's list of jobs shows as its name."""
 
 _VITAL = {"raylet": "raylet", "gcs_server": "head process (GCS)"}
 # What an HTTP/2 connection begins with, and the type of the frame that answers it (RFC 9113, 3.4).
@@ -109,10 +113,10 @@ def start(num_cards: int, *, dashboard: bool, name: str, timeouts: Timeouts) -> 
 
 def connect(name: str, **how: Any) -> RayContext:
     """`ray.init` for a Ray of ours on this machine, by what the environment says of it now."""
-    with _on_loopback(), _connecting(name):
+    with _on_loopback(), _signals_are_ours():
         read_settings()
         _silence()
-        return ray.init(**how, **_QUIET)
+        return ray.init(job_config=_named(name), **how, **_QUIET)
 
 
 def join(address: str, timeouts: Timeouts, *, name: str) -> RayContext:
@@ -143,8 +147,8 @@ def join(address: str, timeouts: Timeouts, *, name: str) -> RayContext:
         if _is_on_loopback_alone(address, timeouts):
             around.enter_context(_on_loopback())
         try:
-            with _native_stderr_to(said), _connecting(name):
-                return ray.init(address=address, **_QUIET)
+            with _native_stderr_to(said), _signals_are_ours():
+                return ray.init(address=address, job_config=_named(name), **_QUIET)
         except (ray_errors.AuthenticationError, OSError, RuntimeError, ValueError) as error:
             ray.shutdown()
             said.seek(0)
@@ -164,16 +168,8 @@ def _end(session: RaySession, timeouts: Timeouts) -> None:
         session.kill()  # Ray goes on writing in this process: the folder is removed after its end
 
 
-@contextmanager
-def _connecting(name: str) -> Iterator[None]:
-    """Have Ray put this name before the command in its list of jobs, and leave signals to us."""
-    command = ray._private.utils.get_entrypoint_name
-    ray._private.utils.get_entrypoint_name = lambda: f"{name}: {command()}"
-    try:
-        with _signals_are_ours():
-            yield
-    finally:
-        ray._private.utils.get_entrypoint_name = command
+def _named(name: str) -> JobConfig:
+    return JobConfig(metadata={JOB_NAME_KEY: name})
 
 
 @contextmanager

@@ -16,7 +16,13 @@ import ray.exceptions as ray_errors
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray.job_submission import JobDetails, JobSubmissionClient
 
-from qaic_ray.cluster.connection import first_line, read_settings, server_at, wants_token
+from qaic_ray.cluster.connection import (
+    JOB_NAME_KEY,
+    first_line,
+    read_settings,
+    server_at,
+    wants_token,
+)
 from qaic_ray.cluster.kept_ray import find as find_kept_ray
 from qaic_ray.cluster.ray_session import changed_environment
 from qaic_ray.errors import QaicRayError, UsageError
@@ -82,9 +88,12 @@ class SubmittedJobs:
         folder: Path,
         *,
         submission_id: str,
+        name: str,
         metadata: Mapping[str, str],
     ) -> str:
         """Submit a command, which the cluster runs in a copy of `folder`; return its id.
+
+        The dashboard's list of jobs shows `name`.
 
         The command's words reach the program unchanged; no shell interprets them.
         """
@@ -97,7 +106,7 @@ class SubmittedJobs:
                             entrypoint=f"exec {shlex.join(command)}",
                             runtime_env={"working_dir": str(folder)},
                             submission_id=submission_id,
-                            metadata=dict(metadata),
+                            metadata={JOB_NAME_KEY: name, **metadata},
                         )
                     )
                 except RuntimeError as error:

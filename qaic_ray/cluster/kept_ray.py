@@ -258,18 +258,21 @@ def stop(*, force: bool, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> bool:
             f"The Ray that is kept is in use (process {those}): wait until that has ended, or end "
             "both with --force."
         )
+    pids = users(kept.folder, that_left=True)
     for _, pid, started in kept.processes:
         if _start_of(pid) == started:  # and no other that has its number now
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     for is_last in tries(timeouts.keeper_wait_s, timeouts.poll_s):  # its keeper does the rest
-        if not Path(kept.folder).exists():
+        left = set(marked(kept.folder)) - pids
+        if not (left or Path(kept.folder).exists()):
             break
         if is_last:
             kill_marked(kept.folder, timeouts.keeper_s)
             shutil.rmtree(kept.folder, ignore_errors=True)
+            left = set(marked(kept.folder)) - pids
     _note().unlink(missing_ok=True)
-    if left := set(marked(kept.folder)) - pids:
+    if left:
         raise QaicRayError(f"Processes of the Ray that was kept cannot be ended: {sorted(left)}.")
     return True
 

@@ -35,6 +35,7 @@ DEFAULT_BASE = Path("/tmp")
 
 _LOCK = "lock"
 _USERS = "users"
+_HAS_LEFT = b"left"
 _PREFIX = f"qaic-ray-{os.getuid()}-"
 _PAUSE_S = 0.1
 
@@ -126,25 +127,27 @@ def access_variables(token_file: Path, mode: str) -> dict[str, str | None]:
 
 @contextmanager
 def using(folder: str) -> Iterator[None]:
-    """Count this process among those that use the Ray in `folder`."""
-    users = Path(folder, _USERS)
-    users.mkdir(mode=0o700, exist_ok=True)
-    mark = users / str(os.getpid())
-    with open(mark, "w", encoding="ascii") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            mark.unlink(missing_ok=True)
+    """Count this process among those that use the Ray in `folder`.
+
+    It is no part of that Ray as long as it lives: Ray's logs may stay open in it.
+    """
+    marks = Path(folder, _USERS)
+    marks.mkdir(mode=0o700, exist_ok=True)
+    mark = os.open(marks / str(os.getpid()), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    fcntl.flock(mark, fcntl.LOCK_SH)  # never closed; shared, as a process may use it twice
+    try:
+        yield
+    finally:
+        os.write(mark, _HAS_LEFT)
 
 
-def users(folder: str) -> set[int]:
-    """The processes that use the Ray in `folder` and are none of its own."""
+def users(folder: str, *, that_left: bool = False) -> set[int]:
+    """The processes that use the Ray in `folder`; also those that did, and still live."""
     found = set()
     with suppress(FileNotFoundError):
         for mark in list(Path(folder, _USERS).iterdir()):
             with suppress(FileNotFoundError):
-                if not _is_left(mark):
+                if not _is_left(mark) and (that_left or not mark.read_bytes()):
                     found.add(int(mark.name))
     return found
 
@@ -224,7 +227,7 @@ def marked(folder: str, driver: int = 0) -> list[int]:
     mark = f"{SESSION_VARIABLE}={folder}".encode()
     found = set()
     parents = {}
-    spared = {os.getpid(), driver} | users(folder)
+    spared = {os.getpid(), driver} | users(folder, that_left=True)
     for name in os.listdir("/proc"):
         if name.isdecimal() and int(name) not in spared:
             with suppress(OSError):

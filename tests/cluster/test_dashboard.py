@@ -84,7 +84,7 @@ def test_jobs_actors_processes_and_tasks_have_names(watched: Cluster, tmp_path: 
     actors = state.list_actors(address=watched.dashboard_url, detail=True)
     assert {actor.repr_name for actor in actors} == {"card 3", "card 5"}
     jobs = state.list_jobs(address=watched.dashboard_url, detail=True)
-    assert [job.entrypoint.startswith("nightly: ") for job in jobs] == [True]
+    assert [job.metadata for job in jobs] == [{"job_name": "nightly"}]
     logs = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert logs.keys() == {"card-3.log", "card-5.log", "compile-fp16-c14-b1.log"}
     assert f"process {infos['card 3'].pid} opens device 3" in logs["card-3.log"]

@@ -178,14 +178,16 @@ def test_it_lives_without_who_began_it_and_ends_with_all_that_is_its_own(
     session._keeper.wait(60)
 
 
-def test_who_uses_it_is_counted_while_it_does(tmp_path: Path) -> None:
+def test_who_uses_it_is_counted_while_it_does_and_is_never_a_part_of_it(tmp_path: Path) -> None:
     folder = str(tmp_path)
     assert users(folder) == set()
     (tmp_path / "users").mkdir()
     (tmp_path / "users" / "4194304").touch()  # of a process that was killed
-    with using(folder):
-        assert users(folder) == {os.getpid()}
-    assert users(folder) == set()
+    for _ in range(2):
+        with using(folder):
+            assert users(folder) == {os.getpid()}
+        assert users(folder) == set()
+        assert users(folder, that_left=True) == {os.getpid()}
 
 
 def test_a_session_that_nobody_keeps_ends_as_before(

@@ -103,7 +103,7 @@ def test_the_next_command_uses_it_and_rays_own_find_it(desk: Desk, kept: str) ->
     said = desk.does("/bin/sh", "-c", f"{shell} '{RAY[2]}' status").stdout
     assert "2.0 QAIC" in said or "4.0 QAIC" in said
     jobs = desk.does("/bin/sh", "-c", f"{shell} '{RAY[2]}' job list").stdout
-    assert len(re.findall(r"entrypoint='run: \S+", jobs)) >= 2
+    assert len(re.findall(r"metadata=\{'job_name': 'run'\}", jobs)) >= 2
 
 
 def test_one_that_does_not_fit_is_left_alone(desk: Desk, kept: str) -> None:
