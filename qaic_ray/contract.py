@@ -32,9 +32,6 @@ RETAINED_SUFFIX = "_RetainedState"
 PADDING_POSITION = -1
 """`position_ids` of a padding token in the `position-ids` contract."""
 
-MAX_CORES = 16
-"""NSPs of the largest Cloud AI 100 SoC (Pro, Ultra)."""
-
 MAX_SIZE = 2**31 - 1
 """The largest dimension: what 32 bits hold."""
 MAX_VARIANTS = 1000

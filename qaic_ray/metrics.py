@@ -41,10 +41,10 @@ class Durations:
         """Of a number of durations."""
         return cls(dict(Counter(map(bin_of, seconds))))
 
-    def count(self, seconds: float) -> None:
-        """Add one duration to these, in place."""
+    def count(self, seconds: float, times: int = 1) -> None:
+        """Add one duration to these, in place, as often as it came."""
         number = bin_of(seconds)
-        self.counts[number] = self.counts.get(number, 0) + 1
+        self.counts[number] = self.counts.get(number, 0) + times
 
     def __add__(self, other: Durations) -> Durations:
         return Durations(dict(Counter(self.counts) + Counter(other.counts)))
@@ -75,7 +75,9 @@ class Measurement:
     Only the engine that does the work changes its own; others get copies. Times are seconds.
     `ttft` has one duration a row, so that medians of sums are true medians. `reused_tokens` are
     prompt tokens that a slot held already. `decode_slots` is the number of rows that decode steps
-    had room for. `accepted_tokens` are those of `drafted_tokens` that were right.
+    had room for. `accepted_tokens` are those of `drafted_tokens` that were right. `inter_token` has
+    the time from each step that gave a running row tokens to the next one that did; with drafts one
+    step gives several.
     """
 
     rows: int = 0
@@ -93,6 +95,7 @@ class Measurement:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     ttft: Durations = field(default_factory=Durations)
+    inter_token: Durations = field(default_factory=Durations)
 
     def __add__(self, other: Measurement) -> Measurement:
         sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
@@ -122,6 +125,24 @@ class Measurement:
     def ttft_median_s(self) -> float:
         """Median time to first token; 0 where no row was answered."""
         return self.ttft.quantile(0.5)
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """How an engine stands at a moment.
+
+    The token counts are since it was made, and `generated_tokens` has those of running rows too.
+    `kv_usage` is the share of all slots' cache positions that running rows use. `engine` counts
+    the engines that the worker had before.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    generated_tokens: int = 0
+    engine: int = 0
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-from qaic_ray.contract import MAX_CORES, MAX_SIZE
+from qaic_ray.contract import MAX_SIZE
 from qaic_ray.errors import UsageError
 from qaic_ray.files.documents import shown, user_path
+from qaic_ray.limits import MAX_CORES
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Section")

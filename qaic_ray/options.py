@@ -304,6 +304,12 @@ class RunOptions(CardOptions, Generation, PromptOptions):
     """What is answered, by what, how."""
 
     variant: VariantChoice = VariantChoice()
+    metrics: bool = opt(
+        True,
+        "Export metrics of requests, cards and the run through Ray, for Prometheus.",
+        group=CARDS,
+        free=True,
+    )
     output: PathText = opt("runs", "Folder that gets one folder a run.", group=FOLDER)
     output_formats: Words[OutputFormat] = opt(
         (),
@@ -339,14 +345,8 @@ class ClusterOptions(Section):
 class LocalRayOptions(Section):
     """A Ray that is started on this machine."""
 
-    dashboard: bool = opt(
-        True, "Start Ray's dashboard with a local Ray; see docs/dashboard.md.", free=True
-    )
-    keep_ray: bool = opt(
-        False,
-        "Leave a local Ray up, with its dashboard: the next command starts at once.",
-        free=True,
-    )
+    dashboard: bool = opt(True, "Start a local Ray with its dashboard.", free=True)
+    keep_ray: bool = opt(False, "Leave a local Ray up: the next command starts at once.", free=True)
 
 
 class RayOptions(LocalRayOptions, ClusterOptions):

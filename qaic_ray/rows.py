@@ -40,7 +40,8 @@ class ErrorClass(str, Enum):
     """A card failed at each attempt."""
 
 
-_LEFT_OUT = ("messages", "stop_reason", "logprobs", "choices", "error", "error_class")
+_TIMES = ("queue_s", "started_at", "ended_at")
+_LEFT_OUT = ("messages", "stop_reason", *_TIMES, "logprobs", "choices", "error", "error_class")
 _log = logging.getLogger(__name__)
 
 MAX_ERROR_CHARS = 900
@@ -142,6 +143,10 @@ class Row:
     entering the engine to its first token, `decode_s` from there to its last, in seconds. `worker`
     names the card; `attempts` counts how often the row was given to one.
 
+    `started_at` is when the attempt that answered came to its worker, `ended_at` when its last
+    token was there: Unix times (UTC), by the worker's clock; None where it was not answered, or by
+    an earlier version. `queue_s` is from `started_at` to the row's first step.
+
     `stop_reason` is the stop string that ended the row, or the stop token if that is not EOS;
     `logprobs` has an entry a token where they were asked for. With `n` over 1 `choices` holds all
     answers, and the row's text and tokens are those of the first one.
@@ -158,6 +163,9 @@ class Row:
     prompt_tokens: int = 0
     ttft_s: float = 0.0
     decode_s: float = 0.0
+    queue_s: float | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
     worker: str = ""
     attempts: int = 1
     logprobs: tuple[TokenLogprob, ...] | None = None
@@ -210,8 +218,8 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """The row as the documented JSON object, keys in the documented order.
 
-        `messages`, `stop_reason`, `logprobs`, `choices`, `error` and `error_class` are left out
-        where the row has none.
+        `messages`, `stop_reason`, `queue_s`, `started_at`, `ended_at`, `logprobs`, `choices`,
+        `error` and `error_class` are left out where the row has none.
         """
         document: dict[str, Any] = {
             "index": self.index,
@@ -226,6 +234,9 @@ class Row:
             "generated_tokens": self.generated_tokens,
             "ttft_s": round(self.ttft_s, 6),
             "decode_s": round(self.decode_s, 6),
+            "queue_s": None if self.queue_s is None else round(self.queue_s, 6),
+            "started_at": None if self.started_at is None else round(self.started_at, 3),
+            "ended_at": None if self.ended_at is None else round(self.ended_at, 3),
             "worker": self.worker,
             "attempts": self.attempts,
             "logprobs": _logprobs_json(self.logprobs),

@@ -19,6 +19,7 @@ from pathlib import Path
 from qaic_ray.errors import DeviceError, SdkNotFound, UsageError
 from qaic_ray.files.documents import read_object, read_text, shown, user_path
 from qaic_ray.files.folders import cache_folder
+from qaic_ray.limits import AI100_HW_VERSION_FROM, NAMED_SPECIALIZATIONS_FROM
 from qaic_ray.options import EmulatorOptions
 
 VENDOR_ROOT = Path("/opt/qti-aic")
@@ -32,8 +33,6 @@ _MAX_XML_BYTES = 2**20
 _MAX_WORDS = 500
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _VERSION = re.compile(r"[0-9]{1,6}(\.[0-9A-Za-z_-]{1,20}){0,9}")
-_NAMED_SPECIALIZATIONS_FROM = (1, 22)
-_AI100_HW_VERSION_FROM = (1, 21)
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Sdk:
     @property
     def hw_version(self) -> str:
         """Value of `-aic-hw-version` that this generation's recipes pass."""
-        return "ai100" if self.version >= _AI100_HW_VERSION_FROM else "2.0"
+        return "ai100" if self.version >= AI100_HW_VERSION_FROM else "2.0"
 
     @property
     def compile_only(self) -> bool:
@@ -91,7 +90,7 @@ class Sdk:
     @property
     def named_specializations(self) -> bool:
         """Whether the compiler reads `{name, symbols}` specializations; older ones exit 255."""
-        return self.version >= _NAMED_SPECIALIZATIONS_FROM
+        return self.version >= NAMED_SPECIALIZATIONS_FROM
 
     @property
     def python_paths(self) -> tuple[Path, Path]:
@@ -115,6 +114,13 @@ class Sdk:
         Raises:
             DeviceError: when the tool is missing, fails or does not answer.
         """
+        return parse_devices(self._query())
+
+    def card_lines(self) -> dict[str, dict[str, str]]:
+        """All that `qaic-util -q` says of each card, as `parse_lines` does; raises as `devices`."""
+        return parse_lines(self._query())
+
+    def _query(self) -> str:
         command = [str(self.root / "tools" / "qaic-util"), "-q"]
         try:
             result = subprocess.run(
@@ -134,7 +140,7 @@ class Sdk:
         if result.returncode != 0:
             words = (result.stderr.strip() or result.stdout.strip())[-_MAX_WORDS:]
             raise DeviceError(f"{command[0]} failed: {words or 'it printed nothing'}")
-        return parse_devices(result.stdout)
+        return result.stdout
 
 
 def has_cards() -> bool:
@@ -230,6 +236,19 @@ def open_sdk(root: Path) -> Sdk:
     return Sdk(root=root.resolve(), kind=kind, apps_version=_base_version(versions))
 
 
+def parse_lines(text: str) -> dict[str, dict[str, str]]:
+    """Read `qaic-util -q`: a card's id -> what stands before a line's colon -> what stands behind.
+
+    A line may have nothing behind it.
+    """
+    found = {}
+    for block in re.split(r"(?m)^QID ", text)[1:]:
+        qid, _, body = block.partition("\n")
+        lines = re.findall(r"(?m)^[ \t]*([^:\n]+?)[ \t]*:[ \t]*(.*?)[ \t\r]*$", body)
+        found[qid.strip()] = dict(lines)
+    return found
+
+
 def parse_devices(text: str) -> list[Device]:
     """Read `qaic-util -q`: both the open tool's MB and the 1.21 tool's KB.
 
@@ -237,9 +256,7 @@ def parse_devices(text: str) -> list[Device]:
         DeviceError: for a number that is none.
     """
     devices = []
-    for block in re.split(r"(?m)^QID ", text)[1:]:
-        qid, _, body = block.partition("\n")
-        fields = dict(re.findall(r"(?m)^\s*([^:\n]+?)\s*:\s*(.*?)\s*$", body))
+    for qid, fields in parse_lines(text).items():
         devices.append(
             Device(
                 qid=_number(qid, "QID"),

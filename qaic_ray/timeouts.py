@@ -85,6 +85,14 @@ class Timeouts:
     again_s: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
     """Pauses before a step that the runtime refused with QS_AGAIN is tried again; one each."""
 
+    # -- metrics. Ray forgets a gauge that nobody has set for two of its export intervals, 20 s.
+    record_engine_s: float = 1.0
+    """Interval at which a worker looks at its engine."""
+    record_cards_s: float = 10.0
+    """Interval at which one worker of a node asks for its cards."""
+    record_run_s: float = 5.0
+    """Interval at which the driver's gauges are set again where nothing happens."""
+
     # -- the driver
     read_poll_s: float = 0.02
     """Interval at which the input is looked at while it has not given what was asked for."""
@@ -94,6 +102,13 @@ class Timeouts:
     """They are handed over so long after they were asked for, even if more keeps coming."""
     commit_s: float = 0.05
     """Rows are gathered at least this long before they are written to the disk together."""
+
+    looked_at_s: float = 0.2
+    """A run folder's lock is tried for this; who only looks whether the run goes on holds it for an
+    instant (`inspect/holder.py`)."""
+
+    power_s: float = 15.0
+    """Interval at which the power of this machine's boards is asked for, for the report."""
 
     # -- the compiler
     compile_s: float = 6 * 3600.0

@@ -44,6 +44,7 @@ def four_cards() -> Iterator[Cluster]:
     """A Ray of this machine, started by the code under test, with cards that it knows apart."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")
         patch.setenv("RAY_custom_unit_instance_resources", "neuron_cores,TPU,NPU,QAIC")
         with Cluster(NUM_CARDS, timeouts=IMPATIENT) as started:
             yield started

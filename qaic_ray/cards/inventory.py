@@ -16,8 +16,8 @@ from pathlib import Path
 
 from qaic_ray.cards.lease import Part, card_scope, held_cards
 from qaic_ray.compile.store import read_record
-from qaic_ray.contract import MAX_CORES
 from qaic_ray.errors import DeviceError, SdkNotFound, UsageError
+from qaic_ray.limits import MAX_CORES
 from qaic_ray.options import EmulatorOptions
 from qaic_ray.sdk import Device, find_sdk
 

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from qaic_ray.export.export import ExportResult
     from qaic_ray.pipeline.compile_step import Compiled
     from qaic_ray.pipeline.job import Plan
-    from qaic_ray.pipeline.submit_step import JobStatus, Parcel, SubmitRequest
+    from qaic_ray.pipeline.submit_step import Parcel, SubmitRequest
     from qaic_ray.rows import Row
     from qaic_ray.runs.report import RunSummary
     from qaic_ray.sdk import Device, Sdk
@@ -37,7 +36,6 @@ GIB = 2**30
 PROGRESS_EVERY_S = 10.0
 
 _right = partial(Column, justify="right")
-_COLOURS = {"running": "cyan", "done": "green", "failed": "red"}
 
 
 class Screen:
@@ -205,26 +203,6 @@ class Screen:
         write(submission_id + "\n")
         self._end_with({"id": submission_id, "job": job.name, "folder": folder, **vars(parcel)})
 
-    def jobs(self, found: Sequence[JobStatus]) -> None:
-        """Print a table of jobs, and below it why those failed that did, and where results are."""
-        columns = ("id", "job", "state", "started", "took", _right("rows done"), _right("failed"))
-        table = Table(*columns)
-        for job in found:
-            table.add_row(
-                escape(job.id),
-                escape(job.job),
-                f"[{_COLOURS.get(job.state, 'yellow')}]{escape(job.state)}[/]",
-                *_times(job),
-                *("" if count is None else f"{count:,}" for count in (job.rows, job.failed_rows)),
-            )
-        self._out.print(table if found else "The cluster knows no detached job.")
-        for job in found:
-            if job.error:
-                self._out.print(f"{escape(job.id)}: [red]{escape(job.error)}[/]")
-            if job.folder:
-                self._out.print(f"{escape(job.id)}: {escape(job.folder)}")
-        self._end_with({"jobs": [asdict(job) for job in found]})
-
     def _end_with(self, document: dict[str, Any]) -> None:
         if self._as_json:
             # Not through the console: it would wrap or colour what programs read.
@@ -299,15 +277,6 @@ class ProgressLog(Screen):
 
             self._next_s = time.monotonic() + PROGRESS_EVERY_S
             sys.stderr.write(progress_line(self._rows, self._failed_rows) + "\n")
-
-
-def _times(job: JobStatus) -> tuple[str, str]:
-    """When a job started, and how long it took, or takes so far."""
-    if job.started_s is None:
-        return "", ""
-    seconds = int((job.ended_s or time.time()) - job.started_s)
-    started = datetime.fromtimestamp(job.started_s).strftime("%Y-%m-%d %H:%M:%S")
-    return started, f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 def write(text: str) -> None:

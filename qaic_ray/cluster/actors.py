@@ -28,6 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qaic_ray.cards.inventory import CARD_RESOURCE
 from qaic_ray.cluster.connection import CARD_CPUS, call_for, first_line
+from qaic_ray.cluster.ray_metrics import record_worker
 from qaic_ray.cluster.worker_logs import say
 from qaic_ray.dispatch.dispatcher import (
     Event,
@@ -326,6 +327,8 @@ def _open(worker: CardWorker, timeouts: Timeouts) -> WorkerInfo:
     """Open a worker's cards, in its actor; those whose numbers Ray gave to it, where it chooses."""
     die_with_parent(worker.close, timeouts)
     _title_process(worker.spec.name)
+    if worker.spec.metrics:
+        record_worker(worker)
     choices = worker.spec.choices
     chosen = tuple(choices[unit] for unit in card_units()) if choices else worker.spec.device_ids
     say(f"{worker.spec.name}: process {os.getpid()} opens device {', '.join(map(str, chosen))}")

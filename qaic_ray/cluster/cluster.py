@@ -40,9 +40,10 @@ from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
 from qaic_ray.errors import ClusterLost, DeviceBusy, QaicRayError, UsageError
 from qaic_ray.options import EmulatorOptions
 from qaic_ray.rows import Prompt, Row
-from qaic_ray.runs.driver import Audience, Driver, FleetResult
+from qaic_ray.runs.driver import Audience, Driver
 from qaic_ray.runs.intake import ThreadedReader
 from qaic_ray.runs.journal import Journal
+from qaic_ray.runs.result import FleetResult
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts, changed_values, tries
 
 if TYPE_CHECKING:
@@ -159,21 +160,42 @@ class Cluster(AbstractContextManager["Cluster"]):
             sdk: as the job names it; see `find_sdk`.
             emulated: what the emulated SDK is to be, where it is the one.
         """
+        if self._is_ours:  # one node, and it is this one
+            return [look(node, sdk, emulated) for node in _nodes()]
+        told = self.each_node("look for cards", _look_here, (sdk, emulated))
+        return [
+            NodeCards(node, node.address, node.node_id, error=found)
+            if isinstance(found, str)
+            else found
+            for node, found in told
+        ]
+
+    def each_node(
+        self, what: str, ask: Callable[..., Result], arguments: tuple[object, ...]
+    ) -> list[tuple[Node, Result | str]]:
+        """Call `ask(node, *arguments)` on every node, and return what each says.
+
+        Args:
+            what: names the tasks.
+            ask: a module's function, so that another process finds it.
+            arguments: plain data.
+
+        Returns:
+            Each node with its result, or with a sentence without its end where it could not tell.
+        """
         with self._losses():
-            nodes = _nodes()
-            if self._is_ours:  # one node, and it is this one
-                return [look(node, sdk, emulated) for node in nodes]
+            nodes, task = _nodes(), ray.remote(ask)
             refs = [
-                _LOOK.options(
-                    name=f"look for cards on {node.address}",
+                task.options(
+                    name=f"{what} on {node.address}",
                     num_cpus=0,
                     max_retries=0,
                     scheduling_strategy=on_node(node.node_id),
-                ).remote(node, sdk, emulated)
+                ).remote(node, *arguments)
                 for node in nodes
             ]
             ray.wait(refs, num_returns=len(refs), timeout=self._timeouts.look_s)
-            return [self._seen(node, ref) for node, ref in zip(nodes, refs, strict=True)]
+            return [(node, self._told(ref)) for node, ref in zip(nodes, refs, strict=True)]
 
     def problems(self, nodes: Sequence[NodeCards]) -> list[str]:
         """A sentence, with its remedy, for each reason why cards of an inventory are not used."""
@@ -224,17 +246,16 @@ class Cluster(AbstractContextManager["Cluster"]):
         settings = {**changed_values(policy), **changed_values(self._timeouts)}
         return replace(result, settings=settings)
 
-    def _seen(self, node: Node, ref: ObjectRef) -> NodeCards:
+    def _told(self, ref: ObjectRef[Result]) -> Result | str:
         try:
-            found: NodeCards = ray.get(ref, timeout=0)
+            found: Result = ray.get(ref, timeout=0)
             return found
         except ray_errors.GetTimeoutError:
-            error = f"it did not answer within {self._timeouts.look_s:.0f} s"
+            return f"it did not answer within {self._timeouts.look_s:.0f} s"
         except ray_errors.RayTaskError as failed:
-            error = f"the search failed there ({first_line(failed.cause)})"
+            return f"the search failed there ({first_line(failed.cause)})"
         except ray_errors.RayError as lost:
-            error = loss(lost)
-        return NodeCards(node, node.address, node.node_id, error=error)
+            return loss(lost)
 
     def _await_cards(self, specs: Sequence[WorkerSpec], on_wait: Callable[[str], None]) -> None:
         """Wait until these cards are free; Ray itself would wait without a limit."""
@@ -316,9 +337,6 @@ def _nodes() -> list[Node]:
 
 def _look_here(node: Node, sdk: str | None, emulated: EmulatorOptions) -> NodeCards:
     return look(replace(node, chooses=chooses_units()), sdk, emulated)
-
-
-_LOOK = ray.remote(_look_here)
 
 
 def _lacking(needed: Mapping[str, float]) -> float:

@@ -172,7 +172,7 @@ class SubmittedJobs:
                 "only there, run `ssh -L 8265:127.0.0.1:8265 HEAD` and give --address "
                 "http://127.0.0.1:8265."
             ) from error
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, ray_errors.RayError) as error:
             if submission_id is not None and "does not exist" in str(error):
                 raise UsageError(
                     f"The Ray cluster {where} knows no job {submission_id}: `qaic-ray status` "

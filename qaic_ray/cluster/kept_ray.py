@@ -38,6 +38,7 @@ from qaic_ray.cluster.connection import (
 )
 from qaic_ray.cluster.dashboard import Dashboard
 from qaic_ray.cluster.ray_session import (
+    KEPT_NOTE,
     SESSION_VARIABLE,
     RaySession,
     access_variables,
@@ -52,7 +53,6 @@ from qaic_ray.files.documents import checked, parse_json
 from qaic_ray.files.folders import cache_folder, locked
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts, tries
 
-NOTE_NAME = "kept-ray.json"
 END_IT = "`qaic-ray ray stop` ends it"
 
 # As `ray start` does, but without the server for Ray Client, which would take a fixed port.
@@ -278,14 +278,14 @@ def stop(*, force: bool, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> bool:
 
 
 def _leave(kept: KeptRay) -> None:
-    descriptor, name = tempfile.mkstemp(dir=_note().parent, prefix=f".{NOTE_NAME}-")  # 0600
+    descriptor, name = tempfile.mkstemp(dir=_note().parent, prefix=f".{KEPT_NOTE}-")  # 0600
     with open(descriptor, "w", encoding="utf-8") as stream:
         stream.write(json.dumps(asdict(kept), indent=2) + "\n")
     os.replace(name, _note())
 
 
 def _note() -> Path:
-    return cache_folder() / NOTE_NAME
+    return cache_folder() / KEPT_NOTE
 
 
 def _started(session: RaySession, num_cards: int) -> KeptRay:

@@ -106,6 +106,8 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
     timeouts: ClassVar[Timeouts] = DEFAULT_TIMEOUTS
     """`choose_s`, and those of the card and its worker, are used; a subclass may have others."""
     worker_class: ClassVar[type[CardWorker]] = CardWorker
+    metrics: ClassVar[bool] = True
+    """Whether an actor exports what it does through Ray."""
 
     def __init__(
         self,
@@ -219,6 +221,10 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
                     raise DeviceBusy(f"Card {device_id} is in use: {holders[device_id][0]}.")
             worker = self.worker_class(spec)
             held.callback(worker.close)
+            if self.metrics and _is_actor():
+                from qaic_ray.cluster.ray_metrics import record_worker
+
+                held.enter_context(record_worker(worker))
             info = worker.open()
             self._worker, self._held = worker, held.pop_all()
         return info

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from qaic_ray.timeouts import Timeouts
 
 SESSION_VARIABLE = "QAIC_RAY_SESSION"
+KEPT_NOTE = "kept-ray.json"
+"""Of the cache folder: by it a Ray that is kept is found; see `kept_ray.py`."""
 MAX_FOLDER_CHARS = 34
 """The name of a socket has at most 107 bytes (unix(7)), and Ray puts up to 73 behind the folder."""
 DEFAULT_BASE = Path("/tmp")

@@ -218,6 +218,27 @@ def read_record(folder: Path) -> Record | None:
     return record if is_sealed or not record.files else None
 
 
+def program_facts(folder: Path) -> dict[str, Any]:
+    """What a QPC folder says of itself, for people: nothing of one that another tool compiled.
+
+    The names are `precision`, `num_cores`, `model_sha256` (of the ONNX model), `compile_s` and
+    `specializations`, a list of shapes.
+    """
+    facts: dict[str, Any] = {}
+    with suppress(UsageError, ValueError, AttributeError):
+        document = read_object(folder / VARIANT_FILE)
+        known = ("precision", "num_cores", "compile_s")
+        facts = {name: document[name] for name in known if name in document}
+        entries = dict(document["entries"]) if "entries" in document else {}
+        if "model" in entries:
+            facts["model_sha256"] = str(entries["model"])
+    with suppress(UsageError):
+        shapes = read_object(folder / SPECIALIZATIONS_FILE).get("specializations")
+        if isinstance(shapes, list):
+            facts["specializations"] = shapes
+    return facts
+
+
 def _compile_into(
     folder: Path, request: BuildRequest, entries: KeyEntries, compiler: CompilerCall
 ) -> None:
@@ -227,6 +248,7 @@ def _compile_into(
     text = variant.specializations.to_json(named=sdk.named_specializations)
     specializations.write_text(text, encoding="utf-8")
     binary_dir = folder / "qpc"
+    start_s = time.monotonic()
     compiler(variant.argv(sdk, specializations, binary_dir), log)
     check_qpc(binary_dir, log)
     for produced in binary_dir.iterdir():
@@ -239,6 +261,7 @@ def _compile_into(
         "precision": variant.precision.value,
         "num_cores": variant.num_cores,
         "sdk": sdk.label,
+        "compile_s": round(time.monotonic() - start_s, 3),
     }
     _remember(folder, document, [path.relative_to(folder).as_posix() for path in _files(folder)])
 

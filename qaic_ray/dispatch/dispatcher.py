@@ -190,6 +190,11 @@ class Dispatcher:
         self._is_started = False
         self._is_reading = False
 
+    @property
+    def num_waiting(self) -> int:
+        """Prompts that were read and that no worker has."""
+        return self._table.num_grouped + len(self._table.suspects)
+
     def handle(self, event: Event, now_s: float) -> list[Command]:
         """Take in what was heard at `now_s`, on a clock that never goes back; return what to do.
 

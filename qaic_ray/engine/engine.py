@@ -28,7 +28,7 @@ from qaic_ray.engine.step_io import (
 )
 from qaic_ray.engine.steps import ProgramShapes, Sequence, Step
 from qaic_ray.errors import RowError
-from qaic_ray.metrics import Measurement
+from qaic_ray.metrics import EngineState, Measurement
 from qaic_ray.rows import ROW_ALONE
 from qaic_ray.sampling_params import SamplingParams
 
@@ -57,6 +57,8 @@ class Proposer(Protocol):
 class Finished:
     """A row that ended: `ttft_s` from entering the engine, `decode_s` from there to its end.
 
+    `entered_s` is when that was, and `scheduled_s` when its first step began, on the engine's
+    clock.
     With an `error`, which its own sampling or reading raised, it has no answer.
     """
 
@@ -64,6 +66,8 @@ class Finished:
     ttft_s: float
     decode_s: float
     error: RowError | None = None
+    entered_s: float = 0.0
+    scheduled_s: float = 0.0
 
 
 class Engine:
@@ -117,6 +121,12 @@ class Engine:
         self._meter = Measurement()
         self._awaiting: dict[Sequence, float] = {}
         self._first: dict[Sequence, tuple[float, float]] = {}
+        self._scheduled: dict[Sequence, float] = {}
+        self._step_before: Step | None = None
+        # When running rows had their last tokens: all at the end of the last decode step, but those
+        # that a prefill has answered since.
+        self._decoded_s = 0.0
+        self._prefilled_s: dict[Sequence, float] = {}
         self._stalled_since_s = 0.0
         self._has_stalled = False
 
@@ -129,6 +139,21 @@ class Engine:
     def measurement(self) -> Measurement:
         """All work so far."""
         return self._meter + Measurement()
+
+    def state(self) -> EngineState:
+        """How it stands; may be asked for from another thread, while a step is made."""
+        meter = self._meter
+        num_generated = meter.generated_tokens  # before the rows: none that ends now counts twice
+        running = list(self.batcher.running.values())
+        positions = self._shapes.num_slots * self._shapes.ctx_len
+        return EngineState(
+            running=len(running),
+            waiting=len(self.batcher.waiting),
+            kv_usage=sum(row.num_computed for row in running) / positions,
+            prompt_tokens=meter.prompt_tokens,
+            reused_tokens=meter.reused_tokens,
+            generated_tokens=num_generated + sum(len(row.output_ids) for row in running),
+        )
 
     def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
         """How many tokens a prompt may generate; see the batcher's."""
@@ -166,6 +191,11 @@ class Engine:
         step = self.batcher.plan(decode_first=self._must_decode(start_s))
         if step is None:
             return []
+        # A steady step is the same object again and again, with no row that is new.
+        if self._awaiting and step is not self._step_before:
+            for _, sequence in step.rows:
+                self._scheduled.setdefault(sequence, start_s)
+        self._step_before = step
         drafts = None if self._proposer is None or step.is_prefill else self._draft(step)
         built = self._inputs.build(step, drafts)
         output = self._program.run(built.shape, built.inputs, self._read if self._unread else None)
@@ -173,7 +203,9 @@ class Engine:
         num_before = 0 if drafts is None else _num_output(step)
         ended = self.batcher.commit(step, chosen)
         end_s = self._clock()
+        num_first = self._note_first(step, built, end_s) if self._awaiting else 0
         self._measure(step, built, end_s - start_s)
+        self._note_gaps(step, built, end_s, num_first)
         if drafts is not None:
             num_kept = _num_output(step) - num_before - sum(built.answers)
             self._meter.drafted_tokens += sum(map(len, drafts))
@@ -182,8 +214,6 @@ class Engine:
         self._has_stalled = step.is_prefill and could_decode
         if not self._has_stalled:
             self._stalled_since_s = end_s
-        if self._awaiting:
-            self._note_first(step, built, end_s)
         if self._readers:
             answered = compress(step.rows, built.answers)
             self._unread = [row for _, row in answered if row in self._readers]
@@ -258,15 +288,39 @@ class Engine:
         meter.decode_rows += num_answered
         meter.decode_tokens += num_answered
 
-    def _note_first(self, step: Step, built: StepInputs, end_s: float) -> None:
+    def _note_first(self, step: Step, built: StepInputs, end_s: float) -> int:
+        """Note rows that have their first token now; how many."""
+        num_before = len(self._awaiting)
         for _, sequence in compress(step.rows, built.answers):
             if sequence in self._awaiting:
                 entered_s = self._awaiting.pop(sequence)
                 self._first[sequence] = (entered_s, end_s)
                 self._meter.ttft.count(end_s - entered_s)
+        return num_before - len(self._awaiting)
+
+    def _note_gaps(self, step: Step, built: StepInputs, end_s: float, num_first: int) -> None:
+        """Count the time since the last tokens of each answered row, but those with their first."""
+        gaps, prefilled_s = self._meter.inter_token, self._prefilled_s
+        if step.is_prefill:
+            for _, sequence in compress(step.rows, built.answers):
+                if self._first[sequence][1] != end_s:
+                    gaps.count(end_s - prefilled_s.get(sequence, self._decoded_s))
+                prefilled_s[sequence] = end_s
+            return
+        # Every row that has a token already is in a decode step: most share one gap.
+        num_steady = sum(built.answers) - num_first - len(prefilled_s)
+        if num_steady > 0:
+            gaps.count(end_s - self._decoded_s, num_steady)
+        if prefilled_s:
+            for since_s in prefilled_s.values():
+                gaps.count(end_s - since_s)
+            prefilled_s.clear()
+        self._decoded_s = end_s
 
     def _finish(self, sequence: Sequence, end_s: float) -> Finished:
         entered_s, first_s = self._first.pop(sequence)
+        scheduled_s = self._scheduled.pop(sequence)
+        self._prefilled_s.pop(sequence, None)
         self._picker.leave(sequence)
         self._readers.pop(sequence, None)
         if self._proposer is not None:
@@ -279,7 +333,8 @@ class Engine:
             meter.prompt_tokens += len(sequence.prompt_ids)
             meter.reused_tokens += sequence.num_reused
             meter.generated_tokens += len(sequence.output_ids)
-        return Finished(sequence, first_s - entered_s, end_s - first_s, error)
+        ttft_s, decode_s = first_s - entered_s, end_s - first_s
+        return Finished(sequence, ttft_s, decode_s, error, entered_s, scheduled_s)
 
 
 def _num_output(step: Step) -> int:

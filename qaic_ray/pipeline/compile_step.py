@@ -20,6 +20,7 @@ from qaic_ray.compile.store import SPECIALIZATIONS_FILE, Build, BuildRequest, bu
 from qaic_ray.errors import CompileError, DeviceError, QaicRayError, UsageError
 from qaic_ray.files.documents import shown, user_path
 from qaic_ray.files.folders import inside, sha256_of
+from qaic_ray.limits import too_many_cores
 from qaic_ray.model.checkpoint import CUSTOM_IO_FILE, MANIFEST_FILE, check_files, read_manifest
 from qaic_ray.options import CompileOptions, LocalRayOptions
 from qaic_ray.pipeline.request import Listener
@@ -134,11 +135,9 @@ def _check_cores(variants: Sequence[Variant], sdk: Sdk) -> None:
         return  # a machine that only compiles needs no card and no driver
     most = max((device.nsp_total for device in devices), default=0)
     for variant in variants:
-        if most and variant.num_cores > most:
-            raise UsageError(
-                f"The variant needs {variant.num_cores} NSPs, and the cards here have {most}: "
-                f"compile with at most {most}."
-            )
+        refusal = too_many_cores(variant.num_cores, most) if most else None
+        if refusal is not None:
+            raise UsageError(refusal)
 
 
 def compile_step(

@@ -37,6 +37,7 @@ from qaic_ray.pipeline.request import (
     choose_sdk,
     resolved,
 )
+from qaic_ray.pipeline.run_record import compile_facts
 from qaic_ray.pipeline.run_step import check_chat_template, on_local_cards, resuming, run_on
 from qaic_ray.sdk import SDK_NAMES, VENDOR_ROOT, Sdk, find_sdk
 
@@ -191,7 +192,10 @@ def launch_job(
             if not isinstance(chosen, Build):
                 raise chosen
             request = replace(request, qpc=chosen.path)
-            return run_on(cluster, request, run_input, sdk=sdk, listener=listener)
+            compiles = compile_facts([result for _, result in outcomes])
+            return run_on(
+                cluster, request, run_input, sdk=sdk, listener=listener, compiles=compiles
+            )
 
 
 @dataclass(frozen=True)

@@ -260,8 +260,8 @@ def read_request(folder: Path) -> RunRequest:
 def resumed(folder: Path, asked: RunOptions) -> RunRequest:
     """The request of a run folder, with what may be said anew."""
     request = read_request(folder)
-    if "devices" in asked.model_fields_set:
-        request = request.with_run(devices=asked.devices)
+    anew = asked.model_fields_set & {"devices", "metrics"}
+    request = request.with_run(**{name: getattr(asked, name) for name in anew})
     if "prompts" in asked.model_fields_set:
         request = request.with_run(prompt=None, prompts=asked.prompts)
         request = replace(request, new_input=True)

@@ -33,6 +33,7 @@ from qaic_ray.pipeline.request import (
     absolute_model,
     write_request,
 )
+from qaic_ray.pipeline.run_record import Compiles, RunRecording, recorded
 from qaic_ray.sdk import name_for_others
 
 LOGS_FOLDER = "logs"
@@ -40,10 +41,10 @@ LOGS_FOLDER = "logs"
 
 if TYPE_CHECKING:
     from qaic_ray.cluster.cluster import Cluster
-    from qaic_ray.rows import Row
     from qaic_ray.runs.delivery import Proof
-    from qaic_ray.runs.driver import FleetResult
     from qaic_ray.runs.report import RunSummary
+    from qaic_ray.runs.result import FleetResult
+    from qaic_ray.telemetry.recorder import RunRecorder
     from qaic_ray.worker.worker import WorkerSpec
 
 
@@ -115,23 +116,31 @@ def run_on(
     *,
     sdk: SdkChoice,
     listener: Listener,
+    compiles: Compiles = (),
 ) -> RunSummary:
-    """Answer prompts on a cluster; the request's QPC is there.
+    """Answer prompts on a cluster; the request's QPC is there, and `compiles` are its job's.
 
     Raises:
         UsageError: where the request does not fit the QPC, the cards, or the run that it resumes.
     """
+    from qaic_ray.report.document import write_report
     from qaic_ray.runs.delivery import export_outputs
-    from qaic_ray.runs.report import RunSummary, write_report
+    from qaic_ray.runs.report import RunSummary
 
     specs = _worker_specs(cluster, request, sdk, listener)
     folder = request.resume.absolute() if request.resume else _new_run_folder(request)
     listener.run_folder(folder)
     cluster.write_logs_to(folder / LOGS_FOLDER, listener.remark)
     with nullcontext() if request.resume else _kept(folder, request, sdk):
-        result, proof = _answer(
-            cluster, request, specs, run_input=run_input, folder=folder, listener=listener
-        )
+        with recorded(folder, request, sdk, listener=listener, compiles=compiles) as recording:
+            result, proof = _answer(
+                *(cluster, request, specs),
+                run_input=run_input,
+                folder=folder,
+                listener=listener,
+                recording=recording,
+            )
+            recording.history.ended(result)
         if formats := request.run.output_formats:
             tokenizer = load_tokenizer(open_checkpoint(request.model, weights=False))
             for output_format in formats:
@@ -150,7 +159,7 @@ def run_on(
             qpc=request.qpc.name,
             proof=proof,
         )
-        write_report(summary)  # last: by it a run is known as done
+        write_report(summary, recording.statistics)  # last: by it a run is known as done
         return summary
 
 
@@ -225,14 +234,15 @@ def _answer(
     run_input: RunInput,
     folder: Path,
     listener: Listener,
+    recording: RunRecording,
 ) -> tuple[FleetResult, Proof]:
     """All rows that have no answer yet, journaled and written."""
     from qaic_ray.dispatch.prompts import text_work
     from qaic_ray.files.documents import differences
     from qaic_ray.runs.delivery import RowWriter
-    from qaic_ray.runs.driver import Audience, BrokenOff, Cause
     from qaic_ray.runs.intake import fingerprint
     from qaic_ray.runs.journal import Journal
+    from qaic_ray.runs.result import BrokenOff, Cause
     from qaic_ray.worker.worker import CardWorker
 
     parts = _parts(request)
@@ -243,26 +253,15 @@ def _answer(
             folder, same, retry_errors=request.retry_errors, new_input=request.new_input
         ) as journal,
         RowWriter(folder, resumed=resumed) as write,
+        _recorded(request, folder, listener) as recorder,
     ):
         if request.new_input:
             write_request(request, folder)
-
-        def on_row(row: Row) -> None:
-            with interruption.uninterrupted():
-                write(row)
-            listener.answered(row)
-
-        audience = Audience(
-            on_row=on_row,
-            on_earlier_row=write.rewrite,
-            on_worker_ready=listener.card_ready,
-            on_wait=listener.remark,
-        )
         result = cluster.run_prompts(
             run_input.prompts,
             specs,
             worker_class=CardWorker,
-            audience=audience,
+            audience=recording.audience(write, listener, recorder),
             journal=journal,
             work_of=partial(text_work, defaults=request.run.defaults),
         )
@@ -271,6 +270,19 @@ def _answer(
             result = replace(result, broken_off=BrokenOff(Cause.CHANGED, error))
     complete = result.broken_off is None
     return result, write.proof(result.rows_in, result.inputs_sha256, complete=complete)
+
+
+def _recorded(
+    request: RunRequest, folder: Path, listener: Listener
+) -> AbstractContextManager[RunRecorder]:
+    """The run's recorder, for Ray to export what it is told, if that is wanted."""
+    from qaic_ray.telemetry.recorder import NoSink, RunRecorder
+
+    if not request.run.metrics:
+        return nullcontext(RunRecorder(NoSink()))
+    from qaic_ray.cluster.ray_metrics import recorded_run
+
+    return recorded_run(folder.name, listener.remark)
 
 
 def _parts(request: RunRequest) -> dict[str, Any]:
@@ -314,7 +326,14 @@ def _worker_specs(
     qpc, model = str(request.qpc.absolute()), absolute_model(request.model)
     generation = request.generation
     return [
-        WorkerSpec(**vars(where), qpc=qpc, model=model, generation=generation, text=text)
+        WorkerSpec(
+            **vars(where),
+            qpc=qpc,
+            model=model,
+            generation=generation,
+            text=text,
+            metrics=request.run.metrics,
+        )
         for where in places
     ]
 

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 from qaic_ray.dispatch.dispatcher import (
@@ -33,11 +32,13 @@ from qaic_ray.dispatch.dispatcher import (
     WorkerReady,
 )
 from qaic_ray.errors import QaicRayError
-from qaic_ray.metrics import Measurement, Span, Tally, tokens_per_s
+from qaic_ray.metrics import Measurement, Span, Tally
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.delivery import Delivery
 from qaic_ray.runs.intake import Batch, Intake, ThreadedReader
 from qaic_ray.runs.journal import Journal
+from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, WorkerResult
+from qaic_ray.telemetry.recorder import NoSink, RunRecorder
 
 if TYPE_CHECKING:
     from qaic_ray.worker.worker import WorkerInfo
@@ -117,6 +118,8 @@ class Audience:
         on_worker_ready: each worker that has opened.
         on_progress: after each change of the counts.
         on_wait: once, in a sentence, where cards are held by others and are waited for.
+        recorder: is told what becomes a metric.
+        on_event: whatever the dispatcher hears and orders, as it does.
     """
 
     on_row: Callable[[Row], None] = _ignore
@@ -124,83 +127,8 @@ class Audience:
     on_worker_ready: Callable[[WorkerInfo], None] = _ignore
     on_progress: Callable[[Progress], None] = _ignore
     on_wait: Callable[[str], None] = _ignore
-
-
-@dataclass(frozen=True)
-class WorkerResult:
-    """One card's part in a run.
-
-    `measurement` has the rows and tokens of the answers that were kept; its steps are the engine's
-    own, zero for a worker that was lost. `info` is None for one that never got ready. `error` is
-    its last; `losses` counts how often its process was lost or its cards did not open.
-    """
-
-    name: str
-    info: WorkerInfo | None
-    measurement: Measurement
-    error: str | None = None
-    losses: int = 0
-    ready_at_end: bool = False
-
-
-class Cause(str, Enum):
-    """Why a run ended early, which decides how it can be resumed."""
-
-    CARDS = "cards"
-    """Every card was lost; prompts that were left have no answer."""
-    INPUT = "input"
-    """The input could not be read to its end; all that was read of it is answered."""
-    CHANGED = "changed"
-    """What answers depend on was not the same at the end: they may be of either."""
-
-
-@dataclass(frozen=True)
-class BrokenOff:
-    """Why a run is not complete: its cause, and a sentence."""
-
-    cause: Cause
-    error: str
-
-
-@dataclass(frozen=True)
-class FleetResult:
-    """The result of a run.
-
-    Attributes:
-        workers: in the order they were asked for.
-        unassigned: rows without a worker: malformed input, or no card was left.
-        span: first shard handed out to last row in, on the driver's clock; None when no card ran.
-            Those of earlier sessions come before it, end to end.
-        length_counts: generated tokens of an answer -> how many answers had that many.
-        broken_off: set when not every row of the input has an answer or an error of its own.
-        rows_in: rows of the input that were read.
-        inputs_sha256: over their digests, in order.
-        settings: values of the run's `Timeouts` and policy that are not the default.
-    """
-
-    workers: tuple[WorkerResult, ...]
-    unassigned: Measurement
-    span: Span | None
-    length_counts: Mapping[int, int]
-    broken_off: BrokenOff | None = None
-    rows_in: int = 0
-    inputs_sha256: str = ""
-    settings: Mapping[str, object] = field(default_factory=dict)
-
-    @property
-    def total(self) -> Measurement:
-        """All rows of the input."""
-        return sum((worker.measurement for worker in self.workers), start=self.unassigned)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Merged rate: all generated tokens over the time in which any card worked."""
-        return tokens_per_s(self.total.generated_tokens, self.span)
-
-    @property
-    def ok(self) -> bool:
-        """Whether every row of the input was answered."""
-        return self.broken_off is None and self.total.failed_rows == 0
+    recorder: RunRecorder = field(default_factory=lambda: RunRecorder(NoSink()))
+    on_event: Callable[[Event | Command], None] = _ignore
 
 
 class Driver:
@@ -296,6 +224,7 @@ class Driver:
                 return TimePassed()
 
     def _hear(self, event: Event) -> None:
+        self._audience.on_event(event)
         match event:
             case RowsFinished():
                 self._worked()
@@ -303,18 +232,21 @@ class Driver:
                 self._infos[worker] = self._cards.info(worker)
                 self._ready.add(worker)
                 self._audience.on_worker_ready(self._infos[worker])
+                self._audience.recorder.worker_ready(worker)
             case WorkerLost(worker, error):
                 self._lose(worker, error)
             case ShardFailed(worker, _, error, retryable=True):
                 self._errors[worker] = error
 
     def _obey(self, command: Command) -> None:
+        self._audience.on_event(command)
         match command:
             case ReadPrompts(num_prompts):
                 self._reader.ask(num_prompts)
                 self._is_reading = True
             case RunShard():
                 self._worked()
+                self._audience.recorder.began(len(command.prompts), command.attempt)
                 self._cards.run(command)
             case DeliverRows(rows):
                 self._deliver(rows)
@@ -331,6 +263,7 @@ class Driver:
     def _lose(self, worker: str, error: str) -> None:
         self._errors[worker] = error
         self._losses[worker] += 1
+        self._audience.recorder.worker_lost(worker)
         self._ready.discard(worker)
 
     def _read(self, batch: Batch) -> PromptsRead:
@@ -344,10 +277,15 @@ class Driver:
 
     def _deliver(self, rows: Sequence[Row]) -> None:
         span_s = self._last_s - self._first_s if self._first_s is not None else 0.0
+        failed_before = self._tally.failed_rows
         for row in rows:
             digest = self._intake.open.pop(row.index)
             self._delivery.add(row, digest, span_s)
             self._tally.add(row)
+        num_failed = self._tally.failed_rows - failed_before
+        self._audience.recorder.rows_ended(
+            len(rows), num_failed, waiting=self._dispatcher.num_waiting
+        )
         self._tell_progress()
 
     def _tell_progress(self) -> None:

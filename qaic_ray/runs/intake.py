@@ -88,6 +88,15 @@ def row_digest(item: Prompt | Row) -> bytes:
     return hashlib.sha256(json.dumps(parts, default=_plain).encode()).digest()
 
 
+def short_digest(item: Prompt | Row) -> int:
+    """The digest of a row of the input as the journal has it; never 0."""
+    return _short(row_digest(item))
+
+
+def _short(digest: bytes) -> int:
+    return int.from_bytes(digest[:4], "big") or 1
+
+
 _DEFAULTS = vars(SamplingParams())
 
 
@@ -144,7 +153,7 @@ class Intake:
         """
         for item in items:
             digest = row_digest(item)
-            short = int.from_bytes(digest[:4], "big") or 1
+            short = _short(digest)
             self.sha256.update(digest)
             self.num_rows += 1
             before = self._done[item.index] if item.index < len(self._done) else 0

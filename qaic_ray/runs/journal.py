@@ -39,8 +39,8 @@ LOCK_NAME = ".lock"
 SEGMENT_BYTES = 64 * 2**20
 MAX_OPEN_SEGMENTS = 16
 
-_BEFORE_JSON = len("01234567 ")
-_MAX_HEADER_BYTES = 2**20
+BEFORE_JSON = len("01234567 ")
+MAX_HEADER_BYTES = 2**20
 _MAX_NAMED_CHARS = 800
 _SEGMENT = re.compile("[0-9]{6,12}")
 _ROW_INDEX = re.compile(rb'"row":\{"index":(\d+)')
@@ -76,7 +76,7 @@ class JournalRecord:
     row: Row
 
 
-_RECORD = TypeAdapter(JournalRecord)
+RECORD = TypeAdapter(JournalRecord)
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Journal(AbstractContextManager["Journal"]):
     def append(self, row: Row, digest: int, span_s: float) -> Place:
         """Take a row for the next `commit`; return where it will be."""
         record = JournalRecord(digest, round(span_s, 6), row)
-        line = line_of(_RECORD.dump_json(record, exclude_defaults=True))
+        line = line_of(RECORD.dump_json(record, exclude_defaults=True))
         with uninterrupted():  # the next place is behind this line
             if self._size >= self._segment_bytes:
                 self.commit()
@@ -208,12 +208,12 @@ class Journal(AbstractContextManager["Journal"]):
             self._streams.pop(next(iter(self._streams))).close()
         stream.seek(offset)
         line = stream.readline()
-        if not _is_whole(line):
+        if not is_whole(line):
             raise QaicRayError(
                 f"{stream.name} has changed under the run at byte {offset}: look after that disk, "
                 "then resume the run."
             )
-        return _RECORD.validate_json(line[_BEFORE_JSON:], strict=True).row
+        return RECORD.validate_json(line[BEFORE_JSON:], strict=True).row
 
     def close(self) -> None:
         """Release the folder. What was appended and not committed is lost."""
@@ -239,7 +239,7 @@ class Journal(AbstractContextManager["Journal"]):
             elif num_bytes < path.stat().st_size:
                 os.truncate(path, num_bytes)
                 sync_path(path)
-        return {segment: _read_header(_path(self._folder, segment)) for segment in segments}
+        return {segment: read_header(_path(self._folder, segment)) for segment in segments}
 
     def _next_header(self, fingerprint: Fingerprint, retry_errors: bool, new_input: bool) -> Header:
         headers = list(self._headers.values())
@@ -282,10 +282,10 @@ class Journal(AbstractContextManager["Journal"]):
         with path.open("rb", buffering=2**20) as stream:
             offset = len(stream.readline())
             for number, line in enumerate(stream, start=2):
-                if not _is_whole(line):
+                if not is_whole(line):
                     raise _damaged(path, number)
                 try:
-                    record = _RECORD.validate_json(line[_BEFORE_JSON:], strict=True)
+                    record = RECORD.validate_json(line[BEFORE_JSON:], strict=True)
                 except ValidationError as error:
                     raise _damaged(path, number) from error
                 place = Place(segment, offset, len(line))
@@ -302,7 +302,7 @@ def last_fingerprint(run_folder: Path) -> Fingerprint | None:
     with disk_errors_end_the_run(run_folder):
         for path in sorted((run_folder / JOURNAL_NAME).glob("*.jsonl"), reverse=True):
             if _whole_bytes(path):
-                return _read_header(path).fingerprint
+                return read_header(path).fingerprint
     return None
 
 
@@ -316,12 +316,13 @@ def safe_rows(run_folder: Path) -> int:
     return len(indexes)
 
 
-def _read_header(path: Path) -> Header:
+def read_header(path: Path) -> Header:
+    """The header of a segment; an error where it is damaged, or of another version."""
     with path.open("rb") as stream:
-        line = stream.readline(_MAX_HEADER_BYTES)
-    if not _is_whole(line):
+        line = stream.readline(MAX_HEADER_BYTES)
+    if not is_whole(line):
         raise _damaged(path, 1)
-    text = line[_BEFORE_JSON:].decode(errors="replace")
+    text = line[BEFORE_JSON:].decode(errors="replace")
     document = as_object(parse_json(text, str(path)), str(path))
     if document.get("format") != FORMAT:
         raise UsageError(
@@ -340,9 +341,9 @@ def line_of(json_bytes: bytes) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(json_bytes), json_bytes)
 
 
-def _is_whole(line: bytes) -> bool:
+def is_whole(line: bytes) -> bool:
     """Whether a line is complete and its checksum fits."""
-    checksum = b"%08x " % zlib.crc32(memoryview(line)[_BEFORE_JSON:-1])
+    checksum = b"%08x " % zlib.crc32(memoryview(line)[BEFORE_JSON:-1])
     return line.endswith(b"}\n") and line.startswith(checksum)
 
 
@@ -351,7 +352,7 @@ def _whole_bytes(path: Path) -> int:
     num_bytes, first = 0, 0
     with path.open("rb", buffering=2**20) as stream:
         for number, line in enumerate(stream, start=1):
-            if not _is_whole(line):
+            if not is_whole(line):
                 first = first or number
             elif first:
                 raise _damaged(path, first)
@@ -391,7 +392,7 @@ def _locked(run_folder: Path) -> FileLock:
     lock = FileLock(run_folder / LOCK_NAME)
     with disk_errors_end_the_run(run_folder):
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=DEFAULT_TIMEOUTS.looked_at_s, poll_interval=0.02)
         except Timeout as error:
             raise UsageError(
                 f"Another process is writing to {run_folder}: wait for it to end, or stop it."

@@ -1,6 +1,6 @@
-"""The report of a run: a JSON document, and from that alone the terminal's text and a page.
+"""What a run's result says: the figures of `report.json` that it gives, and the terminal's text.
 
-A report can be drawn again from the `report.json` of its run folder.
+The rest of the document, and the page, are made in `report/`.
 """
 
 from __future__ import annotations
@@ -12,19 +12,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from qaic_ray.errors import UsageError
-from qaic_ray.files.documents import json_text, read_object
-from qaic_ray.files.folders import write_whole
+from qaic_ray.files.documents import read_object
 from qaic_ray.metrics import Measurement
 from qaic_ray.runs.delivery import ERRORS_NAME, Proof
-from qaic_ray.runs.driver import Cause, FleetResult, WorkerResult
 from qaic_ray.runs.journal import is_held
+from qaic_ray.runs.result import Cause, FleetResult, WorkerResult
 
 FORMAT = 1
 REPORT_NAME = "report.json"
@@ -37,8 +35,6 @@ Document = dict[str, Any]
 _UNITS = ((0.9995e-3, 1e6, "µs"), (0.9995, 1e3, "ms"), (math.inf, 1.0, "s"))
 _COUNTS = ("rows", "failed_rows", "prompt_tokens", "generated_tokens")
 _STEPS = ("prefill_steps", "prefill_s", "decode_steps", "decode_tokens", "decode_s")
-
-_TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 @dataclass(frozen=True)
@@ -108,13 +104,6 @@ class RunSummary:
         return tables(self.document())
 
 
-def write_report(summary: RunSummary) -> None:
-    """Write `report.json` and `report.html` into the run folder, each whole or not at all."""
-    document = summary.document()
-    write_whole(summary.folder / REPORT_NAME, json_text(document, indent=2) + "\n")
-    write_whole(summary.folder / PAGE_NAME, html_page(document))
-
-
 def is_finished(run_folder: Path) -> bool:
     """Whether a run is done: it has a report that does not say that it can be resumed."""
     try:
@@ -169,8 +158,13 @@ def round_up(width: float) -> float:
     return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= width)
 
 
-def tables(document: Document) -> Iterator[RenderableType]:
-    """Draw a report for the terminal: a line for each card, the merged rate, errors."""
+def tables(document: Document, page: Path | None = None) -> Iterator[RenderableType]:
+    """Draw a report for the terminal: a line for each card, the merged rate, errors.
+
+    Args:
+        document: of this version or an earlier one.
+        page: where its page is, if not in the run's folder.
+    """
     yield _heading(document)
     yield _card_table(document)
     yield Text.assemble(
@@ -184,29 +178,17 @@ def tables(document: Document) -> Iterator[RenderableType]:
     if failed := document["failed_rows"]:
         rows = f"{count_text(failed)} of {count_text(document['rows'])} rows failed"
         yield Text(f"{rows}: see {ERRORS_NAME} in the run folder", style="red")
-    for trouble in _troubles(document):
+    for trouble in troubles(document):
         yield Text(trouble, style="red")
     if document.get("settings"):
-        yield Text(f"not the defaults: {_settings_text(document)}", style="dim")
+        yield Text(f"not the defaults: {settings_text(document)}", style="dim")
+    for lack in document.get("missing", ()):
+        yield Text(lack, style="yellow")
     yield Text.assemble(("run folder  ", "dim"), document["folder"])
+    yield Text.assemble(("report  ", "dim"), str(page or Path(document["folder"]) / PAGE_NAME))
 
 
-def html_page(document: Document) -> str:
-    """Draw a report as an HTML page that needs no network, no script and no other file."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
-    )
-    environment.filters.update(count=count_text, seconds=seconds_text, rate=rate_text)
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
-        report=document,
-        best=max((w["decode_tokens_per_s"] or 0.0 for w in document["workers"]), default=0.0),
-        troubles=_troubles(document),
-        settings=_settings_text(document),
-    )
-
-
-def _troubles(document: Document) -> list[str]:
+def troubles(document: Document) -> list[str]:
     """A sentence for each worker that had an error, and one for the run's."""
     troubles = []
     for worker in document["workers"]:
@@ -223,7 +205,8 @@ def _troubles(document: Document) -> list[str]:
     return [*troubles, *filter(None, [document["error"]])]
 
 
-def _settings_text(document: Document) -> str:
+def settings_text(document: Document) -> str:
+    """The run's settings that are not the defaults."""
     return ", ".join(f"{name} {value}" for name, value in document.get("settings", {}).items())
 
 

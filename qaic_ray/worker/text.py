@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from qaic_ray.engine import steps
 from qaic_ray.engine.engine import Engine, Finished
@@ -19,8 +20,9 @@ from qaic_ray.model.chat import ChatTemplate
 from qaic_ray.model.detokenizer import StopFinder
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import Generation
-from qaic_ray.rows import ChatOptions, FinishReason, Message, Prompt, Row, Sample
+from qaic_ray.rows import FinishReason, Prompt, Row, Sample
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
+from qaic_ray.worker.prompt_encoder import PromptEncoder, with_system
 
 MAX_HELD = 2**23
 """Tokens and their log-probabilities in the answers to one prompt; 128 of 65,536 tokens each."""
@@ -32,6 +34,14 @@ _LAST_WORD = 64
 """Tokens that the end of a beginning may have more than the same characters amid the text."""
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """When prompts came to the worker: by the engine's clock, and the Unix time."""
+
+    clock_s: float = field(default_factory=time.perf_counter)
+    at: float = field(default_factory=time.time)
+
+
 @dataclass(eq=False)
 class Answer:
     """A prompt in flight: a sequence for each of its `n` samples, and those that are finished."""
@@ -40,6 +50,7 @@ class Answer:
     params: SamplingParams
     sequences: tuple[steps.Sequence, ...]
     readers: tuple[StopFinder | None, ...]
+    arrived: Arrival
     finished: list[Finished] = field(default_factory=list)
 
 
@@ -56,15 +67,16 @@ class Answerer:
     def __init__(
         self, tokenizer: Tokenizer, generation: Generation, *, engine: Engine, vocab_size: object
     ) -> None:
-        self._tokenizer = tokenizer.of_run(generation.chat_template, generation.date)
+        self._prompts = PromptEncoder(tokenizer, generation)
+        self._tokenizer = self._prompts.tokenizer
         self._eos_ids = frozenset(tokenizer.eos_ids)
         self._generation = generation
         self._defaults = generation.defaults
         self._engine = engine
         self._vocab_size = vocab_size if isinstance(vocab_size, int) else math.inf
 
-    def begin(self, prompt: Prompt) -> Answer:
-        """Tokenize a prompt.
+    def begin(self, prompt: Prompt, arrived: Arrival | None = None) -> Answer:
+        """Tokenize a prompt; it came just now, where nothing else is said.
 
         Raises:
             RowError: for a prompt that cannot be answered, or not so.
@@ -78,7 +90,7 @@ class Answerer:
                 "the prompt, or let the run say --chat."
             )
         self._refuse_endless(prompt)
-        prompt_ids = tuple(self._prompt_ids(prompt))
+        prompt_ids = tuple(self._prompts.ids(prompt))
         self._refuse_unknown("The prompt", prompt_ids)
         limit = self._engine.new_token_limit(len(prompt_ids), params.max_tokens)
         _refuse_unholdable(params, len(prompt_ids), limit)
@@ -97,7 +109,7 @@ class Answerer:
         readers = [
             StopFinder(self._tokenizer, params) if params.stop else None for _ in range(params.n)
         ]
-        return Answer(prompt, params, tuple(sequences), tuple(readers))
+        return Answer(prompt, params, tuple(sequences), tuple(readers), arrived or Arrival())
 
     def row(self, answer: Answer, *, worker: str, attempts: int) -> Row:
         """The row of a complete answer.
@@ -112,8 +124,9 @@ class Answerer:
             self._sample(answer.params, sequence, reader)
             for sequence, reader in zip(answer.sequences, answer.readers, strict=True)
         ]
-        first, prompt = samples[0], answer.prompt
+        first, prompt, arrived = samples[0], answer.prompt, answer.arrived
         ttft_s = min(done.ttft_s for done in answer.finished)
+        end_s = max(done.entered_s + done.ttft_s + done.decode_s for done in answer.finished)
         return Row(
             index=prompt.index,
             id=prompt.id,
@@ -126,6 +139,9 @@ class Answerer:
             prompt_tokens=len(answer.sequences[0].prompt_ids),
             ttft_s=ttft_s,
             decode_s=max(done.ttft_s + done.decode_s for done in answer.finished) - ttft_s,
+            queue_s=min(done.scheduled_s for done in answer.finished) - arrived.clock_s,
+            started_at=arrived.at,
+            ended_at=arrived.at + end_s - arrived.clock_s,
             worker=worker,
             attempts=attempts,
             logprobs=first.logprobs,
@@ -160,35 +176,6 @@ class Answerer:
 
     def _ending_ids(self, params: SamplingParams) -> frozenset[int]:
         return frozenset() if params.ignore_eos else self._eos_ids
-
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        messages = self._messages(prompt)
-        if messages is not None:
-            try:
-                return self._tokenizer.chat(messages, self._chat_options(prompt))
-            except UsageError as error:
-                raise RowError(str(error)) from error
-        if not prompt.text:
-            raise RowError("The prompt is empty: it has no token to start from.")
-        return self._tokenizer.encode(prompt.text)
-
-    def _chat_options(self, prompt: Prompt) -> ChatOptions:
-        """The prompt's own, with the run's template variables where it has none of the name."""
-        run = self._generation.chat_options
-        if prompt.chat is None:
-            return run
-        kwargs = {**run.template_kwargs, **prompt.chat.template_kwargs}
-        return replace(prompt.chat, template_kwargs=kwargs)
-
-    def _messages(self, prompt: Prompt) -> list[Message] | None:
-        """The conversation to answer; None for a prompt that is plain text to complete."""
-        if prompt.messages is not None:
-            messages = list(prompt.messages)
-        elif self._generation.chat and prompt.text:
-            messages = [{"role": "user", "content": prompt.text}]
-        else:
-            return None
-        return _with_system(messages, self._generation.system)
 
     def _sample(
         self, params: SamplingParams, sequence: steps.Sequence, reader: StopFinder | None
@@ -230,7 +217,7 @@ def check_chat(template: ChatTemplate, generation: Generation, model: str) -> No
             f"{model} has no chat template: leave --chat (run.chat) out, give one "
             "(--chat-template FILE, run.chat_template), or use the chat version of the model."
         )
-    example = _with_system([{"role": "user", "content": "Hello"}], generation.system)
+    example = with_system([{"role": "user", "content": "Hello"}], generation.system)
     template.try_out(example, generation.chat_options)
 
 
@@ -264,11 +251,3 @@ def mixed_seed(*parts: object) -> int:
     """A seed that is the same for parts of the same `repr`."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") & MAX_SEED
-
-
-def _with_system(messages: list[Message], system: str | None) -> list[Message]:
-    """A conversation as the run makes it: it begins with the run's system message, or its own."""
-    first = messages[0].get("role") if messages else None
-    if system is None or first in ("system", "developer"):
-        return messages
-    return [{"role": "system", "content": system}, *messages]

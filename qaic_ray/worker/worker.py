@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -27,15 +27,17 @@ from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
 from qaic_ray.files.documents import differences
-from qaic_ray.metrics import Measurement
+from qaic_ray.metrics import EngineState, Measurement
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from qaic_ray.model.detokenizer import StopFinder
 from qaic_ray.model.tokenizer import Tokenizer, text_parts
 from qaic_ray.options import Generation
 from qaic_ray.rows import ROW_ALONE, Prompt, Row
 from qaic_ray.sdk import Sdk, open_sdk
+from qaic_ray.telemetry.recorder import NoSink, RequestRecorder
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
-from qaic_ray.worker.text import Answer, Answerer, check_chat
+from qaic_ray.worker.recording import record_ended
+from qaic_ray.worker.text import Answer, Answerer, Arrival, check_chat
 
 STATIC_LOOKAHEAD = 4
 """Sequences that the engine of a static program holds for each of its slots, so that it can start
@@ -50,7 +52,7 @@ class WorkerSpec(WorkerPlace):
 
     `model` is anything `open_checkpoint` takes; only its tokenizer and configuration are read, and
     these must have the `text` parts that the run began with, if any are given. `incarnation` is how
-    often the worker was opened before.
+    often the worker was opened before, `metrics` whether its actor records what it does.
     """
 
     qpc: str
@@ -58,6 +60,7 @@ class WorkerSpec(WorkerPlace):
     generation: Generation = field(default_factory=Generation)
     text: Mapping[str, str] = field(default_factory=dict)
     incarnation: int = 0
+    metrics: bool = False
     timeouts: Timeouts = DEFAULT_TIMEOUTS
 
 
@@ -113,8 +116,8 @@ class RowQueue:
 
 @dataclass
 class _Card:
-    """Everything an opened worker holds, until `held` is closed; `past` is the work of engines
-    before this one."""
+    """Everything an opened worker holds, until `held` is closed; `past` is the work of the
+    `num_past` engines before this one."""
 
     answerer: Answerer
     session: Session
@@ -122,12 +125,13 @@ class _Card:
     engine: Engine
     held: ExitStack
     past: Measurement = field(default_factory=Measurement)
+    num_past: int = 0
 
 
 class CardWorker:
     """Answers prompts on one card, a part of one, or a device group.
 
-    A subclass may open something else in place of a checkpoint, an SDK and a card.
+    A subclass may open something else than a checkpoint, an SDK and a card; `recorder` hears all.
     """
 
     open_checkpoint: ClassVar[staticmethod[..., Checkpoint]] = staticmethod(open_checkpoint)
@@ -137,6 +141,7 @@ class CardWorker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
+        self.recorder = RequestRecorder(NoSink())
         self._failed_rows = 0
         self._lock = threading.Condition()
         self._backlog: deque[tuple[steps.Sequence, StopFinder | None]] = deque()
@@ -147,8 +152,7 @@ class CardWorker:
         self._thread = threading.Thread(target=self._run, name=spec.name, daemon=True)
 
     def __repr__(self) -> str:
-        """What Ray's dashboard and logs call its actor: the card."""
-        return self.spec.name
+        return self.spec.name  # what Ray's dashboard and logs call its actor
 
     def open(self, device_ids: tuple[int, ...] | None = None) -> WorkerInfo:
         """Load the tokenizer and the QPC, and start the engine's thread.
@@ -216,15 +220,16 @@ class CardWorker:
         name, card = self.spec.name, self._opened
         if card is None:
             raise DeviceError(f"{name} is not open.")
-        answerer = card.answerer
+        answerer, arrived = card.answerer, Arrival()
         begun: list[Answer] = []
         refused: list[Row] = []
         for prompt in prompts:
             try:
                 with ROW_ALONE:
-                    begun.append(answerer.begin(prompt))
+                    begun.append(answerer.begin(prompt, arrived))
             except RowError as error:
                 refused.append(Row.failed(prompt, str(error), worker=name, attempts=attempt))
+                self.recorder.unanswered("error")
         outcome = self._queue(begun, len(refused))
         if refused:
             yield refused
@@ -234,10 +239,19 @@ class CardWorker:
             for done in outcome.take(len(pending)):
                 answer = pending.pop(done.sequence)
                 answer.finished.append(done)
+                record_ended(self.recorder, done, arrived.clock_s)
                 if len(answer.finished) == len(answer.sequences):
                     complete.append(self._row(answerer, answer, attempt))
             if complete:
                 yield complete
+
+    def engine_state(self) -> EngineState:
+        """How the engine stands, and what waits for it; may be asked for at any time."""
+        card = self._opened
+        if card is None:
+            return EngineState()
+        state = card.engine.state()
+        return replace(state, waiting=state.waiting + len(self._backlog), engine=card.num_past)
 
     def num_steps(self) -> int:
         """How many steps the engine has made; may be asked for at any time."""
@@ -371,6 +385,7 @@ class CardWorker:
         with self._lock:
             if lives:
                 card.past += card.engine.measurement
+                card.num_past += 1
                 card.engine = self._engine(card.session, card.drafting)
             else:
                 self._failure = error
@@ -381,6 +396,7 @@ class CardWorker:
         """Give an error to every shard that waits for rows."""
         with self._lock:
             outcomes = set(self._owner.values())
+            self.recorder.unanswered("abort", len(self._owner))
             self._owner.clear()
             self._backlog.clear()
         for outcome in outcomes:

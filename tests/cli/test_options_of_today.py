@@ -111,6 +111,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--ctx-len --ctx_len": "128",
         "--output": "elsewhere",
         "--output-format --output_format": "parquet",
+        "--metrics / --no-metrics": FLAG,
         "--resume": "runs/a",
         "--retry-errors --retry_errors": FLAG,
         "--stream / --no-stream": FLAG,
@@ -120,10 +121,20 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--sdk": "real",
         "--json": FLAG,
     },
-    "status": {"[ID]": "a-1", "--address": "http://head:8265", "--json": FLAG},
-    "logs": {"ID": "a-1", "--address": "http://head:8265", "--follow -f": FLAG},
-    "stop": {"ID": "a-1", "--address": "http://head:8265", "--json": FLAG},
+    "status": {
+        "[WHAT]": "a-1",
+        "--watch -w": FLAG,
+        "--address": "http://head:8265",
+        "--json": FLAG,
+    },
+    "logs": {"WHAT": "a-1", "--address": "http://head:8265", "--follow -f": FLAG},
+    "stop": {"WHAT": "a-1", "--address": "http://head:8265", "--json": FLAG},
+    "runs": {"[FOLDER]": "runs", "--json": FLAG},
+    "show": {"RUN": "runs/a", "ROW": "3", "--json": FLAG},
+    "doctor": {"--address": "auto", "--sdk": "real", "--try-cards": FLAG, "--json": FLAG},
     "devices": {"--address": "auto", "--sdk": "real", "--json": FLAG},
+    "report": {"RUN...": "runs/a", "--html": "page.html", "--json": FLAG},
+    "monitoring": {"FOLDER": "m", "--json": FLAG},
     "emulator install": {
         "PREFIX": "sdk",
         "--apps-version": "1.22",
@@ -140,8 +151,11 @@ NEEDED = {
     "plan": ["JOB"],
     "export": ["--model-name --model_name"],
     "compile": ["MODEL_DIR"],
-    "logs": ["ID"],
-    "stop": ["ID"],
+    "report": ["RUN..."],
+    "monitoring": ["FOLDER"],
+    "logs": ["WHAT"],
+    "stop": ["WHAT"],
+    "show": ["RUN", "ROW"],
     "emulator install": ["PREFIX"],
     "emulator run": ["COMMAND"],
 }
@@ -211,6 +225,7 @@ run:
   draft_qpc: /d
   partitions: 2
   group_size: 4
+  metrics: false
   output: /elsewhere
   output_formats: [openai, parquet]
 sdk: emulated
@@ -341,6 +356,7 @@ def test_arguments_are_parsed(name: str) -> None:
         for p in parameters(command)
         if p.param_type_name == "argument"
     ]
+    values = [value[0] if isinstance(value, list) else value for value in values]  # of several
     assert values == list(words.values())
 
 

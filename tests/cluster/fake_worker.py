@@ -40,6 +40,7 @@ class FakeSpec:
     part: Part | None = None
     choices: tuple[int, ...] = ()
     incarnation: int = 0
+    metrics: bool = False
 
 
 class FakeWorker:

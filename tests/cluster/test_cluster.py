@@ -23,7 +23,8 @@ from qaic_ray.cluster.cluster import Cluster
 from qaic_ray.cluster.connection import join
 from qaic_ray.errors import CompileError, DeviceBusy, QaicRayError, UsageError
 from qaic_ray.rows import Prompt, Row
-from qaic_ray.runs.driver import Audience, FleetResult
+from qaic_ray.runs.driver import Audience
+from qaic_ray.runs.result import FleetResult
 from qaic_ray.timeouts import Timeouts
 from qaic_ray.worker.worker import WorkerInfo
 
@@ -70,10 +71,16 @@ def is_running(pid: int) -> bool:
 # -- runs
 
 
-def test_every_prompt_is_answered_in_order_by_all_cards(cluster: Cluster) -> None:
+def test_every_prompt_is_answered_in_order_by_all_cards(cluster: Cluster, tmp_path: Path) -> None:
     infos: list[WorkerInfo] = []
-    prompts = texts(*(f"prompt {i}" for i in range(100)))
-    result, rows = run(cluster, prompts, specs(4, row_s=0.02), on_worker_ready=infos.append)
+
+    def on_worker_ready(info: WorkerInfo) -> None:
+        infos.append(info)
+        if len(infos) == 4:
+            (tmp_path / "open").touch()
+
+    prompts = texts(f"until {tmp_path / 'open'}", *(f"prompt {i}" for i in range(99)))
+    result, rows = run(cluster, prompts, specs(4, row_s=0.02), on_worker_ready=on_worker_ready)
     assert [row.text for row in rows] == [prompt.text[::-1] for prompt in prompts]
     assert result.ok
     assert result.broken_off is None

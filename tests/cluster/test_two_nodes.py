@@ -17,18 +17,23 @@ from compiled_here import compile_here
 from fake_worker import IMPATIENT
 from ray.cluster_utils import Cluster as Nodes
 
-from qaic_ray.cards.inventory import WorkerPlace, place
+from qaic_ray.cards.inventory import Node, WorkerPlace, place
 from qaic_ray.cluster.cluster import Cluster
 from qaic_ray.compile.compiler import Variant
 from qaic_ray.contract import Specializations
 from qaic_ray.dispatch.policy import Policy
+from qaic_ray.doctor.checks import of_cluster
+from qaic_ray.doctor.facts import Verdict
+from qaic_ray.doctor.probes import machine_facts
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.option_types import Precision
 from qaic_ray.options import EmulatorOptions, ExportOptions, Generation
 from qaic_ray.pipeline.compile_step import open_folder
+from qaic_ray.pipeline.doctor_step import node_facts
 from qaic_ray.rows import Prompt, Row
-from qaic_ray.runs.driver import Audience, FleetResult
+from qaic_ray.runs.driver import Audience
+from qaic_ray.runs.result import FleetResult
 from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.timeouts import Timeouts
 from qaic_ray.worker.worker import CardWorker, WorkerInfo, WorkerSpec
@@ -164,6 +169,28 @@ def test_cards_of_two_nodes_on_one_machine_are_each_used_once(fleet: Fleet) -> N
         f"card {i}" for i in range(4)
     }
     assert len({info.pid for info in fleet.infos}) == 4
+
+
+def test_doctor_looks_at_every_node_and_at_all_of_them(fleet: Fleet, tmp_path: Path) -> None:
+    sdk = str(fleet.tiny.sdk.root)
+    here = machine_facts(sdk, EMULATED, tmp_path)
+    nodes = node_facts(fleet.cluster, sdk, tmp_path)
+    assert [node.facts is not None and len(node.facts.cards.devices) for node in nodes] == [4, 4]
+    assert [node.shared for node in nodes] == ["seen", "seen"]
+    for node in nodes:  # one machine: whatever the skew seems to be is the asking's own
+        assert node.skew_s is not None
+        assert abs(node.skew_s) <= node.skew_error_s + 0.01
+    found = of_cluster(nodes, here, str(tmp_path))
+    of_all = {one.check: one.verdict for one in found if not one.node}
+    assert set(of_all.values()) == {Verdict.OK}
+    assert of_all.keys() >= {"shared folder", "Ray of all nodes", "clocks of all nodes"}
+    assert list(tmp_path.iterdir()) == []
+
+    def elsewhere(node: Node) -> str:
+        raise ValueError("no such thing")
+
+    said = [answer for _, answer in fleet.cluster.each_node("fail", elsewhere, ())]
+    assert said == ["the search failed there (no such thing)"] * 2
 
 
 def test_parts_of_cards_and_who_wants_them_whole(fleet: Fleet) -> None:

@@ -330,6 +330,7 @@ def test_keys_of_the_users_own_are_not_looked_at(tmp_path: Path) -> None:
         *("answer", "category", "question", "topic", "step", "tokens", "text", "temp", "model"),
         *("index", "token_ids", "finish_reason", "stop_reason", "prompt_tokens", "ttft_s"),
         *("generated_tokens", "decode_s", "worker", "attempts", "choices", "source", "language"),
+        *("queue_s", "started_at", "ended_at"),
     ]
     assert not set(names) & set(FIELDS)
     line = json.dumps({"prompt": "a"} | {name: [{"x": 1}] for name in names})

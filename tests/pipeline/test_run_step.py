@@ -33,7 +33,8 @@ def run(request: RunRequest, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(run_step, "_worker_specs", lambda *_: [])
     heard = {name: lambda _: None for name in ("answered", "card_ready", "remark", "run_folder")}
     listener: Any = SimpleNamespace(**heard)
-    sdk: Any = SimpleNamespace(name="auto")
+    here = SimpleNamespace(label="none", card_lines=dict)
+    sdk: Any = SimpleNamespace(name="auto", here=here)
     run_step.run_on(cluster, request, request.open_input(), sdk=sdk, listener=listener)
 
 

@@ -88,7 +88,7 @@ def test_launch_ends_with_its_figures_and_says_that_rows_failed(
     run_folder = Path(report["folder"])
     assert run_folder.parent == work / "runs"
     assert {p.name for p in run_folder.iterdir()} >= {
-        "job.yaml", "outputs.jsonl", "errors.jsonl", "report.json", "report.html"
+        "job.yaml", "outputs.jsonl", "errors.jsonl", "events.jsonl", "report.json", "report.html"
     }  # fmt: skip
     rows = rows_of(run_folder)
     assert report["generated_tokens"] == sum(len(row["token_ids"]) for row in rows)
@@ -98,6 +98,34 @@ def test_launch_ends_with_its_figures_and_says_that_rows_failed(
     assert "card 0" in result.stdout
     assert "not a card's speed" in result.stdout
     assert "Traceback" not in result.stderr
+    # The report's path is the last line for people; the JSON of --json follows it.
+    assert result.stdout.splitlines()[-2].split() == ["report", str(run_folder / "report.html")]
+
+
+def test_a_runs_report_is_whole_and_drawn_anew_from_its_folder(
+    launched: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    work, _ = launched
+    (run_folder,) = (work / "runs").iterdir()
+    document = json.loads((run_folder / "report.json").read_text())
+    rows = [row for row in rows_of(run_folder) if row["finish_reason"] != "error"]
+    assert document["missing"] == []
+    assert document["state"] == "done"
+    assert document["latency"]["end_to_end"]["count"] == len(rows)
+    gaps = sum(len(row["token_ids"]) - 1 for row in rows)
+    assert document["latency"]["inter_token"]["count"] == gaps
+    tokens = sum(sum(lane["tokens"]) for lane in document["timeline"]["workers"])
+    assert tokens == pytest.approx(document["generated_tokens"], rel=0.01)
+    for row in rows:
+        assert 0 <= row["queue_s"] <= row["ended_at"] - row["started_at"] + 0.001
+    assert {build["name"] for build in document["compiles"]} >= {document["qpc"]}
+    assert document["ran"]["command"].startswith("qaic-ray launch")
+    again = qaic_ray("report", str(run_folder), "--json", cwd=work)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout.splitlines()[-1]) == document
+    page = qaic_ray("report", run_folder.name, str(run_folder), "--html", "both.html", cwd=work)
+    assert page.returncode == 0, page.stderr
+    assert (work / "both.html").exists()
 
 
 def test_rows_are_in_input_order_with_their_text_unchanged(

@@ -19,8 +19,9 @@ from qaic_ray.options import RunOptions
 from qaic_ray.pipeline.request import RunRequest
 from qaic_ray.rows import Row
 from qaic_ray.runs.delivery import Proof, RowWriter
-from qaic_ray.runs.driver import Audience, Cause, Driver, FleetResult
+from qaic_ray.runs.driver import Audience, Driver
 from qaic_ray.runs.journal import Journal
+from qaic_ray.runs.result import Cause, FleetResult
 
 NUM_ROWS = 120
 TEXT = "x" * (BLOCK_BYTES // 40)  # three blocks

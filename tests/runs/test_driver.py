@@ -14,7 +14,8 @@ from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.formats.prompts import prompts_from_text
 from qaic_ray.metrics import Durations, Measurement, Span
 from qaic_ray.rows import Prompt, Row
-from qaic_ray.runs.driver import Audience, BrokenOff, Cause, Driver, FleetResult, Progress
+from qaic_ray.runs.driver import Audience, Driver, Progress
+from qaic_ray.runs.result import BrokenOff, Cause, FleetResult
 from qaic_ray.worker.worker import WorkerInfo
 
 

@@ -15,7 +15,8 @@ from qaic_ray.runs.driver import Audience, Driver
 from qaic_ray.runs.journal import Journal
 
 MOST_MOVES = 60
-MOST_MODULES = 10
+MOST_MODULES = 12
+"""Ten that a prompt goes through, the recorder of metrics, and the result of the run."""
 PACKAGE = "qaic_ray."
 
 

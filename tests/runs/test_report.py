@@ -6,65 +6,28 @@ import io
 import json
 import math
 import re
-from collections import Counter
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from simulated_cards import info
+from run_summaries import FAST, Page, make_summary, nothing_ran
 
-from qaic_ray.metrics import Durations, Measurement, Span, Tally
+from qaic_ray.metrics import Durations, Measurement, Tally
+from qaic_ray.report.page import html_page
 from qaic_ray.rows import FinishReason, Prompt, Row
-from qaic_ray.runs.driver import BrokenOff, Cause, FleetResult, WorkerResult
 from qaic_ray.runs.report import (
     MAX_BINS,
     RunSummary,
     histogram,
-    html_page,
     rate_text,
     round_up,
     seconds_text,
     tables,
-    write_report,
 )
-
-FAST = Measurement(
-    rows=3,
-    prompt_tokens=30,
-    generated_tokens=1200,
-    decode_steps=100,
-    decode_tokens=1000,
-    decode_s=10.0,
-    ttft=Durations.of((0.1, 0.2, 0.3)),
-)
-SLOW = replace(FAST, failed_rows=1, decode_s=40.0, ttft=Durations.of((0.4, 0.8)))
-
-
-def make_summary(folder: Path, **changes: Any) -> RunSummary:
-    result = FleetResult(
-        workers=(
-            WorkerResult("card 0", info("card 0", 8), FAST),
-            WorkerResult("card 1", info("card 1", 8), SLOW, error="ActorDiedError: <b>gone</b>"),
-        ),
-        unassigned=Measurement(rows=1, failed_rows=1),
-        span=Span(100.0, 160.0),
-        length_counts={400: 3, 600: 2},
-    )
-    summary = RunSummary(result, "smollm2", "emulated SDK 1.20", folder, "a/model", "a-qpc")
-    return replace(summary, **changes)
-
-
-def nothing_ran() -> FleetResult:
-    worker = WorkerResult("card 0", None, Measurement(), error="DeviceBusy: no NSPs are free")
-    failed = Measurement(rows=2, failed_rows=2)
-    return FleetResult(
-        (worker,), failed, None, {}, broken_off=BrokenOff(Cause.CARDS, "Every card was lost.")
-    )
+from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, WorkerResult
 
 
 def terminal(summary: RunSummary) -> str:
@@ -73,38 +36,6 @@ def terminal(summary: RunSummary) -> str:
         console.print(part)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page; every tag must be closed."""
-
-    VOID = frozenset({"meta"})
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.text = ""
-        self.count: Counter[str] = Counter()
-        self.feed(page)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.count[tag] += 1
-        self.attributes += attrs
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.count[tag] += 1
-        self.attributes += attrs
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.text += data + " "
 
 
 # -- the document
@@ -261,36 +192,6 @@ def test_a_real_sdk_needs_no_excuse(tmp_path: Path) -> None:
     page = html_page(summary.document())
     assert "not a card's speed" not in page
     assert "real SDK 1.20.2" in page
-
-
-def test_the_page_needs_nothing_else_and_shows_everything(tmp_path: Path) -> None:
-    document = make_summary(tmp_path).document()
-    page = html_page(document)
-    parsed = Page(page)
-    names = {name for name, _ in parsed.attributes}
-    assert names.isdisjoint({"src", "href", "srcset", "data", "action"})
-    assert parsed.count["script"] == parsed.count["link"] == parsed.count["img"] == 0
-    assert "url(" not in page
-    assert "@import" not in page
-    assert "//" not in page
-    for text in ("emulated SDK 1.20", "not a card's speed", "40.0", "2,400", "card 1", "100"):
-        assert text in parsed.text
-    assert "<b>gone</b>" in parsed.text
-    assert parsed.count["b"] == 0
-    num_bins = sum(
-        len(document[name]["counts"]) for name in ("ttft_s_histogram", "generated_tokens_histogram")
-    )
-    assert parsed.count["rect"] == num_bins
-    assert parsed.count["i"] == 2
-
-
-def test_the_page_can_be_drawn_from_the_file(tmp_path: Path) -> None:
-    summary = make_summary(tmp_path)
-    write_report(summary)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
-    document = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert html_page(document) == (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert len(list(tables(document))) == len(list(summary.renderables()))
 
 
 # -- the tally

@@ -20,9 +20,10 @@ from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.metrics import Span
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.delivery import Proof, RowWriter
-from qaic_ray.runs.driver import Audience, Driver, FleetResult, Progress
+from qaic_ray.runs.driver import Audience, Driver, Progress
 from qaic_ray.runs.intake import Fingerprint, row_digest
 from qaic_ray.runs.journal import Journal
+from qaic_ray.runs.result import FleetResult
 
 RUN: Fingerprint = {"qpc": "q"}
 

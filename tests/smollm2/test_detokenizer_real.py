@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
-from conftest import PROMPTS
 
 from qaic_ray.model.checkpoint import Checkpoint
 from qaic_ray.model.detokenizer import IncrementalText, StopFinder
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.sampling_params import SamplingParams
 
+PROMPTS = Path(__file__).parents[2] / "jobs" / "prompts" / "english.jsonl"
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 FOREIGN = "日本語と한국어, ไทย မြန်မာ 🙂👩‍👩‍👧 e\u0301 \ufffd العربية"

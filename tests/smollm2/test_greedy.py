@@ -74,13 +74,13 @@ def answer(
             for i, p in enumerate(prompts)
         ]
         done: dict[int, TokenIds] = {}
-        steps = 0
+        num_steps = 0
         while arriving or engine.busy:
-            if arriving and (steps % every == 0 or not engine.busy):
+            if arriving and (num_steps % every == 0 or not engine.busy):
                 engine.add(arriving.pop(0))
             for finished in engine.step():
                 done[finished.sequence.key] = tuple(finished.sequence.output_ids)
-            steps += 1
+            num_steps += 1
     finally:
         session.close()
     return [done[i] for i in range(len(prompts))]

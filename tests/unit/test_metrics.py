@@ -19,9 +19,10 @@ MEASUREMENTS = st.builds(
     **{
         field.name: SECONDS if field.name.endswith("_s") else COUNTS
         for field in fields(Measurement)
-        if field.name != "ttft"
+        if field.name not in ("ttft", "inter_token")
     },
     ttft=st.lists(SECONDS, max_size=5).map(Durations.of),
+    inter_token=st.lists(SECONDS, max_size=5).map(Durations.of),
 )
 
 

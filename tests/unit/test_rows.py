@@ -73,6 +73,18 @@ def test_an_error_row_says_why() -> None:
     assert (row.worker, row.attempts, row.generated_tokens) == ("card 1", 3, 0)
 
 
+def test_times_of_day_are_there_where_a_worker_had_the_row() -> None:
+    row = replace(make_row(), queue_s=0.25, started_at=1764396395.12349, ended_at=1764396398.5)
+    document = row.to_json()
+    assert list(document) == [
+        *DOCUMENTED_KEYS[: DOCUMENTED_KEYS.index("worker")],
+        *("queue_s", "started_at", "ended_at"),
+        *DOCUMENTED_KEYS[DOCUMENTED_KEYS.index("worker") :],
+    ]
+    times = [document[key] for key in ("queue_s", "started_at", "ended_at")]
+    assert times == [0.25, 1764396395.123, 1764396398.5]
+
+
 MESSAGES = ({"role": "system", "content": "s"}, {"role": "user", "content": "My name is"})
 LOGPROBS = (
     TokenLogprob(5, -0.12345678, ((5, -0.12345678), (9, -2.5))),

@@ -14,6 +14,7 @@ from qaic_ray.sdk import (
     name_for_others,
     open_sdk,
     parse_devices,
+    parse_lines,
 )
 
 CARDS = EmulatorOptions(cards=4, sku="standard", apps_version="1.20")
@@ -65,6 +66,12 @@ def test_devices_of_both_tools_are_read() -> None:
     assert first.dram_total_bytes == 16308 * 2**20
     assert (second.qid, second.ready, second.nsp_total) == (3, False, 0)
     assert third.dram_total_bytes == 31391744 * 2**10
+
+
+def test_a_line_with_nothing_behind_its_colon_swallows_no_other() -> None:
+    lines = parse_lines("QID 0\n\tStatus:Ready\n\tBoard serial:\n\tPCI Address:0000:36:00.0\r\n")
+    expected = {"Status": "Ready", "Board serial": "", "PCI Address": "0000:36:00.0"}
+    assert lines == {"0": expected}
 
 
 def test_no_device_is_an_empty_list() -> None:

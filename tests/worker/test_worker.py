@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -151,6 +152,23 @@ def test_a_row_is_the_formulas_answer_up_to_eos(open_worker: Open) -> None:
         assert row.stop_reason is None
         assert (row.prompt_tokens, row.choices, row.logprobs) == (len(text), (), None)
         assert row.ttft_s > 0
+
+
+def test_a_rows_times_of_day_fit_its_durations(open_worker: Open) -> None:
+    before = time.time()
+    rows = answers(open_worker(slots=1), *(prompt(text, i) for i, text in enumerate(["HI", "YES"])))
+    after = time.time()
+    for row in rows:
+        assert row.started_at is not None
+        assert row.ended_at is not None
+        assert row.queue_s is not None
+        assert before <= row.started_at < row.ended_at <= after + 0.1
+        whole_s = row.ended_at - row.started_at
+        assert 0 <= row.queue_s <= whole_s - row.decode_s
+        assert row.ttft_s + row.decode_s <= whole_s + 1e-6  # the engine has it later
+    first, second = rows  # of one shard, and one slot: the second waits for the first
+    assert first.started_at == second.started_at
+    assert second.queue_s > first.queue_s
 
 
 def test_a_rows_own_limit_goes_before_the_runs(open_worker: Open) -> None:

@@ -1,0 +1,62 @@
+"""The command that draws a run's report anew, and compares runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qaic_ray.files.documents import user_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.console import RenderableType
+
+    from qaic_ray.cli import parameters
+
+
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Folder of a run in any state, or its name in runs."),
+    ],
+    show: parameters.JsonOptions,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the page there.")
+    ] = None,
+) -> None:
+    """Draw a run's report anew, from its folder; or compare several runs."""
+    from qaic_ray.cli.screen import write
+    from qaic_ray.files.documents import json_text
+    from qaic_ray.options import RunOptions
+    from qaic_ray.pipeline.looking import known_run
+
+    output = Path(RunOptions().output)
+    folders = [known_run(run, output) for run in runs]
+    page = None if html is None else user_path(html, "--html")
+    if len(folders) == 1:
+        from qaic_ray.report.document import redraw
+        from qaic_ray.runs.report import tables
+
+        document = redraw(folders[0], page)
+        _print(tables(document, page))
+    else:
+        from qaic_ray.report.comparison import compare, comparison_page, comparison_tables
+        from qaic_ray.report.document import write_page
+
+        document = compare(folders)
+        if page is not None:
+            write_page(page, comparison_page(document))
+        _print(comparison_tables(document, page))
+    if show.as_json:
+        write(json_text(document) + "\n")
+
+
+def _print(parts: Iterable[RenderableType]) -> None:
+    from rich.console import Console
+
+    out = Console(soft_wrap=True, highlight=False)
+    for part in parts:
+        out.print(part)

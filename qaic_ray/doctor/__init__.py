@@ -1,0 +1,1 @@
+"""What keeps a machine from working: facts, checks of them, and what to do."""
