@@ -79,11 +79,8 @@ class WorkerInfo:
 
 
 class RowQueue:
-    """Queue from the engine's thread to a shard's thread; returns items in batches.
-
-    Args:
-        gather_s: what is put within this after the first item comes in the same batch, in seconds.
-    """
+    """Queue from the engine's thread to a shard's thread; returns items in batches: what is put
+    within `gather_s` seconds after the first one."""
 
     def __init__(self, gather_s: float) -> None:
         self._gather_s = gather_s
