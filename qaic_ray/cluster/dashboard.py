@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import ray
+from ray._private import utils
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray._private.worker import RayContext
 
@@ -54,6 +55,17 @@ class Dashboard:
             return []
         at = "" if port == DEFAULT_SSH_PORT else f"-p {port} "
         return [f"ssh {at}{forward} {getpass.getuser()}@{server}"]
+
+
+def missing() -> str | None:
+    """Why this Ray has no dashboard, as a sentence with the remedy; None where it has one."""
+    error = utils.get_dashboard_dependency_error()
+    if error is None:
+        return None
+    return (
+        f"Ray's dashboard needs packages that `ray` alone does not bring ({error}): "
+        "`pip install 'ray[default]'` does."
+    )
 
 
 def dashboard_of(context: RayContext, token_file: Path | None) -> Dashboard:

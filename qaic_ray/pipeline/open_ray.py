@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def open_ray(
     ray: RayOptions | LocalRayOptions, num_cards: int, *, name: str, sdk: Sdk, listener: Listener
 ) -> Iterator[Cluster]:
-    """Join or start a Ray, and say where its dashboard is.
+    """Join or start a Ray, and say where its dashboard is, or why it has none.
 
     Args:
         ray: which one.
@@ -33,15 +33,22 @@ def open_ray(
     Raises:
         UsageError: for a cluster that cannot be joined, or a Ray that cannot be kept.
     """
+    from qaic_ray.cluster import dashboard
     from qaic_ray.cluster.cluster import Cluster
 
     address = ray.address if isinstance(ray, RayOptions) else None
     if address is not None and ray.keep_ray:
         raise UsageError("--keep-ray is for a Ray of this machine: leave out it or --address.")
+    lacking = dashboard.missing() if address is None and (ray.dashboard or ray.keep_ray) else None
+    if lacking is not None:
+        if ray.keep_ray:
+            raise UsageError(lacking)
+        listener.remark(lacking)
     listener.began("Ray")
     kept = None if address is not None else _kept(ray, num_cards, sdk, listener)
+    has_dashboard = ray.dashboard and lacking is None
     with Cluster(
-        num_cards, address=address, dashboard=ray.dashboard, kept=kept, name=name
+        num_cards, address=address, dashboard=has_dashboard, kept=kept, name=name
     ) as cluster:
         listener.ended("Ray" if kept is None else "Ray, which stays: `qaic-ray ray stop` ends it")
         if cluster.dashboard is not None:

@@ -42,9 +42,14 @@ def watched(one_ray: OneRay) -> Cluster:
     return one_ray.use("dashboard", with_dashboard)
 
 
+def api(cluster: Cluster) -> str:
+    assert cluster.dashboard is not None
+    return cluster.dashboard.url
+
+
 def tasks(cluster: Cluster) -> set[tuple[str, str]]:
     """The id and the name of all that Ray lists."""
-    listed = state.list_tasks(address=cluster.dashboard_url, limit=10_000)
+    listed = state.list_tasks(address=api(cluster), limit=10_000)
     return {(task.task_id, task.name) for task in listed}
 
 
@@ -81,9 +86,9 @@ def test_jobs_actors_processes_and_tasks_have_names(watched: Cluster, tmp_path: 
     assert {name.partition(" on ")[2] for name in shards} == {"card 3", "card 5"}
     assert not [name for name in names if "num_steps" in name or "measurement" in name]
     assert titles == {"card 3": "ray::card 3", "card 5": "ray::card 5"}
-    actors = state.list_actors(address=watched.dashboard_url, detail=True)
+    actors = state.list_actors(address=api(watched), detail=True)
     assert {actor.repr_name for actor in actors} == {"card 3", "card 5"}
-    jobs = state.list_jobs(address=watched.dashboard_url, detail=True)
+    jobs = state.list_jobs(address=api(watched), detail=True)
     assert [job.metadata for job in jobs] == [{"job_name": "nightly"}]
     logs = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert logs.keys() == {"card-3.log", "card-5.log", "compile-fp16-c14-b1.log"}
@@ -105,19 +110,21 @@ def test_asking_for_steps_is_in_no_list(watched: Cluster, seconds: int) -> None:
 
 
 def test_only_who_has_the_token_sees_it_and_no_log_has_it(watched: Cluster) -> None:
-    assert watched.token_file is not None
-    token = watched.token_file.read_text()
-    url = f"{watched.dashboard_url}/api/cluster_status"
+    assert watched.dashboard is not None
+    assert watched.dashboard.token_command is not None
+    token_file = Path(watched.dashboard.token_command.removeprefix("cat "))
+    token = token_file.read_text()
+    url = f"{api(watched)}/api/cluster_status"
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(url)
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
     with urllib.request.urlopen(request) as answer:
         assert answer.status == 200
-    logs = [path for path in watched.token_file.parent.rglob("*") if path.is_file()]
-    found = [path for path in logs if path != watched.token_file and has(path, token)]
+    logs = [path for path in token_file.parent.rglob("*") if path.is_file()]
+    found = [path for path in logs if path != token_file and has(path, token)]
     assert found == []
     assert len(logs) > 10
-    assert os.stat(watched.token_file).st_mode & 0o777 == 0o600
+    assert os.stat(token_file).st_mode & 0o777 == 0o600
 
 
 def has(path: Path, token: str) -> bool:
