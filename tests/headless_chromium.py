@@ -149,11 +149,16 @@ class HeadlessChromium:
         self.evaluate(f"{chosen}.focus(), document.activeElement.select()")
         self.call("Input.insertText", text=text)
 
-    def scroll_to(self, words: str, selector: str) -> None:
-        """Have the first element of a selector that shows these words at the top of the window."""
+    def scroll_to(self, words: str, selector: str, where: str = "start") -> None:
+        """Have the first element of a selector that shows these words in the window.
+
+        Args:
+            words, selector: as in `click`.
+            where: `start` for the top of the window, `center`.
+        """
         chosen = f"[...document.querySelectorAll({json.dumps(selector)})]"
         has = f"element => element.innerText.includes({json.dumps(words)})"
-        self.evaluate(f"{chosen}.find({has}).scrollIntoView()")
+        self.evaluate(f"{chosen}.find({has}).scrollIntoView({{block: '{where}'}})")
 
     def replace(self, texts: dict[str, str]) -> None:
         """Write other texts in place of these, in what the page shows now."""

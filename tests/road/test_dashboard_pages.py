@@ -132,8 +132,8 @@ def test_a_cards_log_is_behind_its_actor(seen: Seen) -> None:
 
 def test_the_processes_are_the_cards(seen: Seen) -> None:
     seen.opens("cluster", *(f"ray::{card}" for card in CARDS))
-    seen.page.scroll_to("ray::card", "td")
-    seen.picture("cluster", 480)
+    seen.page.scroll_to("ray::card", "a", "center")
+    seen.picture("cluster", 800)
 
 
 def test_the_tasks_are_the_compiles_and_the_shards(seen: Seen) -> None:

@@ -98,7 +98,8 @@ def test_the_next_command_uses_it_and_rays_own_find_it(desk: Desk, kept: str) ->
     assert desk.rays() == {raylet}
     (log,) = {path.name for path in desk.folder.glob("runs/*/logs/*") if "1" in path.name}
     assert log == "card-1.log"
-    assert "knows no detached job" in desk.does("status").stdout
+    assert desk.does("status").stderr == ""  # it asks this Ray for jobs that were handed to it
+    assert "knows no job nobodys" in desk.does("logs", "nobodys", code=2).stderr
     shell = f"eval \"$({sys.executable} -c '{COMMAND[2]}' ray env)\"; {sys.executable} -c"
     said = desk.does("/bin/sh", "-c", f"{shell} '{RAY[2]}' status").stdout
     assert "2.0 QAIC" in said or "4.0 QAIC" in said
