@@ -72,10 +72,11 @@ class Opt:
     """What people read of an option, and how they write it on the command line.
 
     `flag` is made of the field's name where it is empty; with None the option is a job's key only.
-    `group` is its panel in the help. `shown` stands for a default that only the run knows.
-    `argument` names the place of an option that may also stand without its flag. `bare` is what a
-    flag without a value means. `repeated` options are given several times, other lists with commas.
-    Of `off` ones only the opposite is a flag. `free` ones may be said anew of a run that goes on.
+    `short` is a flag of one letter beside it. `group` is its panel in the help. `shown` stands for
+    a default that only the run knows. `argument` names the place of an option that may also stand
+    without its flag. `bare` is what a flag without a value means. `repeated` options are given
+    several times, other lists with commas. Of `off` ones only the opposite is a flag. `free` ones
+    may be said anew of a run that goes on.
     `allowed` ends the sentence that refuses a value.
     """
 
@@ -89,6 +90,7 @@ class Opt:
     allowed: str = ""
     environment: str = ""
     bare: str = ""
+    short: str = ""
     repeated: bool = False
     off: bool = False
     free: bool = False
@@ -231,6 +233,19 @@ def _num_cores(value: int) -> int:
         raise ValueError(str(error)) from error
 
 
+def _share(value: Any) -> Any:
+    """20%, or 0.2, as a number."""
+    if isinstance(value, str):
+        word = value.strip()
+        try:
+            value = float(word.removesuffix("%")) / (100.0 if word.endswith("%") else 1.0)
+        except ValueError:
+            raise ValueError("must be a share, like 20%") from None
+    if not (isinstance(value, int | float) and 0 < value <= 1):
+        raise ValueError("must be a share over 0 and up to 100%, like 20%")
+    return float(value)
+
+
 def _path(value: Any) -> Any:
     if not isinstance(value, str):
         return value
@@ -316,6 +331,7 @@ def one_of(known: Iterable[str]) -> BeforeValidator:
 PositiveInt = Annotated[int, Field(ge=1, le=MAX_SIZE), BeforeValidator(_whole_number)]
 Count = Annotated[int, Field(ge=0, le=MAX_SIZE), BeforeValidator(_whole_number)]
 NumCores = Annotated[int, AfterValidator(_num_cores), BeforeValidator(_whole_number)]
+Share = Annotated[float | str, AfterValidator(_share)]
 PathText = Annotated[str, BeforeValidator(_path)]
 TemplateText = Annotated[str, BeforeValidator(_template)]
 PrecisionName = Annotated[Precision, one_of(known.value for known in Precision)]

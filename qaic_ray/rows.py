@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -27,6 +27,8 @@ class FinishReason(str, Enum):
     """`max_tokens` (`generation_len`) tokens were generated, or the context is full."""
     ERROR = "error"
     """The row could not be answered; `error` says why."""
+    ABORT = "abort"
+    """The row was cancelled; it has no answer."""
 
 
 class ErrorClass(str, Enum):
@@ -38,6 +40,8 @@ class ErrorClass(str, Enum):
     """This model and QPC cannot answer it as asked."""
     DEVICE = "device"
     """A card failed at each attempt."""
+    CANCELLED = "cancelled"
+    """Whoever asked for it did not want it any more."""
 
 
 _TIMES = ("queue_s", "started_at", "ended_at")
@@ -101,7 +105,8 @@ class Prompt:
     """One user prompt and its place in the input; `index` counts from 0 over the whole input.
 
     Where there are `messages`, they are the prompt, and `text` is the user's last message, which
-    the row shows. `sampling` None means the run's, and so does `chat`.
+    the row shows. `sampling` None means the run's, and so does `chat`. With `stream` its tokens are
+    told while they come, which changes no answer.
     """
 
     index: int
@@ -110,6 +115,25 @@ class Prompt:
     messages: tuple[Message, ...] | None = None
     sampling: SamplingParams | None = None
     chat: ChatOptions | None = None
+    stream: bool = False
+
+
+@dataclass(frozen=True)
+class TokenChunk:
+    """What one choice of a streamed row has got on a worker since the chunk before.
+
+    `text` begins at the character `text_at` of the answer, `token_ids` at its token `tokens_at`;
+    the first chunk of each attempt has both at 0. No later token changes the text, which may be
+    behind the tokens. `logprobs` has an entry a token where the row asked for them.
+    """
+
+    index: int
+    choice: int
+    text_at: int
+    text: str
+    tokens_at: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -187,7 +211,7 @@ class Row:
     @property
     def ok(self) -> bool:
         """Whether the row was answered."""
-        return self.finish_reason is not FinishReason.ERROR
+        return self.finish_reason not in (FinishReason.ERROR, FinishReason.ABORT)
 
     @classmethod
     def failed(
@@ -214,6 +238,18 @@ class Row:
             error=error,
             error_class=error_class,
         )
+
+    @classmethod
+    def cancelled(cls, prompt: Prompt, *, worker: str = "", attempts: int = 1) -> Row:
+        """The row of a prompt that nobody wants an answer to any more."""
+        row = cls.failed(
+            prompt,
+            "It was cancelled.",
+            worker=worker,
+            attempts=attempts,
+            error_class=ErrorClass.CANCELLED,
+        )
+        return replace(row, finish_reason=FinishReason.ABORT)
 
     def to_json(self) -> dict[str, Any]:
         """The row as the documented JSON object, keys in the documented order.

@@ -46,7 +46,7 @@ class Timeouts:
     """Compile tasks that are cancelled may take this to end what they started."""
 
     # -- actors
-    steps_s: float = 2.0
+    steps_s: float = 1.0
     """Interval at which each worker is asked for its engine's steps; longer with very many."""
     close_s: float = 5.0
     """Workers that are asked to close, or for their measurements, answer within this."""

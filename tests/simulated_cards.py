@@ -106,6 +106,7 @@ class SimulatedCards:
     ran: list[RunShard] = field(default_factory=list)
     replaced: list[tuple[float, str, int]] = field(default_factory=list)
     quarantined: dict[str, str] = field(default_factory=dict)
+    cancelled: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.names = tuple(f"card {i}" for i in range(len(self.open_s)))
@@ -145,6 +146,10 @@ class SimulatedCards:
         self._left[shard.shard_id] = len(shard.prompts)
         card.queue += [(shard.shard_id, p, shard.attempt) for p in shard.prompts]
         self._fill(shard.worker, card)
+
+    def cancel(self, worker: str, indexes: Sequence[int]) -> None:
+        # Its rows come all the same: the driver must not take them.
+        self.cancelled.append((worker, tuple(indexes)))
 
     def retire(self, worker: str) -> None:
         self._cards.pop(worker, None)

@@ -25,11 +25,16 @@ from qaic_ray import interruption
 from qaic_ray.errors import ClusterLost, ExitCode, QaicRayError, Unfinished, UsageError
 from qaic_ray.files.folders import cache_folder
 
+NO_BARS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+"""Other libraries' progress bars would break the live line. They read these when they are imported,
+here and in every process that this one starts; transformers' own bars follow the hub's."""
+
 
 def main() -> None:
     """Entry point of `qaic-ray`: runs the app; whatever goes wrong is one sentence on stderr."""
     guard_streams()
     interruption.listen()
+    os.environ.update(NO_BARS)
     debug = False
     try:
         from qaic_ray.cli.commands import Interrupted, app, switches

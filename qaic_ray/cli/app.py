@@ -98,12 +98,11 @@ class _FromTree(TyperCommand):
         typed = {word.partition("=")[0] for word in args}
         for flag in self._call.flags:
             flag.flag = next((word for word in flag.spellings if word in typed), flag.flag)
-        is_last = [word.startswith("-") for word in args[1:]] + [True]
-        flags = self._call.flags
-        bare = {word: flag.opt.bare for flag in flags if flag.opt.bare for word in flag.spellings}
+        bare = {word: flag for flag in self._call.flags if flag.opt.bare for word in flag.spellings}
+        following = [*args, None][1:] if args else []
         full = [
-            f"{word}={bare[word]}" if ends and word in bare else word
-            for word, ends in zip(args, is_last, strict=False)
+            f"{word}={flag.opt.bare}" if flag and not flag.takes(after) else word
+            for word, after, flag in zip(args, following, map(bare.get, args), strict=True)
         ]
         return list(super().parse_args(ctx, full))
 

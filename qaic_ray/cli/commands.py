@@ -21,6 +21,7 @@ from qaic_ray.errors import UsageError
 if TYPE_CHECKING:
     from qaic_ray import options
     from qaic_ray.cli import parameters
+    from qaic_ray.cli.answers import Streaming
     from qaic_ray.cli.screen import Screen
 
 
@@ -47,7 +48,7 @@ def launch(
     overrides: SetOption = None,
 ) -> None:
     """Run a whole job: export, compile, run on every card, report."""
-    from qaic_ray.cli.screen import ProgressLog, Screen
+    from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.job import launch_job, load_job
     from qaic_ray.pipeline.submit_step import SubmitRequest, submit_step
 
@@ -60,11 +61,35 @@ def launch(
         return
     if submit.folder is not None:
         _enter(Path(submit.folder))
-    kind = Screen if show.stream else ProgressLog
-    screen = kind(stream=show.stream, as_json=show.as_json)
-    resume = _folder_to_resume(resuming, loaded.run.output, screen, job=loaded.name)
-    summary = launch_job(loaded, screen, resume=resume, retry_errors=resuming.retry_errors)
-    screen.finish(summary)
+    with _live_screen(show) as screen:
+        resume = _folder_to_resume(resuming, loaded.run.output, screen, job=loaded.name)
+        screen.show_answers(_streaming(show, loaded.run.prompt))
+        summary = launch_job(
+            loaded,
+            screen,
+            resume=resume,
+            retry_errors=resuming.retry_errors,
+            stop_if_errors=_share(show),
+        )
+        screen.finish(summary)
+
+
+def _live_screen(show: parameters.ViewOptions) -> Screen:
+    from qaic_ray.cli.screen import Screen
+
+    return Screen(as_json=show.as_json, verbose=show.verbose, log_json=show.log_format == "json")
+
+
+def _share(show: parameters.ShowOptions) -> float | None:
+    return None if show.stop_if_errors is None else float(show.stop_if_errors)
+
+
+def _streaming(show: parameters.ShowOptions, prompt: str | None) -> Streaming:
+    """How answers are printed of a run of that prompt, or of a file where it is None."""
+    from qaic_ray.cli.answers import Streaming, chosen
+
+    asked = Streaming.NONE if show.no_stream else Streaming(show.stream)
+    return chosen(asked, prompt=prompt, is_terminal=sys.stdout.isatty())
 
 
 def _folder_to_resume(
@@ -112,14 +137,13 @@ def plan(job: JobArgument, overrides: SetOption = None) -> None:
 def export(
     model: options.ModelOptions,
     how: Annotated[options.ExportOptions, {"continuous_batching": False, "verify": "full"}],
-    show: parameters.JsonOptions,
+    show: parameters.ViewOptions,
 ) -> None:
     """Make an ONNX model with its KV cache from a checkpoint, and check it against PyTorch."""
-    from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.job import export_step
 
-    screen = Screen(as_json=show.as_json)
-    screen.exported(export_step(model, how, screen))
+    with _live_screen(show) as screen:
+        screen.exported(export_step(model, how, screen))
 
 
 @command(app)
@@ -131,20 +155,19 @@ def compile(  # the recipe's word
     grid: options.CompileOptions,
     ray: Annotated[options.LocalRayOptions, {"dashboard": False}],
     sdk: options.SdkOptions,
-    show: parameters.JsonOptions,
+    show: parameters.ViewOptions,
 ) -> None:
     """Compile a model into QPCs: every combination of the lists, in parallel, each built once."""
-    from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.compile_step import compile_step, requested_builds, specializations_file
 
-    screen = Screen(as_json=show.as_json)
-    given = None if shapes.specializations is None else Path(shapes.specializations)
-    file = specializations_file(given, grid)
-    if file != given:
-        screen.remark(f"{file} of this folder says the shapes, as in the published recipe.")
-    builds = requested_builds(model_dir, grid, sdk_choice(sdk, screen).here, file)
-    outcomes = compile_step(builds, grid.parallel, screen, ray)
-    screen.compiled_all(outcomes)
+    with _live_screen(show) as screen:
+        given = None if shapes.specializations is None else Path(shapes.specializations)
+        file = specializations_file(given, grid)
+        if file != given:
+            screen.remark(f"{file} of this folder says the shapes, as in the published recipe.")
+        builds = requested_builds(model_dir, grid, sdk_choice(sdk, screen).here, file)
+        outcomes = compile_step(builds, grid.parallel, screen, ray)
+        screen.compiled_all(outcomes)
 
 
 @command(app)
@@ -158,22 +181,27 @@ def run(
     given: parameters.Given,
 ) -> None:
     """Answer prompts on every card, one Ray actor a card; print texts and tokens/s."""
-    from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.request import RunRequest, resolved, resumed
     from qaic_ray.pipeline.run_step import run_step
 
-    screen = Screen(stream=show.stream, as_json=show.as_json)
-    if resuming.resume is not None:
-        given.refuse_changes(resuming.resume)
-    resume = _folder_to_resume(resuming, asked.output, screen)
-    if resume is not None:
-        request = resumed(resume, asked)
-    elif program.model_name is None or program.qpc is None:
-        raise UsageError("Give --model-name and --qpc, or --resume with the folder of a run.")
-    else:
-        request = RunRequest("run", program.model_name, Path(program.qpc), resolved(asked))
-    request = replace(request, ray=ray, retry_errors=resuming.retry_errors)
-    screen.finish(run_step(request, sdk_choice(sdk, screen), screen))
+    with _live_screen(show) as screen:
+        if resuming.resume is not None:
+            given.refuse_changes(resuming.resume)
+        resume = _folder_to_resume(resuming, asked.output, screen)
+        if resume is not None:
+            request = resumed(resume, asked)
+        elif program.model_name is None or program.qpc is None:
+            raise UsageError("Give --model-name and --qpc, or --resume with the folder of a run.")
+        else:
+            request = RunRequest("run", program.model_name, Path(program.qpc), resolved(asked))
+        request = replace(
+            request,
+            ray=ray,
+            retry_errors=resuming.retry_errors,
+            stop_if_errors=_share(show),
+        )
+        screen.show_answers(_streaming(show, request.run.prompt))
+        screen.finish(run_step(request, sdk_choice(sdk, screen), screen))
 
 
 command(app)(report)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import ValidationError
@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from qaic_ray import options
 from qaic_ray.errors import UsageError
 from qaic_ray.files.documents import as_object, parse_json, shown, with_given
-from qaic_ray.option_types import Opt, OptionValue, PathText, Section, opt, options_of
+from qaic_ray.option_types import Opt, OptionValue, PathText, Section, Share, opt, options_of
 
 RESUME_LAST = "last"
 """What `--resume` means where nothing follows it: the run that began last and is not finished."""
@@ -73,10 +73,33 @@ class JsonOptions(Section):
     )
 
 
-class ShowOptions(JsonOptions):
+class ViewOptions(JsonOptions):
+    """What is shown while something goes on."""
+
+    verbose: bool = opt(False, "Show a line a card too.", short="-v", free=True)
+    log_format: Literal["text", "json"] = opt(
+        "text", "How lines on stderr are written where it is no terminal.", free=True
+    )
+
+
+class ShowOptions(ViewOptions):
     """What is printed."""
 
-    stream: bool = opt(True, "Print answers as they come.", free=True)
+    stream: Literal["auto", "rows", "ordered", "tokens"] = opt(
+        "auto",
+        "Print answers as they end, in input order, or one's text as it is generated. auto: a "
+        "single prompt's tokens or rows on a terminal, else ordered.",
+        bare="ordered",
+        free=True,
+    )
+    no_stream: bool = opt(False, "Print no answers.", free=True)
+    stop_if_errors: Share | None = opt(
+        None,
+        "End the run early where that share of at least 20 rows failed.",
+        example="20%",
+        metavar="<share>",
+        free=True,
+    )
 
 
 class SubmitOptions(Section):
@@ -202,6 +225,8 @@ class Flag:
         self.name = self.flag.lstrip("-").replace("-", "_")
         # With dashes, and with underscores as in the old scripts.
         self.spellings = list(dict.fromkeys([self.flag, f"--{self.name}"]))
+        if opt.short:
+            self.spellings.append(opt.short)
 
     def parameter(self) -> inspect.Parameter:
         """As typer takes it."""
@@ -222,6 +247,12 @@ class Flag:
         )
         annotation = list[str] | None if self.opt.repeated else self.value.scalar | None
         return inspect.Parameter(self.name, _BY_NAME, default=info, annotation=annotation)
+
+    def takes(self, word: str | None) -> bool:
+        """Whether a word that follows the flag is its value; None: nothing follows."""
+        if word is None or word.startswith("-"):
+            return False
+        return not self.value.words or word in self.value.words
 
     def argument(self) -> inspect.Parameter:
         """The place where it may stand without its flag."""

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
-from qaic_ray.compile.store import Build
+from qaic_ray.cli.answers import Answers, Streaming
+from qaic_ray.cli.grid_watch import GridWatch
+from qaic_ray.cli.live_line import LiveLine, write_json_line
+from qaic_ray.cli.live_text import Stage, warning_line
+from qaic_ray.compile.store import Build, BuildRequest
 from qaic_ray.errors import CompileError, ExitCode, QaicRayError, Unfinished
 from qaic_ray.files.documents import json_text
 
@@ -29,71 +35,106 @@ if TYPE_CHECKING:
     from qaic_ray.pipeline.submit_step import Parcel, SubmitRequest
     from qaic_ray.rows import Row
     from qaic_ray.runs.report import RunSummary
+    from qaic_ray.runs.run_view import RunFollower, RunView
+    from qaic_ray.runs.token_streams import TokenDelta
     from qaic_ray.sdk import Device, Sdk
     from qaic_ray.worker.worker import WorkerInfo
 
 GIB = 2**30
-PROGRESS_EVERY_S = 10.0
 
 _right = partial(Column, justify="right")
 
 
-class Screen:
-    """Draws for people.
+class Screen(AbstractContextManager["Screen"]):
+    """Draws for people. Within its context there is a live line, if anything goes on.
 
     Args:
-        stream: whether answers are printed as they come.
+        stream: whether answers are printed as they come, in input order.
         as_json: whether stdout ends with one JSON object on one line.
+        verbose: a line a card too.
+        log_json: what is said on stderr is objects of JSON.
     """
 
-    def __init__(self, *, stream: bool = False, as_json: bool = False) -> None:
-        self._stream, self._as_json = stream, as_json
+    def __init__(
+        self,
+        *,
+        stream: bool = False,
+        as_json: bool = False,
+        verbose: bool = False,
+        log_json: bool = False,
+    ) -> None:
+        self._as_json, self._log_json = as_json, log_json
         self._out = Console(soft_wrap=True, highlight=False)
         self._note = Console(stderr=True, soft_wrap=True, highlight=False).print
         self._began_s = time.monotonic()
+        self._live = LiveLine(as_json=log_json, verbose=verbose)
+        self._grid: GridWatch | None = None
+        self.show_answers(Streaming.ORDERED if stream else Streaming.NONE)
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def show_answers(self, streaming: Streaming) -> None:
+        """How answers are printed from now on."""
+        self._answers = Answers(self._out, streaming)
+        self._shares_terminal = sys.stdout.isatty()
 
     # -- while it runs: the pipeline's Listener
 
     def sdk_chosen(self, sdk: Sdk) -> None:
         """Say which SDK everything goes through, and what that means for figures."""
         if sdk.kind == "emulated":
-            self._note(
+            self._say(
                 f"[yellow]{sdk.label}[/]: no card here; the road is the production one, the speed "
                 "is this machine's."
             )
         else:
-            self._note(f"{sdk.label} at {escape(str(sdk.root))}")
+            self._say(f"{sdk.label} at {escape(str(sdk.root))}")
 
     def began(self, stage: str) -> None:
         """A stage begins."""
-        self._began_s = time.monotonic()
-        self._note(f"[dim]… {escape(stage)}[/]")
+        began_s = self._began_s = time.monotonic()
+        self._say(f"[dim]… {escape(stage)}[/]")
+        self._live.show(lambda: Stage(stage, time.monotonic() - began_s))
 
     def ended(self, stage: str) -> None:
         """The stage that began last is done."""
         seconds = time.monotonic() - self._began_s
-        self._note(f"[green]✓[/] {escape(stage)} [dim]{seconds:.1f} s[/]")
+        self._live.stop()
+        self._say(f"[green]✓[/] {escape(stage)} [dim]{seconds:.1f} s[/]")
+
+    def compiling(self, number: int) -> None:
+        """So many variants are compiled from now on."""
+        self._grid = GridWatch(number)
+        self._live.show(self._grid.view)
+
+    def building(self, request: BuildRequest) -> None:
+        """The build of a variant begins."""
+        if self._grid is not None:
+            self._grid.began(request)
 
     def compiled(self, variant: Variant, result: Build | QaicRayError) -> None:
         """One variant is there, or failed."""
+        if self._grid is not None and self._grid.ended(variant.label, ok=isinstance(result, Build)):
+            self._live.stop()
         label = escape(variant.label)
         if isinstance(result, Build):
             how = "kept" if result.reused else f"{result.seconds:.1f} s"
             size = f"{result.qpc_bytes / 2**20:.0f} MiB"
-            self._note(f"  [green]✓[/] compile {label} [dim]{how}, {size}[/]")
+            self._say(f"  [green]✓[/] compile {label} [dim]{how}, {size}[/]")
         else:
-            self._note(f"  [red]✗[/] compile {label}: {escape(str(result))}")
+            self._say(f"  [red]✗[/] compile {label}: {escape(str(result))}")
 
     def card_ready(self, info: WorkerInfo) -> None:
         """A card has loaded its program."""
-        self._note(
+        self._say(
             f"  [green]✓[/] {escape(info.name)} ready [dim]{info.load_s:.1f} s, "
             f"{info.slots} slots of {info.ctx_len} tokens[/]"
         )
 
     def remark(self, text: str) -> None:
         """Something that the user may want to mend."""
-        self._note(f"[yellow]{escape(text)}[/]")
+        self._say(f"[yellow]{escape(text)}[/]")
 
     def dashboard(self, ways_in: Sequence[str]) -> None:
         """Say where Ray's dashboard is, its URL on a line of its own."""
@@ -102,20 +143,52 @@ class Screen:
 
     def run_folder(self, folder: Path) -> None:
         """Where the run is kept."""
-        self._note(f"[dim]run folder[/] {escape(str(folder))}")
+        self._say(f"[dim]run folder[/] {escape(str(folder))}")
 
     def answered(self, row: Row) -> None:
-        """Print the next answer, in input order."""
-        if not self._stream:
+        """The next row, in input order."""
+        answers = self._answers
+        if answers.streaming in (Streaming.ORDERED, Streaming.TOKENS):
+            with self._beside():
+                answers.answered(row)
+            self._live.unhide()
+
+    def saved(self, row: Row) -> None:
+        """A row is in the journal."""
+        if self._answers.streaming is Streaming.ROWS:
+            with self._beside():
+                self._answers.saved(row)
+
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether text is shown while it is generated."""
+        return self._answers.streaming is Streaming.TOKENS
+
+    def generated(self, deltas: Sequence[TokenDelta]) -> None:
+        """Rows got tokens; while one is being written, the live line would break it."""
+        with self._beside(hide=True):
+            self._answers.generated(deltas)
+
+    def running(self, watch: RunFollower) -> None:
+        """A run goes on; how it stands can be asked for."""
+        self._live.show(watch.view)
+
+    def going(self, view: RunView) -> None:
+        """The first rows have ended."""
+        self._say(f"[yellow]{escape(warning_line(view))}[/]")
+
+    def _beside(self, *, hide: bool = False) -> AbstractContextManager[None]:
+        """Print on stdout; where that is the live line's terminal, without it."""
+        return self._live.paused(hide=hide) if self._shares_terminal else nullcontext()
+
+    def _say(self, markup: str) -> None:
+        """A line on stderr."""
+        if self._log_json:
+            text = Text.from_markup(markup).plain.strip()
+            write_json_line({"event": "note", "text": text})
             return
-        head = f"[bold cyan]{row.index}[/]" + (f" [cyan]{escape(row.id)}[/]" if row.id else "")
-        self._out.print(f"{head} [dim]{escape(_one_line(row.prompt))}[/]")
-        if not row.ok:
-            self._out.print(f"[red]{escape(row.error or '')}[/]", end="\n\n")
-            return
-        for number, choice in enumerate(row.choices, start=1):
-            self._out.print(f"[dim]{number} of {len(row.choices)}[/] {escape(choice.text)}")
-        self._out.print("" if row.choices else f"{escape(row.text)}\n")
+        with self._live.paused():
+            self._note(markup)
 
     # -- at the end
 
@@ -125,7 +198,8 @@ class Screen:
         Raises:
             Unfinished: the run ended before its input did.
         """
-        if self._stream:
+        self._live.stop()
+        if self._answers.streaming is not Streaming.NONE:
             self._out.rule(style="dim")
         for part in summary.renderables():
             self._out.print(part)
@@ -246,11 +320,6 @@ def _verification_table(report: VerifyReport) -> Table:
     return table
 
 
-def _one_line(text: str, limit: int = 100) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
 def _compiled_document(variant: Variant, result: Build | QaicRayError) -> dict[str, Any]:
     document: dict[str, Any] = {"name": variant.name, "ok": isinstance(result, Build)}
     if isinstance(result, Build):
@@ -260,23 +329,6 @@ def _compiled_document(variant: Variant, result: Build | QaicRayError) -> dict[s
     if isinstance(result, CompileError):
         document["exit_code"] = result.exit_code
     return document
-
-
-class ProgressLog(Screen):
-    """A screen without a terminal: in place of answers how many there are, now and then."""
-
-    _rows = _failed_rows = 0
-    _next_s = 0.0
-
-    def answered(self, row: Row) -> None:
-        """Count a row."""
-        self._rows += 1
-        self._failed_rows += not row.ok
-        if time.monotonic() >= self._next_s:
-            from qaic_ray.pipeline.submit_step import progress_line
-
-            self._next_s = time.monotonic() + PROGRESS_EVERY_S
-            sys.stderr.write(progress_line(self._rows, self._failed_rows) + "\n")
 
 
 def write(text: str) -> None:

@@ -7,35 +7,31 @@ that died is not restarted; `replace` creates another one with the same name in 
 from __future__ import annotations
 
 import math
-import os
-import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
-import ray._private.worker
-import ray._raylet
 import ray.exceptions as ray_errors
 from ray import ObjectRef, ObjectRefGenerator
 from ray.actor import ActorHandle, ActorMethod
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qaic_ray.cards.inventory import CARD_RESOURCE
-from qaic_ray.cluster.connection import CARD_CPUS, call_for, first_line
-from qaic_ray.cluster.ray_metrics import record_worker
-from qaic_ray.cluster.worker_logs import say
+from qaic_ray.cluster.actor_process import open_worker, said_by
+from qaic_ray.cluster.connection import CARD_CPUS, call_for
 from qaic_ray.dispatch.dispatcher import (
     Event,
     RowsFinished,
     RunShard,
     ShardFailed,
     ShardFinished,
+    TokensGenerated,
     WorkerLost,
     WorkerProgress,
     WorkerReady,
@@ -50,6 +46,9 @@ if TYPE_CHECKING:
     from qaic_ray.worker.worker import CardWorker, WorkerInfo, WorkerSpec
 
 CONTROL_GROUP = "control"
+TOKENS_GROUP = "tokens"
+TOKEN_MESSAGES = 2
+"""Messages of tokens that a worker may be ahead of the driver; what comes then is in the next."""
 MAX_ASKED_PER_S = 100
 """Workers that are asked for their steps in a second; with many, each is asked less often."""
 
@@ -84,7 +83,9 @@ class CardActors(AbstractContextManager["CardActors"]):
         self.names = tuple(spec.name for spec in specs)
         self._specs = {spec.name: spec for spec in specs}
         self._max_shards = policy.max_shards
-        self._actor_class = ray.remote(concurrency_groups={CONTROL_GROUP: 1})(worker_class)
+        self._actor_class = ray.remote(concurrency_groups={CONTROL_GROUP: 1, TOKENS_GROUP: 1})(
+            worker_class
+        )
         self._num_cpus = num_cpus
         self._timeouts = timeouts
         self._namespace = f"qaic-ray-{uuid.uuid4().hex}"
@@ -93,6 +94,7 @@ class CardActors(AbstractContextManager["CardActors"]):
         self._infos: dict[str, WorkerInfo] = {}
         self._in_flight: dict[ObjectRef | ObjectRefGenerator, tuple[str, _Returned]] = {}
         self._events: deque[Event] = deque()
+        self._streaming: set[str] = set()  # their tokens are listened to
         self._silent: set[str] = set()  # asked for their steps, and have not answered
         self._next_ask_s = 0.0
         for name in self.names:
@@ -133,8 +135,22 @@ class CardActors(AbstractContextManager["CardActors"]):
         answer = self._actors[shard.worker].answer.options(
             num_returns="streaming", name=f"shard {shard.shard_id} on {shard.worker}"
         )
+        if shard.worker not in self._streaming and any(p.stream for p in shard.prompts):
+            self._streaming.add(shard.worker)
+            tokens = self._actors[shard.worker].tokens.options(
+                num_returns="streaming",
+                concurrency_group=TOKENS_GROUP,
+                name=f"tokens of {shard.worker}",
+                _generator_backpressure_num_objects=TOKEN_MESSAGES,
+            )
+            self._listen_to_tokens(tokens.remote(), shard.worker)
         stream = answer.remote(shard.prompts, shard.attempt)
         self._listen_to(stream, shard.worker, shard.shard_id)
+
+    def cancel(self, worker: str, indexes: Sequence[int]) -> None:
+        """End these rows on a worker, those that it still has; nothing where it is gone."""
+        if worker in self._actors:
+            _control(self._actors[worker].cancel, indexes)
 
     def retire(self, worker: str) -> None:
         """End a worker's process, if it is there; no further event comes of it."""
@@ -143,6 +159,7 @@ class CardActors(AbstractContextManager["CardActors"]):
             ray.kill(actor)
         self._infos.pop(worker, None)
         self._silent.discard(worker)
+        self._streaming.discard(worker)
         self._in_flight = {ref: call for ref, call in self._in_flight.items() if call[0] != worker}
 
     def replace(self, worker: str, incarnation: int) -> None:
@@ -185,11 +202,14 @@ class CardActors(AbstractContextManager["CardActors"]):
             max_concurrency=self._max_shards,
         ).remote(spec)
         self._actors[name] = actor
-        opened = actor.__ray_call__.options(name=f"open {name}").remote(_open, self._timeouts)
+        opened = actor.__ray_call__.options(name=f"open {name}").remote(open_worker, self._timeouts)
         self._in_flight[opened] = name, partial(self._opened, name)
 
     def _listen_to(self, stream: ObjectRefGenerator, worker: str, shard_id: int) -> None:
         self._in_flight[stream] = worker, partial(self._rows, worker, shard_id)
+
+    def _listen_to_tokens(self, stream: ObjectRefGenerator, worker: str) -> None:
+        self._in_flight[stream] = worker, partial(self._tokens, worker)
 
     def _ask_for_steps(self, now_s: float) -> None:
         """Ask every open worker that has answered before; the answers come as events."""
@@ -198,7 +218,7 @@ class CardActors(AbstractContextManager["CardActors"]):
         self._next_ask_s = now_s + max(self._timeouts.steps_s, len(self._infos) / MAX_ASKED_PER_S)
         for name in self._infos.keys() - self._silent:
             self._silent.add(name)
-            ref = _control(self._actors[name].num_steps)
+            ref = _control(self._actors[name].progress)
             self._in_flight[ref] = name, partial(self._steps, name)
 
     def _next_ref(self, timeout_s: float) -> ObjectRef | ObjectRefGenerator | None:
@@ -228,7 +248,7 @@ class CardActors(AbstractContextManager["CardActors"]):
             if isinstance(error, ray_errors.RayTaskError):
                 if not (incarnation or isinstance(error.cause, DeviceError)):
                     raise error.cause from error
-                why = _text(error.cause)
+                why = said_by(error.cause)
             elif getattr(error, "actor_init_failed", False) and not incarnation:
                 # It does nothing that could fail there.
                 raise UsageError(
@@ -243,7 +263,9 @@ class CardActors(AbstractContextManager["CardActors"]):
     def _steps(self, worker: str, ref: ObjectRef) -> Event | None:
         self._silent.discard(worker)
         try:
-            return WorkerProgress(worker, ray.get(ref), self._specs[worker].incarnation)
+            num_steps, num_tokens, running = ray.get(ref)
+            incarnation = self._specs[worker].incarnation
+            return WorkerProgress(worker, num_steps, incarnation, num_tokens, running)
         except ray_errors.RayError as error:
             return self._lost(worker, error)
 
@@ -255,11 +277,21 @@ class CardActors(AbstractContextManager["CardActors"]):
         except ray_errors.RayTaskError as error:
             cause = error.cause
             retryable = isinstance(cause, ray_errors.RayError) or getattr(cause, "retryable", False)
-            return ShardFailed(worker, shard_id, _text(cause), retryable)
+            return ShardFailed(worker, shard_id, said_by(cause), retryable)
         except ray_errors.RayError as error:  # of the actor's process, its node, its objects
             return self._lost(worker, error)
         self._listen_to(stream, worker, shard_id)  # at the end: every worker gets its turn
         return RowsFinished(worker, shard_id, tuple(item))
+
+    def _tokens(self, worker: str, stream: ObjectRefGenerator) -> Event | None:
+        try:
+            chunks = ray.get(next(stream))
+        except StopIteration:
+            return None
+        except ray_errors.RayError as error:
+            return self._lost(worker, error)
+        self._listen_to_tokens(stream, worker)
+        return TokensGenerated(worker, tuple(chunks))
 
     def _lost(self, worker: str, error: ray_errors.RayError) -> Event:
         self.retire(worker)
@@ -300,86 +332,10 @@ def loss(error: ray_errors.RayError) -> str:
         why = "its process died"
     else:
         why = "Ray lost it"
-    return f"{why} ({_text(error)})"
+    return f"{why} ({said_by(error)})"
 
 
-def chooses_units() -> bool:
-    """Whether Ray chooses which cards an actor gets; asked on a node of the cluster.
-
-    The setting is the head's, or a variable of the node's own.
-    """
-    from ray._private.state import state
-
-    setting = "custom_unit_instance_resources"
-    named = os.environ.get(f"RAY_{setting}") or state.get_system_config().get(setting) or ""
-    return CARD_RESOURCE in str(named).split(",")
-
-
-def card_units() -> tuple[int, ...]:
-    """The numbers of the cards that Ray gave to this process, an actor's, where Ray chooses."""
-    from ray._private.worker import global_worker
-
-    units = global_worker.core_worker.resource_ids().get(CARD_RESOURCE, [])
-    return tuple(sorted(int(unit) for unit, _ in units))
-
-
-def _open(worker: CardWorker, timeouts: Timeouts) -> WorkerInfo:
-    """Open a worker's cards, in its actor; those whose numbers Ray gave to it, where it chooses."""
-    die_with_parent(worker.close, timeouts)
-    _title_process(worker.spec.name)
-    if worker.spec.metrics:
-        record_worker(worker)
-    choices = worker.spec.choices
-    chosen = tuple(choices[unit] for unit in card_units()) if choices else worker.spec.device_ids
-    say(f"{worker.spec.name}: process {os.getpid()} opens device {', '.join(map(str, chosen))}")
-    try:
-        info = worker.open(chosen) if choices else worker.open()
-    except Exception as error:
-        say(f"{worker.spec.name}: {_text(error)}")
-        raise
-    say(f"{worker.spec.name}: ready after {info.load_s:.1f} s, {info.slots} slots")
-    return info
-
-
-def _title_process(name: str) -> None:
-    """Have `ps` and the dashboard call this process, an actor's, by its card.
-
-    Ray would name it by its class, and by each call while that runs.
-    """
-
-    @contextmanager
-    def titled(*_: object) -> Iterator[None]:
-        ray._raylet.setproctitle(f"ray::{name}")
-        yield
-
-    ray._private.worker._changeproctitle = titled
-
-
-def die_with_parent(close: Callable[[], object], timeouts: Timeouts) -> None:
-    """End this process, an actor's, with the raylet that started it: it holds cards.
-
-    Ray itself ends such a process only when the cluster's head has missed the raylet for a while.
-
-    Args:
-        close: gives the cards back; may hang.
-        timeouts: `parent_s` and `close_s` are used.
-    """
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(timeouts.parent_s)
-        call_for(timeouts.close_s, close)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="watch raylet", daemon=True).start()
-
-
-def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
-
-
-def _control(method: ActorMethod, *arguments: int) -> ObjectRef:
+def _control(method: ActorMethod, *arguments: object) -> ObjectRef:
     """Call an actor's method in the group that shards do not use; no list of tasks has the call."""
     called = method.options(concurrency_group=CONTROL_GROUP, enable_task_events=False)
     return called.remote(*arguments)

@@ -21,7 +21,8 @@ from ray._private.state import available_resources_per_node
 from ray._private.worker import RayContext
 
 from qaic_ray.cards.inventory import CARD_RESOURCE, Node, NodeCards, look, problems
-from qaic_ray.cluster.actors import CardActors, cards_needed, chooses_units, loss, on_node
+from qaic_ray.cluster.actor_process import chooses_units
+from qaic_ray.cluster.actors import CardActors, cards_needed, loss, on_node
 from qaic_ray.cluster.compile_tasks import Request, Result, run_builds
 from qaic_ray.cluster.connection import (
     CARD_CPUS,
@@ -146,6 +147,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         *,
         parallel: int,
         on_done: Callable[[str, Result | QaicRayError], None],
+        on_begin: Callable[[str], None] | None = None,
     ) -> None:
         """Run `build` on every request; see `run_builds`."""
         with self._losses():

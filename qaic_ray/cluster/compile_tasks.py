@@ -25,6 +25,7 @@ def run_builds(
     *,
     parallel: int,
     on_done: Callable[[str, Result | QaicRayError], None],
+    on_begin: Callable[[str], None] | None = None,
     timeouts: Timeouts,
 ) -> None:
     """Run `build` on every request, each as one Ray task named `compile <label>`.
@@ -35,6 +36,7 @@ def run_builds(
         parallel: how many run at a time.
         on_done: called with each label and its result, as they come. An error of ours is a
             result; a task whose process died is a CompileError.
+        on_begin: called with each label whose task is submitted.
         timeouts: `cancel_s` is used.
     """
     waiting = deque(requests.items())
@@ -45,6 +47,8 @@ def run_builds(
                 label, request = waiting.popleft()
                 task = _BUILD.options(name=f"compile {label}", num_cpus=1, max_retries=0)
                 running[task.remote(build, label, request)] = label
+                if on_begin is not None:
+                    on_begin(label)
             (ref,), _ = ray.wait(list(running), num_returns=1)
             label = running.pop(ref)
             on_done(label, _built(label, ref))

@@ -32,6 +32,7 @@ from qaic_ray.files.documents import checked, read_object, shown
 from qaic_ray.files.folders import (
     KeptFile,
     SourceFile,
+    being_built,
     building,
     first_fault,
     foreign_files,
@@ -130,6 +131,11 @@ def build(request: BuildRequest, compiler: CompilerCall | None = None) -> Build:
                     raise CompileError(f"Cannot write {target}: {error.strerror}.") from error
     size = sum(file.stat().st_size for file in _files(target))
     return Build(target, request.variant.name, reused, time.monotonic() - start_s, size)
+
+
+def build_log(request: BuildRequest) -> Path | None:
+    """The compiler's log while a variant is built; None where nothing is, on this machine."""
+    return next((folder / LOG_FILE for folder in being_built(request.target)), None)
 
 
 def check_request(request: BuildRequest) -> None:

@@ -7,7 +7,8 @@ Events and commands are plain frozen data that pickles. Each command that someth
 its events:
 
     ReadPrompts   -> PromptsRead
-    RunShard      -> RowsFinished (any number), then ShardFinished, ShardFailed or WorkerLost
+    RunShard      -> RowsFinished (any number), then ShardFinished, ShardFailed or WorkerLost;
+                     TokensGenerated where prompts have `stream`
     ReplaceWorker -> WorkerReady or WorkerLost
 
 What is said of a worker carries its `incarnation`, counted from 0: how often it was opened before.
@@ -24,7 +25,7 @@ from qaic_ray.dispatch.assignment import Assignment
 from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
 from qaic_ray.dispatch.prompts import PromptTable, Shard
 from qaic_ray.dispatch.workers import WorkerPool, WorkerState, WorkerStatus
-from qaic_ray.rows import Prompt, Row
+from qaic_ray.rows import Prompt, Row, TokenChunk
 
 
 class Event:
@@ -72,13 +73,16 @@ class WorkerLost(Event):
 class WorkerProgress(Event):
     """A worker's engine has made `num_steps` steps since it was opened.
 
-    From its first one on a worker is watched: while it has prompts and makes no step for a limit
-    that follows from its own speed, it is stalled.
+    These gave `generated_tokens`, and `running` rows are in its slots. From its first one on a
+    worker is watched: while it has prompts and makes no step for a limit that follows from its own
+    speed, it is stalled.
     """
 
     worker: str
     num_steps: int
     incarnation: int = 0
+    generated_tokens: int = 0
+    running: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,24 @@ class ShardFailed(Event):
 
 
 @dataclass(frozen=True)
+class TokensGenerated(Event):
+    """Rows of prompts with `stream` got tokens in one or more steps of a worker.
+
+    The dispatcher does nothing about it.
+    """
+
+    worker: str
+    chunks: tuple[TokenChunk, ...]
+
+
+@dataclass(frozen=True)
+class PromptsCancelled(Event):
+    """Nobody wants answers to these any more; those that are not open are passed over."""
+
+    indexes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class TimePassed(Event):
     """Nothing happened until the dispatcher's `wake_s`."""
 
@@ -128,6 +150,14 @@ class RunShard(Command):
     shard_id: int
     prompts: tuple[Prompt, ...]
     attempt: int
+
+
+@dataclass(frozen=True)
+class CancelRows(Command):
+    """End these rows on a worker, if it has them still; it goes on with its others."""
+
+    worker: str
+    indexes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -240,7 +270,9 @@ class Dispatcher:
             case RunStarted(names):
                 self._is_started = True
                 self._pool.start(names, self._now_s)
-            case TimePassed():
+            case PromptsCancelled(indexes):
+                self._cancel(indexes)
+            case TokensGenerated() | TimePassed():
                 pass  # workers that are due are looked at after every event
 
     def _on_worker_event(
@@ -266,6 +298,20 @@ class Dispatcher:
         done, answered = work - worker.work, any(row.ok for row in rows)
         self._pool.worked(worker, self._now_s, done, full=full, answered=answered)
         self._assignment.consider(worker)
+
+    def _cancel(self, indexes: Sequence[int]) -> None:
+        """Close these prompts wherever they are; a row that comes of one later is not its first."""
+        entries = [entry for index in indexes if (entry := self._table.open.get(index))]
+        running: dict[str, list[int]] = {}
+        for entry in entries:
+            for shard_id in entry.shard_ids:
+                name = self._table.shards[shard_id].worker.name
+                running.setdefault(name, []).append(entry.prompt.index)
+        rows = [Row.cancelled(entry.prompt, attempts=entry.attempt) for entry in entries]
+        self._deliver(self._table.accept(rows, self._now_s))
+        for name, its in running.items():
+            self._out.append(CancelRows(name, tuple(its)))
+            self._assignment.consider(self._pool.workers[name])
 
     def _fail_shard(self, shard: Shard, error: str) -> None:
         """End a shard; the prompts that it gave no row for are to blame themselves."""

@@ -21,6 +21,7 @@ from itertools import compress
 
 from qaic_ray.engine.steps import ProgramShapes, Sequence, ShapeCosts, Step
 from qaic_ray.errors import RowError
+from qaic_ray.rows import FinishReason
 
 
 class _Queue:
@@ -69,6 +70,14 @@ class _Queue:
         if sequence.slot is not None:
             self._release(sequence)
         return dropped
+
+    def abort(self, sequence: Sequence) -> None:
+        """End a row that waits or runs, without an answer."""
+        if sequence.slot is None:
+            self.waiting.remove(sequence)
+        else:
+            self._release(sequence)
+        sequence.finish_reason = FinishReason.ABORT
 
     def _padded(self, prompt_tokens: int) -> int:
         """Places of the context that a prompt takes."""

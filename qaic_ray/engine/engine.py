@@ -221,6 +221,16 @@ class Engine:
             ended = self._end(ended)
         return [self._finish(sequence, end_s) for sequence in ended]
 
+    def abort(self, sequence: Sequence) -> None:
+        """End a row that waits or runs, between two steps; no step returns it."""
+        self.batcher.abort(sequence)
+        self._awaiting.pop(sequence, None)
+        self._first.pop(sequence, None)
+        self._scheduled.pop(sequence, None)
+        self._prefilled_s.pop(sequence, None)
+        self._unread = [row for row in self._unread if row is not sequence]
+        self._forget(sequence)
+
     def _must_decode(self, now_s: float) -> bool:
         """Whether another prefill would make running rows wait longer than they may."""
         if not self._has_stalled:
@@ -321,10 +331,7 @@ class Engine:
         entered_s, first_s = self._first.pop(sequence)
         scheduled_s = self._scheduled.pop(sequence)
         self._prefilled_s.pop(sequence, None)
-        self._picker.leave(sequence)
-        self._readers.pop(sequence, None)
-        if self._proposer is not None:
-            self._proposer.release(sequence)
+        self._forget(sequence)
         error = self._errors.pop(sequence, None)
         if error is None:
             del sequence.logprobs[len(sequence.output_ids) :]
@@ -335,6 +342,12 @@ class Engine:
             meter.generated_tokens += len(sequence.output_ids)
         ttft_s, decode_s = first_s - entered_s, end_s - first_s
         return Finished(sequence, ttft_s, decode_s, error, entered_s, scheduled_s)
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._picker.leave(sequence)
+        self._readers.pop(sequence, None)
+        if self._proposer is not None:
+            self._proposer.release(sequence)
 
 
 def _num_output(step: Step) -> int:

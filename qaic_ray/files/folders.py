@@ -139,6 +139,12 @@ def building(target: Path) -> Iterator[Path]:
         shutil.rmtree(workspace)
 
 
+def being_built(target: Path) -> Iterator[Path]:
+    """The folders in which `building` makes `target`, here or on another machine; mostly one."""
+    target = Path(os.path.realpath(target))
+    return target.parent.glob(f"{_beside(target, 'building').name}-*/new")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file, whole or not at all; a link at its path is replaced, not followed."""
     with replacing(path, path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")) as file:

@@ -31,12 +31,16 @@ class InputChanged(QaicRayError):
 
 @dataclass(frozen=True)
 class FrozenFile:
-    """The first `num_bytes` bytes of a file, known by their SHA-256 and a digest of each block."""
+    """The first `num_bytes` bytes of a file, known by their SHA-256 and a digest of each block.
+
+    `num_lines` counts the line feeds, which tells nothing of a packed file.
+    """
 
     path: Path
     num_bytes: int
     sha256: str
     blocks: bytes
+    num_lines: int = 0
 
     @classmethod
     def of(cls, path: Path, num_bytes: int | None = None) -> FrozenFile:
@@ -48,6 +52,7 @@ class FrozenFile:
         """
         whole = hashlib.sha256()
         blocks = bytearray()
+        num_lines = 0
         try:
             with path.open("rb") as stream:
                 size = os.fstat(stream.fileno()).st_size if num_bytes is None else num_bytes
@@ -59,13 +64,14 @@ class FrozenFile:
                             f"{path} has {offset + len(block)} bytes, and had {size} when the run "
                             "began."
                         )
+                    num_lines += block.count(b"\n")
                     whole.update(block)
                     blocks += _digest(block)
         except OSError as error:
             raise QaicRayError(
                 f"The prompts in {path} cannot be read: {error.strerror}."
             ) from error
-        return cls(path, size, whole.hexdigest(), bytes(blocks))
+        return cls(path, size, whole.hexdigest(), bytes(blocks), num_lines)
 
     def open(self) -> io.BufferedReader:
         """The content as a seekable file, whose reading raises InputChanged where it differs.

@@ -184,9 +184,7 @@ def load_torch_model(checkpoint: Checkpoint, *, layers: Sequence[int] | None = N
     """
     import torch
     import transformers
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     how = {"dtype": torch.float32, "attn_implementation": "eager", "trust_remote_code": False}
     kind = getattr(transformers, check_supported(checkpoint.config, checkpoint.name))
     try:

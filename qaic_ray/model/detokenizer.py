@@ -31,6 +31,8 @@ class IncrementalText:
     @property
     def text(self) -> str:
         """All parts so far."""
+        if len(self._certain) > 1:
+            self._certain = ["".join(self._certain)]  # each part is joined once
         return "".join(self._certain)
 
     @property

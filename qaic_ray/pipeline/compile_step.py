@@ -154,6 +154,8 @@ def compile_step(
     if len(requests) == 1 and ray == _NO_DASHBOARD:
         (request,) = requests
         result: Build | QaicRayError
+        listener.compiling(1)
+        listener.building(request)
         try:
             result = build(request)
         except CompileError as error:
@@ -178,8 +180,13 @@ def compile_on(
         outcomes[label] = (by_label[label].variant, result)
         listener.compiled(*outcomes[label])
 
+    listener.compiling(len(by_label))
     cluster.compile_variants(
-        build, by_label, parallel=parallel or os.cpu_count() or 1, on_done=done
+        build,
+        by_label,
+        parallel=parallel or os.cpu_count() or 1,
+        on_done=done,
+        on_begin=lambda label: listener.building(by_label[label]),
     )
     return [outcomes[label] for label in by_label]
 

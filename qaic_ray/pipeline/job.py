@@ -159,7 +159,12 @@ def _known_keys(location: Sequence[str]) -> list[str]:
 
 
 def launch_job(
-    job: Job, listener: Listener, *, resume: Path | None = None, retry_errors: bool = False
+    job: Job,
+    listener: Listener,
+    *,
+    resume: Path | None = None,
+    retry_errors: bool = False,
+    stop_if_errors: float | None = None,
 ) -> RunSummary:
     """The whole road of a job, on one Ray from the first compile to the last row.
 
@@ -168,6 +173,7 @@ def launch_job(
         listener: who is told.
         resume: folder of a run of the same job that is to go on.
         retry_errors: whether that run's rows of errors are tried again.
+        stop_if_errors: the share of failed rows that ends the run early.
 
     Raises:
         UsageError: as early as it can be known.
@@ -176,6 +182,7 @@ def launch_job(
     chosen_at = chosen_index(job)
     sdk = choose_sdk(job.sdk, job.emulator, listener)
     request = run_request(job, resume, retry_errors=retry_errors)
+    request = replace(request, stop_if_errors=stop_if_errors)
     request, num_cards = on_local_cards(request, sdk)
     with resuming(request, sdk):
         run_input = request.open_input()

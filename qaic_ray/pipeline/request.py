@@ -30,8 +30,10 @@ from qaic_ray.sdk import Sdk, find_sdk
 
 if TYPE_CHECKING:
     from qaic_ray.compile.compiler import Variant
-    from qaic_ray.compile.store import Build
+    from qaic_ray.compile.store import Build, BuildRequest
     from qaic_ray.rows import Prompt, Row
+    from qaic_ray.runs.run_view import RunFollower, RunView
+    from qaic_ray.runs.token_streams import TokenDelta
     from qaic_ray.worker.worker import WorkerInfo
 
 REQUEST_NAME = "request.yaml"
@@ -51,6 +53,12 @@ class Listener(Protocol):
     def ended(self, stage: str) -> None:
         """The stage that began last is done; the text says what came of it."""
 
+    def compiling(self, number: int) -> None:
+        """So many variants are compiled from now on."""
+
+    def building(self, request: BuildRequest) -> None:
+        """The build of one of them begins."""
+
     def compiled(self, variant: Variant, result: Build | QaicRayError) -> None:
         """One variant is there, or failed."""
 
@@ -66,8 +74,24 @@ class Listener(Protocol):
     def run_folder(self, folder: Path) -> None:
         """Where the run that begins, or goes on, keeps everything."""
 
+    def running(self, watch: RunFollower) -> None:
+        """A run goes on; how it stands can be asked for at any time, by any thread."""
+
+    def going(self, view: RunView) -> None:
+        """Once, when enough rows have ended to tell how the run is going."""
+
     def answered(self, row: Row) -> None:
         """The next row, in input order."""
+
+    def saved(self, row: Row) -> None:
+        """A row is in the journal; they come in the order in which they ended."""
+
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether `generated` is called."""
+
+    def generated(self, deltas: Sequence[TokenDelta]) -> None:
+        """What rows got."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +115,14 @@ def choose_sdk(name: str, emulated: EmulatorOptions, listener: Listener) -> SdkC
 
 @dataclass(frozen=True)
 class RunInput:
-    """The prompts of a run, which can be read once, and their part of its fingerprint."""
+    """The prompts of a run, which can be read once, and their part of its fingerprint.
+
+    `rows_guess` is about how many they are, where the input tells that before it is read.
+    """
 
     source: Fingerprint
     prompts: Iterator[Prompt | Row]
+    rows_guess: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +132,7 @@ class RunRequest:
     `run` is as `resolved` gives it. `job_text` is the job that this is a part of, for the run
     folder's job.yaml; without one the request itself. `resume` is the folder of a run that is to go
     on, there with its rows of errors again where `retry_errors`, and with another file of prompts
-    where `new_input`.
+    where `new_input`. With `stop_if_errors` the run ends early when that share of its rows failed.
     """
 
     name: str
@@ -116,6 +144,7 @@ class RunRequest:
     resume: Path | None = None
     retry_errors: bool = False
     new_input: bool = False
+    stop_if_errors: float | None = None
 
     def with_run(self, **changes: Any) -> RunRequest:
         """The same request with other options of the run."""
@@ -138,8 +167,13 @@ class RunRequest:
             UsageError: where there are none, or two sources of them, or parameters that no row
                 could be answered with.
         """
-        whole = self._whole_input()
-        return replace(whole, prompts=islice(whole.prompts, self.run.max_prompts))
+        whole, most = self._whole_input(), self.run.max_prompts
+        guess = whole.rows_guess
+        return replace(
+            whole,
+            prompts=islice(whole.prompts, most),
+            rows_guess=guess if guess is None or most is None else min(guess, most),
+        )
 
     def _whole_input(self) -> RunInput:
         run = self.run
@@ -164,7 +198,7 @@ class RunRequest:
             return RunInput(STREAM_SOURCE, prompts_from_file(run.prompts, form, defaults, chat))
         frozen = self._frozen(path)
         prompts = prompts_from_file(frozen.path, form, defaults, chat, frozen=frozen)
-        return RunInput(file_source(frozen), prompts)
+        return RunInput(file_source(frozen), prompts, frozen.num_lines or None)
 
     def _frozen(self, path: Path) -> FrozenFile:
         """The prompts file as it is, or as much of it as the run that is resumed began with."""

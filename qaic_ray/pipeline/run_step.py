@@ -24,6 +24,7 @@ from qaic_ray.model.checkpoint import (
     open_checkpoint,
 )
 from qaic_ray.model.tokenizer import text_parts
+from qaic_ray.pipeline.early_warning import EarlyWarning
 from qaic_ray.pipeline.request import (
     STDIN,
     Listener,
@@ -34,6 +35,7 @@ from qaic_ray.pipeline.request import (
     write_request,
 )
 from qaic_ray.pipeline.run_record import Compiles, RunRecording, recorded
+from qaic_ray.rows import Prompt, Row
 from qaic_ray.sdk import name_for_others
 
 LOGS_FOLDER = "logs"
@@ -243,6 +245,7 @@ def _answer(
     from qaic_ray.runs.intake import fingerprint
     from qaic_ray.runs.journal import Journal
     from qaic_ray.runs.result import BrokenOff, Cause
+    from qaic_ray.runs.run_view import RunFollower
     from qaic_ray.worker.worker import CardWorker
 
     parts = _parts(request)
@@ -257,11 +260,15 @@ def _answer(
     ):
         if request.new_input:
             write_request(request, folder)
+        watch = RunFollower(run_input.rows_guess)
+        early = EarlyWarning(watch, listener, request.stop_if_errors)
+        listener.running(watch)
+        prompts = run_input.prompts
         result = cluster.run_prompts(
-            run_input.prompts,
+            map(_streamed, prompts) if listener.wants_tokens else prompts,
             specs,
             worker_class=CardWorker,
-            audience=recording.audience(write, listener, recorder),
+            audience=early.audience(recording.audience(write, listener, recorder)),
             journal=journal,
             work_of=partial(text_work, defaults=request.run.defaults),
         )
@@ -270,6 +277,10 @@ def _answer(
             result = replace(result, broken_off=BrokenOff(Cause.CHANGED, error))
     complete = result.broken_off is None
     return result, write.proof(result.rows_in, result.inputs_sha256, complete=complete)
+
+
+def _streamed(item: Prompt | Row) -> Prompt | Row:
+    return item if isinstance(item, Row) else replace(item, stream=True)
 
 
 def _recorded(

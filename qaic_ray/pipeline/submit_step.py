@@ -40,7 +40,7 @@ _STATES = {
 }
 _FIGURES = ("rows", "failed_rows", "folder")  # of a report, as it ends a log
 _ERROR = re.compile(r"^qaic-ray: (?!\d+ rows done)(.+)$", re.MULTILINE)
-_PROGRESS = re.compile(r"^qaic-ray: (\d+) rows done, (\d+) failed$", re.MULTILINE)
+_PROGRESS = re.compile(r"^qaic-ray: (\d+) rows done, (\d+) failed(?:; .*)?$", re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -157,11 +157,15 @@ def _inter_token(happenings: Iterable[Happening]) -> Durations:
 
 
 def _ran(started: Sequence[Happening]) -> Document:
-    """What ran, as the last session said it; when, by the first."""
+    """What ran, as the last session said it, with the command that began the run."""
     if not started:
         return {}
+    first, last = started[0], started[-1]
     left_out = {"at", "event", "compiles"}
-    return {name: value for name, value in started[-1].items() if name not in left_out}
+    ran = {name: value for name, value in last.items() if name not in left_out}
+    if len(started) > 1 and "command" in first:
+        ran |= {"command": first["command"], "resumed_with": last.get("command")}
+    return ran
 
 
 def _compiles(started: Sequence[Happening], ran: Document) -> list[Document]:
@@ -228,10 +232,12 @@ def _listed(happenings: Iterable[Happening]) -> list[Happening]:
 
 def energy(happenings: Iterable[Happening], base: Document) -> Document | None:
     """The boards' power over time; None where no card told of any."""
-    readings: dict[str, list[tuple[float, float]]] = {}
+    readings: dict[str, list[tuple[int, float, float]]] = {}
+    session = 0
     for happening in happenings:
+        session += happening["event"] == "session_started"
         for board, watts in dict(happening.get("watts") or {}).items():
-            readings.setdefault(board, []).append((happening["at"], float(watts)))
+            readings.setdefault(board, []).append((session, happening["at"], float(watts)))
     boards = {board: _joules(points) for board, points in sorted(readings.items())}
     joules = sum(board_j for board_j, _ in boards.values())
     seconds = max((board_s for _, board_s in boards.values()), default=0.0)
@@ -248,11 +254,15 @@ def energy(happenings: Iterable[Happening], base: Document) -> Document | None:
     }
 
 
-def _joules(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Energy of one board, and the seconds it is known for: the mean of each two readings."""
+def _joules(points: Sequence[tuple[int, float, float]]) -> tuple[float, float]:
+    """Energy of one board, and the seconds it is known for: the mean of each two readings.
+
+    Args:
+        points: session, time and watts.
+    """
     joules = seconds = 0.0
-    for (before, watts), (after, watts_after) in pairwise(points):
-        if 0 < after - before <= POWER_GAP_S:
+    for (session, before, watts), (session_after, after, watts_after) in pairwise(points):
+        if session == session_after and 0 < after - before <= POWER_GAP_S:
             seconds += after - before
             joules += (watts + watts_after) / 2 * (after - before)
     return joules, seconds

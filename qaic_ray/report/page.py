@@ -128,6 +128,7 @@ def _facts(document: Document) -> list[tuple[str, str]]:
         ("Host", str(ran.get("host") or "")),
         ("Started", day_text(document["started_at"]) if document.get("started_at") else ""),
         ("Command", str(ran.get("command") or "")),
+        ("Resumed with", str(ran.get("resumed_with") or "")),
     ]
     sessions = document.get("sessions", [])
     if len(sessions) > 1:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -148,6 +148,7 @@ class Delivery:
         journal: None to run without: every early row is held in memory, and no run can be resumed.
         on_row: called with each row when it is its turn and it is on the disk.
         on_earlier_row: called before all else, with rows whose turn had come in earlier sessions.
+        on_saved: called with each row as soon as it is on the disk, in the order of the journal.
         clock: in seconds.
     """
 
@@ -157,6 +158,7 @@ class Delivery:
         on_row: Callable[[Row], None],
         on_earlier_row: Callable[[Row], None],
         *,
+        on_saved: Callable[[Row], None] | None = None,
         clock: Callable[[], float],
     ) -> None:
         self.earlier_s = 0.0
@@ -164,6 +166,7 @@ class Delivery:
         self._journal = journal
         self._on_row = on_row
         self._on_earlier_row = on_earlier_row
+        self._on_saved = on_saved
         self._clock = clock
         self._order = InputOrder(journal.read if journal else None)
         self._uncommitted: list[tuple[Row, Place]] = []
@@ -188,6 +191,7 @@ class Delivery:
             row = replace(row, error=row.error.encode(errors="backslashreplace").decode())
         if self._journal is None:
             self._order.push(row)
+            self._tell_saved([row])
             return
         if not self._uncommitted:
             self._commit_at_s = self._clock() + self._pause_s
@@ -222,9 +226,16 @@ class Delivery:
         begun_s = self._clock()
         self._journal.commit()
         self._pause_s = max(self._least_pause_s, COMMIT_PAUSES * (self._clock() - begun_s))
+        saved = [row for row, _ in self._uncommitted]
         for row, place in self._uncommitted:
             self._order.push(row, place)
         self._uncommitted.clear()
+        self._tell_saved(saved)
+
+    def _tell_saved(self, rows: Sequence[Row]) -> None:
+        if self._on_saved is not None:
+            for row in rows:
+                self._on_saved(row)
 
 
 @dataclass(frozen=True)

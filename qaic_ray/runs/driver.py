@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from qaic_ray.dispatch.dispatcher import (
+    CancelRows,
     Command,
     DeliverRows,
     Dispatcher,
     Event,
+    PromptsCancelled,
     PromptsRead,
     QuarantineWorker,
     ReadPrompts,
@@ -28,67 +30,23 @@ from qaic_ray.dispatch.dispatcher import (
     RunStarted,
     ShardFailed,
     TimePassed,
+    TokensGenerated,
     WorkerLost,
     WorkerReady,
 )
 from qaic_ray.errors import QaicRayError
-from qaic_ray.metrics import Measurement, Span, Tally
+from qaic_ray.metrics import Span, Tally
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.delivery import Delivery
+from qaic_ray.runs.fleet import Cards
 from qaic_ray.runs.intake import Batch, Intake, ThreadedReader
 from qaic_ray.runs.journal import Journal
 from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, WorkerResult
+from qaic_ray.runs.token_streams import RowStream, TokenDelta
 from qaic_ray.telemetry.recorder import NoSink, RunRecorder
 
 if TYPE_CHECKING:
     from qaic_ray.worker.worker import WorkerInfo
-
-
-class Cards(Protocol):
-    """The workers of a run; opening each for the first time has begun.
-
-    Only `wait` blocks. A card that is gone is an event, and no error.
-    """
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Every worker that is being opened."""
-
-    def wait(self, timeout_s: float | None) -> Event | None:
-        """Block until a worker has something to say, and return it; None after `timeout_s`.
-
-        Every few seconds each worker that is ready is asked for its engine's steps, without waiting
-        for the answer, which is returned later as a WorkerProgress. The first one, of 0 steps,
-        follows WorkerReady at once, so that a worker that never answers is watched too.
-
-        Raises:
-            UsageError: a worker found that the request itself is wrong.
-        """
-
-    def run(self, shard: RunShard) -> None:
-        """Begin a shard; rows are answered in the order of its prompts, behind older shards.
-
-        `wait` returns its RowsFinished, then one ShardFinished or ShardFailed, or WorkerLost for
-        all that the worker held.
-        """
-
-    def retire(self, worker: str) -> None:
-        """End a worker's process at once, if it is there; `wait` returns nothing more of it."""
-
-    def replace(self, worker: str, incarnation: int) -> None:
-        """Retire a worker, and begin to open it again with the same cards.
-
-        `wait` returns WorkerReady or WorkerLost with this incarnation.
-        """
-
-    def quarantine(self, worker: str, error: str) -> None:
-        """Retire a worker for the rest of the run; its cards are given back."""
-
-    def info(self, worker: str) -> WorkerInfo:
-        """The slots, shapes and process of a worker that is ready."""
-
-    def measurements(self) -> Mapping[str, Measurement]:
-        """The engine's counts of every worker that still lives, since it was last opened."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +76,14 @@ class Audience:
         on_worker_ready: each worker that has opened.
         on_progress: after each change of the counts.
         on_wait: once, in a sentence, where cards are held by others and are waited for.
+        on_saved: each new row as soon as it is on the disk, in the order of the journal.
+        on_tokens: what prompts with `stream` got; the last of a row comes before its `on_row`.
+        on_begin: once, with a function that cancels rows by their indexes. Any thread may call it;
+            it takes effect with the next event, and each such row comes as one of finish_reason
+            ABORT, if it is not done.
         recorder: is told what becomes a metric.
-        on_event: whatever the dispatcher hears and orders, as it does.
+        on_event: whatever the dispatcher hears and orders, as it does; and rows of the input that
+            are no prompts, as if it had ordered them.
     """
 
     on_row: Callable[[Row], None] = _ignore
@@ -127,6 +91,9 @@ class Audience:
     on_worker_ready: Callable[[WorkerInfo], None] = _ignore
     on_progress: Callable[[Progress], None] = _ignore
     on_wait: Callable[[str], None] = _ignore
+    on_saved: Callable[[Row], None] = _ignore
+    on_tokens: Callable[[Sequence[TokenDelta]], None] = _ignore
+    on_begin: Callable[[Callable[[Iterable[int]], None]], None] = _ignore
     recorder: RunRecorder = field(default_factory=lambda: RunRecorder(NoSink()))
     on_event: Callable[[Event | Command], None] = _ignore
 
@@ -162,8 +129,17 @@ class Driver:
         self._audience = audience
         self._dispatcher = dispatcher or Dispatcher()
         self._clock = clock
-        self._delivery = Delivery(journal, audience.on_row, audience.on_earlier_row, clock=clock)
+        self._delivery = Delivery(
+            journal,
+            audience.on_row,
+            audience.on_earlier_row,
+            on_saved=audience.on_saved,
+            clock=clock,
+        )
         self._tally = Tally()
+        self._streams: dict[int, RowStream] = {}
+        self._to_cancel: deque[int] = deque()
+        self._cancelled: set[int] = set()
         self._infos: dict[str, WorkerInfo] = {}
         self._ready: set[str] = set()
         self._losses: Counter[str] = Counter()
@@ -182,6 +158,7 @@ class Driver:
             QaicRayError: of the journal, or for an input that is not that of earlier sessions.
         """
         try:
+            self._audience.on_begin(self._to_cancel.extend)
             self._replay()
             event: Event = RunStarted(tuple(self._cards.names))
             with closing(self._reader):
@@ -211,6 +188,9 @@ class Driver:
     def _next_event(self) -> Event:
         """The next event of the input or the cards; rows are committed and shown while it waits."""
         while True:
+            if self._to_cancel:
+                num_wished = len(self._to_cancel)
+                return PromptsCancelled(tuple(self._to_cancel.popleft() for _ in range(num_wished)))
             if self._is_reading and (batch := self._reader.poll()) is not None:
                 return self._read(batch)
             due_in_s = self._delivery.flush_due()
@@ -237,6 +217,12 @@ class Driver:
                 self._lose(worker, error)
             case ShardFailed(worker, _, error, retryable=True):
                 self._errors[worker] = error
+            case TokensGenerated(worker, chunks):
+                streams = self._streams
+                told = [(streams[c.index].take(worker, c)) for c in chunks if c.index in streams]
+                self._tell_tokens([delta for delta in told if delta is not None])
+            case PromptsCancelled(indexes):
+                self._cancelled.update(indexes)
 
     def _obey(self, command: Command) -> None:
         self._audience.on_event(command)
@@ -248,6 +234,8 @@ class Driver:
                 self._worked()
                 self._audience.recorder.began(len(command.prompts), command.attempt)
                 self._cards.run(command)
+            case CancelRows(worker, indexes):
+                self._cards.cancel(worker, indexes)
             case DeliverRows(rows):
                 self._deliver(rows)
             case RetireWorker(worker, error):
@@ -271,9 +259,22 @@ class Driver:
         self._input_error = batch.error
         self._rows_read += len(batch.items)
         self._is_exhausted = batch.exhausted
-        self._deliver([item for item in batch.items if isinstance(item, Row)])
-        prompts = tuple(item for item in batch.items if isinstance(item, Prompt))
-        return PromptsRead(prompts, exhausted=batch.exhausted)
+        rows: list[Row] = []
+        prompts: list[Prompt] = []
+        for item in batch.items:
+            if isinstance(item, Row):
+                rows.append(item)
+                continue
+            if item.stream:
+                self._streams[item.index] = RowStream(item.index)
+            if item.index in self._cancelled:
+                rows.append(Row.cancelled(item))
+            else:
+                prompts.append(item)
+        if rows:
+            self._audience.on_event(DeliverRows(tuple(rows)))
+        self._deliver(rows)
+        return PromptsRead(tuple(prompts), exhausted=batch.exhausted)
 
     def _deliver(self, rows: Sequence[Row]) -> None:
         span_s = self._last_s - self._first_s if self._first_s is not None else 0.0
@@ -282,11 +283,18 @@ class Driver:
             digest = self._intake.open.pop(row.index)
             self._delivery.add(row, digest, span_s)
             self._tally.add(row)
+            self._cancelled.discard(row.index)
+            if row.index in self._streams:
+                self._tell_tokens(self._streams.pop(row.index).end(row))
         num_failed = self._tally.failed_rows - failed_before
         self._audience.recorder.rows_ended(
             len(rows), num_failed, waiting=self._dispatcher.num_waiting
         )
         self._tell_progress()
+
+    def _tell_tokens(self, deltas: Sequence[TokenDelta]) -> None:
+        if deltas:
+            self._audience.on_tokens(deltas)
 
     def _tell_progress(self) -> None:
         tally = self._tally

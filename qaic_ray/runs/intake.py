@@ -77,12 +77,15 @@ def file_source(file: FrozenFile) -> Fingerprint:
     return {"bytes": file.num_bytes, "sha256": file.sha256}
 
 
+_NO_CONTENT = ("index", "stream")
+
+
 def row_digest(item: Prompt | Row) -> bytes:
     """SHA-256 of a row of the input, without its index."""
     if isinstance(item, Row):
         parts = {"unusable": True, "id": item.id, "text": item.prompt, "messages": item.messages}
     else:
-        parts = {key: value for key, value in vars(item).items() if key != "index"}
+        parts = {key: value for key, value in vars(item).items() if key not in _NO_CONTENT}
     # What is not set leaves no trace, so that a later version with more fields gives the same.
     parts = {key: value for key, value in parts.items() if value is not None}
     return hashlib.sha256(json.dumps(parts, default=_plain).encode()).digest()

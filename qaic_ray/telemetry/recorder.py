@@ -133,7 +133,8 @@ class RequestRecorder:
         self._sink.add(names.SUCCESS, 1, self._of_reason[request.finished_reason])
 
     def unanswered(self, reason: str, number: int = 1) -> None:
-        """Requests ended with no answer: "error" for good, "abort" where the card was lost."""
+        """Requests ended with no answer: "error" for good, "abort" where the card was lost, or
+        nobody wants one any more."""
         if number:
             self._sink.add(names.SUCCESS, number, self._of_reason[reason])
 

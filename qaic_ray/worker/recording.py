@@ -11,6 +11,7 @@ from typing import Protocol
 
 from qaic_ray.engine.engine import Finished
 from qaic_ray.metrics import EngineState
+from qaic_ray.rows import FinishReason
 from qaic_ray.sdk import Sdk, open_sdk
 from qaic_ray.telemetry.recorder import CardRecorder, EndedRequest, MetricSink, RequestRecorder
 from qaic_ray.telemetry.repeating import Repeating
@@ -55,6 +56,9 @@ def record_ended(recorder: RequestRecorder, done: Finished, arrived_s: float) ->
     reason = done.sequence.finish_reason
     if done.error is not None or reason is None:
         recorder.unanswered("error")
+        return
+    if reason is FinishReason.ABORT:
+        recorder.unanswered("abort")
         return
     first_s = done.entered_s + done.ttft_s - arrived_s
     request = EndedRequest(

@@ -22,6 +22,7 @@ from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import Generation
 from qaic_ray.rows import FinishReason, Prompt, Row, Sample
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
+from qaic_ray.worker.feeds import StreamedSequence
 from qaic_ray.worker.prompt_encoder import PromptEncoder, with_system
 
 MAX_HELD = 2**23
@@ -44,13 +45,17 @@ class Arrival:
 
 @dataclass(eq=False)
 class Answer:
-    """A prompt in flight: a sequence for each of its `n` samples, and those that are finished."""
+    """A prompt in flight: a sequence for each of its `n` samples, and those that are finished.
+
+    `streamed` has the sequences again, where their tokens are told while they come.
+    """
 
     prompt: Prompt
     params: SamplingParams
     sequences: tuple[steps.Sequence, ...]
     readers: tuple[StopFinder | None, ...]
     arrived: Arrival
+    streamed: tuple[StreamedSequence, ...] = ()
     finished: list[Finished] = field(default_factory=list)
 
 
@@ -109,7 +114,13 @@ class Answerer:
         readers = [
             StopFinder(self._tokenizer, params) if params.stop else None for _ in range(params.n)
         ]
-        return Answer(prompt, params, tuple(sequences), tuple(readers), arrived or Arrival())
+        streamed = tuple(
+            StreamedSequence(sequence, choice, StopFinder(self._tokenizer, params))
+            for choice, sequence in enumerate(sequences if prompt.stream else ())
+        )
+        return Answer(
+            prompt, params, tuple(sequences), tuple(readers), arrived or Arrival(), streamed
+        )
 
     def row(self, answer: Answer, *, worker: str, attempts: int) -> Row:
         """The row of a complete answer.
@@ -120,6 +131,8 @@ class Answerer:
         for done in answer.finished:
             if done.error is not None:
                 raise done.error
+        if any(s.finish_reason is FinishReason.ABORT for s in answer.sequences):
+            return Row.cancelled(answer.prompt, worker=worker, attempts=attempts)
         samples = [
             self._sample(answer.params, sequence, reader)
             for sequence, reader in zip(answer.sequences, answer.readers, strict=True)

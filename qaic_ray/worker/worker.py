@@ -1,41 +1,39 @@
 """One card's work: prompts in, rows out. Needs a tokenizer, a session and an engine, and no Ray.
 
-Shards overlap. Each `answer` call tokenizes in its caller's thread, puts its sequences into the
-backlog that all shards share, and decodes its own rows as they finish. One other thread runs the
-engine, and gives it no more sequences than it will soon start.
+Shards overlap: each `answer` call tokenizes in its caller's thread, puts its sequences into the one
+backlog, and decodes its rows as they finish. One other thread runs the engine, on few at a time.
 """
 
 from __future__ import annotations
 
 import os
-import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
 from qaic_ray.cards.inventory import WorkerPlace
 from qaic_ray.cards.lease import open_session
-from qaic_ray.contract import Specializations
 from qaic_ray.engine import steps
 from qaic_ray.engine.drafts import Drafting, open_drafting
 from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.engine.session import Session
-from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError, UsageError
-from qaic_ray.files.documents import differences
+from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError
 from qaic_ray.metrics import EngineState, Measurement
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from qaic_ray.model.detokenizer import StopFinder
-from qaic_ray.model.tokenizer import Tokenizer, text_parts
+from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import Generation
-from qaic_ray.rows import ROW_ALONE, Prompt, Row
+from qaic_ray.rows import ROW_ALONE, FinishReason, Prompt, Row, TokenChunk
 from qaic_ray.sdk import Sdk, open_sdk
 from qaic_ray.telemetry.recorder import NoSink, RequestRecorder
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
+from qaic_ray.worker.checks import check_shapes, check_text
+from qaic_ray.worker.feeds import RowQueue, TokenFeed
 from qaic_ray.worker.recording import record_ended
 from qaic_ray.worker.text import Answer, Answerer, Arrival, check_chat
 
@@ -78,43 +76,9 @@ class WorkerInfo:
     pid: int = 0
 
 
-class RowQueue:
-    """Queue from the engine's thread to a shard's thread; returns items in batches: what is put
-    within `gather_s` seconds after the first one."""
-
-    def __init__(self, gather_s: float) -> None:
-        self._gather_s = gather_s
-        self._items: queue.SimpleQueue[Finished | QaicRayError] = queue.SimpleQueue()
-
-    def put(self, item: Finished | QaicRayError) -> None:
-        """Add one; nothing may follow an error."""
-        self._items.put(item)
-
-    def take(self, most: int) -> list[Finished]:
-        """Wait for an item; return it with those that come soon after it, up to `most`.
-
-        Raises:
-            QaicRayError: the one that was put, after all items before it.
-        """
-        item = self._items.get()
-        until_s = time.monotonic() + self._gather_s
-        taken: list[Finished] = []
-        with suppress(queue.Empty):
-            while not isinstance(item, QaicRayError):
-                taken.append(item)
-                if len(taken) == most:
-                    return taken
-                item = self._items.get(timeout=max(0.0, until_s - time.monotonic()))
-            self._items.put(item)  # for the next call
-            if not taken:
-                raise item
-        return taken
-
-
 @dataclass
 class _Card:
-    """Everything an opened worker holds, until `held` is closed; `past` is the work of the
-    `num_past` engines before this one."""
+    """What an opened worker holds until `held` is closed; `past`: of `num_past` earlier engines."""
 
     answerer: Answerer
     session: Session
@@ -143,6 +107,9 @@ class CardWorker:
         self._lock = threading.Condition()
         self._backlog: deque[tuple[steps.Sequence, StopFinder | None]] = deque()
         self._owner: dict[steps.Sequence, RowQueue] = {}
+        self._feed = TokenFeed()
+        self._beginning: set[int] = set()  # rows that are being tokenized
+        self._cancelled: set[int] = set()
         self._failure: QaicRayError | None = None
         self._closed = False
         self._opened: _Card | None = None
@@ -164,7 +131,7 @@ class CardWorker:
         start_s = time.perf_counter()
         device_ids = self.spec.device_ids if device_ids is None else device_ids
         checkpoint = self.open_checkpoint(self.spec.model, weights=False)
-        self._check_text(checkpoint.folder)
+        check_text(self.spec.text, checkpoint.folder)
         tokenizer = self.load_tokenizer(checkpoint)
         check_chat(tokenizer.chat_template, self.spec.generation, self.spec.model)
         sdk = self.open_sdk(Path(self.spec.sdk_root))
@@ -179,7 +146,7 @@ class CardWorker:
                 timeouts=self.spec.timeouts,
             )
             undo.push(held)
-            self._check_shapes(session.specializations)
+            check_shapes(self.spec.generation, self.spec.qpc, session.specializations)
             drafting = open_drafting(self.spec.generation, sdk, session)
             undo.callback(drafting.close)
             engine = self._engine(session, drafting)
@@ -220,6 +187,8 @@ class CardWorker:
         answerer, arrived = card.answerer, Arrival()
         begun: list[Answer] = []
         refused: list[Row] = []
+        with self._lock:
+            self._beginning.update(prompt.index for prompt in prompts)
         for prompt in prompts:
             try:
                 with ROW_ALONE:
@@ -227,7 +196,8 @@ class CardWorker:
             except RowError as error:
                 refused.append(Row.failed(prompt, str(error), worker=name, attempts=attempt))
                 self.recorder.unanswered("error")
-        outcome = self._queue(begun, len(refused))
+        indexes = frozenset(prompt.index for prompt in prompts)
+        outcome = self._queue(begun, indexes, len(refused))
         if refused:
             yield refused
         pending = {sequence: answer for answer in begun for sequence in answer.sequences}
@@ -242,6 +212,26 @@ class CardWorker:
             if complete:
                 yield complete
 
+    def tokens(self) -> Iterator[list[TokenChunk]]:
+        """What rows of prompts with `stream` get, one list a step for all of them.
+
+        Whoever is slow to take one gets several steps in the next. It ends with the worker.
+        """
+        while (chunks := self._feed.take()) is not None:
+            if chunks:
+                yield chunks
+
+    def cancel(self, indexes: Collection[int]) -> None:
+        """End these rows before the next step, each as a row of finish_reason ABORT.
+
+        Those that are not here, or have ended, are passed over. May be called at any time.
+        """
+        wanted = frozenset(indexes)
+        with self._lock:
+            running = {sequence.key for sequence in list(self._owner)}
+            self._cancelled |= wanted & (running | self._beginning)
+            self._lock.notify()
+
     def engine_state(self) -> EngineState:
         """How the engine stands, and what waits for it; may be asked for at any time."""
         card = self._opened
@@ -250,13 +240,14 @@ class CardWorker:
         state = card.engine.state()
         return replace(state, waiting=state.waiting + len(self._backlog), engine=card.num_past)
 
-    def num_steps(self) -> int:
-        """How many steps the engine has made; may be asked for at any time."""
+    def progress(self) -> tuple[int, int, int]:
+        """Steps of the engine, tokens of these, rows in its slots; may be asked for at any time."""
         card = self._opened
         if card is None:
-            return 0
-        work = card.past + card.engine.measurement
-        return work.prefill_steps + work.decode_steps
+            return 0, 0, 0
+        work, engine = card.past + card.engine.measurement, card.engine
+        num_tokens = work.decode_tokens + len(work.ttft)  # prefill gives each row its first
+        return work.prefill_steps + work.decode_steps, num_tokens, len(engine.batcher.running)
 
     def measurement(self) -> Measurement:
         """All work since `open`; may be asked for while answers are being made."""
@@ -275,6 +266,7 @@ class CardWorker:
             self._thread.join()
             self._end_shards(DeviceError(f"{self.spec.name} was closed."))
             card.held.close()
+        self._feed.close()
 
     # -- opening
 
@@ -285,26 +277,6 @@ class CardWorker:
             prefix_reuse=self.spec.generation.prefix_reuse,
             proposer=drafting.proposer,
         )
-
-    def _check_text(self, folder: Path) -> None:
-        """Check that this worker has the tokenizer that the run began with."""
-        changes = differences(self.spec.text, text_parts(folder)) if self.spec.text else []
-        if changes:
-            raise UsageError(
-                f"The tokenizer in {folder} on {os.uname().nodename} is not the one that the run "
-                f"began with ({', '.join(changes)}): one run has one tokenizer."
-            )
-
-    def _check_shapes(self, shapes: Specializations) -> None:
-        for option, wanted, compiled in (
-            ("--input-len", self.spec.generation.input_len, shapes.prompt_len),
-            ("--ctx-len", self.spec.generation.ctx_len, shapes.ctx_len),
-        ):
-            if wanted not in (None, compiled):
-                raise UsageError(
-                    f"{option} is {wanted}, but {self.spec.qpc} was compiled for {compiled}: "
-                    f"give {compiled}, or compile another variant."
-                )
 
     # -- answering, in the thread of each shard
 
@@ -318,11 +290,20 @@ class CardWorker:
                 self._failed_rows += 1
             return Row.failed(answer.prompt, str(error), worker=name, attempts=attempt)
 
-    def _queue(self, answers: Sequence[Answer], num_refused: int) -> RowQueue:
-        """Give these to the engine's thread; their results come out of the queue."""
+    def _queue(
+        self, answers: Sequence[Answer], indexes: frozenset[int], num_refused: int
+    ) -> RowQueue:
+        """Give answers to the engine's thread; their results come out of the queue.
+
+        Args:
+            answers: those of the prompts that can be answered.
+            indexes: of all the shard's prompts.
+            num_refused: the others.
+        """
         outcome = RowQueue(self.spec.timeouts.gather_s)
         with self._lock:
             self._failed_rows += num_refused
+            self._beginning -= indexes
             if self._failure is not None:
                 raise self._failure
             if self._closed:
@@ -330,6 +311,7 @@ class CardWorker:
             for answer in answers:
                 self._backlog.extend(zip(answer.sequences, answer.readers, strict=True))
                 self._owner.update(dict.fromkeys(answer.sequences, outcome))
+                self._feed.add(answer.streamed)
             self._lock.notify()
         return outcome
 
@@ -348,6 +330,7 @@ class CardWorker:
             except BaseException as error:
                 self._fail(DeviceLost(f"{self.spec.name}: the engine failed: {error!r}."), card)
                 raise
+            self._feed.step_made(done)
             for finished in done:
                 self._owner.pop(finished.sequence).put(finished)
 
@@ -366,11 +349,27 @@ class CardWorker:
         with self._lock:
             while not (self._backlog or engine.busy or self._closed):
                 self._lock.wait()
+            if self._cancelled:
+                self._end_cancelled(engine)
             shapes = engine.batcher.shapes
             most = shapes.num_slots * (1 if shapes.continuous else STATIC_LOOKAHEAD)
             while self._backlog and len(engine.batcher.waiting) < most:
                 engine.add(*self._backlog.popleft())
             return not self._closed
+
+    def _end_cancelled(self, engine: Engine) -> None:
+        ended = [sequence for sequence in self._owner if sequence.key in self._cancelled]
+        self._cancelled &= self._beginning
+        self._feed.drop(ended)
+        waiting = {sequence for sequence, _ in self._backlog}
+        for sequence in ended:
+            if sequence in waiting:
+                sequence.finish_reason = FinishReason.ABORT
+            else:
+                engine.abort(sequence)
+            self._owner.pop(sequence).put(Finished(sequence, 0.0, 0.0))
+        left = (entry for entry in self._backlog if entry[0].finish_reason is None)
+        self._backlog = deque(left)
 
     def _fail(self, error: QaicRayError, card: _Card) -> bool:
         """End every shard that is here with the error; return whether the session can go on.
@@ -393,6 +392,7 @@ class CardWorker:
         """Give an error to every shard that waits for rows."""
         with self._lock:
             outcomes = set(self._owner.values())
+            self._feed.drop(list(self._owner))
             self.recorder.unanswered("abort", len(self._owner))
             self._owner.clear()
             self._backlog.clear()

@@ -273,10 +273,9 @@ def test_what_changes_answers_may_not_be_said_anew(
     begun = str(tmp_path / "begun")
     refused = run("run", "--resume", begun, *option)
     assert_refused(refused, f"{named} cannot be changed in the middle of a run: leave it out")
-    free = (
-        "--prompts-file, --device-id, --metrics, --retry-errors, --address, --dashboard, "
-        "--keep-ray, --sdk, --json, --stream"
-    )
+    free = "--prompts-file, --device-id, --metrics, --retry-errors, --address"
+    free += ", --dashboard, --keep-ray, --sdk, --json"
+    free += ", --verbose, --log-format, --stream, --no-stream, --stop-if-errors"
     assert_refused(refused, f"only {free} may stand beside --resume")
     allowed = ["--prompts-file", "p", "--device-id", "0", "--json", "--no-stream", "--retry-errors"]
     assert_refused(run("run", "--resume", begun, *allowed), "is not the folder of a run")

@@ -120,8 +120,8 @@ class FakeWorker:
             case "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
 
-    def num_steps(self) -> int:
-        return self._rows
+    def progress(self) -> tuple[int, int, int]:
+        return self._rows, 2 * self._rows, 0
 
     def measurement(self) -> Measurement:
         return Measurement(rows=self._rows, decode_steps=7, decode_tokens=70, decode_s=2.0)

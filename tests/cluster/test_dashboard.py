@@ -25,6 +25,8 @@ from qaic_ray.worker.worker import WorkerInfo
 
 pytestmark = pytest.mark.cluster
 
+LAG_S = 4.0
+"""What was a task this long ago is in Ray's list."""
 MANY_POLLS = Timeouts(steps_s=0.05)
 
 
@@ -99,14 +101,15 @@ def test_jobs_actors_processes_and_tasks_have_names(watched: Cluster, tmp_path: 
 def test_asking_for_steps_is_in_no_list(watched: Cluster, seconds: int) -> None:
     """Each card is asked twenty times a second here; its shards alone are tasks."""
     asked: list[Measurement] = []
+    time.sleep(LAG_S)
     before = tasks(watched)
     run(watched, seconds * 2, 1.0, Audience(on_row=lambda _: asked.append(Measurement())))
-    time.sleep(3)  # what is listed of it is listed by now
+    time.sleep(LAG_S)
     new = sorted(name for _, name in tasks(watched) - before)
     shards = [name for name in new if name.startswith("shard ")]
     assert len(asked) == seconds * 2
     assert len(new) == len(shards) + 4, new  # two were made and opened
-    assert len(shards) <= seconds * 2
+    assert len(shards) <= seconds * 2 * 2  # a row may be run twice, in the end
 
 
 def test_only_who_has_the_token_sees_it_and_no_log_has_it(watched: Cluster) -> None:

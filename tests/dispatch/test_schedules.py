@@ -27,10 +27,12 @@ from invariants import check
 from simulated_cards import DirectReader, SimulatedCards, answer
 
 from qaic_ray.dispatch.dispatcher import (
+    CancelRows,
     Command,
     DeliverRows,
     Dispatcher,
     Event,
+    PromptsCancelled,
     PromptsRead,
     QuarantineWorker,
     ReadPrompts,
@@ -47,7 +49,7 @@ from qaic_ray.dispatch.dispatcher import (
     WorkerReady,
 )
 from qaic_ray.dispatch.policy import Policy
-from qaic_ray.rows import Prompt, Row
+from qaic_ray.rows import FinishReason, Prompt, Row
 from qaic_ray.runs.driver import Audience, Driver
 
 NUM_SEEDS = 20
@@ -63,6 +65,7 @@ class Schedules(RuleBasedStateMachine):
         self.now_s = 100.0
         self.wake_s: float | None = None
         self.delivered: dict[int, Row] = {}
+        self.cancelled: set[int] = set()
         self.first_rows: dict[int, Row] = {}
         self.bad_ends: Counter[int] = Counter()
         self.lone_ends: dict[int, list[str]] = {}
@@ -119,11 +122,16 @@ class Schedules(RuleBasedStateMachine):
                 self.to_read = num_prompts
             case RunShard():
                 self.take_shard(command)
+            case CancelRows(worker, indexes):
+                assert worker in self.slots  # it may be retired for the same event
+                assert set(indexes) <= self.cancelled
             case DeliverRows(rows):
                 for row in rows:
                     assert row.index not in self.delivered, "a row came twice"
                     self.delivered[row.index] = row
-                    if not row.ok:
+                    if row.finish_reason is FinishReason.ABORT:
+                        assert row.index in self.cancelled
+                    elif not row.ok:
                         self.check_blame(row)
             case ReplaceWorker(worker, incarnation):
                 assert worker not in self.quarantined
@@ -281,6 +289,16 @@ class Schedules(RuleBasedStateMachine):
             row = self.row_of(held[0], held[0].prompts[0])
             self.tell(RowsFinished(worker, held[0].shard_id, (row,)))
 
+    @precondition(lambda self: self.num_prompts)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        """Those that are not read yet are the driver's to remember."""
+        wanted = data.draw(st.sets(st.integers(0, self.num_prompts - 1), max_size=3))
+        read = {index for index in wanted if index < self.num_prompts - len(self.unread)}
+        self.cancelled |= read
+        self.tell(PromptsCancelled(tuple(wanted)))
+        assert read <= self.delivered.keys()
+
     @precondition(lambda self: self.ready)
     @rule(data=st.data())
     def hang(self, data: st.DataObject) -> None:
@@ -345,7 +363,7 @@ class Schedules(RuleBasedStateMachine):
             assert self.quarantined == set(self.slots)
         else:
             assert sorted(self.delivered) == list(range(self.num_prompts))
-        failed = {index for index, row in self.delivered.items() if not row.ok}
+        failed = {i for i, row in self.delivered.items() if not row.ok} - self.cancelled
         assert failed.isdisjoint(self.first_rows)
 
     def go_on(self) -> None:

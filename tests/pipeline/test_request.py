@@ -80,7 +80,7 @@ def test_what_is_kept_is_what_is_read(tmp_path: Path) -> None:
 def test_every_option_differs_from_its_default_here_so_that_none_is_forgotten() -> None:
     plain = RunOptions()
     same = {name for name in RunOptions.model_fields if getattr(RUN, name) == getattr(plain, name)}
-    assert same == {"prompts", "group_size", "variant", "output"}
+    assert same == {"prompts", "group_size", "variant", "output", "metrics"}
 
 
 def test_a_request_of_an_older_version_is_read(tmp_path: Path) -> None:

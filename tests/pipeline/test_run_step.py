@@ -20,7 +20,8 @@ from qaic_ray.runs.delivery import RowWriter
 
 @pytest.fixture
 def request_(tmp_path: Path) -> RunRequest:
-    options = RunOptions(devices=(0,), prompt="a|b", output=str(tmp_path / "runs"))
+    output = str(tmp_path / "runs")
+    options = RunOptions(devices=(0,), prompt="a|b", metrics=False, output=output)
     qpc = tmp_path / "qpc"
     qpc.mkdir()
     header = struct.pack("<4sBBHQQ", bytes.fromhex("7ccda100"), 0, 1, 1, 24, 0)
@@ -31,8 +32,8 @@ def request_(tmp_path: Path) -> RunRequest:
 def run(request: RunRequest, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_step, "_parts", lambda _: {"qpc": "q", "model": {}})
     monkeypatch.setattr(run_step, "_worker_specs", lambda *_: [])
-    heard = {name: lambda _: None for name in ("answered", "card_ready", "remark", "run_folder")}
-    listener: Any = SimpleNamespace(**heard)
+    names = ["answered", "saved", "generated", "running", "card_ready", "remark", "run_folder"]
+    listener: Any = SimpleNamespace(**{n: lambda _: None for n in names}, wants_tokens=False)
     here = SimpleNamespace(label="none", card_lines=dict)
     sdk: Any = SimpleNamespace(name="auto", here=here)
     run_step.run_on(cluster, request, request.open_input(), sdk=sdk, listener=listener)

@@ -96,6 +96,7 @@ def test_a_killed_and_a_resumed_run_say_what_they_lack(tmp_path: Path) -> None:
     assert len(resumed["sessions"]) == len(resumed["timeline"]["stretches"]) == 2
     assert resumed["started_at"] == BEGAN_AT
     assert resumed["ran"]["precision"] == "mx6"
+    assert resumed["ran"]["resumed_with"] == ABOUT["command"]
     assert resumed["compiles"] == [{"name": ABOUT["qpc"], "seconds": 1312.5, "reused": False}]
 
 
@@ -203,6 +204,11 @@ def test_energy_is_power_over_time_of_each_board() -> None:
     assert found["joules"] == 150 + 200 + 300 + 5 * 30
     assert (found["seconds"], found["boards"], found["simulated"]) == (30, 2, True)
     assert found["joules_per_token"] == 8.0
+    # Nor between two sessions, however soon one follows the other.
+    resumed = [*happenings[:2], {"at": 11, "event": "session_started"}, *happenings[2:3]]
+    found = energy(resumed, base)
+    assert found is not None
+    assert found["joules"] == 150 + 50
     assert energy([], base) is None
     assert energy(happenings[:1], base) is None
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from qaic_ray.errors import QaicRayError
 from qaic_ray.rows import FinishReason, Prompt, Row
 from qaic_ray.runs.delivery import MAX_SHOWN_AT_ONCE, Delivery, InputOrder, Proof, RowWriter
-from qaic_ray.runs.journal import Journal, Place
+from qaic_ray.runs.journal import Journal, Place, safe_rows
 
 
 def row(index: int, text: str = "") -> Row:
@@ -266,3 +266,29 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
                 write(row(0, "long " * 2**12))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_rows_are_told_as_they_get_to_the_disk_in_the_order_in_which_they_came(
+    tmp_path: Path,
+) -> None:
+    saved: list[int] = []
+    on_disk: list[int] = []
+
+    def on_saved(row: Row) -> None:
+        saved.append(row.index)
+        on_disk.append(safe_rows(tmp_path))
+
+    with Journal(tmp_path, {}) as journal:
+        delivery = Delivery(
+            journal, lambda _: None, lambda _: None, on_saved=on_saved, clock=lambda: 0.0
+        )
+        list(delivery.replay())
+        for index in (2, 0, 3):
+            delivery.add(Row(index, "p", "x", FinishReason.STOP), 1, 0.0)
+        assert not saved
+        delivery.save()
+        assert saved == [2, 0, 3]
+        assert on_disk == [3, 3, 3]
+    bare = Delivery(None, lambda _: None, lambda _: None, on_saved=on_saved, clock=lambda: 0.0)
+    bare.add(Row(5, "p", "x", FinishReason.STOP), 1, 0.0)
+    assert saved == [2, 0, 3, 5]

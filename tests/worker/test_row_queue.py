@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from qaic_ray.errors import DeviceError
-from qaic_ray.worker.worker import RowQueue
+from qaic_ray.worker.feeds import RowQueue
 
 
 def test_what_is_there_comes_together_and_no_more_than_is_asked_for() -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
+from typing import Any
 
 import pytest
 from formula_program import EOS, VOCAB, FormulaProgram, answer
@@ -23,7 +24,7 @@ from qaic_ray.model.tokenizer import Tokenizer, text_parts
 from qaic_ray.options import Generation
 from qaic_ray.rows import ChatOptions, ErrorClass, FinishReason, Prompt, Row
 from qaic_ray.sampling_params import MAX_SEED, SamplingParams
-from qaic_ray.worker.text import BEGINNING_CHARS, sample_seed
+from qaic_ray.worker.text import BEGINNING_CHARS, Answer, Answerer, sample_seed
 from qaic_ray.worker.worker import CardWorker, WorkerSpec
 
 LETTERS = [chr(ord("A") + index) for index in range(VOCAB)]
@@ -534,11 +535,11 @@ def test_a_card_that_fails_once_answers_the_next_shard(
     fail_in_step(monkeypatch, 3, DeviceError("timed out", status="QS_TIMEDOUT"))
     with pytest.raises(DeviceError, match="timed out"):
         list(worker.answer([prompt("HI", 0), prompt("YES", 1)]))
-    before = worker.num_steps()
+    before = worker.progress()[0]
     assert before == 3
     rows = answers(worker, prompt("HI", 0), prompt("YES", 1), attempt=2)
     assert [list(row.token_ids) for row in rows] == [greedy("HI"), greedy("YES")]
-    assert worker.num_steps() > before
+    assert worker.progress()[0] > before
     assert worker.measurement().rows == 2
 
 
@@ -568,3 +569,60 @@ def test_closing_ends_the_shards_that_wait(
                 answer_of.result(30)
     with pytest.raises(DeviceError, match="not open"):
         list(worker.answer([Prompt(9, "BCD")]))
+
+
+# -- tokens while they come, and rows that nobody wants any more
+
+
+def test_tokens_are_told_while_they_come(open_worker: Open) -> None:
+    worker = open_worker(sampling=SamplingParams(max_tokens=9))
+    prompts = [Prompt(i, text, stream=i != 1) for i, text in enumerate(["HI", "YES", "NO"])]
+    with ThreadPoolExecutor() as pool:
+        told = pool.submit(lambda: [chunk for some in worker.tokens() for chunk in some])
+        rows = answers(worker, *prompts)
+        worker.close()
+        chunks = told.result(30)
+    assert {chunk.index for chunk in chunks} == {0, 2}
+    for row in (rows[0], rows[2]):
+        own = [chunk for chunk in chunks if chunk.index == row.index]
+        assert row.text.startswith("".join(chunk.text for chunk in own))
+        ids = [token_id for chunk in own for token_id in chunk.token_ids]
+        assert list(row.token_ids[: len(ids)]) == ids
+
+
+def test_rows_are_cancelled_in_a_slot_in_the_queue_and_on_their_way(
+    open_worker: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stepping, let_go = threading.Event(), threading.Event()
+    run = FormulaSession.run
+
+    def held(*args: object, **options: object) -> object:
+        stepping.set()
+        assert let_go.wait(120)
+        return run(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FormulaSession, "run", held)
+    worker = open_worker(slots=1)
+    begin = Answerer.begin
+
+    def begin_and_cancel(answerer: Answerer, given: Prompt, *more: Any) -> Answer:
+        if given.text == "LATE":
+            worker.cancel([given.index])  # while its shard is being tokenized
+        return begin(answerer, given, *more)
+
+    monkeypatch.setattr(Answerer, "begin", begin_and_cancel)
+    with ThreadPoolExecutor() as pool:
+        texts = ["HI", "YES", "NO", "LATE", ""]
+        prompts = [Prompt(i, text, stream=True) for i, text in enumerate(texts)]
+        rows = pool.submit(answers, worker, *prompts)
+        assert stepping.wait(120)
+        worker.cancel([0, 2, 4, 77])  # in the slot, in the queue, refused, a stranger
+        let_go.set()
+        reasons = [row.finish_reason for row in rows.result(60)]
+    abort = FinishReason.ABORT
+    assert [reasons[i] for i in (0, 2, 3)] == [abort] * 3
+    assert reasons[4] is FinishReason.ERROR
+    work = worker.measurement()
+    assert (work.rows, work.failed_rows) == (2, 1)
+    (again,) = answers(worker, prompt("HI", 0, max_tokens=4))
+    assert list(again.token_ids) == greedy("HI", 4)
