@@ -334,13 +334,23 @@ class EmulatorOptions(Section):
     )
 
 
-class RayOptions(Section):
-    """The cluster."""
+class ClusterOptions(Section):
+    """Which cluster."""
 
     address: str | None = opt(
         None, "A running Ray cluster, in place of a local one for the command's time.", free=True
     )
-    dashboard: bool = opt(False, "Start the dashboard of a local Ray.", flag=None)
+
+
+class LocalRayOptions(Section):
+    """A Ray that is started on this machine."""
+
+    dashboard: bool = opt(True, "Start a local Ray with its dashboard.", free=True)
+    keep_ray: bool = opt(False, "Leave a local Ray up: the next command starts at once.", free=True)
+
+
+class RayOptions(LocalRayOptions, ClusterOptions):
+    """A cluster, or a Ray of this machine."""
 
 
 class SdkOptions(Section):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qaic_ray.cli.app import Interrupted, app, command, known_path, sdk_choice, switches
+from qaic_ray.cli.kept_ray import ray_app
 from qaic_ray.cli.looking import looking
 from qaic_ray.cli.monitoring import monitoring
 from qaic_ray.cli.reporting import report
@@ -152,6 +153,7 @@ def compile(  # the recipe's word
     ],
     shapes: parameters.ShapesOptions,
     grid: options.CompileOptions,
+    ray: Annotated[options.LocalRayOptions, {"dashboard": False}],
     sdk: options.SdkOptions,
     show: parameters.ViewOptions,
 ) -> None:
@@ -164,7 +166,7 @@ def compile(  # the recipe's word
         if file != given:
             screen.remark(f"{file} of this folder says the shapes, as in the published recipe.")
         builds = requested_builds(model_dir, grid, sdk_choice(sdk, screen).here, file)
-        outcomes = compile_step(builds, grid.parallel, screen)
+        outcomes = compile_step(builds, grid.parallel, screen, ray)
         screen.compiled_all(outcomes)
 
 
@@ -173,7 +175,7 @@ def run(
     program: parameters.ProgramOptions,
     asked: options.RunOptions,
     resuming: parameters.ResumeOptions,
-    ray: options.RayOptions,
+    ray: Annotated[options.RayOptions, {"dashboard": False}],
     sdk: options.SdkOptions,
     show: parameters.ShowOptions,
     given: parameters.Given,
@@ -207,6 +209,7 @@ command(app)(monitoring)
 # The commands that only look follow those that do something, in the help too.
 app.registered_commands += looking.registered_commands
 app.add_typer(emulator_app, name="emulator", no_args_is_help=True)
+app.add_typer(ray_app, name="ray", no_args_is_help=True)
 
 
 @command(emulator_app, "install")

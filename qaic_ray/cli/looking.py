@@ -175,7 +175,9 @@ def show(
 
 
 @command(looking)
-def devices(ray: options.RayOptions, sdk: options.SdkOptions, show: parameters.JsonOptions) -> None:
+def devices(
+    ray: options.ClusterOptions, sdk: options.SdkOptions, show: parameters.JsonOptions
+) -> None:
     """List cards: status, SKU, free NSPs and DRAM; on a cluster also who holds them."""
     from qaic_ray.cli.screen import Screen
 
@@ -195,7 +197,7 @@ def devices(ray: options.RayOptions, sdk: options.SdkOptions, show: parameters.J
 
 @command(looking)
 def doctor(
-    ray: options.RayOptions,
+    ray: options.ClusterOptions,
     sdk: options.SdkOptions,
     show: parameters.JsonOptions,
     try_cards: Annotated[

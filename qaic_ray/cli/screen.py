@@ -136,6 +136,11 @@ class Screen(AbstractContextManager["Screen"]):
         """Something that the user may want to mend."""
         self._say(f"[yellow]{escape(text)}[/]")
 
+    def dashboard(self, ways_in: Sequence[str]) -> None:
+        """Say where Ray's dashboard is, its URL on a line of its own."""
+        for line in ways_in:
+            self._note(escape(line))
+
     def run_folder(self, folder: Path) -> None:
         """Where the run is kept."""
         self._say(f"[dim]run folder[/] {escape(str(folder))}")

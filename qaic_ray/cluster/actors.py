@@ -7,8 +7,6 @@ that died is not restarted; `replace` creates another one with the same name in 
 from __future__ import annotations
 
 import math
-import os
-import threading
 import time
 import uuid
 from collections import deque
@@ -25,8 +23,8 @@ from ray.actor import ActorHandle, ActorMethod
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qaic_ray.cards.inventory import CARD_RESOURCE
-from qaic_ray.cluster.connection import CARD_CPUS, call_for, first_line
-from qaic_ray.cluster.ray_metrics import record_worker
+from qaic_ray.cluster.actor_process import open_worker, said_by
+from qaic_ray.cluster.connection import CARD_CPUS, call_for
 from qaic_ray.dispatch.dispatcher import (
     Event,
     RowsFinished,
@@ -204,7 +202,7 @@ class CardActors(AbstractContextManager["CardActors"]):
             max_concurrency=self._max_shards,
         ).remote(spec)
         self._actors[name] = actor
-        opened = actor.__ray_call__.options(name=f"open {name}").remote(_open, self._timeouts)
+        opened = actor.__ray_call__.options(name=f"open {name}").remote(open_worker, self._timeouts)
         self._in_flight[opened] = name, partial(self._opened, name)
 
     def _listen_to(self, stream: ObjectRefGenerator, worker: str, shard_id: int) -> None:
@@ -250,7 +248,7 @@ class CardActors(AbstractContextManager["CardActors"]):
             if isinstance(error, ray_errors.RayTaskError):
                 if not (incarnation or isinstance(error.cause, DeviceError)):
                     raise error.cause from error
-                why = _text(error.cause)
+                why = said_by(error.cause)
             elif getattr(error, "actor_init_failed", False) and not incarnation:
                 # It does nothing that could fail there.
                 raise UsageError(
@@ -279,7 +277,7 @@ class CardActors(AbstractContextManager["CardActors"]):
         except ray_errors.RayTaskError as error:
             cause = error.cause
             retryable = isinstance(cause, ray_errors.RayError) or getattr(cause, "retryable", False)
-            return ShardFailed(worker, shard_id, _text(cause), retryable)
+            return ShardFailed(worker, shard_id, said_by(cause), retryable)
         except ray_errors.RayError as error:  # of the actor's process, its node, its objects
             return self._lost(worker, error)
         self._listen_to(stream, worker, shard_id)  # at the end: every worker gets its turn
@@ -334,62 +332,10 @@ def loss(error: ray_errors.RayError) -> str:
         why = "its process died"
     else:
         why = "Ray lost it"
-    return f"{why} ({_text(error)})"
-
-
-def chooses_units() -> bool:
-    """Whether Ray chooses which cards an actor gets; asked on a node of the cluster.
-
-    The setting is the head's, or a variable of the node's own.
-    """
-    from ray._private.state import state
-
-    setting = "custom_unit_instance_resources"
-    named = os.environ.get(f"RAY_{setting}") or state.get_system_config().get(setting) or ""
-    return CARD_RESOURCE in str(named).split(",")
-
-
-def card_units() -> tuple[int, ...]:
-    """The numbers of the cards that Ray gave to this process, an actor's, where Ray chooses."""
-    from ray._private.worker import global_worker
-
-    units = global_worker.core_worker.resource_ids().get(CARD_RESOURCE, [])
-    return tuple(sorted(int(unit) for unit, _ in units))
-
-
-def _open(worker: CardWorker, timeouts: Timeouts) -> WorkerInfo:
-    """Open a worker's cards, in its actor; those whose numbers Ray gave to it, where it chooses."""
-    die_with_parent(worker.close, timeouts)
-    if worker.spec.metrics:
-        record_worker(worker)
-    choices = worker.spec.choices
-    return worker.open(tuple(choices[unit] for unit in card_units())) if choices else worker.open()
-
-
-def die_with_parent(close: Callable[[], object], timeouts: Timeouts) -> None:
-    """End this process, an actor's, with the raylet that started it: it holds cards.
-
-    Ray itself ends such a process only when the cluster's head has missed the raylet for a while.
-
-    Args:
-        close: gives the cards back; may hang.
-        timeouts: `parent_s` and `close_s` are used.
-    """
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(timeouts.parent_s)
-        call_for(timeouts.close_s, close)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="watch raylet", daemon=True).start()
-
-
-def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
+    return f"{why} ({said_by(error)})"
 
 
 def _control(method: ActorMethod, *arguments: object) -> ObjectRef:
-    """Call an actor's method in the group that shards do not use."""
-    return method.options(concurrency_group=CONTROL_GROUP).remote(*arguments)
+    """Call an actor's method in the group that shards do not use; no list of tasks has the call."""
+    called = method.options(concurrency_group=CONTROL_GROUP, enable_task_events=False)
+    return called.remote(*arguments)

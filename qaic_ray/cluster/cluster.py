@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import math
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import ray
 import ray.exceptions as ray_errors
 from ray import ObjectRef
 from ray._private.state import available_resources_per_node
+from ray._private.worker import RayContext
 
 from qaic_ray.cards.inventory import CARD_RESOURCE, Node, NodeCards, look, problems
-from qaic_ray.cluster.actors import CardActors, cards_needed, chooses_units, loss, on_node
+from qaic_ray.cluster.actor_process import chooses_units
+from qaic_ray.cluster.actors import CardActors, cards_needed, loss, on_node
+from qaic_ray.cluster.compile_tasks import Request, Result, run_builds
 from qaic_ray.cluster.connection import (
     CARD_CPUS,
     ClusterWatch,
@@ -31,9 +33,12 @@ from qaic_ray.cluster.connection import (
     join,
     start,
 )
+from qaic_ray.cluster.dashboard import Dashboard, dashboard_of
+from qaic_ray.cluster.kept_ray import KeptRay
+from qaic_ray.cluster.worker_logs import WorkerLogs
 from qaic_ray.dispatch.dispatcher import Dispatcher
 from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
-from qaic_ray.errors import ClusterLost, CompileError, DeviceBusy, QaicRayError, UsageError
+from qaic_ray.errors import ClusterLost, DeviceBusy, QaicRayError, UsageError
 from qaic_ray.options import EmulatorOptions
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience, Driver
@@ -44,9 +49,6 @@ from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts, changed_values, tries
 
 if TYPE_CHECKING:
     from qaic_ray.worker.worker import CardWorker, WorkerSpec
-
-Request = TypeVar("Request")
-Result = TypeVar("Result")
 
 
 class Cluster(AbstractContextManager["Cluster"]):
@@ -59,6 +61,8 @@ class Cluster(AbstractContextManager["Cluster"]):
         num_cards: the cards of this machine; a cluster that runs already knows its own.
         address: `host:port` of a running cluster's head, or `auto` for this machine's.
         dashboard: whether a Ray that is started has one, on the loopback interface.
+        kept: the Ray of this machine that was left up, to be used in place of a new one.
+        name: begins the entry of this driver in the dashboard's list of jobs.
         timeouts: all of the cluster's and its actors'; the workers' are in their specs.
     """
 
@@ -68,32 +72,30 @@ class Cluster(AbstractContextManager["Cluster"]):
         *,
         address: str | None = None,
         dashboard: bool = False,
+        kept: KeptRay | None = None,
+        name: str = "qaic-ray",
         timeouts: Timeouts = DEFAULT_TIMEOUTS,
     ) -> None:
         self._num_cards = num_cards
         self._address = address
         self._dashboard = dashboard
+        self._kept = kept
+        self._name = name
         self._timeouts = timeouts
         self._own: OwnRay | None = None
         self._ends = ExitStack()
         self._watch: ClusterWatch | None = None
-        self.dashboard_url: str | None = None
-        self.token_file: Path | None = None
+        self._logs = WorkerLogs()
+        self.dashboard: Dashboard | None = None
 
     def __enter__(self) -> Cluster:
         with ExitStack() as ends:
             if not ray.is_initialized():
-                if self._address is None:
-                    self._own = start(
-                        self._num_cards, dashboard=self._dashboard, timeouts=self._timeouts
-                    )
-                    ends.callback(self._own.end)
-                    context = self._own.context
-                    self.token_file = self._own.session.token_file
-                else:
-                    context = join(self._address, self._timeouts)
-                    ends.callback(call_for, self._timeouts.shutdown_s, ray.shutdown)
-                self.dashboard_url = context.dashboard_url or None
+                context, token_file = self._connect(ends)
+                if context.dashboard_url:
+                    self.dashboard = dashboard_of(context, token_file)
+            ends.enter_context(self._logs)
+            ends.callback(self._flush_logs)
             self._watch = self._watching()
             ends.callback(self._watch.close)
             self._ends = ends.pop_all()
@@ -101,6 +103,42 @@ class Cluster(AbstractContextManager["Cluster"]):
 
     def __exit__(self, *_: object) -> None:
         self._ends.close()
+
+    def _connect(self, ends: ExitStack) -> tuple[RayContext, Path | None]:
+        """Join a Ray, or start one; what ends that goes to `ends`."""
+        if self._kept is not None:
+            context = ends.enter_context(self._kept.joined(self._name, self._timeouts))
+            return context, self._kept.token_file
+        if self._address is not None:
+            context = join(self._address, self._timeouts, name=self._name)
+            ends.callback(call_for, self._timeouts.shutdown_s, ray.shutdown)
+            return context, None
+        self._own = start(
+            self._num_cards,
+            dashboard=self._dashboard,
+            name=self._name,
+            timeouts=self._timeouts,
+        )
+        ends.callback(self._own.end)
+        return self._own.context, self._own.session.token_file
+
+    @property
+    def _is_ours(self) -> bool:
+        """Whether it is of this machine alone, and started by a command of ours."""
+        return self._own is not None or self._kept is not None
+
+    def write_logs_to(self, folder: Path, on_error: Callable[[str], None]) -> None:
+        """Write what actors and tasks print, and have printed, to `<name>.log` in this folder.
+
+        Args:
+            folder: is there.
+            on_error: told once, by a sentence, when a log cannot be written.
+        """
+        self._logs.write_to(folder, on_error)
+
+    def _flush_logs(self) -> None:
+        if self._watch is not None and self._watch.loss is None:
+            self._logs.flush()
 
     def compile_variants(
         self,
@@ -111,32 +149,9 @@ class Cluster(AbstractContextManager["Cluster"]):
         on_done: Callable[[str, Result | QaicRayError], None],
         on_begin: Callable[[str], None] | None = None,
     ) -> None:
-        """Run `build` on every request, each as one Ray task named `compile <label>`.
-
-        Args:
-            build: a module's function, so that another process finds it.
-            requests: label -> request.
-            parallel: how many run at a time.
-            on_done: called with each label and its result, as they come. An error of ours is a
-                result; a task whose process died is a CompileError.
-            on_begin: called with each label whose task is submitted.
-        """
-        waiting = deque(requests.items())
-        running: dict[ObjectRef, str] = {}
+        """Run `build` on every request; see `run_builds`."""
         with self._losses():
-            try:
-                while waiting or running:
-                    while waiting and len(running) < parallel:
-                        label, request = waiting.popleft()
-                        task = _BUILD.options(name=f"compile {label}", num_cpus=1, max_retries=0)
-                        running[task.remote(build, request)] = label
-                        if on_begin is not None:
-                            on_begin(label)
-                    (ref,), _ = ray.wait(list(running), num_returns=1)
-                    label = running.pop(ref)
-                    on_done(label, _built(label, ref))
-            finally:
-                self._cancel(list(running))
+            run_builds(build, requests, parallel=parallel, on_done=on_done, timeouts=self._timeouts)
 
     def inventory(self, sdk: str | None, emulated: EmulatorOptions) -> list[NodeCards]:
         """The cards of every node, by the SDK that is found there.
@@ -147,7 +162,7 @@ class Cluster(AbstractContextManager["Cluster"]):
             sdk: as the job names it; see `find_sdk`.
             emulated: what the emulated SDK is to be, where it is the one.
         """
-        if self._own is not None:  # one node, and it is this one
+        if self._is_ours:  # one node, and it is this one
             return [look(node, sdk, emulated) for node in _nodes()]
         told = self.each_node("look for cards", _look_here, (sdk, emulated))
         return [
@@ -186,7 +201,7 @@ class Cluster(AbstractContextManager["Cluster"]):
 
     def problems(self, nodes: Sequence[NodeCards]) -> list[str]:
         """A sentence, with its remedy, for each reason why cards of an inventory are not used."""
-        if self._own is not None:
+        if self._is_ours:
             return []  # it offers what it was asked for
         return problems(nodes, ray.get_runtime_context().gcs_address)
 
@@ -269,17 +284,6 @@ class Cluster(AbstractContextManager["Cluster"]):
                 on_wait(f"{words}: waiting for up to {self._timeouts.busy_s:.0f} s.")
                 is_told = True
 
-    def _cancel(self, refs: list[ObjectRef]) -> None:
-        """Interrupt tasks, and wait up to `cancel_s` for their end."""
-
-        def cancel() -> None:
-            for ref in refs:
-                ray.cancel(ref)
-            ray.wait(refs, num_returns=len(refs), timeout=self._timeouts.cancel_s)
-
-        if refs:
-            call_for(self._timeouts.cancel_s + 1.0, cancel)
-
     @contextmanager
     def _losses(self) -> Iterator[None]:
         """Raise ClusterLost in place of any error that the loss of Ray has caused."""
@@ -294,6 +298,8 @@ class Cluster(AbstractContextManager["Cluster"]):
         if self._own is not None:
             own = self._own
             return ClusterWatch(dead=own.dead, on_loss=own.session.kill, timeouts=self._timeouts)
+        if self._kept is not None:
+            return ClusterWatch(dead=self._kept.dead, timeouts=self._timeouts)
         where = "of this machine" if self._address in (None, "auto") else f"at {self._address}"
         what = f"The Ray cluster {where}"
         return ClusterWatch(ask=_answers, what=what, timeouts=self._timeouts)
@@ -301,7 +307,12 @@ class Cluster(AbstractContextManager["Cluster"]):
     def _cpus_each(self, num_workers: int) -> float:
         """CPUs of each actor: an even share of this machine, or CARD_CPUS of a shared cluster."""
         share = (os.cpu_count() or 1) // num_workers
-        return share if self._own is not None and share else CARD_CPUS
+        if (
+            self._kept is not None
+            and ray.available_resources().get("CPU", 0) <= share * num_workers
+        ):
+            return CARD_CPUS  # another command has its share
+        return share if self._is_ours and share else CARD_CPUS
 
 
 def _answers() -> bool:
@@ -342,26 +353,3 @@ def _lacking(needed: Mapping[str, float]) -> float:
         for node_id, number in needed.items()
         if number > free.get(node_id, 0.0) + 1e-6
     )
-
-
-def _build(build: Callable[[Request], Result], request: Request) -> Result | QaicRayError:
-    try:
-        return build(request)
-    except QaicRayError as error:
-        return error
-
-
-_BUILD = ray.remote(_build)
-
-
-def _built(label: str, ref: ObjectRef[Result | QaicRayError]) -> Result | QaicRayError:
-    try:
-        result: Result | QaicRayError = ray.get(ref)
-    except ray_errors.RayTaskError as error:
-        raise error.cause from error
-    except ray_errors.RayError as error:
-        return CompileError(
-            f"The process that compiled {label} died ({type(error).__name__}): most often the "
-            "machine ran out of memory; compile fewer at a time with --jobs."
-        )
-    return result

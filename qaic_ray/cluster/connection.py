@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import ray
 import ray._private.utils
@@ -24,6 +24,7 @@ import ray._raylet
 import ray.exceptions as ray_errors
 from ray._private import ray_constants
 from ray._private.worker import RayContext
+from ray.job_config import JobConfig
 
 from qaic_ray import interruption
 from qaic_ray.cards.inventory import CARD_RESOURCE
@@ -36,12 +37,16 @@ CARD_CPUS = 0.1
 sets OMP_NUM_THREADS to what is asked, or to 1, and that is what an emulated card computes with."""
 OBJECT_STORE_BYTES = 256 * 2**20
 
+JOB_NAME_KEY = "job_name"
+"""Of a job's metadata: what the dashboard's list of jobs shows as its name."""
+
 _VITAL = {"raylet": "raylet", "gcs_server": "head process (GCS)"}
 # What an HTTP/2 connection begins with, and the type of the frame that answers it (RFC 9113, 3.4).
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 _HTTP2_SETTINGS = b"\x04"
 _LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
-_QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
+# What processes print comes to the driver for `worker_logs.py`; `_silence` keeps it off stdout.
+_QUIET = {"log_to_driver": True, "logging_level": "ERROR"}
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,10 @@ class OwnRay:
     def end(self) -> None:
         """Shut it down, and kill its processes that remain."""
         _end(self.session, self.timeouts)
-        _read_settings()
+        read_settings()
 
 
-def start(num_cards: int, *, dashboard: bool, timeouts: Timeouts) -> OwnRay:
+def start(num_cards: int, *, dashboard: bool, name: str, timeouts: Timeouts) -> OwnRay:
     """Start a Ray of this machine, for this process alone.
 
     It listens on the loopback interface and accepts clients that have its token. A start that fails
@@ -78,10 +83,9 @@ def start(num_cards: int, *, dashboard: bool, timeouts: Timeouts) -> OwnRay:
     for is_last in (False, True):
         session = RaySession(timeouts)
         try:
-            with session.environment(), _on_loopback(), _signals_are_ours():
-                _read_settings()
-                _silence()
-                context = ray.init(
+            with session.environment():
+                context = connect(
+                    name,
                     address="local",
                     num_cpus=max(os.cpu_count() or 1, math.ceil(CARD_CPUS * num_cards) + 1),
                     resources={CARD_RESOURCE: num_cards} if num_cards else {},
@@ -89,7 +93,6 @@ def start(num_cards: int, *, dashboard: bool, timeouts: Timeouts) -> OwnRay:
                     dashboard_host="127.0.0.1",
                     object_store_memory=OBJECT_STORE_BYTES,
                     _temp_dir=str(session.temp_dir),
-                    **_QUIET,
                 )
             node = str(context.address_info["node_ip_address"])  # on whose interface it listens
             if not node.startswith("127.") and node != "::1":
@@ -108,7 +111,15 @@ def start(num_cards: int, *, dashboard: bool, timeouts: Timeouts) -> OwnRay:
     raise AssertionError("the last attempt returns or raises")
 
 
-def join(address: str, timeouts: Timeouts) -> RayContext:
+def connect(name: str, **how: Any) -> RayContext:
+    """`ray.init` for a Ray of ours on this machine, by what the environment says of it now."""
+    with _on_loopback(), _signals_are_ours():
+        read_settings()
+        _silence()
+        return ray.init(job_config=_named(name), **how, **_QUIET)
+
+
+def join(address: str, timeouts: Timeouts, *, name: str) -> RayContext:
     """Join the Ray at `host:port`, or the one of this machine for `auto`.
 
     Raises:
@@ -137,7 +148,7 @@ def join(address: str, timeouts: Timeouts) -> RayContext:
             around.enter_context(_on_loopback())
         try:
             with _native_stderr_to(said), _signals_are_ours():
-                return ray.init(address=address, **_QUIET)
+                return ray.init(address=address, job_config=_named(name), **_QUIET)
         except (ray_errors.AuthenticationError, OSError, RuntimeError, ValueError) as error:
             ray.shutdown()
             said.seek(0)
@@ -155,6 +166,10 @@ def _end(session: RaySession, timeouts: Timeouts) -> None:
         session.close()
     else:
         session.kill()  # Ray goes on writing in this process: the folder is removed after its end
+
+
+def _named(name: str) -> JobConfig:
+    return JobConfig(metadata={JOB_NAME_KEY: name})
 
 
 @contextmanager
@@ -206,7 +221,7 @@ def _silence() -> None:
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
 
-def _read_settings() -> None:
+def read_settings() -> None:
     """Have Ray read its settings and its token from the environment again."""
     ray._raylet.Config.initialize("")
     ray._raylet.AuthenticationTokenLoader.instance().reset_cache()

@@ -16,7 +16,14 @@ import ray.exceptions as ray_errors
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray.job_submission import JobDetails, JobSubmissionClient
 
-from qaic_ray.cluster.connection import first_line, server_at, wants_token
+from qaic_ray.cluster.connection import (
+    JOB_NAME_KEY,
+    first_line,
+    read_settings,
+    server_at,
+    wants_token,
+)
+from qaic_ray.cluster.kept_ray import find as find_kept_ray
 from qaic_ray.cluster.ray_session import changed_environment
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts, tries
@@ -52,8 +59,8 @@ class SubmittedJobs:
 
     Args:
         address: of the cluster's dashboard, `http://host:8265`, or of its head, `host:6379`; None
-            or `auto` for what RAY_API_SERVER_ADDRESS or RAY_ADDRESS names, or else the cluster that
-            this machine is part of.
+            or `auto` for what RAY_API_SERVER_ADDRESS or RAY_ADDRESS names, or else the Ray that is
+            kept on this machine, or else the cluster that this machine is part of.
         timeouts: `probe_s`, `agent_s`, `stop_s` and their intervals are used.
 
     Raises:
@@ -62,14 +69,18 @@ class SubmittedJobs:
 
     def __init__(self, address: str | None, *, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> None:
         self._timeouts = timeouts
+        kept = None
         if address in (None, "", "auto"):
             given = (os.environ.get(name) for name in _ADDRESS_VARIABLES)
-            address = next(filter(None, given), "auto")
+            address = next(filter(None, given), "")
+            kept = None if address else find_kept_ray()
         self._address = _checked(address or "auto", timeouts.probe_s)
+        self._access = {} if kept is None else kept.variables()
         with self._explained(), changed_environment(dict.fromkeys(_ADDRESS_VARIABLES)):
             # Ray's C++ half aborts the process where it wants a token and finds none.
             ensure_token_if_auth_enabled(create_token_if_missing=False)
-            self._client = JobSubmissionClient(self._address)
+            url = self._address if kept is None else kept.dashboard_url
+            self._client = JobSubmissionClient(url)
 
     def submit(
         self,
@@ -77,9 +88,12 @@ class SubmittedJobs:
         folder: Path,
         *,
         submission_id: str,
+        name: str,
         metadata: Mapping[str, str],
     ) -> str:
         """Submit a command, which the cluster runs in a copy of `folder`; return its id.
+
+        The dashboard's list of jobs shows `name`.
 
         The command's words reach the program unchanged; no shell interprets them.
         """
@@ -92,7 +106,7 @@ class SubmittedJobs:
                             entrypoint=f"exec {shlex.join(command)}",
                             runtime_env={"working_dir": str(folder)},
                             submission_id=submission_id,
-                            metadata=dict(metadata),
+                            metadata={JOB_NAME_KEY: name, **metadata},
                         )
                     )
                 except RuntimeError as error:
@@ -145,7 +159,9 @@ class SubmittedJobs:
         """Raise an error of one sentence for each that Ray's client raises."""
         where = "of this machine" if self._address == "auto" else f"at {self._address}"
         try:
-            with _quiet():
+            with _quiet(), changed_environment(self._access):
+                if self._access:
+                    read_settings()
                 yield
         except ray_errors.AuthenticationError as error:
             raise wants_token(where) from error

@@ -145,7 +145,7 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
         self._worker: CardWorker | None = None
         self.info: WorkerInfo = self._open()
         if _is_actor():
-            from qaic_ray.cluster.actors import die_with_parent
+            from qaic_ray.cluster.actor_process import die_with_parent
 
             die_with_parent(self.close, self.timeouts)
 
@@ -330,7 +330,7 @@ def granted() -> Grant:
         return Grant()
     import ray
 
-    from qaic_ray.cluster.actors import card_units, chooses_units
+    from qaic_ray.cluster.actor_process import card_units, chooses_units
 
     share = ray.get_runtime_context().get_assigned_resources().get(CARD_RESOURCE, 1.0)
     return Grant(share, card_units() if chooses_units() else ())

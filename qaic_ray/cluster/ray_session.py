@@ -1,14 +1,14 @@
 """The folder and the token of a Ray that we start, and the keeper process that removes them.
 
-The folder belongs to this user alone, and its path is short enough for the sockets in it. However
-the driver ends, it is removed by its keeper, which this file is as a program:
+The folder belongs to this user alone, and its path is short enough for the sockets in it. Its
+keeper, which this file is as a program, removes it however the driver ends:
 
     python ray_session.py FOLDER DRIVER TIMEOUT_S
 
-It waits until stdin ends or the process DRIVER does, by whatever signal; then it kills every
-process that was started with QAIC_RAY_SESSION=FOLDER in its environment, with all that these
-started, and removes FOLDER, each for up to TIMEOUT_S. It is run by its path and imports the
-standard library alone, as it takes memory as long as the driver runs.
+It waits until stdin ends or the process DRIVER does; or, once a line on stdin names processes of a
+Ray that is kept, until one of these does. Then it kills every process that was started with
+QAIC_RAY_SESSION=FOLDER in its environment, with all that these started, and removes FOLDER, each
+for up to TIMEOUT_S. It imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,11 +29,15 @@ if TYPE_CHECKING:
     from qaic_ray.timeouts import Timeouts
 
 SESSION_VARIABLE = "QAIC_RAY_SESSION"
+KEPT_NOTE = "kept-ray.json"
+"""Of the cache folder: by it a Ray that is kept is found; see `kept_ray.py`."""
 MAX_FOLDER_CHARS = 34
 """The name of a socket has at most 107 bytes (unix(7)), and Ray puts up to 73 behind the folder."""
 DEFAULT_BASE = Path("/tmp")
 
 _LOCK = "lock"
+_USERS = "users"
+_HAS_LEFT = b"left"
 _PREFIX = f"qaic-ray-{os.getuid()}-"
 _PAUSE_S = 0.1
 
@@ -55,7 +59,8 @@ class RaySession:
         """For Ray's own folders, which it makes readable for everybody."""
         self.token_file = self.folder / "token"
         # Held as long as this process runs; without it others know the folder as left behind.
-        self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        # Read-only: who has a file of the folder open for writing is taken for a part of Ray.
+        self._lock = os.open(self.folder / _LOCK, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         token = os.open(self.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(token, "w", encoding="ascii") as stream:
@@ -66,6 +71,7 @@ class RaySession:
                 *(str(self.folder), str(os.getpid()), str(timeouts.keeper_s)),
             ],
             stdin=subprocess.PIPE,
+            pass_fds=(self._lock,),  # a Ray that is kept outlives this process
             stdout=subprocess.DEVNULL,  # it holds no pipe of ours open
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -77,16 +83,16 @@ class RaySession:
 
         RAY_AUTH_MODE stays as the user has set it.
         """
-        return changed_environment(
-            {
-                SESSION_VARIABLE: str(self.folder),
-                # Ray's word for: this machine only, and all of it on the loopback interface.
-                "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-                "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
-                "RAY_AUTH_TOKEN_PATH": str(self.token_file),
-                "RAY_AUTH_TOKEN": None,  # it would go before the file's, and is of another Ray
-            }
-        )
+        mode = os.environ.get("RAY_AUTH_MODE", "token")
+        access = access_variables(self.token_file, mode)
+        return changed_environment({SESSION_VARIABLE: str(self.folder), **access})
+
+    def keep(self, pids: Sequence[int]) -> None:
+        """Let the Ray and its folder live as long as these processes of it do."""
+        assert self._keeper.stdin is not None
+        self._keeper.stdin.write(f"{' '.join(map(str, pids))}\n".encode())
+        self._keeper.stdin.close()
+        os.close(self._lock)
 
     def kill(self) -> None:
         """Kill every process of this Ray."""
@@ -108,6 +114,44 @@ class RaySession:
             ) from error
         finally:
             os.close(self._lock)
+
+
+def access_variables(token_file: Path, mode: str) -> dict[str, str | None]:
+    """The environment by which a program of this user reaches a Ray of ours on this machine."""
+    return {
+        # Ray's word for: this machine only, and all of it on the loopback interface.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": mode,
+        "RAY_AUTH_TOKEN_PATH": str(token_file),
+        "RAY_AUTH_TOKEN": None,  # it would go before the file's, and is of another Ray
+    }
+
+
+@contextmanager
+def using(folder: str) -> Iterator[None]:
+    """Count this process among those that use the Ray in `folder`.
+
+    It is no part of that Ray as long as it lives: Ray's logs may stay open in it.
+    """
+    marks = Path(folder, _USERS)
+    marks.mkdir(mode=0o700, exist_ok=True)
+    mark = os.open(marks / str(os.getpid()), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    fcntl.flock(mark, fcntl.LOCK_SH)  # never closed; shared, as a process may use it twice
+    try:
+        yield
+    finally:
+        os.write(mark, _HAS_LEFT)
+
+
+def users(folder: str, *, that_left: bool = False) -> set[int]:
+    """The processes that use the Ray in `folder`; also those that did, and still live."""
+    found = set()
+    with suppress(FileNotFoundError):
+        for mark in list(Path(folder, _USERS).iterdir()):
+            with suppress(FileNotFoundError):
+                if not _is_left(mark) and (that_left or not mark.read_bytes()):
+                    found.add(int(mark.name))
+    return found
 
 
 @contextmanager
@@ -152,16 +196,21 @@ def _sweep(base: Path, timeouts: Timeouts) -> None:
         with suppress(OSError):
             status = folder.lstat()
             is_ours = status.st_uid == os.getuid() and folder.is_dir() and not folder.is_symlink()
-            if is_ours and _is_left(folder, status.st_mtime, timeouts.session_s):
+            if is_ours and _is_left_behind(folder, status.st_mtime, timeouts.session_s):
                 kill_marked(str(folder), timeouts.keeper_s)
                 shutil.rmtree(folder)
 
 
-def _is_left(folder: Path, made_s: float, being_made_s: float) -> bool:
+def _is_left_behind(folder: Path, made_s: float, being_made_s: float) -> bool:
     try:
-        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
+        return _is_left(folder / _LOCK)
     except FileNotFoundError:
         return time.time() - made_s > being_made_s
+
+
+def _is_left(file: Path) -> bool:
+    """Whether nobody has this file locked any more."""
+    lock = os.open(file, os.O_RDWR | os.O_NOFOLLOW)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -172,7 +221,7 @@ def _is_left(folder: Path, made_s: float, being_made_s: float) -> bool:
 
 
 def marked(folder: str, driver: int = 0) -> list[int]:
-    """The living processes that belong to the session in `folder`, but for its driver.
+    """The living processes that belong to the session in `folder`, but for its drivers.
 
     Some of Ray's processes overwrite their environment with a title. They are known by their
     parents, or by the files of the folder that they have open.
@@ -180,8 +229,9 @@ def marked(folder: str, driver: int = 0) -> list[int]:
     mark = f"{SESSION_VARIABLE}={folder}".encode()
     found = set()
     parents = {}
+    spared = {os.getpid(), driver} | users(folder, that_left=True)
     for name in os.listdir("/proc"):
-        if name.isdecimal() and int(name) not in (os.getpid(), driver):
+        if name.isdecimal() and int(name) not in spared:
             with suppress(OSError):
                 process = Path("/proc", name)
                 stat = process.joinpath("stat").read_bytes()
@@ -221,16 +271,22 @@ def kill_marked(folder: str, timeout_s: float, driver: int = 0) -> None:
         time.sleep(_PAUSE_S)
 
 
+def _is_written(fd: int) -> bool:
+    """Whether it has something to be read, or its end."""
+    return bool(select.select([fd], [], [], 0)[0])
+
+
 def main() -> None:
     """Wait, kill, remove."""
     folder, driver, timeout_s = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # what ends the driver must not end this before it
-    waiting = [sys.stdin.fileno()]
     with suppress(ProcessLookupError):
-        waiting.append(os.pidfd_open(driver))
-        # Nothing is ever written to stdin: it is ready when it is at its end.
-        select.select(waiting, [], [])
+        select.select([sys.stdin.fileno(), os.pidfd_open(driver)], [], [])
+    if kept := sys.stdin.readline().split() if _is_written(sys.stdin.fileno()) else []:
+        driver = 0
+        with suppress(ProcessLookupError):
+            select.select([os.pidfd_open(int(pid)) for pid in kept], [], [])
     kill_marked(folder, timeout_s, driver)
     deadline_s = time.monotonic() + timeout_s
     while os.path.exists(folder) and time.monotonic() < deadline_s:

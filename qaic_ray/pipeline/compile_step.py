@@ -22,13 +22,14 @@ from qaic_ray.files.documents import shown, user_path
 from qaic_ray.files.folders import inside, sha256_of
 from qaic_ray.limits import too_many_cores
 from qaic_ray.model.checkpoint import CUSTOM_IO_FILE, MANIFEST_FILE, check_files, read_manifest
-from qaic_ray.options import CompileOptions
+from qaic_ray.options import CompileOptions, LocalRayOptions
 from qaic_ray.pipeline.request import Listener
 from qaic_ray.sdk import Sdk
 
 if TYPE_CHECKING:
     from qaic_ray.cluster.cluster import Cluster
 
+_NO_DASHBOARD = LocalRayOptions(dashboard=False)
 _GRAPHS = "generatedModels/*.onnx"
 _SHAPES = ("batch_size", "prompt_len", "ctx_len", "num_speculative_tokens", "comp_ctx_lengths")
 
@@ -140,13 +141,17 @@ def _check_cores(variants: Sequence[Variant], sdk: Sdk) -> None:
 
 
 def compile_step(
-    requests: Sequence[BuildRequest], parallel: int | None, listener: Listener
+    requests: Sequence[BuildRequest],
+    parallel: int | None,
+    listener: Listener,
+    ray: LocalRayOptions = _NO_DASHBOARD,
 ) -> list[Compiled]:
-    """Compile what `requested_builds` gave: one variant in this process, several as Ray tasks.
+    """Compile what `requested_builds` gave: several variants as Ray tasks.
 
-    A compile that fails is an outcome.
+    One is compiled in this process, where nothing is asked of Ray. A compile that fails is an
+    outcome.
     """
-    if len(requests) == 1:
+    if len(requests) == 1 and ray == _NO_DASHBOARD:
         (request,) = requests
         result: Build | QaicRayError
         listener.compiling(1)
@@ -157,11 +162,10 @@ def compile_step(
             result = error
         listener.compiled(request.variant, result)
         return [(request.variant, result)]
-    from qaic_ray.cluster.cluster import Cluster
+    from qaic_ray.pipeline.open_ray import open_ray
 
-    listener.began("Ray")
-    with Cluster(num_cards=0) as cluster:
-        listener.ended("Ray")
+    sdk = requests[0].sdk
+    with open_ray(ray, 0, name="compile", sdk=sdk, listener=listener) as cluster:
         return compile_on(cluster, requests, parallel, listener)
 
 

@@ -189,15 +189,11 @@ def launch_job(
         exported = export_step(job.model, job.export, listener)
         check_chat_template(request)
         builds = requested_builds(exported.folder, job.compile, sdk.here)
-        from qaic_ray.cluster.cluster import Cluster
+        from qaic_ray.pipeline.open_ray import open_ray
 
-        listener.began("Ray")
-        ray = job.ray
-        with Cluster(num_cards, address=ray.address, dashboard=ray.dashboard) as cluster:
-            where = f", dashboard at {cluster.dashboard_url}" if cluster.dashboard_url else ""
-            if where and cluster.token_file:
-                where += f" (its token is in {cluster.token_file})"
-            listener.ended(f"Ray{where}")
+        with open_ray(
+            job.ray, num_cards, name=job.name, sdk=sdk.here, listener=listener
+        ) as cluster:
             outcomes = compile_on(cluster, builds, job.compile.parallel, listener)
             _, chosen = outcomes[chosen_at]
             if not isinstance(chosen, Build):

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qaic_ray.cluster.ray_session import KEPT_NOTE
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.files.documents import user_path
+from qaic_ray.files.folders import cache_folder
 from qaic_ray.inspect.holder import holder_of, stop_driver
 from qaic_ray.inspect.run_status import RUNNING, RunStatus, RunWatch, run_folders
 from qaic_ray.pipeline.request import REQUEST_NAME, read_request
@@ -132,7 +134,7 @@ class StatusLook:
 
 def knows_cluster() -> bool:
     """Whether something on this machine names a Ray cluster; asking one takes Ray seconds."""
-    if any(map(os.environ.get, _ADDRESS_VARIABLES)):
+    if any(map(os.environ.get, _ADDRESS_VARIABLES)) or (cache_folder() / KEPT_NOTE).exists():
         return True
     return (Path(os.environ.get("RAY_TMPDIR", "/tmp")) / _CURRENT_CLUSTER).exists()
 

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -66,6 +67,9 @@ class Listener(Protocol):
 
     def remark(self, text: str) -> None:
         """Something that the user may want to mend."""
+
+    def dashboard(self, ways_in: Sequence[str]) -> None:
+        """Ray's dashboard is up: its URL, and how to get there, one line each."""
 
     def run_folder(self, folder: Path) -> None:
         """Where the run that begins, or goes on, keeps everything."""
@@ -135,7 +139,7 @@ class RunRequest:
     model: str
     qpc: Path
     run: RunOptions
-    ray: RayOptions = field(default_factory=RayOptions)
+    ray: RayOptions = field(default_factory=partial(RayOptions, dashboard=False))
     job_text: str = ""
     resume: Path | None = None
     retry_errors: bool = False

@@ -38,6 +38,9 @@ from qaic_ray.pipeline.run_record import Compiles, RunRecording, recorded
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.sdk import name_for_others
 
+LOGS_FOLDER = "logs"
+"""Of a run folder; has what each card's process has printed."""
+
 if TYPE_CHECKING:
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.runs.delivery import Proof
@@ -59,12 +62,13 @@ def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSumm
     request, num_cards = on_local_cards(request, sdk)
     run_input = request.open_input()
     check_chat_template(request)
-    from qaic_ray.cluster.cluster import Cluster
+    from qaic_ray.pipeline.open_ray import open_ray
 
-    listener.began("Ray")
-    with resuming(request, sdk), Cluster(num_cards, address=request.ray.address) as cluster:
-        listener.ended("Ray")
-        return run_on(cluster, request, run_input, sdk=sdk, listener=listener)
+    with (
+        resuming(request, sdk),
+        open_ray(request.ray, num_cards, name=request.name, sdk=sdk.here, listener=listener) as ray,
+    ):
+        return run_on(ray, request, run_input, sdk=sdk, listener=listener)
 
 
 def on_local_cards(request: RunRequest, sdk: SdkChoice) -> tuple[RunRequest, int]:
@@ -128,6 +132,7 @@ def run_on(
     specs = _worker_specs(cluster, request, sdk, listener)
     folder = request.resume.absolute() if request.resume else _new_run_folder(request)
     listener.run_folder(folder)
+    cluster.write_logs_to(folder / LOGS_FOLDER, listener.remark)
     with nullcontext() if request.resume else _kept(folder, request, sdk):
         with recorded(folder, request, sdk, listener=listener, compiles=compiles) as recording:
             result, proof = _answer(
@@ -365,7 +370,7 @@ def _new_run_folder(request: RunRequest) -> Path:
             f"{request.run.output} has a thousand runs of this second: use another --output."
         )
     try:
-        (folder / "logs").mkdir()
+        (folder / LOGS_FOLDER).mkdir()
         text = write_request(request, folder)
         (folder / "job.yaml").write_text(request.job_text or text, encoding="utf-8")
     except OSError as error:

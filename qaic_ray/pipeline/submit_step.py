@@ -101,6 +101,7 @@ def submit_step(request: SubmitRequest) -> tuple[str, Parcel]:
             entry_command(request),
             folder,
             submission_id=f"{name}-{stamp}-{secrets.token_hex(2)}",
+            name=name,
             metadata=metadata,
         )
     return submission_id, parcel

@@ -1,8 +1,7 @@
 """One card's work: prompts in, rows out. Needs a tokenizer, a session and an engine, and no Ray.
 
-Shards overlap. Each `answer` call tokenizes in its caller's thread, puts its sequences into the
-backlog that all shards share, and decodes its own rows as they finish. One other thread runs the
-engine, and gives it no more sequences than it will soon start.
+Shards overlap: each `answer` call tokenizes in its caller's thread, puts its sequences into the one
+backlog, and decodes its rows as they finish. One other thread runs the engine, on few at a time.
 """
 
 from __future__ import annotations
@@ -79,8 +78,7 @@ class WorkerInfo:
 
 @dataclass
 class _Card:
-    """Everything an opened worker holds, until `held` is closed; `past` is the work of the
-    `num_past` engines before this one."""
+    """What an opened worker holds until `held` is closed; `past`: of `num_past` earlier engines."""
 
     answerer: Answerer
     session: Session
@@ -116,6 +114,9 @@ class CardWorker:
         self._closed = False
         self._opened: _Card | None = None
         self._thread = threading.Thread(target=self._run, name=spec.name, daemon=True)
+
+    def __repr__(self) -> str:
+        return self.spec.name  # what Ray's dashboard and logs call its actor
 
     def open(self, device_ids: tuple[int, ...] | None = None) -> WorkerInfo:
         """Load the tokenizer and the QPC, and start the engine's thread.

@@ -273,7 +273,8 @@ def test_what_changes_answers_may_not_be_said_anew(
     begun = str(tmp_path / "begun")
     refused = run("run", "--resume", begun, *option)
     assert_refused(refused, f"{named} cannot be changed in the middle of a run: leave it out")
-    free = "--prompts-file, --device-id, --metrics, --retry-errors, --address, --sdk, --json"
+    free = "--prompts-file, --device-id, --metrics, --retry-errors, --address"
+    free += ", --dashboard, --keep-ray, --sdk, --json"
     free += ", --verbose, --log-format, --stream, --no-stream, --stop-if-errors"
     assert_refused(refused, f"only {free} may stand beside --resume")
     allowed = ["--prompts-file", "p", "--device-id", "0", "--json", "--no-stream", "--retry-errors"]

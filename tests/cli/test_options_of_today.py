@@ -26,6 +26,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "JOB": "job.yaml",
         "--set": "run.generation_len=64",
         "--address": "auto",
+        "--dashboard / --no-dashboard": FLAG,
+        "--keep-ray --keep_ray": FLAG,
         "--detach": FLAG,
         "--folder": "there",
         "--python": "/usr/bin/python3",
@@ -72,6 +74,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--precision": "mx6,fp16",
         "--output": "qpcs",
         "--jobs": "2",
+        "--dashboard": FLAG,
+        "--keep-ray --keep_ray": FLAG,
         "--sdk": "emulated",
         "--verbose -v": FLAG,
         "--log-format": "json",
@@ -124,6 +128,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--verbose -v": FLAG,
         "--log-format --log_format": "json",
         "--address": "auto",
+        "--dashboard": FLAG,
+        "--keep-ray --keep_ray": FLAG,
         "--sdk": "real",
         "--json": FLAG,
     },
@@ -148,6 +154,9 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--sku": "ultra",
     },
     "emulator run": {"COMMAND": "python", "--sdk": "emulated"},
+    "ray show": {},
+    "ray env": {},
+    "ray stop": {"--force": FLAG},
 }
 NEEDED = {
     "launch": ["JOB"],
@@ -233,7 +242,7 @@ run:
   output_formats: [openai, parquet]
 sdk: emulated
 emulator: {cards: 8, sku: ultra, apps_version: '1.22'}
-ray: {address: auto, dashboard: true}
+ray: {dashboard: false, keep_ray: true, address: auto}
 """
 
 ENVIRONMENT = (
@@ -311,8 +320,13 @@ def test_a_command_has_the_options_that_it_had(name: str) -> None:
 
 def test_there_is_no_other_command() -> None:
     root = of_name("")
-    found = {*root.commands, *(f"emulator {name}" for name in root.commands["emulator"].commands)}
-    assert found - {"emulator"} == set(COMMANDS) - {""}
+    groups = {name: group.commands for name, group in root.commands.items() if is_group(group)}
+    found = {f"{name} {inner}" for name, commands in groups.items() for inner in commands}
+    assert found | set(root.commands) - set(groups) == set(COMMANDS) - {""}
+
+
+def is_group(command: Any) -> bool:
+    return hasattr(command, "commands")
 
 
 @pytest.mark.parametrize(("name", "spellings", "spelling"), ways())

@@ -48,11 +48,14 @@ class FakeWorker:
     stops the process, which is still there then, `until F` waits for a file."""
 
     def __init__(self, spec: FakeSpec) -> None:
+        self.spec = spec  # Ray asks for its `repr` also where this fails
         if spec.open_error == "make":
             raise ModuleNotFoundError("No module named 'nowhere'")
-        self.spec = spec
         self._card = threading.Lock()
         self._rows = 0
+
+    def __repr__(self) -> str:
+        return self.spec.name
 
     def open(self, device_ids: tuple[int, ...] | None = None) -> WorkerInfo:
         time.sleep(self.spec.open_s)

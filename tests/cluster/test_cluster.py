@@ -392,7 +392,7 @@ def test_an_address_of_something_else_is_one_sentence() -> None:
         thread.start()
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(UsageError, match="is no Ray head: its port is 6379"):
-            join(address, Timeouts())
+            join(address, Timeouts(), name="test")
         thread.join()
 
 
@@ -458,7 +458,7 @@ def test_a_start_that_fails_is_tried_once_more(
             pass
     else:
         with Cluster(3) as started:
-            assert started.dashboard_url is None
+            assert started.dashboard is None
     assert len(tries) == 2
     assert tries[-1]["dashboard_host"] == "127.0.0.1"
     assert tries[-1]["resources"] == {"QAIC": 1 if failures == 2 else 3}

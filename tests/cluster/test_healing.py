@@ -16,7 +16,8 @@ import ray.exceptions as ray_errors
 from fake_worker import IMPATIENT, FakeSpec, FakeWorker, specs
 
 from qaic_ray.cards.lease import Part
-from qaic_ray.cluster.actors import CardActors, cards_needed, chooses_units, loss
+from qaic_ray.cluster.actor_process import chooses_units
+from qaic_ray.cluster.actors import CardActors, cards_needed, loss
 from qaic_ray.cluster.cluster import Cluster
 from qaic_ray.dispatch.dispatcher import (
     Event,

@@ -49,8 +49,9 @@ def test_a_late_usage_error_removes_no_answered_row(
         journal.commit()
         raise UsageError("The prompts file is not what it was.")
 
+    cluster = SimpleNamespace(run_prompts=run_prompts, write_logs_to=lambda *_: None)
     with pytest.raises(UsageError, match="not what it was"):
-        run(request_, SimpleNamespace(run_prompts=run_prompts), monkeypatch)
+        run(request_, cluster, monkeypatch)
     folders = list(Path(request_.run.output).iterdir())
     assert len(folders) == num_rows
     for folder in folders:
