@@ -203,7 +203,7 @@ def _checked(address: str, timeout_s: float) -> str:
 def _quiet() -> Iterator[None]:
     """Keep log lines and warnings of Ray's client off the terminal."""
     before = logging.root.manager.disable
-    logging.disable(logging.INFO)
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of how it calls aiohttp

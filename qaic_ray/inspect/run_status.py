@@ -147,7 +147,7 @@ class JournalCounts:
         if found:
             self.spans_s[self._session] = float(found[1])
         reason = _REASON.search(line)  # the first one is the row's, those of its choices follow
-        if reason and reason[1] == b"error":
+        if reason and reason[1] in (b"error", b"abort"):
             self.failed_rows += 1
         else:
             self.ok_rows += 1

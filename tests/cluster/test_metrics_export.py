@@ -21,6 +21,7 @@ from qaic_ray.cluster.ray_metrics import RaySink, recorded_run
 from qaic_ray.options import Generation
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience, Progress
+from qaic_ray.runs.metering import metered
 from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.telemetry import names
 from qaic_ray.telemetry.monitoring import targets_folder
@@ -122,7 +123,7 @@ def exported(cluster: Cluster, tiny: TinyQpcs, tmp_path: Path) -> Exported:
         for card in (0, 1)
     ]
     with recorded_run(RUN, pytest.fail, Timeouts(record_run_s=0.5)) as recorder:
-        audience = Audience(on_row=rows.append, on_progress=on_progress, recorder=recorder)
+        audience = metered(Audience(on_row=rows.append, on_progress=on_progress), recorder)
         cluster.run_prompts(prompts, specs, worker_class=CardWorker, audience=audience)
     assert not list(targets_folder().glob("*.json"))
     return Exported(model, rows, *found[0])
@@ -180,7 +181,7 @@ def test_where_ray_has_no_metrics_the_run_says_so_once_and_goes_on(
     said: list[str] = []
     monkeypatch.setattr(ray_metrics.Counter, "__init__", refuse)
     with recorded_run("broken", said.append) as recorder:
-        recorder.rows_ended(1, 0, waiting=0)
+        recorder.rows_ended(1, 0)
         recorder.worker_lost("card 0")
     assert said == ["Metrics are off from here on: RuntimeError: no agent"]
 
@@ -204,7 +205,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_the_run_goes_on(
     monkeypatch.setenv("QAIC_RAY_CACHE", str(tmp_path / "file"))
     said: list[str] = []
     with recorded_run("a run", said.append) as recorder:
-        recorder.rows_ended(1, 0, waiting=0)
+        recorder.rows_ended(1, 0)
     assert len(said) == 1
     assert said[0].startswith("Prometheus cannot be told where this run is: ")
 

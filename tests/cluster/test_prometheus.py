@@ -27,6 +27,7 @@ from qaic_ray.cluster.ray_metrics import recorded_run
 from qaic_ray.options import Generation
 from qaic_ray.rows import Prompt
 from qaic_ray.runs.driver import Audience, Progress
+from qaic_ray.runs.metering import metered
 from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.telemetry import monitoring
 from qaic_ray.telemetry.grafana import dashboard
@@ -159,7 +160,7 @@ def seen(one_ray: OneRay, tiny: TinyQpcs, tmp_path: Path, monkeypatch: pytest.Mo
         prometheus(written.prometheus) as server,
         recorded_run("prometheus-1", pytest.fail, Timeouts(record_run_s=0.5)) as recorder,
     ):
-        audience = Audience(on_progress=on_progress, recorder=recorder)
+        audience = metered(Audience(on_progress=on_progress), recorder)
         cluster.run_prompts(prompts(), specs, worker_class=CardWorker, audience=audience)
     return found[0]
 
