@@ -11,7 +11,8 @@ import pytest
 
 pytestmark = pytest.mark.cluster
 
-SHORT = pytest.param(80, 1, 2, id="short")
+# In the fast tier: test_resume_road.py, test_two_nodes.py and test_healing.py.
+SHORT = pytest.param(80, 1, 2, id="short", marks=pytest.mark.slow)
 LONGER = pytest.param(160, 2, 4, id="longer", marks=pytest.mark.slow)
 CHAOS = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 

@@ -138,7 +138,7 @@ with using(sys.argv[1]):
 """
 
 
-@pytest.mark.parametrize("how", ["stopped", "it died"])
+@pytest.mark.parametrize("how", ["stopped", pytest.param("it died", marks=pytest.mark.slow)])
 def test_it_lives_without_who_began_it_and_ends_with_all_that_is_its_own(
     cache: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:

@@ -168,12 +168,12 @@ def tried(
 ) -> Callable[[str], dict[str, Finding]]:
     """What doctor finds where cards have a fault."""
     monkeypatch.setattr(card_trial, "compile_program", lambda sdk, folder: program)
-    monkeypatch.setattr(card_trial, "TRIAL_S", 8.0)
     timing = tmp_path / "timing.json"  # so much that the machine's load counts for little
     timing.write_text('{"mode": "pad", "base_ms": 20}')
     monkeypatch.setenv("QAIC_EMULATOR_TIMING", str(timing))
 
     def find(entry: str) -> dict[str, Finding]:
+        monkeypatch.setattr(card_trial, "TRIAL_S", 8.0 if "hang" in entry else 120.0)
         file = tmp_path / "faults.yaml"
         file.write_text(f"seed: 7\nfaults:\n- {{{entry}}}\n")
         monkeypatch.setenv("QAIC_EMULATOR_FAULTS", str(file))
@@ -199,7 +199,17 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAULTS)
+FAST_FAULTS = ("absent", "error", "NSPs", "corrupt")
+"""Each of the others is found in the same way as one of these, or by its time."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in FAST_FAULTS else pytest.param(name, marks=pytest.mark.slow)
+        for name in FAULTS
+    ],
+)
 def test_an_emulated_fault_of_each_kind(
     tried: Callable[[str], dict[str, Finding]], name: str
 ) -> None:

@@ -37,7 +37,9 @@ def on_terminal(words: list[str], cwd: Path, columns: int, **more: str) -> Recor
     return record(words, columns=columns, cwd=str(cwd), env=env)
 
 
-@pytest.mark.parametrize(("columns", "verbose"), [(60, False), (160, True)])
+@pytest.mark.parametrize(
+    ("columns", "verbose"), [(60, False), pytest.param(160, True, marks=pytest.mark.slow)]
+)
 def test_a_run_of_many_prompts(
     command: list[str], tmp_path: Path, columns: int, verbose: bool
 ) -> None:
@@ -71,7 +73,13 @@ def test_one_prompt_is_written_as_it_is_generated(command: list[str], tmp_path: 
     assert words in "".join(seen.text.replace("\x1b[0m", "").split())
 
 
-@pytest.mark.parametrize("more", [[], ["--log-format", "json", "--stream", "rows"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        ["--log-format", "json", "--stream", "rows"],
+    ],
+)
 def test_off_a_terminal_there_are_lines(
     command: list[str], tmp_path: Path, more: list[str]
 ) -> None:
