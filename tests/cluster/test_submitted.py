@@ -27,9 +27,12 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 DEADLINE_S = 120.0
 
-# A Ray with a dashboard, which the session's own has not; it lives as long as its stdin.
+# A Ray with a dashboard, which the session's own has not; it lives as long as its stdin. Its agent
+# takes any port: where another Ray's has 52365, a head takes no jobs.
 HEAD = """
-import json, ray, sys
+import functools, json, ray, sys
+from ray._private.parameter import RayParams
+RayParams.__init__ = functools.partialmethod(RayParams.__init__, dashboard_agent_listen_port=0)
 context = ray.init(
     address="local", num_cpus=4, resources={"QAIC": 4}, include_dashboard=True, dashboard_port=0,
     log_to_driver=False, logging_level="ERROR", object_store_memory=100 * 2**20,
