@@ -134,7 +134,7 @@ def test_a_signal_ends_a_run_in_a_sentence(
         until(lambda: work.rows(output) > 20 or run.poll() is not None)
         for _ in range(times):
             run.send_signal(number)
-            time.sleep(0.05)
+            time.sleep(0.3)  # two that come before it runs are one
         assert run.wait(120) == code, work.said()
         until(lambda: not work.left(), 60)
     rows, folder = sentence(work.said())
