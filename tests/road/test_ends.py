@@ -118,16 +118,17 @@ def finishes(work: Work, run: Path, output: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "times", "code"),
+    ("number", "times", "codes"),
     [
-        (signal.SIGINT, 3, -signal.SIGINT),
+        # It ends by itself, or is given up after the second one: whichever comes first.
+        (signal.SIGINT, 3, (128 + signal.SIGINT, -signal.SIGINT)),
         # SIGTERM ends the last test of this file too.
-        pytest.param(signal.SIGTERM, 1, 143, marks=pytest.mark.slow),
-        pytest.param(signal.SIGHUP, 1, 129, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 1, (143,), marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 1, (129,), marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_ends_a_run_in_a_sentence(
-    work: Work, number: signal.Signals, times: int, code: int
+    work: Work, number: signal.Signals, times: int, codes: tuple[int, ...]
 ) -> None:
     output = f"by-{number.name}"
     with work.running(*work.command(output, "--no-stream")) as run:
@@ -135,7 +136,7 @@ def test_a_signal_ends_a_run_in_a_sentence(
         for _ in range(times):
             run.send_signal(number)
             time.sleep(0.3)  # two that come before it runs are one
-        assert run.wait(120) == code, work.said()
+        assert run.wait(120) in codes, work.said()
         until(lambda: not work.left(), 60)
     rows, folder = sentence(work.said())
     assert f"stopped by {number.name}" in work.said()
