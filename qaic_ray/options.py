@@ -46,6 +46,9 @@ FOLDER = "The run folder"
 LIMITS = read_object(Path(__file__).parent / "emulator" / "limits.json")
 """What the emulated SDK can be asked to be, as its folder says."""
 
+TYPED_LEN = 256
+"""Most tokens of an answer to a prompt that is typed on the command line, unless they are said."""
+
 MODEL_HELP = "Local folder, hub id, .gguf file, or smollm2-135m."
 
 
@@ -166,6 +169,20 @@ class CompileOptions(Section):
     parallel: PositiveInt | None = opt(None, "Compiles at once.", flag="--jobs", shown="one a CPU")
 
 
+class ProgramShapes(Section):
+    """The program that is made for a run; what is None is chosen for its prompts and cards."""
+
+    GROUP: ClassVar[str] = "The program that is made where no --qpc is given"
+
+    precision: PrecisionName | None = opt(None, "How weights are kept on the card.", shown="mx6")
+    num_cores: NumCores | None = opt(None, "NSPs of the program.", shown="all of a card's")
+    batch_size: PositiveInt | None = opt(
+        None, "Prompts that a card answers side by side.", shown="1 for one prompt, else 8"
+    )
+    prompt_len: PromptLen | None = opt(None, "Tokens of a prefill; --input-len.", flag=None)
+    ctx_len: PositiveInt | None = opt(None, "Tokens of a context; --ctx-len.", flag=None)
+
+
 class VariantChoice(Section):
     """Which variant of the grid is run; what is absent must have one value in the grid."""
 
@@ -237,7 +254,10 @@ class Generation(Section):
         shown="drawn",
     )
     generation_len: PositiveInt | None = opt(
-        None, "Most tokens of an answer.", group=ANSWER_END, shown="context"
+        None,
+        f"Most tokens of an answer; of prompts typed here {TYPED_LEN}, where it is not given.",
+        group=ANSWER_END,
+        shown="context",
     )
     drafts: Literal["auto", "none", "prompt-lookup"] = opt(
         "auto",
@@ -260,9 +280,11 @@ class Generation(Section):
         True, "Start a prompt from what a slot's cache holds of it already.", flag=None
     )
     input_len: PositiveInt | None = opt(
-        None, "Must be what the QPC was compiled for.", group=CHECKS
+        None, "Tokens of a prefill; a QPC that is given must have been compiled so.", group=CHECKS
     )
-    ctx_len: PositiveInt | None = opt(None, "Must be what the QPC was compiled for.", group=CHECKS)
+    ctx_len: PositiveInt | None = opt(
+        None, "Tokens of a context; a QPC that is given must have been compiled so.", group=CHECKS
+    )
 
     @property
     def defaults(self) -> SamplingParams:

@@ -31,13 +31,22 @@ PROGRAM = "What is run (needed, but with --resume)"
 _NUMBER = re.compile(r"\s*[+-]?[0-9]{1,18}\s*", re.ASCII)
 
 
-class ProgramOptions(Section):
+class ProgramOptions(options.ProgramShapes):
     """What is run."""
 
     GROUP: ClassVar[str] = PROGRAM
 
-    model_name: PathText | None = opt(None, options.MODEL_HELP, metavar="<name>")
-    qpc: PathText | None = opt(None, "Folder of a compiled variant.")
+    model_name: PathText | None = opt(
+        None, options.MODEL_HELP, metavar="<name>", argument="[MODEL]"
+    )
+    text: str | None = opt(
+        None, "One prompt, in which a | is text.", argument="[PROMPT]", hidden=True
+    )
+    qpc: PathText | None = opt(
+        None,
+        "Folder of a compiled variant; without it one is made, in the user's cache, and found "
+        "there the next time.",
+    )
 
 
 class ShapesOptions(Section):
