@@ -48,6 +48,7 @@ LIMITS = read_object(Path(__file__).parent / "emulator" / "limits.json")
 
 TYPED_LEN = 256
 """Most tokens of an answer to a prompt that is typed on the command line, unless they are said."""
+_ANSWER_LEN = f"{TYPED_LEN} for prompts typed here, else the context"
 
 MODEL_HELP = "Local folder, hub id, .gguf file, or smollm2-135m."
 
@@ -169,22 +170,8 @@ class CompileOptions(Section):
     parallel: PositiveInt | None = opt(None, "Compiles at once.", flag="--jobs", shown="one a CPU")
 
 
-class ProgramShapes(Section):
-    """The program that is made for a run; what is None is chosen for its prompts and cards."""
-
-    GROUP: ClassVar[str] = "The program that is made where no --qpc is given"
-
-    precision: PrecisionName | None = opt(None, "How weights are kept on the card.", shown="mx6")
-    num_cores: NumCores | None = opt(None, "NSPs of the program.", shown="all of a card's")
-    batch_size: PositiveInt | None = opt(
-        None, "Prompts that a card answers side by side.", shown="1 for one prompt, else 8"
-    )
-    prompt_len: PromptLen | None = opt(None, "Tokens of a prefill; --input-len.", flag=None)
-    ctx_len: PositiveInt | None = opt(None, "Tokens of a context; --ctx-len.", flag=None)
-
-
 class VariantChoice(Section):
-    """Which variant of the grid is run; what is absent must have one value in the grid."""
+    """Which variant is run; what is absent must have one value in a job's grid."""
 
     precision: PrecisionName | None = opt(None, "One of the grid's.", flag=None)
     num_cores: NumCores | None = opt(None, "One of the grid's.", flag=None)
@@ -254,10 +241,7 @@ class Generation(Section):
         shown="drawn",
     )
     generation_len: PositiveInt | None = opt(
-        None,
-        f"Most tokens of an answer; of prompts typed here {TYPED_LEN}, where it is not given.",
-        group=ANSWER_END,
-        shown="context",
+        None, "Most tokens of an answer.", group=ANSWER_END, shown=_ANSWER_LEN
     )
     drafts: Literal["auto", "none", "prompt-lookup"] = opt(
         "auto",
@@ -279,12 +263,8 @@ class Generation(Section):
     prefix_reuse: bool = opt(
         True, "Start a prompt from what a slot's cache holds of it already.", flag=None
     )
-    input_len: PositiveInt | None = opt(
-        None, "Tokens of a prefill; a QPC that is given must have been compiled so.", group=CHECKS
-    )
-    ctx_len: PositiveInt | None = opt(
-        None, "Tokens of a context; a QPC that is given must have been compiled so.", group=CHECKS
-    )
+    input_len: PositiveInt | None = opt(None, "Tokens of a prefill of the QPC.", group=CHECKS)
+    ctx_len: PositiveInt | None = opt(None, "Tokens of a context of the QPC.", group=CHECKS)
 
     @property
     def defaults(self) -> SamplingParams:

@@ -175,6 +175,7 @@ def compile(  # the recipe's word
 def run(
     program: parameters.ProgramOptions,
     asked: options.RunOptions,
+    shapes: parameters.PrepareOptions,
     resuming: parameters.ResumeOptions,
     ray: Annotated[options.RayOptions, {"dashboard": False}],
     sdk: options.SdkOptions,
@@ -196,7 +197,7 @@ def run(
         if resume is not None:
             request = resumed(resume, asked)
         else:
-            request = _new_run(program, asked, choice, screen)
+            request = _new_run(program, asked, shapes, sdk=choice, screen=screen)
         request = replace(
             request,
             ray=ray,
@@ -210,6 +211,8 @@ def run(
 def _new_run(
     program: parameters.ProgramOptions,
     asked: options.RunOptions,
+    shapes: parameters.PrepareOptions,
+    *,
     sdk: SdkChoice,
     screen: Screen,
 ) -> RunRequest:
@@ -231,12 +234,11 @@ def _new_run(
     request = RunRequest("run", program.model_name, Path(), with_typed_bound(resolved(asked)))
     request.check_prompts()
     if program.qpc is not None:
-        shapes = program.model_fields_set & options.ProgramShapes.model_fields.keys()
-        if said := ", ".join(f"--{name.replace('_', '-')}" for name in sorted(shapes)):
+        if said := ", ".join(f"--{name.replace('_', '-')}" for name in shapes.model_fields_set):
             raise UsageError(f"{said} is of a program that is made: leave it, or --qpc, out.")
         return replace(request, qpc=Path(program.qpc))
     model = options.ModelOptions(name=program.model_name)
-    return replace(request, qpc=prepare_for(model, request.run, program, sdk=sdk, listener=screen))
+    return replace(request, qpc=prepare_for(model, request.run, shapes, sdk=sdk, listener=screen))
 
 
 command(app)(report)

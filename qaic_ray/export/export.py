@@ -145,9 +145,7 @@ def kept_export(
     output: Path | None = None,
     verify: str | None = None,
 ) -> ExportResult | None:
-    """What `export_model` would find there already, if that can be told at once.
-
-    It needs neither torch nor onnxsim, and reads no weights: None where their files have changed.
+    """What `export_model` would find, without torch and without reading any weights.
 
     Raises:
         UsageError: as `export_model`.

@@ -10,7 +10,7 @@ from qaic_ray.compile.store import SPECIALIZATIONS_FILE
 from qaic_ray.contract import Specializations
 from qaic_ray.errors import DeviceError, UsageError
 from qaic_ray.pipeline.request import Listener, RunRequest, SdkChoice
-from qaic_ray.pipeline.survey import count_sequences
+from qaic_ray.worker.survey import count_sequences
 
 
 def on_local_cards(

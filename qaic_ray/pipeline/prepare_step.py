@@ -17,11 +17,11 @@ from qaic_ray.errors import DeviceError, UsageError
 from qaic_ray.files.folders import cache_folder
 from qaic_ray.limits import CACHE_INDEX_BEFORE, CARDS
 from qaic_ray.option_types import Precision
-from qaic_ray.options import CompileOptions, ExportOptions, ModelOptions, ProgramShapes, RunOptions
+from qaic_ray.options import CompileOptions, ExportOptions, ModelOptions, RunOptions, VariantChoice
 from qaic_ray.pipeline.compile_step import compile_step, requested_builds
 from qaic_ray.pipeline.export_step import export_step, open_model
 from qaic_ray.pipeline.request import Listener, SdkChoice, absolute_model
-from qaic_ray.pipeline.survey import Survey, survey
+from qaic_ray.worker.survey import Survey, survey
 
 PROGRAMS_FOLDER = "programs"
 """Of the cache."""
@@ -40,7 +40,7 @@ SLOTS = 8
 def prepare_for(
     model: ModelOptions,
     run: RunOptions,
-    shapes: ProgramShapes,
+    shapes: VariantChoice,
     *,
     sdk: SdkChoice,
     listener: Listener,
@@ -74,7 +74,7 @@ def prepare_for(
 
 def prepare(
     model: ModelOptions,
-    shapes: ProgramShapes,
+    shapes: VariantChoice,
     sdk: SdkChoice,
     listener: Listener,
     *,
@@ -127,7 +127,7 @@ def program_folder(model: ModelOptions, sdk: SdkChoice) -> Path:
     return cache_folder() / PROGRAMS_FOLDER / f"{base}-{digest}"
 
 
-def shapes_for(shapes: ProgramShapes, found: Survey, *, max_position: int) -> ProgramShapes:
+def shapes_for(shapes: VariantChoice, found: Survey, *, max_position: int) -> VariantChoice:
     """Shapes for prompts: those that are said, and the others by what was found.
 
     A context has room for the longest prompt and answer, and is 512 tokens times a power of two, so
@@ -144,7 +144,7 @@ def shapes_for(shapes: ProgramShapes, found: Survey, *, max_position: int) -> Pr
     while ctx_len < needed:
         ctx_len *= 2
     ctx_len = shapes.ctx_len or min(ctx_len, max_position)
-    return ProgramShapes(
+    return VariantChoice(
         precision=shapes.precision or Precision.MX6,
         num_cores=shapes.num_cores,
         batch_size=batch_size,

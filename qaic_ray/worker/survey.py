@@ -8,10 +8,10 @@ from itertools import islice
 from pathlib import Path
 
 from qaic_ray.errors import RowError
+from qaic_ray.formats.lines import STDIN
 from qaic_ray.formats.prompts import prompts_from_file, prompts_from_text
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer
 from qaic_ray.options import RunOptions
-from qaic_ray.pipeline.request import STDIN
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.worker.prompt_encoder import PromptEncoder
 
