@@ -78,8 +78,8 @@ class Opt:
     is what a flag without a value means. `repeated` options are given several times, other lists
     with commas. Of one with `off` only the opposite is a flag, and this is its help. `free` ones
     may be said anew of a run that goes on. `environment` are variables that are read where the flag
-    is absent. `completes` is what a shell offers for its value. `allowed` ends the sentence that
-    refuses a value.
+    is absent. `completes` is what a shell offers for its value. Nobody is shown a `hidden` flag.
+    `allowed` ends the sentence that refuses a value.
     """
 
     help: str
@@ -98,6 +98,7 @@ class Opt:
     repeated: bool = False
     off: str = ""
     free: bool = False
+    hidden: bool = False
 
 
 def opt(default: Any, help: str, **more: Any) -> Any:

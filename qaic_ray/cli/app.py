@@ -88,22 +88,21 @@ class Commands(TyperGroup):
 
     def page(self, ctx: Any) -> HelpPage:
         """What the help says."""
-        from qaic_ray.cli.flags.call import entry_of
-        from qaic_ray.cli.flags.page import Entry, HelpPage
+        from qaic_ray.cli.flags.page import HelpEntry, HelpPage, entry_of
 
         known = {name: self.commands[name] for name in self.list_commands(ctx)}
         titles = dict(_IN_ORDER) if ctx.parent is None else {}
         named = {name: title for title, names in titles.items() for name in names}
-        panels: dict[str, list[Entry]] = {title: [] for title in titles}
+        panels: dict[str, list[HelpEntry]] = {title: [] for title in titles}
         for name, command in known.items():
             if not command.hidden:
-                entry = Entry((name,), command.help or "")
+                entry = HelpEntry((name,), (command.help or "").partition("\n\n")[0])
                 panels.setdefault(named.get(name, "Commands"), []).append(entry)
         panels["Options"] = [entry_of(param) for param in self.get_params(ctx)]
         if ctx.parent is None:
-            from qaic_ray.options import ENVIRONMENT
+            from qaic_ray.environment import ENVIRONMENT
 
-            entries = [Entry((name,), text) for name, text in ENVIRONMENT.items()]
+            entries = [HelpEntry((name,), text) for name, text in ENVIRONMENT.items()]
             panels["Environment variables"] = entries
         usage = f"{ctx.command_path} [OPTIONS] COMMAND ..."
         whole = tuple((title, tuple(entries)) for title, entries in panels.items() if entries)
@@ -206,10 +205,10 @@ class _FromTree(TyperCommand):
 
     def page(self, ctx: Any) -> HelpPage:
         """What the help says."""
-        from qaic_ray.cli.flags.call import PANELS, place_of
-        from qaic_ray.cli.flags.page import HelpPage, in_panels
+        from qaic_ray.cli.flags.call import PANELS
+        from qaic_ray.cli.flags.page import HelpPage, in_panels, place_of
 
-        params = [param for param in self.get_params(ctx) if not getattr(param, "hidden", False)]
+        params = self.get_params(ctx)
         places = [place_of(param) for param in params if param.param_type_name == "argument"]
         usage = " ".join([ctx.command_path, "[OPTIONS]", *places])
         entries = list(self._call.entries(params))

@@ -12,12 +12,20 @@ from typing import Any, ClassVar, Literal
 
 from qaic_ray import options
 from qaic_ray.errors import UsageError
-from qaic_ray.option_types import PathText, Section, Share, opt
+from qaic_ray.option_types import (
+    NumCores,
+    PathText,
+    PositiveInt,
+    PrecisionName,
+    Section,
+    Share,
+    opt,
+)
 
 RESUME_LAST = "last"
 """What `--resume` means where nothing follows it: the run that began last and is not finished."""
 
-PROGRAM = "What is run (needed, but with --resume)"
+PROGRAM = "What is run"
 JOB = "In place of what the job says"
 CLUSTER = "On a cluster"
 PRINTED = "What is printed"
@@ -37,8 +45,29 @@ class ProgramOptions(Section):
 
     GROUP: ClassVar[str] = PROGRAM
 
-    model_name: PathText | None = opt(None, options.MODEL_HELP, **options.MODEL_NAMES)
-    qpc: PathText | None = opt(None, "Folder of a compiled variant.")
+    model_name: PathText | None = opt(
+        None, options.MODEL_HELP, argument="[MODEL]", **options.MODEL_NAMES
+    )
+    text: str | None = opt(
+        None, "One prompt, in which a | is text.", argument="[PROMPT]", hidden=True
+    )
+    qpc: PathText | None = opt(
+        None,
+        "Folder of a compiled variant; without it one is made, in the user's cache, and found "
+        "there the next time.",
+    )
+
+
+class PrepareOptions(options.VariantChoice):
+    """The program that is made where no QPC is given."""
+
+    GROUP: ClassVar[str] = "The program that is made where no --qpc is given"
+
+    precision: PrecisionName | None = opt(None, "How weights are kept on the card.", shown="mx6")
+    num_cores: NumCores | None = opt(None, "NSPs of the program.", shown="all of a card")
+    batch_size: PositiveInt | None = opt(
+        None, "Prompts that a card answers side by side.", shown="1 for one prompt, else 8"
+    )
 
 
 class ShapesOptions(Section):

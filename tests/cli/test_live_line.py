@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from terminal import Screenful
 
-from qaic_ray.cli import live_line
+from qaic_ray.cli.live import live_line
 from qaic_ray.cli.live.grid_watch import GridWatch
 from qaic_ray.cli.live.live_line import LiveLine
 from qaic_ray.cli.live.live_text import Stage, View

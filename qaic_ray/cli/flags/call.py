@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast, get_args, get_type_hints
 
 import typer
@@ -16,7 +16,7 @@ import typer
 from qaic_ray import options
 from qaic_ray.cli import parameters
 from qaic_ray.cli.flags.flag import BY_NAME, Flag, flags_of, section_of
-from qaic_ray.cli.flags.page import Entry, rank
+from qaic_ray.cli.flags.page import HelpEntry, entry_of, rank
 from qaic_ray.option_types import OptionValue, Section
 from qaic_ray.sampling_params import ANSWER_END, SamplingParams
 
@@ -102,15 +102,19 @@ class CommandCall:
             )
         self._function(**arguments)
 
-    def entries(self, params: Iterable[Any]) -> Iterator[Entry]:
+    def entries(self, params: Iterable[Any]) -> Iterator[HelpEntry]:
         """What the help says of a command's parameters, as typer made them of this."""
         flags = {flag.name: flag for flag in self.flags}
         places = {f"{flag.name}_argument" for flag in self.flags if flag.opt.argument}
         for param in params:
             if param.name in flags:
-                yield _entry_of_flag(flags[param.name])
+                yield from _entries_of_flag(flags[param.name])
             elif param.name not in places:
-                yield entry_of(param)
+                yield replace(entry_of(param), group=_group(param))
+
+
+def _group(param: Any) -> str:
+    return parameters.GENERAL if "--help" in param.opts else ""
 
 
 def _order(flag: Flag) -> tuple[int, bool]:
@@ -149,10 +153,13 @@ def _section_with(path: tuple[str, ...]) -> type[Section]:
     return cast(type[Section], next(owners))
 
 
-def _entry_of_flag(flag: Flag) -> Entry:
+def _entries_of_flag(flag: Flag) -> Iterator[HelpEntry]:
+    """One, or none where nobody is shown it."""
     place = [flag.opt.argument.strip("[]")] if flag.opt.argument else []
-    *names, last = flag.shown_names
-    last = f"{last} {flag.place}".rstrip()
+    names = flag.shown_names
+    if not place and not names:
+        return
+    names[-1:] = [f"{name} {flag.place}".rstrip() for name in names[-1:]]
     notes = []
     if flag.opt.environment:
         notes.append(f"env: {', '.join(flag.opt.environment)}")
@@ -162,23 +169,4 @@ def _entry_of_flag(flag: Flag) -> Entry:
         notes.append(f"default: {flag.shown_default}")
     if flag.opt.aliases:
         notes.append(f"also: {', '.join(flag.opt.aliases)}")
-    return Entry((*place, *names, last), flag.help, tuple(notes), flag.opt.group)
-
-
-def entry_of(param: Any) -> Entry:
-    """What the help says of a parameter that no section has."""
-    default = param.show_default if isinstance(param.show_default, str) else ""
-    notes = ("required",) if param.required else (f"default: {default}",) if default else ()
-    if param.param_type_name == "argument":
-        return Entry((place_of(param).strip("[]"),), param.help or "", notes)
-    if "--help" in param.opts:
-        return Entry(("-h", "--help"), "Show this page.", (), parameters.GENERAL)
-    names = sorted(param.opts, key=len)
-    names[-1] += f" {param.metavar or 'TEXT'}" if not param.is_flag else ""
-    return Entry(tuple(names), param.help or "", notes)
-
-
-def place_of(param: Any) -> str:
-    """An argument as the line of usage has it."""
-    name = str(param.metavar or param.name.upper())
-    return name if param.required or name.startswith("[") else f"[{name}]"
+    yield HelpEntry((*place, *names), flag.help, tuple(notes), flag.opt.group)

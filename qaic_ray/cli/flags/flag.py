@@ -67,6 +67,7 @@ class Flag:
             self.default if self.default in (..., True) else None,
             *names,
             help=self.help,
+            hidden=self.opt.hidden,
             autocompletion=words_for(self.value.words, self.opt.completes),
         )
         annotation = list[str] | None if self.opt.repeated else self._kind | None
@@ -91,6 +92,8 @@ class Flag:
     @property
     def shown_names(self) -> list[str]:
         """What help and completion name, the short one first; other names are only taken."""
+        if self.opt.hidden:
+            return []
         short = [self.opt.short] if self.opt.short else []
         opposite = [f"--no-{self.flag[2:]}"] if self.default is True else []
         return [*short, *([] if self.opt.off else [self.flag]), *opposite]
@@ -120,7 +123,7 @@ class Flag:
     def shown_default(self) -> str:
         """What it is where nothing is said, in plain words; empty where that is nothing."""
         if self.opt.shown or isinstance(self.default, bool):
-            return self.opt.shown or ("on" if self.default else "")
+            return self.opt.shown or ("on" if self.default and not self.opt.off else "")
         if isinstance(self.default, tuple):
             return ",".join(map(_plain, self.default))
         return "" if self.default in (..., None, {}) else _plain(self.default)

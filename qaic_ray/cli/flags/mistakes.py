@@ -71,7 +71,7 @@ def spelled(param: Any) -> str:
 
 
 def _near_option(typed: str, context: Any) -> str:
-    options = [p for p in context.command.get_params(context) if p.param_type_name == "option"]
+    options = [p for p in context.command.get_params(context) if not getattr(p, "hidden", True)]
     # An alias that is near stands for the name that people learn.
     learnt = {name: p.opts[0] for p in options for name in p.opts if name.startswith("--")}
     learnt |= {name: name for p in options for name in p.secondary_opts}

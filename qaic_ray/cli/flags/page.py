@@ -11,6 +11,7 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 MIN_WIDTH, MAX_WIDTH = 40, 100
 """Columns: a longer line is hard to read."""
@@ -23,7 +24,7 @@ _UNBROKEN = "\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
-class Entry:
+class HelpEntry:
     """One option, argument or command.
 
     `names` are what people learn, the last with the place of its value; `notes` stand in brackets
@@ -43,7 +44,7 @@ class HelpPage:
     usage: str
     summary: str
     examples: tuple[str, ...]
-    panels: tuple[tuple[str, tuple[Entry, ...]], ...]
+    panels: tuple[tuple[str, tuple[HelpEntry, ...]], ...]
 
 
 def terminal_width() -> int:
@@ -53,7 +54,7 @@ def terminal_width() -> int:
 
 def page_text(page: HelpPage, width: int) -> str:
     """The page, with the colours of a terminal, which the caller takes off where there is none."""
-    paragraphs = [_head(page.usage, width), _wrapped(page.summary, width)]
+    paragraphs = [_head(page.usage, width), *_paragraphs(page.summary, width)]
     if page.examples:
         title = "Examples:" if len(page.examples) > 1 else "Example:"
         lines = [line for example in page.examples for line in _command(example, width)]
@@ -68,6 +69,10 @@ def page_text(page: HelpPage, width: int) -> str:
 def _head(usage: str, width: int) -> list[str]:
     lines = _wrapped(f"Usage: {usage}", width, indent=7)
     return [line.replace("Usage:", _bold("Usage:"), 1) for line in lines]
+
+
+def _paragraphs(text: str, width: int) -> list[list[str]]:
+    return [_wrapped(paragraph, width) for paragraph in text.split("\n\n")]
 
 
 def _command(example: str, width: int) -> list[str]:
@@ -89,7 +94,7 @@ def _names_columns(page: HelpPage, width: int) -> int:
     return max((length for length in lengths if length <= most), default=most)
 
 
-def _entry(entry: Entry, names_columns: int, width: int) -> Iterator[str]:
+def _entry(entry: HelpEntry, names_columns: int, width: int) -> Iterator[str]:
     names = ", ".join(entry.names)
     column = _INDENT + names_columns + 2
     notes = [f"[{note}]".replace(" ", _UNBROKEN) for note in entry.notes]
@@ -133,8 +138,8 @@ def _styled(text: str, code: int) -> str:
 
 
 def in_panels(
-    entries: Iterable[Entry], order: Sequence[str], *, few: int = 8
-) -> tuple[tuple[str, tuple[Entry, ...]], ...]:
+    entries: Iterable[HelpEntry], order: Sequence[str], *, few: int = 8
+) -> tuple[tuple[str, tuple[HelpEntry, ...]], ...]:
     """Entries under the titles of their groups, in an order of groups; one panel of a few.
 
     A group that the order does not name stands where the one without a name does.
@@ -150,3 +155,22 @@ def in_panels(
 def rank(group: str, order: Sequence[str]) -> int:
     """The place of a group."""
     return order.index(group if group in order else "")
+
+
+def entry_of(param: Any) -> HelpEntry:
+    """What the help says of a parameter that no section has."""
+    default = param.show_default if isinstance(param.show_default, str) else ""
+    notes = ("required",) if param.required else (f"default: {default}",) if default else ()
+    if param.param_type_name == "argument":
+        return HelpEntry((place_of(param).strip("[]"),), param.help or "", notes)
+    if "--help" in param.opts:
+        return HelpEntry(("-h", "--help"), "Show this page.")
+    names = sorted(param.opts, key=len)
+    names[-1] += f" {param.metavar or 'TEXT'}" if not param.is_flag else ""
+    return HelpEntry(tuple(names), param.help or "", notes)
+
+
+def place_of(param: Any) -> str:
+    """An argument as the line of usage has it."""
+    name = str(param.metavar or param.name.upper())
+    return name if param.required or name.startswith("[") else f"[{name}]"

@@ -1,6 +1,6 @@
 """The part of the option tree that says which machine: its SDK, what an emulated one is, its Ray.
 
-`qaic_ray/options.py` has the rest, and these too.
+`qaic_ray.options` has the rest, and these too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from qaic_ray.option_types import PathText, Section, one_of, opt
 CARDS = "Cards"
 RAY = "Ray"
 
-LIMITS = read_object(Path(__file__).parent / "emulator" / "limits.json")
+LIMITS = read_object(Path(__file__).parents[1] / "emulator" / "limits.json")
 """What the emulated SDK can be asked to be, as its folder says."""
 
 
@@ -67,11 +67,3 @@ class SdkOptions(Section):
         environment=("QAIC_RAY_SDK",),
         free=True,
     )
-
-
-ENVIRONMENT = {
-    "QAIC_RAY_SDK": "The SDK where --sdk, or a job's sdk, is auto: a name or a folder.",
-    "QAIC_RAY_CACHE": "Folder of what is kept between commands.",
-    "QAIC_RAY_LOCKS": "Folder of the locks by which processes of a machine share its cards.",
-}
-"""The variables that change what is done."""

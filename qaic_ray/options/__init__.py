@@ -13,14 +13,6 @@ from pydantic import model_validator
 
 from qaic_ray.contract import COMP_CTX_LENGTHS, NUM_LOGITS_TO_KEEP, IoContract
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.machine_options import CARDS as CARDS
-from qaic_ray.machine_options import ENVIRONMENT as ENVIRONMENT
-from qaic_ray.machine_options import RAY as RAY
-from qaic_ray.machine_options import ClusterOptions as ClusterOptions
-from qaic_ray.machine_options import EmulatorOptions as EmulatorOptions
-from qaic_ray.machine_options import LocalRayOptions as LocalRayOptions
-from qaic_ray.machine_options import RayOptions as RayOptions
-from qaic_ray.machine_options import SdkOptions as SdkOptions
 from qaic_ray.option_types import (
     Count,
     Date,
@@ -39,6 +31,13 @@ from qaic_ray.option_types import (
     Words,
     opt,
 )
+from qaic_ray.options.machine import CARDS as CARDS
+from qaic_ray.options.machine import RAY as RAY
+from qaic_ray.options.machine import ClusterOptions as ClusterOptions
+from qaic_ray.options.machine import EmulatorOptions as EmulatorOptions
+from qaic_ray.options.machine import LocalRayOptions as LocalRayOptions
+from qaic_ray.options.machine import RayOptions as RayOptions
+from qaic_ray.options.machine import SdkOptions as SdkOptions
 from qaic_ray.rows import ChatOptions
 from qaic_ray.sampling_params import ANSWER_END, MAX_SEED, Sampling, SamplingParams
 
@@ -46,6 +45,10 @@ PROMPTS = "Prompts"
 DRAFTS = "Speculative decoding (a QPC of --num-speculative-tokens)"
 CHECKS = "Checks"
 FOLDER = "The run and its folder"
+
+TYPED_LEN = 256
+"""Most tokens of an answer to a prompt that is typed on the command line, unless they are said."""
+_ANSWER_LEN = f"{TYPED_LEN} for prompts typed here, else the context"
 
 MODEL_HELP = "Local folder, hub id, .gguf file, or smollm2-135m."
 MODEL_NAMES: dict[str, Any] = {
@@ -175,7 +178,7 @@ class CompileOptions(Section):
 
 
 class VariantChoice(Section):
-    """Which variant of the grid is run; what is absent must have one value in the grid."""
+    """Which variant is run; what is absent must have one value in a job's grid."""
 
     precision: PrecisionName | None = opt(None, "One of the grid's.", flag=None)
     num_cores: NumCores | None = opt(None, "One of the grid's.", flag=None)
@@ -255,7 +258,7 @@ class Generation(Section):
         flag="--max-tokens",
         aliases=("--generation-len",),
         group=ANSWER_END,
-        shown="context",
+        shown=_ANSWER_LEN,
     )
     drafts: Literal["auto", "none", "prompt-lookup"] = opt(
         "auto",
@@ -277,10 +280,8 @@ class Generation(Section):
     prefix_reuse: bool = opt(
         True, "Start a prompt from what a slot's cache holds of it already.", flag=None
     )
-    input_len: PositiveInt | None = opt(
-        None, "Must be what the QPC was compiled for.", group=CHECKS
-    )
-    ctx_len: PositiveInt | None = opt(None, "Must be what the QPC was compiled for.", group=CHECKS)
+    input_len: PositiveInt | None = opt(None, "Tokens of a prefill of the QPC.", group=CHECKS)
+    ctx_len: PositiveInt | None = opt(None, "Tokens of a context of the QPC.", group=CHECKS)
 
     @property
     def defaults(self) -> SamplingParams:
