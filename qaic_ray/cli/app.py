@@ -189,7 +189,14 @@ class _FromTree(TyperCommand):
             found = bare.get(word.replace("_", "-"))
             is_bare = found is not None and not found.takes(after)
             full.append(f"{word}={found.opt.bare}" if found and is_bare else word)
-        return list(super().parse_args(ctx, full))
+        from qaic_ray.cli.flags.mistakes import LineMistake
+
+        try:
+            return list(super().parse_args(ctx, full))
+        except LineMistake as error:
+            # Click does not always say of which command it is.
+            error.ctx = getattr(error, "ctx", None) or ctx  # type: ignore[attr-defined]
+            raise
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         """The options that begin so: by the names that people learn, else by others too."""

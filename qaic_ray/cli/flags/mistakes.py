@@ -17,7 +17,7 @@ LineMistake: type[Exception] = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
 )
 
-_EXTRA = re.compile(r"\((.*)\)$", re.DOTALL)
+_EXTRA = re.compile(r"extra argument(?:s|\(s\))? \((.*)\)$", re.DOTALL)
 _OTHER_WORDS = {
     "ls": "runs", "list": "runs", "ps": "status", "top": "status", "kill": "stop",
     "cancel": "stop", "generate": "run", "infer": "run", "chat": "run", "prompt": "run",
@@ -34,33 +34,37 @@ def sentence(error: Any) -> str:
     if context is None:
         return f"{error.format_message().rstrip('.')}."
     path = context.command_path
-    said = _said(error, context, path).rstrip()
-    return f"{said} `{path} -h` says more."
+    return f"{_said(error, context, _name(path))} `{path} -h` says more."
 
 
-def _said(error: Any, context: Any, path: str) -> str:
+def _name(path: str) -> str:
+    """A command without the program's name, which begins the sentence already."""
+    return path.partition(" ")[2] or path
+
+
+def _said(error: Any, context: Any, name: str) -> str:
     kind = type(error).__name__
     if kind == "NoSuchOption":
-        return f"{path} has no option {error.option_name}{_near_option(error.option_name, context)}"
+        return f"{name} has no option {error.option_name}{_near_option(error.option_name, context)}"
     if kind == "BadOptionUsage":
         return _value(error, context)
     if kind == "MissingParameter":
-        what = spelled(error.param)
         about = (error.param.help or "").rstrip(".")
-        return f"{path} needs {what}{f' ({_lower(about)})' if about else ''}."
+        return f"{name} needs {spelled(error.param)}{f' ({_lower(about)})' if about else ''}."
     if kind == "UsageError" and error.message.startswith("Got unexpected extra"):
-        return _too_much(error, context, path)
+        return _too_much(error, context, name)
     if kind == "UsageError" and error.message.startswith("Missing command"):
-        return f"{path} needs a command."
+        return f"{name} needs a command."
     return f"{error.format_message().rstrip('.')}."
 
 
 def no_command(path: str, typed: str, known: Sequence[str]) -> str:
     """What is said of a word that is none of the commands."""
-    near = _nearest(typed, known) or _OTHER_WORDS.get(typed)
-    if near in known:
-        return f"{path} has no command {shown(typed)}; did you mean {near}? `{path} -h` lists them."
-    return f"{path} has no command {shown(typed)}: `{path} -h` lists them."
+    name = _name(path)
+    no = f"There is no command {shown(typed)}{'' if name == path else f' of {name}'}"
+    near = _OTHER_WORDS.get(typed)
+    near = near if near in known else _nearest(typed, known)
+    return f"{no}{f'; did you mean {near}?' if near else '.'} `{path} -h` lists them."
 
 
 def spelled(param: Any) -> str:
@@ -88,7 +92,7 @@ def _value(error: Any, context: Any) -> str:
     return f"{name} needs a value behind it."
 
 
-def _too_much(error: Any, context: Any, path: str) -> str:
+def _too_much(error: Any, context: Any, name: str) -> str:
     found = _EXTRA.search(error.message)
     extra = found[1] if found else ""
     arguments = [
@@ -98,7 +102,7 @@ def _too_much(error: Any, context: Any, path: str) -> str:
     ]
     takes = f"takes {' and '.join(arguments)}" if arguments else "takes options only"
     quoted = " (a text of several words stands between quotes)" if len(arguments) > 1 else ""
-    return f"{path} {takes}, and has no place for {shown(extra)}{quoted}."
+    return f"{name} {takes}, and has no place for {shown(extra)}{quoted}."
 
 
 def _nearest(word: str, known: Iterable[str]) -> str | None:
@@ -108,4 +112,4 @@ def _nearest(word: str, known: Iterable[str]) -> str | None:
 
 def _lower(text: str) -> str:
     """A help text within a sentence; a name keeps its capitals."""
-    return text[:1].lower() + text[1:] if text[1:2].islower() else text
+    return text if text[1:2].isupper() else text[:1].lower() + text[1:]
