@@ -73,10 +73,12 @@ class Commands(TyperGroup):
             return super().resolve_command(ctx, args)
         from qaic_ray.cli.flags.mistakes import no_command
 
-        raise UsageError(no_command(ctx.command_path, args[0], known))
+        raise UsageError(no_command(ctx, args[0], known))
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Their names in the order of use; what the order does not know, last."""
+        if ctx is not None and ctx.parent is not None:
+            return list(self.commands)
         names = [name for _, names in _IN_ORDER for name in names]
         return sorted(self.commands, key=lambda n: names.index(n) if n in names else len(names))
 

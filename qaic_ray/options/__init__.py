@@ -338,7 +338,7 @@ class RunOptions(CardOptions, Generation, PromptOptions):
     output: PathText = opt("runs", "Folder that gets one folder a run.", short="-o", group=FOLDER)
     output_formats: Words[OutputFormat] = opt(
         (),
-        "Beside outputs.jsonl: openai, parquet; may be repeated.",
+        "Also write this, beside outputs.jsonl; may be repeated.",
         flag="--output-format",
         group=FOLDER,
         repeated=True,

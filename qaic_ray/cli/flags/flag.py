@@ -68,10 +68,18 @@ class Flag:
             *names,
             help=self.help,
             hidden=self.opt.hidden,
-            autocompletion=words_for(self.value.words, self.opt.completes),
+            autocompletion=words_for(self._choices, self.opt.completes),
         )
         annotation = list[str] | None if self.opt.repeated else self._kind | None
         return inspect.Parameter(self.name, BY_NAME, default=info, annotation=annotation)
+
+    @property
+    def _choices(self) -> tuple[Any, ...]:
+        """The values that there are, or those of a list's items, where they are few."""
+        item = self.value.item
+        if isinstance(item, type) and issubclass(item, Enum):
+            return tuple(member.value for member in item)
+        return self.value.words
 
     @property
     def _kind(self) -> type:
@@ -82,7 +90,7 @@ class Flag:
         info = typer.Argument(
             None,
             metavar=self.opt.argument,
-            autocompletion=words_for(self.value.words, self.opt.completes),
+            autocompletion=words_for(self._choices, self.opt.completes),
         )
         name = f"{self.name}_argument"
         return inspect.Parameter(name, BY_NAME, default=info, annotation=str | None)
@@ -114,8 +122,8 @@ class Flag:
     @property
     def help(self) -> str:
         """What it does, which values there are, and one of them."""
-        choices = self.value.words
-        words = f" One of {', '.join(map(str, choices))}." if len(choices) > 1 else ""
+        choices, of = self._choices, "One of" if self.value.item is None else "Of"
+        words = f" {of} {', '.join(map(str, choices))}." if len(choices) > 1 else ""
         like = f" Like {self.opt.example}." if self.opt.example else ""
         return f"{self.opt.off or self.opt.help}{words}{like}"
 

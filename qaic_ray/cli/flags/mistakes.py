@@ -17,6 +17,8 @@ LineMistake: type[Exception] = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
 )
 
+PROGRAM = "qaic-ray"
+
 _EXTRA = re.compile(r"extra argument(?:s|\(s\))? \((.*)\)$", re.DOTALL)
 _OTHER_WORDS = {
     "ls": "runs", "list": "runs", "ps": "status", "top": "status", "kill": "stop",
@@ -33,13 +35,13 @@ def sentence(error: Any) -> str:
     context = getattr(error, "ctx", None)
     if context is None:
         return f"{error.format_message().rstrip('.')}."
-    path = context.command_path
-    return f"{_said(error, context, _name(path))} `{path} -h` says more."
+    return f"{_said(error, context, _name(context))} `{context.command_path} -h` says more."
 
 
-def _name(path: str) -> str:
+def _name(context: Any) -> str:
     """A command without the program's name, which begins the sentence already."""
-    return path.partition(" ")[2] or path
+    program = context.find_root().command_path
+    return context.command_path.removeprefix(program).strip() or PROGRAM
 
 
 def _said(error: Any, context: Any, name: str) -> str:
@@ -58,10 +60,10 @@ def _said(error: Any, context: Any, name: str) -> str:
     return f"{error.format_message().rstrip('.')}."
 
 
-def no_command(path: str, typed: str, known: Sequence[str]) -> str:
-    """What is said of a word that is none of the commands."""
-    name = _name(path)
-    no = f"There is no command {shown(typed)}{'' if name == path else f' of {name}'}"
+def no_command(context: Any, typed: str, known: Sequence[str]) -> str:
+    """What is said of a word that is none of a group's commands."""
+    name, path = _name(context), context.command_path
+    no = f"There is no command {shown(typed)}{'' if name == PROGRAM else f' of {name}'}"
     near = _OTHER_WORDS.get(typed)
     near = near if near in known else _nearest(typed, known)
     return f"{no}{f'; did you mean {near}?' if near else '.'} `{path} -h` lists them."
