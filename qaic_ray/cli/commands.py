@@ -85,6 +85,7 @@ def launch(
             screen,
             resume=resume,
             retry_errors=resuming.retry_errors,
+            new_input=resume is not None and "run.prompts" in changes.values,
             stop_if_errors=_share(show),
         )
         screen.finish(summary)

@@ -85,6 +85,11 @@ def test_the_ways_into_the_dashboard_are_lines_of_their_own(desk: Desk, kept: st
     assert show is not None
     assert STAYS in lines[at - 1]
     assert desk.does("ray", "show").stdout.splitlines() == lines[at : at + 3]
+    told = json.loads(desk.does("ray", "show", "--json").stdout)
+    assert (told["dashboard"], told["ways_in"]) == (url[0], lines[at : at + 3])
+    variables = json.loads(desk.does("ray", "env", "--json").stdout)
+    assert variables["RAY_API_SERVER_ADDRESS"] == url[0]
+    assert told["address"] == variables["RAY_ADDRESS"]
     token = Path(show[1].removeprefix("cat ")).read_text()
     assert token not in kept
     texts = (path.read_bytes() for path in desk.folder.rglob("*") if path.is_file())
