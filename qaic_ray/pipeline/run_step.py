@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qaic_ray import interruption
+from qaic_ray.compile.recipe_names import led_to
 from qaic_ray.compile.store import check_kept, content_key
 from qaic_ray.errors import DeviceError, QaicRayError, Unfinished, UsageError
 from qaic_ray.model.checkpoint import (
@@ -56,6 +57,10 @@ def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSumm
     Raises:
         UsageError: for a QPC, cards or prompts that are not there.
     """
+    if (qpc := led_to(request.qpc)) is not None:
+        # By the link's name a later compile would change what a run goes on with.
+        listener.remark(f"{request.qpc} leads to {qpc.name}.")
+        request = replace(request, qpc=qpc)
     check_kept(request.qpc)
     if request.run.draft_qpc is not None:
         check_kept(Path(request.run.draft_qpc))
