@@ -64,7 +64,10 @@ class WorkerSpec(WorkerPlace):
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """What an opened worker has, and which process it is."""
+    """What an opened worker has, and which process it is.
+
+    The program is static where its rows begin together, and each decode step gives each one token.
+    """
 
     name: str
     device_ids: tuple[int, ...]
@@ -74,6 +77,7 @@ class WorkerInfo:
     ctx_len: int
     load_s: float
     pid: int = 0
+    is_static: bool = False
 
 
 @dataclass
@@ -171,6 +175,7 @@ class CardWorker:
             ctx_len=shapes.ctx_len,
             load_s=time.perf_counter() - start_s,
             pid=os.getpid(),
+            is_static=not shapes.continuous and shapes.decode_len == 1,
         )
 
     def answer(self, prompts: Sequence[Prompt], attempt: int = 1) -> Iterator[list[Row]]:
