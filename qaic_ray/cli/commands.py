@@ -201,6 +201,11 @@ def run(
             stop_if_errors=_share(show),
         )
         screen.show_answers(_streaming(show, request.run.prompt))
+        if show.no_stream and request.run.prompt is not None and not show.as_json:
+            screen.remark(
+                "--no-stream prints no answers, they are in outputs.jsonl of the run folder; "
+                "--stream ordered prints each when it is whole, as the recipe's --no-stream did."
+            )
         screen.finish(run_step(request, sdk_choice(sdk, screen), screen))
 
 
