@@ -54,14 +54,12 @@ def link_recipe_names(request: BuildRequest) -> list[str]:
                 link.symlink_to(target.name)
             elif before.name != target.name:
                 _replace(link, target.name)
-                moved.setdefault(before.name, []).append(str(link))
+                moved.setdefault(before.name, []).append(name)
         except OSError as error:
             said.append(f"{link} cannot be made a link to {target} ({error.strerror}).")
-    for was, links in moved.items():
-        lead = "lead" if len(links) > 1 else "leads"
-        said.append(
-            f"{' and '.join(links)} now {lead} to {target.name}, and not to {was} any more."
-        )
+    for was, names in moved.items():
+        lead = "lead" if len(names) > 1 else "leads"
+        said.append(f"{' and '.join(names)} now {lead} to {target.name}, not to {was} any more.")
     return said
 
 

@@ -158,7 +158,7 @@ def test_edited_shapes_positions_and_names_of_compile_model_sh(
 
     code, out, err = run("compile", f"{HASH}-kv", "fp16", "14")
     assert (code, out) == (0, f"{tmp_path}/qpc/{named}-fp16\n")
-    assert f"now lead to {named}-fp16, and not to {named}-mx6 any more." in err
+    assert f"{short} and {named} now lead to {named}-fp16, not to {named}-mx6 any more." in err
     assert os.readlink(tmp_path / "qpc" / short) == f"{named}-fp16"
     code, out, err = run("compile", f"{HASH}-kv", "mx6", "14")  # kept, and the newest again
     assert (code, len(compiles)) == (0, 2)
@@ -209,6 +209,17 @@ def test_run_takes_the_recipe_s_name_and_says_what_it_leads_to(
     assert request.model == SNAPSHOT
     prompts = [item.prompt if isinstance(item, Row) else item.text for item in rows_of(request)]
     assert prompts == ["My name is", "I live in"]
+
+    for flag, number, words in (("--input-len", "128", "256"), ("--ctx-len", "256", "2048")):
+        shapes = [flag, number, "--prompt", "a"]
+        code, _, err = run("run", "--model-name", SNAPSHOT, "--qpc", qpc, *shapes)
+        assert code == 2
+        assert f"{flag} is {number}, but {qpc}-1BS-mx6 was compiled for {words}" in err
+    assert len(asked) == 1
+    # The recipe's placeholder for the path is `<qpc/model-name-...>`: some leave the folder out.
+    code, _, err = run("run", "--model-name", SNAPSHOT, "--qpc", qpc[4:], "--prompt", "a")
+    assert (code, len(asked)) == (2, 1)
+    assert f"give the folder of a compiled variant, like {qpc}." in err
 
 
 def rows_of(request: RunRequest) -> list[Prompt | Row]:
