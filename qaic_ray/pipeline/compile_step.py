@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from qaic_ray import contract
 from qaic_ray.compile.compiler import Source, Variant, grid_variants
-from qaic_ray.compile.recipe_names import link_recipe_names
 from qaic_ray.compile.store import SPECIALIZATIONS_FILE, Build, BuildRequest, build, check_request
 from qaic_ray.errors import CompileError, DeviceError, QaicRayError, UsageError
 from qaic_ray.files.documents import shown, user_path
@@ -149,22 +148,9 @@ def compile_step(
 ) -> list[Compiled]:
     """Compile what `requested_builds` gave: several variants as Ray tasks.
 
-    One is compiled in this process, where nothing is asked of Ray, and has the recipe's names too.
-    A compile that fails is an outcome.
+    One is compiled in this process, where nothing is asked of Ray. A compile that fails is an
+    outcome.
     """
-    outcomes = _compiled(requests, parallel, listener, ray)
-    if len(outcomes) == 1 and isinstance(outcomes[0][1], Build):
-        for remark in link_recipe_names(requests[0]):
-            listener.remark(remark)
-    return outcomes
-
-
-def _compiled(
-    requests: Sequence[BuildRequest],
-    parallel: int | None,
-    listener: Listener,
-    ray: LocalRayOptions,
-) -> list[Compiled]:
     if len(requests) == 1 and ray == _NO_DASHBOARD:
         (request,) = requests
         result: Build | QaicRayError

@@ -175,7 +175,7 @@ def test_several_variants_at_once_take_no_name_of_the_recipe(
         made.extend(requests)
         return [(each.variant, Build(each.target, "", False, 0.0, 0)) for each in requests]
 
-    monkeypatch.setattr(compile_step, "_compiled", compiled)
+    monkeypatch.setattr(compile_step, "compile_step", compiled)
     make_model_dir()
     assert run("compile", "m-kv", "mx6,fp16", "14")[0] == 0
     assert len(made) == 2
@@ -202,7 +202,7 @@ def test_run_takes_the_recipe_s_name_and_says_what_it_leads_to(
     words = ["--input-len", "256", "--device_id", "2", "--prompt", "My name is|I live in"]
     code, _, err = run("run", "--model-name", SNAPSHOT, "--qpc", qpc, *words)
     assert code == 2
-    assert f"{qpc} leads to {HASH}-kv-256pl-2048cl-14c-1BS-mx6." in err
+    assert f"{qpc} leads to {HASH}-kv-256pl-2048cl-14c-1BS-mx6\n" in err
     (request,) = asked
     assert request.qpc == Path(f"{qpc}-1BS-mx6")
     assert (request.run.input_len, request.run.devices) == (256, (2,))
