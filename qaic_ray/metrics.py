@@ -77,11 +77,14 @@ class Measurement:
     prompt tokens that a slot held already. `decode_slots` is the number of rows that decode steps
     had room for. `accepted_tokens` are those of `drafted_tokens` that were right. `inter_token` has
     the time from each step that gave a running row tokens to the next one that did; with drafts one
-    step gives several.
+    step gives several. `cut_rows` have an answer that ended at its most tokens or a full context.
+    `loop_tokens` and `loop_s` are of answered rows, as the published recipe's runModel.py counts
+    one: its decode steps but one, and the seconds of all of them.
     """
 
     rows: int = 0
     failed_rows: int = 0
+    cut_rows: int = 0
     prompt_tokens: int = 0
     reused_tokens: int = 0
     generated_tokens: int = 0
@@ -94,6 +97,8 @@ class Measurement:
     decode_s: float = 0.0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    loop_tokens: int = 0
+    loop_s: float = 0.0
     ttft: Durations = field(default_factory=Durations)
     inter_token: Durations = field(default_factory=Durations)
 
@@ -194,8 +199,12 @@ class Tally:
         counts.prompt_tokens += row.prompt_tokens
         counts.generated_tokens += num_tokens
         if row.ok:
+            counts.cut_rows += row.is_cut
             counts.ttft.count(row.ttft_s)
             self.length_counts.update(answer_lens)
+            if num_tokens > 1 and not row.choices:
+                counts.loop_tokens += num_tokens - 2
+                counts.loop_s += row.decode_s
         else:
             self.failed_rows += 1
             counts.failed_rows += 1
@@ -211,7 +220,10 @@ class Tally:
             engine or Measurement(),
             rows=counts.rows,
             failed_rows=counts.failed_rows,
+            cut_rows=counts.cut_rows,
             prompt_tokens=counts.prompt_tokens,
             generated_tokens=counts.generated_tokens,
+            loop_tokens=counts.loop_tokens,
+            loop_s=counts.loop_s,
             ttft=counts.ttft + Durations(),
         )

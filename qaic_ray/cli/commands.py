@@ -199,6 +199,8 @@ def compile(  # the recipe's word
     show: parameters.ViewOptions,
 ) -> None:
     """Compile a model into QPCs: every combination of the lists, in parallel, each built once."""
+    from qaic_ray.compile.recipe_names import link_recipe_names
+    from qaic_ray.compile.store import Build
     from qaic_ray.pipeline.compile_step import compile_step, requested_builds, specializations_file
 
     with _live_screen(show) as screen:
@@ -208,6 +210,10 @@ def compile(  # the recipe's word
             screen.remark(f"{file} of this folder says the shapes, as in the published recipe.")
         builds = requested_builds(model_dir, grid, sdk_choice(sdk, screen).here, file)
         outcomes = compile_step(builds, grid.parallel, screen, ray)
+        # Of several nobody could say which has the name.
+        if len(builds) == 1 and isinstance(outcomes[0][1], Build):
+            for remark in link_recipe_names(builds[0]):
+                screen.remark(remark)
         screen.compiled_all(outcomes)
 
 
@@ -250,6 +256,11 @@ def run(
             stop_if_errors=_share(show),
         )
         screen.show_answers(_streaming(show, request.run.prompt))
+        if show.no_stream and request.run.prompt is not None and not show.as_json:
+            screen.remark(
+                "--no-stream prints no answers, they are in outputs.jsonl of the run folder; "
+                "--stream ordered prints each when it is whole, as the recipe's --no-stream did."
+            )
         screen.finish(run_step(request, choice, screen))
 
 
