@@ -168,8 +168,8 @@ def plan(
 
 @command(
     app,
-    example="""qaic-ray export -m smollm2-135m
-qaic-ray export -m ./my-llama -o my-llama-kv --verify quick""",
+    example="""qaic-ray export smollm2-135m
+qaic-ray export ./my-llama -o my-llama-kv --verify quick""",
 )
 def export(
     model: options.ModelOptions,
