@@ -187,8 +187,12 @@ def test_a_terminal_gets_colours_and_no_color_none(monkeypatch: pytest.MonkeyPat
         "qaic-ray x [OPTIONS]", "Do it.", ("qaic-ray x -o y",), (("Options", (entry,)),)
     )
     monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     coloured = page_text(page, 60)
     assert "\x1b[1mOptions:\x1b[0m" in coloured
+    monkeypatch.setenv("TERM", "dumb")
+    assert page_text(page, 60) == ESCAPE.sub("", coloured)
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1")
     assert page_text(page, 60) == ESCAPE.sub("", coloured)
 

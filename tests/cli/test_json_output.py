@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +16,19 @@ import pytest
 from command_lines import all_names, context_of, of_name
 from run_folders import FolderMaker
 
+from qaic_ray.cli import main
 from qaic_ray.cli.answers import Answers, Streaming
 from qaic_ray.cli.commands import _streaming
 from qaic_ray.cli.parameters import ShowOptions
 from qaic_ray.cli.screen import Screen
 from qaic_ray.compile.store import Build
 from qaic_ray.errors import CompileError, UsageError
+from qaic_ray.files.folders import CACHE_VARIABLE
 from qaic_ray.options import Job
 from qaic_ray.pipeline.submit_step import Parcel, SubmitRequest
 from qaic_ray.rows import FinishReason, Row
 
 ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-c", "from qaic_ray.cli import main; main()"]
 
 # Each with what its document has. `stop` ends with the document of `status`.
 CHEAP: dict[str, tuple[str, ...]] = {
@@ -67,20 +68,34 @@ def test_each_command_that_has_it_is_looked_at() -> None:
     assert having == known | ELSEWHERE
 
 
+Says = Callable[..., str]
+
+
+@pytest.fixture
+def stdout(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Says:
+    """What a command that ends well prints there."""
+    monkeypatch.chdir(here)
+    monkeypatch.setenv(CACHE_VARIABLE, str(here / "cache"))
+
+    def says(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["qaic-ray", *words])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    return says
+
+
 @pytest.mark.parametrize("line", CHEAP)
-def test_stdout_is_one_object_on_one_line(line: str, here: Path) -> None:
-    done = subprocess.run(
-        [*COMMAND, *line.split(), "--json"], cwd=here, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1
-    assert set(CHEAP[line]) <= set(json.loads(done.stdout))
+def test_stdout_is_one_object_on_one_line(line: str, stdout: Says) -> None:
+    said = stdout(*line.split(), "--json")
+    assert said.count("\n") == 1
+    assert set(CHEAP[line]) <= set(json.loads(said))
 
 
-def test_a_plan_has_what_would_be_run(here: Path) -> None:
-    words = ["plan", "job.yaml", "--device-id", "1", "--sdk", "emulated", "--json"]
-    done = subprocess.run([*COMMAND, *words], cwd=here, capture_output=True, text=True, check=True)
-    plan = json.loads(done.stdout)
+def test_a_plan_has_what_would_be_run(stdout: Says) -> None:
+    plan = json.loads(stdout("plan", "job.yaml", "--device-id", "1", "--sdk", "emulated", "--json"))
     assert "run one on 1 cards" in plan["text"]
     (chosen,) = [compile for compile in plan["compiles"] if compile["is_run"]]
     assert any(word.startswith("-aic-num-cores=") for word in chosen["command"])
