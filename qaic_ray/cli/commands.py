@@ -131,7 +131,7 @@ def _folder_to_resume(
         return Path(resuming.resume)
     folder = last_unfinished(Path(output), REQUEST_NAME, job)
     if folder is None:
-        screen.remark(f"No run {f'of {job} ' if job else ''}in {output} is unfinished.")
+        screen.nothing_to_do(f"No run {f'of {job} ' if job else ''}in {output} is unfinished.")
         raise typer.Exit
     return folder
 

@@ -215,6 +215,11 @@ class Screen(AbstractContextManager["Screen"]):
         if not summary.result.ok:
             raise SystemExit(ExitCode.FAILED)
 
+    def nothing_to_do(self, why: str) -> None:
+        """Say so: nothing was asked for that is not done."""
+        self.remark(why)
+        self._end_with({"remark": why})
+
     def exported(self, result: ExportResult) -> None:
         """Print where the model is and how far it is from PyTorch."""
         report = result.verification

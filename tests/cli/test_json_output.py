@@ -94,6 +94,11 @@ def test_stdout_is_one_object_on_one_line(line: str, stdout: Says) -> None:
     assert set(CHEAP[line]) <= set(json.loads(said))
 
 
+def test_nothing_to_resume_is_an_object_too(stdout: Says) -> None:
+    said = json.loads(stdout("run", "--resume", "-o", "elsewhere", "--json"))
+    assert said == {"remark": "No run in elsewhere is unfinished."}
+
+
 def test_a_plan_has_what_would_be_run(stdout: Says) -> None:
     plan = json.loads(stdout("plan", "job.yaml", "--device-id", "1", "--sdk", "emulated", "--json"))
     assert "run one on 1 cards" in plan["text"]
