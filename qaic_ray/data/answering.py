@@ -22,7 +22,7 @@ INFERENCE_ERROR = "__inference_error__"
 """Of a row: why it has no answer, or empty."""
 
 _OF_A_PROMPT = ("add_generation_prompt", "chat_template_kwargs", "continue_final_message")
-_REFUSED = ("mm_processor_kwargs", "multimodal_data", "tokenized_prompt")
+_NO_TEXT = ("mm_processor_kwargs", "multimodal_data")
 _MAX_PROMPT_CHARS = 500  # of an error row, as in `ray.data.llm`
 
 
@@ -96,14 +96,12 @@ class CardAnswers:
 
     def _document(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What of a row is asked: its conversation or prompt, and its sampling parameters."""
-        names = [*_OF_A_PROMPT, *_REFUSED, "messages" if self._chat else "prompt"]
+        names = [*_OF_A_PROMPT, "messages" if self._chat else "prompt"]
         if self._chat and row.get("messages") is None:
             names.append("prompt")
         document = {name: plain(row[name]) for name in names if row.get(name) is not None}
-        for name in _REFUSED:
-            if name in document:
-                document["prompt_token_ids" if name == "tokenized_prompt" else "images"] = True
-                del document[name]
+        if any(row.get(name) is not None for name in _NO_TEXT):
+            document["images"] = True  # which is refused as in every input
         params = _without_none(plain(row.get("sampling_params") or {}))
         params.pop("detokenize", None)  # texts are always there
         document["sampling_params"] = params
