@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.cluster
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "ray_data_parquet.py"
+PAGE = Path(__file__).parents[2] / "docs" / "ray-data.md"
 NUM_TOKENS = 5
 
 
@@ -37,6 +40,22 @@ def expected(tiny: TinyQpcs, model: str, text: str) -> list[int]:
     """transformers' answer."""
     prompt_ids = load_tokenizer(open_checkpoint(model, weights=False)).encode(text)
     return tiny.reference(prompt_ids, NUM_TOKENS)
+
+
+def ran(command: list[str]) -> str:
+    """stdout of a program that uses Ray Data."""
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        # Ray alone looks for a head on the loopback interface only when told.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
 def test_called_by_hand_it_answers_as_transformers_on_a_card_of_its_own(
@@ -79,17 +98,7 @@ def test_parquet_becomes_parquet(tiny: TinyQpcs, model: str, tmp_path: Path, add
         *("--cards", "2", "--max-tokens", str(NUM_TOKENS)),
         *("--address", address),
     ]
-    environment = {
-        **os.environ,
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-        # Ray alone looks for a head on the loopback interface only when told.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    }
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    ran(command)
 
     answers = parquet.read_table(tmp_path / "out").sort_by("number")
     assert answers.schema.field("token_ids").type == pa.list_(pa.int64())
@@ -102,3 +111,38 @@ def test_parquet_becomes_parquet(tiny: TinyQpcs, model: str, tmp_path: Path, add
         else:
             assert row["token_ids"] == expected(tiny, model, row["prompt"])
     assert {row["worker"] for row in rows} <= {"", "card 0", "card 1"}
+
+
+def test_the_program_of_the_page_in_the_form_of_ray_data_llm(
+    tiny: TinyQpcs, model: str, tmp_path: Path, address: str
+) -> None:
+    """As it stands, but for the model, a program that is there, and the Ray."""
+    (program,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    template = "{{ messages[0].content }}"
+    (Path(model) / "chat_template.jinja").write_text(template)
+    found = f'"{model}", qpc="{tiny.qpc()}", sdk="{tiny.sdk.root}"'
+    changes = {
+        '"smollm2-135m"': found,
+        'ray.init(resources={"QAIC": 4})': f'ray.init("{address}")',
+        "for n in range(100)": "for n in [*range(20), 10**60]",  # that one is too long
+        "print(row)": "print('row', json.dumps(row))",
+        "import ray\n": "import json\nimport ray\n",
+    }
+    for before, after in changes.items():
+        assert program.count(before) == 1
+        program = program.replace(before, after)
+    (tmp_path / "program.py").write_text(program)
+    said = ran([sys.executable, str(tmp_path / "program.py")]).splitlines()
+    lines = [line[4:] for line in said if line.startswith("row ")]
+    rows = {row["question"]: row for row in map(json.loads, lines)}
+    assert len(rows) == 21
+    long = rows.pop(f"What is {10**60} + {10**60}?")
+    assert "more than the context" in long["__inference_error__"]
+    assert long["generated_text"] == ""
+    tokenizer = load_tokenizer(open_checkpoint(model, weights=False))
+    for question, row in rows.items():
+        # The columns of the row that failed are in its whole block.
+        there = {name for name, value in row.items() if value is not None}
+        assert there == {"question", "answer", "__inference_error__"}
+        ids = tiny.reference(tokenizer.encode(question), 16)
+        assert row["answer"] == tokenizer.decode(tuple(ids))
