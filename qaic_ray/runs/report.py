@@ -61,7 +61,7 @@ class RunSummary:
             Cause.CARDS: f"{safe}: when cards are well again, go on with {resume}`.",
             Cause.INPUT: (
                 f"{safe}: with a file whose answered rows are as they were, go on with {resume} "
-                "--prompts-file FILE`, or begin a new run."
+                "--input FILE`, or begin a new run."
             ),
             Cause.CHANGED: "Begin a new run.",
         }
