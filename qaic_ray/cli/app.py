@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from qaic_ray import __version__
-from qaic_ray.cli.recipe_flags import translated
+from qaic_ray.cli.flags.recipe import translated
 from qaic_ray.errors import ExitCode, UsageError
 from qaic_ray.files.documents import user_path
 
