@@ -15,6 +15,7 @@ from qaic_ray.cli.app import Interrupted, app, command, known_path, sdk_choice, 
 from qaic_ray.cli.kept_ray import ray_app
 from qaic_ray.cli.looking import looking
 from qaic_ray.cli.monitoring import monitoring
+from qaic_ray.cli.new_job import init
 from qaic_ray.cli.reporting import report
 from qaic_ray.errors import UsageError
 
@@ -30,7 +31,10 @@ __all__ = ["Interrupted", "app", "switches"]
 emulator_app = typer.Typer(help="The emulated SDK: lay it down, run any program on it.")
 
 JobArgument = Annotated[
-    Path, typer.Argument(callback=known_path, help="A job file, like jobs/smollm2.yaml.")
+    Path,
+    typer.Argument(
+        callback=known_path, help="A job file, or a job that comes along by its name: smollm2."
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -49,11 +53,10 @@ def launch(
 ) -> None:
     """Run a whole job: export, compile, run on every card, report."""
     from qaic_ray.cli.screen import Screen
-    from qaic_ray.pipeline.job import launch_job, load_job
+    from qaic_ray.pipeline.job import load_job
     from qaic_ray.pipeline.submit_step import SubmitRequest, submit_step
 
-    loaded = load_job(job, overrides or ())
-    loaded = loaded.changed("ray", **{name: getattr(ray, name) for name in ray.model_fields_set})
+    loaded = _with_ray(load_job(job, overrides or ()), ray)
     if submit.detach:
         folder, python = Path(submit.folder or ".").absolute(), submit.python or sys.executable
         request = SubmitRequest(loaded, folder, python, submit.send_prompts)
@@ -61,6 +64,18 @@ def launch(
         return
     if submit.folder is not None:
         _enter(Path(submit.folder))
+    _launch_here(loaded, resuming, show)
+
+
+def _with_ray(job: options.Job, ray: options.RayOptions) -> options.Job:
+    return job.changed("ray", **{name: getattr(ray, name) for name in ray.model_fields_set})
+
+
+def _launch_here(
+    loaded: options.Job, resuming: parameters.ResumeOptions, show: parameters.ShowOptions
+) -> None:
+    from qaic_ray.pipeline.job import launch_job
+
     with _live_screen(show) as screen:
         resume = _folder_to_resume(resuming, loaded.run.output, screen, job=loaded.name)
         screen.show_answers(_streaming(show, loaded.run.prompt))
@@ -122,6 +137,33 @@ def _enter(folder: Path) -> None:
             f"The folder {folder} cannot be used on {os.uname().nodename} ({error.strerror}): name "
             "one there with --folder."
         ) from error
+
+
+@command(app)
+def demo(
+    place: parameters.DemoOptions,
+    ray: options.RayOptions,
+    sdk: options.SdkOptions,
+    show: parameters.ShowOptions,
+) -> None:
+    """Show it all on a small model, SmolLM2-135M: export, compile, run on four cards, report."""
+    from qaic_ray.cli.parameters import ResumeOptions
+    from qaic_ray.files.folders import cache_folder
+    from qaic_ray.pipeline.job import load_job
+    from qaic_ray.pipeline.shipped_jobs import shipped_jobs
+
+    folder = Path(place.folder).absolute() if place.folder else cache_folder() / "demo"
+    job = _with_ray(load_job(shipped_jobs()["smollm2"]), ray)
+    job = job.changed("export", output=str(folder / f"{job.model.name}-kv"))
+    job = job.changed("compile", output=str(folder / "qpc"))
+    job = job.changed("run", output=str(folder / "runs"), devices=place.devices)
+    job = job.model_copy(update={name: getattr(sdk, name) for name in sdk.model_fields_set})
+    _launch_here(job, ResumeOptions(), show)
+    with _live_screen(show) as screen:
+        screen.remark(
+            f"All of it is in {folder}, where another demo finds it. A job of your own: "
+            "`qaic-ray init NAME`."
+        )
 
 
 @command(app)
@@ -204,6 +246,7 @@ def run(
         screen.finish(run_step(request, sdk_choice(sdk, screen), screen))
 
 
+command(app)(init)
 command(app)(report)
 command(app)(monitoring)
 # The commands that only look follow those that do something, in the help too.

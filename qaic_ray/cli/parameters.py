@@ -21,7 +21,16 @@ from pydantic import ValidationError
 from qaic_ray import options
 from qaic_ray.errors import UsageError
 from qaic_ray.files.documents import as_object, parse_json, shown, with_given
-from qaic_ray.option_types import Opt, OptionValue, PathText, Section, Share, opt, options_of
+from qaic_ray.option_types import (
+    Devices,
+    Opt,
+    OptionValue,
+    PathText,
+    Section,
+    Share,
+    opt,
+    options_of,
+)
 
 RESUME_LAST = "last"
 """What `--resume` means where nothing follows it: the run that began last and is not finished."""
@@ -121,6 +130,15 @@ class SubmitOptions(Section):
     send_prompts: bool = opt(
         True, "With --detach: send the prompts file, or read it at its path there."
     )
+
+
+class DemoOptions(Section):
+    """Where the demonstration runs, and on which cards."""
+
+    folder: PathText | None = opt(
+        None, "Where its model, QPCs and run are kept.", shown="demo in the user's cache"
+    )
+    devices: Devices = opt((0, 1, 2, 3), "Ids of cards, or all.", flag="--device-id")
 
 
 class JobsOptions(Section):

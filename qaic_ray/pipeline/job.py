@@ -39,6 +39,7 @@ from qaic_ray.pipeline.request import (
 )
 from qaic_ray.pipeline.run_record import compile_facts
 from qaic_ray.pipeline.run_step import check_chat_template, on_local_cards, resuming, run_on
+from qaic_ray.pipeline.shipped_jobs import job_file
 from qaic_ray.sdk import SDK_NAMES, VENDOR_ROOT, Sdk, find_sdk
 
 if TYPE_CHECKING:
@@ -53,12 +54,13 @@ def load_job(path: Path, overrides: Iterable[str] = ()) -> Job:
     """Read a job file.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of a job that comes with the package.
         overrides: `key=value` with a dotted key, the value read as YAML.
 
     Raises:
         JobError: naming the file, the key, the value and the nearest known key.
     """
+    path = job_file(path)
     document = read_yaml(path, raises=JobError)
     if not isinstance(document, dict):
         raise JobError(f"{path} must hold a mapping with at least 'name' and 'model'.")

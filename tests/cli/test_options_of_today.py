@@ -41,6 +41,21 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--log-format --log_format": "json",
         "--json": FLAG,
     },
+    "demo": {
+        "--folder": "there",
+        "--device-id --device_id": "0,1",
+        "--address": "auto",
+        "--dashboard / --no-dashboard": FLAG,
+        "--keep-ray --keep_ray": FLAG,
+        "--sdk": "emulated",
+        "--stream": "rows",
+        "--no-stream --no_stream": FLAG,
+        "--stop-if-errors --stop_if_errors": "20%",
+        "--verbose -v": FLAG,
+        "--log-format --log_format": "json",
+        "--json": FLAG,
+    },
+    "init": {"NAME": "mine", "--from": "chat", "--model -m": "org/x", "--json": FLAG},
     "plan": {"JOB": "job.yaml", "--set": "run.generation_len=64"},
     "export": {
         "--model-name --model_name": "smollm2-135m",
@@ -160,6 +175,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
 }
 NEEDED = {
     "launch": ["JOB"],
+    "init": ["NAME"],
     "plan": ["JOB"],
     "export": ["--model-name --model_name"],
     "compile": ["MODEL_DIR"],
