@@ -36,7 +36,7 @@ def init(
     """Write a job and its prompts into this folder: few keys, each explained, ready to run."""
     from qaic_ray.cli.screen import write
     from qaic_ray.files.documents import json_text
-    from qaic_ray.pipeline.shipped_jobs import write_job
+    from qaic_ray.shipped.new_job import write_job
 
     new = write_job(name, begin_with=begin_with, model=model)
     file = shlex.quote(str(new.path))

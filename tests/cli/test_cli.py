@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from qaic_ray.cli import main
-from qaic_ray.cli.parameters import PROGRAM
+from qaic_ray.cli.parameters import PROGRAM, PrepareOptions
 from qaic_ray.cli.screen import Screen
 from qaic_ray.errors import UsageError
 from qaic_ray.files.folders import CACHE_VARIABLE
@@ -285,9 +285,8 @@ def test_run_help_is_in_groups(run: Run) -> None:
     code, out, _ = run("run", "--help")
     assert code == 0
     panels = [line.strip("╭─╮ ") for line in out.splitlines() if line.startswith("╭")]
-    assert panels[1:] == [
-        *(PROGRAM, PROMPTS, SamplingParams.GROUP, ANSWER_END, DRAFTS, CHECKS, CARDS, FOLDER)
-    ]
+    groups = (PROGRAM, PROMPTS, SamplingParams.GROUP, ANSWER_END, DRAFTS, CHECKS, CARDS, FOLDER)
+    assert panels[2:] == [*groups, PrepareOptions.GROUP]
 
 
 def test_run_needs_prompts_once(run: Run, sdk: Path, qpc: Path) -> None:

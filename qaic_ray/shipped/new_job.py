@@ -1,8 +1,7 @@
-"""The jobs that come with the package: found by name, and written as the beginning of a new one."""
+"""A new job and its prompts, written as files: made of one that comes with the package."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,45 +11,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from qaic_ray.errors import JobError, UsageError
+from qaic_ray.errors import UsageError
 from qaic_ray.files.documents import first_error, parse_yaml, read_text, shown
 from qaic_ray.options import Job
+from qaic_ray.shipped.jobs import SHIPPED, shipped_jobs
 
-SHIPPED = Path(__file__).parents[1] / "jobs"
 FIRST = "start"
-"""The job that a new one is made from, where no other is named."""
-
-
-def shipped_jobs() -> dict[str, Path]:
-    """The job files that come with the package, by name."""
-    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"), key=lambda p: p.stem)}
-
-
-def job_file(given: Path) -> Path:
-    """The file of a job: the path that is given, or the shipped job of that name.
-
-    A file here goes before a shipped job.
-
-    Raises:
-        JobError: there is neither.
-    """
-    if os.path.lexists(given):
-        return given
-    shipped = shipped_jobs()
-    is_name = len(given.parts) == 1 and not given.suffix
-    if is_name and given.name in shipped:
-        return shipped[given.name]
-    if is_name:
-        raise JobError(
-            f"There is no job file {given} here, and none of that name comes with qaic-ray: "
-            f"{', '.join(shipped)}."
-        )
-    if given.stem in shipped:
-        raise JobError(
-            f"There is no file {given}; the job that comes with qaic-ray is {given.stem}, without "
-            "a folder and without .yaml."
-        )
-    raise JobError(f"There is no file {given}: name a job file, or one of {', '.join(shipped)}.")
+"""The job that a new one is made of, where no other is named."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from qaic_ray.errors import JobError, UsageError
 from qaic_ray.options import Job
 from qaic_ray.pipeline.job import load_job, plan_job
-from qaic_ray.pipeline.shipped_jobs import FIRST, SHIPPED, job_file, shipped_jobs, write_job
+from qaic_ray.shipped.jobs import SHIPPED, job_file, shipped_jobs
+from qaic_ray.shipped.new_job import FIRST, write_job
 
 NAMES = ["chat", "dl2q-llama-7b", "dl2q-llama-7b-recipe", "smollm2", "start"]
 
