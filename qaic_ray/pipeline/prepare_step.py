@@ -14,6 +14,7 @@ from pathlib import Path
 from qaic_ray.compile.store import Build
 from qaic_ray.contract import IoContract
 from qaic_ray.errors import DeviceError, UsageError
+from qaic_ray.files.documents import checked
 from qaic_ray.files.folders import cache_folder
 from qaic_ray.limits import CACHE_INDEX_BEFORE, CARDS
 from qaic_ray.option_types import Precision
@@ -62,13 +63,15 @@ def prepare_for(
             "A program for a group of cards is not made by itself: compile one for the group, and "
             "give it by --qpc."
         )
-    found = survey(run, open_model(model, weights=False))
-    update = {"prompt_len": run.input_len, "ctx_len": run.ctx_len}
-    shapes = shapes.model_copy(update={k: v for k, v in update.items() if v is not None})
     devices = None if run.devices == "all" else run.devices
-    if shapes.num_cores is None:
-        cores = cores_here(sdk, devices, run.partitions)
-        shapes = shapes.model_copy(update={"num_cores": cores})
+    said = {
+        "num_cores": cores_here(sdk, devices, run.partitions),
+        "prompt_len": run.input_len,
+        "ctx_len": run.ctx_len,
+        **shapes.model_dump(exclude_none=True),
+    }
+    shapes = checked(VariantChoice, said, "the program")
+    found = survey(run, open_model(model, weights=False))
     return prepare(model, shapes, sdk, listener, found=found)
 
 
@@ -99,20 +102,16 @@ def prepare(
     how = _export_options(sdk).model_copy(update={"output": str(place / f"{checkpoint.base}-kv")})
     exported = export_step(model, how, listener)
     shapes = shapes_for(shapes, found, max_position=exported.manifest.max_position)
-    grid = CompileOptions.model_validate(
-        {
-            **{name: value for name, value in shapes if value is not None},
-            "num_cores": shapes.num_cores or cores_here(sdk),
-            "output": str(place / "qpc"),
-        }
-    )
+    said = {name: value for name, value in shapes if value is not None}
+    whole = {"num_cores": cores_here(sdk), **said, "output": str(place / "qpc")}
+    grid = CompileOptions.model_validate(whole)
     (request,) = requested_builds(exported.folder, grid, sdk.here)
     ((_, built),) = compile_step([request], None, listener)
     if not isinstance(built, Build):
         raise built
     listener.note(
-        f"this program ({request.label}, in {built.path.parent.parent}) is found again; have "
-        "another one by --precision, --num-cores, --input-len, --ctx-len, --batch-size, or --qpc"
+        f"program {request.label}, kept in {built.path.parent.parent}; other shapes by "
+        "--precision, --num-cores, --batch-size, --input-len, --ctx-len, or your own by --qpc"
     )
     return built.path
 
@@ -148,7 +147,7 @@ def shapes_for(shapes: VariantChoice, found: Survey, *, max_position: int) -> Va
         precision=shapes.precision or Precision.MX6,
         num_cores=shapes.num_cores,
         batch_size=batch_size,
-        prompt_len=shapes.prompt_len or min(prompt_len, ctx_len),
+        prompt_len=shapes.prompt_len or min(prompt_len, 1 << (ctx_len.bit_length() - 1)),
         ctx_len=ctx_len,
     )
 

@@ -295,6 +295,29 @@ def test_run_needs_prompts_once(run: Run, sdk: Path, qpc: Path) -> None:
     assert_refused(run(*base, "--prompt", "a", "--prompts-file", "b.txt"), "one of")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run"], "Give a model and a prompt, like `qaic-ray run smollm2-135m"),
+        (["run", "m"], "There is nothing to answer"),
+        (["run", "m", "a", "--prompt", "b"], "The prompt is given twice"),
+        (["run", "m", "a", "--prompts-file", "b"], "not both"),
+        (["run", "m", "a", "--model-name", "n"], "model-name is given twice, as 'm' and as 'n'"),
+        (["run", "m", "a", "--system", "Be brief."], "give --chat"),
+        (["run", "m", "a", "--qpc", "q", "--precision", "fp16"], "--precision is of a program"),
+        (["run", "m", "a", "--group-size", "2"], "give it by --qpc"),
+        (["run", "m", "a", "--input-len", "100"], "power of two, not 100"),
+        (["run", "./missing", "a"], "missing"),
+        (["run", "./missing", "--prompts-file", "gone.txt"], "missing"),
+    ],
+)
+def test_run_says_what_it_lacks_before_it_makes_anything(
+    run: Run, sdk: Path, arguments: list[str], words: str
+) -> None:
+    assert_refused(run(*arguments, "--sdk", str(sdk)), words)
+    assert not list(sdk.parent.glob("cache/programs/*"))
+
+
 def test_run_needs_a_qpc(run: Run, sdk: Path, tmp_path: Path) -> None:
     base = ["run", "--model-name", "m", "--prompt", "a", "--sdk", str(sdk)]
     assert_refused(run(*base, "--qpc", str(tmp_path / "gone")), "programqpc.bin")
