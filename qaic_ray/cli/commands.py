@@ -11,41 +11,62 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qaic_ray.cli.app import Interrupted, app, command, known_path, sdk_choice, switches
+from qaic_ray.cli.app import Commands, Interrupted, app, command, known_path, sdk_choice, switches
+from qaic_ray.cli.flags.completion import jobs
 from qaic_ray.cli.kept_ray import ray_app
+from qaic_ray.cli.launching import (
+    folder_to_resume,
+    launch_here,
+    live_screen,
+    share,
+    streaming,
+    with_ray,
+)
 from qaic_ray.cli.looking import looking
 from qaic_ray.cli.monitoring import monitoring
-from qaic_ray.cli.new_job import init
+from qaic_ray.cli.new_job import demo, init
 from qaic_ray.cli.reporting import report
 from qaic_ray.errors import UsageError
 
 if TYPE_CHECKING:
     from qaic_ray import options
     from qaic_ray.cli import parameters
-    from qaic_ray.cli.answers import Streaming
     from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.request import RunRequest, SdkChoice
 
 
 __all__ = ["Interrupted", "app", "switches"]
 
-emulator_app = typer.Typer(help="The emulated SDK: lay it down, run any program on it.")
+emulator_app = typer.Typer(
+    cls=Commands,
+    help="The emulated SDK: lay it down, run any program on it.",
+    epilog="""qaic-ray emulator install ./sdk
+qaic-ray emulator run -- qaic-util -q""",
+)
 
 JobArgument = Annotated[
     Path,
     typer.Argument(
-        callback=known_path, help="A job file, or a job that comes along by its name: smollm2."
+        callback=known_path,
+        help="A job file, or the name of a job that comes along, like smollm2.",
+        autocompletion=jobs,
     ),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one key: run.generation_len=64."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change any key: export.opset=13."),
 ]
 
 
-@command(app)
+@command(
+    app,
+    example="""qaic-ray launch smollm2
+qaic-ray launch smollm2 -i prompts.jsonl --max-tokens 64
+qaic-ray launch jobs/smollm2.yaml --resume""",
+)
 def launch(
     job: JobArgument,
+    changes: parameters.JobChanges,
     ray: options.RayOptions,
     submit: parameters.SubmitOptions,
     resuming: parameters.ResumeOptions,
@@ -57,7 +78,8 @@ def launch(
     from qaic_ray.pipeline.job import load_job
     from qaic_ray.pipeline.submit_step import SubmitRequest, submit_step
 
-    loaded = _with_ray(load_job(job, overrides or ()), ray)
+    loaded = load_job(job, overrides or (), changes=changes.values)
+    loaded = with_ray(loaded, ray)
     if submit.detach:
         folder, python = Path(submit.folder or ".").absolute(), submit.python or sys.executable
         request = SubmitRequest(loaded, folder, python, submit.send_prompts)
@@ -65,68 +87,7 @@ def launch(
         return
     if submit.folder is not None:
         _enter(Path(submit.folder))
-    _launch_here(loaded, resuming, show)
-
-
-def _with_ray(job: options.Job, ray: options.RayOptions) -> options.Job:
-    return job.changed("ray", **{name: getattr(ray, name) for name in ray.model_fields_set})
-
-
-def _launch_here(
-    loaded: options.Job, resuming: parameters.ResumeOptions, show: parameters.ShowOptions
-) -> None:
-    from qaic_ray.pipeline.job import launch_job
-
-    with _live_screen(show) as screen:
-        resume = _folder_to_resume(resuming, loaded.run.output, screen, job=loaded.name)
-        screen.show_answers(_streaming(show, loaded.run.prompt))
-        summary = launch_job(
-            loaded,
-            screen,
-            resume=resume,
-            retry_errors=resuming.retry_errors,
-            stop_if_errors=_share(show),
-        )
-        screen.finish(summary)
-
-
-def _live_screen(show: parameters.ViewOptions) -> Screen:
-    from qaic_ray.cli.screen import Screen
-
-    return Screen(as_json=show.as_json, verbose=show.verbose, log_json=show.log_format == "json")
-
-
-def _share(show: parameters.ShowOptions) -> float | None:
-    return None if show.stop_if_errors is None else float(show.stop_if_errors)
-
-
-def _streaming(show: parameters.ShowOptions, prompt: str | None) -> Streaming:
-    """How answers are printed of a run of that prompt, or of a file where it is None."""
-    from qaic_ray.cli.answers import Streaming, chosen
-
-    asked = Streaming.NONE if show.no_stream else Streaming(show.stream)
-    return chosen(asked, prompt=prompt, is_terminal=sys.stdout.isatty())
-
-
-def _folder_to_resume(
-    resuming: parameters.ResumeOptions, output: str, screen: Screen, *, job: str = ""
-) -> Path | None:
-    """The folder of the run that goes on, of this job where one is named; None: a run begins."""
-    from qaic_ray.cli.parameters import RESUME_LAST
-    from qaic_ray.pipeline.request import REQUEST_NAME
-    from qaic_ray.runs.report import last_unfinished
-
-    if resuming.resume is None:
-        if resuming.retry_errors:
-            raise UsageError("--retry-errors is for --resume: give the folder of the run with it.")
-        return None
-    if resuming.resume != RESUME_LAST:
-        return Path(resuming.resume)
-    folder = last_unfinished(Path(output), REQUEST_NAME, job)
-    if folder is None:
-        screen.remark(f"No run {f'of {job} ' if job else ''}in {output} is unfinished.")
-        raise typer.Exit
-    return folder
+    launch_here(loaded, resuming, show)
 
 
 def _enter(folder: Path) -> None:
@@ -140,43 +101,30 @@ def _enter(folder: Path) -> None:
         ) from error
 
 
-@command(app)
-def demo(
-    place: parameters.DemoOptions,
-    ray: options.RayOptions,
-    sdk: options.SdkOptions,
-    show: parameters.ShowOptions,
+@command(
+    app,
+    example="""qaic-ray plan smollm2
+qaic-ray plan jobs/smollm2.yaml --set compile.num_cores=7 --json""",
+)
+def plan(
+    job: JobArgument,
+    changes: parameters.JobChanges,
+    show: parameters.JsonOptions,
+    overrides: SetOption = None,
 ) -> None:
-    """Show it all on a small model, SmolLM2-135M: export, compile, run on four cards, report."""
-    from qaic_ray.cli.parameters import ResumeOptions
-    from qaic_ray.files.folders import cache_folder
-    from qaic_ray.pipeline.job import load_job
-    from qaic_ray.shipped.jobs import shipped_jobs
-
-    folder = Path(place.folder).absolute() if place.folder else cache_folder() / "demo"
-    job = _with_ray(load_job(shipped_jobs()["smollm2"]), ray)
-    job = job.changed("export", output=str(folder / f"{job.model.name}-kv"))
-    job = job.changed("compile", output=str(folder / "qpc"))
-    job = job.changed("run", output=str(folder / "runs"), devices=place.devices)
-    job = job.model_copy(update={name: getattr(sdk, name) for name in sdk.model_fields_set})
-    _launch_here(job, ResumeOptions(), show)
-    with _live_screen(show) as screen:
-        screen.remark(
-            f"All of it is in {folder}, where another demo finds it. A job of your own: "
-            "`qaic-ray init NAME`."
-        )
-
-
-@command(app)
-def plan(job: JobArgument, overrides: SetOption = None) -> None:
     """Show what a job would compile, with the compiler's command lines; runs nothing."""
     from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.job import load_job, plan_job
 
-    Screen().plan(plan_job(load_job(job, overrides or ())))
+    loaded = load_job(job, overrides or (), changes=changes.values)
+    Screen(as_json=show.as_json).plan(plan_job(loaded))
 
 
-@command(app)
+@command(
+    app,
+    example="""qaic-ray export -m smollm2-135m
+qaic-ray export -m ./my-llama -o my-llama-kv --verify quick""",
+)
 def export(
     model: options.ModelOptions,
     how: Annotated[options.ExportOptions, {"continuous_batching": False, "verify": "full"}],
@@ -185,11 +133,15 @@ def export(
     """Make an ONNX model with its KV cache from a checkpoint, and check it against PyTorch."""
     from qaic_ray.pipeline.export_step import export_step
 
-    with _live_screen(show) as screen:
+    with live_screen(show) as screen:
         screen.exported(export_step(model, how, screen))
 
 
-@command(app)
+@command(
+    app,
+    example="""qaic-ray compile smollm2-135m-kv
+qaic-ray compile smollm2-135m-kv mx6 7 --batch-size 1,8 -o qpcs""",
+)
 def compile(  # the recipe's word
     model_dir: Annotated[
         Path, typer.Argument(callback=known_path, help="Folder that export made (<base>-kv).")
@@ -201,19 +153,30 @@ def compile(  # the recipe's word
     show: parameters.ViewOptions,
 ) -> None:
     """Compile a model into QPCs: every combination of the lists, in parallel, each built once."""
+    from qaic_ray.compile.recipe_names import link_recipe_names
+    from qaic_ray.compile.store import Build
     from qaic_ray.pipeline.compile_step import compile_step, requested_builds, specializations_file
 
-    with _live_screen(show) as screen:
+    with live_screen(show) as screen:
         given = None if shapes.specializations is None else Path(shapes.specializations)
         file = specializations_file(given, grid)
         if file != given:
             screen.remark(f"{file} of this folder says the shapes, as in the published recipe.")
         builds = requested_builds(model_dir, grid, sdk_choice(sdk, screen).here, file)
         outcomes = compile_step(builds, grid.parallel, screen, ray)
+        # Of several nobody could say which has the name.
+        if len(builds) == 1 and isinstance(outcomes[0][1], Build):
+            for remark in link_recipe_names(builds[0]):
+                screen.remark(remark)
         screen.compiled_all(outcomes)
 
 
-@command(app)
+@command(
+    app,
+    example="""qaic-ray run smollm2-135m "The capital of France is"
+qaic-ray run smollm2-135m -i prompts.jsonl -o runs --max-tokens 64
+qaic-ray run --resume""",
+)
 def run(
     program: parameters.ProgramOptions,
     asked: options.RunOptions,
@@ -231,10 +194,10 @@ def run(
     from qaic_ray.pipeline.request import resumed
     from qaic_ray.pipeline.run_step import run_step
 
-    with _live_screen(show) as screen:
+    with live_screen(show) as screen:
         if resuming.resume is not None:
             given.refuse_changes(resuming.resume)
-        resume = _folder_to_resume(resuming, asked.output, screen)
+        resume = folder_to_resume(resuming, asked.output, screen)
         choice = sdk_choice(sdk, screen)
         if resume is not None:
             request = resumed(resume, asked)
@@ -244,9 +207,14 @@ def run(
             request,
             ray=ray,
             retry_errors=resuming.retry_errors,
-            stop_if_errors=_share(show),
+            stop_if_errors=share(show),
         )
-        screen.show_answers(_streaming(show, request.run.prompt))
+        screen.show_answers(streaming(show, request.run.prompt))
+        if show.no_stream and request.run.prompt is not None and not show.as_json:
+            screen.remark(
+                "--no-stream prints no answers, they are in outputs.jsonl of the run folder; "
+                "--stream ordered prints each when it is whole, as the recipe's --no-stream did."
+            )
         screen.finish(run_step(request, choice, screen))
 
 
@@ -283,32 +251,60 @@ def _new_run(
     return replace(request, qpc=prepare_for(model, request.run, shapes, sdk=sdk, listener=screen))
 
 
-command(app)(init)
-command(app)(report)
-command(app)(monitoring)
+command(
+    app,
+    example="""qaic-ray demo
+qaic-ray demo --device-id 0 --no-stream""",
+)(demo)
+command(
+    app,
+    example="""qaic-ray init mine
+qaic-ray init tour --from chat --model org/model""",
+)(init)
+command(
+    app,
+    example="""qaic-ray report smollm2-20261129-090500
+qaic-ray report runs/before runs/after -o both.html""",
+)(report)
+command(app, example="qaic-ray monitoring ./monitoring")(monitoring)
 # The commands that only look follow those that do something, in the help too.
 app.registered_commands += looking.registered_commands
-app.add_typer(emulator_app, name="emulator", no_args_is_help=True)
-app.add_typer(ray_app, name="ray", no_args_is_help=True)
+app.add_typer(emulator_app, name="emulator")
+app.add_typer(ray_app, name="ray")
 
 
-@command(emulator_app, "install")
+@command(
+    emulator_app,
+    "install",
+    example="""qaic-ray emulator install ./sdk
+qaic-ray emulator install ./sdk --cards 8 --sku ultra""",
+)
 def emulator_install(
     prefix: Annotated[
         Path,
         typer.Argument(callback=known_path, help="Folder to make, like ./sdk or /opt/qti-aic."),
     ],
     emulated: options.EmulatorOptions,
+    show: parameters.JsonOptions,
 ) -> None:
     """Lay the emulated SDK down as a folder."""
     from qaic_ray.sdk import install_emulated, open_sdk
 
     sdk = open_sdk(install_emulated(prefix, emulated))
+    if show.as_json:
+        from qaic_ray.cli.tables import write_json
+
+        write_json({"sdk": sdk.label, "root": str(sdk.root), "cards": emulated.cards})
+        return
     typer.echo(f"The {sdk.label} is at {sdk.root}: {emulated.cards} {emulated.sku} cards.")
 
 
 @command(
-    emulator_app, "run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+    emulator_app,
+    "run",
+    example="""qaic-ray emulator run -- qaic-util -q
+qaic-ray emulator run -- python my_program.py""",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def emulator_run(
     words: Annotated[
