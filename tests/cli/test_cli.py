@@ -16,6 +16,7 @@ import pytest
 from qaic_ray.cli import main
 from qaic_ray.cli.screen import Screen
 from qaic_ray.errors import UsageError
+from qaic_ray.export.check.replay import Activation
 from qaic_ray.files.folders import CACHE_VARIABLE
 from qaic_ray.pipeline import run_step
 from qaic_ray.pipeline.run_step import RunRequest
@@ -388,3 +389,23 @@ def test_an_export_of_token_ids_says_what_a_host_cannot_see(
     Screen(stream=True).exported(result)
     out = " ".join(capsys.readouterr().out.split())
     assert ("a row whose logits overflow is answered wrong without a sign" in out) is next_tokens
+
+
+@pytest.mark.parametrize(("verbose", "shown"), [(False, 3), (True, 5)])
+def test_an_export_names_the_largest_overflows_and_counts_the_others(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, verbose: bool, shown: int
+) -> None:
+    beyond = tuple(Activation(None, f"/at/{i}", 1e5 * (1 + i * 2 % 5)) for i in range(5))
+    report = SimpleNamespace(level="full", layers=1, tolerance=1e-3, scenarios=(), overflows=beyond)
+    manifest = SimpleNamespace(next_tokens=False, to_json=lambda: "{}")
+    result: Any = SimpleNamespace(
+        folder=tmp_path, manifest=manifest, verification=report, reused=False
+    )
+    Screen(verbose=verbose).exported(result)
+    out = capsys.readouterr().out
+    named = [a for a in beyond if f"{a.name} reaches {a.largest:.3g}: beyond float16" in out]
+    assert len(named) == shown
+    assert min(a.largest for a in named) >= max(
+        (a.largest for a in beyond if a not in named), default=0
+    )
+    assert ("and 2 more, none of them larger" in out) is (not verbose)
