@@ -131,7 +131,7 @@ app = typer.Typer(
     cls=Commands,
     help="Run Llama-family models over every Cloud AI 100 card you own, with or without a card.",
     epilog="""qaic-ray run smollm2-135m "The capital of France is"
-qaic-ray launch jobs/smollm2.yaml
+qaic-ray demo
 qaic-ray help run""",
     pretty_exceptions_enable=False,
     context_settings=_SETTINGS,
