@@ -33,6 +33,7 @@ COMMAND = [sys.executable, "-c", "from qaic_ray.cli import main; main()"]
 CHEAP: dict[str, tuple[str, ...]] = {
     "devices --sdk emulated": ("sdk", "devices"),
     "doctor --sdk emulated": ("checks",),
+    "init mine": ("job", "prompts", "model"),
     "emulator install sdk": ("sdk", "root", "cards"),
     "monitoring m": ("folder", "files", "commands"),
     "plan job.yaml": ("job", "text", "compiles"),
@@ -43,7 +44,7 @@ CHEAP: dict[str, tuple[str, ...]] = {
     "show run-1 0": ("row",),
     "status": ("runs", "jobs"),
 }
-ELSEWHERE = {"export", "compile", "run", "launch", "stop", "ray show", "ray env"}
+ELSEWHERE = {"export", "compile", "run", "launch", "demo", "stop", "ray show", "ray env"}
 """Commands that take a model or a Ray: the rest of this file, and tests/road."""
 
 
