@@ -124,7 +124,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # What takes a model, a Ray or long: other tests run these.
-DEAR = ("run", "launch", "export", "compile", "stop", "ray show", "ray env", "ray stop")
+DEAR = ("run", "demo", "launch", "export", "compile", "stop", "ray show", "ray env", "ray stop")
 DEAR_OPTIONS = re.compile(r"--watch|--try-cards")
 CHEAP = {
     example: None
