@@ -183,7 +183,8 @@ class _FromTree(TyperCommand):
 
         What is refused is named as it was typed, with dashes or underscores.
         """
-        args = translated(str(self.name), args)
+        if not ctx.resilient_parsing:
+            args = translated(str(self.name), args)
         typed = [word.partition("=")[0] for word in args]
         for flag in self._call.flags:
             flag.named_as(typed)

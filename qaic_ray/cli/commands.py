@@ -85,6 +85,7 @@ def launch(
             screen,
             resume=resume,
             retry_errors=resuming.retry_errors,
+            new_input=resume is not None and "run.prompts" in changes.values,
             stop_if_errors=_share(show),
         )
         screen.finish(summary)
@@ -167,8 +168,8 @@ def plan(
 
 @command(
     app,
-    example="""qaic-ray export -m smollm2-135m
-qaic-ray export -m ./my-llama -o my-llama-kv --verify quick""",
+    example="""qaic-ray export smollm2-135m
+qaic-ray export ./my-llama -o my-llama-kv --verify quick""",
 )
 def export(
     model: options.ModelOptions,

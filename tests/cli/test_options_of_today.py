@@ -66,6 +66,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--json": FLAG,
     },
     "export": {
+        "[MODEL]": "smollm2-135m",
         "--model -m --model-name --model_name": "smollm2-135m",
         "--model-class --model_class": "LlamaForCausalLM",
         "--output -o": "m-kv",
@@ -202,7 +203,6 @@ COMMANDS: dict[str, dict[str, Any]] = {
 NEEDED = {
     "launch": ["JOB"],
     "plan": ["JOB"],
-    "export": ["--model -m --model-name --model_name"],
     "compile": ["MODEL_DIR"],
     "report": ["RUN..."],
     "monitoring": ["FOLDER"],

@@ -44,7 +44,7 @@ _GONE: Mapping[str, Mapping[str, str]] = {
             "no tensors are kept; a row's token ids, times and logprobs are in outputs.jsonl of "
             "the run folder, and the script itself runs QPCs of `qaic-ray export --io cache-index`"
         ),
-        "--automation": "say --json in its place: stdout ends with the figures as one JSON object",
+        "--automation": "say --json in its place: stdout is the figures then, as one JSON object",
     },
 }
 """Command -> flag of its script -> what to do, as the rest of a sentence."""
