@@ -38,6 +38,7 @@ from qaic_ray.pipeline.request import (
 from qaic_ray.pipeline.run_record import compile_facts
 from qaic_ray.pipeline.run_step import check_chat_template, resuming, run_on
 from qaic_ray.sdk import SDK_NAMES, VENDOR_ROOT, Sdk, find_sdk
+from qaic_ray.shipped.jobs import job_file
 
 if TYPE_CHECKING:
     from qaic_ray.runs.report import RunSummary
@@ -54,7 +55,7 @@ def load_job(
     """Read a job file.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of a job that comes with the package.
         overrides: `key=value` with a dotted key, the value read as YAML.
         changes: dotted key -> value, before the overrides. Relative paths start in the folder of
             the caller, not of the file. A prompt takes the place of the file's prompts, and
@@ -63,6 +64,7 @@ def load_job(
     Raises:
         JobError: naming the file, the key, the value and the nearest known key.
     """
+    path = job_file(path)
     document = read_yaml(path, raises=JobError)
     if not isinstance(document, dict):
         raise JobError(f"{path} must hold a mapping with at least 'name' and 'model'.")

@@ -26,7 +26,7 @@ def with_part(part: str, **keys: object) -> dict[str, object]:
 
 
 def test_shipped_jobs_are_read() -> None:
-    assert {path.name for path in JOBS} >= {"smollm2.yaml", "dl2q-llama-7b.yaml"}
+    assert {path.name for path in JOBS} >= {"smollm2.yaml", "dl2q-llama-7b.yaml", "start.yaml"}
     for path in JOBS:
         assert load_job(path).name == path.stem
 
