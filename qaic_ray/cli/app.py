@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from qaic_ray import __version__
-from qaic_ray.cli.recipe_flags import translated
+from qaic_ray.cli.flags.recipe import translated
 from qaic_ray.errors import ExitCode, UsageError
 from qaic_ray.files.documents import user_path
 
@@ -183,7 +183,8 @@ class _FromTree(TyperCommand):
 
         What is refused is named as it was typed, with dashes or underscores.
         """
-        args = translated(str(self.name), args)
+        if not ctx.resilient_parsing:
+            args = translated(str(self.name), args)
         typed = [word.partition("=")[0] for word in args]
         for flag in self._call.flags:
             flag.named_as(typed)

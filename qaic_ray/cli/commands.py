@@ -87,7 +87,7 @@ def launch(
         return
     if submit.folder is not None:
         _enter(Path(submit.folder))
-    launch_here(loaded, resuming, show)
+    launch_here(loaded, resuming, show, new_prompts="run.prompts" in changes.values)
 
 
 def _enter(folder: Path) -> None:
@@ -122,8 +122,8 @@ def plan(
 
 @command(
     app,
-    example="""qaic-ray export -m smollm2-135m
-qaic-ray export -m ./my-llama -o my-llama-kv --verify quick""",
+    example="""qaic-ray export smollm2-135m
+qaic-ray export ./my-llama -o my-llama-kv --verify quick""",
 )
 def export(
     model: options.ModelOptions,

@@ -23,9 +23,20 @@ def with_ray(job: options.Job, ray: options.RayOptions) -> options.Job:
 
 
 def launch_here(
-    loaded: options.Job, resuming: parameters.ResumeOptions, show: parameters.ShowOptions
+    loaded: options.Job,
+    resuming: parameters.ResumeOptions,
+    show: parameters.ShowOptions,
+    *,
+    new_prompts: bool = False,
 ) -> None:
-    """Run a job from its export to its report; exit code 1 when rows failed."""
+    """Run a job from its export to its report; exit code 1 when rows failed.
+
+    Args:
+        loaded: the job.
+        resuming: whether a run of it goes on.
+        show: what is printed.
+        new_prompts: whether a run that goes on is given other prompts than it had.
+    """
     from qaic_ray.pipeline.job import launch_job
 
     with live_screen(show) as screen:
@@ -36,6 +47,7 @@ def launch_here(
             screen,
             resume=resume,
             retry_errors=resuming.retry_errors,
+            new_input=resume is not None and new_prompts,
             stop_if_errors=share(show),
         )
         screen.finish(summary)

@@ -45,6 +45,8 @@ _NO_CHECKPOINTS = {
     "hf_quant_config.json": "weights quantized by ModelOpt (hf_quant_config.json); use the "
     "original float weights (the compiler quantizes with mx6)",
     "config.json": "a checkpoint",
+    "custom_io.yaml": "an exported model (custom_io.yaml), which has no tokenizer; give the "
+    "checkpoint that it was made of",
     "model_index.json": "a diffusers pipeline (model_index.json), which is no language model",
 }
 """What a folder holds by the first of these files that it has."""

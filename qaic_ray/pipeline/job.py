@@ -185,6 +185,7 @@ def launch_job(
     *,
     resume: Path | None = None,
     retry_errors: bool = False,
+    new_input: bool = False,
     stop_if_errors: float | None = None,
 ) -> RunSummary:
     """The whole road of a job, on one Ray from the first compile to the last row.
@@ -194,6 +195,7 @@ def launch_job(
         listener: who is told.
         resume: folder of a run of the same job that is to go on.
         retry_errors: whether that run's rows of errors are tried again.
+        new_input: whether that run goes on with another file, whose answered rows are the same.
         stop_if_errors: the share of failed rows that ends the run early.
 
     Raises:
@@ -203,7 +205,7 @@ def launch_job(
     chosen_at = chosen_index(job)
     sdk = choose_sdk(job.sdk, job.emulator, listener)
     request = run_request(job, resume, retry_errors=retry_errors)
-    request = replace(request, stop_if_errors=stop_if_errors)
+    request = replace(request, stop_if_errors=stop_if_errors, new_input=new_input)
     slots = job_variants(job, Source("", Path(), None, ""))[chosen_at].specializations.batch_size
     request, num_cards = on_local_cards(request, sdk, slots, listener)
     with resuming(request, sdk):

@@ -351,7 +351,7 @@ def test_plan_names_all_shapes_of_a_variant(run: Run, tmp_path: Path) -> None:
 def test_devices_are_listed(run: Run, sdk: Path) -> None:
     code, out, _ = run("devices", "--sdk", str(sdk), "--json")
     assert code == 0
-    cards = json.loads(out.splitlines()[-1])["devices"]
+    cards = json.loads(out)["devices"]
     assert [(card["qid"], card["nsp_total"]) for card in cards] == [(0, 14), (1, 14)]
 
 

@@ -46,7 +46,8 @@ def said(
         ("run --qpc", "--qpc needs a value behind it. `qaic-ray run -h` says more."),
         ("run --json=yes", "--json takes no value. `qaic-ray run -h` says more."),
         ("show x", "show needs ROW (the row's index, from 0, or its id). `qaic-ray show -h`"),
-        ("export", "export needs --model (local folder, hub id, .gguf file, or smollm2-135m)."),
+        ("export", "MODEL or --model is needed: local folder, hub id, .gguf file, or smollm2"),
+        ("export a -m b", "model is given twice, as 'a' and as 'b': give it once."),
         ("plan a b", "plan takes JOB, and has no place for 'b'. `qaic-ray plan -h` says more."),
         ("devices 0", "devices takes options only, and has no place for '0'. `qaic-ray devices"),
         (

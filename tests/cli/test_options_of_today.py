@@ -81,6 +81,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--json": FLAG,
     },
     "export": {
+        "[MODEL]": "smollm2-135m",
         "--model -m --model-name --model_name": "smollm2-135m",
         "--model-class --model_class": "LlamaForCausalLM",
         "--output -o": "m-kv",
@@ -218,7 +219,6 @@ NEEDED = {
     "launch": ["JOB"],
     "init": ["NAME"],
     "plan": ["JOB"],
-    "export": ["--model -m --model-name --model_name"],
     "compile": ["MODEL_DIR"],
     "report": ["RUN..."],
     "monitoring": ["FOLDER"],

@@ -25,7 +25,8 @@ _OTHER_WORDS = {
     "cancel": "stop", "generate": "run", "infer": "run", "chat": "run", "prompt": "run",
     "build": "compile", "convert": "export", "start": "launch", "submit": "launch",
     "check": "doctor", "info": "doctor", "cards": "devices", "tail": "logs", "new": "init",
-    "compare": "report", "resume": "run",
+    "compare": "report", "resume": "run", "generateONNX.py": "export", "runModel.py": "run",
+    "compileModel.sh": "compile",
 }  # fmt: skip
 """Commands as other programs call them."""
 
