@@ -151,7 +151,8 @@ def _version(value: bool) -> None:
 def before(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
+        bool,
+        typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print and exit."),
     ] = False,
 ) -> None:
     """Options of every command."""

@@ -87,7 +87,7 @@ def launch(
         return
     if submit.folder is not None:
         _enter(Path(submit.folder))
-    launch_here(loaded, resuming, show, new_prompts="run.prompts" in changes.values)
+    launch_here(loaded, resuming, show, has_new_prompts="run.prompts" in changes.values)
 
 
 def _enter(folder: Path) -> None:

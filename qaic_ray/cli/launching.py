@@ -27,15 +27,15 @@ def launch_here(
     resuming: parameters.ResumeOptions,
     show: parameters.ShowOptions,
     *,
-    new_prompts: bool = False,
+    has_new_prompts: bool = False,
 ) -> None:
     """Run a job from its export to its report; exit code 1 when rows failed.
 
     Args:
         loaded: the job.
-        resuming: whether a run of it goes on.
-        show: what is printed.
-        new_prompts: whether a run that goes on is given other prompts than it had.
+        resuming: the run that goes on, if one does.
+        show: how it is shown.
+        has_new_prompts: whether a run that goes on gets another input than it began with.
     """
     from qaic_ray.pipeline.job import launch_job
 
@@ -47,7 +47,7 @@ def launch_here(
             screen,
             resume=resume,
             retry_errors=resuming.retry_errors,
-            new_input=resume is not None and new_prompts,
+            new_input=resume is not None and has_new_prompts,
             stop_if_errors=share(show),
         )
         screen.finish(summary)

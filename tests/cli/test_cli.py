@@ -268,6 +268,8 @@ def test_options_of_an_export_are_checked_before_its_model(
         (["--no-add-generation-prompt"], "--no-add-generation-prompt"),
         (["--output", "o"], "--output"),
         (["--qpc", "q"], "--qpc"),
+        (["smollm2-135m"], "MODEL"),
+        (["smollm2-135m", "My name is", "--n", "1"], "MODEL"),
     ],
 )
 def test_what_changes_answers_may_not_be_said_anew(

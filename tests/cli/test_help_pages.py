@@ -231,7 +231,7 @@ def test_help_of_what_is_no_command_is_one_sentence() -> None:
         CliRunner().invoke(app, ["help", "rnu"], catch_exceptions=False)
 
 
-@pytest.mark.parametrize("words", [["--version"], ["version"]])
+@pytest.mark.parametrize("words", [["--version"], ["-V"], ["version"]])
 def test_the_version_is_said(words: list[str]) -> None:
     result = CliRunner().invoke(app, words)
     assert re.fullmatch(r"qaic-ray \d+\.\d+\S*\n", result.output)

@@ -16,8 +16,8 @@ import pytest
 from command_lines import all_names, context_of, of_name
 from run_folders import FolderMaker
 
-from qaic_ray.cli import launching
 from qaic_ray.cli.answers import Answers, Streaming
+from qaic_ray.cli.launching import streaming
 from qaic_ray.cli.parameters import ShowOptions
 from qaic_ray.cli.screen import Screen
 from qaic_ray.compile.store import Build
@@ -33,8 +33,8 @@ COMMAND = [sys.executable, "-c", "from qaic_ray.cli import main; main()"]
 CHEAP: dict[str, tuple[str, ...]] = {
     "devices --sdk emulated": ("sdk", "devices"),
     "doctor --sdk emulated": ("checks",),
-    "emulator install sdk": ("sdk", "root", "cards"),
     "init mine": ("job", "prompts", "model"),
+    "emulator install sdk": ("sdk", "root", "cards"),
     "monitoring m": ("folder", "files", "commands"),
     "plan job.yaml": ("job", "text", "compiles"),
     "ray stop": ("ended",),
@@ -44,7 +44,7 @@ CHEAP: dict[str, tuple[str, ...]] = {
     "show run-1 0": ("row",),
     "status": ("runs", "jobs"),
 }
-ELSEWHERE = {"demo", "export", "compile", "run", "launch", "stop", "ray show", "ray env"}
+ELSEWHERE = {"export", "compile", "run", "launch", "demo", "stop", "ray show", "ray env"}
 """Commands that take a model or a Ray: the rest of this file, and tests/road."""
 
 
@@ -123,7 +123,7 @@ def test_a_run_prints_its_report_and_rows_where_they_are_asked_for(
 
 
 def shown(**options: Any) -> Streaming:
-    return launching.streaming(ShowOptions(as_json=True, **options), "one prompt")
+    return streaming(ShowOptions(as_json=True, **options), "one prompt")
 
 
 def test_rows_are_printed_only_where_that_is_said() -> None:

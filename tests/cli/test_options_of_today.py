@@ -23,7 +23,7 @@ FLAG = True
 COMMANDS: dict[str, dict[str, Any]] = {
     "": {
         "--debug": FLAG,
-        "--version": FLAG,
+        "--version -V": FLAG,
         "--install-completion": FLAG,
         "--show-completion": FLAG,
     },

@@ -153,6 +153,12 @@ class Flag:
         spelled = {f"--{with_dashes(word[2:])}": word for word in typed if word[:2] == "--"}
         self.flag = next((spelled[name] for name in self.names if name in spelled), self.flag)
 
+    def said_in(self, words: Mapping[str, Any]) -> str:
+        """How the command line's words name it; nothing where they do not."""
+        if self.name in words:
+            return self.written
+        return self.opt.argument.strip("[]") if f"{self.name}_argument" in words else ""
+
     def takes(self, word: str | None) -> bool:
         """Whether a word that follows the flag is its value; None: nothing follows."""
         if word is None or word.startswith("-"):
