@@ -5,6 +5,7 @@
     │   ├── JobError, CheckpointError, SpecializationError, SdkNotFound
     ├── ExportError, CompileError
     ├── Unfinished, ClusterLost
+    ├── FleetClosed, FleetBusy
     ├── RowError        of one prompt
     └── DeviceError     of a card or its runtime, with the vendor's status
         ├── DeviceBusy, DeviceLost
@@ -83,6 +84,14 @@ class Unfinished(QaicRayError):
 
 class ClusterLost(QaicRayError):
     """The Ray that the run uses died, or does not answer any more."""
+
+
+class FleetClosed(QaicRayError):
+    """An open fleet has ended, for the reason that the message says; it takes nothing more."""
+
+
+class FleetBusy(QaicRayError):
+    """An open fleet has as many prompts as it may have."""
 
 
 class RowError(QaicRayError):
