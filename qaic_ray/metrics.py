@@ -77,11 +77,12 @@ class Measurement:
     prompt tokens that a slot held already. `decode_slots` is the number of rows that decode steps
     had room for. `accepted_tokens` are those of `drafted_tokens` that were right. `inter_token` has
     the time from each step that gave a running row tokens to the next one that did; with drafts one
-    step gives several.
+    step gives several. `cut_rows` have an answer that ended at its most tokens or a full context.
     """
 
     rows: int = 0
     failed_rows: int = 0
+    cut_rows: int = 0
     prompt_tokens: int = 0
     reused_tokens: int = 0
     generated_tokens: int = 0
@@ -194,6 +195,7 @@ class Tally:
         counts.prompt_tokens += row.prompt_tokens
         counts.generated_tokens += num_tokens
         if row.ok:
+            counts.cut_rows += row.is_cut
             counts.ttft.count(row.ttft_s)
             self.length_counts.update(answer_lens)
         else:
@@ -211,6 +213,7 @@ class Tally:
             engine or Measurement(),
             rows=counts.rows,
             failed_rows=counts.failed_rows,
+            cut_rows=counts.cut_rows,
             prompt_tokens=counts.prompt_tokens,
             generated_tokens=counts.generated_tokens,
             ttft=counts.ttft + Durations(),

@@ -46,6 +46,10 @@ FOLDER = "The run folder"
 LIMITS = read_object(Path(__file__).parent / "emulator" / "limits.json")
 """What the emulated SDK can be asked to be, as its folder says."""
 
+TYPED_LEN = 256
+"""Most tokens of an answer to a prompt that is typed on the command line, unless they are said."""
+_ANSWER_LEN = f"{TYPED_LEN} for prompts typed here, else the context"
+
 MODEL_HELP = "Local folder, hub id, .gguf file, or smollm2-135m."
 
 
@@ -167,7 +171,7 @@ class CompileOptions(Section):
 
 
 class VariantChoice(Section):
-    """Which variant of the grid is run; what is absent must have one value in the grid."""
+    """Which variant is run; what is absent must have one value in a job's grid."""
 
     precision: PrecisionName | None = opt(None, "One of the grid's.", flag=None)
     num_cores: NumCores | None = opt(None, "One of the grid's.", flag=None)
@@ -237,7 +241,7 @@ class Generation(Section):
         shown="drawn",
     )
     generation_len: PositiveInt | None = opt(
-        None, "Most tokens of an answer.", group=ANSWER_END, shown="context"
+        None, "Most tokens of an answer.", group=ANSWER_END, shown=_ANSWER_LEN
     )
     drafts: Literal["auto", "none", "prompt-lookup"] = opt(
         "auto",
@@ -259,10 +263,8 @@ class Generation(Section):
     prefix_reuse: bool = opt(
         True, "Start a prompt from what a slot's cache holds of it already.", flag=None
     )
-    input_len: PositiveInt | None = opt(
-        None, "Must be what the QPC was compiled for.", group=CHECKS
-    )
-    ctx_len: PositiveInt | None = opt(None, "Must be what the QPC was compiled for.", group=CHECKS)
+    input_len: PositiveInt | None = opt(None, "Tokens of a prefill of the QPC.", group=CHECKS)
+    ctx_len: PositiveInt | None = opt(None, "Tokens of a context of the QPC.", group=CHECKS)
 
     @property
     def defaults(self) -> SamplingParams:

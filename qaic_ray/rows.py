@@ -215,6 +215,12 @@ class Row:
         """Whether the row was answered."""
         return self.finish_reason not in (FinishReason.ERROR, FinishReason.ABORT)
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether an answer ended at its most tokens, or at the end of the context."""
+        answers = self.choices or (self,)
+        return any(answer.finish_reason is FinishReason.LENGTH for answer in answers)
+
     @classmethod
     def failed(
         cls,

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.control import strip_control_codes
 from rich.markup import escape
 
+from qaic_ray.formats.prompts import split_prompts
+
 if TYPE_CHECKING:
     from qaic_ray.rows import Row
     from qaic_ray.runs.token_streams import TokenDelta
@@ -43,7 +45,7 @@ def chosen(asked: Streaming, *, prompt: str | None, is_terminal: bool) -> Stream
         return asked
     if not is_terminal:
         return Streaming.ORDERED
-    is_single = prompt is not None and "|" not in prompt
+    is_single = prompt is not None and len(split_prompts(prompt)) == 1
     return Streaming.TOKENS if is_single else Streaming.ROWS
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qaic_ray.cli import parameters
     from qaic_ray.cli.answers import Streaming
     from qaic_ray.cli.screen import Screen
+    from qaic_ray.pipeline.request import RunRequest, SdkChoice
 
 
 __all__ = ["Interrupted", "app", "switches"]
@@ -140,7 +141,7 @@ def export(
     show: parameters.ViewOptions,
 ) -> None:
     """Make an ONNX model with its KV cache from a checkpoint, and check it against PyTorch."""
-    from qaic_ray.pipeline.job import export_step
+    from qaic_ray.pipeline.export_step import export_step
 
     with _live_screen(show) as screen:
         screen.exported(export_step(model, how, screen))
@@ -174,26 +175,29 @@ def compile(  # the recipe's word
 def run(
     program: parameters.ProgramOptions,
     asked: options.RunOptions,
+    shapes: parameters.PrepareOptions,
     resuming: parameters.ResumeOptions,
     ray: Annotated[options.RayOptions, {"dashboard": False}],
     sdk: options.SdkOptions,
     show: parameters.ShowOptions,
     given: parameters.Given,
 ) -> None:
-    """Answer prompts on every card, one Ray actor a card; print texts and tokens/s."""
-    from qaic_ray.pipeline.request import RunRequest, resolved, resumed
+    """Answer prompts on every card that they need; print texts and tokens/s.
+
+    What is missing is made first: the model is exported and compiled into the user's cache.
+    """
+    from qaic_ray.pipeline.request import resumed
     from qaic_ray.pipeline.run_step import run_step
 
     with _live_screen(show) as screen:
         if resuming.resume is not None:
             given.refuse_changes(resuming.resume)
         resume = _folder_to_resume(resuming, asked.output, screen)
+        choice = sdk_choice(sdk, screen)
         if resume is not None:
             request = resumed(resume, asked)
-        elif program.model_name is None or program.qpc is None:
-            raise UsageError("Give --model-name and --qpc, or --resume with the folder of a run.")
         else:
-            request = RunRequest("run", program.model_name, Path(program.qpc), resolved(asked))
+            request = _new_run(program, asked, shapes, sdk=choice, screen=screen)
         request = replace(
             request,
             ray=ray,
@@ -201,7 +205,40 @@ def run(
             stop_if_errors=_share(show),
         )
         screen.show_answers(_streaming(show, request.run.prompt))
-        screen.finish(run_step(request, sdk_choice(sdk, screen), screen))
+        screen.finish(run_step(request, choice, screen))
+
+
+def _new_run(
+    program: parameters.ProgramOptions,
+    asked: options.RunOptions,
+    shapes: parameters.PrepareOptions,
+    *,
+    sdk: SdkChoice,
+    screen: Screen,
+) -> RunRequest:
+    """What `run` is asked to do, with the QPC that is given, or is made now."""
+    from qaic_ray import options
+    from qaic_ray.formats.prompts import one_prompt
+    from qaic_ray.pipeline.prepare_step import prepare_for
+    from qaic_ray.pipeline.request import RunRequest, resolved, with_typed_bound
+
+    if program.text is not None:
+        if asked.prompt is not None:
+            raise UsageError("The prompt is given twice, by --prompt too: give it once.")
+        asked = asked.model_copy(update={"prompt": one_prompt(program.text)})
+    if program.model_name is None:
+        raise UsageError(
+            'Give a model and a prompt, like `qaic-ray run smollm2-135m "My name is"`, or --resume '
+            "with the folder of a run."
+        )
+    request = RunRequest("run", program.model_name, Path(), with_typed_bound(resolved(asked)))
+    request.check_prompts()
+    if program.qpc is not None:
+        if said := ", ".join(f"--{name.replace('_', '-')}" for name in shapes.model_fields_set):
+            raise UsageError(f"{said} is of a program that is made: leave it, or --qpc, out.")
+        return replace(request, qpc=Path(program.qpc))
+    model = options.ModelOptions(name=program.model_name)
+    return replace(request, qpc=prepare_for(model, request.run, shapes, sdk=sdk, listener=screen))
 
 
 command(app)(report)

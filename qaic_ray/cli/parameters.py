@@ -21,12 +21,23 @@ from pydantic import ValidationError
 from qaic_ray import options
 from qaic_ray.errors import UsageError
 from qaic_ray.files.documents import as_object, parse_json, shown, with_given
-from qaic_ray.option_types import Opt, OptionValue, PathText, Section, Share, opt, options_of
+from qaic_ray.option_types import (
+    NumCores,
+    Opt,
+    OptionValue,
+    PathText,
+    PositiveInt,
+    PrecisionName,
+    Section,
+    Share,
+    opt,
+    options_of,
+)
 
 RESUME_LAST = "last"
 """What `--resume` means where nothing follows it: the run that began last and is not finished."""
 
-PROGRAM = "What is run (needed, but with --resume)"
+PROGRAM = "What is run"
 
 _NUMBER = re.compile(r"\s*[+-]?[0-9]{1,18}\s*", re.ASCII)
 
@@ -36,8 +47,29 @@ class ProgramOptions(Section):
 
     GROUP: ClassVar[str] = PROGRAM
 
-    model_name: PathText | None = opt(None, options.MODEL_HELP, metavar="<name>")
-    qpc: PathText | None = opt(None, "Folder of a compiled variant.")
+    model_name: PathText | None = opt(
+        None, options.MODEL_HELP, metavar="<name>", argument="[MODEL]"
+    )
+    text: str | None = opt(
+        None, "One prompt, in which a | is text.", argument="[PROMPT]", hidden=True
+    )
+    qpc: PathText | None = opt(
+        None,
+        "Folder of a compiled variant; without it one is made, in the user's cache, and found "
+        "there the next time.",
+    )
+
+
+class PrepareOptions(options.VariantChoice):
+    """The program that is made where no QPC is given."""
+
+    GROUP: ClassVar[str] = "The program that is made where no --qpc is given"
+
+    precision: PrecisionName | None = opt(None, "How weights are kept on the card.", shown="mx6")
+    num_cores: NumCores | None = opt(None, "NSPs of the program.", shown="all of a card")
+    batch_size: PositiveInt | None = opt(
+        None, "Prompts that a card answers side by side.", shown="1 for one prompt, else 8"
+    )
 
 
 class ShapesOptions(Section):

@@ -132,6 +132,10 @@ class Screen(AbstractContextManager["Screen"]):
             f"{info.slots} slots of {info.ctx_len} tokens[/]"
         )
 
+    def note(self, text: str) -> None:
+        """Something that was decided, and how to have it otherwise."""
+        self._say(f"[dim]{escape(text)}[/]")
+
     def remark(self, text: str) -> None:
         """Something that the user may want to mend."""
         self._say(f"[yellow]{escape(text)}[/]")

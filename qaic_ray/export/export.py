@@ -122,27 +122,57 @@ def export_model(
         UsageError: the checkpoint cannot be exported, or the folder is somebody else's.
         ExportError: the graph disagrees with PyTorch, or the disk is full. Nothing is left behind.
     """
+    _check_extra(has_check=verify != "off")
+    making = _making(checkpoint, options, output, verify, simplifier=simplifier)
+    try:
+        # Without the lock, which a folder that one may only read does not give.
+        found = making.reuse()
+        if found is not None:
+            return found
+        check_ours(making.folder)
+        with locked(making.folder):
+            return making.reuse(verify=True) or making.build()
+    except OSError as error:
+        kind = UsageError if error.errno in _NOT_WRITABLE else ExportError
+        where = error.filename or making.folder
+        raise kind(f"Cannot write {where}: {error.strerror}.") from error
+
+
+def kept_export(
+    checkpoint: Checkpoint,
+    options: ExportOptions | None = None,
+    *,
+    output: Path | None = None,
+    verify: str | None = None,
+) -> ExportResult | None:
+    """What `export_model` would find, without torch and without reading any weights.
+
+    Raises:
+        UsageError: as `export_model`.
+    """
+    try:
+        return _making(checkpoint, options, output, verify).reuse(hashing=False)
+    except OSError:
+        return None  # `export_model` says what is wrong
+
+
+def _making(
+    checkpoint: Checkpoint,
+    options: ExportOptions | None,
+    output: Path | None,
+    verify: str | None,
+    *,
+    simplifier: Simplifier = simplifying,
+) -> _Making:
     if verify is not None and verify not in ("full", "quick", "off"):
         raise UsageError(f"verify must be full, quick or off, not {shown(verify)}.")
-    _check_extra(has_check=verify != "off")
     # A link stays, and what it means is written.
     folder = Path(os.path.realpath(output or f"{checkpoint.base}-kv"))
     architecture = read_architecture(checkpoint.config)
     level = default_level(architecture) if verify is None else verify
     architecture = fit_architecture(architecture, read_entries(checkpoint.weight_files))
     options = options or ExportOptions(continuous_batching=False)  # as the command's
-    making = _Making(checkpoint, architecture, options, folder, level, simplifier)
-    try:
-        # Without the lock, which a folder that one may only read does not give.
-        found = making.reuse()
-        if found is not None:
-            return found
-        check_ours(folder)
-        with locked(folder):
-            return making.reuse(verify=True) or making.build()
-    except OSError as error:
-        kind = UsageError if error.errno in _NOT_WRITABLE else ExportError
-        raise kind(f"Cannot write {error.filename or folder}: {error.strerror}.") from error
+    return _Making(checkpoint, architecture, options, folder, level, simplifier)
 
 
 def custom_io(num_layers: int, precision: str) -> str:
@@ -163,12 +193,13 @@ class _Making:
     level: str
     simplifier: Simplifier
 
-    def reuse(self, *, verify: bool = False) -> ExportResult | None:
+    def reuse(self, *, verify: bool = False, hashing: bool = True) -> ExportResult | None:
         """The export that is in the folder, if making it again would give the same.
 
-        With `verify` an export that lacks only its verification gets it.
+        With `verify` an export that lacks only its verification gets it. Without `hashing` weight
+        files whose status has changed are not read through.
         """
-        old = self._whole()
+        old = self._whole(hashing=hashing)
         if old is None:
             return None
         report = read_report(self.folder)
@@ -187,7 +218,7 @@ class _Making:
             report = None if self.level == "off" else self._verified(fresh)
         return ExportResult(self.folder, manifest, reused=False, verification=report)
 
-    def _whole(self) -> ModelManifest | None:
+    def _whole(self, *, hashing: bool) -> ModelManifest | None:
         """The manifest of an export that making it again would not change."""
         try:
             old = read_manifest(self.folder)
@@ -197,7 +228,7 @@ class _Making:
             self._manifest(old.weights_sha256, old.num_clipped).same_making(old)
             and old.files
             and not first_fault(self.folder, old.files)
-            and (old.sources == self._sources() or self._hash_weights() == old.weights_sha256)
+            and (old.sources == self._sources() or (hashing and self._hashes_as(old)))
         )
         return old if unchanged else None
 
@@ -278,10 +309,11 @@ class _Making:
     def _sources(self) -> tuple[SourceFile, ...]:
         return tuple(SourceFile.of(path) for path in self.checkpoint.weight_files)
 
-    def _hash_weights(self) -> str:
+    def _hashes_as(self, old: ModelManifest) -> bool:
         entries = read_entries(self.checkpoint.weight_files)
         specs = author(self.architecture, self.options).weights
-        return weights_sha256(plan_weights(specs, entries, self.options.dtype))
+        hashed = weights_sha256(plan_weights(specs, entries, self.options.dtype))
+        return hashed == old.weights_sha256
 
     def _tables(self) -> Mapping[str, Table]:
         a = self.architecture

@@ -33,6 +33,7 @@ GREEDY = SamplingParams()
 _PARQUET_MAGIC = b"PAR1"
 _PACKED = (".gz", ".zst", ".bz2", ".xz")
 _PIPE = re.compile(r"(?<!\\)(\\*)\|")
+_PIPE_OF_TEXT = re.compile(r"(\\*)\|")
 _FORMAT_OF_SUFFIX = {
     ".txt": PromptFormat.TEXT,
     ".json": PromptFormat.JSONL,
@@ -80,6 +81,11 @@ def split_prompts(text: str) -> list[str]:
         else:
             pieces.append(piece)
     return pieces
+
+
+def one_prompt(text: str) -> str:
+    """The `--prompt` argument that is this one prompt, with whatever pipes it has."""
+    return _PIPE_OF_TEXT.sub(lambda found: f"{found[1] * 2}\\|", text)
 
 
 def prompts_from_text(text: str) -> Iterator[Prompt | Row]:

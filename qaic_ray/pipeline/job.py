@@ -6,29 +6,26 @@ In a job file unknown keys are refused with the nearest known one.
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import product
-from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from qaic_ray import interruption
 from qaic_ray.compile.compiler import Source, Variant, grid_variants
 from qaic_ray.compile.store import Build
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP
-from qaic_ray.errors import ExportError, JobError, SdkNotFound, UsageError
+from qaic_ray.errors import JobError, SdkNotFound, UsageError
 from qaic_ray.files.documents import MAX_SHOWN_CHARS, first_error, parse_yaml, read_yaml, shown
 from qaic_ray.model.checkpoint import CUSTOM_IO_FILE
 from qaic_ray.option_types import OptionValue
-from qaic_ray.options import ExportOptions, Job, ModelOptions
+from qaic_ray.options import Job
 from qaic_ray.pipeline.compile_step import compile_on, requested_builds
+from qaic_ray.pipeline.export_step import export_step
+from qaic_ray.pipeline.local_cards import on_local_cards
 from qaic_ray.pipeline.request import (
     Listener,
     RunRequest,
@@ -38,15 +35,11 @@ from qaic_ray.pipeline.request import (
     resolved,
 )
 from qaic_ray.pipeline.run_record import compile_facts
-from qaic_ray.pipeline.run_step import check_chat_template, on_local_cards, resuming, run_on
+from qaic_ray.pipeline.run_step import check_chat_template, resuming, run_on
 from qaic_ray.sdk import SDK_NAMES, VENDOR_ROOT, Sdk, find_sdk
 
 if TYPE_CHECKING:
-    from qaic_ray.export.export import ExportResult
     from qaic_ray.runs.report import RunSummary
-
-CLEAN_UP_S = 8.0
-"""How long an export that is interrupted may still be in a call that computes."""
 
 
 def load_job(path: Path, overrides: Iterable[str] = ()) -> Job:
@@ -183,7 +176,8 @@ def launch_job(
     sdk = choose_sdk(job.sdk, job.emulator, listener)
     request = run_request(job, resume, retry_errors=retry_errors)
     request = replace(request, stop_if_errors=stop_if_errors)
-    request, num_cards = on_local_cards(request, sdk)
+    slots = job_variants(job, Source("", Path(), None, ""))[chosen_at].specializations.batch_size
+    request, num_cards = on_local_cards(request, sdk, slots, listener)
     with resuming(request, sdk):
         run_input = request.open_input()
         exported = export_step(job.model, job.export, listener)
@@ -292,47 +286,3 @@ def _absolute(job: Job) -> Job:
 def _base(model_name: str) -> str:
     path = Path(model_name)
     return path.stem if path.suffix == ".gguf" else path.name
-
-
-def export_step(model: ModelOptions, options: ExportOptions, listener: Listener) -> ExportResult:
-    """Export a model; a folder that is still right is kept as it is.
-
-    Runs in a process of its own: checking against PyTorch takes gigabytes, and the driver of a
-    fleet should not keep them.
-    """
-    listener.began(f"export {model.name}")
-    with ProcessPoolExecutor(
-        max_workers=1, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
-    ) as pool:
-        try:
-            result = pool.submit(_export, model, options).result()
-        except KeyboardInterrupt:
-            for child in active_children():
-                child.terminate()  # it is waited for below, and cleans up
-            raise
-        except BrokenProcessPool as error:
-            raise ExportError(
-                f"The process that exported {model.name} died: most often the machine ran out of "
-                "memory; try --verify quick, or off."
-            ) from error
-    listener.ended(f"export {result.folder.name} {'kept' if result.reused else 'written'}")
-    return result
-
-
-def _begin(parent: int) -> None:
-    """In the new process: it ends with the one that waits for it."""
-    interruption.die_with_parent(parent)
-    interruption.listen(first_grace_s=CLEAN_UP_S)
-
-
-def _export(model: ModelOptions, options: ExportOptions) -> ExportResult:
-    from qaic_ray.export.export import export_model
-    from qaic_ray.model.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(model.name, trust_remote_code=model.trust_remote_code)
-    return export_model(
-        checkpoint,
-        options,
-        output=None if options.output is None else Path(options.output),
-        verify=None if options.verify == "auto" else options.verify,
-    )

@@ -24,7 +24,7 @@ from qaic_ray.formats.prompts import prompts_from_file, prompts_from_text
 from qaic_ray.model.chat import check_kwargs
 from qaic_ray.model.sources import NAMED_MODELS
 from qaic_ray.option_types import is_template
-from qaic_ray.options import EmulatorOptions, Generation, RayOptions, RunOptions
+from qaic_ray.options import TYPED_LEN, EmulatorOptions, Generation, RayOptions, RunOptions
 from qaic_ray.runs.intake import INPUT, STREAM_SOURCE, Fingerprint, file_source, text_source
 from qaic_ray.sdk import Sdk, find_sdk
 
@@ -64,6 +64,9 @@ class Listener(Protocol):
 
     def card_ready(self, info: WorkerInfo) -> None:
         """A card has loaded its program."""
+
+    def note(self, text: str) -> None:
+        """Something that was decided, and how to have it otherwise."""
 
     def remark(self, text: str) -> None:
         """Something that the user may want to mend."""
@@ -175,10 +178,14 @@ class RunRequest:
             rows_guess=guess if guess is None or most is None else min(guess, most),
         )
 
-    def _whole_input(self) -> RunInput:
+    def check_prompts(self) -> None:
+        """See, before anything is made for them, whether there are prompts.
+
+        Raises:
+            UsageError: as `open_input`, but for what a look into a file shows.
+        """
         run = self.run
-        defaults, chat = run.defaults, run.chat_options
-        check_kwargs(chat.template_kwargs)
+        check_kwargs(run.chat_options.template_kwargs)
         if run.system is not None and not run.chat:
             raise UsageError(
                 "A system prompt (--system, run.system) has its place in the chat template: give "
@@ -186,16 +193,22 @@ class RunRequest:
             )
         if run.prompt is not None and run.prompts is not None:
             raise UsageError("Give one of --prompt and --prompts-file, not both.")
+        if run.prompt is None and run.prompts is None:
+            raise UsageError(
+                'There is nothing to answer: give a prompt, --prompt "a|b" or --prompts-file FILE.'
+            )
+
+    def _whole_input(self) -> RunInput:
+        self.check_prompts()
+        run = self.run
+        defaults, chat = run.defaults, run.chat_options
         if run.prompt is not None:
             return RunInput(text_source(run.prompt), prompts_from_text(run.prompt))
-        if run.prompts is None:
-            raise UsageError(
-                'There is nothing to answer: give --prompt "a|b" or --prompts-file FILE.'
-            )
-        path, form = user_path(run.prompts, "--prompts-file"), run.prompts_format
-        if run.prompts == STDIN or not path.is_file():
+        source, form = str(run.prompts), run.prompts_format
+        path = user_path(source, "--prompts-file")
+        if source == STDIN or not path.is_file():
             # A pipe can be read only once: its rows' digests are all there is.
-            return RunInput(STREAM_SOURCE, prompts_from_file(run.prompts, form, defaults, chat))
+            return RunInput(STREAM_SOURCE, prompts_from_file(source, form, defaults, chat))
         frozen = self._frozen(path)
         prompts = prompts_from_file(frozen.path, form, defaults, chat, frozen=frozen)
         return RunInput(file_source(frozen), prompts, frozen.num_lines or None)
@@ -242,6 +255,14 @@ def resolved(run: RunOptions, resume: Path | None = None) -> RunOptions:
     if run.chat_template is not None and not is_template(run.chat_template):
         changes["chat_template"] = read_text(user_path(run.chat_template, "The chat template"))
     return run.model_copy(update=changes)
+
+
+def with_typed_bound(run: RunOptions) -> RunOptions:
+    """The options, with a bound for the answers to prompts that are typed, where none is said."""
+    has_bound = run.generation_len is not None or run.sampling.max_tokens is not None
+    if run.prompt is None or has_bound:
+        return run
+    return run.model_copy(update={"generation_len": TYPED_LEN})
 
 
 def absolute_paths(section: Any, *names: str) -> dict[str, str]:

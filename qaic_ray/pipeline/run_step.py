@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qaic_ray import interruption
 from qaic_ray.compile.store import check_kept, content_key
-from qaic_ray.errors import DeviceError, QaicRayError, Unfinished, UsageError
+from qaic_ray.errors import QaicRayError, Unfinished, UsageError
 from qaic_ray.model.checkpoint import (
     Checkpoint,
     load_chat_template,
@@ -25,6 +25,7 @@ from qaic_ray.model.checkpoint import (
 )
 from qaic_ray.model.tokenizer import text_parts
 from qaic_ray.pipeline.early_warning import EarlyWarning
+from qaic_ray.pipeline.local_cards import on_local_cards, slots_of
 from qaic_ray.pipeline.request import (
     STDIN,
     Listener,
@@ -59,7 +60,7 @@ def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSumm
     check_kept(request.qpc)
     if request.run.draft_qpc is not None:
         check_kept(Path(request.run.draft_qpc))
-    request, num_cards = on_local_cards(request, sdk)
+    request, num_cards = on_local_cards(request, sdk, slots_of(request.qpc), listener)
     run_input = request.open_input()
     check_chat_template(request)
     from qaic_ray.pipeline.open_ray import open_ray
@@ -69,32 +70,6 @@ def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSumm
         open_ray(request.ray, num_cards, name=request.name, sdk=sdk.here, listener=listener) as ray,
     ):
         return run_on(ray, request, run_input, sdk=sdk, listener=listener)
-
-
-def on_local_cards(request: RunRequest, sdk: SdkChoice) -> tuple[RunRequest, int]:
-    """The request on cards of this machine, and how many; 0 for a cluster's.
-
-    They are those asked for, or every card that is ready.
-
-    Raises:
-        UsageError: for ids that are not there.
-        DeviceError: where a card, or every card, is not ready.
-    """
-    if request.ray.address is not None:
-        return request, 0
-    known = {device.qid: device for device in sdk.here.devices()}
-    wanted = request.run.devices
-    if wanted == "all":
-        wanted = tuple(qid for qid, device in known.items() if device.ready)
-        if not wanted:
-            raise DeviceError(f"No card is ready on this machine ({len(known)} found).")
-    for qid in wanted:
-        if qid not in known:
-            there = ", ".join(map(str, known)) or "none"
-            raise UsageError(f"There is no device {qid}: the cards here are {there}.")
-        if not known[qid].ready:
-            raise DeviceError(f"Device {qid} is not ready: its status is {known[qid].status}.")
-    return request.with_run(devices=wanted), len(wanted)
 
 
 def check_chat_template(request: RunRequest) -> None:

@@ -33,7 +33,7 @@ NONE = "–"
 Document = dict[str, Any]
 
 _UNITS = ((0.9995e-3, 1e6, "µs"), (0.9995, 1e3, "ms"), (math.inf, 1.0, "s"))
-_COUNTS = ("rows", "failed_rows", "prompt_tokens", "generated_tokens")
+_COUNTS = ("rows", "failed_rows", "cut_rows", "prompt_tokens", "generated_tokens")
 _STEPS = ("prefill_steps", "prefill_s", "decode_steps", "decode_tokens", "decode_s")
 
 
@@ -175,6 +175,12 @@ def tables(document: Document, page: Path | None = None) -> Iterator[RenderableT
     )
     if remarks := ", ".join(_engine_remarks(document)):
         yield Text(remarks, style="dim")
+    if cut := document.get("cut_rows"):
+        yield Text(
+            f"{count_text(cut)} of {count_text(document['rows'])} rows were cut at their most "
+            "tokens (--max-tokens), or at the end of the context",
+            style="dim",
+        )
     if failed := document["failed_rows"]:
         rows = f"{count_text(failed)} of {count_text(document['rows'])} rows failed"
         yield Text(f"{rows}: see {ERRORS_NAME} in the run folder", style="red")

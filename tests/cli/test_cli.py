@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from qaic_ray.cli import main
-from qaic_ray.cli.parameters import PROGRAM
+from qaic_ray.cli.parameters import PROGRAM, PrepareOptions
 from qaic_ray.cli.screen import Screen
 from qaic_ray.errors import UsageError
 from qaic_ray.files.folders import CACHE_VARIABLE
@@ -285,15 +285,37 @@ def test_run_help_is_in_groups(run: Run) -> None:
     code, out, _ = run("run", "--help")
     assert code == 0
     panels = [line.strip("╭─╮ ") for line in out.splitlines() if line.startswith("╭")]
-    assert panels[1:] == [
-        *(PROGRAM, PROMPTS, SamplingParams.GROUP, ANSWER_END, DRAFTS, CHECKS, CARDS, FOLDER)
-    ]
+    groups = (PROGRAM, PROMPTS, SamplingParams.GROUP, ANSWER_END, DRAFTS, CHECKS, CARDS, FOLDER)
+    assert panels[2:] == [*groups, PrepareOptions.GROUP]
 
 
 def test_run_needs_prompts_once(run: Run, sdk: Path, qpc: Path) -> None:
     base = ["run", "--model-name", "m", "--qpc", str(qpc), "--sdk", str(sdk)]
     assert_refused(run(*base), "--prompt")
     assert_refused(run(*base, "--prompt", "a", "--prompts-file", "b.txt"), "one of")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run"], "Give a model and a prompt, like `qaic-ray run smollm2-135m"),
+        (["run", "m"], "There is nothing to answer"),
+        (["run", "m", "a", "--prompt", "b"], "The prompt is given twice"),
+        (["run", "m", "a", "--prompts-file", "b"], "not both"),
+        (["run", "m", "a", "--model-name", "n"], "model-name is given twice, as 'm' and as 'n'"),
+        (["run", "m", "a", "--system", "Be brief."], "give --chat"),
+        (["run", "m", "a", "--qpc", "q", "--precision", "fp16"], "--precision is of a program"),
+        (["run", "m", "a", "--group-size", "2"], "give it by --qpc"),
+        (["run", "m", "a", "--input-len", "100"], "power of two, not 100"),
+        (["run", "./missing", "a"], "missing"),
+        (["run", "./missing", "--prompts-file", "gone.txt"], "missing"),
+    ],
+)
+def test_run_says_what_it_lacks_before_it_makes_anything(
+    run: Run, sdk: Path, arguments: list[str], words: str
+) -> None:
+    assert_refused(run(*arguments, "--sdk", str(sdk)), words)
+    assert not list(sdk.parent.glob("cache/programs/*"))
 
 
 def test_run_needs_a_qpc(run: Run, sdk: Path, tmp_path: Path) -> None:

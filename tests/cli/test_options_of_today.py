@@ -82,6 +82,12 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--json": FLAG,
     },
     "run": {
+        "[MODEL]": "smollm2-135m",
+        "[PROMPT]": "a|b",
+        "--text": "a|b",
+        "--precision": "fp16",
+        "--num-cores --num_cores": "7",
+        "--batch-size --batch_size": "4",
         "--model-name --model_name": "smollm2-135m",
         "--qpc": "qpc/a",
         "--prompt": "a|b",

@@ -140,3 +140,35 @@ def test_one_that_died_is_noticed_and_its_note_removed(desk: Desk, kept: str) ->
     assert "No Ray is kept" in desk.does("ray", "stop").stderr
     assert not (desk.folder / "cache" / "kept-ray.json").exists()
     assert STAYS not in desk.does(*desk.run).stderr
+
+
+def test_a_model_is_run_by_its_name_alone(desk: Desk, kept: str, tiny_checkpoint: Path) -> None:
+    """The first command makes the program, the second finds it."""
+    words = ["run", str(tiny_checkpoint), "a | b", "--generation-len", "3", "--json"]
+    first = desk.does(*words)
+    assert "export tiny-kv written" in first.stderr
+    assert "Largest" not in first.stdout
+    assert "1 of 4 cards" in first.stderr
+    report = json.loads(first.stdout.splitlines()[-1])
+    assert (report["rows"], report["failed_rows"], report["cut_rows"]) == (1, 0, 1)
+    assert "1 of 1 rows were cut" in first.stdout
+    (row,) = map(json.loads, Path(report["folder"], "outputs.jsonl").read_text().splitlines())
+    assert row["prompt"] == "a | b"
+    assert [worker["name"] for worker in report["workers"]] == ["card 0"]
+    assert str(desk.folder / "cache" / "programs") in first.stderr
+
+    second = desk.does(*words)
+    assert "export tiny-kv kept" in second.stderr
+    assert "bs1 kept" in second.stderr
+    (again,) = map(
+        json.loads,
+        Path(json.loads(second.stdout.splitlines()[-1])["folder"], "outputs.jsonl")
+        .read_text()
+        .splitlines(),
+    )
+    assert again["token_ids"] == row["token_ids"]
+
+    # Other shapes make another program beside it.
+    third = desk.does(*words, "--precision", "fp16", "--ctx-len", "128", "--input-len", "8")
+    assert "kept" in third.stderr.partition("compile")[0]
+    assert "compile fp16 14c pl8 cl128 bs1" in third.stderr

@@ -1,0 +1,81 @@
+"""Step 1: a checkpoint to a model folder, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qaic_ray import interruption
+from qaic_ray.errors import ExportError
+from qaic_ray.model.checkpoint import Checkpoint, open_checkpoint
+from qaic_ray.options import ExportOptions, ModelOptions
+from qaic_ray.pipeline.request import Listener
+
+if TYPE_CHECKING:
+    from qaic_ray.export.export import ExportResult
+
+CLEAN_UP_S = 8.0
+"""How long an export that is interrupted may still be in a call that computes."""
+
+
+def export_step(model: ModelOptions, options: ExportOptions, listener: Listener) -> ExportResult:
+    """Export a model; a folder that is still right is kept as it is.
+
+    One that is made runs in a process of its own: checking against PyTorch takes gigabytes, and the
+    driver of a fleet should not keep them.
+    """
+    listener.began(f"export {model.name}")
+    result = _kept(model, options) or _made(model, options)
+    listener.ended(f"export {result.folder.name} {'kept' if result.reused else 'written'}")
+    return result
+
+
+def _kept(model: ModelOptions, options: ExportOptions) -> ExportResult | None:
+    from qaic_ray.export.export import kept_export
+
+    return kept_export(open_model(model), options, **_asked(options))
+
+
+def _made(model: ModelOptions, options: ExportOptions) -> ExportResult:
+    with ProcessPoolExecutor(
+        max_workers=1, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
+    ) as pool:
+        try:
+            return pool.submit(_export, model, options).result()
+        except KeyboardInterrupt:
+            for child in active_children():
+                child.terminate()  # it is waited for below, and cleans up
+            raise
+        except BrokenProcessPool as error:
+            raise ExportError(
+                f"The process that exported {model.name} died: most often the machine ran out of "
+                "memory; try --verify quick, or off."
+            ) from error
+
+
+def _begin(parent: int) -> None:
+    """In the new process: it ends with the one that waits for it."""
+    interruption.die_with_parent(parent)
+    interruption.listen(first_grace_s=CLEAN_UP_S)
+
+
+def _export(model: ModelOptions, options: ExportOptions) -> ExportResult:
+    from qaic_ray.export.export import export_model
+
+    return export_model(open_model(model), options, **_asked(options))
+
+
+def open_model(model: ModelOptions, *, weights: bool = True) -> Checkpoint:
+    """The checkpoint that a job, or a command, names."""
+    return open_checkpoint(model.name, trust_remote_code=model.trust_remote_code, weights=weights)
+
+
+def _asked(options: ExportOptions) -> dict[str, Any]:
+    return {
+        "output": None if options.output is None else Path(options.output),
+        "verify": None if options.verify == "auto" else options.verify,
+    }

@@ -1,0 +1,101 @@
+"""A look at a run's prompts before it begins: how many they are, and how long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from qaic_ray.errors import RowError
+from qaic_ray.formats.lines import STDIN
+from qaic_ray.formats.prompts import prompts_from_file, prompts_from_text
+from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer
+from qaic_ray.options import RunOptions
+from qaic_ray.rows import Prompt, Row
+from qaic_ray.worker.prompt_encoder import PromptEncoder
+
+SURVEYED_ROWS = 1000
+"""Rows whose tokens are counted; a file of more is judged by them."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of a run's prompts.
+
+    `num_sequences` are the answers that are asked for, `n` to a prompt; None where there are more
+    than were looked at, or nobody can tell. `longest_prompt` is in tokens, None for a stream.
+    `longest_answer` is the largest `max_tokens` of a row, None where a row has no such bound.
+    """
+
+    num_sequences: int | None = None
+    longest_prompt: int | None = None
+    longest_answer: int | None = None
+
+
+def survey(run: RunOptions, checkpoint: Checkpoint) -> Survey:
+    """Look at a run's first prompts as the model will get them.
+
+    Raises:
+        UsageError: as reading them does.
+    """
+    items = _items(run)
+    if items is None:
+        return Survey()
+    encoder = PromptEncoder(load_tokenizer(checkpoint), run)
+    longest, num_sequences, answers = 0, 0, []
+    for number, item in enumerate(islice(items, SURVEYED_ROWS + 1)):
+        if number == SURVEYED_ROWS:
+            num_sequences = -1
+            break
+        if isinstance(item, Row):
+            continue
+        try:
+            longest = max(longest, len(encoder.ids(item)))
+        except RowError:
+            continue  # it will be a row of errors, and says why there
+        params = item.sampling or run.defaults
+        answers.append(params.max_tokens)
+        num_sequences += params.n
+    return Survey(
+        None if num_sequences < 0 else num_sequences,
+        longest,
+        None if None in answers else max(filter(None, answers), default=None),
+    )
+
+
+def count_sequences(run: RunOptions, most: int) -> int | None:
+    """The answers that a run's prompts ask for; None for more than `most`, and for a stream.
+
+    Raises:
+        UsageError: as reading them does.
+    """
+    items = _items(run)
+    if items is None:
+        return None
+    number = 0
+    for item in items:
+        number += _num_answers(item, run)
+        if number > most:
+            return None
+    return number
+
+
+def _num_answers(item: Prompt | Row, run: RunOptions) -> int:
+    if isinstance(item, Row):
+        return 0
+    return (item.sampling or run.defaults).n
+
+
+def _items(run: RunOptions) -> Iterator[Prompt | Row] | None:
+    """The prompts; None where they can be read only once, or there are none to look at."""
+    items: Iterator[Prompt | Row]
+    if run.prompt is not None:
+        items = prompts_from_text(run.prompt)
+    elif run.prompts in (None, STDIN) or not Path(str(run.prompts)).expanduser().is_file():
+        return None
+    else:
+        items = prompts_from_file(
+            Path(str(run.prompts)).expanduser(), run.prompts_format, run.defaults, run.chat_options
+        )
+    return islice(items, run.max_prompts)
