@@ -81,7 +81,7 @@ class Audience:
         on_progress: after each change of the counts.
         on_wait: once, in a sentence, where cards are held by others and are waited for.
         on_saved: each new row as soon as it is on the disk, in the order of the journal.
-        on_tokens: what prompts with `stream` got; the last of a row comes before its `on_row`.
+        on_tokens: what prompts with `stream` got; the last of a row comes before its `on_saved`.
         on_begin: once, with a function that cancels rows by their indexes. Any thread may call it;
             it takes effect with the next event, at once where the input is open, and each such row
             comes as one of finish_reason ABORT, if it is not done.
@@ -296,11 +296,11 @@ class Driver:
         span_s = self._last_s - self._first_s if self._first_s is not None else 0.0
         for row in rows:
             digest = self._intake.open.pop(row.index)
+            if row.index in self._streams:
+                self._tell_tokens(self._streams.pop(row.index).end(row))
             self._delivery.add(row, digest, span_s)
             self._tally.add(row)
             self._cancelled.discard(row.index)
-            if row.index in self._streams:
-                self._tell_tokens(self._streams.pop(row.index).end(row))
         self._tell_progress()
 
     def _tell_tokens(self, deltas: Sequence[TokenDelta]) -> None:
