@@ -3,6 +3,7 @@
     QaicRayError
     ├── UsageError      exit code 2; the message is one sentence with the remedy
     │   ├── JobError, CheckpointError, SpecializationError, SdkNotFound
+    │   ├── ParameterError   of the Python interface; a ValueError too
     ├── ExportError, CompileError
     ├── Unfinished, ClusterLost
     ├── FleetClosed, FleetBusy
@@ -60,6 +61,10 @@ class SpecializationError(UsageError):
 
 class SdkNotFound(UsageError):
     """No Cloud AI SDK at the place that was asked for."""
+
+
+class ParameterError(UsageError, ValueError):
+    """An argument of the Python interface is wrong; also what programs for vLLM catch."""
 
 
 class ExportError(QaicRayError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from qaic_ray.errors import FleetClosed
@@ -103,7 +103,7 @@ class PendingRow:
                 bell.clear()
         return row
 
-    async def async_deltas(self) -> AsyncIterator[TokenDelta]:
+    async def async_deltas(self) -> AsyncGenerator[TokenDelta, None]:
         """As `deltas`, for asyncio."""
         bell = asyncio.Event()
         with self._heard(_ringing(bell)):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import active_children, get_context
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from qaic_ray import interruption
@@ -45,7 +49,9 @@ def _made(model: ModelOptions, options: ExportOptions) -> ExportResult:
         max_workers=1, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
     ) as pool:
         try:
-            return pool.submit(_export, model, options).result()
+            with _no_main_program():
+                made = pool.submit(_export, model, options)
+            return made.result()
         except KeyboardInterrupt:
             for child in active_children():
                 child.terminate()  # it is waited for below, and cleans up
@@ -55,6 +61,20 @@ def _made(model: ModelOptions, options: ExportOptions) -> ExportResult:
                 f"The process that exported {model.name} died: most often the machine ran out of "
                 "memory; try --verify quick, or off."
             ) from error
+
+
+@contextmanager
+def _no_main_program() -> Iterator[None]:
+    """Let a process begin without the program that runs.
+
+    Python would import that there, as what is called might be in it; a program that calls this with
+    no `if __name__ == "__main__"` around it would begin again.
+    """
+    own, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = own
 
 
 def _begin(parent: int) -> None:
