@@ -7,9 +7,9 @@ from collections.abc import AsyncGenerator, Iterable
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
-from qaic_ray.api.llm import LLM, BegunAnswer
-from qaic_ray.api.outputs import RequestOutput
-from qaic_ray.api.prompts import Conversation, PromptType
+from qaic_ray.api.llm import LLM
+from qaic_ray.api.outputs import BegunAnswer, RequestOutput
+from qaic_ray.api.prompts import Conversation, PromptType, refuse_lora
 from qaic_ray.api.sampling import VllmSampling
 from qaic_ray.errors import ParameterError
 
@@ -74,8 +74,7 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
             GenerationError: at the end, if there is no answer.
             FleetBusy: `max_open` prompts are open.
         """
-        if lora_request is not None:
-            raise ParameterError("lora_request is not offered: merge the adapter into the model.")
+        refuse_lora(lora_request)
         if request_id in self._begun:
             raise ParameterError(f"The request_id {request_id!r} is in use: choose another one.")
         begun = self.llm.begin(prompt, sampling_params, request_id=request_id, wait=False, **chat)

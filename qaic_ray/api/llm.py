@@ -11,32 +11,39 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from qaic_ray.api.outputs import GenerationError, RequestOutput, StreamedOutput, output_of
+from qaic_ray.api.outputs import (
+    BegunAnswer,
+    GenerationError,
+    RequestOutput,
+    StreamedOutput,
+    output_of,
+)
+from qaic_ray.api.program import program_of
 from qaic_ray.api.progress import UseTqdm, progress
 from qaic_ray.api.prompts import (
     Conversation,
     PromptType,
+    chat_options,
     chat_prompt,
     conversations,
     is_conversation,
     one_prompt,
     paired,
     prompt_list,
+    refuse_lora,
 )
 from qaic_ray.api.quiet import LogListener
 from qaic_ray.api.sampling import RequestOutputKind, VllmSampling
 from qaic_ray.api.settings import LlmSettings
-from qaic_ray.errors import FleetClosed, ParameterError, RowError, UsageError
+from qaic_ray.errors import FleetClosed, ParameterError, RowError
 from qaic_ray.files.documents import shown
 from qaic_ray.fleet.folder_fleet import FolderFleet
 from qaic_ray.fleet.open_fleet import OpenFleet
 from qaic_ray.fleet.pending_row import PendingRow
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from qaic_ray.model.tokenizer import object_if_there, transformers_tokenizer
-from qaic_ray.pipeline.prepare_step import cores_here, prepare
-from qaic_ray.pipeline.request import RunRequest, SdkChoice, choose_sdk
-from qaic_ray.rows import ChatOptions, FinishReason, Prompt
-from qaic_ray.runs.token_streams import TokenDelta
+from qaic_ray.pipeline.request import RunRequest, choose_sdk
+from qaic_ray.rows import Prompt
 from qaic_ray.worker.prompt_encoder import PromptEncoder
 
 T = TypeVar("T")
@@ -134,7 +141,7 @@ class LLM(AbstractContextManager["LLM"]):
         self._request_ids = itertools.count()
         listener = LogListener()
         choice = choose_sdk(str(settings.sdk), settings.emulator_options, listener)
-        self.qpc = _program(settings, choice, listener)
+        self.qpc = program_of(settings, choice, listener)
         request = RunRequest(
             "llm", settings.model, self.qpc, settings.run_options, ray=settings.ray_options
         )
@@ -207,7 +214,7 @@ class LLM(AbstractContextManager["LLM"]):
                 or a card failed at each attempt); it has the answers of the others.
             FleetClosed: after `close`.
         """
-        _refuse_lora(lora_request)
+        refuse_lora(lora_request)
         asked = prompt_list(prompts, prompt_token_ids)
         return self._answer(asked, sampling_params, use_tqdm, errors)
 
@@ -241,8 +248,8 @@ class LLM(AbstractContextManager["LLM"]):
             chat_template_kwargs: variables for the template.
             errors: as in `generate`.
         """
-        _refuse_lora(lora_request)
-        options = _chat_options(
+        refuse_lora(lora_request)
+        options = chat_options(
             add_generation_prompt, continue_final_message, tools, chat_template_kwargs
         )
         asked = [
@@ -297,7 +304,7 @@ class LLM(AbstractContextManager["LLM"]):
         params = sampling_params or self.get_default_sampling_params()
         template = chat.pop("chat_template", None)
         if is_conversation(prompt):
-            asked = self._rendered(chat_prompt(0, prompt, _chat_options(**chat)), 0, template)
+            asked = self._rendered(chat_prompt(0, prompt, chat_options(**chat)), 0, template)
         elif chat or template:
             raise ParameterError("Arguments of the chat template are for messages.")
         else:
@@ -389,73 +396,3 @@ class LLM(AbstractContextManager["LLM"]):
         except RowError as error:
             raise ParameterError(f"Prompt {number}: {error}") from error
         return Prompt(number, text, token_ids=tuple(ids))
-
-
-class BegunAnswer:
-    """A prompt that is being streamed.
-
-    Attributes:
-        pending: its row, and its tokens as they come.
-    """
-
-    def __init__(self, pending: PendingRow, made: StreamedOutput, *, is_last_only: bool) -> None:
-        self.pending = pending
-        self._made = made
-        self._is_last_only = is_last_only
-
-    def take(self, delta: TokenDelta) -> RequestOutput | None:
-        """The output after this; None where it is not to be shown.
-
-        Raises:
-            GenerationError: it is the last one, and there is no answer.
-        """
-        output = self._made.take(delta)
-        if output.error is not None and delta.finish_reason is FinishReason.ERROR:
-            raise GenerationError([output])
-        return output if output.finished or not self._is_last_only else None
-
-    def close(self) -> None:
-        """Cancel what is left of it."""
-        self.pending.cancel()
-
-
-def _program(settings: LlmSettings, sdk: SdkChoice, listener: LogListener) -> Path:
-    """The folder of the program that is given, or made."""
-    if settings.qpc is not None:
-        return Path(settings.qpc).expanduser()
-    run, shapes = settings.run_options, settings.shapes
-    if run.group_size > 1:
-        raise UsageError(
-            "A program for a group of cards is not made by itself: compile one for the group, and "
-            "give it by qpc."
-        )
-    if settings.address is not None:
-        raise UsageError(
-            "The nodes of a cluster need the program at one path: compile it there, and give it by "
-            "qpc."
-        )
-    if shapes.num_cores is None:
-        devices = None if run.devices == "all" else run.devices
-        shapes = shapes.model_copy(update={"num_cores": cores_here(sdk, devices, run.partitions)})
-    return prepare(settings.model_options, shapes, sdk, listener)
-
-
-def _chat_options(
-    add_generation_prompt: bool = True,
-    continue_final_message: bool = False,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> ChatOptions:
-    if continue_final_message and add_generation_prompt:
-        raise ParameterError(
-            "continue_final_message and add_generation_prompt are both true: set one to False."
-        )
-    variables = dict(chat_template_kwargs or {})
-    if tools:
-        variables["tools"] = [dict(tool) for tool in tools]
-    return ChatOptions(add_generation_prompt, continue_final_message, variables)
-
-
-def _refuse_lora(lora_request: object) -> None:
-    if lora_request is not None:
-        raise ParameterError("lora_request is not offered: merge the adapter into the model.")

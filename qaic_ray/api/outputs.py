@@ -11,6 +11,7 @@ from qaic_ray.rows import FinishReason, Prompt, Row, Sample
 from qaic_ray.sampling_params import TokenLogprob
 
 if TYPE_CHECKING:
+    from qaic_ray.fleet.pending_row import PendingRow
     from qaic_ray.runs.token_streams import TokenDelta
     from qaic_ray.worker.prompt_encoder import PromptEncoder
 
@@ -239,6 +240,34 @@ class StreamedOutput:
         is_last = is_last and len(self._choices) >= num_choices
         outputs = [new] if self._is_delta else [self._choices[i] for i in sorted(self._choices)]
         return RequestOutput(*self._about, outputs, row=row if is_last else None)
+
+
+class BegunAnswer:
+    """A prompt that is being streamed.
+
+    Attributes:
+        pending: its row, and its tokens as they come.
+    """
+
+    def __init__(self, pending: PendingRow, made: StreamedOutput, *, is_last_only: bool) -> None:
+        self.pending = pending
+        self._made = made
+        self._is_last_only = is_last_only
+
+    def take(self, delta: TokenDelta) -> RequestOutput | None:
+        """The output after this; None where it is not to be shown.
+
+        Raises:
+            GenerationError: it is the last one, and there is no answer.
+        """
+        output = self._made.take(delta)
+        if output.error is not None and delta.finish_reason is FinishReason.ERROR:
+            raise GenerationError([output])
+        return output if output.finished or not self._is_last_only else None
+
+    def close(self) -> None:
+        """Cancel what is left of it."""
+        self.pending.cancel()
 
 
 def _stop_reason(delta: TokenDelta) -> str | int | None:

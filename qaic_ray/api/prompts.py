@@ -124,6 +124,29 @@ def chat_prompt(number: int, messages: Conversation, options: ChatOptions) -> Pr
     return replace(_read(number, {"messages": plain}), chat=options)
 
 
+def chat_options(
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> ChatOptions:
+    """The options of conversations, by the arguments of `LLM.chat`."""
+    if continue_final_message and add_generation_prompt:
+        raise ParameterError(
+            "continue_final_message and add_generation_prompt are both true: set one to False."
+        )
+    variables = dict(chat_template_kwargs or {})
+    if tools:
+        variables["tools"] = [dict(tool) for tool in tools]
+    return ChatOptions(add_generation_prompt, continue_final_message, variables)
+
+
+def refuse_lora(lora_request: object) -> None:
+    """Refuse an adapter."""
+    if lora_request is not None:
+        raise ParameterError("lora_request is not offered: merge the adapter into the model.")
+
+
 def paired(
     num_prompts: int, given: VllmSampling | Sequence[VllmSampling] | None, default: VllmSampling
 ) -> list[VllmSampling]:
