@@ -15,8 +15,8 @@ import sys
 import threading
 import time
 
-from qaic_ray.cli import live_line
-from qaic_ray.cli.live_line import LiveLine
+from qaic_ray.cli.live import live_line
+from qaic_ray.cli.live.live_line import LiveLine
 from qaic_ray.dispatch.dispatcher import (
     DeliverRows,
     RowsFinished,

@@ -257,15 +257,27 @@ class Specializations:
 
 _NUMBER = re.compile(r"\s*-?[0-9]{1,18}\s*", re.ASCII)
 
+_ALSO_CALLED = {
+    **dict.fromkeys(("prompt_length", "prompt_len", "input_len"), "seq_len"),
+    **dict.fromkeys(("context_length", "context_len"), "ctx_len"),
+}
+"""What the published recipe's text calls the keys; its compiler knows only the other names."""
+
 
 def _entry(entry: Any, source: str, index: int) -> Specialization:
     symbols = entry.get("symbols", entry) if isinstance(entry, dict) else None
     if not isinstance(symbols, dict):
         raise SpecializationError(f"{source}: specialization {index} must be an object.")
     values: dict[str, int] = {}
-    for key, value in symbols.items():
-        if key in ("name", "full_batch_exec_size"):
+    for given, value in symbols.items():
+        if given in ("name", "full_batch_exec_size"):
             continue
+        key = _ALSO_CALLED.get(given, given)
+        if key in values:
+            raise SpecializationError(
+                f"{source}: specialization {index} says {key} twice, once as {shown(given)}: leave "
+                "one of them out."
+            )
         if key not in SYMBOLS:
             raise SpecializationError(
                 f"{source}: specialization {index} has the unknown key {shown(key)}; "

@@ -78,6 +78,8 @@ class Measurement:
     had room for. `accepted_tokens` are those of `drafted_tokens` that were right. `inter_token` has
     the time from each step that gave a running row tokens to the next one that did; with drafts one
     step gives several. `cut_rows` have an answer that ended at its most tokens or a full context.
+    `loop_tokens` and `loop_s` are of answered rows, as the published recipe's runModel.py counts
+    one: its decode steps but one, and the seconds of all of them.
     """
 
     rows: int = 0
@@ -95,6 +97,8 @@ class Measurement:
     decode_s: float = 0.0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    loop_tokens: int = 0
+    loop_s: float = 0.0
     ttft: Durations = field(default_factory=Durations)
     inter_token: Durations = field(default_factory=Durations)
 
@@ -198,6 +202,9 @@ class Tally:
             counts.cut_rows += row.is_cut
             counts.ttft.count(row.ttft_s)
             self.length_counts.update(answer_lens)
+            if num_tokens > 1 and not row.choices:
+                counts.loop_tokens += num_tokens - 2
+                counts.loop_s += row.decode_s
         else:
             self.failed_rows += 1
             counts.failed_rows += 1
@@ -216,5 +223,7 @@ class Tally:
             cut_rows=counts.cut_rows,
             prompt_tokens=counts.prompt_tokens,
             generated_tokens=counts.generated_tokens,
+            loop_tokens=counts.loop_tokens,
+            loop_s=counts.loop_s,
             ttft=counts.ttft + Durations(),
         )

@@ -71,28 +71,32 @@ class OutputFormat(str, Enum):
 class Opt:
     """What people read of an option, and how they write it on the command line.
 
-    `flag` is made of the field's name where it is empty; with None the option is a job's key only.
-    `short` is a flag of one letter beside it. `group` is its panel in the help. `shown` stands for
-    a default that only the run knows. `argument` names the place of an option that may also stand
-    without its flag. `bare` is what a flag without a value means. `repeated` options are given
-    several times, other lists with commas. Of `off` ones only the opposite is a flag. `free` ones
-    may be said anew of a run that goes on.
+    `flag` is the name that people learn. It is made of the field's name where it is empty; with
+    None the option is a job's key only. `aliases` are other names that are taken, `short` is one of
+    a single letter. `group` is its panel in the help. `shown` stands for a default that only the
+    run knows. `argument` names the place of an option that may also stand without its flag. `bare`
+    is what a flag without a value means. `repeated` options are given several times, other lists
+    with commas. Of one with `off` only the opposite is a flag, and this is its help. `free` ones
+    may be said anew of a run that goes on. `environment` are variables that are read where the flag
+    is absent. `completes` is what a shell offers for its value. Nobody is shown a `hidden` flag.
     `allowed` ends the sentence that refuses a value.
     """
 
     help: str
     flag: str | None = ""
+    aliases: tuple[str, ...] = ()
     group: str = ""
     metavar: str = ""
     argument: str = ""
     shown: str = ""
     example: str = ""
     allowed: str = ""
-    environment: str = ""
+    environment: tuple[str, ...] = ()
+    completes: Literal["", "models", "runs"] = ""
     bare: str = ""
     short: str = ""
     repeated: bool = False
-    off: bool = False
+    off: str = ""
     free: bool = False
     hidden: bool = False
 

@@ -135,33 +135,32 @@ class LLM(AbstractContextManager["LLM"]):
         max_open: int | None = None,
         **others: Any,
     ) -> None:
-        said = {name: value for name, value in locals().items() if name not in ("self", "others")}
-        settings = LlmSettings(**{k: v for k, v in said.items() if k != "__class__"}, others=others)
-        self._settings = settings
+        said = {name: value for name, value in locals().items() if name != "self"}
+        settings = self._settings = LlmSettings(**said)
         self._request_ids = itertools.count()
         listener = LogListener()
-        choice = choose_sdk(str(settings.sdk), settings.emulator_options, listener)
-        self.qpc = program_of(settings, choice, listener)
-        request = RunRequest(
-            "llm", settings.model, self.qpc, settings.run_options, ray=settings.ray_options
-        )
+        sdk = choose_sdk(str(settings.sdk), settings.emulator_options, listener)
+        self.qpc = program_of(settings, sdk, listener)
         self._checkpoint: Checkpoint = open_checkpoint(
-            settings.model, weights=False, trust_remote_code=settings.trust_remote_code
+            model, weights=False, trust_remote_code=trust_remote_code
         )
+        run, ray = settings.run_options, settings.ray_options
         self._own = FolderFleet(
-            request,
-            choice,
+            RunRequest("llm", model, self.qpc, run, ray=ray),
+            sdk,
             listener,
-            folder=None if settings.folder is None else Path(settings.folder),
-            max_open=settings.max_open,
+            folder=None if folder is None else Path(folder),
+            max_open=max_open,
         )
         self.fleet: OpenFleet = self._own.fleet
         self._end = weakref.finalize(self, self._own.close, drain=False)
         self._end.atexit = False  # that would come after Ray's own end
+        self._await_cards()
+
+    def _await_cards(self) -> None:
         try:
-            self.encoder = PromptEncoder(
-                load_tokenizer(self._checkpoint), self._own.request.generation
-            )
+            tokenizer = load_tokenizer(self._checkpoint)
+            self.encoder = PromptEncoder(tokenizer, self._own.request.generation)
             self.fleet.wait_ready()
         except BaseException:
             self._end()

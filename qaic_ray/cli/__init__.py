@@ -40,7 +40,7 @@ def main() -> None:
         from qaic_ray.cli.commands import Interrupted, app, switches
 
         try:
-            app()
+            app(prog_name=_program())
         except Interrupted as error:
             raise error.interruption from error.interruption.__cause__
         finally:
@@ -52,6 +52,11 @@ def main() -> None:
         end(KeyboardInterrupt(), debug=debug)  # typer heard it, while it was parsing
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - here they all end
         end(error, debug=debug)
+
+
+def _program() -> str:
+    """The program as one calls it, for its help and its mistakes."""
+    return "python -m qaic_ray" if sys.argv[0].endswith("__main__.py") else "qaic-ray"
 
 
 def end(error: BaseException, *, debug: bool) -> NoReturn:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.control import strip_control_codes
 from rich.markup import escape
 
+from qaic_ray.files.documents import json_text
 from qaic_ray.formats.prompts import split_prompts
 
 if TYPE_CHECKING:
@@ -55,11 +56,12 @@ class Answers:
     Args:
         out: stdout.
         streaming: the way; not AUTO.
+        as_json: a row is a line of JSON, as in `outputs.jsonl` but for its type.
     """
 
-    def __init__(self, out: Console, streaming: Streaming) -> None:
+    def __init__(self, out: Console, streaming: Streaming, *, as_json: bool = False) -> None:
         self.streaming = streaming
-        self._out = out
+        self._out, self._as_json = out, as_json
         self._texts: dict[int, str] = {}
         self._turn = 0
         self._is_open = False
@@ -79,6 +81,10 @@ class Answers:
 
     def print(self, row: Row) -> None:
         """A whole row."""
+        if self._as_json:
+            sys.stdout.write(json_text({"type": "row", **row.to_json()}) + "\n")
+            sys.stdout.flush()
+            return
         self._head(row)
         self._body(row)
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qaic_ray.cli.app import Interrupted, app, command, known_path, sdk_choice, switches
+from qaic_ray.cli.app import Commands, Interrupted, app, command, known_path, sdk_choice, switches
+from qaic_ray.cli.flags.completion import jobs
 from qaic_ray.cli.kept_ray import ray_app
 from qaic_ray.cli.looking import looking
 from qaic_ray.cli.monitoring import monitoring
@@ -28,20 +29,34 @@ if TYPE_CHECKING:
 
 __all__ = ["Interrupted", "app", "switches"]
 
-emulator_app = typer.Typer(help="The emulated SDK: lay it down, run any program on it.")
+emulator_app = typer.Typer(
+    cls=Commands,
+    help="The emulated SDK: lay it down, run any program on it.",
+    epilog="""qaic-ray emulator install ./sdk
+qaic-ray emulator run -- qaic-util -q""",
+)
 
 JobArgument = Annotated[
-    Path, typer.Argument(callback=known_path, help="A job file, like jobs/smollm2.yaml.")
+    Path,
+    typer.Argument(
+        callback=known_path, help="A job file, like jobs/smollm2.yaml.", autocompletion=jobs
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one key: run.generation_len=64."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change any key: export.opset=13."),
 ]
 
 
-@command(app)
+@command(
+    app,
+    example="""qaic-ray launch jobs/smollm2.yaml
+qaic-ray launch jobs/smollm2.yaml -i prompts.jsonl --max-tokens 64
+qaic-ray launch jobs/smollm2.yaml --resume""",
+)
 def launch(
     job: JobArgument,
+    changes: parameters.JobChanges,
     ray: options.RayOptions,
     submit: parameters.SubmitOptions,
     resuming: parameters.ResumeOptions,
@@ -53,7 +68,7 @@ def launch(
     from qaic_ray.pipeline.job import launch_job, load_job
     from qaic_ray.pipeline.submit_step import SubmitRequest, submit_step
 
-    loaded = load_job(job, overrides or ())
+    loaded = load_job(job, overrides or (), changes=changes.values)
     loaded = loaded.changed("ray", **{name: getattr(ray, name) for name in ray.model_fields_set})
     if submit.detach:
         folder, python = Path(submit.folder or ".").absolute(), submit.python or sys.executable
@@ -90,6 +105,12 @@ def _streaming(show: parameters.ShowOptions, prompt: str | None) -> Streaming:
     from qaic_ray.cli.answers import Streaming, chosen
 
     asked = Streaming.NONE if show.no_stream else Streaming(show.stream)
+    if show.as_json:
+        if asked is Streaming.TOKENS:
+            raise UsageError(
+                "--stream tokens is for people: with --json take rows or ordered, or neither."
+            )
+        return Streaming.NONE if asked is Streaming.AUTO else asked
     return chosen(asked, prompt=prompt, is_terminal=sys.stdout.isatty())
 
 
@@ -125,16 +146,30 @@ def _enter(folder: Path) -> None:
         ) from error
 
 
-@command(app)
-def plan(job: JobArgument, overrides: SetOption = None) -> None:
+@command(
+    app,
+    example="""qaic-ray plan jobs/smollm2.yaml
+qaic-ray plan jobs/smollm2.yaml --set compile.num_cores=7 --json""",
+)
+def plan(
+    job: JobArgument,
+    changes: parameters.JobChanges,
+    show: parameters.JsonOptions,
+    overrides: SetOption = None,
+) -> None:
     """Show what a job would compile, with the compiler's command lines; runs nothing."""
     from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.job import load_job, plan_job
 
-    Screen().plan(plan_job(load_job(job, overrides or ())))
+    loaded = load_job(job, overrides or (), changes=changes.values)
+    Screen(as_json=show.as_json).plan(plan_job(loaded))
 
 
-@command(app)
+@command(
+    app,
+    example="""qaic-ray export -m smollm2-135m
+qaic-ray export -m ./my-llama -o my-llama-kv --verify quick""",
+)
 def export(
     model: options.ModelOptions,
     how: Annotated[options.ExportOptions, {"continuous_batching": False, "verify": "full"}],
@@ -147,7 +182,11 @@ def export(
         screen.exported(export_step(model, how, screen))
 
 
-@command(app)
+@command(
+    app,
+    example="""qaic-ray compile smollm2-135m-kv
+qaic-ray compile smollm2-135m-kv mx6 7 --batch-size 1,8 -o qpcs""",
+)
 def compile(  # the recipe's word
     model_dir: Annotated[
         Path, typer.Argument(callback=known_path, help="Folder that export made (<base>-kv).")
@@ -159,6 +198,8 @@ def compile(  # the recipe's word
     show: parameters.ViewOptions,
 ) -> None:
     """Compile a model into QPCs: every combination of the lists, in parallel, each built once."""
+    from qaic_ray.compile.recipe_names import link_recipe_names
+    from qaic_ray.compile.store import Build
     from qaic_ray.pipeline.compile_step import compile_step, requested_builds, specializations_file
 
     with _live_screen(show) as screen:
@@ -168,10 +209,19 @@ def compile(  # the recipe's word
             screen.remark(f"{file} of this folder says the shapes, as in the published recipe.")
         builds = requested_builds(model_dir, grid, sdk_choice(sdk, screen).here, file)
         outcomes = compile_step(builds, grid.parallel, screen, ray)
+        # Of several nobody could say which has the name.
+        if len(builds) == 1 and isinstance(outcomes[0][1], Build):
+            for remark in link_recipe_names(builds[0]):
+                screen.remark(remark)
         screen.compiled_all(outcomes)
 
 
-@command(app)
+@command(
+    app,
+    example="""qaic-ray run smollm2-135m "The capital of France is"
+qaic-ray run smollm2-135m -i prompts.jsonl -o runs --max-tokens 64
+qaic-ray run --resume""",
+)
 def run(
     program: parameters.ProgramOptions,
     asked: options.RunOptions,
@@ -205,6 +255,11 @@ def run(
             stop_if_errors=_share(show),
         )
         screen.show_answers(_streaming(show, request.run.prompt))
+        if show.no_stream and request.run.prompt is not None and not show.as_json:
+            screen.remark(
+                "--no-stream prints no answers, they are in outputs.jsonl of the run folder; "
+                "--stream ordered prints each when it is whole, as the recipe's --no-stream did."
+            )
         screen.finish(run_step(request, choice, screen))
 
 
@@ -241,31 +296,50 @@ def _new_run(
     return replace(request, qpc=prepare_for(model, request.run, shapes, sdk=sdk, listener=screen))
 
 
-command(app)(report)
-command(app)(monitoring)
+command(
+    app,
+    example="""qaic-ray report smollm2-20261129-090500
+qaic-ray report runs/before runs/after -o both.html""",
+)(report)
+command(app, example="qaic-ray monitoring ./monitoring")(monitoring)
 # The commands that only look follow those that do something, in the help too.
 app.registered_commands += looking.registered_commands
-app.add_typer(emulator_app, name="emulator", no_args_is_help=True)
-app.add_typer(ray_app, name="ray", no_args_is_help=True)
+app.add_typer(emulator_app, name="emulator")
+app.add_typer(ray_app, name="ray")
 
 
-@command(emulator_app, "install")
+@command(
+    emulator_app,
+    "install",
+    example="""qaic-ray emulator install ./sdk
+qaic-ray emulator install ./sdk --cards 8 --sku ultra""",
+)
 def emulator_install(
     prefix: Annotated[
         Path,
         typer.Argument(callback=known_path, help="Folder to make, like ./sdk or /opt/qti-aic."),
     ],
     emulated: options.EmulatorOptions,
+    show: parameters.JsonOptions,
 ) -> None:
     """Lay the emulated SDK down as a folder."""
     from qaic_ray.sdk import install_emulated, open_sdk
 
     sdk = open_sdk(install_emulated(prefix, emulated))
+    if show.as_json:
+        from qaic_ray.cli.tables import write_json
+
+        write_json({"sdk": sdk.label, "root": str(sdk.root), "cards": emulated.cards})
+        return
     typer.echo(f"The {sdk.label} is at {sdk.root}: {emulated.cards} {emulated.sku} cards.")
 
 
 @command(
-    emulator_app, "run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+    emulator_app,
+    "run",
+    example="""qaic-ray emulator run -- qaic-util -q
+qaic-ray emulator run -- python my_program.py""",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def emulator_run(
     words: Annotated[

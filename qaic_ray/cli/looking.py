@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qaic_ray.cli.app import command, sdk_choice
+from qaic_ray.cli.flags.completion import run_names
 from qaic_ray.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -26,21 +27,21 @@ looking = typer.Typer()
 WhatArgument = Annotated[
     str,
     typer.Argument(
-        metavar="WHAT", help="A run folder, the name of one in runs, or the id of a detached job."
+        metavar="WHAT",
+        help="A run folder, the name of one in runs, or the id of a detached job.",
+        autocompletion=run_names,
     ),
 ]
 
 
-def _runs() -> Path:
-    """The folder where runs are, if nobody says another one."""
-    from qaic_ray.options import RunOptions
-
-    return Path(RunOptions.model_fields["output"].default)
-
-
-@command(looking)
+@command(
+    looking,
+    example="""qaic-ray status
+qaic-ray status smollm2-20261129-090500 --watch""",
+)
 def status(
     jobs: parameters.JobsOptions,
+    where: parameters.RunsOptions,
     show: parameters.JsonOptions,
     what: Annotated[
         str | None,
@@ -49,6 +50,7 @@ def status(
             help="A run folder, the name of one in runs, a folder of runs, or the id of a detached "
             "job.",
             show_default="the runs in runs, and the cluster's jobs",
+            autocompletion=run_names,
         ),
     ] = None,
     watch: Annotated[
@@ -58,21 +60,23 @@ def status(
     """Show how far runs are, here or on a cluster: going on, stopped, or done."""
     from qaic_ray.pipeline.looking import StatusLook
 
-    look = StatusLook(what, jobs.address, _runs())
+    output = Path(where.output)
+    look = StatusLook(what, jobs.address, output)
     if watch:
         _watch(look, ends=what is not None, as_json=show.as_json)
     else:
-        _show(look.look(), as_json=show.as_json)
+        _show(look.look(), output, as_json=show.as_json)
 
 
-def _show(found: Statuses, *, as_json: bool) -> None:
+def _show(found: Statuses, output: Path, *, as_json: bool) -> None:
     from qaic_ray.cli import tables
 
-    if found.runs or found.jobs or found.remark:
+    if as_json:
+        tables.write_json(found.to_json())
+    elif found.runs or found.jobs or found.remark:
         tables.draw(lambda width: tables.status_table(found, width))
     else:
-        tables.draw(lambda _: f"There is nothing to show: no run in {_runs()}, no detached job.")
-    _write_json(found.to_json(), as_json=as_json)
+        tables.draw(lambda _: f"There is nothing to show: no run in {output}, no detached job.")
 
 
 def _watch(look: StatusLook, *, ends: bool, as_json: bool) -> None:
@@ -86,7 +90,7 @@ def _watch(look: StatusLook, *, ends: bool, as_json: bool) -> None:
     if as_json or not tables.can_redraw():
         while True:
             if as_json:
-                _write_json(found.to_json(), as_json=True)
+                tables.write_json(found.to_json())
             else:
                 write(f"{time.strftime('%H:%M:%S')} {tables.status_line(found)}\n")
             if ends and not found.is_running:
@@ -103,10 +107,11 @@ def _watch(look: StatusLook, *, ends: bool, as_json: bool) -> None:
             found = look.look()
 
 
-@command(looking)
+@command(looking, example="qaic-ray logs smollm2-20261129-090500 --follow")
 def logs(
     what: WhatArgument,
     jobs: parameters.JobsOptions,
+    where: parameters.RunsOptions,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Go on until the run or job ends.")
     ] = False,
@@ -115,7 +120,7 @@ def logs(
     from qaic_ray.cli.screen import write
     from qaic_ray.pipeline.looking import find_run, run_logs
 
-    folder = find_run(what, _runs())
+    folder = find_run(what, Path(where.output))
     if folder is not None:
         if not run_logs(folder, write, follow=follow):
             sys.stderr.write(f"There are no logs in {folder / 'logs'}.\n")
@@ -129,52 +134,69 @@ def logs(
         write(submitted.log(what))
 
 
-@command(looking)
-def stop(what: WhatArgument, jobs: parameters.JobsOptions, show: parameters.JsonOptions) -> None:
+@command(looking, example="qaic-ray stop smollm2-20261129-090500")
+def stop(
+    what: WhatArgument,
+    jobs: parameters.JobsOptions,
+    where: parameters.RunsOptions,
+    show: parameters.JsonOptions,
+) -> None:
     """End a run, which can be resumed, or a detached job; its cards are free then."""
     from qaic_ray.pipeline.looking import stop as stop_it
 
-    _show(stop_it(what, jobs.address, _runs()), as_json=show.as_json)
+    output = Path(where.output)
+    _show(stop_it(what, jobs.address, output), output, as_json=show.as_json)
 
 
-@command(looking)
-def runs(
-    show: parameters.JsonOptions,
-    folder: Annotated[
-        Path | None,
-        typer.Argument(help="The folder that holds them.", show_default="runs", metavar="[FOLDER]"),
-    ] = None,
-) -> None:
+@command(
+    looking,
+    example="""qaic-ray runs
+qaic-ray runs elsewhere --json""",
+)
+def runs(where: parameters.ListedRunsOptions, show: parameters.JsonOptions) -> None:
     """List the runs of a folder, the newest first."""
     from qaic_ray.cli import tables
-    from qaic_ray.files.documents import user_path
     from qaic_ray.pipeline.looking import listed_runs
 
-    output = _runs() if folder is None else user_path(folder, "FOLDER")
-    found = listed_runs(output)
-    if found:
+    found = listed_runs(Path(where.output))
+    if show.as_json:
+        tables.write_json({"runs": [run.to_json() for run in found]})
+    elif found:
         tables.draw(lambda width: tables.runs_table(found, width))
     else:
-        tables.draw(lambda _: f"There is no run in {output}.")
-    _write_json({"runs": [run.to_json() for run in found]}, as_json=show.as_json)
+        tables.draw(lambda _: f"There is no run in {where.output}.")
 
 
-@command(looking)
+@command(
+    looking,
+    example="""qaic-ray show smollm2-20261129-090500 0
+qaic-ray show runs/smollm2-20261129-090500 0 --json""",
+)
 def show(
-    run: Annotated[str, typer.Argument(help="A run folder, or the name of one in runs.")],
+    run: Annotated[
+        str,
+        typer.Argument(help="A run folder, or the name of one in runs.", autocompletion=run_names),
+    ],
     row: Annotated[str, typer.Argument(help="The row's index, from 0, or its id.")],
+    where: parameters.RunsOptions,
     how: parameters.JsonOptions,
 ) -> None:
     """Show one row of a run: the prompt as the model got it, its ids, card, times and end."""
     from qaic_ray.cli import tables
     from qaic_ray.pipeline.row_view import show_row
 
-    view = show_row(run, row, _runs())
-    tables.draw(lambda _: tables.row_lines(view))
-    _write_json(view.to_json(), as_json=how.as_json)
+    view = show_row(run, row, Path(where.output))
+    if how.as_json:
+        tables.write_json(view.to_json())
+    else:
+        tables.draw(lambda _: tables.row_lines(view))
 
 
-@command(looking)
+@command(
+    looking,
+    example="""qaic-ray devices
+qaic-ray devices --sdk emulated --json""",
+)
 def devices(
     ray: options.ClusterOptions, sdk: options.SdkOptions, show: parameters.JsonOptions
 ) -> None:
@@ -195,7 +217,11 @@ def devices(
         screen.inventory(nodes, cluster.problems(nodes))
 
 
-@command(looking)
+@command(
+    looking,
+    example="""qaic-ray doctor
+qaic-ray doctor --sdk emulated --try-cards""",
+)
 def doctor(
     ray: options.ClusterOptions,
     sdk: options.SdkOptions,
@@ -212,15 +238,9 @@ def doctor(
     from qaic_ray.pipeline.doctor_step import doctor_step
 
     found = doctor_step(sdk.sdk, ray.address, Path.cwd(), tries_cards=try_cards)
-    tables.draw(lambda _: tables.findings_table(found.findings))
-    _write_json(found.to_json(), as_json=show.as_json)
+    if show.as_json:
+        tables.write_json(found.to_json())
+    else:
+        tables.draw(lambda _: tables.findings_table(found.findings))
     if not found.is_well:
         raise SystemExit(ExitCode.FAILED)
-
-
-def _write_json(document: dict[str, Any], *, as_json: bool) -> None:
-    from qaic_ray.cli.screen import write
-    from qaic_ray.files.documents import json_text
-
-    if as_json:
-        write(json_text(document) + "\n")

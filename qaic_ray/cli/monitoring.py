@@ -25,6 +25,9 @@ def monitoring(
     from qaic_ray.telemetry.monitoring import write_monitoring
 
     written = write_monitoring(user_path(folder, "folder"), ray_dashboards())
+    if show.as_json:
+        write(json_text(_document(written)) + "\n")
+        return
     write(
         f"{written.folder} has the configuration of both. Start them, each in a terminal:\n\n"
         f"    {written.prometheus}\n"
@@ -32,8 +35,6 @@ def monitoring(
         "Prometheus finds this user's runs on this machine by itself. Grafana is at "
         "http://127.0.0.1:3000, and the Ray dashboard shows it under Metrics.\n"
     )
-    if show.as_json:
-        write(json_text(_document(written)) + "\n")
 
 
 def _document(written: MonitoringFolder) -> dict[str, Any]:

@@ -1,45 +1,43 @@
-"""A command's parameters, made of the sections of options that its function takes.
+"""Options that no job has, as they say what is done or shown now, and what a command is told of
+the words on its line.
 
-A function `def run(run: RunOptions, sdk: SdkOptions, given: Given)` becomes a command with a flag
-for each option of the two sections. The sections that no job has, as they say what is done or shown
-now, are here.
+`qaic_ray.cli.flags` makes flags of them, and of the option tree.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
-
-import typer
-from pydantic import ValidationError
+from typing import Any, ClassVar, Literal
 
 from qaic_ray import options
 from qaic_ray.errors import UsageError
-from qaic_ray.files.documents import as_object, parse_json, shown, with_given
 from qaic_ray.option_types import (
     NumCores,
-    Opt,
-    OptionValue,
     PathText,
     PositiveInt,
     PrecisionName,
     Section,
     Share,
     opt,
-    options_of,
 )
 
 RESUME_LAST = "last"
 """What `--resume` means where nothing follows it: the run that began last and is not finished."""
 
 PROGRAM = "What is run"
+JOB = "In place of what the job says"
+CLUSTER = "On a cluster"
+PRINTED = "What is printed"
+GENERAL = "General"
 
-_NUMBER = re.compile(r"\s*[+-]?[0-9]{1,18}\s*", re.ASCII)
+_RUNS = options.RunOptions.model_fields["output"].default
+
+JOB_KEYS = (
+    *("model.name", "run.prompt", "run.prompts", "run.generation_len"),
+    *("run.devices", "sdk", "run.output"),
+)
+"""Keys of a job that have flags in the commands that take one; `--set` changes any."""
 
 
 class ProgramOptions(Section):
@@ -48,7 +46,7 @@ class ProgramOptions(Section):
     GROUP: ClassVar[str] = PROGRAM
 
     model_name: PathText | None = opt(
-        None, options.MODEL_HELP, metavar="<name>", argument="[MODEL]"
+        None, options.MODEL_HELP, argument="[MODEL]", **options.MODEL_NAMES
     )
     text: str | None = opt(
         None, "One prompt, in which a | is text.", argument="[PROMPT]", hidden=True
@@ -92,21 +90,24 @@ class ResumeOptions(Section):
         "Go on where a run stopped: its folder, or nothing for the last unfinished one.",
         metavar="[RUN]",
         bare=RESUME_LAST,
+        completes="runs",
         free=True,
     )
     retry_errors: bool = opt(False, "With --resume: its rows of errors once more.", free=True)
 
 
 class JsonOptions(Section):
-    """What is printed at the end."""
+    """Whether stdout is for programs."""
 
-    as_json: bool = opt(
-        False, "End stdout with one JSON object on one line.", flag="--json", free=True
-    )
+    GROUP: ClassVar[str] = GENERAL
+
+    as_json: bool = opt(False, "Print JSON on stdout, and nothing else.", flag="--json", free=True)
 
 
 class ViewOptions(JsonOptions):
     """What is shown while something goes on."""
+
+    GROUP: ClassVar[str] = GENERAL
 
     verbose: bool = opt(False, "Show a line a card too.", short="-v", free=True)
     log_format: Literal["text", "json"] = opt(
@@ -120,16 +121,19 @@ class ShowOptions(ViewOptions):
     stream: Literal["auto", "rows", "ordered", "tokens"] = opt(
         "auto",
         "Print answers as they end, in input order, or one's text as it is generated. auto: a "
-        "single prompt's tokens or rows on a terminal, else ordered.",
+        "single prompt's tokens or rows on a terminal, else ordered. With --json, rows and ordered "
+        "print a line of JSON a row.",
         bare="ordered",
+        group=PRINTED,
         free=True,
     )
-    no_stream: bool = opt(False, "Print no answers.", free=True)
+    no_stream: bool = opt(False, "Print no answers.", group=PRINTED, free=True)
     stop_if_errors: Share | None = opt(
         None,
         "End the run early where that share of at least 20 rows failed.",
         example="20%",
-        metavar="<share>",
+        metavar="SHARE",
+        group=options.FOLDER,
         free=True,
     )
 
@@ -137,17 +141,19 @@ class ShowOptions(ViewOptions):
 class SubmitOptions(Section):
     """How a job is handed to a cluster that runs it by itself."""
 
-    GROUP: ClassVar[str] = "On a cluster"
+    GROUP: ClassVar[str] = CLUSTER
 
     detach: bool = opt(False, "Let the cluster run it: see status, logs and stop.")
     folder: str | None = opt(
         None,
         "Where the job's relative paths start, on the machine that runs it.",
+        metavar="PATH",
         shown="this folder",
     )
     python: str | None = opt(
         None,
         "With --detach: the Python on the cluster's head that has qaic-ray.",
+        metavar="PATH",
         shown="this one's path",
     )
     send_prompts: bool = opt(
@@ -161,7 +167,35 @@ class JobsOptions(Section):
     address: str | None = opt(
         None,
         "The cluster's dashboard, http://host:8265, or its head, host:6379.",
+        environment=("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"),
         shown="this machine's cluster",
+    )
+
+
+class RunsOptions(Section):
+    """Where runs are looked for."""
+
+    output: PathText = opt(_RUNS, "The folder of runs, as run's --output.", short="-o")
+
+
+class ListedRunsOptions(RunsOptions):
+    """The same of a command that takes nothing else."""
+
+    output: PathText = opt(
+        _RUNS, "The folder of runs, as run's --output.", short="-o", argument="[FOLDER]"
+    )
+
+
+class PageOptions(Section):
+    """Where a page is written."""
+
+    output: PathText | None = opt(
+        None,
+        "Write the page there.",
+        aliases=("--html",),
+        short="-o",
+        metavar="FILE",
+        shown="report.html of the run's folder",
     )
 
 
@@ -185,198 +219,8 @@ class Given:
             )
 
 
-class CommandCall:
-    """A function's parameters on the command line, and its call with what they hold."""
+@dataclass(frozen=True)
+class JobChanges:
+    """Keys of a job that the command line says in place of the file: dotted key -> value."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
-        names = {**function.__globals__, "options": options, "parameters": sys.modules[__name__]}
-        hints = get_type_hints(function, names, include_extras=True)
-        self._function = function
-        self._plain: list[inspect.Parameter] = []
-        self._sections: dict[str, tuple[type[Section], list[Flag], Mapping[str, Any]]] = {}
-        self._given: str | None = None
-        for name, parameter in inspect.signature(function).parameters.items():
-            hint, *extras = get_args(hints[name]) or (hints[name],)
-            if hint is Given:
-                self._given = name
-            elif isinstance(hint, type) and issubclass(hint, Section):
-                defaults = extras[0] if extras else {}
-                self._sections[name] = (hint, flags_of(hint, defaults), defaults)
-            else:
-                self._plain.append(parameter.replace(annotation=hints[name], kind=_BY_NAME))
-        self.flags = [flag for _, flags, _ in self._sections.values() for flag in flags]
-
-    def as_function(self) -> Callable[..., None]:
-        """A function as typer takes it."""
-
-        def call(**values: Any) -> None:
-            self._call(values.pop("context"), values)
-
-        context = inspect.Parameter("context", _BY_NAME, annotation=typer.Context)
-        made = [context, *self._plain]
-        made += [flag.argument() for flag in self.flags if flag.opt.argument]
-        made += [flag.parameter() for flag in self.flags]
-        call.__signature__ = inspect.Signature(made)  # type: ignore[attr-defined]
-        call.__annotations__ = {parameter.name: parameter.annotation for parameter in made}
-        call.__doc__ = self._function.__doc__
-        return call
-
-    def _call(self, context: typer.Context, values: Mapping[str, Any]) -> None:
-        sources = {name: context.get_parameter_source(name) for name in values}
-        words = {n: values[n] for n, source in sources.items() if source and source.name == _TYPED}
-        arguments = {parameter.name: values[parameter.name] for parameter in self._plain}
-        for name, section in self._sections.items():
-            arguments[name] = section_of(*section, words)
-        if self._given is not None:
-            used = [flag for flag in self.flags if flag.name in words]
-            arguments[self._given] = Given(
-                fixed=tuple(flag.written for flag in used if not flag.opt.free),
-                may_be_free=tuple(flag.flag for flag in self.flags if flag.opt.free),
-            )
-        self._function(**arguments)
-
-
-_BY_NAME = inspect.Parameter.KEYWORD_ONLY
-_TYPED = "COMMANDLINE"
-
-
-class Flag:
-    """An option on the command line.
-
-    Args:
-        path: leads from the section to the field.
-        opt: the option's entry.
-        value: what the field may hold.
-        default: the command's; `...` where the option must be given.
-    """
-
-    def __init__(self, path: tuple[str, ...], opt: Opt, value: OptionValue, default: Any) -> None:
-        self.path, self.opt, self.value, self.default = path, opt, value, default
-        self.flag = opt.flag or "--" + path[-1].replace("_", "-")
-        self.written = f"--no-{self.flag[2:]}" if opt.off else self.flag
-        self.name = self.flag.lstrip("-").replace("-", "_")
-        # With dashes, and with underscores as in the old scripts.
-        self.spellings = list(dict.fromkeys([self.flag, f"--{self.name}"]))
-        if opt.short:
-            self.spellings.append(opt.short)
-
-    def parameter(self) -> inspect.Parameter:
-        """As typer takes it."""
-        spellings = self.spellings
-        if self.default is True:
-            pairs = zip(spellings, "-_", strict=False)
-            opposites = [(word, f"--no{sign}{word[2:]}") for word, sign in pairs]
-            spellings = [f"{' ' if self.opt.off else on}/{off}" for on, off in opposites]
-        is_plain = self.default is ... or isinstance(self.default, bool | int | float | str)
-        info = typer.Option(
-            self.default if is_plain else None,
-            *spellings,
-            help=self._help(),
-            rich_help_panel=self.opt.group or None,
-            hidden=self.opt.hidden,
-            metavar=self.opt.metavar or ("<path>" if self.value.is_path else None),
-            show_default=not self.opt.argument and self._shown(),
-        )
-        annotation = list[str] | None if self.opt.repeated else self.value.scalar | None
-        return inspect.Parameter(self.name, _BY_NAME, default=info, annotation=annotation)
-
-    def takes(self, word: str | None) -> bool:
-        """Whether a word that follows the flag is its value; None: nothing follows."""
-        if word is None or word.startswith("-"):
-            return False
-        return not self.value.words or word in self.value.words
-
-    def argument(self) -> inspect.Parameter:
-        """The place where it may stand without its flag."""
-        info = typer.Argument(None, metavar=self.opt.argument, show_default=self._shown())
-        name = f"{self.name}_argument"
-        return inspect.Parameter(name, _BY_NAME, default=info, annotation=str | None)
-
-    def _shown(self) -> str | bool:
-        if isinstance(self.default, tuple) and self.default:
-            return ",".join(map(str, self.default))
-        is_said = self.default is not False and self.default not in (..., None, "", ())
-        return self.opt.shown or is_said
-
-    def _help(self) -> str:
-        choices = self.value.words
-        words = f" One of {', '.join(map(str, choices))}." if len(choices) > 1 else ""
-        like = f" Like {self.opt.example}." if self.opt.example else ""
-        also = f" Also: ${self.opt.environment}." if self.opt.environment else ""
-        return f"{self.opt.help}{words}{like}{also}"
-
-    def read(self, words: Mapping[str, Any]) -> Any:
-        """What a document would have in place of the command line's words; `...` for nothing."""
-        found = [words[name] for name in (f"{self.name}_argument", self.name) if name in words]
-        if len(found) > 1:
-            both = f"{shown(found[0])} and as {shown(found[1])}"
-            raise UsageError(f"{self.flag[2:]} is given twice, as {both}: give it once.")
-        if not found:
-            return ...
-        (text,) = found
-        if self.opt.repeated or not isinstance(text, str) or text in self.value.words:
-            return text
-        if get_origin(self.value.kind) is dict:
-            return as_object(parse_json(text, self.flag), self.flag)
-        if self.value.item is None:
-            return text
-        parts = text.split(",")
-        if self.value.item is not int:
-            return [part.strip() for part in parts]
-        if not all(map(_NUMBER.fullmatch, parts)):
-            raise UsageError(
-                f"{self.flag} takes a whole number, or several separated by commas, not "
-                f"{shown(text)}."
-            )
-        return list(map(int, parts))
-
-
-def flags_of(kind: type, defaults: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[Flag]:
-    """The flags of a section, with those of sections in it."""
-    entries, flags = options_of(kind), []
-    for name, field in kind.__pydantic_fields__.items():  # type: ignore[attr-defined]
-        value = OptionValue(field)
-        if hasattr(value.kind, "__pydantic_fields__"):
-            flags += flags_of(value.kind, {}, (*path, name))
-        elif name in entries and entries[name].flag is not None:
-            default = defaults.get(name, ... if field.is_required() else field.default)
-            default = default.value if isinstance(default, Enum) else default
-            flags.append(Flag((*path, name), entries[name], value, default))
-    return flags
-
-
-def section_of(
-    kind: type[Section], flags: list[Flag], defaults: Mapping[str, Any], words: Mapping[str, Any]
-) -> Section:
-    """The section that a command line's words make; `defaults` are the command's own.
-
-    Raises:
-        UsageError: naming the flag and the value.
-    """
-    document: dict[str, Any] = dict(defaults)
-    for flag in flags:
-        value = flag.read(words)
-        if value is not ...:
-            place = document
-            for parent in flag.path[:-1]:
-                place = place.setdefault(parent, {})
-            place[flag.path[-1]] = value
-    try:
-        return kind.model_validate(document)
-    except ValidationError as error:
-        raise UsageError(_refusal(error, flags)) from error
-
-
-def _refusal(error: ValidationError, flags: list[Flag]) -> str:
-    """The first thing that is wrong, in the words of the command line."""
-    first = error.errors(include_url=False)[0]
-    said = first["msg"].removeprefix("Value error, ").rstrip(".")
-    flag = next((flag.flag for flag in flags if flag.path == first["loc"][:1]), None)
-    if flag is None:
-        return f"{said}."
-    value, limits = shown(first["input"]), first.get("ctx", {})
-    if first["type"] in ("literal_error", "enum"):
-        return f"{flag} takes {limits['expected'].replace(chr(39), '')}, not {value}."
-    if first["type"] == "greater_than_equal":
-        return f"{flag} must be at least {limits['ge']}, not {value}."
-    return f"{flag}: {with_given(said, first['input'])}."
+    values: Mapping[str, Any]

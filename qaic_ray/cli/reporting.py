@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qaic_ray.files.documents import user_path
+from qaic_ray.cli.flags.completion import run_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,28 +20,29 @@ if TYPE_CHECKING:
 def report(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="Folder of a run in any state, or its name in runs."),
+        typer.Argument(
+            metavar="RUN...",
+            help="Folder of a run in any state, or its name in runs.",
+            autocompletion=run_names,
+        ),
     ],
+    page_options: parameters.PageOptions,
     show: parameters.JsonOptions,
-    html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Write the page there.")
-    ] = None,
 ) -> None:
     """Draw a run's report anew, from its folder; or compare several runs."""
-    from qaic_ray.cli.screen import write
-    from qaic_ray.files.documents import json_text
+    from qaic_ray.cli.tables import write_json
     from qaic_ray.options import RunOptions
     from qaic_ray.pipeline.looking import known_run
 
     output = Path(RunOptions().output)
     folders = [known_run(run, output) for run in runs]
-    page = None if html is None else user_path(html, "--html")
+    page = None if page_options.output is None else Path(page_options.output)
     if len(folders) == 1:
         from qaic_ray.report.document import redraw
         from qaic_ray.runs.report import tables
 
         document = redraw(folders[0], page)
-        _print(tables(document, page))
+        parts = tables(document, page)
     else:
         from qaic_ray.report.comparison import compare, comparison_page, comparison_tables
         from qaic_ray.report.document import write_page
@@ -49,9 +50,11 @@ def report(
         document = compare(folders)
         if page is not None:
             write_page(page, comparison_page(document))
-        _print(comparison_tables(document, page))
+        parts = comparison_tables(document, page)
     if show.as_json:
-        write(json_text(document) + "\n")
+        write_json(document)
+    else:
+        _print(parts)
 
 
 def _print(parts: Iterable[RenderableType]) -> None:

@@ -18,9 +18,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from qaic_ray.cli.answers import Answers, Streaming
-from qaic_ray.cli.grid_watch import GridWatch
-from qaic_ray.cli.live_line import LiveLine, write_json_line
-from qaic_ray.cli.live_text import Stage, warning_line
+from qaic_ray.cli.live.grid_watch import GridWatch
+from qaic_ray.cli.live.live_line import LiveLine, write_json_line
+from qaic_ray.cli.live.live_text import Stage, warning_line
 from qaic_ray.compile.store import Build, BuildRequest
 from qaic_ray.errors import CompileError, ExitCode, QaicRayError, Unfinished
 from qaic_ray.files.documents import json_text
@@ -50,7 +50,8 @@ class Screen(AbstractContextManager["Screen"]):
 
     Args:
         stream: whether answers are printed as they come, in input order.
-        as_json: whether stdout ends with one JSON object on one line.
+        as_json: stdout is JSON and nothing else: one object, and before it a line a row where
+            answers are printed.
         verbose: a line a card too.
         log_json: what is said on stderr is objects of JSON.
     """
@@ -64,7 +65,7 @@ class Screen(AbstractContextManager["Screen"]):
         log_json: bool = False,
     ) -> None:
         self._as_json, self._log_json = as_json, log_json
-        self._out = Console(soft_wrap=True, highlight=False)
+        self._out = Console(soft_wrap=True, highlight=False, quiet=as_json)
         self._note = Console(stderr=True, soft_wrap=True, highlight=False).print
         self._began_s = time.monotonic()
         self._live = LiveLine(as_json=log_json, verbose=verbose)
@@ -76,7 +77,7 @@ class Screen(AbstractContextManager["Screen"]):
 
     def show_answers(self, streaming: Streaming) -> None:
         """How answers are printed from now on."""
-        self._answers = Answers(self._out, streaming)
+        self._answers = Answers(self._out, streaming, as_json=self._as_json)
         self._shares_terminal = sys.stdout.isatty()
 
     # -- while it runs: the pipeline's Listener
@@ -207,7 +208,8 @@ class Screen(AbstractContextManager["Screen"]):
             self._out.rule(style="dim")
         for part in summary.renderables():
             self._out.print(part)
-        self._end_with(summary.document())
+        is_stream = self._answers.streaming is not Streaming.NONE
+        self._end_with(({"type": "report"} if is_stream else {}) | summary.document())
         if summary.error is not None:
             raise (Unfinished if summary.goes_on else QaicRayError)(summary.error)
         if not summary.result.ok:
@@ -267,6 +269,9 @@ class Screen(AbstractContextManager["Screen"]):
             mark = " [green](this one is run)[/]" if chosen else ""
             self._out.print(f"\n[bold]{escape(name)}[/]{mark}")
             self._out.print(escape(" \\\n    ".join(argv)))
+        names = "name", "command", "is_run"
+        compiles = [dict(zip(names, found, strict=True)) for found in plan.compiles]
+        self._end_with({"job": plan.job, "text": plan.text, "compiles": compiles})
 
     def submitted(self, request: SubmitRequest, submission_id: str, parcel: Parcel) -> None:
         """Print the id, and beside it what was sent and what was not."""
@@ -278,7 +283,8 @@ class Screen(AbstractContextManager["Screen"]):
             self._note(f"  [yellow]not sent[/], and must be there: {escape(path)}")
         at = "" if job.ray.address is None else f" --address {job.ray.address}"
         self._note(f"[dim]qaic-ray status|logs|stop {escape(submission_id + at)}[/]")
-        write(submission_id + "\n")
+        if not self._as_json:
+            write(submission_id + "\n")
         self._end_with({"id": submission_id, "job": job.name, "folder": folder, **vars(parcel)})
 
     def _end_with(self, document: dict[str, Any]) -> None:

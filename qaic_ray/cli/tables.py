@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -22,6 +22,7 @@ from rich.text import Text
 
 from qaic_ray.cli.screen import write
 from qaic_ray.doctor.facts import Finding, Verdict
+from qaic_ray.files.documents import json_text
 
 if TYPE_CHECKING:
     from qaic_ray.inspect.run_status import RunStatus
@@ -57,6 +58,11 @@ def draw(what: Callable[[int], RenderableType]) -> None:
         out.print(what(out.width), crop=False)
     lines = captured.get().splitlines()
     write("".join(f"{line.rstrip()}\n" for line in lines))
+
+
+def write_json(document: dict[str, Any]) -> None:
+    """Put an object on one line of stdout, whatever the terminal."""
+    write(json_text(document) + "\n")
 
 
 def is_terminal() -> bool:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -189,9 +190,9 @@ def check_kept(folder: Path) -> None:
         UsageError: naming what is wrong.
     """
     if not os.path.lexists(folder / QPC_FILE):
+        like = _closest(folder) or "qpc/<base>-kv-32pl-512cl-14c-1BS-mx6"
         raise UsageError(
-            f"{folder} holds no {QPC_FILE}: give the folder of a compiled variant, like "
-            "qpc/<base>-kv-32pl-512cl-14c-1BS-mx6."
+            f"{folder} holds no {QPC_FILE}: give the folder of a compiled variant, like {like}."
         )
     fault = program_fault(folder)
     program = _program(folder)
@@ -199,6 +200,16 @@ def check_kept(folder: Path) -> None:
         fault = f"{folder / QPC_FILE} has changed since it was compiled"
     if fault:
         raise UsageError(f"{fault}: compile it again.")
+
+
+def _closest(folder: Path) -> Path | None:
+    """The QPC whose name is most like that of a folder that holds none, beside it or in `qpc`."""
+    known: dict[str, Path] = {}
+    for store in (folder.parent / "qpc", folder.parent):
+        with suppress(OSError):
+            known |= {p.name: p for p in store.iterdir() if (p / QPC_FILE).is_file()}
+    names = get_close_matches(folder.name, sorted(known), n=1)
+    return known[names[0]] if names else None
 
 
 def content_key(folder: Path) -> str:

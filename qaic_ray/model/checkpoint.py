@@ -328,7 +328,7 @@ def read_manifest(model_dir: Path) -> ModelManifest:
     if not os.path.lexists(path):
         raise UsageError(
             f"{model_dir} is not an exported model (it has no {MANIFEST_FILE}); make one with "
-            "`qaic-ray export --model-name ...`."
+            "`qaic-ray export --model ...`."
         )
     try:
         document = read_object(path)

@@ -6,7 +6,7 @@ In a job file unknown keys are refused with the nearest known one.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -27,6 +27,7 @@ from qaic_ray.pipeline.compile_step import compile_on, requested_builds
 from qaic_ray.pipeline.export_step import export_step
 from qaic_ray.pipeline.local_cards import on_local_cards
 from qaic_ray.pipeline.request import (
+    STDIN,
     Listener,
     RunRequest,
     absolute_model,
@@ -41,13 +42,23 @@ from qaic_ray.sdk import SDK_NAMES, VENDOR_ROOT, Sdk, find_sdk
 if TYPE_CHECKING:
     from qaic_ray.runs.report import RunSummary
 
+_IN_PLACE_OF = {
+    "run.prompts": ("run.prompt", "run.prompts_format"),
+    "run.prompt": ("run.prompts", "run.prompts_format"),
+}
 
-def load_job(path: Path, overrides: Iterable[str] = ()) -> Job:
+
+def load_job(
+    path: Path, overrides: Iterable[str] = (), *, changes: Mapping[str, Any] | None = None
+) -> Job:
     """Read a job file.
 
     Args:
         path: the YAML file.
         overrides: `key=value` with a dotted key, the value read as YAML.
+        changes: dotted key -> value, before the overrides. Relative paths start in the folder of
+            the caller, not of the file. A prompt takes the place of the file's prompts, and
+            prompts that of its prompt and their format.
 
     Raises:
         JobError: naming the file, the key, the value and the nearest known key.
@@ -55,6 +66,11 @@ def load_job(path: Path, overrides: Iterable[str] = ()) -> Job:
     document = read_yaml(path, raises=JobError)
     if not isinstance(document, dict):
         raise JobError(f"{path} must hold a mapping with at least 'name' and 'model'.")
+    for key, value in (changes or {}).items():
+        for other in _IN_PLACE_OF.get(key, ()):
+            _parent_of(document, other).pop(other.rpartition(".")[2], None)
+        is_file = key == "run.prompts" and value != STDIN
+        _put(document, key, str(Path(value).absolute()) if is_file else value)
     for override in overrides:
         _override(document, override)
     job = job_from(document, source=str(path))
@@ -124,13 +140,23 @@ def _override(document: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise JobError(f"--set takes key=value, like run.generation_len=64, not {shown(override)}.")
-    *parents, last = key.split(".")
+    _put(document, key, parse_yaml(text, f"--set {shown(key)}: the value", raises=JobError))
+
+
+def _put(document: dict[str, Any], key: str, value: Any) -> None:
+    _parent_of(document, key)[key.rpartition(".")[2]] = value
+
+
+def _parent_of(document: dict[str, Any], key: str) -> dict[str, Any]:
+    """The mapping in which a dotted key stands, made where there is none."""
     place = document
-    for parent in parents:
+    for parent in key.split(".")[:-1]:
         place = place.setdefault(parent, {})
         if not isinstance(place, dict):
-            raise JobError(f"--set {shown(override)}: {shown(parent)} is not a mapping in the job.")
-    place[last] = parse_yaml(text, f"--set {shown(key)}: the value", raises=JobError)
+            raise JobError(
+                f"{shown(key)} cannot be changed: {shown(parent)} is not a mapping in the job."
+            )
+    return place
 
 
 def _first_error(error: ValidationError) -> str:

@@ -40,9 +40,10 @@ def on_local_cards(
             raise DeviceError(f"No card is ready on this machine ({len(known)} found).")
         wanted = _as_many_as_needed(ready, request, slots)
         if len(wanted) < len(ready):
+            are = "is" if len(wanted) == 1 else "are"
             listener.note(
-                f"{len(wanted)} of {len(ready)} cards, which is enough for so few prompts; choose "
-                "them by --device-id"
+                f"{len(wanted)} of {len(ready)} cards {are} enough for these prompts; --device-id "
+                "opens others"
             )
     for qid in wanted:
         if qid not in known:

@@ -110,8 +110,8 @@ def prepare(
     if not isinstance(built, Build):
         raise built
     listener.note(
-        f"this program ({request.label}, in {built.path.parent.parent}) is found again; have "
-        "another one by --precision, --num-cores, --input-len, --ctx-len, --batch-size, or --qpc"
+        f"program {request.label}, kept in {built.path.parent.parent}; other shapes by "
+        "--precision, --num-cores, --batch-size, --input-len, --ctx-len, or your own by --qpc"
     )
     return built.path
 

@@ -192,10 +192,10 @@ class RunRequest:
                 "--chat (run.chat) too, or leave it out."
             )
         if run.prompt is not None and run.prompts is not None:
-            raise UsageError("Give one of --prompt and --prompts-file, not both.")
+            raise UsageError("Give one of --prompt and --input, not both.")
         if run.prompt is None and run.prompts is None:
             raise UsageError(
-                'There is nothing to answer: give a prompt, --prompt "a|b" or --prompts-file FILE.'
+                'There is nothing to answer: give a prompt, --prompt "a|b" or --input FILE.'
             )
 
     def _whole_input(self) -> RunInput:
@@ -205,7 +205,7 @@ class RunRequest:
         if run.prompt is not None:
             return RunInput(text_source(run.prompt), prompts_from_text(run.prompt))
         source, form = str(run.prompts), run.prompts_format
-        path = user_path(source, "--prompts-file")
+        path = user_path(source, "--input")
         if source == STDIN or not path.is_file():
             # A pipe can be read only once: its rows' digests are all there is.
             return RunInput(STREAM_SOURCE, prompts_from_file(source, form, defaults, chat))
@@ -225,7 +225,7 @@ class RunRequest:
         except InputChanged as error:
             raise UsageError(
                 f"{error} Go on with a file whose answered rows are as they were, by "
-                "--prompts-file FILE, or begin a new run."
+                "--input FILE, or begin a new run."
             ) from error
 
     def to_yaml(self) -> str:

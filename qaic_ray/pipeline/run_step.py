@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qaic_ray import interruption
-from qaic_ray.compile.store import check_kept, content_key
+from qaic_ray.compile.recipe_names import led_to
+from qaic_ray.compile.store import content_key
 from qaic_ray.errors import QaicRayError, Unfinished, UsageError
 from qaic_ray.model.checkpoint import (
     Checkpoint,
@@ -38,6 +39,7 @@ from qaic_ray.pipeline.request import (
 from qaic_ray.pipeline.run_record import Compiles, RunRecording, recorded
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.sdk import name_for_others
+from qaic_ray.worker.checks import check_program
 
 LOGS_FOLDER = "logs"
 """Of a run folder; has what each card's process has printed."""
@@ -57,11 +59,14 @@ def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSumm
     Raises:
         UsageError: for a QPC, cards or prompts that are not there.
     """
-    check_kept(request.qpc)
-    if request.run.draft_qpc is not None:
-        check_kept(Path(request.run.draft_qpc))
+    if (qpc := led_to(request.qpc)) is not None:
+        # By the link's name a later compile would change what the run goes on with.
+        listener.note(f"{request.qpc} leads to {qpc.name}")
+        request = replace(request, qpc=qpc)
+    check_program(request.generation, request.qpc)
     request, num_cards = on_local_cards(request, sdk, slots_of(request.qpc), listener)
     run_input = request.open_input()
+    _checkpoint(request)  # a model that is none is said before Ray starts
     check_chat_template(request)
     from qaic_ray.pipeline.open_ray import open_ray
 

@@ -228,7 +228,7 @@ def engine_work(counts: object) -> Measurement:
 # Rows are counted from the journal, which has those of every session.
 _ROW_COUNTS = {
     *("rows", "failed_rows", "cut_rows", "prompt_tokens", "generated_tokens"),
-    *("ttft", "inter_token"),
+    *("loop_tokens", "loop_s", "ttft", "inter_token"),
 }
 _ENGINE_COUNTS = [each.name for each in fields(Measurement) if each.name not in _ROW_COUNTS]
 

@@ -256,7 +256,7 @@ class Journal(AbstractContextManager["Journal"]):
         if named := ", ".join(differences(before, fingerprint))[:_MAX_NAMED_CHARS]:
             raise UsageError(
                 f"The run in {self._run_folder} cannot go on: {named}. Resume it as it was begun "
-                "(other prompts are given with --prompts-file), or begin a new run."
+                "(other prompts are given with --input), or begin a new run."
             )
         return Header(FORMAT, last.run, last.session + 1, retry_errors, fingerprint)
 

@@ -6,7 +6,7 @@ The rest of the document, and the page, are made in `report/`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ class RunSummary:
             Cause.CARDS: f"{safe}: when cards are well again, go on with {resume}`.",
             Cause.INPUT: (
                 f"{safe}: with a file whose answered rows are as they were, go on with {resume} "
-                "--prompts-file FILE`, or begin a new run."
+                "--input FILE`, or begin a new run."
             ),
             Cause.CHANGED: "Begin a new run.",
         }
@@ -87,6 +87,7 @@ class RunSummary:
             **_figures(total, *_COUNTS),
             "seconds": round(self.result.span.seconds, 6) if self.result.span else 0.0,
             "tokens_per_s": round(self.result.tokens_per_s, 3),
+            "runmodel_tokens_per_s": _runmodel_rate(self.result.workers),
             "ttft_median_s": round(total.ttft_median_s, 6),
             "ttft_p90_s": round(total.ttft.quantile(0.9), 6),
             **_engine_document(total),
@@ -173,6 +174,8 @@ def tables(document: Document, page: Path | None = None) -> Iterator[RenderableT
         f"  ({count_text(document['generated_tokens'])} tokens generated in ",
         f"{seconds_text(document['seconds'])}, first shard out to last row in)",
     )
+    if (rate := document.get("runmodel_tokens_per_s")) is not None:
+        yield Text(f"as the recipe's runModel.py counts: Output Tokens/sec per Card = {rate:.2f}")
     if remarks := ", ".join(_engine_remarks(document)):
         yield Text(remarks, style="dim")
     if cut := document.get("cut_rows"):
@@ -214,6 +217,20 @@ def troubles(document: Document) -> list[str]:
 def settings_text(document: Document) -> str:
     """The run's settings that are not the defaults."""
     return ", ".join(f"{name} {value}" for name, value in document.get("settings", {}).items())
+
+
+def _runmodel_rate(workers: Sequence[WorkerResult]) -> float | None:
+    """What runModel.py prints as "Output Tokens/sec per Card", over all batches of these workers.
+
+    It counts, of a batch whose rows are all running, its decode steps but one times its rows, over
+    the time of all of them. None for programs that it cannot run, and where nothing was decoded.
+    """
+    tokens, seconds = 0, 0.0
+    for worker in workers:
+        if worker.info is not None and worker.info.is_static:
+            tokens += worker.measurement.loop_tokens * worker.info.slots
+            seconds += worker.measurement.loop_s
+    return round(tokens / seconds, 3) if seconds > 0 else None
 
 
 def _engine_document(work: Measurement) -> Document:
@@ -282,6 +299,7 @@ def _worker_document(worker: WorkerResult) -> Document:
         **_figures(work, *_COUNTS, "ttft_median_s", *_STEPS),
         **_engine_document(work),
         "decode_tokens_per_s": round(work.decode_tokens_per_s, 3) if work.decode_s > 0 else None,
+        "runmodel_tokens_per_s": _runmodel_rate([worker]),
         "error": worker.error,
         "losses": worker.losses,
         "ready_at_end": worker.ready_at_end,

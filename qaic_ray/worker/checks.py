@@ -1,4 +1,4 @@
-"""What a worker checks when it is opened: that its node has what the run began with."""
+"""What is checked of a run's program and tokenizer: before it begins, and on each worker's node."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from qaic_ray.compile.store import SPECIALIZATIONS_FILE, check_kept, read_record
 from qaic_ray.contract import Specializations
 from qaic_ray.errors import UsageError
 from qaic_ray.files.documents import differences
@@ -29,6 +30,22 @@ def check_text(expected: Mapping[str, str], folder: Path) -> None:
             f"The tokenizer in {folder} on {os.uname().nodename} is not the one that the run "
             f"began with ({', '.join(changes)}): one run has one tokenizer."
         )
+
+
+def check_program(generation: Generation, qpc: Path) -> None:
+    """Check a run's programs, before anything is started, as far as their folders tell of them.
+
+    Raises:
+        UsageError: for a QPC that is not there, not whole, or of other shapes than is said.
+    """
+    check_kept(qpc)
+    if generation.draft_qpc is not None:
+        check_kept(Path(generation.draft_qpc))
+    # Of other programs, and where the file was edited, each worker reads the shapes on its card.
+    record = read_record(qpc)
+    kept = [file for file in record.files if file.name == SPECIALIZATIONS_FILE] if record else []
+    if kept and not kept[0].fault(qpc):
+        check_shapes(generation, str(qpc), Specializations.load(qpc / SPECIALIZATIONS_FILE))
 
 
 def check_shapes(generation: Generation, qpc: str, shapes: Specializations) -> None:

@@ -64,7 +64,7 @@ class WorkerSpec(WorkerPlace):
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """What an opened worker has, and which process it is."""
+    """What an opened worker has; `is_static`: rows begin together, each step is a token each."""
 
     name: str
     device_ids: tuple[int, ...]
@@ -74,6 +74,7 @@ class WorkerInfo:
     ctx_len: int
     load_s: float
     pid: int = 0
+    is_static: bool = False
 
 
 @dataclass
@@ -171,6 +172,7 @@ class CardWorker:
             ctx_len=shapes.ctx_len,
             load_s=time.perf_counter() - start_s,
             pid=os.getpid(),
+            is_static=not shapes.continuous and shapes.decode_len == 1,
         )
 
     def answer(self, prompts: Sequence[Prompt], attempt: int = 1) -> Iterator[list[Row]]:
@@ -196,8 +198,7 @@ class CardWorker:
             except RowError as error:
                 refused.append(Row.failed(prompt, str(error), worker=name, attempts=attempt))
                 self.recorder.unanswered("error")
-        indexes = frozenset(prompt.index for prompt in prompts)
-        outcome = self._queue(begun, indexes, len(refused))
+        outcome = self._queue(begun, frozenset(prompt.index for prompt in prompts), len(refused))
         if refused:
             yield refused
         pending = {sequence: answer for answer in begun for sequence in answer.sequences}
@@ -368,8 +369,7 @@ class CardWorker:
             else:
                 engine.abort(sequence)
             self._owner.pop(sequence).put(Finished(sequence, 0.0, 0.0))
-        left = (entry for entry in self._backlog if entry[0].finish_reason is None)
-        self._backlog = deque(left)
+        self._backlog = deque(one for one in self._backlog if one[0].finish_reason is None)
 
     def _fail(self, error: QaicRayError, card: _Card) -> bool:
         """End every shard that is here with the error; return whether the session can go on.

@@ -14,15 +14,13 @@ from typing import Any
 import pytest
 
 from qaic_ray.cli import main
-from qaic_ray.cli.parameters import PROGRAM, PrepareOptions
 from qaic_ray.cli.screen import Screen
 from qaic_ray.errors import UsageError
 from qaic_ray.files.folders import CACHE_VARIABLE
-from qaic_ray.options import CARDS, CHECKS, DRAFTS, FOLDER, PROMPTS
 from qaic_ray.pipeline import run_step
 from qaic_ray.pipeline.run_step import RunRequest
 from qaic_ray.rows import FinishReason, Prompt, Row, Sample
-from qaic_ray.sampling_params import ANSWER_END, SamplingParams
+from qaic_ray.sampling_params import SamplingParams
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -196,6 +194,8 @@ def qpc(tmp_path: Path) -> Path:
         (["--top_p", "2"], "top_p is 2.0; allowed is"),
         (["--stop", ""], "stop is ('',); allowed is"),
         (["--stop-token-ids", "1,x"], "--stop-token-ids takes a whole number"),
+        (["--top_k", "1.5"], "--top_k takes a whole number, not '1.5'."),
+        (["--temperature", "hot"], "--temperature takes a number, not 'hot'."),
         (["--seed", "-1"], "seed is -1; allowed is"),
         (["--logprobs", "99"], "logprobs is 99; allowed is"),
         (["--n", "2"], "set a temperature"),
@@ -262,6 +262,8 @@ def test_options_of_an_export_are_checked_before_its_model(
     ("option", "named"),
     [
         (["--top_k", "3"], "--top-k"),
+        (["-o", "o"], "--output"),
+        (["--generation_len", "5"], "--max-tokens"),
         (["--no-add-generation-prompt"], "--no-add-generation-prompt"),
         (["--output", "o"], "--output"),
         (["--qpc", "q"], "--qpc"),
@@ -273,20 +275,12 @@ def test_what_changes_answers_may_not_be_said_anew(
     begun = str(tmp_path / "begun")
     refused = run("run", "--resume", begun, *option)
     assert_refused(refused, f"{named} cannot be changed in the middle of a run: leave it out")
-    free = "--prompts-file, --device-id, --metrics, --retry-errors, --address"
-    free += ", --dashboard, --keep-ray, --sdk, --json"
-    free += ", --verbose, --log-format, --stream, --no-stream, --stop-if-errors"
+    free = "--input, --device-id, --sdk, --metrics, --address, --dashboard, --keep-ray"
+    free += ", --retry-errors, --stop-if-errors, --stream, --no-stream, --json"
+    free += ", --verbose, --log-format"
     assert_refused(refused, f"only {free} may stand beside --resume")
     allowed = ["--prompts-file", "p", "--device-id", "0", "--json", "--no-stream", "--retry-errors"]
     assert_refused(run("run", "--resume", begun, *allowed), "is not the folder of a run")
-
-
-def test_run_help_is_in_groups(run: Run) -> None:
-    code, out, _ = run("run", "--help")
-    assert code == 0
-    panels = [line.strip("╭─╮ ") for line in out.splitlines() if line.startswith("╭")]
-    groups = (PROGRAM, PROMPTS, SamplingParams.GROUP, ANSWER_END, DRAFTS, CHECKS, CARDS, FOLDER)
-    assert panels[2:] == [*groups, PrepareOptions.GROUP]
 
 
 def test_run_needs_prompts_once(run: Run, sdk: Path, qpc: Path) -> None:

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import pytest
 from terminal import Screenful
 
-from qaic_ray.cli import live_line
-from qaic_ray.cli.grid_watch import GridWatch
-from qaic_ray.cli.live_line import LiveLine
-from qaic_ray.cli.live_text import Stage, View
+from qaic_ray.cli.live import live_line
+from qaic_ray.cli.live.grid_watch import GridWatch
+from qaic_ray.cli.live.live_line import LiveLine
+from qaic_ray.cli.live.live_text import Stage, View
 from qaic_ray.cli.screen import Screen
 from qaic_ray.rows import FinishReason, Prompt, Row
 from qaic_ray.runs.run_view import CardView, RunView

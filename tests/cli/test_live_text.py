@@ -7,7 +7,7 @@ import json
 import pytest
 from rich.text import Text
 
-from qaic_ray.cli.live_text import (
+from qaic_ray.cli.live.live_text import (
     GridView,
     Stage,
     View,

@@ -20,7 +20,7 @@ for bars in (tqdm, hub_tqdm, logging.tqdm):
 COMMAND = f"""
 import subprocess, sys
 from qaic_ray.cli import commands, main
-commands.app = lambda: subprocess.run([sys.executable, "-c", {CHILD!r}], check=True)
+commands.app = lambda **_: subprocess.run([sys.executable, "-c", {CHILD!r}], check=True)
 main()
 """
 

@@ -21,10 +21,22 @@ FLAG = True
 
 # Spellings, and a word that is taken; FLAG where none follows. `/` parts a flag from its opposite.
 COMMANDS: dict[str, dict[str, Any]] = {
-    "": {"--debug": FLAG, "--version": FLAG},
+    "": {
+        "--debug": FLAG,
+        "--version": FLAG,
+        "--install-completion": FLAG,
+        "--show-completion": FLAG,
+    },
     "launch": {
         "JOB": "job.yaml",
         "--set": "run.generation_len=64",
+        "--model -m --model-name": "smollm2-135m",
+        "--prompt": "a|b",
+        "--input -i --prompts-file": "p.txt",
+        "--max-tokens --generation-len": "64",
+        "--device-id --devices": "0,3",
+        "--sdk": "emulated",
+        "--output -o": "elsewhere",
         "--address": "auto",
         "--dashboard / --no-dashboard": FLAG,
         "--keep-ray --keep_ray": FLAG,
@@ -41,11 +53,22 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--log-format --log_format": "json",
         "--json": FLAG,
     },
-    "plan": {"JOB": "job.yaml", "--set": "run.generation_len=64"},
+    "plan": {
+        "JOB": "job.yaml",
+        "--set": "run.generation_len=64",
+        "--model -m --model-name": "smollm2-135m",
+        "--prompt": "a|b",
+        "--input -i --prompts-file": "p.txt",
+        "--max-tokens --generation-len": "64",
+        "--device-id --devices": "0,3",
+        "--sdk": "emulated",
+        "--output -o": "elsewhere",
+        "--json": FLAG,
+    },
     "export": {
-        "--model-name --model_name": "smollm2-135m",
+        "--model -m --model-name --model_name": "smollm2-135m",
         "--model-class --model_class": "LlamaForCausalLM",
-        "--output": "m-kv",
+        "--output -o": "m-kv",
         "--io": "cache-index",
         "--continuous-batching": FLAG,
         "--opset": "13",
@@ -72,7 +95,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--comp-ctx-lengths": "512,1024",
         "--num-cores --num_cores": "7,14",
         "--precision": "mx6,fp16",
-        "--output": "qpcs",
+        "--output -o": "qpcs",
         "--jobs": "2",
         "--dashboard": FLAG,
         "--keep-ray --keep_ray": FLAG,
@@ -88,10 +111,10 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--precision": "fp16",
         "--num-cores --num_cores": "7",
         "--batch-size --batch_size": "4",
-        "--model-name --model_name": "smollm2-135m",
+        "--model -m --model-name --model_name": "smollm2-135m",
         "--qpc": "qpc/a",
         "--prompt": "a|b",
-        "--prompts-file --prompts_file": "-",
+        "--input -i --prompts-file --prompts_file": "-",
         "--prompts-format --prompts_format": "openai",
         "--max-prompts --max_prompts": "100",
         "--chat": FLAG,
@@ -111,19 +134,19 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--run-seed --run_seed": "8",
         "--n": "2",
         "--logprobs": "5",
-        "--generation-len --generation_len": "64",
+        "--max-tokens --max_tokens --generation-len --generation_len": "64",
         "--min-tokens --min_tokens": "4",
         "--stop": "END",
         "--stop-token-ids --stop_token_ids": "13,198",
         "--ignore-eos --ignore_eos": FLAG,
         "--speculate": "none",
         "--draft-qpc --draft_qpc": "qpc/d",
-        "--device-id --device_id": "0,3",
+        "--device-id --device_id --devices": "0,3",
         "--partitions": "2",
         "--group-size --group_size": "4",
         "--input-len --input_len": "32",
         "--ctx-len --ctx_len": "128",
-        "--output": "elsewhere",
+        "--output -o": "elsewhere",
         "--output-format --output_format": "parquet",
         "--metrics / --no-metrics": FLAG,
         "--resume": "runs/a",
@@ -142,32 +165,44 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "status": {
         "[WHAT]": "a-1",
         "--watch -w": FLAG,
+        "--output -o": "elsewhere",
         "--address": "http://head:8265",
         "--json": FLAG,
     },
-    "logs": {"WHAT": "a-1", "--address": "http://head:8265", "--follow -f": FLAG},
-    "stop": {"WHAT": "a-1", "--address": "http://head:8265", "--json": FLAG},
-    "runs": {"[FOLDER]": "runs", "--json": FLAG},
-    "show": {"RUN": "runs/a", "ROW": "3", "--json": FLAG},
+    "logs": {
+        "WHAT": "a-1",
+        "--output -o": "elsewhere",
+        "--address": "http://head:8265",
+        "--follow -f": FLAG,
+    },
+    "stop": {
+        "WHAT": "a-1",
+        "--output -o": "elsewhere",
+        "--address": "http://head:8265",
+        "--json": FLAG,
+    },
+    "runs": {"[FOLDER]": "runs", "--output -o": "elsewhere", "--json": FLAG},
+    "show": {"RUN": "runs/a", "ROW": "3", "--output -o": "elsewhere", "--json": FLAG},
     "doctor": {"--address": "auto", "--sdk": "real", "--try-cards": FLAG, "--json": FLAG},
     "devices": {"--address": "auto", "--sdk": "real", "--json": FLAG},
-    "report": {"RUN...": "runs/a", "--html": "page.html", "--json": FLAG},
+    "report": {"RUN...": "runs/a", "--output -o --html": "page.html", "--json": FLAG},
     "monitoring": {"FOLDER": "m", "--json": FLAG},
     "emulator install": {
         "PREFIX": "sdk",
         "--apps-version": "1.22",
         "--cards": "8",
         "--sku": "ultra",
+        "--json": FLAG,
     },
     "emulator run": {"COMMAND": "python", "--sdk": "emulated"},
-    "ray show": {},
-    "ray env": {},
-    "ray stop": {"--force": FLAG},
+    "ray show": {"--json": FLAG},
+    "ray env": {"--json": FLAG},
+    "ray stop": {"--force": FLAG, "--json": FLAG},
 }
 NEEDED = {
     "launch": ["JOB"],
     "plan": ["JOB"],
-    "export": ["--model-name --model_name"],
+    "export": ["--model -m --model-name --model_name"],
     "compile": ["MODEL_DIR"],
     "report": ["RUN..."],
     "monitoring": ["FOLDER"],
@@ -288,15 +323,20 @@ def parameters(command: Any) -> list[Any]:
 
 def parameter_of(command: Any, spellings: str) -> Any:
     """The parameter that has all the spellings; more than one is one too many."""
-    words = set(spellings.replace(" / ", " ").split())
+    words = set(map(with_dashes, spellings.replace(" / ", " ").split()))
     (found,) = [p for p in parameters(command) if words <= spelled(p)]
     return found
 
 
 def spelled(parameter: Any) -> set[str]:
     if parameter.param_type_name == "argument":
-        return {parameter.metavar or parameter.name.upper()}
+        return {with_dashes(parameter.metavar or parameter.name.upper())}
     return {*parameter.opts, *parameter.secondary_opts}
+
+
+def with_dashes(word: str) -> str:
+    """Words of a flag are registered with dashes alone; those with underscores are the same."""
+    return word.replace("_", "-")
 
 
 def ways() -> list[tuple[str, str, str]]:
@@ -355,7 +395,7 @@ def test_an_option_is_parsed_by_each_of_its_spellings(
     assert source.name == "COMMANDLINE"
     value = plain(context.params[parameter.name])
     if sample is FLAG:
-        assert value is (spelling not in parameter.secondary_opts)
+        assert value is (with_dashes(spelling) not in parameter.secondary_opts)
     elif isinstance(value, list):
         assert value == [sample]
     else:

@@ -7,8 +7,8 @@ import runpy
 from pathlib import Path
 
 from qaic_ray.cli.commands import app
+from qaic_ray.environment import ENVIRONMENT
 from qaic_ray.files.documents import json_text
-from qaic_ray.options import ENVIRONMENT
 from qaic_ray.telemetry.grafana import dashboard
 
 ROOT = Path(__file__).parents[2]

@@ -260,18 +260,20 @@ def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_off_a_terminal_lines_are_whole_and_json_is_the_last_one(folder: Path) -> None:
-    done = command(folder, "runs", "--json")
+def test_off_a_terminal_lines_are_whole(folder: Path) -> None:
+    done = command(folder, "runs")
     assert done.returncode == 0
-    *table, document = done.stdout.splitlines()
     assert re.fullmatch(r"run +state +rows +failed +tok/s +started +worked +tokens +model +program",
-                        table[0])  # fmt: skip
-    runs = json.loads(document)["runs"]
+                        done.stdout.splitlines()[0])  # fmt: skip
+
+
+def test_json_is_all_that_stdout_has(folder: Path) -> None:
+    runs = json.loads(command(folder, "runs", "--json").stdout)["runs"]
     assert {run["name"]: run["state"] for run in runs} == {
         "run-20260101-000000": "unfinished",
         "run-20260102-000000": "done",
     }
-    found = json.loads(command(folder, "status", "--json").stdout.splitlines()[-1])
+    found = json.loads(command(folder, "status", "--json").stdout)
     assert [run["total_rows"] for run in found["runs"]] == [3, 3]
     assert found["jobs"] == []
 
@@ -279,7 +281,7 @@ def test_off_a_terminal_lines_are_whole_and_json_is_the_last_one(folder: Path) -
 def test_show_says_what_it_can_where_the_model_is_gone(folder: Path) -> None:
     done = command(folder, "show", "run-20260101-000000", "0", "--json")
     assert done.returncode == 0
-    document = json.loads(done.stdout.splitlines()[-1])
+    document = json.loads(done.stdout)
     assert document["row"]["text"] == "b"
     assert "cannot be rendered again" in document["remark"]
     assert command(folder, "show", "run-20260101-000000", "5").returncode == 2

@@ -116,7 +116,7 @@ def test_rows_of_one_content_are_published_and_the_run_goes_on_with_it(
     assert published == original()[: len(published)]
 
     again = replace(request_of, resume=folder)
-    with pytest.raises(UsageError, match="--prompts-file"):
+    with pytest.raises(UsageError, match="--input"):
         run(again, folder)
 
     moved = tmp_path / "elsewhere"

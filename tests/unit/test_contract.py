@@ -119,6 +119,10 @@ DECODE = {"batch_size": "1", "seq_len": "1", "ctx_len": "128"}
         ([{**PREFILL, "seq_len": "256"}, DECODE], "256 does not fit into ctx_len 128"),
         ([{**PREFILL, "batch_size": "0"}, DECODE], "batch_size must be at least 1, not 0"),
         ([{**PREFILL, "ctx_length": "1"}, DECODE], "unknown key 'ctx_length'"),
+        (
+            [{**PREFILL, "prompt_length": "32"}, DECODE],
+            "says seq_len twice, once as 'prompt_length'",
+        ),
         ([{**PREFILL, "seq_len": "many"}, DECODE], "seq_len .* whole number, not 'many'"),
         ([{"batch_size": "1", "seq_len": "32"}, DECODE], "lacks ctx_len"),
         (["prefill", DECODE], "must be an object"),
@@ -136,6 +140,16 @@ def test_shapes_that_cannot_live_together_are_refused(
 def test_files_of_another_kind_are_refused_with_their_name(text: str) -> None:
     with pytest.raises(SpecializationError, match=r"my\.json"):
         Specializations.from_json(text, source="my.json")
+
+
+@pytest.mark.parametrize("prompt", ["prompt_length", "prompt_len", "input_len", "seq_len"])
+@pytest.mark.parametrize("context", ["context_length", "context_len", "ctx_len"])
+def test_the_recipe_s_other_words_for_its_keys_are_read(prompt: str, context: str) -> None:
+    entries = [{"batch_size": "1", prompt: length, context: "128"} for length in ("32", "1")]
+    text = json.dumps({"specializations": entries})
+    assert Specializations.from_json(text, source="a file") == Specializations.build(
+        batch_size=1, prompt_len=32, ctx_len=128, continuous=False
+    )
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

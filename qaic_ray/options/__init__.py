@@ -7,14 +7,12 @@ from this tree. Its parts are handed down as they are.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
 from qaic_ray.contract import COMP_CTX_LENGTHS, NUM_LOGITS_TO_KEEP, IoContract
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.files.documents import read_object
 from qaic_ray.option_types import (
     Count,
     Date,
@@ -31,32 +29,41 @@ from qaic_ray.option_types import (
     Section,
     TemplateText,
     Words,
-    one_of,
     opt,
 )
+from qaic_ray.options.machine import CARDS as CARDS
+from qaic_ray.options.machine import RAY as RAY
+from qaic_ray.options.machine import ClusterOptions as ClusterOptions
+from qaic_ray.options.machine import EmulatorOptions as EmulatorOptions
+from qaic_ray.options.machine import LocalRayOptions as LocalRayOptions
+from qaic_ray.options.machine import RayOptions as RayOptions
+from qaic_ray.options.machine import SdkOptions as SdkOptions
 from qaic_ray.rows import ChatOptions
 from qaic_ray.sampling_params import ANSWER_END, MAX_SEED, Sampling, SamplingParams
 
 PROMPTS = "Prompts"
 DRAFTS = "Speculative decoding (a QPC of --num-speculative-tokens)"
 CHECKS = "Checks"
-CARDS = "Cards"
-FOLDER = "The run folder"
-
-LIMITS = read_object(Path(__file__).parent / "emulator" / "limits.json")
-"""What the emulated SDK can be asked to be, as its folder says."""
+FOLDER = "The run and its folder"
 
 TYPED_LEN = 256
 """Most tokens of an answer to a prompt that is typed on the command line, unless they are said."""
 _ANSWER_LEN = f"{TYPED_LEN} for prompts typed here, else the context"
 
 MODEL_HELP = "Local folder, hub id, .gguf file, or smollm2-135m."
+MODEL_NAMES: dict[str, Any] = {
+    "flag": "--model",
+    "aliases": ("--model-name",),
+    "short": "-m",
+    "metavar": "NAME",
+    "completes": "models",
+}
 
 
 class ModelOptions(Section):
     """Which checkpoint."""
 
-    name: PathText = opt(..., MODEL_HELP, flag="--model-name", metavar="<name>")
+    name: PathText = opt(..., MODEL_HELP, **MODEL_NAMES)
     model_class: Literal["LlamaForCausalLM"] = opt(
         "LlamaForCausalLM", "The model's class, as in the published recipe."
     )
@@ -69,7 +76,7 @@ class ExportOptions(Section):
     """How the graph is made."""
 
     output: PathText | None = opt(
-        None, "Folder to write; its name is the model's.", shown="<base>-kv"
+        None, "Folder to write; its name is the model's.", short="-o", shown="<base>-kv"
     )
     io: IoContract = opt(
         IoContract.POSITION_IDS, "The interface: position-ids, or cache-index as the recipe's."
@@ -166,7 +173,7 @@ class CompileOptions(Section):
         "Contexts to compute with, beside ctx_len; of an export that has them.",
         example="512,1024",
     )
-    output: PathText = opt("qpc", "Folder that gets one folder a variant.")
+    output: PathText = opt("qpc", "Folder that gets one folder a variant.", short="-o")
     parallel: PositiveInt | None = opt(None, "Compiles at once.", flag="--jobs", shown="one a CPU")
 
 
@@ -191,7 +198,10 @@ class PromptOptions(Section):
     prompts: PathText | None = opt(
         None,
         "A file: lines of text; .jsonl, .csv: prompt or messages; - for stdin.",
-        flag="--prompts-file",
+        flag="--input",
+        aliases=("--prompts-file",),
+        short="-i",
+        metavar="FILE",
         free=True,
     )
     prompts_format: PromptFormat | None = opt(
@@ -221,7 +231,9 @@ class Generation(Section):
     )
     continue_final_message: bool = opt(False, "Go on with the last message of a chat.")
     add_generation_prompt: bool = opt(
-        True, "End a chat with the beginning of the assistant's answer.", off=True
+        True,
+        "End a chat with the beginning of the assistant's answer.",
+        off="Do not end a chat with the beginning of the assistant's answer.",
     )
     date: Date | None = opt(
         None,
@@ -241,7 +253,12 @@ class Generation(Section):
         shown="drawn",
     )
     generation_len: PositiveInt | None = opt(
-        None, "Most tokens of an answer.", group=ANSWER_END, shown=_ANSWER_LEN
+        None,
+        "Most tokens of an answer.",
+        flag="--max-tokens",
+        aliases=("--generation-len",),
+        group=ANSWER_END,
+        shown=_ANSWER_LEN,
     )
     drafts: Literal["auto", "none", "prompt-lookup"] = opt(
         "auto",
@@ -294,7 +311,13 @@ class CardOptions(Section):
     GROUP: ClassVar[str] = CARDS
 
     devices: Devices = opt(
-        "all", "Ids of cards, or all.", example="0,1,2,3", flag="--device-id", free=True
+        "all",
+        "Ids of cards, or all.",
+        example="0,1,2,3",
+        flag="--device-id",
+        aliases=("--devices",),
+        metavar="IDS",
+        free=True,
     )
     partitions: PositiveInt = opt(
         1, "Workers of one card, each with as many of its NSPs; the QPC is compiled for so few."
@@ -309,61 +332,16 @@ class RunOptions(CardOptions, Generation, PromptOptions):
     metrics: bool = opt(
         True,
         "Export metrics of requests, cards and the run through Ray, for Prometheus.",
-        group=CARDS,
+        group=RAY,
         free=True,
     )
-    output: PathText = opt("runs", "Folder that gets one folder a run.", group=FOLDER)
+    output: PathText = opt("runs", "Folder that gets one folder a run.", short="-o", group=FOLDER)
     output_formats: Words[OutputFormat] = opt(
         (),
-        "Beside outputs.jsonl: openai, parquet; may be repeated.",
+        "Also write this, beside outputs.jsonl; may be repeated.",
         flag="--output-format",
         group=FOLDER,
         repeated=True,
-    )
-
-
-class EmulatorOptions(Section):
-    """What the emulated SDK is asked to be, where it takes the vendor's place."""
-
-    cards: int = opt(
-        LIMITS["cards"]["default"], "How many cards.", ge=1, le=LIMITS["cards"]["most"]
-    )
-    sku: Annotated[str, one_of(LIMITS["sku"]["known"])] = opt(
-        LIMITS["sku"]["default"], f"{', '.join(LIMITS['sku']['known'])}."
-    )
-    apps_version: Annotated[str, one_of(LIMITS["apps_version"]["known"])] = opt(
-        LIMITS["apps_version"]["default"], f"{', '.join(LIMITS['apps_version']['known'])}."
-    )
-
-
-class ClusterOptions(Section):
-    """Which cluster."""
-
-    address: str | None = opt(
-        None, "A running Ray cluster, in place of a local one for the command's time.", free=True
-    )
-
-
-class LocalRayOptions(Section):
-    """A Ray that is started on this machine."""
-
-    dashboard: bool = opt(True, "Start a local Ray with its dashboard.", free=True)
-    keep_ray: bool = opt(False, "Leave a local Ray up: the next command starts at once.", free=True)
-
-
-class RayOptions(LocalRayOptions, ClusterOptions):
-    """A cluster, or a Ray of this machine."""
-
-
-class SdkOptions(Section):
-    """Which SDK."""
-
-    sdk: PathText = opt(
-        "auto",
-        "auto, real, emulated, or an SDK folder.",
-        metavar="<name>",
-        environment="QAIC_RAY_SDK",
-        free=True,
     )
 
 
@@ -387,11 +365,3 @@ class Job(SdkOptions):
     def changed(self, part: str, **options: Any) -> Job:
         """The same job with other options in one of its parts; they are not checked."""
         return self.model_copy(update={part: getattr(self, part).model_copy(update=options)})
-
-
-ENVIRONMENT = {
-    "QAIC_RAY_SDK": "The SDK where --sdk, or a job's sdk, is auto: a name or a folder.",
-    "QAIC_RAY_CACHE": "Folder of what is kept between commands.",
-    "QAIC_RAY_LOCKS": "Folder of the locks by which processes of a machine share its cards.",
-}
-"""The variables that change what is done."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from qaic_ray.cli.live_text import (
+from qaic_ray.cli.live.live_text import (
     PLAIN_SPINNER,
     SPINNER,
     View,

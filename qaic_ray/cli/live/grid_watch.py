@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from qaic_ray.cli.live_text import GridView
+from qaic_ray.cli.live.live_text import GridView
 from qaic_ray.compile.store import BuildRequest, build_log
 
 

@@ -1,0 +1,1 @@
+"""The live line, and the log lines in its place."""
