@@ -139,15 +139,15 @@ class LLM(AbstractContextManager["LLM"]):
         settings = self._settings = LlmSettings(**said)
         self._request_ids = itertools.count()
         listener = LogListener()
-        sdk = choose_sdk(str(settings.sdk), settings.emulator_options, listener)
-        self.qpc = program_of(settings, sdk, listener)
+        found = choose_sdk(str(settings.sdk), settings.emulator_options, listener)
+        self.qpc = program_of(settings, found, listener)
         self._checkpoint: Checkpoint = open_checkpoint(
             model, weights=False, trust_remote_code=trust_remote_code
         )
         run, ray = settings.run_options, settings.ray_options
         self._own = FolderFleet(
             RunRequest("llm", model, self.qpc, run, ray=ray),
-            sdk,
+            found,
             listener,
             folder=None if folder is None else Path(folder),
             max_open=max_open,

@@ -157,9 +157,8 @@ class LlmSettings:
     @property
     def run_options(self) -> RunOptions:
         """How answers are made, and on which cards."""
-        devices = (self.devices,) if isinstance(self.devices, int) else self.devices
         said = {
-            "devices": devices if isinstance(devices, str) else tuple(devices),
+            "devices": _devices(self.devices),
             "partitions": self.partitions,
             "group_size": self.group_size,
             "seed": self.seed,
@@ -223,6 +222,15 @@ class LlmSettings:
                 f"A program is given by qpc, and {' and '.join(said)} would choose another one: "
                 "leave out one or the other."
             )
+
+
+def _devices(given: str | int | Sequence[int]) -> str | tuple[int, ...]:
+    if isinstance(given, int):
+        return (given,)
+    if isinstance(given, str):
+        words = given.split(",")
+        return tuple(map(int, words)) if all(map(str.isdecimal, words)) else given
+    return tuple(given)
 
 
 def _unknown(name: str) -> str:
