@@ -14,7 +14,7 @@ from qaic_ray.compile.store import check_kept
 from qaic_ray.dispatch.policy import DEFAULT_POLICY
 from qaic_ray.dispatch.prompts import text_work
 from qaic_ray.errors import QaicRayError, UsageError
-from qaic_ray.files.documents import user_path
+from qaic_ray.files.documents import differences, user_path
 from qaic_ray.fleet.kept_rows import KeptRows
 from qaic_ray.fleet.open_fleet import OpenFleet
 from qaic_ray.pipeline.local_cards import on_local_cards, slots_of
@@ -36,7 +36,7 @@ from qaic_ray.pipeline.run_step import (
 from qaic_ray.runs.driver import Audience
 from qaic_ray.runs.history import RunHistory
 from qaic_ray.runs.intake import OPEN_SOURCE, fingerprint
-from qaic_ray.runs.journal import JOURNAL_NAME, Journal, is_held, safe_rows
+from qaic_ray.runs.journal import JOURNAL_NAME, Journal, is_held, last_fingerprint, safe_rows
 from qaic_ray.runs.metering import metered
 
 if TYPE_CHECKING:
@@ -119,6 +119,12 @@ class FolderFleet:
             (folder / REQUEST_NAME).unlink(missing_ok=True)
         parts = content_parts(self._given)
         same = fingerprint(OPEN_SOURCE, generation=self._given.generation, **parts)
+        before = last_fingerprint(folder)
+        if before is not None and (named := differences(before, same)):
+            raise UsageError(
+                f"The answers in {folder} are not of this program: {', '.join(named)}. Give the "
+                "arguments that it was begun with, or another folder."
+            )
         self._journal = undo.enter_context(Journal(folder, same))
         if not (folder / REQUEST_NAME).exists():
             try:
