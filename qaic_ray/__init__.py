@@ -34,6 +34,7 @@ __all__ = [
     "Logprob",
     "ParameterError",
     "Plan",
+    "PromptType",
     "QaicRayError",
     "RequestMetrics",
     "RequestOutput",
@@ -58,7 +59,7 @@ _ROOMS = {
     "api.outputs": (
         *("CompletionOutput", "GenerationError", "Logprob", "RequestMetrics", "RequestOutput"),
     ),
-    "api.prompts": ("TextPrompt", "TokensPrompt"),
+    "api.prompts": ("PromptType", "TextPrompt", "TokensPrompt"),
     "api.sampling": ("RequestOutputKind", "SamplingParams"),
     "cluster.ray_data": ("CardPredictor",),
     "errors": (

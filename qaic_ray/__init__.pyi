@@ -11,7 +11,7 @@ from qaic_ray.api.outputs import (
     RequestMetrics,
     RequestOutput,
 )
-from qaic_ray.api.prompts import TextPrompt, TokensPrompt
+from qaic_ray.api.prompts import PromptType, TextPrompt, TokensPrompt
 from qaic_ray.api.sampling import RequestOutputKind, SamplingParams
 from qaic_ray.cluster.ray_data import CardPredictor
 from qaic_ray.errors import (
@@ -53,6 +53,7 @@ __all__ = [
     "Logprob",
     "ParameterError",
     "Plan",
+    "PromptType",
     "QaicRayError",
     "RequestMetrics",
     "RequestOutput",
