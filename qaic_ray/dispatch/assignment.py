@@ -160,7 +160,9 @@ class Assignment:
         if retried:
             most = max(1, worker.slots // policy.retry_shrink)
         if table.exhausted or table.is_dry:
-            least = min(least, math.ceil(table.num_grouped / self._num_sharing))
+            # Where more may come, each gets so few that they have about as many in the end.
+            even = math.ceil(table.num_grouped / self._num_sharing)
+            least = min(least, even) if table.exhausted else 1
             share = table.waiting_work * self._pool.speed(worker) / self._num_sharing
             work = min(work, share / policy.guide)
         return least, most, work
