@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 
-.PHONY: demo test test-all test-unit test-slow check install clean
+.PHONY: demo test test-all test-unit test-slow check wheel install clean
 
 install: .venv/.installed
 
@@ -12,7 +12,7 @@ install: .venv/.installed
 	touch $@
 
 demo: install
-	.venv/bin/qaic-ray launch jobs/smollm2.yaml
+	.venv/bin/qaic-ray demo
 
 test: install
 	scripts/test
@@ -29,5 +29,10 @@ test-all: install
 check: install
 	scripts/check
 
+# The package as a file, as configs/cluster/dl2q.yaml carries it to the nodes of a cluster.
+wheel: install
+	rm -rf build dist
+	.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
 clean:
-	rm -rf .venv qpc runs *-kv
+	rm -rf .venv build dist qpc runs *-kv

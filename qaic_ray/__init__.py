@@ -35,6 +35,7 @@ __all__ = [
     "ParameterError",
     "Plan",
     "PromptType",
+    "QAICEngineProcessorConfig",
     "QaicRayError",
     "RequestMetrics",
     "RequestOutput",
@@ -46,6 +47,7 @@ __all__ = [
     "Unfinished",
     "UsageError",
     "__version__",
+    "build_processor",
     "compile",
     "export",
     "launch",
@@ -62,6 +64,7 @@ _ROOMS = {
     "api.prompts": ("PromptType", "TextPrompt", "TokensPrompt"),
     "api.sampling": ("RequestOutputKind", "SamplingParams"),
     "cluster.ray_data": ("CardPredictor",),
+    "data": ("QAICEngineProcessorConfig", "build_processor"),
     "errors": (
         *("CheckpointError", "ClusterLost", "CompileError", "DeviceError", "ExportError"),
         *("FleetBusy", "FleetClosed", "JobError", "ParameterError", "QaicRayError"),

@@ -14,6 +14,7 @@ from qaic_ray.api.outputs import (
 from qaic_ray.api.prompts import PromptType, TextPrompt, TokensPrompt
 from qaic_ray.api.sampling import RequestOutputKind, SamplingParams
 from qaic_ray.cluster.ray_data import CardPredictor
+from qaic_ray.data import QAICEngineProcessorConfig, build_processor
 from qaic_ray.errors import (
     CheckpointError,
     ClusterLost,
@@ -54,6 +55,7 @@ __all__ = [
     "ParameterError",
     "Plan",
     "PromptType",
+    "QAICEngineProcessorConfig",
     "QaicRayError",
     "RequestMetrics",
     "RequestOutput",
@@ -65,6 +67,7 @@ __all__ = [
     "Unfinished",
     "UsageError",
     "__version__",
+    "build_processor",
     "compile",
     "export",
     "launch",

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from qaic_ray import __version__
-from qaic_ray.cli.recipe_flags import translated
+from qaic_ray.cli.flags.recipe import translated
 from qaic_ray.errors import ExitCode, UsageError
 from qaic_ray.files.documents import user_path
 
@@ -131,7 +131,7 @@ app = typer.Typer(
     cls=Commands,
     help="Run Llama-family models over every Cloud AI 100 card you own, with or without a card.",
     epilog="""qaic-ray run smollm2-135m "The capital of France is"
-qaic-ray launch jobs/smollm2.yaml
+qaic-ray demo
 qaic-ray help run""",
     pretty_exceptions_enable=False,
     context_settings=_SETTINGS,
@@ -151,7 +151,8 @@ def _version(value: bool) -> None:
 def before(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
+        bool,
+        typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print and exit."),
     ] = False,
 ) -> None:
     """Options of every command."""
@@ -183,7 +184,8 @@ class _FromTree(TyperCommand):
 
         What is refused is named as it was typed, with dashes or underscores.
         """
-        args = translated(str(self.name), args)
+        if not ctx.resilient_parsing:
+            args = translated(str(self.name), args)
         typed = [word.partition("=")[0] for word in args]
         for flag in self._call.flags:
             flag.named_as(typed)

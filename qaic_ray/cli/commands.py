@@ -14,15 +14,23 @@ import typer
 from qaic_ray.cli.app import Commands, Interrupted, app, command, known_path, sdk_choice, switches
 from qaic_ray.cli.flags.completion import jobs
 from qaic_ray.cli.kept_ray import ray_app
+from qaic_ray.cli.launching import (
+    folder_to_resume,
+    launch_here,
+    live_screen,
+    share,
+    streaming,
+    with_ray,
+)
 from qaic_ray.cli.looking import looking
 from qaic_ray.cli.monitoring import monitoring
+from qaic_ray.cli.new_job import demo, init
 from qaic_ray.cli.reporting import report
 from qaic_ray.errors import UsageError
 
 if TYPE_CHECKING:
     from qaic_ray import options
     from qaic_ray.cli import parameters
-    from qaic_ray.cli.answers import Streaming
     from qaic_ray.cli.screen import Screen
     from qaic_ray.pipeline.request import RunRequest, SdkChoice
 
@@ -39,7 +47,9 @@ qaic-ray emulator run -- qaic-util -q""",
 JobArgument = Annotated[
     Path,
     typer.Argument(
-        callback=known_path, help="A job file, like jobs/smollm2.yaml.", autocompletion=jobs
+        callback=known_path,
+        help="A job file, or the name of a job that comes along, like smollm2.",
+        autocompletion=jobs,
     ),
 ]
 SetOption = Annotated[
@@ -50,8 +60,8 @@ SetOption = Annotated[
 
 @command(
     app,
-    example="""qaic-ray launch jobs/smollm2.yaml
-qaic-ray launch jobs/smollm2.yaml -i prompts.jsonl --max-tokens 64
+    example="""qaic-ray launch smollm2
+qaic-ray launch smollm2 -i prompts.jsonl --max-tokens 64
 qaic-ray launch jobs/smollm2.yaml --resume""",
 )
 def launch(
@@ -65,11 +75,11 @@ def launch(
 ) -> None:
     """Run a whole job: export, compile, run on every card, report."""
     from qaic_ray.cli.screen import Screen
-    from qaic_ray.pipeline.job import launch_job, load_job
+    from qaic_ray.pipeline.job import load_job
     from qaic_ray.pipeline.submit_step import SubmitRequest, submit_step
 
     loaded = load_job(job, overrides or (), changes=changes.values)
-    loaded = loaded.changed("ray", **{name: getattr(ray, name) for name in ray.model_fields_set})
+    loaded = with_ray(loaded, ray)
     if submit.detach:
         folder, python = Path(submit.folder or ".").absolute(), submit.python or sys.executable
         request = SubmitRequest(loaded, folder, python, submit.send_prompts)
@@ -77,62 +87,7 @@ def launch(
         return
     if submit.folder is not None:
         _enter(Path(submit.folder))
-    with _live_screen(show) as screen:
-        resume = _folder_to_resume(resuming, loaded.run.output, screen, job=loaded.name)
-        screen.show_answers(_streaming(show, loaded.run.prompt))
-        summary = launch_job(
-            loaded,
-            screen,
-            resume=resume,
-            retry_errors=resuming.retry_errors,
-            stop_if_errors=_share(show),
-        )
-        screen.finish(summary)
-
-
-def _live_screen(show: parameters.ViewOptions) -> Screen:
-    from qaic_ray.cli.screen import Screen
-
-    return Screen(as_json=show.as_json, verbose=show.verbose, log_json=show.log_format == "json")
-
-
-def _share(show: parameters.ShowOptions) -> float | None:
-    return None if show.stop_if_errors is None else float(show.stop_if_errors)
-
-
-def _streaming(show: parameters.ShowOptions, prompt: str | None) -> Streaming:
-    """How answers are printed of a run of that prompt, or of a file where it is None."""
-    from qaic_ray.cli.answers import Streaming, chosen
-
-    asked = Streaming.NONE if show.no_stream else Streaming(show.stream)
-    if show.as_json:
-        if asked is Streaming.TOKENS:
-            raise UsageError(
-                "--stream tokens is for people: with --json take rows or ordered, or neither."
-            )
-        return Streaming.NONE if asked is Streaming.AUTO else asked
-    return chosen(asked, prompt=prompt, is_terminal=sys.stdout.isatty())
-
-
-def _folder_to_resume(
-    resuming: parameters.ResumeOptions, output: str, screen: Screen, *, job: str = ""
-) -> Path | None:
-    """The folder of the run that goes on, of this job where one is named; None: a run begins."""
-    from qaic_ray.cli.parameters import RESUME_LAST
-    from qaic_ray.pipeline.request import REQUEST_NAME
-    from qaic_ray.runs.report import last_unfinished
-
-    if resuming.resume is None:
-        if resuming.retry_errors:
-            raise UsageError("--retry-errors is for --resume: give the folder of the run with it.")
-        return None
-    if resuming.resume != RESUME_LAST:
-        return Path(resuming.resume)
-    folder = last_unfinished(Path(output), REQUEST_NAME, job)
-    if folder is None:
-        screen.remark(f"No run {f'of {job} ' if job else ''}in {output} is unfinished.")
-        raise typer.Exit
-    return folder
+    launch_here(loaded, resuming, show, has_new_prompts="run.prompts" in changes.values)
 
 
 def _enter(folder: Path) -> None:
@@ -148,7 +103,7 @@ def _enter(folder: Path) -> None:
 
 @command(
     app,
-    example="""qaic-ray plan jobs/smollm2.yaml
+    example="""qaic-ray plan smollm2
 qaic-ray plan jobs/smollm2.yaml --set compile.num_cores=7 --json""",
 )
 def plan(
@@ -167,8 +122,8 @@ def plan(
 
 @command(
     app,
-    example="""qaic-ray export -m smollm2-135m
-qaic-ray export -m ./my-llama -o my-llama-kv --verify quick""",
+    example="""qaic-ray export smollm2-135m
+qaic-ray export ./my-llama -o my-llama-kv --verify quick""",
 )
 def export(
     model: options.ModelOptions,
@@ -178,7 +133,7 @@ def export(
     """Make an ONNX model with its KV cache from a checkpoint, and check it against PyTorch."""
     from qaic_ray.pipeline.export_step import export_step
 
-    with _live_screen(show) as screen:
+    with live_screen(show) as screen:
         screen.exported(export_step(model, how, screen))
 
 
@@ -202,7 +157,7 @@ def compile(  # the recipe's word
     from qaic_ray.compile.store import Build
     from qaic_ray.pipeline.compile_step import compile_step, requested_builds, specializations_file
 
-    with _live_screen(show) as screen:
+    with live_screen(show) as screen:
         given = None if shapes.specializations is None else Path(shapes.specializations)
         file = specializations_file(given, grid)
         if file != given:
@@ -239,10 +194,10 @@ def run(
     from qaic_ray.pipeline.request import resumed
     from qaic_ray.pipeline.run_step import run_step
 
-    with _live_screen(show) as screen:
+    with live_screen(show) as screen:
         if resuming.resume is not None:
             given.refuse_changes(resuming.resume)
-        resume = _folder_to_resume(resuming, asked.output, screen)
+        resume = folder_to_resume(resuming, asked.output, screen)
         choice = sdk_choice(sdk, screen)
         if resume is not None:
             request = resumed(resume, asked)
@@ -252,9 +207,9 @@ def run(
             request,
             ray=ray,
             retry_errors=resuming.retry_errors,
-            stop_if_errors=_share(show),
+            stop_if_errors=share(show),
         )
-        screen.show_answers(_streaming(show, request.run.prompt))
+        screen.show_answers(streaming(show, request.run.prompt))
         if show.no_stream and request.run.prompt is not None and not show.as_json:
             screen.remark(
                 "--no-stream prints no answers, they are in outputs.jsonl of the run folder; "
@@ -296,6 +251,16 @@ def _new_run(
     return replace(request, qpc=prepare_for(model, request.run, shapes, sdk=sdk, listener=screen))
 
 
+command(
+    app,
+    example="""qaic-ray demo
+qaic-ray demo --device-id 0 --no-stream""",
+)(demo)
+command(
+    app,
+    example="""qaic-ray init mine
+qaic-ray init tour --from chat --model org/model""",
+)(init)
 command(
     app,
     example="""qaic-ray report smollm2-20261129-090500

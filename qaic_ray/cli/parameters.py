@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from qaic_ray import options
 from qaic_ray.errors import UsageError
 from qaic_ray.option_types import (
+    Devices,
     NumCores,
     PathText,
     PositiveInt,
@@ -159,6 +160,15 @@ class SubmitOptions(Section):
     send_prompts: bool = opt(
         True, "With --detach: send the prompts file, or read it at its path there."
     )
+
+
+class DemoOptions(Section):
+    """Where the demonstration runs, and on which cards."""
+
+    folder: PathText | None = opt(
+        None, "Where its model, QPCs and run are kept.", shown="demo in the user's cache"
+    )
+    devices: Devices = opt((0, 1, 2, 3), "Ids of cards, or all.", flag="--device-id")
 
 
 class JobsOptions(Section):

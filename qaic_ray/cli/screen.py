@@ -28,6 +28,7 @@ from qaic_ray.files.documents import json_text
 if TYPE_CHECKING:
     from qaic_ray.cards.inventory import NodeCards
     from qaic_ray.compile.compiler import Variant
+    from qaic_ray.export.check.replay import Activation
     from qaic_ray.export.check.verify import VerifyReport
     from qaic_ray.export.export import ExportResult
     from qaic_ray.pipeline.compile_step import Compiled
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from qaic_ray.worker.worker import WorkerInfo
 
 GIB = 2**30
+OVERFLOWS_SHOWN = 3
 
 _right = partial(Column, justify="right")
 
@@ -64,7 +66,7 @@ class Screen(AbstractContextManager["Screen"]):
         verbose: bool = False,
         log_json: bool = False,
     ) -> None:
-        self._as_json, self._log_json = as_json, log_json
+        self._as_json, self._log_json, self._verbose = as_json, log_json, verbose
         self._out = Console(soft_wrap=True, highlight=False, quiet=as_json)
         self._note = Console(stderr=True, soft_wrap=True, highlight=False).print
         self._began_s = time.monotonic()
@@ -215,16 +217,17 @@ class Screen(AbstractContextManager["Screen"]):
         if not summary.result.ok:
             raise SystemExit(ExitCode.FAILED)
 
+    def nothing_to_do(self, why: str) -> None:
+        """Say so: nothing was asked for that is not done."""
+        self.remark(why)
+        self._end_with({"remark": why})
+
     def exported(self, result: ExportResult) -> None:
         """Print where the model is and how far it is from PyTorch."""
         report = result.verification
         if report is not None:
             self._out.print(_verification_table(report))
-            for activation in report.overflows:
-                self._out.print(
-                    f"[yellow]{escape(activation.name)} reaches {activation.largest:.3g}[/]: "
-                    "beyond float16, so it overflows on the card."
-                )
+            self._overflows(report.overflows)
         if result.manifest.next_tokens:
             self._out.print(
                 "[yellow]Programs of this export answer with token ids[/]: a host sees no logits, "
@@ -234,6 +237,18 @@ class Screen(AbstractContextManager["Screen"]):
         self._out.print(escape(str(result.folder)))
         manifest = json.loads(result.manifest.to_json())
         self._end_with({"folder": str(result.folder), "reused": result.reused, **manifest})
+
+    def _overflows(self, overflows: Sequence[Activation]) -> None:
+        shown = overflows
+        if not self._verbose:  # a model that has one often has dozens
+            shown = sorted(overflows, key=lambda a: -a.largest)[:OVERFLOWS_SHOWN]
+        for activation in shown:
+            self._out.print(
+                f"[yellow]{escape(activation.name)} reaches {activation.largest:.3g}[/]: "
+                "beyond float16, so it overflows on the card."
+            )
+        if rest := len(overflows) - len(shown):
+            self._out.print(f"[yellow]and {rest} more[/], none of them larger: -v names all.")
 
     def compiled_all(self, outcomes: Sequence[Compiled]) -> None:
         """Print the folders; exit code 1 when a variant failed."""

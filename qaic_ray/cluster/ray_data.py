@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,12 @@ from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.sdk import Sdk, find_sdk
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts, tries
 from qaic_ray.worker.text import mixed_seed
+from qaic_ray.worker.turns import Turns
 from qaic_ray.worker.worker import CardWorker, WorkerInfo, WorkerSpec
+
+if TYPE_CHECKING:
+    from ray.data import ActorPoolStrategy
+    from ray.data import Dataset as Dataset
 
 Batch = dict[str, NDArray[Any]]
 """Columns of one length, as Ray Data's "numpy" batches have them."""
@@ -142,8 +148,11 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
         )
         self._failure = ""
         self._held = ExitStack()
+        self._lock, self._turns = threading.RLock(), Turns()
+        self._num_asked = 0
         self._worker: CardWorker | None = None
-        self.info: WorkerInfo = self._open()
+        self.info: WorkerInfo
+        self._opened()
         if _is_actor():
             from qaic_ray.cluster.actor_process import die_with_parent
 
@@ -170,9 +179,31 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
             DeviceError: where the card failed, and no card could be opened in its place.
         """
         self._check_columns(batch)
-        if self._worker is None:  # an earlier batch failed, and the card was given back
-            self.info = self._open()
-        items = list(self._items(batch))
+        rows = self.answer(list(self._documents(batch)))
+        columns = ((name, *_COLUMNS[name]) for name in self._names(batch, rows))
+        return batch | {
+            self._prefix + name: np.fromiter(map(value, rows), dtype, len(rows))
+            for name, dtype, value in columns
+        }
+
+    def answer(self, documents: Sequence[Mapping[str, Any]]) -> list[Row]:
+        """Answer rows that have `prompt` or `messages`, and perhaps sampling fields.
+
+        Several threads may ask at once: their rows share the card's slots.
+
+        Returns:
+            A row for each document, in their order.
+
+        Raises:
+            DeviceError: where the card failed, and no card could be opened in its place.
+        """
+        with self._lock:  # the worker knows rows by their numbers
+            first = self._num_asked
+            self._num_asked += len(documents)
+        items = [
+            Draft(number, "").read(self._prompt, document)
+            for number, document in enumerate(documents, first)
+        ]
         done = {item.index: item for item in items if isinstance(item, Row)}
         prompts = [item for item in items if isinstance(item, Prompt)]
         try:
@@ -180,21 +211,31 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
         except BaseException:
             self.close()
             raise
-        rows = [done[index] for index in sorted(done)]
-        columns = ((name, *_COLUMNS[name]) for name in self._names(batch, rows))
-        return batch | {
-            self._prefix + name: np.fromiter(map(value, rows), dtype, len(rows))
-            for name, dtype, value in columns
-        }
+        return [done[index] for index in sorted(done)]
 
     def close(self) -> None:
         """Give the card back."""
-        self._worker = None
-        self._held.close()
+        with self._lock:
+            self._worker = None
+            self._held.close()
 
     # -- the card
 
-    def _open(self) -> WorkerInfo:
+    def _opened(self) -> CardWorker:
+        """The worker, on a card that is opened where none is."""
+        with self._lock:
+            return self._worker or self._open()
+
+    def _open_anew(self, failed: CardWorker, error: DeviceError) -> None:
+        """Open a card in the place of one that failed, unless another thread did."""
+        with self._lock:
+            if self._worker is failed:
+                self._failure = str(error)
+                self.close()
+                self._spec = replace(self._spec, incarnation=self._spec.incarnation + 1)
+            self._opened()
+
+    def _open(self) -> CardWorker:
         busy: DeviceError | None = None
         for _ in tries(self.timeouts.choose_s, self.timeouts.poll_s):
             busy = None
@@ -205,7 +246,7 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
                     busy = error
         raise busy or DeviceError("There is no card here that is ready.")
 
-    def _open_on(self, device_ids: tuple[int, ...], part: Part | None) -> WorkerInfo:
+    def _open_on(self, device_ids: tuple[int, ...], part: Part | None) -> CardWorker:
         scope = card_scope(self._sdk)
         name = f"{cards_name(device_ids)}{f' {part}' if part else ''}"
         spec = replace(self._spec, name=name, device_ids=device_ids, part=part)
@@ -225,9 +266,9 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
                 from qaic_ray.cluster.ray_metrics import record_worker
 
                 held.enter_context(record_worker(worker))
-            info = worker.open()
+            self.info = worker.open()
             self._worker, self._held = worker, held.pop_all()
-        return info
+        return worker
 
     # -- prompts in
 
@@ -247,19 +288,15 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
         for error in filter(None, map(mistake, batch)):
             raise UsageError(error)
 
-    def _items(self, batch: Batch) -> Iterator[Prompt | Row]:
+    def _documents(self, batch: Batch) -> Iterator[dict[str, Any]]:
         read = {name: name for name in batch if name == "messages" or is_known(name)}
         if self._prompt_column in batch:
             read[self._prompt_column] = "prompt"
-
-        def prompt(draft: Draft, index: int) -> Prompt:
-            fields = {name: plain(batch[column][index]) for column, name in read.items()}
-            return self._seeded(self._read_row(draft, fields))
-
         for index in range(len(batch[next(reversed(read))])):
-            yield Draft(index, "").read(prompt, index)
+            yield {name: plain(batch[column][index]) for column, name in read.items()}
 
-    def _seeded(self, prompt: Prompt) -> Prompt:
+    def _prompt(self, draft: Draft, document: Mapping[str, Any]) -> Prompt:
+        prompt = self._read_row(draft, document)
         params = prompt.sampling or self._sampling
         if params.is_greedy or params.seed is not None:
             return prompt
@@ -286,15 +323,14 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
         shards = [prompts]
         for attempt in range(1, MAX_ATTEMPTS + 1):
             for shard in shards:
-                try:
-                    assert self._worker is not None
-                    for rows in self._worker.answer(shard, attempt):
-                        done.update((row.index, row) for row in rows)
-                except DeviceError as error:
-                    self._failure = str(error)
-                    self.close()
-                    self._spec = replace(self._spec, incarnation=self._spec.incarnation + 1)
-                    self.info = self._open()
+                # Tried again alone, it is known whose fault it is that the card fails.
+                with self._turns.turn(alone=attempt > 1):
+                    worker = self._opened()
+                    try:
+                        for rows in worker.answer(shard, attempt):
+                            done.update((row.index, row) for row in rows)
+                    except DeviceError as error:
+                        self._open_anew(worker, error)
             shards = [[prompt] for prompt in prompts if prompt.index not in done]
         for (prompt,) in shards:
             done[prompt.index] = Row.failed(
@@ -322,6 +358,16 @@ def places(
         found = [(tuple(ids[at : at + size]), None) for at in range(0, len(ids) - size + 1, size)]
     chosen = {qids[unit] for unit in grant.units if unit < len(qids)}
     return sorted(found, key=lambda place: chosen.isdisjoint(place[0]))  # a stable sort
+
+
+def actor_pool(least: int, most: int, tasks_in_flight: int | None = None) -> ActorPoolStrategy:
+    """Actors for a step of a pipeline; as many as may be are fixed where both numbers are one."""
+    from ray.data import ActorPoolStrategy
+
+    size: dict[str, int] = (
+        {"size": most} if least == most else {"min_size": least, "max_size": most}
+    )
+    return ActorPoolStrategy(**size, max_tasks_in_flight_per_actor=tasks_in_flight)
 
 
 def granted() -> Grant:

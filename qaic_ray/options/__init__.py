@@ -63,7 +63,7 @@ MODEL_NAMES: dict[str, Any] = {
 class ModelOptions(Section):
     """Which checkpoint."""
 
-    name: PathText = opt(..., MODEL_HELP, **MODEL_NAMES)
+    name: PathText = opt(..., MODEL_HELP, argument="[MODEL]", **MODEL_NAMES)
     model_class: Literal["LlamaForCausalLM"] = opt(
         "LlamaForCausalLM", "The model's class, as in the published recipe."
     )

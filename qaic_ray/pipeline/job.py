@@ -38,6 +38,7 @@ from qaic_ray.pipeline.request import (
 from qaic_ray.pipeline.run_record import compile_facts
 from qaic_ray.pipeline.run_step import check_chat_template, resuming, run_on
 from qaic_ray.sdk import SDK_NAMES, VENDOR_ROOT, Sdk, find_sdk
+from qaic_ray.shipped.jobs import job_file
 
 if TYPE_CHECKING:
     from qaic_ray.runs.report import RunSummary
@@ -54,7 +55,7 @@ def load_job(
     """Read a job file.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of a job that comes with the package.
         overrides: `key=value` with a dotted key, the value read as YAML.
         changes: dotted key -> value, before the overrides. Relative paths start in the folder of
             the caller, not of the file. A prompt takes the place of the file's prompts, and
@@ -63,6 +64,7 @@ def load_job(
     Raises:
         JobError: naming the file, the key, the value and the nearest known key.
     """
+    path = job_file(path)
     document = read_yaml(path, raises=JobError)
     if not isinstance(document, dict):
         raise JobError(f"{path} must hold a mapping with at least 'name' and 'model'.")
@@ -183,6 +185,7 @@ def launch_job(
     *,
     resume: Path | None = None,
     retry_errors: bool = False,
+    new_input: bool = False,
     stop_if_errors: float | None = None,
 ) -> RunSummary:
     """The whole road of a job, on one Ray from the first compile to the last row.
@@ -192,6 +195,7 @@ def launch_job(
         listener: who is told.
         resume: folder of a run of the same job that is to go on.
         retry_errors: whether that run's rows of errors are tried again.
+        new_input: whether that run goes on with another file, whose answered rows are the same.
         stop_if_errors: the share of failed rows that ends the run early.
 
     Raises:
@@ -201,7 +205,7 @@ def launch_job(
     chosen_at = chosen_index(job)
     sdk = choose_sdk(job.sdk, job.emulator, listener)
     request = run_request(job, resume, retry_errors=retry_errors)
-    request = replace(request, stop_if_errors=stop_if_errors)
+    request = replace(request, stop_if_errors=stop_if_errors, new_input=new_input)
     slots = job_variants(job, Source("", Path(), None, ""))[chosen_at].specializations.batch_size
     request, num_cards = on_local_cards(request, sdk, slots, listener)
     with resuming(request, sdk):

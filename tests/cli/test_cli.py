@@ -16,6 +16,7 @@ import pytest
 from qaic_ray.cli import main
 from qaic_ray.cli.screen import Screen
 from qaic_ray.errors import UsageError
+from qaic_ray.export.check.replay import Activation
 from qaic_ray.files.folders import CACHE_VARIABLE
 from qaic_ray.pipeline import run_step
 from qaic_ray.pipeline.run_step import RunRequest
@@ -267,6 +268,8 @@ def test_options_of_an_export_are_checked_before_its_model(
         (["--no-add-generation-prompt"], "--no-add-generation-prompt"),
         (["--output", "o"], "--output"),
         (["--qpc", "q"], "--qpc"),
+        (["smollm2-135m"], "MODEL"),
+        (["smollm2-135m", "My name is", "--n", "1"], "MODEL"),
     ],
 )
 def test_what_changes_answers_may_not_be_said_anew(
@@ -324,9 +327,9 @@ def test_unknown_job_key_is_refused_with_the_near_one(run: Run, tmp_path: Path) 
 
 
 def test_dl2q_job_plans_its_argv_and_says_that_the_sdk_is_missing(run: Run) -> None:
-    job = str(Path(__file__).parents[2] / "jobs" / "dl2q-llama-7b.yaml")
-    assert_refused(run("launch", job), "There is no Cloud AI SDK at /opt/qti-aic")
-    code, out, _ = run("plan", job)
+    assert_refused(run("launch", "dl2q-llama-7b"), "There is no Cloud AI SDK at /opt/qti-aic")
+    assert "128pl-2048cl-14c-8BS-mx6" in run("plan", "dl2q-llama-7b")[1]
+    code, out, _ = run("plan", "dl2q-llama-7b-recipe")
     assert code == 0
     for flag in ("/opt/qti-aic/exec/", "-aic-num-cores=14", "-mxfp6-matmul", "-retained-state"):
         assert flag in out
@@ -350,7 +353,7 @@ def test_plan_names_all_shapes_of_a_variant(run: Run, tmp_path: Path) -> None:
 def test_devices_are_listed(run: Run, sdk: Path) -> None:
     code, out, _ = run("devices", "--sdk", str(sdk), "--json")
     assert code == 0
-    cards = json.loads(out.splitlines()[-1])["devices"]
+    cards = json.loads(out)["devices"]
     assert [(card["qid"], card["nsp_total"]) for card in cards] == [(0, 14), (1, 14)]
 
 
@@ -388,3 +391,23 @@ def test_an_export_of_token_ids_says_what_a_host_cannot_see(
     Screen(stream=True).exported(result)
     out = " ".join(capsys.readouterr().out.split())
     assert ("a row whose logits overflow is answered wrong without a sign" in out) is next_tokens
+
+
+@pytest.mark.parametrize(("verbose", "shown"), [(False, 3), (True, 5)])
+def test_an_export_names_the_largest_overflows_and_counts_the_others(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, verbose: bool, shown: int
+) -> None:
+    beyond = tuple(Activation(None, f"/at/{i}", 1e5 * (1 + i * 2 % 5)) for i in range(5))
+    report = SimpleNamespace(level="full", layers=1, tolerance=1e-3, scenarios=(), overflows=beyond)
+    manifest = SimpleNamespace(next_tokens=False, to_json=lambda: "{}")
+    result: Any = SimpleNamespace(
+        folder=tmp_path, manifest=manifest, verification=report, reused=False
+    )
+    Screen(verbose=verbose).exported(result)
+    out = capsys.readouterr().out
+    named = [a for a in beyond if f"{a.name} reaches {a.largest:.3g}: beyond float16" in out]
+    assert len(named) == shown
+    assert min(a.largest for a in named) >= max(
+        (a.largest for a in beyond if a not in named), default=0
+    )
+    assert ("and 2 more, none of them larger" in out) is (not verbose)

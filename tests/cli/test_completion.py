@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from qaic_ray.shipped.jobs import shipped_jobs
+
 QAIC_RAY = Path(sys.executable).with_name("qaic-ray")
 ASK = """
 source "$1"; shift
@@ -68,7 +70,8 @@ def script(home: Path) -> Path:
         ("compile m ", ["fp16", "mx6", "fp32"]),
         ("run ", ["smollm2-135m", "meta-llama/Llama-3.2-1B"]),
         ("export -m meta", ["meta-llama/Llama-3.2-1B"]),
-        ("launch ", ["jobs/chat.yaml", "jobs/long.yaml"]),
+        ("launch ", ["jobs/chat.yaml", "jobs/long.yaml", *shipped_jobs()]),
+        ("launch s", ["smollm2", "start"]),
         ("plan jobs/l", ["jobs/long.yaml"]),
         ("report ", ["second-2", "first-1"]),
         ("report runs/f", ["runs/first-1"]),

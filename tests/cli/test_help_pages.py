@@ -124,7 +124,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # What takes a model, a Ray or long: other tests run these.
-DEAR = ("run", "launch", "export", "compile", "stop", "ray show", "ray env", "ray stop")
+DEAR = ("run", "demo", "launch", "export", "compile", "stop", "ray show", "ray env", "ray stop")
 DEAR_OPTIONS = re.compile(r"--watch|--try-cards")
 CHEAP = {
     example: None
@@ -187,8 +187,12 @@ def test_a_terminal_gets_colours_and_no_color_none(monkeypatch: pytest.MonkeyPat
         "qaic-ray x [OPTIONS]", "Do it.", ("qaic-ray x -o y",), (("Options", (entry,)),)
     )
     monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     coloured = page_text(page, 60)
     assert "\x1b[1mOptions:\x1b[0m" in coloured
+    monkeypatch.setenv("TERM", "dumb")
+    assert page_text(page, 60) == ESCAPE.sub("", coloured)
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1")
     assert page_text(page, 60) == ESCAPE.sub("", coloured)
 
@@ -231,7 +235,7 @@ def test_help_of_what_is_no_command_is_one_sentence() -> None:
         CliRunner().invoke(app, ["help", "rnu"], catch_exceptions=False)
 
 
-@pytest.mark.parametrize("words", [["--version"], ["version"]])
+@pytest.mark.parametrize("words", [["--version"], ["-V"], ["version"]])
 def test_the_version_is_said(words: list[str]) -> None:
     result = CliRunner().invoke(app, words)
     assert re.fullmatch(r"qaic-ray \d+\.\d+\S*\n", result.output)

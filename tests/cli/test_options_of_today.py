@@ -23,7 +23,7 @@ FLAG = True
 COMMANDS: dict[str, dict[str, Any]] = {
     "": {
         "--debug": FLAG,
-        "--version": FLAG,
+        "--version -V": FLAG,
         "--install-completion": FLAG,
         "--show-completion": FLAG,
     },
@@ -53,6 +53,21 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--log-format --log_format": "json",
         "--json": FLAG,
     },
+    "demo": {
+        "--folder": "there",
+        "--device-id --device_id": "0,1",
+        "--address": "auto",
+        "--dashboard / --no-dashboard": FLAG,
+        "--keep-ray --keep_ray": FLAG,
+        "--sdk": "emulated",
+        "--stream": "rows",
+        "--no-stream --no_stream": FLAG,
+        "--stop-if-errors --stop_if_errors": "20%",
+        "--verbose -v": FLAG,
+        "--log-format --log_format": "json",
+        "--json": FLAG,
+    },
+    "init": {"NAME": "mine", "--from": "chat", "--model -m": "org/x", "--json": FLAG},
     "plan": {
         "JOB": "job.yaml",
         "--set": "run.generation_len=64",
@@ -66,6 +81,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--json": FLAG,
     },
     "export": {
+        "[MODEL]": "smollm2-135m",
         "--model -m --model-name --model_name": "smollm2-135m",
         "--model-class --model_class": "LlamaForCausalLM",
         "--output -o": "m-kv",
@@ -201,8 +217,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
 }
 NEEDED = {
     "launch": ["JOB"],
+    "init": ["NAME"],
     "plan": ["JOB"],
-    "export": ["--model -m --model-name --model_name"],
     "compile": ["MODEL_DIR"],
     "report": ["RUN..."],
     "monitoring": ["FOLDER"],

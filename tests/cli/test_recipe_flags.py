@@ -15,7 +15,7 @@ import typer
 
 from qaic_ray.cli import main
 from qaic_ray.cli.commands import app
-from qaic_ray.cli.recipe_flags import translated
+from qaic_ray.cli.flags.recipe import translated
 from qaic_ray.compile import store
 from qaic_ray.compile.store import Build, BuildRequest
 from qaic_ray.errors import UsageError
@@ -104,6 +104,37 @@ def test_flags_of_the_scripts_are_ours_by_meaning() -> None:
         assert translated(command, ["--input-str", "--", "--seq-len"]) == [
             *("--input-str", "--", "--seq-len")
         ]
+
+
+def test_a_prompt_without_quotes_is_said_to_need_them(run: Run, tmp_path: Path) -> None:
+    """`--prompt <Enter prompt>`, says the recipe's text."""
+    words = ["run", "--model-name", SNAPSHOT, "--qpc", "q"]
+    code, _, err = run(*words, "--prompt", "My", "name", "is", "--device_id", "2")
+    assert (code, err.count("\n")) == (2, 1)
+    assert 'between double quotes: --prompt "My name is".' in err
+    assert translated("run", ["--prompt", "a|b", "smollm2-135m"]) == [
+        *("--prompt", "a|b", "smollm2-135m")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "command"),
+    [("generateONNX.py", "export"), ("compileModel.sh", "compile"), ("runModel.py", "run")],
+)
+def test_a_script_s_name_leads_to_its_command(run: Run, script: str, command: str) -> None:
+    code, _, err = run(script, "--model-name", SNAPSHOT)
+    assert code == 2
+    assert f"did you mean {command}?" in err
+
+
+def test_the_exported_folder_is_not_taken_for_the_model(
+    run: Run, make_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_model_dir()
+    code, _, err = run("export", "--model-name", str(folder))
+    assert code == 2
+    assert "holds an exported model (custom_io.yaml)" in err
+    assert "give the checkpoint that it was made of" in err
 
 
 def test_the_form_for_several_socs_is_refused_with_its_names(run: Run) -> None:

@@ -33,16 +33,16 @@ def test_a_run_is_drawn_into_its_folder_and_the_page_named_last(runs: Path) -> N
     assert any("is not done" in line for line in lines)
     document = json.loads((runs / "job-0" / "report.json").read_text())
     assert document["rows"] == 40
-    assert document == json.loads(ran("job-0", "--json")[-1])  # by its name in `runs`
+    assert document == json.loads("".join(ran("job-0", "--json")))  # by its name in `runs`
 
 
 def test_runs_are_put_beside_each_other(runs: Path) -> None:
-    lines = ran("job-0", "job-1", "--html", "both.html")
+    lines = ran("job-0", "job-1", "-o", "both.html")
     assert lines[-1].split() == ["comparison", "both.html"]
     assert any(line.split()[:1] == ["tokens/s"] for line in lines)
     assert "job-1" in Path("both.html").read_text(encoding="utf-8")
     assert not (runs / "job-0" / "report.html").exists()
-    compared = json.loads(ran("job-0", "job-1", "job-0", "job-1", "--json")[-1])
+    compared = json.loads("".join(ran("job-0", "job-1", "job-0", "job-1", "--json")))
     assert [run["name"] for run in compared["runs"]] == ["job-0", "job-1"] * 2
 
 

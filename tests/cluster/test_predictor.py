@@ -2,76 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rule_worker import NUM_CARDS, RulePredictor, RuleWorker, cards_only
 
 from qaic_ray import CardPredictor
 from qaic_ray.cards.lease import LOCKS_VARIABLE, CardLocks, Part
 from qaic_ray.cluster.ray_data import MAX_ATTEMPTS, Grant, places, plain
 from qaic_ray.errors import DeviceBusy, DeviceError, UsageError
-from qaic_ray.rows import FinishReason, Prompt, Row, Sample
-from qaic_ray.sampling_params import TokenLogprob
-from qaic_ray.sdk import Device, Sdk
-from qaic_ray.timeouts import Timeouts
-from qaic_ray.worker.worker import WorkerSpec
-
-NUM_CARDS = 4
-
-
-class RuleWorker:
-    """Answers a text by its reverse; "bad" is a bad row, "kill" kills the card."""
-
-    opened: list[RuleWorker] = []  # noqa: RUF012
-    broken: set[int] = set()  # noqa: RUF012
-
-    def __init__(self, spec: WorkerSpec) -> None:
-        self.spec = spec
-        self.is_open = False
-        self.asked: list[Prompt] = []
-
-    def open(self) -> SimpleNamespace:
-        if self.broken & set(self.spec.device_ids):
-            raise DeviceError(f"{self.spec.name} is in error.")
-        self.is_open = True
-        self.opened.append(self)
-        return SimpleNamespace(name=self.spec.name)
-
-    def answer(self, prompts: Sequence[Prompt], attempt: int) -> Iterator[list[Row]]:
-        for prompt in reversed(prompts):  # rows come in any order
-            self.asked.append(prompt)
-            if prompt.text == "kill":
-                raise DeviceError(f"{self.spec.name} failed.")
-            if prompt.text == "bad":
-                yield [Row.failed(prompt, "It is bad.", worker=self.spec.name, attempts=attempt)]
-                continue
-            text = prompt.text[::-1]
-            ids = tuple(map(ord, text))
-            made = {"token_ids": ids, "worker": self.spec.name, "attempts": attempt}
-            params = prompt.sampling or self.spec.generation.sampling
-            if params.logprobs is not None:
-                made["logprobs"] = tuple(TokenLogprob(id_, -1.0) for id_ in ids)
-            if params.n > 1:
-                made["choices"] = (Sample(text, ids, FinishReason.STOP),) * params.n
-            yield [Row(prompt.index, prompt.text, text, FinishReason.STOP, **made)]  # type: ignore[arg-type]
-
-    def close(self) -> None:
-        self.is_open = False
 
 
 class Surprise(Exception):
     """Not one of ours."""
-
-
-class RulePredictor(CardPredictor):
-    timeouts = Timeouts(choose_s=0.0)
-    worker_class = RuleWorker  # type: ignore[assignment]
 
 
 Make = Callable[..., CardPredictor]
@@ -85,21 +34,12 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Make]:
     made: list[CardPredictor] = []
 
     def make_one(**options: Any) -> CardPredictor:
-        made.append(RulePredictor("model", "qpc", **{"sdk": sdk(), **options}))
+        made.append(RulePredictor("model", "qpc", **{"sdk": cards_only(), **options}))
         return made[-1]
 
     yield make_one
     for one in made:
         one.close()
-
-
-def sdk(not_ready: Sequence[int] = ()) -> Sdk:
-    class CardsOnly(Sdk):
-        def devices(self) -> list[Device]:
-            statuses = ("Error" if qid in not_ready else "Ready" for qid in range(NUM_CARDS))
-            return [Device(qid, status, "", 14, 14, 0, 0) for qid, status in enumerate(statuses)]
-
-    return CardsOnly(Path("sdk"), "real", "1.20")
 
 
 def column(*values: object) -> Any:
@@ -196,11 +136,11 @@ def test_predictors_take_cards_that_nobody_holds(make: Make) -> None:
     ],
 )
 def test_a_grant_says_how_much_and_where_ray_chooses_which(grant: Grant, expected: object) -> None:
-    assert places(sdk(not_ready=[1]), grant) == expected
+    assert places(cards_only(not_ready=[1]), grant) == expected
 
 
 def test_only_named_cards_are_taken() -> None:
-    assert places(sdk(), Grant(), (3, 1)) == [((1,), None), ((3,), None)]
+    assert places(cards_only(), Grant(), (3, 1)) == [((1,), None), ((3,), None)]
 
 
 @given(st.recursive(st.integers() | st.text() | st.booleans(), st.lists, max_leaves=8))
@@ -282,3 +222,16 @@ def test_a_batch_that_fails_lets_the_card_go_and_the_next_one_opens_it_anew(
         assert list(other({"prompt": column("ab")})["text"]) == ["ba"]
     assert list(one({"prompt": column("cd")})["text"]) == ["dc"]
     assert len(RuleWorker.opened) == 3
+
+
+def test_many_threads_share_a_card_and_whoever_kills_it_is_given_up_alone(make: Make) -> None:
+    one = make(device_ids=[0])
+    texts = [["ab", "cd"], ["kill", "ef"], *[[f"x{at}", "gh"] for at in range(20)]]
+    with ThreadPoolExecutor(8) as pool:
+        documents = [[{"prompt": text} for text in some] for some in texts]
+        answered = list(pool.map(one.answer, documents))
+    expected = [["" if text == "kill" else text[::-1] for text in some] for some in texts]
+    assert [[row.text for row in rows] for rows in answered] == expected
+    (killer,) = [row for rows in answered for row in rows if not row.ok]
+    assert killer.prompt == "kill"
+    assert len({row.index for rows in answered for row in rows}) == 2 * len(texts)

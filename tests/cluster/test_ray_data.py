@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.cluster
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "ray_data_parquet.py"
+PAGE = Path(__file__).parents[2] / "docs" / "ray-data.md"
 NUM_TOKENS = 5
 
 
@@ -37,6 +40,23 @@ def expected(tiny: TinyQpcs, model: str, text: str) -> list[int]:
     """transformers' answer."""
     prompt_ids = load_tokenizer(open_checkpoint(model, weights=False)).encode(text)
     return tiny.reference(prompt_ids, NUM_TOKENS)
+
+
+def ran(command: list[str], **more: str) -> str:
+    """stdout of a program that uses Ray Data."""
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        # Ray alone looks for a head on the loopback interface only when told.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        **more,
+    }
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
 def test_called_by_hand_it_answers_as_transformers_on_a_card_of_its_own(
@@ -79,17 +99,7 @@ def test_parquet_becomes_parquet(tiny: TinyQpcs, model: str, tmp_path: Path, add
         *("--cards", "2", "--max-tokens", str(NUM_TOKENS)),
         *("--address", address),
     ]
-    environment = {
-        **os.environ,
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-        # Ray alone looks for a head on the loopback interface only when told.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    }
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    ran(command)
 
     answers = parquet.read_table(tmp_path / "out").sort_by("number")
     assert answers.schema.field("token_ids").type == pa.list_(pa.int64())
@@ -102,3 +112,71 @@ def test_parquet_becomes_parquet(tiny: TinyQpcs, model: str, tmp_path: Path, add
         else:
             assert row["token_ids"] == expected(tiny, model, row["prompt"])
     assert {row["worker"] for row in rows} <= {"", "card 0", "card 1"}
+
+
+def program_of_page(**changes: str) -> str:
+    """The program in docs/ray-data.md with other words in some places."""
+    (program,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    for before, after in changes.items():
+        assert program.count(before) == 1
+        program = program.replace(before, after)
+    return program
+
+
+def rows_of(program: str, folder: Path, **environment: str) -> list[dict[str, object]]:
+    (folder / "program.py").write_text(program)
+    said = ran([sys.executable, str(folder / "program.py")], **environment).splitlines()
+    return [json.loads(line[4:]) for line in said if line.startswith("row ")]
+
+
+def on(address: str) -> dict[str, str]:
+    return {
+        'ray.init(resources={"QAIC": 4})': f'ray.init("{address}")',
+        "print(row)": "print('row', json.dumps(row))",
+        "import ray\n": "import json\nimport ray\n",
+    }
+
+
+def test_the_program_of_the_page_in_the_form_of_ray_data_llm(
+    tiny: TinyQpcs, model: str, tmp_path: Path, address: str
+) -> None:
+    """As it stands, but for the model, a program that is there, and the Ray."""
+    (Path(model) / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    program = program_of_page(**on(address), **{
+        '"smollm2-135m"': f'"{model}", qpc="{tiny.qpc()}", sdk="{tiny.sdk.root}"',
+        "for n in range(100)": "for n in [*range(20), 10**60]",  # that one is too long
+    })  # fmt: skip
+    rows = {row["question"]: row for row in rows_of(program, tmp_path)}
+    assert len(rows) == 21
+    long = rows.pop(f"What is {10**60} + {10**60}?")
+    assert "more than the context" in str(long["__inference_error__"])
+    assert long["generated_text"] == ""
+    tokenizer = load_tokenizer(open_checkpoint(model, weights=False))
+    for question, row in rows.items():
+        # The columns of the row that failed are in its whole block.
+        there = {name for name, value in row.items() if value is not None}
+        assert there == {"question", "answer", "__inference_error__"}
+        ids = tiny.reference(tokenizer.encode(str(question)), 16)
+        assert row["answer"] == tokenizer.decode(tuple(ids))
+
+
+@pytest.mark.slow
+def test_a_program_without_a_main_guard_makes_its_own_qpc_and_finds_it_again(
+    tiny: TinyQpcs, model: str, tmp_path: Path, address: str
+) -> None:
+    (Path(model) / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    cache = tmp_path / "of its own"
+    program = program_of_page(**on(address), **{
+        '"smollm2-135m"': f'"{model}", sdk="{tiny.sdk.root}", slots=2',
+        "range(100)": "range(10)",
+    })  # fmt: skip
+    made: list[int] = []
+    answers = []
+    for _ in range(2):
+        answers.append(rows_of(program, tmp_path, **{CACHE_VARIABLE: str(cache)}))
+        made += [path.stat().st_mtime_ns for path in cache.glob("programs/*/qpc/*/programqpc.bin")]
+    assert len(answers[0]) == 10
+    assert all(row["answer"] and row["__inference_error__"] == "" for row in answers[0])
+    assert answers[0] == answers[1]
+    assert len(made) == 2
+    assert made[0] == made[1]

@@ -125,9 +125,8 @@ def test_a_job_runs_by_itself_and_can_be_looked_at(
     detach = ("--detach", "--address", dashboard, "--folder", str(folder), "--json")
     code, out, err = qaic_ray("launch", str(job), *detach)
     assert code == 0, err
-    submission_id, document = out.splitlines()
-    told = json.loads(document)
-    assert told["id"] == submission_id
+    told = json.loads(out)
+    submission_id = told["id"]
     assert set(told["sent"]) == {"job.yaml", "prompts/a prompt's.txt"}
     assert told["expected"] == [str(tmp_path / "tiny")]
     assert "must be there" in err
@@ -145,7 +144,7 @@ def test_a_job_runs_by_itself_and_can_be_looked_at(
     assert submission_id in table
     assert report["folder"] in table
     code, out, _ = qaic_ray("stop", submission_id, "--address", head, "--json")  # it has ended
-    assert (code, json.loads(out.splitlines()[-1])["jobs"][0]["state"]) == (0, "done")
+    assert (code, json.loads(out)["jobs"][0]["state"]) == (0, "done")
 
 
 def test_a_job_is_stopped_and_one_that_cannot_run_says_why(
@@ -163,14 +162,14 @@ def test_a_job_is_stopped_and_one_that_cannot_run_says_why(
     _, sleeping, _ = qaic_ray(*detach, "--python", str(sleeper))
 
     for out, words in ((no_folder, "name one there with --folder"), (no_python, "--python")):
-        status = ended(dashboard, json.loads(out.splitlines()[-1])["id"])
+        status = ended(dashboard, json.loads(out)["id"])
         assert status.state == "failed"
         assert words in (status.error or "")
-    submission_id = json.loads(sleeping.splitlines()[-1])["id"]
+    submission_id = json.loads(sleeping)["id"]
     while job_statuses(dashboard, submission_id)[0].state == "waiting":
         time.sleep(0.1)
     _, out, _ = qaic_ray("stop", submission_id, "--address", dashboard, "--json")
-    assert json.loads(out.splitlines()[-1])["jobs"][0]["state"] == "stopped"
+    assert json.loads(out)["jobs"][0]["state"] == "stopped"
 
 
 def test_an_unknown_job_is_named(addresses: tuple[str, str]) -> None:

@@ -188,3 +188,17 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     backend.save(str(path))
     return path
+
+
+@pytest.mark.parametrize("name", ["gguf", "safetensors"])
+def test_what_a_model_by_name_needs_is_said_before_it_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    real = sources.find_spec
+    monkeypatch.setattr(sources, "find_spec", lambda n: None if n == name else real(n))
+    monkeypatch.setattr(sources, "_download", lambda *_: pytest.fail("it is fetched"))
+    with pytest.raises(
+        CheckpointError, match=rf"needs {name}, .* `pip install 'qaic-ray\[export\]"
+    ):
+        sources.fetch_named("smollm2-135m", tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -26,7 +26,7 @@ def with_part(part: str, **keys: object) -> dict[str, object]:
 
 
 def test_shipped_jobs_are_read() -> None:
-    assert {path.name for path in JOBS} >= {"smollm2.yaml", "dl2q-llama-7b.yaml"}
+    assert {path.name for path in JOBS} >= {"smollm2.yaml", "dl2q-llama-7b.yaml", "start.yaml"}
     for path in JOBS:
         assert load_job(path).name == path.stem
 
@@ -187,3 +187,49 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_defaults_are_a_whole_job() -> None:
     assert isinstance(job_from(SMALL, source="x"), Job)
+
+
+PROMPTS = {"prompts": "p.txt", "prompts_format": "text", "generation_len": 5}
+
+
+@pytest.fixture
+def job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job in a folder of its own; the caller is in another one."""
+    folder, work = tmp_path / "jobs", tmp_path / "work"
+    folder.mkdir()
+    work.mkdir()
+    monkeypatch.chdir(work)
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(with_part("run", **PROMPTS)))
+    return path
+
+
+def test_prompts_of_the_caller_start_in_the_callers_folder(job_file: Path) -> None:
+    assert load_job(job_file).run.prompts == str(job_file.parent / "p.txt")
+    run = load_job(job_file, changes={"run.prompts": "mine.jsonl"}).run
+    assert run.prompts == str(Path.cwd() / "mine.jsonl")
+    assert run.prompts_format is None  # it was said of the file's own prompts
+    assert load_job(job_file, changes={"run.prompts": "-"}).run.prompts == "-"
+
+
+def test_a_prompt_takes_the_place_of_prompts_and_back(job_file: Path) -> None:
+    run = load_job(job_file, changes={"run.prompt": "a|b"}).run
+    assert (run.prompt, run.prompts, run.prompts_format) == ("a|b", None, None)
+    job_file.write_text(yaml.safe_dump(with_part("run", prompt="a")))
+    run = load_job(job_file, changes={"run.prompts": "/p.txt"}).run
+    assert (run.prompt, run.prompts) == (None, "/p.txt")
+
+
+def test_what_is_set_goes_before_what_is_changed(job_file: Path) -> None:
+    changes = {"run.generation_len": 7, "run.devices": (0, 1), "model.name": "other"}
+    job = load_job(job_file, ["run.generation_len=9"], changes=changes)
+    assert job.run.generation_len == 9
+    assert (job.run.devices, job.model.name) == ((0, 1), "other")
+
+
+def test_a_key_of_what_is_no_mapping_cannot_be_changed(job_file: Path) -> None:
+    job_file.write_text("name: x\nmodel: smollm2-135m\n")
+    with pytest.raises(JobError, match="'model' is not a mapping in the job"):
+        load_job(job_file, changes={"model.name": "other"})
+    with pytest.raises(JobError, match="'model' is not a mapping in the job"):
+        load_job(job_file, ["model.name=other"])

@@ -85,6 +85,11 @@ def test_the_ways_into_the_dashboard_are_lines_of_their_own(desk: Desk, kept: st
     assert show is not None
     assert STAYS in lines[at - 1]
     assert desk.does("ray", "show").stdout.splitlines() == lines[at : at + 3]
+    told = json.loads(desk.does("ray", "show", "--json").stdout)
+    assert (told["dashboard"], told["ways_in"]) == (url[0], lines[at : at + 3])
+    variables = json.loads(desk.does("ray", "env", "--json").stdout)
+    assert variables["RAY_API_SERVER_ADDRESS"] == url[0]
+    assert told["address"] == variables["RAY_ADDRESS"]
     token = Path(show[1].removeprefix("cat ")).read_text()
     assert token not in kept
     texts = (path.read_bytes() for path in desk.folder.rglob("*") if path.is_file())
@@ -149,9 +154,8 @@ def test_a_model_is_run_by_its_name_alone(desk: Desk, kept: str, tiny_checkpoint
     assert "export tiny-kv written" in first.stderr
     assert "Largest" not in first.stdout
     assert "1 of 4 cards" in first.stderr
-    report = json.loads(first.stdout.splitlines()[-1])
+    report = json.loads(first.stdout)
     assert (report["rows"], report["failed_rows"], report["cut_rows"]) == (1, 0, 1)
-    assert "1 of 1 rows were cut" in first.stdout
     (row,) = map(json.loads, Path(report["folder"], "outputs.jsonl").read_text().splitlines())
     assert row["prompt"] == "a | b"
     assert [worker["name"] for worker in report["workers"]] == ["card 0"]
@@ -160,15 +164,12 @@ def test_a_model_is_run_by_its_name_alone(desk: Desk, kept: str, tiny_checkpoint
     second = desk.does(*words)
     assert "export tiny-kv kept" in second.stderr
     assert "bs1 kept" in second.stderr
-    (again,) = map(
-        json.loads,
-        Path(json.loads(second.stdout.splitlines()[-1])["folder"], "outputs.jsonl")
-        .read_text()
-        .splitlines(),
-    )
+    folder = Path(json.loads(second.stdout)["folder"])
+    (again,) = map(json.loads, (folder / "outputs.jsonl").read_text().splitlines())
     assert again["token_ids"] == row["token_ids"]
 
     # Other shapes make another program beside it.
-    third = desk.does(*words, "--precision", "fp16", "--ctx-len", "128", "--input-len", "8")
+    third = desk.does(*words[:-1], "--precision", "fp16", "--ctx-len", "128", "--input-len", "8")
+    assert "1 of 1 rows were cut" in third.stdout
     assert "kept" in third.stderr.partition("compile")[0]
     assert "compile fp16 14c pl8 cl128 bs1" in third.stderr

@@ -82,7 +82,7 @@ def test_launch_ends_with_its_figures_and_says_that_rows_failed(
 ) -> None:
     work, result = launched
     assert result.returncode == 1, result.stderr  # two rows cannot be answered
-    report = json.loads(result.stdout.splitlines()[-1])
+    report = json.loads(result.stdout)
     assert (report["rows"], report["failed_rows"]) == (len(TEXTS), 2)
     assert report["sdk"].startswith("emulated SDK")
     run_folder = Path(report["folder"])
@@ -95,11 +95,8 @@ def test_launch_ends_with_its_figures_and_says_that_rows_failed(
     assert report["tokens_per_s"] == pytest.approx(
         report["generated_tokens"] / report["seconds"], rel=0.01
     )
-    assert "card 0" in result.stdout
-    assert "not a card's speed" in result.stdout
+    assert {worker["name"] for worker in report["workers"]} == {"card 0", "card 2"}
     assert "Traceback" not in result.stderr
-    # The report's path is the last line for people; the JSON of --json follows it.
-    assert result.stdout.splitlines()[-2].split() == ["report", str(run_folder / "report.html")]
 
 
 def test_a_runs_report_is_whole_and_drawn_anew_from_its_folder(
@@ -122,7 +119,11 @@ def test_a_runs_report_is_whole_and_drawn_anew_from_its_folder(
     assert document["ran"]["command"].startswith("qaic-ray launch")
     again = qaic_ray("report", str(run_folder), "--json", cwd=work)
     assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout.splitlines()[-1]) == document
+    assert json.loads(again.stdout) == document
+    drawn = qaic_ray("report", str(run_folder), cwd=work).stdout
+    assert "card 0" in drawn
+    assert "not a card's speed" in drawn
+    assert drawn.splitlines()[-1].split() == ["report", str(run_folder / "report.html")]
     page = qaic_ray("report", run_folder.name, str(run_folder), "--html", "both.html", cwd=work)
     assert page.returncode == 0, page.stderr
     assert (work / "both.html").exists()
@@ -177,14 +178,14 @@ def test_the_three_steps_by_hand_and_what_a_qpc_is_not(
     variant = ("tiny-kv", "mx6", "14", "--prompt-len", "16", "--ctx-len", "64")
     compiled = qaic_ray("compile", *variant, "--json", cwd=work)
     assert compiled.returncode == 0, compiled.stderr
-    (built,) = json.loads(compiled.stdout.splitlines()[-1])["variants"]
+    (built,) = json.loads(compiled.stdout)["variants"]
     assert Path(built["path"]) == work / "qpc" / "tiny-kv-16pl-64cl-14c-1BS-mx6"
     run = ["run", "--model_name", str(tiny_checkpoint), "--qpc", built["path"]]
     run += ["--address", address]
     asked = [*run, "--device_id", "0,1,2,3", "--prompt", r"My name is|The capital \| of", "--json"]
     answered = qaic_ray(*asked, "--generation-len", "5", "--input-len", "16", cwd=work)
     assert answered.returncode == 0, answered.stderr
-    report = json.loads(answered.stdout.splitlines()[-1])
+    report = json.loads(answered.stdout)
     rows = rows_of(Path(report["folder"]))
     assert [row["prompt"] for row in rows] == ["My name is", "The capital | of"]
     runs = sorted((work / "runs").iterdir())
@@ -213,7 +214,7 @@ def test_speculative_decoding_gives_the_same_text_in_fewer_steps(
         launch = ("launch", "tiny.yaml", "--set", f"run.drafts={drafts}", "--address", address)
         result = qaic_ray(*launch, "--json", cwd=tmp_path)
         assert result.returncode == 1, result.stderr  # some of the prompts cannot be answered
-        report = json.loads(result.stdout.splitlines()[-1])
+        report = json.loads(result.stdout)
         found[drafts] = (report, rows_of(Path(report["folder"])))
     (plain, plain_rows), (lookup, lookup_rows) = found["none"], found["prompt-lookup"]
     assert [row["token_ids"] for row in lookup_rows] == [row["token_ids"] for row in plain_rows]
@@ -246,15 +247,18 @@ def test_rows_get_what_they_ask_for_on_any_card_again(
     )
     (work / "wishes.jsonl").write_text("".join(json.dumps(wish) + "\n" for wish in WISHES))
     asked = ["run", "--model-name", str(chat), "--qpc", "qpc/tiny-kv-16pl-128cl-14c-2BS-fp32"]
-    asked += ["--prompts-file", "wishes.jsonl", "--generation_len", "6", "--json"]
+    asked += ["--input", "wishes.jsonl", "--max_tokens", "6", "--json"]
     asked += ["--temperature", "0.9", "--chat", "--system", "Be brief.", "--run-seed", "3"]
     runs = []
     for cards in ("1,2,3", "0"):
-        result = qaic_ray(*asked, "--device-id", cards, "--address", address, cwd=work)
+        result = qaic_ray(*asked, "--stream", "--device-id", cards, "--address", address, cwd=work)
         assert result.returncode == 1, result.stderr  # two rows cannot be answered
-        report = json.loads(result.stdout.splitlines()[-1])
+        *printed, report = map(json.loads, result.stdout.splitlines())
         assert report["failed_rows"] == 2
         runs.append(rows_of(Path(report["folder"])))
+        # Every line is JSON that says what it is; the rows are those of outputs.jsonl.
+        assert report["type"] == "report"
+        assert printed == [{"type": "row"} | row for row in runs[-1]]
     job = yaml.safe_load((Path(report["folder"]) / "job.yaml").read_text())
     assert (job["seed"], job["system"], job["sampling"]["temperature"]) == (3, "Be brief.", 0.9)
     rows = runs[0]

@@ -43,7 +43,7 @@ class Window:
             capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == code, done.stderr
-        document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        document: dict[str, Any] = json.loads(done.stdout)
         return document
 
     def status(self) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(
     resumed = qaic_ray(*resume, "--json", cwd=work)
     assert resumed.returncode == 1, resumed.stderr
     assert answers(cut) == answers(undisturbed)
-    report = json.loads(resumed.stdout.splitlines()[-1])
+    report = json.loads(resumed.stdout)
     before = json.loads((undisturbed / "report.json").read_text())
     assert report["proof"]["inputs_sha256"] == before["proof"]["inputs_sha256"]
     assert (report["proof"]["rows_ok"], report["proof"]["rows_error"]) == (NUM_ROWS - 2, 2)

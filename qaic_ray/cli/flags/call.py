@@ -95,9 +95,9 @@ class CommandCall:
         for name, taken in self._taken.items():
             arguments[name] = taken.made(words)
         if self._given is not None:
-            used = [flag for flag in self.flags if flag.name in words]
+            fixed = (flag.said_in(words) for flag in self.flags if not flag.opt.free)
             arguments[self._given] = parameters.Given(
-                fixed=tuple(flag.written for flag in used if not flag.opt.free),
+                fixed=tuple(filter(None, fixed)),
                 may_be_free=tuple(flag.flag for flag in self.flags if flag.opt.free),
             )
         self._function(**arguments)

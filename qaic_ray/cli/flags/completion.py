@@ -33,8 +33,11 @@ def models(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def jobs(ctx: typer.Context, incomplete: str) -> list[str]:
-    """The job files in jobs."""
-    return _beginning(sorted(str(path) for path in _inside("jobs", "*.yaml")), incomplete)
+    """The job files here and in jobs, and the names of those that come along."""
+    from qaic_ray.shipped.jobs import shipped_jobs
+
+    here = [str(path) for path in (*_inside(".", "*.yaml"), *_inside("jobs", "*.yaml"))]
+    return _beginning([*sorted(here), *shipped_jobs()], incomplete)
 
 
 def run_names(ctx: typer.Context, incomplete: str) -> list[str]:

@@ -63,8 +63,10 @@ class Flag:
         names = self.names
         if self.default is True:
             names = [f"{' ' if self.opt.off else name}/--no-{name[2:]}" for name in names]
+        # One that may stand without its flag is missed when its section is made.
+        is_said = self.default is True or (self.default is ... and not self.opt.argument)
         info = typer.Option(
-            self.default if self.default in (..., True) else None,
+            self.default if is_said else None,
             *names,
             help=self.help,
             hidden=self.opt.hidden,
@@ -117,7 +119,8 @@ class Flag:
             return "PATH"
         if self.value.item is not None and not self.opt.repeated:
             return "LIST"
-        return "WORD" if self.value.words else _PLACES_OF_TYPES.get(self.value.scalar, "TEXT")
+        place = _PLACES_OF_TYPES[self.value.scalar]
+        return "WORD" if self.value.words and place == "TEXT" else place
 
     @property
     def help(self) -> str:
@@ -136,12 +139,25 @@ class Flag:
             return ",".join(map(_plain, self.default))
         return "" if self.default in (..., None, {}) else _plain(self.default)
 
+    @property
+    def missing(self) -> str:
+        """The sentence, without its end, of one that has to be there and is not."""
+        names = [self.opt.argument.strip("[]"), self.flag] if self.opt.argument else [self.flag]
+        about = self.opt.help.rstrip(".")
+        return f"{' or '.join(names)} is needed: {about[:1].lower()}{about[1:]}"
+
     # -- its value
 
     def named_as(self, typed: Iterable[str]) -> None:
         """From now on errors name it as it stands among these words."""
         spelled = {f"--{with_dashes(word[2:])}": word for word in typed if word[:2] == "--"}
         self.flag = next((spelled[name] for name in self.names if name in spelled), self.flag)
+
+    def said_in(self, words: Mapping[str, Any]) -> str:
+        """How the command line's words name it; nothing where they do not."""
+        if self.name in words:
+            return self.written
+        return self.opt.argument.strip("[]") if f"{self.name}_argument" in words else ""
 
     def takes(self, word: str | None) -> bool:
         """Whether a word that follows the flag is its value; None: nothing follows."""
@@ -233,6 +249,8 @@ def _refusal(error: ValidationError, flags: list[Flag]) -> str:
     flag = next((flag.flag for flag in flags if flag.path == first["loc"][:1]), None)
     if flag is None:
         return f"{said}."
+    if first["type"] == "missing":
+        return next(f"{f.missing}." for f in flags if f.path == first["loc"][:1])
     value, limits = shown(first["input"]), first.get("ctx", {})
     if first["type"] in ("literal_error", "enum"):
         return f"{flag} takes {limits['expected'].replace(chr(39), '')}, not {value}."

@@ -25,7 +25,8 @@ _OTHER_WORDS = {
     "cancel": "stop", "generate": "run", "infer": "run", "chat": "run", "prompt": "run",
     "build": "compile", "convert": "export", "start": "launch", "submit": "launch",
     "check": "doctor", "info": "doctor", "cards": "devices", "tail": "logs", "new": "init",
-    "compare": "report", "resume": "run",
+    "compare": "report", "resume": "run", "generateONNX.py": "export", "runModel.py": "run",
+    "compileModel.sh": "compile",
 }  # fmt: skip
 """Commands as other programs call them."""
 
@@ -81,8 +82,19 @@ def _near_option(typed: str, context: Any) -> str:
     # An alias that is near stands for the name that people learn.
     learnt = {name: p.opts[0] for p in options for name in p.opts if name.startswith("--")}
     learnt |= {name: name for p in options for name in p.secondary_opts}
+    program = context.find_root()
+    if typed in _names(program.command, program):
+        return f"; it stands before the command: `{program.command_path} {typed} {_name(context)}`."
+    for name, command in getattr(context.command, "commands", {}).items():
+        if typed in _names(command, context):
+            return f"; it stands behind a command: `{context.command_path} {name} {typed}`."
     near = _nearest(typed.replace("_", "-"), learnt)
     return f"; did you mean {learnt[near]}?" if near else "."
+
+
+def _names(command: Any, context: Any) -> set[str]:
+    """Every option of a command, by each of its names."""
+    return {name for param in command.get_params(context) for name in param.opts}
 
 
 def _value(error: Any, context: Any) -> str:

@@ -134,7 +134,8 @@ def _cyan(text: str) -> str:
 
 def _styled(text: str, code: int) -> str:
     # https://no-color.org: any value but none.
-    return text if os.environ.get("NO_COLOR") else f"\x1b[{code}m{text}\x1b[0m"
+    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") in ("dumb", "unknown")
+    return text if is_plain else f"\x1b[{code}m{text}\x1b[0m"
 
 
 def in_panels(

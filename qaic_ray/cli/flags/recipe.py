@@ -7,6 +7,7 @@ compileModel scripts of the public Cloud AI SDK, in all their versions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 from qaic_ray.errors import UsageError
 
@@ -43,11 +44,12 @@ _GONE: Mapping[str, Mapping[str, str]] = {
             "no tensors are kept; a row's token ids, times and logprobs are in outputs.jsonl of "
             "the run folder, and the script itself runs QPCs of `qaic-ray export --io cache-index`"
         ),
-        "--automation": "say --json in its place: stdout ends with the figures as one JSON object",
+        "--automation": "say --json in its place: stdout is the figures then, as one JSON object",
     },
 }
 """Command -> flag of its script -> what to do, as the rest of a sentence."""
 
+_MODEL_FLAGS = {"--model-name", "--model_name", "--model", "-m"}
 _SCRIPTS = {"export": "generateONNX.py", "run": "runModel.py"}
 _MULTI_SOC = ("BS", "PL", "CL", "CORES", "MOS", "OLS", "SOCS")
 """What follows the model in compileModel_multi_soc.sh."""
@@ -65,6 +67,8 @@ def translated(command: str, args: Sequence[str]) -> list[str]:
     """
     if command == "compile":
         _refuse_multi_soc(args)
+    if command == "run":
+        _refuse_words_behind_prompt(args)
     known, gone = _CALLED.get(command, {}), _GONE.get(command, {})
     words: list[str] = []
     for at, word in enumerate(args):
@@ -79,6 +83,19 @@ def translated(command: str, args: Sequence[str]) -> list[str]:
             )
         words.append(f"{known[flag]}{equals}{value}" if flag in known else word)
     return words
+
+
+def _refuse_words_behind_prompt(args: Sequence[str]) -> None:
+    """A prompt without quotes; the recipe's text says only `--prompt <Enter prompt>`."""
+    if "--prompt" not in args or not _MODEL_FLAGS & {word.partition("=")[0] for word in args}:
+        return
+    behind = args[args.index("--prompt") + 1 :]
+    words = list(takewhile(lambda word: not word.startswith("-"), behind))
+    if len(words) > 1:
+        prompt = " ".join(words)
+        raise UsageError(
+            f'A prompt of several words stands between double quotes: --prompt "{prompt}".'
+        )
 
 
 def _refuse_multi_soc(args: Sequence[str]) -> None:

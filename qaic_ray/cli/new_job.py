@@ -1,0 +1,88 @@
+"""The commands that a newcomer begins with: a demonstration, and a job to be changed."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qaic_ray.cli.launching import launch_here, live_screen, with_ray
+
+if TYPE_CHECKING:
+    from qaic_ray import options
+    from qaic_ray.cli import parameters
+
+
+def demo(
+    place: parameters.DemoOptions,
+    ray: options.RayOptions,
+    sdk: options.SdkOptions,
+    show: parameters.ShowOptions,
+) -> None:
+    """Show it all on a small model, SmolLM2-135M: export, compile, run on four cards, report."""
+    from qaic_ray.cli.parameters import ResumeOptions
+    from qaic_ray.files.folders import cache_folder
+    from qaic_ray.pipeline.job import load_job
+    from qaic_ray.shipped.jobs import shipped_jobs
+
+    folder = Path(place.folder).absolute() if place.folder else cache_folder() / "demo"
+    job = with_ray(load_job(shipped_jobs()["smollm2"]), ray)
+    job = job.changed("export", output=str(folder / f"{job.model.name}-kv"))
+    job = job.changed("compile", output=str(folder / "qpc"))
+    job = job.changed("run", output=str(folder / "runs"), devices=place.devices)
+    job = job.model_copy(update={name: getattr(sdk, name) for name in sdk.model_fields_set})
+    launch_here(job, ResumeOptions(), show)
+    with live_screen(show) as screen:
+        screen.remark(
+            f"All of it is in {folder}, where another demo finds it. A job of your own: "
+            "`qaic-ray init NAME`."
+        )
+
+
+def init(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="Of the job; its files are NAME.yaml and NAME-prompts.jsonl."
+        ),
+    ],
+    show: parameters.JsonOptions,
+    begin_with: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="JOB",
+            help="The job that it is made of, like chat.",
+            show_default="start",
+        ),
+    ] = "start",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="Local folder, hub id, .gguf file, or smollm2-135m.",
+            show_default="that job's",
+        ),
+    ] = None,
+) -> None:
+    """Write a job and its prompts into this folder: few keys, each explained, ready to run."""
+    from qaic_ray.cli.screen import write
+    from qaic_ray.files.documents import json_text
+    from qaic_ray.shipped.new_job import write_job
+
+    new = write_job(name, begin_with=begin_with, model=model)
+    file = shlex.quote(str(new.path))
+    if show.as_json:
+        document = {"job": str(new.path), "prompts": str(new.prompts), "model": new.model}
+        write(json_text(document) + "\n")
+        return
+    write(
+        f"{new.path} is a job on {new.model}, and {new.prompts} its prompts. Change them as you "
+        "like, then\n\n"
+        f"    qaic-ray plan {file}      # what it would compile\n"
+        f"    qaic-ray launch {file}    # export, compile, run on every card, report\n"
+    )

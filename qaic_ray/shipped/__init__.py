@@ -1,0 +1,1 @@
+"""What comes with the package to begin with: its jobs, and new ones made of them."""
