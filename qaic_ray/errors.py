@@ -3,8 +3,10 @@
     QaicRayError
     ├── UsageError      exit code 2; the message is one sentence with the remedy
     │   ├── JobError, CheckpointError, SpecializationError, SdkNotFound
+    │   ├── ParameterError   of the Python interface; a ValueError too
     ├── ExportError, CompileError
     ├── Unfinished, ClusterLost
+    ├── FleetClosed, FleetBusy
     ├── RowError        of one prompt
     └── DeviceError     of a card or its runtime, with the vendor's status
         ├── DeviceBusy, DeviceLost
@@ -61,6 +63,10 @@ class SdkNotFound(UsageError):
     """No Cloud AI SDK at the place that was asked for."""
 
 
+class ParameterError(UsageError, ValueError):
+    """An argument of the Python interface is wrong; also what programs for vLLM catch."""
+
+
 class ExportError(QaicRayError):
     """The exported graph could not be made or is not equal to PyTorch's."""
 
@@ -83,6 +89,14 @@ class Unfinished(QaicRayError):
 
 class ClusterLost(QaicRayError):
     """The Ray that the run uses died, or does not answer any more."""
+
+
+class FleetClosed(QaicRayError):
+    """An open fleet has ended, for the reason that the message says; it takes nothing more."""
+
+
+class FleetBusy(QaicRayError):
+    """An open fleet has as many prompts as it may have."""
 
 
 class RowError(QaicRayError):

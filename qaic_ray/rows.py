@@ -105,8 +105,9 @@ class Prompt:
     """One user prompt and its place in the input; `index` counts from 0 over the whole input.
 
     Where there are `messages`, they are the prompt, and `text` is the user's last message, which
-    the row shows. `sampling` None means the run's, and so does `chat`. With `stream` its tokens are
-    told while they come, which changes no answer.
+    the row shows. Where there are `token_ids`, the model is given them as they are. `sampling` None
+    means the run's, and so does `chat`. With `stream` its tokens are told while they come, which
+    changes no answer.
     """
 
     index: int
@@ -116,6 +117,7 @@ class Prompt:
     sampling: SamplingParams | None = None
     chat: ChatOptions | None = None
     stream: bool = False
+    token_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

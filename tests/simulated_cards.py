@@ -140,6 +140,9 @@ class SimulatedCards:
         self.now_s += timeout_s
         return None
 
+    def wake(self) -> None:
+        """Nobody waits: time is simulated."""
+
     def run(self, shard: RunShard) -> None:
         card = self._cards[shard.worker]
         self.ran.append(shard)

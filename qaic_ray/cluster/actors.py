@@ -7,6 +7,7 @@ that died is not restarted; `replace` creates another one with the same name in 
 from __future__ import annotations
 
 import math
+import queue
 import time
 import uuid
 from collections import deque
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ray
 import ray.exceptions as ray_errors
@@ -25,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from qaic_ray.cards.inventory import CARD_RESOURCE
 from qaic_ray.cluster.actor_process import open_worker, said_by
 from qaic_ray.cluster.connection import CARD_CPUS, call_for
+from qaic_ray.cluster.ready_refs import ReadyRefs
 from qaic_ray.dispatch.dispatcher import (
     Event,
     RowsFinished,
@@ -37,7 +39,7 @@ from qaic_ray.dispatch.dispatcher import (
     WorkerReady,
 )
 from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
-from qaic_ray.errors import DeviceError, UsageError
+from qaic_ray.errors import ClusterLost, DeviceError, UsageError
 from qaic_ray.metrics import Measurement
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
@@ -56,6 +58,7 @@ MAX_ASKED_PER_S = 100
 _RESOURCE_STEPS = 10_000
 
 
+_Call: TypeAlias = ObjectRef | ObjectRefGenerator
 _Returned = Callable[[Any], Event | None]
 """Makes the event of what a call of a worker returned."""
 
@@ -67,6 +70,7 @@ class CardActors(AbstractContextManager["CardActors"]):
         specs: one a worker.
         worker_class: what the actors are made of.
         num_cpus: what each asks of its node.
+        loss: for an open input, where `wake` is to end a wait: says what is gone, when Ray is.
         policy: `max_shards` is used.
         timeouts: `steps_s`, `close_s`, `kill_s` and `parent_s` are used.
     """
@@ -77,6 +81,7 @@ class CardActors(AbstractContextManager["CardActors"]):
         worker_class: type[CardWorker],
         *,
         num_cpus: float = CARD_CPUS,
+        loss: Callable[[], str | None] | None = None,
         policy: Policy = DEFAULT_POLICY,
         timeouts: Timeouts = DEFAULT_TIMEOUTS,
     ) -> None:
@@ -87,12 +92,14 @@ class CardActors(AbstractContextManager["CardActors"]):
             worker_class
         )
         self._num_cpus = num_cpus
+        self._loss = loss
+        self._ready_refs = None if loss is None else ReadyRefs()
         self._timeouts = timeouts
         self._namespace = f"qaic-ray-{uuid.uuid4().hex}"
 
         self._actors: dict[str, ActorHandle] = {}
         self._infos: dict[str, WorkerInfo] = {}
-        self._in_flight: dict[ObjectRef | ObjectRefGenerator, tuple[str, _Returned]] = {}
+        self._in_flight: dict[_Call, tuple[str, _Returned]] = {}
         self._events: deque[Event] = deque()
         self._streaming: set[str] = set()  # their tokens are listened to
         self._silent: set[str] = set()  # asked for their steps, and have not answered
@@ -115,20 +122,26 @@ class CardActors(AbstractContextManager["CardActors"]):
         Raises:
             UsageError: a worker found that the request itself is wrong; and whatever else a worker
                 raised on its first opening that is not the card's fault.
+            ClusterLost: where `loss` says so.
         """
         deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
         while not self._events:
             now_s = time.monotonic()
             self._ask_for_steps(now_s)
             until_s = min(deadline_s, self._next_ask_s) - now_s
-            ref = self._next_ref(max(0.0, until_s))
+            ref, is_woken = self._next_ref(max(0.0, until_s))
             if ref is not None:
                 _, returned = self._in_flight.pop(ref)
                 if (event := returned(ref)) is not None:
                     self._events.append(event)
-            elif time.monotonic() >= deadline_s:
+            elif is_woken or time.monotonic() >= deadline_s:
                 return None
         return self._events.popleft()
+
+    def wake(self) -> None:
+        """Have `wait` return at once, where the input is open; any thread may call it."""
+        if self._ready_refs is not None:
+            self._ready_refs.wake()
 
     def run(self, shard: RunShard) -> None:
         """Start a shard; its rows come as events while they finish."""
@@ -203,13 +216,13 @@ class CardActors(AbstractContextManager["CardActors"]):
         ).remote(spec)
         self._actors[name] = actor
         opened = actor.__ray_call__.options(name=f"open {name}").remote(open_worker, self._timeouts)
-        self._in_flight[opened] = name, partial(self._opened, name)
+        self._expect(opened, name, partial(self._opened, name))
 
     def _listen_to(self, stream: ObjectRefGenerator, worker: str, shard_id: int) -> None:
-        self._in_flight[stream] = worker, partial(self._rows, worker, shard_id)
+        self._expect(stream, worker, partial(self._rows, worker, shard_id))
 
     def _listen_to_tokens(self, stream: ObjectRefGenerator, worker: str) -> None:
-        self._in_flight[stream] = worker, partial(self._tokens, worker)
+        self._expect(stream, worker, partial(self._tokens, worker))
 
     def _ask_for_steps(self, now_s: float) -> None:
         """Ask every open worker that has answered before; the answers come as events."""
@@ -219,15 +232,33 @@ class CardActors(AbstractContextManager["CardActors"]):
         for name in self._infos.keys() - self._silent:
             self._silent.add(name)
             ref = _control(self._actors[name].progress)
-            self._in_flight[ref] = name, partial(self._steps, name)
+            self._expect(ref, name, partial(self._steps, name))
 
-    def _next_ref(self, timeout_s: float) -> ObjectRef | ObjectRefGenerator | None:
-        """A call that has returned something; None after the time."""
+    def _expect(self, call: _Call, worker: str, returned: _Returned) -> None:
+        self._in_flight[call] = worker, returned
+        if self._ready_refs is not None:
+            self._ready_refs.watch(call)
+
+    def _next_ref(self, timeout_s: float) -> tuple[_Call | None, bool]:
+        """A call that has returned something, None after the time; and whether it was woken."""
+        if self._ready_refs is not None:
+            return self._next_ready(self._ready_refs, timeout_s)
         if not self._in_flight:
             time.sleep(timeout_s)  # Ray refuses to wait for nothing
-            return None
+            return None, False
         ready, _ = ray.wait(list(self._in_flight), num_returns=1, timeout=timeout_s)
-        return ready[0] if ready else None
+        return (ready[0] if ready else None), False
+
+    def _next_ready(self, refs: ReadyRefs, timeout_s: float) -> tuple[_Call | None, bool]:
+        try:
+            call = refs.next(timeout_s)
+        except queue.Empty:
+            return None, False
+        if self._loss is not None and (lost := self._loss()) is not None:
+            raise ClusterLost(f"{lost}.")
+        if call is None:
+            return None, True
+        return (call if call in self._in_flight else None), False  # else of one that was retired
 
     def _wait_all(self, refs: list[ObjectRef]) -> list[ObjectRef]:
         """Those that have returned within `close_s`."""

@@ -44,6 +44,7 @@ from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience, Driver
 from qaic_ray.runs.intake import ThreadedReader
 from qaic_ray.runs.journal import Journal
+from qaic_ray.runs.open_input import OpenInput
 from qaic_ray.runs.result import FleetResult
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts, changed_values, tries
 
@@ -85,6 +86,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         self._own: OwnRay | None = None
         self._ends = ExitStack()
         self._watch: ClusterWatch | None = None
+        self._on_loss: Callable[[], None] = lambda: None
         self._logs = WorkerLogs()
         self.dashboard: Dashboard | None = None
 
@@ -207,7 +209,7 @@ class Cluster(AbstractContextManager["Cluster"]):
 
     def run_prompts(
         self,
-        prompts: Iterable[Prompt | Row],
+        prompts: Iterable[Prompt | Row] | OpenInput,
         specs: Sequence[WorkerSpec],
         *,
         worker_class: type[CardWorker],
@@ -234,9 +236,11 @@ class Cluster(AbstractContextManager["Cluster"]):
                 specs,
                 worker_class,
                 num_cpus=self._cpus_each(len(specs)),
+                loss=self._loss if isinstance(prompts, OpenInput) else None,
                 policy=policy,
                 timeouts=self._timeouts,
             ) as cards:
+                self._on_loss = cards.wake
                 result = Driver(
                     cards,
                     prompts,
@@ -294,15 +298,26 @@ class Cluster(AbstractContextManager["Cluster"]):
                 raise ClusterLost(f"{self._watch.loss}.") from error
             raise
 
+    def _loss(self) -> str | None:
+        """What is gone, when Ray is."""
+        return None if self._watch is None else self._watch.loss
+
     def _watching(self) -> ClusterWatch:
-        if self._own is not None:
-            own = self._own
-            return ClusterWatch(dead=own.dead, on_loss=own.session.kill, timeouts=self._timeouts)
-        if self._kept is not None:
-            return ClusterWatch(dead=self._kept.dead, timeouts=self._timeouts)
+        own, kept = self._own, self._kept
+
+        def on_loss() -> None:
+            if own is not None:
+                own.session.kill()
+            self._on_loss()
+
+        watching = partial(ClusterWatch, on_loss=on_loss, timeouts=self._timeouts)
+        if own is not None:
+            return watching(dead=own.dead)
+        if kept is not None:
+            return watching(dead=kept.dead)
         where = "of this machine" if self._address in (None, "auto") else f"at {self._address}"
         what = f"The Ray cluster {where}"
-        return ClusterWatch(ask=_answers, what=what, timeouts=self._timeouts)
+        return watching(ask=_answers, what=what)
 
     def _cpus_each(self, num_workers: int) -> float:
         """CPUs of each actor: an even share of this machine, or CARD_CPUS of a shared cluster."""

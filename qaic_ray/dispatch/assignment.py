@@ -47,7 +47,7 @@ class Assignment:
         """Begin shards on those that want one, one each and then another, until none takes more."""
         table = self._table
         if table.exhausted and not self._is_late:
-            self._is_late = table.num_grouped <= 2 * self._pool.num_slots
+            self._is_late = self._is_nearly_done
             if self._is_late:
                 table.sort_waiting(exactly=True)
         begun: list[Shard] = []
@@ -91,8 +91,9 @@ class Assignment:
     def _wants(self, worker: WorkerState) -> bool:
         """Whether a worker would take a shard.
 
-        It fills its slots and its queue. Late in the run it fills its slots, up to its share of all
-        open prompts where others still open, who will want theirs.
+        It fills its slots and its queue. Where little waits, late in the run or because little
+        comes, it fills its slots, up to its share of all open prompts where others still open, who
+        will want theirs.
         """
         if worker.status is not WorkerStatus.READY or worker.alone or worker.retry_s is not None:
             return False
@@ -100,7 +101,7 @@ class Assignment:
             return True
         if worker.draining or len(worker.shards) == self._policy.max_shards:
             return False
-        if self._is_late:
+        if self._is_late or (self._table.is_dry and self._is_nearly_done):
             share = math.inf
             if self._pool.num_awaited:
                 share = math.ceil(len(self._table.open) / self._num_sharing)
@@ -139,6 +140,10 @@ class Assignment:
         return table.take(waiting, size, shortest=self._pool.is_slow(worker)), alone
 
     @property
+    def _is_nearly_done(self) -> bool:
+        return self._table.num_grouped <= 2 * self._pool.num_slots
+
+    @property
     def _num_sharing(self) -> int:
         """Workers that share what is left: those that are ready or open for the first time."""
         return max(1, self._pool.num_ready + self._pool.num_awaited)
@@ -154,8 +159,10 @@ class Assignment:
         work = policy.shard_s * worker.work_per_s or math.inf
         if retried:
             most = max(1, worker.slots // policy.retry_shrink)
-        if table.exhausted:
-            least = min(least, math.ceil(table.num_grouped / self._num_sharing))
+        if table.exhausted or table.is_dry:
+            # Where more may come, each gets so few that they have about as many in the end.
+            even = math.ceil(table.num_grouped / self._num_sharing)
+            least = min(least, even) if table.exhausted else 1
             share = table.waiting_work * self._pool.speed(worker) / self._num_sharing
             work = min(work, share / policy.guide)
         return least, most, work

@@ -38,17 +38,20 @@ class Command:
 
 @dataclass(frozen=True)
 class RunStarted(Event):
-    """These workers are being opened, each for the first time."""
+    """These workers are being opened, each for the first time; `is_open`: see `PromptsRead`."""
 
     workers: tuple[str, ...]
+    is_open: bool = False
 
 
 @dataclass(frozen=True)
 class PromptsRead(Event):
-    """The next prompts of the input, by rising index; `exhausted` when there are no more."""
+    """The next prompts of the input, by rising index; `exhausted` when there are no more.
+    `is_dry`: an open input, to which prompts come at any time, has no more now."""
 
     prompts: tuple[Prompt, ...]
     exhausted: bool
+    is_dry: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,10 +117,7 @@ class ShardFailed(Event):
 
 @dataclass(frozen=True)
 class TokensGenerated(Event):
-    """Rows of prompts with `stream` got tokens in one or more steps of a worker.
-
-    The dispatcher does nothing about it.
-    """
+    """Rows of prompts with `stream` got tokens in steps of a worker; nothing is done about it."""
 
     worker: str
     chunks: tuple[TokenChunk, ...]
@@ -196,8 +196,8 @@ class Dispatcher:
 
     Attributes:
         finished: whether there is nothing left to do: every prompt is done, or it is abandoned.
-        abandoned: whether every worker was given up while prompts were left. Those stay undone, and
-            nothing more is read.
+        abandoned: whether every worker was given up while prompts were left, or could come. They
+            stay undone, and nothing more is read.
         wake_s: when to say `TimePassed` if nothing is heard before; infinity for never.
 
     Args:
@@ -239,7 +239,8 @@ class Dispatcher:
         if now_s >= self._pool.next_s:
             for worker in self._pool.due(now_s):
                 self._on_deadline(worker)
-        self.abandoned = self._is_started and not self._pool.workers and bool(self._table.open)
+        is_wanted = self._table.is_dry or bool(self._table.open)
+        self.abandoned = self._is_started and not self._pool.workers and is_wanted
         self.finished = self.abandoned or (self._table.exhausted and not self._table.open)
         self.wake_s = math.inf
         if not self.finished:
@@ -258,17 +259,17 @@ class Dispatcher:
                 shard = self._table.shards.get(shard_id)
                 if shard is not None:
                     self._fail_shard(shard, f"{name} gave no row for it")
-            case PromptsRead(prompts, exhausted):
+            case PromptsRead(prompts, exhausted, is_dry):
                 self._is_reading = False
-                self._table.read(prompts, exhausted=exhausted)
+                self._table.read(prompts, exhausted=exhausted, is_dry=is_dry)
             case ShardFailed():
                 self._on_shard_failed(event)
             case WorkerReady() | WorkerProgress() | WorkerLost():
                 worker = self._pool.alive(event.worker, event.incarnation)
                 if worker is not None:
                     self._on_worker_event(worker, event)
-            case RunStarted(names):
-                self._is_started = True
+            case RunStarted(names, is_open):
+                self._is_started, self._table.is_dry = True, is_open
                 self._pool.start(names, self._now_s)
             case PromptsCancelled(indexes):
                 self._cancel(indexes)

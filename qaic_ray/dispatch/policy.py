@@ -39,6 +39,8 @@ class Policy:
     """A worker is slow when its slots do less than this part of the fleet's mean."""
     answer_tokens: int = 32
     """Estimated tokens of an answer whose prompt does not say how long it may be."""
+    token_chars: int = 4
+    """Estimated characters of a token of a prompt that is given by its tokens."""
     token_work: float = 32.0
     """Estimated work of one token of an answer, in characters of prompt."""
 

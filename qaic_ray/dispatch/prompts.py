@@ -26,7 +26,9 @@ def text_work(
 ) -> float:
     """Estimated work of a prompt in characters; `defaults` are what it does not say itself."""
     length = len(prompt.text)
-    if prompt.messages is not None:
+    if prompt.token_ids is not None:
+        length = policy.token_chars * len(prompt.token_ids)
+    elif prompt.messages is not None:
         length = sum(len(message.get("content", "")) for message in prompt.messages)
     sampling = prompt.sampling or defaults
     num_tokens = policy.answer_tokens if sampling.max_tokens is None else sampling.max_tokens
@@ -124,6 +126,7 @@ class PromptTable:
     Attributes:
         open: index -> prompt.
         exhausted: whether the input has ended.
+        is_dry: whether it is open and has no more now.
         fresh: waiting prompts that were never on a worker that died. Those that were are `retried`,
             and go in small groups; or `suspects` if they were more than once, and go alone.
         num_grouped: how many are fresh or retried, and `waiting_work` their estimated work.
@@ -133,6 +136,7 @@ class PromptTable:
     def __init__(self, policy: Policy, work_of: Callable[[Prompt], float] | None = None) -> None:
         self.open: dict[int, OpenPrompt] = {}
         self.exhausted = False
+        self.is_dry = False
         self.fresh = WaitingList()
         self.retried = WaitingList()
         self.suspects: dict[int, OpenPrompt] = {}
@@ -148,7 +152,7 @@ class PromptTable:
         self._num_read = 0
         self._num_done = 0
 
-    def read(self, prompts: Sequence[Prompt], *, exhausted: bool) -> None:
+    def read(self, prompts: Sequence[Prompt], *, exhausted: bool, is_dry: bool = False) -> None:
         """Let the next prompts of the input wait."""
         band = [OpenPrompt(prompt, self._work_of(prompt), self._num_bands) for prompt in prompts]
         self._num_bands += 1
@@ -157,7 +161,7 @@ class PromptTable:
         self.fresh.add_band(band)
         self.num_grouped += len(band)
         self.waiting_work += sum(entry.work for entry in band)
-        self.exhausted = exhausted
+        self.exhausted, self.is_dry = exhausted, is_dry and not exhausted
         if exhausted:
             self.sort_waiting(exactly=False)
 

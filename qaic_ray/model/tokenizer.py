@@ -235,6 +235,20 @@ def loaded_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Path:
     return kept
 
 
+def transformers_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """transformers' own tokenizer of a checkpoint, for programs that want one.
+
+    Raises:
+        CheckpointError: the library cannot read it.
+    """
+    from transformers import AutoTokenizer
+
+    loaded_tokenizer(folder, trust_remote_code=trust_remote_code)  # says what is wrong with it
+    return AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+
+
 def eos_token_ids(folder: Path) -> tuple[int, ...]:
     """Ids of the token that ends an answer, by a checkpoint's tokenizer.json."""
     token: Any = None

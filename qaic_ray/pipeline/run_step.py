@@ -109,7 +109,7 @@ def run_on(
     from qaic_ray.runs.delivery import export_outputs
     from qaic_ray.runs.report import RunSummary
 
-    specs = _worker_specs(cluster, request, sdk, listener)
+    specs = worker_specs(cluster, request, sdk, listener)
     folder = request.resume.absolute() if request.resume else _new_run_folder(request)
     listener.run_folder(folder)
     cluster.write_logs_to(folder / LOGS_FOLDER, listener.remark)
@@ -229,7 +229,7 @@ def _answer(
     from qaic_ray.runs.run_view import RunFollower
     from qaic_ray.worker.worker import CardWorker
 
-    parts = _parts(request)
+    parts = content_parts(request)
     same = fingerprint(run_input.source, generation=request.generation, **parts)
     resumed = request.resume is not None
     with (
@@ -237,7 +237,7 @@ def _answer(
             folder, same, retry_errors=request.retry_errors, new_input=request.new_input
         ) as journal,
         RowWriter(folder, resumed=resumed) as write,
-        _recorded(request, folder, listener) as recorder,
+        recorder_of(request, folder.name, listener) as recorder,
     ):
         if request.new_input:
             write_request(request, folder)
@@ -253,7 +253,7 @@ def _answer(
             journal=journal,
             work_of=partial(text_work, defaults=request.run.defaults),
         )
-        if changes := differences(parts, _parts(request)):
+        if changes := differences(parts, content_parts(request)):
             error = f"While the run went, {' and '.join(changes)}: its rows may be of either."
             result = replace(result, broken_off=BrokenOff(Cause.CHANGED, error))
     complete = result.broken_off is None
@@ -264,8 +264,8 @@ def _streamed(item: Prompt | Row) -> Prompt | Row:
     return item if isinstance(item, Row) else replace(item, stream=True)
 
 
-def _recorded(
-    request: RunRequest, folder: Path, listener: Listener
+def recorder_of(
+    request: RunRequest, name: str, listener: Listener
 ) -> AbstractContextManager[RunRecorder]:
     """The run's recorder, for Ray to export what it is told, if that is wanted."""
     from qaic_ray.telemetry.recorder import NoSink, RunRecorder
@@ -274,10 +274,10 @@ def _recorded(
         return nullcontext(RunRecorder(NoSink()))
     from qaic_ray.cluster.ray_metrics import recorded_run
 
-    return recorded_run(folder.name, listener.remark)
+    return recorded_run(name, listener.remark)
 
 
-def _parts(request: RunRequest) -> dict[str, Any]:
+def content_parts(request: RunRequest) -> dict[str, Any]:
     """What an answer depends on beside its prompt and the request, by content.
 
     A model that only the nodes of a cluster have is known by its name.
@@ -294,7 +294,7 @@ def _checkpoint(request: RunRequest) -> Checkpoint | None:
     return open_checkpoint(request.model, weights=False) if is_here else None
 
 
-def _worker_specs(
+def worker_specs(
     cluster: Cluster, request: RunRequest, sdk: SdkChoice, listener: Listener
 ) -> list[WorkerSpec]:
     """What each worker is given, its cards above all."""

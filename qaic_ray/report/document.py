@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 
-from qaic_ray.errors import UsageError
+from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.files.documents import json_text
 from qaic_ray.files.folders import write_whole
 from qaic_ray.metrics import GROWTH, Durations
@@ -21,6 +22,8 @@ from qaic_ray.report.page import html_page
 from qaic_ray.report.statistics import OTHERS, RowStatistics
 from qaic_ray.runs.delivery import OUTPUTS_NAME
 from qaic_ray.runs.history import Happening, engine_work, read_history
+from qaic_ray.runs.intake import INPUT, OPEN_SOURCE
+from qaic_ray.runs.journal import last_fingerprint
 from qaic_ray.runs.report import PAGE_NAME, REPORT_NAME, Document, RunSummary, histogram
 
 MAX_LOG_BINS = 48
@@ -275,12 +278,25 @@ def _state_sentence(run: RunRecord) -> str:
     if run.state is RunState.RUNNING:
         now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
         return f"The run goes on: this is what it had at {now}."
+    if run.state is RunState.UNFINISHED and _is_of_a_program(run):
+        return (
+            f"{run.tally.rows:,} rows are safe; the Python program that they are of gets its "
+            "answers from here when it is started again with this folder."
+        )
     if run.state is RunState.UNFINISHED:
         return (
             f"The run is not done, and nobody works on it: {run.tally.rows:,} rows are safe; go on "
             f"with `qaic-ray run --resume {run.folder}`."
         )
     return ""
+
+
+def _is_of_a_program(run: RunRecord) -> bool:
+    """Whether the rows are those of an open fleet, as `qaic_ray.LLM(folder=...)` keeps them."""
+    with suppress(QaicRayError):  # a damaged journal is among the problems
+        kept = last_fingerprint(run.folder)
+        return kept is not None and kept.get(INPUT) == OPEN_SOURCE
+    return False
 
 
 def missing(

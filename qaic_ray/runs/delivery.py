@@ -150,6 +150,8 @@ class Delivery:
         on_earlier_row: called before all else, with rows whose turn had come in earlier sessions.
         on_saved: called with each row as soon as it is on the disk, in the order of the journal.
         clock: in seconds.
+        has_order: False for an open input: there is `on_saved` alone, no row waits for another one,
+            and those of earlier sessions are none of this run.
     """
 
     def __init__(
@@ -160,6 +162,7 @@ class Delivery:
         *,
         on_saved: Callable[[Row], None] | None = None,
         clock: Callable[[], float],
+        has_order: bool = True,
     ) -> None:
         self.earlier_s = 0.0
         """How long cards worked in earlier sessions."""
@@ -168,6 +171,7 @@ class Delivery:
         self._on_earlier_row = on_earlier_row
         self._on_saved = on_saved
         self._clock = clock
+        self._has_order = has_order
         self._order = InputOrder(journal.read if journal else None)
         self._uncommitted: list[tuple[Row, Place]] = []
         self._commit_at_s = 0.0
@@ -176,7 +180,7 @@ class Delivery:
     def replay(self) -> Iterator[Entry]:
         """The rows of earlier sessions; to be taken to the end, before any row is added."""
         spans_s: dict[int, float] = {}
-        for entry in self._journal.replay() if self._journal else ():
+        for entry in self._journal.replay() if self._journal and self._has_order else ():
             yield entry
             spans_s[entry.session] = max(entry.span_s, spans_s.get(entry.session, 0.0))
             self._order.push(entry.row, entry.place)
@@ -190,7 +194,8 @@ class Delivery:
             # It quotes what was given, and half a surrogate pair cannot be written.
             row = replace(row, error=row.error.encode(errors="backslashreplace").decode())
         if self._journal is None:
-            self._order.push(row)
+            if self._has_order:
+                self._order.push(row)
             self._tell_saved([row])
             return
         if not self._uncommitted:
@@ -227,7 +232,7 @@ class Delivery:
         self._journal.commit()
         self._pause_s = max(self._least_pause_s, COMMIT_PAUSES * (self._clock() - begun_s))
         saved = [row for row, _ in self._uncommitted]
-        for row, place in self._uncommitted:
+        for row, place in self._uncommitted if self._has_order else ():
             self._order.push(row, place)
         self._uncommitted.clear()
         self._tell_saved(saved)

@@ -41,6 +41,7 @@ from qaic_ray.runs.delivery import Delivery
 from qaic_ray.runs.fleet import Cards
 from qaic_ray.runs.intake import Batch, Intake, ThreadedReader
 from qaic_ray.runs.journal import Journal
+from qaic_ray.runs.open_input import OpenInput
 from qaic_ray.runs.result import BrokenOff, Cause, FleetResult, WorkerResult
 from qaic_ray.runs.token_streams import RowStream, TokenDelta
 
@@ -80,10 +81,10 @@ class Audience:
         on_progress: after each change of the counts.
         on_wait: once, in a sentence, where cards are held by others and are waited for.
         on_saved: each new row as soon as it is on the disk, in the order of the journal.
-        on_tokens: what prompts with `stream` got; the last of a row comes before its `on_row`.
+        on_tokens: what prompts with `stream` got; the last of a row comes before its `on_saved`.
         on_begin: once, with a function that cancels rows by their indexes. Any thread may call it;
-            it takes effect with the next event, and each such row comes as one of finish_reason
-            ABORT, if it is not done.
+            it takes effect with the next event, at once where the input is open, and each such row
+            comes as one of finish_reason ABORT, if it is not done.
         on_event: whatever the dispatcher hears and orders, as it does; and rows of the input that
             are no prompts, as if it had ordered them.
     """
@@ -103,7 +104,8 @@ class Driver:
     """One run of prompts over cards.
 
     Args:
-        prompts: the input, by rising index; a Row in it is an item that is no usable prompt.
+        prompts: the input, by rising index; a Row in it is an item that is no usable prompt. Of an
+            open input rows are told by `on_saved` alone, in the order in which they end.
         dispatcher: None for one with the default policy.
         clock: seconds.
         journal: where rows are kept. Rows of earlier sessions in it are counted as they are, and
@@ -114,7 +116,7 @@ class Driver:
     def __init__(
         self,
         cards: Cards,
-        prompts: Iterable[Prompt | Row],
+        prompts: Iterable[Prompt | Row] | OpenInput,
         audience: Audience,
         *,
         dispatcher: Dispatcher | None = None,
@@ -124,7 +126,13 @@ class Driver:
     ) -> None:
         self._cards = cards
         self._intake = Intake()
-        self._reader = reader(self._intake.unanswered(prompts))
+        self._is_open = isinstance(prompts, OpenInput)
+        self._reader: OpenInput | ThreadedReader
+        if isinstance(prompts, OpenInput):
+            self._reader = prompts
+            prompts.read_by(self._intake, cards.wake)
+        else:
+            self._reader = reader(self._intake.unanswered(prompts))
         self._is_reading = False
         self._input_error: QaicRayError | None = None
         self._audience = audience
@@ -136,11 +144,13 @@ class Driver:
             audience.on_earlier_row,
             on_saved=audience.on_saved,
             clock=clock,
+            has_order=not self._is_open,
         )
         self._tally = Tally()
         self._streams: dict[int, RowStream] = {}
         self._to_cancel: deque[int] = deque()
         self._cancelled: set[int] = set()
+        self._next_index = 0  # of the input; those below it are open or done
         self._infos: dict[str, WorkerInfo] = {}
         self._ready: set[str] = set()
         self._losses: Counter[str] = Counter()
@@ -159,9 +169,9 @@ class Driver:
             QaicRayError: of the journal, or for an input that is not that of earlier sessions.
         """
         try:
-            self._audience.on_begin(self._to_cancel.extend)
+            self._audience.on_begin(self._cancel)
             self._replay()
-            event: Event = RunStarted(tuple(self._cards.names))
+            event: Event = RunStarted(tuple(self._cards.names), self._is_open)
             with closing(self._reader):
                 while True:
                     self._hear(event)
@@ -176,6 +186,10 @@ class Driver:
             with suppress(QaicRayError):  # of a disk that has said so already
                 self._delivery.save()
             raise
+
+    def _cancel(self, indexes: Iterable[int]) -> None:
+        self._to_cancel.extend(indexes)
+        self._cards.wake()
 
     def _replay(self) -> None:
         """Count the rows of earlier sessions of the run."""
@@ -222,7 +236,9 @@ class Driver:
                 told = [(streams[c.index].take(worker, c)) for c in chunks if c.index in streams]
                 self._tell_tokens([delta for delta in told if delta is not None])
             case PromptsCancelled(indexes):
-                self._cancelled.update(indexes)
+                is_open = self._intake.open
+                done_below = self._next_index
+                self._cancelled.update(i for i in indexes if i in is_open or i >= done_below)
 
     def _obey(self, command: Command) -> None:
         self._audience.on_event(command)
@@ -256,6 +272,8 @@ class Driver:
         self._is_reading = False
         self._input_error = batch.error
         self._rows_read += len(batch.items)
+        if batch.items:
+            self._next_index = batch.items[-1].index + 1
         self._is_exhausted = batch.exhausted
         rows: list[Row] = []
         prompts: list[Prompt] = []
@@ -272,17 +290,17 @@ class Driver:
         if rows:
             self._audience.on_event(DeliverRows(tuple(rows)))
         self._deliver(rows)
-        return PromptsRead(tuple(prompts), exhausted=batch.exhausted)
+        return PromptsRead(tuple(prompts), batch.exhausted, batch.is_dry)
 
     def _deliver(self, rows: Sequence[Row]) -> None:
         span_s = self._last_s - self._first_s if self._first_s is not None else 0.0
         for row in rows:
             digest = self._intake.open.pop(row.index)
+            if row.index in self._streams:
+                self._tell_tokens(self._streams.pop(row.index).end(row))
             self._delivery.add(row, digest, span_s)
             self._tally.add(row)
             self._cancelled.discard(row.index)
-            if row.index in self._streams:
-                self._tell_tokens(self._streams.pop(row.index).end(row))
         self._tell_progress()
 
     def _tell_tokens(self, deltas: Sequence[TokenDelta]) -> None:

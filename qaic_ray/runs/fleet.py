@@ -33,6 +33,9 @@ class Cards(Protocol):
             UsageError: a worker found that the request itself is wrong.
         """
 
+    def wake(self) -> None:
+        """Have `wait` return soon, where these cards can; any thread may call it."""
+
     def run(self, shard: RunShard) -> None:
         """Begin a shard; rows are answered in the order of its prompts, behind older shards.
 

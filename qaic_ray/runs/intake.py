@@ -65,6 +65,9 @@ def fingerprint(
 STREAM_SOURCE: Fingerprint = {"stream": True}
 """Of an input that cannot be read twice to be sure: its rows' digests are all there is."""
 
+OPEN_SOURCE: Fingerprint = {"open": True}
+"""Of an input to which prompts come at any time, in any order."""
+
 
 def text_source(text: str) -> Fingerprint:
     """Of a `--prompt` argument."""
@@ -94,6 +97,13 @@ def row_digest(item: Prompt | Row) -> bytes:
 def short_digest(item: Prompt | Row) -> int:
     """The digest of a row of the input as the journal has it; never 0."""
     return _short(row_digest(item))
+
+
+def long_digest(item: Prompt | Row) -> int:
+    """The digest of a row as the journal of an open input has it, in which only content tells which
+    prompt a row answers: two in a billion pairs of a million prompts each are the same by chance.
+    """
+    return int.from_bytes(row_digest(item)[:8], "big")
 
 
 def _short(digest: bytes) -> int:
@@ -180,12 +190,14 @@ class Intake:
 class Batch:
     """Items of the input in their order; `exhausted`: these are the last ones.
 
-    `error` says why the input ends with them, where that is not its end.
+    `error` says why the input ends with them, where that is not its end. `is_dry`: an open input
+    has no more now.
     """
 
     items: tuple[Prompt | Row, ...]
     exhausted: bool
     error: QaicRayError | None = None
+    is_dry: bool = False
 
 
 class ThreadedReader:

@@ -389,7 +389,7 @@ def write_all(fd: int, data: bytes) -> None:
 
 def _locked(run_folder: Path) -> FileLock:
     """The run folder's lock; the system frees it when this process ends, however it ends."""
-    lock = FileLock(run_folder / LOCK_NAME)
+    lock = FileLock(run_folder / LOCK_NAME, thread_local=False)  # any thread may close it
     with disk_errors_end_the_run(run_folder):
         try:
             lock.acquire(timeout=DEFAULT_TIMEOUTS.looked_at_s, poll_interval=0.02)

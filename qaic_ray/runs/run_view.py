@@ -178,6 +178,12 @@ class RunFollower:
         """Rows that ended in this session, and those of them that failed."""
         return self._num_ended, self._num_failed
 
+    @property
+    def num_given(self) -> int:
+        """Rows that workers have."""
+        with self._lock:
+            return sum(sum(card.shards.values()) for card in self._cards.values())
+
     def counted(self, *, rows_read: int, rows_done: int, rows_failed: int, exhausted: bool) -> None:
         """How many rows of the input were read and are done, those of earlier sessions too."""
         with self._lock:

@@ -28,6 +28,10 @@ class PromptEncoder:
         Raises:
             RowError: it has none, or the template refuses it.
         """
+        if prompt.token_ids is not None:
+            if not prompt.token_ids:
+                raise RowError("The prompt is empty: it has no token to start from.")
+            return list(prompt.token_ids)
         messages = self._messages(prompt)
         if messages is not None:
             try:
@@ -39,11 +43,13 @@ class PromptEncoder:
         return self.tokenizer.encode(prompt.text)
 
     def text(self, prompt: Prompt) -> str:
-        """The text that these are of: a conversation as the template makes it.
+        """The text that these are of: a conversation as the template makes it, tokens as they read.
 
         Raises:
             RowError: the template refuses it.
         """
+        if prompt.token_ids is not None:
+            return prompt.text or self.tokenizer.decode(prompt.token_ids)
         messages = self._messages(prompt)
         if messages is None:
             return prompt.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -257,6 +258,50 @@ def test_a_lost_workers_prompts_go_to_the_others_once_more(dispatcher: Dispatche
     assert {(worker, attempt) for worker, _, _, attempt in shards(commands)} == {("b", 2)}
     again = [i for _, _, some, _ in shards(commands) for i in some]
     assert sorted(again + indexes) == [0, 1, 2, 3]
+
+
+def test_an_open_input_that_is_dry_is_shared_out(dispatcher: Dispatcher) -> None:
+    after(
+        dispatcher,
+        RunStarted(("a", "b"), is_open=True),
+        WorkerReady("a", 8),
+        WorkerReady("b", 8),
+    )
+    commands = after(dispatcher, PromptsRead(same(4), exhausted=False, is_dry=True))
+    given = [(worker, index) for worker, _, some, _ in shards(commands) for index in some]
+    assert given == [("a", 0), ("b", 1), ("a", 2), ("b", 3)]
+    commands = after(dispatcher, PromptsRead(same(12, first=4), exhausted=False, is_dry=True))
+    given += [(worker, index) for worker, _, some, _ in shards(commands) for index in some]
+    assert Counter(worker for worker, _ in given) == {"a": 8, "b": 8}
+    assert len(shards(commands)) < 12
+
+
+def test_a_prompt_that_comes_alone_goes_to_a_worker_with_a_free_slot(
+    dispatcher: Dispatcher,
+) -> None:
+    after(
+        dispatcher,
+        RunStarted(("a", "b"), is_open=True),
+        WorkerReady("a", 1),
+        PromptsRead(same(1), exhausted=False, is_dry=True),
+    )
+    # The speed of `a` is known, so that something could be queued in it.
+    after(dispatcher, RowsFinished("a", 0, rows_of(0)), ShardFinished("a", 0), now_s=2.0)
+    after(dispatcher, PromptsRead(same(1, first=1), exhausted=False, is_dry=True), now_s=3.0)
+    after(dispatcher, WorkerReady("b", 1), now_s=4.0)
+    commands = after(
+        dispatcher, PromptsRead(same(1, first=2), exhausted=False, is_dry=True), now_s=5.0
+    )
+    assert shards(commands) == [("b", 2, [2], 1)]
+
+
+def test_an_open_input_is_abandoned_before_anything_is_asked_for(dispatcher: Dispatcher) -> None:
+    after(dispatcher, RunStarted(("a",), is_open=True))
+    for life in range(3):
+        after(dispatcher, WorkerLost("a", "no", life), now_s=100.0 * life)
+        after(dispatcher, TimePassed(), now_s=100.0 * life + 50.0)
+    assert dispatcher.abandoned
+    assert dispatcher.finished
 
 
 def test_retried_shards_are_smaller(dispatcher: Dispatcher) -> None:

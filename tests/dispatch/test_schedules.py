@@ -88,15 +88,17 @@ class Schedules(RuleBasedStateMachine):
         slots=st.lists(st.integers(1, 5), min_size=1, max_size=4),
         lengths=st.lists(st.integers(1, 3000), max_size=40),
         read_ahead=st.integers(1, 20),
+        is_open=st.booleans(),
     )
-    def start(self, slots: list[int], lengths: list[int], read_ahead: int) -> None:
+    def start(self, slots: list[int], lengths: list[int], read_ahead: int, is_open: bool) -> None:
+        self.is_open = is_open
         self.slots = {f"card {i}": slot for i, slot in enumerate(slots)}
         self.unread = [Prompt(i, "x" * length) for i, length in enumerate(lengths)]
         self.num_prompts = len(self.unread)
         self.dispatcher = Dispatcher(policy=Policy(read_ahead=read_ahead))
         self.opening = list(self.slots)
         self.lives = dict.fromkeys(self.slots, 0)
-        self.tell(RunStarted(tuple(self.opening)))
+        self.tell(RunStarted(tuple(self.opening), is_open))
 
     # -- what the dispatcher orders
 
@@ -211,11 +213,14 @@ class Schedules(RuleBasedStateMachine):
     # -- what may happen
 
     @precondition(lambda self: self.to_read is not None)
-    @rule()
-    def read(self) -> None:
+    @rule(data=st.data())
+    def read(self, data: st.DataObject) -> None:
         num, self.to_read = self.to_read or 0, None
-        taken, self.unread = self.unread[:num], self.unread[num:]
-        self.tell(PromptsRead(tuple(taken), exhausted=len(taken) < num))
+        size = data.draw(st.integers(1, num)) if self.is_open else num
+        taken, self.unread = self.unread[:size], self.unread[size:]
+        is_over = len(taken) < size
+        is_dry = self.is_open and data.draw(st.booleans())
+        self.tell(PromptsRead(tuple(taken), exhausted=is_over, is_dry=is_dry))
 
     @precondition(lambda self: self.opening)
     @rule(data=st.data(), opens=st.sampled_from([True, True, True, False]))

@@ -30,8 +30,8 @@ def request_(tmp_path: Path) -> RunRequest:
 
 
 def run(request: RunRequest, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_step, "_parts", lambda _: {"qpc": "q", "model": {}})
-    monkeypatch.setattr(run_step, "_worker_specs", lambda *_: [])
+    monkeypatch.setattr(run_step, "content_parts", lambda _: {"qpc": "q", "model": {}})
+    monkeypatch.setattr(run_step, "worker_specs", lambda *_: [])
     names = ["answered", "saved", "generated", "running", "card_ready", "remark", "run_folder"]
     listener: Any = SimpleNamespace(**{n: lambda _: None for n in names}, wants_tokens=False)
     here = SimpleNamespace(label="none", card_lines=dict)

@@ -21,7 +21,8 @@ from qaic_ray.report.document import document_of, energy, redraw, stretches, wri
 from qaic_ray.report.folder import read_run
 from qaic_ray.report.statistics import RowStatistics
 from qaic_ray.rows import FinishReason, Prompt, Row
-from qaic_ray.runs.journal import LOCK_NAME
+from qaic_ray.runs.intake import OPEN_SOURCE
+from qaic_ray.runs.journal import LOCK_NAME, Journal
 from qaic_ray.runs.report import is_finished
 
 BINS = 0.002
@@ -251,3 +252,14 @@ def test_runs_are_compared_with_the_first_one(tmp_path: Path) -> None:
     rates = [run["figures"]["tokens_per_s"] for run in comparison["runs"]]
     assert rates == sorted(rates)
     assert OPEN_S > 0
+
+
+def test_the_folder_of_a_program_says_who_gets_its_answers(tmp_path: Path) -> None:
+    (tmp_path / "request.yaml").write_text("name: llm\nmodel: m\nqpc: q\n")
+    with Journal(tmp_path, {"input": OPEN_SOURCE}) as journal:
+        journal.append(Row(0, "Hi", "Well", FinishReason.STOP), 1, 0.5)
+        journal.commit()
+    document = document_of(read_run(tmp_path))
+    (said,) = [text for text in document["missing"] if "safe" in text]
+    assert "started again with this folder" in said
+    assert "--resume" not in said

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 from simulated_cards import DirectReader, SimulatedCards, answer
@@ -15,6 +15,7 @@ from qaic_ray.formats.prompts import prompts_from_text
 from qaic_ray.metrics import Durations, Measurement, Span
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience, Driver, Progress
+from qaic_ray.runs.open_input import OpenInput
 from qaic_ray.runs.result import BrokenOff, Cause, FleetResult
 from qaic_ray.worker.worker import WorkerInfo
 
@@ -250,6 +251,23 @@ def test_an_input_of_another_run_ends_this_one_at_once() -> None:
     driver = Driver(cards, another(), Audience(), clock=cards.clock)
     with pytest.raises(UsageError, match="Row 3"):
         driver.run()
+
+
+def test_a_row_that_is_cancelled_when_it_is_done_leaves_nothing() -> None:
+    cards = SimulatedCards([0.0])
+    cancels: list[Callable[[Iterable[int]], None]] = []
+    prompts = OpenInput()
+    for index in range(3):
+        prompts.put(Prompt(index, "same"))
+    prompts.end()
+    driver = Driver(
+        cards,
+        prompts,
+        Audience(on_begin=cancels.append, on_saved=lambda row: cancels[0]([row.index])),
+        clock=cards.clock,
+    )
+    assert driver.run().total.rows == 3
+    assert driver._cancelled == set()
 
 
 def test_a_wrong_request_ends_the_run() -> None:

@@ -1,0 +1,1 @@
+"""A fleet that stays open: takes, streams and cancels prompts at any time."""
