@@ -245,10 +245,11 @@ def test_a_device_group_is_one_worker(fleet: Fleet, tmp_path: Path) -> None:
     fleet.set_faults(SLOW | {"device": [0, 2]})  # each card of a group counts
     result = fleet.run(prompts(60), places, tmp_path / "qpc")
     assert result.ok
-    assert [info.device_ids for info in sorted(fleet.infos, key=lambda info: info.name)] == [
-        (0, 1),
-        (2, 3),
-    ]
+    # A busy machine may have one of them opened twice.
+    assert {(info.name, info.device_ids) for info in fleet.infos} == {
+        ("cards 0-1", (0, 1)),
+        ("cards 2-3", (2, 3)),
+    }
 
 
 def test_a_card_that_turns_to_error_is_given_up_and_the_others_go_on(fleet: Fleet) -> None:

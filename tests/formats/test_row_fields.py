@@ -26,7 +26,7 @@ from qaic_ray.formats.row_fields import (
     NOT_OFFERED,
     mistake,
 )
-from qaic_ray.formats.row_reader import OwnFields, read_fields
+from qaic_ray.formats.row_reader import Draft, OwnFields, read_fields
 from qaic_ray.formats.tables import prompts_from_parquet
 from qaic_ray.option_types import PromptFormat
 from qaic_ray.rows import ChatOptions, Prompt, Row
@@ -401,7 +401,8 @@ def test_any_batch_is_prompts_or_error_rows(columns: dict[str, list[Any]]) -> No
         arrays[name] = np.empty(2, object)
         for at, value in enumerate(values):
             arrays[name][at] = value
-    check(list(one._items(arrays)), 2)
+    documents = enumerate(one._documents(arrays))
+    check([Draft(number, "").read(one._prompt, document) for number, document in documents], 2)
 
 
 def test_times_that_python_has_not_are_error_rows(tmp_path: Any) -> None:
