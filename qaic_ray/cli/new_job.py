@@ -24,19 +24,24 @@ def demo(
     """Show it all on a small model, SmolLM2-135M: export, compile, run on four cards, report."""
     from qaic_ray.cli.parameters import ResumeOptions
     from qaic_ray.files.folders import cache_folder
-    from qaic_ray.pipeline.job import load_job
+    from qaic_ray.pipeline.job import beside_prepared, load_job
     from qaic_ray.shipped.jobs import shipped_jobs
 
     folder = Path(place.folder).absolute() if place.folder else cache_folder() / "demo"
     job = with_ray(load_job(shipped_jobs()["smollm2"]), ray)
-    job = job.changed("export", output=str(folder / f"{job.model.name}-kv"))
-    job = job.changed("compile", output=str(folder / "qpc"))
-    job = job.changed("run", output=str(folder / "runs"), devices=place.devices)
     job = job.model_copy(update={name: getattr(sdk, name) for name in sdk.model_fields_set})
+    job = job.changed("run", output=str(folder / "runs"), devices=place.devices)
+    at = folder
+    if not place.folder:
+        job = beside_prepared(job)
+        at = cache_folder()
+    if job.export.output is None:
+        job = job.changed("export", output=str(folder / f"{job.model.name}-kv"))
+        job = job.changed("compile", output=str(folder / "qpc"))
     launch_here(job, ResumeOptions(), show)
     with live_screen(show) as screen:
         screen.remark(
-            f"All of it is in {folder}, where another demo finds it. A job of your own: "
+            f"All of it is in {at}, where another demo finds it. A job of your own: "
             "`qaic-ray init NAME`."
         )
 

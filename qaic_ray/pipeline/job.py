@@ -26,6 +26,7 @@ from qaic_ray.options import Job
 from qaic_ray.pipeline.compile_step import compile_on, requested_builds
 from qaic_ray.pipeline.export_step import export_step
 from qaic_ray.pipeline.local_cards import on_local_cards
+from qaic_ray.pipeline.prepare_step import export_options, program_folder
 from qaic_ray.pipeline.request import (
     STDIN,
     Listener,
@@ -265,6 +266,22 @@ def plan_job(job: Job) -> Plan:
         f"{sdk.label}, run one on {cards}"
     )
     return Plan(job.name, text, tuple(compiles))
+
+
+def beside_prepared(job: Job) -> Job:
+    """A job whose model and programs are kept with those that runs make, and shared with them.
+
+    One that exports in another way than these keeps its folders.
+
+    Raises:
+        SdkNotFound: the SDK that it asks for is not here.
+    """
+    sdk = find_sdk(job.sdk, job.emulator)
+    if job.export != export_options(sdk):
+        return job
+    place = program_folder(job.model, sdk)
+    job = job.changed("export", output=str(place / f"{_base(job.model.name)}-kv"))
+    return job.changed("compile", output=str(place / "qpc"))
 
 
 def chosen_index(job: Job) -> int:

@@ -22,6 +22,7 @@ from qaic_ray.options import CompileOptions, ExportOptions, ModelOptions, RunOpt
 from qaic_ray.pipeline.compile_step import compile_step, requested_builds
 from qaic_ray.pipeline.export_step import export_step, open_model
 from qaic_ray.pipeline.request import Listener, SdkChoice, absolute_model
+from qaic_ray.sdk import Sdk
 from qaic_ray.worker.survey import Survey, survey
 
 PROGRAMS_FOLDER = "programs"
@@ -97,9 +98,10 @@ def prepare(
         ExportError: the export failed.
         CompileError: the compiler failed.
     """
-    place = program_folder(model, sdk)
+    place = program_folder(model, sdk.here)
     checkpoint = open_model(model, weights=False)
-    how = _export_options(sdk).model_copy(update={"output": str(place / f"{checkpoint.base}-kv")})
+    output = str(place / f"{checkpoint.base}-kv")
+    how = export_options(sdk.here).model_copy(update={"output": output})
     exported = export_step(model, how, listener)
     shapes = shapes_for(shapes, found, max_position=exported.manifest.max_position)
     said = {name: value for name, value in shapes if value is not None}
@@ -116,12 +118,12 @@ def prepare(
     return built.path
 
 
-def program_folder(model: ModelOptions, sdk: SdkChoice) -> Path:
+def program_folder(model: ModelOptions, sdk: Sdk) -> Path:
     """Where the programs of a model for an SDK are kept."""
     name = absolute_model(model.name)
     base = Path(name).stem if name.endswith(".gguf") else Path(name).name
     base = re.sub(r"[^A-Za-z0-9._-]", "_", base)[:60]
-    key = json.dumps([name, _export_options(sdk).model_dump(mode="json"), sdk.here.label])
+    key = json.dumps([name, export_options(sdk).model_dump(mode="json"), sdk.label])
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
     return cache_folder() / PROGRAMS_FOLDER / f"{base}-{digest}"
 
@@ -166,7 +168,8 @@ def cores_here(sdk: SdkChoice, devices: tuple[int, ...] | None = None, partition
     return max(1, least // partitions)
 
 
-def _export_options(sdk: SdkChoice) -> ExportOptions:
-    if sdk.here.version < CACHE_INDEX_BEFORE:
+def export_options(sdk: Sdk) -> ExportOptions:
+    """How a model is exported for an SDK, where nobody says it."""
+    if sdk.version < CACHE_INDEX_BEFORE:
         return ExportOptions(io=IoContract.CACHE_INDEX, continuous_batching=False)
     return ExportOptions()

@@ -17,7 +17,9 @@ from qaic_ray.cli import main
 from qaic_ray.files.folders import CACHE_VARIABLE
 from qaic_ray.options import Job
 from qaic_ray.pipeline import job as job_module
-from qaic_ray.pipeline.job import load_job
+from qaic_ray.pipeline.job import beside_prepared, load_job
+from qaic_ray.pipeline.prepare_step import program_folder
+from qaic_ray.sdk import find_sdk
 
 
 @pytest.fixture
@@ -90,15 +92,18 @@ def test_demo_is_the_job_smollm2_in_a_folder_of_the_cache(
     (here / "smollm2").write_text("not the job that is meant")
     assert run("demo") == 0
     (job,) = launched
-    folder = here / "cache" / "demo"
-    assert job.export.output == str(folder / "smollm2-135m-kv")
-    assert job.compile.output == str(folder / "qpc")
-    assert job.run.output == str(folder / "runs")
+    cache = here / "cache"
+    assert job.run.output == str(cache / "demo" / "runs")
+    # Where `run smollm2-135m` has them too.
+    place = program_folder(job.model, find_sdk("emulated", job.emulator))
+    assert place.is_relative_to(cache)
+    assert job.export.output == str(place / "smollm2-135m-kv")
+    assert job.compile.output == str(place / "qpc")
     shipped = load_job(Path(__file__).parents[2] / "jobs" / "smollm2.yaml")
     for part, names in {"export": "output", "compile": "output", "run": "output"}.items():
         job = job.changed(part, **{names: getattr(getattr(shipped, part), names)})
     assert job == shipped
-    assert f"All of it is in {folder}" in " ".join(capsys.readouterr().err.split())
+    assert f"All of it is in {cache}" in " ".join(capsys.readouterr().err.split())
 
 
 def test_demo_takes_cards_an_sdk_a_ray_and_a_folder(here: Path, launched: list[Job]) -> None:
@@ -107,6 +112,10 @@ def test_demo_takes_cards_an_sdk_a_ray_and_a_folder(here: Path, launched: list[J
     first, second = launched
     assert (first.run.devices, first.sdk) == ((1, 2), "emulated")
     assert first.run.output == str(here / "there" / "runs")
+    assert first.export.output == str(here / "there" / "smollm2-135m-kv")
+    old = load_job(Path(__file__).parents[2] / "jobs" / "smollm2.yaml")
+    old = old.changed("emulator", apps_version="1.14.2")
+    assert beside_prepared(old) == old  # whose SDK has another interface
     assert (second.ray.keep_ray, second.ray.dashboard, second.sdk) == (True, False, "auto")
 
 

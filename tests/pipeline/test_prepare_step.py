@@ -107,12 +107,12 @@ def test_each_model_and_sdk_has_a_folder_of_its_own(
         Path(folder).mkdir(parents=True)
     names = ["a/llama", "b/llama", "org/llama", "smollm2-135m", "/x/y.Q4_0.gguf", "ü / ü"]
     choices = [sdk_of(), sdk_of(version="1.14.2"), sdk_of(kind="real")]
-    folders = {program_folder(ModelOptions(name=n), sdk) for n in names for sdk in choices}
+    folders = {program_folder(ModelOptions(name=n), sdk.here) for n in names for sdk in choices}
     assert len(folders) == len(names) * len(choices)
     assert {folder.parent for folder in folders} == {tmp_path / "cache" / "programs"}
     # The same file, however it is named.
-    whole = ModelOptions(name=str(tmp_path / "a/llama"))
-    assert program_folder(whole, sdk_of()) == program_folder(ModelOptions(name="a/llama"), sdk_of())
+    whole, here = ModelOptions(name=str(tmp_path / "a/llama")), sdk_of().here
+    assert program_folder(whole, here) == program_folder(ModelOptions(name="a/llama"), here)
 
 
 class Listener:
