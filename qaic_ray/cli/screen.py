@@ -130,9 +130,10 @@ class Screen(AbstractContextManager["Screen"]):
 
     def card_ready(self, info: WorkerInfo) -> None:
         """A card has loaded its program."""
+        slots = "1 slot" if info.slots == 1 else f"{info.slots} slots"
         self._say(
             f"  [green]✓[/] {escape(info.name)} ready [dim]{info.load_s:.1f} s, "
-            f"{info.slots} slots of {info.ctx_len} tokens[/]"
+            f"{slots} of {info.ctx_len} tokens[/]"
         )
 
     def note(self, text: str) -> None:

@@ -109,9 +109,9 @@ def prepare(
     ((_, built),) = compile_step([request], None, listener)
     if not isinstance(built, Build):
         raise built
+    listener.note(f"program {request.label}, kept in {built.path.parent.parent}")
     listener.note(
-        f"program {request.label}, kept in {built.path.parent.parent}; other shapes by "
-        "--precision, --num-cores, --batch-size, --input-len, --ctx-len, or your own by --qpc"
+        "other shapes: --precision --num-cores --batch-size --input-len --ctx-len; your own: --qpc"
     )
     return built.path
 

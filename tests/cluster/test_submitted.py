@@ -34,7 +34,8 @@ import functools, json, ray, sys
 from ray._private.parameter import RayParams
 RayParams.__init__ = functools.partialmethod(RayParams.__init__, dashboard_agent_listen_port=0)
 context = ray.init(
-    address="local", num_cpus=4, resources={"QAIC": 4}, include_dashboard=True, dashboard_port=0,
+    address="local", _node_ip_address="127.0.0.1", num_cpus=4, resources={"QAIC": 4},
+    include_dashboard=True, dashboard_port=0,
     log_to_driver=False, logging_level="ERROR", object_store_memory=100 * 2**20,
 )
 print(json.dumps([context.dashboard_url, context.address_info["gcs_address"]]), flush=True)

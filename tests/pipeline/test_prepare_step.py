@@ -159,7 +159,7 @@ def test_what_was_made_is_said_with_how_to_have_it_otherwise(steps: SimpleNamesp
         (16,), (1,), (32,), (512,)
     )  # fmt: skip
     assert path.parent.parent == Path(steps.export.output).parent
-    (note,) = listener.notes
+    note = " ".join(listener.notes)
     for words in ("--precision", "--batch-size", "--ctx-len", "--qpc", str(path.parent.parent)):
         assert words in note
 
