@@ -174,5 +174,6 @@ def _texts(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
+VllmSampling.__name__ = VllmSampling.__qualname__ = "SamplingParams"
 SamplingParams = VllmSampling
-"""What the package calls it, and what it prints as."""
+"""What the package calls it; a run has a class of that name too."""

@@ -145,6 +145,8 @@ class LlmSettings:
                 raise ParameterError(_unknown(name))
         if passed:
             log.info("%s: of no effect on cards", ", ".join(sorted(passed)))
+        if self.max_open is not None and self.max_open < 1:
+            raise ParameterError(f"max_open is {shown(self.max_open)}: it is at least 1.")
         if self.qpc is not None:
             self._refuse_shapes()
 

@@ -330,6 +330,11 @@ class Cluster(AbstractContextManager["Cluster"]):
         return share if self._is_ours and share else CARD_CPUS
 
 
+def is_joined() -> bool:
+    """Whether this process has joined a Ray already, which a `Cluster` would use as it is."""
+    return bool(ray.is_initialized())
+
+
 def _answers() -> bool:
     """Whether the cluster answers and says that this driver's node is alive."""
     here = ray.get_runtime_context().get_node_id()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -77,6 +78,7 @@ class FolderFleet:
         folder: Path | None = None,
         max_open: int | None = None,
     ) -> None:
+        is_guest = _joins_a_programs_own_ray()
         check_kept(request.qpc)
         if request.run.draft_qpc is not None:
             check_kept(Path(request.run.draft_qpc))
@@ -97,6 +99,8 @@ class FolderFleet:
             self._held = undo.pop_all()
         audience = Audience(on_worker_ready=listener.card_ready, on_wait=listener.remark)
         self.fleet = OpenFleet(self._drive, kept=kept, max_open=max_open, audience=audience)
+        if not is_guest:
+            _hosts.add(self.fleet)
 
     def close(self, *, drain: bool = True) -> None:
         """End the fleet, and give the folder back; see `OpenFleet.close`."""
@@ -176,6 +180,26 @@ class FolderFleet:
             on_event=_both(audience.on_event, history.happened),
             on_worker_ready=_both(audience.on_worker_ready, history.worker_ready),
         )
+
+
+_hosts: weakref.WeakSet[OpenFleet] = weakref.WeakSet()
+"""Fleets that started, or joined, the Ray of this process, and leave it when they are closed."""
+
+
+def _joins_a_programs_own_ray() -> bool:
+    """Whether the program has joined a Ray itself, which any number of fleets may use.
+
+    Raises:
+        UsageError: a fleet has, which takes it along when it is closed.
+    """
+    from qaic_ray.cluster.cluster import is_joined
+
+    if any(not fleet.is_closed for fleet in _hosts):
+        raise UsageError(
+            "Another LLM of this program is open, and the Ray is its own: close that first, or "
+            "call ray.init(address=...) before both, on a Ray that has the cards."
+        )
+    return is_joined()
 
 
 def _both(first: Callable[..., None], second: Callable[..., None]) -> Callable[..., None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,11 @@ def test_parameters_can_be_changed_and_are_checked_again() -> None:
 def test_none_means_the_default_for_from_optional() -> None:
     assert SamplingParams.from_optional(temperature=None, top_k=5) == SamplingParams(top_k=5)
     assert SamplingParams.from_optional(max_tokens=None).max_tokens is None
+
+
+def test_it_has_the_name_that_it_is_used_by() -> None:
+    assert SamplingParams.__name__ == "SamplingParams"
+    assert pickle.loads(pickle.dumps(SamplingParams(top_k=3))) == SamplingParams(top_k=3)
 
 
 def test_it_shows_what_is_not_the_default() -> None:
@@ -199,6 +205,8 @@ def test_arguments_that_do_not_go_together_are_refused() -> None:
         assert LlmSettings(model="m", quantization="awq").shapes
     with pytest.raises(ParameterError, match="devices"):
         assert LlmSettings(model="m", devices="first").run_options
+    with pytest.raises(ParameterError, match="max_open is 0"):
+        LlmSettings(model="m", max_open=0)
     with pytest.raises(ParameterError, match="emulator: cards"):
         assert LlmSettings(model="m", emulator={"cards": 0}).emulator_options
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from simulated_cards import answer
 from stepped_cards import Stepped, SteppedCards
 
 from qaic_ray.errors import FleetBusy, FleetClosed, QaicRayError, UsageError
+from qaic_ray.fleet import folder_fleet
 from qaic_ray.fleet.open_fleet import OpenFleet
 from qaic_ray.fleet.pending_row import PendingRow
 from qaic_ray.rows import FinishReason, Prompt
@@ -394,6 +396,19 @@ def test_a_journal_may_be_closed_by_another_thread(tmp_path: Path) -> None:
     thread.start()
     thread.join()
     journal_of(tmp_path).close()
+
+
+def test_a_second_fleet_of_a_program_is_refused_before_it_does_anything(
+    stepped: Stepped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_fleet, "_hosts", {stepped.fleet})
+    nothing: Any = None
+    with pytest.raises(UsageError, match="Another LLM of this program is open"):
+        folder_fleet.FolderFleet(nothing, nothing, nothing)
+    stepped.cards.let_run()
+    stepped.fleet.close()
+    with pytest.raises(AttributeError):  # it goes on to the request
+        folder_fleet.FolderFleet(nothing, nothing, nothing)
 
 
 def test_a_fleet_is_a_context_that_cancels_after_an_error() -> None:
