@@ -24,7 +24,6 @@ PICTURES = {"docs/pictures/terminal.svg", "docs/pictures/report.png"}
 
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 
 
 def names(path: Path) -> str:
@@ -60,11 +59,8 @@ def test_every_page_is_named_by_the_index() -> None:
 
 
 def test_the_first_page_is_read_in_a_minute() -> None:
-    """400 words as they are read: also those in blocks, but for what marks a link or a picture."""
-    text = _COMMENT.sub("", FIRST.read_text(encoding="utf-8"))
-    read = _LINK.sub(lambda link: "" if link[1] else link[2], text)
-    words = re.sub(r"^```\w*$", "", read, flags=re.MULTILINE).split()
-    assert len(words) <= 400
+    """As `wc -w` counts: blocks, links and what stands for pictures too."""
+    assert len(FIRST.read_text(encoding="utf-8").split()) < 400
 
 
 def test_the_first_page_has_two_pictures_that_are_soon_there() -> None:
