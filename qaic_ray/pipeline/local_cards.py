@@ -32,7 +32,7 @@ def on_local_cards(
     """
     if request.ray.address is not None:
         return request, 0
-    known = {device.qid: device for device in sdk.here.devices()}
+    known = {device.qid: device for device in sdk.devices}
     wanted = request.run.devices
     if wanted == "all":
         ready = tuple(qid for qid, device in known.items() if device.ready)

@@ -159,7 +159,7 @@ def cores_here(sdk: SdkChoice, devices: tuple[int, ...] | None = None, partition
     try:
         cards = [
             device
-            for device in sdk.here.devices()
+            for device in sdk.devices
             if device.nsp_total and (devices is None or device.qid in devices)
         ]
     except DeviceError:

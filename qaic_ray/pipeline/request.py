@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,7 +26,7 @@ from qaic_ray.model.sources import NAMED_MODELS
 from qaic_ray.option_types import is_template
 from qaic_ray.options import TYPED_LEN, EmulatorOptions, Generation, RayOptions, RunOptions
 from qaic_ray.runs.intake import INPUT, STREAM_SOURCE, Fingerprint, file_source, text_source
-from qaic_ray.sdk import Sdk, find_sdk
+from qaic_ray.sdk import Device, Sdk, find_sdk
 
 if TYPE_CHECKING:
     from qaic_ray.compile.compiler import Variant
@@ -107,6 +107,15 @@ class SdkChoice:
     here: Sdk
     name: str
     emulated: EmulatorOptions
+
+    @cached_property
+    def devices(self) -> tuple[Device, ...]:
+        """The cards of this machine, as they were when they were first asked for.
+
+        Raises:
+            DeviceError: as `Sdk.devices`.
+        """
+        return tuple(self.here.devices())
 
 
 def choose_sdk(name: str, emulated: EmulatorOptions, listener: Listener) -> SdkChoice:
