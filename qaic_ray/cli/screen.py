@@ -72,10 +72,13 @@ class Screen(AbstractContextManager["Screen"]):
         self._began_s = time.monotonic()
         self._live = LiveLine(as_json=log_json, verbose=verbose)
         self._grid: GridWatch | None = None
+        self._held: list[str] = []
         self.show_answers(Streaming.ORDERED if stream else Streaming.NONE)
 
     def __exit__(self, *_: object) -> None:
         self._live.stop()
+        for markup in self._held:  # the text that was being written has no end
+            self._note(markup)
 
     def show_answers(self, streaming: Streaming) -> None:
         """How answers are printed from now on."""
@@ -160,6 +163,7 @@ class Screen(AbstractContextManager["Screen"]):
             with self._beside():
                 answers.answered(row)
             self._live.unhide()
+            self._say_held()
 
     def saved(self, row: Row) -> None:
         """A row is in the journal."""
@@ -195,8 +199,16 @@ class Screen(AbstractContextManager["Screen"]):
             text = Text.from_markup(markup).plain.strip()
             write_json_line({"event": "note", "text": text})
             return
+        if self._shares_terminal and self._answers.is_within_line:
+            self._held.append(markup)  # it would stand amid the text that is being written
+            return
         with self._live.paused():
             self._note(markup)
+
+    def _say_held(self) -> None:
+        held, self._held = self._held, []
+        for markup in held:
+            self._say(markup)
 
     # -- at the end
 
@@ -207,6 +219,7 @@ class Screen(AbstractContextManager["Screen"]):
             Unfinished: the run ended before its input did.
         """
         self._live.stop()
+        self._say_held()
         if self._answers.streaming is not Streaming.NONE:
             self._out.rule(style="dim")
         for part in summary.renderables():

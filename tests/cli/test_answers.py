@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from rich.console import Console
 
 from qaic_ray.cli.answers import Answers, Streaming, chosen
+from qaic_ray.cli.screen import Screen
 from qaic_ray.rows import FinishReason, Prompt, Row, Sample
 from qaic_ray.runs.token_streams import TokenDelta
 
@@ -62,6 +65,31 @@ def test_tokens_as_they_are_generated(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == "\n(begun again, with another answer)\nnow"
     printer.answered(row(1, "now"))
     assert capsys.readouterr().out == "\n\n"
+
+
+def test_what_is_said_while_a_text_is_written_waits_for_its_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one terminal it would stand in the middle of the text."""
+    screen = Screen()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    screen.show_answers(Streaming.TOKENS)
+    screen.remark("before")
+    assert capsys.readouterr().err == "before\n"
+    screen.generated([TokenDelta(0, 0, "Once ")])
+    screen.remark("card 1 is ready")
+    screen.generated([TokenDelta(0, 0, "upon", row=row(0, "Once upon"))])
+    seen = capsys.readouterr()
+    assert (seen.out, seen.err) == ("0 Once upon", "")
+    screen.answered(row(0, "Once upon"))
+    seen = capsys.readouterr()
+    assert (seen.out, seen.err) == ("\n\n", "card 1 is ready\n")
+    # A text that never ends, as the run is interrupted.
+    screen.generated([TokenDelta(1, 0, "And")])
+    screen.remark("stopped")
+    with screen:
+        pass
+    assert capsys.readouterr().err == "stopped\n"
 
 
 def test_rows_without_tokens_and_rows_of_several_answers(
