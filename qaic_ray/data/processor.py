@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qaic_ray.api.quiet import LogListener
 from qaic_ray.cluster.ray_data import actor_pool
 from qaic_ray.data.answering import DATA, INFERENCE_ERROR, CardAnswers
 from qaic_ray.data.config import QAICEngineProcessorConfig
@@ -14,8 +15,7 @@ from qaic_ray.errors import UsageError
 from qaic_ray.files.documents import shown
 from qaic_ray.options import EmulatorOptions, ModelOptions
 from qaic_ray.pipeline.prepare_step import cores_here, prepare
-from qaic_ray.pipeline.request import Listener, choose_sdk
-from qaic_ray.sdk import Sdk
+from qaic_ray.pipeline.request import choose_sdk
 
 if TYPE_CHECKING:
     from qaic_ray.cluster.ray_data import Dataset
@@ -178,33 +178,8 @@ def wrapped_after(function: RowFunction | None, *, with_error: bool) -> RowFunct
     return after
 
 
-class _Logged(Listener):
-    """Says in the log what is done."""
-
-    def sdk_chosen(self, sdk: Sdk) -> None:
-        """Which SDK."""
-        _log.info("%s", sdk.label)
-
-    def ended(self, stage: str) -> None:
-        """A stage is done."""
-        _log.info("%s", stage)
-
-    def note(self, text: str) -> None:
-        """What was decided."""
-        _log.info("%s", text)
-
-    def remark(self, text: str) -> None:
-        """What may be mended."""
-        _log.warning("%s", text)
-
-    @property
-    def wants_tokens(self) -> bool:
-        """Nothing is run here."""
-        return False
-
-
 def _prepared(config: QAICEngineProcessorConfig) -> Path:
-    listener = _Logged()  # type: ignore[abstract]  # what it does not say does nothing
+    listener = LogListener()
     sdk = choose_sdk(config.sdk, EmulatorOptions(), listener)
     shapes = config.shapes
     if shapes.num_cores is None and config.cards_per_worker < 1:
