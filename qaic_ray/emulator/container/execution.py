@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 from ..lowering.attention import joint_length
 from ..lowering.lowered import LoweredState, Probe, Runner
 from ..lowering.view import ORT_ERRORS
+from ..step.errors import TokenError
 from ..numbers import kv_cache
 from . import (
     CONSTANTS,
@@ -35,6 +36,7 @@ from . import (
     network,
 )
 from .constants import Weights, packs_into_its_own_memory
+from .steps import EXACT, numerics_of_environment, open_step
 
 _log = logging.getLogger(__name__)
 
@@ -144,10 +146,25 @@ class LoadedProgram:
         qpc: the program.
         num_threads: threads of one inference.
         use_lowered: whether to run the lowered graph where the compiler made one.
+        use_step: whether to run it as a compiled step where there is one.
+        numerics: `exact`, or `fast`: activations are rounded to 8 bits a block of 32.
+
+    Attributes:
+        step: the compiled step, None where there is none.
+        lowered: onnxruntime's session of the lowered graph, None where it is not used.
     """
 
-    def __init__(self, qpc: CompiledProgram, num_threads: int, *, use_lowered: bool = True) -> None:
+    def __init__(
+        self,
+        qpc: CompiledProgram,
+        num_threads: int,
+        *,
+        use_lowered: bool = True,
+        use_step: bool = True,
+        numerics: str = EXACT,
+    ) -> None:
         self.qpc = qpc
+        self.numerics = numerics
         self._num_threads = num_threads
         self._lock = threading.Lock()
         self._constants = {c.name: c for c in qpc.program.constants}
@@ -155,8 +172,14 @@ class LoadedProgram:
         self._joint: Any = None
         self.joint_length = 0
         self.lowered: Any = None
+        self.step: Any = None
         if use_lowered and network.LOWERED in qpc.graphs:
-            self.lowered = self._lowered_session()
+            if use_step:
+                self.step = self._open_step()
+            if self.step is None:
+                self.lowered = self._lowered_session()
+        if self.step is not None:
+            return
         if self.lowered is None:
             self.reference()
         elif network.JOINT in qpc.graphs:
@@ -183,6 +206,22 @@ class LoadedProgram:
     def activate(self) -> Activation:
         """A new activation, with its retained state all zero."""
         return Activation(self)
+
+    def num_threads(self) -> int:
+        """Threads that an inference may use now."""
+        return self._num_threads
+
+    def _open_step(self) -> Any:
+        segment, program = self.qpc.constants_segment(), self.qpc.program
+        model = self._model(network.LOWERED)
+        return open_step(
+            self.qpc.name,
+            model,
+            self._constants,
+            segment,
+            roundings=program.roundings,
+            numerics=self.numerics,
+        )
 
     def _model(self, name: str) -> Any:
         try:
@@ -241,13 +280,25 @@ class Activation:
     def reset(self) -> None:
         """Set every retained state to zero."""
         self._states = {
-            name: np.zeros(self._compute_dims(name), self._kinds[name]) for name in self._qpc.states
+            name: np.zeros(self._compute_dims(name), self._kept_kind(name))
+            for name in self._qpc.states
         }
-        self._lowered = None
+        self._lowered: Any = None
         lowered, states = self._program.lowered, self._qpc.states
-        if lowered is not None:
+        if self._program.step is not None:
+            from ..step.runner import StepState
+
+            program = self._program
+            self._lowered = StepState(program.step, self._states, program.num_threads)
+        elif lowered is not None:
             runner = Runner(lowered, self._states, states)
             self._lowered = LoweredState(runner, self._joint, self._program.joint_length)
+
+    def _kept_kind(self, name: str) -> Any:
+        """The type that a state is kept in: the step reads a float16 cache as it is."""
+        rounding = self._qpc.program.roundings.get(name)
+        is_half = self._program.step is not None and rounding == kv_cache.FLOAT16
+        return np.dtype(np.float16) if is_half else self._kinds[name]
 
     def _joint(self) -> Optional[Runner]:
         session = self._program.joint()
@@ -283,14 +334,14 @@ class Activation:
                     feeds[name] = values
             try:
                 made = self._compute(feeds)
-            except ORT_ERRORS as error:
+            except (TokenError, *ORT_ERRORS) as error:
                 raise ExecutionError(f"{self._qpc.name}: {error}") from error
             made.update({out: self._states[name] for name, out in self._qpc.states.items()})
             return {name: self._to_buffer(name, made[name]) for name in outputs}
 
     def state(self, name: str) -> Any:
-        """What a retained input holds now, as it is computed with; a view."""
-        return self._states[name]
+        """What a retained input holds now, as it is computed with."""
+        return self._states[name].astype(self._kinds[name], copy=False)
 
     def _compute(self, feeds: Mapping[str, Any]) -> Dict[str, Any]:
         made = None if self._lowered is None else self._lowered.run(feeds)
@@ -299,7 +350,8 @@ class Activation:
     def _run_reference(self, feeds: Mapping[str, Any]) -> Dict[str, Any]:
         session = self._program.reference()
         names = [o.name for o in session.get_outputs()]
-        made = dict(zip(names, session.run(names, dict(feeds, **self._states))))
+        states = {name: self.state(name) for name in self._states}
+        made = dict(zip(names, session.run(names, dict(feeds, **states))))
         for name, out in self._qpc.states.items():
             np.copyto(self._states[name], made.pop(out))
         return made
