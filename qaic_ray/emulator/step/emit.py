@@ -1,7 +1,7 @@
-"""Vector code for numba: LLVM's own language, written with Python's operators.
+"""Vector code: LLVM's own language, written with Python's operators.
 
-numba's loops become vectors where LLVM sees fit; these are vectors by construction, on any
-processor that LLVM knows. A value is `Vec`, 16 float32 or 16 int32; addresses are int64 values.
+A loop becomes vectors where a compiler sees fit; these are vectors by construction, on any processor
+that LLVM knows. A value is `Vec`, 16 float32 or 16 int32; addresses are int64 values.
 """
 
 from __future__ import annotations

@@ -7,204 +7,234 @@ never comes is not missed. What the columns of `operations` mean is in `operatio
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Callable, List
 
-from numba import njit
+from llvmlite import ir
 
 from . import operations as op
+from . import rowops
 from .attend import attend, rotate
-from .machine import sources_digest
-from .multiply import multiply_panel
-from .rowops import (
-    add,
-    copy,
-    multiply,
-    quantize,
-    rms_norm,
-    round_half,
-    round_mxint8,
-    scale,
-    sigmoid,
-    silu,
-    silu_times,
+from .control import (
+    Function,
+    Num,
+    Variable,
+    choose,
+    columns,
+    constant,
+    function,
+    read,
+    repeat,
+    span,
+    when,
 )
-from .shared import (
-    fetch_add,
-    get_float,
-    get_half,
-    get_int,
-    put_float,
-    put_half,
-    put_int,
-    wait_for,
-)
+from .emit import F16, F32, I64, Emitter
+from .multiply import multiply_panel, planes_here
+from .shared import fetch_add, wait_for
 
-COUNTER_BYTES = 128
-"""Of a phase: what was taken, and what is done, each in a cache line of its own."""
-
-_quantize_1, _quantize_3 = quantize[1], quantize[3]
+_ROW_BYTES = 8 * op.NUM_COLUMNS
+_PHASE_BYTES = 8 * op.NUM_PHASE_COLUMNS
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
-def _embed(o: Any, token: int, out: int) -> None:
-    count, source = o[op.COUNT], o[op.IN] + token * o[op.IN_STRIDE]
-    if o[op.P0]:
-        for i in range(count):
-            put_float(out + i * 4, get_half(source + i * 2))
+def _token(emit: Emitter, tokens: Num, what: int, row: Num) -> Num:
+    """What is known of a row: its token, position, slot, or the row that it is taken from."""
+    return read(emit, read(emit, tokens, 8 * what) + row * 8)
+
+
+def _store_number(emit: Emitter, value: Any, address: Num, size: int) -> None:
+    if size == 2:
+        emit.store(emit.builder.fptrunc(value, F16), address.value, 2)
     else:
-        for i in range(count):
-            put_float(out + i * 4, get_float(source + i * 4))
+        emit.store(value, address.value)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
-def _store(o: Any, slot: int, position: int, x: int) -> None:
+@function("store")
+def _store(emit: Emitter, row: Num, slot: Num, position: Num, x: Num) -> None:
     """Write a token's keys or values into the cache."""
-    dim, size = o[op.P4], o[op.P5]
-    for head in range(o[op.P3]):
-        target = o[op.P0] + slot * o[op.P1] + head * o[op.P2] + position * dim * size
-        for i in range(dim):
-            value = get_float(x + (head * dim + i) * 4)
-            if size == 2:
-                put_half(target + i * 2, value)
-            else:
-                put_float(target + i * 4, value)
+    fields = (op.P0, op.P1, op.P2, op.P3, op.P4, op.P5)
+    cache, of_slot, of_head, heads, dim, size = columns(emit, row, fields)
+    with span(emit, 0, heads) as head:
+        target = cache + slot * of_slot + head * of_head + position * dim * size
+        with span(emit, 0, dim) as i:
+            value = emit.load(F32, (x + (head * dim + i) * 4).value)
+            for number in (2, 4):
+                with when(size.equals(number)):
+                    _store_number(emit, value, target + i * number, number)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
-def _argmax(count: int, x: int) -> int:
-    best, place = get_float(x), 0
-    for i in range(1, count):
-        value = get_float(x + i * 4)
-        if value > best:
-            best, place = value, i
-    return place
+@function("embed")
+def _embed(emit: Emitter, row: Num, token: Num, out: Num) -> None:
+    count, table, stride, is_half = columns(emit, row, (op.COUNT, op.IN, op.IN_STRIDE, op.P0))
+    source = table + token * stride
+    with span(emit, 0, count) as i:
+        with when(is_half > 0):
+            half = emit.load(F16, (source + i * 2).value, 2)
+            emit.store(emit.builder.fpext(half, F32), (out + i * 4).value)
+        with when(is_half.equals(0)):
+            emit.store(emit.load(F32, (source + i * 4).value), (out + i * 4).value)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
-def _run_row(o: Any, row: int, tokens: Any) -> None:
-    """One operation on one row; `tokens`: addresses of ids, positions, slots, source rows."""
-    kind, count = o[op.KIND], o[op.COUNT]
-    out, one = o[op.OUT] + row * o[op.OUT_STRIDE], o[op.IN] + row * o[op.IN_STRIDE]
-    other = o[op.OTHER] + row * o[op.OTHER_STRIDE]
-    if kind == op.ADD:
-        add(count, out, one, other)
-    elif kind == op.MULTIPLY:
-        multiply(count, out, one, other)
-    elif kind == op.NORM:
-        for part in range(o[op.P1]):
-            offset = part * count * 4
-            rms_norm(count, out + offset, one + offset, other, o[op.P0])
-    elif kind == op.SILU_TIMES:
-        silu_times(count, out, one, other)
-    elif kind == op.QUANTIZE:
-        planes, blocks = o[op.P4], o[op.P3]
-        own, sums = o[op.P1] + row * blocks * 4, o[op.P2] + row * blocks * planes * 4
-        if planes == 1:
-            _quantize_1(blocks, one, out, o[op.P0], own, sums, blocks)
-        else:
-            _quantize_3(blocks, one, out, o[op.P0], own, sums, blocks)
-    elif kind == op.ROTATE:
-        position = get_int(tokens[op.POSITIONS] + row * 8)
-        offset = position * o[op.P3] * 2
-        rotate(one, o[op.P0] + offset, o[op.P1] + offset, o[op.P2], o[op.P3] // 2, out)
-    elif kind == op.ROUND_HALF:
-        round_half(count, out, one)
-    elif kind == op.ROUND_MXINT8:
-        round_mxint8(count, out, one)
-    elif kind == op.STORE:
-        slot = get_int(tokens[op.SLOTS] + row * 8)
-        _store(o, slot, get_int(tokens[op.POSITIONS] + row * 8), one)
-    elif kind == op.EMBED:
-        _embed(o, get_int(tokens[op.IDS] + row * 8), out)
-    elif kind == op.SELECT:
-        source = get_int(tokens[op.SOURCES] + row * 8)
-        copy(count, out, o[op.IN] + source * o[op.IN_STRIDE])
-    elif kind == op.SCALE:
-        scale(count, out, one, o[op.P0])
-    elif kind == op.SILU:
-        silu(count, out, one)
-    elif kind == op.SIGMOID:
-        sigmoid(count, out, one)
-    elif kind == op.ARGMAX:
-        put_int(out, _argmax(count, one))
+@function("argmax")
+def _argmax(emit: Emitter, count: Num, x: Num, out: Num) -> None:
+    """The place of the first of the largest numbers, as int64."""
+    best = Variable(emit, 0)
+    with span(emit, 1, count) as i:
+        here, there = (emit.load(F32, (x + at * 4).value) for at in (i, best.get()))
+        larger = Num(emit, emit.builder.fcmp_ordered(">", here, there))
+        best.set(larger.pick(i, best.get()))
+    emit.store(best.get().value, out.value, 8)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
-def _run_rows(operations: Any, phase: Any, task: int, tokens: Any) -> None:
-    first, last, block, rows = phase[op.FIRST], phase[op.LAST], phase[op.BLOCK], phase[op.ROWS]
-    for row in range(task * block, min(rows, (task + 1) * block)):
-        for index in range(first, last):
-            o = operations[index]
-            _run_row(o, row, tokens[o[op.DOMAIN]])
+@function("norm")
+def _norm(emit: Emitter, row: Num, out: Num, one: Num, other: Num) -> None:
+    count, epsilon, groups = columns(emit, row, (op.COUNT, op.P0, op.P1))
+    with span(emit, 0, groups) as group:
+        offset = group * count * 4
+        rowops.rms_norm(emit, count, out + offset, one + offset, other, epsilon)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
-def _run_products(operations: Any, phase: Any, task: int, scratch: int) -> None:
+@function("quantize")
+def _quantize(emit: Emitter, row: Num, index: Num, out: Num, one: Num) -> None:
+    fields = (op.P0, op.P1, op.P2, op.P3, op.P4)
+    k, scales, sums, blocks, planes = columns(emit, row, fields)
+    own, total = scales + index * blocks * 4, sums + index * blocks * planes * 4
+    for number in planes_here():
+        with when(planes.equals(number)):
+            rowops.quantize[number](emit, blocks, one, out, k, own, total, blocks)
+
+
+@function("run_row")
+def _run_row(emit: Emitter, row: Num, index: Num, tokens: Num) -> None:
+    """One operation on one row; `tokens` is the address of what is known of its rows."""
+    fields = (op.OUT, op.OUT_STRIDE, op.IN, op.IN_STRIDE, op.OTHER, op.OTHER_STRIDE)
+    out, out_stride, one, one_stride, other, other_stride = columns(emit, row, fields)
+    count, kind, first = columns(emit, row, (op.COUNT, op.KIND, op.P0))
+    out, other = out + index * out_stride, other + index * other_stride
+    source, one = one, one + index * one_stride
+
+    def token(what: int) -> Num:
+        return _token(emit, tokens, what, index)
+
+    def rotated() -> None:
+        cos, sin, heads, dim = columns(emit, row, (op.P0, op.P1, op.P2, op.P3))
+        offset = token(op.POSITIONS) * dim * 2
+        rotate(emit, one, cos + offset, sin + offset, heads, dim // 2, out)
+
+    of_two = {op.ADD: rowops.add, op.MULTIPLY: rowops.multiply, op.SILU_TIMES: rowops.silu_times}
+    of_one = {
+        op.ROUND_HALF: rowops.round_half,
+        op.ROUND_MXINT8: rowops.round_mxint8,
+        op.SILU: rowops.silu,
+        op.SIGMOID: rowops.sigmoid,
+    }
+    cases: List[Any] = []
+    for number, run in of_two.items():
+        cases.append((number, _bound(run, emit, count, out, one, other)))
+    for number, run in of_one.items():
+        cases.append((number, _bound(run, emit, count, out, one)))
+    cases += [
+        (op.NORM, lambda: _norm(emit, row, out, one, other)),
+        (op.QUANTIZE, lambda: _quantize(emit, row, index, out, one)),
+        (op.ROTATE, rotated),
+        (op.STORE, lambda: _store(emit, row, token(op.SLOTS), token(op.POSITIONS), one)),
+        (op.EMBED, lambda: _embed(emit, row, token(op.IDS), out)),
+        (
+            op.SELECT,
+            lambda: rowops.copy(emit, count, out, source + token(op.SOURCES) * one_stride),
+        ),
+        (op.SCALE, lambda: rowops.scale(emit, count, out, one, first)),
+    ]
+    choose(kind, cases, lambda: _argmax(emit, count, one, out))
+
+
+def _bound(run: Function, emit: Emitter, *arguments: Num) -> Callable[[], None]:
+    return lambda: run(emit, *arguments)
+
+
+@function("run_rows")
+def _run_rows(emit: Emitter, operations: Num, phase: Num, task: Num, tokens: Num) -> None:
+    fields = (op.FIRST, op.LAST, op.BLOCK, op.ROWS)
+    first, last, block, rows = columns(emit, phase, fields)
+    with span(emit, task * block, ((task + 1) * block).at_most(rows)) as index:
+        with span(emit, first, last) as number:
+            row = operations + number * _ROW_BYTES
+            domain = read(emit, row, 8 * op.DOMAIN)
+            _run_row(emit, row, index, tokens + domain * 32)
+
+
+@function("run_products")
+def _run_products(emit: Emitter, operations: Num, phase: Num, task: Num, scratch: Num) -> None:
     """One panel of one of the phase's weights, times a block of rows."""
-    block, rows = phase[op.BLOCK], phase[op.ROWS]
+    first, block, rows = columns(emit, phase, (op.FIRST, op.BLOCK, op.ROWS))
     blocks = (rows + block - 1) // block
-    panel, part = task // blocks, task % blocks
-    index = phase[op.FIRST]
-    while panel >= operations[index, op.P4]:
-        panel -= operations[index, op.P4]
-        index += 1
-    multiply_panel(operations[index], panel, part * block, min(rows, part * block + block), scratch)
+    panel = Variable(emit, task // blocks)
+    row = Variable(emit, operations + first * _ROW_BYTES)
+
+    def is_beyond() -> Num:
+        return panel.get() >= read(emit, row.get(), 8 * op.P4)
+
+    with repeat(emit, is_beyond):
+        panel.set(panel.get() - read(emit, row.get(), 8 * op.P4))
+        row.set(row.get() + _ROW_BYTES)
+    start = task % blocks * block
+    end = (start + block).at_most(rows)
+    multiply_panel(emit, row.get(), panel.get(), start, end, scratch)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
-def _run_attention(operations: Any, phase: Any, task: int, tokens: Any, scratch: int) -> None:
+@function("run_attention")
+def _run_attention(
+    emit: Emitter, operations: Num, phase: Num, task: Num, tokens: Num, scratch: Num
+) -> None:
     """A block of tokens, with one head of the cache."""
-    o = operations[phase[op.FIRST]]
-    kv_heads, dim, block = o[op.P5], o[op.P6], phase[op.BLOCK]
-    head, part = task % kv_heads, task // kv_heads
-    group = o[op.P4] // kv_heads
-    where = tokens[o[op.DOMAIN]]
-    for row in range(part * block, min(phase[op.ROWS], (part + 1) * block)):
-        slot = get_int(where[op.SLOTS] + row * 8)
-        offset = slot * o[op.P2] + head * o[op.P3]
-        place = head * group * dim * 4
-        attend(
-            o[op.IN] + row * o[op.IN_STRIDE] + place,
-            o[op.P0] + offset,
-            o[op.P1] + offset,
-            get_int(where[op.POSITIONS] + row * 8) + 1,
-            o[op.P8],
-            dim,
-            group,
-            o[op.OUT] + row * o[op.OUT_STRIDE] + place,
-            o[op.P7],
-            o[op.P9],
-            scratch,
-        )
+    first, block, rows = columns(emit, phase, (op.FIRST, op.BLOCK, op.ROWS))
+    row = operations + first * _ROW_BYTES
+    fields = (op.P0, op.P1, op.P2, op.P3, op.P4, op.P5, op.P6, op.P7, op.P8, op.P9, op.DOMAIN)
+    keys, values, of_slot, of_head, heads, kv_heads, dim, factor, ctx_len, size, domain = columns(
+        emit, row, fields
+    )
+    fields = (op.IN, op.IN_STRIDE, op.OUT, op.OUT_STRIDE)
+    query, query_stride, out, out_stride = columns(emit, row, fields)
+    head, part, group = task % kv_heads, task // kv_heads, heads // kv_heads
+    where, place = tokens + domain * 32, head * group * dim * 4
+    with span(emit, part * block, ((part + 1) * block).at_most(rows)) as index:
+        offset = _token(emit, where, op.SLOTS, index) * of_slot + head * of_head
+        count = _token(emit, where, op.POSITIONS, index) + 1
+        q, o = query + index * query_stride + place, out + index * out_stride + place
+        for number in (2, 4):
+            with when(size.equals(number)):
+                cache = keys + offset, values + offset, count, ctx_len
+                attend[number](emit, q, *cache, dim, group, o, factor, scratch)
 
 
-def _compiled(digest: int) -> Any:
-    @njit(nogil=True, cache=True, boundscheck=False)  # type: ignore[untyped-decorator]
-    def run(operations: Any, phases: Any, tokens: Any, counters: int, scratch: int) -> int:
-        for number in range(phases.shape[0]):
-            phase, taken = phases[number], counters + number * COUNTER_BYTES
-            total = phase[op.TASKS]
-            task = fetch_add(taken, 1)
-            while task < total:
-                if phase[op.PHASE_KIND] == op.PRODUCTS:
-                    _run_products(operations, phase, task, scratch)
-                elif phase[op.PHASE_KIND] == op.ATTENTION:
-                    _run_attention(operations, phase, task, tokens, scratch)
-                else:
-                    _run_rows(operations, phase, task, tokens)
-                fetch_add(taken + COUNTER_BYTES // 2, 1)
-                task = fetch_add(taken, 1)
-            wait_for(taken + COUNTER_BYTES // 2, total)
-        return digest
+def build_step() -> Any:
+    """The module: `qaic_step(operations, phases, number of phases, tokens, counters, scratch)`.
 
-    return run
-
-
-# numba's cache notices changes of this file, and of what a function closes over.
-run_step = _compiled(int(sources_digest()[:8], 16))
-"""Work on a step until all of it is done.
-
-It takes operations (int64 [operations, 20], addresses and numbers), phases (int64 [phases, 6]),
-tokens (int64 [2, 4], addresses by domain), the address of `COUNTER_BYTES` for each phase, zero
-before the first thread comes, and the address of this thread's own memory.
-"""
+    All are addresses: of int64 [operations, 20], [phases, 6] and [2, 4] (addresses by domain), of
+    `op.COUNTER_BYTES` for each phase, zero before the first thread comes, and of a thread's own
+    memory. The thread works until all of the step is done.
+    """
+    module = ir.Module("qaic_step")
+    entry = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 6), op.ENTRY)
+    emit = Emitter(ir.IRBuilder(entry.append_basic_block("entry")))
+    operations, phases, count, tokens, counters, scratch = (Num(emit, a) for a in entry.args)
+    with span(emit, 0, count) as number:
+        phase, taken = phases + number * _PHASE_BYTES, counters + number * op.COUNTER_BYTES
+        kind, total = columns(emit, phase, (op.PHASE_KIND, op.TASKS))
+        task = Variable(emit, fetch_add(emit, taken, 1))
+        with repeat(emit, lambda: task.get() < total):
+            now = task.get()
+            choose(
+                kind,
+                [
+                    (op.PRODUCTS, lambda: _run_products(emit, operations, phase, now, scratch)),
+                    (
+                        op.ATTENTION,
+                        lambda: _run_attention(emit, operations, phase, now, tokens, scratch),
+                    ),
+                ],
+                lambda: _run_rows(emit, operations, phase, now, tokens),
+            )
+            fetch_add(emit, taken + op.COUNTER_BYTES // 2, 1)
+            task.set(fetch_add(emit, taken, 1))
+        wait_for(emit, taken + op.COUNTER_BYTES // 2, total)
+    emit.builder.ret_void()
+    return module

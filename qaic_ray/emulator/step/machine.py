@@ -1,8 +1,8 @@
 """What the compiled step may use on this processor, and whether there is a compiler for it.
 
-numba is optional: the SDK's folder works without it, and so does a processor that has no kernels
-here; both compute with onnxruntime then. `NUMBA_CPU_NAME` and `NUMBA_CPU_FEATURES` are numba's own
-switches, and hold here too.
+llvmlite is optional: the SDK's folder works without it, and so does a processor that has no kernels
+here; both compute with onnxruntime then. `QAIC_EMULATOR_CPU` makes this machine a lesser one: it is
+LLVM's name of a processor and its features, like `haswell,+avx2,+fma,+f16c`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import functools
 import hashlib
 import os
 import platform
-from typing import FrozenSet, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 AVX512, AVX2, GENERIC = "avx512", "avx2", "generic"
+CPU_VARIABLE = "QAIC_EMULATOR_CPU"
 
 
 class Processor(NamedTuple):
@@ -33,31 +34,34 @@ class Processor(NamedTuple):
 def processor() -> Optional[Processor]:
     """This machine's processor; None where no step can be compiled for it."""
     try:
-        import numba
         from llvmlite import binding
     except ImportError:
         return None
-    name = numba.config.CPU_NAME or binding.get_host_cpu_name()
-    features = _features(numba.config.CPU_FEATURES, binding)
+    name = os.environ.get(CPU_VARIABLE, "").partition(",")[0] or binding.get_host_cpu_name()
     if platform.machine() not in ("x86_64", "AMD64"):
         return Processor(GENERIC, False, name)
-    if not {"avx2", "fma", "f16c"} <= features:
+    has = {part[1:] for part in features().split(",") if part.startswith("+")}
+    if not {"avx2", "fma", "f16c"} <= has:
         return None
-    if {"avx512f", "avx512bw", "avx512vl", "avx512vnni"} <= features:
-        return Processor(AVX512, "avx512vbmi" in features, name)
+    if {"avx512f", "avx512bw", "avx512vl", "avx512vnni"} <= has:
+        return Processor(AVX512, "avx512vbmi" in has, name)
     return Processor(AVX2, False, name)
 
 
-def _features(text: Optional[str], binding: object) -> FrozenSet[str]:
-    if text is None:
-        found = binding.get_host_cpu_features()  # type: ignore[attr-defined]
-        return frozenset(name for name, has in found.items() if has)
-    return frozenset(part[1:] for part in text.split(",") if part.startswith("+"))
+@functools.lru_cache(maxsize=None)
+def features() -> str:
+    """LLVM's list of what the processor has, like `+avx2,-avx512f`."""
+    named = os.environ.get(CPU_VARIABLE, "").partition(",")[2]
+    if named:
+        return named
+    from llvmlite import binding
+
+    return str(binding.get_host_cpu_features().flatten())
 
 
 @functools.lru_cache(maxsize=None)
 def sources_digest() -> str:
-    """A digest of the kernels' sources; numba's cache looks at one file only."""
+    """A digest of the kernels' sources."""
     folder = os.path.dirname(os.path.abspath(__file__))
     digest = hashlib.sha256()
     for name in sorted(os.listdir(folder)):

@@ -6,12 +6,12 @@ nearest cache holds, and every row goes over it.
 
 from __future__ import annotations
 
-from typing import Any
-
-from numba import njit
+from typing import Any, List
 
 from . import operations as op
-from .machine import AVX512, AVX2, GENERIC, processor
+from .control import Function, Num, Variable, choose, columns, function, repeat, span, when
+from .emit import VECTOR_BYTES, Emitter
+from .machine import AVX512, GENERIC, processor
 from .products import bytes_kernel, floats_kernel
 from .tiles import (
     BYTES_BYTES,
@@ -24,152 +24,174 @@ from .tiles import (
     floats_of_mxfp6,
 )
 
-_target = processor()
-_KIND = GENERIC if _target is None else _target.kind
-_IS_WIDE = _KIND == AVX512
-_HAS_BYTES = _KIND in (AVX512, AVX2)
-_VECTORS = 4 if _IS_WIDE else 1
-_BYTE_TILES = 4
-_FLOAT_TILES = 3
-_MOST_PACKED_1, _MOST_PACKED_3 = (4, 8) if _IS_WIDE else (0, 0)
-SCRATCH_BYTES = max(_BYTE_TILES * (BYTES_BYTES + PANEL * 4), _FLOAT_TILES * TILE * PANEL * 4)
+BYTE_TILES = 4
+FLOAT_TILES = 3
+assert op.SCRATCH_BYTES >= BYTE_TILES * (BYTES_BYTES + PANEL * 4)
+assert op.SCRATCH_BYTES >= FLOAT_TILES * TILE * PANEL * 4
 
-_f1, _f2, _f3, _f4, _f5, _f6 = (floats_kernel(rows, _VECTORS) for rows in range(1, 7))
-
-
-@njit(nogil=True)  # type: ignore[untyped-decorator]
-def _absent(
-    _x: int, _k: int, _own: int, _sums: int, _blocks: int, _tiles: int, _scales: int, _n: int,
-    _out: int, _stride: int, _first: int,
-) -> None:  # fmt: skip
-    """In the place of a kernel that this processor has not; never called."""
+_FLOAT_ROWS = 6
+_BYTE_ROWS = {1: 3, 3: 2}
+"""By planes: as many rows as there are registers for."""
+_MOST_PACKED = {1: 4, 3: 8}
+"""By planes: rows that take a weight as it is packed, two at once."""
+_FIELDS = (op.OUT_STRIDE, op.IN, op.IN_STRIDE, op.P1, op.P2, op.P3, op.P6, op.P7)
 
 
-_packed_11 = _packed_21 = _packed_13 = _packed_23 = _absent
-_bytes_11 = _bytes_21 = _bytes_31 = _bytes_13 = _bytes_23 = _absent
-if _IS_WIDE:
-    _packed_11, _packed_21 = (bytes_kernel(rows, 4, 1, is_packed=True) for rows in (1, 2))
-    _packed_13, _packed_23 = (bytes_kernel(rows, 4, 3, is_packed=True) for rows in (1, 2))
-    _bytes_13, _bytes_23 = (bytes_kernel(rows, 4, 3) for rows in (1, 2))
-if _HAS_BYTES:
-    _bytes_11, _bytes_21, _bytes_31 = (bytes_kernel(rows, _VECTORS, 1) for rows in (1, 2, 3))
+class _Product:
+    """The columns of a PRODUCT's row, as far as they are needed here."""
+
+    def __init__(self, emit: Emitter, row: Num) -> None:
+        self.stride, self.x, self.x_stride, self.kind, self.tiles, self.k, *rest = columns(
+            emit, row, _FIELDS
+        )
+        self.scales, self.sums = rest
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
-def _unpack_floats(kind: int, source: int, tile: int, k: int, out: int) -> None:
-    if kind == op.MXFP6:
-        floats_of_mxfp6(source + tile * MXFP6_BYTES, out)
-        return
-    rows = min(TILE, k - tile * TILE)
-    if kind == op.FLOAT16:
-        floats_of_float16(source + tile * TILE * PANEL * 2, rows, out)
-    else:
-        floats_of_float32(source + tile * TILE * PANEL * 4, rows, out)
+def planes_here() -> List[int]:
+    """Into how many planes activations may be cut on this processor, for products of bytes."""
+    target = processor()
+    if target is None or target.kind == GENERIC:
+        return []
+    return [1, 3] if target.kind == AVX512 else [1]
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
-def _times_floats(
-    rows: int, x: int, x_stride: int, weights: int, k: int, out: int, stride: int, is_first: int
+def _vectors() -> int:
+    target = processor()
+    return 4 if target is not None and target.kind == AVX512 else 1
+
+
+def _pick_rows(left: Num, most: int) -> Num:
+    """How many of the rows that are left go together: no single one where two can."""
+    at_most = left.at_most(most)
+    return left.equals(most + 1).pick((most + 1) // 2, at_most)
+
+
+@function("unpack_floats")
+def _unpack_floats(emit: Emitter, kind: Num, source: Num, tile: Num, k: Num, out: Num) -> None:
+    rows = (k - tile * TILE).at_most(TILE)
+    choose(
+        kind,
+        [
+            (op.MXFP6, lambda: floats_of_mxfp6(emit, source + tile * MXFP6_BYTES, out)),
+            (
+                op.FLOAT16,
+                lambda: floats_of_float16(emit, source + tile * (TILE * PANEL * 2), rows, out),
+            ),
+        ],
+        lambda: floats_of_float32(emit, source + tile * (TILE * PANEL * 4), rows, out),
+    )
+
+
+@function("product_of_floats")
+def _floats(
+    emit: Emitter, row: Num, source: Num, first: Num, last: Num, out: Num, scratch: Num
 ) -> None:
-    for column in range(0, 4, _VECTORS):
-        w, o = weights + column * 64, out + column * 64
-        if rows == 1:
-            _f1(x, x_stride, w, k, o, stride, is_first)
-        elif rows == 2:
-            _f2(x, x_stride, w, k, o, stride, is_first)
-        elif rows == 3:
-            _f3(x, x_stride, w, k, o, stride, is_first)
-        elif rows == 4:
-            _f4(x, x_stride, w, k, o, stride, is_first)
-        elif rows == 5:
-            _f5(x, x_stride, w, k, o, stride, is_first)
-        else:
-            _f6(x, x_stride, w, k, o, stride, is_first)
+    p, vectors = _Product(emit, row), _vectors()
+    with span(emit, 0, p.tiles, FLOAT_TILES) as tile:
+        count = (p.tiles - tile).at_most(FLOAT_TILES)
+        with span(emit, 0, count) as i:
+            target = scratch + i * (TILE * PANEL * 4)
+            _unpack_floats(emit, p.kind, source, tile + i, p.k, target)
+        width = (count * TILE).at_most(p.k - tile * TILE)
+        width = p.kind.equals(op.MXFP6).pick(count * TILE, width)
+        is_first = tile.equals(0).pick(1, 0)
+        at = Variable(emit, first)
+        with repeat(emit, lambda: at.get() < last):
+            here = at.get()
+            rows = _pick_rows(last - here, _FLOAT_ROWS)
+            x = p.x + here * p.x_stride + tile * (TILE * 4)
+            o = out + here * p.stride
+
+            def times(count: int, x: Num = x, o: Num = o) -> None:
+                for column in range(0, 4, vectors):
+                    shift = column * VECTOR_BYTES
+                    kernel = floats_kernel(count, vectors)
+                    kernel(emit, x, p.x_stride, scratch + shift, width, o + shift, p.stride, is_first)
+
+            _by_count(rows, _FLOAT_ROWS, times)
+            at.set(here + rows)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
-def _floats(o: Any, source: int, first: int, last: int, out: int, scratch: int) -> None:
-    tiles, k, tile = o[op.P2], o[op.P3], 0
-    while tile < tiles:
-        count = min(_FLOAT_TILES, tiles - tile)
-        for i in range(count):
-            _unpack_floats(o[op.P1], source, tile + i, k, scratch + i * TILE * PANEL * 4)
-        width = min(k - tile * TILE, count * TILE) if o[op.P1] != op.MXFP6 else count * TILE
-        row = first
-        while row < last:
-            left = last - row
-            rows = 6 if left >= 12 or left == 6 else min((left + 1) // 2 if left > 6 else left, 6)
-            x = o[op.IN] + row * o[op.IN_STRIDE] + tile * TILE * 4
-            target = out + row * o[op.OUT_STRIDE]
-            is_first = 1 if tile == 0 else 0
-            _times_floats(
-                rows, x, o[op.IN_STRIDE], scratch, width, target, o[op.OUT_STRIDE], is_first
-            )
-            row += rows
-        tile += count
+def _by_count(rows: Num, most: int, run: Any) -> None:
+    cases = [(count, lambda count=count: run(count)) for count in range(1, most)]
+    choose(rows, cases, lambda: run(most))
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
-def _packed(o: Any, source: int, row: int, rows: int, out: int) -> None:
-    tiles, planes, k = o[op.P2], o[op.P5], o[op.P2] * TILE
-    x = o[op.IN] + row * o[op.IN_STRIDE]
-    own, sums = o[op.P6] + row * tiles * 4, o[op.P7] + row * tiles * planes * 4
-    target, stride = out + row * o[op.OUT_STRIDE], o[op.OUT_STRIDE]
-    if rows == 1 and planes == 1:
-        _packed_11(x, k, own, sums, tiles, source, 0, tiles, target, stride, 1)
-    elif rows == 1:
-        _packed_13(x, k, own, sums, tiles, source, 0, tiles, target, stride, 1)
-    elif planes == 1:
-        _packed_21(x, k, own, sums, tiles, source, 0, tiles, target, stride, 1)
-    else:
-        _packed_23(x, k, own, sums, tiles, source, 0, tiles, target, stride, 1)
+def _bytes(planes: int) -> Function:
+    """A function: rows times a panel, a stretch of tiles unpacked at a time."""
+
+    def build(emit: Emitter, *arguments: Num) -> None:
+        row, source, first, last, out, scratch = arguments
+        p, vectors = _Product(emit, row), _vectors()
+        k, scales = p.tiles * TILE, scratch + BYTE_TILES * BYTES_BYTES
+        with span(emit, 0, p.tiles, BYTE_TILES) as tile:
+            count = (p.tiles - tile).at_most(BYTE_TILES)
+            with span(emit, 0, count) as i:
+                packed = source + (tile + i) * MXFP6_BYTES
+                target = scratch + i * BYTES_BYTES
+                bytes_of_mxfp6(emit, packed, target, scales + i * (PANEL * 4))
+            is_first = tile.equals(0).pick(1, 0)
+            at = Variable(emit, first)
+            with repeat(emit, lambda: at.get() < last):
+                here = at.get()
+                rows = _pick_rows(last - here, _BYTE_ROWS[planes])
+                x = p.x + here * p.x_stride + tile * TILE
+                own = p.scales + here * p.tiles * 4 + tile * 4
+                sums = p.sums + here * p.tiles * (4 * planes) + tile * 4
+                o = out + here * p.stride
+
+                def times(number: int, given: Any = (x, own, sums, o)) -> None:
+                    x, own, sums, o = given
+                    for column in range(0, 4, vectors):
+                        shift = column * VECTOR_BYTES
+                        tiles = scratch + shift, scales + shift, count
+                        kernel = bytes_kernel(number, vectors, planes)
+                        activation = x, k, own, sums, p.tiles
+                        kernel(emit, *activation, *tiles, o + shift, p.stride, is_first)
+
+                _by_count(rows, _BYTE_ROWS[planes], times)
+                at.set(here + rows)
+
+    return Function(f"product_of_bytes_{planes}", 6, build)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
-def _bytes(o: Any, source: int, first: int, last: int, out: int, scratch: int) -> None:
-    tiles, planes, k, stride = o[op.P2], o[op.P5], o[op.P2] * TILE, o[op.OUT_STRIDE]
-    scales, tile = scratch + _BYTE_TILES * BYTES_BYTES, 0
-    while tile < tiles:
-        n = min(_BYTE_TILES, tiles - tile)
-        for i in range(n):
-            packed = source + (tile + i) * MXFP6_BYTES
-            bytes_of_mxfp6(packed, scratch + i * BYTES_BYTES, scales + i * PANEL * 4)
-        one = 1 if tile == 0 else 0
-        row = first
-        while row < last:
-            left = last - row
-            # As many rows as there are registers for.
-            rows = 2 if left == 4 else min(left, 3 if planes == 1 else 2)
-            x = o[op.IN] + row * o[op.IN_STRIDE] + tile * TILE
-            own = o[op.P6] + row * tiles * 4 + tile * 4
-            sums = o[op.P7] + row * tiles * planes * 4 + tile * 4
-            for column in range(0, 4, _VECTORS):
-                w, s = scratch + column * 64, scales + column * 64
-                target = out + row * stride + column * 64
-                if planes == 1:
-                    if rows == 1:
-                        _bytes_11(x, k, own, sums, tiles, w, s, n, target, stride, one)
-                    elif rows == 2:
-                        _bytes_21(x, k, own, sums, tiles, w, s, n, target, stride, one)
-                    else:
-                        _bytes_31(x, k, own, sums, tiles, w, s, n, target, stride, one)
-                elif rows == 1:
-                    _bytes_13(x, k, own, sums, tiles, w, s, n, target, stride, one)
-                else:
-                    _bytes_23(x, k, own, sums, tiles, w, s, n, target, stride, one)
-            row += rows
-        tile += n
+def _packed(planes: int) -> Function:
+    """A function: one or two rows times a panel as it is packed."""
+
+    def build(emit: Emitter, *arguments: Num) -> None:
+        row, source, here, rows, out = arguments
+        p = _Product(emit, row)
+        own = p.scales + here * p.tiles * 4
+        sums = p.sums + here * p.tiles * (4 * planes)
+        activation = p.x + here * p.x_stride, p.tiles * TILE, own, sums, p.tiles
+        tiles = source, 0, p.tiles
+
+        def times(number: int) -> None:
+            kernel = bytes_kernel(number, 4, planes, is_packed=True)
+            kernel(emit, *activation, *tiles, out + here * p.stride, p.stride, 1)
+
+        _by_count(rows, 2, times)
+
+    return Function(f"packed_product_{planes}", 5, build)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
-def multiply_panel(o: Any, panel: int, first: int, last: int, scratch: int) -> None:
+@function("multiply_panel")
+def multiply_panel(
+    emit: Emitter, row: Num, panel: Num, first: Num, last: Num, scratch: Num
+) -> None:
     """Rows `first` to `last` - 1 of a PRODUCT's input times one panel of its weight."""
-    source, out = o[op.P0] + panel * o[op.P8], o[op.OUT] + panel * PANEL * 4
-    if o[op.P5] == 0:
-        _floats(o, source, first, last, out, scratch)
-    elif _HAS_BYTES:
-        if last - first <= (_MOST_PACKED_1 if o[op.P5] == 1 else _MOST_PACKED_3):
-            for row in range(first, last, 2):
-                _packed(o, source, row, min(2, last - row), out)
-        else:
-            _bytes(o, source, first, last, out, scratch)
+    weight, planes, size, out = columns(emit, row, (op.P0, op.P5, op.P8, op.OUT))
+    source, target = weight + panel * size, out + panel * (PANEL * 4)
+    cases = []
+    for number in planes_here():
+
+        def run(number: int = number) -> None:
+            is_few = last - first <= (_MOST_PACKED[number] if _vectors() == 4 else 0)
+            with when(is_few), span(emit, first, last, 2) as here:
+                rows = (last - here).at_most(2)
+                _packed(number)(emit, row, source, here, rows, target)
+            with when(is_few.equals_false()):
+                _bytes(number)(emit, row, source, first, last, target, scratch)
+
+        cases.append((number, run))
+    choose(planes, cases, lambda: _floats(emit, row, source, first, last, target, scratch))

@@ -41,3 +41,10 @@ ROWWISE, PRODUCTS, ATTENTION = range(3)
 # that the rows of the second are.
 ALL, KEPT = range(2)
 IDS, POSITIONS, SLOTS, SOURCES = range(4)
+
+ENTRY = "qaic_step"
+"""The compiled step's name."""
+COUNTER_BYTES = 128
+"""Of a phase: what was taken, and what is done, each in a cache line of its own."""
+SCRATCH_BYTES = 1 << 15
+"""Of a thread's own memory, for what products unpack."""

@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from itertools import product
+from typing import Any, Dict, List, Sequence, Tuple
 
 from llvmlite import ir
-from numba.extending import intrinsic
 
+from .control import Function, Num
 from .emit import BYTES, F32, FLOATS, I8, I16, I32, I64, INTS, LANES, VECTOR_BYTES, Emitter, splat
 from .machine import AVX512, processor
 from .tiles import (
@@ -18,7 +19,6 @@ from .tiles import (
     MXFP6_BYTES,
     PANEL,
     TILE,
-    addresses,
     scales,
     weight_bytes,
 )
@@ -115,7 +115,7 @@ def _outputs(emit: Emitter, out: Any, stride: Any, sizes: Tuple[int, int]) -> Li
     ]
 
 
-def bytes_kernel(num_rows: int, num_vectors: int, planes: int, *, is_packed: bool = False) -> Any:
+def bytes_kernel(num_rows: int, num_vectors: int, planes: int, *, is_packed: bool = False) -> Function:
     """Rows times the tiles of a panel's 16 * `num_vectors` columns.
 
     The kernel takes (planes, K, block scales, block sums, K / 32, tiles, tile scales, number of
@@ -123,59 +123,53 @@ def bytes_kernel(num_rows: int, num_vectors: int, planes: int, *, is_packed: boo
     coarsest first, and as many sums; `quantize` makes them.
     """
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def kernel(
-        _typing: Any, x: Any, k: Any, x_scales: Any, x_sums: Any, num_blocks: Any, tiles: Any,
-        tile_scales: Any, num_tiles: Any, out: Any, stride: Any, is_first: Any,
-    ) -> Tuple[Any, Any]:  # fmt: skip
-        def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            emit = Emitter(builder)
-            x, k, x_scales, x_sums, blocks, tiles, tile_scales, count, out, stride, first = args
-            panel = _Panel(emit, tiles, tile_scales, is_packed)
-            size = emit.times(blocks, 4)
-            rows = _outputs(emit, out, stride, (num_rows, num_vectors))
+    def build(emit: Emitter, *arguments: Num) -> None:
+        builder = emit.builder
+        x, k, x_scales, x_sums, blocks, tiles, tile_scales, count, out, stride, first = (
+            argument.value for argument in arguments
+        )
+        panel = _Panel(emit, tiles, tile_scales, is_packed)
+        size = emit.times(blocks, 4)
+        rows = _outputs(emit, out, stride, (num_rows, num_vectors))
 
-            def body(index: Any, sums: List[Any]) -> List[Any]:
-                four = emit.times(index, 4)
-                dots: Dict[Tuple[int, int, int], Any] = {}
-                for row in range(num_rows):
-                    for plane in range(planes):
-                        offset = emit.times(size, row * planes + plane)
-                        start = emit.every(emit.load(I32, emit.at(x_sums, offset, four)), INTS)
-                        for vector in range(num_vectors):
-                            dots[row, plane, vector] = start
-                for group in range(TILE // 4):
-                    weights = panel.weights(index, group, num_vectors)
-                    for row in range(num_rows):
-                        for plane in range(planes):
-                            offset = emit.times(k, row * planes + plane)
-                            place = emit.at(x, offset, emit.times(index, TILE), 4 * group)
-                            lanes = emit.every(emit.load(I32, place), INTS)
-                            activation = builder.bitcast(lanes, BYTES)
-                            for vector in range(num_vectors):
-                                key = (row, plane, vector)
-                                weight = weights[vector]
-                                dots[key] = _add_dots(emit, dots[key], weight, activation)
-                scale = panel.scales(index, num_vectors)
-                result = []
-                for row in range(num_rows):
-                    offset = emit.times(size, row)
-                    factor = emit.every(emit.load(F32, emit.at(x_scales, offset, four)))
+        def dots_of(index: Any, four: Any) -> Dict[Tuple[int, int, int], Any]:
+            dots: Dict[Tuple[int, int, int], Any] = {}
+            for row, plane in product(range(num_rows), range(planes)):
+                offset = emit.times(size, row * planes + plane)
+                start = emit.every(emit.load(I32, emit.at(x_sums, offset, four)), INTS)
+                dots.update({(row, plane, vector): start for vector in range(num_vectors)})
+            for group in range(TILE // 4):
+                weights = panel.weights(index, group, num_vectors)
+                for row, plane in product(range(num_rows), range(planes)):
+                    offset = emit.times(k, row * planes + plane)
+                    place = emit.at(x, offset, emit.times(index, TILE), 4 * group)
+                    lanes = emit.every(emit.load(I32, place), INTS)
+                    activation = builder.bitcast(lanes, BYTES)
                     for vector in range(num_vectors):
-                        parts = [dots[row, plane, vector] for plane in range(planes)]
-                        value = builder.fmul(_of_planes(emit, parts), scale[vector])
-                        total = sums[row * num_vectors + vector]
-                        result.append(emit.fma(value, factor, total))
-                return result
+                        key = (row, plane, vector)
+                        dots[key] = _add_dots(emit, dots[key], weights[vector], activation)
+            return dots
 
-            sums = emit.loop(count, _sums(emit, rows, first), body)
-            for value, address in zip(sums, rows):
-                emit.store(value, address)
-            return context.get_dummy_value()
+        def body(index: Any, sums: List[Any]) -> List[Any]:
+            four = emit.times(index, 4)
+            dots = dots_of(index, four)
+            scale = panel.scales(index, num_vectors)
+            result = []
+            for row in range(num_rows):
+                offset = emit.times(size, row)
+                factor = emit.every(emit.load(F32, emit.at(x_scales, offset, four)))
+                for vector in range(num_vectors):
+                    parts = [dots[row, plane, vector] for plane in range(planes)]
+                    value = builder.fmul(_of_planes(emit, parts), scale[vector])
+                    result.append(emit.fma(value, factor, sums[row * num_vectors + vector]))
+            return result
 
-        return addresses(11), generate
+        sums = emit.loop(count, _sums(emit, rows, first), body)
+        for value, address in zip(sums, rows):
+            emit.store(value, address)
 
-    return kernel
+    packed = "_packed" if is_packed else ""
+    return Function(f"bytes_{num_rows}x{num_vectors}x{planes}{packed}", 11, build)
 
 
 def _of_planes(emit: Emitter, dots: List[Any]) -> Any:
@@ -188,49 +182,37 @@ def _of_planes(emit: Emitter, dots: List[Any]) -> Any:
     return emit.fma(value, splat(FLOATS, 65536.0), builder.sitofp(low, FLOATS))
 
 
-def floats_kernel(num_rows: int, num_vectors: int) -> Any:
+def floats_kernel(num_rows: int, num_vectors: int) -> Function:
     """Rows of float32 times rows of a tile, 64 values each, for 16 * `num_vectors` columns.
 
     The kernel takes (x, bytes of a row of x, weights, rows of weights (a multiple of four), out,
     bytes of a row of out, is_first).
     """
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def kernel(
-        _typing: Any, x: Any, x_stride: Any, weights: Any, k: Any, out: Any, stride: Any,
-        is_first: Any,
-    ) -> Tuple[Any, Any]:  # fmt: skip
-        def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            emit = Emitter(builder)
-            x, x_stride, weights, k, out, stride, first = args
-            rows = _outputs(emit, out, stride, (num_rows, num_vectors))
+    def build(emit: Emitter, *arguments: Num) -> None:
+        x, x_stride, weights, k, out, stride, first = (a.value for a in arguments)
+        rows = _outputs(emit, out, stride, (num_rows, num_vectors))
 
-            def body(index: Any, sums: List[Any]) -> List[Any]:
-                result = list(sums)
-                weight = emit.at(weights, emit.times(index, _UNROLL * PANEL * 4))
-                for step in range(_UNROLL):
-                    vectors = [
-                        emit.load(FLOATS, emit.at(weight, step * PANEL * 4 + VECTOR_BYTES * v), 64)
-                        for v in range(num_vectors)
-                    ]
-                    for row in range(num_rows):
-                        offset = emit.times(x_stride, row)
-                        place = emit.at(x, offset, emit.times(index, _UNROLL * 4), 4 * step)
-                        value = emit.every(emit.load(F32, place))
-                        for vector, columns in enumerate(vectors):
-                            at = row * num_vectors + vector
-                            result[at] = emit.fma(columns, value, result[at])
-                return result
+        def body(index: Any, sums: List[Any]) -> List[Any]:
+            result = list(sums)
+            weight = emit.at(weights, emit.times(index, _UNROLL * PANEL * 4))
+            for step in range(_UNROLL):
+                vectors = [
+                    emit.load(FLOATS, emit.at(weight, step * PANEL * 4 + VECTOR_BYTES * v), 64)
+                    for v in range(num_vectors)
+                ]
+                for row in range(num_rows):
+                    offset = emit.times(x_stride, row)
+                    place = emit.at(x, offset, emit.times(index, _UNROLL * 4), 4 * step)
+                    value = emit.every(emit.load(F32, place))
+                    for vector, columns in enumerate(vectors):
+                        at = row * num_vectors + vector
+                        result[at] = emit.fma(columns, value, result[at])
+            return result
 
-            count = builder.sdiv(k, I64(_UNROLL))
-            sums = emit.loop(count, _sums(emit, rows, first), body)
-            for value, address in zip(sums, rows):
-                emit.store(value, address)
-            return context.get_dummy_value()
+        count = emit.builder.sdiv(k, I64(_UNROLL))
+        sums = emit.loop(count, _sums(emit, rows, first), body)
+        for value, address in zip(sums, rows):
+            emit.store(value, address)
 
-        return addresses(7), generate
-
-    return kernel
-
-
-Kernel = Callable[..., None]
+    return Function(f"floats_{num_rows}x{num_vectors}", 7, build)

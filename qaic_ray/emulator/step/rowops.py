@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any, Callable, List, Tuple
 
 from llvmlite import ir
-from numba.extending import intrinsic
 
+from .control import Function, Num, function
 from .emit import F32, FLOATS, HALVES, I8, I32, I64, INTS, LANES, VECTOR_BYTES, Emitter, Vec, splat
-from .tiles import TILE, addresses
+from .tiles import TILE
 
 _BYTES_OF_VECTOR = ir.VectorType(I8, LANES)
 _LARGEST = {1: 127, 3: 8355584}
@@ -20,13 +20,16 @@ _LARGEST = {1: 127, 3: 8355584}
 
 
 def _each(
-    num_inputs: int, function: Callable[[Emitter, List[Vec]], Vec], num_numbers: int = 0
-) -> Any:
-    """An intrinsic over (count, out, inputs ..., numbers ...); a number is its float32's bits."""
+    name: str,
+    num_inputs: int,
+    apply: Callable[[Emitter, List[Vec]], Vec],
+    num_numbers: int = 0,
+) -> Function:
+    """A function of (count, out, inputs ..., numbers ...); a number is its float32's bits."""
 
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        emit = Emitter(builder)
-        count, out, *sources = args
+    def build(emit: Emitter, *arguments: Num) -> None:
+        builder = emit.builder
+        count, out, *sources = (argument.value for argument in arguments)
         numbers = []
         for bits in sources[num_inputs:]:
             scalar = builder.bitcast(builder.trunc(bits, I32), F32)
@@ -35,27 +38,13 @@ def _each(
         def body(index: Any, _: List[Any]) -> List[Any]:
             offset = emit.times(index, VECTOR_BYTES)
             values = [emit.vec(emit.at(source, offset)) for source in sources[:num_inputs]]
-            emit.store(function(emit, values + numbers), emit.at(out, offset))
+            emit.store(apply(emit, values + numbers), emit.at(out, offset))
             return []
 
         vectors = builder.sdiv(builder.add(count, I64(LANES - 1)), I64(LANES))
         emit.loop(vectors, [], body)
-        return context.get_dummy_value()
 
-    total = 2 + num_inputs + num_numbers
-    if total == 3:
-
-        @intrinsic  # type: ignore[untyped-decorator]
-        def of_one(_typing: Any, count: Any, out: Any, one: Any) -> Tuple[Any, Any]:
-            return addresses(3), generate
-
-        return of_one
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def of_two(_typing: Any, count: Any, out: Any, one: Any, other: Any) -> Tuple[Any, Any]:
-        return addresses(4), generate
-
-    return of_two
+    return Function(name, 2 + num_inputs + num_numbers, build)
 
 
 def _silu(emit: Emitter, value: Vec) -> Vec:
@@ -67,82 +56,70 @@ def _to_half(emit: Emitter, value: Vec) -> Vec:
     return Vec(emit, emit.builder.fpext(half, FLOATS))
 
 
-add = _each(2, lambda emit, v: v[0] + v[1])
-multiply = _each(2, lambda emit, v: v[0] * v[1])
-scale = _each(1, lambda emit, v: v[0] * v[1], 1)
-silu = _each(1, lambda emit, v: _silu(emit, v[0]))
-silu_times = _each(2, lambda emit, v: _silu(emit, v[0]) * v[1])
-sigmoid = _each(1, lambda emit, v: 1.0 / (emit.exp(-v[0]) + 1.0))
-round_half = _each(1, lambda emit, v: _to_half(emit, v[0]))
-copy = _each(1, lambda emit, v: v[0])
+add = _each("add", 2, lambda emit, v: v[0] + v[1])
+multiply = _each("multiply", 2, lambda emit, v: v[0] * v[1])
+scale = _each("scale", 1, lambda emit, v: v[0] * v[1], 1)
+silu = _each("silu", 1, lambda emit, v: _silu(emit, v[0]))
+silu_times = _each("silu_times", 2, lambda emit, v: _silu(emit, v[0]) * v[1])
+sigmoid = _each("sigmoid", 1, lambda emit, v: 1.0 / (emit.exp(-v[0]) + 1.0))
+round_half = _each("round_half", 1, lambda emit, v: _to_half(emit, v[0]))
+copy = _each("copy", 1, lambda emit, v: v[0])
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def rms_norm(_typing: Any, count: Any, out: Any, x: Any, weight: Any, epsilon: Any) -> Tuple[Any, Any]:
+@function("rms_norm")
+def rms_norm(emit: Emitter, count: Num, out: Num, x: Num, weight: Num, epsilon: Num) -> None:
     """out = x / sqrt(mean(x ** 2) + epsilon) * weight; `epsilon` is a float32's bits.
 
     `count` is a multiple of 16, or what follows x in its buffer is zero.
     """
+    builder = emit.builder
+    vectors = ((count + (LANES - 1)) // LANES).value
 
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        emit = Emitter(builder)
-        count, out, x, weight, epsilon = args
-        vectors = builder.sdiv(builder.add(count, I64(LANES - 1)), I64(LANES))
+    def squares(index: Any, sums: List[Any]) -> List[Any]:
+        value = emit.vec(emit.at(x.value, emit.times(index, VECTOR_BYTES))).value
+        return [emit.fma(value, value, sums[0])]
 
-        def squares(index: Any, sums: List[Any]) -> List[Any]:
-            value = emit.vec(emit.at(x, emit.times(index, VECTOR_BYTES))).value
-            return [emit.fma(value, value, sums[0])]
+    total = emit.total(Vec(emit, emit.loop(vectors, [splat(FLOATS, 0.0)], squares)[0]))
+    mean = builder.fdiv(total, builder.sitofp(count.value, F32))
+    shifted = builder.fadd(mean, builder.bitcast(builder.trunc(epsilon.value, I32), F32))
+    root = emit.call("llvm.sqrt.f32", F32, [shifted])
+    factors = Vec(emit, emit.every(builder.fdiv(F32(1.0), root)))
 
-        total = emit.total(Vec(emit, emit.loop(vectors, [splat(FLOATS, 0.0)], squares)[0]))
-        mean = builder.fdiv(total, builder.sitofp(count, F32))
-        shifted = builder.fadd(mean, builder.bitcast(builder.trunc(epsilon, I32), F32))
-        factor = builder.fdiv(ir.Constant(F32, 1.0), emit.call("llvm.sqrt.f32", F32, [shifted]))
-        factors = Vec(emit, emit.every(factor))
+    def scaled(index: Any, _: List[Any]) -> List[Any]:
+        offset = emit.times(index, VECTOR_BYTES)
+        value = emit.vec(emit.at(x.value, offset)) * factors
+        emit.store(value * emit.vec(emit.at(weight.value, offset)), emit.at(out.value, offset))
+        return []
 
-        def scaled(index: Any, _: List[Any]) -> List[Any]:
-            offset = emit.times(index, VECTOR_BYTES)
-            value = emit.vec(emit.at(x, offset)) * factors * emit.vec(emit.at(weight, offset))
-            emit.store(value, emit.at(out, offset))
-            return []
-
-        emit.loop(vectors, [], scaled)
-        return context.get_dummy_value()
-
-    return addresses(5), generate
+    emit.loop(vectors, [], scaled)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def round_mxint8(_typing: Any, count: Any, out: Any, x: Any) -> Tuple[Any, Any]:
+@function("round_mxint8")
+def round_mxint8(emit: Emitter, count: Num, out: Num, x: Num) -> None:
     """To what the cache would hold as MXINT8 (`numbers/kv_cache.py`); `count` is full blocks."""
+    builder = emit.builder
 
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        emit = Emitter(builder)
-        count, out, x = args
+    def body(index: Any, _: List[Any]) -> List[Any]:
+        first = emit.times(index, 2 * VECTOR_BYTES)
+        offsets = [first, emit.at(first, VECTOR_BYTES)]
+        values = [emit.vec(emit.at(x.value, offset)) for offset in offsets]
+        high = emit.larger(*(emit.magnitude(v) for v in values))
+        bits = builder.bitcast(emit.largest(high), I32)
+        exponent = builder.and_(bits, I32(0x7F800000))
+        lowest = builder.icmp_unsigned("<", exponent, I32(1 << 23))
+        exponent = builder.select(lowest, I32(1 << 23), exponent)
+        # A power of two, so that dividing by it and multiplying with it is exact.
+        step = Vec(emit, emit.every(builder.bitcast(exponent, F32))) * (1 / 64)
+        for value, offset in zip(values, offsets):
+            cut = emit.within(emit.rint(value / step), -127.0, 127.0)
+            emit.store(cut * step, emit.at(out.value, offset))
+        return []
 
-        def body(index: Any, _: List[Any]) -> List[Any]:
-            offsets = [emit.times(index, 2 * VECTOR_BYTES), None]
-            offsets[1] = emit.at(offsets[0], VECTOR_BYTES)
-            values = [emit.vec(emit.at(x, offset)) for offset in offsets]
-            high = emit.larger(*(emit.magnitude(v) for v in values))
-            bits = builder.bitcast(emit.largest(high), I32)
-            exponent = builder.and_(bits, I32(0x7F800000))
-            lowest = builder.icmp_unsigned("<", exponent, I32(1 << 23))
-            exponent = builder.select(lowest, I32(1 << 23), exponent)
-            # A power of two, so that dividing by it and multiplying with it is exact.
-            step = Vec(emit, emit.every(builder.bitcast(exponent, F32))) * (1 / 64)
-            for value, offset in zip(values, offsets):
-                cut = emit.within(emit.rint(value / step), -127.0, 127.0)
-                emit.store(cut * step, emit.at(out, offset))
-            return []
-
-        emit.loop(builder.sdiv(count, I64(TILE)), [], body)
-        return context.get_dummy_value()
-
-    return addresses(3), generate
+    emit.loop((count // TILE).value, [], body)
 
 
-def _quantize(planes: int) -> Any:
-    """An intrinsic that cuts a row into planes of bytes, block by block of 32.
+def _quantize(planes: int) -> Function:
+    """A function that cuts a row into planes of bytes, block by block of 32.
 
     It takes (blocks, x, planes, K, block scales, block sums, K / 32) and writes to each plane's row
     of K bytes; a block's value is its scale times the planes' number in base 256. The sums are -64
@@ -150,51 +127,43 @@ def _quantize(planes: int) -> Any:
     scale that is no number.
     """
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def kernel(
-        _typing: Any, count: Any, x: Any, out: Any, k: Any, scales: Any, sums: Any, num_blocks: Any
-    ) -> Tuple[Any, Any]:
-        def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            emit = Emitter(builder)
-            count, x, out, k, scales, sums, num_blocks = args
+    def build(emit: Emitter, *arguments: Num) -> None:
+        builder = emit.builder
+        count, x, out, k, scales, sums, num_blocks = (a.value for a in arguments)
 
-            def body(index: Any, _: List[Any]) -> List[Any]:
-                place = emit.at(x, emit.times(index, 2 * VECTOR_BYTES))
-                values = [emit.vec(place), emit.vec(emit.at(place, VECTOR_BYTES))]
-                high = emit.largest(emit.larger(*(emit.magnitude(v) for v in values)))
-                poison = emit.total(values[0] * 0.0 + values[1] * 0.0)
-                top = ir.Constant(F32, float(_LARGEST[planes]))
-                four = emit.times(index, 4)
-                own = builder.fadd(builder.fdiv(high, top), poison)
-                emit.store(own, emit.at(scales, four))
-                # Zeros, and numbers so small that their inverse is infinite, become zeros.
-                inverse = builder.fdiv(top, high)
-                usable = builder.fcmp_ordered(">", high, ir.Constant(F32, 1e-30))
-                inverse = builder.select(usable, inverse, ir.Constant(F32, 0.0))
-                factor = Vec(emit, emit.every(inverse))
-                rest = [builder.fptosi(emit.rint(v * factor).value, INTS) for v in values]
-                for plane in reversed(range(planes)):
-                    parts = [builder.trunc(r, _BYTES_OF_VECTOR) for r in rest]
-                    wide = [builder.sext(p, INTS) for p in parts]
-                    row = emit.at(out, emit.times(k, plane), emit.times(index, TILE))
-                    for half, part in enumerate(parts):
-                        emit.store(part, emit.at(row, LANES * half), 16)
-                    added = emit.call(
-                        "llvm.vector.reduce.add.v16i32", I32, [builder.add(*wide)]
-                    )
-                    block = emit.at(sums, emit.times(num_blocks, 4 * plane), four)
-                    emit.store(builder.mul(added, I32(-64)), block)
-                    rest = [
-                        builder.ashr(builder.sub(r, w), splat(INTS, 8)) for r, w in zip(rest, wide)
-                    ]
-                return []
+        def body(index: Any, _: List[Any]) -> List[Any]:
+            place, four = emit.at(x, emit.times(index, 2 * VECTOR_BYTES)), emit.times(index, 4)
+            values = [emit.vec(place), emit.vec(emit.at(place, VECTOR_BYTES))]
+            own, factor = _block_scale(emit, values, float(_LARGEST[planes]))
+            emit.store(own, emit.at(scales, four))
+            rest = [builder.fptosi(emit.rint(v * factor).value, INTS) for v in values]
+            for plane in reversed(range(planes)):
+                parts = [builder.trunc(r, _BYTES_OF_VECTOR) for r in rest]
+                wide = [builder.sext(p, INTS) for p in parts]
+                row = emit.at(out, emit.times(k, plane), emit.times(index, TILE))
+                for half, part in enumerate(parts):
+                    emit.store(part, emit.at(row, LANES * half), 16)
+                added = emit.call("llvm.vector.reduce.add.v16i32", I32, [builder.add(*wide)])
+                block = emit.at(sums, emit.times(num_blocks, 4 * plane), four)
+                emit.store(builder.mul(added, I32(-64)), block)
+                rest = [builder.ashr(builder.sub(r, w), splat(INTS, 8)) for r, w in zip(rest, wide)]
+            return []
 
-            emit.loop(count, [], body)
-            return context.get_dummy_value()
+        emit.loop(count, [], body)
 
-        return addresses(7), generate
+    return Function(f"quantize_{planes}", 7, build)
 
-    return kernel
+
+def _block_scale(emit: Emitter, values: List[Vec], top: float) -> Tuple[Any, Vec]:
+    """A block's scale, and what its values are multiplied by."""
+    builder = emit.builder
+    high = emit.largest(emit.larger(*(emit.magnitude(v) for v in values)))
+    poison = emit.total(values[0] * 0.0 + values[1] * 0.0)
+    own = builder.fadd(builder.fdiv(high, F32(top)), poison)
+    # Zeros, and numbers so small that their inverse is infinite, become zeros.
+    usable = builder.fcmp_ordered(">", high, F32(1e-30))
+    inverse = builder.select(usable, builder.fdiv(F32(top), high), F32(0.0))
+    return own, Vec(emit, emit.every(inverse))
 
 
 quantize = {planes: _quantize(planes) for planes in _LARGEST}

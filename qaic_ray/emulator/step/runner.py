@@ -117,9 +117,7 @@ class StepState:
         heads = [o.numbers for o in program.fused.operations if o.kind == op.ATTEND]
         group = max(int(n[0] // n[1]) for n in heads)
         scores = group * (self._ctx_len + 3 * 16) * _FLOAT_BYTES
-        from .multiply import SCRATCH_BYTES
-
-        self._scratch_bytes = max(SCRATCH_BYTES, scores)
+        self._scratch_bytes = max(op.SCRATCH_BYTES, scores)
 
     def run(self, inputs: Mapping[str, Any]) -> Optional[Dict[str, Any]]:
         """Run one inference; None where its positions need the reference graph.
@@ -314,7 +312,7 @@ class StepState:
         return array
 
     def _compute(self, num_tokens: int, num_kept: int) -> None:
-        from .interpreter import COUNTER_BYTES, run_step
+        from .native import step_function
 
         threads = self._num_threads()
         key = (num_tokens, num_kept, threads)
@@ -323,14 +321,15 @@ class StepState:
                 self._phases.clear()
             self._phases[key] = self._phase_table(*key)
         phases, operations, tokens = self._phases[key], self._operations, self._token_addresses
-        counters = np.zeros(len(phases) * COUNTER_BYTES + ALIGN, np.uint8)
+        counters = np.zeros(len(phases) * op.COUNTER_BYTES + ALIGN, np.uint8)
         first = _address(counters) + -_address(counters) % ALIGN
-        size = self._scratch_bytes
+        given = _address(operations), _address(phases), len(phases), _address(tokens), first
+        run_step, size = step_function(), self._scratch_bytes
 
         def work(scratch: Scratch) -> None:
             # What the addresses point into lives as long as this does.
-            _ = counters, self
-            run_step(operations, phases, tokens, first, scratch.address(size))
+            _ = counters, operations, phases, tokens, self
+            run_step(*given, scratch.address(size))
 
         TEAM.run(work, threads)
 

@@ -7,13 +7,12 @@ column side by side, and 64 scales. For products of float32 any tile becomes 32 
 
 from __future__ import annotations
 
-from typing import Any, List, Tuple
+from typing import Any, List
 
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from ..numbers.mxfp6 import E2M3
+from .control import Function, Num, function
 from .emit import BYTES, F16, F32, FLOATS, HALVES, I8, I16, INTS, VECTOR_BYTES, Emitter, Vec, splat
 from .machine import processor
 
@@ -27,11 +26,6 @@ OFFSET = 64
 _VECTORS = 4
 _WORDS = ir.VectorType(I16, 32)
 _EIGHTHS = [int(v * 8) for v in E2M3.values()]
-
-
-def addresses(count: int) -> Any:
-    """Signature of a kernel that takes addresses and numbers, all int64."""
-    return types.void(*[types.int64] * count)
 
 
 def scales(emit: Emitter, tile: Any) -> List[Any]:
@@ -100,70 +94,51 @@ def _by_lines(emit: Emitter, code: Any, offset: int) -> Any:
     return builder.add(result, splat(BYTES, offset))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def bytes_of_mxfp6(_typing: Any, tile: Any, out: Any, out_scales: Any) -> Tuple[Any, Any]:
+@function("bytes_of_mxfp6")
+def bytes_of_mxfp6(emit: Emitter, tile: Num, out: Num, out_scales: Num) -> None:
     """Write a tile's 2,048 bytes and 64 scales."""
-
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        emit, (tile, out, out_scales) = Emitter(builder), args
-        for vector, scale in enumerate(scales(emit, tile)):
-            emit.store(scale, emit.at(out_scales, VECTOR_BYTES * vector), 64)
-        for group in range(TILE // 4):
-            for vector, values in enumerate(weight_bytes(emit, tile, group)):
-                address = emit.at(out, (group * _VECTORS + vector) * VECTOR_BYTES)
-                emit.store(values, address, 64)
-        return context.get_dummy_value()
-
-    return addresses(3), generate
+    for vector, scale in enumerate(scales(emit, tile.value)):
+        emit.store(scale, emit.at(out_scales.value, VECTOR_BYTES * vector), 64)
+    for group in range(TILE // 4):
+        for vector, values in enumerate(weight_bytes(emit, tile.value, group)):
+            address = emit.at(out.value, (group * _VECTORS + vector) * VECTOR_BYTES)
+            emit.store(values, address, 64)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def floats_of_mxfp6(_typing: Any, tile: Any, out: Any) -> Tuple[Any, Any]:
+@function("floats_of_mxfp6")
+def floats_of_mxfp6(emit: Emitter, tile: Num, out: Num) -> None:
     """Write a tile's 32 rows of 64 float32."""
-
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        emit, (tile, out) = Emitter(builder), args
-        scale = [Vec(emit, s) for s in scales(emit, tile)]
-        for group in range(TILE // 4):
-            for vector, values in enumerate(weight_bytes(emit, tile, group, 0)):
-                lanes = builder.bitcast(values, INTS)
-                for row in range(4):
-                    moved = builder.shl(lanes, splat(INTS, 24 - 8 * row)) if row < 3 else lanes
-                    value = builder.sitofp(builder.ashr(moved, splat(INTS, 24)), FLOATS)
-                    offset = (4 * group + row) * PANEL * 4 + VECTOR_BYTES * vector
-                    emit.store(Vec(emit, value) * scale[vector], emit.at(out, offset), 64)
-        return context.get_dummy_value()
-
-    return addresses(2), generate
+    builder = emit.builder
+    scale = [Vec(emit, s) for s in scales(emit, tile.value)]
+    for group in range(TILE // 4):
+        for vector, values in enumerate(weight_bytes(emit, tile.value, group, 0)):
+            lanes = builder.bitcast(values, INTS)
+            for row in range(4):
+                moved = builder.shl(lanes, splat(INTS, 24 - 8 * row)) if row < 3 else lanes
+                value = builder.sitofp(builder.ashr(moved, splat(INTS, 24)), FLOATS)
+                offset = (4 * group + row) * PANEL * 4 + VECTOR_BYTES * vector
+                emit.store(Vec(emit, value) * scale[vector], emit.at(out.value, offset), 64)
 
 
-def _floats_of(kind: Any, vector: Any) -> Any:
-    """An intrinsic that widens `rows` rows of 64 values."""
+def _floats_of(name: str, kind: Any, vector: Any) -> Function:
+    """A function that widens `rows` rows of 64 values."""
+    size = 2 if kind is F16 else 4
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def widen(_typing: Any, tile: Any, rows: Any, out: Any) -> Tuple[Any, Any]:
-        size = 2 if kind is F16 else 4
+    def build(emit: Emitter, tile: Num, rows: Num, out: Num) -> None:
+        def body(row: Any, _: List[Any]) -> List[Any]:
+            for index in range(_VECTORS):
+                source = emit.at(tile.value, emit.times(row, PANEL * size), 16 * size * index)
+                value = emit.load(vector, source, size)
+                if kind is F16:
+                    value = emit.builder.fpext(value, FLOATS)
+                target = emit.at(out.value, emit.times(row, PANEL * 4), VECTOR_BYTES * index)
+                emit.store(value, target, 64)
+            return []
 
-        def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            emit, (tile, rows, out) = Emitter(builder), args
+        emit.loop(rows.value, [], body)
 
-            def body(row: Any, _: List[Any]) -> List[Any]:
-                for index in range(_VECTORS):
-                    source = emit.at(tile, emit.times(row, PANEL * size), 16 * size * index)
-                    value = emit.load(vector, source, size)
-                    if kind is F16:
-                        value = builder.fpext(value, FLOATS)
-                    target = emit.at(out, emit.times(row, PANEL * 4), VECTOR_BYTES * index)
-                    emit.store(value, target, 64)
-                return []
-
-            emit.loop(rows, [], body)
-            return context.get_dummy_value()
-
-        return addresses(3), generate
-
-    return widen
+    return Function(name, 3, build)
 
 
-floats_of_float16 = _floats_of(F16, HALVES)
-floats_of_float32 = _floats_of(F32, FLOATS)
+floats_of_float16 = _floats_of("floats_of_float16", F16, HALVES)
+floats_of_float32 = _floats_of("floats_of_float32", F32, FLOATS)
