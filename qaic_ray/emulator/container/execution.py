@@ -19,11 +19,12 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
+from ..card.cores import Cores, usable_cores
 from ..lowering.attention import joint_length
 from ..lowering.lowered import LoweredState, Probe, Runner
 from ..lowering.view import ORT_ERRORS
-from ..step.errors import TokenError
 from ..numbers import kv_cache
+from ..step.errors import TokenError
 from . import (
     CONSTANTS,
     CONSTANTS_DESC,
@@ -36,7 +37,7 @@ from . import (
     network,
 )
 from .constants import Weights, packs_into_its_own_memory
-from .steps import EXACT, numerics_of_environment, open_step
+from .steps import EXACT, open_step
 
 _log = logging.getLogger(__name__)
 
@@ -131,12 +132,11 @@ class CompiledProgram:
 
 
 def num_threads_of_environment() -> int:
-    """Threads of one program: `QAIC_EMULATOR_THREADS`, else `OMP_NUM_THREADS`, else all CPUs."""
-    for name in ("QAIC_EMULATOR_THREADS", "OMP_NUM_THREADS"):
-        text = os.environ.get(name, "")
-        if text.isascii() and text.isdigit() and int(text) > 0:
-            return int(text)
-    return os.cpu_count() or 1
+    """Threads of one inference at most: `QAIC_EMULATOR_THREADS`, else all CPUs that are ours."""
+    text = os.environ.get("QAIC_EMULATOR_THREADS", "")
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text)
+    return usable_cores()
 
 
 class LoadedProgram:
@@ -144,10 +144,11 @@ class LoadedProgram:
 
     Args:
         qpc: the program.
-        num_threads: threads of one inference.
+        num_threads: threads of one inference, at most.
         use_lowered: whether to run the lowered graph where the compiler made one.
         use_step: whether to run it as a compiled step where there is one.
         numerics: `exact`, or `fast`: activations are rounded to 8 bits a block of 32.
+        cores: what this machine's cards share; None for a card that is alone.
 
     Attributes:
         step: the compiled step, None where there is none.
@@ -162,9 +163,11 @@ class LoadedProgram:
         use_lowered: bool = True,
         use_step: bool = True,
         numerics: str = EXACT,
+        cores: Optional[Cores] = None,
     ) -> None:
         self.qpc = qpc
         self.numerics = numerics
+        self._cores = Cores(None, num_threads) if cores is None else cores
         self._num_threads = num_threads
         self._lock = threading.Lock()
         self._constants = {c.name: c for c in qpc.program.constants}
@@ -207,9 +210,9 @@ class LoadedProgram:
         """A new activation, with its retained state all zero."""
         return Activation(self)
 
-    def num_threads(self) -> int:
-        """Threads that an inference may use now."""
-        return self._num_threads
+    def threads(self) -> Any:
+        """A context that gives the threads of an inference that begins now."""
+        return self._cores.share(self._num_threads)
 
     def _open_step(self) -> Any:
         segment, program = self.qpc.constants_segment(), self.qpc.program
@@ -289,7 +292,7 @@ class Activation:
             from ..step.runner import StepState
 
             program = self._program
-            self._lowered = StepState(program.step, self._states, program.num_threads)
+            self._lowered = StepState(program.step, self._states, program.threads)
         elif lowered is not None:
             runner = Runner(lowered, self._states, states)
             self._lowered = LoweredState(runner, self._joint, self._program.joint_length)

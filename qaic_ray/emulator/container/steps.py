@@ -14,8 +14,8 @@ from typing import Any, Dict, Mapping, Optional
 import numpy as np
 from onnx import TensorProto, numpy_helper
 
+from ..kernels import machine
 from ..numbers import panels
-from ..step import machine
 from ..step.fuse import NotFused, fuse
 from .constants import Constant, panels_of, read_constant, stored_view
 
@@ -30,13 +30,13 @@ KERNELS_VARIABLE = "QAIC_EMULATOR_KERNELS"
 _ALIGN = 64
 
 
-def numerics_of_environment() -> str:
-    """`exact` unless `QAIC_EMULATOR_NUMERICS` says `fast`.
+def numerics_of_environment(otherwise: str = EXACT) -> str:
+    """What `QAIC_EMULATOR_NUMERICS` says, `exact` or `fast`; else what the SDK was made for.
 
     Raises:
         ValueError: where it says anything else.
     """
-    text = os.environ.get(NUMERICS_VARIABLE) or EXACT
+    text = os.environ.get(NUMERICS_VARIABLE) or otherwise
     if text not in NUMERICS:
         raise ValueError(f"{NUMERICS_VARIABLE} is {text!r}: give exact or fast")
     return text

@@ -14,9 +14,9 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
+from ..kernels import operations as op
 from ..lowering.attention import INPUT_IDS, NUM_LOGITS_TO_KEEP, POSITION_IDS
 from ..lowering.view import ORT_ERRORS
-from . import operations as op
 
 LANES = 16
 
@@ -65,9 +65,7 @@ def fuse(model: Any, roundings: Mapping[str, str]) -> Fused:
     for node in model.graph.node:
         fuser.take(node)
     results = {
-        o.name: fuser.value(o.name)
-        for o in model.graph.output
-        if o.name not in fuser.written
+        o.name: fuser.value(o.name) for o in model.graph.output if o.name not in fuser.written
     }
     operations = _joined(fuser.operations, set(results.values()))
     return Fused(fuser.widths, operations, results, fuser.kept)
@@ -157,9 +155,15 @@ class _Fuser:
         known(node)
 
     def _add(
-        self, kind: int, name: str, inputs: Tuple[int, ...], width: int,
-        constants: Tuple[str, ...] = (), numbers: Tuple[float, ...] = (),
-    ) -> None:  # fmt: skip
+        self,
+        kind: int,
+        name: str,
+        inputs: Tuple[int, ...],
+        *,
+        width: int,
+        constants: Tuple[str, ...] = (),
+        numbers: Tuple[float, ...] = (),
+    ) -> None:
         self._values[name] = len(self.widths)
         self.widths.append(width)
         made = Operation(kind, self._values[name], inputs, constants, numbers)
@@ -185,7 +189,7 @@ class _Fuser:
             target = name[: -len("/whole")]
             source = self.value(node.input[0])
             self._skipped[target] = target + "/"
-            self._add(op.ROUND_MXINT8, target, (source,), self.widths[source])
+            self._add(op.ROUND_MXINT8, target, (source,), width=self.widths[source])
             if self.widths[source] % 32:
                 raise NotFused(f"{target} is not made of blocks of 32")
             return True
@@ -196,13 +200,15 @@ class _Fuser:
         axis = _attributes(node).get("axis", 0)
         if index == INPUT_IDS and source in self._initializers and axis == 0:
             num_rows, width = self._shape(source)
-            self._add(op.EMBED, node.output[0], (), width, (source,), (num_rows,))
+            self._add(
+                op.EMBED, node.output[0], (), width=width, constants=(source,), numbers=(num_rows,)
+            )
             if self._initializers[source].data_type == TensorProto.FLOAT16:
                 self._halves.add(node.output[0])
         elif index in self._of_positions and axis == 0:
             value = self.value(source)
             self.kept = self._choice(index)
-            self._add(op.SELECT, node.output[0], (value,), self.widths[value])
+            self._add(op.SELECT, node.output[0], (value,), width=self.widths[value])
         else:
             raise NotFused(f"{node.output[0]} is looked up in another way")
 
@@ -213,7 +219,7 @@ class _Fuser:
         if to == TensorProto.FLOAT or (to == TensorProto.FLOAT16 and source in self._halves):
             self._values[target] = value
         elif to == TensorProto.FLOAT16:
-            self._add(op.ROUND_HALF, target, (value,), self.widths[value])
+            self._add(op.ROUND_HALF, target, (value,), width=self.widths[value])
         else:
             raise NotFused(f"{target} is cast to another type")
         if to == TensorProto.FLOAT16:
@@ -229,7 +235,9 @@ class _Fuser:
         if self._shape(weight) != (width // groups,) or (groups > 1 and width // groups % LANES):
             raise NotFused(f"{node.output[0]} is a norm of another width")
         numbers = (attributes.get("epsilon", 1e-5), groups)
-        self._add(op.NORM, node.output[0], (value,), width, (weight,), numbers)
+        self._add(
+            op.NORM, node.output[0], (value,), width=width, constants=(weight,), numbers=numbers
+        )
         self._groups[node.output[0]] = groups
 
     def _product(self, node: Any) -> None:
@@ -239,7 +247,7 @@ class _Fuser:
             raise NotFused(f"{node.output[0]} is a product of another form")
         if shape[0] % 4:
             raise NotFused(f"{weight} does not have rows in fours")
-        self._add(op.PRODUCT, node.output[0], (value,), shape[1], (weight,))
+        self._add(op.PRODUCT, node.output[0], (value,), width=shape[1], constants=(weight,))
 
     def _binary(self, node: Any) -> None:
         target, kind = node.output[0], op.ADD if node.op_type == "Add" else op.MULTIPLY
@@ -253,19 +261,19 @@ class _Fuser:
             other = self.value(names[1])
             if self.widths[other] != width:
                 raise NotFused(f"{target} joins values of different widths")
-            self._add(kind, target, (first, other), width)
+            self._add(kind, target, (first, other), width=width)
             return
         number = self._number(names[1])
         if number is not None and kind == op.MULTIPLY:
-            self._add(op.SCALE, target, (first,), width, (), (number,))
+            self._add(op.SCALE, target, (first,), width=width, numbers=(number,))
         elif self._shape(names[1]) == (width,):
-            self._add(kind, target, (first,), width, (names[1],))
+            self._add(kind, target, (first,), width=width, constants=(names[1],))
         else:
             raise NotFused(f"{target} joins a constant of another shape")
 
     def _sigmoid(self, node: Any) -> None:
         value = self.value(node.input[0])
-        self._add(op.SIGMOID, node.output[0], (value,), self.widths[value])
+        self._add(op.SIGMOID, node.output[0], (value,), width=self.widths[value])
 
     def _reshape(self, node: Any) -> None:
         source, shape, target = node.input[0], node.input[1], node.output[0]
@@ -289,7 +297,14 @@ class _Fuser:
         width = self.widths[value]
         if positions != POSITION_IDS or heads * half * 2 != width or attributes.get("interleaved"):
             raise NotFused(f"{node.output[0]} is rotated in another way")
-        self._add(op.ROTATE, node.output[0], (value,), width, (cos, sin), (heads, half * 2))
+        self._add(
+            op.ROTATE,
+            node.output[0],
+            (value,),
+            width=width,
+            constants=(cos, sin),
+            numbers=(heads, half * 2),
+        )
 
     def _attention(self, node: Any) -> None:
         query, key, value, past_key, past_value = node.input[:5]
@@ -307,19 +322,28 @@ class _Fuser:
             source = self.value(update)
             if self.widths[source] != kv_heads * dim:
                 raise NotFused(f"{present} has rows of another width")
-            self._add(op.STORE, present, (source,), 1, (past,), (kv_heads, dim))
+            self._add(
+                op.STORE, present, (source,), width=1, constants=(past,), numbers=(kv_heads, dim)
+            )
             self.written.add(present)
             stored.append(self._values[present])
         inputs = (self.value(query), *stored)
         numbers = (heads, kv_heads, dim, attributes.get("scale", dim**-0.5))
-        self._add(op.ATTEND, node.output[0], inputs, width, (past_key, past_value), numbers)
+        self._add(
+            op.ATTEND,
+            node.output[0],
+            inputs,
+            width=width,
+            constants=(past_key, past_value),
+            numbers=numbers,
+        )
 
     def _argmax(self, node: Any) -> None:
         value = self.value(node.input[0])
         axis = _attributes(node).get("axis", 0)
         if axis not in (1, -1, 2):
             raise NotFused(f"{node.output[0]} is the largest along another axis")
-        self._add(op.ARGMAX, node.output[0], (value,), 1)
+        self._add(op.ARGMAX, node.output[0], (value,), width=1)
 
     def _choice(self, index: str) -> str:
         """What rows an index of flattened tokens chooses; run on rows of several tokens."""

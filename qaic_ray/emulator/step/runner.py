@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import numpy as np
 
+from ..kernels import operations as op
 from ..lowering.attention import (
     BATCH_INDEX,
     COMP_CTX_LENGTHS,
@@ -14,7 +26,6 @@ from ..lowering.attention import (
     NUM_LOGITS_TO_KEEP,
     POSITION_IDS,
 )
-from . import operations as op
 from .errors import TokenError
 from .fuse import Fused
 from .schedule import Schedule, schedule
@@ -28,7 +39,7 @@ _PRODUCT_KINDS = {"mxfp6": op.MXFP6, "float16": op.FLOAT16, "float32": op.FLOAT3
 
 
 class Weight(NamedTuple):
-    """Panels of a MatMul's weight [K, N]: uint8 [panels, bytes of a panel]; `kind` of its values."""
+    """A MatMul's weight [K, N] in panels: uint8 [panels, bytes of one]; `kind` of its values."""
 
     panels: Any
     kind: str
@@ -63,10 +74,11 @@ class StepProgram:
         scales = {o.numbers[3] for o in fused.operations if o.kind == op.ATTEND}
         self.factors = {scale: np.array([scale], np.float32) for scale in scales}
         for operation in fused.operations:
+            if operation.kind in (op.PRODUCT, op.STORE, op.ATTEND):
+                continue
             for name in operation.constants:
-                if operation.kind not in (op.PRODUCT, op.STORE, op.ATTEND):
-                    if name not in self.tables:
-                        self.tables[name] = _padded(table(name), operation.kind == op.EMBED)
+                if name not in self.tables:
+                    self.tables[name] = _padded(table(name), operation.kind == op.EMBED)
         self.num_rows_of_table = next(
             int(o.numbers[0]) for o in fused.operations if o.kind == op.EMBED
         )
@@ -97,18 +109,18 @@ class StepState:
         program: the step.
         states: retained input -> array [slots, heads, ctx_len, dim], float16 or float32; written in
             place.
-        num_threads: how many threads a step may use now.
+        threads: a context that gives the threads of a step that begins now.
     """
 
     def __init__(
         self,
         program: StepProgram,
         states: Mapping[str, Any],
-        num_threads: Callable[[], int],
+        threads: Callable[[], ContextManager[int]],
     ) -> None:
         self._program = program
         self._states = states
-        self._num_threads = num_threads
+        self._threads = threads
         first = next(iter(states.values()))
         self._num_slots, self._ctx_len = first.shape[0], first.shape[2]
         self._capacity = 0
@@ -140,9 +152,7 @@ class StepState:
         kept = kept or len(inputs[NUM_LOGITS_TO_KEEP])
         return self._run(ids, positions, slots, (lengths, kept))
 
-    def _run(
-        self, ids: Any, positions: Any, slots: Any, sizes: Tuple[Any, int]
-    ) -> Dict[str, Any]:
+    def _run(self, ids: Any, positions: Any, slots: Any, sizes: Tuple[Any, int]) -> Dict[str, Any]:
         lengths, kept = sizes
         num_tokens = int(lengths.sum())
         rows_kept = np.minimum(lengths, kept)
@@ -153,7 +163,7 @@ class StepState:
         if not num_tokens:
             return {n: np.zeros(s, self._dtype(n)) for n, s in shapes.items()}
         self._reserve(num_tokens)
-        self._place(ids, positions, slots, lengths, rows_kept)
+        self._place(ids, positions, slots, (lengths, rows_kept))
         whole = num_kept == len(ids) * kept
         results = {}
         for name, shape in shapes.items():
@@ -274,8 +284,9 @@ class StepState:
         source = _address(weight.panels)
         return source, kind, tiles, weight.num_rows, count, planes, places[1], places[2], size
 
-    def _place(self, ids: Any, positions: Any, slots: Any, lengths: Any, kept: Any) -> None:
+    def _place(self, ids: Any, positions: Any, slots: Any, sizes: Tuple[Any, Any]) -> None:
         """Tell the step which token is where."""
+        lengths, kept = sizes
         is_token = np.arange(ids.shape[1]) < lengths[:, None]
         flat = ids[is_token]
         limit = self._program.num_rows_of_table
@@ -294,10 +305,10 @@ class StepState:
         some[op.IDS : op.SLOTS + 1, :num_kept] = everywhere[op.IDS : op.SLOTS + 1, sources]
 
     def _bind(self, name: str, array: Any) -> None:
-        buffer = self._program.schedule.results[name]
         if array.dtype == np.float32 and array.shape[1] % PANEL == 0:
+            value = self._program.fused.results[name]
             for index, placed in enumerate(self._program.schedule.placed):
-                if placed.out == buffer and placed.operation.out == self._program.fused.results[name]:
+                if placed.operation.out == value:
                     self._operations[index, op.OUT] = _address(array)
 
     def _collect(self, name: str, array: Any) -> Any:
@@ -312,9 +323,12 @@ class StepState:
         return array
 
     def _compute(self, num_tokens: int, num_kept: int) -> None:
-        from .native import step_function
+        with self._threads() as threads:
+            self._compute_with(num_tokens, num_kept, threads)
 
-        threads = self._num_threads()
+    def _compute_with(self, num_tokens: int, num_kept: int, threads: int) -> None:
+        from ..kernels.native import step_function
+
         key = (num_tokens, num_kept, threads)
         if key not in self._phases:
             if len(self._phases) >= _MAX_SHAPES:
@@ -344,7 +358,8 @@ class StepState:
                 block = max(1, math.ceil(rows / (threads * 4)))
                 tasks = math.ceil(rows / block)
             elif phase.kind == op.PRODUCTS:
-                panels = sum(len(self._program.weights[p.operation.constants[0]].panels) for p in placed)
+                names = [p.operation.constants[0] for p in placed]
+                panels = sum(len(self._program.weights[name].panels) for name in names)
                 block = _row_block(rows, panels, threads)
                 tasks = panels * math.ceil(rows / block)
             else:

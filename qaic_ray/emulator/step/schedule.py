@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Dict, List, NamedTuple, Set, Tuple
 
-from . import operations as op
+from ..kernels import operations as op
 from .fuse import Fused, Operation
 
 _ONE_PHASE = {op.PRODUCT: op.PRODUCTS, op.ATTEND: op.ATTENTION}
@@ -115,43 +115,61 @@ def _quantized(
     return result
 
 
-def _phases(
-    operations: List[Operation], domains: List[int]
-) -> Tuple[List[Operation], List[Phase]]:
-    waiting, done = list(operations), set()
+def _phases(operations: List[Operation], domains: List[int]) -> Tuple[List[Operation], List[Phase]]:
+    readers: Dict[int, List[int]] = {}
+    missing = [len(set(o.inputs)) for o in operations]
+    for index, operation in enumerate(operations):
+        for value in set(operation.inputs):
+            readers.setdefault(value, []).append(index)
+    ready = {index for index, count in enumerate(missing) if not count}
     ordered: List[Operation] = []
     phases: List[Phase] = []
-    while waiting:
-        kind, domain, chosen = _next(waiting, done, domains)
-        phases.append(Phase(kind, len(ordered), len(ordered) + len(chosen), domain))
-        ordered += chosen
-        done |= {o.out for o in chosen}
-        taken = {o.out for o in chosen}
-        waiting = [o for o in waiting if o.out not in taken]
+    while ready:
+        kind, domain, chosen = _choose(operations, ready, domains)
+        waiting, taken = list(chosen), []
+        later: Set[int] = ready - set(chosen)
+        while waiting:
+            index = waiting.pop()
+            taken.append(index)
+            for reader in readers.get(operations[index].out, ()):
+                missing[reader] -= 1
+                if missing[reader]:
+                    continue
+                # A row's next operation joins the phase; what takes other rows waits for its end.
+                follows = _is_by_row(operations[reader]) and operations[reader].kind != op.SELECT
+                same = domains[operations[reader].out] == domain
+                if kind == op.ROWWISE and follows and same:
+                    waiting.append(reader)
+                else:
+                    later.add(reader)
+        phases.append(Phase(kind, len(ordered), len(ordered) + len(taken), domain))
+        ordered += [operations[index] for index in sorted(taken)]
+        ready = later
     return ordered, phases
 
 
-def _next(
-    waiting: List[Operation], done: Set[int], domains: List[int]
-) -> Tuple[int, int, List[Operation]]:
+def _is_by_row(operation: Operation) -> bool:
+    return operation.kind not in _ONE_PHASE
+
+
+def _choose(
+    operations: List[Operation], ready: Set[int], domains: List[int]
+) -> Tuple[int, int, List[int]]:
+    """The kind of the next phase, its rows, and what of the ready operations it has."""
     for domain in (op.ALL, op.KEPT):
-        by_row: List[Operation] = []
-        made: Set[int] = set()
-        for operation in waiting:
-            if operation.kind in _ONE_PHASE or domains[operation.out] != domain:
-                continue
-            known = done if operation.kind == op.SELECT else done | made
-            if all(value in known for value in operation.inputs):
-                by_row.append(operation)
-                made.add(operation.out)
+        by_row = [
+            i for i in ready if _is_by_row(operations[i]) and domains[operations[i].out] == domain
+        ]
         if by_row:
             return op.ROWWISE, domain, by_row
-    ready = [o for o in waiting if all(value in done for value in o.inputs)]
-    domain = domains[ready[0].out]
-    products = [o for o in ready if o.kind == op.PRODUCT and domains[o.out] == domain]
-    if products:
-        return op.PRODUCTS, domain, products
-    return op.ATTENTION, domain, ready[:1]
+    first = min(ready)
+    domain = domains[operations[first].out]
+    products = [
+        i
+        for i in sorted(ready)
+        if operations[i].kind == op.PRODUCT and domains[operations[i].out] == domain
+    ]
+    return (op.PRODUCTS, domain, products) if products else (op.ATTENTION, domain, [first])
 
 
 def _placed(
@@ -167,6 +185,10 @@ def _placed(
             last_read[operation.out] = number
             last_read.update(dict.fromkeys(operation.inputs, number))
     last_read.update(dict.fromkeys(results.values(), len(phases)))
+    dying: Dict[int, List[int]] = {}
+    for value, number in last_read.items():
+        dying.setdefault(number, []).append(value)
+    quantized = {o.out for o in ordered if o.kind == op.QUANTIZE}
     buffers: List[Tuple[int, int]] = []
     place: Dict[int, int] = {}
     free: Dict[Tuple[int, int, bool], List[int]] = {}
@@ -174,7 +196,7 @@ def _placed(
     for number, phase in enumerate(phases):
         for operation in ordered[phase.first : phase.last]:
             value = operation.out
-            key = (widths[value], domains[value], operation.kind == op.QUANTIZE)
+            key = (widths[value], domains[value], value in quantized)
             if free.get(key):
                 place[value] = free[key].pop()
             else:
@@ -182,8 +204,7 @@ def _placed(
                 buffers.append(key[:2])
             inputs = tuple(place[v] for v in operation.inputs)
             placed.append(Placed(operation, domains[value], place[value], inputs))
-        kinds = {o.out: o.kind for o in ordered[: phase.last]}
-        for value in [v for v, last in last_read.items() if last == number]:
-            key = (widths[value], domains[value], kinds[value] == op.QUANTIZE)
+        for value in dying.get(number, ()):
+            key = (widths[value], domains[value], value in quantized)
             free.setdefault(key, []).append(place[value])
     return Schedule(placed, phases, buffers, {n: place[v] for n, v in results.items()})

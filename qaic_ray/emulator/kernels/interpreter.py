@@ -20,7 +20,6 @@ from .control import (
     Variable,
     choose,
     columns,
-    constant,
     function,
     read,
     repeat,
@@ -154,11 +153,11 @@ def _bound(run: Function, emit: Emitter, *arguments: Num) -> Callable[[], None]:
 def _run_rows(emit: Emitter, operations: Num, phase: Num, task: Num, tokens: Num) -> None:
     fields = (op.FIRST, op.LAST, op.BLOCK, op.ROWS)
     first, last, block, rows = columns(emit, phase, fields)
-    with span(emit, task * block, ((task + 1) * block).at_most(rows)) as index:
-        with span(emit, first, last) as number:
-            row = operations + number * _ROW_BYTES
-            domain = read(emit, row, 8 * op.DOMAIN)
-            _run_row(emit, row, index, tokens + domain * 32)
+    end = ((task + 1) * block).at_most(rows)
+    with span(emit, task * block, end) as index, span(emit, first, last) as number:
+        row = operations + number * _ROW_BYTES
+        domain = read(emit, row, 8 * op.DOMAIN)
+        _run_row(emit, row, index, tokens + domain * 32)
 
 
 @function("run_products")
@@ -191,8 +190,8 @@ def _run_attention(
     keys, values, of_slot, of_head, heads, kv_heads, dim, factor, ctx_len, size, domain = columns(
         emit, row, fields
     )
-    fields = (op.IN, op.IN_STRIDE, op.OUT, op.OUT_STRIDE)
-    query, query_stride, out, out_stride = columns(emit, row, fields)
+    places = (op.IN, op.IN_STRIDE, op.OUT, op.OUT_STRIDE)
+    query, query_stride, out, out_stride = columns(emit, row, places)
     head, part, group = task % kv_heads, task // kv_heads, heads // kv_heads
     where, place = tokens + domain * 32, head * group * dim * 4
     with span(emit, part * block, ((part + 1) * block).at_most(rows)) as index:

@@ -106,7 +106,9 @@ def _floats(
                 for column in range(0, 4, vectors):
                     shift = column * VECTOR_BYTES
                     kernel = floats_kernel(count, vectors)
-                    kernel(emit, x, p.x_stride, scratch + shift, width, o + shift, p.stride, is_first)
+                    kernel(
+                        emit, x, p.x_stride, scratch + shift, width, o + shift, p.stride, is_first
+                    )
 
             _by_count(rows, _FLOAT_ROWS, times)
             at.set(here + rows)

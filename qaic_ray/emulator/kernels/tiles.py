@@ -43,7 +43,7 @@ def scales(emit: Emitter, tile: Any) -> List[Any]:
 
 
 def _codes(emit: Emitter, tile: Any, group: int) -> List[Any]:
-    """The codes of four rows: of four vectors, each 16 columns times 4 rows; high bits undefined."""
+    """Codes of four rows, as four vectors of 16 columns times 4 rows; high bits are undefined."""
     builder = emit.builder
     packed = [
         emit.load(BYTES, emit.at(tile, VECTOR_BYTES * (1 + 3 * group + part)), 64)

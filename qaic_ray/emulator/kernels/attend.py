@@ -1,8 +1,8 @@
 """Attention of one token over the cache of its row, and what is computed by position.
 
-A cache is float16 or float32 [slots, heads, ctx_len, dim]. A token sees positions 0 to its own; the entries of
-its own chunk are in the cache already. Heads whose width is no multiple of 16, and contexts shorter
-than 16, take the plain loops.
+A cache is float16 or float32 [slots, heads, ctx_len, dim]. A token sees positions 0 to its own; the
+entries of its own chunk are in the cache already. Heads whose width is no multiple of 16, and
+contexts shorter than 16, take the plain loops.
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ def _attend(size: int) -> Function:
         plain = (dim % LANES > 0) | (ctx_len < LANES)
         with when(plain), span(emit, 0, group) as head:
             offset = head * dim * 4
-            _PLAIN[size](emit, query + offset, keys, values, count, dim, out + offset, scale, scratch)
+            _PLAIN[size](
+                emit, query + offset, keys, values, count, dim, out + offset, scale, scratch
+            )
         with when(plain.equals_false()):
             vectors = dim // LANES
             blocks = (count + (LANES - 1)) // LANES
@@ -216,9 +218,7 @@ def rotate(emit: Emitter, x: Num, cos: Num, sin: Num, heads: Num, half: Num, out
 
 
 @function("rotate_vectors")
-def _rotate_vectors(
-    emit: Emitter, x: Num, cos: Num, sin: Num, vectors: Num, out: Num
-) -> None:
+def _rotate_vectors(emit: Emitter, x: Num, cos: Num, sin: Num, vectors: Num, out: Num) -> None:
     half = (vectors * VECTOR_BYTES).value
 
     def body(index: Any, _: List[Any]) -> List[Any]:

@@ -27,7 +27,8 @@ SIGMOID = 13
 ARGMAX = 14
 # Kinds with a phase of their own.
 PRODUCT = 20  # weight, kind, tiles, K, panels, planes, scales, sums, bytes of a panel
-ATTEND = 21  # keys, values, bytes of a slot, of a head, heads, kv heads, dim, factor, ctx_len, bytes of a number
+# keys, values, bytes of a slot, of a head, heads, kv heads, dim, factor, ctx_len, bytes of a number
+ATTEND = 21
 
 # Kinds of weights.
 MXFP6, FLOAT16, FLOAT32 = range(3)

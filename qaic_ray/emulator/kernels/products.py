@@ -32,7 +32,9 @@ def _add_dots(emit: Emitter, sums: Any, weights: Any, activations: Any) -> Any:
     """sums + the dot product of each lane's four bytes; those of `weights` have no sign."""
     target = processor()
     if target is not None and target.kind == AVX512:
-        return emit.call("llvm.x86.avx512.vpdpbusd.512", INTS, [sums, *_operands(emit, weights, activations)])
+        return emit.call(
+            "llvm.x86.avx512.vpdpbusd.512", INTS, [sums, *_operands(emit, weights, activations)]
+        )
     halves = []
     for lanes in (range(32), range(32, 64)):
         weight, activation = (emit.shuffle(x, x, lanes) for x in (weights, activations))
@@ -40,7 +42,7 @@ def _add_dots(emit: Emitter, sums: Any, weights: Any, activations: Any) -> Any:
         halves.append(
             emit.call("llvm.x86.avx2.pmadd.wd", _HALF_INTS, [pairs, splat(_HALF_WORDS, 1)])
         )
-    return emit.builder.add(sums, emit.shuffle(*halves, range(LANES)))
+    return emit.builder.add(sums, emit.shuffle(halves[0], halves[1], range(LANES)))
 
 
 def _operands(emit: Emitter, weights: Any, activations: Any) -> List[Any]:
@@ -72,9 +74,7 @@ class _Panel:
             tile = emit.at(self._tiles, emit.times(index, MXFP6_BYTES))
             return weight_bytes(emit, tile, group)
         first = emit.at(self._tiles, emit.times(index, BYTES_BYTES), group * 4 * VECTOR_BYTES)
-        return [
-            emit.load(BYTES, emit.at(first, VECTOR_BYTES * v), 64) for v in range(num_vectors)
-        ]
+        return [emit.load(BYTES, emit.at(first, VECTOR_BYTES * v), 64) for v in range(num_vectors)]
 
     def scales(self, index: Any, num_vectors: int) -> List[Any]:
         """The tile's scales."""
@@ -82,9 +82,7 @@ class _Panel:
         if self._is_packed:
             return scales(emit, emit.at(self._tiles, emit.times(index, MXFP6_BYTES)))
         first = emit.at(self._scales, emit.times(index, PANEL * 4))
-        return [
-            emit.load(FLOATS, emit.at(first, VECTOR_BYTES * v), 64) for v in range(num_vectors)
-        ]
+        return [emit.load(FLOATS, emit.at(first, VECTOR_BYTES * v), 64) for v in range(num_vectors)]
 
 
 def _sums(emit: Emitter, rows: Sequence[Any], is_first: Any) -> List[Any]:
@@ -115,7 +113,9 @@ def _outputs(emit: Emitter, out: Any, stride: Any, sizes: Tuple[int, int]) -> Li
     ]
 
 
-def bytes_kernel(num_rows: int, num_vectors: int, planes: int, *, is_packed: bool = False) -> Function:
+def bytes_kernel(
+    num_rows: int, num_vectors: int, planes: int, *, is_packed: bool = False
+) -> Function:
     """Rows times the tiles of a panel's 16 * `num_vectors` columns.
 
     The kernel takes (planes, K, block scales, block sums, K / 32, tiles, tile scales, number of

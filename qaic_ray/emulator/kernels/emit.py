@@ -1,7 +1,7 @@
 """Vector code: LLVM's own language, written with Python's operators.
 
-A loop becomes vectors where a compiler sees fit; these are vectors by construction, on any processor
-that LLVM knows. A value is `Vec`, 16 float32 or 16 int32; addresses are int64 values.
+A loop becomes vectors where a compiler sees fit; these are vectors by construction, on any
+processor that LLVM knows. A value is `Vec`, 16 float32 or 16 int32; addresses are int64 values.
 """
 
 from __future__ import annotations
