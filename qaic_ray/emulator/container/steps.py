@@ -70,9 +70,9 @@ def open_step(
     except NotFused as reason:
         _log.warning("%s runs without the compiled step: %s", name, reason)
         return None
-    from ..step.runner import StepProgram
+    from ..step.program import StepProgram
 
-    source = _Source(model, constants, segment)
+    source = _StepConstants(model, constants, segment)
     return StepProgram(fused, source.weight, source.table, planes_of(numerics))
 
 
@@ -81,7 +81,7 @@ def _say_once(text: str) -> None:
     _log.warning("emulated cards: %s", text)
 
 
-class _Source:
+class _StepConstants:
     def __init__(self, model: Any, constants: Mapping[str, Constant], segment: Any) -> None:
         self._inline: Dict[str, Any] = {t.name: t for t in model.graph.initializer}
         self._constants = constants
@@ -89,7 +89,7 @@ class _Source:
 
     def weight(self, name: str) -> Any:
         """Panels of a MatMul's weight: those of the QPC, or made of what lies otherwise."""
-        from ..step.runner import Weight
+        from ..step.program import Weight
 
         constant = self._constants.get(name)
         if constant is not None and constant.in_panels and not constant.transposed:

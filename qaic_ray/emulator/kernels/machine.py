@@ -37,6 +37,8 @@ def processor() -> Optional[Processor]:
         from llvmlite import binding
     except ImportError:
         return None
+    if not hasattr(binding, "create_pass_builder"):
+        return None  # llvmlite before 0.44
     name = os.environ.get(CPU_VARIABLE, "").partition(",")[0] or binding.get_host_cpu_name()
     if platform.machine() not in ("x86_64", "AMD64"):
         return Processor(GENERIC, False, name)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import product
 from typing import Any, Dict, List, Sequence, Tuple
 
@@ -46,16 +47,22 @@ def _add_dots(emit: Emitter, sums: Any, weights: Any, activations: Any) -> Any:
 
 
 def _operands(emit: Emitter, weights: Any, activations: Any) -> List[Any]:
-    # LLVM 20 and older take the bytes as vectors of int32.
     if _takes_bytes():
         return [weights, activations]
     return [emit.builder.bitcast(x, INTS) for x in (weights, activations)]
 
 
+@functools.lru_cache(maxsize=None)
 def _takes_bytes() -> bool:
-    from llvmlite.binding import llvm_version_info
+    """Whether this LLVM's `vpdpbusd` is of bytes; before version 22 it was of int32."""
+    from llvmlite import binding
 
-    return bool(llvm_version_info[0] > 20)
+    bytes_form = "<16 x i32>, <64 x i8>, <64 x i8>"
+    try:
+        binding.parse_assembly(f"declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512({bytes_form})")
+    except RuntimeError:
+        return False
+    return True
 
 
 class _Panel:
