@@ -55,6 +55,14 @@ def planes_of(numerics: str) -> int:
     return 3 if target.kind == machine.AVX512 else 0
 
 
+def make_kernels() -> None:
+    """Compile the kernels of this machine now, where that was not done, so that no card has to."""
+    if os.environ.get(KERNELS_VARIABLE) != "onnxruntime" and machine.processor() is not None:
+        from ..kernels.native import step_function
+
+        step_function()
+
+
 def open_step(
     name: str, model: Any, constants: Mapping[str, Constant], segment: Any, *,
     roundings: Mapping[str, str], numerics: str,

@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, NamedTuple
 import numpy as np
 
 from ..kernels import operations as op
+from ..kernels.native import step_function
 from .fuse import Fused
 from .schedule import Schedule, schedule
 
@@ -42,6 +43,7 @@ class StepProgram:
         table: Callable[[str], Any],
         planes: int,
     ) -> None:
+        step_function()  # compiled now, not while the first prompt waits
         self.fused = fused
         self.planes = planes
         names = {o.constants[0] for o in fused.operations if o.kind == op.PRODUCT}
