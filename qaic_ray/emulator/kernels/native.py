@@ -57,7 +57,7 @@ def step_function() -> Any:
     machine = target.create_target_machine(
         cpu=_processor_name(), features=features(), opt=3, reloc="default", codemodel="jitdefault"
     )
-    with _one_at_a_time():
+    with one_at_a_time():
         code = _load() or _compile(binding, machine)
     module = binding.parse_assembly("")
     engine = binding.create_mcjit_compiler(module, machine)
@@ -71,7 +71,7 @@ def step_function() -> Any:
 
 
 @contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
+def one_at_a_time() -> Iterator[None]:
     """Of the processes that share the cache, only one compiles."""
     folder = cache_folder()
     if folder is None:
@@ -122,11 +122,11 @@ def _compile(binding: Any, machine: Any) -> bytes:
     code: bytes = machine.emit_object(module)
     path = _file()
     if path is not None:
-        _keep(path, code)
+        keep(path, code)
     return code
 
 
-def _keep(path: Path, data: bytes) -> None:
+def keep(path: Path, data: bytes) -> None:
     """Write a file whole or not at all; a cache that cannot be written is done without."""
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
