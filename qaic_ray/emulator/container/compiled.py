@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import Any
 
 from . import (
     CONSTANTS,
     CONSTANTS_DESC,
+    CRC,
     NETWORK,
     NETWORK_DESC,
     Container,
@@ -66,6 +68,12 @@ class CompiledProgram:
             raise QpcError(f"{self.path} has other inputs than its graph")
         if not (set(self.states) <= inputs and set(self.states.values()) <= outputs):
             raise QpcError(f"{self.path} retains a state that it has no binding for")
+
+    def digest(self) -> str:
+        """What tells this program from any other."""
+        parts = hashlib.sha256(self._container.segment(NETWORK))
+        parts.update(bytes(self._container.segment(CRC)))
+        return parts.hexdigest()
 
     def constants_segment(self) -> Any:
         """The bytes of `constants.bin`, memory-mapped."""

@@ -138,6 +138,7 @@ class LoadedProgram:
             segment,
             roundings=program.roundings,
             numerics=self.numerics,
+            digest=self.qpc.digest(),
         )
 
     def _model(self, name: str) -> Any:

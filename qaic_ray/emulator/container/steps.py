@@ -55,25 +55,36 @@ def planes_of(numerics: str) -> int:
     return 3 if target.kind == machine.AVX512 else 0
 
 
+def make_kernels() -> None:
+    """Compile the kernels of this machine now, where that was not done, so that no card has to."""
+    if os.environ.get(KERNELS_VARIABLE) != "onnxruntime" and machine.processor() is not None:
+        from ..kernels.native import step_function
+
+        step_function()
+
+
 def open_step(
     name: str, model: Any, constants: Mapping[str, Constant], segment: Any, *,
-    roundings: Mapping[str, str], numerics: str,
+    roundings: Mapping[str, str], numerics: str, digest: str,
 ) -> Optional[Any]:  # fmt: skip
-    """A `StepProgram` of a lowered model, or None."""
+    """A `StepProgram` of a lowered model, or None; `digest` is the QPC's."""
     if os.environ.get(KERNELS_VARIABLE) == "onnxruntime":
         return None
     if machine.processor() is None:
-        _say_once("no compiled kernels here (numba is missing, or has none for this processor)")
+        _say_once("no compiled kernels here (llvmlite is missing, or this processor has none)")
         return None
     try:
         fused = fuse(model, roundings)
     except NotFused as reason:
         _log.warning("%s runs without the compiled step: %s", name, reason)
         return None
+    from ..step.choice import most_packed
     from ..step.program import StepProgram
 
     source = _StepConstants(model, constants, segment)
-    return StepProgram(fused, source.weight, source.table, planes_of(numerics))
+    program = StepProgram(fused, source.weight, source.table, planes_of(numerics))
+    program.most_packed = most_packed(program, digest)
+    return program
 
 
 @functools.lru_cache(maxsize=None)

@@ -32,8 +32,6 @@ assert op.SCRATCH_BYTES >= FLOAT_TILES * TILE * PANEL * 4
 _FLOAT_ROWS = 6
 _BYTE_ROWS = {1: 3, 3: 2}
 """By planes: as many rows as there are registers for."""
-_MOST_PACKED = {1: 4, 3: 8}
-"""By planes: rows that take a weight as it is packed, two at once."""
 _FIELDS = (op.OUT_STRIDE, op.IN, op.IN_STRIDE, op.P1, op.P2, op.P3, op.P6, op.P7)
 
 
@@ -181,13 +179,13 @@ def multiply_panel(
     emit: Emitter, row: Num, panel: Num, first: Num, last: Num, scratch: Num
 ) -> None:
     """Rows `first` to `last` - 1 of a PRODUCT's input times one panel of its weight."""
-    weight, planes, size, out = columns(emit, row, (op.P0, op.P5, op.P8, op.OUT))
+    weight, planes, size, few, out = columns(emit, row, (op.P0, op.P5, op.P8, op.P9, op.OUT))
     source, target = weight + panel * size, out + panel * (PANEL * 4)
     cases = []
     for number in planes_here():
 
         def run(number: int = number) -> None:
-            is_few = last - first <= (_MOST_PACKED[number] if _vectors() == 4 else 0)
+            is_few = last - first <= (few if _vectors() == 4 else 0)
             with when(is_few), span(emit, first, last, 2) as here:
                 rows = (last - here).at_most(2)
                 _packed(number)(emit, row, source, here, rows, target)

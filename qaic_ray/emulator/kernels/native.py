@@ -6,7 +6,9 @@ on: the kernels' sources, llvmlite and LLVM, and the processor with its features
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
@@ -14,7 +16,7 @@ import os
 import stat
 import tempfile
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Iterator, Optional
 
 from . import operations as op
 from .machine import features, processor, sources_digest
@@ -45,7 +47,7 @@ def _user_cache() -> Path:
 def step_function() -> Any:
     """The compiled step, to be called with six addresses or numbers; other threads run meanwhile.
 
-    The first call of a machine compiles, which takes a second or two.
+    The first call of a machine compiles, which takes a few seconds; meanwhile others wait for it.
     """
     from llvmlite import binding
 
@@ -55,7 +57,8 @@ def step_function() -> Any:
     machine = target.create_target_machine(
         cpu=_processor_name(), features=features(), opt=3, reloc="default", codemodel="jitdefault"
     )
-    code = _load() or _compile(binding, machine)
+    with one_at_a_time():
+        code = _load() or _compile(binding, machine)
     module = binding.parse_assembly("")
     engine = binding.create_mcjit_compiler(module, machine)
     engine.add_object_file(binding.object_file.ObjectFileRef.from_data(code))
@@ -65,6 +68,22 @@ def step_function() -> Any:
     # The code lives as long as its engine does.
     made.engine = engine  # type: ignore[attr-defined]
     return made
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Of the processes that share the cache, only one compiles."""
+    folder = cache_folder()
+    if folder is None:
+        yield
+        return
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: each compiles
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _processor_name() -> str:
@@ -103,11 +122,11 @@ def _compile(binding: Any, machine: Any) -> bytes:
     code: bytes = machine.emit_object(module)
     path = _file()
     if path is not None:
-        _keep(path, code)
+        keep(path, code)
     return code
 
 
-def _keep(path: Path, data: bytes) -> None:
+def keep(path: Path, data: bytes) -> None:
     """Write a file whole or not at all; a cache that cannot be written is done without."""
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

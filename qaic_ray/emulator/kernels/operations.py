@@ -26,7 +26,8 @@ SILU = 12
 SIGMOID = 13
 ARGMAX = 14
 # Kinds with a phase of their own.
-PRODUCT = 20  # weight, kind, tiles, K, panels, planes, scales, sums, bytes of a panel
+# weight, kind, tiles, K, panels, planes, scales, sums, bytes of a panel, rows that take it packed
+PRODUCT = 20
 # keys, values, bytes of a slot, of a head, heads, kv heads, dim, factor, ctx_len, bytes of a number
 ATTEND = 21
 

@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, NamedTuple
 import numpy as np
 
 from ..kernels import operations as op
+from ..kernels.native import step_function
 from .fuse import Fused
 from .schedule import Schedule, schedule
 
@@ -33,6 +34,7 @@ class StepProgram:
     Attributes:
         results: output -> numbers in a row, and their type.
         group: query heads, at most, that share a head of the cache.
+        most_packed: rows of a product, at most, that take a weight as it is packed.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class StepProgram:
         table: Callable[[str], Any],
         planes: int,
     ) -> None:
+        step_function()  # compiled now, not while the first prompt waits
+        self.most_packed = 0
         self.fused = fused
         self.planes = planes
         names = {o.constants[0] for o in fused.operations if o.kind == op.PRODUCT}

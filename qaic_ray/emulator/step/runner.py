@@ -8,6 +8,7 @@ from typing import Any, Callable, ContextManager, Dict, Mapping, NamedTuple, Opt
 import numpy as np
 
 from ..kernels import operations as op
+from ..kernels.native import step_function
 from ..lowering.attention import (
     BATCH_INDEX,
     COMP_CTX_LENGTHS,
@@ -136,8 +137,6 @@ class StepState:
         return {name: tables.collect(name, array) for name, array in made.items()}
 
     def _compute(self, tables: Tables, num_tokens: int, num_kept: int, *, threads: int) -> None:
-        from ..kernels.native import step_function
-
         key = (num_tokens, num_kept, threads)
         if key not in self._phases:
             if len(self._phases) >= _MAX_SHAPES:

@@ -53,14 +53,13 @@ class Tables:
         addresses = [[address_of(a) for a in domain] for domain in self.tokens]
         self.token_addresses = np.array(addresses, np.int64)
         self.operations = np.array([self._row(p) for p in plan.placed], np.int64)
+        index_of = {p.operation.out: index for index, p in enumerate(plan.placed)}
+        self._results = {name: index_of[value] for name, value in program.fused.results.items()}
 
     def bind(self, name: str, array: Any) -> None:
         """Let the step write a result where it is wanted, if its rows are as the step's are."""
         if _is_direct(array):
-            value = self._program.fused.results[name]
-            for index, placed in enumerate(self._program.schedule.placed):
-                if placed.operation.out == value:
-                    self.operations[index, op.OUT] = address_of(array)
+            self.operations[self._results[name], op.OUT] = address_of(array)
 
     def collect(self, name: str, array: Any) -> Any:
         """The result that `bind` was told of."""
@@ -146,7 +145,8 @@ class Tables:
         count, size = weight.panels.shape
         kind = _PRODUCT_KINDS[weight.kind]
         source = address_of(weight.panels)
-        return source, kind, tiles, weight.num_rows, count, planes, places[1], places[2], size
+        shape = source, kind, tiles, weight.num_rows, count, planes
+        return (*shape, places[1], places[2], size, program.most_packed)
 
 
 def _is_direct(array: Any) -> bool:
