@@ -26,7 +26,7 @@ from ..lowering.view import ORT_ERRORS
 from ..numbers import kv_cache
 from ..step.errors import TokenError
 from . import QpcError, network
-from .compiled import CompiledProgram
+from .compiled import CompiledProgram as CompiledProgram
 from .constants import Weights, packs_into_its_own_memory
 from .steps import EXACT, open_step
 
