@@ -19,7 +19,8 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
-from ..lowering.attention import joint_length
+from ..lowering.attention import ATTENTION_MASK, CACHE_INDEX, joint_length
+from ..lowering.lockstep import LockstepState
 from ..lowering.lowered import LoweredState, Probe, Runner
 from ..lowering.view import ORT_ERRORS
 from ..numbers import kv_cache
@@ -153,6 +154,8 @@ class LoadedProgram:
         self._constants = {c.name: c for c in qpc.program.constants}
         self._reference: Any = None
         self._joint: Any = None
+        # What the lowered graph keeps between runs; it has no attention mask.
+        self.caches = {n: out for n, out in qpc.states.items() if n != ATTENTION_MASK}
         self.joint_length = 0
         self.lowered: Any = None
         if use_lowered and network.LOWERED in qpc.graphs:
@@ -199,7 +202,7 @@ class LoadedProgram:
         """The lowered session with its weights in memory once; None where it is not sound."""
         try:
             session, self._weights = self._session(network.LOWERED)
-            probe = Probe(session, self.qpc.states)
+            probe = Probe(session, self.caches)
             self._weights.release()
             if probe.holds():
                 return session
@@ -217,7 +220,7 @@ class LoadedProgram:
             session, self._joint_weights = self._session(network.JOINT)
             if packs_into_its_own_memory():
                 self._joint_weights.release()
-            if Probe(self.lowered, self.qpc.states).joins(session):
+            if Probe(self.lowered, self.caches).joins(session):
                 return session
             reason = "joint rows have other results"
         except (QpcError, *ORT_ERRORS) as error:
@@ -243,15 +246,20 @@ class Activation:
         self._states = {
             name: np.zeros(self._compute_dims(name), self._kinds[name]) for name in self._qpc.states
         }
-        self._lowered = None
-        lowered, states = self._program.lowered, self._qpc.states
-        if lowered is not None:
-            runner = Runner(lowered, self._states, states)
+        self._lowered: Any = None
+        if self._program.lowered is not None:
+            runner = self._runner(self._program.lowered)
             self._lowered = LoweredState(runner, self._joint, self._program.joint_length)
+            if CACHE_INDEX in self._kinds:
+                self._lowered = LockstepState(self._lowered, self._states, self._next_states)
 
     def _joint(self) -> Optional[Runner]:
         session = self._program.joint()
-        return None if session is None else Runner(session, self._states, self._qpc.states)
+        return None if session is None else self._runner(session)
+
+    def _runner(self, session: Any) -> Runner:
+        caches = self._program.caches
+        return Runner(session, {name: self._states[name] for name in caches}, caches)
 
     def run(
         self, inputs: Mapping[str, Any], outputs: Mapping[str, Tuple[int, ...]]
@@ -273,6 +281,9 @@ class Activation:
         """
         self._check(inputs, outputs)
         with self._lock:
+            caches = self._program.caches
+            if not caches.keys().isdisjoint(inputs):
+                self._settle(replaced=True)
             feeds = {}
             for name, array in inputs.items():
                 values = self._to_compute(name, array)
@@ -283,6 +294,8 @@ class Activation:
                     feeds[name] = values
             try:
                 made = self._compute(feeds)
+                if not outputs.keys().isdisjoint(caches.values()):
+                    self._settle()
             except ORT_ERRORS as error:
                 raise ExecutionError(f"{self._qpc.name}: {error}") from error
             made.update({out: self._states[name] for name, out in self._qpc.states.items()})
@@ -290,19 +303,37 @@ class Activation:
 
     def state(self, name: str) -> Any:
         """What a retained input holds now, as it is computed with; a view."""
-        return self._states[name]
+        with self._lock:
+            if name in self._program.caches:
+                self._settle()
+            return self._states[name]
+
+    def _settle(self, *, replaced: bool = False) -> None:
+        """Have the caches as the reference graph has them; `replaced`: to be given anew."""
+        if self._lowered is not None:
+            self._lowered.settle()
+            if replaced:
+                self._lowered.replaced()
 
     def _compute(self, feeds: Mapping[str, Any]) -> Dict[str, Any]:
         made = None if self._lowered is None else self._lowered.run(feeds)
         return self._run_reference(feeds) if made is None else made
 
     def _run_reference(self, feeds: Mapping[str, Any]) -> Dict[str, Any]:
-        session = self._program.reference()
-        names = [o.name for o in session.get_outputs()]
-        made = dict(zip(names, session.run(names, dict(feeds, **self._states))))
+        made = self._reference_outputs(feeds)
         for name, out in self._qpc.states.items():
             np.copyto(self._states[name], made.pop(out))
         return made
+
+    def _next_states(self, feeds: Mapping[str, Any]) -> Dict[str, Any]:
+        made = self._reference_outputs(feeds)
+        return {name: made[out] for name, out in self._qpc.states.items()}
+
+    def _reference_outputs(self, feeds: Mapping[str, Any]) -> Dict[str, Any]:
+        """What the reference graph makes of inputs and states; what is not among inputs is held."""
+        session = self._program.reference()
+        names = [o.name for o in session.get_outputs()]
+        return dict(zip(names, session.run(names, dict(self._states, **feeds))))
 
     def _compute_dims(self, name: str) -> Tuple[int, ...]:
         dims = self._bindings[name].dims

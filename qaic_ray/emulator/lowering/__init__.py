@@ -19,9 +19,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ..numbers import kv_cache
-from . import attention, rotary
+from . import norms, rotary, search
 from .attention import (
+    ATTENTION_MASK,
     BATCH_INDEX,
+    CACHE_INDEX,
     COMP_CTX_LENGTHS,
     INPUT_IDS,
     NUM_LOGITS_TO_KEEP,
@@ -69,24 +71,37 @@ def lower(
         NotLowered: saying what about the graph is not known.
     """
     view = GraphView(model, values)
-    _check_interface(view, states)
-    attentions = attention.find(view, states)
+    caches = {name: state for name, state in states.items() if name != ATTENTION_MASK}
+    mask = states.get(ATTENTION_MASK)
+    _check_interface(view, caches, mask)
+    attentions = search.find(view, caches, mask)
     ctx_len, joint_length = lens
+    outputs = view.outputs - ({mask.output} if mask is not None else set())
     finder, tables = rotary.RotaryFinder(view, ctx_len), _Tables()
+    found_norms = [n for n in map(norms.NormFinder(view).find, view.nodes) if n is not None]
 
     def rewritten(length: int) -> Any:
         rewriter = _Rewriter(view, finder, tables, length)
         for found in attentions:
             rewriter.replace(found)
-        return rewriter.finish()
+        for norm in found_norms:
+            rewriter.replace_norm(norm)
+        if mask is not None:
+            rewriter.choose_last_tokens()
+        return rewriter.finish(outputs)
 
     joint = rewritten(joint_length) if joint_length else None
     return Lowered(rewritten(0), joint, tables.arrays)
 
 
-def _check_interface(view: GraphView, states: Mapping[str, State]) -> None:
-    needed = {INPUT_IDS, POSITION_IDS}
+def _check_interface(
+    view: GraphView, states: Mapping[str, State], mask: Optional[State]
+) -> None:
+    needed, kept = {INPUT_IDS, POSITION_IDS}, [*states.values()]
     known = needed | {BATCH_INDEX, COMP_CTX_LENGTHS, NUM_LOGITS_TO_KEEP} | set(states)
+    if mask is not None:
+        needed = needed | {ATTENTION_MASK, CACHE_INDEX}
+        known, kept = needed | set(states), [*kept, mask]
     if has_subgraphs(view.model):
         raise NotLowered("a node has a graph of its own")
     if not states or not needed <= view.inputs <= known:
@@ -99,7 +114,7 @@ def _check_interface(view: GraphView, states: Mapping[str, State]) -> None:
         raise NotLowered(f"{POSITION_IDS} is not INT64")
     batch, length = view.shape(INPUT_IDS)
     per_token = {length, *view.shapes.get(NUM_LOGITS_TO_KEEP, ())[:1]}
-    for name in view.outputs - {state.output for state in states.values()}:
+    for name in view.outputs - {state.output for state in kept}:
         shape = view.shape(name)
         rest = shape[2:] if len(shape) > 2 and shape[1] in per_token else shape[1:]
         if shape[0] != batch or not all(isinstance(d, int) for d in rest):
@@ -116,7 +131,7 @@ class _Tables:
     def name(self, array: Any) -> str:
         data = array.tobytes()
         if data not in self._names:
-            self._names[data] = f"lowered/rotary_{len(self.arrays)}"
+            self._names[data] = f"lowered/table_{len(self.arrays)}"
             self.arrays[self._names[data]] = array
         return self._names[data]
 
@@ -160,6 +175,40 @@ class _Rewriter:
         last = view.producer[joined or found.output]
         self._dropped.add(last)
         self._added[last] = nodes
+
+    def replace_norm(self, norm: norms.Norm) -> None:
+        """Put one operator in the place of a norm that is written out."""
+        last = self._view.producer[norm.output]
+        self._dropped.add(last)
+        self._added[last] = [norms.kernel_node(norm, self._tables.name(norm.weight))]
+
+    def choose_last_tokens(self) -> None:
+        """Take each row's token of the highest position where the last column is taken.
+
+        On the left they are padded, and that is the same; a lowered row may be padded on the right.
+        """
+        view = self._view
+        tokens = view.shape(INPUT_IDS)
+        for index, node in enumerate(view.nodes):
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+            if node.op_type != "Gather" or node.domain or axis != 1:
+                continue
+            column, name = view.constant(node.input[1]), node.output[0]
+            if column is None or column.shape or column != -1:
+                continue
+            if view.shapes.get(node.input[0], ())[:2] != tokens:
+                continue
+            narrow, last = name + "/positions", name + "/last"
+            # onnxruntime's ArgMax has no INT64 form.
+            cast = helper.make_node(
+                "Cast", [POSITION_IDS], [narrow], name=narrow, to=TensorProto.INT32
+            )
+            highest = helper.make_node("ArgMax", [narrow], [last], name=last, axis=1, keepdims=1)
+            chosen = helper.make_node(
+                "GatherND", [node.input[0], last], [name], name=name, batch_dims=1
+            )
+            self._dropped.add(index)
+            self._added[index] = [cast, highest, chosen]
 
     def _joined(self, found: Attention) -> Any:
         """The value [B, S, heads * dim] made of the output, where nothing else reads it."""
@@ -224,15 +273,15 @@ class _Rewriter:
             self._initializers.append(numpy_helper.from_array(array, self._shapes[key]))
         return helper.make_node("Reshape", [source, self._shapes[key]], [target], name=target)
 
-    def finish(self) -> Any:
-        """The whole lowered model."""
+    def finish(self, outputs: Set[str]) -> Any:
+        """The whole lowered model, with these of its outputs."""
         view = self._view
         nodes: List[Any] = []
         for index, node in enumerate(view.nodes):
             nodes.extend(self._added.get(index, ()))
             if index not in self._dropped:
                 nodes.append(node)
-        nodes = _needed(nodes, view.outputs)
+        nodes = _needed(nodes, outputs)
         model = onnx.ModelProto()
         model.CopyFrom(view.model)
         graph = model.graph
@@ -244,12 +293,11 @@ class _Rewriter:
             graph.initializer.add(name=name, dims=array.shape)
             replace_by_stub(graph.initializer[-1], TensorProto.FLOAT)
         read = {name for node in nodes for name in node.input}
-        cache_only = {BATCH_INDEX, COMP_CTX_LENGTHS}
+        cache_only = {BATCH_INDEX, COMP_CTX_LENGTHS, ATTENTION_MASK, CACHE_INDEX}
         if read & cache_only:
             raise NotLowered(f"{read & cache_only} is read by more than the cache")
-        for index in reversed(range(len(graph.input))):
-            if graph.input[index].name in cache_only:
-                del graph.input[index]
+        _remove(graph.input, cache_only)
+        _remove(graph.output, view.outputs - outputs)
         _keep(graph.initializer, read)
         for value in graph.output:
             _set_dims(value, view.shape(value.name))
@@ -283,6 +331,12 @@ def _needed(nodes: List[Any], outputs: Set[str]) -> List[Any]:
             wanted.update(node.input)
             kept.append(node)
     return kept[::-1]
+
+
+def _remove(values: Any, names: Set[str]) -> None:
+    for index in reversed(range(len(values))):
+        if values[index].name in names:
+            del values[index]
 
 
 def _keep(initializers: Any, names: Set[str]) -> None:

@@ -208,11 +208,19 @@ class Part:
         digest.update(",".join(rename(n) for n in self.outputs).encode())
         return digest.hexdigest()
 
+    def numbers(self) -> List[float]:
+        """Every positive number of the part that is a constant of its own."""
+        names = self.constants + [n.output[0] for n in self.nodes if n.op_type == "Constant"]
+        arrays = [np.asarray(self.view.constant(name)) for name in names]
+        found = [float(a.reshape(())) for a in arrays if a.size == 1 and a.dtype.kind == "f"]
+        return [number for number in dict.fromkeys(found) if 0 < number < np.inf]
+
     def session(self) -> Callable[[Mapping[str, Any], Mapping[Dim, int]], List[Any]]:
         """A function that runs the part: (arrays of the inputs, sizes of named dims) -> outputs."""
         names = list(dict.fromkeys(self.used + self.measured))
+        # A dim may be unknown here: what is given has it.
         infos = [
-            helper.make_tensor_value_info(n, self.view.types[n], list(self.view.shape(n)))
+            helper.make_tensor_value_info(n, self.view.types[n], self.view.shapes.get(n))
             for n in names
         ]
         initializers = [
