@@ -94,9 +94,7 @@ def lower(
     return Lowered(rewritten(0), joint, tables.arrays)
 
 
-def _check_interface(
-    view: GraphView, states: Mapping[str, State], mask: Optional[State]
-) -> None:
+def _check_interface(view: GraphView, states: Mapping[str, State], mask: Optional[State]) -> None:
     needed, kept = {INPUT_IDS, POSITION_IDS}, [*states.values()]
     known = needed | {BATCH_INDEX, COMP_CTX_LENGTHS, NUM_LOGITS_TO_KEEP} | set(states)
     if mask is not None:

@@ -96,7 +96,8 @@ class LockstepState:
 
     def _stop(self, inputs: Mapping[str, Any]) -> int:
         start = int(inputs[CACHE_INDEX].reshape(()))
-        return min(max(start, 0) + inputs[INPUT_IDS].shape[1], self._ctx_len)
+        length = int(inputs[INPUT_IDS].shape[1])
+        return min(max(start, 0) + length, self._ctx_len)
 
     def _rows(self, inputs: Mapping[str, Any]) -> Optional[_Rows]:
         length = inputs[INPUT_IDS].shape[1]

@@ -54,7 +54,7 @@ def scale_of(part: Part, attention: Attention) -> float:
 def _cases(part: Part, attention: Attention, rng: Any) -> List[Any]:
     if ATTENTION_MASK not in part.inputs:
         return [_case(attention, rng, *shape) for shape in _CASES]
-    return [_lockstep_case(part, attention, rng, *shape) for shape in _LOCKSTEP_CASES]
+    return [_lockstep_case(part, attention, rng, shape) for shape in _LOCKSTEP_CASES]
 
 
 def _named_sizes(part: Part, case: Any) -> Dict[Any, int]:
@@ -202,8 +202,8 @@ def _case(attention: Attention, rng: Any, positions: Any, slots: Any) -> Case:
     batch, length = where.shape
     num_slots = _SLOTS if attention.key.is_continuous else batch
     index = slots if attention.key.is_continuous else range(batch)
-    arrays = _arrays(attention, rng, batch, length, num_slots)
-    return Case(*arrays, where, np.array(list(index), np.int64)[:, None])
+    query, key, value, past = _arrays(attention, rng, (batch, length, num_slots))
+    return Case(query, key, value, past, where, np.array(list(index), np.int64)[:, None])
 
 
 # Padding of each row, the first slot that is written, and tokens: first chunk, padded ones, a chunk
@@ -219,8 +219,9 @@ _LOCKSTEP_CASES = (
 
 
 def _lockstep_case(
-    part: Part, attention: Attention, rng: Any, pads: Any, start: int, length: int
+    part: Part, attention: Attention, rng: Any, shape: Tuple[List[int], int, int]
 ) -> LockstepCase:
+    pads, start, length = shape
     view, stop = part.view, start + length
     mask = np.arange(_CTX) >= np.array(pads)[:, None]
     mask[:, stop:] = rng.random((len(pads), _CTX - stop)) < 1 / 2
@@ -229,12 +230,13 @@ def _lockstep_case(
         helper.tensor_dtype_to_np_dtype(view.types[name]) for name in (ATTENTION_MASK, CACHE_INDEX)
     ]
     index = np.full([1] * len(view.shape(CACHE_INDEX)), start, kinds[1])
-    arrays = _arrays(attention, rng, len(pads), length, len(pads))
-    return LockstepCase(*arrays, mask.astype(kinds[0]), index, pads)
+    query, key, value, past = _arrays(attention, rng, (len(pads), length, len(pads)))
+    return LockstepCase(query, key, value, past, mask.astype(kinds[0]), index, pads)
 
 
-def _arrays(attention: Attention, rng: Any, batch: int, length: int, num_slots: int) -> List[Any]:
-    """Random query, key, value and past."""
+def _arrays(attention: Attention, rng: Any, sizes: Tuple[int, int, int]) -> List[Any]:
+    """Random query, key, value and past for so many rows, tokens and slots."""
+    batch, length, num_slots = sizes
     heads, kv_heads, dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
     shapes = (
         (batch, heads, length, dim),

@@ -6,7 +6,7 @@ Attentions that differ in names only are proven once (`proof`).
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
+from typing import Dict, List, Mapping, Optional, Set, Tuple
 
 from . import proof
 from .attention import (
