@@ -150,6 +150,22 @@ VIEW = """sizes_{i} = Shape (normed_{i})
   view_{i} = Concat <axis = 0> (rows_1d_{i}, tokens_1d_{i}, last, full)
   q4_{i} = Reshape (q_{i}, view_{i})"""
 
+# As exporters write a window of attention; 11 is more than the cases of the proof that are small.
+WINDOW = """window_{i} = Constant <value = int64 {{11}}> ()
+  before_{i} = Sub (row_positions, window_{i})
+  old_3d_{i} = LessOrEqual (kv_index, before_{i})
+  old_{i} = Unsqueeze (old_3d_{i}, i1)
+  near_{i} = Where (old_{i}, minus, scaled_{i})
+  cut_{i} = Where (masked, minus, near_{i})"""
+CHUNKS = """chunk_{i} = Constant <value = int64 {{11}}> ()
+  of_query_{i} = Div (row_positions, chunk_{i})
+  of_key_{i} = Div (kv_index, chunk_{i})
+  old_3d_{i} = Less (of_key_{i}, of_query_{i})
+  old_{i} = Unsqueeze (old_3d_{i}, i1)
+  near_{i} = Where (old_{i}, minus, scaled_{i})
+  cut_{i} = Where (masked, minus, near_{i})"""
+CUT = "cut_{i} = Where (masked, minus, scaled_{i})"
+
 SAME = {
     "heads by a computed view": ("q4_{i} = Reshape (q_{i}, heads_4d)", VIEW),
     "scale by division": ("Mul (raw_{i}, scale)", "Mul (scale, raw_{i})"),
@@ -157,6 +173,7 @@ SAME = {
     "rotation negated twice": ("Add (kcos_{i}, ksin_{i})", "Add (ksin_{i}, kcos_{i})"),
 }
 OTHER = {
+    "attention in chunks": (CUT, CHUNKS),
     "strict mask": ("Where (masked, minus, scaled_{i})", "Where (masked_3d, minus, scaled_{i})"),
     "no mask": ("Where (masked, minus, scaled_{i})", "Identity (scaled_{i})"),
     "scores squared": ("Mul (raw_{i}, scale)", "Mul (raw_{i}, raw_{i})"),
@@ -171,6 +188,27 @@ def test_other_ways_to_write_the_same_are_lowered(tmp_path: Path, edit: str) -> 
     pair.start()
     pair.run(np.array([[0, 1, 2, -1]]), np.array([1]), np.array([[5, 6, 7, 8]]))
     pair.run(np.array([[0], [3], [-1]]), np.arange(3), np.array([[5], [6], [7]]))
+
+
+@given(data=st.data())
+def test_a_window_of_attention_is_lowered(windowed: Pair, data: st.DataObject) -> None:
+    windowed.start()
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    for start in range(0, CTX_LEN, PROMPT_LEN):
+        positions = np.arange(start, start + PROMPT_LEN)[None]
+        windowed.run(positions, np.array([1]), rng.integers(0, 61, positions.shape))
+    for positions, slots in data.draw(st.lists(decode(), min_size=1, max_size=4)):
+        windowed.run(positions, slots, rng.integers(0, 61, positions.shape))
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    pair = Pair(tmp_path_factory.mktemp("window"), TinyLlama(edits=((CUT, WINDOW),)), None)
+    model = onnx.ModelProto.FromString(pair.qpc.graphs["lowered"])
+    nodes = [n for n in model.graph.node if n.op_type == "GroupQueryAttention"]
+    windows = [a.i for n in nodes for a in n.attribute if a.name == "local_window_size"]
+    assert windows == [11] * pair.llama.num_layers
+    return pair
 
 
 class WithMadeUpNames(TinyLlama):

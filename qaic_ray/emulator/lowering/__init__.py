@@ -74,8 +74,8 @@ def lower(
     caches = {name: state for name, state in states.items() if name != ATTENTION_MASK}
     mask = states.get(ATTENTION_MASK)
     _check_interface(view, caches, mask)
-    attentions = search.find(view, caches, mask)
     ctx_len, joint_length = lens
+    attentions = search.find(view, caches, mask, ctx_len)
     outputs = view.outputs - ({mask.output} if mask is not None else set())
     finder, tables = rotary.RotaryFinder(view, ctx_len), _Tables()
     found_norms = [n for n in map(norms.NormFinder(view).find, view.nodes) if n is not None]

@@ -29,7 +29,10 @@ class Cache(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """One layer's attention: query [B, heads, S, dim], updates [B, kv_heads, S, dim]."""
+    """One layer's attention: query [B, heads, S, dim], updates [B, kv_heads, S, dim].
+
+    `window` is the kernel's `local_window_size`: how many tokens a query sees, -1 for all.
+    """
 
     query: str
     key: Cache
@@ -38,7 +41,8 @@ class Attention(NamedTuple):
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    scale: float
+    scale: float = 0.0
+    window: int = -1
 
 
 def kernel_node(attention: Attention, flat: Tuple[str, str, str], output: str) -> Any:
@@ -83,6 +87,7 @@ def token_name(name: str, token: Any) -> str:
 
 
 def _kernel_node(attention: Attention, inputs: List[str], outputs: List[str]) -> Any:
+    window = {} if attention.window < 0 else {"local_window_size": attention.window}
     return helper.make_node(
         "GroupQueryAttention",
         inputs,
@@ -92,4 +97,5 @@ def _kernel_node(attention: Attention, inputs: List[str], outputs: List[str]) ->
         num_heads=attention.num_heads,
         kv_num_heads=attention.num_kv_heads,
         scale=attention.scale,
+        **window,
     )

@@ -97,7 +97,7 @@ class LockstepState:
     def _stop(self, inputs: Mapping[str, Any]) -> int:
         start = int(inputs[CACHE_INDEX].reshape(()))
         length = int(inputs[INPUT_IDS].shape[1])
-        return min(max(start, 0) + length, self._ctx_len)
+        return int(min(max(start, 0) + length, self._ctx_len))
 
     def _rows(self, inputs: Mapping[str, Any]) -> Optional[_Rows]:
         length = inputs[INPUT_IDS].shape[1]

@@ -4,7 +4,8 @@ The nodes run on random inputs of all forms that the lowered graph will be used 
 com.microsoft's kernel has to give the same result and the same cache, with past and present in one
 memory. With positions of each token's own: first and later chunks, padding, ragged rows, decode,
 idle rows. With one cache index for all rows: padding on the left of any length, in the first chunk
-and beyond it, and a cache that has each row's first token in front (`lockstep`).
+and beyond it, and a cache that has each row's first token in front (`lockstep`). And some tokens
+far into the whole context, because a window of attention shows only behind its end.
 """
 
 from __future__ import annotations
@@ -31,30 +32,60 @@ from .view import ORT_ERRORS, NotLowered, Part, part_session
 
 _TOLERANCE = 2e-5
 _SLOTS, _CTX = 3, 8
+_FAR_TOKENS = 3
+_MAX_FAR_BYTES = 1 << 30
 
 
-def scale_of(part: Part, attention: Attention) -> float:
-    """Run the part and the kernel on the same inputs; returns the scale that makes them equal.
+def proven(part: Part, attention: Attention, ctx_len: int) -> Attention:
+    """Run the part and the kernel on the same inputs; returns what makes them equal.
 
     Raises:
-        NotLowered: where none does.
+        NotLowered: where nothing does.
     """
     run = part.session()
     rng = np.random.default_rng(0)
-    cases = _cases(part, attention, rng)
+    far = _far_len(part, attention, ctx_len)
+    cases = _cases(part, attention, rng, far)
     expected = [run(case.feeds(attention), _named_sizes(part, case)) for case in cases]
-    for scale in _scales(part, attention.head_dim):
-        candidate = attention._replace(scale=scale)
-        kernel = _kernel(part.view.model, candidate)
-        if all(case.equal(candidate, kernel, want) for case, want in zip(cases, expected)):
-            return scale
+    for window in _windows(part, ctx_len):
+        for scale in _scales(part, attention.head_dim):
+            candidate = attention._replace(scale=scale, window=window)
+            kernel = _kernel(part.view.model, candidate)
+            if all(case.equal(candidate, kernel, want) for case, want in zip(cases, expected)):
+                return candidate
     raise NotLowered(f"{attention.output} is not the attention that the kernel computes")
 
 
-def _cases(part: Part, attention: Attention, rng: Any) -> List[Any]:
-    if ATTENTION_MASK not in part.inputs:
-        return [_case(attention, rng, *shape) for shape in _CASES]
-    return [_lockstep_case(part, attention, rng, shape) for shape in _LOCKSTEP_CASES]
+def _far_len(part: Part, attention: Attention, ctx_len: int) -> int:
+    """As much of the context as the far cases take.
+
+    Raises:
+        NotLowered: where what is left out could be of another kind.
+    """
+    heads = 2 * (attention.num_heads + attention.num_kv_heads)
+    far = max(min(ctx_len, _MAX_FAR_BYTES // (8 * heads * attention.head_dim)), _CTX)
+    if any(far < number <= ctx_len for number in part.numbers("i")):
+        raise NotLowered(f"{attention.output} may have a window longer than {far} tokens")
+    return far
+
+
+def _windows(part: Part, ctx_len: int) -> List[int]:
+    """What the window may be: none, and those that numbers in the part can mean."""
+    numbers = [number for number in part.numbers("i") if 1 < number < ctx_len]
+    return [-1, *dict.fromkeys(n + step for n in numbers for step in (0, -1, 1))]
+
+
+def _cases(part: Part, attention: Attention, rng: Any, far: int) -> List[Any]:
+    starts = [start for start in (far * 2 // 3, far - _FAR_TOKENS) if start >= _CTX]
+    if ATTENTION_MASK in part.inputs:
+        shapes = [(*shape, _CTX) for shape in _LOCKSTEP_CASES]
+        shapes += [([1], start, _FAR_TOKENS, far) for start in starts]
+        return [_lockstep_case(part, attention, rng, shape) for shape in shapes]
+    cases = [_case(attention, rng, shape, _CTX) for shape in _CASES]
+    for start in starts:
+        where = [list(range(start, start + _FAR_TOKENS))]
+        cases.append(_case(attention, rng, (where, [1]), far))
+    return cases
 
 
 def _named_sizes(part: Part, case: Any) -> Dict[Any, int]:
@@ -67,7 +98,7 @@ def _named_sizes(part: Part, case: Any) -> Dict[Any, int]:
             if isinstance(dim, str):
                 sizes[dim] = size
     for name in view.inputs & {COMP_CTX_LENGTHS}:
-        sizes.update({d: _CTX for d in view.shapes[name] if isinstance(d, str)})
+        sizes.update({d: case.past.shape[2] for d in view.shapes[name] if isinstance(d, str)})
     return sizes
 
 
@@ -197,12 +228,13 @@ _CASES = (
 )
 
 
-def _case(attention: Attention, rng: Any, positions: Any, slots: Any) -> Case:
+def _case(attention: Attention, rng: Any, shape: Tuple[Any, Any], ctx_len: int) -> Case:
+    positions, slots = shape
     where = np.array(positions, np.int64)
     batch, length = where.shape
     num_slots = _SLOTS if attention.key.is_continuous else batch
     index = slots if attention.key.is_continuous else range(batch)
-    query, key, value, past = _arrays(attention, rng, (batch, length, num_slots))
+    query, key, value, past = _arrays(attention, rng, (batch, length, num_slots, ctx_len))
     return Case(query, key, value, past, where, np.array(list(index), np.int64)[:, None])
 
 
@@ -219,30 +251,30 @@ _LOCKSTEP_CASES = (
 
 
 def _lockstep_case(
-    part: Part, attention: Attention, rng: Any, shape: Tuple[List[int], int, int]
+    part: Part, attention: Attention, rng: Any, shape: Tuple[List[int], int, int, int]
 ) -> LockstepCase:
-    pads, start, length = shape
+    pads, start, length, ctx_len = shape
     view, stop = part.view, start + length
-    mask = np.arange(_CTX) >= np.array(pads)[:, None]
-    mask[:, stop:] = rng.random((len(pads), _CTX - stop)) < 1 / 2
+    mask = np.arange(ctx_len) >= np.array(pads)[:, None]
+    mask[:, stop:] = rng.random((len(pads), ctx_len - stop)) < 1 / 2
     mask[:, stop - 1] = rng.random(len(pads)) < 1 / 2
     kinds = [
         helper.tensor_dtype_to_np_dtype(view.types[name]) for name in (ATTENTION_MASK, CACHE_INDEX)
     ]
     index = np.full([1] * len(view.shape(CACHE_INDEX)), start, kinds[1])
-    query, key, value, past = _arrays(attention, rng, (len(pads), length, len(pads)))
+    query, key, value, past = _arrays(attention, rng, (len(pads), length, len(pads), ctx_len))
     return LockstepCase(query, key, value, past, mask.astype(kinds[0]), index, pads)
 
 
-def _arrays(attention: Attention, rng: Any, sizes: Tuple[int, int, int]) -> List[Any]:
-    """Random query, key, value and past for so many rows, tokens and slots."""
-    batch, length, num_slots = sizes
+def _arrays(attention: Attention, rng: Any, sizes: Tuple[int, int, int, int]) -> List[Any]:
+    """Random query, key, value and past for so many rows, tokens, slots and positions."""
+    batch, length, num_slots, ctx_len = sizes
     heads, kv_heads, dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
     shapes = (
         (batch, heads, length, dim),
         (batch, kv_heads, length, dim),
         (batch, kv_heads, length, dim),
-        (num_slots, kv_heads, _CTX, dim),
+        (num_slots, kv_heads, ctx_len, dim),
     )
     return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
 
@@ -254,7 +286,7 @@ def _kernel(model: Any, attention: Attention) -> Any:
         helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, None, w * attention.head_dim])
         for n, w in zip(flat, widths)
     ]
-    cache = [1, attention.num_kv_heads, _CTX, attention.head_dim]
+    cache = [1, attention.num_kv_heads, "ctx_len", attention.head_dim]
     pasts = (attention.key.past, attention.value.past)
     infos += [helper.make_tensor_value_info(n, TensorProto.FLOAT, cache) for n in pasts]
     infos.append(helper.make_tensor_value_info(SEQLENS, TensorProto.INT32, [1]))

@@ -30,7 +30,7 @@ _SCORE_OPS = {"Cast", "Identity", "Where", "Mul", "Div", "Add", "Clip", "Max"}
 
 
 def find(
-    view: GraphView, states: Mapping[str, State], mask: Optional[State] = None
+    view: GraphView, states: Mapping[str, State], mask: Optional[State], ctx_len: int
 ) -> List[Attention]:
     """The attentions of a graph, one per pair of retained states, each proven.
 
@@ -38,6 +38,7 @@ def find(
         view: the graph.
         states: retained keys and values.
         mask: the retained attention mask, where rows are padded on the left.
+        ctx_len: positions that a row can have.
 
     Raises:
         NotLowered: where a state is used in any other way.
@@ -54,7 +55,7 @@ def find(
             values.append((softmax, cache))
     if len(keys) != len(values) or 2 * len(keys) != len(states):
         raise NotLowered("keys and values do not come in pairs")
-    proven: Dict[str, float] = {}
+    proven: Dict[str, Attention] = {}
     found = []
     for softmax, value in values:
         matmul = _matmul_before(view, softmax, set(keys))
@@ -62,8 +63,8 @@ def find(
         part = _part(view, attention, mask)
         key = part.key()
         if key not in proven:
-            proven[key] = proof.scale_of(part, attention)
-        found.append(attention._replace(scale=proven[key]))
+            proven[key] = proof.proven(part, attention, ctx_len)
+        found.append(attention._replace(scale=proven[key].scale, window=proven[key].window))
     return found
 
 
@@ -134,7 +135,7 @@ def _attention(view: GraphView, key: Cache, value: Cache, query: str) -> Attenti
     kv_heads = view.shape(key.past, rank=4)[1]
     if not all(isinstance(n, int) for n in (heads, dim, kv_heads)) or heads % kv_heads:
         raise NotLowered(f"the heads of {query} are not static")
-    return Attention(query, key, value, output, heads, kv_heads, dim, 0.0)
+    return Attention(query, key, value, output, heads, kv_heads, dim)
 
 
 def _part(view: GraphView, attention: Attention, mask: Optional[State]) -> Part:

@@ -208,11 +208,11 @@ class Part:
         digest.update(",".join(rename(n) for n in self.outputs).encode())
         return digest.hexdigest()
 
-    def numbers(self) -> List[float]:
-        """Every positive number of the part that is a constant of its own."""
+    def numbers(self, kind: str = "f") -> List[Any]:
+        """Every positive number of the part that is a constant of its own, of a numpy kind."""
         names = self.constants + [n.output[0] for n in self.nodes if n.op_type == "Constant"]
         arrays = [np.asarray(self.view.constant(name)) for name in names]
-        found = [float(a.reshape(())) for a in arrays if a.size == 1 and a.dtype.kind == "f"]
+        found = [a.reshape(()).item() for a in arrays if a.size == 1 and a.dtype.kind == kind]
         return [number for number in dict.fromkeys(found) if 0 < number < np.inf]
 
     def session(self) -> Callable[[Mapping[str, Any], Mapping[Dim, int]], List[Any]]:
