@@ -166,7 +166,39 @@ CHUNKS = """chunk_{i} = Constant <value = int64 {{11}}> ()
   cut_{i} = Where (masked, minus, near_{i})"""
 CUT = "cut_{i} = Where (masked, minus, scaled_{i})"
 
+NORM = "normed_{i} = com.qti.aisw.onnx.CustomRMSNorm <epsilon = 0.00001> (hidden_{i}, norm1_{i})"
+# As the recipe writes it: scaled by a root of the width that is measured, and then squared.
+PLAIN_NORM = """ten_{i} = Constant <value = float {{0.00001}}> ()
+  two_{i} = Constant <value = float {{2.0}}> ()
+  unity_{i} = Constant <value = float {{1.0}}> ()
+  wide_{i} = Cast <to = 1> (hidden_{i})
+  hidden_dims_{i} = Shape (wide_{i})
+  width_1d_{i} = Slice (hidden_dims_{i}, i2, i3)
+  width_{i} = Cast <to = 1> (width_1d_{i})
+  root_width_{i} = Sqrt (width_{i})
+  small_{i} = Div (wide_{i}, root_width_{i})
+  squares_{i} = Pow (small_{i}, two_{i})
+  mean_{i} = ReduceSum <keepdims = 1> (squares_{i}, last)
+  shifted_{i} = Add (mean_{i}, ten_{i})
+  root_{i} = Sqrt (shifted_{i})
+  inverse_{i} = Div (unity_{i}, root_{i})
+  unit_{i} = Mul (wide_{i}, inverse_{i})
+  normed_{i} = Mul (norm1_{i}, unit_{i})"""
+CUT_TABLE = """cut_table_{i} = Slice (cos_table, i0, ctx_1d, i0)
+  near_cos_{i} = Gather (cut_table_{i}, safe_positions)
+  near_cos_4d_{i} = Unsqueeze (near_cos_{i}, i1)
+  kcos_{i} = Mul (kt_{i}, near_cos_4d_{i})"""
+MEASURED = """update_dims_{i} = Shape (krope_{i})
+  measured_{i} = Reshape (krope_{i}, update_dims_{i})
+  past_key_{i}_RetainedState = {scatter} (past_key_{i}, {slots}scatter_pos, measured_{i})"""
+
 SAME = {
+    "norm in plain operators": (NORM, PLAIN_NORM),
+    "rotary table cut to the context": ("kcos_{i} = Mul (kt_{i}, cos)", CUT_TABLE),
+    "keys reshaped to what they are": (
+        "past_key_{i}_RetainedState = {scatter} (past_key_{i}, {slots}scatter_pos, krope_{i})",
+        MEASURED,
+    ),
     "heads by a computed view": ("q4_{i} = Reshape (q_{i}, heads_4d)", VIEW),
     "scale by division": ("Mul (raw_{i}, scale)", "Mul (scale, raw_{i})"),
     "values not zeroed": ("Where (invalid_v, nought, vg_{i})", "Identity (vg_{i})"),
@@ -185,6 +217,8 @@ OTHER = {
 @pytest.mark.parametrize("edit", list(SAME))
 def test_other_ways_to_write_the_same_are_lowered(tmp_path: Path, edit: str) -> None:
     pair = Pair(tmp_path, TinyLlama(edits=(SAME[edit],)), None)
+    ops = ops_of(pair.qpc)
+    assert (ops.count("SimplifiedLayerNormalization"), ops.count("RotaryEmbedding")) == (5, 4)
     pair.start()
     pair.run(np.array([[0, 1, 2, -1]]), np.array([1]), np.array([[5, 6, 7, 8]]))
     pair.run(np.array([[0], [3], [-1]]), np.arange(3), np.array([[5], [6], [7]]))

@@ -24,6 +24,7 @@ _MOST = 1e-2
 _BETWEEN = {"Cast", "Identity"}
 _OPS = _BETWEEN | {
     "Mul", "Div", "Pow", "Add", "Sqrt", "Reciprocal", "ReduceSum", "ReduceMean", "Constant",
+    "Shape", "Gather", "Squeeze", "Unsqueeze", "Slice",
 }  # fmt: skip
 
 
@@ -90,7 +91,7 @@ class NormFinder:
     def _scale(self, source: str, unit: str, width: int) -> Optional[Scale]:
         view = self._view
         try:
-            if view.shapes.get(source, ())[-1:] != (width,):
+            if self._last_dim(source) != width:
                 return None
             part = Part(view, (source,), (unit,))
             if not {n.op_type for n in part.nodes} <= _OPS or any(n.domain for n in part.nodes):
@@ -101,6 +102,10 @@ class NormFinder:
         except NotLowered:
             return None
         return self._proven[key]
+
+    def _last_dim(self, name: str) -> Any:
+        shape = self._view.shapes.get(name) or (None,)
+        return shape[-1] if shape[-1] is not None else self._view.shape(name)[-1]
 
     def _prove(self, part: Part, source: str, width: int) -> Optional[Scale]:
         """The scale with which the operator computes the part, None where none is."""

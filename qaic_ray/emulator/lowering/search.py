@@ -26,6 +26,7 @@ _DATA_OPS = {
     "Where", "Unsqueeze", "Squeeze", "Expand", "Reshape", "Transpose", "Cast", "Identity", "Tile",
     "Slice", "CtxGather", "CtxGatherCB", "Mul",
 }  # fmt: skip
+_SHAPING_OPS = {"Identity", "Reshape", "Expand"}
 _SCORE_OPS = {"Cast", "Identity", "Where", "Mul", "Div", "Add", "Clip", "Max"}
 
 
@@ -80,7 +81,20 @@ def _cache(view: GraphView, past: str, state: State) -> Cache:
     readers = {id(n) for n in view.readers(past) if n.op_type != "Shape"}
     if readers != {id(node)}:
         raise NotLowered(f"{past} is read elsewhere too")
-    return Cache(past, present, node.input[-1], state.rounding, continuous)
+    return Cache(past, present, _unchanged(view, node.input[-1]), state.rounding, continuous)
+
+
+def _unchanged(view: GraphView, name: str) -> str:
+    """What a value was before operators that leave it as it is, of whatever they measure."""
+    node = view.node(name)
+    while (
+        node is not None
+        and node.op_type in _SHAPING_OPS
+        and view.shape(node.input[0]) == view.shape(name)
+    ):
+        name = node.input[0]
+        node = view.node(name)
+    return name
 
 
 def _matmul_of(view: GraphView, present: str) -> int:
