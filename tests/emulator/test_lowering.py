@@ -192,7 +192,13 @@ MEASURED = """update_dims_{i} = Shape (krope_{i})
   measured_{i} = Reshape (krope_{i}, update_dims_{i})
   past_key_{i}_RetainedState = {scatter} (past_key_{i}, {slots}scatter_pos, measured_{i})"""
 
+# How torch.export counts rows where there are slots.
+BY_SLOTS = """num_rows_{i} = Shape <start = 0, end = 1> (batch_index)
+  heads_by_slots_{i} = Concat <axis = 0> (num_rows_{i}, last, all_heads, full)
+  q4_{i} = Reshape (q_{i}, heads_by_slots_{i})"""
+
 SAME = {
+    "rows counted by slots": ("q4_{i} = Reshape (q_{i}, heads_4d)", BY_SLOTS),
     "norm in plain operators": (NORM, PLAIN_NORM),
     "rotary table cut to the context": ("kcos_{i} = Mul (kt_{i}, cos)", CUT_TABLE),
     "keys reshaped to what they are": (

@@ -40,6 +40,9 @@ from .attention import (
 from .graph import State, expand, has_subgraphs, replace_by_stub
 from .view import HEADS_FIRST, GraphView, NotLowered, is_heads_first
 
+_CACHE_ONLY = {BATCH_INDEX, COMP_CTX_LENGTHS, ATTENTION_MASK, CACHE_INDEX}
+"""Inputs that the lowered graph has no use for: they say which slots are meant."""
+
 
 class Lowered(NamedTuple):
     """A lowered model, and the new float32 tables that it reads beside the weights.
@@ -279,7 +282,7 @@ class _Rewriter:
             nodes.extend(self._added.get(index, ()))
             if index not in self._dropped:
                 nodes.append(node)
-        nodes = _needed(nodes, outputs)
+        nodes = [self._measured(node) for node in _needed(nodes, outputs)]
         model = onnx.ModelProto()
         model.CopyFrom(view.model)
         graph = model.graph
@@ -291,10 +294,9 @@ class _Rewriter:
             graph.initializer.add(name=name, dims=array.shape)
             replace_by_stub(graph.initializer[-1], TensorProto.FLOAT)
         read = {name for node in nodes for name in node.input}
-        cache_only = {BATCH_INDEX, COMP_CTX_LENGTHS, ATTENTION_MASK, CACHE_INDEX}
-        if read & cache_only:
-            raise NotLowered(f"{read & cache_only} is read by more than the cache")
-        _remove(graph.input, cache_only)
+        if read & _CACHE_ONLY:
+            raise NotLowered(f"{read & _CACHE_ONLY} is read by more than the cache")
+        _remove(graph.input, _CACHE_ONLY)
         _remove(graph.output, view.outputs - outputs)
         _keep(graph.initializer, read)
         for value in graph.output:
@@ -302,6 +304,19 @@ class _Rewriter:
         self._add_interface(graph)
         _free_rows(graph, view)
         return expand(model)
+
+    def _measured(self, node: Any) -> Any:
+        """A node that tells the number of rows by an input of the cache, told by the tokens."""
+        if node.op_type != "Shape" or node.domain or node.input[0] not in _CACHE_ONLY:
+            return node
+        bounds = {a.name: a.i for a in node.attribute}
+        taken = slice(bounds.get("start", 0), bounds.get("end"))
+        dims, tokens = (self._view.shape(name)[taken] for name in (node.input[0], INPUT_IDS))
+        if dims != tokens:
+            return node
+        same = onnx.NodeProto.FromString(node.SerializeToString())
+        same.input[0] = INPUT_IDS
+        return same
 
     def _add_interface(self, graph: Any) -> None:
         """The inputs, outputs and constants that the kernels have on top."""
