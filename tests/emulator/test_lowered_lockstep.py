@@ -22,7 +22,6 @@ from qaic_ray.emulator.container.execution import (
     ExecutionError,
     LoadedProgram,
 )
-from qaic_ray.emulator.lowering.lockstep import LockstepState
 from qaic_ray.emulator.lowering.lowered import Runner
 
 if TYPE_CHECKING:
@@ -111,8 +110,8 @@ class Pair:
         self.pads, self.index = pads, num_chunks * PROMPT_LEN
 
     def begin_wave(self) -> None:
-        state = self.activations[0]._lowered
-        assert isinstance(state, LockstepState)
+        state = self.activations[0]._lockstep
+        assert state is not None
         self.unknown |= state._is_open
 
     def decode(self, ids: Any) -> None:

@@ -20,7 +20,6 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from ..lowering.attention import ATTENTION_MASK, CACHE_INDEX, joint_length
-from ..lowering.lockstep import LockstepState
 from ..lowering.lowered import LoweredState, Probe, Runner
 from ..lowering.view import ORT_ERRORS
 from ..numbers import kv_cache
@@ -36,6 +35,7 @@ from . import (
     network,
 )
 from .constants import Weights, packs_into_its_own_memory
+from .lockstep import LockstepState
 
 _log = logging.getLogger(__name__)
 
@@ -247,11 +247,13 @@ class Activation:
             name: np.zeros(self._compute_dims(name), self._kinds[name]) for name in self._qpc.states
         }
         self._lowered: Any = None
+        self._lockstep: Optional[LockstepState] = None
         if self._program.lowered is not None:
             runner = self._runner(self._program.lowered)
             self._lowered = LoweredState(runner, self._joint, self._program.joint_length)
             if CACHE_INDEX in self._kinds:
-                self._lowered = LockstepState(self._lowered, self._states, self._next_states)
+                run = self._lowered.run
+                self._lockstep = LockstepState(run, self._states, self._next_states)
 
     def _joint(self) -> Optional[Runner]:
         session = self._program.joint()
@@ -299,7 +301,10 @@ class Activation:
             except ORT_ERRORS as error:
                 raise ExecutionError(f"{self._qpc.name}: {error}") from error
             made.update({out: self._states[name] for name, out in self._qpc.states.items()})
-            return {name: self._to_buffer(name, made[name]) for name in outputs}
+            return {
+                name: self._to_buffer(name, made[name]).reshape(dims)
+                for name, dims in outputs.items()
+            }
 
     def state(self, name: str) -> Any:
         """What a retained input holds now, as it is computed with; a view."""
@@ -310,13 +315,14 @@ class Activation:
 
     def _settle(self, *, replaced: bool = False) -> None:
         """Have the caches as the reference graph has them; `replaced`: to be given anew."""
-        if self._lowered is not None:
-            self._lowered.settle()
+        if self._lockstep is not None:
+            self._lockstep.settle()
             if replaced:
-                self._lowered.replaced()
+                self._lockstep.replaced()
 
     def _compute(self, feeds: Mapping[str, Any]) -> Dict[str, Any]:
-        made = None if self._lowered is None else self._lowered.run(feeds)
+        faster = self._lockstep or self._lowered
+        made = None if faster is None else faster.run(feeds)
         return self._run_reference(feeds) if made is None else made
 
     def _run_reference(self, feeds: Mapping[str, Any]) -> Dict[str, Any]:

@@ -175,11 +175,8 @@ class Runner:
 
     def of_token(self, made: Mapping[str, Any], column: int) -> Dict[str, Any]:
         """Of results that there are for every token, those of one; the others as they are."""
-        return {n: a[:, column] if self.is_per_token(n) else a for n, a in made.items()}
-
-    def is_per_token(self, name: str) -> bool:
-        """Whether there is a result of this name for every token."""
-        return bool(self.results[name][0][0] == self._length)
+        per_token = {n for n, (dims, _) in self.results.items() if dims[0] == self._length}
+        return {n: a[:, column] if n in per_token else a for n, a in made.items()}
 
     def _binding(self, first: int, num: int) -> Any:
         key = (first, num)
@@ -246,16 +243,6 @@ class LoweredState:
         for name, (_, dtype) in self._runner.results.items():
             results.setdefault(name, np.zeros(shapes[name], dtype))
         return results
-
-    def settle(self) -> None:
-        """Leave the states as the reference graph does: they are so at any time."""
-
-    def replaced(self) -> None:
-        """Say that a caller gave the states: nothing is known of them here."""
-
-    def is_per_token(self, name: str) -> bool:
-        """Whether there is a result of this name for every token."""
-        return self._runner.is_per_token(name)
 
     def _plan(self, inputs: Mapping[str, Any]) -> Optional[List[Call]]:
         positions, slots = inputs[POSITION_IDS], inputs.get(BATCH_INDEX)

@@ -13,9 +13,9 @@ from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional
 
 import numpy as np
 
-from .attention import ATTENTION_MASK, CACHE_INDEX, INPUT_IDS, POSITION_IDS
-from .lowered import LoweredState
+from ..lowering.attention import ATTENTION_MASK, CACHE_INDEX, INPUT_IDS, POSITION_IDS
 
+Run = Callable[[Mapping[str, Any]], Optional[Dict[str, Any]]]
 Reference = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
@@ -38,16 +38,14 @@ class LockstepState:
     """The states of one activation whose rows go in lockstep.
 
     Args:
-        state: runs tokens at positions of their own over the caches.
+        run: runs tokens at positions of their own over the caches, padding behind them.
         states: retained input -> array; the caches are [rows, heads, ctx_len, dim].
         reference: runs the reference graph on inputs, and returns the new states by retained input;
             it changes none.
     """
 
-    def __init__(
-        self, state: LoweredState, states: Mapping[str, Any], reference: Reference
-    ) -> None:
-        self._state = state
+    def __init__(self, run: Run, states: Mapping[str, Any], reference: Reference) -> None:
+        self._run = run
         self._reference = reference
         self._mask = states[ATTENTION_MASK]
         self._caches = {name: array for name, array in states.items() if name != ATTENTION_MASK}
@@ -70,12 +68,11 @@ class LockstepState:
             self._reach = max(self._reach, self._stop(inputs))
             return None
         self._roll(rows.pads)
-        made = self._state.run(self._aligned(inputs, rows))
+        made = self._run(self._aligned(inputs, rows))
         assert made is not None, "positions of tokens in a row follow each other"
         self._remember(inputs, rows)
         np.copyto(self._mask, rows.seen)
-        length = rows.where.shape[1]
-        return {name: self._placed(name, array, length, rows) for name, array in made.items()}
+        return {name: self._placed(array, rows) for name, array in made.items()}
 
     def settle(self) -> None:
         """Leave the caches as the reference graph does: not rolled, with padding computed."""
@@ -130,9 +127,11 @@ class LockstepState:
         where[np.arange(length) >= rows.counts[:, None]] = -1
         return {INPUT_IDS: np.take_along_axis(ids, columns, axis=1), POSITION_IDS: where}
 
-    def _placed(self, name: str, array: Any, length: int, rows: _Rows) -> Any:
+    def _placed(self, array: Any, rows: _Rows) -> Any:
         """A result that there is for every token, with padding in front again."""
-        if rows.counts.min() == length or not self._state.is_per_token(name):
+        length = rows.where.shape[1]
+        is_per_token = array.ndim > 2 and array.shape[1] == length
+        if rows.counts.min() == length or not is_per_token:
             return array
         placed = np.zeros_like(array)
         for row, count in enumerate(rows.counts):
