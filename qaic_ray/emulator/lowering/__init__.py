@@ -19,7 +19,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ..numbers import kv_cache
-from . import norms, rotary, search
+from . import norms, rotary, search, selection
 from .attention import (
     ATTENTION_MASK,
     BATCH_INDEX,
@@ -83,14 +83,19 @@ def lower(
     finder, tables = rotary.RotaryFinder(view, ctx_len), _Tables()
     found_norms = [n for n in map(norms.NormFinder(view).find, view.nodes) if n is not None]
 
+    results = sorted(outputs - {state.output for state in caches.values()})
+    padded_left = mask is not None
+    taken = [selection.find(view, name, padded_left=padded_left) for name in results]
+    selections = {found.taken: found for found in taken if found is not None}
+
     def rewritten(length: int) -> Any:
         rewriter = _Rewriter(view, finder, tables, length)
         for found in attentions:
             rewriter.replace(found)
         for norm in found_norms:
             rewriter.replace_norm(norm)
-        if mask is not None:
-            rewriter.choose_last_tokens()
+        for found_selection in selections.values():
+            rewriter.replace_selection(found_selection)
         return rewriter.finish(outputs)
 
     joint = rewritten(joint_length) if joint_length else None
@@ -183,49 +188,42 @@ class _Rewriter:
         self._dropped.add(last)
         self._added[last] = [norms.kernel_node(norm, self._tables.name(norm.weight))]
 
-    def choose_last_tokens(self) -> None:
-        """Take each row's token of the highest position where the last column is taken.
-
-        On the left they are padded, and that is the same; a lowered row may be padded on the right.
-        """
-        view = self._view
-        tokens = view.shape(INPUT_IDS)
-        for index, node in enumerate(view.nodes):
-            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-            if node.op_type != "Gather" or node.domain or axis != 1:
-                continue
-            column, name = view.constant(node.input[1]), node.output[0]
-            if column is None or column.shape or column != -1:
-                continue
-            if view.shapes.get(node.input[0], ())[:2] != tokens:
-                continue
-            narrow, last = name + "/positions", name + "/last"
-            # onnxruntime's ArgMax has no INT64 form.
-            cast = helper.make_node(
-                "Cast", [POSITION_IDS], [narrow], name=narrow, to=TensorProto.INT32
-            )
-            highest = helper.make_node("ArgMax", [narrow], [last], name=last, axis=1, keepdims=1)
-            chosen = helper.make_node(
-                "GatherND", [node.input[0], last], [name], name=name, batch_dims=1
-            )
-            self._dropped.add(index)
-            self._added[index] = [cast, highest, chosen]
+    def replace_selection(self, found: selection.Selection) -> None:
+        """Put the one form in the place of how the wanted tokens are taken."""
+        nodes, constants = selection.kernel_nodes(found)
+        last = self._view.producer[found.taken]
+        self._dropped.add(last)
+        self._added[last] = nodes
+        arrays = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+        self._initializers.extend(arrays)
 
     def _joined(self, found: Attention) -> Any:
         """The value [B, S, heads * dim] made of the output, where nothing else reads it."""
         view = self._view
         width = found.num_heads * found.head_dim
-        readers = view.readers(found.output)
-        if len(readers) != 1 or not is_heads_first(readers[0]):
+        turned = self._only_reader(found.output)
+        if turned is None or not is_heads_first(turned):
             return None
-        middle = readers[0].output[0]
-        readers = view.readers(middle)
-        if len(readers) != 1 or readers[0].op_type != "Reshape":
+        joined = self._only_reader(turned.output[0])
+        if joined is None or joined.op_type != "Reshape" or joined.output[0] in view.outputs:
             return None
-        flat = readers[0].output[0]
-        shape = view.shapes.get(flat, ())
-        fits = len(shape) == 3 and shape[2] == width and flat not in view.outputs
-        return flat if fits and middle not in view.outputs else None
+        try:
+            shape = view.shape(joined.output[0])
+        except NotLowered:
+            return None
+        fits = len(shape) == 3 and shape[2] == width
+        return joined.output[0] if fits else None
+
+    def _only_reader(self, name: str) -> Optional[Any]:
+        """The one node that reads a value, past those that leave it as it is."""
+        while name not in self._view.outputs:
+            readers = self._view.readers(name)
+            if len(readers) != 1:
+                return None
+            if readers[0].op_type != "Identity":
+                return readers[0]
+            name = readers[0].output[0]
+        return None
 
     def _rotated(self, name: str, num_heads: int, nodes: List[Any]) -> str:
         rotation = self._finder.find(name)
