@@ -114,7 +114,25 @@ def test_lowered_graph_is_made_of_fused_operators(pair: Pair) -> None:
     assert ops.count("GroupQueryAttention") == layers
     assert ops.count("RotaryEmbedding") == 2 * layers
     assert ops.count("SimplifiedLayerNormalization") == 2 * layers + 1
-    assert not {"Softmax", "Transpose", "ScatterND", "CtxScatter", "CtxGatherCB"} & set(ops)
+    others = {"Softmax", "Transpose", "ScatterND", "CtxScatter", "CtxGatherCB"}
+    assert not (others | {"GatherElements", "Expand", "Slice", "Constant"}) & set(ops)
+
+
+class ChoosesFirst(TinyLlama):
+    """Logits are those of the token with the lowest position."""
+
+    def onnx(self) -> Any:
+        model = super().onnx()
+        for node in model.graph.node:
+            if node.op_type == "ArgMax":
+                node.op_type = "ArgMin"
+        return model
+
+
+def test_another_choice_of_tokens_is_not_rewritten_and_not_trusted(tmp_path: Path) -> None:
+    qpc = compile_tiny(tmp_path, ChoosesFirst())
+    assert {"ArgMin", "GatherElements"} <= set(ops_of(qpc))
+    assert LoadedProgram(qpc, 1).lowered is None
 
 
 @pytest.mark.parametrize("position", [3, 6])

@@ -19,15 +19,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ..numbers import kv_cache
-from . import norms, rotary, search, selection
+from . import interface, norms, rotary, search, selection
 from .attention import (
     ATTENTION_MASK,
-    BATCH_INDEX,
-    CACHE_INDEX,
-    COMP_CTX_LENGTHS,
     INPUT_IDS,
-    NUM_LOGITS_TO_KEEP,
-    POSITION_IDS,
     SEQLENS,
     TOKEN_SIZES,
     TOTAL,
@@ -37,11 +32,24 @@ from .attention import (
     kernel_node,
     token_name,
 )
-from .graph import State, expand, has_subgraphs, replace_by_stub
+from .attention import (
+    BATCH_INDEX as BATCH_INDEX,
+)
+from .attention import (
+    CACHE_INDEX as CACHE_INDEX,
+)
+from .attention import (
+    COMP_CTX_LENGTHS as COMP_CTX_LENGTHS,
+)
+from .attention import (
+    NUM_LOGITS_TO_KEEP as NUM_LOGITS_TO_KEEP,
+)
+from .attention import (
+    POSITION_IDS as POSITION_IDS,
+)
+from .graph import State, expand, replace_by_stub
+from .graph import has_subgraphs as has_subgraphs
 from .view import HEADS_FIRST, GraphView, NotLowered, is_heads_first
-
-_CACHE_ONLY = {BATCH_INDEX, COMP_CTX_LENGTHS, ATTENTION_MASK, CACHE_INDEX}
-"""Inputs that the lowered graph has no use for: they say which slots are meant."""
 
 
 class Lowered(NamedTuple):
@@ -76,7 +84,7 @@ def lower(
     view = GraphView(model, values)
     caches = {name: state for name, state in states.items() if name != ATTENTION_MASK}
     mask = states.get(ATTENTION_MASK)
-    _check_interface(view, caches, mask)
+    interface.check(view, caches, mask)
     ctx_len, joint_length = lens
     attentions = search.find(view, caches, mask, ctx_len)
     outputs = view.outputs - ({mask.output} if mask is not None else set())
@@ -100,31 +108,6 @@ def lower(
 
     joint = rewritten(joint_length) if joint_length else None
     return Lowered(rewritten(0), joint, tables.arrays)
-
-
-def _check_interface(view: GraphView, states: Mapping[str, State], mask: Optional[State]) -> None:
-    needed, kept = {INPUT_IDS, POSITION_IDS}, [*states.values()]
-    known = needed | {BATCH_INDEX, COMP_CTX_LENGTHS, NUM_LOGITS_TO_KEEP} | set(states)
-    if mask is not None:
-        needed = needed | {ATTENTION_MASK, CACHE_INDEX}
-        known, kept = needed | set(states), [*kept, mask]
-    if has_subgraphs(view.model):
-        raise NotLowered("a node has a graph of its own")
-    if not states or not needed <= view.inputs <= known:
-        unknown = sorted(view.inputs - known) or sorted(needed - view.inputs) or ["no past"]
-        raise NotLowered(f"its inputs are of another kind ({', '.join(unknown)})")
-    sizes = [view.shape(name, rank=4)[axis] for name in states for axis in (0, 2)]
-    if any(isinstance(size, int) for size in (*view.shape(INPUT_IDS, rank=2), *sizes)):
-        raise NotLowered("rows, tokens or context have one size only")
-    if view.types[POSITION_IDS] != TensorProto.INT64:
-        raise NotLowered(f"{POSITION_IDS} is not INT64")
-    batch, length = view.shape(INPUT_IDS)
-    per_token = {length, *view.shapes.get(NUM_LOGITS_TO_KEEP, ())[:1]}
-    for name in view.outputs - {state.output for state in kept}:
-        shape = view.shape(name)
-        rest = shape[2:] if len(shape) > 2 and shape[1] in per_token else shape[1:]
-        if shape[0] != batch or not all(isinstance(d, int) for d in rest):
-            raise NotLowered(f"{name} does not have one row per row of {INPUT_IDS}")
 
 
 class _Tables:
@@ -184,9 +167,21 @@ class _Rewriter:
 
     def replace_norm(self, norm: norms.Norm) -> None:
         """Put one operator in the place of a norm that is written out."""
+        norm = self._of_heads(norm)
         last = self._view.producer[norm.output]
         self._dropped.add(last)
         self._added[last] = [norms.kernel_node(norm, self._tables.name(norm.weight))]
+
+    def _of_heads(self, norm: norms.Norm) -> norms.Norm:
+        """A norm for which heads are made rows, and heads again: of the heads as they are."""
+        before, after = self._view.node(norm.source), self._only_reader(norm.output)
+        if before is None or after is None or {before.op_type, after.op_type} != {"Reshape"}:
+            return norm
+        source, output = before.input[0], after.output[0]
+        same = self._view.same_shape(source, output)
+        if not same or self._view.shape(source)[-1] != norm.weight.size:
+            return norm
+        return norm._replace(source=source, output=output)
 
     def replace_selection(self, found: selection.Selection) -> None:
         """Put the one form in the place of how the wanted tokens are taken."""
@@ -280,32 +275,33 @@ class _Rewriter:
             nodes.extend(self._added.get(index, ()))
             if index not in self._dropped:
                 nodes.append(node)
-        nodes = [self._measured(node) for node in _needed(nodes, outputs)]
+        nodes = [self._plain(self._measured(node)) for node in nodes]
+        nodes, constants = interface.take_constants_out(view, interface.needed(nodes, outputs))
         model = onnx.ModelProto()
         model.CopyFrom(view.model)
         graph = model.graph
         del graph.node[:]
         del graph.value_info[:]
         graph.node.extend(nodes)
-        graph.initializer.extend(self._initializers)
+        graph.initializer.extend([*self._initializers, *constants])
         for name, array in self._tables.arrays.items():
             graph.initializer.add(name=name, dims=array.shape)
             replace_by_stub(graph.initializer[-1], TensorProto.FLOAT)
         read = {name for node in nodes for name in node.input}
-        if read & _CACHE_ONLY:
-            raise NotLowered(f"{read & _CACHE_ONLY} is read by more than the cache")
-        _remove(graph.input, _CACHE_ONLY)
-        _remove(graph.output, view.outputs - outputs)
-        _keep(graph.initializer, read)
+        if read & interface.CACHE_ONLY:
+            raise NotLowered(f"{read & interface.CACHE_ONLY} is read by more than the cache")
+        interface.remove(graph.input, interface.CACHE_ONLY)
+        interface.remove(graph.output, view.outputs - outputs)
+        interface.keep(graph.initializer, read)
         for value in graph.output:
-            _set_dims(value, view.shape(value.name))
+            interface.set_dims(value, view.shape(value.name))
         self._add_interface(graph)
-        _free_rows(graph, view)
+        interface.free_rows(graph, view)
         return expand(model)
 
     def _measured(self, node: Any) -> Any:
         """A node that tells the number of rows by an input of the cache, told by the tokens."""
-        if node.op_type != "Shape" or node.domain or node.input[0] not in _CACHE_ONLY:
+        if node.op_type != "Shape" or node.domain or node.input[0] not in interface.CACHE_ONLY:
             return node
         bounds = {a.name: a.i for a in node.attribute}
         taken = slice(bounds.get("start", 0), bounds.get("end"))
@@ -315,6 +311,19 @@ class _Rewriter:
         same = onnx.NodeProto.FromString(node.SerializeToString())
         same.input[0] = INPUT_IDS
         return same
+
+    def _plain(self, node: Any) -> Any:
+        """A node that splits the last axis of tokens, by a constant where it was computed."""
+        if node.op_type != "Reshape" or node.domain or node.input[0] not in self._view.shapes:
+            return node
+        try:
+            before, after = (self._view.shape(name) for name in (node.input[0], node.output[0]))
+        except NotLowered:
+            return node
+        split = [dim for dim in after[2:] if isinstance(dim, int)]
+        if len(before) != 3 or len(after) != 4 or before[:2] != after[:2] or len(split) < 2:
+            return node
+        return self._reshape(node.input[0], [0, 0, *split], node.output[0])
 
     def _add_interface(self, graph: Any) -> None:
         """The inputs, outputs and constants that the kernels have on top."""
@@ -333,46 +342,3 @@ class _Rewriter:
                 # An output, because only those can be given memory.
                 graph.output.add().CopyFrom(present)
                 graph.output[-1].name = token_name(present.name, token)
-
-
-def _needed(nodes: List[Any], outputs: Set[str]) -> List[Any]:
-    wanted, kept = set(outputs), []
-    for node in reversed(nodes):
-        if wanted.intersection(node.output):
-            wanted.update(node.input)
-            kept.append(node)
-    return kept[::-1]
-
-
-def _remove(values: Any, names: Set[str]) -> None:
-    for index in reversed(range(len(values))):
-        if values[index].name in names:
-            del values[index]
-
-
-def _keep(initializers: Any, names: Set[str]) -> None:
-    kept = [t for t in initializers if t.name in names]
-    copies = [TensorProto.FromString(t.SerializeToString()) for t in kept]
-    del initializers[:]
-    initializers.extend(copies)
-
-
-def _set_dims(value: Any, dims: Tuple[Any, ...]) -> None:
-    """Give an output the names of dimensions that inputs have too."""
-    shape = value.type.tensor_type.shape
-    del shape.dim[:]
-    for dim in dims:
-        if isinstance(dim, int):
-            shape.dim.add(dim_value=dim)
-        else:
-            shape.dim.add(dim_param=dim)
-
-
-def _free_rows(graph: Any, view: GraphView) -> None:
-    """Let the lowered graph run over any rows and slots: states as many as there are rows."""
-    batch = view.shape(INPUT_IDS)[0]
-    rows = batch if isinstance(batch, str) else "rows"
-    for value in list(graph.input) + list(graph.output):
-        dims = value.type.tensor_type.shape.dim
-        if len(dims) and value.name != NUM_LOGITS_TO_KEEP:
-            dims[0].dim_param = rows

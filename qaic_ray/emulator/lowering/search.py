@@ -88,9 +88,7 @@ def _unchanged(view: GraphView, name: str) -> str:
     """What a value was before operators that leave it as it is, of whatever they measure."""
     node = view.node(name)
     while (
-        node is not None
-        and node.op_type in _SHAPING_OPS
-        and view.shape(node.input[0]) == view.shape(name)
+        node is not None and node.op_type in _SHAPING_OPS and view.same_shape(node.input[0], name)
     ):
         name = node.input[0]
         node = view.node(name)

@@ -18,8 +18,10 @@ from .view import GraphView, NotLowered, Part
 
 _TAKING_OPS = {
     "Gather", "GatherND", "GatherElements", "Reshape", "Flatten", "Slice", "Squeeze", "Unsqueeze",
-    "Expand", "Identity", "Cast",
+    "Expand", "Identity", "Cast", "Transpose",
 }  # fmt: skip
+
+_CTX_LEN = 16
 
 # Positions of each row, and how many tokens are kept where that is asked: rows of one length, later
 # ones, ragged, single tokens.
@@ -67,12 +69,14 @@ def _of(view: GraphView, taken: str, padded_left: bool) -> Optional[Selection]:
     part = Part(view, (source, POSITION_IDS, NUM_LOGITS_TO_KEEP), (taken,))
     keeps_many = NUM_LOGITS_TO_KEEP in part.used
     run, rng, rank = part.session(), np.random.default_rng(0), 0
+    inputs = [view.shapes.get(name, ()) for name in view.inputs]
+    others = {dim: _CTX_LEN for dims in inputs for dim in dims if isinstance(dim, str)}
     kept_names = view.shapes.get(NUM_LOGITS_TO_KEEP, ())
     for positions, count in _LEFT_CASES if padded_left else _CASES:
         where = np.array(positions, np.int64)
         kept = count if keeps_many else 1
         hidden = rng.standard_normal((*where.shape, shape[2])).astype(np.float32)
-        sizes = {n: s for n, s in zip(tokens, where.shape) if isinstance(n, str)}
+        sizes = dict(others, **{n: s for n, s in zip(tokens, where.shape) if isinstance(n, str)})
         sizes.update({n: kept for n in kept_names if isinstance(n, str)})
         feeds = {source: hidden, POSITION_IDS: where}
         feeds[NUM_LOGITS_TO_KEEP] = np.zeros((kept, 1), np.int64)

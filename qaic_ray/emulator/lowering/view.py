@@ -91,6 +91,13 @@ class GraphView:
             raise NotLowered(f"the shape of {name} is unknown")
         return shape
 
+    def same_shape(self, one: str, other: str) -> bool:
+        """Whether two values are known to have the same dims."""
+        try:
+            return self.shape(one) == self.shape(other)
+        except NotLowered:
+            return False
+
     def _walk(self) -> None:
         """Learn dims that inference does not see, because exporters compute them on the way."""
         self._is_walked = True
@@ -169,8 +176,8 @@ class Part:
             found.add(index)
             node = view.nodes[index]
             if node.op_type == "Shape" and not node.domain:
-                if node.input[0] not in self.inputs:
-                    self.measured.append(node.input[0])
+                known = self.used if node.input[0] in self.inputs else self.measured
+                known.append(node.input[0])
                 continue
             for needed in node.input:
                 if needed and needed not in seen:
