@@ -36,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class Pair:
-    """The same activation twice: on the lowered and on the reference graph."""
+    """The same activation again and again; the last one is on the reference graph."""
 
     def __init__(self, tiny: TinyQpcs, **options: Any) -> None:
         shape = {"batch_size": ROWS, "prompt_len": PROMPT_LEN, "ctx_len": CTX_LEN}
@@ -72,27 +72,25 @@ class Pair:
         width = 1 if self.output == NEXT_TOKENS else VOCAB
         kept = ATTENTION_MASK + "_RetainedState"
         wanted = {self.output: (ROWS, *columns, width), kept: (ROWS, CTX_LEN)}
-        lowered, reference = (a.run(inputs, wanted) for a in self.activations)
-        np.testing.assert_array_equal(lowered[kept], reference[kept])
+        *results, reference = (a.run(inputs, wanted) for a in self.activations)
         seen = np.ones((ROWS, length), bool)
         if pads is not None and self.is_all:
             seen = index + np.arange(length) >= pads[:, None]
-        made, expected = (m[self.output] for m in (lowered, reference))
-        if self.is_all:
-            made, expected = made[seen], expected[seen]
-        assert made.dtype == expected.dtype
-        np.testing.assert_allclose(made, expected, atol=1e-4)
+        for result in results:
+            np.testing.assert_array_equal(result[kept], reference[kept])
+            made, expected = (m[self.output] for m in (result, reference))
+            assert (made.dtype, made.shape) == (expected.dtype, expected.shape)
+            if self.is_all:
+                made, expected = made[seen], expected[seen]
+            np.testing.assert_allclose(made, expected, atol=1e-4)
         self.unknown[:, index : index + length] = False
 
     def compare_caches(self) -> None:
         for name in self.programs[0].caches:
-            made, expected = (a.state(name) for a in self.activations)
-            np.testing.assert_allclose(
-                np.where(self.unknown[:, None, :, None], 0, made),
-                np.where(self.unknown[:, None, :, None], 0, expected),
-                atol=1e-4,
-                err_msg=name,
-            )
+            states = [a.state(name) for a in self.activations]
+            *made, expected = (np.where(self.unknown[:, None, :, None], 0, s) for s in states)
+            for state in made:
+                np.testing.assert_allclose(state, expected, atol=1e-4, err_msg=name)
 
     def wave(self, pads: Any, num_chunks: int, ids: Any, *, whole_mask: bool = False) -> None:
         """Prefill of prompts padded to `num_chunks`; the mask ends with the chunk, or with all."""
@@ -171,7 +169,7 @@ def test_whatever_is_asked_a_valid_answer_is_the_reference_graphs(
     pair.wave(np.array(pads), 1, rng.integers(0, VOCAB, (ROWS, CTX_LEN)))
     for step in steps:
         index, length = step["index"], step["length"]
-        state = pair.activations[1].state(ATTENTION_MASK) if step["mask"] is None else step["mask"]
+        state = pair.activations[-1].state(ATTENTION_MASK) if step["mask"] is None else step["mask"]
         seen = state.astype(bool).copy()
         seen[:, index + length - 1] = True
         first = seen[:, : index + length].argmax(axis=1)
@@ -197,7 +195,7 @@ def test_padding_that_a_later_mask_calls_tokens_is_computed_then(
     rng = np.random.default_rng(0)
     pads = np.array([3, 0, 2])
     pair.wave(pads, 1, rng.integers(0, VOCAB, (ROWS, CTX_LEN)))
-    mask = pair.activations[1].state(ATTENTION_MASK).astype(bool)
+    mask = pair.activations[-1].state(ATTENTION_MASK).astype(bool)
     mask[opened, :PROMPT_LEN] = True
     pads[opened] = 0
     pair.run(pair.index, np.array([[5], [6], [7]]), (pair.index - pads)[:, None], mask)
@@ -241,8 +239,8 @@ def test_a_caller_may_give_the_cache_of_another_run(pair: Pair) -> None:
     pair.start()
     rng = np.random.default_rng(0)
     pair.wave(np.array([1, 0, 3]), 2, rng.integers(0, VOCAB, (ROWS, CTX_LEN)))
-    past = {name: pair.activations[1].state(name).copy() for name in pair.programs[0].caches}
-    mask, index, pads = pair.activations[1].state(ATTENTION_MASK).copy(), pair.index, pair.pads
+    past = {name: pair.activations[-1].state(name).copy() for name in pair.programs[0].caches}
+    mask, index, pads = pair.activations[-1].state(ATTENTION_MASK).copy(), pair.index, pair.pads
     pair.start()
     pair.wave(np.array([0, 2, 1]), 1, rng.integers(0, VOCAB, (ROWS, CTX_LEN)))
     ids = rng.integers(0, VOCAB, (ROWS, 1))
