@@ -20,13 +20,14 @@ from qaic_ray.emulator.container.execution import (
     LoadedProgram,
     NoMatchingDimension,
 )
+from qaic_ray.emulator.lowering import graph
 from qaic_ray.emulator.lowering.lowered import MAX_IDLE_RUN, Call, plan
 
 TOLERANCE = 1e-4
 
 
-def ops_of(qpc: CompiledProgram, graph: str = "lowered") -> list[str]:
-    model = onnx.ModelProto.FromString(qpc.graphs[graph])
+def ops_of(qpc: CompiledProgram) -> list[str]:
+    model = onnx.ModelProto.FromString(qpc.graphs["lowered"])
     return [node.op_type for node in model.graph.node]
 
 
@@ -267,6 +268,17 @@ def windowed(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     windows = [a.i for n in nodes for a in n.attribute if a.name == "local_window_size"]
     assert windows == [11] * pair.llama.num_layers
     return pair
+
+
+def test_a_norm_of_embeddings_that_are_stored_narrow_is_lowered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "_LARGE_TABLE", 1)
+    llama = TinyLlama(edits=((NORM, PLAIN_NORM),))
+    pair = Pair(tmp_path, llama, "float16", "-convert-to-fp16")
+    assert ops_of(pair.qpc).count("SimplifiedLayerNormalization") == 5
+    pair.start()
+    pair.run(np.array([[0, 1, 2, -1]]), np.array([1]), np.array([[5, 6, 7, 8]]))
 
 
 class WithMadeUpNames(TinyLlama):

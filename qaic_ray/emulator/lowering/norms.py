@@ -82,10 +82,15 @@ class NormFinder:
         ]
 
     def _bare(self, name: str) -> str:
-        node = self._view.node(name)
-        while node is not None and node.op_type in _BETWEEN:
+        view = self._view
+        node = view.node(name)
+        while (
+            node is not None
+            and node.op_type in _BETWEEN
+            and view.types.get(node.input[0]) == TensorProto.FLOAT
+        ):
             name = node.input[0]
-            node = self._view.node(name)
+            node = view.node(name)
         return name
 
     def _scale(self, source: str, unit: str, width: int) -> Optional[Scale]:
