@@ -7,7 +7,7 @@ A result is a plain dict, as it is in the JSON: `contender`, `part`, `batch`, `p
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
@@ -15,6 +15,8 @@ Result = dict[str, Any]
 
 PEER = "llama.cpp Q8_0"
 """Whom ratios are to."""
+NOISY_CORES = 0.25
+"""A timing is disturbed where others used more than this share of one core meanwhile."""
 BLOCK = 32
 """Weights of an MXFP6 block, which share a byte."""
 
@@ -69,35 +71,71 @@ class Limits:
         return self.gemm_gflop_s * 1e9 / (2 * size.weights)
 
 
-def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median and range of a figure's rounds."""
+def is_quiet(one_round: Mapping[str, Any]) -> bool:
+    """Whether others left the machine to a timing."""
+    return bool(one_round.get("others_cores", 0.0) <= NOISY_CORES)
+
+
+def is_disturbed(result: Result) -> bool:
+    """Whether no round of a result was quiet."""
+    return not any(map(is_quiet, result["rounds"]))
+
+
+def summary(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Median and range of tokens/s, of the quiet rounds where there are some."""
+    chosen = [each for each in rounds if is_quiet(each)] or rounds
+    values = [each["tokens_per_s"] for each in chosen]
     return {"median": median(values), "least": min(values), "most": max(values)}
 
 
-def speed(results: Iterable[Result], contender: str, **fields: Any) -> float | None:
-    """The median tokens/s of the one result with these fields; None where there is none."""
+def find(results: Iterable[Result], contender: str, **fields: Any) -> Result | None:
+    """The one result of a contender with these fields."""
     for result in results:
         if result["contender"] == contender and fields.items() <= result.items():
-            return median(each["tokens_per_s"] for each in result["rounds"])
+            return result
     return None
 
 
-def ratio(results: Sequence[Result], contender: str, to: str = PEER, **fields: Any) -> float | None:
-    """Tokens/s of a contender over another's, in the same case: the median of all rounds.
+def speed(results: Iterable[Result], contender: str, **fields: Any) -> float | None:
+    """Its median tokens/s; None where there is no result."""
+    found = find(results, contender, **fields)
+    return None if found is None else summary(found["rounds"])["median"]
 
-    The rounds of a case alternate, so that each is compared with its own neighbour.
+
+@dataclass(frozen=True)
+class Quotient:
+    """The median of each round's quotient; `disturbed` where no round of both was quiet."""
+
+    value: float
+    disturbed: bool
+
+
+def quotient(over: Result | None, under: Result | None) -> Quotient | None:
+    """Tokens/s of one result over another's.
+
+    Their rounds alternated, so that each is compared with its own neighbour. Rounds that others
+    disturbed are left out where some remain.
     """
-    ours = _rounds(results, contender, fields)
-    theirs = _rounds(results, to, fields)
-    pairs = list(zip(ours, theirs, strict=False))
-    return median(a / b for a, b in pairs) if pairs else None
+    if over is None or under is None:
+        return None
+    pairs = list(zip(over["rounds"], under["rounds"], strict=False))
+    quiet = [pair for pair in pairs if all(map(is_quiet, pair))]
+    values = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in quiet or pairs]
+    return Quotient(median(values), not quiet)
 
 
-def _rounds(results: Iterable[Result], contender: str, fields: Mapping[str, Any]) -> list[float]:
-    for result in results:
-        if result["contender"] == contender and fields.items() <= result.items():
-            return [each["tokens_per_s"] for each in result["rounds"]]
-    return []
+def ratio(results: Sequence[Result], contender: str, **fields: Any) -> Quotient | None:
+    """Tokens/s of a contender over those of `PEER` in the same case."""
+    return quotient(find(results, contender, **fields), find(results, PEER, **fields))
+
+
+def alike(texts: Sequence[str], ours: Sequence[str]) -> float | None:
+    """The share of rows whose text begins with the first word of ours; None without texts."""
+    if not texts or not ours:
+        return None
+    firsts = [our[:1] + our[1:].partition(" ")[0] for our in ours]
+    same = [text.startswith(first) for text, first in zip(texts, firsts, strict=True)]
+    return sum(same) / len(same)
 
 
 @dataclass(frozen=True)
@@ -107,6 +145,7 @@ class Promise:
     about: str
     figure: float
     floor: float
+    disturbed: bool
 
     @property
     def holds(self) -> bool:
@@ -115,12 +154,7 @@ class Promise:
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
-        return {
-            "about": self.about,
-            "figure": self.figure,
-            "floor": self.floor,
-            "holds": self.holds,
-        }
+        return {**asdict(self), "holds": self.holds}
 
 
 def promises(
@@ -136,76 +170,65 @@ def promises(
     """
     found = []
     for name, numerics in numerics_of.items():
-        found += _decode_promises(results, name, DECODE_FLOORS[numerics])
-        for tokens in sorted({r["prompt_tokens"] for r in results if r["part"] == "prefill"}):
-            value = ratio(results, name, part="prefill", prompt_tokens=tokens)
+        for batch, floor in DECODE_FLOORS[numerics].items():
+            about = f"{name}: decode at batch {batch}, x {PEER}"
+            found += _promise(about, ratio(results, name, part="decode", batch=batch), floor)
+        for tokens in values_of(results, "prefill", "prompt_tokens"):
             about = f"{name}: prefill of {tokens} tokens, x {PEER}"
+            value = ratio(results, name, part="prefill", prompt_tokens=tokens)
             found += _promise(about, value, PREFILL_FLOORS[numerics])
         found += _steadiness(results, name)
-        found += _context_promises(results, name)
-        found += _busy_promises(results, name, min(1.0, (cores - 1) / threads))
+        lengths = values_of(results, "context", "ctx_len")
+        about = f"{name}: decode at ctx_len {lengths[-1]}, x at {lengths[0]}" if lengths else ""
+        found += _promise(about, context_ratio(results, name), 1 - TOLERANCE)
+        for batch in values_of(results, "busy", "batch"):
+            about = f"{name}: decode at batch {batch} beside a busy process, x alone"
+            floor = min(1.0, (cores - 1) / threads)
+            found += _promise(about, kept_share(results, name, batch), floor)
     return found
 
 
-def _promise(about: str, value: float | None, floor: float) -> list[Promise]:
-    return [] if value is None else [Promise(about, value, floor)]
+def values_of(results: Iterable[Result], part: str, name: str) -> list[int]:
+    """The values of a field in the results of a part, by size."""
+    return sorted({result[name] for result in results if result["part"] == part})
 
 
-def _decode_promises(
-    results: Sequence[Result], name: str, floors: Mapping[int, float]
-) -> list[Promise]:
-    found = []
-    for batch, floor in floors.items():
-        value = ratio(results, name, part="decode", batch=batch)
-        found += _promise(f"{name}: decode at batch {batch}, x {PEER}", value, floor)
-    return found
+def _promise(about: str, value: Quotient | None, floor: float) -> list[Promise]:
+    return [] if value is None else [Promise(about, value.value, floor, value.disturbed)]
 
 
 def _steadiness(results: Sequence[Result], name: str) -> list[Promise]:
     """A step of b rows costs no more than one of 2b, and tokens/s at 2b are no less than at b."""
     found = []
-    batches = sorted({r["batch"] for r in results if r["part"] == "decode"})
-    for batch in batches:
-        some = speed(results, name, part="decode", batch=batch)
-        double = speed(results, name, part="decode", batch=2 * batch)
+    for batch in values_of(results, "decode", "batch"):
+        some = find(results, name, part="decode", batch=batch)
+        double = find(results, name, part="decode", batch=2 * batch)
         if some is None or double is None:
             continue
-        more, steps = f"{name}: tokens/s at batch {2 * batch}", 2 * some / double
-        found += _promise(f"{more}, x those at {batch}", double / some, 1 - TOLERANCE)
+        disturbed = is_disturbed(some) or is_disturbed(double)
+        growth = summary(double["rounds"])["median"] / summary(some["rounds"])["median"]
+        about = f"{name}: tokens/s at batch {2 * batch}, x those at {batch}"
+        found.append(Promise(about, growth, 1 - TOLERANCE, disturbed))
         about = f"{name}: a step at batch {2 * batch}, x one at {batch}"
-        found += _promise(about, steps, 1 - TOLERANCE)
+        found.append(Promise(about, 2 / growth, 1 - TOLERANCE, disturbed))
     return found
 
 
-def _context_promises(results: Sequence[Result], name: str) -> list[Promise]:
-    lengths = sorted({r["ctx_len"] for r in results if r["part"] == "context"})
-    about = f"{name}: decode at ctx_len {lengths[-1]}, x at {lengths[0]}" if lengths else ""
-    return _promise(about, context_ratio(results, name), 1 - TOLERANCE)
-
-
-def context_ratio(results: Sequence[Result], name: str) -> float | None:
-    """Tokens/s at the longest ctx_len over those at the shortest, of neighbouring rounds."""
-    lengths = sorted({r["ctx_len"] for r in results if r["part"] == "context"})
+def context_ratio(results: Sequence[Result], name: str) -> Quotient | None:
+    """Tokens/s at the longest ctx_len over those at the shortest."""
+    lengths = values_of(results, "context", "ctx_len")
     if len(lengths) < 2:
         return None
-    short = _rounds(results, name, {"part": "context", "ctx_len": lengths[0]})
-    long = _rounds(results, name, {"part": "context", "ctx_len": lengths[-1]})
-    values = [b / a for a, b in zip(short, long, strict=False)]
-    return median(values) if values else None
+    short, long = (
+        find(results, name, part="context", ctx_len=at) for at in (lengths[0], lengths[-1])
+    )
+    return quotient(long, short)
 
 
-def _busy_promises(results: Sequence[Result], name: str, floor: float) -> list[Promise]:
-    found = []
-    for batch in sorted({r["batch"] for r in results if r["part"] == "busy"}):
-        about = f"{name}: decode at batch {batch} beside a busy process, x alone"
-        found += _promise(about, kept_share(results, name, batch), floor)
-    return found
-
-
-def kept_share(results: Sequence[Result], name: str, batch: int) -> float | None:
-    """Tokens/s beside a busy process over those alone, of neighbouring rounds."""
-    case = {"part": "busy", "batch": batch}
-    alone = _rounds(results, name, {**case, "beside_busy": False})
-    beside = _rounds(results, name, {**case, "beside_busy": True})
-    values = [b / a for a, b in zip(alone, beside, strict=False)]
-    return median(values) if values else None
+def kept_share(results: Sequence[Result], name: str, batch: int) -> Quotient | None:
+    """Tokens/s beside a busy process over those alone."""
+    beside, alone = (
+        find(results, name, part="busy", batch=batch, beside_busy=is_beside)
+        for is_beside in (True, False)
+    )
+    return quotient(beside, alone)

@@ -12,8 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 Document = dict[str, Any]
-NOISY_CORES = 0.25
-"""Where others kept so much of a core busy in most rounds, a figure has a mark."""
 
 
 def limits_of(document: Document) -> tuple[Limits, ModelSize, int]:
@@ -25,27 +23,26 @@ def limits_of(document: Document) -> tuple[Limits, ModelSize, int]:
 
 def batches_of(document: Document) -> list[int]:
     """Batches whose decode was measured."""
-    return sorted({r["batch"] for r in document["results"] if r["part"] == "decode"})
-
-
-def is_noisy(result: Document) -> bool:
-    """Whether others were at work in most of its rounds."""
-    noisy = [each["others_cores"] > NOISY_CORES for each in result["rounds"]]
-    return sum(noisy) * 2 > len(noisy)
+    return figures.values_of(document["results"], "decode", "batch")
 
 
 def _speed_cell(document: Document, name: str, fields: Document) -> str:
     for result in document["results"]:
         if result["contender"] == name and fields.items() <= result.items():
             found = result["tokens_per_s"]
-            mark = "*" if is_noisy(result) else ""
+            mark = "*" if figures.is_disturbed(result) else ""
             return f"{found['median']:,.0f}{mark} ({found['least']:,.0f}-{found['most']:,.0f})"
     return ""
 
 
 def _ratio_cell(document: Document, name: str, fields: Document) -> str:
-    value = figures.ratio(document["results"], name, document["ratios_to"], **fields)
-    return "" if value is None else f"{value:.2f}"
+    return _quotient_text(figures.ratio(document["results"], name, **fields))
+
+
+def _quotient_text(found: figures.Quotient | None, of: str = "") -> str:
+    if found is None:
+        return ""
+    return f"{found.value:.2f}{'*' if found.disturbed else ''}{of}"
 
 
 def decode_table(document: Document) -> Table:
@@ -99,7 +96,7 @@ More = Callable[[str], tuple[str, str]]
 
 def _other_cases(document: Document) -> Iterator[tuple[str, Document, More]]:
     results = document["results"]
-    for tokens in sorted({r["prompt_tokens"] for r in results if r["part"] == "prefill"}):
+    for tokens in figures.values_of(results, "prefill", "prompt_tokens"):
         fields = {"part": "prefill", "prompt_tokens": tokens}
 
         def to_first(name: str, fields: Document = fields, tokens: int = tokens) -> tuple[str, str]:
@@ -107,7 +104,7 @@ def _other_cases(document: Document) -> Iterator[tuple[str, Document, More]]:
             return ("", "") if value is None else (f"{tokens / value * 1e3:,.0f} ms", "")
 
         yield f"prefill of {tokens} tokens", fields, to_first
-    contexts = sorted({r["ctx_len"] for r in results if r["part"] == "context"})
+    contexts = figures.values_of(results, "context", "ctx_len")
     for ctx_len in contexts:
         fields = {"part": "context", "ctx_len": ctx_len}
 
@@ -115,16 +112,16 @@ def _other_cases(document: Document) -> Iterator[tuple[str, Document, More]]:
             if ctx_len == contexts[0]:
                 return "", ""
             value = figures.context_ratio(results, name)
-            return "", "" if value is None else f"{value:.2f} of {contexts[0]}"
+            return "", _quotient_text(value, f" of {contexts[0]}")
 
         yield f"decode, batch 1, ctx_len {ctx_len}", fields, to_short
-    for batch in sorted({r["batch"] for r in results if r["part"] == "busy"}):
+    for batch in figures.values_of(results, "busy", "batch"):
         for beside in (False, True):
             fields = {"part": "busy", "batch": batch, "beside_busy": beside}
 
             def to_alone(name: str, batch: int = batch, beside: bool = beside) -> tuple[str, str]:
                 value = figures.kept_share(results, name, batch) if beside else None
-                return "", "" if value is None else f"{value:.2f} of alone"
+                return "", _quotient_text(value, " of alone")
 
             what = "beside a busy process" if beside else "alone"
             yield f"decode, batch {batch}, {what}", fields, to_alone
@@ -135,6 +132,7 @@ def promise_table(document: Document) -> Table:
     table = _table("promises", ["", "is", "at least", ""])
     for promise in document["promises"]:
         verdict = "holds" if promise["holds"] else "MISSED"
+        verdict += "*" if promise["disturbed"] else ""
         table.add_row(
             promise["about"], f"{promise['figure']:.2f}", f"{promise['floor']:.2f}", verdict
         )
@@ -165,9 +163,11 @@ def footnotes(document: Document) -> list[str]:
     """What has to be known with the tables."""
     results = document["results"]
     lines = [*document["notes"]]
-    if any(is_noisy(result) for result in results):
-        lines.append(f"* others kept more than {NOISY_CORES:g} of a core busy in most rounds")
-    lines.append(f"waited {document['waited_s']:g} s in all for a quiet machine")
+    if any(figures.is_disturbed(result) for result in results):
+        cores = f"{figures.NOISY_CORES:g} of a core"
+        lines.append(f"* disturbed: others kept more than {cores} busy in every round")
+    waited_s = document["waited_s"]
+    lines.append(f"{waited_s:g} s in all of waits for a quiet machine, and of repeated timings")
     processor = document["processor"]
     sets = " ".join(processor["instruction_sets"]) or "no instruction set that matters here"
     lines.append(f"{processor['name']}, {processor['cores']} cores, {sets}")

@@ -24,9 +24,15 @@ SMOLLM2 = {
 OURS, EXACT = "qaic_ray mx6 fast", {"qaic_ray mx6 fast": "fast"}
 
 
-def result(contender: str, speeds: list[float], **fields: Any) -> dict[str, Any]:
+def result(
+    contender: str, speeds: list[float], others_cores: list[float] | None = None, **fields: Any
+) -> dict[str, Any]:
     case = {"part": "decode", "batch": 1, "prompt_tokens": 128, "ctx_len": 512}
-    rounds = [{"tokens_per_s": speed} for speed in speeds]
+    others = others_cores or [0.0] * len(speeds)
+    rounds = [
+        {"tokens_per_s": speed, "others_cores": cores}
+        for speed, cores in zip(speeds, others, strict=True)
+    ]
     return {"contender": contender, **case, "beside_busy": False, **fields, "rounds": rounds}
 
 
@@ -63,8 +69,25 @@ def test_a_ratio_is_the_median_of_neighbours_and_not_of_medians() -> None:
         result(OURS, [100.0, 30.0, 110.0]),
         result(figures.PEER, [50.0, 10.0, 60.0]),
     ]
-    assert figures.ratio(results, OURS, part="decode", batch=1) == pytest.approx(2.0)
-    assert figures.ratio(results, figures.PEER, part="decode", batch=1) == 1.0
+    assert figures.ratio(results, OURS, part="decode", batch=1).value == pytest.approx(2.0)
+    assert figures.ratio(results, figures.PEER, part="decode", batch=1).value == 1.0
+
+
+def test_rounds_that_others_disturbed_are_left_out_where_some_remain() -> None:
+    ours = result(OURS, [100.0, 90.0, 40.0], others_cores=[0.0, 0.1, 0.9])
+    peer = result(figures.PEER, [50.0, 5.0, 5.0], others_cores=[0.2, 0.9, 0.9])
+    assert figures.ratio([ours, peer], OURS) == figures.Quotient(2.0, disturbed=False)
+    assert figures.summary(ours["rounds"]) == {"median": 95.0, "least": 90.0, "most": 100.0}
+    assert not figures.is_disturbed(ours)
+
+
+def test_a_figure_of_disturbed_rounds_alone_says_so() -> None:
+    ours = result(OURS, [100.0, 90.0], others_cores=[0.0, 0.1])
+    peer = result(figures.PEER, [50.0, 45.0], others_cores=[0.9, 0.9])
+    assert figures.ratio([ours, peer], OURS) == figures.Quotient(2.0, disturbed=True)
+    assert figures.is_disturbed(peer)
+    (promise,) = figures.promises([ours, peer], EXACT, cores=2, threads=2)
+    assert promise.as_json()["disturbed"]
 
 
 def test_what_was_not_measured_has_no_figure_and_no_promise() -> None:
@@ -130,9 +153,15 @@ def test_a_busy_process_takes_a_core_and_no_more(
     assert held(results, cores, threads) == {about: holds}
 
 
+def test_texts_are_alike_by_their_first_word() -> None:
+    ours = [" Paris.\n\nThe answer", " the cat", "x"]
+    assert figures.alike([" Paris.\n\nThe end", " a dog", "x y"], ours) == pytest.approx(2 / 3)
+    assert figures.alike([], ours) is None
+
+
 @given(st.lists(st.floats(0.1, 1e6), min_size=1, max_size=9), st.floats(0.1, 10.0))
 def test_a_ratio_does_not_depend_on_the_speed_of_the_machine(
     speeds: list[float], factor: float
 ) -> None:
     results = [result(OURS, [s * factor for s in speeds]), result(figures.PEER, speeds)]
-    assert figures.ratio(results, OURS, part="decode") == pytest.approx(factor)
+    assert figures.ratio(results, OURS, part="decode").value == pytest.approx(factor)
