@@ -39,10 +39,11 @@ from typing import Any
 
 from cpu import figures, machine, preparation, shown
 from cpu.contender import Contender, ContenderError, script
-from cpu.preparation import PeerMissing
+from cpu.kinds import PEERS, Kind, our_kinds, peer_kinds, peer_versions
+from cpu.machine import Patience
 
 from qaic_ray.files.folders import cache_folder, write_whole
-from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
+from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import EmulatorOptions
 from qaic_ray.pipeline.request import SdkChoice
@@ -54,26 +55,11 @@ PROMPT_TOKENS, PROMPT_LEN, CTX_LEN = 128, 128, 512
 PREFILLS, PREFILL_CTX_LEN = (300, 512), 1024
 CONTEXTS, CONTEXT_PROMPT = (512, 8192), 300
 BUSY_BATCHES = (1, 8)
-PEERS = ("llama.cpp", "transformers", "openvino")
 PARTS = ("decode", "prefill", "context", "busy")
-NUMERICS_VARIABLE, THREADS_VARIABLE = "QAIC_EMULATOR_NUMERICS", "QAIC_EMULATOR_THREADS"
 MOST_REPEATS = 2
 """Of a timing beside which others were at work; the least disturbed one counts."""
 SLOW_TOKENS = 16
 """Of the contenders that are timed token by token, and have no prompt in a cache."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A contender before it is started: ours if it has a precision."""
-
-    name: str
-    command: list[str]
-    environment: dict[str, str]
-    opening: dict[str, Any]
-    precision: str = ""
-    numerics: str = ""
-    is_slow: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,24 +72,6 @@ class Case:
     ctx_len: int
     beside_busy: bool = False
     copy: int = 0
-
-
-@dataclass
-class Patience:
-    """How long a quiet machine is waited for: before each timing, and in all."""
-
-    each_s: float
-    left_s: float
-
-    def wait(self) -> dict[str, float]:
-        """See `machine.wait_until_quiet`."""
-        seen = machine.wait_until_quiet(min(self.each_s, self.left_s))
-        self.spend(seen["waited_s"])
-        return seen
-
-    def spend(self, seconds: float) -> None:
-        """Take from what is left in all."""
-        self.left_s = max(0.0, self.left_s - seconds)
 
 
 @dataclass
@@ -285,68 +253,6 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[str, list[Case]]]:
             yield "busy", both
 
 
-def our_kinds(options: argparse.Namespace) -> list[Kind]:
-    """Ours, by precision and numerics; what numerics means is said of MXFP6 weights."""
-    found = []
-    for precision in options.precision:
-        for numerics in options.numerics if precision == "mx6" else options.numerics[:1]:
-            environment = {**os.environ, THREADS_VARIABLE: str(options.threads)}
-            environment[NUMERICS_VARIABLE] = numerics
-            command = [sys.executable, script("ours.py")]
-            name = f"qaic_ray {precision} {numerics}"
-            found.append(Kind(name, command, environment, {}, precision, numerics))
-    return found
-
-
-def peer_kinds(options: argparse.Namespace, checkpoint: Checkpoint, notes: list[str]) -> list[Kind]:
-    """The peers that can be set up here; a note says why one cannot."""
-    environment, threads = dict(os.environ), options.threads
-    model = {"checkpoint": str(checkpoint.folder), "threads": threads, "exports": ""}
-
-    def llama_cpp() -> Kind:
-        python = preparation.peer_python(options.folder / "llama.cpp", preparation.LLAMA_CPP)
-        gguf = preparation.q8_0_file(options.folder, checkpoint)
-        opening = {"gguf": str(gguf), "threads": threads}
-        return Kind(figures.PEER, [str(python), script("llama_cpp.py")], environment, opening)
-
-    def transformers() -> Kind:
-        opening = model | {"kind": "transformers"}
-        command = [sys.executable, script("generate.py")]
-        return Kind("transformers float32", command, environment, opening, is_slow=True)
-
-    def openvino() -> Kind:
-        folder = options.folder / "openvino"
-        python = preparation.peer_python(folder, preparation.OPENVINO, sees_ours=True)
-        exports = options.folder / f"{checkpoint.base}-openvino-int8"
-        opening = model | {"kind": "openvino", "exports": str(exports)}
-        command = [str(python), script("generate.py")]
-        return Kind("OpenVINO int8", command, environment, opening, is_slow=True)
-
-    makers = {"llama.cpp": llama_cpp, "transformers": transformers, "openvino": openvino}
-    found = []
-    for name in options.peers:
-        say(f"peer: {name}")
-        try:
-            found.append(makers[name]())
-        except PeerMissing as error:
-            notes.append(f"{name} is left out: {error}")
-    return found
-
-
-def peer_versions(kinds: Sequence[Kind]) -> dict[str, dict[str, str]]:
-    """Versions of what each peer is made of."""
-    packages = {
-        figures.PEER: preparation.LLAMA_CPP,
-        "transformers float32": ("transformers", "torch"),
-        "OpenVINO int8": (*preparation.OPENVINO, "transformers", "torch"),
-    }
-    return {
-        kind.name: preparation.versions(kind.command[0], packages[kind.name])
-        for kind in kinds
-        if kind.name in packages
-    }
-
-
 def limits(threads: int, patience: Patience) -> dict[str, float]:
     """The machine's, by a process of its own."""
     patience.wait()
@@ -400,6 +306,7 @@ def run(options: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
     checkpoint = open_checkpoint(MODEL)
     notes: list[str] = []
     options.folder.mkdir(parents=True, exist_ok=True)
+    say(f"peers: {', '.join(options.peers) or 'none'}")
     peers = peer_kinds(options, checkpoint, notes)
     kinds = [*our_kinds(options), *peers]
     emulated = EmulatorOptions()

@@ -129,6 +129,24 @@ def wait_until_quiet(limit_s: float) -> dict[str, float]:
             return {"waited_s": round(waited_s, 2), "busy_cores": round(busy, 3)}
 
 
+@dataclass
+class Patience:
+    """How long a quiet machine is waited for: before each timing, and in all."""
+
+    each_s: float
+    left_s: float
+
+    def wait(self) -> dict[str, float]:
+        """See `wait_until_quiet`."""
+        seen = wait_until_quiet(min(self.each_s, self.left_s))
+        self.spend(seen["waited_s"])
+        return seen
+
+    def spend(self, seconds: float) -> None:
+        """Take from what is left in all."""
+        self.left_s = max(0.0, self.left_s - seconds)
+
+
 @contextmanager
 def others_watched(pids: Iterable[int]) -> Iterator[dict[str, float]]:
     """Fill the yielded dict with `others_cores`, CPU that neither we nor `pids` used, at the end.
