@@ -11,6 +11,7 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -58,7 +59,8 @@ class Contender:
     ) -> None:
         assert self._child.stdin is not None
         assert self._child.stdout is not None
-        self._child.stdin.close()
+        with suppress(BrokenPipeError):  # it has ended, with a request unread
+            self._child.stdin.close()
         try:
             self._child.wait(END_S)
         except subprocess.TimeoutExpired:
@@ -84,11 +86,9 @@ class Contender:
         """
         assert self._child.stdin is not None
         assert self._child.stdout is not None
-        try:
+        with suppress(BrokenPipeError):  # it has ended, and its stdout too
             self._child.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._child.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended, and its stdout too
         line = self._child.stdout.readline()
         if not line:
             raise ContenderError(f"{self.name} ended: {self._last_words()}")
