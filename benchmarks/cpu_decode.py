@@ -13,7 +13,7 @@ round's ratio. Decode is counted from the first token of all rows to the last; o
 prompts are in its slots already, the faster of its own `timings` and the wall clock.
 
 Before each timing it waits for a quiet machine, at most `--wait` seconds, and a timing that others
-disturbed is repeated; `--wait-in-all` bounds both together. A round that was disturbed all the same
+disturbed is repeated; `--wait-in-all` bounds both together, a share for each case. A round that was disturbed all the same
 is left out where others remain. The machine's limits are the best that was seen in the same run.
 
 Environments, the Q8_0 file and programs are made once (2 GB, for fp16 2 GB more, in the cache of
@@ -47,7 +47,7 @@ from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import EmulatorOptions
 from qaic_ray.pipeline.request import SdkChoice
-from qaic_ray.sdk import Sdk, find_sdk
+from qaic_ray.sdk import find_sdk
 
 MODEL = "smollm2-135m"
 TEXT = Path(__file__).resolve().parents[1] / "LICENSE"
@@ -81,14 +81,15 @@ class Arena:
     kinds: list[Kind]
     tokenizer: Tokenizer
     tokens: list[int]
-    sdk: Sdk
     options: argparse.Namespace
     patience: Patience
     stack: ExitStack
+    scratch: Path
     processes: dict[tuple[str, int], Contender] = field(default_factory=dict)
     opened: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
     results: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    left_out: set[str] = field(default_factory=set)
 
     def prompts(self, case: Case) -> list[list[int]]:
         """Token ids of as many texts as the batch has rows, all of one length."""
@@ -108,9 +109,15 @@ class Arena:
             order = list(range(len(ready)))
             shift = number % max(len(order), 1)
             for at in order[shift:] + order[:shift]:
-                answer, said[at] = self._round(*ready[at])
-                found[at].append(answer)
+                kind, case = ready[at]
+                if kind.name in self.left_out:
+                    continue
+                with self._leaving_out(kind):
+                    answer, said[at] = self._round(kind, case)
+                    found[at].append(answer)
         for (kind, case), rounds, texts in zip(ready, found, said, strict=True):
+            if len(rounds) < self.options.rounds:
+                continue
             result = {"contender": kind.name, **vars(case), "rounds": rounds}
             del result["copy"]
             # Rounding may change a text; a peer that runs another model changes all of them.
@@ -118,35 +125,44 @@ class Arena:
             self.results.append(result | {"tokens_per_s": figures.summary(rounds)})
 
     def _is_ready(self, kind: Kind, case: Case) -> bool:
-        """Open what a case needs and run it once; False, with a note, where a peer cannot."""
-        if any(note.startswith(kind.name) for note in self.notes):
+        """Open what a case needs and run it once; False where a peer cannot."""
+        if kind.name in self.left_out:
             return False
-        try:
+        with self._leaving_out(kind):
             self._open(kind, case)
             contender = self.processes[kind.name, case.copy]
             if case.part == "prefill":
                 contender.ask("prefill", prompt=self.prompts(case)[0])
             else:
                 contender.ask("decode", prompts=self.prompts(case), new_tokens=4)
+        return kind.name not in self.left_out
+
+    @contextmanager
+    def _leaving_out(self, kind: Kind) -> Iterator[None]:
+        """What a peer cannot do is noted, and it takes no further part; ours must be able to."""
+        try:
+            yield
         except ContenderError as error:
             if kind.precision:
                 raise
+            self.left_out.add(kind.name)
             self.notes.append(f"{kind.name} is left out: {error}")
-            return False
-        return True
 
     def _open(self, kind: Kind, case: Case) -> None:
         key = kind.name, case.copy
         if key not in self.processes:
-            contender = Contender(kind.name, kind.command, kind.environment, **kind.opening)
+            # Each has a machine of its own: cards of one share its threads and weights.
+            state = self.scratch / f"cards-{len(self.processes)}"
+            environment = {**kind.environment, "QAIC_EMULATOR_STATE": str(state)}
+            contender = Contender(kind.name, kind.command, environment, **kind.opening)
             self.processes[key] = self.stack.enter_context(contender)
         shape = case.batch, case.ctx_len
         if self.opened.get(key) == shape:
             return
         if kind.precision:
             qpc = program_of(self.options.sdk_choice, kind.precision, case)
-            device = list(self.processes).index(key)
-            self.processes[key].open(sdk=str(self.sdk.root), qpc=str(qpc), device=device)
+            sdk = str(self.options.sdk_choice.here.root)
+            self.processes[key].open(sdk=sdk, qpc=str(qpc), device=0)
         elif kind.name == figures.PEER:
             self.processes[key].open(slots=case.batch, ctx_len=case.ctx_len)
         elif key not in self.opened:
@@ -277,7 +293,7 @@ def arguments() -> argparse.Namespace:
     add("--new-tokens", type=int, default=None, help="of each row: 64; with --quick 32")
     add("--quick", action="store_true", help="batches 1 8 16, mx6, llama.cpp, fewer rounds")
     add("--wait", type=float, default=5.0, help="seconds before a timing, for a quiet machine")
-    add("--wait-in-all", type=float, default=120.0, help="seconds of waits and repeats in all")
+    add("--wait-in-all", type=float, default=180.0, help="seconds of waits and repeats in all")
     add("--folder", type=Path, default=None, help="of environments and files of the peers")
     add("--picture", type=Path, default=Path("cpu_decode.svg"), help="is written there")
     options = parser.parse_args()
@@ -300,7 +316,7 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def run(options: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
+def run(options: argparse.Namespace, stack: ExitStack, scratch: Path) -> dict[str, Any]:
     """Measure everything; the document that is printed."""
     begun_s = time.monotonic()
     checkpoint = open_checkpoint(MODEL)
@@ -311,16 +327,15 @@ def run(options: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
     kinds = [*our_kinds(options), *peers]
     emulated = EmulatorOptions()
     options.sdk_choice = SdkChoice(find_sdk("emulated", emulated), "emulated", emulated)
-    copies = len(CONTEXTS) * len(kinds)
-    cards = EmulatorOptions(cards=min(copies, 16))
-    patience = Patience(options.wait, options.wait_in_all)
+    patience = Patience(options.wait)
+    groups = list(cases(options))
     tokenizer = load_tokenizer(checkpoint)
     tokens = tokenizer.encode(TEXT.read_text("utf-8"))
-    sdk = find_sdk("emulated", cards)
-    arena = Arena(kinds, tokenizer, tokens, sdk, options, patience, stack, notes=notes)
+    arena = Arena(kinds, tokenizer, tokens, options, patience, stack, scratch, notes=notes)
     prepared_s = time.monotonic() - begun_s
     measured = [limits(options.threads, patience)]
-    for part, some in cases(options):
+    for part, some in groups:
+        patience.give(options.wait_in_all / len(groups))
         arena.measure(part, some)
         measured.append(limits(options.threads, patience))
     numerics_of = {kind.name: kind.numerics for kind in kinds if kind.precision == "mx6"}
@@ -345,7 +360,7 @@ def run(options: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
         "new_tokens": options.new_tokens,
         "limits": {name: max(each[name] for each in measured) for name in measured[0]},
         "limits_measured": measured,
-        "waited_s": round(options.wait_in_all - patience.left_s, 1),
+        "waited_s": round(patience.spent_s, 1),
         "results": arena.results,
         "promises": [promise.as_json() for promise in kept],
         "notes": arena.notes,
@@ -356,8 +371,10 @@ def main() -> None:
     """Measure, print and draw."""
     options = arguments()
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        os.environ["QAIC_EMULATOR_STATE"] = str(Path(scratch) / "cards")
-        document = run(options, stack)
+        try:
+            document = run(options, stack, Path(scratch))
+        except ContenderError as error:
+            sys.exit(str(error))
     shown.show(document)
     if any(result["part"] == "decode" for result in document["results"]):
         write_whole(options.picture, shown.picture_of(document))

@@ -131,20 +131,31 @@ def wait_until_quiet(limit_s: float) -> dict[str, float]:
 
 @dataclass
 class Patience:
-    """How long a quiet machine is waited for: before each timing, and in all."""
+    """How long a quiet machine is waited for: before each timing, and in all until more is given.
+
+    Args:
+        each_s: before a timing, at most.
+        left_s: of all waits and repeats, until `give`.
+    """
 
     each_s: float
-    left_s: float
+    left_s: float = 0.0
+    spent_s: float = 0.0
+
+    def give(self, seconds: float) -> None:
+        """Add to what is left."""
+        self.left_s += seconds
+
+    def spend(self, seconds: float) -> None:
+        """Take from what is left."""
+        self.left_s = max(0.0, self.left_s - seconds)
+        self.spent_s += seconds
 
     def wait(self) -> dict[str, float]:
         """See `wait_until_quiet`."""
         seen = wait_until_quiet(min(self.each_s, self.left_s))
         self.spend(seen["waited_s"])
         return seen
-
-    def spend(self, seconds: float) -> None:
-        """Take from what is left in all."""
-        self.left_s = max(0.0, self.left_s - seconds)
 
 
 @contextmanager

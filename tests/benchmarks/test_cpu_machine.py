@@ -46,6 +46,25 @@ def test_nobody_is_waited_for_longer_than_is_said(monkeypatch: pytest.MonkeyPatc
     assert 3.0 <= seen["waited_s"] < 3.5
 
 
+def test_patience_ends_and_is_given_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+
+    def waited(limit_s: float) -> dict[str, float]:
+        limits.append(limit_s)
+        return {"waited_s": limit_s, "busy_cores": 2.0}
+
+    monkeypatch.setattr(machine, "wait_until_quiet", waited)
+    patience = machine.Patience(5.0)
+    patience.give(7.0)
+    for _ in range(3):
+        patience.wait()
+    patience.give(10.0)
+    patience.spend(8.0)
+    patience.wait()
+    assert limits == [5.0, 2.0, 0.0, 2.0]
+    assert patience.spent_s == 17.0
+
+
 def test_pss_is_the_whole_and_not_its_parts() -> None:
     rollup = "55d000-7ff000 ---p 00000000 00:00 0  [rollup]\nRss:  2000 kB\nPss:  1500 kB\n"
     assert memory.parse_pss(f"{rollup}Pss_Dirty:  900 kB\nPss_Anon:  800 kB\n") == 1500 * 1024
