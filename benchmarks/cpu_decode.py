@@ -13,8 +13,9 @@ round's ratio. Decode is counted from the first token of all rows to the last; o
 prompts are in its slots already, the faster of its own `timings` and the wall clock.
 
 Before each timing it waits for a quiet machine, at most `--wait` seconds, and a timing that others
-disturbed is repeated; `--wait-in-all` bounds both together, a share for each case. A round that was disturbed all the same
-is left out where others remain. The machine's limits are the best that was seen in the same run.
+disturbed is repeated; `--wait-in-all` bounds both together, and each case has a share of it. A
+round that was disturbed all the same is left out where others remain. The machine's limits are the
+best that was seen in the same run.
 
 Environments, the Q8_0 file and programs are made once (2 GB, for fp16 2 GB more, in the cache of
 `qaic-ray run` and in `--folder`). Prints tables, draws a picture, and prints one JSON object as its
