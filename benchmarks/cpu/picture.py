@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, HEIGHT = 900, 560
 LEFT, RIGHT, TOP, BOTTOM = 64, 246, 92, 84
+FAR = 3.0
+"""A limit is not drawn beyond so many times the highest figure."""
 LABEL_GAP = 17
 """Pixels between the names at the right."""
 COLOURS = ("#0b6e99", "#d9480f", "#5f3dc4", "#2b8a3e", "#868e96", "#a61e4d", "#5c940d", "#364fc7")
@@ -33,7 +35,7 @@ _CSS = """
 class Point:
     """Tokens/s at a batch: the median, and the range over the rounds."""
 
-    batch: int
+    batch: float
     median: float
     least: float
     most: float
@@ -48,11 +50,30 @@ class Curve:
     dash: str = ""
 
 
+def without_far_limits(curves: Sequence[Curve]) -> list[Curve]:
+    """The curves, with limits ended where they are far above everything that was measured."""
+    measured = [p.most for curve in curves if not curve.dash for p in curve.points]
+    begins = [curve.points[0].median for curve in curves if curve.dash]
+    most = max([FAR * value for value in measured] + [1.2 * value for value in begins])
+    return [_ended_at(curve, most) if curve.dash else curve for curve in curves]
+
+
+def _ended_at(curve: Curve, most: float) -> Curve:
+    """A rising curve up to `most`, with a point there on its line between two others."""
+    kept = [point for point in curve.points if point.median <= most]
+    if len(kept) < len(curve.points):
+        a, b = kept[-1], curve.points[len(kept)]
+        share = math.log(most / a.median) / math.log(b.median / a.median)
+        batch = a.batch * (b.batch / a.batch) ** share
+        kept.append(Point(batch, most, most, most))
+    return replace(curve, points=tuple(kept))
+
+
 class Plane:
     """Places of a chart with two logarithmic axes."""
 
     def __init__(self, curves: Sequence[Curve]) -> None:
-        self.batches = sorted({point.batch for curve in curves for point in curve.points})
+        self.batches = sorted({p.batch for c in curves if not c.dash for p in c.points})
         values = [v for curve in curves for p in curve.points for v in (p.least, p.most)]
         self.low, self.high = min(values) / 1.15, max(values) * 1.15
         self._span = math.log2(self.batches[-1] / self.batches[0]) or 1.0
@@ -66,6 +87,10 @@ class Plane:
         """Pixels from the top."""
         share = math.log(value / self.low) / math.log(self.high / self.low)
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+    def ends_early(self, curve: Curve) -> bool:
+        """Whether a curve does not come to the right edge, and has its name where it ends."""
+        return bool(curve.dash) and curve.points[-1].batch < self.batches[-1]
 
     @property
     def ticks(self) -> list[float]:
@@ -107,10 +132,10 @@ def draw(curves: Sequence[Curve], title: str, notes: Sequence[str]) -> str:
         title: the head line.
         notes: lines in small letters: one below the title, others below the chart.
     """
-    curves = [curve for curve in curves if curve.points]
+    curves = without_far_limits([curve for curve in curves if curve.points])
     plane = Plane(curves)
     colours = _colours(curves)
-    wanted = {curve.name: plane.y(curve.points[-1].median) for curve in curves}
+    wanted = {c.name: plane.y(c.points[-1].median) for c in curves if not plane.ends_early(c)}
     heights = spread(wanted, LABEL_GAP, TOP + 6, HEIGHT - BOTTOM)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
@@ -124,7 +149,7 @@ def draw(curves: Sequence[Curve], title: str, notes: Sequence[str]) -> str:
     for curve in curves:
         parts += _curve(curve, plane, colours[curve.name])
     for curve in curves:
-        parts += _name(curve, plane, colours[curve.name], heights[curve.name])
+        parts += _name(curve, plane, colours[curve.name], heights.get(curve.name))
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -184,16 +209,22 @@ def _curve(curve: Curve, plane: Plane, colour: str) -> list[str]:
     return parts
 
 
-def _name(curve: Curve, plane: Plane, colour: str, height: float) -> list[str]:
+def _name(curve: Curve, plane: Plane, colour: str, height: float | None) -> list[str]:
+    """A name at the right edge, led to its line; or at the line's end, where that is elsewhere."""
     last = curve.points[-1]
-    x, y, at = plane.x(last.batch), plane.y(last.median), WIDTH - RIGHT + 12
+    x, y = plane.x(last.batch), plane.y(last.median)
     css = "note" if curve.dash else "name"
-    # Out of the way of its neighbours' names, a name is led to its line.
-    leader = (
-        f'<path class="leader" stroke="{colour}" d="M{x + 6:.1f} {y:.1f}L{at - 4} {height:.1f}"/>'
+    if height is None:
+        return [_text(curve.name, (x + 8, y), css, colour)]
+    at = WIDTH - RIGHT + 12
+    path = f"M{x + 6:.1f} {y:.1f}L{at - 4} {height:.1f}"
+    leader = f'<path class="leader" stroke="{colour}" d="{path}"/>'
+    return [leader, _text(curve.name, (at, height), css, colour)]
+
+
+def _text(text: str, place: tuple[float, float], css: str, colour: str) -> str:
+    x, y = place
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" dominant-baseline="central" class="{css}" '
+        f'style="fill:{colour}">{escape(text)}</text>'
     )
-    return [
-        leader,
-        f'<text x="{at}" y="{height:.1f}" dominant-baseline="central" class="{css}" '
-        f'fill="{colour}" style="fill:{colour}">{escape(curve.name)}</text>',
-    ]

@@ -57,6 +57,29 @@ def test_doubling_is_the_same_distance_everywhere() -> None:
     assert plane.ticks == [50, 100, 200, 500, 1000]
 
 
+def test_a_limit_far_above_the_figures_ends_on_its_own_line() -> None:
+    far = curve("far", {1: 100.0, 2: 200.0, 4: 400.0, 8: 800.0, 16: 1600.0}, "7 4")
+    ours, ended = picture.without_far_limits([curve("ours", {1: 50.0, 16: 200.0}), far])
+    assert ours.points[-1].median == 200.0
+    # Three times the highest of the range, 220; the line has 100 tokens/s a row.
+    assert [point.median for point in ended.points] == [100.0, 200.0, 400.0, pytest.approx(660.0)]
+    assert ended.points[-1].batch == pytest.approx(6.6)
+
+
+def test_a_limit_that_ends_early_has_its_name_there() -> None:
+    far = curve("far", {1: 100.0, 4: 400.0, 16: 1600.0}, "7 4")
+    root = ET.fromstring(picture.draw([curve("ours", {1: 50.0, 16: 200.0}), far], "Decode", []))
+    places = {e.text: float(e.get("x", "0")) for e in root.iter(f"{SVG}text")}
+    right = picture.WIDTH - picture.RIGHT
+    assert places["far"] < right < places["ours"]
+
+
+def test_every_limit_has_a_beginning() -> None:
+    far = curve("far", {1: 1000.0, 2: 2000.0}, "7 4")
+    _, ended = picture.without_far_limits([curve("ours", {1: 5.0, 2: 9.0}), far])
+    assert [point.median for point in ended.points] == [1000.0, pytest.approx(1200.0)]
+
+
 @given(st.lists(st.floats(0, 500), min_size=1, max_size=12))
 def test_names_keep_their_distance_their_order_and_their_room(heights: list[float]) -> None:
     wanted = {f"name {number}": height for number, height in enumerate(heights)}
