@@ -56,6 +56,8 @@ PROMPT_TOKENS, PROMPT_LEN, CTX_LEN = 128, 128, 512
 PREFILLS, PREFILL_CTX_LEN = (300, 512), 1024
 CONTEXTS, CONTEXT_PROMPT = (512, 8192), 300
 BUSY_BATCHES = (1, 8)
+MOST_ROWS = 512
+"""Different prompts that the text has room for."""
 PARTS = ("decode", "prefill", "context", "busy")
 MOST_REPEATS = 2
 """Of a timing beside which others were at work; the least disturbed one counts."""
@@ -92,12 +94,6 @@ class Arena:
     notes: list[str] = field(default_factory=list)
     left_out: set[str] = field(default_factory=set)
 
-    def prompts(self, case: Case) -> list[list[int]]:
-        """Token ids of as many texts as the batch has rows, all of one length."""
-        stride = max(1, (len(self.tokens) - case.prompt_tokens) // max(case.batch, 1))
-        starts = [row * stride for row in range(case.batch)]
-        return [self.tokens[start : start + case.prompt_tokens] for start in starts]
-
     def measure(self, part: str, cases: Sequence[Case]) -> None:
         """All rounds of cases that belong together, all contenders by turns."""
         kinds = [k for k in self.kinds if part in ("decode", "prefill") or not k.is_slow]
@@ -133,9 +129,9 @@ class Arena:
             self._open(kind, case)
             contender = self.processes[kind.name, case.copy]
             if case.part == "prefill":
-                contender.ask("prefill", prompt=self.prompts(case)[0])
+                contender.ask("prefill", prompt=prompts_of(self.tokens, case)[0])
             else:
-                contender.ask("decode", prompts=self.prompts(case), new_tokens=4)
+                contender.ask("decode", prompts=prompts_of(self.tokens, case), new_tokens=4)
         return kind.name not in self.left_out
 
     @contextmanager
@@ -182,7 +178,7 @@ class Arena:
         return best
 
     def _timing(self, kind: Kind, case: Case) -> tuple[dict[str, Any], list[str]]:
-        contender, prompts = self.processes[kind.name, case.copy], self.prompts(case)
+        contender, prompts = self.processes[kind.name, case.copy], prompts_of(self.tokens, case)
         seen = self.patience.wait()
         with ExitStack() as around:
             pids = [contender.pid]
@@ -200,6 +196,13 @@ class Arena:
         texts = decoded or answer.pop("texts", [])
         speed = answer["tokens"] / answer["seconds"]
         return {"tokens_per_s": speed, **answer, **seen, **others}, texts
+
+
+def prompts_of(tokens: Sequence[int], case: Case) -> list[list[int]]:
+    """Token ids of as many pieces of the text as the batch has rows, all of one length."""
+    stride = (len(tokens) - case.prompt_tokens) // case.batch
+    starts = [row * stride for row in range(case.batch)]
+    return [list(tokens[start : start + case.prompt_tokens]) for start in starts]
 
 
 def words(case: Case) -> str:
@@ -280,39 +283,50 @@ def limits(threads: int, patience: Patience) -> dict[str, float]:
     return found
 
 
+DEFAULTS = {
+    "batches": ((1, 2, 4, 8, 16, 32), (1, 8, 16)),
+    "peers": (PEERS, PEERS[:1]),
+    "precision": (("mx6", "fp16"), ("mx6",)),
+    "rounds": (3, 2),
+    "new_tokens": (64, 32),
+    "wait_in_all": (180.0, 60.0),
+}
+"""Of options that are not said: of a whole run, and of a quick one."""
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--batches", type=int, nargs="+", default=None, help="1 2 4 8 16 32")
-    add("--peers", nargs="*", choices=PEERS, default=None, help="all; with --quick llama.cpp")
+    add("--batches", type=int, nargs="+", help="1 2 4 8 16 32; with --quick 1 8 16")
+    add("--peers", nargs="*", choices=PEERS, help="all; with --quick llama.cpp")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="all of them")
-    add("--precision", nargs="+", choices=("mx6", "fp16"), default=None, help="both; quick: mx6")
+    add("--precision", nargs="+", choices=("mx6", "fp16"), help="both; with --quick mx6")
     add("--numerics", default="exact,fast", help="exact,fast")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each; all CPUs")
-    add("--rounds", type=int, default=None, help="of each case: 3; with --quick 2")
-    add("--new-tokens", type=int, default=None, help="of each row: 64; with --quick 32")
-    add("--quick", action="store_true", help="batches 1 8 16, mx6, llama.cpp, fewer rounds")
+    add("--rounds", type=int, help="of each case: 3; with --quick 2")
+    add("--new-tokens", type=int, help="of each row: 64; with --quick 32")
+    add("--quick", action="store_true", help="fewer cases, peers and rounds")
     add("--wait", type=float, default=5.0, help="seconds before a timing, for a quiet machine")
-    add("--wait-in-all", type=float, default=180.0, help="seconds of waits and repeats in all")
-    add("--folder", type=Path, default=None, help="of environments and files of the peers")
+    add("--wait-in-all", type=float, help="of waits and repeats: 180; with --quick 60")
+    add("--folder", type=Path, help="of environments and files of the peers")
     add("--picture", type=Path, default=Path("cpu_decode.svg"), help="is written there")
     options = parser.parse_args()
-    quick = options.quick
-    options.batches = sorted(
-        set(options.batches or ((1, 8, 16) if quick else (1, 2, 4, 8, 16, 32)))
-    )
-    options.peers = (PEERS[:1] if quick else PEERS) if options.peers is None else options.peers
-    options.precision = options.precision or (["mx6"] if quick else ["mx6", "fp16"])
-    options.rounds = options.rounds or (2 if quick else 3)
-    options.new_tokens = options.new_tokens or (32 if quick else 64)
+    for name, (whole, quick) in DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, quick if options.quick else whole)
     options.folder = options.folder or cache_folder() / "benchmarks"
-    options.numerics = [name for name in options.numerics.split(",") if name]
-    if not options.numerics or not set(options.numerics) <= figures.DECODE_FLOORS.keys():
+    options.batches = sorted(set(options.batches))
+    for name in ("peers", "precision"):
+        setattr(options, name, list(dict.fromkeys(getattr(options, name))))
+    options.numerics = list(dict.fromkeys(options.numerics.split(",")))
+    if not set(options.numerics) <= figures.DECODE_FLOORS.keys():
         parser.error("--numerics takes exact, fast, or both with a comma")
-    if min(options.batches) < 1 or min(options.threads, options.rounds) < 1:
-        parser.error("--batches, --threads and --rounds are at least 1")
-    if PROMPT_TOKENS + options.new_tokens > CTX_LEN or options.new_tokens < 2:
+    if not 1 <= min(options.batches) <= max(options.batches) <= MOST_ROWS:
+        parser.error(f"--batches are from 1 to {MOST_ROWS}")
+    if min(options.threads, options.rounds) < 1:
+        parser.error("--threads and --rounds are at least 1")
+    if not 2 <= options.new_tokens <= CTX_LEN - PROMPT_TOKENS:
         parser.error(f"--new-tokens is from 2 to {CTX_LEN - PROMPT_TOKENS}")
     return options
 
