@@ -21,7 +21,7 @@ NUMBERS = 8
 
 BLOCK_LEN = 16  # tokens of a block: fewer tell more of the tail, more shorten the list of blocks
 NUM_GROUPS = 512  # the head is found by the largest logits of so many groups of blocks
-_HEAD = 48  # tokens of the head at least, where neither top_k nor min_p says how many
+HEAD = 48  # tokens of the head at least, where neither top_k nor min_p says how many
 _IN_CACHE = 4096  # columns reduced at once: they stay in the first-level cache
 LOWEST = np.finfo(np.float32).min
 SLACK = 1e-5  # of the tail's length, which is a sum of float32
@@ -55,7 +55,7 @@ class Rules:
         self.limited = (top_k > 0) | has_min_p
         self.is_limited = bool(self.limited.all())
         self.only_min_p = has_min_p & (top_k == 0)
-        self.num_head = np.where(top_k > 0, top_k, _HEAD)
+        self.num_head = np.where(top_k > 0, top_k, HEAD)
         self.num_kept = np.where(top_k > 0, top_k, vocab)
         self.max_head = int(top_k.max(initial=0))
         self.rows, self.bounds = np.arange(top_k.size), np.arange(top_k.size + 1)
@@ -144,7 +144,7 @@ class CategoricalSampler:
         floor: Logits = groups[rules.rows, np.maximum(width - rules.num_head, 0)]
         if rules.max_head > width // 2:
             # Groups tell of as many tokens as there are groups, and badly of nearly as many.
-            for row in np.flatnonzero(rules.num_head > max(width // 2, _HEAD)):
+            for row in np.flatnonzero(rules.num_head > max(width // 2, HEAD)):
                 num = int(rules.num_head[row])
                 some = self._maxima[row] if num <= self._maxima.shape[1] else logits[row]
                 floor[row] = np.partition(some, some.size - num)[some.size - num]

@@ -1,0 +1,155 @@
+"""Token selection by the compiled kernels: the same tokens as numpy's, bit for bit.
+
+Importing this file imports numba, and compiles or loads the kernels: `loader.py` does so
+where it pays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Listed
+
+import numpy as np
+
+from qaic_ray.engine.categorical import BLOCK_LEN, NUM_GROUPS, SLACK, Rules
+from qaic_ray.engine.compiled import kernels
+from qaic_ray.engine.compiled.jit import IS_COMPILED
+from qaic_ray.engine.compiled.kernels import Asked, Draw, Heads, Past
+from qaic_ray.engine.past import Pasts
+from qaic_ray.engine.unsettled import UNITS, Floats, Ints, Logits, Unsettled
+from qaic_ray.sampling_params import SamplingParams
+
+__all__ = ["IS_COMPILED", "Compiled", "can_choose"]
+
+_MOST_KEPT = NUM_GROUPS // 2  # beyond, the groups tell too little of the head
+_GREEDY = (1.0, 0, 1.0, 0.0)
+
+
+def can_choose(params: Listed[SamplingParams], vocab: int) -> bool:
+    """Whether rows that ask for this are for the kernels."""
+    kept = [asked.top_k for asked in params if not asked.is_greedy and asked.top_k < vocab]
+    return vocab >= BLOCK_LEN * NUM_GROUPS and max(kept, default=0) <= _MOST_KEPT
+
+
+class Compiled:
+    """Chooses the tokens of one group of rows; keeps its buffers from one call to the next.
+
+    Args:
+        params: of each row.
+        slots: of each row, where `pasts` has what it has had.
+        vocab: tokens of a row of logits.
+    """
+
+    def __init__(self, params: Listed[SamplingParams], slots: Listed[int], vocab: int) -> None:
+        is_greedy = [asked.is_greedy for asked in params]
+        rules = Rules(
+            [
+                _GREEDY
+                if asked.is_greedy
+                else (asked.temperature, asked.top_k, asked.top_p, asked.min_p)
+                for asked in params
+            ],
+            vocab,
+        )
+        self._rules = rules
+        num_rows, num_blocks = len(params), vocab // BLOCK_LEN
+        self._has_tail = ~(rules.limited | is_greedy)
+        self._num_tails = int(self._has_tail.sum())
+        self._num_steps = -(-vocab // num_blocks)
+        numbers = np.stack([rules.temperature, rules.top_p, rules.log_min_p], axis=1)
+        ints = np.zeros((num_rows, 6), np.int64)
+        ints[:, kernels.GREEDY] = is_greedy
+        ints[:, kernels.LIMITED] = ~self._has_tail
+        ints[:, kernels.ONLY_MIN_P] = rules.only_min_p
+        ints[:, kernels.NUM_HEAD] = rules.num_head
+        ints[:, kernels.NUM_KEPT] = np.where(is_greedy, 1, rules.num_kept)
+        ints[:, kernels.CELLS] = np.where(
+            self._has_tail, self._has_tail.cumsum() - 1, self._num_tails
+        )
+        self._asked = Asked(numbers, ints, np.array(slots, np.int64))
+        room = num_rows * kernels.MOST_OF_HEAD
+        self._heads = Heads(
+            maxima=np.zeros((self._num_tails + 1, num_blocks), np.float32),
+            groups=np.zeros(NUM_GROUPS, np.float32),
+            bits=np.zeros(NUM_GROUPS, np.int32),
+            values=np.zeros(kernels.MOST_OF_HEAD, np.float32),
+            keys=np.zeros(kernels.MOST_OF_HEAD, np.int64),
+            ids=np.zeros(room, np.int64),
+            exponents=np.zeros(room),
+            ends=np.zeros(room, np.int64),
+            bounds=np.zeros((num_rows, 3), np.int64),
+            levels=np.zeros((num_rows, 2), np.float32),
+            tails=np.zeros((num_rows, 2), np.float32),
+        )
+        self._draw = Draw(
+            places=np.zeros(num_rows),
+            scale=np.array(
+                [
+                    UNITS,
+                    self._num_steps * (1 + SLACK) * UNITS,
+                    (1 - 2 * SLACK) / self._num_steps,
+                ]
+            ),
+            tokens=np.zeros(num_rows, np.int64),
+            certain=np.zeros(num_rows, np.int64),
+            reach=np.zeros(num_rows),
+        )
+        self._changed = np.full(vocab, np.nan, np.float32)
+
+    def choose(self, logits: Logits, pasts: Pasts, uniforms: Floats) -> tuple[Ints, list[int]]:
+        """A token for each row, and the rows of which only numpy can tell it.
+
+        Args:
+            logits: float32 [rows, vocab], C-contiguous; only read.
+            pasts: what changes the rows' logits.
+            uniforms: float64 [rows, NUMBERS] in [0, 1), 0 for greedy rows.
+        """
+        heads, draw = self._heads, self._draw
+        past = Past(
+            pasts.seen, pasts.counts, pasts.stops, pasts.num, pasts.penalties, self._changed
+        )
+        num_tokens = kernels.find_heads(logits, self._asked, past, heads)
+        exponents = heads.exponents[:num_tokens]
+        np.exp(exponents, out=exponents)
+        draw.places[:] = uniforms[:, 0]
+        if not kernels.settle(self._asked, heads, draw):
+            return draw.tokens, []
+        states = heads.bounds[:, kernels.STATE]
+        for row in np.flatnonzero(states == kernels.OPEN).tolist():
+            self._measure_tail(row)
+        kernels.settle(self._asked, heads, draw)
+        for row in np.flatnonzero(states == kernels.OPEN).tolist():
+            draw.tokens[row] = self._settled(row, logits[row], pasts, uniforms[row])
+        odd: list[int] = np.flatnonzero(states == kernels.ODD).tolist()
+        return draw.tokens, odd
+
+    def _measure_tail(self, row: int) -> None:
+        """Find the length of a row's tail, as `CategoricalSampler._line`."""
+        cells = self._cells(row)
+        cells -= self._heads.levels[row, kernels.BEST]
+        cells *= self._rules.scale[row]
+        self._heads.tails[row] = np.exp2(cells, out=cells).sum()
+
+    def _cells(self, row: int) -> Logits:
+        cells: Logits = self._heads.maxima[self._asked.ints[row, kernels.CELLS]]
+        return cells
+
+    def _settled(self, row: int, logits: Logits, pasts: Pasts, uniforms: Floats) -> int:
+        """The token of a row whose first uniform number does not tell it."""
+        asked, heads, draw = self._asked, self._heads, self._draw
+        slot = int(asked.slots[row])
+        if pasts.changes(slot):
+            logits = logits.copy()
+            pasts.change(slot, logits)
+        first, stop, _ = heads.bounds[row].tolist()
+        unsettled = Unsettled(
+            logits=logits,
+            temperature=float(asked.numbers[row, kernels.TEMPERATURE]),
+            top_p=float(asked.numbers[row, kernels.TOP_P]),
+            best=heads.levels[row, kernels.BEST],
+            floor=heads.levels[row, kernels.FLOOR],
+            ids=heads.ids[first:stop],
+            ends=heads.ends[first:stop],
+            cells=self._cells(row),
+            num_steps=self._num_steps,
+        )
+        return unsettled.token(uniforms.tolist(), int(draw.certain[row]), float(draw.reach[row]))
