@@ -121,12 +121,15 @@ class Pasts:
     def _count(self, slot: int, token: int) -> None:
         """The answer has a token, perhaps once more."""
         places = self._places[slot]
-        place = places.setdefault(token, len(places))
-        if place == self.num[slot, NUM_SEEN]:
+        place = places.get(token)
+        if place is not None:
+            self.counts[slot, place] += 1
+            return
+        place = places[token] = len(places)
+        if place == self.seen.shape[1]:
             self._make_room(place + 1)
-            self.seen[slot, place], self.counts[slot, place] = token, 0
-            self.num[slot, NUM_SEEN] = place + 1
-        self.counts[slot, place] += 1
+        self.seen[slot, place], self.counts[slot, place] = token, 1
+        self.num[slot, NUM_SEEN] = place + 1
 
     def _make_room(self, num_tokens: int) -> None:
         self.seen = _with_room(self.seen, num_tokens)

@@ -8,6 +8,7 @@ own logits and tokens: not on its batch, its slot or the order of rows.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -78,10 +79,14 @@ def _first_of_rows(num_rows: int, vocab: int) -> Ints:
 
 @dataclass(frozen=True)
 class Choice:
-    """One token a row, and its logprobs where the row asked for them."""
+    """One token a row, and its logprobs where the row asked for them.
+
+    Only rows in `odd` may have logits that are no finite numbers.
+    """
 
     tokens: list[int]
     logprobs: list[TokenLogprob | None]
+    odd: Listed[int]
 
 
 class Selector:
@@ -127,7 +132,8 @@ class Selector:
         group = self._group
         if group is None or group.slots != slots:
             group = self._group = _Group(slots, self._rows, logits.shape[1])
-        tokens: list[int] = self._select(logits, group).tolist()
+        chosen, odd = self._select(logits, group)
+        tokens: list[int] = chosen.tolist()
         logprobs: list[TokenLogprob | None] = [None] * len(slots)
         for position in group.with_logprobs:
             logprobs[position] = token_logprob(
@@ -138,19 +144,25 @@ class Selector:
         if not self._pasts.is_empty:
             for slot, token in zip(slots, tokens, strict=True):
                 self._pasts.take(slot, token)
-        return Choice(tokens, logprobs)
+        return Choice(tokens, logprobs, odd)
 
-    def _select(self, logits: Logits, group: _Group) -> Ints:
-        uniforms = self._next_uniforms(group)
+    def _select(self, logits: Logits, group: _Group) -> tuple[Ints, Listed[int]]:
+        """The tokens, and the rows of which some logits may be no finite numbers."""
+        if not group.tokens_of_span:
+            self._begin_span(group)
         compiled = self._compiled(logits, group)
+        odd: Listed[int] = group.every
         if compiled is None:
-            return self._select_by_numpy(logits, group, uniforms)
-        tokens, odd = compiled.choose(logits, self._pasts, uniforms)
-        if odd:
-            slots = [group.slots[position] for position in odd]
-            rest = _Group(slots, self._rows, logits.shape[1])
-            tokens[odd] = self._select_by_numpy(logits[odd], rest, uniforms[odd])
-        return tokens
+            tokens = self._select_by_numpy(logits, group)
+        else:
+            tokens, odd = compiled.choose(logits, self._pasts)
+            if odd:
+                rest = _Group([group.slots[row] for row in odd], self._rows, logits.shape[1])
+                rest.numbers[:] = group.numbers[odd]
+                tokens[odd] = self._select_by_numpy(logits[odd], rest)
+        group.numbers += 1
+        group.tokens_of_span -= 1
+        return tokens, odd
 
     def _compiled(self, logits: Logits, group: _Group) -> Compiled | None:
         """The kernels for this group, where they are there and it is one for them."""
@@ -165,20 +177,21 @@ class Selector:
             if not module.can_choose(params, vocab) or not self._pasts.fit(group.slots, vocab):
                 group.is_for_kernels = False
                 return None
-            group.compiled = module.Compiled(params, group.slots, vocab)
+            group.compiled = module.Compiled(
+                params, group.slots, vocab, uniforms=self._uniforms, numbers=group.numbers
+            )
         is_plain = logits.dtype == np.float32 and logits.flags.c_contiguous and logits.flags.aligned
         return group.compiled if is_plain else None
 
-    def _select_by_numpy(self, logits: Logits, group: _Group, uniforms: Floats) -> Ints:
+    def _select_by_numpy(self, logits: Logits, group: _Group) -> Ints:
         logits = self._adjusted(logits, group)
         if not group.drawn.size:
             return greedy(logits)
+        uniforms = self._uniforms[group.drawn_slots, group.numbers[group.drawn]]
         if not group.greedy:
             return self._categorical.draw(np.ascontiguousarray(logits), group.rules, uniforms)
         tokens = np.empty(len(group.slots), np.int64)
-        tokens[group.drawn] = self._categorical.draw(
-            logits[group.drawn], group.rules, uniforms[group.drawn]
-        )
+        tokens[group.drawn] = self._categorical.draw(logits[group.drawn], group.rules, uniforms)
         for position in group.greedy:
             tokens[position] = logits[position].argmax()
         return tokens
@@ -198,18 +211,14 @@ class Selector:
             pasts.change(group.slots[position], self._changed[position])
         return self._changed
 
-    def _next_uniforms(self, group: _Group) -> Floats:
-        """Numbers [rows, NUMBERS] for the next token of each row; 0 for greedy rows."""
-        uniforms = group.uniforms
-        if group.drawn.size:
-            for slot, row in group.drawn_rows:
-                if row.num_output >= row.end_of_span:
-                    span = row.num_output // _SPAN
-                    self._uniforms[slot] = _uniforms(row.seed, span)
-                    row.end_of_span = (span + 1) * _SPAN
-            numbers = [row.num_output % _SPAN for _, row in group.drawn_rows]
-            uniforms[group.drawn] = self._uniforms[group.drawn_slots, numbers]
-        return uniforms
+    def _begin_span(self, group: _Group) -> None:
+        """Have the uniform numbers of every row's next tokens, up to the first end of a span."""
+        for position, slot in zip(group.drawn.tolist(), group.drawn_slots, strict=True):
+            row = group.rows[position]
+            span, group.numbers[position] = divmod(row.num_output, _SPAN)
+            if row.span != span:
+                self._uniforms[slot], row.span = _uniforms(row.seed, span), span
+        group.tokens_of_span = _SPAN - int(group.numbers.max(initial=0))
 
 
 class _Row:
@@ -219,7 +228,7 @@ class _Row:
         self.params = sequence.params
         self.seed = sequence.seed
         self.num_output = len(sequence.output_ids)
-        self.end_of_span = 0
+        self.span = -1
 
 
 class _Group:
@@ -231,14 +240,16 @@ class _Group:
         params = [row.params for row in self.rows]
         self.greedy = [i for i, asked in enumerate(params) if asked.is_greedy]
         self.drawn = np.array([i for i, asked in enumerate(params) if not asked.is_greedy], int)
-        self.drawn_rows = [(slots[i], self.rows[i]) for i in self.drawn]
         self.drawn_slots = [slots[i] for i in self.drawn]
         self.with_logprobs = [i for i, asked in enumerate(params) if asked.logprobs is not None]
         drawn = [asked for asked in params if not asked.is_greedy]
         self.rules = Rules(
             [(asked.temperature, asked.top_k, asked.top_p, asked.min_p) for asked in drawn], vocab
         )
-        self.uniforms = np.zeros((len(slots), NUMBERS))
+        # Which number of its span each row's next token has, and how many until one ends.
+        self.numbers = np.zeros(len(slots), np.int64)
+        self.tokens_of_span = 0
+        self.every = range(len(slots))
         self.is_for_kernels = vocab >= BLOCK_LEN * NUM_GROUPS
         self.compiled: Compiled | None = None
 

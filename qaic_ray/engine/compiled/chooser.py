@@ -35,11 +35,21 @@ class Compiled:
 
     Args:
         params: of each row.
-        slots: of each row, where `pasts` has what it has had.
+        slots: of each row, where `uniforms` and the past tokens are.
         vocab: tokens of a row of logits.
+        uniforms: float64 [slots, tokens of a span, NUMBERS] in [0, 1).
+        numbers: int64 [rows], the next token's number in its span; the caller counts on.
     """
 
-    def __init__(self, params: Listed[SamplingParams], slots: Listed[int], vocab: int) -> None:
+    def __init__(
+        self,
+        params: Listed[SamplingParams],
+        slots: Listed[int],
+        vocab: int,
+        *,
+        uniforms: Floats,
+        numbers: Ints,
+    ) -> None:
         is_greedy = [asked.is_greedy for asked in params]
         rules = Rules(
             [
@@ -55,7 +65,7 @@ class Compiled:
         self._has_tail = ~(rules.limited | is_greedy)
         self._num_tails = int(self._has_tail.sum())
         self._num_steps = -(-vocab // num_blocks)
-        numbers = np.stack([rules.temperature, rules.top_p, rules.log_min_p], axis=1)
+        limits = np.stack([rules.temperature, rules.top_p, rules.log_min_p], axis=1)
         ints = np.zeros((num_rows, 6), np.int64)
         ints[:, kernels.GREEDY] = is_greedy
         ints[:, kernels.LIMITED] = ~self._has_tail
@@ -65,7 +75,7 @@ class Compiled:
         ints[:, kernels.CELLS] = np.where(
             self._has_tail, self._has_tail.cumsum() - 1, self._num_tails
         )
-        self._asked = Asked(numbers, ints, np.array(slots, np.int64))
+        self._asked = Asked(limits, ints, np.array(slots, np.int64))
         room = num_rows * kernels.MOST_OF_HEAD
         self._heads = Heads(
             maxima=np.zeros((self._num_tails + 1, num_blocks), np.float32),
@@ -81,7 +91,8 @@ class Compiled:
             tails=np.zeros((num_rows, 2), np.float32),
         )
         self._draw = Draw(
-            places=np.zeros(num_rows),
+            uniforms=uniforms,
+            numbers=numbers,
             scale=np.array(
                 [
                     UNITS,
@@ -95,13 +106,12 @@ class Compiled:
         )
         self._changed = np.full(vocab, np.nan, np.float32)
 
-    def choose(self, logits: Logits, pasts: Pasts, uniforms: Floats) -> tuple[Ints, list[int]]:
+    def choose(self, logits: Logits, pasts: Pasts) -> tuple[Ints, list[int]]:
         """A token for each row, and the rows of which only numpy can tell it.
 
         Args:
             logits: float32 [rows, vocab], C-contiguous; only read.
             pasts: what changes the rows' logits.
-            uniforms: float64 [rows, NUMBERS] in [0, 1), 0 for greedy rows.
         """
         heads, draw = self._heads, self._draw
         past = Past(
@@ -110,7 +120,6 @@ class Compiled:
         num_tokens = kernels.find_heads(logits, self._asked, past, heads)
         exponents = heads.exponents[:num_tokens]
         np.exp(exponents, out=exponents)
-        draw.places[:] = uniforms[:, 0]
         if not kernels.settle(self._asked, heads, draw):
             return draw.tokens, []
         states = heads.bounds[:, kernels.STATE]
@@ -118,7 +127,7 @@ class Compiled:
             self._measure_tail(row)
         kernels.settle(self._asked, heads, draw)
         for row in np.flatnonzero(states == kernels.OPEN).tolist():
-            draw.tokens[row] = self._settled(row, logits[row], pasts, uniforms[row])
+            draw.tokens[row] = self._settled(row, logits[row], pasts)
         odd: list[int] = np.flatnonzero(states == kernels.ODD).tolist()
         return draw.tokens, odd
 
@@ -133,7 +142,7 @@ class Compiled:
         cells: Logits = self._heads.maxima[self._asked.ints[row, kernels.CELLS]]
         return cells
 
-    def _settled(self, row: int, logits: Logits, pasts: Pasts, uniforms: Floats) -> int:
+    def _settled(self, row: int, logits: Logits, pasts: Pasts) -> int:
         """The token of a row whose first uniform number does not tell it."""
         asked, heads, draw = self._asked, self._heads, self._draw
         slot = int(asked.slots[row])
@@ -152,4 +161,5 @@ class Compiled:
             cells=self._cells(row),
             num_steps=self._num_steps,
         )
-        return unsettled.token(uniforms.tolist(), int(draw.certain[row]), float(draw.reach[row]))
+        uniforms: list[float] = draw.uniforms[slot, draw.numbers[row]].tolist()
+        return unsettled.token(uniforms, int(draw.certain[row]), float(draw.reach[row]))

@@ -58,7 +58,7 @@ def tuple_of(kind: type[tuple[Any, ...]], *members: Any) -> Any:
 
 def _arrays(kind: Any) -> dict[int, Any]:
     """C-contiguous, by number of dimensions."""
-    return {num_dims: types.Array(kind, num_dims, "C") for num_dims in (1, 2)}
+    return {num_dims: types.Array(kind, num_dims, "C") for num_dims in (1, 2, 3)}
 
 
 FLOAT32, FLOAT64 = _arrays(types.float32), _arrays(types.float64)

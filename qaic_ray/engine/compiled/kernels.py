@@ -77,7 +77,8 @@ class Heads(NamedTuple):
 class Draw(NamedTuple):
     """What `settle` needs beside the heads, and what it finds."""
 
-    places: Floats  # [rows] in [0, 1)
+    uniforms: Floats  # [slots, numbers of a span, of a token]: in [0, 1)
+    numbers: Ints  # [rows]: which one of the span
     scale: Floats  # [3]: a weight of 1, that of a tail, and what of a tail it weighs at least
     tokens: Ints  # [rows]
     certain: Ints  # [rows]: places below this hold allowed tokens
@@ -89,7 +90,7 @@ _ASKED = jit.tuple_of(Asked, _F8[2], _I8[2], _I8[1])
 _PAST = jit.tuple_of(Past, _I8[2], _F4[2], _I8[2], _I8[2], _F4[2], _F4[1])
 _HEAD = (_F4[2], _F4[1], _I4[1], _F4[1], _I8[1], _I8[1], _F8[1], _I8[1], _I8[2], _F4[2], _F4[2])
 _HEADS = jit.tuple_of(Heads, *_HEAD)
-_DRAW = jit.tuple_of(Draw, _F8[1], _F8[1], _I8[1], _I8[1], _F8[1])
+_DRAW = jit.tuple_of(Draw, _F8[3], _I8[1], _F8[1], _I8[1], _I8[1], _F8[1])
 
 
 @jit.helper
@@ -219,7 +220,7 @@ def _change(row: Any, past: Any, slot: Any, maxima: Any) -> None:
 @jit.helper
 def _refold(row: Any, changed: Any, maxima: Any, token: Any) -> None:
     """Make the maximum of a token's block right where the token's logit is a changed one."""
-    block = token % maxima.size
+    block = np.int64(np.uint32(token) % np.uint32(maxima.size))
     if changed[token] > maxima[block]:
         maxima[block] = changed[token]
     elif row[token] == maxima[block]:
@@ -398,7 +399,7 @@ def settle(asked: Asked, heads: Heads, draw: Draw) -> int:
     """
     num_open, tail_scale = 0, np.float32(draw.scale[1])
     least_share = np.float32(draw.scale[2])
-    for row in range(draw.places.size):
+    for row in range(draw.numbers.size):
         if heads.bounds[row, STATE] != OPEN:
             num_open += heads.bounds[row, STATE] == ODD
             continue
@@ -407,7 +408,9 @@ def settle(asked: Asked, heads: Heads, draw: Draw) -> int:
         for i in range(first, stop):
             end += np.int64(heads.exponents[i] * draw.scale[0])
             heads.ends[i] = end
-        ends, top_p, at = heads.ends[first:stop], asked.numbers[row, TOP_P], draw.places[row]
+        ends, top_p, at = heads.ends[first:stop], asked.numbers[row, TOP_P], 0.0
+        if not asked.ints[row, GREEDY]:
+            at = draw.uniforms[asked.slots[row], draw.numbers[row], 0]
         low, high = heads.tails[row, 0] * tail_scale, heads.tails[row, 1] * tail_scale
         certain, reach, place = _reading(ends, low, low * least_share, top_p, at)
         number, last = np.searchsorted(ends, place, "right"), place
