@@ -36,12 +36,13 @@ class KernelLoader:
 
     def kernels(self, num_tokens: int) -> ModuleType | None:
         """The kernels, or None where numpy is to choose these tokens."""
-        if self._loaded is None and self._thread is None:
+        loaded = self._loaded
+        if loaded is None and self._thread is None:
             # Threads that count at the same time may lose a token; one of them begins.
             self._missing -= num_tokens
             if self._missing <= 0:
                 self._begin()
-        return self._loaded
+        return loaded
 
     def wait(self) -> ModuleType | None:
         """The kernels, loaded now; None where that is not possible."""
