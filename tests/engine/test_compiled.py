@@ -85,7 +85,7 @@ ROW = st.tuples(
 def sequence(key: int, fields: dict[str, Any], vocab: int, seed: int) -> Sequence:
     """A row that has seen some tokens, likely and unlikely ones."""
     rng = np.random.default_rng(seed)
-    prompt = tuple(rng.integers(0, vocab, rng.integers(1, 40)).tolist())
+    prompt = tuple(rng.integers(0, vocab, rng.choice([1, 40, 200])).tolist())
     stops = frozenset(rng.integers(0, vocab + 100, 3).tolist())
     return Sequence(key, prompt, 100, stops, SamplingParams(**fields), seed=seed % 2**31)
 

@@ -105,6 +105,7 @@ class Compiled:
             reach=np.zeros(num_rows),
         )
         self._changed = np.full(vocab, np.nan, np.float32)
+        self._copy = np.zeros(vocab, np.float32)
 
     def choose(self, logits: Logits, pasts: Pasts) -> tuple[Ints, list[int]]:
         """A token for each row, and the rows of which only numpy can tell it.
@@ -115,7 +116,8 @@ class Compiled:
         """
         heads, draw = self._heads, self._draw
         past = Past(
-            pasts.seen, pasts.counts, pasts.stops, pasts.num, pasts.penalties, self._changed
+            *(pasts.seen, pasts.counts, pasts.stops, pasts.num, pasts.penalties),
+            *(self._changed, self._copy),
         )
         num_tokens = kernels.find_heads(logits, self._asked, past, heads)
         exponents = heads.exponents[:num_tokens]

@@ -21,6 +21,7 @@ _LOG2_E = math.log2(math.e)
 _LOWEST = np.finfo(np.float32).min
 _IN_CACHE = 4096  # columns reduced at once: they stay in the first-level cache
 _LEAST_BITS = np.int32(-(2**31))
+_MANY = 128  # logits that a row changes, and it is copied
 _LANES = 8  # layers reduced at once
 _ROUGH = 0.004  # how far a tail's length may be from the sum that numpy makes of it, at the most
 
@@ -55,7 +56,8 @@ class Past(NamedTuple):
     stops: Ints  # [slots, most]: tokens that may not come yet, rising
     num: Ints  # [slots, 2]: how many of each
     penalties: Logits  # [slots, 3]
-    changed: Logits  # [vocab]: NaN, but while a row that changes logits is looked at
+    changed: Logits  # [vocab]: NaN, but while a row that changes a few logits is looked at
+    copy: Logits  # [vocab]: a row that changes more of them
 
 
 class Heads(NamedTuple):
@@ -87,7 +89,7 @@ class Draw(NamedTuple):
 
 _F4, _F8, _I4, _I8 = jit.FLOAT32, jit.FLOAT64, jit.INT32, jit.INT64
 _ASKED = jit.tuple_of(Asked, _F8[2], _I8[2], _I8[1])
-_PAST = jit.tuple_of(Past, _I8[2], _F4[2], _I8[2], _I8[2], _F4[2], _F4[1])
+_PAST = jit.tuple_of(Past, _I8[2], _F4[2], _I8[2], _I8[2], _F4[2], _F4[1], _F4[1])
 _HEAD = (_F4[2], _F4[1], _I4[1], _F4[1], _I8[1], _I8[1], _F8[1], _I8[1], _I8[2], _F4[2], _F4[2])
 _HEADS = jit.tuple_of(Heads, *_HEAD)
 _DRAW = jit.tuple_of(Draw, _F8[3], _I8[1], _F8[1], _I8[1], _I8[1], _F8[1])
@@ -194,10 +196,9 @@ def _changed_tokens(past: Any, slot: Any) -> Any:
 
 
 @jit.helper
-def _change(row: Any, past: Any, slot: Any, maxima: Any) -> None:
-    """Put the row's changed logits into `past.changed`, and what they do to blocks in `maxima`."""
-    changed, counts = past.changed, past.counts[slot]
-    seen, stops = _changed_tokens(past, slot)
+def _change(row: Any, past: Any, slot: Any, changed: Any) -> None:
+    """Put the logits that the row's past changes into `changed`."""
+    counts, (seen, stops) = past.counts[slot], _changed_tokens(past, slot)
     repetition = past.penalties[slot, REPETITION]
     frequency, presence = past.penalties[slot, FREQUENCY], past.penalties[slot, PRESENCE]
     for i in range(seen.size):
@@ -211,10 +212,6 @@ def _change(row: Any, past: Any, slot: Any, maxima: Any) -> None:
         changed[seen[i]] = value
     for token in stops:
         changed[token] = -np.inf
-    for token in seen:
-        _refold(row, changed, maxima, token)
-    for token in stops:
-        _refold(row, changed, maxima, token)
 
 
 @jit.helper
@@ -339,12 +336,23 @@ def find_heads(logits: Any, asked: Asked, past: Past, heads: Heads) -> int:
         these, slot = logits[row], asked.slots[row]
         maxima = heads.maxima[asked.ints[row, CELLS]]
         heads.bounds[row, FIRST], heads.bounds[row, STATE] = num_tokens, ODD
+        changed, num_changes = (
+            past.changed[:0],
+            past.num[slot, NUM_SEEN] + past.num[slot, NUM_STOPS],
+        )
+        if num_changes > _MANY:
+            for token in range(these.size):
+                past.copy[token] = these[token]
+            _change(these, past, slot, past.copy)
+            these = past.copy
         if _fold(these, maxima):
             continue
-        changed = past.changed[:0]
-        if past.num[slot, NUM_SEEN] + past.num[slot, NUM_STOPS] > 0:
+        if 0 < num_changes <= _MANY:
             changed = past.changed
-            _change(these, past, slot, maxima)
+            _change(these, past, slot, changed)
+            for tokens in _changed_tokens(past, slot):
+                for token in tokens:
+                    _refold(these, changed, maxima, token)
         _fold_blocks(maxima, heads.groups)
         levels[row, BEST] = _flip(_rising(heads.groups, heads.bits))
         best = heads.levels[row, BEST]
