@@ -104,7 +104,6 @@ class Compiled:
             certain=np.zeros(num_rows, np.int64),
             reach=np.zeros(num_rows),
         )
-        self._changed = np.full(vocab, np.nan, np.float32)
         self._copy = np.zeros(vocab, np.float32)
 
     def choose(self, logits: Logits, pasts: Pasts) -> tuple[Ints, list[int]]:
@@ -117,7 +116,7 @@ class Compiled:
         heads, draw = self._heads, self._draw
         past = Past(
             *(pasts.seen, pasts.counts, pasts.stops, pasts.num, pasts.penalties),
-            *(self._changed, self._copy),
+            self._copy,
         )
         num_tokens = kernels.find_heads(logits, self._asked, past, heads)
         exponents = heads.exponents[:num_tokens]

@@ -21,7 +21,6 @@ _LOG2_E = math.log2(math.e)
 _LOWEST = np.finfo(np.float32).min
 _IN_CACHE = 4096  # columns reduced at once: they stay in the first-level cache
 _LEAST_BITS = np.int32(-(2**31))
-_MANY = 128  # logits that a row changes, and it is copied
 _LANES = 8  # layers reduced at once
 _ROUGH = 0.004  # how far a tail's length may be from the sum that numpy makes of it, at the most
 
@@ -53,11 +52,10 @@ class Past(NamedTuple):
 
     seen: Ints  # [slots, most]: tokens of prompt and answer, each once
     counts: Logits  # [slots, most]: how often the answer has each
-    stops: Ints  # [slots, most]: tokens that may not come yet, rising
+    stops: Ints  # [slots, most]: tokens that may not come yet
     num: Ints  # [slots, 2]: how many of each
     penalties: Logits  # [slots, 3]
-    changed: Logits  # [vocab]: NaN, but while a row that changes a few logits is looked at
-    copy: Logits  # [vocab]: a row that changes more of them
+    copy: Logits  # [vocab]: the row that is looked at, where it changes any
 
 
 class Heads(NamedTuple):
@@ -89,7 +87,7 @@ class Draw(NamedTuple):
 
 _F4, _F8, _I4, _I8 = jit.FLOAT32, jit.FLOAT64, jit.INT32, jit.INT64
 _ASKED = jit.tuple_of(Asked, _F8[2], _I8[2], _I8[1])
-_PAST = jit.tuple_of(Past, _I8[2], _F4[2], _I8[2], _I8[2], _F4[2], _F4[1], _F4[1])
+_PAST = jit.tuple_of(Past, _I8[2], _F4[2], _I8[2], _I8[2], _F4[2], _F4[1])
 _HEAD = (_F4[2], _F4[1], _I4[1], _F4[1], _I8[1], _I8[1], _F8[1], _I8[1], _I8[2], _F4[2], _F4[2])
 _HEADS = jit.tuple_of(Heads, *_HEAD)
 _DRAW = jit.tuple_of(Draw, _F8[3], _I8[1], _F8[1], _I8[1], _I8[1], _F8[1])
@@ -186,22 +184,14 @@ def _number_from_top(bits: Any, number: Any) -> Any:
 
 
 @jit.helper
-def _changed_tokens(past: Any, slot: Any) -> Any:
-    """The tokens that penalties change, and those that may not come yet."""
-    seen = past.seen[slot, : past.num[slot, NUM_SEEN]]
-    num_stops = past.num[slot, NUM_STOPS]
-    while num_stops > 0 and past.stops[slot, num_stops - 1] >= past.changed.size:
-        num_stops -= 1
-    return seen, past.stops[slot, :num_stops]
-
-
-@jit.helper
-def _change(row: Any, past: Any, slot: Any, changed: Any) -> None:
-    """Put the logits that the row's past changes into `changed`."""
-    counts, (seen, stops) = past.counts[slot], _changed_tokens(past, slot)
+def _changed(row: Any, past: Any, slot: Any) -> Any:
+    """A copy of the logits in which penalties and `min_tokens` are applied, as `Pasts.change`."""
+    copy, seen, counts, stops = past.copy, past.seen[slot], past.counts[slot], past.stops[slot]
     repetition = past.penalties[slot, REPETITION]
     frequency, presence = past.penalties[slot, FREQUENCY], past.penalties[slot, PRESENCE]
-    for i in range(seen.size):
+    for token in range(row.size):
+        copy[token] = row[token]
+    for i in range(past.num[slot, NUM_SEEN]):
         value = row[seen[i]]
         if repetition != 1:
             value = value / repetition if value > 0 else value * repetition
@@ -209,37 +199,11 @@ def _change(row: Any, past: Any, slot: Any, changed: Any) -> None:
             value -= frequency * counts[i]
         if presence != 0:
             value -= presence * np.float32(counts[i] > 0)
-        changed[seen[i]] = value
-    for token in stops:
-        changed[token] = -np.inf
-
-
-@jit.helper
-def _refold(row: Any, changed: Any, maxima: Any, token: Any) -> None:
-    """Make the maximum of a token's block right where the token's logit is a changed one."""
-    block = np.int64(np.uint32(token) % np.uint32(maxima.size))
-    if changed[token] > maxima[block]:
-        maxima[block] = changed[token]
-    elif row[token] == maxima[block]:
-        largest = np.float32(-np.inf)
-        for other in range(block, row.size, maxima.size):
-            largest = _larger(_value(row, changed, other), largest)
-        maxima[block] = largest
-
-
-@jit.helper
-def _value(row: Any, changed: Any, token: Any) -> Any:
-    """A row's logit, as it is now."""
-    value = changed[token]
-    return value if value == value else row[token]
-
-
-@jit.helper
-def _forget(past: Any, slot: Any) -> None:
-    """Make `past.changed` NaN again."""
-    for tokens in _changed_tokens(past, slot):
-        for token in tokens:
-            past.changed[token] = np.nan
+        copy[seen[i]] = value
+    for i in range(past.num[slot, NUM_STOPS]):
+        if stops[i] < row.size:
+            copy[stops[i]] = -np.inf
+    return copy
 
 
 @jit.helper
@@ -259,7 +223,7 @@ def _floor(asked: Any, row: Any, best: Any, heads: Any) -> Any:
 
 
 @jit.helper
-def _gather(row: Any, changed: Any, maxima: Any, heads: Any, floor: Any) -> Any:
+def _gather(row: Any, maxima: Any, heads: Any, floor: Any) -> Any:
     """The row's tokens that reach the floor, as sortable keys; more than fit where that is so.
 
     `maxima` are of the other tokens from now on.
@@ -274,7 +238,7 @@ def _gather(row: Any, changed: Any, maxima: Any, heads: Any, floor: Any) -> Any:
                 continue
             rest = np.float32(-np.inf)
             for token in range(block, row.size, width):
-                value = _value(row, changed, token) if changed.size else row[token]
+                value = row[token]
                 if not value >= floor:
                     rest = _larger(value, rest)
                     continue
@@ -336,32 +300,17 @@ def find_heads(logits: Any, asked: Asked, past: Past, heads: Heads) -> int:
         these, slot = logits[row], asked.slots[row]
         maxima = heads.maxima[asked.ints[row, CELLS]]
         heads.bounds[row, FIRST], heads.bounds[row, STATE] = num_tokens, ODD
-        changed, num_changes = (
-            past.changed[:0],
-            past.num[slot, NUM_SEEN] + past.num[slot, NUM_STOPS],
-        )
-        if num_changes > _MANY:
-            for token in range(these.size):
-                past.copy[token] = these[token]
-            _change(these, past, slot, past.copy)
-            these = past.copy
+        if past.num[slot, NUM_SEEN] + past.num[slot, NUM_STOPS] > 0:
+            these = _changed(these, past, slot)
         if _fold(these, maxima):
             continue
-        if 0 < num_changes <= _MANY:
-            changed = past.changed
-            _change(these, past, slot, changed)
-            for tokens in _changed_tokens(past, slot):
-                for token in tokens:
-                    _refold(these, changed, maxima, token)
         _fold_blocks(maxima, heads.groups)
         levels[row, BEST] = _flip(_rising(heads.groups, heads.bits))
         best = heads.levels[row, BEST]
         num_found = MOST_OF_HEAD + 1
         if np.isfinite(best):
             floor = heads.levels[row, FLOOR] = _floor(asked, row, best, heads)
-            num_found = _gather(these, changed, maxima, heads, floor)
-        if changed.size:
-            _forget(past, slot)
+            num_found = _gather(these, maxima, heads, floor)
         if num_found > MOST_OF_HEAD:
             continue
         num_tokens = _lay(heads, num_tokens, num_found, asked, row)
