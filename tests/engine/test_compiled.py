@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import tracemalloc
@@ -14,11 +15,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qaic_ray.engine.categorical import NUMBERS, CategoricalSampler, Rules
-from qaic_ray.engine.compiled import chooser, kernels
+from qaic_ray.engine.compiled import chooser, kernels, tail
 from qaic_ray.engine.compiled.loader import KernelLoader
+from qaic_ray.engine.compiled.rough import ROUGH, weight_above
 from qaic_ray.engine.past import Pasts
 from qaic_ray.engine.sampler import Selector
 from qaic_ray.engine.steps import Sequence
+from qaic_ray.engine.unsettled import Unsettled
 from qaic_ray.sampling_params import SamplingParams
 
 Array = npt.NDArray[Any]
@@ -253,6 +256,42 @@ def test_a_step_reads_the_logits_once_and_copies_none(
         tracemalloc.stop()
     assert len(passes) == 10
     assert peak < vocab * 4, "something as large as a row of logits was made"
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.95])
+def test_numpy_is_asked_about_few_rows_whose_place_is_in_the_tail(
+    top_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_tail, asked = [], []
+    find_token, token = tail.find_token, Unsettled.token
+    monkeypatch.setattr(tail, "find_token", lambda *a: in_tail.append(1) or find_token(*a))
+    monkeypatch.setattr(Unsettled, "token", lambda *a: asked.append(1) or token(*a))
+    selector = Selector(8, loader=COMPILED)
+    for slot in range(8):
+        fields = {"temperature": 1.0, "top_p": top_p}
+        selector.enter(slot, sequence(slot, fields, 12_301, slot))
+    logits = np.stack([logits_of("language", 12_301, row) for row in range(8)])
+    for _ in range(60):
+        selector.choose(logits, list(range(8)))
+    assert len(in_tail) > 100
+    assert len(asked) < len(in_tail) / 10
+
+
+@given(
+    kind=st.sampled_from([kind for kind in KINDS if kind != "huge"]),
+    temperature=st.sampled_from([0.2, 1.0, 3.0]),
+    share_above=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_rough_sums_are_within_their_bounds(
+    kind: str, temperature: float, share_above: float, seed: int
+) -> None:
+    logits = logits_of(kind, 12_301, seed)
+    best, exact = logits.max(), logits.astype(np.float64)
+    bound = np.sort(logits)[int(share_above * (logits.size - 1))]
+    found = weight_above(logits, best, math.log2(math.e) / temperature, bound)
+    wanted = np.exp((exact - exact.max()) / temperature)[logits > bound].sum()
+    assert abs(found - wanted) <= (ROUGH - 0.0001) * wanted + 1e-30
 
 
 class TestLoader:

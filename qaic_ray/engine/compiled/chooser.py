@@ -11,9 +11,10 @@ from collections.abc import Sequence as Listed
 import numpy as np
 
 from qaic_ray.engine.categorical import BLOCK_LEN, NUM_GROUPS, SLACK, Rules
-from qaic_ray.engine.compiled import kernels
+from qaic_ray.engine.compiled import kernels, tail
 from qaic_ray.engine.compiled.jit import IS_COMPILED
 from qaic_ray.engine.compiled.kernels import Asked, Draw, Heads, Past
+from qaic_ray.engine.compiled.tail import Line
 from qaic_ray.engine.past import Pasts
 from qaic_ray.engine.unsettled import UNITS, Floats, Ints, Logits, Unsettled
 from qaic_ray.sampling_params import SamplingParams
@@ -124,26 +125,25 @@ class Compiled:
         if not kernels.settle(self._asked, heads, draw):
             return draw.tokens, []
         states = heads.bounds[:, kernels.STATE]
-        for row in np.flatnonzero(states == kernels.OPEN).tolist():
-            self._measure_tail(row)
+        self._measure_tails(np.flatnonzero(states == kernels.OPEN))
         kernels.settle(self._asked, heads, draw)
         for row in np.flatnonzero(states == kernels.OPEN).tolist():
-            draw.tokens[row] = self._settled(row, logits[row], pasts)
+            draw.tokens[row] = self._find_token(row, logits[row], pasts)
         odd: list[int] = np.flatnonzero(states == kernels.ODD).tolist()
         return draw.tokens, odd
 
-    def _measure_tail(self, row: int) -> None:
-        """Find the length of a row's tail, as `CategoricalSampler._line`."""
-        cells = self._cells(row)
-        cells -= self._heads.levels[row, kernels.BEST]
-        cells *= self._rules.scale[row]
-        self._heads.tails[row] = np.exp2(cells, out=cells).sum()
+    def _measure_tails(self, rows: Ints) -> None:
+        """Find the lengths of tails, as `CategoricalSampler._line`."""
+        heads = self._heads
+        at = self._asked.ints[rows, kernels.CELLS]
+        cells = heads.maxima[at]
+        cells -= heads.levels[rows, kernels.BEST, None]
+        cells *= self._rules.scale[rows, None]
+        np.exp2(cells, out=cells)
+        heads.maxima[at] = cells
+        heads.tails[rows] = cells.sum(axis=1)[:, None]
 
-    def _cells(self, row: int) -> Logits:
-        cells: Logits = self._heads.maxima[self._asked.ints[row, kernels.CELLS]]
-        return cells
-
-    def _settled(self, row: int, logits: Logits, pasts: Pasts) -> int:
+    def _find_token(self, row: int, logits: Logits, pasts: Pasts) -> int:
         """The token of a row whose first uniform number does not tell it."""
         asked, heads, draw = self._asked, self._heads, self._draw
         slot = int(asked.slots[row])
@@ -151,16 +151,21 @@ class Compiled:
             logits = logits.copy()
             pasts.change(slot, logits)
         first, stop, _ = heads.bounds[row].tolist()
-        unsettled = Unsettled(
-            logits=logits,
-            temperature=float(asked.numbers[row, kernels.TEMPERATURE]),
-            top_p=float(asked.numbers[row, kernels.TOP_P]),
-            best=heads.levels[row, kernels.BEST],
-            floor=heads.levels[row, kernels.FLOOR],
-            ids=heads.ids[first:stop],
-            ends=heads.ends[first:stop],
-            cells=self._cells(row),
-            num_steps=self._num_steps,
+        temperature, top_p, _ = asked.numbers[row].tolist()
+        best, floor = heads.levels[row]
+        ids, ends = heads.ids[first:stop], heads.ends[first:stop]
+        cells: Logits = heads.maxima[asked.ints[row, kernels.CELLS]]
+        uniforms = draw.uniforms[slot, draw.numbers[row]]
+        certain, reach = int(draw.certain[row]), float(draw.reach[row])
+        line = Line(
+            *(ids, ends, cells, uniforms),
+            *(temperature, top_p, float(best), float(floor)),
+            *(certain, reach, self._num_steps, UNITS),
         )
-        uniforms: list[float] = draw.uniforms[slot, draw.numbers[row]].tolist()
-        return unsettled.token(uniforms, int(draw.certain[row]), float(draw.reach[row]))
+        token = tail.find_token(logits, line)
+        if token >= 0:
+            return token
+        unsettled = Unsettled(
+            *(logits, temperature, top_p, best, floor), *(ids, ends, cells, self._num_steps)
+        )
+        return unsettled.token(uniforms.tolist(), certain, reach)

@@ -65,3 +65,4 @@ FLOAT32, FLOAT64 = _arrays(types.float32), _arrays(types.float64)
 INT32, INT64 = _arrays(types.int32), _arrays(types.int64)
 READ_ONLY = types.Array(types.float32, 2, "C", readonly=True)
 """float32 with two dimensions; an array that can be written to is taken too."""
+READ_ONLY_ROW = types.Array(types.float32, 1, "C", readonly=True)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qaic_ray.engine.compiled import jit
+from qaic_ray.engine.compiled.rough import ROUGH, weight_above
 from qaic_ray.engine.unsettled import Floats, Ints, Logits
 
 _LOG2_E = math.log2(math.e)
@@ -22,7 +23,6 @@ _LOWEST = np.finfo(np.float32).min
 _IN_CACHE = 4096  # columns reduced at once: they stay in the first-level cache
 _LEAST_BITS = np.int32(-(2**31))
 _LANES = 8  # layers reduced at once
-_ROUGH = 0.004  # how far a tail's length may be from the sum that numpy makes of it, at the most
 
 MOST_OF_HEAD = 512
 """Tokens that a row's head may have here; they are sorted by counting, in the square of this."""
@@ -278,20 +278,6 @@ def _lay(heads: Any, first: Any, num_found: Any, asked: Any, row: Any) -> Any:
     return stop
 
 
-@jit.rough
-def _length(maxima: Any, best: Any, scale: Any) -> Any:
-    """The sum of 2 ** ((maximum - best) * scale), within `_ROUGH` of it."""
-    total, factor = np.float32(0), np.float32(scale)
-    for block in range(maxima.size):
-        exponent = max((maxima[block] - best) * factor, np.float32(-126))
-        whole = np.floor(exponent)
-        part = exponent - whole
-        power = (np.int32(whole) + np.int32(127)) << np.int32(23)
-        curve = np.float32(1) + part * (np.float32(0.6565) + np.float32(0.3435) * part)
-        total += np.int32(power).view(np.float32) * curve
-    return total
-
-
 @jit.kernel(jit.READ_ONLY, _ASKED, _PAST, _HEADS)
 def find_heads(logits: Any, asked: Asked, past: Past, heads: Heads) -> int:
     """Fill `heads` for rows of logits [rows, vocab]; how many tokens they have together."""
@@ -317,8 +303,9 @@ def find_heads(logits: Any, asked: Asked, past: Past, heads: Heads) -> int:
         heads.bounds[row, STOP], heads.bounds[row, STATE] = num_tokens, OPEN
         length = np.float32(0)
         if not asked.ints[row, LIMITED]:
-            length = _length(maxima, best, _LOG2_E / asked.numbers[row, TEMPERATURE])
-        heads.tails[row, 0], heads.tails[row, 1] = length * (1 - _ROUGH), length * (1 + _ROUGH)
+            scale = _LOG2_E / asked.numbers[row, TEMPERATURE]
+            length = np.float32(weight_above(maxima, best, scale, np.float32(-np.inf)))
+        heads.tails[row, 0], heads.tails[row, 1] = length * (1 - ROUGH), length * (1 + ROUGH)
     return int(num_tokens)
 
 
