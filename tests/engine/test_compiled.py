@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from qaic_ray.engine.categorical import NUMBERS, CategoricalSampler, Rules
 from qaic_ray.engine.compiled import chooser, kernels, tail
 from qaic_ray.engine.compiled.loader import KernelLoader
-from qaic_ray.engine.compiled.rough import ROUGH, weight_above
 from qaic_ray.engine.past import Pasts
 from qaic_ray.engine.sampler import Selector
 from qaic_ray.engine.steps import Sequence
@@ -288,10 +287,14 @@ def test_rough_sums_are_within_their_bounds(
 ) -> None:
     logits = logits_of(kind, 12_301, seed)
     best, exact = logits.max(), logits.astype(np.float64)
+    weights = np.exp((exact - exact.max()) / temperature)
+    scale = math.log2(math.e) / temperature
     bound = np.sort(logits)[int(share_above * (logits.size - 1))]
-    found = weight_above(logits, best, math.log2(math.e) / temperature, bound)
-    wanted = np.exp((exact - exact.max()) / temperature)[logits > bound].sum()
-    assert abs(found - wanted) <= (ROUGH - 0.0001) * wanted + 1e-30
+    wanted = weights[logits > bound].sum()
+    found = tail._weight_above(logits, best, scale, bound)
+    assert abs(found - wanted) <= (tail.ROUGH - 1e-5) * wanted + 1e-30
+    length = kernels._length(logits, best, scale)
+    assert abs(length - weights.sum()) <= (kernels.ROUGH - 1e-4) * weights.sum() + 1e-30
 
 
 class TestLoader:

@@ -22,7 +22,6 @@ from qaic_ray.sampling_params import SamplingParams
 __all__ = ["IS_COMPILED", "Compiled", "can_choose"]
 
 _MOST_KEPT = NUM_GROUPS // 2  # beyond, the groups tell too little of the head
-_GREEDY = (1.0, 0, 1.0, 0.0)
 
 
 def can_choose(params: Listed[SamplingParams], vocab: int) -> bool:
@@ -51,59 +50,28 @@ class Compiled:
         uniforms: Floats,
         numbers: Ints,
     ) -> None:
-        is_greedy = [asked.is_greedy for asked in params]
-        rules = Rules(
-            [
-                _GREEDY
-                if asked.is_greedy
-                else (asked.temperature, asked.top_k, asked.top_p, asked.min_p)
-                for asked in params
-            ],
-            vocab,
-        )
-        self._rules = rules
-        num_rows, num_blocks = len(params), vocab // BLOCK_LEN
-        self._has_tail = ~(rules.limited | is_greedy)
-        self._num_tails = int(self._has_tail.sum())
-        self._num_steps = -(-vocab // num_blocks)
-        limits = np.stack([rules.temperature, rules.top_p, rules.log_min_p], axis=1)
-        ints = np.zeros((num_rows, 6), np.int64)
+        is_greedy = np.array([asked.is_greedy for asked in params])
+        rules = self._rules = Rules([_rule(asked) for asked in params], vocab)
+        has_tail = ~(rules.limited | is_greedy)
+        num_tails, num_blocks = int(has_tail.sum()), vocab // BLOCK_LEN
+        num_steps = self._num_steps = -(-vocab // num_blocks)
+        ints = np.zeros((len(params), 6), np.int64)
         ints[:, kernels.GREEDY] = is_greedy
-        ints[:, kernels.LIMITED] = ~self._has_tail
+        ints[:, kernels.LIMITED] = ~has_tail
         ints[:, kernels.ONLY_MIN_P] = rules.only_min_p
         ints[:, kernels.NUM_HEAD] = rules.num_head
         ints[:, kernels.NUM_KEPT] = np.where(is_greedy, 1, rules.num_kept)
-        ints[:, kernels.CELLS] = np.where(
-            self._has_tail, self._has_tail.cumsum() - 1, self._num_tails
-        )
+        ints[:, kernels.CELLS] = np.where(has_tail, has_tail.cumsum() - 1, num_tails)
+        limits = np.stack([rules.temperature, rules.top_p, rules.log_min_p], axis=1)
         self._asked = Asked(limits, ints, np.array(slots, np.int64))
-        room = num_rows * kernels.MOST_OF_HEAD
-        self._heads = Heads(
-            maxima=np.zeros((self._num_tails + 1, num_blocks), np.float32),
-            groups=np.zeros(NUM_GROUPS, np.float32),
-            bits=np.zeros(NUM_GROUPS, np.int32),
-            values=np.zeros(kernels.MOST_OF_HEAD, np.float32),
-            keys=np.zeros(kernels.MOST_OF_HEAD, np.int64),
-            ids=np.zeros(room, np.int64),
-            exponents=np.zeros(room),
-            ends=np.zeros(room, np.int64),
-            bounds=np.zeros((num_rows, 3), np.int64),
-            levels=np.zeros((num_rows, 2), np.float32),
-            tails=np.zeros((num_rows, 2), np.float32),
-        )
+        self._heads = _heads(len(params), num_tails, num_blocks)
         self._draw = Draw(
             uniforms=uniforms,
             numbers=numbers,
-            scale=np.array(
-                [
-                    UNITS,
-                    self._num_steps * (1 + SLACK) * UNITS,
-                    (1 - 2 * SLACK) / self._num_steps,
-                ]
-            ),
-            tokens=np.zeros(num_rows, np.int64),
-            certain=np.zeros(num_rows, np.int64),
-            reach=np.zeros(num_rows),
+            scale=np.array([UNITS, num_steps * (1 + SLACK) * UNITS, (1 - 2 * SLACK) / num_steps]),
+            tokens=np.zeros(len(params), np.int64),
+            certain=np.zeros(len(params), np.int64),
+            reach=np.zeros(len(params)),
         )
         self._copy = np.zeros(vocab, np.float32)
 
@@ -169,3 +137,28 @@ class Compiled:
             *(logits, temperature, top_p, best, floor), *(ids, ends, cells, self._num_steps)
         )
         return unsettled.token(uniforms.tolist(), certain, reach)
+
+
+def _rule(asked: SamplingParams) -> tuple[float, int, float, float]:
+    """As `Rules` has it; a greedy row's is any."""
+    if asked.is_greedy:
+        return 1.0, 0, 1.0, 0.0
+    return asked.temperature, asked.top_k, asked.top_p, asked.min_p
+
+
+def _heads(num_rows: int, num_tails: int, num_blocks: int) -> Heads:
+    """Room for the heads of so many rows."""
+    room = num_rows * kernels.MOST_OF_HEAD
+    return Heads(
+        maxima=np.zeros((num_tails + 1, num_blocks), np.float32),
+        groups=np.zeros(NUM_GROUPS, np.float32),
+        bits=np.zeros(NUM_GROUPS, np.int32),
+        values=np.zeros(kernels.MOST_OF_HEAD, np.float32),
+        keys=np.zeros(kernels.MOST_OF_HEAD, np.int64),
+        ids=np.zeros(room, np.int64),
+        exponents=np.zeros(room),
+        ends=np.zeros(room, np.int64),
+        bounds=np.zeros((num_rows, 3), np.int64),
+        levels=np.zeros((num_rows, 2), np.float32),
+        tails=np.zeros((num_rows, 2), np.float32),
+    )

@@ -1,8 +1,9 @@
 """numba's decorators as the kernels use them: compiled on import, for one set of types, cached.
 
-Kernels run without the GIL. What they call is compiled into them; their cache is in this folder or,
-where that cannot be written, the user's. numba looks only at the file of a kernel to tell whether
-its cache is old, so constants that a kernel uses stand in its file.
+Kernels run without the GIL, and what they call is compiled into them. They are cached in this
+folder or, where that cannot be written, in the user's cache, by processor. numba looks only at the
+file of a kernel to tell whether its cache is old: what a kernel calls, and its constants, stand
+there too.
 """
 
 from __future__ import annotations

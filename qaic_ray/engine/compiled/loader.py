@@ -58,7 +58,7 @@ class KernelLoader:
                 self._thread.start()
 
     def _load(self) -> None:
-        _log.info("Loading compiled kernels for sampling; compiling them takes seconds, once.")
+        _log.info("Loading compiled kernels for sampling; compiling them, once, takes seconds.")
         try:
             module = importlib.import_module(self._module)
         except (ImportError, OSError) as error:
