@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 import threading
 import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qaic_ray.engine.categorical import NUMBERS, CategoricalSampler, Rules
 from qaic_ray.engine.compiled import chooser, kernels, tail
+from qaic_ray.engine.compiled import loader as loader_module
 from qaic_ray.engine.compiled.loader import KernelLoader
 from qaic_ray.engine.past import Pasts
 from qaic_ray.engine.sampler import Selector
@@ -333,6 +337,7 @@ class TestLoader:
             if name.startswith("qaic_ray.engine.compiled.") and not name.endswith("loader"):
                 monkeypatch.delitem(sys.modules, name)
         loader = KernelLoader(1)
+        monkeypatch.setattr(loader, "_fill_cache", lambda: None)
         with caplog.at_level("WARNING"):
             assert loader.wait() is None
             assert [loader.kernels(5) for _ in range(3)] == [None] * 3
@@ -354,3 +359,38 @@ class TestLoader:
         for thread in threads:
             thread.join()
         assert loads == [1]
+
+    def test_what_is_not_cached_is_compiled_by_another_process_and_then_loaded(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ran = []
+        guarded = loader_module.guarded
+
+        def noted(argv: list[str], *rest: Any, **options: Any) -> Any:
+            ran.append(argv)
+            return guarded(argv, *rest, **options)
+
+        monkeypatch.setattr(loader_module, "guarded", noted)
+        monkeypatch.setattr(loader_module, "_is_cached", lambda: False)
+        assert KernelLoader(1).wait() is chooser
+        assert [argv[0] for argv in ran] == [sys.executable]
+
+    def test_a_process_that_ends_waits_for_no_compiler(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "takes_for_ever.py").write_text(
+            f"import os, pathlib, time\npathlib.Path({str(tmp_path / 'pid')!r}).write_text("
+            "str(os.getpid()))\ntime.sleep(600)"
+        )
+        program = (
+            "import pathlib, sys, time\n"
+            f"sys.path.insert(0, {str(tmp_path)!r})\n"
+            "from qaic_ray.engine.compiled import loader\n"
+            "loader._is_cached = lambda: False\n"
+            "assert loader.KernelLoader(1, 'takes_for_ever').kernels(1) is None\n"
+            f"pid = pathlib.Path({str(tmp_path / 'pid')!r})\n"
+            "while not (pid.exists() and pid.read_text()): time.sleep(0.01)\n"
+        )
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+        pid = int((tmp_path / "pid").read_text())
+        assert not psutil.pid_exists(pid)
