@@ -13,7 +13,7 @@ import numpy as np
 from qaic_ray.engine.categorical import BLOCK_LEN, NUM_GROUPS, SLACK, Rules
 from qaic_ray.engine.compiled import kernels, tail
 from qaic_ray.engine.compiled.jit import IS_COMPILED
-from qaic_ray.engine.compiled.kernels import Asked, Draw, Heads, Past
+from qaic_ray.engine.compiled.kernels import Draw, Heads, Past, RowRules
 from qaic_ray.engine.compiled.tail import Line
 from qaic_ray.engine.past import Pasts
 from qaic_ray.engine.unsettled import UNITS, Floats, Ints, Logits, Unsettled
@@ -63,7 +63,7 @@ class Compiled:
         ints[:, kernels.NUM_KEPT] = np.where(is_greedy, 1, rules.num_kept)
         ints[:, kernels.CELLS] = np.where(has_tail, has_tail.cumsum() - 1, num_tails)
         limits = np.stack([rules.temperature, rules.top_p, rules.log_min_p], axis=1)
-        self._asked = Asked(limits, ints, np.array(slots, np.int64))
+        self._asked = RowRules(limits, ints, np.array(slots, np.int64))
         self._heads = _heads(len(params), num_tails, num_blocks)
         self._draw = Draw(
             uniforms=uniforms,

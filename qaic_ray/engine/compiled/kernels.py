@@ -33,7 +33,7 @@ within 0.0003, and numpy's own within 0.0001.
 MOST_OF_HEAD = 512
 """Tokens that a row's head may have here; they are sorted by counting, in the square of this."""
 
-# Columns of `Asked.numbers` and of `Asked.ints`.
+# Columns of `RowRules.numbers` and of `RowRules.ints`.
 TEMPERATURE, TOP_P, LOG_MIN_P = range(3)
 GREEDY, LIMITED, ONLY_MIN_P, NUM_HEAD, NUM_KEPT, CELLS = range(6)
 # Columns of `Past.num`, of `Past.penalties`, of `Heads.bounds` and of `Heads.levels`.
@@ -45,7 +45,7 @@ BEST, FLOOR = range(2)
 SETTLED, OPEN, ODD = range(3)
 
 
-class Asked(NamedTuple):
+class RowRules(NamedTuple):
     """What the rows of one call ask for."""
 
     numbers: Floats  # [rows, 3]
@@ -92,7 +92,7 @@ class Draw(NamedTuple):
 
 
 _F4, _F8, _I4, _I8 = jit.FLOAT32, jit.FLOAT64, jit.INT32, jit.INT64
-_ASKED = jit.tuple_of(Asked, _F8[2], _I8[2], _I8[1])
+_RULES = jit.tuple_of(RowRules, _F8[2], _I8[2], _I8[1])
 _PAST = jit.tuple_of(Past, _I8[2], _F4[2], _I8[2], _I8[2], _F4[2], _F4[1])
 _HEAD = (_F4[2], _F4[1], _I4[1], _F4[1], _I8[1], _I8[1], _F8[1], _I8[1], _I8[2], _F4[2], _F4[2])
 _HEADS = jit.tuple_of(Heads, *_HEAD)
@@ -301,8 +301,8 @@ def _length(maxima: Any, best: Any, scale: Any) -> Any:
     return total
 
 
-@jit.kernel(jit.READ_ONLY, _ASKED, _PAST, _HEADS)
-def find_heads(logits: Any, asked: Asked, past: Past, heads: Heads) -> int:
+@jit.kernel(jit.READ_ONLY, _RULES, _PAST, _HEADS)
+def find_heads(logits: Any, asked: RowRules, past: Past, heads: Heads) -> int:
     """Fill `heads` for rows of logits [rows, vocab]; how many tokens they have together."""
     num_tokens, levels = np.int64(0), heads.levels.view(np.int32)
     for row in range(logits.shape[0]):
@@ -351,8 +351,8 @@ def _reading(ends: Any, tail: Any, least_tail: Any, top_p: Any, at: Any) -> Any:
     return certain, reach, np.int64(at * reach)
 
 
-@jit.kernel(_ASKED, _HEADS, _DRAW)
-def settle(asked: Asked, heads: Heads, draw: Draw) -> int:
+@jit.kernel(_RULES, _HEADS, _DRAW)
+def settle(asked: RowRules, heads: Heads, draw: Draw) -> int:
     """Find the tokens of rows that are open, as `categorical._tokens`; how many stay open.
 
     Everything rises with the tail's length, of which the least and the most are known: where both
