@@ -40,7 +40,7 @@ _one_ray: OneRay | None = None
 GROUPS = {
     "ray": ("tests/cluster/",),
     "road": ("tests/road/",),
-    "tiny": ("tests/engine/", "tests/worker/", "tests/emulator/test_lowered_exports.py"),
+    "tiny": ("tests/engine/", "tests/worker/", "tests/emulator/test_lowered_"),
     "model": ("tests/smollm2/",),
 }
 """Of tests that share what is dear, begun before all others: a Ray, an export and the Rays of

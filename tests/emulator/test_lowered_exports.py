@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import hypothesis.strategies as st
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 
@@ -109,6 +110,20 @@ def test_lowered_equals_reference_on_random_schedules(pair: Pair, data: st.DataO
         slots = data.draw(st.permutations(range(SLOTS)))[:num]
         ids = rng.integers(0, VOCAB, (num, shape.seq_len))
         pair.run(shape, np.array(lengths), np.array(starts), np.array(slots), ids)
+
+
+CHOICE = ["Add", "ArgMax", "Cast", "Gather", "Range", "Reshape", "Shape", "Unsqueeze"]
+"""Operators of the one form in which lowered graphs choose tokens; `Mul` is one of the layers."""
+
+
+@pytest.mark.parametrize("name", ["contexts", "speculation", "two prompt lengths"])
+def test_tokens_with_logits_are_chosen_in_one_form(tiny: TinyQpcs, name: str) -> None:
+    qpc = Pair(tiny, **OPTIONS[name]).programs[0].qpc
+    ops = [node.op_type for node in onnx.ModelProto.FromString(qpc.graphs["lowered"]).graph.node]
+    of_layers = {"MatMul", "Mul", "Sigmoid", "GroupQueryAttention", "RotaryEmbedding"}
+    of_layers |= {"SimplifiedLayerNormalization", "Constant"}
+    kept = {"Max", "Sub"} if "num_speculative_tokens" in OPTIONS[name] else set()
+    assert set(ops) - of_layers == {*CHOICE, *kept}
 
 
 def test_several_tokens_of_several_rows_run_at_once(tiny: TinyQpcs) -> None:

@@ -20,13 +20,14 @@ from qaic_ray.emulator.container.execution import (
     LoadedProgram,
     NoMatchingDimension,
 )
+from qaic_ray.emulator.lowering import graph
 from qaic_ray.emulator.lowering.lowered import MAX_IDLE_RUN, Call, plan
 
 TOLERANCE = 1e-4
 
 
-def ops_of(qpc: CompiledProgram, graph: str = "lowered") -> list[str]:
-    model = onnx.ModelProto.FromString(qpc.graphs[graph])
+def ops_of(qpc: CompiledProgram) -> list[str]:
+    model = onnx.ModelProto.FromString(qpc.graphs["lowered"])
     return [node.op_type for node in model.graph.node]
 
 
@@ -114,7 +115,25 @@ def test_lowered_graph_is_made_of_fused_operators(pair: Pair) -> None:
     assert ops.count("GroupQueryAttention") == layers
     assert ops.count("RotaryEmbedding") == 2 * layers
     assert ops.count("SimplifiedLayerNormalization") == 2 * layers + 1
-    assert not {"Softmax", "Transpose", "ScatterND", "CtxScatter", "CtxGatherCB"} & set(ops)
+    others = {"Softmax", "Transpose", "ScatterND", "CtxScatter", "CtxGatherCB"}
+    assert not (others | {"GatherElements", "Expand", "Slice", "Constant"}) & set(ops)
+
+
+class ChoosesFirst(TinyLlama):
+    """Logits are those of the token with the lowest position."""
+
+    def onnx(self) -> Any:
+        model = super().onnx()
+        for node in model.graph.node:
+            if node.op_type == "ArgMax":
+                node.op_type = "ArgMin"
+        return model
+
+
+def test_another_choice_of_tokens_is_not_rewritten_and_not_trusted(tmp_path: Path) -> None:
+    qpc = compile_tiny(tmp_path, ChoosesFirst())
+    assert {"ArgMin", "GatherElements"} <= set(ops_of(qpc))
+    assert LoadedProgram(qpc, 1).lowered is None
 
 
 @pytest.mark.parametrize("position", [3, 6])
@@ -150,13 +169,68 @@ VIEW = """sizes_{i} = Shape (normed_{i})
   view_{i} = Concat <axis = 0> (rows_1d_{i}, tokens_1d_{i}, last, full)
   q4_{i} = Reshape (q_{i}, view_{i})"""
 
+# As exporters write a window of attention; 11 is more than the cases of the proof that are small.
+WINDOW = """window_{i} = Constant <value = int64 {{11}}> ()
+  before_{i} = Sub (row_positions, window_{i})
+  old_3d_{i} = LessOrEqual (kv_index, before_{i})
+  old_{i} = Unsqueeze (old_3d_{i}, i1)
+  near_{i} = Where (old_{i}, minus, scaled_{i})
+  cut_{i} = Where (masked, minus, near_{i})"""
+CHUNKS = """chunk_{i} = Constant <value = int64 {{11}}> ()
+  of_query_{i} = Div (row_positions, chunk_{i})
+  of_key_{i} = Div (kv_index, chunk_{i})
+  old_3d_{i} = Less (of_key_{i}, of_query_{i})
+  old_{i} = Unsqueeze (old_3d_{i}, i1)
+  near_{i} = Where (old_{i}, minus, scaled_{i})
+  cut_{i} = Where (masked, minus, near_{i})"""
+CUT = "cut_{i} = Where (masked, minus, scaled_{i})"
+
+NORM = "normed_{i} = com.qti.aisw.onnx.CustomRMSNorm <epsilon = 0.00001> (hidden_{i}, norm1_{i})"
+# As the recipe writes it: scaled by a root of the width that is measured, and then squared.
+PLAIN_NORM = """ten_{i} = Constant <value = float {{0.00001}}> ()
+  two_{i} = Constant <value = float {{2.0}}> ()
+  unity_{i} = Constant <value = float {{1.0}}> ()
+  wide_{i} = Cast <to = 1> (hidden_{i})
+  hidden_dims_{i} = Shape (wide_{i})
+  width_1d_{i} = Slice (hidden_dims_{i}, i2, i3)
+  width_{i} = Cast <to = 1> (width_1d_{i})
+  root_width_{i} = Sqrt (width_{i})
+  small_{i} = Div (wide_{i}, root_width_{i})
+  squares_{i} = Pow (small_{i}, two_{i})
+  mean_{i} = ReduceSum <keepdims = 1> (squares_{i}, last)
+  shifted_{i} = Add (mean_{i}, ten_{i})
+  root_{i} = Sqrt (shifted_{i})
+  inverse_{i} = Div (unity_{i}, root_{i})
+  unit_{i} = Mul (wide_{i}, inverse_{i})
+  normed_{i} = Mul (norm1_{i}, unit_{i})"""
+CUT_TABLE = """cut_table_{i} = Slice (cos_table, i0, ctx_1d, i0)
+  near_cos_{i} = Gather (cut_table_{i}, safe_positions)
+  near_cos_4d_{i} = Unsqueeze (near_cos_{i}, i1)
+  kcos_{i} = Mul (kt_{i}, near_cos_4d_{i})"""
+MEASURED = """update_dims_{i} = Shape (krope_{i})
+  measured_{i} = Reshape (krope_{i}, update_dims_{i})
+  past_key_{i}_RetainedState = {scatter} (past_key_{i}, {slots}scatter_pos, measured_{i})"""
+
+# How torch.export counts rows where there are slots.
+BY_SLOTS = """num_rows_{i} = Shape <start = 0, end = 1> (batch_index)
+  heads_by_slots_{i} = Concat <axis = 0> (num_rows_{i}, last, all_heads, full)
+  q4_{i} = Reshape (q_{i}, heads_by_slots_{i})"""
+
 SAME = {
+    "rows counted by slots": ("q4_{i} = Reshape (q_{i}, heads_4d)", BY_SLOTS),
+    "norm in plain operators": (NORM, PLAIN_NORM),
+    "rotary table cut to the context": ("kcos_{i} = Mul (kt_{i}, cos)", CUT_TABLE),
+    "keys reshaped to what they are": (
+        "past_key_{i}_RetainedState = {scatter} (past_key_{i}, {slots}scatter_pos, krope_{i})",
+        MEASURED,
+    ),
     "heads by a computed view": ("q4_{i} = Reshape (q_{i}, heads_4d)", VIEW),
     "scale by division": ("Mul (raw_{i}, scale)", "Mul (scale, raw_{i})"),
     "values not zeroed": ("Where (invalid_v, nought, vg_{i})", "Identity (vg_{i})"),
     "rotation negated twice": ("Add (kcos_{i}, ksin_{i})", "Add (ksin_{i}, kcos_{i})"),
 }
 OTHER = {
+    "attention in chunks": (CUT, CHUNKS),
     "strict mask": ("Where (masked, minus, scaled_{i})", "Where (masked_3d, minus, scaled_{i})"),
     "no mask": ("Where (masked, minus, scaled_{i})", "Identity (scaled_{i})"),
     "scores squared": ("Mul (raw_{i}, scale)", "Mul (raw_{i}, raw_{i})"),
@@ -168,9 +242,43 @@ OTHER = {
 @pytest.mark.parametrize("edit", list(SAME))
 def test_other_ways_to_write_the_same_are_lowered(tmp_path: Path, edit: str) -> None:
     pair = Pair(tmp_path, TinyLlama(edits=(SAME[edit],)), None)
+    ops = ops_of(pair.qpc)
+    assert (ops.count("SimplifiedLayerNormalization"), ops.count("RotaryEmbedding")) == (5, 4)
     pair.start()
     pair.run(np.array([[0, 1, 2, -1]]), np.array([1]), np.array([[5, 6, 7, 8]]))
     pair.run(np.array([[0], [3], [-1]]), np.arange(3), np.array([[5], [6], [7]]))
+
+
+@given(data=st.data())
+def test_a_window_of_attention_is_lowered(windowed: Pair, data: st.DataObject) -> None:
+    windowed.start()
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    for start in range(0, CTX_LEN, PROMPT_LEN):
+        positions = np.arange(start, start + PROMPT_LEN)[None]
+        windowed.run(positions, np.array([1]), rng.integers(0, 61, positions.shape))
+    for positions, slots in data.draw(st.lists(decode(), min_size=1, max_size=4)):
+        windowed.run(positions, slots, rng.integers(0, 61, positions.shape))
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    pair = Pair(tmp_path_factory.mktemp("window"), TinyLlama(edits=((CUT, WINDOW),)), None)
+    model = onnx.ModelProto.FromString(pair.qpc.graphs["lowered"])
+    nodes = [n for n in model.graph.node if n.op_type == "GroupQueryAttention"]
+    windows = [a.i for n in nodes for a in n.attribute if a.name == "local_window_size"]
+    assert windows == [11] * pair.llama.num_layers
+    return pair
+
+
+def test_a_norm_of_embeddings_that_are_stored_narrow_is_lowered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "_LARGE_TABLE", 1)
+    llama = TinyLlama(edits=((NORM, PLAIN_NORM),))
+    pair = Pair(tmp_path, llama, "float16", "-convert-to-fp16")
+    assert ops_of(pair.qpc).count("SimplifiedLayerNormalization") == 5
+    pair.start()
+    pair.run(np.array([[0, 1, 2, -1]]), np.array([1]), np.array([[5, 6, 7, 8]]))
 
 
 class WithMadeUpNames(TinyLlama):

@@ -20,14 +20,15 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from ..card.cores import Cores, usable_cores
-from ..lowering.attention import joint_length
+from ..lowering.attention import ATTENTION_MASK, CACHE_INDEX, joint_length
 from ..lowering.lowered import LoweredState, Probe, Runner
 from ..lowering.view import ORT_ERRORS
 from ..numbers import kv_cache
 from ..step.errors import TokenError
 from . import QpcError, network
-from .compiled import CompiledProgram
+from .compiled import CompiledProgram as CompiledProgram
 from .constants import Weights, packs_into_its_own_memory
+from .lockstep import LockstepState
 from .steps import EXACT, open_step
 
 _log = logging.getLogger(__name__)
@@ -87,6 +88,8 @@ class LoadedProgram:
         self._constants = {c.name: c for c in qpc.program.constants}
         self._reference: Any = None
         self._joint: Any = None
+        # What the lowered graph keeps between runs; it has no attention mask.
+        self.caches = {n: out for n, out in qpc.states.items() if n != ATTENTION_MASK}
         self.joint_length = 0
         self.lowered: Any = None
         self.step: Any = None
@@ -156,7 +159,7 @@ class LoadedProgram:
         """The lowered session with its weights in memory once; None where it is not sound."""
         try:
             session, self._weights = self._session(network.LOWERED)
-            probe = Probe(session, self.qpc.states)
+            probe = Probe(session, self.caches)
             self._weights.release()
             if probe.holds():
                 return session
@@ -174,7 +177,7 @@ class LoadedProgram:
             session, self._joint_weights = self._session(network.JOINT)
             if packs_into_its_own_memory():
                 self._joint_weights.release()
-            if Probe(self.lowered, self.qpc.states).joins(session):
+            if Probe(self.lowered, self.caches).joins(session):
                 return session
             reason = "joint rows have other results"
         except (QpcError, *ORT_ERRORS) as error:
@@ -202,15 +205,19 @@ class Activation:
             for name in self._qpc.states
         }
         self._lowered: Any = None
-        lowered, states = self._program.lowered, self._qpc.states
-        if self._program.step is not None:
+        self._lockstep: Optional[LockstepState] = None
+        program = self._program
+        if program.step is not None:
             from ..step.runner import StepState
 
-            program = self._program
-            self._lowered = StepState(program.step, self._states, program.threads)
-        elif lowered is not None:
-            runner = Runner(lowered, self._states, states)
-            self._lowered = LoweredState(runner, self._joint, self._program.joint_length)
+            caches = {name: self._states[name] for name in program.caches}
+            self._lowered = StepState(program.step, caches, program.threads)
+        elif program.lowered is not None:
+            runner = self._runner(program.lowered)
+            self._lowered = LoweredState(runner, self._joint, program.joint_length)
+        if self._lowered is not None and CACHE_INDEX in self._kinds:
+            run = self._lowered.run
+            self._lockstep = LockstepState(run, self._states, self._next_states)
 
     def _kept_kind(self, name: str) -> Any:
         """The type that a state is kept in: the step reads a float16 cache as it is."""
@@ -220,7 +227,11 @@ class Activation:
 
     def _joint(self) -> Optional[Runner]:
         session = self._program.joint()
-        return None if session is None else Runner(session, self._states, self._qpc.states)
+        return None if session is None else self._runner(session)
+
+    def _runner(self, session: Any) -> Runner:
+        caches = self._program.caches
+        return Runner(session, {name: self._states[name] for name in caches}, caches)
 
     def run(
         self, inputs: Mapping[str, Any], outputs: Mapping[str, Tuple[int, ...]]
@@ -242,6 +253,9 @@ class Activation:
         """
         self._check(inputs, outputs)
         with self._lock:
+            caches = self._program.caches
+            if not caches.keys().isdisjoint(inputs):
+                self._settle(replaced=True)
             feeds = {}
             for name, array in inputs.items():
                 values = self._to_compute(name, array)
@@ -252,27 +266,54 @@ class Activation:
                     feeds[name] = values
             try:
                 made = self._compute(feeds)
+                if not outputs.keys().isdisjoint(caches.values()):
+                    self._settle()
             except (TokenError, *ORT_ERRORS) as error:
                 raise ExecutionError(f"{self._qpc.name}: {error}") from error
             made.update({out: self._states[name] for name, out in self._qpc.states.items()})
-            return {name: self._to_buffer(name, made[name]) for name in outputs}
+            return {
+                name: self._to_buffer(name, made[name]).reshape(dims)
+                for name, dims in outputs.items()
+            }
 
     def state(self, name: str) -> Any:
         """What a retained input holds now, as it is computed with."""
+        with self._lock:
+            if name in self._program.caches:
+                self._settle()
+            return self._computed_with(name)
+
+    def _computed_with(self, name: str) -> Any:
         return self._states[name].astype(self._kinds[name], copy=False)
 
+    def _settle(self, *, replaced: bool = False) -> None:
+        """Have the caches as the reference graph has them; `replaced`: to be given anew."""
+        if self._lockstep is not None:
+            self._lockstep.settle()
+            if replaced:
+                self._lockstep.replaced()
+
     def _compute(self, feeds: Mapping[str, Any]) -> Dict[str, Any]:
-        made = None if self._lowered is None else self._lowered.run(feeds)
+        faster = self._lockstep or self._lowered
+        made = None if faster is None else faster.run(feeds)
         return self._run_reference(feeds) if made is None else made
 
     def _run_reference(self, feeds: Mapping[str, Any]) -> Dict[str, Any]:
-        session = self._program.reference()
-        names = [o.name for o in session.get_outputs()]
-        states = {name: self.state(name) for name in self._states}
-        made = dict(zip(names, session.run(names, dict(feeds, **states))))
+        made = self._reference_outputs(feeds)
         for name, out in self._qpc.states.items():
             np.copyto(self._states[name], made.pop(out))
         return made
+
+    def _next_states(self, feeds: Mapping[str, Any]) -> Dict[str, Any]:
+        made = self._reference_outputs(feeds)
+        return {name: made[out] for name, out in self._qpc.states.items()}
+
+    def _reference_outputs(self, feeds: Mapping[str, Any]) -> Dict[str, Any]:
+        """What the reference graph makes of inputs and states; what is not among inputs is held."""
+        session = self._program.reference()
+        names = [o.name for o in session.get_outputs()]
+        states = {name: self._computed_with(name) for name in self._states}
+        return dict(zip(names, session.run(names, dict(states, **feeds))))
 
     def _compute_dims(self, name: str) -> Tuple[int, ...]:
         dims = self._bindings[name].dims

@@ -19,13 +19,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ..numbers import kv_cache
-from . import attention, rotary
+from . import interface, norms, rotary, search, selection
 from .attention import (
-    BATCH_INDEX,
-    COMP_CTX_LENGTHS,
+    ATTENTION_MASK,
     INPUT_IDS,
-    NUM_LOGITS_TO_KEEP,
-    POSITION_IDS,
     SEQLENS,
     TOKEN_SIZES,
     TOTAL,
@@ -35,7 +32,23 @@ from .attention import (
     kernel_node,
     token_name,
 )
-from .graph import State, expand, has_subgraphs, replace_by_stub
+from .attention import (
+    BATCH_INDEX as BATCH_INDEX,
+)
+from .attention import (
+    CACHE_INDEX as CACHE_INDEX,
+)
+from .attention import (
+    COMP_CTX_LENGTHS as COMP_CTX_LENGTHS,
+)
+from .attention import (
+    NUM_LOGITS_TO_KEEP as NUM_LOGITS_TO_KEEP,
+)
+from .attention import (
+    POSITION_IDS as POSITION_IDS,
+)
+from .graph import State, expand, replace_by_stub
+from .graph import has_subgraphs as has_subgraphs
 from .view import HEADS_FIRST, GraphView, NotLowered, is_heads_first
 
 
@@ -69,41 +82,32 @@ def lower(
         NotLowered: saying what about the graph is not known.
     """
     view = GraphView(model, values)
-    _check_interface(view, states)
-    attentions = attention.find(view, states)
+    caches = {name: state for name, state in states.items() if name != ATTENTION_MASK}
+    mask = states.get(ATTENTION_MASK)
+    interface.check(view, caches, mask)
     ctx_len, joint_length = lens
+    attentions = search.find(view, caches, mask, ctx_len)
+    outputs = view.outputs - ({mask.output} if mask is not None else set())
     finder, tables = rotary.RotaryFinder(view, ctx_len), _Tables()
+    found_norms = [n for n in map(norms.NormFinder(view).find, view.nodes) if n is not None]
+
+    results = sorted(outputs - {state.output for state in caches.values()})
+    padded_left = mask is not None
+    taken = [selection.find(view, name, padded_left=padded_left) for name in results]
+    selections = {found.taken: found for found in taken if found is not None}
 
     def rewritten(length: int) -> Any:
         rewriter = _Rewriter(view, finder, tables, length)
         for found in attentions:
             rewriter.replace(found)
-        return rewriter.finish()
+        for norm in found_norms:
+            rewriter.replace_norm(norm)
+        for found_selection in selections.values():
+            rewriter.replace_selection(found_selection)
+        return rewriter.finish(outputs)
 
     joint = rewritten(joint_length) if joint_length else None
     return Lowered(rewritten(0), joint, tables.arrays)
-
-
-def _check_interface(view: GraphView, states: Mapping[str, State]) -> None:
-    needed = {INPUT_IDS, POSITION_IDS}
-    known = needed | {BATCH_INDEX, COMP_CTX_LENGTHS, NUM_LOGITS_TO_KEEP} | set(states)
-    if has_subgraphs(view.model):
-        raise NotLowered("a node has a graph of its own")
-    if not states or not needed <= view.inputs <= known:
-        unknown = sorted(view.inputs - known) or sorted(needed - view.inputs) or ["no past"]
-        raise NotLowered(f"its inputs are of another kind ({', '.join(unknown)})")
-    sizes = [view.shape(name, rank=4)[axis] for name in states for axis in (0, 2)]
-    if any(isinstance(size, int) for size in (*view.shape(INPUT_IDS, rank=2), *sizes)):
-        raise NotLowered("rows, tokens or context have one size only")
-    if view.types[POSITION_IDS] != TensorProto.INT64:
-        raise NotLowered(f"{POSITION_IDS} is not INT64")
-    batch, length = view.shape(INPUT_IDS)
-    per_token = {length, *view.shapes.get(NUM_LOGITS_TO_KEEP, ())[:1]}
-    for name in view.outputs - {state.output for state in states.values()}:
-        shape = view.shape(name)
-        rest = shape[2:] if len(shape) > 2 and shape[1] in per_token else shape[1:]
-        if shape[0] != batch or not all(isinstance(d, int) for d in rest):
-            raise NotLowered(f"{name} does not have one row per row of {INPUT_IDS}")
 
 
 class _Tables:
@@ -116,7 +120,7 @@ class _Tables:
     def name(self, array: Any) -> str:
         data = array.tobytes()
         if data not in self._names:
-            self._names[data] = f"lowered/rotary_{len(self.arrays)}"
+            self._names[data] = f"lowered/table_{len(self.arrays)}"
             self.arrays[self._names[data]] = array
         return self._names[data]
 
@@ -161,21 +165,60 @@ class _Rewriter:
         self._dropped.add(last)
         self._added[last] = nodes
 
+    def replace_norm(self, norm: norms.Norm) -> None:
+        """Put one operator in the place of a norm that is written out."""
+        norm = self._of_heads(norm)
+        last = self._view.producer[norm.output]
+        self._dropped.add(last)
+        self._added[last] = [norms.kernel_node(norm, self._tables.name(norm.weight))]
+
+    def _of_heads(self, norm: norms.Norm) -> norms.Norm:
+        """A norm for which heads are made rows, and heads again: of the heads as they are."""
+        before, after = self._view.node(norm.source), self._only_reader(norm.output)
+        if before is None or after is None or {before.op_type, after.op_type} != {"Reshape"}:
+            return norm
+        source, output = before.input[0], after.output[0]
+        same = self._view.same_shape(source, output)
+        if not same or self._view.shape(source)[-1] != norm.weight.size:
+            return norm
+        return norm._replace(source=source, output=output)
+
+    def replace_selection(self, found: selection.Selection) -> None:
+        """Put the one form in the place of how the wanted tokens are taken."""
+        nodes, constants = selection.kernel_nodes(found)
+        last = self._view.producer[found.taken]
+        self._dropped.add(last)
+        self._added[last] = nodes
+        arrays = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+        self._initializers.extend(arrays)
+
     def _joined(self, found: Attention) -> Any:
         """The value [B, S, heads * dim] made of the output, where nothing else reads it."""
         view = self._view
         width = found.num_heads * found.head_dim
-        readers = view.readers(found.output)
-        if len(readers) != 1 or not is_heads_first(readers[0]):
+        turned = self._only_reader(found.output)
+        if turned is None or not is_heads_first(turned):
             return None
-        middle = readers[0].output[0]
-        readers = view.readers(middle)
-        if len(readers) != 1 or readers[0].op_type != "Reshape":
+        joined = self._only_reader(turned.output[0])
+        if joined is None or joined.op_type != "Reshape" or joined.output[0] in view.outputs:
             return None
-        flat = readers[0].output[0]
-        shape = view.shapes.get(flat, ())
-        fits = len(shape) == 3 and shape[2] == width and flat not in view.outputs
-        return flat if fits and middle not in view.outputs else None
+        try:
+            shape = view.shape(joined.output[0])
+        except NotLowered:
+            return None
+        fits = len(shape) == 3 and shape[2] == width
+        return joined.output[0] if fits else None
+
+    def _only_reader(self, name: str) -> Optional[Any]:
+        """The one node that reads a value, past those that leave it as it is."""
+        while name not in self._view.outputs:
+            readers = self._view.readers(name)
+            if len(readers) != 1:
+                return None
+            if readers[0].op_type != "Identity":
+                return readers[0]
+            name = readers[0].output[0]
+        return None
 
     def _rotated(self, name: str, num_heads: int, nodes: List[Any]) -> str:
         rotation = self._finder.find(name)
@@ -224,38 +267,63 @@ class _Rewriter:
             self._initializers.append(numpy_helper.from_array(array, self._shapes[key]))
         return helper.make_node("Reshape", [source, self._shapes[key]], [target], name=target)
 
-    def finish(self) -> Any:
-        """The whole lowered model."""
+    def finish(self, outputs: Set[str]) -> Any:
+        """The whole lowered model, with these of its outputs."""
         view = self._view
         nodes: List[Any] = []
         for index, node in enumerate(view.nodes):
             nodes.extend(self._added.get(index, ()))
             if index not in self._dropped:
                 nodes.append(node)
-        nodes = _needed(nodes, view.outputs)
+        nodes = [self._plain(self._measured(node)) for node in nodes]
+        nodes, constants = interface.take_constants_out(view, interface.needed(nodes, outputs))
         model = onnx.ModelProto()
         model.CopyFrom(view.model)
         graph = model.graph
         del graph.node[:]
         del graph.value_info[:]
         graph.node.extend(nodes)
-        graph.initializer.extend(self._initializers)
+        graph.initializer.extend([*self._initializers, *constants])
         for name, array in self._tables.arrays.items():
             graph.initializer.add(name=name, dims=array.shape)
             replace_by_stub(graph.initializer[-1], TensorProto.FLOAT)
         read = {name for node in nodes for name in node.input}
-        cache_only = {BATCH_INDEX, COMP_CTX_LENGTHS}
-        if read & cache_only:
-            raise NotLowered(f"{read & cache_only} is read by more than the cache")
-        for index in reversed(range(len(graph.input))):
-            if graph.input[index].name in cache_only:
-                del graph.input[index]
-        _keep(graph.initializer, read)
+        if read & interface.CACHE_ONLY:
+            raise NotLowered(f"{read & interface.CACHE_ONLY} is read by more than the cache")
+        interface.remove(graph.input, interface.CACHE_ONLY)
+        interface.remove(graph.output, view.outputs - outputs)
+        interface.keep(graph.initializer, read)
         for value in graph.output:
-            _set_dims(value, view.shape(value.name))
+            interface.set_dims(value, view.shape(value.name))
         self._add_interface(graph)
-        _free_rows(graph, view)
+        interface.free_rows(graph, view)
         return expand(model)
+
+    def _measured(self, node: Any) -> Any:
+        """A node that tells the number of rows by an input of the cache, told by the tokens."""
+        if node.op_type != "Shape" or node.domain or node.input[0] not in interface.CACHE_ONLY:
+            return node
+        bounds = {a.name: a.i for a in node.attribute}
+        taken = slice(bounds.get("start", 0), bounds.get("end"))
+        dims, tokens = (self._view.shape(name)[taken] for name in (node.input[0], INPUT_IDS))
+        if dims != tokens:
+            return node
+        same = onnx.NodeProto.FromString(node.SerializeToString())
+        same.input[0] = INPUT_IDS
+        return same
+
+    def _plain(self, node: Any) -> Any:
+        """A node that splits the last axis of tokens, by a constant where it was computed."""
+        if node.op_type != "Reshape" or node.domain or node.input[0] not in self._view.shapes:
+            return node
+        try:
+            before, after = (self._view.shape(name) for name in (node.input[0], node.output[0]))
+        except NotLowered:
+            return node
+        split = [dim for dim in after[2:] if isinstance(dim, int)]
+        if len(before) != 3 or len(after) != 4 or before[:2] != after[:2] or len(split) < 2:
+            return node
+        return self._reshape(node.input[0], [0, 0, *split], node.output[0])
 
     def _add_interface(self, graph: Any) -> None:
         """The inputs, outputs and constants that the kernels have on top."""
@@ -274,40 +342,3 @@ class _Rewriter:
                 # An output, because only those can be given memory.
                 graph.output.add().CopyFrom(present)
                 graph.output[-1].name = token_name(present.name, token)
-
-
-def _needed(nodes: List[Any], outputs: Set[str]) -> List[Any]:
-    wanted, kept = set(outputs), []
-    for node in reversed(nodes):
-        if wanted.intersection(node.output):
-            wanted.update(node.input)
-            kept.append(node)
-    return kept[::-1]
-
-
-def _keep(initializers: Any, names: Set[str]) -> None:
-    kept = [t for t in initializers if t.name in names]
-    copies = [TensorProto.FromString(t.SerializeToString()) for t in kept]
-    del initializers[:]
-    initializers.extend(copies)
-
-
-def _set_dims(value: Any, dims: Tuple[Any, ...]) -> None:
-    """Give an output the names of dimensions that inputs have too."""
-    shape = value.type.tensor_type.shape
-    del shape.dim[:]
-    for dim in dims:
-        if isinstance(dim, int):
-            shape.dim.add(dim_value=dim)
-        else:
-            shape.dim.add(dim_param=dim)
-
-
-def _free_rows(graph: Any, view: GraphView) -> None:
-    """Let the lowered graph run over any rows and slots: states as many as there are rows."""
-    batch = view.shape(INPUT_IDS)[0]
-    rows = batch if isinstance(batch, str) else "rows"
-    for value in list(graph.input) + list(graph.output):
-        dims = value.type.tensor_type.shape.dim
-        if len(dims) and value.name != NUM_LOGITS_TO_KEEP:
-            dims[0].dim_param = rows

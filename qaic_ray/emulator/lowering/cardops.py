@@ -241,11 +241,16 @@ def shape_functions(opset: int) -> List[Any]:
 def rms_norm(node: Any) -> Any:
     """CustomRMSNorm as onnxruntime's own operator."""
     epsilon = next(a.f for a in node.attribute if a.name == "epsilon")
+    return rms_norm_node(list(node.input), list(node.output), node.name, epsilon)
+
+
+def rms_norm_node(inputs: List[str], outputs: List[str], name: str, epsilon: float) -> Any:
+    """onnxruntime's own operator for the RMS norm of inputs[0] times inputs[1]."""
     return helper.make_node(
         "SimplifiedLayerNormalization",
-        list(node.input),
-        list(node.output),
-        name=node.name,
+        inputs,
+        outputs,
+        name=name,
         axis=-1,
         epsilon=epsilon,
         stash_type=1,

@@ -74,10 +74,14 @@ class RotaryFinder:
             return None
         run, rng = part.session(), np.random.default_rng(0)
         names = self._view.shape(POSITION_IDS, rank=2)
+        # Some tables are cut to the length of the cache.
+        inputs = [self._view.shapes.get(name, ()) for name in self._view.inputs]
+        others = {dim: 1 for dims in inputs for dim in dims if isinstance(dim, str)}
+        others.update({dims[2]: self._ctx_len for dims in inputs if dims[2:]})
         cos, sin = (np.empty((self._ctx_len, dim // 2), np.float32) for _ in range(2))
         for start in range(0, self._ctx_len, _PIECE):
             ids = np.arange(start, min(start + _PIECE, self._ctx_len))[None]
-            sizes = {n: s for n, s in zip(names, ids.shape) if isinstance(n, str)}
+            sizes = dict(others, **{n: s for n, s in zip(names, ids.shape) if isinstance(n, str)})
             halves = np.zeros((1, heads, ids.size, dim), np.float32)
             halves[..., : dim // 2] = 1
             x = rng.standard_normal(halves.shape).astype(np.float32)

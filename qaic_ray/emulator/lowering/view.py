@@ -91,6 +91,13 @@ class GraphView:
             raise NotLowered(f"the shape of {name} is unknown")
         return shape
 
+    def same_shape(self, one: str, other: str) -> bool:
+        """Whether two values are known to have the same dims."""
+        try:
+            return self.shape(one) == self.shape(other)
+        except NotLowered:
+            return False
+
     def _walk(self) -> None:
         """Learn dims that inference does not see, because exporters compute them on the way."""
         self._is_walked = True
@@ -169,8 +176,8 @@ class Part:
             found.add(index)
             node = view.nodes[index]
             if node.op_type == "Shape" and not node.domain:
-                if node.input[0] not in self.inputs:
-                    self.measured.append(node.input[0])
+                known = self.used if node.input[0] in self.inputs else self.measured
+                known.append(node.input[0])
                 continue
             for needed in node.input:
                 if needed and needed not in seen:
@@ -208,11 +215,19 @@ class Part:
         digest.update(",".join(rename(n) for n in self.outputs).encode())
         return digest.hexdigest()
 
+    def numbers(self, kind: str = "f") -> List[Any]:
+        """Every positive number of the part that is a constant of its own, of a numpy kind."""
+        names = self.constants + [n.output[0] for n in self.nodes if n.op_type == "Constant"]
+        arrays = [np.asarray(self.view.constant(name)) for name in names]
+        found = [a.reshape(()).item() for a in arrays if a.size == 1 and a.dtype.kind == kind]
+        return [number for number in dict.fromkeys(found) if 0 < number < np.inf]
+
     def session(self) -> Callable[[Mapping[str, Any], Mapping[Dim, int]], List[Any]]:
         """A function that runs the part: (arrays of the inputs, sizes of named dims) -> outputs."""
         names = list(dict.fromkeys(self.used + self.measured))
+        # A dim may be unknown here: what is given has it.
         infos = [
-            helper.make_tensor_value_info(n, self.view.types[n], list(self.view.shape(n)))
+            helper.make_tensor_value_info(n, self.view.types[n], self.view.shapes.get(n))
             for n in names
         ]
         initializers = [
