@@ -44,8 +44,13 @@ class Pair:
         self.is_all = options.get("logits") == "all"
         self.output = NEXT_TOKENS if options.get("next_tokens") else LOGITS
         self.qpc = CompiledProgram.open(str(folder))
-        self.programs = [LoadedProgram(self.qpc, 1, use_lowered=use) for use in (True, False)]
-        assert self.programs[0].lowered is not None
+        self.programs = [
+            LoadedProgram(self.qpc, 2),
+            LoadedProgram(self.qpc, 1, use_step=False),
+            LoadedProgram(self.qpc, 1, use_lowered=False),
+        ]
+        assert self.programs[0].step is not None
+        assert self.programs[1].lowered is not None
         self.start()
 
     def start(self) -> None:

@@ -10,7 +10,10 @@ activations between operators to float16, and the order of sums inside a card.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
+import mmap
 import os
 import threading
 from typing import Any, Dict, List, Mapping, Optional, Tuple
@@ -32,6 +35,7 @@ from .lockstep import LockstepState
 from .steps import EXACT, open_step
 
 _log = logging.getLogger(__name__)
+_SMALL_CACHE = 1 << 20
 
 
 class NoMatchingDimension(Exception):
@@ -186,6 +190,17 @@ class LoadedProgram:
         return None
 
 
+def _empty_cache(dims: Tuple[int, ...], kind: Any) -> Any:
+    """Zeros that take memory where something is written: large pages would take it all at once."""
+    size = math.prod(dims) * kind.itemsize
+    if size < _SMALL_CACHE or not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return np.zeros(dims, kind)
+    memory = mmap.mmap(-1, size)
+    with contextlib.suppress(OSError):  # a kernel without large pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, kind).reshape(dims)
+
+
 class Activation:
     """One activation: holds the retained state between runs. Safe to use from several threads."""
 
@@ -201,7 +216,7 @@ class Activation:
     def reset(self) -> None:
         """Set every retained state to zero."""
         self._states = {
-            name: np.zeros(self._compute_dims(name), self._kept_kind(name))
+            name: _empty_cache(self._compute_dims(name), self._kept_kind(name))
             for name in self._qpc.states
         }
         self._lowered: Any = None
