@@ -142,8 +142,13 @@ def product(
     return out[:, :num_columns]
 
 
-def attention(query: Any, keys: Any, values: Any, positions: Any, slots: Any, factor: float) -> Any:
-    """Queries [n, heads, dim] over caches [slots, kv heads, ctx_len, dim]: [n, heads, dim]."""
+def attention(
+    query: Any, keys: Any, values: Any, where: tuple[Any, Any], factor: float, window: int = 0
+) -> Any:
+    """Queries [n, heads, dim] over caches [slots, kv heads, ctx_len, dim]: [n, heads, dim].
+
+    `where` is their positions and slots; each sees the last `window` positions, all for 0.
+    """
     num_rows, heads, dim = query.shape
     source = padded(query.reshape(num_rows, -1))
     out = padded(np.full((num_rows, heads * dim), np.nan, np.float32))
@@ -154,14 +159,14 @@ def attention(query: Any, keys: Any, values: Any, positions: Any, slots: Any, fa
     kv_heads, ctx_len = keys.shape[1:3]
     parameters = (
         address_of(caches[0]), address_of(caches[1]), *caches[0].strides[:2], heads, kv_heads, dim,
-        address_of(scale), ctx_len, keys.itemsize,
+        address_of(scale), ctx_len, keys.itemsize, window,
     )  # fmt: skip
     columns = {
         op.KIND: op.ATTEND, op.OUT: address_of(out), op.OUT_STRIDE: out.strides[0],
         op.IN: address_of(source), op.IN_STRIDE: source.strides[0],
     } | {op.P0 + i: value for i, value in enumerate(parameters)}  # fmt: skip
     tokens = np.zeros((4, num_rows), np.int64)
-    tokens[op.POSITIONS], tokens[op.SLOTS] = positions, slots
+    tokens[op.POSITIONS], tokens[op.SLOTS] = where
     tasks = -(-num_rows // 2) * kv_heads
     run(op.ATTENTION, columns, num_rows, tasks=tasks, block=2, tokens=tokens)
     return out[:, : heads * dim].reshape(query.shape)

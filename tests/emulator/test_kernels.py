@@ -250,16 +250,16 @@ def test_the_first_of_the_largest_is_found(x: Any) -> None:
 
 
 def expected_attention(
-    query: Any, keys: Any, values: Any, positions: Any, slots: Any, factor: float
+    query: Any, keys: Any, values: Any, where: tuple[Any, Any], factor: float, window: int = 0
 ) -> Any:
     """The formula in float64."""
     out = np.empty(query.shape)
     group = query.shape[1] // keys.shape[1]
-    for row, (position, slot) in enumerate(zip(positions, slots, strict=True)):
+    for row, (position, slot) in enumerate(zip(*where, strict=True)):
+        first = max(0, position + 1 - window) if window else 0
         for head in range(query.shape[1]):
-            k, v = (
-                c[slot, head // group, : position + 1].astype(np.float64) for c in (keys, values)
-            )
+            places = slot, head // group, slice(first, position + 1)
+            k, v = (cache[places].astype(np.float64) for cache in (keys, values))
             scores = k @ query[row, head].astype(np.float64) * factor
             powers = np.exp(scores - scores.max())
             out[row, head] = powers @ v / powers.sum()
@@ -277,17 +277,21 @@ def test_attention_is_that_of_the_formula(kind: Any, data: st.DataObject) -> Non
     slots = np.array(
         data.draw(st.lists(st.integers(0, 2), min_size=len(positions), max_size=len(positions)))
     )
+    window = data.draw(st.one_of(st.just(0), st.integers(1, ctx_len + 5)))
     keys, values = (normal(3, kv_heads, ctx_len, dim, seed=s).astype(kind) for s in (1, 2))
     query, factor = normal(len(positions), kv_heads * group, dim, seed=3) * 2, dim**-0.5
-    expected = expected_attention(query, keys, values, positions, slots, factor)
-    made = attention(query, keys, values, positions, slots, factor)
+    expected = expected_attention(query, keys, values, (positions, slots), factor, window)
+    made = attention(query, keys, values, (positions, slots), factor, window)
     np.testing.assert_allclose(made, expected, rtol=1e-5, atol=3e-6)
-    # What lies beyond a token's own position is not looked at, whatever it is.
+    # What lies beyond a token's own position, or before its window, is not looked at.
     for slot in range(3):
         last = max(positions[slots == slot], default=-1)
+        if window:
+            first = max(0, min(positions[slots == slot], default=0) + 1 - window)
+            keys[slot, :, :first] = values[slot, :, :first] = np.nan
         keys[slot, :, last + 1 :] = np.nan
         values[slot, :, last + 1 :] = np.nan
-    same(attention(query, keys, values, positions, slots, factor), made)
+    same(attention(query, keys, values, (positions, slots), factor, window), made)
 
 
 @pytest.mark.parametrize("dim", [8, 32])
@@ -300,13 +304,13 @@ def test_attention_over_what_is_no_number_gives_none(
     query = np.abs(normal(2, 2, dim))
     keys, values = (np.abs(normal(1, 1, 20, dim, seed=s)).astype(kind) for s in (1, 2))
     positions, slots = np.array([3, 19]), np.zeros(2, np.int64)
-    good = attention(query, keys, values, positions, slots, 0.25)
+    good = attention(query, keys, values, (positions, slots), 0.25)
     if where == "query":
         query[1, :, 2] = bad
     else:
         # Every key that the second token sees and the first does not.
         (keys if where == "key" else values)[0, 0, 4:, 2] = bad
-    made = attention(query, keys, values, positions, slots, 0.25)
+    made = attention(query, keys, values, (positions, slots), 0.25)
     same(made[0], good[0])
     if where == "query":
         assert not np.isfinite(made[1]).any()
@@ -316,6 +320,6 @@ def test_attention_over_what_is_no_number_gives_none(
         assert not np.isfinite(made[1]).any()
     else:
         # A score of minus infinity is a key that is not looked at.
-        np.testing.assert_allclose(
-            made, expected_attention(query, keys, values, np.array([3, 3]), slots, 0.25), rtol=1e-5
-        )
+        without = np.array([3, 3]), slots
+        expected = expected_attention(query, keys, values, without, 0.25)
+        np.testing.assert_allclose(made, expected, rtol=1e-5)

@@ -88,13 +88,13 @@ def paths(programs: TinyPrograms) -> list[str]:
     return [os.path.dirname(program.qpc.path) for program in made]
 
 
-def started(
-    code: str, *arguments: str, cpu: str | None = None, **variables: str
-) -> subprocess.Popen[str]:
-    environment = os.environ | variables | ({machine.CPU_VARIABLE: cpu} if cpu else {})
+def started(variables: dict[str, str], code: str, *arguments: str) -> subprocess.Popen[str]:
+    """A Python that runs a script."""
     command = [sys.executable, "-c", code, *arguments]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        command, env=os.environ | variables, stdout=pipe, stderr=pipe, text=True
+    )
 
 
 def ended(process: subprocess.Popen[str]) -> str:
@@ -138,17 +138,8 @@ def test_a_processor_without_avx512_computes_the_same(paths: list[str], tmp_path
     """Two processes at once, with one empty cache: one of them compiles, both are right."""
     cache = tmp_path / "cache"
     outs = [tmp_path / f"{i}.npz" for i in range(2)]
-    running = [
-        started(
-            SCORE,
-            "qaic_ray.emulator",
-            str(out),
-            *paths,
-            cpu=HASWELL,
-            QAIC_EMULATOR_CACHE=str(cache),
-        )
-        for out in outs
-    ]
+    variables = {machine.CPU_VARIABLE: HASWELL, native.CACHE_VARIABLES[0]: str(cache)}
+    running = [started(variables, SCORE, "qaic_ray.emulator", str(out), *paths) for out in outs]
     assert [ended(process) for process in running] == ["", ""]
     one, other = (scored(out) for out in outs)
     reference, here = scored_here(paths, use_lowered=False), scored_here(paths)
@@ -165,19 +156,16 @@ def test_a_processor_without_avx512_computes_the_same(paths: list[str], tmp_path
     assert len(list(cache.glob("emulator/step-*.o"))) == 1
     assert {p.suffix for p in cache.glob("emulator/*")} <= {".o", ".json", ""}
     assert not list(cache.glob("emulator/tmp*"))
-    kernels = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        str(KERNEL_TESTS),
-    ]
+
+
+@needs_x86
+@pytest.mark.slow
+def test_every_kernel_is_right_without_avx512(tmp_path: Path) -> None:
+    variables = {machine.CPU_VARIABLE: HASWELL, native.CACHE_VARIABLES[0]: str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        kernels,
-        env=os.environ | {machine.CPU_VARIABLE: HASWELL, "QAIC_EMULATOR_CACHE": str(cache)},
+        [*command, str(KERNEL_TESTS)],
+        env=os.environ | variables,
         capture_output=True,
         text=True,
         check=False,
@@ -188,7 +176,7 @@ def test_a_processor_without_avx512_computes_the_same(paths: list[str], tmp_path
 @needs_x86
 def test_a_processor_without_kernels_is_told_of_once(paths: list[str], tmp_path: Path) -> None:
     out = tmp_path / "made.npz"
-    said = ended(started(SCORE, "qaic_ray.emulator", str(out), *paths, cpu=OLD))
+    said = ended(started({machine.CPU_VARIABLE: OLD}, SCORE, "qaic_ray.emulator", str(out), *paths))
     assert said.count("no compiled kernels here") == 1
     assert len(said.splitlines()) == 1
     expected = scored_here(paths, use_step=False)
@@ -204,10 +192,10 @@ def test_the_folder_works_with_four_packages_alone(
 ) -> None:
     place = str(sdk / "dev" / "lib" / platform.machine())
     argv = write_inputs(tmp_path / "tiny", TinyLlama())
-    said = ended(started(ALONE + COMPILE, place, *argv))
+    said = ended(started({}, ALONE + COMPILE, place, *argv))
     assert "Generated binary" in said
     out = tmp_path / "made.npz"
-    said = ended(started(ALONE + SCORE, place, "qaic_emulated_sdk", str(out), *paths))
+    said = ended(started({}, ALONE + SCORE, place, "qaic_emulated_sdk", str(out), *paths))
     assert said.count("no compiled kernels here") == 1
     assert "llvmlite is missing" in said
     expected = scored_here(paths, use_step=False)
@@ -255,7 +243,7 @@ DAMAGES = {
 
 
 def test_machine_code_that_is_damaged_is_not_run(
-    data: bytes, cache: Path, caplog: pytest.LogCaptureFixture
+    data: bytes, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = native._file()
     assert path is not None
@@ -266,9 +254,18 @@ def test_machine_code_that_is_damaged_is_not_run(
         assert native._load() is None, name
         assert ("damaged" in caplog.text) == (name != "empty"), name
         caplog.clear()
+    compiled = []
+
+    def compile_again(*given: Any) -> bytes:
+        compiled.append(given)
+        return data[32:]
+
+    monkeypatch.setattr(native, "_compile", compile_again)
     native.step_function.__wrapped__()  # as a new process does
-    assert native._load() == path.read_bytes()[32:]
-    assert [p.name for p in cache.glob("tmp*")] == []
+    assert len(compiled) == 1
+    path.write_bytes(data)
+    native.step_function.__wrapped__()
+    assert len(compiled) == 1
 
 
 def test_a_folder_that_others_may_write_to_is_not_used(cache: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from step_programs import SLOTS, Row, TinyProgram, TinyPrograms, prompt
 
+from qaic_ray.emulator.container import execution
 from qaic_ray.emulator.container.execution import Activation, LoadedProgram
 from qaic_ray.emulator.step import runner, team
 
@@ -132,10 +133,14 @@ def in_child(program: TinyProgram, activation: Activation, seed: int, pipe: Any)
     pipe.close()
 
 
-def test_a_forked_child_goes_on_alone(program: TinyProgram, alone: dict[int, list[Any]]) -> None:
+def test_a_forked_child_goes_on_alone(
+    program: TinyProgram, alone: dict[int, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "_SMALL_CACHE", 0)  # as caches of a real model lie
     loaded = LoadedProgram(program.qpc, 3)
     activation = loaded.activate()
     assert_same(answers(program, activation, 1), alone[1])
+    kept = program.states(activation)
     fork = multiprocessing.get_context("fork")
     stop = threading.Event()
 
@@ -158,4 +163,6 @@ def test_a_forked_child_goes_on_alone(program: TinyProgram, alone: dict[int, lis
     finally:
         stop.set()
         busy.join()
+    for name, state in program.states(activation).items():
+        np.testing.assert_array_equal(state, kept[name])
     assert_same(answers(program, activation, 4), alone[4])

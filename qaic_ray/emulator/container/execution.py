@@ -195,7 +195,8 @@ def _empty_cache(dims: Tuple[int, ...], kind: Any) -> Any:
     size = math.prod(dims) * kind.itemsize
     if size < _SMALL_CACHE or not hasattr(mmap, "MADV_NOHUGEPAGE"):
         return np.zeros(dims, kind)
-    memory = mmap.mmap(-1, size)
+    # Private: what a forked child writes is its own.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without large pages
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, kind).reshape(dims)
