@@ -301,6 +301,44 @@ def test_rough_sums_are_within_their_bounds(
     assert abs(length - weights.sum()) <= (kernels.ROUGH - 1e-4) * weights.sum() + 1e-30
 
 
+KERNEL = """
+from typing import NamedTuple
+import numpy as np
+from qaic_ray.engine.compiled import jit
+
+class NAME(NamedTuple):
+    values: np.ndarray
+    others: np.ndarray
+
+@jit.kernel(jit.tuple_of(NAME, jit.INT64[1], jit.FLOAT64[1]))
+def last(given):
+    return given.values[-1]
+
+assert last(NAME(np.arange(5), np.zeros(1))) == 4
+"""
+
+
+@pytest.mark.parametrize("damage", ["renamed", "torn"])
+def test_a_cache_of_another_version_is_made_anew(tmp_path: Path, damage: str) -> None:
+    module = tmp_path / "some_kernel.py"
+
+    def load(name: str) -> set[tuple[str, int]]:
+        module.write_text(KERNEL.replace("NAME", name))
+        code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import some_kernel"
+        subprocess.run([sys.executable, "-B", "-c", code], check=True, timeout=120)
+        return {(path.name, path.stat().st_mtime_ns) for path in tmp_path.rglob("*.nbi")}
+
+    before = load("Before")
+    assert len(before) == 1
+    assert load("Before") == before
+    if damage == "torn":
+        for path in tmp_path.rglob("*.nbi"):
+            path.write_bytes(path.read_bytes()[:-20])
+    after = load("After" if damage == "renamed" else "Before")
+    assert {name for name, _ in after} == {name for name, _ in before}
+    assert after != before
+
+
 class TestLoader:
     def test_a_process_of_few_tokens_never_begins(self) -> None:
         loader = KernelLoader(10, "no.such.module")
