@@ -61,8 +61,9 @@ def logits_of(kind: str, vocab: int, seed: int) -> Array:
         row[rng.permutation(vocab)[:2]] = 1.0, 1.5
     elif kind == "huge":
         row *= 1e37
-    elif kind == "zeros":  # of both signs, and numbers beside them
-        row = rng.choice([0.0, -0.0, 1e-45, -1e-45], vocab)
+    elif kind == "zeros":  # the largest are of both signs, and so are the numbers beside them
+        row = rng.normal(-5, 1, vocab)
+        row[rng.permutation(vocab)[:60]] = rng.choice([0.0, -0.0, -1e-45], 60)
     return row.astype(np.float32)
 
 
@@ -105,6 +106,7 @@ def poisoned(row: Array, value: float | None, seed: int) -> Array:
 
 @given(vocab=st.sampled_from(VOCABS), rows=st.lists(ROW, min_size=1, max_size=5))
 @example(vocab=8205, rows=[({"temperature": 1.0}, "equal", None, 0)])
+@example(vocab=8205, rows=[({"temperature": 1.0, "top_k": 9}, "zeros", None, 0)] * 3)
 @example(vocab=8192, rows=[({"min_tokens": 2}, "two", None, 3), ({}, "zeros", np.nan, 4)])
 def test_numpy_and_kernels_choose_the_same_tokens(
     vocab: int, rows: list[tuple[dict[str, Any], str, float | None, int]]
