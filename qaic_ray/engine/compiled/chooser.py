@@ -28,7 +28,8 @@ _MOST_KEPT = NUM_GROUPS // 2  # beyond, the groups tell too little of the head
 def can_choose(params: Listed[SamplingParams], vocab: int) -> bool:
     """Whether rows that ask for this are for the kernels."""
     kept = [asked.top_k for asked in params if not asked.is_greedy and asked.top_k < vocab]
-    return vocab >= BLOCK_LEN * NUM_GROUPS and max(kept, default=0) <= _MOST_KEPT
+    is_for_kernels = BLOCK_LEN * NUM_GROUPS <= vocab <= kernels.MOST_TOKENS
+    return is_for_kernels and max(kept, default=0) <= _MOST_KEPT
 
 
 class Compiled:
