@@ -27,6 +27,8 @@ SDK_VARIABLE = "QAIC_RAY_SDK"
 SDK_NAMES = ("auto", "real", "emulated")
 """Names that `find_sdk` takes in place of a folder."""
 EMULATED_MARKER = "emulated-sdk.json"
+NUMERICS_VARIABLE = "QAIC_EMULATOR_NUMERICS"
+DEFAULT_NUMERICS = EmulatorOptions().numerics
 QAIC_UTIL_TIMEOUT_S = 30.0
 
 _MAX_XML_BYTES = 2**20
@@ -65,6 +67,23 @@ class Sdk:
     def label(self) -> str:
         """How reports name it."""
         return f"{self.kind} SDK {self.apps_version}"
+
+    @property
+    def numerics(self) -> str | None:
+        """How emulated cards compute, `exact` or `fast`; None for real ones.
+
+        The variable counts on every node, as it does for the emulated SDK itself.
+        """
+        if self.kind != "emulated":
+            return None
+        made_for = read_object(self.root / EMULATED_MARKER, raises=SdkNotFound).get("numerics")
+        return os.environ.get(NUMERICS_VARIABLE) or str(made_for or DEFAULT_NUMERICS)[:_MAX_WORDS]
+
+    @property
+    def description(self) -> str:
+        """The label, and how its cards compute where that is not the default."""
+        is_plain = self.numerics in (None, DEFAULT_NUMERICS)
+        return self.label if is_plain else f"{self.label}, {self.numerics} numerics"
 
     @property
     def version(self) -> tuple[int, ...]:
@@ -211,7 +230,7 @@ def install_emulated(place: Path, wanted: EmulatorOptions, *, below: bool = Fals
         *(sys.executable, "-m", "qaic_ray.emulator.install"),
         *(["--under", str(place)] if below else [str(place)]),
         *("--apps-version", wanted.apps_version),
-        *("--cards", str(wanted.cards), "--sku", wanted.sku),
+        *("--cards", str(wanted.cards), "--sku", wanted.sku, "--numerics", wanted.numerics),
     ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:

@@ -24,12 +24,13 @@ class FolderError(RuntimeError):
 
 
 class Folder(NamedTuple):
-    """An installed emulated SDK."""
+    """An installed emulated SDK; `numerics` says how its cards compute."""
 
     root: Path
     apps_version: str
     num_cards: int
     sku: str
+    numerics: str = "exact"
 
     @property
     def version(self) -> Tuple[int, ...]:
@@ -68,6 +69,7 @@ def read(root: Path) -> Optional[Folder]:
             apps_version=str(marker["apps_version"]),
             num_cards=int(marker["cards"]),
             sku=str(marker["sku"]),
+            numerics=str(marker.get("numerics", "exact")),
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FolderError(f"{path} is damaged ({error!r:.80}); install the SDK again") from error

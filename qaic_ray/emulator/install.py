@@ -40,6 +40,8 @@ DEFAULT_APPS_VERSION = _LIMITS["apps_version"]["default"]
 
 DEFAULT_CARDS = _LIMITS["cards"]["default"]
 DEFAULT_SKU = _LIMITS["sku"]["default"]
+NUMERICS = tuple(_LIMITS["numerics"]["known"])
+DEFAULT_NUMERICS = _LIMITS["numerics"]["default"]
 PACKAGE = "qaic_emulated_sdk"
 PYTHON_VARIABLE = "QAIC_EMULATOR_PYTHON"
 
@@ -103,6 +105,7 @@ def install(
     apps_version: str = DEFAULT_APPS_VERSION,
     cards: int = DEFAULT_CARDS,
     sku: str = DEFAULT_SKU,
+    numerics: str = DEFAULT_NUMERICS,
 ) -> bool:
     """Make `prefix` an emulated SDK; False when it is already this very one.
 
@@ -110,9 +113,9 @@ def install(
         InstallError: for an unknown version or SKU, for a folder that is not ours, and where
             nothing can be written.
     """
-    _check_request(apps_version, cards, sku)
+    wanted = _wanted(apps_version, cards, sku, numerics)
     sources = _sources()
-    return _install(prefix, sources, _marker(sources, apps_version, cards, sku))
+    return _install(prefix, sources, _marker(sources, wanted))
 
 
 def install_under(
@@ -121,27 +124,22 @@ def install_under(
     apps_version: str = DEFAULT_APPS_VERSION,
     cards: int = DEFAULT_CARDS,
     sku: str = DEFAULT_SKU,
+    numerics: str = DEFAULT_NUMERICS,
 ) -> Path:
     """As `install`, in a folder below `parent` that is named by all that it is made of."""
-    _check_request(apps_version, cards, sku)
+    wanted = _wanted(apps_version, cards, sku, numerics)
     sources = _sources()
-    marker = _marker(sources, apps_version, cards, sku)
-    prefix = parent / f"{apps_version}-{cards}x{sku}-{_digest(sources)[:_NAME_DIGITS]}"
+    marker = _marker(sources, wanted)
+    kind = sku if numerics == DEFAULT_NUMERICS else f"{sku}-{numerics}"
+    prefix = parent / f"{apps_version}-{cards}x{kind}-{_digest(sources)[:_NAME_DIGITS]}"
     _install(prefix, sources, marker)
     return prefix
 
 
-def _marker(
-    sources: Mapping[str, bytes], apps_version: str, cards: int, sku: str
-) -> Dict[str, object]:
-    return {
-        "emulated": True,
-        "apps_version": apps_version,
-        "platform_version": apps_version,
-        "cards": cards,
-        "sku": sku,
-        "digest": _digest(sources),
-    }
+def _marker(sources: Mapping[str, bytes], wanted: Mapping[str, object]) -> Dict[str, object]:
+    version = wanted["apps_version"]
+    marker: Dict[str, object] = {"emulated": True, "apps_version": version}
+    return {**marker, "platform_version": version, **wanted, "digest": _digest(sources)}
 
 
 def _install(prefix: Path, sources: Mapping[str, bytes], marker: Mapping[str, object]) -> bool:
@@ -160,7 +158,8 @@ def _install(prefix: Path, sources: Mapping[str, bytes], marker: Mapping[str, ob
     return True
 
 
-def _check_request(apps_version: str, cards: int, sku: str) -> None:
+def _wanted(apps_version: str, cards: int, sku: str, numerics: str) -> Dict[str, object]:
+    """What is asked for, checked."""
     if apps_version not in APPS_VERSIONS:
         raise InstallError(
             f"unknown Apps version {apps_version}: one of {', '.join(APPS_VERSIONS)}"
@@ -169,6 +168,9 @@ def _check_request(apps_version: str, cards: int, sku: str) -> None:
         raise InstallError(f"{cards} cards: between 1 and {_MAX_CARDS}")
     if sku not in SKUS:
         raise InstallError(f"unknown SKU {sku}: one of {', '.join(SKUS)}")
+    if numerics not in NUMERICS:
+        raise InstallError(f"unknown numerics {numerics}: one of {', '.join(NUMERICS)}")
+    return {"apps_version": apps_version, "cards": cards, "sku": sku, "numerics": numerics}
 
 
 @contextlib.contextmanager
@@ -308,13 +310,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--apps-version", default=DEFAULT_APPS_VERSION, choices=APPS_VERSIONS)
     parser.add_argument("--cards", type=int, default=DEFAULT_CARDS)
     parser.add_argument("--sku", default=DEFAULT_SKU, choices=sorted(SKUS))
+    parser.add_argument("--numerics", default=DEFAULT_NUMERICS, choices=NUMERICS)
     return parser
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """The command; 2 when the request cannot be met."""
     asked = _parser().parse_args(arguments)
-    what = {"apps_version": asked.apps_version, "cards": asked.cards, "sku": asked.sku}
+    names = ("apps_version", "cards", "sku", "numerics")
+    what = {name: getattr(asked, name) for name in names}
     try:
         if asked.under is not None:
             print(install_under(asked.under, **what))

@@ -121,7 +121,7 @@ class FolderFleet:
             if (folder / JOURNAL_NAME).exists():
                 shutil.rmtree(folder / JOURNAL_NAME)
             (folder / REQUEST_NAME).unlink(missing_ok=True)
-        parts = content_parts(self._given)
+        parts = content_parts(self._given, self._sdk.here)
         same = fingerprint(OPEN_SOURCE, generation=self._given.generation, **parts)
         before = last_fingerprint(folder)
         if before is not None and (named := differences(before, same)):

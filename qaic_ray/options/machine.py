@@ -30,6 +30,10 @@ class EmulatorOptions(Section):
     apps_version: Annotated[str, one_of(LIMITS["apps_version"]["known"])] = opt(
         LIMITS["apps_version"]["default"], f"{', '.join(LIMITS['apps_version']['known'])}."
     )
+    numerics: Annotated[str, one_of(LIMITS["numerics"]["known"])] = opt(
+        LIMITS["numerics"]["default"],
+        "How emulated cards compute: exact, or fast, with activations of 8 bits.",
+    )
 
 
 class ClusterOptions(Section):

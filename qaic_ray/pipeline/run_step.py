@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -38,7 +38,7 @@ from qaic_ray.pipeline.request import (
 )
 from qaic_ray.pipeline.run_record import Compiles, RunRecording, recorded
 from qaic_ray.rows import Prompt, Row
-from qaic_ray.sdk import name_for_others
+from qaic_ray.sdk import DEFAULT_NUMERICS, NUMERICS_VARIABLE, Sdk, name_for_others
 from qaic_ray.worker.checks import check_program
 
 LOGS_FOLDER = "logs"
@@ -116,7 +116,7 @@ def run_on(
     with nullcontext() if request.resume else _kept(folder, request, sdk):
         with recorded(folder, request, sdk, listener=listener, compiles=compiles) as recording:
             result, proof = _answer(
-                *(cluster, request, specs),
+                *(lambda prompts, **how: cluster.run_prompts(prompts, specs, **how), request, sdk),
                 run_input=run_input,
                 folder=folder,
                 listener=listener,
@@ -135,7 +135,9 @@ def run_on(
         summary = RunSummary(
             result,
             job=request.name,
-            sdk=next((worker.info.sdk for worker in result.workers if worker.info), sdk.here.label),
+            sdk=next(
+                (worker.info.sdk for worker in result.workers if worker.info), sdk.here.description
+            ),
             folder=folder,
             model=request.model,
             qpc=request.qpc.name,
@@ -200,6 +202,8 @@ def _unended(error: Exception) -> str:
 def _resume_command(request: RunRequest, sdk: SdkChoice, folder: Path) -> str:
     """What a shell goes on with the run by."""
     words = ["qaic-ray", "run", "--resume", str(folder)]
+    if sdk.here.numerics not in (None, DEFAULT_NUMERICS):
+        words.insert(0, f"{NUMERICS_VARIABLE}={sdk.here.numerics}")
     if request.ray.address is not None:
         words += ["--address", request.ray.address]
     if sdk.name != "auto":
@@ -209,9 +213,9 @@ def _resume_command(request: RunRequest, sdk: SdkChoice, folder: Path) -> str:
 
 
 def _answer(
-    cluster: Cluster,
+    run_prompts: Callable[..., FleetResult],
     request: RunRequest,
-    specs: Sequence[WorkerSpec],
+    sdk: SdkChoice,
     *,
     run_input: RunInput,
     folder: Path,
@@ -229,7 +233,7 @@ def _answer(
     from qaic_ray.runs.run_view import RunFollower
     from qaic_ray.worker.worker import CardWorker
 
-    parts = content_parts(request)
+    parts = content_parts(request, sdk.here)
     same = fingerprint(run_input.source, generation=request.generation, **parts)
     resumed = request.resume is not None
     with (
@@ -245,15 +249,14 @@ def _answer(
         early = EarlyWarning(watch, listener, request.stop_if_errors)
         listener.running(watch)
         prompts = run_input.prompts
-        result = cluster.run_prompts(
+        result = run_prompts(
             map(_streamed, prompts) if listener.wants_tokens else prompts,
-            specs,
             worker_class=CardWorker,
             audience=early.audience(metered(recording.audience(write, listener), recorder)),
             journal=journal,
             work_of=partial(text_work, defaults=request.run.defaults),
         )
-        if changes := differences(parts, content_parts(request)):
+        if changes := differences(parts, content_parts(request, sdk.here)):
             error = f"While the run went, {' and '.join(changes)}: its rows may be of either."
             result = replace(result, broken_off=BrokenOff(Cause.CHANGED, error))
     complete = result.broken_off is None
@@ -277,15 +280,17 @@ def recorder_of(
     return recorded_run(name, listener.remark)
 
 
-def content_parts(request: RunRequest) -> dict[str, Any]:
+def content_parts(request: RunRequest, sdk: Sdk) -> dict[str, Any]:
     """What an answer depends on beside its prompt and the request, by content.
 
-    A model that only the nodes of a cluster have is known by its name.
+    An emulated card's arithmetic is a part, a real one's is its program's. A model that only the
+    nodes of a cluster have is known by its name.
     """
     model: dict[str, Any] = {"name": request.model}
     if checkpoint := _checkpoint(request):
         model = {**text_parts(checkpoint.folder), "eos_ids": list(checkpoint.eos_ids)}
-    return {"qpc": content_key(request.qpc), "model": model}
+    parts = {"qpc": content_key(request.qpc), "model": model}
+    return parts if sdk.numerics is None else {**parts, "numerics": sdk.numerics}
 
 
 def _checkpoint(request: RunRequest) -> Checkpoint | None:

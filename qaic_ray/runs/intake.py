@@ -43,7 +43,12 @@ _IN_PARTS = {
 
 
 def fingerprint(
-    source: Fingerprint, *, qpc: str, model: Fingerprint, generation: Generation
+    source: Fingerprint,
+    *,
+    qpc: str,
+    model: Fingerprint,
+    generation: Generation,
+    numerics: str | None = None,
 ) -> Fingerprint:
     """The fingerprint of a run.
 
@@ -52,12 +57,15 @@ def fingerprint(
         qpc: the compiled program's content key.
         model: the digest of each part of the checkpoint that an answer depends on.
         generation: the run's; its seed must have been drawn.
+        numerics: how emulated cards compute; None for real ones.
     """
     names = Generation.model_fields.keys() - _OF_NO_EFFECT - _IN_PARTS
     making = {_NAMES.get(name, name): getattr(generation, name) for name in names}
     making["sampling"] = asdict(generation.defaults)
     making["chat_options"] = asdict(generation.chat_options)
     whole = {INPUT: source, "qpc": qpc, "model": model, **making}
+    if numerics is not None:
+        whole["numerics"] = numerics
     plain: Fingerprint = json.loads(json.dumps(whole))  # as it will be when read back
     return plain
 

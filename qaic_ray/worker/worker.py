@@ -166,7 +166,7 @@ class CardWorker:
         return WorkerInfo(
             name=self.spec.name,
             device_ids=device_ids,
-            sdk=", ".join(filter(None, (sdk.label, session.simulated_time))),
+            sdk=", ".join(filter(None, (sdk.description, session.simulated_time))),
             slots=shapes.batch_size,
             prompt_len=shapes.prompt_len,
             ctx_len=shapes.ctx_len,

@@ -1,4 +1,4 @@
-"""Our own exports on the lowered graph: equal to the reference graph, on any schedule.
+"""Our own exports as a compiled step and on the lowered graph: equal to the reference graph.
 
 Logits of all tokens, of the last few, token ids in their place, and a context computed in part.
 That the reference graph equals transformers is shown in `tests/export`.
@@ -43,7 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class Pair:
-    """The same activation twice: on the lowered and on the reference graph."""
+    """The same activation three times: the step, the lowered graph and the reference graph."""
 
     def __init__(self, tiny: TinyQpcs, **options: Any) -> None:
         shape = {"batch_size": SLOTS, "prompt_len": 4, "ctx_len": CTX_LEN}
@@ -52,8 +52,13 @@ class Pair:
         self.logits = options.get("logits", "last")
         self.output = NEXT_TOKENS if options.get("next_tokens") else LOGITS
         qpc = CompiledProgram.open(str(folder))
-        self.programs = [LoadedProgram(qpc, 1, use_lowered=use) for use in (True, False)]
-        assert self.programs[0].lowered is not None
+        self.programs = [
+            LoadedProgram(qpc, 2),
+            LoadedProgram(qpc, 1, use_step=False),
+            LoadedProgram(qpc, 1, use_lowered=False),
+        ]
+        assert [p.step is None for p in self.programs] == [False, True, True]
+        assert [p.lowered is None for p in self.programs] == [True, False, True]
         self.activations: list[Activation] = []
 
     def start(self) -> None:
@@ -75,14 +80,16 @@ class Pair:
             inputs["comp_ctx_lengths"] = np.zeros(shape.comp_ctx_lengths, np.int64)
         width = 1 if self.output == NEXT_TOKENS else VOCAB
         wanted = {self.output: (num, num_tokens, width)}
-        lowered, reference = (a.run(inputs, wanted)[self.output] for a in self.activations)
-        assert lowered.shape == reference.shape
-        for row, length in enumerate(lengths):
-            known = min(length, num_tokens)
-            np.testing.assert_allclose(lowered[row, :known], reference[row, :known], atol=1e-4)
+        *made, reference = (a.run(inputs, wanted)[self.output] for a in self.activations)
+        for result in made:
+            assert result.shape == reference.shape
+            for row, length in enumerate(lengths):
+                known = min(length, num_tokens)
+                np.testing.assert_allclose(result[row, :known], reference[row, :known], atol=1e-4)
         for name in self.programs[0].qpc.states:
-            states = [a.state(name) for a in self.activations]
-            np.testing.assert_allclose(*states, atol=1e-4, err_msg=name)
+            *states, expected = (a.state(name) for a in self.activations)
+            for state in states:
+                np.testing.assert_allclose(state, expected, atol=1e-4, err_msg=name)
 
 
 @pytest.fixture(scope="module", params=OPTIONS)
@@ -121,11 +128,11 @@ def test_tokens_with_logits_are_chosen_in_one_form(tiny: TinyQpcs, name: str) ->
 
 def test_several_tokens_of_several_rows_run_at_once(tiny: TinyQpcs) -> None:
     pair = Pair(tiny, num_speculative_tokens=3)
-    assert pair.programs[0].joint_length == 4
+    assert pair.programs[1].joint_length == 4
     pair.start()
     shape, ids = pair.shapes.decode, np.arange(SLOTS * 4).reshape(SLOTS, 4)
     calls = []
-    joint = pair.programs[0].joint()
+    joint = pair.programs[1].joint()
 
     class Counting:
         """The session, which tells of its runs."""
@@ -137,7 +144,7 @@ def test_several_tokens_of_several_rows_run_at_once(tiny: TinyQpcs) -> None:
             calls.append(binding)
             joint.run_with_iobinding(binding)
 
-    pair.programs[0]._joint = Counting()
+    pair.programs[1]._joint = Counting()
     for lengths in ([4, 2, 3], [1, 1, 1], [0, 4, 0], [4, 0, 4]):
         pair.run(shape, np.array(lengths), np.array([3, 28, 0]), np.arange(SLOTS), ids)
     assert len(calls) == 2  # rows of one token, and a row alone, need no joint graph

@@ -14,9 +14,9 @@ from compiled import COMP_CTX_LENGTHS, CTX_LEN, PROMPT_LEN, SLOTS, compile_tiny
 from hypothesis import given
 from tiny_llama import TinyLlama
 
+from qaic_ray.emulator.container.compiled import CompiledProgram
 from qaic_ray.emulator.container.execution import (
     Activation,
-    CompiledProgram,
     LoadedProgram,
     NoMatchingDimension,
 )
@@ -37,7 +37,10 @@ class Pair:
     def __init__(self, folder: Path, llama: TinyLlama, kv: str | None, *flags: str) -> None:
         self.llama = llama
         self.qpc = compile_tiny(folder, llama, *flags, kv=kv)
-        self.programs = [LoadedProgram(self.qpc, 1, use_lowered=use) for use in (True, False)]
+        self.programs = [
+            LoadedProgram(self.qpc, 1, use_step=False),
+            LoadedProgram(self.qpc, 1, use_lowered=False),
+        ]
         assert self.programs[0].lowered is not None
         # Where the last bits differ, a rounded cache may differ by one step of float16.
         self.tolerance = TOLERANCE if kv is None else 2e-3
@@ -133,7 +136,7 @@ class ChoosesFirst(TinyLlama):
 def test_another_choice_of_tokens_is_not_rewritten_and_not_trusted(tmp_path: Path) -> None:
     qpc = compile_tiny(tmp_path, ChoosesFirst())
     assert {"ArgMin", "GatherElements"} <= set(ops_of(qpc))
-    assert LoadedProgram(qpc, 1).lowered is None
+    assert LoadedProgram(qpc, 1, use_step=False).lowered is None
 
 
 @pytest.mark.parametrize("position", [3, 6])

@@ -19,7 +19,7 @@ from typing import Sequence, Tuple
 
 import onnx
 
-from ..container import FILE_NAME
+from ..container import FILE_NAME, steps
 from ..folder import FolderError, current
 from ..lowering import graph
 from ..lowering.graph import GraphError
@@ -73,6 +73,8 @@ def main(argv: Sequence[str]) -> int:
         print(line)
     if report.not_lowered is not None:
         print(f"The graph runs as it is, without faster operators: {report.not_lowered}")
+    else:
+        steps.make_kernels()
     print(f"Generated binary is present at {options.values['-aic-binary-dir']}")
     return 0
 

@@ -44,7 +44,7 @@ def store_weights(
     """
     plain = not has_subgraphs(model)
     made = _own_weights(model, separate=precision.mxfp6_matmul) if plain else {}
-    packed = matmul_weights(model) if plain and precision.mxfp6_matmul else {}
+    packed = matmul_weights(model) if plain else {}
     store = _Store(writer, precision, packed)
     graph = model.graph
     tensors = {t.name: t for t in graph.initializer}
@@ -110,10 +110,13 @@ class _Store:
 
     def _add_float(self, tensor: Any, array: Any) -> None:
         k_is_last = self._packed.get(tensor.name)
-        if k_is_last is None:
-            self._writer.add(tensor.name, array, tensor.data_type, self._precision.kind)
-        else:
+        kind = self._precision.kind
+        if k_is_last is not None and self._precision.mxfp6_matmul:
             self._writer.add_mxfp6(tensor.name, array, tensor.data_type, transposed=k_is_last)
+        elif k_is_last is False and array.ndim == 2:
+            self._writer.add_panels(tensor.name, array, tensor.data_type, kind)
+        else:
+            self._writer.add(tensor.name, array, tensor.data_type, kind)
 
 
 def _rounded(array: Any, data_type: int, precision: Precision) -> Any:

@@ -14,14 +14,14 @@ from __future__ import annotations
 import functools
 import math
 import mmap
-from typing import Any, Dict, List, Mapping, NamedTuple, Set, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Set, Tuple
 
 import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from ..lowering.view import ORT_ERRORS
-from ..numbers import mxfp6
+from ..numbers import mxfp6, panels
 from . import QpcError, QpcWriter
 
 FLOAT16 = "float16"
@@ -31,13 +31,16 @@ KINDS = frozenset([FLOAT16, FLOAT32, MXFP6, "int64", "int32", "int16", "int8", "
 
 _ALIGN_BYTES = 64
 _PIECE = 1 << 22
+_PANELS_AT_ONCE = 32
 
 
 class Constant(NamedTuple):
     """Where and how one tensor lies in `constants.bin`.
 
     `kind` is `float16`, `float32`, `mxfp6` or a numpy dtype name of integers. A transposed MXFP6
-    tensor is stored as its transpose, because its K axis is its last one.
+    tensor is stored as its transpose, because its K axis is its last one. MatMul weights are stored
+    in panels (`numbers/panels.py`): all MXFP6 ones, one after the other where there are several
+    matrices, and of the others those that say so.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Constant(NamedTuple):
     offset: int
     size_bytes: int
     transposed: bool = False
+    in_panels: bool = False
 
 
 class Rounding(NamedTuple):
@@ -96,20 +100,28 @@ class ConstantsWriter:
                 self._writer.write(np.ascontiguousarray(to_float32(piece, data_type)))
             else:
                 self._writer.write(np.ascontiguousarray(piece))
-        self._close(name, array.shape, kind, (start, False))
+        self._close(Constant(name, tuple(array.shape), kind, start, 0))
+
+    def add_panels(self, name: str, array: Any, data_type: int, kind: str) -> None:
+        """Append a MatMul weight [K, N] as float16 or float32 panels."""
+        self._writer.align(_ALIGN_BYTES)
+        start = self._writer.write(b"")
+        for piece in _columns(array):
+            values = to_float32(piece, data_type)
+            if kind == FLOAT16:
+                values = self._half(name, values)
+            self._writer.write(panels.of_floats(values))
+        self._close(Constant(name, tuple(array.shape), kind, start, 0, in_panels=True))
 
     def add_mxfp6(self, name: str, array: Any, data_type: int, *, transposed: bool) -> None:
         """Append a MatMul weight [..., K, N] (or [..., N, K] where transposed) as MXFP6."""
         self._writer.align(_ALIGN_BYTES)
         start = self._writer.write(b"")
-        matrices = array.reshape((-1, *array.shape[-2:]))
-        for matrix in matrices:
-            weight = matrix.T if transposed else matrix
-            rows = max(1, _PIECE // max(1, weight.shape[1]) // mxfp6.BLOCK) * mxfp6.BLOCK
-            for first in range(0, weight.shape[0], rows):
-                piece = to_float32(weight[first : first + rows], data_type)
-                self._writer.write(mxfp6.encode(piece))
-        self._close(name, array.shape, MXFP6, (start, transposed))
+        for matrix in array.reshape((-1, *array.shape[-2:])):
+            for piece in _columns(matrix.T if transposed else matrix):
+                packed = mxfp6.encode(to_float32(piece, data_type))
+                self._writer.write(panels.of_mxfp6(packed))
+        self._close(Constant(name, tuple(array.shape), MXFP6, start, 0, transposed, True))
 
     def add_float32(self, name: str, array: Any) -> None:
         """Append a float32 table as it is."""
@@ -129,16 +141,20 @@ class ConstantsWriter:
         )
         return half
 
-    def _close(
-        self, name: str, shape: Tuple[int, ...], kind: str, placed: Tuple[int, bool]
-    ) -> None:
-        start, transposed = placed
-        size = self._writer.write(b"") - start
-        self.table.append(Constant(name, tuple(shape), kind, start, size, transposed))
+    def _close(self, constant: Constant) -> None:
+        size = self._writer.write(b"") - constant.offset
+        self.table.append(constant._replace(size_bytes=size))
+
+
+def _columns(matrix: Any) -> Iterator[Any]:
+    """Pieces [K, some of N], of whole panels but for the last."""
+    width = max(1, _PIECE // max(1, matrix.shape[0]) // panels.WIDTH) * panels.WIDTH
+    for first in range(0, matrix.shape[1], width):
+        yield matrix[:, first : first + width]
 
 
 def stored_view(segment: Any, constant: Constant) -> Any:
-    """A view of one tensor as it is stored; None for a packed one.
+    """A view of one tensor as it is stored; None for one in panels.
 
     Raises:
         QpcError: where the table does not fit the segment.
@@ -146,7 +162,7 @@ def stored_view(segment: Any, constant: Constant) -> Any:
     end = constant.offset + constant.size_bytes
     if constant.offset < 0 or end > len(segment) or _stored_bytes(constant) != constant.size_bytes:
         raise QpcError(f"constant '{constant.name}' does not fit into constants.bin")
-    if constant.kind == MXFP6:
+    if constant.in_panels:
         return None
     data = segment[constant.offset : end]
     return data.view(np.dtype(constant.kind)).reshape(constant.shape)
@@ -165,24 +181,49 @@ def read_constant(segment: Any, constant: Constant, out: Any = None) -> Any:
     if values is not None:
         np.copyto(out, values)
     elif out.size:
-        _read_mxfp6(segment[constant.offset :][: constant.size_bytes], constant, out)
+        _read_panels(segment[constant.offset :][: constant.size_bytes], constant, out)
     return out
+
+
+def panels_of(segment: Any, constant: Constant) -> Any:
+    """A view of a MatMul weight's panels: uint8 [panels, bytes of a panel].
+
+    Raises:
+        QpcError: where the table does not fit the segment.
+    """
+    stored_view(segment, constant)
+    data = segment[constant.offset : constant.offset + constant.size_bytes]
+    columns = constant.shape[-2] if constant.transposed else constant.shape[-1]
+    return data.reshape(panels.num_panels(columns), -1)
 
 
 def _stored_bytes(constant: Constant) -> int:
     shape = constant.shape
-    if constant.kind != MXFP6:
+    if not constant.in_panels:
         return math.prod(shape) * np.dtype(constant.kind).itemsize
     rows, columns = (shape[-1], shape[-2]) if constant.transposed else shape[-2:]
-    return math.prod(shape[:-2]) * math.prod(mxfp6.packed_shape(rows, columns))
+    if constant.kind == MXFP6:
+        return math.prod(shape[:-2]) * math.prod(panels.mxfp6_shape(rows, columns))
+    size = np.dtype(constant.kind).itemsize
+    return math.prod(shape[:-2]) * panels.num_panels(columns) * panels.WIDTH * rows * size
 
 
-def _read_mxfp6(data: Any, constant: Constant, out: Any) -> None:
+def _read_panels(data: Any, constant: Constant, out: Any) -> None:
     matrices = out.reshape((-1, *out.shape[-2:]))
-    for matrix, piece in zip(matrices, data.reshape(len(matrices), -1)):
+    for matrix, stored in zip(matrices, data.reshape(len(matrices), -1)):
         weight = matrix.T if constant.transposed else matrix
-        packed = piece.reshape(mxfp6.packed_shape(*weight.shape))
-        mxfp6.decode(packed, weight.shape[0], out=weight)
+        rows, columns = weight.shape
+        by_panel = stored.reshape(panels.num_panels(columns), -1)
+        for number in range(0, len(by_panel), _PANELS_AT_ONCE):
+            piece = by_panel[number : number + _PANELS_AT_ONCE]
+            into = weight[:, number * panels.WIDTH :][:, : len(piece) * panels.WIDTH]
+            if constant.kind == MXFP6:
+                shaped = piece.reshape(len(piece), -1, panels.TILE_BYTES)
+                mxfp6.decode(panels.to_mxfp6(shaped, into.shape[1]), rows, out=into)
+            else:
+                values = piece.view(np.dtype(constant.kind))
+                shaped = values.reshape(len(piece), rows, panels.WIDTH)
+                np.copyto(into, panels.to_floats(shaped, into.shape[1]))
 
 
 class Weights:

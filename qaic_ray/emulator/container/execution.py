@@ -19,23 +19,17 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
+from ..card.cores import Cores, usable_cores
 from ..lowering.attention import ATTENTION_MASK, CACHE_INDEX, joint_length
 from ..lowering.lowered import LoweredState, Probe, Runner
 from ..lowering.view import ORT_ERRORS
 from ..numbers import kv_cache
-from . import (
-    CONSTANTS,
-    CONSTANTS_DESC,
-    NETWORK,
-    NETWORK_DESC,
-    Container,
-    QpcError,
-    aicapi,
-    netdesc,
-    network,
-)
+from ..step.errors import TokenError
+from . import QpcError, network
+from .compiled import CompiledProgram
 from .constants import Weights, packs_into_its_own_memory
 from .lockstep import LockstepState
+from .steps import EXACT, open_step
 
 _log = logging.getLogger(__name__)
 
@@ -52,90 +46,12 @@ class ExecutionError(ShapeError):
     """The graph cannot compute these values, for example a token beyond the vocabulary."""
 
 
-class CompiledProgram:
-    """A parsed, validated program; its constants are memory-mapped, not read.
-
-    Attributes:
-        bindings: inputs then outputs, in the compiler's own order inside each kind.
-        allowed_shapes: per specialization (type, dims) in binding order; empty when there is one.
-        states: retained input -> its output.
-        constants_bytes: DRAM that loading takes.
-        activation_bytes: DRAM that an activation takes on top: its states and its buffers.
-    """
-
-    def __init__(self, container: Container) -> None:
-        self.path = container.path
-        container.check([NETWORK, NETWORK_DESC, CONSTANTS_DESC])
-        described = netdesc.parse(bytes(container.segment(NETWORK_DESC)))
-        self._container = container
-        self.program = network.parse(bytes(container.segment(NETWORK)))
-        self.name = described.name
-        self.num_cores = described.num_cores
-        self.num_devices = self.program.num_devices
-        self.apps_version = self.program.apps_version
-        self.convert_to_fp16 = self.program.convert_to_fp16
-        self.mxfp6_matmul = self.program.mxfp6_matmul
-        self.states = self.program.states
-        self.graphs = self.program.graphs
-        self.allowed_shapes = described.allowed_shapes
-        self.bindings = described.bindings()
-        self._check_states()
-        self.constants_bytes = len(container.segment(CONSTANTS))
-        kept = set(self.states.values())
-        self.activation_bytes = sum(b.size for b in self.bindings if b.name not in kept)
-
-    @classmethod
-    def open(cls, path: str) -> CompiledProgram:
-        """Open a QPC folder or file.
-
-        Raises:
-            QpcError: where there is none, or it is damaged.
-        """
-        return cls(Container(os.fspath(path)))
-
-    def _check_states(self) -> None:
-        inputs = {b.name for b in self.bindings if b.is_input}
-        outputs = {b.name for b in self.bindings if not b.is_input}
-        if inputs != set(self.program.input_kinds):
-            raise QpcError(f"{self.path} has other inputs than its graph")
-        if not (set(self.states) <= inputs and set(self.states.values()) <= outputs):
-            raise QpcError(f"{self.path} retains a state that it has no binding for")
-
-    def constants_segment(self) -> Any:
-        """The bytes of `constants.bin`, memory-mapped."""
-        return self._container.segment(CONSTANTS)
-
-    def io_descriptor(self) -> bytes:
-        """A serialized `aicapi.IoDesc`."""
-        desc = aicapi.IoDesc(program_name=self.name)
-        default = desc.io_sets.add(name="default")
-        for b in self.bindings:
-            default.bindings.add(
-                name=b.name,
-                index=b.index,
-                type=b.type,
-                dir=aicapi.BUFFER_IO_TYPE_INPUT if b.is_input else aicapi.BUFFER_IO_TYPE_OUTPUT,
-                quant_scale=1.0,
-                dims=b.dims,
-                size=b.size & 0xFFFFFFFF,
-                is_partial_buf_allowed=b.is_partial_buf_allowed,
-                is_valid=True,
-            )
-        desc.selected_set.CopyFrom(default)
-        for shapes in self.allowed_shapes:
-            entry = desc.allowed_shapes.add()
-            for type_, dims in shapes:
-                entry.shapes.add(type=type_, dims=dims)
-        return bytes(desc.SerializeToString())
-
-
 def num_threads_of_environment() -> int:
-    """Threads of one program: `QAIC_EMULATOR_THREADS`, else `OMP_NUM_THREADS`, else all CPUs."""
-    for name in ("QAIC_EMULATOR_THREADS", "OMP_NUM_THREADS"):
-        text = os.environ.get(name, "")
-        if text.isascii() and text.isdigit() and int(text) > 0:
-            return int(text)
-    return os.cpu_count() or 1
+    """Threads of one inference at most: `QAIC_EMULATOR_THREADS`, else all CPUs that are ours."""
+    text = os.environ.get("QAIC_EMULATOR_THREADS", "")
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text)
+    return usable_cores()
 
 
 class LoadedProgram:
@@ -143,12 +59,30 @@ class LoadedProgram:
 
     Args:
         qpc: the program.
-        num_threads: threads of one inference.
+        num_threads: threads of one inference, at most.
         use_lowered: whether to run the lowered graph where the compiler made one.
+        use_step: whether to run it as a compiled step where there is one.
+        numerics: `exact`, or `fast`: activations are rounded to 8 bits a block of 32.
+        cores: what this machine's cards share; None for a card that is alone.
+
+    Attributes:
+        step: the compiled step, None where there is none.
+        lowered: onnxruntime's session of the lowered graph, None where it is not used.
     """
 
-    def __init__(self, qpc: CompiledProgram, num_threads: int, *, use_lowered: bool = True) -> None:
+    def __init__(
+        self,
+        qpc: CompiledProgram,
+        num_threads: int,
+        *,
+        use_lowered: bool = True,
+        use_step: bool = True,
+        numerics: str = EXACT,
+        cores: Optional[Cores] = None,
+    ) -> None:
         self.qpc = qpc
+        self.numerics = numerics
+        self._cores = Cores(None, num_threads) if cores is None else cores
         self._num_threads = num_threads
         self._lock = threading.Lock()
         self._constants = {c.name: c for c in qpc.program.constants}
@@ -158,8 +92,14 @@ class LoadedProgram:
         self.caches = {n: out for n, out in qpc.states.items() if n != ATTENTION_MASK}
         self.joint_length = 0
         self.lowered: Any = None
+        self.step: Any = None
         if use_lowered and network.LOWERED in qpc.graphs:
-            self.lowered = self._lowered_session()
+            if use_step:
+                self.step = self._open_step()
+            if self.step is None:
+                self.lowered = self._lowered_session()
+        if self.step is not None:
+            return
         if self.lowered is None:
             self.reference()
         elif network.JOINT in qpc.graphs:
@@ -186,6 +126,23 @@ class LoadedProgram:
     def activate(self) -> Activation:
         """A new activation, with its retained state all zero."""
         return Activation(self)
+
+    def threads(self) -> Any:
+        """A context that gives the threads of an inference that begins now."""
+        return self._cores.share(self._num_threads)
+
+    def _open_step(self) -> Any:
+        segment, program = self.qpc.constants_segment(), self.qpc.program
+        model = self._model(network.LOWERED)
+        return open_step(
+            self.qpc.name,
+            model,
+            self._constants,
+            segment,
+            roundings=program.roundings,
+            numerics=self.numerics,
+            digest=self.qpc.digest(),
+        )
 
     def _model(self, name: str) -> Any:
         try:
@@ -244,16 +201,29 @@ class Activation:
     def reset(self) -> None:
         """Set every retained state to zero."""
         self._states = {
-            name: np.zeros(self._compute_dims(name), self._kinds[name]) for name in self._qpc.states
+            name: np.zeros(self._compute_dims(name), self._kept_kind(name))
+            for name in self._qpc.states
         }
         self._lowered: Any = None
         self._lockstep: Optional[LockstepState] = None
-        if self._program.lowered is not None:
-            runner = self._runner(self._program.lowered)
+        program = self._program
+        if program.step is not None:
+            from ..step.runner import StepState
+
+            caches = {name: self._states[name] for name in program.caches}
+            self._lowered = StepState(program.step, caches, program.threads)
+        elif program.lowered is not None:
+            runner = self._runner(program.lowered)
             self._lowered = LoweredState(runner, self._joint, self._program.joint_length)
-            if CACHE_INDEX in self._kinds:
-                run = self._lowered.run
-                self._lockstep = LockstepState(run, self._states, self._next_states)
+        if self._lowered is not None and CACHE_INDEX in self._kinds:
+            run = self._lowered.run
+            self._lockstep = LockstepState(run, self._states, self._next_states)
+
+    def _kept_kind(self, name: str) -> Any:
+        """The type that a state is kept in: the step reads a float16 cache as it is."""
+        rounding = self._qpc.program.roundings.get(name)
+        is_half = self._program.step is not None and rounding == kv_cache.FLOAT16
+        return np.dtype(np.float16) if is_half else self._kinds[name]
 
     def _joint(self) -> Optional[Runner]:
         session = self._program.joint()
@@ -298,7 +268,7 @@ class Activation:
                 made = self._compute(feeds)
                 if not outputs.keys().isdisjoint(caches.values()):
                     self._settle()
-            except ORT_ERRORS as error:
+            except (TokenError, *ORT_ERRORS) as error:
                 raise ExecutionError(f"{self._qpc.name}: {error}") from error
             made.update({out: self._states[name] for name, out in self._qpc.states.items()})
             return {
@@ -307,11 +277,14 @@ class Activation:
             }
 
     def state(self, name: str) -> Any:
-        """What a retained input holds now, as it is computed with; a view."""
+        """What a retained input holds now, as it is computed with."""
         with self._lock:
             if name in self._program.caches:
                 self._settle()
-            return self._states[name]
+            return self._computed(name)
+
+    def _computed(self, name: str) -> Any:
+        return self._states[name].astype(self._kinds[name], copy=False)
 
     def _settle(self, *, replaced: bool = False) -> None:
         """Have the caches as the reference graph has them; `replaced`: to be given anew."""
@@ -339,7 +312,8 @@ class Activation:
         """What the reference graph makes of inputs and states; what is not among inputs is held."""
         session = self._program.reference()
         names = [o.name for o in session.get_outputs()]
-        return dict(zip(names, session.run(names, dict(self._states, **feeds))))
+        states = {name: self._computed(name) for name in self._states}
+        return dict(zip(names, session.run(names, dict(states, **feeds))))
 
     def _compute_dims(self, name: str) -> Tuple[int, ...]:
         dims = self._bindings[name].dims

@@ -10,13 +10,13 @@ import json
 from typing import Any, Dict, List, NamedTuple
 
 from . import NETWORK, QpcError
-from .constants import KINDS, MXFP6, Constant
+from .constants import FLOAT16, FLOAT32, KINDS, MXFP6, Constant
 
 REFERENCE = "reference"
 LOWERED = "lowered"
 JOINT = "joint"
 
-_MAGIC = b"QAICEMU2"
+_MAGIC = b"QAICEMU3"
 _LENGTH_BYTES = 8
 _INPUT_KINDS = {"float32", "int64", "int32", "int16", "int8", "uint8", "bool"}
 
@@ -101,8 +101,11 @@ def _program(facts: Dict[str, Any], blob: bytes) -> NetworkElf:
 
 
 def _constant(*row: Any) -> Constant:
-    name, dims, kind, offset, size, transposed = row
+    name, dims, kind, offset, size, transposed, in_panels = row
     shape = tuple(int(d) for d in dims)
-    if kind not in KINDS or min(shape, default=0) < 0 or (kind == MXFP6 and len(shape) < 2):
+    if kind not in KINDS or min(shape, default=0) < 0 or (in_panels and len(shape) < 2):
         raise ValueError(f"constant {name}")
-    return Constant(str(name), shape, str(kind), int(offset), int(size), bool(transposed))
+    if bool(in_panels) != (kind == MXFP6) and kind not in (FLOAT16, FLOAT32):
+        raise ValueError(f"constant {name}")
+    stored = str(name), shape, str(kind), int(offset), int(size)
+    return Constant(*stored, bool(transposed), bool(in_panels))

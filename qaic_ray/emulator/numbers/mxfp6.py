@@ -113,7 +113,7 @@ def _encode_tile(x: Any, element: ElementFormat, margin: int, out: Any) -> None:
     code = codes.astype(np.uint8)
     code |= (bits >> np.uint32(26)).astype(np.uint8) & np.uint8(0x20)
     out[0] = exponent + EXPONENT_BIAS
-    _pack_codes(code.reshape(8, 4, -1), out[1:].reshape(8, 3, -1))
+    pack_codes(code.reshape(8, 4, -1), out[1:].reshape(8, 3, -1))
 
 
 def _round_codes(scaled: Any, element: ElementFormat) -> Any:
@@ -132,24 +132,27 @@ def _round_codes(scaled: Any, element: ElementFormat) -> Any:
     return codes
 
 
-def _pack_codes(code: Any, out: Any) -> None:
-    np.bitwise_or(code[:, 0], code[:, 1] << 6, out=out[:, 0])
-    np.bitwise_or(code[:, 1] >> 2, code[:, 2] << 4, out=out[:, 1])
-    np.bitwise_or(code[:, 2] >> 4, code[:, 3] << 2, out=out[:, 2])
+def pack_codes(code: Any, out: Any) -> None:
+    """Codes uint8 [..., 4, n] to bytes [..., 3, n]: four codes one above the other in three."""
+    np.bitwise_or(code[..., 0, :], code[..., 1, :] << 6, out=out[..., 0, :])
+    np.bitwise_or(code[..., 1, :] >> 2, code[..., 2, :] << 4, out=out[..., 1, :])
+    np.bitwise_or(code[..., 2, :] >> 4, code[..., 3, :] << 2, out=out[..., 2, :])
 
 
-def _unpack_codes(packed: Any) -> Any:
-    b = packed.reshape(8, 3, -1)
-    code = np.empty((8, 4, packed.shape[1]), np.uint8)
-    np.bitwise_and(b[:, 0], 0x3F, out=code[:, 0])
-    np.bitwise_or(b[:, 0] >> 6, (b[:, 1] & 0x0F) << 2, out=code[:, 1])
-    np.bitwise_or(b[:, 1] >> 4, (b[:, 2] & 0x03) << 4, out=code[:, 2])
-    np.right_shift(b[:, 2], 2, out=code[:, 3])
-    return code.reshape(BLOCK, -1)
+def unpack_codes(packed: Any) -> Any:
+    """What `pack_codes` was given: uint8 [..., 4, n]."""
+    first, second, third = (packed[..., part, :] for part in range(3))
+    code = np.empty((*packed.shape[:-2], 4, packed.shape[-1]), np.uint8)
+    np.bitwise_and(first, 0x3F, out=code[..., 0, :])
+    np.bitwise_or(first >> 6, (second & 0x0F) << 2, out=code[..., 1, :])
+    np.bitwise_or(second >> 4, (third & 0x03) << 4, out=code[..., 2, :])
+    np.right_shift(third, 2, out=code[..., 3, :])
+    return code
 
 
 def _decode_tile(packed: Any, element: ElementFormat) -> Any:
-    code = _unpack_codes(np.ascontiguousarray(packed[1:]))
+    rows = np.ascontiguousarray(packed[1:]).reshape(BLOCK // 4, 3, -1)
+    code = unpack_codes(rows).reshape(BLOCK, -1)
     scale = scales(packed[0])
     if element is not E2M3:
         return element.values()[code] * scale

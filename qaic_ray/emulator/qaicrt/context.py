@@ -132,10 +132,10 @@ class Qpc:
         if not isinstance(path, str):
             raise incompatible("Qpc")
         # Imported here: it brings onnxruntime, and who only asks for cards never needs that.
-        from ..container import execution
+        from ..container import compiled
 
         try:
-            self.contents: Any = execution.CompiledProgram.open(path)
+            self.contents: Any = compiled.CompiledProgram.open(path)
         except OSError as error:
             raise RuntimeError(f"Runtime Exception: Failed to open file{path}") from error
         except QpcError as error:

@@ -12,6 +12,7 @@ from typing import Any, Deque, Dict, Iterable, List, Optional, Tuple
 import numpy as np
 
 from ..card import Claim, Demand, Exhausted, NoDevice, faults, timing
+from ..card.cores import cores_of
 from ..container import QpcError
 from .buffers import SlicingSpec, SpecError
 from .context import Context, Qpc, init_error
@@ -167,14 +168,21 @@ class Program:
 
     def _open(self) -> QStatus:
         from ..container import execution
+        from ..container.steps import numerics_of_environment
 
         contents, model = self.qpc.contents, self.context.timing
+        machine = self.context.machine
         if model is not None and model.mode == timing.REPLACE:
             self._loaded = timing.SimulatedProgram(contents, model, execution.NoMatchingDimension)
             return QStatus.QS_SUCCESS
         try:
-            self._loaded = execution.LoadedProgram(contents, execution.num_threads_of_environment())
-        except QpcError as error:
+            self._loaded = execution.LoadedProgram(
+                contents,
+                execution.num_threads_of_environment(),
+                numerics=numerics_of_environment(machine.folder.numerics),
+                cores=cores_of(machine.state),
+            )
+        except (QpcError, ValueError) as error:
             self.context.log.failure(f"Failed to load program: {error}")
             return QStatus.QS_ERROR
         return QStatus.QS_SUCCESS
