@@ -1,11 +1,15 @@
 """Host work between a card's steps, in microseconds, and QEfficient's beside it.
 
-    python benchmarks/host_overhead.py [--peer-python PYTHON] [--steps N] [KIND ...]
+    python benchmarks/host_overhead.py [--peer-python PYTHON] [--steps N] [--step-ms MS] [KIND ...]
 
 The real session and engine run decode steps, all rows running, on the card of `instant_card.py`,
 which takes no time: `a step` is from one start of the card to the next, `waits` the part of it in
-which the card has nothing to do. Both are medians over blocks of steps. Kinds of rows: `greedy`,
-`next_tokens` (the program picks the token), `sampling`, `penalties`, `stop strings`. Our session
+which the card has nothing to do. Both are medians; `p90` is of the steps, too.
+With `--step-ms` the card takes so long, asleep, a step is what it waits, and the host's caches are
+as cold as beside a real card. Kinds of rows: `greedy`, `next_tokens` (the program picks the token),
+`sampling` and other settings of it, `stop strings`; `by numpy` is without the compiled kernels.
+Each line goes in turns with greedy rows of its batch and vocabulary, and `x greedy` is the median
+ratio of the turns, so that a machine that does other things as well slows both. Our session
 has two doors: buffers for every binding (any SDK), and arrays for those that change (from 1.20 on).
 PYTHON has QEfficient installed; without it there is no peer, and the table says so. Prints a table,
 and one JSON object as its last line.
@@ -22,17 +26,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from qaic_ray.engine.compiled.loader import KERNELS, KernelLoader
 from qaic_ray.engine.engine import Engine
+from qaic_ray.engine.sampler import Selector
 from qaic_ray.engine.session import Session
 from qaic_ray.engine.steps import Sequence
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
@@ -50,10 +56,12 @@ VOCABS = (49_152, 128_256)
 BATCHES = (1, 16, 64)
 PROMPT_LEN, CTX_LEN, NUM_LAYERS = 32, 4096, 32
 PROMPT_TOKENS = 24
-WARM_UP, BLOCK = 40, 20
+WARM_UP, TURNS = 40, 10
 MODEL = "smollm2-135m"
 
 GREEDY = SamplingParams()
+SAMPLING = SamplingParams(temperature=0.8, top_k=50, top_p=0.95)
+PENALTIES = SamplingParams(repetition_penalty=1.1, presence_penalty=0.5, frequency_penalty=0.5)
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class Kind:
 
     params: SamplingParams = GREEDY
     output: str = "logits"
+    by_numpy: bool = False
     batches: tuple[int, ...] = (16,)
     vocabs: tuple[int, ...] = VOCABS
 
@@ -69,10 +78,14 @@ class Kind:
 KINDS = {
     "greedy": Kind(batches=BATCHES),
     "next_tokens": Kind(output="next_tokens", batches=BATCHES),
-    "sampling": Kind(SamplingParams(temperature=0.8, top_k=50, top_p=0.95), batches=BATCHES),
-    "penalties": Kind(
-        SamplingParams(repetition_penalty=1.1, presence_penalty=0.5, frequency_penalty=0.5)
-    ),
+    "sampling": Kind(SAMPLING, batches=BATCHES),
+    "sampling by numpy": Kind(SAMPLING, by_numpy=True),
+    "temperature and top_p": Kind(SamplingParams(temperature=0.6, top_p=0.9)),
+    "temperature alone": Kind(SamplingParams(temperature=1.0)),
+    "min_p": Kind(SamplingParams(temperature=1.0, min_p=0.05)),
+    "penalties": Kind(PENALTIES),
+    "penalties by numpy": Kind(PENALTIES, by_numpy=True),
+    "sampling with penalties": Kind(replace(PENALTIES, temperature=0.8, top_k=50, top_p=0.95)),
     # Its tokenizer is SmolLM2's, which knows no token from 49,152 on.
     "stop strings": Kind(SamplingParams(stop=("\nUser:", "<END>")), vocabs=VOCABS[:1]),
 }
@@ -97,6 +110,11 @@ class Case:
         return f"{self.name}, batch {self.batch}, vocab {self.vocab}"
 
     @property
+    def greedy(self) -> Case:
+        """Greedy rows of the same shape."""
+        return replace(self, name="greedy")
+
+    @property
     def program(self) -> str:
         """Folder of its program."""
         return f"{self.kind.output}-{self.batch}-{self.vocab}"
@@ -107,9 +125,9 @@ def cases(names: Iterable[str]) -> list[Case]:
     return [Case(n, b, v) for n in names for v in KINDS[n].vocabs for b in KINDS[n].batches]
 
 
-def lay_programs(folder: Path, wanted: list[Case]) -> Path:
-    """A folder with every program that the cases need."""
-    for case in wanted:
+def lay_programs(folder: Path, wanted: list[Case], step_ms: float = 0.0) -> Path:
+    """A folder with every program that the cases need, and with those of greedy rows beside."""
+    for case in {*wanted, *(case.greedy for case in wanted)}:
         program = folder / case.program
         program.mkdir(parents=True, exist_ok=True)
         shape = {
@@ -119,6 +137,7 @@ def lay_programs(folder: Path, wanted: list[Case]) -> Path:
             "vocab_size": case.vocab,
             "num_layers": NUM_LAYERS,
             "output": case.kind.output,
+            "step_ms": step_ms,
         }
         (program / "program.json").write_text(json.dumps(shape))
     return folder
@@ -133,45 +152,82 @@ def lay_sdk(folder: Path, apps_version: str, num_cards: int = 1) -> Path:
     return folder
 
 
-def figures(started_ns: list[int], done_ns: list[int]) -> dict[str, float]:
+def step_times(started_ns: list[int], done_ns: list[int], step_ms: float) -> list[float]:
+    """Microseconds of each step, or of what a card waits that takes a time of its own."""
+    if step_ms:
+        return waits(started_ns, done_ns)
+    return [(b - a) / 1e3 for a, b in pairwise(started_ns)]
+
+
+def waits(started_ns: list[int], done_ns: list[int]) -> list[float]:
+    """Microseconds of each step in which the card has nothing to do."""
+    return [(b - a) / 1e3 for a, b in zip(done_ns, started_ns[1:], strict=False)]
+
+
+def figures(started_ns: list[int], done_ns: list[int], step_ms: float = 0.0) -> dict[str, float]:
     """Microseconds of a step, and those of it in which the card waits."""
-    marks = started_ns[::BLOCK]
+    steps = step_times(started_ns, done_ns, step_ms)
     return {
-        "step_us": median((b - a) / BLOCK / 1e3 for a, b in pairwise(marks)),
-        "waits_us": median((b - a) / 1e3 for a, b in zip(done_ns, started_ns[1:], strict=False)),
+        "step_us": median(steps),
+        "p90_us": quantiles(steps, n=10)[-1],
+        "waits_us": median(waits(started_ns, done_ns)),
     }
 
 
-def measure(sdk: Path, programs: Path, steps: int, wanted: list[Case]) -> dict[str, Any]:
+def measure(sdk: Path, programs: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Ours, in this process: a process can load one SDK."""
+    KERNELS.wait()
     results = {}
-    for case in wanted:
-        session = Session(open_sdk(sdk), programs / case.program, [0])
-        results[case.key] = figures(*run(Engine(session), case, steps))
-        session.close()
+    for case in cases(options.kinds):
+        line, greedy = (Line(sdk, programs, each) for each in (case, case.greedy))
+        ratios = []
+        for _ in range(TURNS):
+            beside = median(greedy.turn(options.steps // TURNS, options.step_ms))
+            ratios.append(median(line.turn(options.steps // TURNS, options.step_ms)) / beside)
+        results[case.key] = figures(line.started, line.done, options.step_ms)
+        results[case.key]["x_greedy"] = median(ratios)
+        line.close()
+        greedy.close()
     return results
 
 
-def run(engine: Engine, case: Case, steps: int) -> tuple[list[int], list[int]]:
-    """When each of `steps` decode steps was started and done, after the warm-up."""
-    card = importlib.import_module("qaicrt")
-    rows = [new_row(engine, key, case.kind.params) for key in range(case.batch)]
-    for row in rows:
-        engine.add(row, *readers(case.kind.params))
-    while min(len(row.output_ids) for row in rows) < WARM_UP:
-        engine.step()
-    card.ENQUEUED_NS.clear()
-    card.COMPLETED_NS.clear()
-    for _ in range(steps + 1):
-        engine.step()
-    started, done = card.ENQUEUED_NS, card.COMPLETED_NS
-    if len(started) != steps + 1 or any(row.finish_reason for row in rows):
-        raise SystemExit("the engine did not run one decode step of all rows a call")
-    if case.kind.params.is_plain:
-        tokens = card.rows_of_logits(case.batch, case.vocab).argmax(axis=1).tolist()
-        if any(set(row.output_ids[1:]) != {tokens[row.key]} for row in rows):
-            raise SystemExit("the engine's tokens are not those of the logits")
-    return started, done
+class Line:
+    """One line of the table while it is measured."""
+
+    def __init__(self, sdk: Path, programs: Path, case: Case) -> None:
+        self.case, self.started, self.done = case, [], []
+        self._session = Session(open_sdk(sdk), programs / case.program, [0])
+        loader = KernelLoader(sys.maxsize) if case.kind.by_numpy else KERNELS
+        self._engine = Engine(self._session, selector=Selector(case.batch, loader=loader))
+        self._rows = [new_row(self._engine, key, case.kind.params) for key in range(case.batch)]
+        for row in self._rows:
+            self._engine.add(row, *readers(case.kind.params))
+        while min(len(row.output_ids) for row in self._rows) < WARM_UP:
+            self._engine.step()
+
+    def turn(self, steps: int, step_ms: float) -> list[float]:
+        """Run so many decode steps; their times."""
+        card = importlib.import_module("qaicrt")
+        card.ENQUEUED_NS.clear()
+        card.COMPLETED_NS.clear()
+        for _ in range(steps + 1):
+            self._engine.step()
+        started, done = card.ENQUEUED_NS.copy(), card.COMPLETED_NS.copy()
+        if len(started) != steps + 1 or any(row.finish_reason for row in self._rows):
+            raise SystemExit("the engine did not run one decode step of all rows a call")
+        self.started += started
+        self.done += done
+        return step_times(started, done, step_ms)
+
+    def close(self) -> None:
+        """Check the tokens of greedy rows, and give the card back."""
+        if self.case.kind.params.is_plain:
+            card = importlib.import_module("qaicrt")
+            logits = card.rows_of_logits(self.case.batch, self.case.vocab)
+            tokens = logits.argmax(axis=1).tolist()
+            if any(set(row.output_ids[1:]) != {tokens[row.key]} for row in self._rows):
+                raise SystemExit("the engine's tokens are not those of the logits")
+        self._session.close()
 
 
 def new_row(engine: Engine, key: int, params: SamplingParams) -> Sequence:
@@ -196,6 +252,7 @@ def ours(folder: Path, door: str, options: argparse.Namespace) -> dict[str, Any]
     """Ours through one door, in a process of its own."""
     sdk = lay_sdk(folder / door, DOORS[door])
     command = [sys.executable, __file__, *options.kinds, "--steps", str(options.steps)]
+    command += ["--step-ms", str(options.step_ms)]
     return child([*command, "--measure", str(sdk), str(folder / "programs")], os.environ.copy())
 
 
@@ -227,9 +284,8 @@ def promise(case: Case, door: str, results: dict[str, Any]) -> tuple[str, float,
         return "us", step, 60.0
     if case.name == "greedy" and case.key in results["qefficient"]:
         return "x QEfficient", step / results["qefficient"][case.key]["step_us"], 0.5
-    greedy = results[door].get(Case("greedy", case.batch, case.vocab).key)
-    if case.name == "sampling" and case.batch == 16 and greedy is not None:
-        return "x greedy", step / greedy["step_us"], 2.0
+    if case.name != "greedy" and case.batch == 16 and not case.kind.by_numpy:
+        return "x greedy", results[door][case.key]["x_greedy"], 2.0
     return None
 
 
@@ -240,7 +296,7 @@ def show(results: dict[str, Any], wanted: list[Case]) -> None:
         title += "\n(no --peer-python: QEfficient was not measured)"
     table = Table(title=title)
     table.add_column("rows", no_wrap=True)
-    heads = [f"{door}{word}" for door in DOORS for word in ("", ": waits", ": a row")]
+    heads = [f"{door}{word}" for door in DOORS for word in ("", ": p90", ": x greedy")]
     for head in ("batch", "vocab", *heads, "QEfficient", *(f"{door} is" for door in DOORS)):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("at most", no_wrap=True)
@@ -248,8 +304,8 @@ def show(results: dict[str, Any], wanted: list[Case]) -> None:
         cells = [case.name, str(case.batch), f"{case.vocab:,}"]
         for door in DOORS:
             figure = results[door][case.key]
-            values = (figure["step_us"], figure["waits_us"], figure["step_us"] / case.batch)
-            cells += [f"{value:,.1f}" for value in values]
+            cells += [f"{figure['step_us']:,.1f}", f"{figure['p90_us']:,.1f}"]
+            cells.append(f"{figure['x_greedy']:.2f}")
         theirs = results["qefficient"].get(case.key)
         cells.append(f"{theirs['step_us']:,.1f}" if theirs else "")
         promises = [promise(case, door, results) for door in DOORS]
@@ -265,7 +321,10 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(KINDS))
-    parser.add_argument("--steps", type=int, default=200, help="decode steps of each line")
+    parser.add_argument(
+        "--steps", type=int, default=200, help="decode steps of each line, in turns"
+    )
+    parser.add_argument("--step-ms", type=float, default=0.0, help="what a step takes the card")
     parser.add_argument("--peer-python", type=Path, help="a Python that has QEfficient")
     parser.add_argument(
         "--peer-tokenizer", type=Path, help="a tokenizer for it, where not a plain object"
@@ -285,11 +344,11 @@ def main() -> None:
     wanted = cases(options.kinds)
     if options.measure:
         sdk, programs = options.measure
-        print(json.dumps(measure(sdk, programs, options.steps, wanted)))
+        print(json.dumps(measure(sdk, programs, options)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        lay_programs(folder / "programs", wanted)
+        lay_programs(folder / "programs", wanted, options.step_ms)
         results: dict[str, Any] = {door: ours(folder, door, options) for door in DOORS}
         of_program = peer(folder, options) if options.peer_python else {}
     results["qefficient"] = {

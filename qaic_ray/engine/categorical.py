@@ -10,30 +10,21 @@ is rejected and the next number tried: probabilities are exact.
 
 from __future__ import annotations
 
-import math
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-Logits = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
+from qaic_ray.engine.unsettled import LOG2_E, UNITS, Floats, Ints, Logits, Unsettled
 
 NUMBERS = 8
 """Uniform numbers of a row for one token."""
 
-_BLOCK_LEN = 16  # tokens of a block: fewer tell more of the tail, more shorten the list of blocks
-_NUM_GROUPS = 512  # the head is found by the largest logits of so many groups of blocks
-_HEAD = 48  # tokens of the head at least, where neither top_k nor min_p says how many
+BLOCK_LEN = 16  # tokens of a block: fewer tell more of the tail, more shorten the list of blocks
+NUM_GROUPS = 512  # the head is found by the largest logits of so many groups of blocks
+HEAD = 48  # tokens of the head at least, where neither top_k nor min_p says how many
 _IN_CACHE = 4096  # columns reduced at once: they stay in the first-level cache
-_CHUNK_LEN = 256  # weights of the exact draw that are summed at once
-_LOWEST = np.finfo(np.float32).min
-_SLACK = 1e-5  # of the tail's length, which is a sum of float32
-# Lengths are whole numbers of units: their sums are exact, whatever stands before them. The
-# longest lines, of 4 million equal tokens, end before 2**63.
-_UNITS = 2.0**36
+LOWEST = np.finfo(np.float32).min
+SLACK = 1e-5  # of the tail's length, which is a sum of float32
 
 
 class Rules:
@@ -53,7 +44,7 @@ class Rules:
         self.temperature: Floats = columns[0]
         top_k = np.where((columns[1] > 0) & (columns[1] < vocab), columns[1], 0).astype(np.int64)
         # numpy's exp2 is more than twice as fast as its exp.
-        self.scale: Logits = (math.log2(math.e) / columns[0]).astype(np.float32)
+        self.scale: Logits = (LOG2_E / columns[0]).astype(np.float32)
         self.top_p: Floats = columns[2]
         with np.errstate(divide="ignore"):
             self.log_min_p: Floats = np.log(columns[3])
@@ -64,7 +55,7 @@ class Rules:
         self.limited = (top_k > 0) | has_min_p
         self.is_limited = bool(self.limited.all())
         self.only_min_p = has_min_p & (top_k == 0)
-        self.num_head = np.where(top_k > 0, top_k, _HEAD)
+        self.num_head = np.where(top_k > 0, top_k, HEAD)
         self.num_kept = np.where(top_k > 0, top_k, vocab)
         self.max_head = int(top_k.max(initial=0))
         self.rows, self.bounds = np.arange(top_k.size), np.arange(top_k.size + 1)
@@ -142,8 +133,8 @@ class CategoricalSampler:
 
     def _arrange(self, num_rows: int, vocab: int) -> None:
         self._vocab = vocab
-        num_blocks = vocab // _BLOCK_LEN if vocab >= _BLOCK_LEN * _NUM_GROUPS else vocab
-        self._num_groups = min(_NUM_GROUPS, num_blocks)
+        num_blocks = vocab // BLOCK_LEN if vocab >= BLOCK_LEN * NUM_GROUPS else vocab
+        self._num_groups = min(NUM_GROUPS, num_blocks)
         self._maxima = np.empty((num_rows, num_blocks), np.float32)
         self._steps = np.arange(0, vocab, num_blocks)[:, None]
 
@@ -153,7 +144,7 @@ class CategoricalSampler:
         floor: Logits = groups[rules.rows, np.maximum(width - rules.num_head, 0)]
         if rules.max_head > width // 2:
             # Groups tell of as many tokens as there are groups, and badly of nearly as many.
-            for row in np.flatnonzero(rules.num_head > max(width // 2, _HEAD)):
+            for row in np.flatnonzero(rules.num_head > max(width // 2, HEAD)):
                 num = int(rules.num_head[row])
                 some = self._maxima[row] if num <= self._maxima.shape[1] else logits[row]
                 floor[row] = np.partition(some, some.size - num)[some.size - num]
@@ -165,7 +156,7 @@ class CategoricalSampler:
             # A head may end anywhere where a tail follows it: before many equal logits is best.
             np.nextafter(floor, np.float32(np.inf), out=floor, where=~rules.limited)
             np.minimum(floor, best, out=floor)
-        np.maximum(floor, _LOWEST, out=floor)
+        np.maximum(floor, LOWEST, out=floor)
         return floor
 
     def _head_keys(self, logits: Logits, floor: Logits, rules: Rules) -> Ints:
@@ -211,7 +202,7 @@ class CategoricalSampler:
         weights -= best.astype(np.float64)[row]
         weights /= rules.temperature[row]
         np.exp(weights, out=weights)
-        weights *= _UNITS
+        weights *= UNITS
         units = weights.astype(np.int64)
         ends = units.cumsum()
         bounds = row.searchsorted(rules.bounds)
@@ -226,7 +217,7 @@ class CategoricalSampler:
         if not rules.is_limited:
             cells -= best[:, None]
             cells *= rules.scale[:, None]
-            tail = np.exp2(cells, out=cells).sum(axis=1) * (num_steps * (1 + _SLACK) * _UNITS)
+            tail = np.exp2(cells, out=cells).sum(axis=1) * (num_steps * (1 + SLACK) * UNITS)
             tail[rules.limited] = 0
         return _Line(best, floor, at, ends, first, stop, before, head, tail, cells, num_steps)
 
@@ -254,9 +245,25 @@ def _tokens(logits: Logits, rules: Rules, line: _Line, uniforms: Floats) -> Ints
     tokens -= rules.rows * logits.shape[1]
     if not rules.is_limited:
         for row in np.flatnonzero(places >= certain).tolist():
-            unsettled = _Unsettled(logits, rules, line, row)
-            tokens[row] = unsettled.token(uniforms[row].tolist(), certain[row], reach[row])
+            tokens[row] = _unsettled(logits, rules, line, row).token(
+                uniforms[row].tolist(), int(certain[row]), float(reach[row])
+            )
     return tokens
+
+
+def _unsettled(logits: Logits, rules: Rules, line: _Line, row: int) -> Unsettled:
+    first, stop = line.first[row], line.stop[row]
+    return Unsettled(
+        logits=logits[row],
+        temperature=float(rules.temperature[row]),
+        top_p=float(rules.top_p[row]),
+        best=line.best[row],
+        floor=line.floor[row],
+        ids=line.at[first:stop] - row * logits.shape[1],
+        ends=line.ends[first:stop] - line.before[row],
+        cells=line.cells[row],
+        num_steps=line.num_steps,
+    )
 
 
 def _whole(rules: Rules, line: _Line) -> tuple[Ints, Ints | Floats]:
@@ -266,7 +273,7 @@ def _whole(rules: Rules, line: _Line) -> tuple[Ints, Ints | Floats]:
 
 def _narrowed(rules: Rules, line: _Line) -> tuple[Ints, Ints | Floats]:
     """As `_whole`, with top_p: from the least and the most that a tail can weigh."""
-    least = rules.top_p * (line.head + line.tail * ((1 - 2 * _SLACK) / line.num_steps))
+    least = rules.top_p * (line.head + line.tail * ((1 - 2 * SLACK) / line.num_steps))
     certain = _border(line, least)
     if rules.is_limited:
         return certain, certain
@@ -281,108 +288,3 @@ def _border(line: _Line, share: Floats) -> Ints:
     wanted = np.minimum(np.ceil(share).astype(np.int64), line.head)
     border: Ints = line.ends[line.ends.searchsorted(line.before + wanted)] - line.before
     return border
-
-
-class _Unsettled:
-    """One row whose first uniform number did not settle its token."""
-
-    def __init__(self, logits: Logits, rules: Rules, line: _Line, row: int) -> None:
-        first, stop = line.first[row], line.stop[row]
-        self._logits, self._best = logits[row], line.best[row]
-        self._temperature, self._scale = rules.temperature[row], rules.scale[row]
-        self._top_p = float(rules.top_p[row])
-        self._ids = line.at[first:stop] - row * self._logits.size
-        self._ends = line.ends[first:stop] - line.before[row]
-        self._cells, self._num_steps = line.cells[row], line.num_steps
-        self._floor = line.floor[row]
-
-    def token(self, uniforms: list[float], certain: np.int64, reach: np.float64) -> int:
-        """The token at the first place that holds an allowed one.
-
-        The last number is a place among the weights of the allowed tokens alone.
-        """
-        for uniform in uniforms[:-1]:
-            place = int(uniform * reach)
-            number = int(self._ends.searchsorted(place, "right"))
-            if number < self._ends.size:
-                token = int(self._ids[number])
-                if place < certain or self._is_allowed_in_head(number):
-                    return token
-            else:
-                token = self._tail_token((place - int(self._ends[-1])) / _UNITS)
-                if token >= 0 and self._is_allowed_in_tail(token):
-                    return token
-        return self._exact_token(uniforms[-1])
-
-    @cached_property
-    def _weights(self) -> Logits:
-        """Of all tokens, for what the line cannot tell."""
-        weights: Logits = self._logits - self._best
-        weights *= self._scale
-        np.exp2(weights, out=weights)
-        return weights
-
-    @cached_property
-    def _share(self) -> float:
-        """What the allowed tokens weigh at least."""
-        return self._top_p * float(self._weights.sum())
-
-    @cached_property
-    def _cell_ends(self) -> Floats:
-        ends: Floats = self._cells.cumsum(dtype=np.float64)
-        ends *= self._num_steps
-        return ends
-
-    def _is_allowed_in_head(self, number: int) -> bool:
-        before = float(self._ends[number - 1]) / _UNITS if number else 0.0
-        return before < self._share
-
-    def _is_allowed_in_tail(self, token: int) -> bool:
-        if self._top_p == 1:
-            return True
-        if float(self._ends[-1]) / _UNITS >= self._share:
-            return False
-        logits, logit = self._logits, self._logits[token]
-        before = float(self._weights[logits > logit].sum())
-        num_equal = int(np.count_nonzero(logits[:token] == logit))
-        return before + num_equal * float(self._weights[token]) < self._share
-
-    def _tail_token(self, place: float) -> int:
-        """The token at a place of the tail, or -1 where none lies."""
-        block = int(self._cell_ends.searchsorted(place, "right"))
-        if block == self._cells.size:
-            return -1
-        cell = float(self._cells[block])
-        offset = place - (float(self._cell_ends[block - 1]) if block else 0.0)
-        step = min(int(offset / cell), self._num_steps - 1)
-        token = block + step * self._cells.size
-        if token >= self._logits.size or self._logits[token] >= self._floor:
-            return -1
-        weight = math.exp((float(self._logits[token]) - float(self._best)) / self._temperature)
-        return token if offset - step * cell < weight else -1
-
-    def _exact_token(self, uniform: float) -> int:
-        """The token at a place among those that are allowed."""
-        if self._top_p < 1:
-            return self._of_nucleus(uniform)
-        firsts = np.arange(0, self._weights.size, _CHUNK_LEN)
-        chunk_ends = np.add.reduceat(self._weights, firsts).cumsum(dtype=np.float64)
-        place = uniform * float(chunk_ends[-1])
-        chunk = _number(chunk_ends, place)
-        first = chunk * _CHUNK_LEN
-        ends = self._weights[first : first + _CHUNK_LEN].cumsum(dtype=np.float64)
-        return first + _number(ends, place - (float(chunk_ends[chunk - 1]) if chunk else 0.0))
-
-    def _of_nucleus(self, uniform: float) -> int:
-        # All tokens lighter than this weigh less than what top_p leaves out.
-        left_out = float(self._weights.sum()) - self._share
-        ids = np.flatnonzero(self._weights >= left_out / self._weights.size)
-        ids = ids[np.argsort(-self._logits[ids], kind="stable")]
-        ends = self._weights[ids].cumsum(dtype=np.float64)
-        border = float(ends[min(int(ends.searchsorted(self._share)), ends.size - 1)])
-        return int(ids[_number(ends, uniform * border)])
-
-
-def _number(ends: Floats, place: float) -> int:
-    """Number of the stretch that holds a place; rounding never leads behind the last one."""
-    return int(min(ends.searchsorted(place, "right"), ends.searchsorted(ends[-1])))

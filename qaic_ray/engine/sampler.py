@@ -8,17 +8,31 @@ own logits and tokens: not on its batch, its slot or the order of rows.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qaic_ray.engine.categorical import NUMBERS, CategoricalSampler, Floats, Ints, Logits, Rules
+from qaic_ray.engine.categorical import (
+    BLOCK_LEN,
+    NUM_GROUPS,
+    NUMBERS,
+    CategoricalSampler,
+    Rules,
+)
+from qaic_ray.engine.compiled.loader import KERNELS, KernelLoader
+from qaic_ray.engine.past import Pasts
 from qaic_ray.engine.steps import Sequence
+from qaic_ray.engine.unsettled import Floats, Ints, Logits
 from qaic_ray.sampling_params import TokenLogprob
 
+if TYPE_CHECKING:
+    from qaic_ray.engine.compiled.chooser import Compiled
+
 _SPAN = 64  # tokens whose uniform numbers are made at once
-_BLOCK_LEN = 32
+_LOGPROB_BLOCK_LEN = 32
 _LOG2_E = np.float32(math.log2(math.e))
 _LOWEST = np.finfo(np.float32).min
 
@@ -65,10 +79,14 @@ def _first_of_rows(num_rows: int, vocab: int) -> Ints:
 
 @dataclass(frozen=True)
 class Choice:
-    """One token a row, and its logprobs where the row asked for them."""
+    """One token a row, and its logprobs where the row asked for them.
+
+    Only rows in `odd` may have logits that are no finite numbers.
+    """
 
     tokens: list[int]
     logprobs: list[TokenLogprob | None]
+    odd: Listed[int]
 
 
 class Selector:
@@ -76,23 +94,28 @@ class Selector:
 
     Args:
         num_slots: rows of the compiled batch.
+        loader: of the compiled kernels; numpy chooses the same tokens until they are there.
     """
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, *, loader: KernelLoader = KERNELS) -> None:
         self._rows: dict[int, _Row] = {}
+        self._pasts = Pasts(num_slots)
         self._uniforms = np.empty((num_slots, _SPAN, NUMBERS))
         self._categorical = CategoricalSampler()
         self._changed = np.empty((0, 0), np.float32)
         self._group: _Group | None = None
+        self._loader = loader
 
     def enter(self, slot: int, sequence: Sequence) -> None:
         """A sequence takes a slot, perhaps with tokens that it already has."""
         self._rows[slot] = _Row(sequence)
+        self._pasts.enter(slot, sequence)
         self._group = None
 
     def leave(self, slot: int) -> None:
         """The slot's sequence is gone."""
         del self._rows[slot]
+        self._pasts.leave(slot)
         self._group = None
 
     def choose(self, logits: Logits, slots: list[int]) -> Choice:
@@ -109,107 +132,103 @@ class Selector:
         group = self._group
         if group is None or group.slots != slots:
             group = self._group = _Group(slots, self._rows, logits.shape[1])
-        tokens: list[int] = self._select(logits, group).tolist()
+        chosen, odd = self._select(logits, group)
+        tokens: list[int] = chosen.tolist()
         logprobs: list[TokenLogprob | None] = [None] * len(slots)
         for position in group.with_logprobs:
             logprobs[position] = token_logprob(
                 logits[position], tokens[position], group.rows[position].params.logprobs or 0
             )
-        for row, token in zip(group.rows, tokens, strict=True):
-            row.take(token)
-        return Choice(tokens, logprobs)
+        for row in group.rows:
+            row.num_output += 1
+        if not self._pasts.is_empty:
+            for slot, token in zip(slots, tokens, strict=True):
+                self._pasts.take(slot, token)
+        return Choice(tokens, logprobs, odd)
 
-    def _select(self, logits: Logits, group: _Group) -> Ints:
+    def _select(self, logits: Logits, group: _Group) -> tuple[Ints, Listed[int]]:
+        """The tokens, and the rows of which some logits may be no finite numbers."""
+        if not group.tokens_of_span:
+            self._begin_span(group)
+        compiled = self._compiled(logits, group)
+        odd: Listed[int] = group.every
+        if compiled is None:
+            tokens = self._select_by_numpy(logits, group)
+        else:
+            tokens, odd = compiled.choose(logits, self._pasts)
+            if odd:
+                rest = _Group([group.slots[row] for row in odd], self._rows, logits.shape[1])
+                rest.numbers[:] = group.numbers[odd]
+                tokens[odd] = self._select_by_numpy(logits[odd], rest)
+        group.numbers += 1
+        group.tokens_of_span -= 1
+        return tokens, odd
+
+    def _compiled(self, logits: Logits, group: _Group) -> Compiled | None:
+        """The kernels for this group, where they are there and it is one for them."""
+        if not group.is_for_kernels:
+            return None
+        if group.compiled is None:
+            module = self._loader.kernels(len(group.slots))
+            if module is None:
+                return None
+            params = [row.params for row in group.rows]
+            vocab = logits.shape[1]
+            if not module.can_choose(params, vocab) or not self._pasts.fit(group.slots, vocab):
+                group.is_for_kernels = False
+                return None
+            group.compiled = module.Compiled(
+                params, group.slots, vocab, uniforms=self._uniforms, numbers=group.numbers
+            )
+        is_plain = logits.dtype == np.float32 and logits.flags.c_contiguous and logits.flags.aligned
+        return group.compiled if is_plain else None
+
+    def _select_by_numpy(self, logits: Logits, group: _Group) -> Ints:
         logits = self._adjusted(logits, group)
         if not group.drawn.size:
             return greedy(logits)
+        uniforms = self._uniforms[group.drawn_slots, group.numbers[group.drawn]]
         if not group.greedy:
-            return self._draw(np.ascontiguousarray(logits), group)
+            return self._categorical.draw(np.ascontiguousarray(logits), group.rules, uniforms)
         tokens = np.empty(len(group.slots), np.int64)
-        tokens[group.drawn] = self._draw(logits[group.drawn], group)
+        tokens[group.drawn] = self._categorical.draw(logits[group.drawn], group.rules, uniforms)
         for position in group.greedy:
             tokens[position] = logits[position].argmax()
         return tokens
 
     def _adjusted(self, logits: Logits, group: _Group) -> Logits:
         """The logits, or a copy in which penalties and `min_tokens` are applied."""
-        adjusting = [p for p in group.adjusted if group.rows[p].adjusts]
+        pasts = self._pasts
+        if pasts.is_empty:
+            return logits
+        adjusting = [i for i, slot in enumerate(group.slots) if pasts.changes(slot)]
         if not adjusting:
             return logits
         if self._changed.shape != logits.shape:
             self._changed = np.empty(logits.shape, np.float32)
         np.copyto(self._changed, logits)
         for position in adjusting:
-            group.rows[position].adjust(self._changed[position])
+            pasts.change(group.slots[position], self._changed[position])
         return self._changed
 
-    def _draw(self, logits: Logits, group: _Group) -> Ints:
-        numbers = []
-        for slot, row in zip(group.drawn_slots, group.drawn_rows, strict=True):
-            if row.num_output >= row.end_of_span:
-                span = row.num_output // _SPAN
-                self._uniforms[slot] = _uniforms(row.seed, span)
-                row.end_of_span = (span + 1) * _SPAN
-            numbers.append(row.num_output % _SPAN)
-        uniforms = self._uniforms[group.drawn_slots, numbers]
-        return self._categorical.draw(logits, group.rules, uniforms)
+    def _begin_span(self, group: _Group) -> None:
+        """Have the uniform numbers of every row's next tokens, up to the first end of a span."""
+        for position, slot in zip(group.drawn.tolist(), group.drawn_slots, strict=True):
+            row = group.rows[position]
+            span, group.numbers[position] = divmod(row.num_output, _SPAN)
+            if row.span != span:
+                self._uniforms[slot], row.span = _uniforms(row.seed, span), span
+        group.tokens_of_span = _SPAN - int(group.numbers.max(initial=0))
 
 
 class _Row:
-    """One sequence in its slot: its parameters, and its past as far as these ask for it."""
+    """One sequence in its slot."""
 
     def __init__(self, sequence: Sequence) -> None:
         self.params = sequence.params
         self.seed = sequence.seed
         self.num_output = len(sequence.output_ids)
-        self._has_penalties = self.params.has_penalties
-        self.end_of_span = 0
-        self._stop_ids = np.array(sorted(sequence.stop_ids), np.int64)
-        self._place: dict[int, int] = {}
-        self._seen = np.empty(0, np.int64)
-        self._count = np.empty(0, np.float32)
-        if self._has_penalties:
-            for token in sequence.prompt_ids:
-                self._remember(token, 0)
-            for token in sequence.output_ids:
-                self._remember(token, 1)
-
-    @property
-    def adjusts(self) -> bool:
-        """Whether the next token's logits are changed."""
-        return self._has_penalties or self.num_output < self.params.min_tokens
-
-    def adjust(self, logits: Logits) -> None:
-        """Apply penalties and `min_tokens` to a row of logits, in place."""
-        params = self.params
-        if self._has_penalties:
-            num_seen = len(self._place)
-            seen, count = self._seen[:num_seen], self._count[:num_seen]
-            values = logits[seen]
-            if params.repetition_penalty != 1:
-                penalty = np.float32(params.repetition_penalty)
-                values = np.where(values > 0, values / penalty, values * penalty)
-            if params.frequency_penalty != 0:
-                values -= np.float32(params.frequency_penalty) * count
-            if params.presence_penalty != 0:
-                values -= np.float32(params.presence_penalty) * (count > 0)
-            logits[seen] = values
-        if self.num_output < params.min_tokens:
-            logits[self._stop_ids[self._stop_ids < logits.size]] = -np.inf
-
-    def take(self, token: int) -> None:
-        """The row's next token is this one."""
-        self.num_output += 1
-        if self._has_penalties:
-            self._remember(token, 1)
-
-    def _remember(self, token: int, times: int) -> None:
-        place = self._place.setdefault(token, len(self._place))
-        if place == self._seen.size:
-            self._seen = np.concatenate([self._seen, np.zeros(place + 64, np.int64)])
-            self._count = np.concatenate([self._count, np.zeros(place + 64, np.float32)])
-        self._seen[place] = token
-        self._count[place] += times
+        self.span = -1
 
 
 class _Group:
@@ -221,14 +240,18 @@ class _Group:
         params = [row.params for row in self.rows]
         self.greedy = [i for i, asked in enumerate(params) if asked.is_greedy]
         self.drawn = np.array([i for i, asked in enumerate(params) if not asked.is_greedy], int)
-        self.drawn_rows = [self.rows[i] for i in self.drawn]
         self.drawn_slots = [slots[i] for i in self.drawn]
-        self.adjusted = [i for i, row in enumerate(self.rows) if row.adjusts]
         self.with_logprobs = [i for i, asked in enumerate(params) if asked.logprobs is not None]
         drawn = [asked for asked in params if not asked.is_greedy]
         self.rules = Rules(
             [(asked.temperature, asked.top_k, asked.top_p, asked.min_p) for asked in drawn], vocab
         )
+        # Which number of its span each row's next token has, and how many until one ends.
+        self.numbers = np.zeros(len(slots), np.int64)
+        self.tokens_of_span = 0
+        self.every = range(len(slots))
+        self.is_for_kernels = vocab >= BLOCK_LEN * NUM_GROUPS
+        self.compiled: Compiled | None = None
 
 
 def _uniforms(seed: int, span: int) -> Floats:
@@ -262,10 +285,14 @@ def _most_likely(logits: Logits, num: int) -> list[int]:
     if num == 0:
         return []
     floor = _LOWEST
-    num_blocks = logits.size // _BLOCK_LEN
+    num_blocks = logits.size // _LOGPROB_BLOCK_LEN
     if num_blocks >= num:
         # So many blocks have a token that reaches this, so no other can be among the largest.
-        maxima = logits[: num_blocks * _BLOCK_LEN].reshape(_BLOCK_LEN, num_blocks).max(axis=0)
+        maxima = (
+            logits[: num_blocks * _LOGPROB_BLOCK_LEN]
+            .reshape(_LOGPROB_BLOCK_LEN, num_blocks)
+            .max(axis=0)
+        )
         floor = max(floor, np.partition(maxima, num_blocks - num)[num_blocks - num])
     ids = np.flatnonzero(logits >= floor)
     chosen: list[int] = ids[np.argsort(-logits[ids], kind="stable")][:num].tolist()

@@ -337,7 +337,7 @@ class TokenPicker:
             self._fail(error, rows[0][1])
             return [[]]
         chosen = [[token] for token in choice.tokens]
-        for i in overflowed(logits, choice.tokens):
+        for i in overflowed(logits, choice.tokens) if choice.odd else ():
             self._fail(_overflow(logits[i], choice.tokens[i]), rows[i][1])
             chosen[i] = []
         for (_, sequence), logprob in zip(rows, choice.logprobs, strict=True):

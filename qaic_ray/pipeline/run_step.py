@@ -113,10 +113,14 @@ def run_on(
     folder = request.resume.absolute() if request.resume else _new_run_folder(request)
     listener.run_folder(folder)
     cluster.write_logs_to(folder / LOGS_FOLDER, listener.remark)
+
+    def run_prompts(prompts: Iterator[Prompt | Row], **how: Any) -> FleetResult:
+        return cluster.run_prompts(prompts, specs, **how)
+
     with nullcontext() if request.resume else _kept(folder, request, sdk):
         with recorded(folder, request, sdk, listener=listener, compiles=compiles) as recording:
             result, proof = _answer(
-                *(lambda prompts, **how: cluster.run_prompts(prompts, specs, **how), request, sdk),
+                *(run_prompts, request, sdk),
                 run_input=run_input,
                 folder=folder,
                 listener=listener,

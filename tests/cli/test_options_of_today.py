@@ -207,6 +207,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "PREFIX": "sdk",
         "--apps-version": "1.22",
         "--cards": "8",
+        "--numerics": "fast",
         "--sku": "ultra",
         "--json": FLAG,
     },
@@ -298,7 +299,7 @@ run:
   output: /elsewhere
   output_formats: [openai, parquet]
 sdk: emulated
-emulator: {cards: 8, sku: ultra, apps_version: '1.22'}
+emulator: {cards: 8, sku: ultra, apps_version: '1.22', numerics: fast}
 ray: {dashboard: false, keep_ray: true, address: auto}
 """
 

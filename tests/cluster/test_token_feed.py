@@ -49,7 +49,7 @@ class FormulaCard(CardWorker):
         lambda *_, **__: SimpleNamespace(eos_ids=(EOS,), config={}, folder=Path())
     )
     load_tokenizer = staticmethod(lambda _: letters())
-    open_sdk = staticmethod(lambda _: SimpleNamespace(label="formulas"))  # type: ignore[assignment]
+    open_sdk = staticmethod(lambda _: SimpleNamespace(description="formulas"))  # type: ignore[assignment]
 
     def open_session(self, *_: object, **__: object) -> tuple[object, ExitStack]:
         sys.path.insert(0, TESTS)  # of this actor, which gets only the class by value

@@ -84,7 +84,7 @@ class CompiledProgram:
 
 
 class LoadedProgram:
-    def __init__(self, qpc: CompiledProgram, num_threads: int) -> None:
+    def __init__(self, qpc: CompiledProgram, num_threads: int, **_: object) -> None:
         self.qpc = qpc
 
     def activate(self) -> Activation:

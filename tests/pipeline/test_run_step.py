@@ -30,11 +30,11 @@ def request_(tmp_path: Path) -> RunRequest:
 
 
 def run(request: RunRequest, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_step, "content_parts", lambda _: {"qpc": "q", "model": {}})
+    monkeypatch.setattr(run_step, "content_parts", lambda *_: {"qpc": "q", "model": {}})
     monkeypatch.setattr(run_step, "worker_specs", lambda *_: [])
     names = ["answered", "saved", "generated", "running", "card_ready", "remark", "run_folder"]
     listener: Any = SimpleNamespace(**{n: lambda _: None for n in names}, wants_tokens=False)
-    here = SimpleNamespace(label="none", card_lines=dict)
+    here = SimpleNamespace(description="none", numerics=None, card_lines=dict)
     sdk: Any = SimpleNamespace(name="auto", here=here)
     run_step.run_on(cluster, request, request.open_input(), sdk=sdk, listener=listener)
 

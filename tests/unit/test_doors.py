@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-HEAVY = ("ray", "torch", "onnxruntime", "onnx", "transformers", "numpy", "pydantic")
+HEAVY = ("ray", "torch", "onnxruntime", "onnx", "transformers", "numpy", "numba", "pydantic")
 
 
 def loaded_by(code: str) -> set[str]:
@@ -35,7 +35,9 @@ def test_nothing_heavy_is_loaded(code: str) -> None:
 
 # What a worker loads for its first conversation: tests/text.
 def test_worker_loads_no_torch_and_no_transformers() -> None:
-    assert loaded_by("import qaic_ray.worker.worker").isdisjoint({"ray", "torch", "transformers"})
+    assert loaded_by("import qaic_ray.worker.worker").isdisjoint(
+        {"ray", "torch", "transformers", "numba"}
+    )
 
 
 def test_help_answers_and_names_every_command() -> None:

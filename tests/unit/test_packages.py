@@ -59,7 +59,7 @@ def test_every_folder_of_the_package_that_holds_data_is_in_the_packages_metadata
     found = set()
     for top in (package, *links):
         for path in top.rglob("*"):
-            if path.is_file() and path.suffix not in (".py", ".pyc"):
+            if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts:
                 found.add(path.relative_to(ROOT))
     for path in found:
         patterns = data.get(".".join(path.parent.parts), [])

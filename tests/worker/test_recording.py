@@ -43,7 +43,7 @@ class Recorded:
             )
             load_tokenizer = staticmethod(lambda _: letters())
             open_sdk = staticmethod(  # type: ignore[assignment]
-                lambda _: SimpleNamespace(label="formulas")
+                lambda _: SimpleNamespace(description="formulas")
             )
             open_session = staticmethod(  # type: ignore[assignment]
                 lambda *_, **__: held(self.session)

@@ -97,7 +97,7 @@ def open_worker() -> Iterator[Open]:
             )
             load_tokenizer = staticmethod(lambda _: tokenizer or letters())
             open_sdk = staticmethod(  # type: ignore[assignment]
-                lambda _: SimpleNamespace(label="formulas")
+                lambda _: SimpleNamespace(description="formulas")
             )
             open_session = staticmethod(  # type: ignore[assignment]
                 lambda *_, **__: held(FormulaSession(shapes))

@@ -26,7 +26,7 @@ from ..lowering.view import ORT_ERRORS
 from ..numbers import kv_cache
 from ..step.errors import TokenError
 from . import QpcError, network
-from .compiled import CompiledProgram
+from .compiled import CompiledProgram as CompiledProgram
 from .constants import Weights, packs_into_its_own_memory
 from .lockstep import LockstepState
 from .steps import EXACT, open_step
@@ -214,7 +214,7 @@ class Activation:
             self._lowered = StepState(program.step, caches, program.threads)
         elif program.lowered is not None:
             runner = self._runner(program.lowered)
-            self._lowered = LoweredState(runner, self._joint, self._program.joint_length)
+            self._lowered = LoweredState(runner, self._joint, program.joint_length)
         if self._lowered is not None and CACHE_INDEX in self._kinds:
             run = self._lowered.run
             self._lockstep = LockstepState(run, self._states, self._next_states)
@@ -281,9 +281,9 @@ class Activation:
         with self._lock:
             if name in self._program.caches:
                 self._settle()
-            return self._computed(name)
+            return self._computed_with(name)
 
-    def _computed(self, name: str) -> Any:
+    def _computed_with(self, name: str) -> Any:
         return self._states[name].astype(self._kinds[name], copy=False)
 
     def _settle(self, *, replaced: bool = False) -> None:
@@ -312,7 +312,7 @@ class Activation:
         """What the reference graph makes of inputs and states; what is not among inputs is held."""
         session = self._program.reference()
         names = [o.name for o in session.get_outputs()]
-        states = {name: self._computed(name) for name in self._states}
+        states = {name: self._computed_with(name) for name in self._states}
         return dict(zip(names, session.run(names, dict(states, **feeds))))
 
     def _compute_dims(self, name: str) -> Tuple[int, ...]:

@@ -12,7 +12,8 @@ from typing import Any, List
 from .control import Function, Num, Variable, accumulate, function, span, when
 from .emit import F16, F32, FLOATS, HALVES, LANES, VECTOR_BYTES, Emitter, Vec, splat
 
-_LOWEST = -3.0e38
+_LOWEST = float("-inf")
+"""Where there is nothing else, the softmax is no number, as that of infinities is."""
 
 
 def _entry(emit: Emitter, address: Any, size: int) -> Any:

@@ -26,9 +26,10 @@ from .control import (
     span,
     when,
 )
-from .emit import F16, F32, I64, Emitter
+from .emit import F16, F32, I64, LANES, Emitter
 from .multiply import multiply_panel, planes_here
 from .shared import fetch_add, wait_for
+from .tiles import TILE
 
 _ROW_BYTES = 8 * op.NUM_COLUMNS
 _PHASE_BYTES = 8 * op.NUM_PHASE_COLUMNS
@@ -83,11 +84,18 @@ def _argmax(emit: Emitter, count: Num, x: Num, out: Num) -> None:
     emit.store(best.get().value, out.value, 8)
 
 
+def _clear(emit: Emitter, x: Num, count: Num, multiple: int) -> None:
+    """Zeros behind `count` numbers, up to a multiple: another row's NaN may have been there."""
+    with span(emit, count, (count + (multiple - 1)) // multiple * multiple) as i:
+        emit.store(F32(0.0), (x + i * 4).value)
+
+
 @function("norm")
 def _norm(emit: Emitter, row: Num, out: Num, one: Num, other: Num) -> None:
     count, epsilon, groups = columns(emit, row, (op.COUNT, op.P0, op.P1))
     with span(emit, 0, groups) as group:
         offset = group * count * 4
+        _clear(emit, one + offset, count, LANES)
         rowops.rms_norm(emit, count, out + offset, one + offset, other, epsilon)
 
 
@@ -96,6 +104,7 @@ def _quantize(emit: Emitter, row: Num, index: Num, out: Num, one: Num) -> None:
     fields = (op.P0, op.P1, op.P2, op.P3, op.P4)
     k, scales, sums, blocks, planes = columns(emit, row, fields)
     own, total = scales + index * blocks * 4, sums + index * blocks * planes * 4
+    _clear(emit, one, read(emit, row, 8 * op.COUNT), TILE)
     for number in planes_here():
         with when(planes.equals(number)):
             rowops.quantize[number](emit, blocks, one, out, k, own, total, blocks)

@@ -91,7 +91,6 @@ def _floats(
             target = scratch + i * (TILE * PANEL * 4)
             _unpack_floats(emit, p.kind, source, tile + i, p.k, target)
         width = (count * TILE).at_most(p.k - tile * TILE)
-        width = p.kind.equals(op.MXFP6).pick(count * TILE, width)
         is_first = tile.equals(0).pick(1, 0)
         at = Variable(emit, first)
         with repeat(emit, lambda: at.get() < last):

@@ -1,7 +1,7 @@
 """What is computed row by row, as vectors: norms, sums, activations, roundings, planes of bytes.
 
-A row of a buffer has room for a multiple of 64 values, and zeros (or whatever, where nothing reads
-it) after its last one; so no kernel has a rest.
+A row of a buffer has room for a multiple of 64 values, so no kernel has a rest. What is after the
+last one may be anything; who reads it there makes it zero first.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ copy = _each("copy", 1, lambda emit, v: v[0])
 def rms_norm(emit: Emitter, count: Num, out: Num, x: Num, weight: Num, epsilon: Num) -> None:
     """out = x / sqrt(mean(x ** 2) + epsilon) * weight; `epsilon` is a float32's bits.
 
-    `count` is a multiple of 16, or what follows x in its buffer is zero.
+    What follows x up to a multiple of 16 is zero.
     """
     builder = emit.builder
     vectors = ((count + (LANES - 1)) // LANES).value
@@ -103,11 +103,13 @@ def round_mxint8(emit: Emitter, count: Num, out: Num, x: Num) -> None:
         first = emit.times(index, 2 * VECTOR_BYTES)
         offsets = [first, emit.at(first, VECTOR_BYTES)]
         values = [emit.vec(emit.at(x.value, offset)) for offset in offsets]
-        high = emit.larger(*(emit.magnitude(v) for v in values))
-        bits = builder.bitcast(emit.largest(high), I32)
+        # As integers, magnitudes are in order, and NaN is the largest: the block becomes NaN.
+        one, two = (builder.bitcast(emit.magnitude(v).value, INTS) for v in values)
+        larger = builder.select(builder.icmp_unsigned(">", one, two), one, two)
+        bits = emit.call("llvm.vector.reduce.umax.v16i32", I32, [larger])
         exponent = builder.and_(bits, I32(0x7F800000))
         lowest = builder.icmp_unsigned("<", exponent, I32(1 << 23))
-        exponent = builder.select(lowest, I32(1 << 23), exponent)
+        exponent = builder.select(lowest, I32(1 << 22), exponent)  # 2 ** -127
         # A power of two, so that dividing by it and multiplying with it is exact.
         step = Vec(emit, emit.every(builder.bitcast(exponent, F32))) * (1 / 64)
         for value, offset in zip(values, offsets):

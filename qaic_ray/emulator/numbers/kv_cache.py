@@ -102,7 +102,7 @@ def _round_mxint8(source: str, target: str, rank: int) -> Tuple[List[Any], List[
     powers = np.ldexp(np.float32(1), np.arange(-126, 128))
     constants = {
         "powers": powers,
-        "steps": np.ldexp(np.concatenate([powers[:1], powers]), -6),
+        "steps": np.ldexp(np.concatenate([powers[:1] / 2, powers]), -6),
         "blocks": np.array([0] * (rank - 1) + [-1, BLOCK]),
         "limit": np.float32(127),
         "minus": np.float32(-127),

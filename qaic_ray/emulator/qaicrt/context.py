@@ -132,10 +132,10 @@ class Qpc:
         if not isinstance(path, str):
             raise incompatible("Qpc")
         # Imported here: it brings onnxruntime, and who only asks for cards never needs that.
-        from ..container import compiled
+        from ..container import execution
 
         try:
-            self.contents: Any = compiled.CompiledProgram.open(path)
+            self.contents: Any = execution.CompiledProgram.open(path)
         except OSError as error:
             raise RuntimeError(f"Runtime Exception: Failed to open file{path}") from error
         except QpcError as error:

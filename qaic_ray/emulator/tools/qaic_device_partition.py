@@ -118,12 +118,12 @@ def _from_config(path: str) -> Demand:
 
 
 def _from_qpcs(paths: Sequence[str]) -> Demand:
-    from ..container import compiled
+    from ..container import execution
 
     demands = []
     for path in paths:
         try:
-            contents = compiled.CompiledProgram.open(path)
+            contents = execution.CompiledProgram.open(path)
         except (OSError, QpcError) as error:
             raise PartitionError(f"Failed to open qpc binary file {path}: {error}") from error
         dram_bytes = contents.constants_bytes + contents.activation_bytes

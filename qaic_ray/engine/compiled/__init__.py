@@ -1,0 +1,1 @@
+"""Token selection compiled by numba; numpy is the reference, and goes on without it."""
