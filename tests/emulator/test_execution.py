@@ -90,7 +90,7 @@ def test_logits_are_those_of_numpy(
 ) -> None:
     llama = TinyLlama(continuous=continuous)
     loaded = LoadedProgram(qpcs[continuous, precision], 1, use_lowered=use_lowered)
-    assert (loaded.lowered is not None) == use_lowered
+    assert (loaded.step is not None) == use_lowered
     activation = loaded.activate()
 
     def half(x: Any) -> Any:
@@ -219,7 +219,7 @@ def test_mxint8_cache_holds_mxint8_values(tmp_path: Path) -> None:
     results = []
     for use_lowered in (True, False):
         loaded = LoadedProgram(qpc, 1, use_lowered=use_lowered)
-        assert (loaded.lowered is not None) == use_lowered
+        assert (loaded.step is not None) == use_lowered
         activation = loaded.activate()
         made = logits_of(activation, llama, step(llama, {0: ([5, 6, 7], 0)}, PROMPT_LEN))
         cache = activation.state("past_key.1")[0, 0, :3]
@@ -339,9 +339,9 @@ def test_a_lowered_graph_that_does_not_hold_is_left(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     llama = TinyLlama()
-    good = LoadedProgram(qpcs[True, "mx6"], 1)
+    good = LoadedProgram(qpcs[True, "mx6"], 1, use_step=False)
     monkeypatch.setattr(execution.Probe, "holds", lambda _: False)
-    other = LoadedProgram(qpcs[True, "mx6"], 1)
+    other = LoadedProgram(qpcs[True, "mx6"], 1, use_step=False)
     assert (good.lowered is not None, other.lowered is not None) == (True, False)
     assert "without faster operators" in caplog.text
     inputs = step(llama, {2: ([9, 8, 7], 0)}, PROMPT_LEN)

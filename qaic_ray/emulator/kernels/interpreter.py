@@ -195,21 +195,24 @@ def _run_attention(
     """A block of tokens, with one head of the cache."""
     first, block, rows = columns(emit, phase, (op.FIRST, op.BLOCK, op.ROWS))
     row = operations + first * _ROW_BYTES
-    fields = (op.P0, op.P1, op.P2, op.P3, op.P4, op.P5, op.P6, op.P7, op.P8, op.P9, op.DOMAIN)
-    keys, values, of_slot, of_head, heads, kv_heads, dim, factor, ctx_len, size, domain = columns(
+    fields = (op.P0, op.P1, op.P2, op.P3, op.P4, op.P5, op.P6, op.P7, op.P8, op.P9)
+    keys, values, of_slot, of_head, heads, kv_heads, dim, factor, ctx_len, size = columns(
         emit, row, fields
     )
+    window, domain = columns(emit, row, (op.P10, op.DOMAIN))
     places = (op.IN, op.IN_STRIDE, op.OUT, op.OUT_STRIDE)
     query, query_stride, out, out_stride = columns(emit, row, places)
     head, part, group = task % kv_heads, task // kv_heads, heads // kv_heads
     where, place = tokens + domain * 32, head * group * dim * 4
     with span(emit, part * block, ((part + 1) * block).at_most(rows)) as index:
         offset = _token(emit, where, op.SLOTS, index) * of_slot + head * of_head
-        count = _token(emit, where, op.POSITIONS, index) + 1
+        seen = _token(emit, where, op.POSITIONS, index) + 1
+        skipped = ((window > 0) & (seen > window)).pick(seen - window, 0)
+        offset = offset + skipped * dim * size
+        cache = keys + offset, values + offset, seen - skipped, ctx_len - skipped
         q, o = query + index * query_stride + place, out + index * out_stride + place
         for number in (2, 4):
             with when(size.equals(number)):
-                cache = keys + offset, values + offset, count, ctx_len
                 attend[number](emit, q, *cache, dim, group, o, factor, scratch)
 
 

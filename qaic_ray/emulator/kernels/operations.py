@@ -28,7 +28,8 @@ ARGMAX = 14
 # Kinds with a phase of their own.
 # weight, kind, tiles, K, panels, planes, scales, sums, bytes of a panel, rows that take it packed
 PRODUCT = 20
-# keys, values, bytes of a slot, of a head, heads, kv heads, dim, factor, ctx_len, bytes of a number
+# keys, values, bytes of a slot, of a head, heads, kv heads, dim, factor, ctx_len, bytes a number,
+# how many positions a token sees (0: all up to its own)
 ATTEND = 21
 
 # Kinds of weights.

@@ -309,7 +309,7 @@ class _Fuser:
     def _attention(self, node: Any) -> None:
         query, key, value, past_key, past_value = node.input[:5]
         attributes = _attributes(node)
-        known = {"num_heads", "kv_num_heads", "scale"}
+        known = {"num_heads", "kv_num_heads", "scale", "local_window_size"}
         if set(attributes) - known or any(node.input[7:]):
             raise NotFused(f"{node.output[0]} has an attention of another form")
         heads, kv_heads = attributes["num_heads"], attributes["kv_num_heads"]
@@ -328,7 +328,8 @@ class _Fuser:
             self.written.add(present)
             stored.append(self._values[present])
         inputs = (self.value(query), *stored)
-        numbers = (heads, kv_heads, dim, attributes.get("scale", dim**-0.5))
+        scale, window = attributes.get("scale", dim**-0.5), attributes.get("local_window_size", -1)
+        numbers = (heads, kv_heads, dim, scale, max(window, 0))
         self._add(
             op.ATTEND,
             node.output[0],

@@ -118,10 +118,11 @@ class Tables:
             return (address_of(array), *array.strides[:2], *map(int, numbers), array.itemsize)
         if operation.kind == op.ATTEND:
             keys, values = (self._states[name] for name in names)
-            heads, kv_heads, dim, _ = numbers
+            heads, kv_heads, dim, _, window = numbers
             factor = address_of(program.factors[numbers[3]])
             sizes = int(heads), int(kv_heads), int(dim), factor, self._ctx_len, keys.itemsize
-            return (address_of(keys), address_of(values), *keys.strides[:2], *sizes)
+            caches = address_of(keys), address_of(values)
+            return (*caches, *keys.strides[:2], *sizes, int(window))
         if operation.kind == op.QUANTIZE:
             offsets = _plane_offsets(width, program.planes, self.capacity)
             places = [address_of(self._buffers[placed.out]) + offset for offset in offsets]
