@@ -177,7 +177,7 @@ def _packed(planes: int) -> Function:
 @function("packed_product_of_floats")
 def _packed_floats(emit: Emitter, row: Num, source: Num, here: Num, rows: Num, out: Num) -> None:
     """One or two rows times a panel as it is packed."""
-    p, width = _Product(emit, row), _vectors()
+    p, width = _Product(emit, row), max(2, _vectors())
     x, o = p.x + here * p.x_stride, out + here * p.stride
 
     def times(number: int, kind: int) -> None:
@@ -214,7 +214,10 @@ def multiply_panel(
         cases.append((number, run))
 
     def run_floats() -> None:
-        is_few = last - first <= few
+        # The last tile of a weight may have rows that are none; unpacked ones are counted.
+        kind, k = columns(emit, row, (op.P1, op.P3))
+        is_whole = (kind > op.MXFP6) | (k % TILE).equals(0)
+        is_few = (last - first <= few) & is_whole
         with when(is_few), span(emit, first, last, 2) as here:
             _packed_floats(emit, row, source, here, (last - here).at_most(2), target)
         with when(is_few.equals_false()):
