@@ -10,6 +10,8 @@ from ..kernels import operations as op
 from .program import PANEL, StepProgram
 from .team import ALIGN
 
+MOST_PACKED_FLOATS = 4
+"""Rows of float32, at most, that take a weight as it is packed."""
 TILE = 32
 _FLOAT_BYTES = 4
 _PRODUCT_KINDS = {"mxfp6": op.MXFP6, "float16": op.FLOAT16, "float32": op.FLOAT32}
@@ -147,7 +149,8 @@ class Tables:
         kind = _PRODUCT_KINDS[weight.kind]
         source = address_of(weight.panels)
         shape = source, kind, tiles, weight.num_rows, count, planes
-        return (*shape, places[1], places[2], size, program.most_packed)
+        few = program.most_packed if planes else MOST_PACKED_FLOATS
+        return (*shape, places[1], places[2], size, few)
 
 
 def _direct_results(program: StepProgram) -> List[str]:
