@@ -99,6 +99,26 @@ def test_products_with_floats_are_numpys(
     np.testing.assert_allclose(made, expected, atol=2e-6 * np.sqrt(k) * 8, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "planes"),
+    [*(("mxfp6", planes) for planes in PLANES), ("float16", 0), ("float32", 0)],
+)
+@given(sizes=SIZES, seed=st.integers(0, 99), block=st.integers(0, 8))
+def test_a_row_has_the_same_bits_whichever_kernel_takes_it(
+    kind: str, planes: int, sizes: tuple[int, int, int], seed: int, block: int
+) -> None:
+    num_rows, k, n = sizes
+    x, weight = normal(num_rows, k, seed=seed), normal(k, n, seed=seed + 1)
+    stored = mxfp6.encode(weight) if kind == "mxfp6" else weight.astype(kind)
+    expected = product(x, stored, kind, planes, packed=0)
+    for packed in (2, 5, num_rows):
+        same(product(x, stored, kind, planes, block=block, packed=packed), expected)
+    for row in range(num_rows):
+        for packed in (0, 1):
+            alone = product(x[row : row + 1], stored, kind, planes, packed=packed)
+            same(alone[0], expected[row])
+
+
 @pytest.mark.parametrize("planes", PLANES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("num_rows", [1, 3, 12])
