@@ -2,13 +2,14 @@
 
     python benchmarks/numerics.py [--tokens N] [--text FILE ...]
 
-SmolLM2-135M as MXFP6 reads N tokens (2,000 by default) of real text, by default of this
-repository's own pages, in windows of 256 that begin anew. Logits of every token come from four
-ways to compute one program: the reference graph and the lowered graph on onnxruntime, and the
-compiled step with `exact` and with `fast` numerics. An error is the largest difference of a logit,
-relative to the largest logit of the reference graph. It is taken twice: as the program is compiled
-for a card, where the KV cache is rounded to float16 and a last bit may push a number to its
-neighbour, and with caches kept float32, where nothing but the order of sums is left.
+SmolLM2-135M as MXFP6 reads N tokens (2,000 by default) of real text, by default the English prompts
+of `jobs/prompts`, in windows of 256 that begin anew. Of a JSONL file the prompts are the text.
+Logits of every token come from four ways to compute one program: the reference graph and the
+lowered graph on onnxruntime, and the compiled step with `exact` and with `fast` numerics. An error
+is the largest difference of a logit, relative to the largest logit of the reference graph. It is
+taken twice: as the program is compiled for a card, where the KV cache is rounded to float16 and a
+last bit may push a number to its neighbour, and with caches kept float32, where nothing but the
+order of sums is left.
 
 Prints a table, and one JSON object as its last line; the exit code is 1 where something that must
 hold does not. Nothing here is a speed, and nothing a card's.
@@ -37,8 +38,7 @@ from qaic_ray.options import EmulatorOptions
 from qaic_ray.sdk import Sdk, find_sdk
 
 MODEL = "smollm2-135m"
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = ("dispatch.md", "running.md", "python.md", "cluster.md")
+PROMPTS = Path(__file__).resolve().parents[1] / "jobs" / "prompts" / "english.jsonl"
 
 NUM_TOKENS, WINDOW, CHUNK, SLOTS = 2000, 256, 128, 4
 
@@ -79,6 +79,14 @@ class Compared:
     def perplexity(self) -> float:
         """Of the text."""
         return float(np.exp(np.mean(self.losses)))
+
+
+def text_of(path: Path) -> str:
+    """A file's text; of JSON lines the prompts'."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".jsonl":
+        return text
+    return "\n\n".join(json.loads(line)["prompt"] for line in text.splitlines())
 
 
 def exported(folder: Path) -> Path:
@@ -197,9 +205,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tokens", type=int, default=NUM_TOKENS)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--text", type=Path, nargs="+", default=[DOCS / name for name in PAGES])
+    parser.add_argument("--text", type=Path, nargs="+", default=[PROMPTS])
     arguments = parser.parse_args()
-    text = "\n".join(path.read_text(encoding="utf-8") for path in arguments.text)
+    text = "\n\n".join(text_of(path) for path in arguments.text)
     sdk = find_sdk("emulated", EmulatorOptions(cards=1, sku="standard", apps_version="1.22"))
     console, result = Console(), {"benchmark": "numerics", "model": MODEL, "precision": "mx6"}
     result["text"] = [path.name for path in arguments.text]
