@@ -40,7 +40,7 @@ from typing import Any
 
 from cpu import figures, machine, preparation, shown
 from cpu.contender import Contender, ContenderError, script
-from cpu.kinds import PEERS, Kind, our_kinds, peer_kinds, peer_versions
+from cpu.kinds import ON_ONNXRUNTIME, PEERS, Kind, our_kinds, peer_kinds, peer_versions
 from cpu.machine import Patience
 
 from qaic_ray.files.folders import cache_folder, write_whole
@@ -303,6 +303,7 @@ def arguments() -> argparse.Namespace:
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="all of them")
     add("--precision", nargs="+", choices=("mx6", "fp16"), help="both; with --quick mx6")
     add("--numerics", default="exact,fast", help="exact,fast")
+    add("--onnxruntime", action="store_true", help="ours on onnxruntime's kernels, too")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each; all CPUs")
     add("--rounds", type=int, help="of each case: 3; with --quick 2")
     add("--new-tokens", type=int, help="of each row: 64; with --quick 32")
@@ -353,7 +354,8 @@ def run(options: argparse.Namespace, stack: ExitStack, scratch: Path) -> dict[st
         patience.give(options.wait_in_all / len(groups))
         arena.measure(part, some)
         measured.append(limits(options.threads, patience))
-    numerics_of = {kind.name: kind.numerics for kind in kinds if kind.precision == "mx6"}
+    promised = [k for k in kinds if k.precision == "mx6" and k.name != ON_ONNXRUNTIME]
+    numerics_of = {kind.name: kind.numerics for kind in promised}
     processor = machine.processor()
     kept = figures.promises(
         arena.results, numerics_of, cores=processor["cores"], threads=options.threads

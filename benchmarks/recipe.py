@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 
 from qaic_ray.contract import LOGITS
+from qaic_ray.emulator.container.compiled import CompiledProgram
 from qaic_ray.emulator.container.execution import (
-    CompiledProgram,
     LoadedProgram,
     num_threads_of_environment,
 )

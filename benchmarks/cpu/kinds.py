@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cpu import preparation
@@ -18,6 +18,8 @@ from qaic_ray.model.checkpoint import Checkpoint
 
 PEERS = ("llama.cpp", "transformers", "openvino")
 TRANSFORMERS, OPENVINO = "transformers float32", "OpenVINO int8"
+ON_ONNXRUNTIME = "qaic_ray on onnxruntime"
+KERNELS_VARIABLE = "QAIC_EMULATOR_KERNELS"
 NUMERICS_VARIABLE, THREADS_VARIABLE = "QAIC_EMULATOR_NUMERICS", "QAIC_EMULATOR_THREADS"
 
 
@@ -44,6 +46,9 @@ def our_kinds(options: argparse.Namespace) -> list[Kind]:
             command = [sys.executable, script("ours.py")]
             name = f"qaic_ray {precision} {numerics}"
             found.append(Kind(name, command, environment, {}, precision, numerics))
+    if options.onnxruntime:
+        environment = {**found[0].environment, KERNELS_VARIABLE: "onnxruntime"}
+        found.append(replace(found[0], name=ON_ONNXRUNTIME, environment=environment))
     return found
 
 

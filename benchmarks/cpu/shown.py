@@ -132,7 +132,8 @@ def promise_table(document: Document) -> Table:
     table = _table("promises", ["", "is", "at least", ""])
     for promise in document["promises"]:
         verdict = "holds" if promise["holds"] else "MISSED"
-        verdict += "*" if promise["disturbed"] else ""
+        if promise["disturbed"]:  # a peer whose threads spin falls most, so that it proves nothing
+            verdict = "disturbed*"
         table.add_row(
             promise["about"], f"{promise['figure']:.2f}", f"{promise['floor']:.2f}", verdict
         )

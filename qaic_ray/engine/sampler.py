@@ -178,7 +178,12 @@ class Selector:
                 group.is_for_kernels = False
                 return None
             group.compiled = module.Compiled(
-                params, group.slots, vocab, uniforms=self._uniforms, numbers=group.numbers
+                params,
+                group.slots,
+                vocab,
+                uniforms=self._uniforms,
+                numbers=group.numbers,
+                address=logits.ctypes.data,
             )
         is_plain = logits.dtype == np.float32 and logits.flags.c_contiguous and logits.flags.aligned
         return group.compiled if is_plain else None

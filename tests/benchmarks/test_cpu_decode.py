@@ -85,3 +85,12 @@ def test_ours_are_told_threads_and_numerics(monkeypatch: pytest.MonkeyPatch) -> 
     assert list(kinds) == ["qaic_ray mx6 exact", "qaic_ray mx6 fast", "qaic_ray fp16 exact"]
     assert {env["QAIC_EMULATOR_THREADS"] for env in kinds.values()} == {"3"}
     assert kinds["qaic_ray mx6 fast"]["QAIC_EMULATOR_NUMERICS"] == "fast"
+    assert "QAIC_EMULATOR_KERNELS" not in kinds["qaic_ray mx6 exact"]
+
+
+def test_ours_on_onnxruntime_is_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = options(monkeypatch, "--onnxruntime", "--precision", "mx6", "--numerics", "exact")
+    exact, plain = cpu_decode.our_kinds(said)
+    assert exact.name == "qaic_ray mx6 exact"
+    assert plain.precision == exact.precision
+    assert plain.environment == exact.environment | {"QAIC_EMULATOR_KERNELS": "onnxruntime"}

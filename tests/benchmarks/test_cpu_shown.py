@@ -77,7 +77,7 @@ def test_what_others_disturbed_is_marked(
     busy = ["decode, batch 8, beside a busy process", OURS, "77* (77-77)", "", "", "0.96* of alone"]
     assert busy in rows
     about = f"{OURS}: decode at batch 8 beside a busy process, x alone"
-    assert [about, "0.96", "0.50", "holds*"] in rows
+    assert [about, "0.96", "0.50", "disturbed*"] in rows
     assert [f"{OURS}: decode at batch 1, x {PEER}", "0.50", "0.80", "MISSED"] in rows
 
 

@@ -101,22 +101,30 @@ class Quantized:
 
 
 def product(
-    x: Any, weight: Any, kind: str, num_planes: int = 0, *, block: int = 0, beyond: float = 0.0
+    x: Any,
+    weight: Any,
+    kind: str,
+    num_planes: int = 0,
+    *,
+    block: int = 0,
+    beyond: float = 0.0,
+    packed: int = 4,
 ) -> Any:
     """Rows [n, K] times a weight: [K, N], or MXFP6 [tiles, 25, N]; float32 [n, N].
 
-    `num_planes` is 0 for float32 activations; `block` is how many rows a task has, all for 0.
+    `num_planes` is 0 for float32 activations; `block` is how many rows a task has, all for 0;
+    `packed` up to how many take the weight as it is packed.
     """
     num_rows, width = x.shape
-    packed = panels.of_mxfp6(weight) if kind == "mxfp6" else panels.of_floats(weight)
-    memory, num_columns = aligned(packed), weight.shape[-1]
+    in_panels = panels.of_mxfp6(weight) if kind == "mxfp6" else panels.of_floats(weight)
+    memory, num_columns = aligned(in_panels), weight.shape[-1]
     of_panel = memory.nbytes // len(memory)
     out = padded(np.full((num_rows, num_columns), np.nan, np.float32))
     tiles, block = -(-width // TILE), block or num_rows
     columns = {
         op.KIND: op.PRODUCT, op.OUT: address_of(out), op.OUT_STRIDE: out.strides[0],
         op.P0: address_of(memory), op.P1: _KINDS[kind], op.P2: tiles, op.P3: width,
-        op.P4: len(memory), op.P5: num_planes, op.P8: of_panel,
+        op.P4: len(memory), op.P5: num_planes, op.P8: of_panel, op.P9: packed,
     }  # fmt: skip
     if num_planes:
         activations = Quantized(x, num_planes, beyond)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from compiled_here import compile_here
 from random_models import export_untouched, write_checkpoint
 
@@ -108,10 +110,8 @@ class TinyProgram:
         self.ctx_len = shapes.decode.ctx_len
         self.longest = min(LONGEST, max(s.seq_len for s in shapes.entries))
         self.options = options
-        binding = next(b for b in qpc.bindings if b.name == LOGITS)
-        self.vocab = binding.dims[-1]
 
-    def run(self, activation: Activation, call: Call) -> list[Any]:
+    def run(self, activation: Activation, call: Call, output: str = LOGITS) -> list[Any]:
         """Logits [tokens, vocab] of each row of a call: of all its tokens, or of the last ones."""
         shape = self._shape(call)
         num, seq_len = shape.batch_size, shape.seq_len
@@ -131,7 +131,7 @@ class TinyProgram:
         if shape.num_logits_to_keep is not None:
             most = shape.num_logits_to_keep
             inputs["num_logits_to_keep"] = np.zeros((most, 1), np.int64)
-        made = activation.run(inputs, {LOGITS: (num, most, self.vocab)})[LOGITS]
+        made = activation.run(inputs, self._wanted(num, seq_len, most))[output]
         return [
             made[place, : min(most, len(row.ids))] for place, row in zip(places, call, strict=True)
         ]
@@ -139,6 +139,15 @@ class TinyProgram:
     def states(self, activation: Activation) -> dict[str, Any]:
         """Copies of the caches."""
         return {name: activation.state(name).copy() for name in self.qpc.states}
+
+    def _wanted(self, num_rows: int, seq_len: int, most: int) -> dict[str, Any]:
+        """Dims of each output but the caches."""
+        dims = {}
+        for b in self.qpc.bindings:
+            if not b.is_input and b.name not in self.qpc.states.values():
+                of_all = b.name != LOGITS and b.dims[1] > 1
+                dims[b.name] = (num_rows, seq_len if of_all else most, b.dims[2])
+        return dims
 
     def _shape(self, call: Call) -> Specialization:
         longest = max(len(row.ids) for row in call)
@@ -171,11 +180,15 @@ class TinyPrograms:
         *,
         ctx_len: int = 64,
         batch_size: int = SLOTS,
+        edit: Callable[[Any], None] | None = None,
         **options: Any,
     ) -> TinyProgram:
-        """A program of one of `MODELS`; options are those of an export."""
+        """A program of one of `MODELS`; options are those of an export.
+
+        `edit` changes the exported model.
+        """
         chosen = {"continuous_batching": True, "logits": "all", "opset": 17} | options
-        key = (model, precision, ctx_len, batch_size, tuple(sorted(chosen.items())))
+        key = (model, precision, ctx_len, batch_size, edit, tuple(sorted(chosen.items())))
         if key not in self._made:
             shapes = Specializations.build(
                 batch_size=batch_size,
@@ -186,15 +199,14 @@ class TinyPrograms:
                 num_speculative_tokens=3 if chosen["logits"] == NUM_LOGITS_TO_KEEP else 0,
             )
             export = ExportOptions(**chosen)
-            self._made[key] = TinyProgram(
-                self._compiled(model, precision, export, shapes), shapes, export
-            )
+            exported = self._exported(model, export)
+            if edit is not None:
+                exported = self._edited(exported, edit)
+            qpc = self._compiled(exported, precision, shapes)
+            self._made[key] = TinyProgram(qpc, shapes, export)
         return self._made[key]
 
-    def _compiled(
-        self, model: str, precision: str, options: ExportOptions, shapes: Specializations
-    ) -> CompiledProgram:
-        exported = self._exported(model, options)
+    def _compiled(self, exported: Path, precision: str, shapes: Specializations) -> CompiledProgram:
         folder = Path(tempfile.mkdtemp(dir=self._folder))
         (folder / "shapes.json").write_text(shapes.to_json(named=False))
         flags, cache = PRECISIONS[precision]
@@ -216,6 +228,15 @@ class TinyPrograms:
             argv.append(f"-custom-IO-list-file={folder / 'custom_io.yaml'}")
         compile_here(argv, folder / "log")
         return CompiledProgram.open(str(folder / "qpc"))
+
+    def _edited(self, exported: Path, edit: Callable[[Any], None]) -> Path:
+        folder = Path(tempfile.mkdtemp(dir=self._folder)) / exported.name
+        shutil.copytree(exported, folder)
+        path = next(folder.glob("generatedModels/*.onnx"))
+        model = onnx.load(path, load_external_data=False)
+        edit(model)
+        onnx.save(model, path)
+        return folder
 
     def _exported(self, model: str, options: ExportOptions) -> Path:
         key = (model, options)

@@ -8,6 +8,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from step_programs import (
@@ -22,7 +23,7 @@ from step_programs import (
 )
 
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP
-from qaic_ray.emulator.container.execution import LoadedProgram
+from qaic_ray.emulator.container.execution import ExecutionError, LoadedProgram
 
 TOLERANCE = 1e-4
 """Of logits, relative to the largest: what the exact numerics promise."""
@@ -231,3 +232,74 @@ def test_a_tokens_numbers_have_the_same_bits_whatever_runs_beside_it(
             np.testing.assert_array_equal(made[key], expected[key], err_msg=str(key))
         for name in expected_states:
             np.testing.assert_array_equal(states[name], expected_states[name], err_msg=name)
+
+
+def add_output(model: Any, name: str, num_tokens: Any) -> None:
+    dims = ["batch_size", num_tokens, 64]
+    info = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims)
+    model.graph.output.append(info)
+
+
+def add_chosen(model: Any) -> None:
+    """What the last token's logits are made of."""
+    *_, product = (n for n in model.graph.node if n.op_type == "MatMul")
+    add_output(model, product.input[0], 1)
+
+
+def add_all(model: Any) -> None:
+    """The last norm of every token."""
+    *_, norm = (n for n in model.graph.node if n.op_type == "CustomRMSNorm")
+    add_output(model, norm.output[0], "seq_len")
+
+
+@pytest.mark.parametrize(
+    ("logits", "edit", "has_step"),
+    [("all", add_all, True), ("last", add_all, False), ("last", add_chosen, False)],
+)
+def test_a_result_that_another_is_made_of_is_right_too(
+    programs: TinyPrograms, logits: str, edit: Any, has_step: bool
+) -> None:
+    program = programs.make("head_dim 16", "fp32", logits=logits, edit=edit)
+    states = program.qpc.states.values()
+    other = next(
+        b.name for b in program.qpc.bindings if not (b.is_input or b.name in [*states, "logits"])
+    )
+    loaded = [LoadedProgram(program.qpc, 1), LoadedProgram(program.qpc, 1, use_lowered=False)]
+    assert (loaded[0].step is not None) == has_step
+    for ids in ((5,), (5, 6, 7)):
+        rows = [Row(slot, 0, ids) for slot in range(SLOTS if len(ids) == 1 else 1)]
+        calls = [(p.activate(), rows) for p in loaded]
+        made, expected = (program.run(*call) for call in calls)
+        assert largest_error(made, expected) <= TOLERANCE
+        made, expected = (program.run(*call, output=other) for call in calls)
+        assert largest_error(made, expected) <= TOLERANCE
+
+
+def test_positions_beyond_the_rotary_tables_are_refused(programs: TinyPrograms) -> None:
+    program = programs.make("head_dim 16", "fp32", ctx_len=128)
+    activation = LoadedProgram(program.qpc, 1).activate()
+    program.run(activation, [Row(0, 60, (5, 6, 7, 8))])
+    with pytest.raises(ExecutionError):
+        program.run(activation, [Row(0, 61, (5, 6, 7, 8))])
+
+
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+@pytest.mark.parametrize("model", ["plain loops", "width 40", "head_dim 32"])
+def test_a_cache_that_holds_no_numbers_is_forgotten_with_it(
+    programs: TinyPrograms, model: str, numerics: str
+) -> None:
+    program = programs.make(model, "mx6", continuous_batching=False)
+    loaded = LoadedProgram(program.qpc, 2, numerics=numerics)
+    activation = loaded.activate()
+    call = [Row(slot, 4, prompt(20, slot)) for slot in range(SLOTS)]
+    good = program.run(activation, call)
+    name = next(iter(program.qpc.states))
+    activation._states[name][1, :, 2] = np.nan
+    made = program.run(activation, call)
+    assert np.isnan(made[1]).all()
+    activation._states[name][1, :, 2] = 0
+    again = program.run(activation, call)
+    for slot in range(SLOTS):
+        np.testing.assert_array_equal(again[slot], good[slot])
+    np.testing.assert_array_equal(made[0], good[0])
+    np.testing.assert_array_equal(made[2], good[2])

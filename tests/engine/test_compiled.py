@@ -61,8 +61,9 @@ def logits_of(kind: str, vocab: int, seed: int) -> Array:
         row[rng.permutation(vocab)[:2]] = 1.0, 1.5
     elif kind == "huge":
         row *= 1e37
-    elif kind == "zeros":  # of both signs, and numbers beside them
-        row = rng.choice([0.0, -0.0, 1e-45, -1e-45], vocab)
+    elif kind == "zeros":  # the largest are of both signs, and so are the numbers beside them
+        row = rng.normal(-5, 1, vocab)
+        row[rng.permutation(vocab)[:60]] = rng.choice([0.0, -0.0, -1e-45], 60)
     return row.astype(np.float32)
 
 
@@ -105,6 +106,7 @@ def poisoned(row: Array, value: float | None, seed: int) -> Array:
 
 @given(vocab=st.sampled_from(VOCABS), rows=st.lists(ROW, min_size=1, max_size=5))
 @example(vocab=8205, rows=[({"temperature": 1.0}, "equal", None, 0)])
+@example(vocab=8205, rows=[({"temperature": 1.0, "top_k": 9}, "zeros", None, 0)] * 3)
 @example(vocab=8192, rows=[({"min_tokens": 2}, "two", None, 3), ({}, "zeros", np.nan, 4)])
 def test_numpy_and_kernels_choose_the_same_tokens(
     vocab: int, rows: list[tuple[dict[str, Any], str, float | None, int]]
@@ -299,6 +301,44 @@ def test_rough_sums_are_within_their_bounds(
     assert abs(found - wanted) <= (tail.ROUGH - 1e-5) * wanted + 1e-30
     length = kernels._length(logits, best, scale)
     assert abs(length - weights.sum()) <= (kernels.ROUGH - 1e-4) * weights.sum() + 1e-30
+
+
+KERNEL = """
+from typing import NamedTuple
+import numpy as np
+from qaic_ray.engine.compiled import jit
+
+class NAME(NamedTuple):
+    values: np.ndarray
+    others: np.ndarray
+
+@jit.kernel(jit.tuple_of(NAME, jit.INT64[1], jit.FLOAT64[1]))
+def last(given):
+    return given.values[-1]
+
+assert last(NAME(np.arange(5), np.zeros(1))) == 4
+"""
+
+
+@pytest.mark.parametrize("damage", ["renamed", "torn"])
+def test_a_cache_of_another_version_is_made_anew(tmp_path: Path, damage: str) -> None:
+    module = tmp_path / "some_kernel.py"
+
+    def load(name: str) -> set[tuple[str, int]]:
+        module.write_text(KERNEL.replace("NAME", name))
+        code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import some_kernel"
+        subprocess.run([sys.executable, "-B", "-c", code], check=True, timeout=120)
+        return {(path.name, path.stat().st_mtime_ns) for path in tmp_path.rglob("*.nbi")}
+
+    before = load("Before")
+    assert len(before) == 1
+    assert load("Before") == before
+    if damage == "torn":
+        for path in tmp_path.rglob("*.nbi"):
+            path.write_bytes(path.read_bytes()[:-20])
+    after = load("After" if damage == "renamed" else "Before")
+    assert {name for name, _ in after} == {name for name, _ in before}
+    assert after != before
 
 
 class TestLoader:

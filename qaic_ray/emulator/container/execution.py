@@ -211,6 +211,7 @@ class Activation:
         self._packed = set(self._qpc.program.mxint8)
         self._bindings = {b.name: b for b in self._qpc.bindings}
         self._kinds = {n: np.dtype(k) for n, k in self._qpc.program.input_kinds.items()}
+        self._shapes = self._specializations()
         self.reset()
 
     def reset(self) -> None:
@@ -361,7 +362,7 @@ class Activation:
                 raise ShapeError(f"input '{b.name}' is missing")
         given = {name: tuple(array.shape) for name, array in inputs.items()}
         given.update({name: tuple(dims) for name, dims in outputs.items()})
-        for shapes in self._specializations():
+        for shapes in self._shapes:
             if all(shapes[name] == dims for name, dims in given.items()):
                 return
         shown = ", ".join(f"{n}{list(d)}" for n, d in sorted(given.items()))

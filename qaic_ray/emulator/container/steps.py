@@ -1,7 +1,7 @@
 """The compiled step of a program: where its weights are in the QPC, and whether there is one.
 
-There is none without numba, on a processor that has no kernels, and for a graph that the step does
-not know; onnxruntime computes then. Why is said once.
+There is none without llvmlite, on a processor that has no kernels, and for a graph that the step
+does not know; onnxruntime computes then. Why is said once.
 """
 
 from __future__ import annotations

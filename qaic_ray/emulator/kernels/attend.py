@@ -7,11 +7,12 @@ contexts shorter than 16, take the plain loops.
 
 from __future__ import annotations
 
-from typing import Any, List
+from typing import Any, Callable, List, Tuple
 
-from .control import Function, Num, Variable, accumulate, function, span, when
+from .control import Function, Num, Variable, accumulate, choose, function, repeat, span, when
 from .emit import F16, F32, FLOATS, HALVES, LANES, VECTOR_BYTES, Emitter, Vec, splat
 
+_KEYS = 8
 _LOWEST = float("-inf")
 """Where there is nothing else, the softmax is no number, as that of infinities is."""
 
@@ -23,26 +24,40 @@ def _entry(emit: Emitter, address: Any, size: int) -> Any:
     return emit.builder.fpext(emit.load(HALVES, address, 2), FLOATS)
 
 
-def _scores(size: int) -> Function:
-    """A function: 16 products of a query with keys in a row, times a factor (at an address)."""
+def _scores(size: int, heads: int) -> Function:
+    """A function: products of `heads` queries with 16 keys in a row, times a factor.
 
-    def build(emit: Emitter, query: Num, keys: Num, vectors: Num, out: Num, scale: Num) -> None:
+    It takes (queries, keys, vectors of a key, out, bytes between the heads' scores, address of the
+    factor). A key is read once for all heads.
+    """
+
+    def build(emit: Emitter, *arguments: Num) -> None:
+        queries, keys, vectors, out, room, scale = arguments
         stride = emit.times(vectors.value, LANES * size)
-        rows = [emit.at(keys.value, emit.times(stride, key)) for key in range(LANES)]
+        places = [(queries + vectors * (VECTOR_BYTES * head)).value for head in range(heads)]
 
-        def body(index: Any, sums: List[Any]) -> List[Any]:
-            value = emit.load(FLOATS, emit.at(query.value, emit.times(index, VECTOR_BYTES)))
-            offset = emit.times(index, LANES * size)
-            return [
-                emit.fma(_entry(emit, emit.at(row, offset), size), value, total)
-                for row, total in zip(rows, sums)
-            ]
+        def products(first: int) -> List[Any]:
+            rows = [emit.at(keys.value, emit.times(stride, first + key)) for key in range(_KEYS)]
 
-        sums = emit.loop(vectors.value, [splat(FLOATS, 0.0)] * LANES, body)
+            def body(index: Any, sums: List[Any]) -> List[Any]:
+                offset = emit.times(index, VECTOR_BYTES)
+                values = [emit.load(FLOATS, emit.at(place, offset)) for place in places]
+                result = []
+                for number, row in enumerate(rows):
+                    key = _entry(emit, emit.at(row, emit.times(index, LANES * size)), size)
+                    for head, value in enumerate(values):
+                        result.append(emit.fma(key, value, sums[number * heads + head]))
+                return result
+
+            return emit.loop(vectors.value, [splat(FLOATS, 0.0)] * (_KEYS * heads), body)
+
+        sums = [total for first in range(0, LANES, _KEYS) for total in products(first)]
         factor = Vec(emit, emit.every(emit.load(F32, scale.value)))
-        emit.store(Vec(emit, _transposed_sum(emit, sums)) * factor, out.value)
+        for head in range(heads):
+            total = Vec(emit, _transposed_sum(emit, sums[head::heads])) * factor
+            emit.store(total, (out + room * head).value)
 
-    return Function(f"scores_{size}", 5, build)
+    return Function(f"scores_{size}x{heads}", 6, build)
 
 
 def _transposed_sum(emit: Emitter, rows: List[Any]) -> Any:
@@ -85,30 +100,48 @@ def _softmax(emit: Emitter, scores: Num, vectors: Num, factor: Num) -> None:
     emit.store(emit.builder.fdiv(F32(1.0), total), factor.value)
 
 
-def _mixed(num_vectors: int, size: int) -> Function:
-    """A function: the sum of values weighed with powers, times a factor, 16 dims a vector."""
+def _mixed(num_vectors: int, size: int, heads: int) -> Function:
+    """A function: sums of values weighed with each head's powers, times its factor.
+
+    It takes (powers, bytes between the heads' powers and from them to their factor, values, count,
+    bytes of a value, out, bytes between the heads' outputs). A value is read once for all heads.
+    """
 
     def build(emit: Emitter, *arguments: Num) -> None:
-        powers, values, count, stride, factor, out = (a.value for a in arguments)
+        powers, room, factor, values, count, stride, out, out_room = arguments
+        places = [(powers + room * head).value for head in range(heads)]
 
         def body(index: Any, sums: List[Any]) -> List[Any]:
-            weight = emit.every(emit.load(F32, emit.at(powers, emit.times(index, 4))))
-            row = emit.at(values, emit.builder.mul(index, stride))
-            return [
-                emit.fma(_entry(emit, emit.at(row, LANES * size * v), size), weight, total)
-                for v, total in enumerate(sums)
+            row = emit.at(values.value, emit.builder.mul(index, stride.value))
+            entries = [
+                _entry(emit, emit.at(row, LANES * size * v), size) for v in range(num_vectors)
             ]
+            result = []
+            for head, place in enumerate(places):
+                weight = emit.every(emit.load(F32, emit.at(place, emit.times(index, 4))))
+                for vector, entry in enumerate(entries):
+                    result.append(emit.fma(entry, weight, sums[head * num_vectors + vector]))
+            return result
 
-        sums = emit.loop(count, [splat(FLOATS, 0.0)] * num_vectors, body)
-        scale = Vec(emit, emit.every(emit.load(F32, factor)))
-        for vector, total in enumerate(sums):
-            emit.store(Vec(emit, total) * scale, emit.at(out, VECTOR_BYTES * vector))
+        sums = emit.loop(count.value, [splat(FLOATS, 0.0)] * (num_vectors * heads), body)
+        for head, place in enumerate(places):
+            scale = Vec(emit, emit.every(emit.load(F32, emit.at(place, factor.value))))
+            for vector in range(num_vectors):
+                total = Vec(emit, sums[head * num_vectors + vector]) * scale
+                emit.store(total, (out + out_room * head + VECTOR_BYTES * vector).value)
 
-    return Function(f"mixed_{num_vectors}x{size}", 6, build)
+    return Function(f"mixed_{num_vectors}x{size}x{heads}", 8, build)
 
 
-_SCORES = {size: _scores(size) for size in (2, 4)}
-_MIXED = {(count, size): _mixed(count, size) for count in (1, 2, 4) for size in (2, 4)}
+_MOST_HEADS = 4
+_HEADS = range(1, _MOST_HEADS + 1)
+_SCORES = {(size, heads): _scores(size, heads) for size in (2, 4) for heads in _HEADS}
+_MIXED = {
+    (width, size, heads): _mixed(width, size, heads)
+    for width in (1, 4)
+    for size in (2, 4)
+    for heads in _HEADS
+}
 
 
 def _attend(size: int) -> Function:
@@ -134,29 +167,49 @@ def _attend(size: int) -> Function:
             with span(emit, 0, blocks) as block:
                 # The last block reaches back rather than beyond the context.
                 start = (block * LANES).at_most(ctx_len - LANES)
-                first = keys + start * dim * size
-                with span(emit, 0, group) as head:
-                    place = scratch + head * room + start * 4
-                    _SCORES[size](emit, query + head * dim * 4, first, vectors, place, scale)
+                first, place = keys + start * dim * size, scratch + start * 4
+
+                def score(head: Num, heads: int, first: Num = first, place: Num = place) -> None:
+                    at = query + head * dim * 4, first, vectors, place + head * room, room, scale
+                    _SCORES[size, heads](emit, *at)
+
+                _by_heads(emit, group, score)
             with span(emit, 0, group) as head:
                 scores = scratch + head * room
                 with span(emit, count, blocks * LANES) as rest:
                     emit.store(F32(_LOWEST), (scores + rest * 4).value)
-                factor = scores + blocks * VECTOR_BYTES
-                _softmax(emit, scores, blocks, factor)
-                _mix(emit, (scores, values, count, vectors, factor, out + head * dim * 4), size)
+                _softmax(emit, scores, blocks, scores + blocks * VECTOR_BYTES)
+
+            def mix(head: Num, heads: int) -> None:
+                powers = scratch + head * room, room, blocks * VECTOR_BYTES
+                shape = (values, count, vectors, out + head * dim * 4, dim * 4)
+                _mix(emit, powers, shape, kind=(size, heads))
+
+            _by_heads(emit, group, mix)
 
     return Function(f"attend_{size}", 10, build)
 
 
-def _mix(emit: Emitter, sources: Any, size: int) -> None:
-    scores, values, count, vectors, factor, out = sources
+def _by_heads(emit: Emitter, group: Num, run: Callable[[Num, int], None]) -> None:
+    """Run for every head of a group, up to four at once: (first head, how many)."""
+    at = Variable(emit, 0)
+    with repeat(emit, lambda: at.get() < group):
+        head = at.get()
+        heads = (group - head).at_most(_MOST_HEADS)
+        cases = [(n, lambda n=n: run(head, n)) for n in range(1, _MOST_HEADS)]
+        choose(heads, cases, lambda: run(head, _MOST_HEADS))
+        at.set(head + heads)
+
+
+def _mix(emit: Emitter, powers: Any, shape: Any, *, kind: Tuple[int, int]) -> None:
+    values, count, vectors, out, out_room = shape
+    size, heads = kind
     done, stride = Variable(emit, 0), vectors * (LANES * size)
-    for width in (4, 2, 1):
+    for width in (4, 1):
         with span(emit, 0, (vectors - done.get()) // width):
             at = done.get()
-            part, target = values + at * (LANES * size), out + at * VECTOR_BYTES
-            _MIXED[width, size](emit, scores, part, count, stride, factor, target)
+            places = values + at * (LANES * size), count, stride, out + at * VECTOR_BYTES
+            _MIXED[width, size, heads](emit, *powers, *places, out_room)
             done.set(at + width)
 
 

@@ -12,7 +12,7 @@ from . import operations as op
 from .control import Function, Num, Variable, choose, columns, function, repeat, span, when
 from .emit import VECTOR_BYTES, Emitter
 from .machine import AVX512, GENERIC, processor
-from .products import bytes_kernel, floats_kernel
+from .products import bytes_kernel, floats_kernel, packed_floats_kernel
 from .tiles import (
     BYTES_BYTES,
     MXFP6_BYTES,
@@ -174,6 +174,25 @@ def _packed(planes: int) -> Function:
     return Function(f"packed_product_{planes}", 5, build)
 
 
+@function("packed_product_of_floats")
+def _packed_floats(emit: Emitter, row: Num, source: Num, here: Num, rows: Num, out: Num) -> None:
+    """One or two rows times a panel as it is packed."""
+    p, width = _Product(emit, row), max(2, _vectors())
+    x, o = p.x + here * p.x_stride, out + here * p.stride
+
+    def times(number: int, kind: int) -> None:
+        for first in range(0, 4, width):
+            kernel = packed_floats_kernel(number, kind, range(first, first + width))
+            kernel(emit, x, p.x_stride, source, p.k, o, p.stride)
+
+    def of_kind(number: int) -> None:
+        kinds = (op.MXFP6, op.FLOAT16, op.FLOAT32)
+        cases = [(kind, lambda kind=kind: times(number, kind)) for kind in kinds[:-1]]
+        choose(p.kind, cases, lambda: times(number, kinds[-1]))
+
+    _by_count(rows, 2, of_kind)
+
+
 @function("multiply_panel")
 def multiply_panel(
     emit: Emitter, row: Num, panel: Num, first: Num, last: Num, scratch: Num
@@ -193,4 +212,15 @@ def multiply_panel(
                 _bytes(number)(emit, row, source, first, last, target, scratch)
 
         cases.append((number, run))
-    choose(planes, cases, lambda: _floats(emit, row, source, first, last, target, scratch))
+
+    def run_floats() -> None:
+        # The last tile of a weight may have rows that are none; unpacked ones are counted.
+        kind, k = columns(emit, row, (op.P1, op.P3))
+        is_whole = (kind > op.MXFP6) | (k % TILE).equals(0)
+        is_few = (last - first <= few) & is_whole
+        with when(is_few), span(emit, first, last, 2) as here:
+            _packed_floats(emit, row, source, here, (last - here).at_most(2), target)
+        with when(is_few.equals_false()):
+            _floats(emit, row, source, first, last, target, scratch)
+
+    choose(planes, cases, run_floats)

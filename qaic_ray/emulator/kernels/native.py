@@ -1,7 +1,8 @@
 """From a module to machine code for this processor, kept in the user's cache.
 
 The cache is private to the user, as what is in it is run. A file is named by all that it depends
-on: the kernels' sources, llvmlite and LLVM, and the processor with its features.
+on: the kernels' sources, llvmlite and LLVM, and the processor with its features. It begins with the
+digest of its code: what is damaged is not run.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from . import operations as op
 from .machine import features, processor, sources_digest
 
 CACHE_VARIABLES = ("QAIC_EMULATOR_CACHE", "QAIC_RAY_CACHE")
+_DIGEST_BYTES = hashlib.sha256().digest_size
 _log = logging.getLogger(__name__)
 
 
@@ -77,7 +79,11 @@ def one_at_a_time() -> Iterator[None]:
     if folder is None:
         yield
         return
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:  # a cache that cannot be written: each compiles
+        yield
+        return
     try:
         with contextlib.suppress(OSError):  # a file system without locks: each compiles
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -104,9 +110,15 @@ def _file() -> Optional[Path]:
 def _load() -> Optional[bytes]:
     path = _file()
     try:
-        return path.read_bytes() if path is not None else None
+        data = b"" if path is None else path.read_bytes()
     except OSError:
         return None
+    digest, code = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+    if hashlib.sha256(code).digest() == digest:
+        return code
+    if data:
+        _log.warning("emulated cards: %s is damaged and is compiled again", path)
+    return None
 
 
 def _compile(binding: Any, machine: Any) -> bytes:
@@ -122,7 +134,7 @@ def _compile(binding: Any, machine: Any) -> bytes:
     code: bytes = machine.emit_object(module)
     path = _file()
     if path is not None:
-        keep(path, code)
+        keep(path, hashlib.sha256(code).digest() + code)
     return code
 
 
@@ -130,7 +142,12 @@ def keep(path: Path, data: bytes) -> None:
     """Write a file whole or not at all; a cache that cannot be written is done without."""
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(data)
-        os.replace(file.name, path)
+            try:
+                file.write(data)
+                file.flush()
+                os.replace(file.name, path)
+            except OSError:
+                os.unlink(file.name)
+                raise
     except OSError as error:
         _log.warning("emulated cards: %s cannot be written: %s", path, error.strerror)

@@ -12,8 +12,23 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 from llvmlite import ir
 
+from . import operations as op
 from .control import Function, Num
-from .emit import BYTES, F32, FLOATS, I8, I16, I32, I64, INTS, LANES, VECTOR_BYTES, Emitter, splat
+from .emit import (
+    BYTES,
+    F32,
+    FLOATS,
+    HALVES,
+    I8,
+    I16,
+    I32,
+    I64,
+    INTS,
+    LANES,
+    VECTOR_BYTES,
+    Emitter,
+    splat,
+)
 from .machine import AVX512, processor
 from .tiles import (
     BYTES_BYTES,
@@ -223,3 +238,74 @@ def floats_kernel(num_rows: int, num_vectors: int) -> Function:
             emit.store(value, address)
 
     return Function(f"floats_{num_rows}x{num_vectors}", 7, build)
+
+
+def packed_floats_kernel(num_rows: int, kind: int, vectors: Sequence[int]) -> Function:
+    """Rows of float32 times a weight as the QPC has it, for some of a panel's four vectors.
+
+    The kernel takes (x, bytes of a row of x, the panel, K, out, bytes of a row of out). It adds in
+    the order of `floats_kernel`, so that the bits are the same.
+    """
+    size = {op.MXFP6: 0, op.FLOAT16: 2, op.FLOAT32: 4}[kind]
+
+    def build(emit: Emitter, *arguments: Num) -> None:
+        x, x_stride, source, k, out, stride = (argument.value for argument in arguments)
+        places = [emit.at(x, emit.times(x_stride, row)) for row in range(num_rows)]
+
+        def add(sums: List[Any], weights: List[Any], offset: Any) -> None:
+            for row, place in enumerate(places):
+                value = emit.every(emit.load(F32, emit.at(place, offset)))
+                for number, weight in enumerate(weights):
+                    at = row * len(vectors) + number
+                    sums[at] = emit.fma(weight, value, sums[at])
+
+        def of_tile(index: Any, sums: List[Any]) -> List[Any]:
+            result, tile = list(sums), emit.at(source, emit.times(index, MXFP6_BYTES))
+            factors = [scales(emit, tile)[v] for v in vectors]
+            for group in range(TILE // 4):
+                four = weight_bytes(emit, tile, group, 0)
+                for step in range(4):
+                    weights = [
+                        emit.builder.fmul(_byte(emit, four[v], step), factor)
+                        for v, factor in zip(vectors, factors)
+                    ]
+                    offset = emit.times(index, TILE * 4)
+                    add(result, weights, emit.at(offset, 16 * group + 4 * step))
+            return result
+
+        def of_rows(index: Any, sums: List[Any]) -> List[Any]:
+            result = list(sums)
+            for step in range(_UNROLL):
+                row = emit.at(
+                    source, emit.times(index, _UNROLL * PANEL * size), step * PANEL * size
+                )
+                weights = [_wide(emit, emit.at(row, LANES * size * v), size) for v in vectors]
+                add(result, weights, emit.at(emit.times(index, _UNROLL * 4), 4 * step))
+            return result
+
+        zero = [splat(FLOATS, 0.0)] * (num_rows * len(vectors))
+        steps, body = (_UNROLL, of_rows) if size else (TILE, of_tile)
+        count = emit.builder.sdiv(emit.builder.add(k, I64(steps - 1)), I64(steps))
+        sums = emit.loop(count, zero, body)
+        for row in range(num_rows):
+            for number, vector in enumerate(vectors):
+                address = emit.at(out, emit.times(stride, row), VECTOR_BYTES * vector)
+                emit.store(sums[row * len(vectors) + number], address)
+
+    columns = "".join(map(str, vectors))
+    return Function(f"packed_floats_{num_rows}x{columns}_{kind}", 6, build)
+
+
+def _byte(emit: Emitter, lanes: Any, step: int) -> Any:
+    """One of the four bytes of each lane, as float32."""
+    builder = emit.builder
+    moved = builder.bitcast(lanes, INTS)
+    if step < 3:
+        moved = builder.shl(moved, splat(INTS, 24 - 8 * step))
+    return builder.sitofp(builder.ashr(moved, splat(INTS, 24)), FLOATS)
+
+
+def _wide(emit: Emitter, address: Any, size: int) -> Any:
+    if size == 4:
+        return emit.load(FLOATS, address)
+    return emit.builder.fpext(emit.load(HALVES, address, 2), FLOATS)

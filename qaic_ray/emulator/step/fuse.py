@@ -67,6 +67,12 @@ def fuse(model: Any, roundings: Mapping[str, str]) -> Fused:
     results = {
         o.name: fuser.value(o.name) for o in model.graph.output if o.name not in fuser.written
     }
+    picked = fuser.kept != "all"
+    for name, value in results.items():
+        if (value in fuser.picked) is not picked:
+            raise NotFused(f"{name} is of other tokens than the other results")
+        if any(o.kind == op.SELECT and o.out == value for o in fuser.operations):
+            raise NotFused(f"{name} is taken out as it is")
     operations = _joined(fuser.operations, set(results.values()))
     return Fused(fuser.widths, operations, results, fuser.kept)
 
@@ -105,6 +111,7 @@ class _Fuser:
         self.widths: List[int] = []
         self.operations: List[Operation] = []
         self.written: Set[str] = set()
+        self.picked: Set[int] = set()
         self.kept = "all"
         self._model = model
         self._roundings = roundings
@@ -164,7 +171,12 @@ class _Fuser:
         constants: Tuple[str, ...] = (),
         numbers: Tuple[float, ...] = (),
     ) -> None:
+        of_some = {value in self.picked for value in inputs}
+        if len(of_some) > 1 or (True in of_some and kind in (op.SELECT, op.STORE, op.ATTEND)):
+            raise NotFused(f"{name} is made of some tokens and of all")
         self._values[name] = len(self.widths)
+        if kind == op.SELECT or True in of_some:
+            self.picked.add(self._values[name])
         self.widths.append(width)
         made = Operation(kind, self._values[name], inputs, constants, numbers)
         self.operations.append(made)

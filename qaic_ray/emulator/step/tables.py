@@ -10,6 +10,8 @@ from ..kernels import operations as op
 from .program import PANEL, StepProgram
 from .team import ALIGN
 
+MOST_PACKED_FLOATS = 4
+"""Rows of float32, at most, that take a weight as it is packed."""
 TILE = 32
 _FLOAT_BYTES = 4
 _PRODUCT_KINDS = {"mxfp6": op.MXFP6, "float16": op.FLOAT16, "float32": op.FLOAT32}
@@ -54,16 +56,16 @@ class Tables:
         self.token_addresses = np.array(addresses, np.int64)
         self.operations = np.array([self._row(p) for p in plan.placed], np.int64)
         index_of = {p.operation.out: index for index, p in enumerate(plan.placed)}
-        self._results = {name: index_of[value] for name, value in program.fused.results.items()}
+        self._direct = {n: index_of[program.fused.results[n]] for n in _direct_results(program)}
 
     def bind(self, name: str, array: Any) -> None:
         """Let the step write a result where it is wanted, if its rows are as the step's are."""
-        if _is_direct(array):
-            self.operations[self._results[name], op.OUT] = address_of(array)
+        if name in self._direct:
+            self.operations[self._direct[name], op.OUT] = address_of(array)
 
     def collect(self, name: str, array: Any) -> Any:
         """The result that `bind` was told of."""
-        if not _is_direct(array):
+        if name not in self._direct:
             buffer = self._program.schedule.results[name]
             stride = _stride(self._program.schedule.buffers[buffer][0])
             rows = self._buffers[buffer][: self.capacity * stride].view(array.dtype)
@@ -147,11 +149,20 @@ class Tables:
         kind = _PRODUCT_KINDS[weight.kind]
         source = address_of(weight.panels)
         shape = source, kind, tiles, weight.num_rows, count, planes
-        return (*shape, places[1], places[2], size, program.most_packed)
+        few = program.most_packed if planes else MOST_PACKED_FLOATS
+        return (*shape, places[1], places[2], size, few)
 
 
-def _is_direct(array: Any) -> bool:
-    return bool(array.dtype == np.float32 and array.shape[1] % PANEL == 0)
+def _direct_results(program: StepProgram) -> List[str]:
+    """Results whose rows are as the step's are, and that nothing else is made of."""
+    results = program.fused.results
+    used = [v for p in program.schedule.placed for v in p.operation.inputs] + list(results.values())
+    shapes = program.results.items()
+    return [
+        name
+        for name, (width, kind) in shapes
+        if kind == np.float32 and width % PANEL == 0 and used.count(results[name]) == 1
+    ]
 
 
 def _stride(width: int) -> int:

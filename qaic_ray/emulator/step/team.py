@@ -6,6 +6,7 @@ late finds nothing left to do, and disturbs nobody.
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any, Callable, List
 
@@ -72,5 +73,12 @@ class Team:
             self._own.scratch = Scratch()
         work(self._own.scratch)
 
+    def forget(self) -> None:
+        """Begin anew: a forked child has no helpers, and locks as they were in its parent."""
+        self._helpers = []
+        self._lock = threading.Lock()
+
 
 TEAM = Team()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=TEAM.forget)

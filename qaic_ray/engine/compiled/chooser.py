@@ -21,13 +21,15 @@ from qaic_ray.sampling_params import SamplingParams
 
 __all__ = ["IS_COMPILED", "Compiled", "can_choose"]
 
+_PAGE = 4096
 _MOST_KEPT = NUM_GROUPS // 2  # beyond, the groups tell too little of the head
 
 
 def can_choose(params: Listed[SamplingParams], vocab: int) -> bool:
     """Whether rows that ask for this are for the kernels."""
     kept = [asked.top_k for asked in params if not asked.is_greedy and asked.top_k < vocab]
-    return vocab >= BLOCK_LEN * NUM_GROUPS and max(kept, default=0) <= _MOST_KEPT
+    is_for_kernels = BLOCK_LEN * NUM_GROUPS <= vocab <= kernels.MOST_TOKENS
+    return is_for_kernels and max(kept, default=0) <= _MOST_KEPT
 
 
 class Compiled:
@@ -39,6 +41,7 @@ class Compiled:
         vocab: tokens of a row of logits.
         uniforms: float64 [slots, tokens of a span, NUMBERS] in [0, 1).
         numbers: int64 [rows], the next token's number in its span; the caller counts on.
+        address: where logits begin in memory.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Compiled:
         *,
         uniforms: Floats,
         numbers: Ints,
+        address: int = 0,
     ) -> None:
         is_greedy = np.array([asked.is_greedy for asked in params])
         rules = self._rules = Rules([_rule(asked) for asked in params], vocab)
@@ -64,7 +68,7 @@ class Compiled:
         ints[:, kernels.CELLS] = np.where(has_tail, has_tail.cumsum() - 1, num_tails)
         limits = np.stack([rules.temperature, rules.top_p, rules.log_min_p], axis=1)
         self._asked = RowRules(limits, ints, np.array(slots, np.int64))
-        self._heads = _heads(len(params), num_tails, num_blocks)
+        self._heads = _heads(len(params), _far_from(address, (num_tails + 1, num_blocks)))
         self._draw = Draw(
             uniforms=uniforms,
             numbers=numbers,
@@ -146,11 +150,22 @@ def _rule(asked: SamplingParams) -> tuple[float, int, float, float]:
     return asked.temperature, asked.top_k, asked.top_p, asked.min_p
 
 
-def _heads(num_rows: int, num_tails: int, num_blocks: int) -> Heads:
+def _far_from(address: int, shape: tuple[int, int]) -> Logits:
+    """float32 zeros that begin half a page from an address, counted within pages.
+
+    Written beside reads whose addresses end alike, they would cost a quarter of a step: a processor
+    takes such a read for one of what was just written.
+    """
+    memory = np.zeros(4 * shape[0] * shape[1] + _PAGE, np.uint8)
+    first = (address + _PAGE // 2 - memory.ctypes.data) % _PAGE // 4 * 4
+    return memory[first : first + 4 * shape[0] * shape[1]].view(np.float32).reshape(shape)
+
+
+def _heads(num_rows: int, maxima: Logits) -> Heads:
     """Room for the heads of so many rows."""
     room = num_rows * kernels.MOST_OF_HEAD
     return Heads(
-        maxima=np.zeros((num_tails + 1, num_blocks), np.float32),
+        maxima=maxima,
         groups=np.zeros(NUM_GROUPS, np.float32),
         bits=np.zeros(NUM_GROUPS, np.int32),
         values=np.zeros(kernels.MOST_OF_HEAD, np.float32),

@@ -9,7 +9,9 @@ there too.
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -41,19 +43,38 @@ def kernel(*arguments: Any) -> Callable[[Function], Function]:
     """A function of arguments of these types that gives an int64."""
     signature = types.int64(*arguments)
 
+    def made(function: Function, *, cache: bool) -> Function:
+        return cast("Function", numba.njit(signature, cache=cache, **_OPTIONS)(function))
+
     def compiled(function: Function) -> Function:
         try:
-            made = numba.njit(signature, cache=True, **_OPTIONS)(function)
+            return made(function, cache=True)
+        except _BAD_CACHE as error:
+            _log.info("The cache of %s is of another version: %s", function.__name__, error)
+            _remove_cache(function)
         except RuntimeError as error:  # numba's, where it finds no folder for its cache
             _log.info("Compiling without a cache: %s", error)
-            made = numba.njit(signature, **_OPTIONS)(function)
-        return cast("Function", made)
+            return made(function, cache=False)
+        try:
+            return made(function, cache=True)
+        except _BAD_CACHE:  # in a folder that is not ours
+            return made(function, cache=False)
 
     return compiled
 
 
+_BAD_CACHE = (AttributeError, EOFError, ImportError, pickle.UnpicklingError)
+"""What numba raises over a cache that is torn, or names classes that are no more."""
+
+
+def _remove_cache(function: Callable[..., Any]) -> None:
+    source = Path(function.__code__.co_filename)
+    for path in (source.parent / "__pycache__").glob(f"{source.stem}.{function.__name__}-*.nb?"):
+        path.unlink(missing_ok=True)
+
+
 def tuple_of(kind: type[tuple[Any, ...]], *members: Any) -> Any:
-    """The type of a NamedTuple."""
+    """The type of a NamedTuple; its members must not be all alike, which numba types otherwise."""
     return types.NamedTuple(members, kind)
 
 

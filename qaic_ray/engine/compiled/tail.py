@@ -59,8 +59,9 @@ def _weight_above(logits: Any, best: Any, scale: Any, bound: Any) -> Any:
     total, best, factor = np.float64(0), np.float32(best), np.float32(scale)
     for start in range(0, logits.size, _AT_ONCE):
         part = np.float32(0)
-        for i in range(start, min(start + _AT_ONCE, logits.size)):
-            exponent = max((logits[i] - best) * factor, np.float32(-126))
+        some = logits[start : start + _AT_ONCE]
+        for i in range(some.size):
+            exponent = max((some[i] - best) * factor, np.float32(-126))
             whole = np.floor(exponent)
             rest = exponent - whole
             # Bits of the power of a whole number, and a polynomial between two of them.
@@ -70,7 +71,7 @@ def _weight_above(logits: Any, best: Any, scale: Any, bound: Any) -> Any:
             )
             curve = np.float32(1.0000026) + rest * (np.float32(0.69300383) + rest * curve)
             weight = power * curve
-            part += weight if logits[i] > bound else np.float32(0)
+            part += weight if some[i] > bound else np.float32(0)
         total += part
     return total
 
