@@ -6,8 +6,9 @@
 emulated card that computes nothing and takes the stated time on a clock of its own; beside it what
 static batches of the same rows would reach. `prefix`: SmolLM2 on an emulated card, 64 prompts with
 the same 300 tokens first, with and without prefix reuse. `speculation`: SmolLM2 plain, with prompt
-lookup, and with a draft of its own weights as MXFP6. Real session, no Ray. Prints a
-table, and one JSON object as its last line; times are simulated or this machine's, no card's.
+lookup, and with a draft of its own weights as MXFP6. `rows`: SmolLM2, the main job's chat prompts
+with 1, 4 and 8 rows a prefill, in alternating runs. Real session, no Ray. Prints a table, and one
+JSON object as its last line; times are simulated or this machine's, no card's.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,8 @@ MEDIAN_PROMPT, MEDIAN_ANSWER, SIGMA = 100, 64, 1.0
 NUM_SHARING, PREFIX_TOKENS, OWN_TOKENS, ANSWER_TOKENS = 64, 300, 24, 16
 
 NUM_DRAFTED, NUM_DRAFTED_ROWS, DRAFTED_ANSWER_TOKENS = 4, 8, 48
+PREFILL_ROWS, ROUNDS, SHARED_ANSWER_TOKENS = (1, 4, 8), 3, 32
+
 DRAFT_SHARE = 0.1
 """What a step of the draft program is said to take of a step of the other."""
 
@@ -82,6 +86,7 @@ class Shape:
     precision: str = "mx6"
     num_cores: int = 14
     num_speculative_tokens: int = 0
+    prefill_rows: int = 1
 
 
 def build(folder: Path, root: Path, shape: Shape) -> Path:
@@ -98,9 +103,12 @@ def build(folder: Path, root: Path, shape: Shape) -> Path:
 
 
 @contextmanager
-def opened(folder: Path, shape: Shape, *, computes: bool = True) -> Iterator[Session]:
+def opened(
+    folder: Path, shape: Shape, *, computes: bool = True, numerics: str = "exact"
+) -> Iterator[Session]:
     """A session on an emulated card, or on one that answers at once by a rule."""
-    sdk = find_sdk("emulated", EmulatorOptions(cards=1, sku="standard", apps_version="1.22"))
+    card = EmulatorOptions(cards=1, sku="standard", apps_version="1.22", numerics=numerics)
+    sdk = find_sdk("emulated", card)
     qpc = build(folder, sdk.root, shape)
     os.environ.pop(TIMING, None)
     if not computes:
@@ -284,15 +292,64 @@ def speculation(folder: Path) -> dict[str, Any]:
     }
 
 
-def decoded(engine: Engine, clock: Clock) -> dict[str, Any]:
-    """Figures and answers of some chat prompts."""
+def rows_together(folder: Path) -> dict[str, Any]:
+    """Chat prompts on a card of eight slots, greedy: every token must be the same."""
+    texts = prompt_texts()
+    every: dict[int, list[dict[str, float]]] = {count: [] for count in PREFILL_ROWS}
+    answers = []
+    with ExitStack() as stack:
+        # All programs are on one card, each on NSPs of its own.
+        sessions = {
+            count: stack.enter_context(
+                opened(folder, Shape(8, 64, 512, num_cores=4, prefill_rows=count), numerics="fast")
+            )
+            for count in PREFILL_ROWS
+        }
+        for session in sessions.values():  # the first run compiles kernels and reads weights
+            run_all(Engine(session), chats(texts[:8], 2))
+        for number in range(ROUNDS):
+            turn = PREFILL_ROWS if number % 2 == 0 else PREFILL_ROWS[::-1]
+            for count in turn:
+                engine, rows = Engine(sessions[count]), chats(texts, SHARED_ANSWER_TOKENS)
+                wall_s = run_all(engine, rows)
+                work = engine.measurement
+                figures = {
+                    "wall_s": wall_s,
+                    "prefill_s": work.prefill_s,
+                    "decode_s": work.decode_s,
+                    "prefill_steps": work.prefill_steps,
+                    "decode_steps": work.decode_steps,
+                    "ttft_median_s": work.ttft_median_s,
+                }
+                every[count].append(figures)
+                answers.append([row.output_ids for row in rows])
+    medians = {
+        count: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for count, runs in every.items()
+    }
+    results: dict[str, Any] = {f"{count} a prefill": found for count, found in medians.items()}
+    for count in PREFILL_ROWS[1:]:
+        results[f"{count} a prefill"] |= {
+            f"{key}_ratio": statistics.median(
+                one[key] / many[key] for one, many in zip(every[1], every[count], strict=True)
+            )
+            for key in ("wall_s", "prefill_s", "ttft_median_s")
+        }
+    return {**results, "texts_identical": all(answer == answers[0] for answer in answers)}
+
+
+def chats(texts: list[str], num_tokens: int) -> list[Sequence]:
+    """Rows of chat prompts, each with as many tokens of an answer at most."""
     checkpoint = open_checkpoint(MODEL, weights=False)
     tokenizer, eos_ids = load_tokenizer(checkpoint), frozenset(checkpoint.eos_ids)
+    every = (tokenizer.chat([{"role": "user", "content": text}]) for text in texts)
+    return [Sequence(key, tuple(ids), num_tokens, eos_ids) for key, ids in enumerate(every)]
+
+
+def decoded(engine: Engine, clock: Clock) -> dict[str, Any]:
+    """Figures and answers of some chat prompts."""
     texts = prompt_texts()
-    rows = []
-    for key, text in enumerate(texts[:: len(texts) // NUM_DRAFTED_ROWS]):
-        ids = tokenizer.chat([{"role": "user", "content": text}])
-        rows.append(Sequence(key, tuple(ids), DRAFTED_ANSWER_TOKENS, eos_ids))
+    rows = chats(texts[:: len(texts) // NUM_DRAFTED_ROWS], DRAFTED_ANSWER_TOKENS)
     wall_s = run_all(engine, rows)
     work = engine.measurement
     return {
@@ -305,7 +362,12 @@ def decoded(engine: Engine, clock: Clock) -> dict[str, Any]:
     }
 
 
-PARTS = {"occupancy": occupancy, "prefix": prefix, "speculation": speculation}
+PARTS = {
+    "occupancy": occupancy,
+    "prefix": prefix,
+    "speculation": speculation,
+    "rows": rows_together,
+}
 
 
 def flat(figures: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from itertools import chain, islice
 from pathlib import Path
@@ -78,11 +78,10 @@ class Specialization:
     """One static shape of a program.
 
     `batch_size` rows of `seq_len` tokens at once, each with a context of `ctx_len` tokens.
-    `full_batch_size` is the number of slots of a continuous-batching program, None for a static
-    one; its prefill then has `batch_size` 1 and its decode `batch_size` = `full_batch_size`.
+    `full_batch_size` is the number of slots of a continuous-batching program, whose prefill usually
+    has a `batch_size` of 1 and whose decode has all of them; None for a static one.
     `num_logits_to_keep` and `comp_ctx_lengths` are for graphs that have such inputs: of how many
-    tokens of a row there are logits, and how many positions of the context are computed with (no
-    position of such a run may reach it).
+    tokens of a row there are logits, and how many positions a run computes with and stays below.
     """
 
     batch_size: int
@@ -194,22 +193,20 @@ class Specializations:
             ctx_len: tokens of a row's context.
             continuous: whether rows have slots of their own.
             num_logits_to_keep: whether the graph has that input; it has for speculation.
-            num_speculative_tokens: tokens guessed ahead in a decode step, beside the one that is
-                known.
+            num_speculative_tokens: tokens guessed ahead in a decode step, beside the known one.
             comp_ctx_lengths: of the decode shapes; `ctx_len` is among them in any case. No prefill
                 shape may share a decode shape's value, says the compiler, so the prefill ones have
                 the next lower multiple of 32 below `ctx_len`: a prompt's positions beyond it are
                 for the decode shapes.
         """
         slots = batch_size if continuous else None
-        rows = 1 if continuous else batch_size
         length = 1 + num_speculative_tokens
         first, each = (1, length) if num_logits_to_keep or length > 1 else (None, None)
         lens = {prompt_len} if isinstance(prompt_len, int) else set(prompt_len)
         contexts = sorted({*comp_ctx_lengths, ctx_len}) if comp_ctx_lengths else [None]
         below = _free_context(ctx_len, comp_ctx_lengths) if comp_ctx_lengths else None
         prefills = [
-            Specialization(rows, seq_len, ctx_len, slots, first, below)
+            Specialization(1 if continuous else batch_size, seq_len, ctx_len, slots, first, below)
             for seq_len in sorted(lens - {1})
         ]
         decodes = [
@@ -217,6 +214,11 @@ class Specializations:
             for context in contexts
         ]
         return cls((*prefills, *decodes))
+
+    def with_prefill_rows(self, rows: int) -> Specializations:
+        """The same shapes with so many rows in each prefill, of a continuous-batching program."""
+        entries = (s if s.is_decode else replace(s, batch_size=rows) for s in self.entries)
+        return Specializations(tuple(entries))
 
     def to_json(self, *, named: bool) -> str:
         """The compiler's file: flat for the SDKs up to 1.21, `{name, symbols}` from 1.22 on."""
@@ -341,11 +343,11 @@ def check_specializations(entries: tuple[Specialization, ...]) -> None:
     slots = entries[0].full_batch_size
     for group in [entries] if slots is None else [prefills, decodes]:
         _check_equal("batch_size", group)
-    if slots is not None and decodes[0].batch_size > slots:
-        raise SpecializationError(
-            f"batch_size {decodes[0].batch_size} of the decode specialization is more than its "
-            f"full_batch_size {slots}."
-        )
+        if slots is not None and group and group[0].batch_size > slots:
+            raise SpecializationError(
+                f"batch_size {group[0].batch_size}, of the specialization with seq_len "
+                f"{group[0].seq_len}, is more than its full_batch_size {slots}."
+            )
     _check_contexts(prefills, decodes)
 
 

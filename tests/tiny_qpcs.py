@@ -63,6 +63,7 @@ class TinyQpcs:
         continuous: bool = True,
         batch_size: int = 4,
         prompt_len: int | Sequence[int] = 8,
+        prefill_rows: int = 1,
         ctx_len: int = 64,
         logits: str = "last",
         next_tokens: bool = False,
@@ -89,6 +90,8 @@ class TinyQpcs:
             num_speculative_tokens=num_speculative_tokens,
             comp_ctx_lengths=comp_ctx_lengths,
         )
+        if options.continuous_batching:
+            shapes = shapes.with_prefill_rows(prefill_rows)
         if (options, shapes, num_cores) not in self._qpcs:
             source = open_folder(self.exported(options)).source
             variant = Variant(source, Precision.FP32, num_cores, shapes)

@@ -65,20 +65,22 @@ class Variant:
     def name(self) -> str:
         """Folder name, as the published recipe builds it, with the precision at its end."""
         s = self.specializations
+        together = f"{_prefill_rows(s)}rows-" if _prefill_rows(s) > 1 else ""
         speculated = f"{s.decode_len - 1}spec-" if s.decode_len > 1 else ""
         return (
             f"{self.source.name}-{_prompt_lens(s)}pl-{_contexts(s)}cl-{self.num_cores}c-"
-            f"{s.batch_size}BS-{speculated}{_mark(s)}{self.precision.value}"
+            f"{s.batch_size}BS-{together}{speculated}{_mark(s)}{self.precision.value}"
         )
 
     @property
     def label(self) -> str:
         """Short name for tables and the Ray dashboard."""
         s = self.specializations
+        together = f" rows{_prefill_rows(s)}" if _prefill_rows(s) > 1 else ""
         speculated = f" spec{s.decode_len - 1}" if s.decode_len > 1 else ""
         return (
             f"{self.precision.value} {self.num_cores}c pl{_prompt_lens(s)} cl{_contexts(s)} "
-            f"bs{s.batch_size}{speculated}"
+            f"bs{s.batch_size}{together}{speculated}"
         )
 
     def argv(self, sdk: Sdk, specializations: Path, binary_dir: Path) -> list[str]:
@@ -133,6 +135,11 @@ def _prompt_lens(shapes: Specializations) -> str:
     return "+".join(map(str, lens))
 
 
+def _prefill_rows(shapes: Specializations) -> int:
+    """Rows of a prefill of a continuous-batching program, 1 for every other one."""
+    return shapes.prefills[0].batch_size if shapes.continuous and shapes.prefills else 1
+
+
 def _contexts(shapes: Specializations) -> str:
     return "+".join(map(str, dict.fromkeys(sorted(s.reach for s in shapes.decodes))))
 
@@ -150,6 +157,8 @@ def _mark(shapes: Specializations) -> str:
             num_speculative_tokens=shapes.decode_len - 1,
             comp_ctx_lengths=[s.comp_ctx_lengths for s in decodes if s.comp_ctx_lengths],
         )
+        if shapes.continuous:
+            usual = usual.with_prefill_rows(_prefill_rows(shapes))
     except SpecializationError:
         usual = None
     if usual is not None and set(usual.entries) == set(shapes.entries):
@@ -181,7 +190,7 @@ def grid_variants(
         num_logits_to_keep: whether the graph has that input.
 
     Raises:
-        UsageError: for more variants than may be.
+        UsageError: for more variants than may be, and for prefill rows that a variant cannot have.
     """
     lists = (grid.precision, grid.num_cores, grid.batch_size, grid.prompt_len, grid.ctx_len)
     number = prod(map(len, lists))
@@ -190,24 +199,41 @@ def grid_variants(
             f"That is a grid of {number} variants: at most {MAX_VARIANTS} are compiled at "
             "once; shorten the lists."
         )
-    variants = [
-        Variant(
-            source,
-            precision,
-            cores,
-            Specializations.build(
-                batch_size=batch,
-                prompt_len=prompt_lens(prompt),
-                ctx_len=ctx,
-                continuous=continuous,
-                num_logits_to_keep=num_logits_to_keep,
-                num_speculative_tokens=grid.num_speculative_tokens,
-                comp_ctx_lengths=grid.comp_ctx_lengths,
-            ),
+    if grid.prefill_rows > 1:
+        _check_prefill_rows(grid, continuous=continuous)
+    variants = []
+    for precision, cores, batch, prompt, ctx in product(*lists):
+        shapes = Specializations.build(
+            batch_size=batch,
+            prompt_len=prompt_lens(prompt),
+            ctx_len=ctx,
+            continuous=continuous,
+            num_logits_to_keep=num_logits_to_keep,
+            num_speculative_tokens=grid.num_speculative_tokens,
+            comp_ctx_lengths=grid.comp_ctx_lengths,
         )
-        for precision, cores, batch, prompt, ctx in product(*lists)
-    ]
+        if continuous:
+            shapes = shapes.with_prefill_rows(grid.prefill_rows)
+        variants.append(Variant(source, precision, cores, shapes))
     return list(dict.fromkeys(variants))
+
+
+def _check_prefill_rows(grid: CompileOptions, *, continuous: bool) -> None:
+    rows = grid.prefill_rows
+    if not continuous:
+        raise UsageError(
+            f"prefill_rows {rows} is for continuous batching: all rows of a static program are in "
+            "each of its prefills already; leave it out, or export with continuous batching."
+        )
+    if rows > min(grid.batch_size):
+        raise UsageError(
+            f"prefill_rows {rows} is more than batch_size {min(grid.batch_size)}: a prefill has "
+            "no more rows than the program has slots."
+        )
+    if any(prompt_lens(prompt) == (1,) for prompt in grid.prompt_len):
+        raise UsageError(
+            f"prefill_rows {rows} needs a prefill: a program of prompt_len 1 is decode only."
+        )
 
 
 def run_compiler(argv: list[str], log: Path, *, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> None:

@@ -6,7 +6,7 @@
 
     uncomputed tokens of a row    where they are computed
     at most `ride_len`            in the decode shape, together with every other such row
-    more                          in a prefill shape, some at a time, longest wait first
+    more                          in a prefill shape, `prefill_rows` rows at a time: see `_sharing`
     more, and no prefill shape    in the decode shape, `decode_len` at a time (a `pl1` program)
 
 so a prompt's last token and an answer's newest are one case. `LockstepBatcher` is for
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as Listed
-from itertools import compress
 
 from qaic_ray.engine.steps import ProgramShapes, Sequence, ShapeCosts, Step
 from qaic_ray.errors import RowError
@@ -208,18 +207,44 @@ class Batcher(_Queue):
         )
 
     def _prefill(self) -> Step:
-        rows = tuple(self._prefilling.items())[: self.shapes.prefill_rows]
+        rows = self._sharing()
         most = max(row.num_uncomputed for _, row in rows)
         seq_len = self.costs.next_len(most, free=self._ride_len)
-        if self.shapes.prefill_rows >= self.shapes.num_slots:
-            # Every row has a place in this shape, so rows that decode need not wait.
-            rows = tuple(self.running.items())
-        counts = tuple(
-            min(seq_len, row.num_uncomputed, self.shapes.prefill_ctx_len - row.num_computed)
-            for _, row in rows
+        reach = self.shapes.prefill_ctx_len
+        if len(rows) < self.shapes.prefill_rows:
+            # A place that is left costs nothing, so rows that decode need not wait for it.
+            rows += [
+                (slot, row)
+                for slot, row in self.running.items()
+                if slot not in self._prefilling and row.num_computed < reach
+            ][: self.shapes.prefill_rows - len(rows)]
+        rows.sort()
+        counts = tuple(min(seq_len, r.num_uncomputed, reach - r.num_computed) for _, r in rows)
+        return Step(True, seq_len, tuple(rows), counts)
+
+    def _sharing(self) -> list[tuple[int, Sequence]]:
+        """The rows that share the next prefill, of those that want one.
+
+        A row has one chunk a step, so all of them need as many steps as the longest has chunks, or
+        as there are chunks for `prefill_rows` places. A row with as many chunks as there are steps
+        may miss none of them; the other places are for those that wait longest.
+        """
+        rows, places = list(self._prefilling.items()), self.shapes.prefill_rows
+        if len(rows) <= places or places == 1:
+            return rows[:places]
+        chunks = [self._num_chunks(row) for _, row in rows]
+        steps = max(*chunks, -(-sum(chunks) // places))
+        # Sorting is stable, and no more than `places` rows can have a chunk for every step.
+        order = sorted(range(len(rows)), key=lambda i: chunks[i] < steps)
+        return [rows[i] for i in order[:places]]
+
+    def _num_chunks(self, sequence: Sequence) -> int:
+        """How many prefills a row still takes, each of the longest shape."""
+        num_tokens = min(
+            sequence.num_uncomputed - self._ride_len,
+            self.shapes.prefill_ctx_len - sequence.num_computed,
         )
-        fed = [count > 0 for count in counts]
-        return Step(True, seq_len, tuple(compress(rows, fed)), tuple(compress(counts, fed)))
+        return -(-num_tokens // self.shapes.prefill_lens[-1])
 
     def _decode(self) -> Step:
         rows = tuple(sorted(i for i in self.running.items() if i[0] not in self._prefilling))

@@ -139,11 +139,18 @@ class PositionIdsInputs:
         return StepInputs(shape, inputs, rows, [own - 1 for own in counts], answers)
 
     def _index(self, inputs: dict[str, Array], step: Step) -> None:
-        """Write the slot of every row of the shape; rows of no sequence get free slots."""
+        """Write the slot of every row of the shape.
+
+        Rows of no sequence get slots that are not in the step. Nothing is written there, because
+        all of such a row is padding, so they may be of rows that run, where too few are free.
+        """
         index = inputs[contract.BATCH_INDEX]
         slots = [slot for slot, _ in step.rows]
         spare = len(index) - len(slots)
-        index[:, 0] = slots + list(self._batcher.free_slots[:spare]) if spare else slots
+        if spare:
+            others = (*self._batcher.free_slots, *self._batcher.running)
+            slots += [slot for slot in others if slot not in slots][:spare]
+        index[:, 0] = slots
 
     def _new_inputs(self, shape: Specialization, input_dtype: Dtypes) -> dict[str, Array]:
         dims = (shape.batch_size, shape.seq_len)

@@ -146,7 +146,7 @@ class ProgramShapes:
         return cls(
             num_slots=specializations.batch_size,
             num_rows=decodes[0].batch_size,
-            prefill_rows=prefills[0].batch_size if prefills else decodes[0].batch_size,
+            prefill_rows=specializations.prefill.batch_size,
             prefill_lens=tuple(sorted({shape.seq_len for shape in prefills})),
             prefill_ctx_len=max(reach, default=ctx_len),
             ctx_len=ctx_len,

@@ -165,6 +165,9 @@ class CompileOptions(Section):
         example="32,64",
     )
     ctx_len: Listed[PositiveInt] = opt((2048,), "Tokens of a context.", example="512,2048")
+    prefill_rows: PositiveInt = opt(
+        1, "Rows of a continuous-batching program that one prefill computes, up to batch_size."
+    )
     num_speculative_tokens: Count = opt(
         0, "Tokens guessed ahead in a decode step; of an export with num_logits_to_keep."
     )

@@ -31,7 +31,14 @@ if TYPE_CHECKING:
 
 _NO_DASHBOARD = LocalRayOptions(dashboard=False)
 _GRAPHS = "generatedModels/*.onnx"
-_SHAPES = ("batch_size", "prompt_len", "ctx_len", "num_speculative_tokens", "comp_ctx_lengths")
+_SHAPES = (
+    "batch_size",
+    "prompt_len",
+    "ctx_len",
+    "prefill_rows",
+    "num_speculative_tokens",
+    "comp_ctx_lengths",
+)
 
 
 Compiled = tuple[Variant, Build | QaicRayError]

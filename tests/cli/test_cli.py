@@ -114,6 +114,7 @@ def test_missing_things_are_named(run: Run, arguments: list[str], words: str) ->
         (["mx6", "14", "--prompt-len", "32+48"], "power of two, not 48"),
         (["--num-speculative-tokens", "3"], "exported without num_logits_to_keep"),
         (["--comp-ctx-lengths", "512,1024"], "exported without compute-context lengths"),
+        (["--prefill-rows", "2"], "prefill_rows 2 is for continuous batching"),
         (["mx6", "14", "--batch-size", "0"], "qaic-ray: --batch-size must be at least 1, not 0."),
         (["mx6", "14", "--batch_size=0"], "qaic-ray: --batch_size must be at least 1, not 0."),
         (["mx6", "14", "--ctx-len", "4096"], "4096 is more than the 2048 positions"),
@@ -164,6 +165,7 @@ def test_shapes_that_the_model_needs_are_asked_for(
     command += ["--specializations", str(path)]
     assert_refused(run(*command), "every specialization must say how many")
     assert_refused(run(*command, "--num-speculative-tokens", "2"), "says all shapes")
+    assert_refused(run(*command, "--prefill-rows", "1"), "says all shapes, and --prefill-rows too")
 
 
 def test_compile_of_a_folder_that_is_no_model_is_refused(
@@ -348,6 +350,14 @@ def test_plan_names_all_shapes_of_a_variant(run: Run, tmp_path: Path) -> None:
     assert code == 0
     assert "m-kv-32+128pl-512+2048cl-14c-1BS-4spec-mx6 (this one is run)" in out
     assert "m-kv-64pl-512+2048cl-14c-1BS-4spec-mx6\n" in out
+
+
+def test_rows_of_a_prefill_are_in_the_name_of_a_planned_variant(run: Run, tmp_path: Path) -> None:
+    job = tmp_path / "rows.yaml"
+    job.write_text("name: r\nmodel: {name: m}\ncompile: {batch_size: 8, prefill_rows: 4}\n")
+    code, out, _ = run("plan", str(job))
+    assert code == 0
+    assert "m-kv-256pl-2048cl-14c-8BS-4rows-mx6" in out
 
 
 def test_devices_are_listed(run: Run, sdk: Path) -> None:

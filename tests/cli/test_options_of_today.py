@@ -107,6 +107,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--batch-size --batch_size": "1,8",
         "--prompt-len --prompt_len": "32,64+256",
         "--ctx-len --ctx_len": "512,2048",
+        "--prefill-rows": "4",
         "--num-speculative-tokens": "3",
         "--comp-ctx-lengths": "512,1024",
         "--num-cores --num_cores": "7,14",
@@ -251,6 +252,7 @@ compile:
   batch_size: [1, 4]
   prompt_len: [32, 64+128]
   ctx_len: [512]
+  prefill_rows: 1
   num_speculative_tokens: 3
   comp_ctx_lengths: [256]
   output: /qpcs

@@ -88,6 +88,8 @@ def test_names_and_keys_tell_shapes_apart(source: Source, tmp_path: Path) -> Non
             ({}, False),
             ({"num_speculative_tokens": 3}, True),
             ({"comp_ctx_lengths": (512, 1024)}, False),
+            ({"prefill_rows": 4}, False),
+            ({"prefill_rows": 8, "num_speculative_tokens": 3}, True),
         )
     ]
     variants = [
@@ -102,10 +104,15 @@ def test_names_and_keys_tell_shapes_apart(source: Source, tmp_path: Path) -> Non
         "m-kv-32+128pl-2048cl-14c-8BS-3spec-mx6",
         "m-kv-32pl-512+1024+2048cl-14c-8BS-mx6",
         "m-kv-32+128pl-512+1024+2048cl-14c-8BS-mx6",
+        "m-kv-32pl-2048cl-14c-8BS-4rows-mx6",
+        "m-kv-32+128pl-2048cl-14c-8BS-4rows-mx6",
+        "m-kv-32pl-2048cl-14c-8BS-8rows-3spec-mx6",
+        "m-kv-32+128pl-2048cl-14c-8BS-8rows-3spec-mx6",
     ]
     here = sdk(tmp_path, "1.20", "qaic-exec")
     assert len({key_digest(v.key_entries(here, "a")) for v in variants}) == len(variants)
     assert variants[3].label == "mx6 14c pl32+128 cl2048 bs8 spec3"
+    assert variants[-1].label == "mx6 14c pl32+128 cl2048 bs8 rows8 spec3"
 
 
 def test_shapes_that_a_name_cannot_say_have_a_mark_in_it(source: Source) -> None:

@@ -92,6 +92,42 @@ def test_rows_that_decode_ride_along_in_a_prefill_with_a_row_for_each() -> None:
     ]
 
 
+MANY = replace(SHAPES, num_slots=8, num_rows=8, prefill_rows=3, ctx_len=64, prefill_ctx_len=64)
+
+
+def test_rows_that_wait_share_a_prefill_and_a_row_that_decodes_takes_a_place_left_over() -> None:
+    batcher = Batcher(replace(MANY, num_slots=4, num_rows=4))
+    for key, prompt_tokens in enumerate((3, 4, 2, 6)):
+        batcher.add(sequence(key, prompt_tokens, 3, 100 * (key + 1)))
+    assert run_table(batcher) == [
+        # Row 3 has two chunks, for which there are two steps: it may miss none.
+        ("prefill 4", [(0, 0, 0, 3, True), (1, 1, 0, 4, True), (3, 3, 0, 4, False)]),
+        ("prefill 4", [(0, 0, 3, 1, True), (2, 2, 0, 2, True), (3, 3, 4, 2, True)]),
+        (
+            "decode",
+            [(0, 0, 4, 1, True), (1, 1, 4, 1, True), (2, 2, 2, 1, True), (3, 3, 6, 1, True)],
+        ),
+        ("decode", [(1, 1, 5, 1, True), (2, 2, 3, 1, True), (3, 3, 7, 1, True)]),
+    ]
+
+
+@given(st.integers(1, 8), st.lists(st.integers(2, 40), min_size=1, max_size=8))
+def test_rows_that_came_together_are_prefilled_in_the_fewest_steps_there_can_be(
+    places: int, lengths: list[int]
+) -> None:
+    batcher = Batcher(replace(MANY, prefill_rows=places))
+    for key, prompt_tokens in enumerate(lengths):
+        batcher.add(sequence(key, prompt_tokens, 20, 100 * (key + 1)))
+    steps = 0
+    while (step := batcher.plan()) is not None and step.is_prefill:
+        steps += 1
+        batcher.commit(step, [[7]] * len(step.rows))
+        batcher.check()
+    # One row has one chunk a step, and a step has so many places; a last token rides in a decode.
+    chunks = [-(-(length - 1) // 4) for length in lengths]
+    assert steps == max(*chunks, -(-sum(chunks) // places))
+
+
 def test_decode_only_program_feeds_a_prompt_token_by_token() -> None:
     batcher = Batcher(PL1)
     batcher.add(sequence(0, 3, 1))
@@ -296,7 +332,8 @@ class AnyArrival(RuleBasedStateMachine):
     """Rows arrive whenever they like; each gets exactly its tokens, in order, at its positions."""
 
     @initialize(
-        num_rows=st.integers(1, 3),
+        num_rows=st.integers(1, 4),
+        prefill_rows=st.integers(1, 6),
         spare=st.integers(0, 2),
         lens=st.sampled_from([(), (2,), (4,), (2, 8)]),
         continuous=st.booleans(),
@@ -307,6 +344,7 @@ class AnyArrival(RuleBasedStateMachine):
     def start(
         self,
         num_rows: int,
+        prefill_rows: int,
         spare: int,
         lens: tuple[int, ...],
         continuous: bool,
@@ -318,7 +356,7 @@ class AnyArrival(RuleBasedStateMachine):
         shapes = ProgramShapes(
             num_slots=num_slots,
             num_rows=num_rows,
-            prefill_rows=1 if continuous and lens else num_rows,
+            prefill_rows=min(prefill_rows, num_slots) if continuous and lens else num_rows,
             prefill_lens=lens,
             prefill_ctx_len=prefill_ctx_len,
             ctx_len=16,
@@ -345,6 +383,8 @@ class AnyArrival(RuleBasedStateMachine):
             assert len(self.finished) == len(self.added)
             return
         assert len({slot for slot, _ in step.rows}) == len(step.rows) > 0
+        shapes = self.batcher.shapes
+        assert len(step.rows) <= (shapes.prefill_rows if step.is_prefill else shapes.num_rows)
         room = self.batcher.shapes.decode_len
         chosen = []
         for (slot, row), count in zip(step.rows, step.counts, strict=True):

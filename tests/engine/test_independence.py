@@ -24,6 +24,10 @@ EVERY_SHAPE: dict[str, dict[str, Any]] = {
     "continuous": {},
     "two prefill lengths": {"prompt_len": (4, 16)},
     "decode only": {"prompt_len": 1},
+    "two rows a prefill": {"prefill_rows": 2},
+    "three rows a prefill of two lengths": {"prefill_rows": 3, "prompt_len": (4, 16)},
+    "two rows a prefill, speculative": {"prefill_rows": 2, "num_speculative_tokens": 3},
+    "two rows a prefill, compute-context": {"prefill_rows": 2, "comp_ctx_lengths": (16, 32)},
     "compute-context lengths": {"comp_ctx_lengths": (16, 32)},
     "static": {"continuous": False},
     "static, decode only": {"continuous": False, "prompt_len": 1},
@@ -56,7 +60,10 @@ ROWS = st.lists(
 def test_every_row_has_transformers_answer(
     tiny: TinyQpcs, name: str, slots: int, device: int, rows: Rows, reuse: bool
 ) -> None:
-    qpc = tiny.qpc(batch_size=slots, ctx_len=CTX_LEN, **EVERY_SHAPE[name])
+    shape = {**EVERY_SHAPE[name], "batch_size": slots, "ctx_len": CTX_LEN}
+    if "prefill_rows" in shape:
+        shape["prefill_rows"] = min(shape["prefill_rows"], slots)
+    qpc = tiny.qpc(**shape)
     proposer = PromptLookup() if "speculative" in name else None
     options: dict[str, Any] = {"device": device, "prefix_reuse": reuse, "proposer": proposer}
     with engine_on(tiny.sdk, qpc, **options) as engine:

@@ -68,6 +68,7 @@ CONTRACTS = st.sampled_from([
 @given(
     contract=CONTRACTS,
     slots=st.integers(1, 4),
+    prefill_rows=st.integers(1, 4),
     rows=st.lists(
         st.tuples(
             st.integers(0, 8),
@@ -80,12 +81,17 @@ CONTRACTS = st.sampled_from([
     ),
 )
 def test_neighbours_of_a_row_that_fails_are_answered(
-    contract: tuple[IoContract, bool], slots: int, rows: list[tuple[int, list[int], int, str]]
+    contract: tuple[IoContract, bool],
+    slots: int,
+    prefill_rows: int,
+    rows: list[tuple[int, list[int], int, str]],
 ) -> None:
     io_contract, continuous = contract
     shapes = Specializations.build(
         batch_size=slots, prompt_len=4, ctx_len=32, continuous=continuous
     )
+    if continuous:
+        shapes = shapes.with_prefill_rows(min(prefill_rows, slots))
     program = FormulaProgram(shapes, io_contract=io_contract)
     engine = Engine(program, selector=StumblingSelector(slots))
     arrivals, readers, expected = [], {}, {}

@@ -75,6 +75,20 @@ def test_single_value_stands_for_a_list_of_one() -> None:
         (with_part("compile", prompt_len="32+48"), "power of two, not 48"),
         (with_part("compile", prompt_len="32+"), "several like 32.128 .given: '32.'"),
         (with_part("compile", num_speculative_tokens=3), "needs export.logits: num_logits_to_keep"),
+        (
+            with_part("compile", prefill_rows=2, batch_size=[8, 1], prompt_len=32),
+            "prefill_rows 2 is more than batch_size 1",
+        ),
+        (
+            with_part("compile", prefill_rows=2, batch_size=8, prompt_len=[32, 1]),
+            "prefill_rows 2 needs a prefill: a program of prompt_len 1",
+        ),
+        (
+            with_part("compile", prefill_rows=2, batch_size=2)
+            | {"export": {"continuous_batching": False}},
+            "all rows of a static program are in each of its prefills already",
+        ),
+        (with_part("compile", prefill_rows=0), r"compile\.prefill_rows.*given: 0"),
         (with_part("compile", comp_ctx_lengths=[512]), "needs export.comp_ctx_lengths: true"),
         (
             with_part("compile", comp_ctx_lengths=4096) | {"export": {"comp_ctx_lengths": True}},

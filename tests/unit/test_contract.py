@@ -162,6 +162,16 @@ def test_more_decode_rows_than_slots_are_refused() -> None:
         Specializations((Specialization(8, 1, 128, 4),))
 
 
+def test_a_prefill_has_any_number_of_rows_up_to_the_slots() -> None:
+    one = Specializations.build(batch_size=4, prompt_len=(8, 32), ctx_len=128, continuous=True)
+    many = one.with_prefill_rows(3)
+    assert [(s.batch_size, s.seq_len) for s in many.entries] == [(3, 8), (3, 32), (4, 1)]
+    assert Specializations.from_json(many.to_json(named=True), source="a file") == many
+    assert many.with_prefill_rows(1) == one
+    with pytest.raises(SpecializationError, match=r"5, of .* seq_len 8, is more than .* 4"):
+        one.with_prefill_rows(5)
+
+
 def test_retained_state_names_pair_up() -> None:
     assert contract.past_names(2) == [
         "past_key.0", "past_value.0", "past_key.1", "past_value.1"
