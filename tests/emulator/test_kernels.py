@@ -16,7 +16,7 @@ from qaic_ray.emulator.kernels.multiply import planes_here
 from qaic_ray.emulator.numbers import kv_cache, mxfp6
 
 PLANES = [0, *planes_here()]
-TOP = {1: 127, 3: 8355584}
+TOP = {1: 127, 2: 32639, 3: 8355584}
 """The largest number of so many planes of 8 bits."""
 
 ANY_FLOAT = st.floats(width=32)

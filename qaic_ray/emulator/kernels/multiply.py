@@ -30,7 +30,7 @@ assert op.SCRATCH_BYTES >= BYTE_TILES * (BYTES_BYTES + PANEL * 4)
 assert op.SCRATCH_BYTES >= FLOAT_TILES * TILE * PANEL * 4
 
 _FLOAT_ROWS = 6
-_BYTE_ROWS = {1: 3, 3: 2}
+_BYTE_ROWS = {1: 3, 2: 2, 3: 2}
 """By planes: as many rows as there are registers for."""
 _FIELDS = (op.OUT_STRIDE, op.IN, op.IN_STRIDE, op.P1, op.P2, op.P3, op.P6, op.P7)
 
@@ -50,7 +50,7 @@ def planes_here() -> List[int]:
     target = processor()
     if target is None or target.kind == GENERIC:
         return []
-    return [1, 3] if target.kind == AVX512 else [1]
+    return [1, 2, 3] if target.kind == AVX512 else [1, 2]
 
 
 def _vectors() -> int:

@@ -195,8 +195,10 @@ def bytes_kernel(
 
 
 def _of_planes(emit: Emitter, dots: List[Any]) -> Any:
-    """One float32 of one plane's integers, or of three planes of 8 bits."""
+    """One float32 of the integers of one, two or three planes of 8 bits."""
     builder = emit.builder
+    if len(dots) == 2:
+        return builder.sitofp(builder.add(builder.shl(dots[0], splat(INTS, 8)), dots[1]), FLOATS)
     value = builder.sitofp(dots[0], FLOATS)
     if len(dots) == 1:
         return value

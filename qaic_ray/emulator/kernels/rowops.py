@@ -15,7 +15,7 @@ from .emit import F32, FLOATS, HALVES, I8, I32, I64, INTS, LANES, VECTOR_BYTES, 
 from .tiles import TILE
 
 _BYTES_OF_VECTOR = ir.VectorType(I8, LANES)
-_LARGEST = {1: 127, 3: 8355584}
+_LARGEST = {1: 127, 2: 32639, 3: 8355584}
 """Of planes of 8 bits with a sign each, the largest number; less some that rounding may add."""
 
 

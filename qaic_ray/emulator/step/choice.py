@@ -12,7 +12,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from .program import StepProgram
 from .tables import Tables, address_of
 from .team import ALIGN, Scratch
 
-DEFAULT_MOST_PACKED = {1: 4, 3: 8}
+DEFAULT_MOST_PACKED = {1: 4, 2: 4, 3: 8}
 """By planes: rows that take a weight as it is packed, where nothing was measured."""
 
 _ROWS = (4, 8, 12, 16)
@@ -32,23 +32,23 @@ _ROUNDS = 3
 _MOST_IN_FILE = 1 << 10
 
 
-def most_packed(program: StepProgram, digest: str) -> int:
-    """Rows, at most, that take a weight as it is packed.
+def most_packed(program: StepProgram, digest: str) -> Dict[int, int]:
+    """By planes: rows, at most, that take a weight as it is packed.
 
     Args:
         program: the step.
         digest: of the QPC.
     """
     target = processor()
-    if not program.in_bytes or target is None or target.kind != AVX512:
-        return 0
-    path = _file(program, digest)
+    if not program.planes or target is None or target.kind != AVX512:
+        return {}
+    path, kinds = _file(program, digest), sorted(set(program.planes.values()))
     if path is None:
-        return DEFAULT_MOST_PACKED[program.planes]
+        return {planes: DEFAULT_MOST_PACKED[planes] for planes in kinds}
     with one_at_a_time():
-        found = _read(path)
+        found = _read(path, kinds)
         if found is None:
-            found = _measured(program)
+            found = {planes: _measured(program, planes) for planes in kinds}
             keep(path, json.dumps({"most_packed": found}).encode())
     return found
 
@@ -58,21 +58,24 @@ def _file(program: StepProgram, digest: str) -> Optional[Path]:
     if folder is None:
         return None
     machine = (processor(), features(), os.cpu_count(), sources_digest())
-    key = hashlib.sha256(repr((digest, program.planes, machine)).encode()).hexdigest()
+    key = hashlib.sha256(
+        repr((digest, sorted(program.planes.items()), machine)).encode()
+    ).hexdigest()
     return folder / f"choice-{key[:32]}.json"
 
 
-def _read(path: Path) -> Optional[int]:
+def _read(path: Path, kinds: List[int]) -> Optional[Dict[int, int]]:
     try:
-        found = json.loads(path.read_bytes()[:_MOST_IN_FILE])["most_packed"]
+        kept = json.loads(path.read_bytes()[:_MOST_IN_FILE])["most_packed"]
+        found = {planes: int(kept[str(planes)]) for planes in kinds}
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return found if isinstance(found, int) and 0 <= found <= max(_ROWS) else None
+    return found if all(0 <= rows <= max(_ROWS) for rows in found.values()) else None
 
 
-def _measured(program: StepProgram) -> int:
+def _measured(program: StepProgram, planes: int) -> int:
     """The largest number of rows up to which packed weights are the quicker way."""
-    trial = _Trial(program)
+    trial = _Trial(program, planes)
     best = 2
     for rows in _ROWS:
         seconds: Dict[int, float] = {}
@@ -87,9 +90,9 @@ def _measured(program: StepProgram) -> int:
 
 
 class _Trial:
-    """Products of a program, on rows of zeros: some that together do not fit a cache."""
+    """Products of so many planes, on rows of zeros: some that together do not fit a cache."""
 
-    def __init__(self, program: StepProgram) -> None:
+    def __init__(self, program: StepProgram, planes: int) -> None:
         states: Dict[str, Any] = {}
         for operation in program.fused.operations:
             if operation.kind == op.STORE:
@@ -102,7 +105,10 @@ class _Trial:
             placed = program.schedule.placed[phase.first : phase.last]
             if phase.kind != op.PRODUCTS or size > _BYTES:
                 continue
-            weights = [program.weights[p.operation.constants[0]] for p in placed]
+            names = [p.operation.constants[0] for p in placed]
+            if any(program.planes.get(name) != planes for name in names):
+                continue
+            weights = [program.weights[name] for name in names]
             size += sum(weight.panels.nbytes for weight in weights)
             panels = sum(len(weight.panels) for weight in weights)
             self._phases.append([phase.kind, phase.first, phase.last, panels, 0, 0])

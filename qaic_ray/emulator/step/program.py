@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, NamedTuple
+from typing import Any, Callable, Dict, NamedTuple, Set
 
 import numpy as np
 
@@ -29,12 +29,15 @@ class StepProgram:
         fused: what to compute.
         weight: gives the panels of a product's weight.
         table: gives any other constant, float32 or (for embeddings) float16.
-        planes: of 8 bits that activations of MXFP6 weights are cut into; 0 for float32.
+        planes: of 8 bits that activations of MXFP6 weights are cut into; 0 for float32. Where it is
+            one, those of which an error shows most have two: what goes into a layer's last product,
+            in which a few numbers are far larger than the others, and into the logits'.
 
     Attributes:
         results: output -> numbers in a row, and their type.
         group: query heads, at most, that share a head of the cache.
-        most_packed: rows of a product, at most, that take a weight as it is packed.
+        planes: weight -> planes of its activations, for products of bytes.
+        most_packed: planes -> rows of a product, at most, that take a weight as it is packed.
     """
 
     def __init__(
@@ -45,14 +48,17 @@ class StepProgram:
         planes: int,
     ) -> None:
         step_function()  # compiled now, not while the first prompt waits
-        self.most_packed = 0
+        self.most_packed: Dict[int, int] = {}
         self.fused = fused
-        self.planes = planes
         names = {o.constants[0] for o in fused.operations if o.kind == op.PRODUCT}
-        self.weights = {name: weight(name) for name in names}
-        in_bytes = {n for n, w in self.weights.items() if planes and w.kind == "mxfp6"}
-        self.schedule: Schedule = schedule(fused, in_bytes)
-        self.in_bytes = in_bytes
+        self.weights = {name: weight(name) for name in sorted(names)}
+        fine = _fine_weights(fused) if planes == 1 else set()
+        self.planes = {
+            name: 2 if name in fine else planes
+            for name, kept in self.weights.items()
+            if planes and kept.kind == "mxfp6"
+        }
+        self.schedule: Schedule = schedule(fused, self.planes)
         self.tables: Dict[str, Any] = {}
         scales = {o.numbers[3] for o in fused.operations if o.kind == op.ATTEND}
         self.factors = {scale: np.array([scale], np.float32) for scale in scales}
@@ -72,6 +78,17 @@ class StepProgram:
             name: (fused.widths[v], np.int64 if kinds[v] == op.ARGMAX else np.float32)
             for name, v in fused.results.items()
         }
+
+
+def _fine_weights(fused: Fused) -> Set[str]:
+    """Weights of products that take a gated activation, or that are results."""
+    gated = {o.out for o in fused.operations if o.kind == op.SILU_TIMES}
+    read = {value for o in fused.operations for value in o.inputs if o.kind != op.ARGMAX}
+    return {
+        o.constants[0]
+        for o in fused.operations
+        if o.kind == op.PRODUCT and (o.inputs[0] in gated or o.out not in read)
+    }
 
 
 def _padded(array: Any, is_large: bool) -> Any:

@@ -7,7 +7,7 @@ layer. A buffer is used again once nothing reads it.
 
 from __future__ import annotations
 
-from typing import Dict, List, NamedTuple, Set, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Set, Tuple
 
 from ..kernels import operations as op
 from .fuse import Fused, Operation
@@ -42,16 +42,16 @@ class Schedule(NamedTuple):
     results: Dict[str, int]
 
 
-def schedule(fused: Fused, byte_weights: Set[str]) -> Schedule:
+def schedule(fused: Fused, planes: Mapping[str, int]) -> Schedule:
     """Order a step.
 
     Args:
         fused: the operations.
-        byte_weights: weights whose products take planes of bytes.
+        planes: weights whose products take planes of bytes, and how many.
     """
     operations, widths = list(fused.operations), list(fused.widths)
     domains = _domains(operations, widths, set(fused.results.values()))
-    operations = _quantized(operations, widths, domains, byte_weights)
+    operations = _quantized(operations, widths, domains, planes)
     ordered, phases = _phases(operations, domains)
     return _placed(ordered, phases, (widths, domains), fused.results)
 
@@ -98,19 +98,23 @@ def _domains(operations: List[Operation], widths: List[int], results: Set[int]) 
 
 
 def _quantized(
-    operations: List[Operation], widths: List[int], domains: List[int], byte_weights: Set[str]
+    operations: List[Operation],
+    widths: List[int],
+    domains: List[int],
+    planes: Mapping[str, int],
 ) -> List[Operation]:
-    made: Dict[int, int] = {}
+    made: Dict[Tuple[int, int], int] = {}
     result: List[Operation] = []
     for operation in operations:
-        if operation.kind == op.PRODUCT and operation.constants[0] in byte_weights:
-            value = operation.inputs[0]
-            if value not in made:
-                made[value] = len(widths)
+        if operation.kind == op.PRODUCT and operation.constants[0] in planes:
+            value, count = operation.inputs[0], planes[operation.constants[0]]
+            if (value, count) not in made:
+                made[value, count] = len(widths)
                 widths.append(widths[value])
                 domains.append(domains[value])
-                result.append(Operation(op.QUANTIZE, made[value], (value,)))
-            operation = operation._replace(inputs=(made[value],))
+                made_by = Operation(op.QUANTIZE, made[value, count], (value,), numbers=(count,))
+                result.append(made_by)
+            operation = operation._replace(inputs=(made[value, count],))
         result.append(operation)
     return result
 
@@ -188,15 +192,15 @@ def _placed(
     dying: Dict[int, List[int]] = {}
     for value, number in last_read.items():
         dying.setdefault(number, []).append(value)
-    quantized = {o.out for o in ordered if o.kind == op.QUANTIZE}
+    planes = {o.out: int(o.numbers[0]) for o in ordered if o.kind == op.QUANTIZE}
     buffers: List[Tuple[int, int]] = []
     place: Dict[int, int] = {}
-    free: Dict[Tuple[int, int, bool], List[int]] = {}
+    free: Dict[Tuple[int, int, int], List[int]] = {}
     placed: List[Placed] = []
     for number, phase in enumerate(phases):
         for operation in ordered[phase.first : phase.last]:
             value = operation.out
-            key = (widths[value], domains[value], value in quantized)
+            key = (widths[value], domains[value], planes.get(value, 0))
             if free.get(key):
                 place[value] = free[key].pop()
             else:
@@ -205,6 +209,6 @@ def _placed(
             inputs = tuple(place[v] for v in operation.inputs)
             placed.append(Placed(operation, domains[value], place[value], inputs))
         for value in dying.get(number, ()):
-            key = (widths[value], domains[value], value in quantized)
+            key = (widths[value], domains[value], planes.get(value, 0))
             free.setdefault(key, []).append(place[value])
     return Schedule(placed, phases, buffers, {n: place[v] for n, v in results.items()})

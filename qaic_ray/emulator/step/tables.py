@@ -45,11 +45,11 @@ class Tables:
         self.capacity = capacity
         plan = program.schedule
         self._buffers = []
-        quantized = {p.out for p in plan.placed if p.operation.kind == op.QUANTIZE}
+        planes = {p.out: _planes(p) for p in plan.placed if p.operation.kind == op.QUANTIZE}
         for number, (width, _) in enumerate(plan.buffers):
             size = _stride(width)
-            if number in quantized:
-                size = sum(_plane_bytes(width, program.planes))
+            if number in planes:
+                size = sum(_plane_bytes(width, planes[number]))
             self._buffers.append(_aligned(capacity * size))
         self.tokens = np.zeros((2, 4, capacity), np.int64)
         addresses = [[address_of(a) for a in domain] for domain in self.tokens]
@@ -94,10 +94,11 @@ class Tables:
         if operation.kind in (op.STORE, op.ARGMAX):
             row[op.COUNT] = program.schedule.buffers[placed.inputs[0]][0]
         if operation.kind == op.QUANTIZE:
-            row[op.OUT_STRIDE] = _plane_bytes(width, program.planes)[0]
-        if operation.kind == op.PRODUCT and operation.constants[0] in program.in_bytes:
+            row[op.OUT_STRIDE] = _plane_bytes(width, _planes(placed))[0]
+        if operation.kind == op.PRODUCT and operation.constants[0] in program.planes:
             num_rows = program.weights[operation.constants[0]].num_rows
-            row[op.IN_STRIDE] = _plane_bytes(num_rows, program.planes)[0]
+            planes = program.planes[operation.constants[0]]
+            row[op.IN_STRIDE] = _plane_bytes(num_rows, planes)[0]
         parameters = self._parameters(placed, width)
         row[op.P0 : op.P0 + len(parameters)] = parameters
         return row
@@ -126,10 +127,10 @@ class Tables:
             caches = address_of(keys), address_of(values)
             return (*caches, *keys.strides[:2], *sizes, int(window))
         if operation.kind == op.QUANTIZE:
-            offsets = _plane_offsets(width, program.planes, self.capacity)
+            offsets = _plane_offsets(width, _planes(placed), self.capacity)
             places = [address_of(self._buffers[placed.out]) + offset for offset in offsets]
             tiles = -(-width // TILE)
-            return tiles * TILE, places[1], places[2], tiles, program.planes
+            return tiles * TILE, places[1], places[2], tiles, _planes(placed)
         if operation.kind == op.PRODUCT:
             return self._product_parameters(placed)
         return ()
@@ -139,7 +140,7 @@ class Tables:
         name = placed.operation.constants[0]
         weight = program.weights[name]
         tiles = -(-weight.num_rows // TILE)
-        planes = program.planes if name in program.in_bytes else 0
+        planes = program.planes.get(name, 0)
         places = [0, 0, 0]
         if planes:
             start = address_of(self._buffers[placed.inputs[0]])
@@ -149,7 +150,7 @@ class Tables:
         kind = _PRODUCT_KINDS[weight.kind]
         source = address_of(weight.panels)
         shape = source, kind, tiles, weight.num_rows, count, planes
-        few = program.most_packed if planes else MOST_PACKED_FLOATS
+        few = program.most_packed.get(planes, 0) if planes else MOST_PACKED_FLOATS
         return (*shape, places[1], places[2], size, few)
 
 
@@ -167,6 +168,11 @@ def _direct_results(program: StepProgram) -> List[str]:
 
 def _stride(width: int) -> int:
     return -(-width // PANEL) * PANEL * _FLOAT_BYTES
+
+
+def _planes(placed: Any) -> int:
+    """Of a QUANTIZE, how many planes it makes."""
+    return int(placed.operation.numbers[0])
 
 
 def _plane_bytes(width: int, planes: int) -> Tuple[int, int, int]:
