@@ -211,8 +211,10 @@ def _lengths(positions: Any, slots: Any, num_slots: int, ctx_len: int) -> Option
             return None
     active = lengths > 0
     taken = slots[active]
-    if np.any(positions[active, 0] + lengths[active] > ctx_len):
+    if (positions[active, 0] + lengths[active] > ctx_len).any():
         return None
-    if np.any((taken < 0) | (taken >= num_slots)) or len(np.unique(taken)) < len(taken):
+    # A set: rows are few, and a step of one row is to be quick.
+    distinct = set(taken.tolist())
+    if len(distinct) < len(taken) or not all(0 <= slot < num_slots for slot in distinct):
         return None
     return lengths
