@@ -21,6 +21,7 @@ from qaic_ray.files.documents import read_object, read_text, shown, user_path
 from qaic_ray.files.folders import cache_folder
 from qaic_ray.limits import AI100_HW_VERSION_FROM, NAMED_SPECIALIZATIONS_FROM
 from qaic_ray.options import EmulatorOptions
+from qaic_ray.options.machine import LIMITS
 
 VENDOR_ROOT = Path("/opt/qti-aic")
 SDK_VARIABLE = "QAIC_RAY_SDK"
@@ -73,11 +74,18 @@ class Sdk:
         """How emulated cards compute, `exact` or `fast`; None for real ones.
 
         The variable counts on every node, as it does for the emulated SDK itself.
+
+        Raises:
+            UsageError: where the variable says neither.
         """
         if self.kind != "emulated":
             return None
         made_for = read_object(self.root / EMULATED_MARKER, raises=SdkNotFound).get("numerics")
-        return os.environ.get(NUMERICS_VARIABLE) or str(made_for or DEFAULT_NUMERICS)[:_MAX_WORDS]
+        named = os.environ.get(NUMERICS_VARIABLE) or str(made_for or DEFAULT_NUMERICS)
+        if named not in LIMITS["numerics"]["known"]:
+            known = " or ".join(LIMITS["numerics"]["known"])
+            raise UsageError(f"{NUMERICS_VARIABLE} is {shown(named)}: give {known}.")
+        return named
 
     @property
     def description(self) -> str:

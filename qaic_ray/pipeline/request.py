@@ -121,6 +121,7 @@ class SdkChoice:
 def choose_sdk(name: str, emulated: EmulatorOptions, listener: Listener) -> SdkChoice:
     """Find the SDK, lay the emulated one down where it is the one, and say which it is."""
     sdk = find_sdk(name, emulated)
+    _ = sdk.numerics  # a wrong one is refused here, not by every card
     listener.sdk_chosen(sdk)
     return SdkChoice(sdk, name, emulated)
 

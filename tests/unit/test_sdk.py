@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qaic_ray.errors import DeviceError, SdkNotFound
+from qaic_ray.errors import DeviceError, SdkNotFound, UsageError
 from qaic_ray.options import EmulatorOptions
 from qaic_ray.sdk import (
     Sdk,
@@ -162,3 +162,18 @@ def test_a_folder_s_name_means_the_driver_s_on_every_node(
 def test_a_number_of_the_tool_that_is_none_is_a_device_error(text: str) -> None:
     with pytest.raises(DeviceError, match="which is no number"):
         parse_devices(text)
+
+
+def test_numerics_are_the_variable_s_or_the_folder_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("QAIC_EMULATOR_NUMERICS", raising=False)
+    (tmp_path / "emulated-sdk.json").write_text('{"numerics": "fast"}')
+    sdk = Sdk(tmp_path, "emulated", "1.20")
+    assert (sdk.numerics, sdk.description) == ("fast", "emulated SDK 1.20, fast numerics")
+    assert Sdk(tmp_path, "real", "1.20").numerics is None
+    monkeypatch.setenv("QAIC_EMULATOR_NUMERICS", "exact")
+    assert (sdk.numerics, sdk.description) == ("exact", "emulated SDK 1.20")
+    monkeypatch.setenv("QAIC_EMULATOR_NUMERICS", "slow")
+    with pytest.raises(UsageError, match="QAIC_EMULATOR_NUMERICS is 'slow': give exact or fast"):
+        _ = sdk.numerics

@@ -85,11 +85,6 @@ class Num:
         return (self < other).pick(self, other)
 
 
-def constant(emit: Emitter, number: int) -> Num:
-    """A number."""
-    return Num(emit, I64(number))
-
-
 class Variable:
     """A number that changes."""
 

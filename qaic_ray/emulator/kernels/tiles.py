@@ -11,21 +11,21 @@ from typing import Any, List
 
 from llvmlite import ir
 
-from ..numbers.mxfp6 import E2M3
+from ..numbers import mxfp6, panels
 from .control import Function, Num, function
 from .emit import BYTES, F16, F32, FLOATS, HALVES, I8, I16, INTS, VECTOR_BYTES, Emitter, Vec, splat
 from .machine import processor
 
-PANEL = 64
-TILE = 32
-MXFP6_BYTES = 1600
+PANEL = panels.WIDTH
+TILE = mxfp6.BLOCK
+MXFP6_BYTES = panels.TILE_BYTES
 BYTES_BYTES = 2048
 OFFSET = 64
 """Added to a weight's byte, so that it has no sign."""
 
 _VECTORS = 4
 _WORDS = ir.VectorType(I16, 32)
-_EIGHTHS = [int(v * 8) for v in E2M3.values()]
+_EIGHTHS = [int(v * 8) for v in mxfp6.E2M3.values()]
 
 
 def scales(emit: Emitter, tile: Any) -> List[Any]:

@@ -8,10 +8,11 @@ import numpy as np
 
 from ..kernels import operations as op
 from ..kernels.native import step_function
+from ..numbers import panels
 from .fuse import Fused
 from .schedule import Schedule, schedule
 
-PANEL = 64
+PANEL = panels.WIDTH
 
 
 class Weight(NamedTuple):

@@ -7,12 +7,13 @@ from typing import Any, List, Mapping, Sequence, Tuple
 import numpy as np
 
 from ..kernels import operations as op
+from ..numbers import mxfp6
 from .program import PANEL, StepProgram
 from .team import ALIGN
 
 MOST_PACKED_FLOATS = 4
 """Rows of float32, at most, that take a weight as it is packed."""
-TILE = 32
+TILE = mxfp6.BLOCK
 _FLOAT_BYTES = 4
 _PRODUCT_KINDS = {"mxfp6": op.MXFP6, "float16": op.FLOAT16, "float32": op.FLOAT32}
 
