@@ -14,7 +14,7 @@ from tiny_llama import TinyLlama
 
 from qaic_ray.emulator import compiler
 from qaic_ray.emulator.container import SEGMENTS, QpcWriter
-from qaic_ray.emulator.container.execution import CompiledProgram
+from qaic_ray.emulator.container.execution import CompiledProgram, LoadedProgram
 
 FUZZ_EXAMPLES = int(os.environ.get("QAIC_FUZZ_EXAMPLES") or settings().max_examples)
 """Inputs of each fuzz test; the long run of all together takes 100,000."""
@@ -81,3 +81,15 @@ def write_qpc(path: str, segments: Mapping[str, bytes]) -> None:
             writer.write(segments[name])
             writer.end_segment()
         writer.finish()
+
+
+def three_ways(qpc: CompiledProgram) -> list[LoadedProgram]:
+    """A program as a compiled step, on the lowered graph, and last on the reference graph."""
+    programs = [
+        LoadedProgram(qpc, 2),
+        LoadedProgram(qpc, 1, use_step=False),
+        LoadedProgram(qpc, 1, use_lowered=False),
+    ]
+    assert [p.step is None for p in programs] == [False, True, True]
+    assert [p.lowered is None for p in programs] == [True, False, True]
+    return programs

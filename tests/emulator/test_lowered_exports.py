@@ -12,10 +12,11 @@ import hypothesis.strategies as st
 import numpy as np
 import onnx
 import pytest
+from compiled import three_ways
 from hypothesis import given, settings
 
 from qaic_ray.contract import LOGITS, NEXT_TOKENS, Specialization, Specializations
-from qaic_ray.emulator.container.execution import Activation, CompiledProgram, LoadedProgram
+from qaic_ray.emulator.container.execution import Activation, CompiledProgram
 from qaic_ray.emulator.lowering.lowered import Probe
 
 if TYPE_CHECKING:
@@ -52,13 +53,7 @@ class Pair:
         self.logits = options.get("logits", "last")
         self.output = NEXT_TOKENS if options.get("next_tokens") else LOGITS
         qpc = CompiledProgram.open(str(folder))
-        self.programs = [
-            LoadedProgram(qpc, 2),
-            LoadedProgram(qpc, 1, use_step=False),
-            LoadedProgram(qpc, 1, use_lowered=False),
-        ]
-        assert [p.step is None for p in self.programs] == [False, True, True]
-        assert [p.lowered is None for p in self.programs] == [True, False, True]
+        self.programs = three_ways(qpc)
         self.activations: list[Activation] = []
 
     def start(self) -> None:

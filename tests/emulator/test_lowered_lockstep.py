@@ -13,6 +13,7 @@ import hypothesis.strategies as st
 import numpy as np
 import onnx
 import pytest
+from compiled import three_ways
 from hypothesis import given, settings
 
 from qaic_ray.contract import ATTENTION_MASK, CACHE_INDEX, LOGITS, NEXT_TOKENS, IoContract
@@ -20,7 +21,6 @@ from qaic_ray.emulator.container.execution import (
     Activation,
     CompiledProgram,
     ExecutionError,
-    LoadedProgram,
 )
 from qaic_ray.emulator.lowering.lowered import Runner
 
@@ -44,13 +44,7 @@ class Pair:
         self.is_all = options.get("logits") == "all"
         self.output = NEXT_TOKENS if options.get("next_tokens") else LOGITS
         self.qpc = CompiledProgram.open(str(folder))
-        self.programs = [
-            LoadedProgram(self.qpc, 2),
-            LoadedProgram(self.qpc, 1, use_step=False),
-            LoadedProgram(self.qpc, 1, use_lowered=False),
-        ]
-        assert self.programs[0].step is not None
-        assert self.programs[1].lowered is not None
+        self.programs = three_ways(self.qpc)
         self.start()
 
     def start(self) -> None:

@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import numpy as np
 import onnx
 import pytest
-from compiled import COMP_CTX_LENGTHS, CTX_LEN, PROMPT_LEN, SLOTS, compile_tiny
+from compiled import COMP_CTX_LENGTHS, CTX_LEN, PROMPT_LEN, SLOTS, compile_tiny, three_ways
 from hypothesis import given
 from tiny_llama import TinyLlama
 
@@ -37,13 +37,7 @@ class Pair:
     def __init__(self, folder: Path, llama: TinyLlama, kv: str | None, *flags: str) -> None:
         self.llama = llama
         self.qpc = compile_tiny(folder, llama, *flags, kv=kv)
-        self.programs = [
-            LoadedProgram(self.qpc, 2),
-            LoadedProgram(self.qpc, 1, use_step=False),
-            LoadedProgram(self.qpc, 1, use_lowered=False),
-        ]
-        assert self.programs[0].step is not None
-        assert self.programs[1].lowered is not None
+        self.programs = three_ways(self.qpc)
         # Where the last bits differ, a rounded cache may differ by one step of float16.
         self.tolerance = TOLERANCE if kv is None else 2e-3
         self.activations: list[Activation] = []
