@@ -221,6 +221,27 @@ def _is_simple(step: dict[str, Any]) -> bool:
     return True
 
 
+def piece_bytes(tokenizer: Tokenizer, piece: str) -> bytes:
+    """The bytes that a piece of the vocabulary puts into the middle of a text.
+
+    Of a byte-level or SentencePiece vocabulary these are exact, half characters too; of any other
+    they are those of the piece's text alone.
+    """
+    steps = tokenizer.decoder_steps
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return _byte_level(piece)
+    byte = _BYTE.fullmatch(piece) if "ByteFallback" in kinds else None
+    if byte is not None:
+        return bytes.fromhex(byte[1])
+    for step in steps:
+        if step["type"] == "Metaspace":
+            piece = piece.replace(step["replacement"], " ")
+        elif step["type"] == "Replace" and "String" in step["pattern"]:
+            piece = piece.replace(step["pattern"]["String"], step["content"])
+    return piece.encode() if steps else tokenizer.join([piece]).encode()
+
+
 @lru_cache(maxsize=2**16)
 def _byte_level(piece: str) -> bytes:
     """The bytes that a byte-level piece stands for; an added token may be plain text instead."""
