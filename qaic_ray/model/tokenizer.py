@@ -70,6 +70,8 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special = {id_: token.content for id_, token in added.items() if token.special}
         """Special tokens written out, by their ids."""
+        self.added_tokens = {token.content: id_ for id_, token in added.items()}
+        """Ids of special and other added tokens, by their texts."""
         eos_id = backend.token_to_id(special_tokens.get("eos_token", ""))
         self.eos_ids = eos_ids or (() if eos_id is None else (eos_id,))
 
