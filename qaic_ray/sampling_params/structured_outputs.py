@@ -105,10 +105,10 @@ class StructuredOutputs:
                 raise RowError(f"{FIELD}.{key} is not offered: {_NOT_OFFERED[key]}.")
         if "json" in given and not isinstance(given["json"], str):
             given["json"] = _schema_text(given["json"])
-        if isinstance(given.get("choice"), list):
+        if "choice" in given:
+            if not isinstance(given["choice"], (list, tuple)) or not given["choice"]:
+                raise RowError(f"{FIELD}.choice must be a list of one text or more.")
             given["choice"] = tuple(given["choice"])
-        if not isinstance(given.get("choice", ()), tuple) or given.get("choice") == ():
-            raise RowError(f"{FIELD}.choice must be a list of one text or more.")
         return cls(**given)
 
     def document(self) -> dict[str, Any]:
