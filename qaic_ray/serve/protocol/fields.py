@@ -13,10 +13,10 @@ from qaic_ray.files.documents import first_error, shown
 from qaic_ray.formats import row_fields
 from qaic_ray.rows import Prompt
 from qaic_ray.sampling_params import MAX_LOGPROBS, SamplingParams
+from qaic_ray.sampling_params.structured_outputs import document_of_response_format
 from qaic_ray.serve.api_errors import bad_request
 from qaic_ray.serve.protocol.context import ModelContext
 from qaic_ray.serve.protocol.models import SAMPLING, ChatBody, SamplingBody
-from qaic_ray.serve.protocol.structured import structured_fields
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -94,7 +94,10 @@ def sampling_fields(body: SamplingBody) -> dict[str, Any]:
                 "response_format and structured_outputs both say the answer's form: give one.",
                 "response_format",
             )
-        fields |= structured_fields(body.response_format)
+        with refusing("response_format"):
+            form = document_of_response_format(body.response_format)
+        if form is not None:
+            fields["structured_outputs"] = form
     return fields
 
 
