@@ -99,14 +99,15 @@ class Tokenizer:
                 "The prompt holds half of a surrogate pair (like \\ud83d alone), which is no text."
             ) from error
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, without special tokens."""
-        text = self._backend.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, skips_special: bool = True) -> str:
+        """The text of `ids`, without special tokens or with them written out."""
+        text = self._backend.decode(ids, skip_special_tokens=skips_special)
         return _cleaned(text) if self._cleans_up else text
 
-    def piece(self, token_id: int) -> str | None:
-        """A token as the vocabulary has it; None for a special or unknown one."""
-        return None if token_id in self.special else self._backend.id_to_token(token_id)
+    def piece(self, token_id: int, *, skips_special: bool = True) -> str | None:
+        """A token as the vocabulary has it; None for one that no text shows."""
+        is_skipped = skips_special and token_id in self.special
+        return None if is_skipped else self._backend.id_to_token(token_id)
 
     @property
     def decoder_steps(self) -> list[dict[str, Any]]:
