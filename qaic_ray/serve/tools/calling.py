@@ -189,7 +189,7 @@ def read_calling(
     fields: dict[str, Any] = {}
     if choice != "auto":
         forced = _forced(choice, tools)
-        if body.get("response_format") or body.get("structured_outputs"):
+        if _has_form(body):
             raise bad_request(
                 "tool_choice asks for a call, and the answer's form for another text: keep one.",
                 "tool_choice",
@@ -204,6 +204,12 @@ def read_calling(
     names = frozenset(tool.function.name for tool in tools)
     kwargs = {"tools": template_tools(tools)}
     return Calling(shown, kwargs, fields, names, parallel, support)
+
+
+def _has_form(body: Mapping[str, Any]) -> bool:
+    """Whether a request says the form of its answer."""
+    said = body.get("response_format") or {}
+    return bool(body.get("structured_outputs")) or said.get("type", "text") != "text"
 
 
 def _forced(choice: str | NamedChoice, tools: Sequence[ToolBody]) -> list[ToolBody]:
