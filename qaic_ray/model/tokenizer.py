@@ -80,6 +80,11 @@ class Tokenizer:
         """Number of tokens, added ones too (a model's logits may be wider)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def json_text(self) -> str:
+        """All of it, in the form of a `tokenizer.json`."""
+        return str(self._backend.to_str())
+
     def of_run(self, chat_template: str | None, date: str | None) -> Tokenizer:
         """A copy with the run's chat template, where it has one, and its date."""
         other = copy.copy(self)
