@@ -1,8 +1,9 @@
-"""Chat requests with tools, from body to answer and to chunks, as a client of the interface reads."""
+"""Chat requests with tools, from body to answer and to chunks, as a client reads them."""
 
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -96,7 +97,7 @@ def gathered(chunks: list[ChatCompletionChunk]) -> tuple[str, list[dict[str, Any
 def test_a_stream_is_the_answer_in_pieces(cuts: list[int], before: str) -> None:
     text = before + CALL
     places = sorted({0, len(text), *(cut % len(text) for cut in cuts)})
-    pieces = [text[a:b] for a, b in zip(places, places[1:], strict=False)]
+    pieces = [text[a:b] for a, b in pairwise(places)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat, "_why_never", lambda *_: None)
         content, calls, finish = gathered(streamed(asked_for(stream=True), pieces, row_of(text)))
@@ -138,7 +139,7 @@ def test_calls_marked_by_special_tokens_are_read() -> None:
 
 
 def test_an_answer_that_was_cut_says_so() -> None:
-    text = CALL[:60]
+    text = CALL[: CALL.index("Köln")]
     row = row_of(text, FinishReason.LENGTH)
     _, calls, finish = gathered(streamed(asked_for(stream=True), [text], row))
     assert calls[0]["said"] == '{"city": "'

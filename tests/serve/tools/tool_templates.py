@@ -13,7 +13,8 @@ LLAMA = """{{- bos_token }}
 {%- endif %}
 {{- '<|start|>system<|end|>\\n\\n' + said }}
 {%- if tools is not none %}
-    {{- '\\nEnvironment: ipython\\nAnswer with {"name": function, "parameters": its arguments}.\\n' }}
+    {{- '\\nEnvironment: ipython\\n' }}
+    {{- 'Answer with {"name": function, "parameters": its arguments}.\\n' }}
     {%- for tool in tools %}{{- tool | tojson(indent=4) }}{%- endfor %}
 {%- endif %}
 {{- '<|eot|>' }}
@@ -39,7 +40,8 @@ HERMES = """{%- if tools %}
     {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
     {{- '<tools>' }}
     {%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
-    {{- '\\n</tools>\\n<tool_call>\\n{\\"name\\": <name>, \\"arguments\\": <object>}\\n</tool_call>' }}
+    {{- '\\n</tools>\\n<tool_call>\\n{\\"name\\": <name>, \\"arguments\\": <object>}' }}
+    {{- '\\n</tool_call>' }}
     {{- '<|im_end|>\\n' }}
 {%- elif messages[0].role == 'system' %}
     {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
