@@ -17,6 +17,10 @@ from collections.abc import Sequence as Listed
 from qaic_ray.engine.batching.in_flight import InFlight
 from qaic_ray.engine.steps import ProgramShapes, Sequence, Step
 
+PREFIX_BLOCK = 16
+"""Tokens by which a beginning that a slot holds is longer than another; fewer where a prefill takes
+fewer."""
+
 
 class Batcher(InFlight):
     """Gives sequences slots of their own and plans steps over them.
@@ -37,6 +41,7 @@ class Batcher(InFlight):
         super().__init__(shapes)
         self._prefilling: dict[int, Sequence] = {}
         self._prefix_reuse = prefix_reuse
+        self._block = min(PREFIX_BLOCK, *shapes.prefill_lens, shapes.ctx_len)
         self._ride_len = max(ride_len or 1, shapes.decode_len)
         # Slot -> the tokens its cache holds, the longest free first.
         self._free: dict[int, tuple[int, ...]] = dict.fromkeys(range(shapes.num_slots), ())
@@ -139,9 +144,14 @@ class Batcher(InFlight):
             self._steady = None
 
     def _best_slot(self, prompt_ids: tuple[int, ...]) -> int:
-        """The free slot whose cache shares the longest prefix with a prompt."""
+        """The free slot whose cache shares the longest prefix with a prompt.
+
+        By whole blocks: most prompts share their first few tokens, and a slot that holds a long
+        conversation is not given away for those while another one is free longer.
+        """
+        block = self._block
         # Of equals the first, which has been free the longest.
-        return max(self._free, key=lambda slot: num_common(self._free[slot], prompt_ids))
+        return max(self._free, key=lambda slot: num_common(self._free[slot], prompt_ids) // block)
 
     def _wants_prefill(self, sequence: Sequence) -> bool:
         return (
