@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from qaic_ray.sampling_params import TokenLogprob
-from qaic_ray.serve.token_texts import TokenTexts
+from qaic_ray.serve.protocol.token_texts import TokenTexts
 
 LOWEST = -9999.0
 """Stands in the interface for what JSON has no number for."""
@@ -43,7 +43,9 @@ class LogprobWriter:
 
     def add(self, entry: TokenLogprob) -> None:
         """One more token."""
-        top = {self._name(token_id): number(value) for token_id, value in entry.top[: self._num_top]}
+        top = {
+            self._name(token_id): number(value) for token_id, value in entry.top[: self._num_top]
+        }
         top.setdefault(self._name(entry.token_id), number(entry.logprob))
         self._put(entry.token_id, number(entry.logprob), top)
 

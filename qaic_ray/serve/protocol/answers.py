@@ -8,8 +8,9 @@ from typing import Any
 from qaic_ray.rows import FinishReason, Row, Sample
 from qaic_ray.sampling_params import TokenLogprob
 from qaic_ray.serve import api_errors
-from qaic_ray.serve.logprobs import LogprobWriter
-from qaic_ray.serve.requests import CHAT, COMPLETIONS, RESPONSES, Asked, ModelContext
+from qaic_ray.serve.protocol.asked import CHAT, COMPLETIONS, RESPONSES, Asked
+from qaic_ray.serve.protocol.context import ModelContext
+from qaic_ray.serve.protocol.logprobs import LogprobWriter
 
 OBJECTS = {COMPLETIONS: "text_completion", CHAT: "chat.completion", RESPONSES: "response"}
 PREFIXES = {COMPLETIONS: "cmpl-", CHAT: "chatcmpl-", RESPONSES: "resp_"}
@@ -43,7 +44,7 @@ def answer_body(
             if asked.endpoint == CHAT:
                 choices.append(_chat_choice(asked, sample, context, index=index))
             else:
-                choices.append(_completion_choice(asked, number, row, sample, context))
+                choices.append(_completion_choice(asked, context, number, row=row, sample=sample))
                 choices[-1]["index"] = index
     return {
         "id": answer_id,
@@ -86,7 +87,7 @@ def finish_word(sample: Sample | Row) -> str:
 
 
 def _completion_choice(
-    asked: Asked, number: int, row: Row, sample: Sample | Row, context: ModelContext
+    asked: Asked, context: ModelContext, number: int, *, row: Row, sample: Sample | Row
 ) -> dict[str, Any]:
     text, logprobs = sample.text, sample.logprobs or ()
     token_ids: Sequence[int] = sample.token_ids
@@ -208,7 +209,9 @@ def response_body(
         if sample is None
         else {
             "input_tokens": total["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": total["prompt_tokens_details"]["cached_tokens"]},
+            "input_tokens_details": {
+                "cached_tokens": total["prompt_tokens_details"]["cached_tokens"]
+            },
             "output_tokens": total["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": total["total_tokens"],
