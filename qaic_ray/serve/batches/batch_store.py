@@ -115,6 +115,7 @@ class BatchStore:
         """
         source = {"bytes": record.input_bytes, "sha256": record.input_sha256}
         same: Fingerprint = {INPUT: source, "endpoint": record.endpoint, **record.program}
+        disk.private_folder(self.folder / record.id / JOURNAL_NAME)
         return Journal(self.folder / record.id, same, commit_s=commit_s)
 
     # -- what changes
@@ -128,8 +129,7 @@ class BatchStore:
                 disk.write_private(made / _RECORD, _text(record))
                 disk.publish(made, self.folder / record.id)
             except BaseException:
-                if made.exists():
-                    disk.remove(made)
+                disk.drop(made)
                 raise
             self._records[record.id] = record
 

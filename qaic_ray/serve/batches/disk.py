@@ -125,6 +125,12 @@ def workspace(parent: Path) -> Path:
     return path
 
 
+def drop(made: Path) -> None:
+    """Remove a workspace that gets no name, if it has none."""
+    if made.exists():
+        shutil.rmtree(made)
+
+
 def publish(made: Path, target: Path) -> None:
     """Give a finished workspace its name; what a killed process left at that name is replaced."""
     if target.exists():

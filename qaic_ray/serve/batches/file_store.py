@@ -233,9 +233,9 @@ class NewFile(AbstractContextManager["NewFile"]):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        if not self._is_kept and self._folder.exists():
+        if not self._is_kept:
             with disk.disk_refusals(self._store.folder):
-                disk.remove(self._folder)
+                disk.drop(self._folder)
 
     @property
     def sha256(self) -> str:

@@ -42,7 +42,7 @@ from qaic_ray.serve.batches.fleet_cards import BackgroundFleet, Places, RunStopp
 from qaic_ray.serve.batches.pages import Paging, list_document, page_of
 from qaic_ray.serve.batches.request_lines import Answering
 from qaic_ray.serve.batches.runner import BatchProgress, BatchWork, Workplace, counted
-from qaic_ray.timeouts import DEFAULT_TIMEOUTS
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 HELD = f"{PROOF_PREFIX}held"
 """Key of a batch's metadata that says why it does not go on."""
@@ -101,7 +101,7 @@ class BatchManager(AbstractContextManager["BatchManager"]):
         answering: how they are read, and their answers written.
         limits: of files and batches.
         clock: Unix time in seconds.
-        commit_s: rows are gathered so long before they are written to the disk.
+        timeouts: of the batches' runs.
 
     Raises:
         UsageError: the folder cannot be used, or another server has it.
@@ -115,7 +115,7 @@ class BatchManager(AbstractContextManager["BatchManager"]):
         *,
         limits: BatchLimits | None = None,
         clock: Callable[[], float] = time.time,
-        commit_s: float = DEFAULT_TIMEOUTS.commit_s,
+        timeouts: Timeouts = DEFAULT_TIMEOUTS,
     ) -> None:
         self._limits = limits = limits or BatchLimits()
         self._held_folder = disk.hold(disk.private_folder(folder))
@@ -145,7 +145,7 @@ class BatchManager(AbstractContextManager["BatchManager"]):
             fleet,
             Places(fleet),
             clock,
-            commit_s=commit_s,
+            timeouts=timeouts,
         )
         self._lock = threading.Lock()
         self._working: dict[str, _Working] = {}
@@ -157,6 +157,9 @@ class BatchManager(AbstractContextManager["BatchManager"]):
         for record in self._batches.open_ones():
             self._count_kept(record)
         self._thread = threading.Thread(target=self._watch, name="batches", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work: requests can be read now. Files and batches are taken before, too."""
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
@@ -172,7 +175,8 @@ class BatchManager(AbstractContextManager["BatchManager"]):
         self._bell.set()
         until_s = time.monotonic() + self._limits.close_s
         for thread in (self._thread, *(each.thread for each in working)):
-            thread.join(max(0.0, until_s - time.monotonic()))
+            if thread.ident is not None:
+                thread.join(max(0.0, until_s - time.monotonic()))
             if thread.is_alive():
                 _log.warning("A batch has not stopped within %s s.", self._limits.close_s)
         self._held_folder.release()

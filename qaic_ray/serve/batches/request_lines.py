@@ -28,7 +28,7 @@ from qaic_ray.worker.text import mixed_seed
 
 if TYPE_CHECKING:
     from qaic_ray.runs.intake import Fingerprint
-    from qaic_ray.serve.requests import Asked
+    from qaic_ray.serve.protocol.asked import Asked
 
 MAX_ERRORS = 100
 """Bad lines that a batch names; it says how many more there are."""

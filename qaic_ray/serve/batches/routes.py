@@ -18,7 +18,7 @@ from qaic_ray.serve.batches.file_store import FileStore, kept_seconds, too_large
 from qaic_ray.serve.batches.open_batches import BatchManager
 from qaic_ray.serve.batches.pages import read_paging
 from qaic_ray.serve.batches.uploads import FORM_BYTES, UploadForm
-from qaic_ray.serve.requests import body_of
+from qaic_ray.serve.protocol.fields import body_of
 
 FILES_A_PAGE, BATCHES_A_PAGE, BATCHES_BY_DEFAULT = 10_000, 100, 20
 _BODY_BYTES = 2**17

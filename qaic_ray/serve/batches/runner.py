@@ -6,12 +6,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from qaic_ray.dispatch.dispatcher import Dispatcher
 from qaic_ray.dispatch.policy import DEFAULT_POLICY
 from qaic_ray.errors import QaicRayError
 from qaic_ray.rows import Row
 from qaic_ray.runs.driver import Audience, Driver
+from qaic_ray.runs.intake import ThreadedReader
 from qaic_ray.runs.journal import Journal
 from qaic_ray.serve.batches import disk
 from qaic_ray.serve.batches.batch_record import (
@@ -36,7 +38,7 @@ from qaic_ray.serve.batches.request_lines import (
     check_input,
     prompts_of_input,
 )
-from qaic_ray.timeouts import DEFAULT_TIMEOUTS
+from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 READ_AHEAD = 512
 """Requests that are read before there is room for them; a run's 8,192 would hold up the server."""
@@ -92,7 +94,7 @@ class Workplace:
     fleet: BackgroundFleet
     places: Places
     clock: Callable[[], float]
-    commit_s: float = DEFAULT_TIMEOUTS.commit_s
+    timeouts: Timeouts = DEFAULT_TIMEOUTS
 
     def now(self) -> int:
         """Unix time in seconds."""
@@ -174,10 +176,8 @@ class BatchWork:
         place = self._place
         record = place.batches.get(self._id)
         with self._journal(record) as journal:
-            table = self._table()
-            self._answer(record, table, journal)
-            record = self.end_as(BatchStatus.COMPLETED)
-            self._write(record, table, journal)
+            self._answer(record, self._table(), journal)
+        self._write(self.end_as(BatchStatus.COMPLETED))
 
     def _answer(self, record: BatchRecord, table: LineTable, journal: Journal) -> None:
         progress = counted(table, journal)
@@ -200,6 +200,7 @@ class BatchWork:
                 Audience(on_saved=progress.add),
                 dispatcher=Dispatcher(policy=_POLICY),
                 journal=journal,
+                reader=partial(ThreadedReader, timeouts=place.timeouts),
             )
             result = driver.run()
         if result.broken_off is not None:
@@ -213,9 +214,7 @@ class BatchWork:
         Raises:
             QaicRayError: the disk refuses, or has not what the batch had.
         """
-        record = self.end_as(BatchStatus.EXPIRED)
-        with self._journal(record) as journal:
-            self._write(record, self._table(), journal)
+        self._write(self.end_as(BatchStatus.EXPIRED))
 
     def end_as(self, ending: BatchStatus) -> BatchRecord:
         """Let the batch be about to end, as this if nothing else was said before."""
@@ -227,17 +226,18 @@ class BatchWork:
 
         return place.batches.change(self._id, step)
 
-    def _write(self, record: BatchRecord, table: LineTable, journal: Journal) -> None:
+    def _write(self, record: BatchRecord) -> None:
         place = self._place
-        outcome = write_outputs(
-            record,
-            place.batches.input(record.id),
-            journal,
-            table=table,
-            answering=place.answering,
-            store=place.files,
-            go_on=self._go_on,
-        )
+        with self._journal(record) as journal:  # opened anew, it has this session's rows too
+            outcome = write_outputs(
+                record,
+                place.batches.input(record.id),
+                journal,
+                table=self._table(),
+                answering=place.answering,
+                store=place.files,
+                go_on=self._go_on,
+            )
         place.batches.change(self._id, lambda batch: batch.ended(outcome, place.now()))
 
     @contextmanager
@@ -245,7 +245,7 @@ class BatchWork:
         place = self._place
         with (
             disk.disk_refusals(place.batches.folder),
-            place.batches.journal(record, commit_s=place.commit_s) as journal,
+            place.batches.journal(record, commit_s=place.timeouts.commit_s) as journal,
         ):
             yield journal
 
