@@ -1,4 +1,4 @@
-"""A place where batches are worked on without cards: a fleet that a test holds, a clock, a death."""
+"""A place to work on batches without cards: a fleet that a test holds, a clock, a death."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches over a fleet that a test holds: their states, their files, their places, their refusals."""
+"""Batches over a fleet that a test holds: states, files, places, refusals."""
 
 from __future__ import annotations
 
