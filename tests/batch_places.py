@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -282,6 +282,14 @@ class Death:
         """A new process: the disk takes changes again."""
         self._left = None
 
+    def bury(self, manager: BatchManager) -> None:
+        """End what a dead process has left in this one; then the disk takes changes again."""
+        self.after(0)
+        with suppress(Killed):
+            manager.close()
+        self.undo()
+        manager._held_folder.release(force=True)
+
     def _may(self) -> None:
         with self._lock:
             if self._left == 0:
@@ -321,8 +329,3 @@ def death() -> Iterator[Death]:
         patch.setattr(shutil, "rmtree", dying.guard(shutil.rmtree))
         patch.setattr(threading, "excepthook", quiet)
         yield dying
-
-
-def bury(manager: BatchManager) -> None:
-    """End the threads of a manager whose death has come."""
-    manager.close()
