@@ -20,7 +20,7 @@ from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.serve.api_errors import ApiError
 from qaic_ray.serve.http.keys import ApiKeys
 from qaic_ray.serve.http.request_log import logging_to_stderr
-from qaic_ray.serve.http.server import listening_socket, serve
+from qaic_ray.serve.http.server import listening_socket, run_in_loop, serve
 from qaic_ray.serve.http.service import LOCAL_HOSTS, Service
 from qaic_ray.serve.protocol.asked import CHAT
 from qaic_ray.serve.protocol.context import ModelContext
@@ -102,11 +102,7 @@ def serve_model(
             service.became_ready(context)
             on_ready(address)
 
-        loop = _new_loop()
-        try:
-            loop.run_until_complete(serve(service, opened, make_ready))
-        finally:
-            loop.close()
+        run_in_loop(serve(service, opened, make_ready))
         if service.has_ended:
             cards.fleet.wait_ready()  # raises what ended it
             raise FleetClosed("The cards were lost.")
@@ -176,13 +172,3 @@ def _defaults(request: RunRequest, checkpoint: Checkpoint) -> SamplingParams:
 def _address(host: str, port: int) -> str:
     shown = "127.0.0.1" if host in ("0.0.0.0", "") else host
     return f"http://[{shown}]:{port}/v1" if ":" in shown else f"http://{shown}:{port}/v1"
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    """An event loop, of uvloop where that is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-    return loop

@@ -119,6 +119,7 @@ class Answerer:
                 seed=sample_seed(params, self._generation.seed or 0, prompt.index, sample),
                 guide=None if form is None else self._grammars.guide(form),
                 bad_ids=bad_ids,
+                background=prompt.background,
             )
             for sample in range(params.n)
         ]

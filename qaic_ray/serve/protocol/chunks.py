@@ -175,7 +175,7 @@ class CompletionWriter(_Writer):
         if (writer := self._writer(index)) is not None:
             for entry in entries:
                 writer.add(entry)
-            logprobs = _dumps(writer.legacy())
+            logprobs = _dumps(writer.legacy()) if entries else "null"
         finish, stop = "null", "null"
         if delta.row is not None:
             sample = answers.samples_of(delta.row)[delta.choice]
