@@ -21,7 +21,6 @@ from qaic_ray.cli.answers import Answers, Streaming
 from qaic_ray.cli.live.grid_watch import GridWatch
 from qaic_ray.cli.live.live_line import LiveLine, write_json_line
 from qaic_ray.cli.live.live_text import Stage, warning_line
-from qaic_ray.cli.tables import write_json
 from qaic_ray.compile.store import Build, BuildRequest
 from qaic_ray.errors import CompileError, ExitCode, QaicRayError, Unfinished
 from qaic_ray.files.documents import json_text
@@ -161,7 +160,7 @@ class Screen(AbstractContextManager["Screen"]):
         """The interface is up, on stdout: where, and the model's names for its clients."""
         self._live.stop()
         if self._as_json:
-            write_json({"address": address, "models": list(names), "pid": pid})
+            write(json_text({"address": address, "models": list(names), "pid": pid}) + "\n")
             sys.stdout.flush()
             return
         self._out.print(f"Serving {', '.join(map(escape, names))} at {address}")

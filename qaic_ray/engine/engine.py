@@ -12,11 +12,15 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress
 from typing import Protocol
 
 from qaic_ray.contract import IoContract
-from qaic_ray.engine.batcher import Batcher, LockstepBatcher
+from qaic_ray.engine.batching.batcher import Batcher
+from qaic_ray.engine.batching.lockstep import LockstepBatcher
+from qaic_ray.engine.batching.stalls import MAX_STALL_S, Stalls
+from qaic_ray.engine.picking.token_picker import TokenPicker
 from qaic_ray.engine.sampler import Selector
 from qaic_ray.engine.session import Session
 from qaic_ray.engine.step_io import (
@@ -24,16 +28,12 @@ from qaic_ray.engine.step_io import (
     Drafts,
     PositionIdsInputs,
     StepInputs,
-    TokenPicker,
 )
 from qaic_ray.engine.steps import ProgramShapes, Sequence, Step
 from qaic_ray.errors import RowError
 from qaic_ray.metrics import EngineState, Measurement
 from qaic_ray.rows import ROW_ALONE
 from qaic_ray.sampling_params import SamplingParams
-
-MAX_STALL_S = 1.0
-"""Seconds that running rows may wait for the prefill of others, by default."""
 
 
 class StopReader(Protocol):
@@ -46,8 +46,12 @@ class StopReader(Protocol):
 class Proposer(Protocol):
     """Drafts tokens, for a program that checks several a row in one step."""
 
-    def propose(self, rows: Listed[Sequence], room: Listed[int]) -> Drafts:
-        """At most `room[i]` tokens for row i, each list as long as it is likely to be right."""
+    def propose(self, rows: Listed[Sequence], room: Listed[int], known: Drafts) -> Drafts:
+        """At most `room[i]` tokens for row i, each list as long as it is likely to be right.
+
+        `known[i]` are tokens that row i goes on with for certain: what is proposed comes behind
+        them.
+        """
 
     def release(self, sequence: Sequence) -> None:
         """Forget a row that has ended."""
@@ -77,7 +81,7 @@ class Engine:
         program: an opened session (or its stand-in in tests).
         clock: monotonic seconds.
         max_stall_s: how long rows that decode may wait for the prefill of others; one step of
-            prefill is done even where it takes longer.
+            prefill is done even where it takes longer, and with 0 never two.
         prefix_reuse: whether a prompt may start from what a slot's cache holds already.
         proposer: drafts tokens, for a program whose decode shape takes several a row.
         ride_len: see `Batcher`.
@@ -107,7 +111,7 @@ class Engine:
             self._inputs = PositionIdsInputs(shapes, program.input_dtype, batcher)
         self._program = program
         self._clock = clock
-        self._max_stall_s = max_stall_s
+        self._stalls = Stalls(max_stall_s)
         self._proposer = proposer if shapes.decode_len > 1 else None
         self._picker = TokenPicker(
             selector or Selector(shapes.num_slots),
@@ -127,8 +131,6 @@ class Engine:
         # that a prefill has answered since.
         self._decoded_s = 0.0
         self._prefilled_s: dict[Sequence, float] = {}
-        self._stalled_since_s = 0.0
-        self._has_stalled = False
 
     @property
     def busy(self) -> bool:
@@ -164,8 +166,8 @@ class Engine:
         if self._program.emits_tokens and not params.is_plain:
             raise RowError(
                 "This QPC was exported with --next-tokens: it gives the most likely token only, "
-                "so there is no temperature, penalty, min_tokens or logprobs; leave them out, or "
-                "export without it."
+                "so there is no temperature, penalty, min_tokens, logprobs, grammar, bias or other "
+                "limit; leave them out, or export without it."
             )
 
     def add(self, sequence: Sequence, reader: StopReader | None = None) -> None:
@@ -188,7 +190,8 @@ class Engine:
         """
         start_s = self._clock()
         could_decode = self.batcher.num_decoding > 0
-        step = self.batcher.plan(decode_first=self._must_decode(start_s))
+        self.batcher.admit()
+        step = self.batcher.plan(decode_first=self._stalls.must_decode(start_s, self.batcher))
         if step is None:
             return []
         # A steady step is the same object again and again, with no row that is new.
@@ -198,7 +201,10 @@ class Engine:
         self._step_before = step
         drafts = None if self._proposer is None or step.is_prefill else self._draft(step)
         built = self._inputs.build(step, drafts)
-        output = self._program.run(built.shape, built.inputs, self._read if self._unread else None)
+        meanwhile = self._read if self._unread else None
+        if self._picker.has_guided:
+            meanwhile = partial(self._prepare, step, built, drafts)
+        output = self._program.run(built.shape, built.inputs, meanwhile)
         chosen = self._picker.choose(step, built, drafts, output)
         num_before = 0 if drafts is None else _num_output(step)
         ended = self.batcher.commit(step, chosen)
@@ -211,9 +217,7 @@ class Engine:
             self._meter.drafted_tokens += sum(map(len, drafts))
             self._meter.accepted_tokens += num_kept
             self._meter.decode_tokens += num_kept
-        self._has_stalled = step.is_prefill and could_decode
-        if not self._has_stalled:
-            self._stalled_since_s = end_s
+        self._stalls.made(step, start_s, end_s, could_decode=could_decode)
         if self._readers:
             answered = compress(step.rows, built.answers)
             self._unread = [row for _, row in answered if row in self._readers]
@@ -231,13 +235,6 @@ class Engine:
         self._unread = [row for row in self._unread if row is not sequence]
         self._forget(sequence)
 
-    def _must_decode(self, now_s: float) -> bool:
-        """Whether another prefill would make running rows wait longer than they may."""
-        if not self._has_stalled:
-            return False
-        waited_s = now_s - self._stalled_since_s
-        return waited_s + self.batcher.costs.slowest_s > self._max_stall_s
-
     def _draft(self, step: Step) -> Drafts:
         assert self._proposer is not None
         longest = self._shapes.decode_len
@@ -247,12 +244,31 @@ class Engine:
             else 0
             for (_, sequence), count in zip(step.rows, step.counts, strict=True)
         ]
-        return self._proposer.propose([sequence for _, sequence in step.rows], room)
+        rows = [sequence for _, sequence in step.rows]
+        known = [self._forced(row, most) for row, most in zip(rows, room, strict=True)]
+        left = [most - len(some) for most, some in zip(room, known, strict=True)]
+        drafted = self._proposer.propose(rows, left, known)
+        return [[*some, *more] for some, more in zip(known, drafted, strict=True)]
+
+    def _forced(self, row: Sequence, most: int) -> Listed[int]:
+        """Tokens that a row's grammar makes it go on with."""
+        if row.guide is None or most <= 0:
+            return ()
+        try:
+            with ROW_ALONE:
+                return row.guide.forced()[:most]
+        except RowError:  # which is raised again where a token is chosen
+            return ()
 
     def _end_with(self, error: RowError, sequence: Sequence) -> None:
         """End a row without an answer, when this step is done."""
         self._errors[sequence] = error
         self._stops[sequence] = len(sequence.output_ids)
+
+    def _prepare(self, step: Step, built: StepInputs, drafts: Drafts | None) -> None:
+        """What `_read` does, and what may come next in rows that follow a grammar."""
+        self._read()
+        self._picker.prepare(step, built, drafts)
 
     def _read(self) -> None:
         """Have new tokens read; called while the card works."""

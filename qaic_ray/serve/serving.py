@@ -20,11 +20,12 @@ from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.serve.api_errors import ApiError
 from qaic_ray.serve.http.keys import ApiKeys
 from qaic_ray.serve.http.request_log import logging_to_stderr
-from qaic_ray.serve.http.server import listening_socket, serve
+from qaic_ray.serve.http.server import listening_socket, run_in_loop, serve
 from qaic_ray.serve.http.service import LOCAL_HOSTS, Service
 from qaic_ray.serve.protocol.asked import CHAT
 from qaic_ray.serve.protocol.context import ModelContext
 from qaic_ray.serve.protocol.requests import read_request
+from qaic_ray.serve.tools.calling import support_of
 from qaic_ray.worker.prompt_encoder import PromptEncoder
 
 MAX_STALL_S = 0.0
@@ -101,11 +102,7 @@ def serve_model(
             service.became_ready(context)
             on_ready(address)
 
-        loop = _new_loop()
-        try:
-            loop.run_until_complete(serve(service, opened, make_ready))
-        finally:
-            loop.close()
+        run_in_loop(serve(service, opened, make_ready))
         if service.has_ended:
             cards.fleet.wait_ready()  # raises what ended it
             raise FleetClosed("The cards were lost.")
@@ -141,10 +138,13 @@ def _context(served: Served, cards: FolderFleet) -> ModelContext:
     # A conversation is rendered on the day on which it comes, and not on that of the beginning.
     generation = served.request.generation.model_copy(update={"date": None})
     tokenizer = load_tokenizer(checkpoint)
+    encoder = PromptEncoder(tokenizer, generation)
+    tools = support_of(served.options.tool_form, encoder.tokenizer)
     cards.fleet.wait_ready()
     context = ModelContext(
         names=served.names,
-        encoder=PromptEncoder(tokenizer, generation),
+        encoder=encoder,
+        tools=tools,
         ctx_len=cards.fleet.workers[0].ctx_len,
         vocab_size=int(checkpoint.config.get("vocab_size") or tokenizer.vocab_size),
         defaults=_defaults(served.request, checkpoint),
@@ -172,13 +172,3 @@ def _defaults(request: RunRequest, checkpoint: Checkpoint) -> SamplingParams:
 def _address(host: str, port: int) -> str:
     shown = "127.0.0.1" if host in ("0.0.0.0", "") else host
     return f"http://[{shown}]:{port}/v1" if ":" in shown else f"http://{shown}:{port}/v1"
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    """An event loop, of uvloop where that is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-    return loop

@@ -20,7 +20,8 @@ from starlette.types import ASGIApp
 from qaic_ray import __version__
 from qaic_ray.serve.api_errors import ApiError, bad_request
 from qaic_ray.serve.http.event_stream import ClientGone, EventStream, gone, too_long
-from qaic_ray.serve.http.gate import Gate, RequestRecord, refuse
+from qaic_ray.serve.http.gate import Gate, refuse
+from qaic_ray.serve.http.request_log import RequestRecord
 from qaic_ray.serve.http.running import Running
 from qaic_ray.serve.http.server_metrics import CONTENT_TYPE
 from qaic_ray.serve.http.service import Service
@@ -72,7 +73,7 @@ def create_app(service: Service) -> ASGIApp:
         on_done=service.logged,
         local_only=service.is_local_only,
     )
-    service.gate = gate
+    service.num_running = lambda: gate.num_running
     return gate
 
 

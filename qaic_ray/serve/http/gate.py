@@ -11,7 +11,6 @@ import uuid
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -20,33 +19,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from qaic_ray.serve.api_errors import BUSY_RETRY_S, CLIENT_GONE, CLOSED_RETRY_S, ApiError
 from qaic_ray.serve.http.event_stream import ClientGone
 from qaic_ray.serve.http.keys import ApiKeys
+from qaic_ray.serve.http.request_log import RequestRecord
 
 OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/version", "/metrics"})
 """Routes that need no key: they tell how the server is, and nothing of what it does."""
 _NOT_LOGGED = OPEN_PATHS
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
-
-
-@dataclass
-class RequestRecord:
-    """One request, as its line in the log tells it.
-
-    Attributes:
-        request_id: the client's, or one that is made.
-        holder: whose key it came with; empty without keys.
-        prompt_tokens, answer_tokens: of its prompts and answers, as far as they are there.
-    """
-
-    request_id: str
-    method: str
-    path: str
-    holder: str = ""
-    status: int = 0
-    seconds: float = 0.0
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
-    notes: dict[str, str] = field(default_factory=dict)
 
 
 class Gate:

@@ -7,10 +7,30 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 
 NAME = "qaic_ray.serve"
+
+
+@dataclass
+class RequestRecord:
+    """One request, as its line in the log tells it.
+
+    Attributes:
+        request_id: the client's, or one that is made.
+        holder: whose key it came with; empty without keys.
+        prompt_tokens, answer_tokens: of its prompts and answers, as far as they are there.
+    """
+
+    request_id: str
+    method: str
+    path: str
+    holder: str = ""
+    status: int = 0
+    seconds: float = 0.0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
 
 
 class _Text(logging.Formatter):

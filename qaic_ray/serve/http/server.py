@@ -6,9 +6,10 @@ import asyncio
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -60,6 +61,31 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Never called, as no signal is captured."""
+
+
+def run_in_loop(work: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine in a new event loop, of uvloop where that is installed.
+
+    Signals wake this process afterwards as they did before.
+    """
+    wakeup = signal.set_wakeup_fd(-1)
+    try:
+        loop = _new_loop()
+        try:
+            loop.run_until_complete(work)
+        finally:
+            loop.close()
+    finally:
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
 
 
 async def serve(
@@ -117,10 +143,8 @@ async def serve(
 
 async def _drained(service: Service, at_once: asyncio.Event) -> None:
     """Wait until nothing runs, the time for it is over, or nobody wants to wait any more."""
-    assert service.gate is not None
-    gate = service.gate
     until_s = time.monotonic() + service.options.drain_s
-    while gate.num_running and time.monotonic() < until_s and not at_once.is_set():
+    while service.num_running() and time.monotonic() < until_s and not at_once.is_set():
         await asyncio.sleep(_POLL_S)
 
 
@@ -129,7 +153,6 @@ def _heard(on_signal: Callable[[], None]) -> Iterator[None]:
     """Have signals that end a server call a function; afterwards they are heard as before."""
     loop = asyncio.get_running_loop()
     before = {number: signal.getsignal(number) for number in _SIGNALS}
-    wakeup = signal.set_wakeup_fd(-1)  # the loop sets its own
     for number in _SIGNALS:
         loop.add_signal_handler(number, on_signal)
     try:
@@ -138,4 +161,3 @@ def _heard(on_signal: Callable[[], None]) -> Iterator[None]:
         for number, handler in before.items():
             loop.remove_signal_handler(number)
             signal.signal(number, handler)
-        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qaic_ray.options import ServeOptions
@@ -18,7 +18,7 @@ from qaic_ray.serve.http.server_metrics import ServerMetrics
 if TYPE_CHECKING:
     from fastapi import APIRouter
 
-    from qaic_ray.serve.http.gate import Gate, RequestRecord
+    from qaic_ray.serve.http.request_log import RequestRecord
     from qaic_ray.serve.protocol.asked import Asked
     from qaic_ray.serve.protocol.context import ModelContext
 
@@ -45,6 +45,7 @@ class Service:
         keys: who may ask.
         is_draining: whether it takes nothing more, because it ends.
         routers: further routes, as those of batches.
+        num_running: tells the requests that are being answered.
 
     Args:
         options: of the server.
@@ -68,7 +69,7 @@ class Service:
         self.metrics = ServerMetrics(self.names[0])
         self.is_draining = False
         self.routers: list[APIRouter] = []
-        self.gate: Gate | None = None
+        self.num_running: Callable[[], int] = lambda: 0
         self.created = int(time.time())
         self._context: ModelContext | None = None
         self._bells: LoopBells | None = None
