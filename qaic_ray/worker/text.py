@@ -22,7 +22,7 @@ from qaic_ray.model.detokenizer import StopFinder
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import Generation
 from qaic_ray.rows import FinishReason, Prompt, Row, Sample
-from qaic_ray.sampling_params import MAX_SEED, SamplingParams
+from qaic_ray.sampling_params import MAX_SEED, SamplingParams, TokenLogprob
 from qaic_ray.worker.feeds import StreamedSequence
 from qaic_ray.worker.prompt_encoder import PromptEncoder, with_system
 
@@ -109,6 +109,7 @@ class Answerer:
         _refuse_unholdable(params, len(prompt_ids), limit)
         stop_ids = frozenset(params.stop_token_ids) | self._ending_ids(params)
         form, bad_ids = params.structured_outputs, self._bad_ids(params)
+        scores = params.prompt_logprobs is not None
         sequences = [
             steps.Sequence(
                 key=prompt.index,
@@ -119,6 +120,8 @@ class Answerer:
                 seed=sample_seed(params, self._generation.seed or 0, prompt.index, sample),
                 guide=None if form is None else self._grammars.guide(form),
                 bad_ids=bad_ids,
+                # The other samples' prompt is the same.
+                prompt_logprobs=[] if scores and sample == 0 else None,
             )
             for sample in range(params.n)
         ]
@@ -170,6 +173,7 @@ class Answerer:
             worker=worker,
             attempts=attempts,
             logprobs=first.logprobs,
+            prompt_logprobs=_prompt_logprobs(answer.sequences[0]),
             choices=tuple(samples) if len(samples) > 1 else (),
         )
 
@@ -261,11 +265,18 @@ def _refuse_unholdable(params: SamplingParams, prompt_tokens: int, limit: int) -
             "ctx_len."
         )
     num_each = 1 if params.logprobs is None else 2 + params.logprobs
-    if params.n * limit * num_each > MAX_HELD:
+    num_scores = 0 if params.prompt_logprobs is None else 2 + params.prompt_logprobs
+    if params.n * limit * num_each + prompt_tokens * num_scores > MAX_HELD:
         raise RowError(
             f"{params.n} answers of up to {limit} tokens, with what logprobs asks for, are more "
             f"than {MAX_HELD} numbers: ask for a smaller n, max_tokens or logprobs."
         )
+
+
+def _prompt_logprobs(sequence: steps.Sequence) -> tuple[TokenLogprob | None, ...] | None:
+    """One for each token of the prompt; nothing was before the first."""
+    scores = sequence.prompt_logprobs
+    return None if scores is None else (None, *scores)
 
 
 def sample_seed(params: SamplingParams, run_seed: int, index: int, sample: int) -> int:
