@@ -206,8 +206,9 @@ class Answerer:
     def _bad_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """The tokens of bad words, as they begin a text and as they go on with one."""
         texts = [text for word in params.bad_words for text in (word, f" {word.lstrip()}")]
-        runs = (tuple(self._tokenizer.encode(text, adds_special=False)) for text in texts)
-        return tuple(dict.fromkeys(filter(None, runs)))
+        runs = [tuple(self._tokenizer.encode(text, adds_special=False)) for text in texts]
+        # What the model has no token for cannot come.
+        return tuple(dict.fromkeys(run for run in runs if run and max(run) < self._vocab_size))
 
     def _ending_ids(self, params: SamplingParams) -> frozenset[int]:
         return frozenset() if params.ignore_eos else self._eos_ids
