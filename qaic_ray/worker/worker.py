@@ -43,7 +43,8 @@ class WorkerSpec(WorkerPlace):
 
     `model` is anything `open_checkpoint` takes; only its tokenizer and configuration are read, and
     these must have the `text` parts that the run began with, if any are given. `incarnation` is how
-    often the worker was opened before, `metrics` whether its actor records what it does.
+    often the worker was opened before, `kept_slots` how many slots rows of the background leave
+    free, `metrics` whether its actor records what it does.
     """
 
     qpc: str
@@ -51,6 +52,7 @@ class WorkerSpec(WorkerPlace):
     generation: Generation = field(default_factory=Generation)
     text: Mapping[str, str] = field(default_factory=dict)
     incarnation: int = 0
+    kept_slots: int = 0
     metrics: bool = False
     timeouts: Timeouts = DEFAULT_TIMEOUTS
 
@@ -210,7 +212,8 @@ class CardWorker:
     def cancel(self, indexes: Collection[int]) -> None:
         """End these rows before the next step, each as a row of finish_reason ABORT.
 
-        Those that are not here, or have ended, are passed over. May be called at any time.
+        Those that have ended are passed over, and those that come later never begin. May be called
+        at any time.
         """
         card = self._opened
         if card is not None:
@@ -263,6 +266,7 @@ class CardWorker:
             self.spec.name,
             make_engine,
             goes_on=drafting.proposer is None,
+            kept_slots=self.spec.kept_slots,
             feed=self._feed,
             timeouts=self.spec.timeouts,
             on_lost=lambda number: self.recorder.unanswered("abort", number),
