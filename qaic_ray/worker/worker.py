@@ -22,7 +22,7 @@ from qaic_ray.engine.drafts import Drafting, open_drafting
 from qaic_ray.engine.engine import Engine
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceError, RowError
-from qaic_ray.metrics import EngineState, Measurement
+from qaic_ray.metrics import NO_ENGINE, EngineState, Measurement
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import Generation
@@ -222,17 +222,17 @@ class CardWorker:
     def engine_state(self) -> EngineState:
         """How the engine stands, and what waits for it; may be asked for at any time."""
         card = self._opened
-        return EngineState() if card is None else card.thread.state()
+        return NO_ENGINE if card is None else card.thread.state()
 
-    def progress(self) -> tuple[int, int, int]:
-        """Steps of the engine, tokens of these, rows in its slots; may be asked for at any time."""
+    def progress(self) -> tuple[int, int, EngineState]:
+        """Steps of the engine, tokens of these, how it stands; may be asked for at any time."""
         card = self._opened
         if card is None:
-            return 0, 0, 0
+            return 0, 0, NO_ENGINE
         work = card.thread.measurement()
         num_tokens = work.decode_tokens + len(work.ttft)  # prefill gives each row its first
         num_steps = work.prefill_steps + work.decode_steps
-        return num_steps, num_tokens, len(card.thread.engine.batcher.running)
+        return num_steps, num_tokens, card.thread.state()
 
     def measurement(self) -> Measurement:
         """All work since `open`; may be asked for while answers are being made."""

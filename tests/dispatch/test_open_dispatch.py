@@ -34,7 +34,6 @@ from qaic_ray.dispatch.dispatcher import (
     ShardFinished,
     TimePassed,
     WorkerLost,
-    WorkerProgress,
     WorkerReady,
 )
 from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
@@ -178,8 +177,8 @@ class Online(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.opening)))
         self.opening.discard(name)
         self.cards[name] = Slots(self.slots[name])
+        # Its steps are never told, so that none is ever stalled.
         self.tell(WorkerReady(name, self.slots[name], self.lives[name]))
-        self.tell(WorkerProgress(name, 0, self.lives[name]))
 
     @precondition(lambda self: self.to_read)
     @rule(
