@@ -42,6 +42,7 @@ __all__ = [
     "RequestOutputKind",
     "RunSummary",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
     "Unfinished",
@@ -62,7 +63,7 @@ _ROOMS = {
         *("CompletionOutput", "GenerationError", "Logprob", "RequestMetrics", "RequestOutput"),
     ),
     "api.prompts": ("PromptType", "TextPrompt", "TokensPrompt"),
-    "api.sampling": ("RequestOutputKind", "SamplingParams"),
+    "api.sampling": ("RequestOutputKind", "SamplingParams", "StructuredOutputsParams"),
     "cluster.ray_data": ("CardPredictor",),
     "data": ("QAICEngineProcessorConfig", "build_processor"),
     "errors": (

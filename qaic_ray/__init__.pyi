@@ -12,7 +12,7 @@ from qaic_ray.api.outputs import (
     RequestOutput,
 )
 from qaic_ray.api.prompts import PromptType, TextPrompt, TokensPrompt
-from qaic_ray.api.sampling import RequestOutputKind, SamplingParams
+from qaic_ray.api.sampling import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from qaic_ray.cluster.ray_data import CardPredictor
 from qaic_ray.data import QAICEngineProcessorConfig, build_processor
 from qaic_ray.errors import (
@@ -62,6 +62,7 @@ __all__ = [
     "RequestOutputKind",
     "RunSummary",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
     "Unfinished",

@@ -26,16 +26,7 @@ class RequestOutputKind(Enum):
     FINAL_ONLY = 2
 
 
-_REFUSED = (
-    *("prompt_logprobs", "skip_special_tokens", "structured_outputs", "guided_decoding"),
-    *(
-        "logit_bias",
-        "allowed_token_ids",
-        "bad_words",
-        "logits_processors",
-        "truncate_prompt_tokens",
-    ),
-)
+_REFUSED = ("guided_decoding", "logits_processors", "truncate_prompt_tokens")
 _NEUTRAL_ELSEWHERE: dict[str, tuple[object, ...]] = {
     "flat_logprobs": (False,),
     "logprob_token_ids": (),
@@ -44,6 +35,34 @@ _NEUTRAL_ELSEWHERE: dict[str, tuple[object, ...]] = {
     "extra_args": ({},),
 }
 """Parameters of vLLM alone that change the answer, and their values that do not."""
+
+
+@dataclass
+class StructuredOutputsParams:
+    """The form of an answer, in vLLM's names: exactly one of the first five is given.
+
+    Attributes:
+        json: a JSON schema, as an object or its text.
+        regex: of the whole answer.
+        choice: texts, one of which is the answer.
+        grammar: in Lark or GBNF.
+        json_object: any JSON object.
+        disable_any_whitespace: no white space between the tokens of JSON.
+        whitespace_pattern: a regex of the white space that may be there.
+        disable_fallback: changes nothing.
+        disable_additional_properties, structural_tag: refused, unless they change nothing.
+    """
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_fallback: bool = False
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+    structural_tag: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -77,6 +96,12 @@ class VllmSampling:
     include_stop_str_in_output: bool = False
     detokenize: bool = True
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | dict[str, Any] | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    skip_special_tokens: bool = True
 
     # They change nothing here.
     spaces_between_special_tokens: bool = True
@@ -84,13 +109,7 @@ class VllmSampling:
     skip_reading_prefix_cache: bool | None = None
 
     # They are refused, unless they change nothing.
-    prompt_logprobs: int | None = None
-    skip_special_tokens: bool = True
-    structured_outputs: Any = None
     guided_decoding: Any = None
-    logit_bias: dict[int, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
     logits_processors: list[Any] | None = None
     truncate_prompt_tokens: int | None = None
     flat_logprobs: bool = False
@@ -140,9 +159,21 @@ class VllmSampling:
                 include_stop_str_in_output=self.include_stop_str_in_output,
                 ignore_eos=self.ignore_eos,
                 logprobs=_whole(self.logprobs),
-            )
+                prompt_logprobs=_whole(self.prompt_logprobs),
+                allowed_token_ids=_ids(self.allowed_token_ids),
+                bad_words=_texts(self.bad_words),
+                skip_special_tokens=self.skip_special_tokens,
+            ).updated(self._documents())
         except RowError as error:
             raise ParameterError(str(error)) from error
+
+    def _documents(self) -> dict[str, Any]:
+        """What a run reads as a JSON object has it."""
+        form = self.structured_outputs
+        if isinstance(form, StructuredOutputsParams):
+            form = {**vars(form)}
+        biases = {_whole(token): _real(bias) for token, bias in (self.logit_bias or {}).items()}
+        return {"structured_outputs": form, "logit_bias": biases}
 
     def _says(self, name: str) -> bool:
         return bool(getattr(self, name) != getattr(type(self), name))
@@ -166,6 +197,10 @@ def _whole(value: Any) -> Any:
 
 def _real(value: Any) -> Any:
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
+
+
+def _ids(value: Any) -> Any:
+    return None if value is None else tuple(_whole(token) for token in value)
 
 
 def _texts(value: Any) -> Any:

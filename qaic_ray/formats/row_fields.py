@@ -61,6 +61,17 @@ _OTHER_NAMES = {
 ALIASES = {other: ours for ours, others in _OTHER_NAMES.items() for other in others}
 """Other programs' names for fields of ours."""
 
+STRUCTURED = {
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "guided_json": "json",
+    "guided_json_object": "json_object",
+    "guided_regex": "regex",
+}
+"""vLLM's former names, each of a kind of `structured_outputs`."""
+RESPONSE_FORMAT = "response_format"
+"""The OpenAI interface's name."""
+
 UNLIMITED = ("n_predict", "num_predict")
 """Names under which a negative number means: until the context is full."""
 
@@ -98,10 +109,6 @@ NO_EFFECT = frozenset({
     "early_stopping", "mirostat_eta", "mirostat_tau", "smoothing_curve", "xtc_threshold",
 })  # fmt: skip
 """Fields that change no answer; they are ignored."""
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, Number) and not isinstance(value, bool)
 
 
 def _list_of(kind: type) -> Callable[[object], bool]:
@@ -161,7 +168,9 @@ def _off(*neutral: object, instead: str = NotOffered.instead) -> NotOffered:
     return NotOffered(instead, neutral, Number)
 
 
-_FREE_FORM = "answers are free text: leave it out"
+_AS_GRAMMAR = 'write "structured_outputs": {"grammar": ...}'
+_AS_SCHEMA = 'write "structured_outputs": {"json": ...}'
+_AS_STRUCTURED = 'write "structured_outputs"'
 _ONE_PATH = "answers are drawn, not searched for: leave it out"
 _TEXT_ONLY = "only text can be answered"
 _AS_PROMPT = 'give the text as "prompt"'
@@ -173,16 +182,14 @@ _AS_KWARGS = 'write "chat_template_kwargs": {"enable_thinking": ...}'
 _SHOWN_BESIDE = "a row has its prompt beside its text: leave it out"
 
 _BY_REASON: dict[str, tuple[str, ...]] = {
-    _FREE_FORM: (
-        *("grammar", "grammar_string", "guided_choice", "guided_decoding", "guided_grammar"),
-        *("guided_json", "guided_regex", "json_schema", "structural_tag", "structured_outputs"),
-        "ebnf",
-    ),
+    _AS_GRAMMAR: ("ebnf", "grammar", "grammar_string"),
+    _AS_SCHEMA: ("json_schema",),
+    _AS_STRUCTURED: ("guided_decoding", "guided_whitespace_pattern", "structural_tag"),
     NotOffered.instead: (
-        *("allowed_token_ids", "ban_eos_token", "bad_words", "bad_words_ids"),
+        *("ban_eos_token", "bad_words_ids"),
         *("begin_suppress_tokens", "control_vectors", "custom_logit_processor", "custom_params"),
         *("custom_token_bans", "eos_token_id", "exponential_decay_length_penalty"),
-        *("force_words_ids", "forced_bos_token_id", "forced_eos_token_id", "logit_bias"),
+        *("force_words_ids", "forced_bos_token_id", "forced_eos_token_id"),
         *("logits_processor", "logits_processors", "negative_prompt", "penalize_nl"),
         *("sampler_order", "sampler_priority", "samplers", "sequence_bias", "suppress_tokens"),
         *("temperature_last", "token_healing", "truncate", "truncate_prompt_tokens"),
@@ -235,16 +242,12 @@ NOT_OFFERED: dict[str, NotOffered] = {
         _off(0, instead='no answer ends by the clock: write "max_tokens"'),
     ),
     "min_length": _off(0, instead='it counts the prompt too: write "min_tokens" for the answer'),
-    "skip_special_tokens": NotOffered(
-        "special tokens are not shown, token_ids has them: leave it out", (True,), bool
-    ),
     "clean_up_tokenization_spaces": NotOffered(meant=bool),
     "stream": NotOffered("a batch is answered in one piece: leave it out", meant=bool),
     "suffix": NotOffered("an answer only follows its prompt: leave it out", meant=str),
     # Probabilities.
     "decoder_input_details": NotOffered('write "logprobs": 0', meant=bool),
-    "logprob_start_len": _off(-1, instead='write "logprobs" for those of the answer'),
-    "prompt_logprobs": NotOffered('write "logprobs" for those of the answer', (), _is_count),
+    "logprob_start_len": _off(-1, instead='write "prompt_logprobs" for those of the prompt'),
     "return_logprob": NotOffered('write "logprobs": 0', meant=bool),
     "return_tokens_as_token_ids": NotOffered(meant=bool),
     "top_logprobs_num": _off(0, instead='write "logprobs"'),
@@ -263,17 +266,18 @@ NOT_OFFERED: dict[str, NotOffered] = {
     **dict.fromkeys(("think", "thinking"), NotOffered(_AS_KWARGS, (), _is_thinking)),
     "verbosity": NotOffered(neutral=("medium", ""), meant=_is_effort),
     # Forms of answers.
-    "format": NotOffered(_FREE_FORM, meant=_is_json_format),
+    "format": NotOffered('write "response_format"', meant=_is_json_format),
     "modalities": NotOffered(_TEXT_ONLY, ([], ["text"]), list),
     "parallel_tool_calls": NotOffered(_NO_TOOLS, (False, True)),
-    "response_format": NotOffered(_FREE_FORM, ({}, {"type": "text"})),
     "tool_choice": NotOffered(_NO_TOOLS, ("auto", "none", "")),
 }
 """Fields that are refused by name."""
 
-SPECIAL = frozenset({"add_special_tokens", "best_of", "do_sample", "top_logprobs"})
+SPECIAL = frozenset({
+    "add_special_tokens", "best_of", "do_sample", "top_logprobs", RESPONSE_FORMAT, *STRUCTURED,
+})  # fmt: skip
 PROMPT = frozenset({"prompt", "messages"})
-_NAMES = (*FIELDS, *ALIASES, *CHAT)
+_NAMES = (*FIELDS, *ALIASES, *CHAT, *STRUCTURED, RESPONSE_FORMAT)
 _KNOWN = frozenset({*_NAMES, *SPECIAL, *NESTED, *MAYBE_NESTED, *NOT_OFFERED})
 
 

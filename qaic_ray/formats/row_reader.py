@@ -14,6 +14,8 @@ from qaic_ray.formats import lines, row_fields
 from qaic_ray.formats.row_fields import Document, as_type, check_unicode, json_type, not_offered
 from qaic_ray.rows import ROW_ALONE, ChatOptions, ErrorClass, Message, Prompt, Row
 from qaic_ray.sampling_params import FIELDS, MAX_NAME_CHARS, SamplingParams
+from qaic_ray.sampling_params.structured_outputs import FIELD as STRUCTURED
+from qaic_ray.sampling_params.structured_outputs import document_of_response_format
 
 DEFAULT_CHAT = ChatOptions()
 """What holds where neither the run nor the row says anything."""
@@ -279,6 +281,24 @@ def _settle_others(asked: Asked, *, is_chat: bool) -> None:
         raise not_offered("add_special_tokens", adds_special, instead)
     if as_type(bool, '"do_sample"', asked.others.get("do_sample", True)) is False:
         asked.sampling["temperature"] = 0.0
+    _settle_form(asked)
+
+
+def _settle_form(asked: Asked) -> None:
+    """Make `structured_outputs` of other programs' names for the form of an answer."""
+    documents: dict[str, Any] = {
+        name: {kind: asked.others[name]}
+        for name, kind in row_fields.STRUCTURED.items()
+        if asked.others.get(name) not in (None, "", False, [])
+    }
+    name = row_fields.RESPONSE_FORMAT
+    if (document := document_of_response_format(asked.others.get(name))) is not None:
+        documents[name] = document
+    said = [*documents, *([STRUCTURED] if STRUCTURED in asked.sampling else [])]
+    if len(said) > 1:
+        raise RowError(f"{' and '.join(said)} all say the form of the answer: give one of them.")
+    for name, document in documents.items():
+        asked.sampling[STRUCTURED], asked.names[STRUCTURED] = document, name
 
 
 def _settle_logprobs(asked: Asked) -> None:

@@ -20,6 +20,7 @@ from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.options import Generation
 from qaic_ray.rows import ChatOptions, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
+from qaic_ray.sampling_params.structured_outputs import StructuredOutputs
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 if TYPE_CHECKING:
@@ -124,6 +125,8 @@ _DEFAULTS = vars(SamplingParams())
 def _plain(value: object) -> dict[str, Any]:
     if isinstance(value, SamplingParams):
         return {key: v for key, v in vars(value).items() if v != _DEFAULTS[key]}
+    if isinstance(value, StructuredOutputs):
+        return value.document()
     if isinstance(value, ChatOptions):
         return vars(value)
     if isinstance(value, Mapping):

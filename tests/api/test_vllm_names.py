@@ -17,11 +17,12 @@ from qaic_ray.api.prompts import (
     paired,
     prompt_list,
 )
-from qaic_ray.api.sampling import RequestOutputKind, SamplingParams
+from qaic_ray.api.sampling import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from qaic_ray.api.settings import NO_EFFECT, LlmSettings
 from qaic_ray.errors import ParameterError, UsageError
 from qaic_ray.option_types import Precision
 from qaic_ray.sampling_params import SamplingParams as RunParams
+from qaic_ray.sampling_params.structured_outputs import StructuredOutputs
 
 VLLM_DEFAULTS = {
     "n": 1,
@@ -70,6 +71,29 @@ def test_parameters_are_those_of_a_run() -> None:
     assert SamplingParams().to_run() == RunParams(temperature=1.0, max_tokens=16)
 
 
+def test_limits_of_an_answer_are_those_of_a_run() -> None:
+    params = SamplingParams(
+        structured_outputs=StructuredOutputsParams(choice=["a", "b"]),
+        logit_bias={np.int64(7): np.float32(2), 3: -100},
+        allowed_token_ids=[np.int64(4), 5],
+        bad_words=["no"],
+        prompt_logprobs=3,
+        max_tokens=None,
+    )
+    assert params.to_run() == RunParams(
+        temperature=1.0,
+        structured_outputs=StructuredOutputs(choice=("a", "b")),
+        logit_bias=((3, -100.0), (7, 2.0)),
+        allowed_token_ids=(4, 5),
+        bad_words=("no",),
+        prompt_logprobs=3,
+    )
+    assert pickle.loads(pickle.dumps(params)) == params.clone()
+    schema = {"type": "object"}
+    of_object = SamplingParams(structured_outputs=StructuredOutputsParams(json=schema)).to_run()
+    assert of_object == SamplingParams(structured_outputs={"json": schema}).to_run()
+
+
 def test_numbers_of_other_libraries_are_numbers() -> None:
     params = SamplingParams(temperature=np.float32(0.5), max_tokens=np.int64(3), top_p=1)
     assert params.to_run() == RunParams(temperature=0.5, max_tokens=3)
@@ -104,12 +128,16 @@ def test_it_shows_what_is_not_the_default() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"prompt_logprobs": 3}, '"prompt_logprobs" is not offered'),
-        ({"skip_special_tokens": False}, '"skip_special_tokens" is not offered'),
-        ({"bad_words": ["no"]}, '"bad_words" is not offered'),
-        ({"logit_bias": {1: 2.0}}, '"logit_bias" is not offered'),
-        ({"allowed_token_ids": [1]}, '"allowed_token_ids" is not offered'),
-        ({"structured_outputs": object()}, '"structured_outputs" is not offered'),
+        ({"structured_outputs": object()}, "structured_outputs is .*; allowed is an object"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex cannot be followed"),
+        (
+            {"structured_outputs": StructuredOutputsParams(structural_tag="x")},
+            "structural_tag is not offered",
+        ),
+        ({"structured_outputs": StructuredOutputsParams()}, "has none of its kinds"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs is -1; allowed"),
+        ({"logit_bias": {1: 101.0}}, "logit_bias is .*; allowed"),
+        ({"allowed_token_ids": []}, "allowed_token_ids is .*; allowed"),
         ({"guided_decoding": object()}, '"guided_decoding" is not offered'),
         ({"truncate_prompt_tokens": 5}, '"truncate_prompt_tokens" is not offered'),
         ({"flat_logprobs": True}, '"flat_logprobs" is not offered'),
@@ -137,7 +165,7 @@ def test_what_changes_the_answer_and_is_not_offered_is_refused_by_its_name(
 @pytest.mark.parametrize(
     "given",
     [
-        {"prompt_logprobs": None, "skip_special_tokens": True, "bad_words": [], "logit_bias": {}},
+        {"prompt_logprobs": None, "bad_words": [], "logit_bias": {}},
         {"best_of": 1, "extra_args": {}, "thinking_token_budget": -1, "stream_interval": 4},
         {"spaces_between_special_tokens": False, "detokenize": False},
     ],

@@ -281,6 +281,12 @@ run:
     include_stop_str_in_output: true
     ignore_eos: true
     logprobs: 5
+    prompt_logprobs: 2
+    structured_outputs: {choice: ["yes", "no"]}
+    logit_bias: {"198": -100.0, "13": 2.5}
+    allowed_token_ids: [13, 198]
+    bad_words: [never]
+    skip_special_tokens: false
   seed: 8
   chat: true
   system: Be brief.

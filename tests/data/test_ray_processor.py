@@ -190,7 +190,7 @@ def test_errors_are_rows_that_go_past_postprocess_where_that_is_wanted() -> None
     [
         ({"prompt": "bad"}, "It is bad. With should_continue_on_error"),
         ({"prompt": "a", "sampling_params": {"temprature": 1.0}}, "temprature"),
-        ({"prompt": "a", "sampling_params": {"structured_outputs": {"json": "{}"}}}, "structured"),
+        ({"prompt": "a", "sampling_params": {"structured_outputs": {"json": "{"}}}, "structured"),
         ({"tokenized_prompt": [1, 2]}, 'no "prompt" and no "messages"'),
         ({"prompt": "a", "multimodal_data": {"image": [1]}}, "only text can be answered"),
         ({"question": "a"}, "prompt"),

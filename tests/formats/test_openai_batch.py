@@ -58,7 +58,8 @@ def test_a_chat_completion_is_a_conversation() -> None:
         ({"presence_penalty": 1, "frequency_penalty": -1}, None),
         ({"top_k": 5, "min_p": 0.1}, {"top_k": 5, "min_p": 0.1}),
         ({"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "flex"}, {}),
-        ({"stream": False, "logit_bias": {}, "tools": [], "tool_choice": "auto"}, {}),
+        ({"stream": False, "tools": [], "tool_choice": "auto"}, {}),
+        ({"logit_bias": {"7": -100}}, {"logit_bias": ((7, -100.0),)}),
         ({"response_format": {"type": "text"}, "best_of": 1, "echo": False, "suffix": None}, {}),
     ],
 )

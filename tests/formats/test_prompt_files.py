@@ -193,7 +193,7 @@ JSONL_KINDS = [
     (b'{"prompt": "a", "seed": -1}', "seed is -1"),
     (b'{"prompt": "a", "stop": [""]}', "stop is ('',)"),
     (b'{"prompt": "a", "temprature": 1}', 'Unknown sampling field "temprature"'),
-    (b'{"prompt": "a", "logit_bias": {"1": 1}}', '"logit_bias" is not offered'),
+    (b'{"prompt": "a", "logit_bias": {"1": 101}}', "logit_bias is ((1, 101"),
 ]
 
 
@@ -231,10 +231,10 @@ REQUEST_KINDS = [
     (asking(b'"model": 4'), '"model" is a number'),
     (asking(b'"model": "other"'), '"model" is "other", and that of the lines before is "mine"'),
     (asking(b'"stream": true'), '"stream" is not offered'),
-    (asking(b'"logit_bias": {"50256": -100}'), '"logit_bias" is not offered'),
+    (asking(b'"logit_bias": {"50256": -101}'), "logit_bias is ((50256, -101"),
     (asking(b'"tools": [{}]'), '"tools" is not offered'),
     (asking(b'"best_of": 2'), '"best_of" is not offered'),
-    (asking(b'"response_format": {"type": "json_object"}'), '"response_format" is not offered'),
+    (asking(b'"response_format": {"type": "xml"}'), "response_format is an object"),
     (asking(b'"reasoning_effort": "low"'), '"reasoning_effort" is not offered'),
     (asking(b'"temprature": 1'), 'Unknown sampling field "temprature"'),
     (asking(b'"logprobs": 3'), '"logprobs" is a number, not true or false'),

@@ -24,6 +24,8 @@ from qaic_ray.formats.row_fields import (
     NESTED,
     NO_EFFECT,
     NOT_OFFERED,
+    RESPONSE_FORMAT,
+    STRUCTURED,
     mistake,
 )
 from qaic_ray.formats.row_reader import Draft, OwnFields, read_fields
@@ -187,18 +189,93 @@ def test_a_templates_variables_are_no_deeper_than_a_process_can_pass_on() -> Non
     assert "nested more than 32 levels deep" in error({"chat_template_kwargs": kwargs})
 
 
+# -- the form of an answer
+
+OBJECT = {"type": "object"}
+FORMS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"structured_outputs": {"json": OBJECT}}, {"json": OBJECT}),
+    ({"guided_json": OBJECT}, {"json": OBJECT}),
+    ({"guided_json": json.dumps(OBJECT)}, {"json": OBJECT}),
+    ({"guided_json_object": True}, {"json_object": True}),
+    ({"guided_regex": "a+"}, {"regex": "a+"}),
+    ({"guided_choice": ["a", "b"]}, {"choice": ["a", "b"]}),
+    ({"guided_grammar": 'start: "a"'}, {"grammar": 'start: "a"'}),
+    ({"extra_body": {"guided_regex": "a+"}}, {"regex": "a+"}),
+    ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": OBJECT}}},
+        {"json": OBJECT},
+    ),
+    ({"guided_regex": "a+", "guided_json": None, "guided_choice": []}, {"regex": "a+"}),
+    ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "text"}}, {"regex": "a"}),
+]
+
+
+@pytest.mark.parametrize(("fields", "document"), FORMS)
+def test_the_form_of_an_answer_in_every_programs_words(
+    fields: dict[str, Any], document: dict[str, Any]
+) -> None:
+    params = sampling(fields)
+    assert params is not None
+    assert params.structured_outputs is not None
+    assert params.structured_outputs.document() == document
+    assert params.temperature == RUN.temperature
+
+
+def test_response_format_text_asks_for_nothing() -> None:
+    assert sampling({"response_format": {"type": "text"}}) is None
+    assert sampling({"response_format": {}}) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"guided_regex": "("}, "structured_outputs.regex cannot be followed: unclosed group."),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice and guided_regex all say"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "response_format and structured_outputs all say the form of the answer: give one",
+        ),
+        ({"response_format": {"type": "grammar"}}, "response_format is an object"),
+        ({"response_format": "json"}, "response_format is 'json'; allowed"),
+        ({"structured_outputs": "json"}, "structured_outputs is 'json'; allowed"),
+    ],
+)
+def test_a_form_that_cannot_be_is_the_rows_error(fields: dict[str, Any], words: str) -> None:
+    assert words in error(fields)
+
+
+def test_limits_of_tokens_are_read() -> None:
+    params = sampling(
+        {
+            "logit_bias": {"5": -1, "3": 100},
+            "bad_words": ["x"],
+            "allowed_token_ids": [3, 5],
+            "prompt_logprobs": 2,
+        }
+    )
+    assert params == SamplingParams(
+        temperature=0.5,
+        max_tokens=9,
+        logit_bias=((3, 100.0), (5, -1.0)),
+        bad_words=("x",),
+        allowed_token_ids=(3, 5),
+        prompt_logprobs=2,
+    )
+
+
 # -- refused by name, and what asks for nothing
 
 CHANGES = {
-    "num_beams": 4, "use_beam_search": True, "guided_json": {"type": "object"},
-    "structured_outputs": {"json": {}}, "response_format": {"type": "json_object"},
-    "grammar": "x", "json_schema": {"a": 1}, "prompt_logprobs": 0, "max_length": 5,
+    "num_beams": 4, "use_beam_search": True, "guided_decoding": {"json": {}},
+    "structural_tag": "x", "ebnf": "x", "guided_whitespace_pattern": "x",
+    "grammar": "x", "json_schema": {"a": 1}, "max_length": 5,
     "typical_p": 0.5, "mirostat": 2, "tfs_z": 0.5, "dry_multiplier": 0.8, "xtc_probability": 0.5,
-    "no_repeat_ngram_size": 3, "length_penalty": 2.0, "bad_words": ["x"],
-    "allowed_token_ids": [1], "logits_processors": ["x"], "truncate_prompt_tokens": 5,
+    "no_repeat_ngram_size": 3, "length_penalty": 2.0, "bad_words_ids": [[1]],
+    "logits_processors": ["x"], "truncate_prompt_tokens": 5,
     "image": "a.png", "images": ["a"], "input_ids": [1, 2], "prompt_token_ids": [1],
     "suffix": "x", "lora": "x", "adapter_id": "x", "echo": True, "stream": True,
-    "skip_special_tokens": False, "add_special_tokens": False, "logit_bias": {"1": 5},
+    "add_special_tokens": False, "sequence_bias": {"1": 5},
     "best_of": 2, "tools": [{}], "tool_choice": "required", "format": "json",
     "system": "Be brief.", "template": "{{ .Prompt }}", "raw": True, "context": [1, 2],
     "think": True, "enable_thinking": False, "reasoning_effort": "low", "watermark": True,
@@ -209,8 +286,8 @@ NOTHING = {
     "num_beams": 1, "use_beam_search": False, "response_format": {"type": "text"},
     "typical_p": 1.0, "mirostat": 0, "mirostat_tau": 5, "tfs_z": 1, "dry_multiplier": 0,
     "dry_base": 1.75, "xtc_probability": 0, "xtc_threshold": 0.1, "no_repeat_ngram_size": 0,
-    "length_penalty": 1.0, "bad_words": [], "suffix": "", "echo": False, "stream": False,
-    "skip_special_tokens": True, "add_special_tokens": True, "logit_bias": {}, "best_of": 1,
+    "length_penalty": 1.0, "structured_outputs": None, "suffix": "", "echo": False, "stream": False,
+    "add_special_tokens": True, "guided_json": None, "best_of": 1,
     "tools": [], "tool_choice": "auto", "keep_alive": "5m", "user": "me", "metadata": {"a": 1},
     "model": "m", "use_cache": True, "pad_token_id": 0, "watermark": False, "num_ctx": 4096,
     "return_full_text": False, "guidance_scale": 1, "prompt_logprobs": None, "detokenize": True,
@@ -259,7 +336,7 @@ def test_what_begins_a_conversation_is_the_templates_matter() -> None:
 
 def test_no_name_is_in_two_lists_and_none_is_taken_for_a_mistake() -> None:
     lists = [set(FIELDS), set(ALIASES), set(CHAT), NESTED, MAYBE_NESTED, NO_EFFECT]
-    lists.append(set(NOT_OFFERED))
+    lists += [set(NOT_OFFERED), {*STRUCTURED, RESPONSE_FORMAT}]
     names = [name for some in lists for name in some]
     assert len(names) == len(set(names))
     assert [name for name in names if mistake(name)] == []
@@ -291,7 +368,8 @@ def test_values_of_a_table_that_are_texts_are_read_as_numbers() -> None:
 # -- every door, whatever comes
 
 NAMES = st.sampled_from([
-    *FIELDS, *ALIASES, *CHAT, *NESTED, *MAYBE_NESTED, *NOT_OFFERED, "prompt", "messages", "id",
+    *FIELDS, *ALIASES, *CHAT, *NESTED, *MAYBE_NESTED, *NOT_OFFERED, *STRUCTURED,
+    RESPONSE_FORMAT, "prompt", "messages", "id",
     "custom_id", "body", "method", "url", "do_sample", "top_logprobs", "add_special_tokens",
 ])  # fmt: skip
 TEXTS = st.text(max_size=8) | st.sampled_from(["\ud800", "x" * 5000, "user", "POST", "text", "1"])

@@ -10,6 +10,7 @@ import pytest
 
 from qaic_ray.errors import RowError
 from qaic_ray.sampling_params import FIELDS, SamplingParams, TokenLogprob
+from qaic_ray.sampling_params.structured_outputs import StructuredOutputs
 
 
 def test_nothing_asked_for_is_plain_greedy() -> None:
@@ -28,6 +29,10 @@ def test_nothing_asked_for_is_plain_greedy() -> None:
         {"min_tokens": 1},
         {"logprobs": 0},
         {"temperature": 1e-5},
+        {"structured_outputs": StructuredOutputs(regex="a")},
+        {"logit_bias": ((3, 1.0),)},
+        {"allowed_token_ids": (3,)},
+        {"bad_words": ("x",)},
     ],
 )
 def test_what_needs_more_than_an_argmax_is_not_plain(fields: dict[str, Any]) -> None:
@@ -83,6 +88,18 @@ def test_what_changes_no_choice_is_plain(fields: dict[str, Any]) -> None:
         ("logprobs", -1),
         ("logprobs", 21),
         ("logprobs", True),
+        ("prompt_logprobs", -1),
+        ("prompt_logprobs", 21),
+        ("structured_outputs", "[a-z]"),
+        ("logit_bias", ((3, 100.5),)),
+        ("logit_bias", ((3, math.nan),)),
+        ("logit_bias", ((-1, 1.0),)),
+        ("logit_bias", ((3, "1"),)),
+        ("allowed_token_ids", ()),
+        ("allowed_token_ids", (-1,)),
+        ("bad_words", ("",)),
+        ("skip_special_tokens", 1),
+        ("bad_words", (3,)),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_its_field_and_what_is_allowed(
@@ -109,6 +126,10 @@ HUGE = 10**400
         ("stop", ("a" * 4096, "b")),
         ("stop", "a" * 1_000_000),
         ("stop", ("\ud800",)),
+        ("logit_bias", ((HUGE, 1.0),)),
+        ("logit_bias", tuple((token, 1.0) for token in range(1025))),
+        ("allowed_token_ids", ("x",) * 1_000_000),
+        ("bad_words", ("a",) * 1025),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -195,3 +216,23 @@ def test_parameters_and_logprobs_cross_processes() -> None:
         TokenLogprob(3, -0.5, ((3, -0.5),)),
     ):
         assert pickle.loads(pickle.dumps(value)) == value
+
+
+@pytest.mark.parametrize(
+    ("written", "pairs"),
+    [
+        ({"198": -100, "13": 2.5}, ((13, 2.5), (198, -100.0))),
+        ({198: -100.0, 13: 2.5}, ((13, 2.5), (198, -100.0))),
+        ([[198, -100], [13, 2.5]], ((13, 2.5), (198, -100.0))),
+        ({}, ()),
+        (None, ()),
+    ],
+)
+def test_biases_are_read_as_each_program_writes_them(written: Any, pairs: Any) -> None:
+    assert SamplingParams().updated({"logit_bias": written}).logit_bias == pairs
+
+
+@pytest.mark.parametrize("written", [{"x": 1}, {"1": 1, " 1": 2}, [1], [[1, 2, 3]], {"1": None}, 5])
+def test_biases_that_are_none_are_refused(written: Any) -> None:
+    with pytest.raises(RowError, match=r"logit_bias is .*; allowed is an object of up to 1024"):
+        SamplingParams().updated({"logit_bias": written})

@@ -27,6 +27,8 @@ from pydantic.dataclasses import dataclass
 from qaic_ray.errors import RowError
 from qaic_ray.files.documents import shown
 from qaic_ray.option_types import opt, options_of
+from qaic_ray.sampling_params.structured_outputs import FIELD as STRUCTURED
+from qaic_ray.sampling_params.structured_outputs import StructuredOutputs
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this mean greedy (vLLM's threshold): dividing by them is meaningless."""
@@ -42,11 +44,17 @@ MAX_STOPS = 64
 MAX_STOP_CHARS = 4096
 """Of all stop texts of a row together."""
 MAX_STOP_IDS = 1024
+MAX_BIASES = 1024
+"""Tokens whose logits a row may move."""
+MAX_BIAS = 100.0
+MAX_BAD_WORDS = 1024
+MAX_ALLOWED_IDS = 2**18
 
 _INT32_MAX = 2**31 - 1
 
 _Count = Annotated[int, Field(ge=1, le=_INT32_MAX)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
+_Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
 _StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 _TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]
 
@@ -59,8 +67,9 @@ ANSWER_END = "Where an answer ends"
 class SamplingParams:
     """How the tokens of one row are chosen and where the row ends. The defaults are greedy.
 
-    Order of application (vLLM's): repetition, frequency and presence penalty, `min_tokens`,
-    temperature, `min_p`, `top_k`, `top_p`, one draw.
+    Order of application (vLLM's): `structured_outputs`, `allowed_token_ids` and `bad_words`,
+    `logit_bias`, repetition, frequency and presence penalty, `min_tokens`, temperature, `min_p`,
+    `top_k`, `top_p`, one draw.
 
     Raises:
         RowError: for a value that is of the wrong type or out of its range, naming the field.
@@ -151,6 +160,45 @@ class SamplingParams:
         ge=0,
         le=MAX_LOGPROBS,
     )
+    prompt_logprobs: int | None = opt(
+        None,
+        "Give each prompt token's logprob, and those of so many likeliest ones; of a QPC that "
+        "keeps a prompt's logits (export.logits: all).",
+        flag=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+    )
+    structured_outputs: InstanceOf[StructuredOutputs] | None = opt(
+        None,
+        "The form of an answer: one of json (a schema), json_object, regex, choice, grammar.",
+        flag=None,
+        example='{"regex": "yes|no"}',
+        allowed='an object like {"regex": "yes|no"}',
+    )
+    logit_bias: Annotated[tuple[tuple[_TokenId, _Bias], ...], FailFast()] = opt(
+        (),
+        "Added to the logits of tokens.",
+        flag=None,
+        example='{"198": -100}',
+        max_length=MAX_BIASES,
+        allowed=f"an object of up to {MAX_BIASES} token ids with a number from -100 to 100 each",
+    )
+    allowed_token_ids: tuple[_TokenId, ...] | None = opt(
+        None,
+        "No other token is chosen.",
+        flag=None,
+        min_length=1,
+        max_length=MAX_ALLOWED_IDS,
+        allowed=f"a list of 1 to {MAX_ALLOWED_IDS} token ids",
+    )
+    bad_words: Annotated[tuple[_StopText, ...], FailFast()] = opt(
+        (),
+        "Texts that an answer must not have, as the tokenizer writes them.",
+        flag=None,
+        max_length=MAX_BAD_WORDS,
+        allowed=f"a list of up to {MAX_BAD_WORDS} texts, none of them empty",
+    )
+    skip_special_tokens: bool = opt(True, "Leave special tokens out of the text.", flag=None)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -193,16 +241,24 @@ class SamplingParams:
         return penalties != (1.0, 0.0, 0.0)
 
     @property
+    def has_limits(self) -> bool:
+        """Whether some tokens may not be chosen, or have their logits moved, whatever came."""
+        limits = self.structured_outputs, self.logit_bias, self.allowed_token_ids, self.bad_words
+        return limits != (None, (), None, ())
+
+    @property
     def is_plain(self) -> bool:
         """Whether the argmax of the raw logits, and nothing else, answers the row."""
         is_argmax = self.is_greedy and not self.has_penalties and not self.min_tokens
-        return is_argmax and self.logprobs is None
+        return is_argmax and self.logprobs is None and not self.has_limits
 
     def updated(self, json_fields: Mapping[str, Any]) -> SamplingParams:
         """These parameters with the fields of a JSON object in place of its own.
 
         `stop` may be one string, `max_completion_tokens` is another name of `max_tokens`, and null
-        is a value only where None is (and an empty list for `stop` and `stop_token_ids`).
+        is a value only where None is (and nothing for `stop`, `stop_token_ids`, `bad_words` and
+        `logit_bias`). `structured_outputs` is an object as vLLM takes it, `logit_bias` one
+        of token ids.
 
         Raises:
             RowError: for an unknown field, or as on construction.
@@ -217,9 +273,15 @@ class SamplingParams:
             other = changes.pop(_OTHER_NAME)
             if changes.setdefault("max_tokens", other) != other:
                 raise RowError(f"max_tokens and {_OTHER_NAME} are the same: give one of them.")
-        for name in ("stop", "stop_token_ids"):
+        for name in ("stop", "stop_token_ids", "bad_words"):
             if name in changes:
                 changes[name] = _as_tuple(changes[name])
+        if isinstance(changes.get("allowed_token_ids"), list):
+            changes["allowed_token_ids"] = tuple(changes["allowed_token_ids"])
+        if "logit_bias" in changes:
+            changes["logit_bias"] = _as_biases(changes["logit_bias"])
+        if STRUCTURED in changes:
+            changes[STRUCTURED] = StructuredOutputs.read(changes[STRUCTURED])
         return replace(self, **changes)
 
 
@@ -250,6 +312,9 @@ def _of_document(value: Any) -> Any:
 def _document(params: SamplingParams) -> dict[str, Any]:
     fields = {key: list(v) if isinstance(v, tuple) else v for key, v in vars(params).items()}
     del fields["max_tokens"]
+    fields["logit_bias"] = {str(token): bias for token, bias in params.logit_bias}
+    if params.structured_outputs is not None:
+        fields[STRUCTURED] = params.structured_outputs.document()
     return fields
 
 
@@ -278,6 +343,21 @@ def _as_tuple(value: Any) -> Any:
     if isinstance(value, str):
         return (value,)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _as_biases(value: Any) -> Any:
+    """Pairs of token and bias by rising id, of an object (of texts, in JSON) or a list."""
+    if value is None:
+        return ()
+    if not isinstance(value, (Mapping, list)):
+        return value
+    try:
+        pairs = {int(token): bias for token, bias in dict(value).items()}
+    except (TypeError, ValueError) as error:
+        raise _refusal("logit_bias", value) from error
+    if len(pairs) < len(value):  # two keys of one token
+        raise _refusal("logit_bias", value)
+    return tuple(sorted(pairs.items()))
 
 
 def _refusal(name: str, value: Any) -> RowError:
