@@ -163,13 +163,12 @@ class EngineTotals:
 
     def __init__(self) -> None:
         self.prompt_tokens = self.reused_tokens = self.generated_tokens = 0
-        self._seen: dict[str, tuple[tuple[int, int], EngineState]] = {}
+        self._seen: dict[str, EngineState] = {}
 
-    def looked(self, worker: str, incarnation: int, state: EngineState) -> None:
+    def looked(self, worker: str, state: EngineState) -> None:
         """Learn how a worker's engine stands; counts that fell wait until they rise again."""
-        which = incarnation, state.engine
-        known, before = self._seen.get(worker, (which, NO_ENGINE))
-        if known != which:
+        before = self._seen.get(worker, NO_ENGINE)
+        if before.engine != state.engine:
             before = NO_ENGINE
         most = replace(
             state,
@@ -180,7 +179,7 @@ class EngineTotals:
         self.prompt_tokens += most.prompt_tokens - before.prompt_tokens
         self.reused_tokens += most.reused_tokens - before.reused_tokens
         self.generated_tokens += most.generated_tokens - before.generated_tokens
-        self._seen[worker] = which, most
+        self._seen[worker] = most
 
 
 @dataclass(frozen=True)

@@ -188,8 +188,9 @@ class OpenFleet(AbstractContextManager["OpenFleet"]):
     def engines(self) -> dict[str, EngineState]:
         """How the engine of each ready worker stood when it was asked last, about a second ago.
 
-        Its rows are sequences, one for each sample of a prompt; its token counts are its own, which
-        begin anew with each engine. Those of all that the fleet has had are in `engine_totals`.
+        Its rows are sequences, one for each sample of a prompt; its token counts are its own, and
+        begin anew with each engine, whose number rises. Those of all that the fleet has had are in
+        `engine_totals`.
         """
         cards = self._follower.view().cards
         return {card.name: card.engine for card in cards if card.name in self._infos}

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qaic_ray.dispatch.dispatcher import (
     Command,
@@ -44,7 +44,8 @@ OPENING, READY, BUSY, BACKOFF, LOST = "opening", "ready", "busy", "backoff", "lo
 class CardView:
     """One worker. `running` rows are in the engine's slots, `tokens_per_s` is its engine's own.
 
-    `engine` is how it stood when it was asked last, which is about every second.
+    `engine` is how it stood when it was asked last, which is about every second; engines of its
+    earlier lives are counted too.
     """
 
     name: str
@@ -133,10 +134,13 @@ class _WatchedCard:
         self.rate = _Rate()
         self.tokens = 0
         self.engine = NO_ENGINE
+        self.num_past = 0  # engines of its earlier lives
 
     def begin(self) -> None:
         """It is opened, for the first time or again."""
         self.state, self.running, self.shards, self.rate = OPENING, 0, {}, _Rate()
+        if self.engine is not NO_ENGINE:
+            self.num_past = self.engine.engine + 1
         self.tokens, self.engine = 0, NO_ENGINE
 
     def end(self, state: str, error: str) -> None:
@@ -264,8 +268,9 @@ class RunFollower:
             case WorkerProgress():
                 self._engine_tokens += event.generated_tokens - card.tokens
                 card.tokens, card.running = event.generated_tokens, event.engine.running
-                card.engine = event.engine
-                self.engine_totals.looked(event.worker, event.incarnation, event.engine)
+                number = card.num_past + event.engine.engine
+                card.engine = replace(event.engine, engine=number)
+                self.engine_totals.looked(event.worker, card.engine)
                 card.rate.mark(self._clock(), card.tokens)
                 self._mark_tokens()
             case WorkerLost(error=error):

@@ -164,21 +164,24 @@ def test_what_a_server_shows_of_its_cards() -> None:
     assert set(fleet.engines) == {"card 1"}
     assert fleet.num_slots == 4
     assert fleet.engine_totals.generated_tokens >= before
+    for _ in range(4):
+        cards.pass_time(1.0)
+    assert fleet.engines["card 0"].engine == 1, "it is another one, whose counts begin anew"
     cards.let_run()
     fleet.close(drain=False)
 
 
 def test_totals_of_engines_only_rise() -> None:
     totals, seen = EngineTotals(), []
-    for incarnation, state in (
-        (0, EngineState(prompt_tokens=10, reused_tokens=4, generated_tokens=7)),
-        (0, EngineState(prompt_tokens=10, reused_tokens=4, generated_tokens=5)),  # taken back
-        (0, EngineState(prompt_tokens=30, reused_tokens=9, generated_tokens=9)),
-        (0, EngineState(prompt_tokens=1, generated_tokens=2, engine=1)),  # made anew
-        (1, EngineState(prompt_tokens=5, reused_tokens=1, generated_tokens=2)),  # opened anew
+    for state in (
+        EngineState(prompt_tokens=10, reused_tokens=4, generated_tokens=7),
+        EngineState(prompt_tokens=10, reused_tokens=4, generated_tokens=5),  # taken back
+        EngineState(prompt_tokens=30, reused_tokens=9, generated_tokens=9),
+        EngineState(prompt_tokens=1, generated_tokens=2, engine=1),  # made anew
+        EngineState(prompt_tokens=5, reused_tokens=1, generated_tokens=2, engine=2),
     ):
-        totals.looked("card 0", incarnation, state)
+        totals.looked("card 0", state)
         seen.append((totals.prompt_tokens, totals.reused_tokens, totals.generated_tokens))
     assert seen == [(10, 4, 7), (10, 4, 7), (30, 9, 9), (31, 9, 11), (36, 10, 13)]
-    totals.looked("card 1", 0, EngineState(generated_tokens=7))
+    totals.looked("card 1", EngineState(generated_tokens=7))
     assert totals.generated_tokens == 20
