@@ -25,7 +25,7 @@ from qaic_ray.serve.batches.batch_record import (
     Outcome,
     RequestCounts,
 )
-from qaic_ray.serve.batches.fleet_cards import FleetAsCards, BatchLane, Places, RunStopped
+from qaic_ray.serve.batches.fleet_cards import BatchLane, FleetAsCards, Places, RunStopped
 from qaic_ray.serve.batches.pages import ASCENDING, DESCENDING, Paging, page_of
 from qaic_ray.serve.batches.request_lines import LineTable
 from qaic_ray.serve.batches.runner import BatchProgress
