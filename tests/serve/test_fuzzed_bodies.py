@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from json_bodies import dumped, bodies, damaged
+from json_bodies import bodies, damaged, dumped
 from served_app import Told, ask, until
 from thread_cards import formula_fleet, service_of
 
