@@ -27,6 +27,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # A thread has Python run its handler (`interrupt_main`); nobody sends the signal.
 _NUDGE = signal.Signals.SIGRTMAX
+_SIGACTION_BYTES = 1024  # more than a struct sigaction has anywhere
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _LOST = 0  # stands for a loss among the signal numbers that the watcher reads
 
@@ -118,6 +119,22 @@ def can_interrupt() -> bool:
         return False
     _listen_for_nudges()
     return True
+
+
+@contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """Put the process's handler of SIGTERM back after the block, whatever native code set there.
+
+    For threads that are not the main one, where Python sets no handler; Python's own stays what it
+    was meanwhile.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    before = ctypes.create_string_buffer(_SIGACTION_BYTES)
+    libc.sigaction(int(signal.SIGTERM), None, before)
+    try:
+        yield
+    finally:
+        libc.sigaction(int(signal.SIGTERM), before, None)
 
 
 class uninterrupted:  # noqa: N801 - used like a function

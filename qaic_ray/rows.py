@@ -109,8 +109,9 @@ class Prompt:
 
     Where there are `messages`, they are the prompt, and `text` is the user's last message, which
     the row shows. Where there are `token_ids`, the model is given them as they are. `sampling` None
-    means the run's, and so does `chat`. With `stream` its tokens are told while they come, which
-    changes no answer.
+    means the run's, and so does `chat`. With `stream` its tokens are told while they come;
+    `background` is work that nobody waits for, and gives way to the rest. Neither changes an
+    answer.
     """
 
     index: int
@@ -121,6 +122,7 @@ class Prompt:
     chat: ChatOptions | None = None
     stream: bool = False
     token_ids: tuple[int, ...] | None = None
+    background: bool = False
 
 
 @dataclass(frozen=True)

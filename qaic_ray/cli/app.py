@@ -113,10 +113,10 @@ class Commands(TyperGroup):
 
 
 _IN_ORDER = (
-    ("Run", ("run", "demo", "init", "launch", "plan")),
+    ("Run", ("run", "serve", "demo", "init", "launch", "plan")),
     ("Step by step", ("export", "compile")),
     ("Look at runs", ("report", "runs", "status", "logs", "show", "stop")),
-    ("Machines", ("devices", "doctor", "monitoring", "ray", "emulator")),
+    ("Machines", ("devices", "doctor", "monitoring", "key", "ray", "emulator")),
 )
 """The commands, as one after the other is of use to somebody who is new."""
 

@@ -26,6 +26,7 @@ from qaic_ray.cli.looking import looking
 from qaic_ray.cli.monitoring import monitoring
 from qaic_ray.cli.new_job import demo, init
 from qaic_ray.cli.reporting import report
+from qaic_ray.cli.serving import key, serve
 from qaic_ray.errors import UsageError
 
 if TYPE_CHECKING:
@@ -267,6 +268,13 @@ command(
 qaic-ray report runs/before runs/after -o both.html""",
 )(report)
 command(app, example="qaic-ray monitoring ./monitoring")(monitoring)
+command(
+    app,
+    example="""qaic-ray serve smollm2-135m
+qaic-ray serve ./qpc -m org/model --port 9000
+qaic-ray serve jobs/serve.yaml --host 0.0.0.0 --api-keys keys.txt""",
+)(serve)
+command(app, example="qaic-ray key alice")(key)
 # The commands that only look follow those that do something, in the help too.
 app.registered_commands += looking.registered_commands
 app.add_typer(emulator_app, name="emulator")

@@ -71,6 +71,24 @@ class PrepareOptions(options.VariantChoice):
     )
 
 
+class ServedOptions(Section):
+    """What is served."""
+
+    GROUP: ClassVar[str] = PROGRAM
+
+    target: PathText = opt(
+        ...,
+        "A model (folder, hub id, .gguf file, smollm2-135m), the folder of a QPC, a job file or a "
+        "shipped job's name.",
+        argument="[TARGET]",
+        flag="--target",
+        hidden=True,
+    )
+    model_name: PathText | None = opt(
+        None, "With the folder of a QPC: its model.", **{**options.MODEL_NAMES, "argument": ""}
+    )
+
+
 class ShapesOptions(Section):
     """What stands in place of a grid's shapes."""
 

@@ -156,6 +156,15 @@ class Screen(AbstractContextManager["Screen"]):
         """Where the run is kept."""
         self._say(f"[dim]run folder[/] {escape(str(folder))}")
 
+    def serving(self, address: str, names: Sequence[str], *, pid: int) -> None:
+        """The interface is up, on stdout: where, and the model's names for its clients."""
+        self._live.stop()
+        if self._as_json:
+            write(json_text({"address": address, "models": list(names), "pid": pid}) + "\n")
+            sys.stdout.flush()
+            return
+        self._out.print(f"Serving {', '.join(map(escape, names))} at {address}")
+
     def answered(self, row: Row) -> None:
         """The next row, in input order."""
         answers = self._answers

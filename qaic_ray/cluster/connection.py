@@ -179,7 +179,8 @@ def _signals_are_ours() -> Iterator[None]:
     It sets its handler twice, in Python and, when it connects, in C++.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        with interruption.sigterm_kept():
+            yield
         return
     ours = signal.getsignal(signal.SIGTERM)
     connect = ray._private.worker.connect

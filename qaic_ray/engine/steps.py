@@ -64,6 +64,7 @@ class Sequence:
     values the card holds, `num_reused` those of the prompt that it held already. `slot` is set
     while the row runs. `num_read` tokens of the answer were looked through for stop strings.
     `guide` follows the answer's grammar, and `bad_ids` are runs of tokens that it may not have.
+    Rows of the `background` give way to the others.
     `prompt_logprobs` is a list where the prompt's tokens are to have theirs: one for each token
     but the first, as they are computed; such a row starts from no other row's cache.
     """
@@ -84,6 +85,7 @@ class Sequence:
     num_read: int = 0
     slot: int | None = None
     finish_reason: FinishReason | None = None
+    background: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -59,6 +59,15 @@ class PendingRow:
         if self.done:
             on_change()
 
+    def take_deltas(self) -> list[TokenDelta]:
+        """All that came since the last call, without waiting; for a reader that listens."""
+        return list(self._taken())
+
+    @property
+    def ended(self) -> Row | FleetClosed | None:
+        """Its row, or why it never gets one; None while it is not done."""
+        return self._error or self._row
+
     # -- for threads
 
     def row(self, timeout_s: float | None = None) -> Row:

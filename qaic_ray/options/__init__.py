@@ -38,6 +38,10 @@ from qaic_ray.options.machine import EmulatorOptions as EmulatorOptions
 from qaic_ray.options.machine import LocalRayOptions as LocalRayOptions
 from qaic_ray.options.machine import RayOptions as RayOptions
 from qaic_ray.options.machine import SdkOptions as SdkOptions
+from qaic_ray.options.serving import LIMITS as LIMITS
+from qaic_ray.options.serving import SCALE as SCALE
+from qaic_ray.options.serving import SERVER as SERVER
+from qaic_ray.options.serving import ServeOptions as ServeOptions
 from qaic_ray.rows import ChatOptions
 from qaic_ray.sampling_params import ANSWER_END, MAX_SEED, Sampling, SamplingParams
 
@@ -215,14 +219,11 @@ class PromptOptions(Section):
     )
 
 
-class Generation(Section):
-    """How answers are made, and what of the QPC is relied on: what a worker is handed."""
+class Decoding(Section):
+    """How answers are made, and what of the QPC is relied on, for prompts from anywhere."""
 
     GROUP: ClassVar[str] = PROMPTS
 
-    chat: bool = opt(
-        False, "Put each prompt into the model's chat template; rows of messages always are."
-    )
     system: str | None = opt(
         None, "With --chat: the system message of conversations that bring none."
     )
@@ -231,12 +232,6 @@ class Generation(Section):
     )
     chat_template_kwargs: dict[str, Any] = opt(
         {}, "Variables for the template.", example='{"enable_thinking": false}'
-    )
-    continue_final_message: bool = opt(False, "Go on with the last message of a chat.")
-    add_generation_prompt: bool = opt(
-        True,
-        "End a chat with the beginning of the assistant's answer.",
-        off="Do not end a chat with the beginning of the assistant's answer.",
     )
     date: Date | None = opt(
         None,
@@ -300,6 +295,22 @@ class Generation(Section):
         except RowError as error:
             raise UsageError(str(error)) from error
 
+
+class Generation(Decoding):
+    """The same, and how a run's prompts become conversations: what a worker is handed."""
+
+    GROUP: ClassVar[str] = PROMPTS
+
+    chat: bool = opt(
+        False, "Put each prompt into the model's chat template; rows of messages always are."
+    )
+    continue_final_message: bool = opt(False, "Go on with the last message of a chat.")
+    add_generation_prompt: bool = opt(
+        True,
+        "End a chat with the beginning of the assistant's answer.",
+        off="Do not end a chat with the beginning of the assistant's answer.",
+    )
+
     @property
     def chat_options(self) -> ChatOptions:
         """For prompts that bring none; their template variables are for all."""
@@ -362,6 +373,7 @@ class Job(SdkOptions):
     export: ExportOptions = ExportOptions()
     compile: CompileOptions = CompileOptions()
     run: RunOptions = RunOptions()
+    serve: ServeOptions = ServeOptions()
     emulator: EmulatorOptions = EmulatorOptions()
     ray: RayOptions = RayOptions()
 

@@ -120,6 +120,7 @@ class Answerer:
                 seed=sample_seed(params, self._generation.seed or 0, prompt.index, sample),
                 guide=None if form is None else self._grammars.guide(form),
                 bad_ids=bad_ids,
+                background=prompt.background,
                 # The other samples' prompt is the same.
                 prompt_logprobs=[] if scores and sample == 0 else None,
             )
@@ -229,7 +230,7 @@ class Answerer:
                 stop_reason = None if last in self._ending_ids(params) else last
                 # A stop token is for the text what a stop string is.
                 shown = token_ids if params.include_stop_str_in_output else token_ids[:-1]
-            text = self._tokenizer.decode(shown)
+            text = self._tokenizer.decode(shown, skips_special=params.skip_special_tokens)
         logprobs = tuple(sequence.logprobs[: len(token_ids)])
         return Sample(
             text=text,

@@ -1,7 +1,7 @@
 """One card's work: prompts in, rows out. Needs a tokenizer, a session and an engine, and no Ray.
 
-Shards overlap: each `answer` call tokenizes in its caller's thread, puts its sequences into the one
-backlog, and decodes its rows as they finish. One other thread runs the engine, on few at a time.
+Shards overlap: each `answer` call tokenizes in its caller's thread, puts its sequences before the
+one thread that runs the engine, and decodes its rows as they finish.
 """
 
 from __future__ import annotations
@@ -9,39 +9,32 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from qaic_ray.cards.inventory import WorkerPlace
 from qaic_ray.cards.lease import open_session
-from qaic_ray.engine import steps
 from qaic_ray.engine.drafts import Drafting, open_drafting
-from qaic_ray.engine.engine import Engine, Finished
+from qaic_ray.engine.engine import Engine
 from qaic_ray.engine.session import Session
-from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError, RowError
-from qaic_ray.metrics import EngineState, Measurement
+from qaic_ray.errors import DeviceError, RowError
+from qaic_ray.metrics import NO_ENGINE, EngineState, Measurement
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
-from qaic_ray.model.detokenizer import StopFinder
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import Generation
-from qaic_ray.rows import ROW_ALONE, FinishReason, Prompt, Row, TokenChunk
+from qaic_ray.rows import ROW_ALONE, Prompt, Row, TokenChunk
 from qaic_ray.sdk import Sdk, open_sdk
 from qaic_ray.telemetry.recorder import NoSink, RequestRecorder
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 from qaic_ray.worker.checks import check_shapes, check_text
-from qaic_ray.worker.feeds import RowQueue, TokenFeed
+from qaic_ray.worker.engine_thread import EngineThread
+from qaic_ray.worker.feeds import TokenFeed
 from qaic_ray.worker.recording import record_ended
 from qaic_ray.worker.text import Answer, Answerer, Arrival, check_chat
-
-STATIC_LOOKAHEAD = 4
-"""Sequences that the engine of a static program holds for each of its slots, so that it can start
-sequences of about one length together."""
-
-_AGAIN = "QS_AGAIN"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +43,8 @@ class WorkerSpec(WorkerPlace):
 
     `model` is anything `open_checkpoint` takes; only its tokenizer and configuration are read, and
     these must have the `text` parts that the run began with, if any are given. `incarnation` is how
-    often the worker was opened before, `metrics` whether its actor records what it does.
+    often the worker was opened before, `kept_slots` how many slots rows of the background leave
+    free, `metrics` whether its actor records what it does.
     """
 
     qpc: str
@@ -58,6 +52,7 @@ class WorkerSpec(WorkerPlace):
     generation: Generation = field(default_factory=Generation)
     text: Mapping[str, str] = field(default_factory=dict)
     incarnation: int = 0
+    kept_slots: int = 0
     metrics: bool = False
     timeouts: Timeouts = DEFAULT_TIMEOUTS
 
@@ -77,17 +72,13 @@ class WorkerInfo:
     is_static: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Card:
-    """What an opened worker holds until `held` is closed; `past`: of `num_past` earlier engines."""
+    """What an opened worker holds until `held` is closed."""
 
     answerer: Answerer
-    session: Session
-    drafting: Drafting
-    engine: Engine
+    thread: EngineThread
     held: ExitStack
-    past: Measurement = field(default_factory=Measurement)
-    num_past: int = 0
 
 
 class CardWorker:
@@ -105,16 +96,10 @@ class CardWorker:
         self.spec = spec
         self.recorder = RequestRecorder(NoSink())
         self._failed_rows = 0
-        self._lock = threading.Condition()
-        self._backlog: deque[tuple[steps.Sequence, StopFinder | None]] = deque()
-        self._owner: dict[steps.Sequence, RowQueue] = {}
+        self._lock = threading.Lock()
         self._feed = TokenFeed()
-        self._beginning: set[int] = set()  # rows that are being tokenized
-        self._cancelled: set[int] = set()
-        self._failure: QaicRayError | None = None
         self._closed = False
         self._opened: _Card | None = None
-        self._thread = threading.Thread(target=self._run, name=spec.name, daemon=True)
 
     def __repr__(self) -> str:
         return self.spec.name  # what Ray's dashboard and logs call its actor
@@ -150,18 +135,18 @@ class CardWorker:
             check_shapes(self.spec.generation, self.spec.qpc, session.specializations)
             drafting = open_drafting(self.spec.generation, sdk, session)
             undo.callback(drafting.close)
-            engine = self._engine(session, drafting)
+            thread = self._engine_thread(session, drafting)
             answerer = Answerer(
                 tokenizer,
                 self.spec.generation,
-                engine=engine,
+                engine=thread.engine,
                 vocab_size=session.vocab_size or checkpoint.config.get("vocab_size"),
             )
             with self._lock:
                 if self._closed:
                     raise DeviceError(f"{self.spec.name} was closed.")
-                self._opened = _Card(answerer, session, drafting, engine, undo.pop_all())
-                self._thread.start()
+                self._opened = _Card(answerer, thread, undo.pop_all())
+                thread.start()
         shapes = session.specializations
         return WorkerInfo(
             name=self.spec.name,
@@ -189,8 +174,8 @@ class CardWorker:
         answerer, arrived = card.answerer, Arrival()
         begun: list[Answer] = []
         refused: list[Row] = []
-        with self._lock:
-            self._beginning.update(prompt.index for prompt in prompts)
+        indexes = frozenset(prompt.index for prompt in prompts)
+        card.thread.expect(indexes)
         for prompt in prompts:
             try:
                 with ROW_ALONE:
@@ -198,7 +183,9 @@ class CardWorker:
             except RowError as error:
                 refused.append(Row.failed(prompt, str(error), worker=name, attempts=attempt))
                 self.recorder.unanswered("error")
-        outcome = self._queue(begun, frozenset(prompt.index for prompt in prompts), len(refused))
+        with self._lock:
+            self._failed_rows += len(refused)
+        outcome = card.thread.put(begun, indexes)
         if refused:
             yield refused
         pending = {sequence: answer for answer in begun for sequence in answer.sequences}
@@ -225,58 +212,64 @@ class CardWorker:
     def cancel(self, indexes: Collection[int]) -> None:
         """End these rows before the next step, each as a row of finish_reason ABORT.
 
-        Those that are not here, or have ended, are passed over. May be called at any time.
+        Those that have ended are passed over, and those that come later never begin. May be called
+        at any time.
         """
-        wanted = frozenset(indexes)
-        with self._lock:
-            running = {sequence.key for sequence in list(self._owner)}
-            self._cancelled |= wanted & (running | self._beginning)
-            self._lock.notify()
+        card = self._opened
+        if card is not None:
+            card.thread.cancel(indexes)
 
     def engine_state(self) -> EngineState:
         """How the engine stands, and what waits for it; may be asked for at any time."""
         card = self._opened
-        if card is None:
-            return EngineState()
-        state = card.engine.state()
-        return replace(state, waiting=state.waiting + len(self._backlog), engine=card.num_past)
+        return NO_ENGINE if card is None else card.thread.state()
 
-    def progress(self) -> tuple[int, int, int]:
-        """Steps of the engine, tokens of these, rows in its slots; may be asked for at any time."""
+    def progress(self) -> tuple[int, int, EngineState]:
+        """Steps of the engine, tokens of these, how it stands; may be asked for at any time."""
         card = self._opened
         if card is None:
-            return 0, 0, 0
-        work, engine = card.past + card.engine.measurement, card.engine
+            return 0, 0, NO_ENGINE
+        work = card.thread.measurement()
         num_tokens = work.decode_tokens + len(work.ttft)  # prefill gives each row its first
-        return work.prefill_steps + work.decode_steps, num_tokens, len(engine.batcher.running)
+        num_steps = work.prefill_steps + work.decode_steps
+        return num_steps, num_tokens, card.thread.state()
 
     def measurement(self) -> Measurement:
         """All work since `open`; may be asked for while answers are being made."""
-        with self._lock:
-            card = self._opened
-            work = card.past + card.engine.measurement if card else Measurement()
-            return work + Measurement(rows=self._failed_rows, failed_rows=self._failed_rows)
+        card = self._opened
+        work = Measurement() if card is None else card.thread.measurement()
+        return work + Measurement(rows=self._failed_rows, failed_rows=self._failed_rows)
 
     def close(self) -> None:
         """Stop the engine and give the card back; shards that are not done end with an error."""
         with self._lock:
             self._closed = True
-            self._lock.notify()
             card, self._opened = self._opened, None
         if card is not None:
-            self._thread.join()
-            self._end_shards(DeviceError(f"{self.spec.name} was closed."))
+            card.thread.close()
             card.held.close()
         self._feed.close()
 
     # -- opening
 
-    def _engine(self, session: Session, drafting: Drafting) -> Engine:
-        return Engine(
+    def _engine_thread(self, session: Session, drafting: Drafting) -> EngineThread:
+        """Not begun. What a draft program holds is lost with the card's state: it cannot go on."""
+        generation = self.spec.generation
+        make_engine = partial(
+            Engine,
             session,
-            max_stall_s=self.spec.generation.max_stall_s,
-            prefix_reuse=self.spec.generation.prefix_reuse,
+            max_stall_s=generation.max_stall_s,
+            prefix_reuse=generation.prefix_reuse,
             proposer=drafting.proposer,
+        )
+        return EngineThread(
+            self.spec.name,
+            make_engine,
+            goes_on=drafting.proposer is None,
+            kept_slots=self.spec.kept_slots,
+            feed=self._feed,
+            timeouts=self.spec.timeouts,
+            on_lost=lambda number: self.recorder.unanswered("abort", number),
         )
 
     # -- answering, in the thread of each shard
@@ -290,111 +283,3 @@ class CardWorker:
             with self._lock:
                 self._failed_rows += 1
             return Row.failed(answer.prompt, str(error), worker=name, attempts=attempt)
-
-    def _queue(
-        self, answers: Sequence[Answer], indexes: frozenset[int], num_refused: int
-    ) -> RowQueue:
-        """Give answers to the engine's thread; their results come out of the queue.
-
-        Args:
-            answers: those of the prompts that can be answered.
-            indexes: of all the shard's prompts.
-            num_refused: the others.
-        """
-        outcome = RowQueue(self.spec.timeouts.gather_s)
-        with self._lock:
-            self._failed_rows += num_refused
-            self._beginning -= indexes
-            if self._failure is not None:
-                raise self._failure
-            if self._closed:
-                raise DeviceError(f"{self.spec.name} is closed.")
-            for answer in answers:
-                self._backlog.extend(zip(answer.sequences, answer.readers, strict=True))
-                self._owner.update(dict.fromkeys(answer.sequences, outcome))
-                self._feed.add(answer.streamed)
-            self._lock.notify()
-        return outcome
-
-    # -- the engine's thread
-
-    def _run(self) -> None:
-        """Add sequences that arrived, make a step, return what finished; until it is closed."""
-        card = self._opened
-        while card is not None and self._take_in(card.engine):
-            try:
-                done = self._step(card.engine)
-            except QaicRayError as error:
-                if self._fail(error, card):
-                    continue
-                return
-            except BaseException as error:
-                self._fail(DeviceLost(f"{self.spec.name}: the engine failed: {error!r}."), card)
-                raise
-            self._feed.step_made(done)
-            for finished in done:
-                self._owner.pop(finished.sequence).put(finished)
-
-    def _step(self, engine: Engine) -> list[Finished]:
-        """One step; it is tried again after QS_AGAIN, with which the runtime has done nothing."""
-        for pause_s in self.spec.timeouts.again_s:
-            try:
-                return engine.step()
-            except DeviceError as error:
-                if error.status != _AGAIN:
-                    raise
-            time.sleep(pause_s)
-        return engine.step()
-
-    def _take_in(self, engine: Engine) -> bool:
-        with self._lock:
-            while not (self._backlog or engine.busy or self._closed):
-                self._lock.wait()
-            if self._cancelled:
-                self._end_cancelled(engine)
-            shapes = engine.batcher.shapes
-            most = shapes.num_slots * (1 if shapes.continuous else STATIC_LOOKAHEAD)
-            while self._backlog and len(engine.batcher.waiting) < most:
-                engine.add(*self._backlog.popleft())
-            return not self._closed
-
-    def _end_cancelled(self, engine: Engine) -> None:
-        ended = [sequence for sequence in self._owner if sequence.key in self._cancelled]
-        self._cancelled &= self._beginning
-        self._feed.drop(ended)
-        waiting = {sequence for sequence, _ in self._backlog}
-        for sequence in ended:
-            if sequence in waiting:
-                sequence.finish_reason = FinishReason.ABORT
-            else:
-                engine.abort(sequence)
-            self._owner.pop(sequence).put(Finished(sequence, 0.0, 0.0))
-        self._backlog = deque(one for one in self._backlog if one[0].finish_reason is None)
-
-    def _fail(self, error: QaicRayError, card: _Card) -> bool:
-        """End every shard that is here with the error; return whether the session can go on.
-
-        The rows that the engine held are lost. A session with a draft program cannot go on, as that
-        program's state is lost too, and a card that is lost is opened again by the driver.
-        """
-        lives = not isinstance(error, DeviceLost) and card.drafting.proposer is None
-        with self._lock:
-            if lives:
-                card.past += card.engine.measurement
-                card.num_past += 1
-                card.engine = self._engine(card.session, card.drafting)
-            else:
-                self._failure = error
-            self._end_shards(error)
-        return lives
-
-    def _end_shards(self, error: QaicRayError) -> None:
-        """Give an error to every shard that waits for rows."""
-        with self._lock:
-            outcomes = set(self._owner.values())
-            self._feed.drop(list(self._owner))
-            self.recorder.unanswered("abort", len(self._owner))
-            self._owner.clear()
-            self._backlog.clear()
-        for outcome in outcomes:
-            outcome.put(error)

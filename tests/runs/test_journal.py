@@ -381,6 +381,7 @@ def test_all_that_an_answer_depends_on_is_in_the_digest_and_its_place_is_not() -
     ]
     assert len({row_digest(item) for item in different}) == len(different)
     assert row_digest(Prompt(0, "a")) == row_digest(Prompt(5, "a"))
+    assert row_digest(Prompt(0, "a")) == row_digest(Prompt(0, "a", stream=True, background=True))
     # The values are part of the format: a run that was begun before an update can go on after it.
     assert (
         row_digest(Prompt(0, "a", "1", sampling=SamplingParams(top_k=5))).hex()[:16]
