@@ -6,7 +6,9 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,19 @@ from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoin
 from qaic_ray.model.tokenizer import object_if_there
 from qaic_ray.options import ServeOptions
 from qaic_ray.pipeline.request import Listener, RunRequest, SdkChoice
+from qaic_ray.pipeline.run_step import content_parts
+from qaic_ray.runs.intake import INPUT, OPEN_SOURCE, fingerprint
 from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.serve.api_errors import ApiError
+from qaic_ray.serve.batches.open_batches import BatchManager
+from qaic_ray.serve.batches.request_lines import Answering
+from qaic_ray.serve.batches.routes import batch_router
 from qaic_ray.serve.http.keys import ApiKeys
 from qaic_ray.serve.http.request_log import logging_to_stderr
 from qaic_ray.serve.http.server import listening_socket, run_in_loop, serve
 from qaic_ray.serve.http.service import LOCAL_HOSTS, Service
-from qaic_ray.serve.protocol.asked import CHAT
+from qaic_ray.serve.protocol.answers import answer_body
+from qaic_ray.serve.protocol.asked import CHAT, ENDPOINTS
 from qaic_ray.serve.protocol.context import ModelContext
 from qaic_ray.serve.protocol.requests import read_request
 from qaic_ray.serve.tools.calling import support_of
@@ -30,6 +38,9 @@ from qaic_ray.worker.prompt_encoder import PromptEncoder
 
 MAX_STALL_S = 0.0
 """Seconds that running rows may wait for others' prefill, where nobody says: one chunk."""
+
+CONTEXTS_HELD = 8
+"""Of batches that were made at other times; each has a chat template of its own."""
 
 TEMPERATURE = 1.0
 """Of requests that say none, where neither the job nor the model's files do: the interface's own
@@ -95,11 +106,14 @@ def serve_model(
         request = _with_defaults(served.request)
         cards = FolderFleet(request, sdk, listener, kept_slots=options.kept_slots)
         held.callback(cards.close, drain=False)
+        batches = held.enter_context(BatchManager(Path(options.folder), cards.fleet))
         service = Service(options, served.names, cards.fleet, keys=keys)
+        service.routers.append(batch_router(batches))
 
         async def make_ready() -> None:
             context = await asyncio.to_thread(_context, served, cards)
             service.became_ready(context)
+            batches.start(await asyncio.to_thread(_answering, served, context, cards.request, sdk))
             on_ready(address)
 
         run_in_loop(serve(service, opened, make_ready))
@@ -156,6 +170,35 @@ def _context(served: Served, cards: FolderFleet) -> ModelContext:
         except ApiError as error:
             logging.getLogger("qaic_ray.serve").warning("%s", error)
     return context
+
+
+def _answering(
+    served: Served, context: ModelContext, request: RunRequest, sdk: SdkChoice
+) -> Answering:
+    """How batches are answered, and what their answers depend on beside their requests."""
+    generation = request.generation
+    same = dict(fingerprint(OPEN_SOURCE, generation=generation, **content_parts(request, sdk.here)))
+    for name in (INPUT, "run_seed", "date"):  # a prompt of a batch has its own seed and date
+        same.pop(name)
+    same["sampling"] = asdict(context.defaults)
+    same["names"] = context.names
+    same["allow_unknown_fields"] = context.allow_unknown
+    same["tool_form"] = served.options.tool_form
+
+    @lru_cache(CONTEXTS_HELD)
+    def of(at: int) -> ModelContext:
+        date = datetime.fromtimestamp(at).isoformat(timespec="seconds")
+        dated = generation.model_copy(update={"date": date})
+        encoder = PromptEncoder(context.encoder.tokenizer, dated)
+        return replace(context, encoder=encoder)
+
+    return Answering(
+        endpoints=ENDPOINTS,
+        read=lambda endpoint, body, at: read_request(endpoint, body, of(at)),
+        body=partial(answer_body, context=context),
+        model=context.names[0],
+        program=same,
+    )
 
 
 def _defaults(request: RunRequest, checkpoint: Checkpoint) -> SamplingParams:
