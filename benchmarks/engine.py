@@ -33,8 +33,9 @@ from rich.console import Console
 from rich.table import Table
 
 from qaic_ray.contract import Specialization
+from qaic_ray.engine.batching.stalls import MAX_STALL_S
 from qaic_ray.engine.drafts import DraftProgram, PromptLookup
-from qaic_ray.engine.engine import MAX_STALL_S, Engine
+from qaic_ray.engine.engine import Engine
 from qaic_ray.engine.session import Session
 from qaic_ray.engine.steps import Sequence
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint

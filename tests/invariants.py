@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from qaic_ray.dispatch.assignment import Assignment
 from qaic_ray.dispatch.dispatcher import Dispatcher
-from qaic_ray.dispatch.prompts import PromptTable, Shard
+from qaic_ray.dispatch.prompts import OpenPrompt, PromptTable, Shard, WaitingPrompts
 from qaic_ray.dispatch.workers import WorkerPool, WorkerStatus
 
 
@@ -34,18 +35,25 @@ def check_table(table: PromptTable) -> None:
 
 
 def _check_waiting(table: PromptTable) -> None:
-    alone_from = table._policy.alone_from
     entries = [entry for entry in table.open.values() if not entry.shard_ids]
+    for waiting, is_background in ((table.foreground, False), (table.background, True)):
+        _check_urgency(table, waiting, [e for e in entries if e.prompt.background is is_background])
+
+
+def _check_urgency(
+    table: PromptTable, waiting: WaitingPrompts, entries: Sequence[OpenPrompt]
+) -> None:
+    alone_from = table._policy.alone_from
     grouped = [entry for entry in entries if entry.attempt < alone_from]
     fresh = {e.prompt.index for e in grouped if e.attempt == 1}
-    assert {entry.prompt.index for entry in table.fresh.entries} == fresh
-    retried = {entry.prompt.index for entry in table.retried.entries}
+    assert {entry.prompt.index for entry in waiting.fresh.entries} == fresh
+    retried = {entry.prompt.index for entry in waiting.retried.entries}
     assert retried == {e.prompt.index for e in grouped} - fresh
-    assert set(table.suspects) == {e.prompt.index for e in entries if e.attempt >= alone_from}
-    assert table.num_grouped == len(grouped)
-    assert len(grouped) == len(table.fresh.entries) + len(table.retried.entries)
+    assert set(waiting.suspects) == {e.prompt.index for e in entries if e.attempt >= alone_from}
+    assert waiting.num_grouped == len(grouped)
+    assert len(grouped) == len(waiting.fresh.entries) + len(waiting.retried.entries)
     work = sum(entry.work for entry in grouped)
-    assert math.isclose(table.waiting_work, work, rel_tol=1e-9, abs_tol=1e-3)
+    assert math.isclose(waiting.work, work, rel_tol=1e-9, abs_tol=1e-3)
 
 
 def _check_shard(table: PromptTable, shard: Shard) -> None:
@@ -55,6 +63,14 @@ def _check_shard(table: PromptTable, shard: Shard) -> None:
     assert worker.alone == shard.alone
     entries = [e for i in worker.shards for e in table.shards[i].unfinished.values()]
     assert worker.num_unfinished == len(entries)
+    assert worker.taken == sum(entry.num_slots for entry in entries)
+    late = [shard.unfinished for shard in map(table.shards.__getitem__, worker.shards)]
+    is_late = [{e.prompt.background for e in each.values()} for each in late]
+    assert all(len(kinds) <= 1 for kinds in is_late), "background and foreground in one shard"
+    if worker.held is not None:
+        running = set(worker.held._running)
+        assert running == {entry.prompt.index for entry in entries}
+        assert len(worker.held._free) <= max(0, worker.slots - len(running))
     assert abs(worker.work - sum(entry.work for entry in entries)) < 1e-3
     assert all(entry.attempt == shard.attempt for entry in shard.unfinished.values())
     assert not shard.alone or len(worker.shards) == 1, "a prompt that is to be alone is not"
@@ -78,6 +94,8 @@ def _check_pool(pool: WorkerPool) -> None:
         assert worker.timer_s <= worker.deadline_s(pool.listening_s), "nobody looks at it"
         assert worker.timer_s == math.inf or worker.name in timed
         assert worker.status is WorkerStatus.READY or not worker.shards
+        assert worker.shards or not worker.taken
+        assert worker.held is None or worker.status is WorkerStatus.READY
 
 
 def _check_assignment(assignment: Assignment) -> None:
@@ -86,6 +104,7 @@ def _check_assignment(assignment: Assignment) -> None:
         assert worker.requesting == (worker in assignment.requesting)
         if worker.status is WorkerStatus.READY and not worker.shards:
             assert worker.requesting, "nobody will think of an idle worker"
-            assert not table.num_grouped, "an idle worker, and work"
-            suspect = table.suspect_for(worker, has_others=len(pool.workers) > 1)
-            assert suspect is None, "an idle worker, and a suspect"
+            assert not assignment._num_grouped, "an idle worker, and work"
+            for waiting in (table.foreground, table.background):
+                suspect = waiting.suspect_for(worker, has_others=len(pool.workers) > 1)
+                assert suspect is None, "an idle worker, and a suspect"

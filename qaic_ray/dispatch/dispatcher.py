@@ -223,7 +223,8 @@ class Dispatcher:
     @property
     def num_waiting(self) -> int:
         """Prompts that were read and that no worker has."""
-        return self._table.num_grouped + len(self._table.suspects)
+        both = self._table.foreground, self._table.background
+        return sum(waiting.num_grouped + len(waiting.suspects) for waiting in both)
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
         """Take in what was heard at `now_s`, on a clock that never goes back; return what to do.
@@ -269,16 +270,15 @@ class Dispatcher:
                 if worker is not None:
                     self._on_worker_event(worker, event)
             case RunStarted(names, is_open):
-                self._is_started, self._table.is_dry = True, is_open
-                self._pool.start(names, self._now_s)
+                self._is_started = True
+                self._table.is_open = self._table.is_dry = is_open
+                self._pool.start(names, self._now_s, is_open=is_open)
             case PromptsCancelled(indexes):
                 self._cancel(indexes)
             case TokensGenerated() | TimePassed():
                 pass  # workers that are due are looked at after every event
 
-    def _on_worker_event(
-        self, worker: WorkerState, event: WorkerReady | WorkerProgress | WorkerLost
-    ) -> None:
+    def _on_worker_event(self, worker: WorkerState, event: Event) -> None:
         match event:
             case WorkerProgress():
                 self._pool.stepped(worker, self._now_s, event.num_steps)
@@ -286,8 +286,8 @@ class Dispatcher:
                 if worker.status is WorkerStatus.OPENING:
                     self._pool.open(worker, event.slots, self._now_s)
                     self._assignment.consider(worker)
-            case _:
-                self._on_worker_failed(worker, event.error, runs=False)
+            case WorkerLost(error=error):
+                self._on_worker_failed(worker, error, runs=False)
 
     def _on_rows(self, shard: Shard | None, rows: Sequence[Row]) -> None:
         if shard is None:
@@ -330,17 +330,14 @@ class Dispatcher:
             self._on_worker_failed(worker, event.error, runs=True)
         else:
             worker.transients += 1
+            worker.lose_state()
             if self._table.hold(shard, self._now_s):
                 worker.retry_s = self._now_s + worker.pause_s(worker.transients)
                 self._pool.set_timer(worker)
             self._assignment.consider(worker)
 
     def _on_worker_failed(self, worker: WorkerState, error: str, *, runs: bool) -> None:
-        """Let a worker that is lost or of no use rest, or give it up.
-
-        Args:
-            runs: whether its process may still be there.
-        """
+        """Let a worker that is lost or of no use rest, or give it up; `runs`: its process may."""
         ran = [s for i in worker.shards if (s := self._table.shards[i]).unfinished and not s.held]
         # A worker begins prompts in the order they came, as many as it has slots: the others had
         # no part in its end. One that fails again and again may have another order (static rows).
@@ -394,7 +391,7 @@ class Dispatcher:
             return
         policy, num_slots = self._policy, self._pool.num_slots
         enough = max(policy.read_ahead // 2, policy.ahead_rounds * num_slots)
-        if self._table.num_grouped <= enough:
+        if self._assignment.num_read_ahead <= enough:
             self._is_reading = True
             num_prompts = max(policy.read_ahead, policy.read_rounds * num_slots)
             self._out.append(ReadPrompts(num_prompts))

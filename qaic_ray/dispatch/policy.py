@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qaic_ray.rows import Prompt
+from qaic_ray.sampling_params import SamplingParams
+
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
@@ -43,6 +46,15 @@ class Policy:
     """Estimated characters of a token of a prompt that is given by its tokens."""
     token_work: float = 32.0
     """Estimated work of one token of an answer, in characters of prompt."""
+
+    # Open inputs, and the background
+
+    kept_slots: int = 0
+    """So many slots of a worker are kept for the foreground, but one slot: whatever runs there, a
+    prompt of the background begins only while more than these are free."""
+    block_tokens: int = 16
+    """Beginnings of prompts that slots hold count by blocks of so many tokens, and a prompt looks
+    for one from the first block on; 0: any worker will do."""
 
     # Bad ends of prompts
 
@@ -115,6 +127,21 @@ class Policy:
 
 
 DEFAULT_POLICY = Policy()
+GREEDY = SamplingParams()
+
+
+def text_work(
+    prompt: Prompt, defaults: SamplingParams = GREEDY, *, policy: Policy = DEFAULT_POLICY
+) -> float:
+    """Estimated work of a prompt in characters; `defaults` are what it does not say itself."""
+    length = len(prompt.text)
+    if prompt.token_ids is not None:
+        length = policy.token_chars * len(prompt.token_ids)
+    elif prompt.messages is not None:
+        length = sum(len(message.get("content", "")) for message in prompt.messages)
+    sampling = prompt.sampling or defaults
+    num_tokens = policy.answer_tokens if sampling.max_tokens is None else sampling.max_tokens
+    return length + policy.token_work * num_tokens * sampling.n
 
 
 class LoneRuns:

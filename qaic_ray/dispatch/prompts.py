@@ -13,26 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
-from qaic_ray.dispatch.policy import DEFAULT_POLICY, LoneRuns, Policy
+from qaic_ray.dispatch.policy import LoneRuns, Policy, text_work
 from qaic_ray.dispatch.workers import WorkerState
 from qaic_ray.rows import ErrorClass, Prompt, Row
-from qaic_ray.sampling_params import SamplingParams
-
-GREEDY = SamplingParams()
-
-
-def text_work(
-    prompt: Prompt, defaults: SamplingParams = GREEDY, *, policy: Policy = DEFAULT_POLICY
-) -> float:
-    """Estimated work of a prompt in characters; `defaults` are what it does not say itself."""
-    length = len(prompt.text)
-    if prompt.token_ids is not None:
-        length = policy.token_chars * len(prompt.token_ids)
-    elif prompt.messages is not None:
-        length = sum(len(message.get("content", "")) for message in prompt.messages)
-    sampling = prompt.sampling or defaults
-    num_tokens = policy.answer_tokens if sampling.max_tokens is None else sampling.max_tokens
-    return length + policy.token_work * num_tokens * sampling.n
 
 
 @dataclass(slots=True, eq=False)
@@ -55,6 +38,11 @@ class OpenPrompt:
     num_deaths_alone: int = 0
     died_on: str = ""
     shard_ids: tuple[int, ...] = ()
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that it takes, one for each of its samples."""
+        return 1 if self.prompt.sampling is None else self.prompt.sampling.n
 
 
 @dataclass(slots=True, eq=False)
@@ -120,55 +108,54 @@ class WaitingList:
         return -band, length, -entry.prompt.index
 
 
-class PromptTable:
-    """All open prompts and all shards.
+class WaitingPrompts:
+    """All waiting prompts of the foreground, or of the background.
 
     Attributes:
-        open: index -> prompt.
-        exhausted: whether the input has ended.
-        is_dry: whether it is open and has no more now.
-        fresh: waiting prompts that were never on a worker that died. Those that were are `retried`,
-            and go in small groups; or `suspects` if they were more than once, and go alone.
-        num_grouped: how many are fresh or retried, and `waiting_work` their estimated work.
-        shards: in flight, by id.
+        fresh: those that were never on a worker that died. Those that were are `retried`, and go in
+            small groups; or `suspects` if they were more than once, and go alone.
+        num_grouped: how many are fresh or retried, and `work` their estimated work.
     """
 
-    def __init__(self, policy: Policy, work_of: Callable[[Prompt], float] | None = None) -> None:
-        self.open: dict[int, OpenPrompt] = {}
-        self.exhausted = False
-        self.is_dry = False
+    def __init__(self, policy: Policy) -> None:
         self.fresh = WaitingList()
         self.retried = WaitingList()
         self.suspects: dict[int, OpenPrompt] = {}
         self.num_grouped = 0
-        self.waiting_work = 0.0
-        self.shards: dict[int, Shard] = {}
+        self.work = 0.0
         self._policy = policy
-        self._lone_runs = LoneRuns(policy)
-        self._work_of = work_of or partial(text_work, policy=policy)
-        self._second_per_work: float | None = None
-        self._num_shards = 0
-        self._num_bands = 0
-        self._num_read = 0
-        self._num_done = 0
 
-    def read(self, prompts: Sequence[Prompt], *, exhausted: bool, is_dry: bool = False) -> None:
-        """Let the next prompts of the input wait."""
-        band = [OpenPrompt(prompt, self._work_of(prompt), self._num_bands) for prompt in prompts]
-        self._num_bands += 1
-        self._num_read += len(band)
-        self.open.update((entry.prompt.index, entry) for entry in band)
-        self.fresh.add_band(band)
-        self.num_grouped += len(band)
-        self.waiting_work += sum(entry.work for entry in band)
-        self.exhausted, self.is_dry = exhausted, is_dry and not exhausted
-        if exhausted:
-            self.sort_waiting(exactly=False)
+    @property
+    def next(self) -> OpenPrompt | None:
+        """The one that goes next, as long as it need not be alone."""
+        for waiting in (self.retried, self.fresh):
+            if waiting.entries:
+                return waiting.entries[-1]
+        return None
 
-    # -- waiting prompts
+    def add_band(self, entries: Sequence[OpenPrompt]) -> None:
+        """Let fresh prompts of the newest band wait."""
+        self.fresh.add_band(entries)
+        self.num_grouped += len(entries)
+        self.work += sum(entry.work for entry in entries)
 
-    def sort_waiting(self, *, exactly: bool) -> None:
-        """The input has ended: let the longest prompts go first, exactly or by powers of two."""
+    def add(self, entry: OpenPrompt) -> None:
+        """Let a prompt wait again."""
+        if entry.attempt >= self._policy.alone_from:
+            self.suspects[entry.prompt.index] = entry
+            return
+        self._list_of(entry).add(entry)
+        self.num_grouped += 1
+        self.work += entry.work
+
+    def remove(self, entry: OpenPrompt) -> None:
+        """Take out a prompt that waits here."""
+        if self.suspects.pop(entry.prompt.index, None) is None:
+            self._list_of(entry).remove(entry)
+            self._waits_no_more(1, entry.work)
+
+    def sort(self, *, exactly: bool) -> None:
+        """Let the longest prompts go first, exactly or by powers of two."""
         self.fresh.merge_bands(exactly=exactly)
         self.retried.merge_bands(exactly=exactly)
 
@@ -197,21 +184,67 @@ class PromptTable:
         first = islice(self.suspects.values(), self._policy.look_ahead)
         return next((s for s in first if not (has_others and s.died_on == worker.name)), None)
 
-    def _wait(self, entry: OpenPrompt) -> None:
-        if entry.attempt >= self._policy.alone_from:
-            self.suspects[entry.prompt.index] = entry
-            return
-        self._list_of(entry).add(entry)
-        self.num_grouped += 1
-        self.waiting_work += entry.work
-
     def _waits_no_more(self, num_grouped: int, work: float) -> None:
         self.num_grouped -= num_grouped
         # Where none waits, rounding leaves nothing.
-        self.waiting_work = self.waiting_work - work if self.num_grouped else 0.0
+        self.work = self.work - work if self.num_grouped else 0.0
 
     def _list_of(self, entry: OpenPrompt) -> WaitingList:
         return self.fresh if entry.attempt == 1 else self.retried
+
+
+class PromptTable:
+    """All open prompts and all shards.
+
+    Attributes:
+        open: index -> prompt.
+        exhausted: whether the input has ended.
+        is_open: whether prompts come at any time.
+        is_dry: whether it is open and has no more now.
+        foreground: prompts that wait, and that somebody waits for.
+        background: the other ones that wait.
+        shards: in flight, by id.
+    """
+
+    def __init__(self, policy: Policy, work_of: Callable[[Prompt], float] | None = None) -> None:
+        self.open: dict[int, OpenPrompt] = {}
+        self.exhausted = False
+        self.is_open = self.is_dry = False
+        self.foreground = WaitingPrompts(policy)
+        self.background = WaitingPrompts(policy)
+        self.shards: dict[int, Shard] = {}
+        self._policy = policy
+        self._lone_runs = LoneRuns(policy)
+        self._work_of = work_of or partial(text_work, policy=policy)
+        self._second_per_work: float | None = None
+        self._num_shards = 0
+        self._num_bands = 0
+        self._num_read = 0
+        self._num_done = 0
+
+    def read(self, prompts: Sequence[Prompt], *, exhausted: bool, is_dry: bool = False) -> None:
+        """Let the next prompts of the input wait."""
+        work_of, number = self._work_of, self._num_bands
+        band = [OpenPrompt(prompt, work_of(prompt), number) for prompt in prompts]
+        self._num_bands += 1
+        self._num_read += len(band)
+        self.open.update((entry.prompt.index, entry) for entry in band)
+        self.foreground.add_band([entry for entry in band if not entry.prompt.background])
+        if any(prompt.background for prompt in prompts):
+            self.background.add_band([entry for entry in band if entry.prompt.background])
+        self.exhausted, self.is_dry = exhausted, is_dry and not exhausted
+        if exhausted:
+            self.sort_waiting(exactly=False)
+
+    # -- waiting prompts
+
+    def sort_waiting(self, *, exactly: bool) -> None:
+        """The input has ended: let the longest prompts go first, exactly or by powers of two."""
+        self.foreground.sort(exactly=exactly)
+        self.background.sort(exactly=exactly)
+
+    def _waiting_with(self, entry: OpenPrompt) -> WaitingPrompts:
+        return self.background if entry.prompt.background else self.foreground
 
     # -- shards
 
@@ -228,9 +261,13 @@ class PromptTable:
         worker.shards.append(shard.id)
         worker.alone = alone
         for entry in entries:
-            self.suspects.pop(entry.prompt.index, None)
             entry.shard_ids += (shard.id,)
             worker.work += entry.work
+            worker.taken += entry.num_slots
+            if alone:
+                self._waiting_with(entry).suspects.pop(entry.prompt.index, None)
+            if worker.held is not None:
+                worker.held.begin(entry.prompt)
         worker.num_unfinished += len(entries)
         return shard
 
@@ -250,7 +287,7 @@ class PromptTable:
             if (answered := self.open.get(row.index)) is not None:
                 if shard and shard.alone and row.ok:
                     self._lone_runs.note_answered(answered.num_deaths_alone)
-                self._close(answered)
+                self._close(answered, row)
                 kept.append(row)
         return kept
 
@@ -297,7 +334,7 @@ class PromptTable:
             num_begun -= len(begun)
             for entry in self._end(shard):
                 if entry.prompt.index not in begun:
-                    self._wait(entry)
+                    self._waiting_with(entry).add(entry)
                     continue
                 entry.num_deaths_alone += shard.alone
                 is_guilty = self._lone_runs.is_poison(entry.num_deaths_alone)
@@ -311,7 +348,7 @@ class PromptTable:
             entry.attempt += 1
             if shard.alone:
                 entry.died_on = name
-            self._wait(entry)
+            self._waiting_with(entry).add(entry)
             return []
         del self.open[entry.prompt.index]
         self._num_done += 1
@@ -330,20 +367,26 @@ class PromptTable:
         for entry in shard.unfinished.values():
             entry.shard_ids = tuple(id_ for id_ in entry.shard_ids if id_ != shard.id)
             worker.work -= entry.work
+            worker.taken -= entry.num_slots
+            if worker.held is not None:
+                worker.held.end(entry.prompt)
         worker.num_unfinished -= len(shard.unfinished)
         if not worker.shards:
             worker.work = 0.0  # and what rounding left
         return [entry for entry in shard.unfinished.values() if not entry.shard_ids]
 
-    def _close(self, entry: OpenPrompt) -> None:
+    def _close(self, entry: OpenPrompt, row: Row) -> None:
         index = entry.prompt.index
-        if not entry.shard_ids and self.suspects.pop(index, None) is None:
-            self._list_of(entry).remove(entry)
-            self._waits_no_more(1, entry.work)
+        if not entry.shard_ids:
+            self._waiting_with(entry).remove(entry)
         for shard_id in entry.shard_ids:
             shard = self.shards[shard_id]
+            worker = shard.worker
             del shard.unfinished[index]
-            shard.worker.num_unfinished -= 1
-            shard.worker.work -= entry.work
+            worker.num_unfinished -= 1
+            worker.work -= entry.work
+            worker.taken -= entry.num_slots
+            if worker.held is not None:
+                worker.held.end(entry.prompt, row)
         del self.open[index]
         self._num_done += 1

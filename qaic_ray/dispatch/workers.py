@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from qaic_ray.dispatch.beginnings import HeldBeginnings
 from qaic_ray.dispatch.policy import Policy
 
 
@@ -33,7 +34,8 @@ class WorkerState:
         since_s: when the present status began.
         slots: prompts it runs side by side; 0 while it is not ready.
         shards: ids of the shards it holds, oldest first.
-        num_unfinished: prompts of these that have no row yet; `work` is their estimated work.
+        num_unfinished: prompts of these that have no row yet; `work` is their estimated work, and
+            `taken` how many slots they take, more than there are where some are queued.
         failures: failures since its last row.
         openings: failures to open since it was last ready.
         lives: how many times it was ready.
@@ -47,6 +49,7 @@ class WorkerState:
         awaited: whether it was neither ready nor failed yet.
         work_per_s: speed, measured while all its slots were taken; 0 while unknown.
         step_s: mean time of its engine's last steps; None while unknown.
+        held: what its slots hold; None where nobody asks, and while it is not ready.
     """
 
     name: str
@@ -59,6 +62,7 @@ class WorkerState:
     shards: list[int] = field(default_factory=list)
     num_unfinished: int = 0
     work: float = 0.0
+    taken: int = 0
 
     failures: int = 0
     openings: int = 0
@@ -75,6 +79,7 @@ class WorkerState:
 
     work_per_s: float = 0.0
     step_s: float | None = None
+    held: HeldBeginnings | None = None
     _measured_work: float = 0.0
     _measured_s: float = 0.0
     _mark_s: float = 0.0
@@ -86,8 +91,19 @@ class WorkerState:
     def enter(self, status: WorkerStatus, now_s: float, *, slots: int = 0) -> None:
         """Begin another status."""
         self.status, self.since_s, self.slots = status, now_s, slots
+        self.held = None
         self.retry_s, self._num_steps = None, None
         self.timer_s = math.inf
+
+    @property
+    def load(self) -> float:
+        """The share of its slots that is taken; above 1 where prompts are queued."""
+        return self.taken / self.slots
+
+    def lose_state(self) -> None:
+        """Its engine was made anew: its slots hold nothing any more."""
+        if self.held is not None:
+            self.held.forget()
 
     def on_first_work(self, now_s: float) -> None:
         """It gets work, and had none."""
@@ -158,6 +174,7 @@ class WorkerPool:
         num_ready: workers that are ready.
         num_awaited: workers that were neither ready nor failed yet.
         num_draining: workers that are being cleared for a prompt that must be alone.
+        holds_beginnings: whether it is kept what the slots of each worker hold.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -167,6 +184,7 @@ class WorkerPool:
         self.num_ready = 0
         self.num_awaited = 0
         self.num_draining = 0
+        self.holds_beginnings = False
         self._policy = policy
         self._timers: list[tuple[float, str]] = []
         self._most_slots = 0
@@ -181,8 +199,9 @@ class WorkerPool:
         self._num_stepping = 0
         self._step_s = 0.0
 
-    def start(self, names: Sequence[str], now_s: float) -> None:
-        """Take these as opening."""
+    def start(self, names: Sequence[str], now_s: float, *, is_open: bool) -> None:
+        """Take these as opening; `is_open`: for prompts that come at any time."""
+        self.holds_beginnings = is_open and len(names) > 1 and self._policy.block_tokens > 0
         self.workers = {name: WorkerState(name, now_s, self._policy) for name in names}
         self.num_awaited = len(names)
         for worker in self.workers.values():
@@ -199,6 +218,8 @@ class WorkerPool:
         """Take a worker as ready."""
         self._expect_no_more(worker)
         worker.enter(WorkerStatus.READY, now_s, slots=slots)
+        if self.holds_beginnings:
+            worker.held = HeldBeginnings(slots, self._policy)
         worker.openings = 0
         worker.lives += 1
         self._most_slots = max(self._most_slots, slots)

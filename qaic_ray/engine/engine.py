@@ -16,7 +16,9 @@ from itertools import compress
 from typing import Protocol
 
 from qaic_ray.contract import IoContract
-from qaic_ray.engine.batcher import Batcher, LockstepBatcher
+from qaic_ray.engine.batching.batcher import Batcher
+from qaic_ray.engine.batching.lockstep import LockstepBatcher
+from qaic_ray.engine.batching.stalls import MAX_STALL_S, Stalls
 from qaic_ray.engine.sampler import Selector
 from qaic_ray.engine.session import Session
 from qaic_ray.engine.step_io import (
@@ -31,9 +33,6 @@ from qaic_ray.errors import RowError
 from qaic_ray.metrics import EngineState, Measurement
 from qaic_ray.rows import ROW_ALONE
 from qaic_ray.sampling_params import SamplingParams
-
-MAX_STALL_S = 1.0
-"""Seconds that running rows may wait for the prefill of others, by default."""
 
 
 class StopReader(Protocol):
@@ -77,7 +76,7 @@ class Engine:
         program: an opened session (or its stand-in in tests).
         clock: monotonic seconds.
         max_stall_s: how long rows that decode may wait for the prefill of others; one step of
-            prefill is done even where it takes longer.
+            prefill is done even where it takes longer, and with 0 never two.
         prefix_reuse: whether a prompt may start from what a slot's cache holds already.
         proposer: drafts tokens, for a program whose decode shape takes several a row.
         ride_len: see `Batcher`.
@@ -107,7 +106,7 @@ class Engine:
             self._inputs = PositionIdsInputs(shapes, program.input_dtype, batcher)
         self._program = program
         self._clock = clock
-        self._max_stall_s = max_stall_s
+        self._stalls = Stalls(max_stall_s)
         self._proposer = proposer if shapes.decode_len > 1 else None
         self._picker = TokenPicker(
             selector or Selector(shapes.num_slots),
@@ -127,8 +126,6 @@ class Engine:
         # that a prefill has answered since.
         self._decoded_s = 0.0
         self._prefilled_s: dict[Sequence, float] = {}
-        self._stalled_since_s = 0.0
-        self._has_stalled = False
 
     @property
     def busy(self) -> bool:
@@ -188,7 +185,8 @@ class Engine:
         """
         start_s = self._clock()
         could_decode = self.batcher.num_decoding > 0
-        step = self.batcher.plan(decode_first=self._must_decode(start_s))
+        self.batcher.admit()
+        step = self.batcher.plan(decode_first=self._stalls.must_decode(start_s, self.batcher))
         if step is None:
             return []
         # A steady step is the same object again and again, with no row that is new.
@@ -211,9 +209,7 @@ class Engine:
             self._meter.drafted_tokens += sum(map(len, drafts))
             self._meter.accepted_tokens += num_kept
             self._meter.decode_tokens += num_kept
-        self._has_stalled = step.is_prefill and could_decode
-        if not self._has_stalled:
-            self._stalled_since_s = end_s
+        self._stalls.made(step, start_s, end_s, could_decode=could_decode)
         if self._readers:
             answered = compress(step.rows, built.answers)
             self._unread = [row for _, row in answered if row in self._readers]
@@ -230,13 +226,6 @@ class Engine:
         self._prefilled_s.pop(sequence, None)
         self._unread = [row for row in self._unread if row is not sequence]
         self._forget(sequence)
-
-    def _must_decode(self, now_s: float) -> bool:
-        """Whether another prefill would make running rows wait longer than they may."""
-        if not self._has_stalled:
-            return False
-        waited_s = now_s - self._stalled_since_s
-        return waited_s + self.batcher.costs.slowest_s > self._max_stall_s
 
     def _draft(self, step: Step) -> Drafts:
         assert self._proposer is not None

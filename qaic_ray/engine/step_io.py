@@ -15,7 +15,7 @@ import numpy as np
 
 from qaic_ray import contract
 from qaic_ray.contract import Specialization
-from qaic_ray.engine.batcher import Batcher
+from qaic_ray.engine.batching.batcher import Batcher
 from qaic_ray.engine.bindings import Array, Logits, Output, TokenIds
 from qaic_ray.engine.sampler import Selector, overflowed
 from qaic_ray.engine.steps import ProgramShapes, Sequence, Step

@@ -28,7 +28,8 @@ class Sequence:
     `max_new_tokens` is how many tokens may be generated at most; `stop_ids` end the row and are
     kept as its last token. `num_computed` counts the tokens, prompt and answer, whose keys and
     values the card holds, `num_reused` those of the prompt that it held already. `slot` is set
-    while the row runs. `num_read` tokens of the answer were looked through for stop strings.
+    while the row runs. `num_read` tokens of the answer were looked through for stop strings. Rows
+    of the `background` give way to the others.
     """
 
     key: int
@@ -44,6 +45,7 @@ class Sequence:
     num_read: int = 0
     slot: int | None = None
     finish_reason: FinishReason | None = None
+    background: bool = False
 
     @property
     def num_tokens(self) -> int:

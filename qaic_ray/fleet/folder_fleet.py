@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qaic_ray.compile.store import check_kept
-from qaic_ray.dispatch.policy import DEFAULT_POLICY
-from qaic_ray.dispatch.prompts import text_work
+from qaic_ray.dispatch.policy import DEFAULT_POLICY, text_work
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.files.documents import differences, user_path
 from qaic_ray.fleet.kept_rows import KeptRows

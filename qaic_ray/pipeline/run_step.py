@@ -227,7 +227,7 @@ def _answer(
     recording: RunRecording,
 ) -> tuple[FleetResult, Proof]:
     """All rows that have no answer yet, journaled and written."""
-    from qaic_ray.dispatch.prompts import text_work
+    from qaic_ray.dispatch.policy import text_work
     from qaic_ray.files.documents import differences
     from qaic_ray.runs.delivery import RowWriter
     from qaic_ray.runs.intake import fingerprint

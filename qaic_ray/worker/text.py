@@ -108,6 +108,7 @@ class Answerer:
                 stop_ids=stop_ids,
                 params=params,
                 seed=sample_seed(params, self._generation.seed or 0, prompt.index, sample),
+                background=prompt.background,
             )
             for sample in range(params.n)
         ]

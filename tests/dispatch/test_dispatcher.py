@@ -34,8 +34,8 @@ from qaic_ray.dispatch.dispatcher import (
     WorkerProgress,
     WorkerReady,
 )
-from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
-from qaic_ray.dispatch.prompts import PromptTable, text_work
+from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy, text_work
+from qaic_ray.dispatch.prompts import PromptTable
 from qaic_ray.dispatch.workers import WorkerState
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience, Driver
@@ -273,7 +273,7 @@ def test_an_open_input_that_is_dry_is_shared_out(dispatcher: Dispatcher) -> None
     commands = after(dispatcher, PromptsRead(same(12, first=4), exhausted=False, is_dry=True))
     given += [(worker, index) for worker, _, some, _ in shards(commands) for index in some]
     assert Counter(worker for worker, _ in given) == {"a": 8, "b": 8}
-    assert len(shards(commands)) < 12
+    assert len(shards(commands)) == 12, "a row does not wait for others of its shard"
 
 
 def test_a_prompt_that_comes_alone_goes_to_a_worker_with_a_free_slot(
@@ -657,16 +657,16 @@ def test_a_long_prompt_on_a_card_that_is_well_runs_once() -> None:
 def test_a_prompt_that_left_a_list_is_not_there_when_it_waits_in_another() -> None:
     table = PromptTable(POLICY)
     table.read(same(3), exhausted=False)
-    (shortest,) = table.take(table.fresh, (1, 1, 0.0), shortest=True)
+    (shortest,) = table.foreground.take(table.foreground.fresh, (1, 1, 0.0), shortest=True)
     worker = WorkerState("a", 0.0, POLICY, slots=1)
     table.begin(worker, [shortest], 0.0, alone=False)
     check_table(table)
     assert table.on_worker_lost(worker, "gone", num_begun=1) == []
     check_table(table)
-    others = [entry.prompt for entry in table.take(table.fresh, (9, 9, 0.0))]
+    others = [entry.prompt for entry in table.foreground.take(table.foreground.fresh, (9, 9, 0.0))]
     assert {shortest.prompt.index} | {prompt.index for prompt in others} == {0, 1, 2}
-    assert table.take(table.retried, (9, 9, 0.0)) == [shortest]
-    assert table.num_grouped == 0
+    assert table.foreground.take(table.foreground.retried, (9, 9, 0.0)) == [shortest]
+    assert table.foreground.num_grouped == 0
 
 
 def test_an_answered_prompt_waits_no_more(dispatcher: Dispatcher) -> None:

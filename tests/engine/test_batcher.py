@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from qaic_ray.engine.batcher import Batcher, num_common
+from qaic_ray.engine.batching.batcher import Batcher, num_common
 from qaic_ray.engine.steps import ProgramShapes, Sequence, Step
 from qaic_ray.errors import RowError
 from qaic_ray.rows import FinishReason

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from qaic_ray.engine.batcher import LockstepBatcher
+from qaic_ray.engine.batching.lockstep import LockstepBatcher
 from qaic_ray.engine.steps import ProgramShapes, Sequence
 from qaic_ray.errors import RowError
 

@@ -211,7 +211,7 @@ def test_a_million_prompts_would_leave_nothing_behind(stepped: Stepped) -> None:
     order = driver._delivery._order
     left = (
         *(driver._intake.open, driver._intake._done, driver._cancelled, driver._streams),
-        *(driver._to_cancel, table.open, table.shards, table.fresh.entries, table.suspects),
+        *(driver._to_cancel, table.open, table.shards, table.foreground.fresh.entries),
         *(order._held, order._spilled._packed, stepped.fleet._open, stepped.fleet._input._waiting),
     )
     assert [len(each) for each in left] == [0] * len(left)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from qaic_ray import options
 from qaic_ray.cli import parameters
-from qaic_ray.engine.engine import MAX_STALL_S
+from qaic_ray.engine.batching.stalls import MAX_STALL_S
 from qaic_ray.errors import JobError
 from qaic_ray.option_types import Section, prompt_lens
 from qaic_ray.options import Job, RunOptions

@@ -15,8 +15,8 @@ from qaic_ray.runs.driver import Audience, Driver
 from qaic_ray.runs.journal import Journal
 
 MOST_MOVES = 60
-MOST_MODULES = 11
-"""Ten that a prompt goes through, and the result of the run."""
+MOST_MODULES = 12
+"""Eleven that a prompt goes through, and the result of the run."""
 PACKAGE = "qaic_ray."
 
 

@@ -1,97 +1,28 @@
-"""Sequences into slots, slots into steps: a batcher for each of the two contracts. Pure.
+"""Sequences into slots, slots into steps, for `position-ids`: each row goes on by itself. Pure.
 
 `plan` says what the card computes next, `commit` takes in the tokens that came out.
-
-`Batcher` is for `position-ids`, where every row has a slot and positions of its own:
 
     uncomputed tokens of a row    where they are computed
     at most `ride_len`            in the decode shape, together with every other such row
     more                          in a prefill shape, `prefill_rows` rows at a time: see `_sharing`
     more, and no prefill shape    in the decode shape, `decode_len` at a time (a `pl1` program)
 
-so a prompt's last token and an answer's newest are one case. `LockstepBatcher` is for
-`cache-index`.
+so a prompt's last token and an answer's newest are one case.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence as Listed
 
-from qaic_ray.engine.steps import ProgramShapes, Sequence, ShapeCosts, Step
-from qaic_ray.errors import RowError
-from qaic_ray.rows import FinishReason
+from qaic_ray.engine.batching.in_flight import InFlight
+from qaic_ray.engine.steps import ProgramShapes, Sequence, Step
+
+PREFIX_BLOCK = 16
+"""Tokens by which a beginning that a slot holds is longer than another; fewer where a prefill takes
+fewer."""
 
 
-class _Queue:
-    """The sequences that wait and run; what both batchers do alike.
-
-    Args:
-        shapes: what the program can run.
-    """
-
-    def __init__(self, shapes: ProgramShapes) -> None:
-        self.shapes = shapes
-        self.costs = ShapeCosts(shapes.prefill_lens)
-        self.waiting: deque[Sequence] = deque()
-        self.running: dict[int, Sequence] = {}
-
-    @property
-    def busy(self) -> bool:
-        """Whether any sequence waits or runs."""
-        return bool(self.waiting or self.running)
-
-    def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
-        """How many tokens a prompt may generate: what was asked for, within the context.
-
-        Raises:
-            RowError: for a prompt with no token, or with more than the context holds.
-        """
-        if prompt_tokens == 0:
-            raise RowError("The prompt is empty: it has no token to start from.")
-        # The last token of an answer is never fed back.
-        room = self.shapes.ctx_len - self._padded(prompt_tokens) + 1
-        if room < 1:
-            raise RowError(
-                f"The prompt has {prompt_tokens} tokens, more than the context of "
-                f"{self.shapes.ctx_len} the QPC was compiled for: shorten it, or compile with a "
-                "larger ctx_len."
-            )
-        return room if wanted is None else min(room, wanted)
-
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence whose `max_new_tokens` came from `new_token_limit`."""
-        self.waiting.append(sequence)
-
-    def stop(self, sequence: Sequence, num_tokens: int) -> int:
-        """End a row with the first `num_tokens` tokens of its answer; how many were dropped."""
-        dropped = sequence.cut(num_tokens)
-        if sequence.slot is not None:
-            self._release(sequence)
-        return dropped
-
-    def abort(self, sequence: Sequence) -> None:
-        """End a row that waits or runs, without an answer."""
-        if sequence.slot is None:
-            self.waiting.remove(sequence)
-        else:
-            self._release(sequence)
-        sequence.finish_reason = FinishReason.ABORT
-
-    def _padded(self, prompt_tokens: int) -> int:
-        """Places of the context that a prompt takes."""
-        return prompt_tokens
-
-    def _release(self, sequence: Sequence) -> int:
-        """Take a running sequence out of its slot, which is returned."""
-        slot = sequence.slot
-        assert slot is not None
-        sequence.slot = None
-        del self.running[slot]
-        return slot
-
-
-class Batcher(_Queue):
+class Batcher(InFlight):
     """Gives sequences slots of their own and plans steps over them.
 
     A slot remembers the tokens that its cache holds; a prompt that begins with them is computed
@@ -110,6 +41,7 @@ class Batcher(_Queue):
         super().__init__(shapes)
         self._prefilling: dict[int, Sequence] = {}
         self._prefix_reuse = prefix_reuse
+        self._block = min(PREFIX_BLOCK, *shapes.prefill_lens, shapes.ctx_len)
         self._ride_len = max(ride_len or 1, shapes.decode_len)
         # Slot -> the tokens its cache holds, the longest free first.
         self._free: dict[int, tuple[int, ...]] = dict.fromkeys(range(shapes.num_slots), ())
@@ -125,13 +57,27 @@ class Batcher(_Queue):
         """Rows that wait for their next token and not for a prefill."""
         return len(self.running) - len(self._prefilling)
 
+    @property
+    def decodes_foreground(self) -> bool:
+        """Whether a row of the foreground waits for its next token and not for a prefill."""
+        return any(
+            not row.background and slot not in self._prefilling
+            for slot, row in self.running.items()
+        )
+
+    @property
+    def prefills_foreground(self) -> bool:
+        """Whether a row of the foreground wants prefill."""
+        return any(not row.background for row in self._prefilling.values())
+
     def plan(self, *, decode_first: bool = False) -> Step | None:
         """The next step, or None when nothing waits or runs.
 
         Prefill goes before decode, because an empty row of the decode shape is lost; with
-        `decode_first` rows that can decode are not made to wait any longer.
+        `decode_first` rows that can decode are not made to wait any longer. Rows of the background
+        get the places of a prefill that the others leave.
         """
-        self._admit()
+        self.admit()
         if not self.running:
             return None
         if self._prefilling and not (decode_first and self.num_decoding):
@@ -171,6 +117,7 @@ class Batcher(_Queue):
         assert occupied | set(self._free) == set(range(self.shapes.num_slots))
         assert set(self._prefilling) <= occupied
         assert len(occupied) <= self.shapes.num_rows
+        assert self.num_background == sum(row.background for row in self.running.values())
         for slot, sequence in self.running.items():
             assert sequence.slot == slot
             assert sequence.finish_reason is None
@@ -179,7 +126,8 @@ class Batcher(_Queue):
             assert len(sequence.output_ids) < sequence.max_new_tokens
             assert (slot in self._prefilling) == self._wants_prefill(sequence)
 
-    def _admit(self) -> None:
+    def admit(self) -> None:
+        """See `InFlight.admit`."""
         if not self.waiting or (self.running and not self.shapes.continuous):
             return
         while self.waiting and self._free and len(self.running) < self.shapes.num_rows:
@@ -190,14 +138,20 @@ class Batcher(_Queue):
             sequence.num_computed = sequence.num_reused = min(reused, len(sequence.prompt_ids) - 1)
             sequence.slot = slot
             self.running[slot] = sequence
+            self.num_background += sequence.background
             if self._wants_prefill(sequence):
                 self._prefilling[slot] = sequence
             self._steady = None
 
     def _best_slot(self, prompt_ids: tuple[int, ...]) -> int:
-        """The free slot whose cache shares the longest prefix with a prompt."""
+        """The free slot whose cache shares the longest prefix with a prompt.
+
+        By whole blocks: most prompts share their first few tokens, and a slot that holds a long
+        conversation is not given away for those while another one is free longer.
+        """
+        block = self._block
         # Of equals the first, which has been free the longest.
-        return max(self._free, key=lambda slot: num_common(self._free[slot], prompt_ids))
+        return max(self._free, key=lambda slot: num_common(self._free[slot], prompt_ids) // block)
 
     def _wants_prefill(self, sequence: Sequence) -> bool:
         return (
@@ -207,8 +161,15 @@ class Batcher(_Queue):
         )
 
     def _prefill(self) -> Step:
-        rows = self._sharing()
-        most = max(row.num_uncomputed for _, row in rows)
+        rows = list(self._prefilling.items())
+        if self.num_background:
+            first = self._sharing([item for item in rows if not item[1].background])
+            rest = self._sharing([item for item in rows if item[1].background], len(first))
+            most = max(row.num_uncomputed for _, row in first or rest)
+            rows = first + rest
+        else:
+            rows = self._sharing(rows)
+            most = max(row.num_uncomputed for _, row in rows)
         seq_len = self.costs.next_len(most, free=self._ride_len)
         reach = self.shapes.prefill_ctx_len
         if len(rows) < self.shapes.prefill_rows:
@@ -222,15 +183,17 @@ class Batcher(_Queue):
         counts = tuple(min(seq_len, r.num_uncomputed, reach - r.num_computed) for _, r in rows)
         return Step(True, seq_len, tuple(rows), counts)
 
-    def _sharing(self) -> list[tuple[int, Sequence]]:
-        """The rows that share the next prefill, of those that want one.
+    def _sharing(
+        self, rows: list[tuple[int, Sequence]], num_taken: int = 0
+    ) -> list[tuple[int, Sequence]]:
+        """The rows that share the next prefill, of those that want one; so many places are taken.
 
         A row has one chunk a step, so all of them need as many steps as the longest has chunks, or
         as there are chunks for `prefill_rows` places. A row with as many chunks as there are steps
         may miss none of them; the other places are for those that wait longest.
         """
-        rows, places = list(self._prefilling.items()), self.shapes.prefill_rows
-        if len(rows) <= places or places == 1:
+        places = self.shapes.prefill_rows - num_taken
+        if len(rows) <= places or places <= 1:
             return rows[:places]
         chunks = [self._num_chunks(row) for _, row in rows]
         steps = max(*chunks, -(-sum(chunks) // places))
@@ -260,6 +223,7 @@ class Batcher(_Queue):
 
     def _release(self, sequence: Sequence) -> int:
         slot = super()._release(sequence)
+        self.num_background -= sequence.background
         self._prefilling.pop(slot, None)
         self._steady = None
         # The last token of an answer was never fed, and what was drafted behind it is not held.
@@ -267,97 +231,6 @@ class Batcher(_Queue):
         held = (*sequence.prompt_ids, *sequence.output_ids)[:num_held]
         self._free[slot] = held if self._prefix_reuse else ()
         return slot
-
-
-class LockstepBatcher(_Queue):
-    """Gathers sequences into waves and plans their steps.
-
-    One cache index counts for the whole batch, so rows start together, as a wave, and each is
-    padded on the left to the wave's length:
-
-        padded_len    prompt_len x chunks, the same for every row of the wave
-        prefill       chunk 0, 1, ... of all rows at once; only the last answers, in its last column
-        decode        one token a row, written at padded_len, padded_len + 1, ... for all of them
-
-    A row that ends early keeps its place and is no longer counted; the next wave starts when the
-    last row has ended. Places without a row are padding.
-
-    Args:
-        shapes: what the program can run; it is static, with one prefill length at most.
-    """
-
-    def __init__(self, shapes: ProgramShapes) -> None:
-        super().__init__(shapes)
-        self._prompt_len = max(shapes.prefill_lens, default=1)
-        self._padded_len = 0
-        self._cache_index = 0
-
-    @property
-    def num_decoding(self) -> int:
-        """See `Batcher.num_decoding`."""
-        return len(self.running) if self._cache_index >= self._padded_len else 0
-
-    def plan(self, *, decode_first: bool = False) -> Step | None:
-        """See `Batcher.plan`; no row of a wave is ahead of the others, to decode first."""
-        if not self.running:
-            self._begin()
-        if not self.running:
-            return None
-        is_prefill = self._cache_index < self._padded_len
-        seq_len = self._prompt_len if is_prefill else 1
-        rows = tuple(self.running.items())
-        counts = (seq_len,) * len(rows)
-        return Step(is_prefill, seq_len, rows, counts, self._cache_index, self._padded_len)
-
-    def commit(self, step: Step, chosen: Listed[Listed[int]]) -> list[Sequence]:
-        """See `Batcher.commit`."""
-        self._cache_index += step.seq_len
-        if not step.ends_padded:
-            return []
-        finished = []
-        for (_, sequence), tokens in zip(step.rows, chosen, strict=True):
-            sequence.num_computed = sequence.num_tokens
-            sequence.take(tokens)
-            if sequence.finish_reason is not None:
-                self._release(sequence)
-                finished.append(sequence)
-        return finished
-
-    def check(self) -> None:
-        """Invariants, for tests: the wave fits its places and the context."""
-        assert len(self.running) <= self.shapes.num_slots
-        for slot, sequence in self.running.items():
-            assert sequence.slot == slot
-            assert sequence.finish_reason is None
-            assert self._padded(len(sequence.prompt_ids)) <= self._padded_len
-            assert max(self._cache_index, self._padded_len) <= self.shapes.ctx_len
-            assert len(sequence.output_ids) < sequence.max_new_tokens
-
-    def _padded(self, prompt_tokens: int) -> int:
-        """Whole chunks, because the prompt is padded to them."""
-        return -(-prompt_tokens // self._prompt_len) * self._prompt_len
-
-    def _begin(self) -> None:
-        """Choose the next wave: the row that waits longest, and rows of as many chunks.
-
-        Free places go to shorter rows whose answers still fit behind the longer padding.
-        """
-        if not self.waiting:
-            return
-        self._cache_index = 0
-        self._padded_len = self._padded(len(self.waiting[0].prompt_ids))
-        same = [s for s in self.waiting if self._padded(len(s.prompt_ids)) == self._padded_len]
-        shorter = [s for s in self.waiting if self._fits_with_padding(s)]
-        wave = (same + shorter)[: self.shapes.num_slots]
-        for slot, sequence in enumerate(wave):
-            sequence.slot = slot
-            self.running[slot] = sequence
-        self.waiting = deque(s for s in self.waiting if s.slot is None)
-
-    def _fits_with_padding(self, sequence: Sequence) -> bool:
-        shorter = self._padded(len(sequence.prompt_ids)) < self._padded_len
-        end = self._padded_len + sequence.max_new_tokens - 1
-        return shorter and end <= self.shapes.ctx_len
 
 
 def num_common(left: tuple[int, ...], right: tuple[int, ...]) -> int:

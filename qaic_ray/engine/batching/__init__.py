@@ -1,0 +1,1 @@
+"""Sequences into slots, slots into steps, and which step goes first: pure."""
