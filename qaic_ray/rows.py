@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -45,7 +45,10 @@ class ErrorClass(str, Enum):
 
 
 _TIMES = ("queue_s", "started_at", "ended_at")
-_LEFT_OUT = ("messages", "stop_reason", *_TIMES, "logprobs", "choices", "error", "error_class")
+_LEFT_OUT = (
+    *("messages", "stop_reason", "reused_tokens", *_TIMES, "logprobs", "prompt_logprobs"),
+    *("choices", "error", "error_class"),
+)
 _log = logging.getLogger(__name__)
 
 MAX_ERROR_CHARS = 900
@@ -175,8 +178,12 @@ class Row:
     token was there: Unix times (UTC), by the worker's clock; None where it was not answered, or by
     an earlier version. `queue_s` is from `started_at` to the row's first step.
 
+    `reused_tokens` of the prompt's were in a slot's cache already (of a row with `n` over 1: for
+    its first answer).
+
     `stop_reason` is the stop string that ended the row, or the stop token if that is not EOS;
-    `logprobs` has an entry a token where they were asked for. With `n` over 1 `choices` holds all
+    `logprobs` has an entry a token where they were asked for, and so has `prompt_logprobs` for the
+    prompt, whose first token has None. With `n` over 1 `choices` holds all
     answers, and the row's text and tokens are those of the first one.
     """
 
@@ -189,6 +196,7 @@ class Row:
     token_ids: tuple[int, ...] = ()
     stop_reason: str | int | None = None
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     ttft_s: float = 0.0
     decode_s: float = 0.0
     queue_s: float | None = None
@@ -197,6 +205,7 @@ class Row:
     worker: str = ""
     attempts: int = 1
     logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     choices: tuple[Sample, ...] = ()
     error: str | None = None
     error_class: ErrorClass | None = None
@@ -264,8 +273,8 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """The row as the documented JSON object, keys in the documented order.
 
-        `messages`, `stop_reason`, `queue_s`, `started_at`, `ended_at`, `logprobs`, `choices`,
-        `error` and `error_class` are left out where the row has none.
+        `messages`, `stop_reason`, `reused_tokens`, `queue_s`, `started_at`, `ended_at`, `logprobs`,
+        `prompt_logprobs`, `choices`, `error` and `error_class` are left out where the row has none.
         """
         document: dict[str, Any] = {
             "index": self.index,
@@ -277,6 +286,7 @@ class Row:
             "finish_reason": self.finish_reason.value,
             "stop_reason": self.stop_reason,
             "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens or None,
             "generated_tokens": self.generated_tokens,
             "ttft_s": round(self.ttft_s, 6),
             "decode_s": round(self.decode_s, 6),
@@ -286,6 +296,7 @@ class Row:
             "worker": self.worker,
             "attempts": self.attempts,
             "logprobs": _logprobs_json(self.logprobs),
+            "prompt_logprobs": _logprobs_json(self.prompt_logprobs),
             "choices": [c.to_json(index) for index, c in enumerate(self.choices)] or None,
             "error": self.error,
             "error_class": None if self.error_class is None else self.error_class.value,
@@ -296,17 +307,20 @@ class Row:
         return document
 
 
-def _logprobs_json(logprobs: tuple[TokenLogprob, ...] | None) -> list[dict[str, Any]] | None:
-    """One object a token, natural logs."""
+def _logprobs_json(
+    logprobs: Sequence[TokenLogprob | None] | None,
+) -> list[dict[str, Any] | None] | None:
+    """One object a token, natural logs; null for a token without one."""
     if logprobs is None:
         return None
-    return [
-        {
-            **_logprob_json(token.token_id, token.logprob),
-            "top": [_logprob_json(*other) for other in token.top],
-        }
-        for token in logprobs
-    ]
+    return [None if token is None else _entry_json(token) for token in logprobs]
+
+
+def _entry_json(token: TokenLogprob) -> dict[str, Any]:
+    return {
+        **_logprob_json(token.token_id, token.logprob),
+        "top": [_logprob_json(*other) for other in token.top],
+    }
 
 
 def _logprob_json(token_id: int, logprob: float) -> dict[str, Any]:

@@ -24,12 +24,12 @@ Array = npt.NDArray[Any]
 
 
 @lru_cache(maxsize=100_000)
-def logits_of(ids: tuple[int, ...]) -> Array:
+def logits_of(ids: tuple[int, ...], vocab: int = VOCAB) -> Array:
     """Depends on every token and its place, as a language model's answer does."""
     value = 1
     for token in ids:
         value = (value * 31 + token + 7) % 1_000_003
-    logits = np.random.default_rng(value).normal(size=VOCAB).astype(np.float32) * 2
+    logits = np.random.default_rng(value).normal(size=vocab).astype(np.float32) * 2
     logits.setflags(write=False)
     return logits
 
@@ -53,6 +53,7 @@ class FormulaProgram:
         emits_tokens: ids in place of logits.
         memory: how many of the last tokens the formula sees; few make the answers repeat
             themselves. None: all.
+        vocab: width of the logits.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class FormulaProgram:
         every_token: bool = False,
         emits_tokens: bool = False,
         memory: int | None = None,
+        vocab: int = VOCAB,
     ) -> None:
         self.specializations = specializations
         self.contract = io_contract
@@ -70,6 +72,7 @@ class FormulaProgram:
         self.calls: list[tuple[Specialization, list[int]]] = []
         self._every_token = every_token
         self._memory = memory
+        self._vocab = vocab
         rows = specializations.batch_size
         self._cache = np.full((rows, specializations.ctx_len), -1)
         self._place = np.zeros((rows, specializations.ctx_len), int)
@@ -100,7 +103,7 @@ class FormulaProgram:
         assert len(set(slots)) == len(slots)
         assert (contract.BATCH_INDEX in inputs) == (shape.full_batch_size is not None)
         num_columns = shape.seq_len if self._every_token else (shape.num_logits_to_keep or 1)
-        logits = np.zeros((len(ids), num_columns, VOCAB), np.float32)
+        logits = np.zeros((len(ids), num_columns, self._vocab), np.float32)
         live = []
         for row, slot in enumerate(slots):
             used = int((positions[row] >= 0).sum())
@@ -128,7 +131,7 @@ class FormulaProgram:
         end = start + shape.seq_len
         assert end <= shape.ctx_len
         self._mask[:, end - 1] = True
-        logits = np.zeros((len(ids), 1, VOCAB), np.float32)
+        logits = np.zeros((len(ids), 1, self._vocab), np.float32)
         for row in range(len(ids)):
             self._cache[row, start:end] = ids[row]
             self._place[row, start:end] = positions[row]
@@ -142,7 +145,7 @@ class FormulaProgram:
 
     def _logits(self, seen: Array) -> Array:
         ids = tuple(seen.tolist())
-        return logits_of(ids[-(self._memory or len(ids)) :])
+        return logits_of(ids[-(self._memory or len(ids)) :], self._vocab)
 
 
 def run_all(

@@ -26,9 +26,7 @@ class RequestOutputKind(Enum):
     FINAL_ONLY = 2
 
 
-_REFUSED = (
-    *("skip_special_tokens", "guided_decoding", "logits_processors", "truncate_prompt_tokens"),
-)
+_REFUSED = ("guided_decoding", "logits_processors", "truncate_prompt_tokens")
 _NEUTRAL_ELSEWHERE: dict[str, tuple[object, ...]] = {
     "flat_logprobs": (False,),
     "logprob_token_ids": (),
@@ -103,6 +101,7 @@ class VllmSampling:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
+    skip_special_tokens: bool = True
 
     # They change nothing here.
     spaces_between_special_tokens: bool = True
@@ -110,7 +109,6 @@ class VllmSampling:
     skip_reading_prefix_cache: bool | None = None
 
     # They are refused, unless they change nothing.
-    skip_special_tokens: bool = True
     guided_decoding: Any = None
     logits_processors: list[Any] | None = None
     truncate_prompt_tokens: int | None = None
@@ -164,6 +162,7 @@ class VllmSampling:
                 prompt_logprobs=_whole(self.prompt_logprobs),
                 allowed_token_ids=_ids(self.allowed_token_ids),
                 bad_words=_texts(self.bad_words),
+                skip_special_tokens=self.skip_special_tokens,
             ).updated(self._documents())
         except RowError as error:
             raise ParameterError(str(error)) from error

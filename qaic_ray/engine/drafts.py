@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from qaic_ray.engine.engine import Engine, Proposer
 from qaic_ray.engine.session import Session
+from qaic_ray.engine.step_io import Drafts
 from qaic_ray.engine.steps import Sequence
 from qaic_ray.errors import UsageError
 from qaic_ray.options import Generation
@@ -43,12 +44,13 @@ class _Text:
                 self.next_of[tuple(self.tokens[end - length : end])] = end
         self.num_indexed = max(len(self.tokens) - 1, 0)
 
-    def guess(self, room: int) -> list[int]:
-        """At most `room` tokens that may come next."""
-        for length in range(min(MAX_NGRAM, len(self.tokens)), 0, -1):
-            start = self.next_of.get(tuple(self.tokens[-length:]))
+    def guess(self, room: int, ahead: Listed[int]) -> list[int]:
+        """At most `room` tokens that may come behind those that are known `ahead`."""
+        last = [*self.tokens[-MAX_NGRAM:], *ahead][-MAX_NGRAM:]
+        for length in range(len(last), 0, -1):
+            start = self.next_of.get(tuple(last[-length:]))
             if start is not None:
-                known = self.tokens[start:]
+                known = [*self.tokens[start:], *ahead]
                 # A repetition that reaches the end goes on repeating.
                 return [known[i % len(known)] for i in range(room)]
         return []
@@ -60,24 +62,24 @@ class PromptLookup:
     def __init__(self) -> None:
         self._texts: dict[Sequence, _Text] = {}
 
-    def propose(self, rows: Listed[Sequence], room: Listed[int]) -> list[list[int]]:
-        """At most `room[i]` tokens for row i."""
+    def propose(self, rows: Listed[Sequence], room: Listed[int], known: Drafts) -> list[list[int]]:
+        """At most `room[i]` tokens for row i, behind those that are known."""
         return [
-            self._propose(sequence, most) if most > 0 else []
-            for sequence, most in zip(rows, room, strict=True)
+            self._propose(sequence, most, ahead) if most > 0 else []
+            for sequence, most, ahead in zip(rows, room, known, strict=True)
         ]
 
     def release(self, sequence: Sequence) -> None:
         """Forget a row."""
         self._texts.pop(sequence, None)
 
-    def _propose(self, sequence: Sequence, most: int) -> list[int]:
+    def _propose(self, sequence: Sequence, most: int, ahead: Listed[int]) -> list[int]:
         text = self._texts.get(sequence)
         if text is None:
             text = self._texts[sequence] = _Text(list(sequence.prompt_ids))
         text.tokens += sequence.output_ids[len(text.tokens) - len(sequence.prompt_ids) :]
         text.index()
-        return text.guess(most)
+        return text.guess(most, ahead)
 
 
 class DraftProgram:
@@ -104,11 +106,11 @@ class DraftProgram:
         self._engine = Engine(program, ride_len=RIDE_LEN)
         self._ctx_len = program.specializations.ctx_len
 
-    def propose(self, rows: Listed[Sequence], room: Listed[int]) -> list[list[int]]:
+    def propose(self, rows: Listed[Sequence], room: Listed[int], known: Drafts) -> list[list[int]]:
         """At most `room[i]` tokens for row i; none for a row beyond the draft's context."""
         asked: dict[int, Sequence] = {}
-        for key, (sequence, most) in enumerate(zip(rows, room, strict=True)):
-            tokens = (*sequence.prompt_ids, *sequence.output_ids)
+        for key, (sequence, most, ahead) in enumerate(zip(rows, room, known, strict=True)):
+            tokens = (*sequence.prompt_ids, *sequence.output_ids, *ahead)
             most = min(most, self._ctx_len - len(tokens) + 1)
             if most > 0:
                 asked[key] = Sequence(key, tokens, most)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from qaic_ray.contract import IoContract
 from qaic_ray.engine.batching.batcher import Batcher
 from qaic_ray.engine.batching.lockstep import LockstepBatcher
 from qaic_ray.engine.batching.stalls import MAX_STALL_S, Stalls
+from qaic_ray.engine.picking.token_picker import TokenPicker
 from qaic_ray.engine.sampler import Selector
 from qaic_ray.engine.session import Session
 from qaic_ray.engine.step_io import (
@@ -26,7 +28,6 @@ from qaic_ray.engine.step_io import (
     Drafts,
     PositionIdsInputs,
     StepInputs,
-    TokenPicker,
 )
 from qaic_ray.engine.steps import ProgramShapes, Sequence, Step
 from qaic_ray.errors import RowError
@@ -45,8 +46,12 @@ class StopReader(Protocol):
 class Proposer(Protocol):
     """Drafts tokens, for a program that checks several a row in one step."""
 
-    def propose(self, rows: Listed[Sequence], room: Listed[int]) -> Drafts:
-        """At most `room[i]` tokens for row i, each list as long as it is likely to be right."""
+    def propose(self, rows: Listed[Sequence], room: Listed[int], known: Drafts) -> Drafts:
+        """At most `room[i]` tokens for row i, each list as long as it is likely to be right.
+
+        `known[i]` are tokens that row i goes on with for certain: what is proposed comes behind
+        them.
+        """
 
     def release(self, sequence: Sequence) -> None:
         """Forget a row that has ended."""
@@ -161,8 +166,8 @@ class Engine:
         if self._program.emits_tokens and not params.is_plain:
             raise RowError(
                 "This QPC was exported with --next-tokens: it gives the most likely token only, "
-                "so there is no temperature, penalty, min_tokens or logprobs; leave them out, or "
-                "export without it."
+                "so there is no temperature, penalty, min_tokens, logprobs, grammar, bias or other "
+                "limit; leave them out, or export without it."
             )
 
     def add(self, sequence: Sequence, reader: StopReader | None = None) -> None:
@@ -196,7 +201,10 @@ class Engine:
         self._step_before = step
         drafts = None if self._proposer is None or step.is_prefill else self._draft(step)
         built = self._inputs.build(step, drafts)
-        output = self._program.run(built.shape, built.inputs, self._read if self._unread else None)
+        meanwhile = self._read if self._unread else None
+        if self._picker.has_guided:
+            meanwhile = partial(self._prepare, step, built, drafts)
+        output = self._program.run(built.shape, built.inputs, meanwhile)
         chosen = self._picker.choose(step, built, drafts, output)
         num_before = 0 if drafts is None else _num_output(step)
         ended = self.batcher.commit(step, chosen)
@@ -236,12 +244,31 @@ class Engine:
             else 0
             for (_, sequence), count in zip(step.rows, step.counts, strict=True)
         ]
-        return self._proposer.propose([sequence for _, sequence in step.rows], room)
+        rows = [sequence for _, sequence in step.rows]
+        known = [self._forced(row, most) for row, most in zip(rows, room, strict=True)]
+        left = [most - len(some) for most, some in zip(room, known, strict=True)]
+        drafted = self._proposer.propose(rows, left, known)
+        return [[*some, *more] for some, more in zip(known, drafted, strict=True)]
+
+    def _forced(self, row: Sequence, most: int) -> Listed[int]:
+        """Tokens that a row's grammar makes it go on with."""
+        if row.guide is None or most <= 0:
+            return ()
+        try:
+            with ROW_ALONE:
+                return row.guide.forced()[:most]
+        except RowError:  # which is raised again where a token is chosen
+            return ()
 
     def _end_with(self, error: RowError, sequence: Sequence) -> None:
         """End a row without an answer, when this step is done."""
         self._errors[sequence] = error
         self._stops[sequence] = len(sequence.output_ids)
+
+    def _prepare(self, step: Step, built: StepInputs, drafts: Drafts | None) -> None:
+        """What `_read` does, and what may come next in rows that follow a grammar."""
+        self._read()
+        self._picker.prepare(step, built, drafts)
 
     def _read(self) -> None:
         """Have new tokens read; called while the card works."""

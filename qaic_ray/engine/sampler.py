@@ -1,15 +1,17 @@
 """Logits to tokens: greedy, or as each row's SamplingParams say; and their log-probabilities.
 
-The order is vLLM's: repetition, frequency and presence penalty, `min_tokens`, temperature, `min_p`,
-`top_k`, `top_p`, one draw. A row's token number t depends on its parameters, its seed, t and its
-own logits and tokens: not on its batch, its slot or the order of rows.
+The order is vLLM's: what a row's limits forbid and move (`row_limits.py`), repetition, frequency
+and presence penalty, `min_tokens`, temperature, `min_p`, `top_k`, `top_p`, one draw. A row's token
+number t depends on its parameters, its seed, t and its own logits and tokens: not on its batch, its
+slot or the order of rows.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence as Listed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -23,9 +25,11 @@ from qaic_ray.engine.categorical import (
     Rules,
 )
 from qaic_ray.engine.compiled.loader import KERNELS, KernelLoader
+from qaic_ray.engine.limits.row_limits import RowLimits
 from qaic_ray.engine.past import Pasts
 from qaic_ray.engine.steps import Sequence
 from qaic_ray.engine.unsettled import Floats, Ints, Logits
+from qaic_ray.errors import RowError
 from qaic_ray.sampling_params import TokenLogprob
 
 if TYPE_CHECKING:
@@ -81,12 +85,14 @@ def _first_of_rows(num_rows: int, vocab: int) -> Ints:
 class Choice:
     """One token a row, and its logprobs where the row asked for them.
 
-    Only rows in `odd` may have logits that are no finite numbers.
+    Only rows in `odd` may have logits that are no finite numbers; those in `failed` end with that
+    error.
     """
 
     tokens: list[int]
     logprobs: list[TokenLogprob | None]
     odd: Listed[int]
+    failed: Mapping[int, RowError] = field(default_factory=dict)
 
 
 class Selector:
@@ -103,6 +109,8 @@ class Selector:
         self._uniforms = np.empty((num_slots, _SPAN, NUMBERS))
         self._categorical = CategoricalSampler()
         self._changed = np.empty((0, 0), np.float32)
+        self._limits: dict[int, RowLimits] = {}
+        self._limited = np.empty((0, 0), np.float32)
         self._group: _Group | None = None
         self._loader = loader
 
@@ -110,12 +118,19 @@ class Selector:
         """A sequence takes a slot, perhaps with tokens that it already has."""
         self._rows[slot] = _Row(sequence)
         self._pasts.enter(slot, sequence)
+        if sequence.params.has_limits:
+            self._limits[slot] = RowLimits(sequence)
         self._group = None
+
+    def prepare(self, slot: int, draft: Listed[int]) -> None:
+        """Find out ahead what the next tokens of a row with limits may be; see `RowLimits`."""
+        self._limits[slot].prepare(draft)
 
     def leave(self, slot: int) -> None:
         """The slot's sequence is gone."""
         del self._rows[slot]
         self._pasts.leave(slot)
+        self._limits.pop(slot, None)
         self._group = None
 
     def choose(self, logits: Logits, slots: list[int]) -> Choice:
@@ -127,13 +142,30 @@ class Selector:
 
         Returns:
             Tokens in the order of `slots`. Logprobs are of the logits as the model gave them,
-            before penalties, `min_tokens` and temperature: vLLM's default.
+            before limits, penalties, `min_tokens` and temperature: vLLM's default.
+
+        Raises:
+            RowError: no token may come next in a row; nothing was chosen for any.
         """
         group = self._group
         if group is None or group.slots != slots:
             group = self._group = _Group(slots, self._rows, logits.shape[1])
-        chosen, odd = self._select(logits, group)
+        limited = (
+            [i for i, slot in enumerate(slots) if slot in self._limits] if self._limits else ()
+        )
+        allowed = self._allowed(logits, slots, limited) if limited else logits
+        chosen, odd = self._select(allowed, group)
         tokens: list[int] = chosen.tolist()
+        failed: dict[int, RowError] = {}
+        for position in limited:
+            limits = self._limits[slots[position]]
+            if allowed[position, tokens[position]] == -np.inf:
+                # All that may come is -inf in the model's own logits, which is the row's error.
+                tokens[position], odd = limits.fallback(tokens[position]), group.every
+            try:
+                limits.take(tokens[position])
+            except RowError as error:
+                failed[position] = error
         logprobs: list[TokenLogprob | None] = [None] * len(slots)
         for position in group.with_logprobs:
             logprobs[position] = token_logprob(
@@ -144,7 +176,16 @@ class Selector:
         if not self._pasts.is_empty:
             for slot, token in zip(slots, tokens, strict=True):
                 self._pasts.take(slot, token)
-        return Choice(tokens, logprobs, odd)
+        return Choice(tokens, logprobs, odd, failed)
+
+    def _allowed(self, logits: Logits, slots: list[int], limited: Listed[int]) -> Logits:
+        """A copy of the logits in which some rows are limited."""
+        if self._limited.shape != logits.shape:
+            self._limited = np.empty(logits.shape, np.float32)
+        np.copyto(self._limited, logits)
+        for position in limited:
+            self._limits[slots[position]].change(self._limited[position])
+        return self._limited
 
     def _select(self, logits: Logits, group: _Group) -> tuple[Ints, Listed[int]]:
         """The tokens, and the rows of which some logits may be no finite numbers."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Protocol
 
 from qaic_ray.contract import Specialization, Specializations
 from qaic_ray.rows import FinishReason
@@ -21,6 +22,39 @@ STEP_TOKENS = 128
 """Until steps are measured: reading the weights costs as much as computing this many tokens."""
 
 
+class Guide(Protocol):
+    """Where a row is in the grammar that its answer follows.
+
+    Attributes:
+        is_done: the answer is whole, and nothing may follow.
+        end_ids: tokens by which the grammar's library says an end.
+        num_tokens: of the model's vocabulary.
+    """
+
+    is_done: bool
+    end_ids: tuple[int, ...]
+    num_tokens: int
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the answer is whole here."""
+
+    def allowed(self) -> bytes:
+        """A bit a token, the lowest first: those that may come next. Raises RowError."""
+
+    def forced(self) -> Listed[int]:
+        """The tokens that the text must go on with; often none. Raises RowError."""
+
+    def take(self, token: int) -> None:
+        """Go on with a token. Raises RowError for one that is not allowed."""
+
+    def try_take(self, token: int) -> bool:
+        """Go on with a token if it is allowed; whether it was."""
+
+    def go_back(self, num_tokens: int) -> None:
+        """Undo the last tokens."""
+
+
 @dataclass(eq=False)
 class Sequence:
     """Token ids of one row in flight; compared by identity.
@@ -28,8 +62,9 @@ class Sequence:
     `max_new_tokens` is how many tokens may be generated at most; `stop_ids` end the row and are
     kept as its last token. `num_computed` counts the tokens, prompt and answer, whose keys and
     values the card holds, `num_reused` those of the prompt that it held already. `slot` is set
-    while the row runs. `num_read` tokens of the answer were looked through for stop strings. Rows
-    of the `background` give way to the others.
+    while the row runs. `num_read` tokens of the answer were looked through for stop strings.
+    `guide` follows the answer's grammar, and `bad_ids` are runs of tokens that it may not have.
+    Rows of the `background` give way to the others.
     """
 
     key: int
@@ -38,6 +73,8 @@ class Sequence:
     stop_ids: frozenset[int] = frozenset()
     params: SamplingParams = GREEDY
     seed: int = 0
+    guide: Guide | None = None
+    bad_ids: tuple[tuple[int, ...], ...] = ()
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     num_computed: int = 0
@@ -72,11 +109,15 @@ class Sequence:
         return (*self.prompt_ids[self.num_computed :], *self.output_ids[: start + count])
 
     def take(self, tokens: Listed[int]) -> int:
-        """Append chosen tokens until one of them ends the row; how many were kept."""
+        """Append chosen tokens until one of them ends the row; how many were kept.
+
+        The last of them ends it where the grammar is done: its guide has taken all of them.
+        """
         output, stop_ids, limit = self.output_ids, self.stop_ids, self.max_new_tokens
+        last = len(tokens) if self.guide is not None and self.guide.is_done else 0
         for kept, token in enumerate(tokens, start=1):
             output.append(token)
-            if token in stop_ids:
+            if token in stop_ids or kept == last:
                 self.finish_reason = FinishReason.STOP
                 return kept
             if len(output) >= limit:

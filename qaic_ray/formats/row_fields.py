@@ -242,9 +242,6 @@ NOT_OFFERED: dict[str, NotOffered] = {
         _off(0, instead='no answer ends by the clock: write "max_tokens"'),
     ),
     "min_length": _off(0, instead='it counts the prompt too: write "min_tokens" for the answer'),
-    "skip_special_tokens": NotOffered(
-        "special tokens are not shown, token_ids has them: leave it out", (True,), bool
-    ),
     "clean_up_tokenization_spaces": NotOffered(meant=bool),
     "stream": NotOffered("a batch is answered in one piece: leave it out", meant=bool),
     "suffix": NotOffered("an answer only follows its prompt: leave it out", meant=str),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from qaic_ray.model.tokenizer import Tokenizer
@@ -23,8 +23,8 @@ REPLACEMENT = "\ufffd"
 class IncrementalText:
     """The text of an answer in parts, which together are exactly `tokenizer.decode` of all ids."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, *, skips_special: bool = True) -> None:
+        self._piece = partial(tokenizer.piece, skips_special=skips_special)
         self._pieces = _pieces(tokenizer)
         self._certain: list[str] = []
 
@@ -42,7 +42,7 @@ class IncrementalText:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Take tokens; return the text that has become certain."""
-        pieces = filter(None, map(self._tokenizer.piece, token_ids))
+        pieces = filter(None, map(self._piece, token_ids))
         return self._give("".join([self._pieces.take(piece) for piece in pieces]))
 
     def finish(self) -> str:
@@ -266,18 +266,19 @@ class StopFinder:
     character, the longest. One that ends within the row's first `min_tokens - 1` tokens does not
     count.
 
-    Special tokens are not in the text, but a stop string that has them written out is found where
-    they are: `<|im_end|>` ends the row at the token of this name.
+    Special tokens are not in the text, unless the row wants them there. But a stop string that has
+    them written out is found where they are: `<|im_end|>` ends the row at the token of this name.
     """
 
     stop: str | None = None
     """The stop string that ended the row."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self._special = tokenizer.special
-        self._text = IncrementalText(tokenizer)
+        skips = params.skip_special_tokens
+        self._special = tokenizer.special if skips else {}
+        self._text = IncrementalText(tokenizer, skips_special=skips)
         self._params = params
-        written = tokenizer.special.values()
+        written = self._special.values()
         self._written_stops = [s for s in params.stop if any(token in s for token in written)]
         self._plain_stops = [stop for stop in params.stop if stop not in self._written_stops]
         self._overlap = max(map(len, params.stop), default=1) - 1

@@ -70,6 +70,8 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special = {id_: token.content for id_, token in added.items() if token.special}
         """Special tokens written out, by their ids."""
+        self.added_tokens = {token.content: id_ for id_, token in added.items()}
+        """Ids of special and other added tokens, by their texts."""
         eos_id = backend.token_to_id(special_tokens.get("eos_token", ""))
         self.eos_ids = eos_ids or (() if eos_id is None else (eos_id,))
 
@@ -77,6 +79,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones too (a model's logits may be wider)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def json_text(self) -> str:
+        """All of it, in the form of a `tokenizer.json`."""
+        return str(self._backend.to_str())
 
     def of_run(self, chat_template: str | None, date: str | None) -> Tokenizer:
         """A copy with the run's chat template, where it has one, and its date."""
@@ -97,14 +104,15 @@ class Tokenizer:
                 "The prompt holds half of a surrogate pair (like \\ud83d alone), which is no text."
             ) from error
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, without special tokens."""
-        text = self._backend.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, skips_special: bool = True) -> str:
+        """The text of `ids`, without special tokens or with them written out."""
+        text = self._backend.decode(ids, skip_special_tokens=skips_special)
         return _cleaned(text) if self._cleans_up else text
 
-    def piece(self, token_id: int) -> str | None:
-        """A token as the vocabulary has it; None for a special or unknown one."""
-        return None if token_id in self.special else self._backend.id_to_token(token_id)
+    def piece(self, token_id: int, *, skips_special: bool = True) -> str | None:
+        """A token as the vocabulary has it; None for one that no text shows."""
+        is_skipped = skips_special and token_id in self.special
+        return None if is_skipped else self._backend.id_to_token(token_id)
 
     @property
     def decoder_steps(self) -> list[dict[str, Any]]:

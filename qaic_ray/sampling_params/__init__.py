@@ -198,6 +198,7 @@ class SamplingParams:
         max_length=MAX_BAD_WORDS,
         allowed=f"a list of up to {MAX_BAD_WORDS} texts, none of them empty",
     )
+    skip_special_tokens: bool = opt(True, "Leave special tokens out of the text.", flag=None)
 
     @model_validator(mode="wrap")
     @classmethod

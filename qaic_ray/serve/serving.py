@@ -25,6 +25,7 @@ from qaic_ray.serve.http.service import LOCAL_HOSTS, Service
 from qaic_ray.serve.protocol.asked import CHAT
 from qaic_ray.serve.protocol.context import ModelContext
 from qaic_ray.serve.protocol.requests import read_request
+from qaic_ray.serve.tools.calling import support_of
 from qaic_ray.worker.prompt_encoder import PromptEncoder
 
 MAX_STALL_S = 0.0
@@ -137,10 +138,13 @@ def _context(served: Served, cards: FolderFleet) -> ModelContext:
     # A conversation is rendered on the day on which it comes, and not on that of the beginning.
     generation = served.request.generation.model_copy(update={"date": None})
     tokenizer = load_tokenizer(checkpoint)
+    encoder = PromptEncoder(tokenizer, generation)
+    tools = support_of(served.options.tool_form, encoder.tokenizer)
     cards.fleet.wait_ready()
     context = ModelContext(
         names=served.names,
-        encoder=PromptEncoder(tokenizer, generation),
+        encoder=encoder,
+        tools=tools,
         ctx_len=cards.fleet.workers[0].ctx_len,
         vocab_size=int(checkpoint.config.get("vocab_size") or tokenizer.vocab_size),
         defaults=_defaults(served.request, checkpoint),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from qaic_ray.engine import steps
 from qaic_ray.engine.engine import Engine, Finished
+from qaic_ray.engine.limits.grammars import Grammars
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.files.documents import shown
 from qaic_ray.model.chat import ChatTemplate
@@ -79,6 +80,11 @@ class Answerer:
         self._defaults = generation.defaults
         self._engine = engine
         self._vocab_size = vocab_size if isinstance(vocab_size, int) else math.inf
+        self._grammars = Grammars(
+            lambda: tokenizer.json_text,
+            tokenizer.eos_ids,
+            vocab_size if isinstance(vocab_size, int) else None,
+        )
 
     def begin(self, prompt: Prompt, arrived: Arrival | None = None) -> Answer:
         """Tokenize a prompt; it came just now, where nothing else is said.
@@ -89,6 +95,8 @@ class Answerer:
         params = prompt.sampling or self._defaults
         self._engine.refuse_unanswerable(params)
         self._refuse_unknown("stop_token_ids", params.stop_token_ids)
+        self._refuse_unknown("allowed_token_ids", params.allowed_token_ids or ())
+        self._refuse_unknown("logit_bias", [token for token, _ in params.logit_bias])
         if prompt.chat and prompt.messages is None and not self._generation.chat:
             raise RowError(
                 "Options of the chat template are for a conversation: give messages in place of "
@@ -100,6 +108,7 @@ class Answerer:
         limit = self._engine.new_token_limit(len(prompt_ids), params.max_tokens)
         _refuse_unholdable(params, len(prompt_ids), limit)
         stop_ids = frozenset(params.stop_token_ids) | self._ending_ids(params)
+        form, bad_ids = params.structured_outputs, self._bad_ids(params)
         sequences = [
             steps.Sequence(
                 key=prompt.index,
@@ -108,6 +117,8 @@ class Answerer:
                 stop_ids=stop_ids,
                 params=params,
                 seed=sample_seed(params, self._generation.seed or 0, prompt.index, sample),
+                guide=None if form is None else self._grammars.guide(form),
+                bad_ids=bad_ids,
                 background=prompt.background,
             )
             for sample in range(params.n)
@@ -151,6 +162,7 @@ class Answerer:
             token_ids=first.token_ids,
             stop_reason=first.stop_reason,
             prompt_tokens=len(answer.sequences[0].prompt_ids),
+            reused_tokens=answer.sequences[0].num_reused,
             ttft_s=ttft_s,
             decode_s=max(done.ttft_s + done.decode_s for done in answer.finished) - ttft_s,
             queue_s=min(done.scheduled_s for done in answer.finished) - arrived.clock_s,
@@ -188,6 +200,12 @@ class Answerer:
                 f"model's last one is {self._vocab_size - 1}: leave it out."
             )
 
+    def _bad_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """The tokens of bad words, as they begin a text and as they go on with one."""
+        texts = [text for word in params.bad_words for text in (word, f" {word.lstrip()}")]
+        runs = (tuple(self._tokenizer.encode(text, adds_special=False)) for text in texts)
+        return tuple(dict.fromkeys(filter(None, runs)))
+
     def _ending_ids(self, params: SamplingParams) -> frozenset[int]:
         return frozenset() if params.ignore_eos else self._eos_ids
 
@@ -201,12 +219,13 @@ class Answerer:
             text, stop_reason = reader.text, reader.stop
         else:
             shown = token_ids
-            if sequence.finish_reason is FinishReason.STOP:
-                last = token_ids[-1]
+            last = token_ids[-1]
+            # What ended it is else the end of its grammar, which all of the text belongs to.
+            if sequence.finish_reason is FinishReason.STOP and last in sequence.stop_ids:
                 stop_reason = None if last in self._ending_ids(params) else last
                 # A stop token is for the text what a stop string is.
                 shown = token_ids if params.include_stop_str_in_output else token_ids[:-1]
-            text = self._tokenizer.decode(shown)
+            text = self._tokenizer.decode(shown, skips_special=params.skip_special_tokens)
         logprobs = tuple(sequence.logprobs[: len(token_ids)])
         return Sample(
             text=text,

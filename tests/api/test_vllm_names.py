@@ -128,7 +128,6 @@ def test_it_shows_what_is_not_the_default() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"skip_special_tokens": False}, '"skip_special_tokens" is not offered'),
         ({"structured_outputs": object()}, "structured_outputs is .*; allowed is an object"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex cannot be followed"),
         (
@@ -166,7 +165,7 @@ def test_what_changes_the_answer_and_is_not_offered_is_refused_by_its_name(
 @pytest.mark.parametrize(
     "given",
     [
-        {"prompt_logprobs": None, "skip_special_tokens": True, "bad_words": [], "logit_bias": {}},
+        {"prompt_logprobs": None, "bad_words": [], "logit_bias": {}},
         {"best_of": 1, "extra_args": {}, "thinking_token_budget": -1, "stream_interval": 4},
         {"spaces_between_special_tokens": False, "detokenize": False},
     ],

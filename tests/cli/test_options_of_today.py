@@ -286,6 +286,7 @@ run:
     logit_bias: {"198": -100.0, "13": 2.5}
     allowed_token_ids: [13, 198]
     bad_words: [never]
+    skip_special_tokens: false
   seed: 8
   chat: true
   system: Be brief.

@@ -79,6 +79,9 @@ PARAMS = st.fixed_dictionaries(
         "frequency_penalty": st.sampled_from([0.0, 0.3, -0.4]),
         "min_tokens": st.sampled_from([0, 2]),
         "logprobs": st.sampled_from([None, 2]),
+        # How many tokens are allowed, and how many have their logits moved.
+        "allowed_token_ids": st.sampled_from([1, 5, 300, 6000]),
+        "logit_bias": st.sampled_from([1, 40]),
     },
 )
 ROW = st.tuples(
@@ -94,6 +97,15 @@ def sequence(key: int, fields: dict[str, Any], vocab: int, seed: int) -> Sequenc
     rng = np.random.default_rng(seed)
     prompt = tuple(rng.integers(0, vocab, rng.choice([1, 40, 200])).tolist())
     stops = frozenset(rng.integers(0, vocab + 100, 3).tolist())
+    fields = dict(fields)
+    if "allowed_token_ids" in fields:
+        # One more than can be stop tokens, so that there is one to choose.
+        num_allowed = fields["allowed_token_ids"] + 3
+        fields["allowed_token_ids"] = tuple(rng.permutation(vocab)[:num_allowed].tolist())
+    if "logit_bias" in fields:
+        ids = rng.permutation(vocab)[: fields["logit_bias"]].tolist()
+        biases = rng.uniform(-100, 100, len(ids)).tolist()
+        fields["logit_bias"] = tuple(zip(ids, biases, strict=True))
     return Sequence(key, prompt, 100, stops, SamplingParams(**fields), seed=seed % 2**31)
 
 

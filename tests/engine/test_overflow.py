@@ -108,7 +108,7 @@ def test_a_draft_is_kept_up_to_where_the_logits_overflow(bad: int) -> None:
     """The row overflows at the token that follows so many right ones of its draft."""
 
     class Right:
-        def propose(self, rows: Any, room: Any) -> list[list[int]]:
+        def propose(self, rows: Any, room: Any, known: Any) -> list[list[int]]:
             return [
                 answer((*row.prompt_ids, *row.output_ids), 3)[:some]
                 for row, some in zip(rows, room, strict=True)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from qaic_ray.contract import Specialization, Specializations
 from qaic_ray.engine.drafts import DraftProgram, PromptLookup
 from qaic_ray.engine.engine import Engine, Proposer
+from qaic_ray.engine.step_io import Drafts
 from qaic_ray.engine.steps import Sequence
 from qaic_ray.errors import UsageError
 from qaic_ray.sampling_params import SamplingParams
@@ -40,7 +41,7 @@ class Oracle:
     def __init__(self, wrong_every: int, memory: int) -> None:
         self._wrong_every, self._memory = wrong_every, memory
 
-    def propose(self, rows: Listed[Sequence], room: Listed[int]) -> list[list[int]]:
+    def propose(self, rows: Listed[Sequence], room: Listed[int], known: Drafts) -> list[list[int]]:
         return [self._draft(row, most) for row, most in zip(rows, room, strict=True)]
 
     def release(self, sequence: Sequence) -> None:
@@ -146,11 +147,11 @@ def test_a_draft_program_computes_only_what_is_new() -> None:
     program = FormulaProgram(plain(2), memory=2)
     draft = DraftProgram(program, 2)
     rows = [Sequence(0, tuple(range(6, 30)), 40), Sequence(1, tuple(range(30, 50)), 40)]
-    draft.propose(rows, [3, 3])
+    draft.propose(rows, [3, 3], [(), ()])
     for row in rows:
         row.output_ids += answer(row.prompt_ids, 4, 2)
     program.calls.clear()
-    draft.propose(rows, [3, 3])
+    draft.propose(rows, [3, 3], [(), ()])
     # Two tokens each are new (the last guess was never fed), then two more steps; no prefill.
     assert [shape.is_decode for shape, _ in program.calls] == [True] * 4
 
@@ -166,7 +167,7 @@ def test_a_draft_program_computes_only_what_is_new() -> None:
     ],
 )
 def test_lookup_guesses_what_followed_before(tokens: tuple[int, ...], guess: list[int]) -> None:
-    assert PromptLookup().propose([Sequence(0, tokens, 9)], [4]) == [guess]
+    assert PromptLookup().propose([Sequence(0, tokens, 9)], [4], [()]) == [guess]
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(1, 29))
@@ -175,11 +176,27 @@ def test_lookup_knows_the_same_whenever_it_is_asked(tokens: list[int], split: in
     grown, whole = PromptLookup(), PromptLookup()
     row = Sequence(0, tuple(tokens[:split]), 99)
     for token in tokens[split:]:
-        grown.propose([row], [2])
+        grown.propose([row], [2], [()])
         row.output_ids.append(token)
-    assert grown.propose([row], [5]) == whole.propose([Sequence(1, tuple(tokens), 99)], [5])
+    again = whole.propose([Sequence(1, tuple(tokens), 99)], [5], [()])
+    assert grown.propose([row], [5], [()]) == again
 
 
 def test_a_draft_with_too_few_slots_is_refused() -> None:
     with pytest.raises(UsageError, match="--batch-size 4"):
         DraftProgram(FormulaProgram(plain(2)), 4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ahead", "guess"),
+    [
+        ((1, 2, 3, 4, 5, 6), (2, 3), [4, 5, 6]),  # what is known ahead is looked up too
+        ((1, 2, 3, 4, 1), (2,), [3, 4, 1]),
+        ((7, 8), (9,), []),
+        ((7, 8, 7), (8, 7), [8, 7, 8]),
+    ],
+)
+def test_lookup_goes_on_behind_what_is_known_ahead(
+    tokens: tuple[int, ...], ahead: tuple[int, ...], guess: list[int]
+) -> None:
+    assert PromptLookup().propose([Sequence(0, tokens, 9)], [3], [ahead]) == [guess]

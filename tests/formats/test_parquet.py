@@ -212,6 +212,8 @@ def test_every_key_of_a_row_has_its_column() -> None:
         started_at=0.0,
         ended_at=0.0,
         logprobs=(top,),
+        prompt_logprobs=(None, top),
+        reused_tokens=1,
         choices=(sample,),
         error="e",
         error_class=ErrorClass.DEVICE,

@@ -105,26 +105,28 @@ def parts(ids: Sequence[int], sizes: Sequence[int]) -> Iterator[Sequence[int]]:
 SIZES = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 
 
-@given(data=st.data(), sizes=SIZES)
+@given(data=st.data(), sizes=SIZES, skips=st.booleans())
 def test_pushes_are_the_text_and_are_never_taken_back(
     tokenizer: Tokenizer,
     answers: st.SearchStrategy[list[int]],
     data: st.DataObject,
+    *,
     sizes: list[int],
+    skips: bool,
 ) -> None:
     ids = data.draw(answers)
-    text = IncrementalText(tokenizer)
+    text = IncrementalText(tokenizer, skips_special=skips)
     given_so_far = ""
     taken: list[int] = []
     for part in parts(ids, sizes):
         given_so_far += text.push(part)
         taken.extend(part)
-        now = tokenizer.decode(taken)
+        now = tokenizer.decode(taken, skips_special=skips)
         assert now.startswith(given_so_far)
         if not now.endswith("\ufffd"):
             assert now == given_so_far + text.loose
     given_so_far += text.finish()
-    assert given_so_far == text.text == tokenizer.decode(ids)
+    assert given_so_far == text.text == tokenizer.decode(ids, skips_special=skips)
     assert text.finish() == ""
 
 
@@ -138,21 +140,26 @@ def test_whole_characters_are_given_as_soon_as_they_are_whole() -> None:
 # -- stop strings
 
 
-@given(data=st.data(), sizes=SIZES, include=st.booleans())
+@given(data=st.data(), sizes=SIZES, include=st.booleans(), skips=st.booleans())
 def test_a_stop_string_is_found_at_once_and_nothing_behind_it_is_kept(
     tokenizer: Tokenizer,
     answers: st.SearchStrategy[list[int]],
     data: st.DataObject,
+    *,
     sizes: list[int],
     include: bool,
+    skips: bool,
 ) -> None:
     ids = data.draw(answers)
-    texts = [tokenizer.decode(ids[:count]) for count in range(len(ids) + 1)]
+    ends = range(len(ids) + 1)
+    texts = [tokenizer.decode(ids[:count], skips_special=skips) for count in ends]
     places = st.integers(0, len(texts[-1]))
     cuts = st.tuples(places, st.integers(1, 5)).map(lambda cut: texts[-1][cut[0] : sum(cut)])
     stops = data.draw(st.lists(cuts | st.sampled_from(["t", "the", "🙂", " ", "日é"]), max_size=3))
     stops = [stop for stop in stops if stop and "\ufffd" not in stop]
-    params = SamplingParams(stop=tuple(stops), include_stop_str_in_output=include)
+    params = SamplingParams(
+        stop=tuple(stops), include_stop_str_in_output=include, skip_special_tokens=skips
+    )
     reader = StopFinder(tokenizer, params)
     shown = ""
     kept = None

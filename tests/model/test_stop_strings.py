@@ -56,6 +56,14 @@ def ids_of(text: str) -> list[int]:
         ("a<end>bc", {"stop": ("<end>",), "min_tokens": 3}, None, None, "abc"),
         ("a<end>", {"stop": ("a", "<end>")}, 1, "a", ""),
         ("ab<end", {"stop": ("<end>",)}, None, None, "ab<end"),
+        (
+            "a<turn>b<end>",
+            {"stop": ("<end>",), "skip_special_tokens": False},
+            4,
+            "<end>",
+            "a<turn>b",
+        ),
+        ("a<turn>b", {"stop": ("ab",), "skip_special_tokens": False}, None, None, "a<turn>b"),
     ],
 )
 def test_which_stop_string_wins(

@@ -81,9 +81,11 @@ def test_ids_and_texts_are_the_librarys(
         ids = truth(text).input_ids
         assert tokenizer.encode(text) == ids
         plain = truth(text, add_special_tokens=False).input_ids
-        assert tokenizer.decode(plain) == truth.decode(plain, skip_special_tokens=True)
-        pieces = IncrementalText(tokenizer)
-        assert pieces.push(plain) + pieces.finish() == tokenizer.decode(plain)
+        for skips in (True, False):
+            shown = tokenizer.decode(plain, skips_special=skips)
+            assert shown == truth.decode(plain, skip_special_tokens=skips)
+            pieces = IncrementalText(tokenizer, skips_special=skips)
+            assert pieces.push(plain) + pieces.finish() == shown
     assert tokenizer.vocab_size == len(truth)
     assert tokenizer.chat_template.special_tokens == truth.special_tokens_map
 

@@ -98,6 +98,7 @@ def test_what_changes_no_choice_is_plain(fields: dict[str, Any]) -> None:
         ("allowed_token_ids", ()),
         ("allowed_token_ids", (-1,)),
         ("bad_words", ("",)),
+        ("skip_special_tokens", 1),
         ("bad_words", (3,)),
     ],
 )

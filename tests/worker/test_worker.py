@@ -373,6 +373,19 @@ def test_a_stop_text_that_is_a_special_token_ends_the_row(open_worker: Open) -> 
     assert row.finish_reason is FinishReason.STOP
 
 
+def test_special_tokens_are_shown_where_the_row_wants_them(open_worker: Open) -> None:
+    whole = greedy()
+    special = LETTERS[whole[2]]
+    worker = open_worker(tokenizer=letters(special=special))
+    (row,) = answers(worker, prompt(skip_special_tokens=False))
+    assert row.text == text_of(row.token_ids)
+    assert special in row.text
+    (row,) = answers(worker, prompt(skip_special_tokens=False, stop=(text_of(whole[1:4]),)))
+    assert row.text == text_of(whole[:1])
+    (row,) = answers(worker, prompt())
+    assert row.text == text_of(row.token_ids).replace(special, "")
+
+
 def test_a_worker_has_the_tokenizer_that_the_run_began_with(
     open_worker: Open, tmp_path: Path
 ) -> None:
@@ -396,10 +409,10 @@ class Stumbling(Tokenizer):
             raise OverflowError("x" * 10_000)
         return super().encode(text)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], **how: bool) -> str:
         if list(ids) == greedy("HI", 3):
             raise KeyError("no such piece")
-        return super().decode(ids)
+        return super().decode(ids, **how)
 
 
 def test_whatever_is_raised_over_a_row_is_its_error(open_worker: Open) -> None:

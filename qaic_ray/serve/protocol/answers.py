@@ -42,7 +42,8 @@ def answer_body(
         for sample in samples_of(row):
             index = len(choices)
             if asked.endpoint == CHAT:
-                choices.append(_chat_choice(asked, sample, context, index=index))
+                seed = asked.call_seed(answer_id, index)
+                choices.append(_chat_choice(asked, sample, context, index=index, seed=seed))
             else:
                 choices.append(_completion_choice(asked, context, number, row=row, sample=sample))
                 choices[-1]["index"] = index
@@ -123,10 +124,10 @@ def _completion_choice(
 
 
 def _chat_choice(
-    asked: Asked, sample: Sample | Row, context: ModelContext, *, index: int
+    asked: Asked, sample: Sample | Row, context: ModelContext, *, index: int, seed: str
 ) -> dict[str, Any]:
     assert asked.conversation is not None
-    message, finish = asked.conversation.message_of(sample.text, finish_word(sample))
+    message, finish = asked.conversation.message_of(sample.text, finish_word(sample), seed)
     logprobs = None
     if asked.num_logprobs is not None:
         writer = LogprobWriter(context.texts, asked.num_logprobs, as_ids=asked.ids_as_tokens)

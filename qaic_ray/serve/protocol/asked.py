@@ -58,6 +58,13 @@ class Asked:
         sampling = self.prompts[0].sampling
         return 1 if sampling is None else sampling.n
 
+    def call_seed(self, answer_id: str, index: int) -> str:
+        """What the ids of tool calls in choice `index` are made of.
+
+        A client may give every request of a conversation one id: its prompt grows all the same.
+        """
+        return f"{answer_id}/{len(self.prompts[0].token_ids or ())}/{index}"
+
     def in_background(self) -> Asked:
         """The same as work that nobody waits for."""
         return replace(self, prompts=tuple(replace(p, background=True) for p in self.prompts))

@@ -209,7 +209,10 @@ class ChatWriter(_Writer):
     def __init__(self, asked: Asked, context: ModelContext, answer_id: str, created: int) -> None:
         super().__init__(asked, context, answer_id, created=created, name="chat.completion.chunk")
         assert asked.conversation is not None
-        self._streams = [asked.conversation.stream() for _ in range(asked.num_samples)]
+        self._streams = [
+            asked.conversation.stream(asked.call_seed(answer_id, index))
+            for index in range(asked.num_samples)
+        ]
 
     def begin(self) -> bytes:
         """The role of each choice."""

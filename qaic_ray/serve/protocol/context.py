@@ -8,6 +8,7 @@ from qaic_ray.files.documents import shown
 from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.serve.api_errors import ApiError
 from qaic_ray.serve.protocol.token_texts import TokenTexts
+from qaic_ray.serve.tools.calling import ToolSupport
 from qaic_ray.worker.prompt_encoder import PromptEncoder
 
 
@@ -21,6 +22,7 @@ class ModelContext:
         ctx_len: tokens of a context.
         vocab_size: token ids are below it.
         defaults: sampling parameters of a request that says nothing.
+        tools: how the model calls tools.
         allow_unknown: whether fields that nobody knows pass.
         created: Unix time in seconds at which the server began.
     """
@@ -30,7 +32,7 @@ class ModelContext:
     ctx_len: int
     vocab_size: int
     defaults: SamplingParams
-    tool_form: str | None = None
+    tools: ToolSupport = field(default_factory=ToolSupport)
     allow_unknown: bool = False
     created: int = 0
     texts: TokenTexts = field(init=False)

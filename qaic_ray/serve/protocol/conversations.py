@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from qaic_ray.errors import RowError
-from qaic_ray.formats.row_reader import Draft
-from qaic_ray.serve.api_errors import bad_request
+from qaic_ray.serve.protocol.context import ModelContext
 from qaic_ray.serve.protocol.models import ChatBody
+from qaic_ray.serve.tools.call_reader import CallReader
+from qaic_ray.serve.tools.calling import Calling, TextReader, finish_reason, read_calling
 
 
 @dataclass(frozen=True)
@@ -17,45 +17,62 @@ class Conversation:
     """A conversation to answer.
 
     Attributes:
-        messages: for the chat template.
-        template_kwargs: variables of the template that tools bring.
-        answer_fields: what tools ask of the answer's form.
+        calling: its messages and tools.
     """
 
-    messages: tuple[Mapping[str, Any], ...]
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    answer_fields: Mapping[str, Any] = field(default_factory=dict)
+    calling: Calling
 
-    def message_of(self, text: str, finish: str) -> tuple[dict[str, Any], str]:
-        """The message of an answer, and why it ended."""
-        return {"role": "assistant", "content": text, "refusal": None}, finish
+    @property
+    def messages(self) -> tuple[Mapping[str, Any], ...]:
+        """For the chat template."""
+        return self.calling.messages
 
-    def stream(self) -> AnswerStream:
-        """What makes deltas of an answer's text while it comes."""
-        return AnswerStream()
+    @property
+    def template_kwargs(self) -> Mapping[str, Any]:
+        """Variables of the template that tools bring."""
+        return self.calling.template_kwargs
+
+    @property
+    def answer_fields(self) -> Mapping[str, Any]:
+        """What tools ask of the answer, as fields of sampling parameters."""
+        return self.calling.sampling_fields
+
+    def message_of(self, text: str, finish: str, seed: str) -> tuple[dict[str, Any], str]:
+        """The message of an answer, and why it ended; `seed` makes the ids of its calls."""
+        return self.calling.message(text, finish, seed)
+
+    def stream(self, seed: str) -> AnswerStream:
+        """What makes deltas of an answer's text while it comes; the same `seed`, the same ids."""
+        return AnswerStream(self.calling.reader(seed))
 
 
 class AnswerStream:
     """The deltas of one choice."""
 
+    def __init__(self, reader: CallReader | TextReader) -> None:
+        self._reader = reader
+
     def feed(self, text: str) -> list[dict[str, Any]]:
         """The deltas of more text."""
-        return [{"content": text}]
+        return [delta.document() for delta in self._reader.feed(text)]
 
     def end(self, finish: str) -> tuple[list[dict[str, Any]], str]:
         """The deltas of what is left, and why the answer ended."""
-        return [], finish
+        rest = [delta.document() for delta in self._reader.end()]
+        return rest, finish_reason(finish, self._reader.num_calls)
 
 
-def read_conversation(body: ChatBody, tool_form: str | None) -> Conversation:
+def read_conversation(body: ChatBody, context: ModelContext) -> Conversation:
     """The conversation of a request.
 
     Raises:
-        ApiError: a message is wrong.
+        ApiError: a message or a tool is wrong, or the model calls no tools.
     """
-    draft = Draft(0, "")
-    try:
-        draft.read_prompt({"messages": body.messages})
-    except RowError as error:
-        raise bad_request(str(error), "messages") from error
-    return Conversation(tuple(draft.messages or ()))
+    fields = {name: getattr(body, name) for name in _FIELDS}
+    return Conversation(read_calling(fields, context.tools, allow_unknown=context.allow_unknown))
+
+
+_FIELDS = (
+    *("messages", "tools", "tool_choice", "parallel_tool_calls"),
+    *("response_format", "structured_outputs"),
+)

@@ -137,7 +137,7 @@ def _chat(document: Mapping[str, Any], context: ModelContext) -> Asked:
         raise bad_request("top_logprobs needs logprobs: true.", "top_logprobs")
     if body.logprobs:
         fields["logprobs"] = body.top_logprobs or 0
-    conversation = read_conversation(body, context.tool_form)
+    conversation = read_conversation(body, context)
     fields |= conversation.answer_fields
     params = checked_params(context, fields)
     ids = _rendered(conversation, _chat_options(body), context)
@@ -161,7 +161,7 @@ def chat_ids(body: ChatBody, context: ModelContext) -> Sequence[int]:
     """
     check_others(body, context)
     _refuse_template(body)
-    conversation = read_conversation(body, context.tool_form)
+    conversation = read_conversation(body, context)
     return _rendered(conversation, _chat_options(body), context)
 
 

@@ -1,0 +1,1 @@
+"""What a row may not answer, whatever the model says."""

@@ -1,0 +1,212 @@
+"""The routes of `/v1/files` and `/v1/batches`. Whatever reads or writes a disk is in a thread."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, BinaryIO
+
+from fastapi import APIRouter, Request
+from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict
+
+from qaic_ray.errors import QaicRayError
+from qaic_ray.files.documents import as_object, parse_json, shown
+from qaic_ray.serve.api_errors import ApiError, bad_request
+from qaic_ray.serve.batches.batch_record import WINDOW, NewBatch, checked_metadata
+from qaic_ray.serve.batches.file_store import FileStore, kept_seconds, too_large
+from qaic_ray.serve.batches.open_batches import BatchManager
+from qaic_ray.serve.batches.pages import read_paging
+from qaic_ray.serve.batches.uploads import FORM_BYTES, UploadForm
+from qaic_ray.serve.protocol.fields import body_of
+
+FILES_A_PAGE, BATCHES_A_PAGE, BATCHES_BY_DEFAULT = 10_000, 100, 20
+_BODY_BYTES = 2**17
+_FED_BYTES = 2**18
+_READ_BYTES = 2**18
+
+
+class ExpiresAfter(BaseModel):
+    """When something expires."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    anchor: str
+    seconds: int
+
+
+class BatchBody(BaseModel):
+    """POST /v1/batches."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    input_file_id: str
+    endpoint: str
+    completion_window: str
+    metadata: dict[str, str] | None = None
+    output_expires_after: ExpiresAfter | None = None
+
+
+_BODY_PAGE = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": BatchBody.model_json_schema()}},
+    }
+}
+_FORM_PAGE = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"type": "string", "enum": ["batch"]},
+                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+                        "expires_after[seconds]": {"type": "integer"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+def batch_router(manager: BatchManager) -> APIRouter:
+    """The routes of a server's files and batches; they raise ApiError.
+
+    Args:
+        manager: has them.
+    """
+    router = APIRouter(prefix="/v1")
+    _add_file_routes(router, manager.files)
+    _add_batch_routes(router, manager)
+    return router
+
+
+def _add_file_routes(router: APIRouter, files: FileStore) -> None:
+    @router.post("/files", openapi_extra=_FORM_PAGE)
+    async def create_file(request: Request) -> JSONResponse:
+        """Give a file whose lines are requests."""
+        return JSONResponse(await _received(request, files))
+
+    @router.get("/files")
+    async def list_files(request: Request) -> JSONResponse:
+        """The files, a page at a time."""
+        query = request.query_params
+        paging = read_paging(query, default=FILES_A_PAGE, most=FILES_A_PAGE)
+        return JSONResponse(await run_in_threadpool(files.list, paging, query.get("purpose")))
+
+    @router.get("/files/{file_id}")
+    async def retrieve_file(file_id: str) -> JSONResponse:
+        """What a file is."""
+        return JSONResponse(files.get(file_id).document())
+
+    @router.delete("/files/{file_id}")
+    async def delete_file(file_id: str) -> JSONResponse:
+        """Remove a file; batches that read it go on."""
+        return JSONResponse(await run_in_threadpool(files.delete, file_id))
+
+    @router.get("/files/{file_id}/content")
+    async def file_content(file_id: str) -> StreamingResponse:
+        """The bytes of a file."""
+        record = files.get(file_id)
+        stream = await run_in_threadpool(files.open, file_id)
+        return StreamingResponse(
+            _closing(stream),
+            media_type="application/octet-stream",
+            headers={"content-length": str(record.num_bytes)},
+        )
+
+
+def _add_batch_routes(router: APIRouter, manager: BatchManager) -> None:
+    @router.post("/batches", openapi_extra=_BODY_PAGE)
+    async def create_batch(request: Request) -> JSONResponse:
+        """Have the requests of a file answered."""
+        asked = _new_batch(await _object(request))
+        return JSONResponse(await run_in_threadpool(manager.create, asked))
+
+    @router.get("/batches")
+    async def list_batches(request: Request) -> JSONResponse:
+        """The batches, the newest first, a page at a time."""
+        query = {name: request.query_params.get(name) for name in ("after", "limit")}
+        given = {name: value for name, value in query.items() if value is not None}
+        paging = read_paging(given, default=BATCHES_BY_DEFAULT, most=BATCHES_A_PAGE)
+        return JSONResponse(await run_in_threadpool(manager.list, paging))
+
+    @router.get("/batches/{batch_id}")
+    async def retrieve_batch(batch_id: str) -> JSONResponse:
+        """How a batch stands."""
+        return JSONResponse(manager.get(batch_id))
+
+    @router.post("/batches/{batch_id}/cancel")
+    async def cancel_batch(batch_id: str) -> JSONResponse:
+        """Have a batch end with the answers that it has."""
+        return JSONResponse(await run_in_threadpool(manager.cancel, batch_id))
+
+
+def _new_batch(document: dict[str, Any]) -> NewBatch:
+    """What a body asks for.
+
+    Raises:
+        ApiError: 400, by the field.
+    """
+    checked_metadata(document.get("metadata"))
+    body = body_of(BatchBody, document)
+    if body.completion_window != WINDOW:
+        raise bad_request(
+            f"completion_window is {shown(body.completion_window)}: it is {WINDOW}.",
+            "completion_window",
+        )
+    kept_s = None
+    if (after := body.output_expires_after) is not None:
+        kept_s = kept_seconds("output_expires_after", after.anchor, after.seconds)
+    return NewBatch(body.endpoint, body.input_file_id, body.metadata, kept_s)
+
+
+async def _object(request: Request) -> dict[str, Any]:
+    """The JSON object of a short body."""
+    data = bytearray()
+    async for piece in request.stream():
+        data += piece
+        if len(data) > _BODY_BYTES:
+            raise ApiError(413, f"The body is longer than {_BODY_BYTES:,} bytes.")
+    try:
+        text = data.decode()
+        return as_object(parse_json(text, "The body"), "The body")
+    except (QaicRayError, UnicodeDecodeError) as error:
+        said = str(error) if isinstance(error, QaicRayError) else "The body is not UTF-8."
+        raise bad_request(said) from error
+
+
+async def _received(request: Request, files: FileStore) -> dict[str, Any]:
+    """The file of a form, on the disk; nothing is left of one that is refused or cut off."""
+    length = request.headers.get("content-length", "")
+    if length.isascii() and length.isdigit() and int(length[:18]) > files.max_bytes + FORM_BYTES:
+        raise too_large(files.max_bytes)
+    with UploadForm(files, request.headers.get("content-type", "")) as form:
+        pieces = bytearray()
+        async for piece in request.stream():
+            pieces += piece
+            if len(pieces) >= _FED_BYTES:
+                await run_in_threadpool(form.feed, bytes(pieces))
+                pieces.clear()
+        await run_in_threadpool(form.feed, bytes(pieces))
+        record = await run_in_threadpool(form.finish)
+    return record.document()
+
+
+async def _closing(stream: BinaryIO) -> AsyncIterator[bytes]:
+    """The bytes of a file, which is closed whatever ends the reading."""
+    try:
+        async for piece in iterate_in_threadpool(_pieces(stream)):
+            yield piece
+    finally:
+        stream.close()
+
+
+def _pieces(stream: BinaryIO) -> Iterator[bytes]:
+    while piece := stream.read(_READ_BYTES):
+        yield piece
