@@ -86,19 +86,21 @@ def serve_model(
         FleetClosed: every card was lost.
     """
     options = served.options
-    keys = _keys(options)
+    keys = keys_of(options)
     with ExitStack() as held:
         opened = listening_socket(options.host, options.port)
         held.callback(opened.close)
-        address = _address(options.host, opened.getsockname()[1])
+        address = address_of(options.host, opened.getsockname()[1])
         held.enter_context(logging_to_stderr(as_json=log_json))
-        request = _with_defaults(served.request)
+        request = with_defaults(served.request)
         cards = FolderFleet(request, sdk, listener)
         held.callback(cards.close, drain=False)
         service = Service(options, served.names, cards.fleet, keys=keys)
 
         async def make_ready() -> None:
-            context = await asyncio.to_thread(_context, served, cards)
+            await asyncio.to_thread(cards.fleet.wait_ready)
+            ctx_len = cards.fleet.workers[0].ctx_len
+            context = await asyncio.to_thread(context_of, served, ctx_len)
             service.became_ready(context)
             on_ready(address)
 
@@ -108,7 +110,7 @@ def serve_model(
             raise FleetClosed("The cards were lost.")
 
 
-def _keys(options: ServeOptions) -> ApiKeys | None:
+def keys_of(options: ServeOptions) -> ApiKeys | None:
     """The keys that requests need.
 
     Raises:
@@ -126,26 +128,30 @@ def _keys(options: ServeOptions) -> ApiKeys | None:
     return None
 
 
-def _with_defaults(request: RunRequest) -> RunRequest:
+def with_defaults(request: RunRequest) -> RunRequest:
     if "max_stall_s" in request.run.model_fields_set:
         return request
     return request.with_run(max_stall_s=MAX_STALL_S)
 
 
-def _context(served: Served, cards: FolderFleet) -> ModelContext:
-    """What requests are read with, once a card is ready."""
+def context_of(served: Served, ctx_len: int) -> ModelContext:
+    """What requests are read with.
+
+    Args:
+        served: what is served.
+        ctx_len: tokens of a context, as the program has it.
+    """
     checkpoint = open_checkpoint(served.request.model, weights=False)
     # A conversation is rendered on the day on which it comes, and not on that of the beginning.
     generation = served.request.generation.model_copy(update={"date": None})
     tokenizer = load_tokenizer(checkpoint)
     encoder = PromptEncoder(tokenizer, generation)
     tools = support_of(served.options.tool_form, encoder.tokenizer)
-    cards.fleet.wait_ready()
     context = ModelContext(
         names=served.names,
         encoder=encoder,
         tools=tools,
-        ctx_len=cards.fleet.workers[0].ctx_len,
+        ctx_len=ctx_len,
         vocab_size=int(checkpoint.config.get("vocab_size") or tokenizer.vocab_size),
         defaults=_defaults(served.request, checkpoint),
         allow_unknown=served.options.allow_unknown_fields,
@@ -169,6 +175,6 @@ def _defaults(request: RunRequest, checkpoint: Checkpoint) -> SamplingParams:
     return run.defaults.updated(said)
 
 
-def _address(host: str, port: int) -> str:
+def address_of(host: str, port: int) -> str:
     shown = "127.0.0.1" if host in ("0.0.0.0", "") else host
     return f"http://[{shown}]:{port}/v1" if ":" in shown else f"http://{shown}:{port}/v1"

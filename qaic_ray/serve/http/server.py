@@ -118,10 +118,10 @@ async def serve(
     )
     ending, at_once = asyncio.Event(), asyncio.Event()
 
-    def heard() -> None:
+    def on_signal() -> None:
         (at_once if ending.is_set() else ending).set()
 
-    with _heard(heard):
+    with heard(on_signal):
         serving = asyncio.create_task(server.serve(sockets=[opened]))
         readying = asyncio.ensure_future(make_ready())
         waiting = asyncio.create_task(ending.wait())
@@ -149,7 +149,7 @@ async def _drained(service: Service, at_once: asyncio.Event) -> None:
 
 
 @contextmanager
-def _heard(on_signal: Callable[[], None]) -> Iterator[None]:
+def heard(on_signal: Callable[[], None]) -> Iterator[None]:
     """Have signals that end a server call a function; afterwards they are heard as before."""
     loop = asyncio.get_running_loop()
     before = {number: signal.getsignal(number) for number in _SIGNALS}
