@@ -81,23 +81,36 @@ def serve_on_ray(
             open_ray(request.ray, num_cards, name=request.name, sdk=sdk.here, listener=listener)
         )
         held.enter_context(cluster.losses())
-        is_local = request.ray.address is None
-        plan = CardsPlan(
-            request=request,
-            num_cards=served.options.cards_per_replica,
-            cpus=_cpus_each(served, num_cards) if is_local else CARD_CPUS,
-            sdk=str(sdk.here.root) if is_local else name_for_others(sdk.name),
-            emulated=sdk.emulated,
-            kept_slots=served.options.kept_slots,
-        )
+        plan = cards_plan(served, sdk, num_cards)
         listener.began("Ray Serve")
-        application = held.enter_context(_Application(served, plan, keys=keys))
+        application = held.enter_context(Application(served, plan, keys=keys))
         listener.ended("Ray Serve")
         on_ready(address_of(options.host, application.port))
         run_in_loop(application.watch())
 
 
-class _Application(AbstractContextManager["_Application"]):
+def cards_plan(served: Served, sdk: SdkChoice, num_cards: int) -> CardsPlan:
+    """What replicas of cards are made with.
+
+    Args:
+        served: what is served.
+        sdk: whose cards.
+        num_cards: those of this machine that share its CPUs; 0 for a cluster's.
+    """
+    run = served.request.run
+    num_workers = num_cards * run.partitions // run.group_size
+    share = (os.cpu_count() or 1) // num_workers if num_workers else 0
+    return CardsPlan(
+        request=served.request,
+        num_cards=served.options.cards_per_replica,
+        cpus=share or CARD_CPUS,
+        sdk=str(sdk.here.root) if num_cards else name_for_others(sdk.name),
+        emulated=sdk.emulated,
+        kept_slots=served.options.kept_slots,
+    )
+
+
+class Application(AbstractContextManager["Application"]):
     """The application while this process stands for it: on leaving it is taken away.
 
     Attributes:
@@ -161,7 +174,7 @@ class _Application(AbstractContextManager["_Application"]):
                     return
             until_s = time.monotonic() + self._drain_s
             while time.monotonic() < until_s and not at_once.is_set():
-                if not await asyncio.to_thread(self._num_running):
+                if not await asyncio.to_thread(self.num_running, drain=True):
                     return
                 await asyncio.sleep(POLL_S)
 
@@ -175,9 +188,9 @@ class _Application(AbstractContextManager["_Application"]):
             raise QaicRayError(f"Somebody has deleted the application {self._name} of Ray Serve.")
         return found
 
-    def _num_running(self) -> int:
-        """Requests that run, of replicas that take nothing more from now on."""
-        told = self._handle.broadcast("num_running", drain=True)
+    def num_running(self, *, drain: bool) -> int:
+        """Requests that are being answered; with `drain` no more are taken from now on."""
+        told = self._handle.broadcast("num_running", drain=drain)
         return sum(told.results(timeout_s=LOOK_S * 10))
 
 
@@ -244,10 +257,3 @@ def _with_port(options: ServeOptions) -> ServeOptions:
     """The options with a port that is free on this machine."""
     with listening_socket(options.host, options.port) as opened:
         return options.model_copy(update={"port": opened.getsockname()[1]})
-
-
-def _cpus_each(served: Served, num_cards: int) -> float:
-    """CPUs of each worker on this machine, as a run has them."""
-    run = served.request.run
-    share = (os.cpu_count() or 1) // max(1, num_cards * run.partitions // run.group_size)
-    return share or CARD_CPUS
