@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ def answering(context: ModelContext | None = None, program: str = "q") -> Answer
 
     return Answering(
         ENDPOINTS,
-        partial(read_request, context=context),
+        lambda endpoint, body, _: read_request(endpoint, body, context),
         body,
         MODEL,
         {"qpc": program, "model": {"tokenizer": "t"}},
@@ -198,13 +197,12 @@ def opened(
     manager = BatchManager(
         folder,
         fleet,
-        answering(program=program),
         limits=BatchLimits(**{"hold_s": 0.01, **limits}),
         clock=clock or Clock(),
         timeouts=QUICK,
     )
     if starts:
-        manager.start()
+        manager.start(answering(program=program))
     return manager
 
 

@@ -6,7 +6,9 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,19 @@ from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoin
 from qaic_ray.model.tokenizer import object_if_there
 from qaic_ray.options import ServeOptions
 from qaic_ray.pipeline.request import Listener, RunRequest, SdkChoice
+from qaic_ray.pipeline.run_step import content_parts
+from qaic_ray.runs.intake import INPUT, OPEN_SOURCE, fingerprint
 from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.serve.api_errors import ApiError
+from qaic_ray.serve.batches.open_batches import BatchManager
+from qaic_ray.serve.batches.request_lines import Answering
+from qaic_ray.serve.batches.routes import batch_router
 from qaic_ray.serve.http.keys import ApiKeys
 from qaic_ray.serve.http.request_log import logging_to_stderr
 from qaic_ray.serve.http.server import listening_socket, run_in_loop, serve
 from qaic_ray.serve.http.service import LOCAL_HOSTS, Service
-from qaic_ray.serve.protocol.asked import CHAT
+from qaic_ray.serve.protocol.answers import answer_body
+from qaic_ray.serve.protocol.asked import CHAT, ENDPOINTS
 from qaic_ray.serve.protocol.context import ModelContext
 from qaic_ray.serve.protocol.requests import read_request
 from qaic_ray.serve.tools.calling import support_of
@@ -30,6 +38,9 @@ from qaic_ray.worker.prompt_encoder import PromptEncoder
 
 MAX_STALL_S = 0.0
 """Seconds that running rows may wait for others' prefill, where nobody says: one chunk."""
+
+CONTEXTS_HELD = 8
+"""Of batches that were made at other times; each has a chat template of its own."""
 
 TEMPERATURE = 1.0
 """Of requests that say none, where neither the job nor the model's files do: the interface's own
@@ -93,15 +104,18 @@ def serve_model(
         address = address_of(options.host, opened.getsockname()[1])
         held.enter_context(logging_to_stderr(as_json=log_json))
         request = with_defaults(served.request)
-        cards = FolderFleet(request, sdk, listener)
+        cards = FolderFleet(request, sdk, listener, kept_slots=options.kept_slots)
         held.callback(cards.close, drain=False)
+        batches = held.enter_context(BatchManager(Path(options.folder), cards.fleet))
         service = Service(options, served.names, cards.fleet, keys=keys)
+        service.routers.append(batch_router(batches))
 
         async def make_ready() -> None:
             await asyncio.to_thread(cards.fleet.wait_ready)
             ctx_len = cards.fleet.workers[0].ctx_len
             context = await asyncio.to_thread(context_of, served, ctx_len)
             service.became_ready(context)
+            batches.start(await asyncio.to_thread(answering_of, served, context, cards.request, sdk))
             on_ready(address)
 
         run_in_loop(serve(service, opened, make_ready))
@@ -129,6 +143,7 @@ def keys_of(options: ServeOptions) -> ApiKeys | None:
 
 
 def with_defaults(request: RunRequest) -> RunRequest:
+    """A request with what a server does where nobody says otherwise."""
     if "max_stall_s" in request.run.model_fields_set:
         return request
     return request.with_run(max_stall_s=MAX_STALL_S)
@@ -164,6 +179,35 @@ def context_of(served: Served, ctx_len: int) -> ModelContext:
     return context
 
 
+def answering_of(
+    served: Served, context: ModelContext, request: RunRequest, sdk: SdkChoice
+) -> Answering:
+    """How batches are answered, and what their answers depend on beside their requests."""
+    generation = request.generation
+    same = dict(fingerprint(OPEN_SOURCE, generation=generation, **content_parts(request, sdk.here)))
+    for name in (INPUT, "run_seed", "date"):  # a prompt of a batch has its own seed and date
+        same.pop(name)
+    same["sampling"] = asdict(context.defaults)
+    same["names"] = context.names
+    same["allow_unknown_fields"] = context.allow_unknown
+    same["tool_form"] = served.options.tool_form
+
+    @lru_cache(CONTEXTS_HELD)
+    def of(at: int) -> ModelContext:
+        date = datetime.fromtimestamp(at).isoformat(timespec="seconds")
+        dated = generation.model_copy(update={"date": date})
+        encoder = PromptEncoder(context.encoder.tokenizer, dated)
+        return replace(context, encoder=encoder)
+
+    return Answering(
+        endpoints=ENDPOINTS,
+        read=lambda endpoint, body, at: read_request(endpoint, body, of(at)),
+        body=partial(answer_body, context=context),
+        model=context.names[0],
+        program=same,
+    )
+
+
 def _defaults(request: RunRequest, checkpoint: Checkpoint) -> SamplingParams:
     """Parameters of requests that say nothing: the job's, else those of the model's files."""
     run = request.run
@@ -176,5 +220,6 @@ def _defaults(request: RunRequest, checkpoint: Checkpoint) -> SamplingParams:
 
 
 def address_of(host: str, port: int) -> str:
+    """The interface's address, as clients write it."""
     shown = "127.0.0.1" if host in ("0.0.0.0", "") else host
     return f"http://[{shown}]:{port}/v1" if ":" in shown else f"http://{shown}:{port}/v1"

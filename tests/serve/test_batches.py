@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ from batch_places import (
     BROKEN,
     Clock,
     HeldFleet,
+    answering,
     completion,
     content,
     ended,
@@ -321,7 +323,7 @@ def test_a_batch_goes_on_with_the_next_server(tmp_path: Path) -> None:
     fleet = HeldFleet()
     with opened(tmp_path, fleet, starts=False) as manager:
         assert manager.get(id_) == told
-        manager.start()
+        manager.start(answering())
         batch = ended(manager, id_)
         assert batch["request_counts"]["completed"] == 9
         assert len(fleet.prompts) == 7
@@ -392,11 +394,10 @@ def test_a_full_disk_is_said_and_the_batch_goes_on_after_it(
     def full(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    with opened(tmp_path, fleet, starts=False) as manager:
-        id_ = begun(manager, jsonl([completion(f"c{number}") for number in range(3)]))
+    with opened(tmp_path, fleet) as manager:
         with monkeypatch.context() as patch:
             patch.setattr(os, "fdatasync", full)
-            manager.start()
+            id_ = begun(manager, jsonl([completion(f"c{number}") for number in range(3)]))
             until(lambda: HELD in (manager.get(id_)["metadata"] or {}))
             said = manager.get(id_)["metadata"][HELD]
             assert "No space left on device" in said
@@ -525,6 +526,40 @@ def test_so_many_batches_may_be_open(tmp_path: Path) -> None:
         with pytest.raises(ApiError, match="1 batches are open") as caught:
             begun(manager, jsonl([completion("a")]))
         assert (caught.value.status, caught.value.retry_after_s) == (429, 60)
+
+
+def test_before_a_card_is_ready_files_are_taken_and_batches_told(tmp_path: Path) -> None:
+    with opened(tmp_path, HeldFleet(is_free=False)) as manager:
+        id_ = begun(manager, jsonl([completion("a")]))
+        until(lambda: manager.get(id_)["status"] == "in_progress")
+    with opened(tmp_path, HeldFleet(), starts=False) as manager:
+        given(manager, jsonl([completion("a")]))
+        with pytest.raises(ApiError, match="The cards are opening") as caught:
+            begun(manager, jsonl([completion("a")]))
+        assert caught.value.status == 503
+        assert manager.cancel(id_)["status"] == "cancelling"
+        manager.start(answering())
+        assert ended(manager, id_)["status"] == "cancelled"
+
+
+def test_a_batch_is_read_as_on_the_day_on_which_it_was_made(tmp_path: Path) -> None:
+    """A chat template may show the date; the prompts of a batch must not change at midnight."""
+    clock, days = Clock(), []
+
+    def dated(endpoint: str, body: object, at: int) -> object:
+        days.append(at)
+        return whole.read(endpoint, body, at)  # type: ignore[arg-type]
+
+    whole = answering()
+    with opened(tmp_path, HeldFleet(is_free=False), clock=clock) as manager:
+        id_ = begun(manager, jsonl([completion("a")]))
+        made_at = int(clock.now_s)
+        until(lambda: manager.get(id_)["status"] == "in_progress")
+    clock.now_s += DAY_S // 2
+    with opened(tmp_path, HeldFleet(), clock=clock, starts=False) as manager:
+        manager.start(dataclasses.replace(whole, read=dated))  # type: ignore[arg-type]
+        ended(manager, id_)
+    assert set(days) == {made_at}
 
 
 def test_damage_of_one_batch_or_file_is_said_and_leaves_the_others(

@@ -169,7 +169,8 @@ class BatchRecord:
         if self.status is BatchStatus.VALIDATING or self.is_running:
             return self._at(BatchStatus.CANCELLING, now)
         raise bad_request(
-            f"The batch {self.id} is {self.status.value}, and can be cancelled no more.",
+            f"The batch {self.id} is {(self.ending or self.status).value}, and can be cancelled no "
+            "more.",
             code="batch_not_cancellable",
         )
 

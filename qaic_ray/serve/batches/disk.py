@@ -81,7 +81,7 @@ def private_folder(path: Path) -> Path:
     except OSError as error:
         raise UsageError(
             f"{path} cannot be the folder of files and batches ({error.strerror}): give another "
-            "one, or make this one yours."
+            "one (--folder), or make this one yours."
         ) from error
     return path
 
@@ -98,7 +98,7 @@ def hold(folder: Path) -> FileLock:
     except Timeout as error:
         raise UsageError(
             f"Another server keeps its files and batches in {folder}: stop that one, or give this "
-            "one another folder."
+            "one another folder (--folder)."
         ) from error
     except OSError as error:
         raise UsageError(f"{folder} cannot be locked ({error.strerror}): use another.") from error

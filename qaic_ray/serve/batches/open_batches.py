@@ -21,7 +21,7 @@ from typing import Any
 from qaic_ray.errors import QaicRayError
 from qaic_ray.files.documents import differences, shown
 from qaic_ray.runs.journal import JOURNAL_NAME
-from qaic_ray.serve.api_errors import ApiError, bad_request
+from qaic_ray.serve.api_errors import CLOSED_RETRY_S, ApiError, bad_request
 from qaic_ray.serve.batches import disk
 from qaic_ray.serve.batches.batch_record import (
     MAX_VALUE_CHARS,
@@ -33,15 +33,20 @@ from qaic_ray.serve.batches.batch_record import (
 )
 from qaic_ray.serve.batches.batch_store import BatchStore
 from qaic_ray.serve.batches.file_store import (
-    MAX_FILE_BYTES,
-    MAX_LINES,
     PURPOSE_INPUT,
     FileStore,
 )
 from qaic_ray.serve.batches.fleet_cards import BackgroundFleet, Places, RunStopped
 from qaic_ray.serve.batches.pages import Paging, list_document, page_of
 from qaic_ray.serve.batches.request_lines import Answering
-from qaic_ray.serve.batches.runner import BatchProgress, BatchWork, Workplace, counted
+from qaic_ray.serve.batches.runner import (
+    BatchLimits,
+    BatchProgress,
+    BatchWork,
+    Workplace,
+    counted,
+    sentence_of,
+)
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 HELD = f"{PROOF_PREFIX}held"
@@ -51,27 +56,6 @@ _LOOK_S = 0.5
 _SWEEP_S = 60.0
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchLimits:
-    """Limits of files and batches.
-
-    Attributes:
-        max_file_bytes: of one file.
-        max_lines: requests of one batch.
-        max_open: batches that have not ended.
-        max_running: those whose requests run at the same time.
-        hold_s: seconds after which a batch that could not go on is tried again.
-        close_s: seconds that the end of all work is waited for.
-    """
-
-    max_file_bytes: int = MAX_FILE_BYTES
-    max_lines: int = MAX_LINES
-    max_open: int = 1000
-    max_running: int = 4
-    hold_s: float = 15.0
-    close_s: float = 30.0
 
 
 class _Kind(Enum):
@@ -98,7 +82,6 @@ class BatchManager(AbstractContextManager["BatchManager"]):
     Args:
         folder: keeps everything; this server's alone until `close`.
         fleet: answers requests.
-        answering: how they are read, and their answers written.
         limits: of files and batches.
         clock: Unix time in seconds.
         timeouts: of the batches' runs.
@@ -111,7 +94,6 @@ class BatchManager(AbstractContextManager["BatchManager"]):
         self,
         folder: Path,
         fleet: BackgroundFleet,
-        answering: Answering,
         *,
         limits: BatchLimits | None = None,
         clock: Callable[[], float] = time.time,
@@ -132,21 +114,11 @@ class BatchManager(AbstractContextManager["BatchManager"]):
         except BaseException:
             self._held_folder.release()
             raise
-        # As a batch's will be when it is read back.
-        answering = replace(answering, program=json.loads(json.dumps(answering.program)))
-        self._answering = answering
+        self._ids = ids
         self._fleet = fleet
         self._clock = clock
-        self._place = Workplace(
-            self._batches,
-            self.files,
-            ids,
-            answering,
-            fleet,
-            Places(fleet),
-            clock,
-            timeouts=timeouts,
-        )
+        self._timeouts = timeouts
+        self._place: Workplace | None = None
         self._lock = threading.Lock()
         self._working: dict[str, _Working] = {}
         self._progress: dict[str, BatchProgress] = {}
@@ -158,9 +130,36 @@ class BatchManager(AbstractContextManager["BatchManager"]):
             self._count_kept(record)
         self._thread = threading.Thread(target=self._watch, name="batches", daemon=True)
 
-    def start(self) -> None:
-        """Begin to work: requests can be read now. Files and batches are taken before, too."""
+    def start(self, answering: Answering) -> None:
+        """Begin to work, and take batches. Before that, files are taken and batches told.
+
+        Args:
+            answering: how requests are read, and their answers written.
+        """
+        # As a batch's program will be when it is read back.
+        answering = replace(answering, program=json.loads(json.dumps(answering.program)))
+        self._place = Workplace(
+            self._batches,
+            self.files,
+            self._ids,
+            answering,
+            self._fleet,
+            Places(self._fleet),
+            self._clock,
+            timeouts=self._timeouts,
+        )
         self._thread.start()
+
+    @property
+    def _workplace(self) -> Workplace:
+        if self._place is None:
+            raise ApiError(
+                503, "The cards are opening: try again soon.", retry_after_s=CLOSED_RETRY_S
+            )
+        return self._place
+
+    def _now(self) -> int:
+        return int(self._clock())
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -187,10 +186,12 @@ class BatchManager(AbstractContextManager["BatchManager"]):
         """Take a batch; the interface's object of it.
 
         Raises:
-            ApiError: 400, by the field; 429 where too many are open; 507 where the disk refuses.
+            ApiError: 400, by the field; 429 where too many are open; 503 before `start`; 507 where
+                the disk refuses.
         """
-        if asked.endpoint not in self._answering.endpoints:
-            known = ", ".join(self._answering.endpoints)
+        answering = self._workplace.answering
+        if asked.endpoint not in answering.endpoints:
+            known = ", ".join(answering.endpoints)
             raise bad_request(
                 f"endpoint is {shown(asked.endpoint)}: a batch is for one of {known}.", "endpoint"
             )
@@ -212,13 +213,13 @@ class BatchManager(AbstractContextManager["BatchManager"]):
             )
         now_s = self._clock()
         record = BatchRecord(
-            id=self._place.ids.new(disk.BATCH, now_s),
+            id=self._ids.new(disk.BATCH, now_s),
             endpoint=asked.endpoint,
             input_file_id=file.id,
             created_at=int(now_s),
             expires_at=int(now_s) + WINDOW_S,
-            model=self._answering.model,
-            program=self._answering.program,
+            model=answering.model,
+            program=answering.program,
             input_bytes=file.num_bytes,
             input_sha256=file.sha256,
             metadata=asked.metadata,
@@ -247,7 +248,7 @@ class BatchManager(AbstractContextManager["BatchManager"]):
         Raises:
             ApiError: 404; 400 where it has ended; 507 where the disk refuses.
         """
-        record = self._batches.change(id_, lambda batch: batch.cancelled(self._place.now()))
+        record = self._batches.change(id_, lambda batch: batch.cancelled(self._now()))
         self._stop(id_, "The batch was cancelled.")
         self._bell.set()
         return self._document(record)
@@ -286,10 +287,10 @@ class BatchManager(AbstractContextManager["BatchManager"]):
             try:
                 self._look_at(record)
             except Exception as error:  # noqa: BLE001 - the others must go on, and the server too
-                self._hold(record.id, _sentence(record.id, error))
+                self._hold(record.id, sentence_of(record.id, error))
 
     def _look_at(self, record: BatchRecord) -> None:
-        is_over = record.is_running and self._place.now() >= record.expires_at
+        is_over = record.is_running and self._now() >= record.expires_at
         with self._lock:
             working = self._working.get(record.id)
         if working is not None:
@@ -314,7 +315,7 @@ class BatchManager(AbstractContextManager["BatchManager"]):
         if num_such >= most:
             return None
         if kind is not _Kind.FINISH or record.total:
-            changes = differences(record.program, self._answering.program)
+            changes = differences(record.program, self._workplace.answering.program)
             if changes:
                 self._hold(
                     record.id,
@@ -327,7 +328,7 @@ class BatchManager(AbstractContextManager["BatchManager"]):
         return kind
 
     def _begin(self, record: BatchRecord, kind: _Kind) -> None:
-        work = BatchWork(self._place, record.id, self._progress.get(record.id))
+        work = BatchWork(self._workplace, record.id, self._progress.get(record.id))
         what = {_Kind.CHECK: work.check, _Kind.RUN: work.run, _Kind.FINISH: work.finish}[kind]
         # A daemon: a server that is told to end at once must not wait for it.
         thread = threading.Thread(
@@ -346,7 +347,7 @@ class BatchManager(AbstractContextManager["BatchManager"]):
         except RunStopped as error:
             why = "" if work.is_stopped else str(error)
         except Exception as error:  # noqa: BLE001 - one batch must not end the server
-            why = _sentence(id_, error)
+            why = sentence_of(id_, error)
         if why:
             self._hold(id_, why)
         else:
@@ -385,11 +386,3 @@ class BatchManager(AbstractContextManager["BatchManager"]):
                 self._progress[record.id] = counted(table, journal)
         except QaicRayError as error:
             self._hold(record.id, str(error))
-
-
-def _sentence(id_: str, error: Exception) -> str:
-    """What is wrong, for who reads the batch; the log has the traceback of a bug of ours."""
-    if isinstance(error, QaicRayError):
-        return str(error)
-    _log.error("A fault of qaic-ray's over the batch %s:", id_, exc_info=error)
-    return f"A fault of qaic-ray's, {type(error).__name__}: see the server's log, and report it."

@@ -110,7 +110,7 @@ class OutputFiles:
         self.files[0].write(self._text(ordinal, line, response, None))
 
     def _body(self, line: RequestLine, rows: Sequence[Row], name: str) -> dict[str, Any]:
-        asked = asked_of(line, self.record.endpoint, self.answering)
+        asked = asked_of(line, self.record, self.answering)
         made_at = max((row.ended_at or 0.0 for row in rows), default=0.0)
         created = int(made_at) or self.record.created_at
         try:

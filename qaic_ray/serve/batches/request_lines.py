@@ -23,7 +23,7 @@ from qaic_ray.formats.row_fields import check_unicode
 from qaic_ray.rows import ErrorClass, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.serve.api_errors import ApiError, bad_request
-from qaic_ray.serve.batches.batch_record import LineError
+from qaic_ray.serve.batches.batch_record import BatchRecord, LineError
 from qaic_ray.worker.text import mixed_seed
 
 if TYPE_CHECKING:
@@ -47,14 +47,15 @@ class Answering:
 
     Attributes:
         endpoints: that a batch may name.
-        read: the request of an endpoint's body; raises ApiError.
+        read: the request of an endpoint's body, read as at a Unix time in seconds, since a chat
+            template may show the date; raises ApiError.
         body: the body of the answer to a request by its rows; raises ApiError.
         model: the name that batches show.
         program: what answers depend on beside the request, as in a run's fingerprint.
     """
 
     endpoints: tuple[str, ...]
-    read: Callable[[str, Mapping[str, Any]], Asked]
+    read: Callable[[str, Mapping[str, Any], int], Asked]
     body: Callable[..., dict[str, Any]]
     model: str
     program: Fingerprint
@@ -127,14 +128,14 @@ def read_line(number: int, text: bytes, endpoint: str) -> RequestLine:
     return RequestLine(number, custom_id, body)
 
 
-def asked_of(line: RequestLine, endpoint: str, answering: Answering) -> Asked:
-    """What a line asks for.
+def asked_of(line: RequestLine, batch: BatchRecord, answering: Answering) -> Asked:
+    """What a line asks for; the same, whenever it is read.
 
     Raises:
         ApiError: it is refused.
     """
     try:
-        asked = answering.read(endpoint, line.body)
+        asked = answering.read(batch.endpoint, line.body, batch.created_at)
     except ApiError:
         raise
     except QaicRayError as error:
@@ -185,7 +186,7 @@ class CheckedInput:
 
 def check_input(
     path: Path,
-    endpoint: str,
+    batch: BatchRecord,
     answering: Answering,
     *,
     max_lines: int,
@@ -195,8 +196,8 @@ def check_input(
 
     Args:
         path: of the file.
-        endpoint: of all requests.
-        answering: reads their bodies.
+        batch: whose it is.
+        answering: reads the bodies of requests.
         max_lines: that a batch may have.
         is_wanted: asked after each line; when it is not, the rest is not read.
     """
@@ -208,7 +209,8 @@ def check_input(
         if not is_wanted():
             break
         try:
-            num_prompts = _check_line(read_line(number, text, endpoint), ids, endpoint, answering)
+            line = read_line(number, text, batch.endpoint)
+            num_prompts = _check_line(line, ids, batch, answering)
         except BadLine as error:
             num_bad += 1
             if num_bad <= MAX_ERRORS:
@@ -229,7 +231,7 @@ def check_input(
 
 
 def _check_line(
-    line: RequestLine, ids: dict[bytes, int], endpoint: str, answering: Answering
+    line: RequestLine, ids: dict[bytes, int], batch: BatchRecord, answering: Answering
 ) -> int:
     """The number of a line's prompts.
 
@@ -246,7 +248,7 @@ def _check_line(
             "custom_id",
         )
     try:
-        return len(asked_of(line, endpoint, answering).prompts)
+        return len(asked_of(line, batch, answering).prompts)
     except ApiError as error:
         if error.code in OF_THE_MODEL:
             return 1
@@ -255,7 +257,7 @@ def _check_line(
 
 
 def prompts_of_input(
-    path: Path, endpoint: str, answering: Answering, *, table: LineTable, batch_id: str
+    path: Path, batch: BatchRecord, answering: Answering, table: LineTable
 ) -> Iterator[Prompt | Row]:
     """The prompts of an input that was checked, numbered over the whole batch.
 
@@ -266,10 +268,10 @@ def prompts_of_input(
         QaicRayError: while reading, for an input that is not read as it was when it was checked.
     """
     for ordinal, (number, text) in enumerate(raw_lines(path)):
-        line = read_line(number, text, endpoint)
+        line = read_line(number, text, batch.endpoint)
         indexes = table.prompts_of(ordinal)
         try:
-            prompts = asked_of(line, endpoint, answering).prompts
+            prompts = asked_of(line, batch, answering).prompts
         except ApiError as error:
             if len(indexes) != 1:
                 raise _read_otherwise(number) from error
@@ -281,7 +283,7 @@ def prompts_of_input(
         for index, prompt in zip(indexes, prompts, strict=True):
             params = prompt.sampling or SamplingParams()
             if params.seed is None:
-                params = replace(params, seed=mixed_seed("batch", batch_id, index))
+                params = replace(params, seed=mixed_seed("batch", batch.id, index))
             yield replace(prompt, index=index, id=line.custom_id, sampling=params)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict
+from starlette.types import Receive, Scope, Send
 
 from qaic_ray.errors import QaicRayError
 from qaic_ray.files.documents import as_object, parse_json, shown
@@ -110,15 +111,11 @@ def _add_file_routes(router: APIRouter, files: FileStore) -> None:
         return JSONResponse(await run_in_threadpool(files.delete, file_id))
 
     @router.get("/files/{file_id}/content")
-    async def file_content(file_id: str) -> StreamingResponse:
+    async def file_content(file_id: str) -> ContentResponse:
         """The bytes of a file."""
         record = files.get(file_id)
         stream = await run_in_threadpool(files.open, file_id)
-        return StreamingResponse(
-            _closing(stream),
-            media_type="application/octet-stream",
-            headers={"content-length": str(record.num_bytes)},
-        )
+        return ContentResponse(stream, record.num_bytes)
 
 
 def _add_batch_routes(router: APIRouter, manager: BatchManager) -> None:
@@ -198,13 +195,28 @@ async def _received(request: Request, files: FileStore) -> dict[str, Any]:
     return record.document()
 
 
-async def _closing(stream: BinaryIO) -> AsyncIterator[bytes]:
-    """The bytes of a file, which is closed whatever ends the reading."""
-    try:
-        async for piece in iterate_in_threadpool(_pieces(stream)):
-            yield piece
-    finally:
-        stream.close()
+class ContentResponse(StreamingResponse):
+    """The bytes of a file, which is closed whatever ends the answer.
+
+    Args:
+        stream: open.
+        num_bytes: that it has.
+    """
+
+    def __init__(self, stream: BinaryIO, num_bytes: int) -> None:
+        super().__init__(
+            iterate_in_threadpool(_pieces(stream)),
+            media_type="application/octet-stream",
+            headers={"content-length": str(num_bytes)},
+        )
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._stream.close()
 
 
 def _pieces(stream: BinaryIO) -> Iterator[bytes]:

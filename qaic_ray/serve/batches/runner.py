@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -24,7 +25,7 @@ from qaic_ray.serve.batches.batch_record import (
     RequestCounts,
 )
 from qaic_ray.serve.batches.batch_store import BatchStore
-from qaic_ray.serve.batches.file_store import FileStore
+from qaic_ray.serve.batches.file_store import MAX_FILE_BYTES, MAX_LINES, FileStore
 from qaic_ray.serve.batches.fleet_cards import (
     BackgroundFleet,
     FleetAsCards,
@@ -42,7 +43,29 @@ from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 READ_AHEAD = 512
 """Requests that are read before there is room for them; a run's 8,192 would hold up the server."""
+_log = logging.getLogger(__name__)
 _POLICY = replace(DEFAULT_POLICY, read_ahead=READ_AHEAD)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchLimits:
+    """Limits of files and batches.
+
+    Attributes:
+        max_file_bytes: of one file.
+        max_lines: requests of one batch.
+        max_open: batches that have not ended.
+        max_running: those whose requests run at the same time.
+        hold_s: seconds after which a batch that could not go on is tried again.
+        close_s: seconds that the end of all work is waited for.
+    """
+
+    max_file_bytes: int = MAX_FILE_BYTES
+    max_lines: int = MAX_LINES
+    max_open: int = 1000
+    max_running: int = 4
+    hold_s: float = 15.0
+    close_s: float = 30.0
 
 
 class BatchProgress:
@@ -150,7 +173,7 @@ class BatchWork:
         with disk.disk_refusals(place.batches.folder):
             found = check_input(
                 place.batches.input(self._id),
-                record.endpoint,
+                record,
                 place.answering,
                 max_lines=place.files.max_lines,
                 is_wanted=lambda: not self.is_stopped,
@@ -190,13 +213,7 @@ class BatchWork:
                 self._cards = cards
             driver = Driver(
                 cards,
-                prompts_of_input(
-                    place.batches.input(record.id),
-                    record.endpoint,
-                    place.answering,
-                    table=table,
-                    batch_id=record.id,
-                ),
+                prompts_of_input(place.batches.input(record.id), record, place.answering, table),
                 Audience(on_saved=progress.add),
                 dispatcher=Dispatcher(policy=_POLICY),
                 journal=journal,
@@ -261,3 +278,11 @@ def counted(table: LineTable, journal: Journal) -> BatchProgress:
     for entry in journal.replay():
         progress.add(entry.row)
     return progress
+
+
+def sentence_of(id_: str, error: Exception) -> str:
+    """What is wrong, for who reads the batch; the log has the traceback of a bug of ours."""
+    if isinstance(error, QaicRayError):
+        return str(error)
+    _log.error("A fault of qaic-ray's over the batch %s:", id_, exc_info=error)
+    return f"A fault of qaic-ray's, {type(error).__name__}: see the server's log, and report it."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from llguidance import LLMatcher
@@ -137,7 +138,7 @@ def _schema(tool: ToolFunction) -> str:
     schema["type"] = "object"
     schema["x-guidance"] = _SPACING | {"lenient": not tool.strict}
     text = json.dumps(schema, ensure_ascii=False)
-    said = LLMatcher.validate_grammar(f"start: %json {text}")
+    said = _fault(text)
     if said:
         reason = said.splitlines()[0].partition("JSON schema: ")[2] or said.splitlines()[0]
         remedy = ": change it, or leave strict out" if tool.strict else ""
@@ -146,3 +147,9 @@ def _schema(tool: ToolFunction) -> str:
             "tools",
         )
     return text
+
+
+@lru_cache(maxsize=1024)  # a client sends the same tools with every request
+def _fault(schema: str) -> str:
+    """What the library says of a schema that it cannot follow; empty where it can."""
+    return LLMatcher.validate_grammar(f"start: %json {schema}")
