@@ -21,6 +21,7 @@ from qaic_ray.pipeline.request import Listener, RunRequest, SdkChoice
 from qaic_ray.pipeline.run_step import content_parts
 from qaic_ray.runs.intake import INPUT, OPEN_SOURCE, fingerprint
 from qaic_ray.sampling_params import SamplingParams
+from qaic_ray.sdk import Sdk
 from qaic_ray.serve.api_errors import ApiError
 from qaic_ray.serve.batches.open_batches import BatchManager
 from qaic_ray.serve.batches.request_lines import Answering
@@ -115,7 +116,9 @@ def serve_model(
             ctx_len = cards.fleet.workers[0].ctx_len
             context = await asyncio.to_thread(context_of, served, ctx_len)
             service.became_ready(context)
-            batches.start(await asyncio.to_thread(answering_of, served, context, cards.request, sdk))
+            batches.start(
+                await asyncio.to_thread(answering_of, served, context, cards.request, sdk.here)
+            )
             on_ready(address)
 
         run_in_loop(serve(service, opened, make_ready))
@@ -179,12 +182,10 @@ def context_of(served: Served, ctx_len: int) -> ModelContext:
     return context
 
 
-def answering_of(
-    served: Served, context: ModelContext, request: RunRequest, sdk: SdkChoice
-) -> Answering:
+def answering_of(served: Served, context: ModelContext, request: RunRequest, sdk: Sdk) -> Answering:
     """How batches are answered, and what their answers depend on beside their requests."""
     generation = request.generation
-    same = dict(fingerprint(OPEN_SOURCE, generation=generation, **content_parts(request, sdk.here)))
+    same = dict(fingerprint(OPEN_SOURCE, generation=generation, **content_parts(request, sdk)))
     for name in (INPUT, "run_seed", "date"):  # a prompt of a batch has its own seed and date
         same.pop(name)
     same["sampling"] = asdict(context.defaults)

@@ -57,7 +57,7 @@ def log_to_stderr() -> None:
     log = logging.getLogger(NAME)
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(_Text())
+        handler.setFormatter(_TextLines())
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from qaic_ray.errors import UsageError
 from qaic_ray.serve.http.app import create_app
@@ -88,6 +89,22 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
+def quiet_server(app: ASGIApp) -> uvicorn.Server:
+    """A server of an app that hears no signals and logs no requests."""
+    return _Server(
+        uvicorn.Config(
+            app,
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=1,
+        )
+    )
+
+
 async def serve(
     service: Service, opened: socket.socket, make_ready: Callable[[], Awaitable[None]]
 ) -> None:
@@ -104,18 +121,7 @@ async def serve(
     Raises:
         QaicRayError: what `make_ready` raises.
     """
-    server = _Server(
-        uvicorn.Config(
-            create_app(service),
-            lifespan="off",
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=1,
-        )
-    )
+    server = quiet_server(create_app(service))
     ending, at_once = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:

@@ -21,6 +21,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 from qaic_ray.cards.inventory import CARD_RESOURCE
 from qaic_ray.cluster.connection import CARD_CPUS, first_line
 from qaic_ray.errors import QaicRayError
+from qaic_ray.files.documents import user_path
 from qaic_ray.options import ServeOptions
 from qaic_ray.pipeline.local_cards import on_local_cards
 from qaic_ray.pipeline.open_ray import open_ray
@@ -29,8 +30,10 @@ from qaic_ray.sdk import name_for_others
 from qaic_ray.serve.http.keys import ApiKeys
 from qaic_ray.serve.http.request_log import logging_to_stderr
 from qaic_ray.serve.http.server import heard, listening_socket, run_in_loop
+from qaic_ray.serve.ray_serve.batch_desk import BatchDesk, DeskPlan
 from qaic_ray.serve.ray_serve.card_fleet import CardsPlan
 from qaic_ray.serve.ray_serve.cards import Cards
+from qaic_ray.serve.ray_serve.cards_handle import node_address
 from qaic_ray.serve.ray_serve.interface import Interface, InterfacePlan
 from qaic_ray.serve.serving import Served, address_of, keys_of, with_defaults
 
@@ -43,7 +46,7 @@ HEALTH_S = 5.0
 """Interval at which Ray Serve asks a replica for its health."""
 LOOK_S = 1.0
 POLL_S = 0.2
-CARDS, INTERFACE = "Cards", "Interface"
+CARDS, INTERFACE, BATCHES = "Cards", "Interface", "Batches"
 
 log = logging.getLogger("qaic_ray.serve")
 
@@ -74,7 +77,9 @@ def serve_on_ray(
     keys = keys_of(options)
     request, num_cards = on_local_cards(served.request, sdk, None, listener)
     request = with_defaults(request).absolute()
-    served = replace(served, request=request, options=_with_port(options))
+    folder = str(user_path(options.folder, "--folder").absolute())
+    options = _with_port(options).model_copy(update={"folder": folder})
+    served = replace(served, request=request, options=options)
     with ExitStack() as held:
         held.enter_context(logging_to_stderr(as_json=log_json))
         cluster = held.enter_context(
@@ -226,7 +231,16 @@ def _application(served: Served, plan: CardsPlan, keys: ApiKeys | None) -> serve
         ray_actor_options={"num_cpus": 0},
         **lasting,
     )
-    return interface.bind(InterfacePlan(served, keys), cards.bind(plan))
+    desk = serve.deployment(BatchDesk).options(
+        name=BATCHES,
+        num_replicas=1,
+        # Where the folder is: on the node of this process.
+        ray_actor_options={"num_cpus": 0, "resources": {f"node:{node_address()}": 0.001}},
+        **lasting,
+    )
+    answering = cards.bind(plan)
+    batches = desk.bind(DeskPlan(served, plan.sdk, plan.emulated), answering)
+    return interface.bind(InterfacePlan(served, keys), answering, batches)
 
 
 def _start_serve(options: ServeOptions) -> int:

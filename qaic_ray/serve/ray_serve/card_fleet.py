@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
+from qaic_ray.cards.inventory import usable
 from qaic_ray.dispatch.policy import DEFAULT_POLICY, text_work
 from qaic_ray.fleet.folder_fleet import SHARDS_BESIDE
 from qaic_ray.fleet.open_fleet import OpenFleet
@@ -101,10 +102,13 @@ class CardFleet:
             held.enter_context(cards)
             for problem in cluster.problems(nodes):
                 log.warning("%s", problem)
+            specs = specs_on([here], plan.request.with_run(devices=ids))
+            if len({found.machine for found in usable(nodes)}) > 1:
+                specs = [replace(spec, name=f"{spec.name} on {here.host}") for spec in specs]
             recorder = held.enter_context(recorder_of(plan.request, plan.request.name, log.warning))
             return cluster.run_prompts(
                 prompts,
-                specs_on([here], plan.request.with_run(devices=ids)),
+                specs,
                 worker_class=CardWorker,
                 audience=metered(audience, recorder),
                 work_of=partial(text_work, defaults=plan.request.run.defaults),

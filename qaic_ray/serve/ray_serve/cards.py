@@ -16,7 +16,7 @@ from qaic_ray.fleet.pending_row import PendingRow
 from qaic_ray.rows import Row
 from qaic_ray.serve.http.request_log import log_to_stderr
 from qaic_ray.serve.ray_serve.card_fleet import CardFleet, CardsPlan
-from qaic_ray.serve.ray_serve.question import Inbox, Question
+from qaic_ray.serve.ray_serve.question import FleetState, Inbox, Question
 from qaic_ray.serve.ray_serve.request_router import SLOTS
 from qaic_ray.serve.ray_serve.token_mail import TokenOutbox, Told
 
@@ -50,16 +50,10 @@ class Cards:
         finally:
             pending.cancel()  # of one that is done nothing comes
 
-    async def context_len(self) -> int:
-        """Tokens of a context, as the program has it."""
-        workers = self._cards.fleet.workers
-        if not workers:
-            raise FleetClosed("No card of this replica is ready now.")
-        return workers[0].ctx_len
-
-    async def process(self) -> int:
-        """The id of this replica's process."""
-        return os.getpid()
+    async def state(self) -> FleetState:
+        """How its fleet stands."""
+        fleet = self._cards.fleet
+        return FleetState(fleet.workers, dict(fleet.engines), fleet.num_waiting, os.getpid())
 
     async def check_health(self) -> None:
         """See Ray Serve: where this raises, the replica is made anew."""

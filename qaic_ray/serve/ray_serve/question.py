@@ -1,12 +1,14 @@
-"""A prompt on its way from a replica of the interface to one of cards."""
+"""What replicas of the interface and of cards tell each other, but for tokens and rows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+from qaic_ray.metrics import EngineState
 from qaic_ray.rows import Prompt
 from qaic_ray.serve.ray_serve.replica_choice import ReplicaChoice
+from qaic_ray.worker.worker import WorkerInfo
 
 
 @dataclass(frozen=True)
@@ -41,3 +43,20 @@ class Question:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Question, (self.prompt, self.call, self.inbox)
+
+
+@dataclass(frozen=True)
+class FleetState:
+    """How the fleet of one replica of cards stands.
+
+    Attributes:
+        workers: those that are ready.
+        engines: by worker.
+        num_waiting: prompts that no worker has.
+        pid: of the replica's process.
+    """
+
+    workers: tuple[WorkerInfo, ...]
+    engines: dict[str, EngineState]
+    num_waiting: int
+    pid: int

@@ -18,14 +18,18 @@ from typing import Any
 
 from qaic_ray.errors import FleetClosed
 from qaic_ray.fleet.pending_row import PendingRow
+from qaic_ray.metrics import EngineState
 from qaic_ray.rows import ErrorClass, Prompt, Row, TokenChunk
 from qaic_ray.runs.token_streams import RowStream
-from qaic_ray.serve.ray_serve.question import Inbox, Question
+from qaic_ray.serve.ray_serve.question import FleetState, Inbox, Question
 from qaic_ray.serve.ray_serve.replica_choice import ReplicaChoice
 from qaic_ray.serve.ray_serve.token_mail import Told
+from qaic_ray.worker.worker import WorkerInfo
 
 MAX_LOSSES = 3
 """So many replicas may be lost under a prompt before it is given up: it may be what ends them."""
+
+_ENGINE_BITS = 20
 
 log = logging.getLogger("qaic_ray.serve")
 
@@ -88,7 +92,32 @@ class RemoteFleet:
         self._numbers = count()
         self._calls: dict[int, _Call] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._states: Sequence[FleetState] = ()
         self._is_closed = False
+
+    def stands(self, states: Sequence[FleetState]) -> None:
+        """How the replicas stand now."""
+        self._states = states
+
+    @property
+    def workers(self) -> tuple[WorkerInfo, ...]:
+        """The workers of all replicas that are ready, about a second ago."""
+        return tuple(worker for state in self._states for worker in state.workers)
+
+    @property
+    def engines(self) -> dict[str, EngineState]:
+        """See `OpenFleet.engines`; those of a replica that was made anew are other engines."""
+        return {
+            name: replace(engine, engine=engine.engine + (state.pid << _ENGINE_BITS))
+            for state in self._states
+            for name, engine in state.engines.items()
+        }
+
+    @property
+    def num_waiting(self) -> int:
+        """Prompts that no worker has, in replicas or on their way."""
+        running = sum(engine.running for s in self._states for engine in s.engines.values())
+        return max(sum(state.num_waiting for state in self._states), self.num_open - running)
 
     @property
     def is_closed(self) -> bool:
