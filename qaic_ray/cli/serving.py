@@ -67,7 +67,13 @@ def serve(
         def ready(address: str) -> None:
             screen.serving(address, served.names, pid=os.getpid())
 
-        serve_model(served, choice, screen, on_ready=ready, log_json=show.log_format == "json")
+        log_json = show.log_format == "json"
+        if served.options.ray_serve:
+            from qaic_ray.serve.ray_serve.application import serve_on_ray
+
+            serve_on_ray(served, choice, screen, on_ready=ready, log_json=log_json)
+            return
+        serve_model(served, choice, screen, on_ready=ready, log_json=log_json)
 
 
 def key(
