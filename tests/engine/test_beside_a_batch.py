@@ -36,7 +36,7 @@ def quantile(values: list[float], q: float) -> float:
 
 
 def run(*, with_batch: bool, num_clients: int, num_requests: int = 60) -> Load:
-    """Each client asks, reads, thinks for a second or so, and asks again; so many slots are kept."""
+    """Each client asks, reads, thinks for a second or so, and asks again; each has a kept slot."""
     now_s, draw, load = 0.0, random.Random(5), Load()
     shapes = (Specialization(1, CHUNK, 64, SLOTS), Specialization(SLOTS, 1, 64, SLOTS))
     program = FormulaProgram(Specializations(shapes), memory=4)
