@@ -409,10 +409,10 @@ class Stumbling(Tokenizer):
             raise OverflowError("x" * 10_000)
         return super().encode(text)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], **how: bool) -> str:
         if list(ids) == greedy("HI", 3):
             raise KeyError("no such piece")
-        return super().decode(ids)
+        return super().decode(ids, **how)
 
 
 def test_whatever_is_raised_over_a_row_is_its_error(open_worker: Open) -> None:

@@ -11,8 +11,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qaic_ray.errors import UsageError
+from qaic_ray.errors import RowError, UsageError
 from qaic_ray.model.tokenizer import Tokenizer
+from qaic_ray.sampling_params.structured_outputs import (
+    StructuredOutputs,
+    document_of_response_format,
+)
 from qaic_ray.serve.api_errors import bad_request
 from qaic_ray.serve.tools.call_reader import CallReader, parse_answer
 from qaic_ray.serve.tools.conversation import template_messages, template_tools
@@ -27,7 +31,7 @@ from qaic_ray.serve.tools.forms import (
     shows_tools,
     template_with_tools,
 )
-from qaic_ray.serve.tools.grammar import schema_for
+from qaic_ray.serve.tools.grammar import guard_for, schema_for
 from qaic_ray.serve.tools.models import (
     NamedChoice,
     ToolBody,
@@ -187,17 +191,9 @@ def read_calling(
         )
     parallel = body.get("parallel_tool_calls") is not False
     fields: dict[str, Any] = {}
-    if choice != "auto":
-        forced = _forced(choice, tools)
-        if _has_form(body):
-            raise bad_request(
-                "tool_choice asks for a call, and the answer's form for another text: keep one.",
-                "tool_choice",
-            )
-        many = parallel and choice == "required"
-        kind, text = schema_for(
-            [tool.function for tool in forced], form, support.token_ids, parallel=many
-        )
+    structured = _structured(body, tools, choice, support, parallel=parallel)
+    if structured is not None:
+        kind, text = structured
         fields["structured_outputs"] = {kind: text}
     if support.keeps_special_tokens:
         fields["skip_special_tokens"] = False
@@ -206,14 +202,57 @@ def read_calling(
     return Calling(shown, kwargs, fields, names, parallel, support)
 
 
-def _has_form(body: Mapping[str, Any]) -> bool:
-    """Whether a request says the form of its answer."""
-    said = body.get("response_format") or {}
-    return bool(body.get("structured_outputs")) or said.get("type", "text") != "text"
+def _structured(
+    body: Mapping[str, Any],
+    tools: Sequence[ToolBody],
+    choice: str | NamedChoice,
+    support: ToolSupport,
+    *,
+    parallel: bool,
+) -> tuple[str, str] | None:
+    """What an answer must be, by its tools and its form; None where it is free."""
+    assert support.form is not None
+    form, ids = support.form, support.token_ids
+    functions = [tool.function for tool in tools]
+    asked = _asked_form(body)
+    if choice != "auto":
+        if asked is not None:
+            raise bad_request(
+                "tool_choice asks for a call, and the answer's form for another text: keep one.",
+                "tool_choice",
+            )
+        if isinstance(choice, NamedChoice):
+            functions = [one for one in functions if one.name == choice.function.name]
+        return schema_for(functions, form, ids, parallel=parallel and choice == "required")
+    if asked is not None:
+        schema = '{"type": "object"}' if asked.json_object else asked.json
+        if schema is None or form.is_bare:
+            what = "such a form" if schema is None else f"calls of the form {form.name}"
+            raise bad_request(
+                f"An answer's form and tools are not offered together with {what}: keep one, or "
+                "set tool_choice to none.",
+                "tools",
+            )
+        return schema_for(functions, form, ids, parallel=parallel, otherwise=schema)
+    if not any(function.strict for function in functions):
+        return None
+    marks = support.special.union(form.markers)
+    text_ids = [id_ for text, id_ in ids.items() if text not in marks]
+    return guard_for(functions, form, ids, parallel=parallel, text_ids=text_ids)
 
 
-def _forced(choice: str | NamedChoice, tools: Sequence[ToolBody]) -> list[ToolBody]:
-    """The tools of which one must be called."""
-    if isinstance(choice, NamedChoice):
-        return [tool for tool in tools if tool.function.name == choice.function.name]
-    return list(tools)
+def _asked_form(body: Mapping[str, Any]) -> StructuredOutputs | None:
+    """The form of the answer that a request asks for itself.
+
+    Raises:
+        ApiError: it is none.
+    """
+    document = body.get("structured_outputs")
+    name = "structured_outputs"
+    try:
+        if document is None:
+            name = "response_format"
+            document = document_of_response_format(body.get(name))
+        return StructuredOutputs.read(document)
+    except RowError as error:
+        raise bad_request(str(error), name) from error

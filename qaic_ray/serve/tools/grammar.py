@@ -1,4 +1,4 @@
-"""Grammars that make a model call tools, in its own form of calls.
+"""Grammars that make a model call tools, or call them rightly, in its own form of calls.
 
 They are in llguidance's variant of Lark, with the arguments' JSON schemas inside.
 """
@@ -6,7 +6,8 @@ They are in llguidance's variant of Lark, with the arguments' JSON schemas insid
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from llguidance import LLMatcher
@@ -27,6 +28,7 @@ def schema_for(
     token_ids: Mapping[str, int],
     *,
     parallel: bool = True,
+    otherwise: str | None = None,
 ) -> tuple[str, str]:
     """What makes an answer call one of these tools.
 
@@ -36,6 +38,8 @@ def schema_for(
         token_ids: added tokens of the vocabulary by their texts. A marker that is one has to be
             written as this token.
         parallel: whether there may be several calls.
+        otherwise: a JSON schema that an answer without a call keeps to; not for a bare form, whose
+            calls are JSON too.
 
     Returns:
         The kind of structured output, `grammar`, and its text.
@@ -44,32 +48,73 @@ def schema_for(
         ApiError: the schema of a tool cannot be kept to.
     """
     many = parallel and not form.one_call
-    names, calls, rules = [], [], []
+    rules = [*_call_rules(form, token_ids, many=many), *_tool_rules(tools, form, token_ids)]
+    if otherwise is None:
+        return _grammar("start: calls", *rules)
+    return _grammar("start: calls | answer", f"answer: %json {otherwise}", *rules)
+
+
+def guard_for(
+    tools: Sequence[ToolFunction],
+    form: CallForm,
+    token_ids: Mapping[str, int],
+    *,
+    parallel: bool = True,
+    text_ids: Collection[int] = (),
+) -> tuple[str, str]:
+    """What lets an answer be any text, in which calls keep the schemas of their tools.
+
+    Arguments are those of `schema_for`, and `text_ids`: added tokens that a text may have.
+    """
+    many = parallel and not form.one_call
+    rules = [*_call_rules(form, token_ids, many=many), *_tool_rules(tools, form, token_ids)]
+    if form.is_bare:
+        opening = f"<[{token_ids[form.opening]}]>? " if form.opening in token_ids else ""
+        return _grammar(f"start: {opening}calls | TEXT", r"TEXT: /[^{\s](?s:.*)/", *rules)
+    often = "*" if many else "?"
+    if form.opening in token_ids:
+        others = "".join(f" | <[{id_}]>" for id_ in sorted(text_ids))
+        text = f"text: (TEXT{others})*"
+        return _grammar(f"start: text (call text){often}", text, "TEXT: /(?s:.+)/", *rules)
+    head = f"head[lazy]: TEXT {_quoted(form.opening)}"
+    return _grammar(
+        f"start: (head body){often} tail", head, "tail: TEXT", "TEXT: /(?s:.*)/", *rules
+    )
+
+
+def _grammar(*rules: str) -> tuple[str, str]:
+    return "grammar", "\n".join(rules) + "\n"
+
+
+def _tool_rules(
+    tools: Sequence[ToolFunction], form: CallForm, token_ids: Mapping[str, int]
+) -> list[str]:
+    """The beginnings of calls, up to the end of their arguments."""
+    numbers = range(len(tools))
+    rules = ["any_call: " + " | ".join(f"call{number}" for number in numbers)]
     for number, tool in enumerate(tools):
-        schema = _schema(tool)
-        rules.append(f"args{number}: %json {schema}")
-        names.append(f"call{number}")
-        calls.append(f"call{number}: {_quoted(_begun(tool.name, form))} args{number}")
+        begun = _quoted(_begun(tool.name, form))
         if form.separator:
-            separator = _marker(form.separator, token_ids)
-            calls[-1] = f"call{number}: {_quoted(tool.name)} {separator} args{number}"
-    start = _start(form, token_ids, many=many)
-    any_call = "any_call: " + " | ".join(names)
-    return "grammar", "\n".join([start, any_call, *calls, *rules]) + "\n"
+            begun = f"{_quoted(tool.name)} {_marker(form.separator, token_ids)}"
+        rules.append(f"call{number}: {begun} args{number}")
+        rules.append(f"args{number}: %json {_schema(tool)}")
+    return rules
 
 
-def _start(form: CallForm, token_ids: Mapping[str, int], *, many: bool) -> str:
-    opening = _marker(form.opening, token_ids)
+def _call_rules(form: CallForm, token_ids: Mapping[str, int], *, many: bool) -> list[str]:
+    """All calls of an answer, one with its marker, and one without."""
+    more = ""
     if form.name == HERMES:
-        call = f'{opening} "\\n" any_call "}}\\n" {_marker(form.closing, token_ids)}'
-        return f'start: call{" more*" if many else ""}\ncall: {call}\nmore: "\\n" call'
-    if form.name == MISTRAL and form.separator:
-        return f"start: {'call+' if many else 'call'}\ncall: {opening} any_call"
-    if form.name == MISTRAL:
-        more = " more*" if many else ""
-        inside = f'"[" any_call "}}"{more} "]"'
-        return f'start: {opening} " "? {inside}\nmore: ", " any_call "}}"'
-    return 'start: any_call "}"'
+        body = f'"\\n" any_call "}}\\n" {_marker(form.closing, token_ids)}'
+        more = ' ("\\n" call)*'
+    elif form.name == MISTRAL and form.separator:
+        body, more = "any_call", " call*"
+    elif form.name == MISTRAL:
+        body = '" "? "[" any_call "}"' + (' (", " any_call "}")*' if many else "") + ' "]"'
+    else:
+        return ["calls: call", 'call: any_call "}"']
+    calls = f"calls: call{more if many else ''}"
+    return [calls, f"call: {_marker(form.opening, token_ids)} body", f"body: {body}"]
 
 
 def _begun(name: str, form: CallForm) -> str:
@@ -93,7 +138,7 @@ def _schema(tool: ToolFunction) -> str:
     schema["type"] = "object"
     schema["x-guidance"] = _SPACING | {"lenient": not tool.strict}
     text = json.dumps(schema, ensure_ascii=False)
-    said = LLMatcher.validate_grammar(f"start: %json {text}")
+    said = _fault(text)
     if said:
         reason = said.splitlines()[0].partition("JSON schema: ")[2] or said.splitlines()[0]
         remedy = ": change it, or leave strict out" if tool.strict else ""
@@ -102,3 +147,9 @@ def _schema(tool: ToolFunction) -> str:
             "tools",
         )
     return text
+
+
+@lru_cache(maxsize=1024)  # a client sends the same tools with every request
+def _fault(schema: str) -> str:
+    """What the library says of a schema that it cannot follow; empty where it can."""
+    return LLMatcher.validate_grammar(f"start: %json {schema}")

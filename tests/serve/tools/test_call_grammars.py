@@ -19,7 +19,7 @@ from tool_templates import FORM_OF, NAMES, NESTED, NOW, TOOLS, WEATHER
 from qaic_ray.serve.api_errors import ApiError
 from qaic_ray.serve.tools.call_reader import parse_answer
 from qaic_ray.serve.tools.forms import CallForm, call_form
-from qaic_ray.serve.tools.grammar import schema_for
+from qaic_ray.serve.tools.grammar import guard_for, schema_for
 from qaic_ray.serve.tools.models import ToolFunction, read_tools
 
 MAX_STEPS = 800
@@ -158,6 +158,62 @@ def test_definitions_in_a_schema_are_found() -> None:
     text = '[TOOL_CALLS]search.deep-1[ARGS]{"where": {"deep": true}}'
     assert accepts(grammar, "added", text)
     assert not accepts(grammar, "added", text.replace("true", "1"))
+
+
+# -- an answer that may be a call
+
+
+@given(
+    name=st.sampled_from(FORMS),
+    kind=st.sampled_from(["special", "added", "letters"]),
+    parallel=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_in_a_guarded_walk_calls_keep_their_schemas(
+    name: str, kind: str, parallel: bool, seed: int
+) -> None:
+    form = form_of(name)
+    _, grammar = guard_for(functions(*TOOLS), form, ids_of(kind), parallel=parallel)
+    answer = parse_answer(walked(grammar, kind, seed), form, NAMES)
+    assert len(answer.calls) <= (99 if parallel and not form.one_call else 1)
+    for call in answer.calls:
+        jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name] or {"maxProperties": 0})
+
+
+@pytest.mark.parametrize("kind", ["special", "added", "letters"])
+@pytest.mark.parametrize("name", FORMS)
+def test_a_guarded_answer_may_be_text_and_a_call_only_a_right_one(name: str, kind: str) -> None:
+    form = form_of(name)
+    _, grammar = guard_for(functions(WEATHER), form, ids_of(kind))
+    assert accepts(grammar, kind, "It {rains}, I <think>.\n")
+    assert accepts(grammar, kind, WRITTEN[name])
+    assert not accepts(grammar, kind, WRITTEN[name].replace("weather", "now"))
+    assert not accepts(grammar, kind, WRITTEN[name].replace('"days": 2', '"days": 20'))
+    if not form.is_bare:
+        assert accepts(grammar, kind, f"I see.\n{WRITTEN[name]}")
+        assert not accepts(grammar, kind, f"I see.\n{WRITTEN[name].replace('weather', 'now')}")
+
+
+def test_a_guarded_answer_may_have_other_added_tokens_where_it_may() -> None:
+    tokenizer, _ = vocabulary("added")
+    other = tokenizer.token_to_id("</tool_call>")  # any that is no marker of this form
+    form = form_of("named")
+    text = f"a</tool_call>b{WRITTEN['named']}"
+    _, strict = guard_for(functions(WEATHER), form, ids_of("added"))
+    assert not accepts(strict, "added", text)
+    _, grammar = guard_for(functions(WEATHER), form, ids_of("added"), text_ids=[other])
+    assert accepts(grammar, "added", text)
+
+
+@pytest.mark.parametrize("kind", ["special", "added", "letters"])
+@pytest.mark.parametrize("name", ["hermes", "mistral", "named"])
+def test_an_answer_is_a_call_or_of_a_schema(name: str, kind: str) -> None:
+    schema = json.dumps({"type": "object", "properties": {"name": {"type": "string"}}})
+    _, grammar = schema_for(functions(WEATHER), form_of(name), ids_of(kind), otherwise=schema)
+    assert accepts(grammar, kind, WRITTEN[name])
+    assert accepts(grammar, kind, '{"name": "weather"}')
+    assert not accepts(grammar, kind, '{"name": 1}')
+    assert not accepts(grammar, kind, "It rains.")
 
 
 ODD = {"type": "object", "properties": {"a": {"type": "string", "format": "flower"}}}

@@ -9,7 +9,7 @@ from byte_tokens import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessage
-from tool_templates import FORM_OF, HERMES, MISTRAL, NAMED, NOW, PLAIN, TOOLS, WEATHER
+from tool_templates import FORM_OF, HERMES, LLAMA, MISTRAL, NAMED, NOW, PLAIN, TOOLS, WEATHER
 
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.serve.api_errors import ApiError
@@ -244,6 +244,42 @@ def test_a_call_is_asked_for() -> None:
     single = calling({"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False})
     assert _grammar(single) != _grammar(required)
     assert not single.parallel
+
+
+def test_a_strict_tool_is_kept_to_where_a_call_is_free() -> None:
+    strict = {"type": "function", "function": {"strict": True, **WEATHER["function"]}}
+    guarded = calling({"tools": [strict, NOW]})
+    assert "TEXT" in _grammar(guarded)
+    assert "weather" in _grammar(guarded)
+
+
+def test_an_answer_may_be_a_call_or_of_the_form_that_is_asked_for() -> None:
+    schema = {"type": "object", "properties": {"mark": {"type": "integer"}}}
+    asked = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    for form in ({"response_format": asked}, {"structured_outputs": {"json": schema}}):
+        assert "answer: %json" in _grammar(calling({"tools": TOOLS} | form))
+        assert calling({"tools": TOOLS, "tool_choice": "none"} | form).sampling_fields == {}
+    text = {"response_format": {"type": "text"}}
+    assert calling({"tools": TOOLS} | text).sampling_fields == {}
+
+
+@pytest.mark.parametrize(
+    ("template", "form"),
+    [
+        (LLAMA, {"response_format": {"type": "json_object"}}),
+        (HERMES, {"structured_outputs": {"regex": "a"}}),
+    ],
+)
+def test_forms_that_calls_do_not_go_with_are_refused(template: str, form: Body) -> None:
+    with pytest.raises(ApiError, match="not offered together with") as caught:
+        calling({"tools": TOOLS} | form, template)
+    assert caught.value.param == "tools"
+
+
+def test_a_form_that_is_none_is_refused() -> None:
+    with pytest.raises(ApiError, match="response_format is") as caught:
+        calling({"tools": TOOLS, "response_format": {"type": "xml"}})
+    assert caught.value.param == "response_format"
 
 
 def _grammar(one: Calling) -> str:
