@@ -7,7 +7,8 @@ which takes no time: `a step` is from one start of the card to the next, `waits`
 which the card has nothing to do. Both are medians; `p90` is of the steps, too.
 With `--step-ms` the card takes so long, asleep, a step is what it waits, and the host's caches are
 as cold as beside a real card. Kinds of rows: `greedy`, `next_tokens` (the program picks the token),
-`sampling` and other settings of it, `stop strings`; `by numpy` is without the compiled kernels.
+`sampling` and other settings of it, `stop strings`, grammars (whose masks are made while the card
+works: see them with `--step-ms`); `by numpy` is without the compiled kernels.
 Each line goes in turns with greedy rows of its batch and vocabulary, and `x greedy` is the median
 ratio of the turns, so that a machine that does other things as well slows both. Our session
 has two doors: buffers for every binding (any SDK), and arrays for those that change (from 1.20 on).
@@ -38,6 +39,7 @@ from rich.table import Table
 
 from qaic_ray.engine.compiled.loader import KERNELS, KernelLoader
 from qaic_ray.engine.engine import Engine
+from qaic_ray.engine.limits.grammars import Grammars
 from qaic_ray.engine.sampler import Selector
 from qaic_ray.engine.session import Session
 from qaic_ray.engine.steps import Sequence
@@ -46,6 +48,7 @@ from qaic_ray.model.detokenizer import StopFinder
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import EmulatorOptions
 from qaic_ray.sampling_params import SamplingParams
+from qaic_ray.sampling_params.structured_outputs import StructuredOutputs
 from qaic_ray.sdk import install_emulated, open_sdk
 
 HERE = Path(__file__).resolve().parent
@@ -62,6 +65,7 @@ MODEL = "smollm2-135m"
 GREEDY = SamplingParams()
 SAMPLING = SamplingParams(temperature=0.8, top_k=50, top_p=0.95)
 PENALTIES = SamplingParams(repetition_penalty=1.1, presence_penalty=0.5, frequency_penalty=0.5)
+FEW, MOST = StructuredOutputs(regex="[0-9]*"), StructuredOutputs(regex="(?s:.*)")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Kind:
 
     params: SamplingParams = GREEDY
     output: str = "logits"
+    one: SamplingParams | None = None
+    """What the first row asks for in place of that."""
     by_numpy: bool = False
     batches: tuple[int, ...] = (16,)
     vocabs: tuple[int, ...] = VOCABS
@@ -86,9 +92,19 @@ KINDS = {
     "penalties": Kind(PENALTIES),
     "penalties by numpy": Kind(PENALTIES, by_numpy=True),
     "sampling with penalties": Kind(replace(PENALTIES, temperature=0.8, top_k=50, top_p=0.95)),
+    "biases": Kind(SamplingParams(logit_bias=tuple((token, 0.5) for token in range(300)))),
+    "grammar of few tokens": Kind(SamplingParams(structured_outputs=FEW)),
+    "grammar of most tokens": Kind(SamplingParams(structured_outputs=MOST)),
+    "beside one grammar": Kind(one=SamplingParams(structured_outputs=MOST)),
     # Its tokenizer is SmolLM2's, which knows no token from 49,152 on.
     "stop strings": Kind(SamplingParams(stop=("\nUser:", "<END>")), vocabs=VOCABS[:1]),
 }
+PROMISED = {
+    name
+    for name, kind in KINDS.items()
+    if not (name == "greedy" or kind.by_numpy or kind.one or kind.params.has_limits)
+}
+"""Kinds that are held to the work of greedy rows."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +215,11 @@ class Line:
         self._session = Session(open_sdk(sdk), programs / case.program, [0])
         loader = KernelLoader(sys.maxsize) if case.kind.by_numpy else KERNELS
         self._engine = Engine(self._session, selector=Selector(case.batch, loader=loader))
-        self._rows = [new_row(self._engine, key, case.kind.params) for key in range(case.batch)]
+        asked = [case.kind.params] * case.batch
+        asked[0] = case.kind.one or asked[0]
+        self._rows = [
+            new_row(self._engine, key, params, case.vocab) for key, params in enumerate(asked)
+        ]
         for row in self._rows:
             self._engine.add(row, *readers(case.kind.params))
         while min(len(row.output_ids) for row in self._rows) < WARM_UP:
@@ -221,7 +241,7 @@ class Line:
 
     def close(self) -> None:
         """Check the tokens of greedy rows, and give the card back."""
-        if self.case.kind.params.is_plain:
+        if self.case.kind.params.is_plain and self.case.kind.one is None:
             card = importlib.import_module("qaicrt")
             logits = card.rows_of_logits(self.case.batch, self.case.vocab)
             tokens = logits.argmax(axis=1).tolist()
@@ -230,11 +250,19 @@ class Line:
         self._session.close()
 
 
-def new_row(engine: Engine, key: int, params: SamplingParams) -> Sequence:
+def new_row(engine: Engine, key: int, params: SamplingParams, vocab: int) -> Sequence:
     """A row that does not end by itself; row `key` comes to slot `key`."""
     prompt = tuple(range(100 + key, 100 + key + PROMPT_TOKENS))
     limit = engine.new_token_limit(PROMPT_TOKENS, None)
-    return Sequence(key, prompt, limit, params=params, seed=key)
+    form = params.structured_outputs
+    guide = None if form is None else grammars(vocab).guide(form)
+    return Sequence(key, prompt, limit, params=params, seed=key, guide=guide)
+
+
+@cache
+def grammars(vocab: int) -> Grammars:
+    """Of SmolLM2's tokenizer, for logits of this width."""
+    return Grammars(lambda: tokenizer().json_text, (), vocab)
 
 
 def readers(params: SamplingParams) -> list[StopFinder]:
@@ -284,7 +312,7 @@ def promise(case: Case, door: str, results: dict[str, Any]) -> tuple[str, float,
         return "us", step, 60.0
     if case.name == "greedy" and case.key in results["qefficient"]:
         return "x QEfficient", step / results["qefficient"][case.key]["step_us"], 0.5
-    if case.name != "greedy" and case.batch == 16 and not case.kind.by_numpy:
+    if case.name in PROMISED and case.batch == 16:
         return "x greedy", results[door][case.key]["x_greedy"], 2.0
     return None
 

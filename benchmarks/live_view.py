@@ -25,6 +25,7 @@ from qaic_ray.dispatch.dispatcher import (
     WorkerProgress,
     WorkerReady,
 )
+from qaic_ray.metrics import EngineState
 from qaic_ray.rows import FinishReason, Prompt, Row
 from qaic_ray.runs.run_view import RunFollower
 
@@ -98,7 +99,7 @@ def measure(num_cards: int, seconds: float, *, verbose: bool) -> tuple[float, fl
             before = time.thread_time()
             for name in names[: min(num_cards, 100)]:
                 tokens += 1
-                watch.change(WorkerProgress(name, tokens, 0, tokens, 16))
+                watch.change(WorkerProgress(name, tokens, 0, tokens, EngineState(running=16)))
             for number in range(ROWS_PER_S):
                 name = names[number % num_cards]
                 watch.change(RowsFinished(name, number % num_cards, (row,)))

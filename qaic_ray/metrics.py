@@ -150,6 +150,38 @@ class EngineState:
     engine: int = 0
 
 
+NO_ENGINE = EngineState()
+
+
+class EngineTotals:
+    """Tokens of several workers' engines: counts that only rise, whatever is opened anew.
+
+    Attributes:
+        prompt_tokens: of rows that have ended; slots held `reused_tokens` of them already.
+        generated_tokens: those of running rows too.
+    """
+
+    def __init__(self) -> None:
+        self.prompt_tokens = self.reused_tokens = self.generated_tokens = 0
+        self._seen: dict[str, EngineState] = {}
+
+    def looked(self, worker: str, state: EngineState) -> None:
+        """Learn how a worker's engine stands; counts that fell wait until they rise again."""
+        before = self._seen.get(worker, NO_ENGINE)
+        if before.engine != state.engine:
+            before = NO_ENGINE
+        most = replace(
+            state,
+            prompt_tokens=max(state.prompt_tokens, before.prompt_tokens),
+            reused_tokens=max(state.reused_tokens, before.reused_tokens),
+            generated_tokens=max(state.generated_tokens, before.generated_tokens),
+        )
+        self.prompt_tokens += most.prompt_tokens - before.prompt_tokens
+        self.reused_tokens += most.reused_tokens - before.reused_tokens
+        self.generated_tokens += most.generated_tokens - before.generated_tokens
+        self._seen[worker] = most
+
+
 @dataclass(frozen=True)
 class Span:
     """An interval on one clock, in seconds; adding two gives the interval that covers both."""

@@ -78,6 +78,11 @@ class FormulaProgram:
         self._place = np.zeros((rows, specializations.ctx_len), int)
         self._mask = np.zeros((rows, specializations.ctx_len), bool)
 
+    @property
+    def keeps_prompt_logits(self) -> bool:
+        prefills = self.specializations.prefills
+        return not self.emits_tokens and (self._every_token or not prefills)
+
     def input_dtype(self, name: str) -> np.dtype[Any]:
         return np.dtype(np.int8 if name == contract.ATTENTION_MASK else np.int64)
 
@@ -131,15 +136,20 @@ class FormulaProgram:
         end = start + shape.seq_len
         assert end <= shape.ctx_len
         self._mask[:, end - 1] = True
-        logits = np.zeros((len(ids), 1, self._vocab), np.float32)
+        columns = range(shape.seq_len if self._every_token else 1)
+        logits = np.zeros((len(ids), len(columns), self._vocab), np.float32)
         for row in range(len(ids)):
             self._cache[row, start:end] = ids[row]
             self._place[row, start:end] = positions[row]
-            there = np.flatnonzero(self._mask[row, :end])
-            # A token stands where its position says: a wrong position is a wrong answer.
-            seen = np.full(shape.ctx_len, -1)
-            seen[self._place[row, there]] = self._cache[row, there]
-            logits[row, 0] = self._logits(seen[: int(positions[row, -1]) + 1])
+            for column in columns:
+                last = end - len(columns) + column
+                if not self._mask[row, last]:
+                    continue  # padding
+                there = np.flatnonzero(self._mask[row, : last + 1])
+                # A token stands where its position says: a wrong position is a wrong answer.
+                seen = np.full(shape.ctx_len, -1)
+                seen[self._place[row, there]] = self._cache[row, there]
+                logits[row, column] = self._logits(seen[: int(self._place[row, last]) + 1])
         self.calls.append((shape, list(range(len(ids)))))
         return logits
 

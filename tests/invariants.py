@@ -70,7 +70,7 @@ def _check_shard(table: PromptTable, shard: Shard) -> None:
     if worker.held is not None:
         running = set(worker.held._running)
         assert running == {entry.prompt.index for entry in entries}
-        assert len(worker.held._free) <= max(0, worker.slots - len(running))
+        assert len(worker.held._free) == max(0, worker.slots - len(running))
     assert abs(worker.work - sum(entry.work for entry in entries)) < 1e-3
     assert all(entry.attempt == shard.attempt for entry in shard.unfinished.values())
     assert not shard.alone or len(worker.shards) == 1, "a prompt that is to be alone is not"

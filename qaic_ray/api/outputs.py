@@ -86,11 +86,12 @@ class RequestOutput:
         finished: whether nothing more comes.
         metrics: of a finished one.
         error: why there is no answer, a sentence; None where there is one.
-        prompt_logprobs, lora_request, encoder_prompt, encoder_prompt_token_ids, num_cached_tokens:
+        prompt_logprobs: of a finished one, where they were asked for: as an answer's, for each
+            token of the prompt; None for the first.
+        lora_request, encoder_prompt, encoder_prompt_token_ids, num_cached_tokens:
             always None.
     """
 
-    prompt_logprobs: None = None
     lora_request: None = None
     encoder_prompt: None = None
     encoder_prompt_token_ids: None = None
@@ -111,6 +112,7 @@ class RequestOutput:
         self.finished = row is not None or error is not None
         self.metrics = None if row is None else _metrics(row)
         self.error = error if row is None else row.error
+        self.prompt_logprobs = None if encoder is None or row is None else _of_prompt(row, encoder)
         self._prompt = prompt
         self._encoder = encoder
         self._text: str | None = None
@@ -296,18 +298,24 @@ def _by_id(
 ) -> list[dict[int, Logprob]] | None:
     if logprobs is None:
         return None
+    return [_of_token(token, encoder) for token in logprobs]
+
+
+def _of_prompt(row: Row, encoder: PromptEncoder) -> list[dict[int, Logprob] | None] | None:
+    if row.prompt_logprobs is None:
+        return None
+    return [None if token is None else _of_token(token, encoder) for token in row.prompt_logprobs]
+
+
+def _of_token(token: TokenLogprob, encoder: PromptEncoder) -> dict[int, Logprob]:
+    """A token's logprob and the likeliest ones', by token id."""
     decode = encoder.tokenizer.decode
-    found = []
-    for token in logprobs:
-        ranks = {token_id: rank for rank, (token_id, _) in enumerate(token.top, start=1)}
-        whole = {token.token_id: token.logprob, **dict(token.top)}
-        found.append(
-            {
-                token_id: Logprob(logprob, ranks.get(token_id), decode((token_id,)))
-                for token_id, logprob in whole.items()
-            }
-        )
-    return found
+    ranks = {token_id: rank for rank, (token_id, _) in enumerate(token.top, start=1)}
+    whole = {token.token_id: token.logprob, **dict(token.top)}
+    return {
+        token_id: Logprob(logprob, ranks.get(token_id), decode((token_id,)))
+        for token_id, logprob in whole.items()
+    }
 
 
 def _metrics(row: Row) -> RequestMetrics:

@@ -274,7 +274,7 @@ command(
 qaic-ray serve ./qpc -m org/model --port 9000
 qaic-ray serve jobs/serve.yaml --host 0.0.0.0 --api-keys keys.txt""",
 )(serve)
-command(app, example="qaic-ray key alice >> keys.txt")(key)
+command(app, example="qaic-ray key alice")(key)
 # The commands that only look follow those that do something, in the help too.
 app.registered_commands += looking.registered_commands
 app.add_typer(emulator_app, name="emulator")

@@ -42,7 +42,7 @@ def serve(
     from qaic_ray.cli.launching import live_screen
     from qaic_ray.pipeline.request import choose_sdk
     from qaic_ray.serve.serving import serve_model
-    from qaic_ray.serve.target import Asked, served_job, served_model
+    from qaic_ray.serve.target import ServeCall, served_job, served_model
 
     with live_screen(show) as screen:
         said = {
@@ -51,7 +51,7 @@ def serve(
             for name in part.model_fields_set
         }
         run = options.RunOptions(**said)
-        asked = Asked(
+        asked = ServeCall(
             target.target, target.model_name, tuple(overrides or ()), run, shapes, how, ray
         )
         if asked.is_job:

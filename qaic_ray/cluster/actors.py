@@ -294,9 +294,9 @@ class CardActors(AbstractContextManager["CardActors"]):
     def _steps(self, worker: str, ref: ObjectRef) -> Event | None:
         self._silent.discard(worker)
         try:
-            num_steps, num_tokens, running = ray.get(ref)
+            num_steps, num_tokens, engine = ray.get(ref)
             incarnation = self._specs[worker].incarnation
-            return WorkerProgress(worker, num_steps, incarnation, num_tokens, running)
+            return WorkerProgress(worker, num_steps, incarnation, num_tokens, engine)
         except ray_errors.RayError as error:
             return self._lost(worker, error)
 

@@ -75,24 +75,29 @@ class Assignment:
 
     def _share_out(self, waiting: WaitingPrompts, now_s: float) -> list[Shard]:
         begun: list[Shard] = []
+        passed_over: set[WorkerState] = set()
         num_passed_over = 0
         while (waiting.num_grouped or waiting.suspects) and self.requesting:
-            worker = self._next_requesting(waiting)
+            worker = self._next_requesting(waiting, passed_over)
             if worker is None:
                 break
             entries, alone = self._share_of(worker, waiting)
             if entries:
                 begun.append(self._begin(worker, entries, now_s, alone=alone))
             num_passed_over = 0 if entries or worker.draining else num_passed_over + 1
+            if not entries:
+                passed_over.add(worker)
             self.consider(worker)
             if num_passed_over == self._policy.look_ahead:
                 break  # nothing fits these; for one event that is enough
         return begun
 
-    def _next_requesting(self, waiting: WaitingPrompts) -> WorkerState | None:
+    def _next_requesting(
+        self, waiting: WaitingPrompts, passed_over: set[WorkerState]
+    ) -> WorkerState | None:
         """Take the worker out of the queue that gets the next shard of these."""
         if self._table.is_open or waiting is self._table.background:
-            worker = self._best_for(waiting)
+            worker = self._best_for(waiting, passed_over)
             if worker is not None:
                 self.requesting.remove(worker)
                 worker.requesting = False
@@ -104,7 +109,9 @@ class Assignment:
                 return worker
         return None
 
-    def _best_for(self, waiting: WaitingPrompts) -> WorkerState | None:
+    def _best_for(
+        self, waiting: WaitingPrompts, passed_over: set[WorkerState]
+    ) -> WorkerState | None:
         """Of those that want a shard the one for the next prompt; None where none has room for it.
 
         One with a free slot goes before one that only has room in its queue. Of these it is the one
@@ -115,7 +122,7 @@ class Assignment:
                 self.requesting.remove(worker)
                 worker.requesting = False
         entry = waiting.next
-        workers = list(self.requesting)
+        workers = [worker for worker in self.requesting if worker not in passed_over]
         if waiting is self._table.background:
             num_slots = 1 if entry is None else entry.num_slots
             workers = [worker for worker in workers if self._has_spare(worker, num_slots)]

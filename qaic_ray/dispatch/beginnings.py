@@ -71,14 +71,14 @@ class HeldBeginnings:
     the longest beginning of it, of equals the one that has been free the longest.
 
     Args:
-        num_slots: no more chains than that are kept, beside those of prompts that are queued there.
+        num_slots: as many chains are kept, beside those of prompts that are queued there.
         policy: see `beginning_of`.
     """
 
     def __init__(self, num_slots: int, policy: Policy) -> None:
         self._num_slots = num_slots
         self._policy = policy
-        self._free: list[Beginning] = []
+        self._free: list[Beginning] = [()] * num_slots
         self._running: dict[int, Beginning] = {}
 
     def __len__(self) -> int:
@@ -86,35 +86,27 @@ class HeldBeginnings:
 
     def num_held(self, beginning: Beginning) -> int:
         """Blocks of a beginning that a free slot holds; running ones share nothing."""
-        if not beginning:
-            return 0
-        first = beginning[0]
         # Most slots hold nothing of it, which their first block tells.
-        lengths = [num_common(held, beginning) for held in self._free if held[:1] == (first,)]
-        return max(lengths, default=0)
+        alike = [held for held in self._free if held[:1] == beginning[:1]]
+        return max((num_common(held, beginning) for held in alike), default=0)
 
     def begin(self, prompt: Prompt) -> None:
         """A prompt goes to a slot, or is queued."""
         beginning, free = beginning_of(prompt, self._policy), self._free
-        if free and len(self) >= self._num_slots:
-            best = max(range(len(free)), key=lambda i: num_common(free[i], beginning))
-            del free[best]
-        elif held := self.num_held(beginning):
-            # There are slots that hold nothing yet, and it takes the one that holds something.
-            free.remove(next(one for one in free if num_common(one, beginning) == held))
+        if free:
+            del free[max(range(len(free)), key=lambda i: num_common(free[i], beginning))]
         self._running[prompt.index] = beginning
 
     def end(self, prompt: Prompt, row: Row | None = None) -> None:
         """A prompt gives its slot back, which holds it now, with its answer where there is one."""
-        held = self._running.pop(prompt.index, ())
-        if held and row is not None and row.ok:
+        held = self._running.pop(prompt.index)
+        if row is not None and row.ok:
             held = beginning_of(prompt, self._policy, row)
-        if held:
-            self._free.append(held)
-        while self._free and len(self) > self._num_slots:
+        self._free.append(held)
+        if len(self) > self._num_slots:
             del self._free[0]
 
     def forget(self) -> None:
         """The card's state was lost: its slots hold nothing any more."""
-        self._free.clear()
+        self._free = [()] * len(self._free)
         self._running = dict.fromkeys(self._running, ())

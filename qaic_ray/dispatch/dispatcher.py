@@ -25,6 +25,7 @@ from qaic_ray.dispatch.assignment import Assignment
 from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
 from qaic_ray.dispatch.prompts import PromptTable, Shard
 from qaic_ray.dispatch.workers import WorkerPool, WorkerState, WorkerStatus
+from qaic_ray.metrics import NO_ENGINE, EngineState
 from qaic_ray.rows import Prompt, Row, TokenChunk
 
 
@@ -76,16 +77,16 @@ class WorkerLost(Event):
 class WorkerProgress(Event):
     """A worker's engine has made `num_steps` steps since it was opened.
 
-    These gave `generated_tokens`, and `running` rows are in its slots. From its first one on a
-    worker is watched: while it has prompts and makes no step for a limit that follows from its own
-    speed, it is stalled.
+    These gave `generated_tokens`, and `engine` is how it stands. From its first one on a worker is
+    watched: while it has prompts and makes no step for a limit that follows from its own speed, it
+    is stalled.
     """
 
     worker: str
     num_steps: int
     incarnation: int = 0
     generated_tokens: int = 0
-    running: int = 0
+    engine: EngineState = NO_ENGINE
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
-from typing import Protocol
+from typing import Protocol, cast
 
 from qaic_ray.contract import IoContract
 from qaic_ray.engine.batching.batcher import Batcher
 from qaic_ray.engine.batching.lockstep import LockstepBatcher
 from qaic_ray.engine.batching.stalls import MAX_STALL_S, Stalls
+from qaic_ray.engine.bindings import Logits
+from qaic_ray.engine.picking.prompt_scores import score_prompts
 from qaic_ray.engine.picking.token_picker import TokenPicker
 from qaic_ray.engine.sampler import Selector
 from qaic_ray.engine.session import Session
@@ -122,6 +124,7 @@ class Engine:
         self._unread: list[Sequence] = []
         self._stops: dict[Sequence, int] = {}
         self._errors: dict[Sequence, RowError] = {}
+        self._scored: set[Sequence] = set()
         self._meter = Measurement()
         self._awaiting: dict[Sequence, float] = {}
         self._first: dict[Sequence, tuple[float, float]] = {}
@@ -169,6 +172,12 @@ class Engine:
                 "so there is no temperature, penalty, min_tokens, logprobs, grammar, bias or other "
                 "limit; leave them out, or export without it."
             )
+        if params.prompt_logprobs is not None and not self._program.keeps_prompt_logits:
+            raise RowError(
+                "prompt_logprobs needs the logits of all tokens of a prompt, and this QPC keeps "
+                "the last one's: make another with `qaic-ray export MODEL --logits all` and "
+                "`qaic-ray compile`."
+            )
 
     def add(self, sequence: Sequence, reader: StopReader | None = None) -> None:
         """Queue a sequence; its time to first token starts now."""
@@ -176,6 +185,8 @@ class Engine:
         if reader is not None:
             self._readers[sequence] = reader
             sequence.num_read = len(sequence.output_ids)
+        if sequence.prompt_logprobs is not None:
+            self._scored.add(sequence)
         self._picker.add(sequence)
         self.batcher.add(sequence)
 
@@ -205,6 +216,8 @@ class Engine:
         if self._picker.has_guided:
             meanwhile = partial(self._prepare, step, built, drafts)
         output = self._program.run(built.shape, built.inputs, meanwhile)
+        if self._scored:
+            score_prompts(step, built, cast("Logits", output))
         chosen = self._picker.choose(step, built, drafts, output)
         num_before = 0 if drafts is None else _num_output(step)
         ended = self.batcher.commit(step, chosen)
@@ -362,6 +375,7 @@ class Engine:
     def _forget(self, sequence: Sequence) -> None:
         self._picker.leave(sequence)
         self._readers.pop(sequence, None)
+        self._scored.discard(sequence)
         if self._proposer is not None:
             self._proposer.release(sequence)
 

@@ -153,17 +153,14 @@ class Selector:
         limited = (
             [i for i, slot in enumerate(slots) if slot in self._limits] if self._limits else ()
         )
-        allowed = self._allowed(logits, slots, limited) if limited else logits
-        chosen, odd = self._select(allowed, group)
+        chosen, odd = (
+            self._select_limited(logits, group, limited) if limited else self._select(logits, group)
+        )
         tokens: list[int] = chosen.tolist()
         failed: dict[int, RowError] = {}
         for position in limited:
-            limits = self._limits[slots[position]]
-            if allowed[position, tokens[position]] == -np.inf:
-                # All that may come is -inf in the model's own logits, which is the row's error.
-                tokens[position], odd = limits.fallback(tokens[position]), group.every
             try:
-                limits.take(tokens[position])
+                self._limits[slots[position]].take(tokens[position])
             except RowError as error:
                 failed[position] = error
         logprobs: list[TokenLogprob | None] = [None] * len(slots)
@@ -178,14 +175,52 @@ class Selector:
                 self._pasts.take(slot, token)
         return Choice(tokens, logprobs, odd, failed)
 
-    def _allowed(self, logits: Logits, slots: list[int], limited: Listed[int]) -> Logits:
-        """A copy of the logits in which some rows are limited."""
-        if self._limited.shape != logits.shape:
+    def _select_limited(
+        self, logits: Logits, group: _Group, limited: list[int]
+    ) -> tuple[Ints, Listed[int]]:
+        """As `_select`, for rows of which some, in these positions, have limits."""
+        if not group.tokens_of_span:
+            self._begin_span(group)
+        # First, because it may fail, and nothing has been chosen then.
+        found = [
+            self._only_of_few(logits[i], group.slots[i]) if i in group.greedy else None
+            for i in limited
+        ]
+        rest = [i for i, token in zip(limited, found, strict=True) if token is None]
+        others = iter(self._select_of_copy(logits, group, rest) if rest else ())
+        own = [next(others) if token is None else token for token in found]
+        if len(limited) < len(group.slots):
+            tokens, _ = self._select(logits, group)
+        else:
+            tokens = np.empty(len(limited), np.int64)
+            group.numbers += 1
+            group.tokens_of_span -= 1
+        tokens[limited] = own
+        return tokens, group.every
+
+    def _only_of_few(self, logits: Logits, slot: int) -> int | None:
+        """The likeliest of the few tokens that a greedy row may have; None where they are many."""
+        return None if self._pasts.changes(slot) else self._limits[slot].likeliest_of_few(logits)
+
+    def _select_of_copy(self, logits: Logits, group: _Group, rows: list[int]) -> list[int]:
+        """Tokens of rows with limits, in a copy of whose logits these are applied."""
+        slots = [group.slots[i] for i in rows]
+        allowed = self._limited[: len(rows)]
+        if self._limited.shape[1] != logits.shape[1] or len(allowed) < len(rows):
             self._limited = np.empty(logits.shape, np.float32)
-        np.copyto(self._limited, logits)
-        for position in limited:
-            self._limits[slots[position]].change(self._limited[position])
-        return self._limited
+            allowed = self._limited[: len(rows)]
+        for slot, row, copy in zip(slots, rows, allowed, strict=True):
+            copy[:] = logits[row]
+            self._limits[slot].change(copy)
+        if group.rest is None or group.rest.slots != slots:
+            group.rest = _Group(slots, self._rows, logits.shape[1])
+        group.rest.numbers[:] = group.numbers[rows]
+        tokens: list[int] = self._select_by_numpy(allowed, group.rest).tolist()
+        return [
+            # All that may come can be -inf in the model's own logits, which is the row's error.
+            self._limits[slot].first_allowed(token) if copy[token] == -np.inf else token
+            for slot, token, copy in zip(slots, tokens, allowed, strict=True)
+        ]
 
     def _select(self, logits: Logits, group: _Group) -> tuple[Ints, Listed[int]]:
         """The tokens, and the rows of which some logits may be no finite numbers."""
@@ -298,6 +333,7 @@ class _Group:
         self.every = range(len(slots))
         self.is_for_kernels = vocab >= BLOCK_LEN * NUM_GROUPS
         self.compiled: Compiled | None = None
+        self.rest: _Group | None = None  # the rows of it that are chosen for apart
 
 
 def _uniforms(seed: int, span: int) -> Floats:

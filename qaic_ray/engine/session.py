@@ -156,6 +156,13 @@ class Session:
             return None
         return self._interface.output_dims[self.specializations.decode][-1]
 
+    @property
+    def keeps_prompt_logits(self) -> bool:
+        """Whether every token of a prompt has logits, and not the last of a chunk alone."""
+        dims = self._interface.output_dims
+        columns = {shape: dims[shape][1] if len(dims[shape]) == 3 else 1 for shape in dims}
+        return not self.emits_tokens and all(n == shape.seq_len for shape, n in columns.items())
+
     def input_dtype(self, name: str) -> np.dtype[np.generic]:
         """dtype of a binding."""
         return self._interface.dtype[name]

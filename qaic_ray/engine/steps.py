@@ -65,6 +65,8 @@ class Sequence:
     while the row runs. `num_read` tokens of the answer were looked through for stop strings.
     `guide` follows the answer's grammar, and `bad_ids` are runs of tokens that it may not have.
     Rows of the `background` give way to the others.
+    `prompt_logprobs` is a list where the prompt's tokens are to have theirs: one for each token
+    but the first, as they are computed; such a row starts from no other row's cache.
     """
 
     key: int
@@ -77,6 +79,7 @@ class Sequence:
     bad_ids: tuple[tuple[int, ...], ...] = ()
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] | None = None
     num_computed: int = 0
     num_reused: int = 0
     num_read: int = 0

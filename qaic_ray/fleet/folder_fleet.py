@@ -62,6 +62,8 @@ class FolderFleet:
         listener: who is told.
         folder: keeps every answer, and what was drawn; made where it is not there.
         max_open: see `OpenFleet`.
+        kept_slots: slots of each card that prompts with `background` leave to the others, of all
+            but one.
 
     Raises:
         UsageError: for a QPC, cards or a model that do not fit, or a folder of something else.
@@ -76,6 +78,7 @@ class FolderFleet:
         *,
         folder: Path | None = None,
         max_open: int | None = None,
+        kept_slots: int = 0,
     ) -> None:
         is_guest = _joins_a_programs_own_ray()
         check_kept(request.qpc)
@@ -88,6 +91,7 @@ class FolderFleet:
         self.request, self._num_cards = on_local_cards(self._given, sdk, None, listener)
         check_chat_template(self.request)
         self._sdk, self._listener = sdk, listener
+        self._kept_slots = kept_slots
         self._journal: Journal | None = None
         self._history: RunHistory | None = None
         kept = None
@@ -148,7 +152,12 @@ class FolderFleet:
 
         request, sdk, listener = self.request, self._sdk, self._listener
         slots = slots_of(request.qpc) or 1
-        max_shards = max(DEFAULT_POLICY.max_shards, slots + SHARDS_BESIDE)
+        policy = replace(
+            DEFAULT_POLICY,
+            max_shards=max(DEFAULT_POLICY.max_shards, slots + SHARDS_BESIDE),
+            kept_slots=self._kept_slots,
+            block_tokens=DEFAULT_POLICY.block_tokens if request.run.prefix_reuse else 0,
+        )
         with (
             open_ray(
                 request.ray, self._num_cards, name=request.name, sdk=sdk.here, listener=listener
@@ -159,12 +168,15 @@ class FolderFleet:
                 cluster.write_logs_to(self._folder / LOGS_FOLDER, listener.remark)
             result = cluster.run_prompts(
                 prompts,
-                worker_specs(cluster, request, sdk, listener),
+                [
+                    replace(spec, kept_slots=self._kept_slots)
+                    for spec in worker_specs(cluster, request, sdk, listener)
+                ],
                 worker_class=CardWorker,
                 audience=metered(self._recorded(audience), recorder),
                 journal=self._journal,
                 work_of=partial(text_work, defaults=request.run.defaults),
-                policy=replace(DEFAULT_POLICY, max_shards=max_shards),
+                policy=policy,
             )
         if self._history is not None:
             self._history.ended(result)

@@ -31,6 +31,7 @@ from qaic_ray.runs.token_streams import RowStream, TokenDelta
 
 if TYPE_CHECKING:
     from qaic_ray.fleet.kept_rows import KeptRows
+    from qaic_ray.metrics import EngineState, EngineTotals
     from qaic_ray.runs.result import FleetResult
     from qaic_ray.worker.worker import WorkerInfo
 
@@ -177,6 +178,34 @@ class OpenFleet(AbstractContextManager["OpenFleet"]):
     def num_waiting(self) -> int:
         """Prompts that no worker has."""
         return max(0, len(self._open) - self._follower.num_given)
+
+    @property
+    def num_slots(self) -> int:
+        """Rows that all ready workers run side by side."""
+        return sum(info.slots for info in self.workers)
+
+    @property
+    def engines(self) -> dict[str, EngineState]:
+        """How the engine of each ready worker stood when it was asked last, about a second ago.
+
+        Its rows are sequences, one for each sample of a prompt; its token counts are its own, and
+        begin anew with each engine, whose number rises. Those of all that the fleet has had are in
+        `engine_totals`.
+        """
+        cards = self._follower.view().cards
+        return {card.name: card.engine for card in cards if card.name in self._infos}
+
+    @property
+    def engine_totals(self) -> EngineTotals:
+        """Tokens of all engines that the fleet has had: counts that only rise."""
+        return self._follower.engine_totals
+
+    @property
+    def kv_usage(self) -> float:
+        """The share of all slots' cache positions that running rows use, of 0 to 1."""
+        engines, workers = self.engines, self.workers
+        used = sum(engines[i.name].kv_usage * i.slots for i in workers if i.name in engines)
+        return used / max(1, sum(info.slots for info in workers))
 
     @property
     def workers(self) -> tuple[WorkerInfo, ...]:

@@ -107,7 +107,7 @@ class Draft:
 
 
 @dataclass
-class Asked:
+class AskedFields:
     """The fields that a row has.
 
     Attributes:
@@ -158,7 +158,7 @@ class OwnFields:
         asked = read_fields(fields, is_chat=is_chat, only_ours=only_ours)
         return draft.prompt(self.sampling(asked), self.chat(asked))
 
-    def sampling(self, asked: Asked) -> SamplingParams | None:
+    def sampling(self, asked: AskedFields) -> SamplingParams | None:
         """The row's sampling parameters; None where they are the run's.
 
         Raises:
@@ -169,7 +169,7 @@ class OwnFields:
             raise RowError('"do_sample" is true: say with which "temperature", it is 0 here.')
         return params
 
-    def chat(self, asked: Asked) -> ChatOptions | None:
+    def chat(self, asked: AskedFields) -> ChatOptions | None:
         """The row's options of the chat template; None where they are the run's.
 
         Raises:
@@ -193,7 +193,7 @@ class OwnFields:
         )
         return None if options == self._chat else options
 
-    def _params(self, asked: Asked) -> SamplingParams:
+    def _params(self, asked: AskedFields) -> SamplingParams:
         # The rows of a file often have the same. As text, because 1, 1.0 and True are equal.
         text = repr(asked.sampling)
         if text in self._known:
@@ -211,7 +211,7 @@ class OwnFields:
         return params
 
 
-def read_fields(document: Document, *, is_chat: bool, only_ours: bool = False) -> Asked:
+def read_fields(document: Document, *, is_chat: bool, only_ours: bool = False) -> AskedFields:
     """The fields of a row.
 
     Args:
@@ -222,7 +222,7 @@ def read_fields(document: Document, *, is_chat: bool, only_ours: bool = False) -
     Raises:
         RowError: naming the field that is wrong, or not offered.
     """
-    asked = Asked()
+    asked = AskedFields()
     _collect(document, asked, within="", only_ours=only_ours)
     if asked.others:
         _settle_others(asked, is_chat=is_chat)
@@ -231,7 +231,7 @@ def read_fields(document: Document, *, is_chat: bool, only_ours: bool = False) -
     return asked
 
 
-def _collect(document: Document, asked: Asked, *, within: str, only_ours: bool) -> None:
+def _collect(document: Document, asked: AskedFields, *, within: str, only_ours: bool) -> None:
     for key, value in document.items():
         if value is None or key in row_fields.PROMPT or key in row_fields.NO_EFFECT:
             continue
@@ -255,7 +255,7 @@ def _collect(document: Document, asked: Asked, *, within: str, only_ours: bool) 
             )
 
 
-def _take_sampling(asked: Asked, key: str, value: Any, said: str) -> None:
+def _take_sampling(asked: AskedFields, key: str, value: Any, said: str) -> None:
     """Take a sampling field, which may stand under two names if they agree."""
     name = row_fields.ALIASES.get(key, "max_tokens" if key == "max_completion_tokens" else key)
     if key in row_fields.UNLIMITED and value in (-1, -2):
@@ -267,7 +267,7 @@ def _take_sampling(asked: Asked, key: str, value: Any, said: str) -> None:
     asked.sampling[name], asked.names[name] = value, said
 
 
-def _settle_others(asked: Asked, *, is_chat: bool) -> None:
+def _settle_others(asked: AskedFields, *, is_chat: bool) -> None:
     """Check `best_of`, `add_special_tokens` and `do_sample`, which depend on other fields."""
     best_of = asked.others.get("best_of", 1)
     if best_of not in (1, asked.sampling.get("n")):
@@ -284,7 +284,7 @@ def _settle_others(asked: Asked, *, is_chat: bool) -> None:
     _settle_form(asked)
 
 
-def _settle_form(asked: Asked) -> None:
+def _settle_form(asked: AskedFields) -> None:
     """Make `structured_outputs` of other programs' names for the form of an answer."""
     documents: dict[str, Any] = {
         name: {kind: asked.others[name]}
@@ -301,7 +301,7 @@ def _settle_form(asked: Asked) -> None:
         asked.sampling[STRUCTURED], asked.names[STRUCTURED] = document, name
 
 
-def _settle_logprobs(asked: Asked) -> None:
+def _settle_logprobs(asked: AskedFields) -> None:
     """Make a number of `logprobs`, which the OpenAI interface splits: true, with `top_logprobs`."""
     wanted, num_top = asked.sampling.get("logprobs"), asked.others.get("top_logprobs")
     if wanted is True:

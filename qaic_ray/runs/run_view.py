@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qaic_ray.dispatch.dispatcher import (
     Command,
@@ -28,19 +28,25 @@ from qaic_ray.dispatch.dispatcher import (
     WorkerProgress,
     WorkerReady,
 )
+from qaic_ray.metrics import NO_ENGINE, EngineState, EngineTotals
 from qaic_ray.rows import FinishReason, Row
 
 WARN_AFTER = 20
 """Rows after which it can be said how a run is going."""
 RATE_S = 30.0
 """Tokens/s and rows/s are those of the last so many seconds."""
+MARK_S = 0.5
 
 OPENING, READY, BUSY, BACKOFF, LOST = "opening", "ready", "busy", "backoff", "lost"
 
 
 @dataclass(frozen=True)
 class CardView:
-    """One worker. `running` rows are in the engine's slots, `tokens_per_s` is its engine's own."""
+    """One worker. `running` rows are in the engine's slots, `tokens_per_s` is its engine's own.
+
+    `engine` is how it stood when it was asked last, which is about every second; engines of its
+    earlier lives are counted too.
+    """
 
     name: str
     state: str = OPENING
@@ -49,6 +55,7 @@ class CardView:
     tokens_per_s: float = 0.0
     restarts: int = 0
     error: str = ""
+    engine: EngineState = NO_ENGINE
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,8 @@ class _Rate:
         self._marks: deque[tuple[float, float]] = deque()
 
     def mark(self, now_s: float, count: float) -> None:
+        if len(self._marks) > 1 and now_s - self._marks[-2][0] < MARK_S:
+            self._marks.pop()  # however often it is told, no more than some hundreds are kept
         self._marks.append((now_s, count))
         while len(self._marks) > 2 and now_s - self._marks[1][0] >= RATE_S:
             self._marks.popleft()
@@ -124,11 +133,15 @@ class _WatchedCard:
         self.shards: dict[int, int] = {}
         self.rate = _Rate()
         self.tokens = 0
+        self.engine = NO_ENGINE
+        self.num_past = 0  # engines of its earlier lives
 
     def begin(self) -> None:
         """It is opened, for the first time or again."""
         self.state, self.running, self.shards, self.rate = OPENING, 0, {}, _Rate()
-        self.tokens = 0
+        if self.engine is not NO_ENGINE:
+            self.num_past = self.engine.engine + 1
+        self.tokens, self.engine = 0, NO_ENGINE
 
     def end(self, state: str, error: str) -> None:
         self.begin()
@@ -144,11 +157,15 @@ class _WatchedCard:
             self.rate.per_s() if has_rows else 0.0,
             self.restarts,
             self.error,
+            self.engine,
         )
 
 
 class RunFollower:
     """Keeps up how a run stands.
+
+    Attributes:
+        engine_totals: tokens of all engines that the run has had.
 
     Args:
         rows_guess: of the input, where it can be told from its file.
@@ -161,6 +178,7 @@ class RunFollower:
         self._rows_guess = rows_guess
         self._clock = clock
         self._lock = threading.Lock()
+        self.engine_totals = EngineTotals()
         self._began_s = clock()
         self._cards: dict[str, _WatchedCard] = {}
         self._rows_read = self._rows_done = self._rows_failed = 0
@@ -249,7 +267,10 @@ class RunFollower:
                 card.state, card.slots, card.error = READY, slots, ""
             case WorkerProgress():
                 self._engine_tokens += event.generated_tokens - card.tokens
-                card.tokens, card.running = event.generated_tokens, event.running
+                card.tokens, card.running = event.generated_tokens, event.engine.running
+                number = card.num_past + event.engine.engine
+                card.engine = replace(event.engine, engine=number)
+                self.engine_totals.looked(event.worker, card.engine)
                 card.rate.mark(self._clock(), card.tokens)
                 self._mark_tokens()
             case WorkerLost(error=error):

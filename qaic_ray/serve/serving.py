@@ -104,7 +104,7 @@ def serve_model(
         address = _address(options.host, opened.getsockname()[1])
         held.enter_context(logging_to_stderr(as_json=log_json))
         request = _with_defaults(served.request)
-        cards = FolderFleet(request, sdk, listener)
+        cards = FolderFleet(request, sdk, listener, kept_slots=options.kept_slots)
         held.callback(cards.close, drain=False)
         batches = held.enter_context(BatchManager(Path(options.folder), cards.fleet))
         service = Service(options, served.names, cards.fleet, keys=keys)

@@ -23,7 +23,7 @@ NAME = "serve"
 
 
 @dataclass(frozen=True)
-class Asked:
+class ServeCall:
     """What the command line says.
 
     Attributes:
@@ -82,7 +82,7 @@ def served_job(job: Job, sdk: SdkChoice, listener: Listener) -> Served:
     return Served(replace(request, qpc=chosen.path), job.serve)
 
 
-def served_model(asked: Asked, sdk: SdkChoice, listener: Listener) -> Served:
+def served_model(asked: ServeCall, sdk: SdkChoice, listener: Listener) -> Served:
     """A model on a program that is given, or made.
 
     Raises:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
 from qaic_ray.engine import steps
+from qaic_ray.engine.batching.batcher import Batcher
+from qaic_ray.engine.batching.lockstep import LockstepBatcher
 from qaic_ray.engine.engine import Engine, Finished
 from qaic_ray.errors import DeviceError, DeviceLost, QaicRayError
 from qaic_ray.metrics import EngineState, Measurement
@@ -25,7 +27,68 @@ STATIC_LOOKAHEAD = 4
 """Sequences that the engine of a static program holds for each of its slots, so that it can start
 sequences of about one length together."""
 
+MAX_EARLY = 1024
+"""Cancelled rows that are not here are remembered, so many of the last: theirs may be a shard that
+is on its way."""
+
 _AGAIN = "QS_AGAIN"
+_Waiting = tuple[steps.Sequence, StopFinder | None]
+
+
+class Backlog:
+    """Sequences that the engine has no place for yet: those of the foreground go first.
+
+    One of the background is given to the engine when a slot is free for it at once, so that none of
+    the foreground ever waits behind it there.
+
+    Args:
+        kept_slots: slots that the background leaves free, of all but one.
+    """
+
+    def __init__(self, kept_slots: int = 0) -> None:
+        self._kept_slots = kept_slots
+        self._foreground: deque[_Waiting] = deque()
+        self._background: deque[_Waiting] = deque()
+
+    def __len__(self) -> int:
+        return len(self._foreground) + len(self._background)
+
+    def add(self, waiting: Iterable[_Waiting]) -> None:
+        """Let these wait behind others of their kind."""
+        for one in waiting:
+            (self._background if one[0].background else self._foreground).append(one)
+
+    def next_for(self, batcher: Batcher | LockstepBatcher) -> _Waiting | None:
+        """Take out the one that goes into the engine now; None where it has no place for it."""
+        if self._foreground:
+            shapes = batcher.shapes
+            most = shapes.num_slots * (1 if shapes.continuous else STATIC_LOOKAHEAD)
+            return self._foreground.popleft() if len(batcher.waiting) < most else None
+        if self._background and self._has_spare(batcher):
+            return self._background.popleft()
+        return None
+
+    def take_out(self, sequences: Collection[steps.Sequence]) -> set[steps.Sequence]:
+        """Let these wait no more; those of them that did."""
+        gone = {one[0] for waiting in (self._foreground, self._background) for one in waiting}
+        gone &= set(sequences)
+        if gone:
+            self._foreground = deque(one for one in self._foreground if one[0] not in gone)
+            self._background = deque(one for one in self._background if one[0] not in gone)
+        return gone
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._foreground.clear()
+        self._background.clear()
+
+    def _has_spare(self, batcher: Batcher | LockstepBatcher) -> bool:
+        shapes = batcher.shapes
+        if batcher.running and not shapes.continuous:
+            return False  # it would only wait in the engine
+        most = min(shapes.num_slots, shapes.num_rows)
+        most -= min(self._kept_slots, most - 1)
+        return len(batcher.running) + len(batcher.waiting) < most
 
 
 class EngineThread:
@@ -36,6 +99,7 @@ class EngineThread:
         make_engine: makes the engine, and another one when that was lost with the card's state.
         goes_on: whether the card can go on after an error that did not lose it.
         feed: is told of each step.
+        kept_slots: see `Backlog`.
         timeouts: `gather_s` and `again_s` are used.
         on_lost: is told how many sequences an error has ended.
     """
@@ -46,6 +110,7 @@ class EngineThread:
         make_engine: Callable[[], Engine],
         *,
         goes_on: bool,
+        kept_slots: int,
         feed: TokenFeed,
         timeouts: Timeouts,
         on_lost: Callable[[int], None],
@@ -60,10 +125,11 @@ class EngineThread:
         self._past = Measurement()  # of the engines before this one
         self._num_past = 0
         self._lock = threading.Condition()  # its lock may be taken again
-        self._backlog: deque[tuple[steps.Sequence, StopFinder | None]] = deque()
+        self._backlog = Backlog(kept_slots)
         self._owner: dict[steps.Sequence, RowQueue] = {}
         self._beginning: set[int] = set()  # rows whose sequences are being made
         self._cancelled: set[int] = set()
+        self._early: dict[int, None] = {}  # cancelled, and never here
         self._failure: QaicRayError | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -93,9 +159,12 @@ class EngineThread:
             return self._past + self.engine.measurement
 
     def expect(self, indexes: Collection[int]) -> None:
-        """Sequences of these rows are being made: they can be cancelled already."""
+        """Sequences of these rows are being made: they can be cancelled already, or have been."""
         with self._lock:
             self._beginning.update(indexes)
+            for index in self._early.keys() & set(indexes):
+                del self._early[index]
+                self._cancelled.add(index)
 
     def put(self, answers: Sequence[Answer], indexes: frozenset[int]) -> RowQueue:
         """Let the sequences of a shard wait for the engine; the queue gives what becomes of them.
@@ -110,23 +179,27 @@ class EngineThread:
         outcome = RowQueue(self._timeouts.gather_s)
         with self._lock:
             self._beginning -= indexes
+            # What was refused has no sequence to be ended.
+            self._cancelled -= indexes - {answer.prompt.index for answer in answers}
             if self._failure is not None:
                 raise self._failure
             if self._closed:
                 raise DeviceError(f"{self._name} is closed.")
             for answer in answers:
-                self._backlog.extend(zip(answer.sequences, answer.readers, strict=True))
+                self._backlog.add(zip(answer.sequences, answer.readers, strict=True))
                 self._owner.update(dict.fromkeys(answer.sequences, outcome))
                 self._feed.add(answer.streamed)
             self._lock.notify()
         return outcome
 
     def cancel(self, indexes: Collection[int]) -> None:
-        """End these rows before the next step; those that are not here are passed over."""
-        wanted = frozenset(indexes)
+        """End these rows before the next step, or as soon as they come."""
         with self._lock:
-            running = {sequence.key for sequence in list(self._owner)}
-            self._cancelled |= wanted & (running | self._beginning)
+            here = self._beginning.union(sequence.key for sequence in list(self._owner))
+            self._cancelled |= here.intersection(indexes)
+            self._early.update(dict.fromkeys(index for index in indexes if index not in here))
+            while len(self._early) > MAX_EARLY:
+                del self._early[next(iter(self._early))]
             self._lock.notify()
 
     # -- the thread itself
@@ -165,24 +238,21 @@ class EngineThread:
                 self._lock.wait()
             if self._cancelled:
                 self._end_cancelled(engine)
-            shapes = engine.batcher.shapes
-            most = shapes.num_slots * (1 if shapes.continuous else STATIC_LOOKAHEAD)
-            while self._backlog and len(engine.batcher.waiting) < most:
-                engine.add(*self._backlog.popleft())
+            while (waiting := self._backlog.next_for(engine.batcher)) is not None:
+                engine.add(*waiting)
             return not self._closed
 
     def _end_cancelled(self, engine: Engine) -> None:
         ended = [sequence for sequence in self._owner if sequence.key in self._cancelled]
         self._cancelled &= self._beginning
         self._feed.drop(ended)
-        waiting = {sequence for sequence, _ in self._backlog}
+        waited = self._backlog.take_out(ended)
         for sequence in ended:
-            if sequence in waiting:
+            if sequence in waited:
                 sequence.finish_reason = FinishReason.ABORT
             else:
                 engine.abort(sequence)
             self._owner.pop(sequence).put(Finished(sequence, 0.0, 0.0))
-        self._backlog = deque(one for one in self._backlog if one[0].finish_reason is None)
 
     def _fail(self, error: QaicRayError) -> bool:
         """End every shard that is here with the error; return whether the thread goes on.

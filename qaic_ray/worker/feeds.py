@@ -164,7 +164,7 @@ class TokenFeed:
         """Wait for a step, and return what it gave; None once there is no more."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_new or self._closed)
-            if self._closed:
+            if not self._is_new:
                 return None
             self._is_new = False
             streamed = [*self._ended.values(), *self._running.values()]

@@ -22,7 +22,7 @@ from qaic_ray.model.detokenizer import StopFinder
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import Generation
 from qaic_ray.rows import FinishReason, Prompt, Row, Sample
-from qaic_ray.sampling_params import MAX_SEED, SamplingParams
+from qaic_ray.sampling_params import MAX_SEED, SamplingParams, TokenLogprob
 from qaic_ray.worker.feeds import StreamedSequence
 from qaic_ray.worker.prompt_encoder import PromptEncoder, with_system
 
@@ -109,6 +109,7 @@ class Answerer:
         _refuse_unholdable(params, len(prompt_ids), limit)
         stop_ids = frozenset(params.stop_token_ids) | self._ending_ids(params)
         form, bad_ids = params.structured_outputs, self._bad_ids(params)
+        scores = params.prompt_logprobs is not None
         sequences = [
             steps.Sequence(
                 key=prompt.index,
@@ -120,6 +121,8 @@ class Answerer:
                 guide=None if form is None else self._grammars.guide(form),
                 bad_ids=bad_ids,
                 background=prompt.background,
+                # The other samples' prompt is the same.
+                prompt_logprobs=[] if scores and sample == 0 else None,
             )
             for sample in range(params.n)
         ]
@@ -171,6 +174,7 @@ class Answerer:
             worker=worker,
             attempts=attempts,
             logprobs=first.logprobs,
+            prompt_logprobs=_prompt_logprobs(answer.sequences[0]),
             choices=tuple(samples) if len(samples) > 1 else (),
         )
 
@@ -203,8 +207,9 @@ class Answerer:
     def _bad_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """The tokens of bad words, as they begin a text and as they go on with one."""
         texts = [text for word in params.bad_words for text in (word, f" {word.lstrip()}")]
-        runs = (tuple(self._tokenizer.encode(text, adds_special=False)) for text in texts)
-        return tuple(dict.fromkeys(filter(None, runs)))
+        runs = [tuple(self._tokenizer.encode(text, adds_special=False)) for text in texts]
+        # What the model has no token for cannot come.
+        return tuple(dict.fromkeys(run for run in runs if run and max(run) < self._vocab_size))
 
     def _ending_ids(self, params: SamplingParams) -> frozenset[int]:
         return frozenset() if params.ignore_eos else self._eos_ids
@@ -262,11 +267,18 @@ def _refuse_unholdable(params: SamplingParams, prompt_tokens: int, limit: int) -
             "ctx_len."
         )
     num_each = 1 if params.logprobs is None else 2 + params.logprobs
-    if params.n * limit * num_each > MAX_HELD:
+    num_scores = 0 if params.prompt_logprobs is None else 2 + params.prompt_logprobs
+    if params.n * limit * num_each + prompt_tokens * num_scores > MAX_HELD:
         raise RowError(
             f"{params.n} answers of up to {limit} tokens, with what logprobs asks for, are more "
             f"than {MAX_HELD} numbers: ask for a smaller n, max_tokens or logprobs."
         )
+
+
+def _prompt_logprobs(sequence: steps.Sequence) -> tuple[TokenLogprob | None, ...] | None:
+    """One for each token of the prompt; nothing was before the first."""
+    scores = sequence.prompt_logprobs
+    return None if scores is None else (None, *scores)
 
 
 def sample_seed(params: SamplingParams, run_seed: int, index: int, sample: int) -> int:

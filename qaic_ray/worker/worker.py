@@ -22,7 +22,7 @@ from qaic_ray.engine.drafts import Drafting, open_drafting
 from qaic_ray.engine.engine import Engine
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceError, RowError
-from qaic_ray.metrics import EngineState, Measurement
+from qaic_ray.metrics import NO_ENGINE, EngineState, Measurement
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from qaic_ray.model.tokenizer import Tokenizer
 from qaic_ray.options import Generation
@@ -43,7 +43,8 @@ class WorkerSpec(WorkerPlace):
 
     `model` is anything `open_checkpoint` takes; only its tokenizer and configuration are read, and
     these must have the `text` parts that the run began with, if any are given. `incarnation` is how
-    often the worker was opened before, `metrics` whether its actor records what it does.
+    often the worker was opened before, `kept_slots` how many slots rows of the background leave
+    free, `metrics` whether its actor records what it does.
     """
 
     qpc: str
@@ -51,6 +52,7 @@ class WorkerSpec(WorkerPlace):
     generation: Generation = field(default_factory=Generation)
     text: Mapping[str, str] = field(default_factory=dict)
     incarnation: int = 0
+    kept_slots: int = 0
     metrics: bool = False
     timeouts: Timeouts = DEFAULT_TIMEOUTS
 
@@ -210,7 +212,8 @@ class CardWorker:
     def cancel(self, indexes: Collection[int]) -> None:
         """End these rows before the next step, each as a row of finish_reason ABORT.
 
-        Those that are not here, or have ended, are passed over. May be called at any time.
+        Those that have ended are passed over, and those that come later never begin. May be called
+        at any time.
         """
         card = self._opened
         if card is not None:
@@ -219,17 +222,17 @@ class CardWorker:
     def engine_state(self) -> EngineState:
         """How the engine stands, and what waits for it; may be asked for at any time."""
         card = self._opened
-        return EngineState() if card is None else card.thread.state()
+        return NO_ENGINE if card is None else card.thread.state()
 
-    def progress(self) -> tuple[int, int, int]:
-        """Steps of the engine, tokens of these, rows in its slots; may be asked for at any time."""
+    def progress(self) -> tuple[int, int, EngineState]:
+        """Steps of the engine, tokens of these, how it stands; may be asked for at any time."""
         card = self._opened
         if card is None:
-            return 0, 0, 0
+            return 0, 0, NO_ENGINE
         work = card.thread.measurement()
         num_tokens = work.decode_tokens + len(work.ttft)  # prefill gives each row its first
         num_steps = work.prefill_steps + work.decode_steps
-        return num_steps, num_tokens, len(card.thread.engine.batcher.running)
+        return num_steps, num_tokens, card.thread.state()
 
     def measurement(self) -> Measurement:
         """All work since `open`; may be asked for while answers are being made."""
@@ -263,6 +266,7 @@ class CardWorker:
             self.spec.name,
             make_engine,
             goes_on=drafting.proposer is None,
+            kept_slots=self.spec.kept_slots,
             feed=self._feed,
             timeouts=self.spec.timeouts,
             on_lost=lambda number: self.recorder.unanswered("abort", number),

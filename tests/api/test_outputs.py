@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qaic_ray.api.outputs import GenerationError, RequestOutput, StreamedOutput, output_of
+from qaic_ray.api.outputs import GenerationError, Logprob, RequestOutput, StreamedOutput, output_of
 from qaic_ray.rows import FinishReason, Prompt, Row, Sample, TokenChunk
 from qaic_ray.runs.token_streams import RowStream, TokenDelta
 from qaic_ray.sampling_params import TokenLogprob
@@ -82,6 +83,17 @@ def test_a_stream_ends_with_the_output_of_its_row(made: tuple[Row, list[TokenDel
     assert outputs[-1].outputs == whole.outputs
     assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
     assert (outputs[-1].metrics, outputs[-1].error) == (whole.metrics, None)
+
+
+def test_logprobs_of_a_prompt_are_by_token_and_go_into_other_processes() -> None:
+    row = Row(3, "Hi", "a", FinishReason.LENGTH, prompt_logprobs=(None, logprob_of(2)))
+    output = output_of("7", PROMPT, ENCODER, row)
+    scored = {9: Logprob(-0.5, 1, "j"), 2: Logprob(-2.0, 2, "c")}
+    assert output.prompt_logprobs == [None, scored]
+    assert pickle.loads(pickle.dumps(output)).prompt_logprobs == [None, scored]
+    assert (
+        output_of("7", PROMPT, ENCODER, replace(row, prompt_logprobs=None)).prompt_logprobs is None
+    )
 
 
 @given(rows())

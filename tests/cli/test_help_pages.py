@@ -124,7 +124,18 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # What takes a model, a Ray or long: other tests run these.
-DEAR = ("run", "demo", "launch", "export", "compile", "stop", "ray show", "ray env", "ray stop")
+DEAR = (
+    "run",
+    "serve",
+    "demo",
+    "launch",
+    "export",
+    "compile",
+    "stop",
+    "ray show",
+    "ray env",
+    "ray stop",
+)
 DEAR_OPTIONS = re.compile(r"--watch|--try-cards")
 CHEAP = {
     example: None
@@ -154,7 +165,18 @@ def test_a_cheap_example_runs(example: str, here: Path, tmp_path: Path) -> None:
 def test_commands_stand_in_the_order_of_use() -> None:
     page = of_name("").page(context_of(""))
     names = [entry.names[0] for title, entries in page.panels[:4] for entry in entries]
-    wanted = ["run", "demo", "init", "launch", "plan", "export", "compile", "report", "runs"]
+    wanted = [
+        "run",
+        "serve",
+        "demo",
+        "init",
+        "launch",
+        "plan",
+        "export",
+        "compile",
+        "report",
+        "runs",
+    ]
     wanted += ["status", "logs", "show", "stop", "devices", "doctor"]
     there = [name for name in wanted if name in of_name("").commands]
     assert names[: len(there)] == there

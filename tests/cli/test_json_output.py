@@ -35,6 +35,7 @@ CHEAP: dict[str, tuple[str, ...]] = {
     "devices --sdk emulated": ("sdk", "devices"),
     "doctor --sdk emulated": ("checks",),
     "init mine": ("job", "prompts", "model"),
+    "key alice": ("name", "key", "line"),
     "emulator install sdk": ("sdk", "root", "cards"),
     "monitoring m": ("folder", "files", "commands"),
     "plan job.yaml": ("job", "text", "compiles"),
@@ -45,7 +46,7 @@ CHEAP: dict[str, tuple[str, ...]] = {
     "show run-1 0": ("row",),
     "status": ("runs", "jobs"),
 }
-ELSEWHERE = {"export", "compile", "run", "launch", "demo", "stop", "ray show", "ray env"}
+ELSEWHERE = {"export", "compile", "run", "serve", "launch", "demo", "stop", "ray show", "ray env"}
 """Commands that take a model or a Ray: the rest of this file, and tests/road."""
 
 

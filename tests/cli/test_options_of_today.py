@@ -179,6 +179,68 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--sdk": "real",
         "--json": FLAG,
     },
+    "serve": {
+        "[TARGET]": "smollm2-135m",
+        "--target": "smollm2-135m",
+        "--set": "serve.port=9000",
+        "--model -m --model-name --model_name": "org/x",
+        "--system": "Be brief.",
+        "--chat-template --chat_template": "t.jinja",
+        "--chat-template-kwargs --chat_template_kwargs": '{"enable_thinking": false}',
+        "--temperature": "0.7",
+        "--top-k --top_k": "40",
+        "--top-p --top_p": "0.9",
+        "--min-p --min_p": "0.1",
+        "--repetition-penalty --repetition_penalty": "1.1",
+        "--presence-penalty --presence_penalty": "0.5",
+        "--frequency-penalty --frequency_penalty": "-0.5",
+        "--seed": "7",
+        "--run-seed --run_seed": "8",
+        "--n": "2",
+        "--logprobs": "5",
+        "--max-tokens --max_tokens --generation-len --generation_len": "64",
+        "--min-tokens --min_tokens": "4",
+        "--stop": "END",
+        "--stop-token-ids --stop_token_ids": "13,198",
+        "--ignore-eos --ignore_eos": FLAG,
+        "--speculate": "none",
+        "--draft-qpc --draft_qpc": "qpc/d",
+        "--device-id --device_id --devices": "0,3",
+        "--partitions": "2",
+        "--group-size --group_size": "4",
+        "--input-len --input_len": "32",
+        "--ctx-len --ctx_len": "128",
+        "--precision": "fp16",
+        "--num-cores --num_cores": "7",
+        "--batch-size --batch_size": "4",
+        "--host": "0.0.0.0",
+        "--port": "9000",
+        "--served-model-name --served_model_name": "mine",
+        "--folder": "there",
+        "--api-keys --api_keys": "keys.txt",
+        "--no-auth --no_auth": FLAG,
+        "--tool-form --tool_form": "hermes",
+        "--allow-unknown-fields --allow_unknown_fields": FLAG,
+        "--log-prompts --log_prompts": FLAG,
+        "--drain-s --drain_s": "30.0",
+        "--max-waiting --max_waiting": "64",
+        "--max-per-key --max_per_key": "8",
+        "--max-body-mib --max_body_mib": "4",
+        "--request-timeout-s --request_timeout_s": "60.0",
+        "--client-stall-s --client_stall_s": "10.0",
+        "--kept-slots --kept_slots": "2",
+        "--ray-serve --ray_serve": FLAG,
+        "--min-replicas --min_replicas": "2",
+        "--max-replicas --max_replicas": "4",
+        "--cards-per-replica --cards_per_replica": "2",
+        "--address": "auto",
+        "--dashboard": FLAG,
+        "--keep-ray --keep_ray": FLAG,
+        "--sdk": "real",
+        "--verbose -v": FLAG,
+        "--log-format --log_format": "json",
+        "--json": FLAG,
+    },
     "status": {
         "[WHAT]": "a-1",
         "--watch -w": FLAG,
@@ -204,6 +266,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "devices": {"--address": "auto", "--sdk": "real", "--json": FLAG},
     "report": {"RUN...": "runs/a", "--output -o --html": "page.html", "--json": FLAG},
     "monitoring": {"FOLDER": "m", "--json": FLAG},
+    "key": {"NAME": "alice", "--json": FLAG},
     "emulator install": {
         "PREFIX": "sdk",
         "--apps-version": "1.22",
@@ -224,6 +287,8 @@ NEEDED = {
     "compile": ["MODEL_DIR"],
     "report": ["RUN..."],
     "monitoring": ["FOLDER"],
+    "key": ["NAME"],
+    "serve": ["[TARGET]"],
     "logs": ["WHAT"],
     "stop": ["WHAT"],
     "show": ["RUN", "ROW"],
@@ -306,6 +371,27 @@ run:
   metrics: false
   output: /elsewhere
   output_formats: [openai, parquet]
+serve:
+  host: 0.0.0.0
+  port: 9000
+  served_model_name: [mine, mine-too]
+  folder: /serving
+  api_keys: /keys.txt
+  no_auth: true
+  tool_form: hermes
+  allow_unknown_fields: true
+  log_prompts: true
+  drain_s: 30.0
+  max_waiting: 64
+  max_per_key: 8
+  max_body_mib: 4
+  request_timeout_s: 60.0
+  client_stall_s: 10.0
+  kept_slots: 2
+  ray_serve: true
+  min_replicas: 2
+  max_replicas: 4
+  cards_per_replica: 2
 sdk: emulated
 emulator: {cards: 8, sku: ultra, apps_version: '1.22', numerics: fast}
 ray: {dashboard: false, keep_ray: true, address: auto}
@@ -450,7 +536,7 @@ def test_a_job_may_have_every_key_and_is_written_with_each(tmp_path: Path) -> No
     written_out = yaml.safe_load(dump_job(load_job(path)))
     assert {key: written_out[key] for key in document} == document
     assert set(written_out) == set(document)
-    for part in ("model", "export", "compile", "emulator", "ray"):
+    for part in ("model", "export", "compile", "serve", "emulator", "ray"):
         assert set(written_out[part]) == set(document[part])
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from qaic_ray.cards.lease import Part
 from qaic_ray.dispatch.policy import Policy
 from qaic_ray.errors import CompileError, DeviceError, UsageError
-from qaic_ray.metrics import Measurement
+from qaic_ray.metrics import EngineState, Measurement
 from qaic_ray.rows import FinishReason, Prompt, Row
 from qaic_ray.worker.worker import WorkerInfo
 
@@ -120,8 +120,8 @@ class FakeWorker:
             case "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
 
-    def progress(self) -> tuple[int, int, int]:
-        return self._rows, 2 * self._rows, 0
+    def progress(self) -> tuple[int, int, EngineState]:
+        return self._rows, 2 * self._rows, EngineState()
 
     def measurement(self) -> Measurement:
         return Measurement(rows=self._rows, decode_steps=7, decode_tokens=70, decode_s=2.0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
@@ -207,7 +209,10 @@ def test_speculative_decoding_gives_the_same_text_in_fewer_steps(
     job["export"]["logits"] = "num_logits_to_keep"
     job["compile"] |= {"precision": "fp32", "num_speculative_tokens": 3}
     job["run"] |= {"variant": {}, "generation_len": 24, "devices": 1}
-    shutil.copy(work / "prompts.jsonl", tmp_path)
+    form = {"prompt": "a form", "guided_regex": "forced [a-c]{3} forced", "seed": 5}
+    form["temperature"] = 1.0
+    prompts = (work / "prompts.jsonl").read_text() + json.dumps(form) + "\n"
+    (tmp_path / "prompts.jsonl").write_text(prompts)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(job))
     found = {}
     for drafts in ("none", "prompt-lookup"):
@@ -218,9 +223,65 @@ def test_speculative_decoding_gives_the_same_text_in_fewer_steps(
         found[drafts] = (report, rows_of(Path(report["folder"])))
     (plain, plain_rows), (lookup, lookup_rows) = found["none"], found["prompt-lookup"]
     assert [row["token_ids"] for row in lookup_rows] == [row["token_ids"] for row in plain_rows]
+    assert re.fullmatch("forced [a-c]{3} forced", lookup_rows[-1]["text"])
     assert plain["acceptance"] is None
     assert 0 < lookup["accepted_tokens"] <= lookup["drafted_tokens"]
     assert lookup["tokens_per_row_step"] > plain["tokens_per_row_step"] == 1.0
+
+
+def test_answers_have_the_form_that_is_asked_for_and_prompts_their_logprobs(
+    launched: tuple[Path, subprocess.CompletedProcess[str]],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    address: str,
+) -> None:
+    work, _ = launched
+    job = yaml.safe_load((work / "tiny.yaml").read_text())
+    job["export"]["logits"] = "all"
+    job["compile"] |= {"precision": "fp32"}
+    job["run"] |= {"variant": {}, "generation_len": 40, "devices": 1}
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    text = "A prompt of several chunks: 日本語"
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "structured_outputs": {"choice": ["left", "right"]}},
+        {"prompt": "b", "response_format": wanted, "logit_bias": {"125": 50}},
+        {"prompt": text, "prompt_logprobs": 3, "max_tokens": 1},
+        {"prompt": text, "prompt_logprobs": 0, "n": 2, "temperature": 1.0, "max_tokens": 2},
+        {"prompt": "c", "guided_regex": "("},
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "prompts.jsonl").write_text(lines)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(job))
+    result = qaic_ray("launch", "tiny.yaml", "--json", "--address", address, cwd=tmp_path)
+    assert result.returncode == 1, result.stderr  # the last row's regex is none
+    choice, of_schema, scored, several, wrong = rows_of(Path(json.loads(result.stdout)["folder"]))
+    assert choice["text"] in ("left", "right")
+    assert choice["finish_reason"] == "stop"
+    if of_schema["finish_reason"] == "stop":
+        jsonschema.validate(json.loads(of_schema["text"]), schema)
+    assert "structured_outputs.regex cannot be followed: unclosed group." in wrong["error"]
+    truth = transformers_logprobs(tiny_checkpoint, text)
+    assert scored["prompt_logprobs"][0] is None
+    assert len(scored["prompt_logprobs"]) == scored["prompt_tokens"] == len(truth) + 1
+    for row in (scored, several):
+        for found, logprobs in zip(row["prompt_logprobs"][1:], truth, strict=True):
+            assert found["logprob"] == pytest.approx(logprobs[found["token_id"]], abs=1e-3)
+            for other in found["top"]:
+                assert other["logprob"] == pytest.approx(logprobs[other["token_id"]], abs=1e-3)
+    assert [len(found["top"]) for found in scored["prompt_logprobs"][1:]] == [3] * len(truth)
+
+
+def transformers_logprobs(checkpoint: Path, text: str) -> list[list[float]]:
+    """Of every token at each place of a text but the first, by PyTorch's model."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(checkpoint)(text, return_tensors="pt").input_ids
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, torch_dtype=torch.float32)
+    with torch.inference_mode():
+        logprobs: list[list[float]] = model(ids).logits[0, :-1].log_softmax(-1).tolist()
+    return logprobs
 
 
 WISHES: list[dict[str, Any]] = [

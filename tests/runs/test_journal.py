@@ -31,6 +31,7 @@ from qaic_ray.runs.intake import (
 )
 from qaic_ray.runs.journal import MAX_OPEN_SEGMENTS, Entry, Journal, line_of
 from qaic_ray.sampling_params import SamplingParams
+from qaic_ray.sampling_params.structured_outputs import StructuredOutputs
 
 RUN: Fingerprint = {"input": {"name": "-"}, "qpc": "q"}
 
@@ -372,6 +373,9 @@ def test_all_that_an_answer_depends_on_is_in_the_digest_and_its_place_is_not() -
         Prompt(0, "a", messages=({"role": "user", "content": "a"},)),
         Prompt(0, "a", sampling=sampling),
         Prompt(0, "a", sampling=SamplingParams(seed=1)),
+        Prompt(0, "a", sampling=SamplingParams(structured_outputs=StructuredOutputs(regex="a"))),
+        Prompt(0, "a", sampling=SamplingParams(structured_outputs=StructuredOutputs(regex="b"))),
+        Prompt(0, "a", sampling=SamplingParams(logit_bias=((1, 2.0),))),
         Row.failed(Prompt(0, "a"), "no"),
         Row.failed(Prompt(0, "b"), "no"),
     ]

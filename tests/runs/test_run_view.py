@@ -21,6 +21,7 @@ from qaic_ray.dispatch.dispatcher import (
     WorkerProgress,
     WorkerReady,
 )
+from qaic_ray.metrics import EngineState
 from qaic_ray.rows import FinishReason, Prompt, Row
 from qaic_ray.runs.driver import Audience, Driver, Progress
 from qaic_ray.runs.run_view import (
@@ -87,8 +88,8 @@ def test_tokens_move_before_the_first_row_ends() -> None:
         watch.change(WorkerProgress(name, 0))
         watch.change(RunShard(name, 0, PROMPTS, 1))
     clock.now_s = 2.0
-    watch.change(WorkerProgress("card 0", 10, 0, generated_tokens=40, running=4))
-    watch.change(WorkerProgress("card 1", 10, 0, generated_tokens=20, running=2))
+    watch.change(WorkerProgress("card 0", 10, 0, 40, EngineState(running=4)))
+    watch.change(WorkerProgress("card 1", 10, 0, 20, EngineState(running=2)))
     view = watch.view()
     assert view.tokens_per_s == pytest.approx(30.0)
     assert [(card.tokens_per_s, card.running) for card in view.cards] == [(20.0, 4), (10.0, 2)]
@@ -105,12 +106,12 @@ def test_a_rate_is_that_of_the_last_seconds_and_survives_a_death() -> None:
     for second in range(1, 200):
         clock.now_s = float(second)
         tokens += 10 if second > 100 else 1
-        watch.change(WorkerProgress("card 0", second, 0, tokens, 1))
+        watch.change(WorkerProgress("card 0", second, 0, tokens, EngineState(running=1)))
     assert watch.view().tokens_per_s == pytest.approx(10.0)
     watch.change(WorkerLost("card 0", "gone"))
     watch.change(WorkerReady("card 0", 4, 1))
     clock.now_s = 200.0
-    watch.change(WorkerProgress("card 0", 1, 1, 5, 1))
+    watch.change(WorkerProgress("card 0", 1, 1, 5, EngineState(running=1)))
     assert 0 < watch.view().tokens_per_s <= 10.0
 
 

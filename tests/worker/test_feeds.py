@@ -173,3 +173,18 @@ def test_a_closed_feed_has_an_end() -> None:
     feed = TokenFeed()
     feed.close()
     assert feed.take() is None
+
+
+def test_what_came_before_the_end_is_told() -> None:
+    engine, answerer = engine_and_answerer()
+    answer = answerer.begin(Prompt(3, "abc", stream=True))
+    feed = TokenFeed()
+    feed.add(answer.streamed)
+    engine.add(answer.sequences[0], None)
+    for _ in range(3):
+        feed.step_made(engine.step())
+    feed.close()
+    told = tuple(token_id for chunk in feed.take() or () for token_id in chunk.token_ids)
+    assert told
+    assert told == tuple(answer.sequences[0].output_ids)
+    assert feed.take() is None

@@ -132,8 +132,10 @@ class Batcher(InFlight):
             return
         while self.waiting and self._free and len(self.running) < self.shapes.num_rows:
             sequence = self.waiting.popleft()
-            slot = self._best_slot(sequence.prompt_ids)
-            reused = num_common(self._free.pop(slot), sequence.prompt_ids)
+            # What is reused is not computed, and so has no logits.
+            known = sequence.prompt_ids if sequence.prompt_logprobs is None else ()
+            slot = self._best_slot(known)
+            reused = num_common(self._free.pop(slot), known)
             # The last token of a prompt is always computed: its logits are the answer's first.
             sequence.num_computed = sequence.num_reused = min(reused, len(sequence.prompt_ids) - 1)
             sequence.slot = slot

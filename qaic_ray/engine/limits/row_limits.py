@@ -17,6 +17,9 @@ from qaic_ray.engine.steps import Sequence
 from qaic_ray.engine.unsettled import Ints, Logits
 from qaic_ray.errors import RowError
 
+Mask = npt.NDArray[np.uint8]
+"""[vocab]: 1 for a token that may come."""
+
 _FEW = 64  # where one token in so many is allowed, they are written one by one
 _FORBIDDEN = np.uint32(0xFF800000)  # the bits of a float32 -inf; without the highest one, of +inf
 _SIGN = np.uint32(31)
@@ -62,7 +65,9 @@ class RowLimits:
         self._output = list(sequence.output_ids)
         self._min_tokens = params.min_tokens
         only = params.allowed_token_ids
-        self._only = None if only is None else np.unique(np.array(only, np.int64))
+        self._only = None if only is None else np.array(only, np.int64)
+        self._mask_of_only: Mask | None = None
+        self._all_of_only: _Allowed | None = None
         self._bad_ids = sequence.bad_ids
         self._bias_ids = np.array([token for token, _ in params.logit_bias], np.int64)
         self._biases = np.array([bias for _, bias in params.logit_bias], np.float32)
@@ -101,9 +106,7 @@ class RowLimits:
         Raises:
             RowError: as `prepare`.
         """
-        if not self._ready:
-            self._ready = [self._allowed(logits.size)]
-        allowed = self._ready[0]
+        allowed = self._next(logits.size)
         if allowed is not None:
             allowed.apply(logits)
         elif self._bad_ids:
@@ -111,8 +114,20 @@ class RowLimits:
         if self._biases.size:
             logits[self._bias_ids] += self._biases
 
-    def fallback(self, token: int) -> int:
-        """A token that is allowed, for logits that are -inf for all of these; else the same."""
+    def likeliest_of_few(self, logits: Logits) -> int | None:
+        """The token with the largest logit, where few are allowed; None where `change` tells it.
+
+        Raises:
+            RowError: as `prepare`.
+        """
+        allowed = self._next(logits.size)
+        if allowed is None or allowed.ids is None or self._biases.size:
+            return None
+        ids = allowed.ids
+        return int(ids[logits[ids].argmax()] if ids.size > 1 else ids[0])
+
+    def first_allowed(self, token: int) -> int:
+        """One of the tokens that may come, in place of one that may not; else the same."""
         allowed = self._ready[0] if self._ready else None
         return token if allowed is None else allowed.first
 
@@ -129,15 +144,17 @@ class RowLimits:
         if self._guide is not None and token not in self._stop_ids:
             self._guide.take(token)
 
+    def _next(self, vocab: int) -> _Allowed | None:
+        if not self._ready:
+            self._ready = [self._allowed(vocab)]
+        return self._ready[0]
+
     def _allowed(self, vocab: int) -> _Allowed | None:
         """What may come in this state; None for a row in which everything may but bad words."""
         guide, stop_ids = self._guide, self._stop_ids
         ends = len(self._output) >= self._min_tokens
         if guide is None:
-            if self._only is None:
-                return None
-            left_out = self._banned() if ends else (*self._banned(), *stop_ids)
-            return _of_ids(np.setdiff1d(self._only, np.array(left_out, np.int64)))
+            return None if self._only is None else self._of_only(vocab, ends=ends)
         if self._only is None and not self._bad_ids:
             # The text is the same whatever tokens write it; these are how the tokenizer does.
             forced = guide.forced()
@@ -150,11 +167,28 @@ class RowLimits:
         mask[[token for token in guide.end_ids if token < vocab]] = 0
         mask[stop_ids[stop_ids < vocab]] = ends and guide.may_end
         if self._only is not None:
-            only = np.zeros(vocab, np.uint8)
-            only[self._only] = 1
-            mask &= only
+            mask &= self._only_mask(vocab)
         mask[self._banned()] = 0
         return _of_mask(mask)
+
+    def _of_only(self, vocab: int, *, ends: bool) -> _Allowed:
+        """Those of `allowed_token_ids` that are neither of bad words nor stop tokens too early."""
+        banned = self._banned()
+        if ends and not banned:
+            if self._all_of_only is None:
+                self._all_of_only = _of_mask(self._only_mask(vocab))
+            return self._all_of_only
+        mask = self._only_mask(vocab).copy()
+        mask[banned] = 0
+        if not ends:
+            mask[self._stop_ids[self._stop_ids < vocab]] = 0
+        return _of_mask(mask)
+
+    def _only_mask(self, vocab: int) -> Mask:
+        if self._mask_of_only is None:
+            self._mask_of_only = np.zeros(vocab, np.uint8)
+            self._mask_of_only[self._only] = 1
+        return self._mask_of_only
 
     def _banned(self) -> list[int]:
         """The last tokens of bad words whose other tokens the answer ends with."""
@@ -172,7 +206,7 @@ def _of_ids(ids: Ints) -> _Allowed:
     return _Allowed(ids=ids)
 
 
-def _of_mask(mask: npt.NDArray[np.uint8]) -> _Allowed:
+def _of_mask(mask: Mask) -> _Allowed:
     num = np.count_nonzero(mask)
     if num * _FEW <= mask.size:
         return _of_ids(np.flatnonzero(mask))

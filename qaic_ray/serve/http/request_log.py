@@ -33,12 +33,12 @@ class RequestRecord:
     answer_tokens: int = 0
 
 
-class _Text(logging.Formatter):
+class _TextLines(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
 
 
-class _Json(logging.Formatter):
+class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, timezone.utc)
         line: dict[str, object] = {
@@ -56,7 +56,7 @@ class _Json(logging.Formatter):
 def logging_to_stderr(*, as_json: bool) -> Iterator[None]:
     """Write the server's log to stderr for the block."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Json() if as_json else _Text())
+    handler.setFormatter(_JsonLines() if as_json else _TextLines())
     log = logging.getLogger(NAME)
     before = log.level, log.propagate
     log.setLevel(logging.INFO)

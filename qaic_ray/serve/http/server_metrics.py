@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -13,6 +14,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+from qaic_ray.metrics import NO_ENGINE, EngineState
 from qaic_ray.rows import FinishReason, Row
 from qaic_ray.telemetry.names import Metric, MetricKind
 from qaic_ray.telemetry.recorder import EndedRequest, RequestRecorder
@@ -83,6 +85,7 @@ class ServerMetrics:
         self._model = model
         self._sink = PrometheusSink()
         self._recorders: dict[str, RequestRecorder] = {}
+        self._stood: dict[str, EngineState] = {}
         self.recorder("")
 
     def recorder(self, worker: str) -> RequestRecorder:
@@ -92,6 +95,19 @@ class ServerMetrics:
                 self._sink, model_name=self._model, engine=worker
             )
         return self._recorders[worker]
+
+    def looked(self, engines: Mapping[str, EngineState], num_waiting: int) -> None:
+        """How the engine of each worker stands, and how many prompts no worker has.
+
+        A worker that is not there any more has no rows.
+        """
+        for worker in self._recorders.keys() - engines.keys() - {""}:
+            before = self._stood.get(worker, NO_ENGINE)
+            self._recorders[worker].looked(replace(before, running=0, waiting=0, kv_usage=0.0))
+        for worker, state in engines.items():
+            self.recorder(worker).looked(state)
+            self._stood[worker] = state
+        self.recorder("").looked(EngineState(waiting=num_waiting))
 
     def ended(self, rows: Sequence[Row], arrived_at: float) -> None:
         """Rows of a request that came at `arrived_at`, Unix time in seconds."""

@@ -18,6 +18,7 @@ from qaic_ray.serve.http.server_metrics import ServerMetrics
 if TYPE_CHECKING:
     from fastapi import APIRouter
 
+    from qaic_ray.metrics import EngineState
     from qaic_ray.serve.http.request_log import RequestRecord
     from qaic_ray.serve.protocol.asked import Asked
     from qaic_ray.serve.protocol.context import ModelContext
@@ -33,6 +34,14 @@ class ServedFleet(TakesPrompts, Protocol):
     @property
     def is_closed(self) -> bool:
         """Whether it takes nothing more."""
+
+    @property
+    def engines(self) -> Mapping[str, EngineState]:
+        """How the engine of each ready worker stood lately."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Prompts that no worker has."""
 
 
 class Service:
@@ -123,7 +132,8 @@ class Service:
         }
 
     def exposition(self) -> bytes:
-        """What /metrics tells."""
+        """What /metrics tells; of engines what the fleet heard of them last, in about a second."""
+        self.metrics.looked(self.fleet.engines, self.fleet.num_waiting)
         return self.metrics.exposition()
 
     # -- requests

@@ -100,7 +100,7 @@ class _Choices:
         return sum(self._num_tokens.values())
 
 
-class _Writer:
+class _EventWriter:
     """What completions and chat have in common."""
 
     def __init__(
@@ -143,7 +143,7 @@ class _Writer:
         return self._logprobs[index]
 
 
-class CompletionWriter(_Writer):
+class CompletionWriter(_EventWriter):
     """Events of /v1/completions."""
 
     def __init__(self, asked: Asked, context: ModelContext, answer_id: str, created: int) -> None:
@@ -203,7 +203,7 @@ class CompletionWriter(_Writer):
         )
 
 
-class ChatWriter(_Writer):
+class ChatWriter(_EventWriter):
     """Events of /v1/chat/completions."""
 
     def __init__(self, asked: Asked, context: ModelContext, answer_id: str, created: int) -> None:
