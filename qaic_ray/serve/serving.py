@@ -127,6 +127,16 @@ def serve_model(
             raise FleetClosed("The cards were lost.")
 
 
+def check_door(options: ServeOptions) -> None:
+    """See, before anything is made for it, that a server may listen where it is told to.
+
+    Raises:
+        UsageError: for keys or an address that cannot be.
+    """
+    keys_of(options)
+    listening_socket(options.host, options.port).close()
+
+
 def keys_of(options: ServeOptions) -> ApiKeys | None:
     """The keys that requests need.
 
