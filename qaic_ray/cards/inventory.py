@@ -266,6 +266,16 @@ def allot(
     return result
 
 
+def unit_cards(found: NodeCards, nodes: Iterable[NodeCards]) -> tuple[int, ...]:
+    """Ids of a node's cards by Ray's numbers for them, where Ray chooses.
+
+    Args:
+        found: the node.
+        nodes: all that were looked at; those of its machine share its cards out.
+    """
+    return _choices(found, usable(nodes))
+
+
 def qpc_cores(qpc: Path) -> int | None:
     """The NSPs that a QPC was compiled for; None where its folder does not say."""
     record = read_record(qpc)

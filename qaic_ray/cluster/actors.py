@@ -70,6 +70,7 @@ class CardActors(AbstractContextManager["CardActors"]):
         specs: one a worker.
         worker_class: what the actors are made of.
         num_cpus: what each asks of its node.
+        takes_cards: whether each asks for its cards too; else the caller holds them.
         loss: for an open input, where `wake` is to end a wait: says what is gone, when Ray is.
         policy: `max_shards` is used.
         timeouts: `steps_s`, `close_s`, `kill_s` and `parent_s` are used.
@@ -81,6 +82,7 @@ class CardActors(AbstractContextManager["CardActors"]):
         worker_class: type[CardWorker],
         *,
         num_cpus: float = CARD_CPUS,
+        takes_cards: bool = True,
         loss: Callable[[], str | None] | None = None,
         policy: Policy = DEFAULT_POLICY,
         timeouts: Timeouts = DEFAULT_TIMEOUTS,
@@ -92,6 +94,7 @@ class CardActors(AbstractContextManager["CardActors"]):
             worker_class
         )
         self._num_cpus = num_cpus
+        self._takes_cards = takes_cards
         self._loss = loss
         self._ready_refs = None if loss is None else ReadyRefs()
         self._timeouts = timeouts
@@ -208,7 +211,7 @@ class CardActors(AbstractContextManager["CardActors"]):
             # A name is unique in a namespace, and Ray forgets that of a dead actor a little later.
             namespace=f"{self._namespace}-{spec.incarnation}",
             num_cpus=self._num_cpus if self._num_cpus >= 1 else _share(self._num_cpus, spec.part),
-            resources={CARD_RESOURCE: cards_needed(spec)},
+            resources={CARD_RESOURCE: cards_needed(spec)} if self._takes_cards else {},
             scheduling_strategy=on_node(spec.node_id),
             max_restarts=0,
             max_task_retries=0,

@@ -64,6 +64,8 @@ class Cluster(AbstractContextManager["Cluster"]):
         dashboard: whether a Ray that is started has one, on the loopback interface.
         kept: the Ray of this machine that was left up, to be used in place of a new one.
         name: begins the entry of this driver in the dashboard's list of jobs.
+        held_cpus: for a process that is an actor itself and holds the cards of its runs already:
+            CPUs of each of their actors, which ask the cluster for no cards.
         timeouts: all of the cluster's and its actors'; the workers' are in their specs.
     """
 
@@ -75,8 +77,10 @@ class Cluster(AbstractContextManager["Cluster"]):
         dashboard: bool = False,
         kept: KeptRay | None = None,
         name: str = "qaic-ray",
+        held_cpus: float | None = None,
         timeouts: Timeouts = DEFAULT_TIMEOUTS,
     ) -> None:
+        self._held_cpus = held_cpus
         self._num_cards = num_cards
         self._address = address
         self._dashboard = dashboard
@@ -152,7 +156,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         on_begin: Callable[[str], None] | None = None,
     ) -> None:
         """Run `build` on every request; see `run_builds`."""
-        with self._losses():
+        with self.losses():
             run_builds(build, requests, parallel=parallel, on_done=on_done, timeouts=self._timeouts)
 
     def inventory(self, sdk: str | None, emulated: EmulatorOptions) -> list[NodeCards]:
@@ -187,7 +191,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         Returns:
             Each node with its result, or with a sentence without its end where it could not tell.
         """
-        with self._losses():
+        with self.losses():
             nodes, task = _nodes(), ray.remote(ask)
             refs = [
                 task.options(
@@ -229,13 +233,15 @@ class Cluster(AbstractContextManager["Cluster"]):
             DeviceBusy: the cluster's cards are held by others.
             ClusterLost: the Ray is gone; rows that were answered are in the journal.
         """
-        with self._losses():
+        with self.losses():
             told = audience or Audience()
-            self._await_cards(specs, told.on_wait)
+            if self._held_cpus is None:
+                self._await_cards(specs, told.on_wait)
             with CardActors(
                 specs,
                 worker_class,
                 num_cpus=self._cpus_each(len(specs)),
+                takes_cards=self._held_cpus is None,
                 loss=self._loss if isinstance(prompts, OpenInput) else None,
                 policy=policy,
                 timeouts=self._timeouts,
@@ -289,7 +295,7 @@ class Cluster(AbstractContextManager["Cluster"]):
                 is_told = True
 
     @contextmanager
-    def _losses(self) -> Iterator[None]:
+    def losses(self) -> Iterator[None]:
         """Raise ClusterLost in place of any error that the loss of Ray has caused."""
         try:
             yield
@@ -321,6 +327,8 @@ class Cluster(AbstractContextManager["Cluster"]):
 
     def _cpus_each(self, num_workers: int) -> float:
         """CPUs of each actor: an even share of this machine, or CARD_CPUS of a shared cluster."""
+        if self._held_cpus is not None:
+            return self._held_cpus
         share = (os.cpu_count() or 1) // num_workers
         if (
             self._kept is not None

@@ -162,7 +162,7 @@ class FolderFleet:
             open_ray(
                 request.ray, self._num_cards, name=request.name, sdk=sdk.here, listener=listener
             ) as cluster,
-            recorder_of(request, request.name, listener) as recorder,
+            recorder_of(request, request.name, listener.remark) as recorder,
         ):
             if self._folder is not None:
                 cluster.write_logs_to(self._folder / LOGS_FOLDER, listener.remark)

@@ -62,4 +62,7 @@ class ServeOptions(Section):
     max_replicas: PositiveInt | None = opt(
         None, "Replicas at most, by load.", group=SCALE, shown="as many as at least"
     )
-    cards_per_replica: PositiveInt = opt(1, "Cards of a replica.", group=SCALE)
+    cards_per_replica: PositiveInt = opt(1, "Cards of a replica, all of one node.", group=SCALE)
+    interface_replicas: PositiveInt = opt(
+        1, "Replicas of the interface, which hold no card.", group=SCALE
+    )

@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -45,6 +45,7 @@ LOGS_FOLDER = "logs"
 """Of a run folder; has what each card's process has printed."""
 
 if TYPE_CHECKING:
+    from qaic_ray.cards.inventory import NodeCards
     from qaic_ray.cluster.cluster import Cluster
     from qaic_ray.runs.delivery import Proof
     from qaic_ray.runs.report import RunSummary
@@ -245,7 +246,7 @@ def _answer(
             folder, same, retry_errors=request.retry_errors, new_input=request.new_input
         ) as journal,
         RowWriter(folder, resumed=resumed) as write,
-        recorder_of(request, folder.name, listener) as recorder,
+        recorder_of(request, folder.name, listener.remark) as recorder,
     ):
         if request.new_input:
             write_request(request, folder)
@@ -272,16 +273,22 @@ def _streamed(item: Prompt | Row) -> Prompt | Row:
 
 
 def recorder_of(
-    request: RunRequest, name: str, listener: Listener
+    request: RunRequest, name: str, on_fault: Callable[[str], None]
 ) -> AbstractContextManager[RunRecorder]:
-    """The run's recorder, for Ray to export what it is told, if that is wanted."""
+    """The run's recorder, for Ray to export what it is told, if that is wanted.
+
+    Args:
+        request: says whether it is.
+        name: of the run.
+        on_fault: is told, in a sentence, why there are no metrics.
+    """
     from qaic_ray.telemetry.recorder import NoSink, RunRecorder
 
     if not request.run.metrics:
         return nullcontext(RunRecorder(NoSink()))
     from qaic_ray.cluster.ray_metrics import recorded_run
 
-    return recorded_run(name, listener.remark)
+    return recorded_run(name, on_fault)
 
 
 def content_parts(request: RunRequest, sdk: Sdk) -> dict[str, Any]:
@@ -307,14 +314,19 @@ def worker_specs(
     cluster: Cluster, request: RunRequest, sdk: SdkChoice, listener: Listener
 ) -> list[WorkerSpec]:
     """What each worker is given, its cards above all."""
-    from qaic_ray.cards.inventory import place, qpc_cores
-    from qaic_ray.worker.worker import WorkerSpec
-
     here = request.ray.address is None
     sdk_name = str(sdk.here.root) if here else name_for_others(sdk.name)
     nodes = cluster.inventory(sdk_name, sdk.emulated)
     for problem in cluster.problems(nodes):
         listener.remark(problem)
+    return specs_on(nodes, request)
+
+
+def specs_on(nodes: Sequence[NodeCards], request: RunRequest) -> list[WorkerSpec]:
+    """What each worker is given on these nodes, whose cards were looked for."""
+    from qaic_ray.cards.inventory import place, qpc_cores
+    from qaic_ray.worker.worker import WorkerSpec
+
     places = place(
         nodes,
         devices=None if request.run.devices == "all" else request.run.devices,

@@ -21,6 +21,7 @@ from qaic_ray.pipeline.request import Listener, RunRequest, SdkChoice
 from qaic_ray.pipeline.run_step import content_parts
 from qaic_ray.runs.intake import INPUT, OPEN_SOURCE, fingerprint
 from qaic_ray.sampling_params import SamplingParams
+from qaic_ray.sdk import Sdk
 from qaic_ray.serve.api_errors import ApiError
 from qaic_ray.serve.batches.open_batches import BatchManager
 from qaic_ray.serve.batches.request_lines import Answering
@@ -97,13 +98,13 @@ def serve_model(
         FleetClosed: every card was lost.
     """
     options = served.options
-    keys = _keys(options)
+    keys = keys_of(options)
     with ExitStack() as held:
         opened = listening_socket(options.host, options.port)
         held.callback(opened.close)
-        address = _address(options.host, opened.getsockname()[1])
+        address = address_of(options.host, opened.getsockname()[1])
         held.enter_context(logging_to_stderr(as_json=log_json))
-        request = _with_defaults(served.request)
+        request = with_defaults(served.request)
         cards = FolderFleet(request, sdk, listener, kept_slots=options.kept_slots)
         held.callback(cards.close, drain=False)
         batches = held.enter_context(BatchManager(Path(options.folder), cards.fleet))
@@ -111,9 +112,13 @@ def serve_model(
         service.routers.append(batch_router(batches, stall_s=options.client_stall_s))
 
         async def make_ready() -> None:
-            context = await asyncio.to_thread(_context, served, cards)
+            await asyncio.to_thread(cards.fleet.wait_ready)
+            ctx_len = cards.fleet.workers[0].ctx_len
+            context = await asyncio.to_thread(context_of, served, ctx_len)
             service.became_ready(context)
-            batches.start(await asyncio.to_thread(_answering, served, context, cards.request, sdk))
+            batches.start(
+                await asyncio.to_thread(answering_of, served, context, cards.request, sdk.here)
+            )
             on_ready(address)
 
         run_in_loop(serve(service, opened, make_ready))
@@ -122,7 +127,17 @@ def serve_model(
             raise FleetClosed("The cards were lost.")
 
 
-def _keys(options: ServeOptions) -> ApiKeys | None:
+def check_door(options: ServeOptions) -> None:
+    """See, before anything is made for it, that a server may listen where it is told to.
+
+    Raises:
+        UsageError: for keys or an address that cannot be.
+    """
+    keys_of(options)
+    listening_socket(options.host, options.port).close()
+
+
+def keys_of(options: ServeOptions) -> ApiKeys | None:
     """The keys that requests need.
 
     Raises:
@@ -140,26 +155,31 @@ def _keys(options: ServeOptions) -> ApiKeys | None:
     return None
 
 
-def _with_defaults(request: RunRequest) -> RunRequest:
+def with_defaults(request: RunRequest) -> RunRequest:
+    """A request with what a server does where nobody says otherwise."""
     if "max_stall_s" in request.run.model_fields_set:
         return request
     return request.with_run(max_stall_s=MAX_STALL_S)
 
 
-def _context(served: Served, cards: FolderFleet) -> ModelContext:
-    """What requests are read with, once a card is ready."""
+def context_of(served: Served, ctx_len: int) -> ModelContext:
+    """What requests are read with.
+
+    Args:
+        served: what is served.
+        ctx_len: tokens of a context, as the program has it.
+    """
     checkpoint = open_checkpoint(served.request.model, weights=False)
     # A conversation is rendered on the day on which it comes, and not on that of the beginning.
     generation = served.request.generation.model_copy(update={"date": None})
     tokenizer = load_tokenizer(checkpoint)
     encoder = PromptEncoder(tokenizer, generation)
     tools = support_of(served.options.tool_form, encoder.tokenizer)
-    cards.fleet.wait_ready()
     context = ModelContext(
         names=served.names,
         encoder=encoder,
         tools=tools,
-        ctx_len=cards.fleet.workers[0].ctx_len,
+        ctx_len=ctx_len,
         vocab_size=int(checkpoint.config.get("vocab_size") or tokenizer.vocab_size),
         defaults=_defaults(served.request, checkpoint),
         allow_unknown=served.options.allow_unknown_fields,
@@ -172,12 +192,10 @@ def _context(served: Served, cards: FolderFleet) -> ModelContext:
     return context
 
 
-def _answering(
-    served: Served, context: ModelContext, request: RunRequest, sdk: SdkChoice
-) -> Answering:
+def answering_of(served: Served, context: ModelContext, request: RunRequest, sdk: Sdk) -> Answering:
     """How batches are answered, and what their answers depend on beside their requests."""
     generation = request.generation
-    same = dict(fingerprint(OPEN_SOURCE, generation=generation, **content_parts(request, sdk.here)))
+    same = dict(fingerprint(OPEN_SOURCE, generation=generation, **content_parts(request, sdk)))
     for name in (INPUT, "run_seed", "date"):  # a prompt of a batch has its own seed and date
         same.pop(name)
     same["sampling"] = asdict(context.defaults)
@@ -212,6 +230,7 @@ def _defaults(request: RunRequest, checkpoint: Checkpoint) -> SamplingParams:
     return run.defaults.updated(said)
 
 
-def _address(host: str, port: int) -> str:
+def address_of(host: str, port: int) -> str:
+    """The interface's address, as clients write it."""
     shown = "127.0.0.1" if host in ("0.0.0.0", "") else host
     return f"http://[{shown}]:{port}/v1" if ":" in shown else f"http://{shown}:{port}/v1"

@@ -52,6 +52,17 @@ class _JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
+def log_to_stderr() -> None:
+    """Write the server's log to stderr from now on, in a process that does nothing else."""
+    log = logging.getLogger(NAME)
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_TextLines())
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
 @contextmanager
 def logging_to_stderr(*, as_json: bool) -> Iterator[None]:
     """Write the server's log to stderr for the block."""

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from qaic_ray.errors import UsageError
 from qaic_ray.serve.http.app import create_app
@@ -88,6 +89,22 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
+def quiet_server(app: ASGIApp) -> uvicorn.Server:
+    """A server of an app that hears no signals and logs no requests."""
+    return _Server(
+        uvicorn.Config(
+            app,
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=1,
+        )
+    )
+
+
 async def serve(
     service: Service, opened: socket.socket, make_ready: Callable[[], Awaitable[None]]
 ) -> None:
@@ -104,24 +121,13 @@ async def serve(
     Raises:
         QaicRayError: what `make_ready` raises.
     """
-    server = _Server(
-        uvicorn.Config(
-            create_app(service),
-            lifespan="off",
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=1,
-        )
-    )
+    server = quiet_server(create_app(service))
     ending, at_once = asyncio.Event(), asyncio.Event()
 
-    def heard() -> None:
+    def on_signal() -> None:
         (at_once if ending.is_set() else ending).set()
 
-    with _heard(heard):
+    with heard(on_signal):
         serving = asyncio.create_task(server.serve(sockets=[opened]))
         readying = asyncio.ensure_future(make_ready())
         waiting = asyncio.create_task(ending.wait())
@@ -149,7 +155,7 @@ async def _drained(service: Service, at_once: asyncio.Event) -> None:
 
 
 @contextmanager
-def _heard(on_signal: Callable[[], None]) -> Iterator[None]:
+def heard(on_signal: Callable[[], None]) -> Iterator[None]:
     """Have signals that end a server call a function; afterwards they are heard as before."""
     loop = asyncio.get_running_loop()
     before = {number: signal.getsignal(number) for number in _SIGNALS}
