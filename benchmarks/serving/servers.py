@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
 from serving.load import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
