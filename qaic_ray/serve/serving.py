@@ -109,7 +109,7 @@ def serve_model(
         held.callback(cards.close, drain=False)
         batches = held.enter_context(BatchManager(Path(options.folder), cards.fleet))
         service = Service(options, served.names, cards.fleet, keys=keys)
-        service.routers.append(batch_router(batches))
+        service.routers.append(batch_router(batches, stall_s=options.client_stall_s))
 
         async def make_ready() -> None:
             await asyncio.to_thread(cards.fleet.wait_ready)
