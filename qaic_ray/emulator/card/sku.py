@@ -8,7 +8,7 @@ readings are simulated: plausible, and the same for the same card at the same se
 from __future__ import annotations
 
 import math
-from typing import Dict, NamedTuple, Tuple
+from typing import Dict, NamedTuple, Optional, Tuple
 
 NUM_VCS = 16
 """DMA-bridge channels of an SoC: one for each active program."""
@@ -82,6 +82,11 @@ def telemetry(sku: Sku, qid: int, num_busy_nsps: int, now_s: float) -> Telemetry
 def pci_address(qid: int) -> str:
     """Where card `qid` sits on the bus, as `domain:bus:device.function`."""
     return f"0000:{PCI_BUS + qid:02x}:00.0"
+
+
+def mhi_id(qid: int, parent: Optional[int] = None) -> int:
+    """Number of the SoC on the MHI bus; a derived device has its `parent`'s."""
+    return qid if parent is None else parent
 
 
 def hardware_serial(qid: int) -> str:

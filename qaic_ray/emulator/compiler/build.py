@@ -192,8 +192,8 @@ def _describe(build: Build, model: Any, states: Mapping[str, State]) -> netdesc.
             netdesc.Io(v.name, _io_type(build, v), largest[v.name], v.name in partial)
             for v in values
         ]
-        _permute(ios, f"{build.network_name}/{len(sides)}")
         sides.append(ios)
+    _permute(sides[1], build.network_name)
     order = sides[0] + sides[1]
     allowed = [tuple((io.type, entry[io.name]) for io in order) for entry in resolved]
     return netdesc.Network(
@@ -302,7 +302,8 @@ def _io_type(build: Build, value: Any) -> int:
 
 
 def _permute(ios: List[netdesc.Io], seed: str) -> None:
-    # A real compiler orders bindings as it likes; programs have to go by name.
+    # A real compiler keeps the order of inputs, which programs bind by position, and orders outputs
+    # as it likes.
     order = list(ios)
     random.Random(seed).shuffle(ios)
     if ios == order:

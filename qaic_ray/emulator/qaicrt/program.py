@@ -82,6 +82,7 @@ class Program:
         self.properties = properties
         self.num_activations = 1
         self.group_lock: Optional[threading.Lock] = None
+        self.waits_for_group = False
         self.instances: List[Instance] = []
         self.failure = ""
         self._lock = threading.RLock()
@@ -127,6 +128,11 @@ class Program:
     def is_active(self) -> bool:
         """Whether inferences can run."""
         return self._state is ACTIVE
+
+    @property
+    def has_exec_objs(self) -> bool:
+        """Whether an ExecObj of it lives."""
+        return self._num_exec_objs > 0
 
     @property
     def weight_bytes(self) -> int:
@@ -202,6 +208,10 @@ class Program:
         with self._lock:
             if self._state is ACTIVE:
                 return QStatus.QS_SUCCESS
+            if self.waits_for_group:
+                self.failure = "The program's group is not enabled"
+                self.context.log.failure(self.failure)
+                return QStatus.QS_INVAL
             status = self.load()
             if status is not QStatus.QS_SUCCESS:
                 return status
