@@ -200,7 +200,9 @@ def test_a_benchmarks_callback_sees_results_and_gives_the_next_data(qaicrt: Modu
 
     def completed(exec_obj: Any, info: Any) -> None:
         result = np.frombuffer(exec_obj.getData()[1][2], np.float32)[0]
-        seen.append((info.activationIndex, info.execObjIndex, info.programName, info.status, result))
+        seen.append(
+            (info.activationIndex, info.execObjIndex, info.programName, info.status, result)
+        )
         assert exec_obj.setData(buffers(qaicrt, qpc, 5)) == status.QS_SUCCESS
 
     assert benchmark.enableExecObjCompletionCallback(completed) is None
