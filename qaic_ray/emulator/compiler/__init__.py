@@ -20,21 +20,28 @@ from typing import Sequence, Tuple
 import onnx
 
 from ..container import FILE_NAME, steps
+from ..container.network import AI100
 from ..folder import FolderError, current
 from ..lowering import graph
 from ..lowering.graph import GraphError
 from . import argv as command_line
 from . import build as builder
 from . import configs
+from . import report as reports
 from .argv import ArgvError, Options
-from .build import Build, Report
+from .build import Build
 from .configs import ConfigError, Partition
+from .report import Report
 from .weights import ConstantError, Precision
 
 VERSION_VARIABLE = "QAIC_EMULATOR_APPS_VERSION"
+UNSUPPORTED_VARIABLE = "QAIC_COMPILER_OPTS_UNSUPPORTED"
+"""Options of the vendor's own developers, which public profiling programs set."""
 
 _NAMED_SPECIALIZATIONS_SINCE = (1, 22)
 _HARDWARE_NAMES_SINCE = (1, 21)
+# Inferred: the first QEfficient that passes `ai200` is that of Apps 1.22.
+_AI200_SINCE = (1, 22)
 _DEFAULT_VERSION = "1.22"
 _REFUSED = 255
 _FAILED = 1
@@ -58,10 +65,11 @@ def main(argv: Sequence[str]) -> int:
     except (ArgvError, ConfigError) as error:
         print(error, file=sys.stderr)
         return _REFUSED
-    for argument in options.without_effect:
+    unheeded = _unheeded(options)
+    for argument in unheeded:
         print(f"Option {argument} is accepted and has no effect on this emulated SDK.")
     try:
-        report = run(build)
+        report = run(build, unheeded)
     except (GraphError, ConstantError) as error:
         print(f"QAIC_ERROR:\nError message:  {error}", file=sys.stderr)
         print("QAICException:Unable to AddNodesToGraphFromModel", file=sys.stderr)
@@ -77,6 +85,12 @@ def main(argv: Sequence[str]) -> int:
         steps.make_kernels()
     print(f"Generated binary is present at {options.values['-aic-binary-dir']}")
     return 0
+
+
+def _unheeded(options: Options) -> Sequence[str]:
+    """The options that have no effect, those of the environment too."""
+    more = os.environ.get(UNSUPPORTED_VARIABLE)
+    return [*options.without_effect, *([f"{UNSUPPORTED_VARIABLE}={more}"] if more else [])]
 
 
 def apps_version() -> str:
@@ -113,7 +127,7 @@ def plan(options: Options) -> Build:
             raise ArgvError(
                 f"Option {flag} is required. Use -h, -help, or --help for list of options."
             )
-    _check_hardware(values.get("-aic-hw-version", "2.0"), version)
+    hardware = _hardware(values.get("-aic-hw-version", "2.0"), version)
     partition = Partition(1, int(values.get("-aic-num-cores", "1")))
     if "-mdp-load-partition-config" in values:
         partition = configs.read_partition(values["-mdp-load-partition-config"])
@@ -138,22 +152,30 @@ def plan(options: Options) -> Build:
         io_precisions=io_precisions,
         retained=options.on("-retained-state"),
         batch_size=None if batch_size is None else int(batch_size),
+        hardware=hardware,
+        outputs=options.outputs,
     )
 
 
-def _check_hardware(hardware: str, version: str) -> None:
+def _hardware(hardware: str, version: str) -> str:
+    """The hardware that an `-aic-hw-version` means, where this version knows it."""
     known = ["2.0"]
     if _numbers(version) >= _HARDWARE_NAMES_SINCE:
-        known.append("ai100")
+        known.append(AI100)
+    if _numbers(version) >= _AI200_SINCE:
+        known.append("ai200")
     if hardware not in known:
         raise ArgvError(
             f"Invalid value '{hardware}' for option -aic-hw-version: must be one of "
             f"{', '.join(known)}."
         )
+    return AI100 if hardware == "2.0" else hardware
 
 
-def run(build: Build) -> Report:
+def run(build: Build, unheeded: Sequence[str] = ()) -> Report:
     """Compile into a temporary folder and rename it to the target.
+
+    `unheeded` are the options that its report lists as without effect.
 
     Raises:
         GraphError, ConstantError: where the model is refused.
@@ -176,6 +198,8 @@ def run(build: Build) -> Report:
     os.mkdir(temporary)
     try:
         report = builder.write(build, model, os.path.join(temporary, FILE_NAME))
+        path = os.path.join(temporary, reports.FILE_NAME)
+        reports.write(path, build.facts(), report, unheeded)
         _sync_folder(temporary)
         os.rename(temporary, build.target)
     finally:

@@ -1,15 +1,18 @@
 """The compiler's command line: single dashes, `-flag=value`; every flag that public sources name.
 
-A flag is obeyed, or accepted without effect (and then listed in the compiler's output), or
-unknown and refused with the vendor's text.
+A flag is obeyed, or accepted without effect (and then listed in the compiler's output and report),
+or unknown and refused with the vendor's text. `-compiler-args` holds more of them.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+import shlex
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 MAX_CORES = 16
+
+_COMPILER_ARGS = "-compiler-args"
 
 HELP_FLAGS = ("-h", "-help", "--help", "--usage")
 
@@ -54,6 +57,11 @@ def _numbers(low: int, high: int) -> Callable[[str, Optional[str]], str]:
     return check
 
 
+def _effort(flag: str, value: Optional[str]) -> str:
+    """Numbers of cores, or -1: as the compiler likes, which QEfficient passes by default."""
+    return "-1" if value == "-1" else _numbers(1, MAX_CORES)(flag, value)
+
+
 def _choice(*choices: str) -> Callable[[str, Optional[str]], str]:
     def check(flag: str, value: Optional[str]) -> str:
         text = _text(flag, value)
@@ -71,6 +79,17 @@ def _symbol(flag: str, value: Optional[str]) -> str:
     if not re.match(r"^[^,=]+,[1-9][0-9]{0,8}$", text, re.ASCII):
         raise ArgvError(f"Invalid value '{text}' for option {flag}: must be symbol,value.")
     return text
+
+
+def _names(flag: str, value: Optional[str]) -> str:
+    names = [name.strip() for name in _text(flag, value).split(",")]
+    if not all(names):
+        raise ArgvError(f"Invalid value '{value}' for option {flag}: must be names, by commas.")
+    return ",".join(names)
+
+
+def _random_data(flag: str, value: Optional[str]) -> str:
+    return _choice("gaussian", "uniform")(flag, "gaussian" if value is None else value)
 
 
 class Flag(NamedTuple):
@@ -96,8 +115,12 @@ FLAGS: Dict[str, Flag] = {
     "-m": _obeyed(_text, "path of the ONNX model"),
     "-model": _obeyed(_text, "same as -m"),
     "-aic-hw": _obeyed(_switch, "build for hardware"),
-    "-aic-hw-version": _obeyed(_text, "hardware: 2.0 or ai100"),
+    "-aic-hw-version": _obeyed(_text, "hardware: 2.0, ai100 or ai200"),
     "-compile-only": _obeyed(_switch, "do not run after compiling"),
+    "-aic-compile-only-test": _obeyed(_switch, "same as -compile-only"),
+    "-compiler-args": _obeyed(_text, "more options, separated by spaces"),
+    "-output-node-name": _obeyed(_names, "outputs of the program: nodes or values of the graph"),
+    "-qpc-crc": _obeyed(_switch, "CRC of the program; here there always is one"),
     "-aic-binary-dir": _obeyed(_text, "folder to make, for the program"),
     "-aic-num-cores": _obeyed(_number(1, MAX_CORES), "NSPs of one instance"),
     "-convert-to-fp16": _obeyed(_switch, "all floating point in fp16"),
@@ -111,7 +134,7 @@ FLAGS: Dict[str, Flag] = {
     "-v": _accepted(_switch, "more output"),
     "-vv": _accepted(_switch, "more output"),
     "-vvv": _accepted(_switch, "more output"),
-    "-mos": _accepted(_numbers(1, MAX_CORES), "effort to reduce on-chip memory"),
+    "-mos": _accepted(_effort, "effort to reduce on-chip memory"),
     "-ols": _accepted(_numbers(1, MAX_CORES), "operator splitting"),
     "-mdts-mos": _accepted(_number(0, MAX_CORES), "effort to reduce on-chip memory, slicing"),
     "-multicast-weights": _accepted(_switch, "load shared weights once"),
@@ -120,6 +143,15 @@ FLAGS: Dict[str, Flag] = {
     "-allow-mxint8-mdp-io": _accepted(_switch, "MXINT8 between SoCs"),
     "-mdp-dump-partition-config": _accepted(_text, "file for a partition"),
     "-mdp-compiler-visible": _accepted(_switch, "partitioning seen by the compiler"),
+    "-user-tiled": _accepted(_switch, "tiles as the graph's author has them"),
+    "-split-retained-state-io": _accepted(_switch, "buffers of retained states of their own"),
+    "-aic-minimize-host-traffic": _accepted(_switch, "less traffic with the host"),
+    "-aic-op-stats": _accepted(_switch, "statistics of operators"),
+    "-aic-time-passes": _accepted(_switch, "time of compiler passes"),
+    "-aic-version": _accepted(_switch, "version of the compiler"),
+    "-aic-ddr-to-multicast": _accepted(_switch, "multicast of what DDR holds"),
+    "-aic-form-axis-uniform-constants": _accepted(_switch, "constants of one value an axis"),
+    "-aic-userdma-producer-dma": _accepted(_switch, "DMA by the producer"),
     "-aic-enable-depth-first": _accepted(_switch, "depth-first scheduling"),
     "-aic-depth-first-mem": _accepted(_number(8, 32), "memory of depth-first scheduling"),
     "-allocator-dealloc-delay": _accepted(_number(0, 10), "buffer lifetime"),
@@ -154,6 +186,10 @@ FLAGS: Dict[str, Flag] = {
     "-use-producer-dma": _accepted(_switch, "DMA by the producer"),
     "-compile-threads": _accepted(_number(1, 1024), "compiler threads"),
     "-profiling-threads": _accepted(_number(1, 1024), "profiling threads"),
+    "-convert-to-quantize": _accepted(_switch, "quantize, with ranges from inputs"),
+    "-input-list-file": _accepted(_text, "list of inputs to find ranges with"),
+    "-use-random-input-data": _accepted(_random_data, "random inputs to find ranges with"),
+    "-quantization-schema": _accepted(_SCHEMAS, "quantization, of activations and constants"),
     "-quantization-schema-activations": _accepted(_SCHEMAS, "quantization"),
     "-quantization-schema-constants": _accepted(_SCHEMAS, "quantization"),
     "-quantization-calibration": _accepted(
@@ -181,10 +217,16 @@ FLAGS: Dict[str, Flag] = {
 
 
 class Options(NamedTuple):
-    """A checked command line: flag -> last value; repeated symbols; flags without effect."""
+    """A checked command line: flag -> last value; repeated symbols; flags without effect.
+
+    `outputs` are the names of `-output-node-name`, which may be repeated too; `arguments` are all
+    arguments, those inside of `-compiler-args` one by one.
+    """
 
     values: Dict[str, str]
     symbols: Dict[str, int]
+    outputs: Tuple[str, ...]
+    arguments: Tuple[str, ...]
     without_effect: Tuple[str, ...]
 
     def on(self, flag: str) -> bool:
@@ -200,8 +242,10 @@ def parse(argv: Sequence[str]) -> Options:
     """
     values: Dict[str, str] = {}
     symbols: Dict[str, int] = {}
+    outputs: Dict[str, None] = {}
     without_effect: List[str] = []
-    for argument in argv:
+    arguments = list(_spread(argv))
+    for argument in arguments:
         name, equals, text = argument.partition("=")
         flag = FLAGS.get(name)
         if flag is None:
@@ -213,9 +257,28 @@ def parse(argv: Sequence[str]) -> Options:
         if name == "-onnx-define-symbol":
             symbol, _, size = value.rpartition(",")
             symbols[symbol] = int(size)
+        if name == "-output-node-name":
+            outputs.update(dict.fromkeys(value.split(",")))
         if not flag.obeyed:
             without_effect.append(argument)
-    return Options(values, symbols, tuple(without_effect))
+    return Options(values, symbols, tuple(outputs), tuple(arguments), tuple(without_effect))
+
+
+def _spread(argv: Sequence[str]) -> Iterator[str]:
+    """The arguments, with those that `-compiler-args` holds in its place."""
+    for argument in argv:
+        name, equals, text = argument.partition("=")
+        if name != _COMPILER_ARGS:
+            yield argument
+            continue
+        try:
+            inner = shlex.split(_text(name, text if equals else None))
+        except ValueError as error:
+            raise ArgvError(f"Invalid value '{text[:200]}' for option {name}: {error}.") from error
+        for part in inner:
+            if part.partition("=")[0] == _COMPILER_ARGS:
+                raise ArgvError(f"Option {_COMPILER_ARGS} cannot hold itself.")
+            yield part
 
 
 def usage() -> str:

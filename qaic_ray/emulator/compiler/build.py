@@ -13,12 +13,15 @@ from onnx import TensorProto
 from .. import lowering
 from ..container import QpcWriter, aicapi, netdesc, network
 from ..container.constants import ConstantsWriter
+from ..container.network import AI100
 from ..lowering import graph
 from ..lowering.dims import output_dims
 from ..lowering.graph import GraphError, State
 from ..lowering.view import NotLowered
 from ..numbers import kv_cache
+from . import outputs
 from .configs import Partition
+from .report import Report
 from .weights import Precision, store_weights
 
 Dims = Tuple[int, ...]
@@ -49,7 +52,8 @@ class Build(NamedTuple):
     """Everything a compile needs to know, checked.
 
     `symbols` has one entry a specialization, `io_precisions` is IO name -> precision, `batch_size`
-    the value of a leading dimension that no symbol gives one.
+    the value of a leading dimension that no symbol gives one, `outputs` what the program's outputs
+    are in place of the model's.
     """
 
     model_path: str
@@ -61,18 +65,28 @@ class Build(NamedTuple):
     io_precisions: Dict[str, str]
     retained: bool
     batch_size: Optional[int]
+    hardware: str = AI100
+    outputs: Tuple[str, ...] = ()
 
     @property
     def network_name(self) -> str:
         """Name of the program: the model's file name."""
         return os.path.splitext(os.path.basename(self.model_path))[0]
 
-
-class Report(NamedTuple):
-    """What there is to say about a finished build; `not_lowered` is a reason, if there is one."""
-
-    warnings: List[str]
-    not_lowered: Optional[str]
+    def facts(self) -> Dict[str, Any]:
+        """What the compile's report says of it."""
+        return {
+            "model": self.model_path,
+            "network_name": self.network_name,
+            "apps_version": self.apps_version,
+            "hardware": self.hardware,
+            **self.precision._asdict(),
+            **self.partition._asdict(),
+            "specializations": self.symbols,
+            "io_precisions": self.io_precisions,
+            "retained_state": self.retained,
+            "output_node_names": list(self.outputs),
+        }
 
 
 def write(build: Build, model: Any, path: str) -> Report:
@@ -82,6 +96,8 @@ def write(build: Build, model: Any, path: str) -> Report:
         GraphError: where the model cannot be compiled.
         ConstantError: where a weight cannot be read.
     """
+    if build.outputs:
+        outputs.select(model, build.outputs)
     states = _states(build, model)
     described = _describe(build, model, states)
     kinds = {i.name: graph.compute_kind(i) for i in graph.inputs(model)}
@@ -99,6 +115,7 @@ def write(build: Build, model: Any, path: str) -> Report:
         size = writer.end_segment()
         program = network.NetworkElf(
             apps_version=build.apps_version,
+            hardware=build.hardware,
             convert_to_fp16=build.precision.convert_to_fp16,
             mxfp6_matmul=build.precision.mxfp6_matmul,
             num_devices=build.partition.num_devices,

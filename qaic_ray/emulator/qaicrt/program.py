@@ -14,6 +14,7 @@ import numpy as np
 from ..card import Claim, Demand, Exhausted, NoDevice, faults, timing
 from ..card.cores import cores_of
 from ..container import QpcError
+from ..container.network import AI100
 from .buffers import SlicingSpec, SpecError
 from .context import Context, Qpc, init_error
 from .types import (
@@ -160,6 +161,12 @@ class Program:
         with self._lock:
             if self._state in {LOADED, ACTIVE, ACTIVATE_ERROR}:
                 return QStatus.QS_SUCCESS
+            hardware = self.qpc.contents.hardware
+            if hardware != AI100:
+                self.failure = f"The program was compiled for {hardware}, and the device is {AI100}"
+                self.context.log.failure(f"Failed to load program: {self.failure}")
+                self._state = LOAD_ERROR
+                return QStatus.QS_ERROR
             stopwatch = timing.Stopwatch(self.context.timing)
             status = self._take(faults.LOAD, 0)
             if status is QStatus.QS_SUCCESS:
