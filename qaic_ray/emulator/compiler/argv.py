@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 MAX_CORES = 16
 
@@ -93,11 +93,15 @@ def _random_data(flag: str, value: Optional[str]) -> str:
 
 
 class Flag(NamedTuple):
-    """One option: how its value is checked, whether it changes the program, what it is for."""
+    """One option: how its value is checked, whether it changes the program, what it is for.
+
+    What says how to quantize only changes programs that are quantized.
+    """
 
     check: Callable[[str, Optional[str]], str]
     obeyed: bool
     help: str
+    of_quantization: bool = False
 
 
 def _obeyed(check: Callable[[str, Optional[str]], str], text: str) -> Flag:
@@ -106,6 +110,10 @@ def _obeyed(check: Callable[[str, Optional[str]], str], text: str) -> Flag:
 
 def _accepted(check: Callable[[str, Optional[str]], str], text: str) -> Flag:
     return Flag(check, False, text)
+
+
+def _quantizing(check: Callable[[str, Optional[str]], str], text: str) -> Flag:
+    return Flag(check, True, text, of_quantization=True)
 
 
 _SCHEMAS = _choice("asymmetric", "symmetric", "symmetric_with_uint8", "symmetric_with_power2_scale")
@@ -186,28 +194,28 @@ FLAGS: Dict[str, Flag] = {
     "-use-producer-dma": _accepted(_switch, "DMA by the producer"),
     "-compile-threads": _accepted(_number(1, 1024), "compiler threads"),
     "-profiling-threads": _accepted(_number(1, 1024), "profiling threads"),
-    "-convert-to-quantize": _accepted(_switch, "quantize, with ranges from inputs"),
-    "-input-list-file": _accepted(_text, "list of inputs to find ranges with"),
-    "-use-random-input-data": _accepted(_random_data, "random inputs to find ranges with"),
-    "-quantization-schema": _accepted(_SCHEMAS, "quantization, of activations and constants"),
-    "-quantization-schema-activations": _accepted(_SCHEMAS, "quantization"),
-    "-quantization-schema-constants": _accepted(_SCHEMAS, "quantization"),
-    "-quantization-calibration": _accepted(
+    "-convert-to-quantize": _quantizing(_switch, "quantize, with ranges from inputs"),
+    "-input-list-file": _quantizing(_text, "list of inputs to find ranges with"),
+    "-use-random-input-data": _quantizing(_random_data, "random inputs to find ranges with"),
+    "-quantization-schema": _quantizing(_SCHEMAS, "quantization, of activations and constants"),
+    "-quantization-schema-activations": _quantizing(_SCHEMAS, "quantization"),
+    "-quantization-schema-constants": _quantizing(_SCHEMAS, "quantization"),
+    "-quantization-calibration": _quantizing(
         _choice("None", "KLMinimization", "KLMinimizationV2", "Percentile", "MSE", "SQNR"),
         "quantization",
     ),
-    "-percentile-calibration-value": _accepted(_number(90, 100), "quantization"),
-    "-num-histogram-bins": _accepted(_number(1, _MANY), "quantization"),
-    "-quantization-precision": _accepted(_choice("Int8"), "quantization"),
-    "-quantization-precision-bias": _accepted(_choice("Int8", "Int32"), "quantization"),
-    "-enable-rowwise": _accepted(_switch, "quantization"),
-    "-enable-channelwise": _accepted(_switch, "quantization"),
-    "-dump-profile": _accepted(_text, "quantization profile to write"),
-    "-load-profile": _accepted(_text, "quantization profile to read"),
+    "-percentile-calibration-value": _quantizing(_number(90, 100), "quantization"),
+    "-num-histogram-bins": _quantizing(_number(1, _MANY), "quantization"),
+    "-quantization-precision": _quantizing(_choice("Int8"), "quantization"),
+    "-quantization-precision-bias": _quantizing(_choice("Int8", "Int32"), "quantization"),
+    "-enable-rowwise": _quantizing(_switch, "quantization"),
+    "-enable-channelwise": _quantizing(_switch, "quantization"),
+    "-dump-profile": _quantizing(_text, "quantization profile to write"),
+    "-load-profile": _quantizing(_text, "quantization profile to read"),
     "-external-quantization": _accepted(_text, "quantization from a file"),
-    "-execute-nodes-in-fp16": _accepted(_text, "operators in fp16"),
-    "-keep-original-precision-for-nodes": _accepted(_text, "nodes kept in fp32"),
-    "-node-precision-info": _accepted(_text, "file of node precisions"),
+    "-execute-nodes-in-fp16": _quantizing(_names, "operators in fp16"),
+    "-keep-original-precision-for-nodes": _quantizing(_names, "operators kept as they are"),
+    "-node-precision-info": _quantizing(_text, "file of node precisions"),
     "-register-custom-op": _accepted(_text, "YAML of custom operators"),
     "-dynamic-shape-input": _accepted(_switch, "dynamic shapes"),
     "-operators-supported": _accepted(
@@ -232,6 +240,11 @@ class Options(NamedTuple):
     def on(self, flag: str) -> bool:
         """Whether a switch was given and is not `false`."""
         return self.values.get(flag) == "true"
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the program, or a profile of it, is made by int8 quantization."""
+        return _quantizes(self.values)
 
 
 def parse(argv: Sequence[str]) -> Options:
@@ -259,9 +272,16 @@ def parse(argv: Sequence[str]) -> Options:
             symbols[symbol] = int(size)
         if name == "-output-node-name":
             outputs.update(dict.fromkeys(value.split(",")))
-        if not flag.obeyed:
+    for argument in arguments:
+        flag = FLAGS[argument.partition("=")[0]]
+        if not flag.obeyed or (flag.of_quantization and not _quantizes(values)):
             without_effect.append(argument)
     return Options(values, symbols, tuple(outputs), tuple(arguments), tuple(without_effect))
+
+
+def _quantizes(values: Mapping[str, str]) -> bool:
+    by_profile = "-load-profile" in values or "-dump-profile" in values
+    return by_profile or values.get("-convert-to-quantize") == "true"
 
 
 def _spread(argv: Sequence[str]) -> Iterator[str]:
@@ -286,5 +306,6 @@ def usage() -> str:
     lines = ["Usage: -m=<model.onnx> -aic-hw -aic-binary-dir=<dir> [options]", ""]
     for name, flag in FLAGS.items():
         note = "" if flag.obeyed else " (accepted, no effect here)"
+        note = " (of quantization)" if flag.of_quantization else note
         lines.append(f"  {name:36s} {flag.help}{note}")
     return "\n".join(lines)

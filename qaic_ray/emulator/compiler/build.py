@@ -19,8 +19,9 @@ from ..lowering.dims import output_dims
 from ..lowering.graph import GraphError, State
 from ..lowering.view import NotLowered
 from ..numbers import kv_cache
-from . import outputs
+from . import calibration, outputs, quantize
 from .configs import Partition
+from .quantize import Quantization
 from .report import Report
 from .weights import Precision, store_weights
 
@@ -67,6 +68,7 @@ class Build(NamedTuple):
     batch_size: Optional[int]
     hardware: str = AI100
     outputs: Tuple[str, ...] = ()
+    quantization: Optional[Quantization] = None
 
     @property
     def network_name(self) -> str:
@@ -98,14 +100,17 @@ def write(build: Build, model: Any, path: str) -> Report:
     """
     if build.outputs:
         outputs.select(model, build.outputs)
+    quantized = None
+    if build.quantization is not None:
+        dims, folder = _input_dims(build, model), _folder(build)
+        quantized = quantize.apply(model, build.quantization, dims, folder)
     states = _states(build, model)
     described = _describe(build, model, states)
     kinds = {i.name: graph.compute_kind(i) for i in graph.inputs(model)}
     with open(path, "wb") as file:
         writer = QpcWriter(file)
         constants = ConstantsWriter(writer)
-        folder = os.path.dirname(os.path.abspath(build.model_path))
-        store_weights(model, constants, folder=folder, precision=build.precision)
+        store_weights(model, constants, folder=_folder(build), precision=build.precision)
         graph.widen_to_float32(model)
         graph.narrow_lookups(model, {c.name: c.kind for c in constants.table})
         lens = _ctx_len(described, states), _joint_length(build.symbols)
@@ -132,7 +137,30 @@ def write(build: Build, model: Any, path: str) -> Report:
             writer.write(data)
             writer.end_segment()
         writer.finish()
-    return Report(_warnings(constants), not_lowered)
+    return Report(_warnings(constants), not_lowered, quantized)
+
+
+def profile(build: Build, model: Any, path: str) -> None:
+    """Write the quantization profile of `model` in place of a program.
+
+    Raises:
+        GraphError, ConfigError, ConstantError, OSError: as `write`.
+    """
+    assert build.quantization is not None
+    if build.outputs:
+        outputs.select(model, build.outputs)
+    dims = _input_dims(build, model)
+    ranges = quantize.profile(model, build.quantization, dims, _folder(build))
+    calibration.write_profile(path, ranges)
+
+
+def _folder(build: Build) -> str:
+    return os.path.dirname(os.path.abspath(build.model_path))
+
+
+def _input_dims(build: Build, model: Any) -> Dict[str, Dims]:
+    resolved = _resolve(model, build.symbols[0], build.batch_size)
+    return {value.name: resolved[value.name] for value in graph.inputs(model)}
 
 
 def _packed(build: Build, described: netdesc.Network) -> List[str]:
