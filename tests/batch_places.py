@@ -150,12 +150,16 @@ class HeldFleet:
         while self.answer(100):
             pass
 
-    def close(self, error: str = "Every card was lost.") -> None:
+    def close(self, *, is_drained: bool = False) -> None:
+        """End: what is open is cancelled where there is time for that, else it fails."""
         with self._lock:
             self.is_closed = True
             left, self._open = list(self._open.values()), {}
         for pending in left:
-            pending.fail(FleetClosed(error))
+            if is_drained:
+                pending.finish(Row.cancelled(pending.prompt))
+            else:
+                pending.fail(FleetClosed("Every card was lost."))
 
     def _cancel(self, index: int) -> None:
         with self._lock:

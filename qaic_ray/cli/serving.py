@@ -41,7 +41,7 @@ def serve(
     from qaic_ray import options
     from qaic_ray.cli.launching import live_screen
     from qaic_ray.pipeline.request import choose_sdk
-    from qaic_ray.serve.serving import serve_model
+    from qaic_ray.serve.serving import check_door, serve_model
     from qaic_ray.serve.target import ServeCall, served_job, served_model
 
     with live_screen(show) as screen:
@@ -59,8 +59,10 @@ def serve(
             choice = choose_sdk(
                 sdk.sdk if "sdk" in sdk.model_fields_set else job.sdk, job.emulator, screen
             )
+            check_door(job.serve)
             served = served_job(job, choice, screen)
         else:
+            check_door(how)
             choice = sdk_choice(sdk, screen)
             served = served_model(asked, choice, screen)
 

@@ -188,6 +188,7 @@ def _grammar_text(asked: StructuredOutputs) -> str:
     return LLMatcher.grammar_from_lark(f"start: {texts}")
 
 
+@lru_cache(maxsize=256)  # requests of one program have the same again and again
 def _refuse_unfollowable(asked: StructuredOutputs, kind: str) -> None:
     from llguidance import LLMatcher
 

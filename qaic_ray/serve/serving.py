@@ -109,7 +109,7 @@ def serve_model(
         held.callback(cards.close, drain=False)
         batches = held.enter_context(BatchManager(Path(options.folder), cards.fleet))
         service = Service(options, served.names, cards.fleet, keys=keys)
-        service.routers.append(batch_router(batches))
+        service.routers.append(batch_router(batches, stall_s=options.client_stall_s))
 
         async def make_ready() -> None:
             await asyncio.to_thread(cards.fleet.wait_ready)
@@ -125,6 +125,16 @@ def serve_model(
         if service.has_ended:
             cards.fleet.wait_ready()  # raises what ended it
             raise FleetClosed("The cards were lost.")
+
+
+def check_door(options: ServeOptions) -> None:
+    """See, before anything is made for it, that a server may listen where it is told to.
+
+    Raises:
+        UsageError: for keys or an address that cannot be.
+    """
+    keys_of(options)
+    listening_socket(options.host, options.port).close()
 
 
 def keys_of(options: ServeOptions) -> ApiKeys | None:

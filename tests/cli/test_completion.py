@@ -71,7 +71,7 @@ def script(home: Path) -> Path:
         ("run ", ["smollm2-135m", "meta-llama/Llama-3.2-1B"]),
         ("export -m meta", ["meta-llama/Llama-3.2-1B"]),
         ("launch ", ["jobs/chat.yaml", "jobs/long.yaml", *shipped_jobs()]),
-        ("launch s", ["smollm2", "start"]),
+        ("launch s", ["serve", "smollm2", "start"]),
         ("plan jobs/l", ["jobs/long.yaml"]),
         ("report ", ["second-2", "first-1"]),
         ("report runs/f", ["runs/first-1"]),

@@ -31,6 +31,9 @@ from qaic_ray import (
     SamplingParams,
     UsageError,
 )
+from qaic_ray.fleet.pending_row import PendingRow
+from qaic_ray.rows import Prompt
+from qaic_ray.sampling_params import SamplingParams as Params
 
 pytestmark = pytest.mark.cluster
 
@@ -218,6 +221,31 @@ def test_many_threads_ask_at_once(llm: LLM, tiny: TinyQpcs) -> None:
     for thread in threads:
         thread.join()
     assert found == {n: tiny.reference((n, 5), 8, stop_ids=()) for n in range(3, 13)}
+
+
+def test_a_batch_is_answered_beside_others_and_a_conversation_stays_on_its_card(
+    llm: LLM, tiny: TinyQpcs
+) -> None:
+    fleet, params = llm.fleet, Params(max_tokens=4, ignore_eos=True)
+
+    def ask(ids: tuple[int, ...], *, background: bool = False) -> PendingRow:
+        prompt = Prompt(0, "", token_ids=ids, sampling=params, background=background)
+        return fleet.submit(prompt)
+
+    late = {n: ask((n, 11), background=True) for n in range(3, 13)}
+    assert ask((5, 7)).row(120.0).token_ids == tuple(tiny.reference((5, 7), 4, stop_ids=()))
+    for n, pending in late.items():
+        right = tuple(tiny.reference((n, 11), 4, stop_ids=()))
+        assert pending.row(120.0).token_ids == right
+    ids, homes = tuple(range(3, 23)), set()
+    for turn in range(5):
+        row = ask(ids).row(120.0)
+        assert row.token_ids == tuple(tiny.reference(ids, 4, stop_ids=()))
+        homes.add(row.worker)
+        ids = (*ids, *row.token_ids, 30 + turn, 3, 4)
+    assert len(homes) == 1
+    until(lambda: fleet.engine_totals.reused_tokens >= 4 * 20)
+    assert set(fleet.engines) == {info.name for info in fleet.workers}
 
 
 def test_a_card_that_dies_loses_no_answer(llm: LLM, tiny: TinyQpcs) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from tokenizer_folders import FOLDERS, TEXTS
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from qaic_ray.engine.limits.grammars import GrammarGuide, Grammars
 from qaic_ray.errors import CheckpointError, RowError
 from qaic_ray.files.folders import CACHE_VARIABLE
 from qaic_ray.model import chat
@@ -24,6 +26,7 @@ from qaic_ray.model import tokenizer as tokenizer_module
 from qaic_ray.model.checkpoint import load_tokenizer, open_checkpoint
 from qaic_ray.model.detokenizer import IncrementalText
 from qaic_ray.model.tokenizer import Tokenizer, loaded_tokenizer
+from qaic_ray.sampling_params.structured_outputs import StructuredOutputs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,6 +91,45 @@ def test_ids_and_texts_are_the_librarys(
             assert pieces.push(plain) + pieces.finish() == shown
     assert tokenizer.vocab_size == len(truth)
     assert tokenizer.chat_template.special_tokens == truth.special_tokens_map
+
+
+# -- grammars in its tokens
+
+NOT_READ = {
+    "spaces-of-words-are-cleaned-up",
+    "whole-words-only",
+    "unigram-pieces",
+    "sentencepiece-file-of-unigrams",
+}
+"""Of decoders that llguidance does not know: WordPiece, none at all, and Metaspace."""
+SPECIAL_BYTES = {"pieces-with-byte-fallback", "llama-class-of-pieces"}
+"""Whose bytes are special tokens, which no text of an answer has."""
+
+
+def spoken(guide: GrammarGuide) -> list[int]:
+    """One walk through a grammar: what it forces, else the first token that may come."""
+    tokens: list[int] = []
+    while not guide.is_done:
+        allowed = np.unpackbits(np.frombuffer(guide.allowed(), np.uint8), bitorder="little")
+        forced = guide.forced()
+        token = forced[0] if forced else int(np.flatnonzero(allowed)[0])
+        assert allowed[token]
+        guide.take(token)
+        tokens.append(token)
+    return tokens
+
+
+def test_what_a_grammar_lets_a_row_say_is_its_text(folder: Path) -> None:
+    tokenizer = ours(folder)
+    grammars = Grammars(lambda: tokenizer.json_text, tokenizer.eos_ids, tokenizer.vocab_size)
+    if folder.name in NOT_READ:
+        with pytest.raises(RowError, match=r"llguidance cannot read its tokenizer .*leave it out"):
+            grammars.guide(StructuredOutputs(regex="a"))
+        return
+    for text in ("yes", "a b", "it's done", '{"a": 1}', "é"):
+        if folder.name not in SPECIAL_BYTES or text.isalpha():
+            guide = grammars.guide(StructuredOutputs(choice=(text,)))
+            assert tokenizer.decode(spoken(guide)) == text
 
 
 @given(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -229,6 +230,9 @@ class AnyDeath(RuleBasedStateMachine):
         outputs = {name for name in kept if self.manager.files.get(name).purpose == "batch_output"}
         assert outputs == told & outputs
         assert told <= kept
+        # Nothing half made is left, either.
+        assert kept == {each["id"] for each in self.manager.files.list(Paging(1000))["data"]}
+        assert {path.name for path in (self.folder / "batches").iterdir()} == set(every)
 
     def _check_batch(self, batch: dict[str, Any], lines: Lines) -> None:
         output = lines_of(self.manager, batch["output_file_id"])
@@ -305,6 +309,7 @@ def test_a_death_at_any_change_of_the_disk_leaves_a_batch_that_goes_on(
                 ids = [each["id"] for each in page["data"]]
                 assert len(ids) <= 1
                 assert batch is None or ids == [batch["id"]]
+                assert os.listdir(folder / "batches") == ids
                 for id_ in ids:
                     done = ended(manager, id_)
                     assert done["request_counts"] == {"total": 4, "completed": 3, "failed": 1}
@@ -315,4 +320,6 @@ def test_a_death_at_any_change_of_the_disk_leaves_a_batch_that_goes_on(
                     outputs = [done["output_file_id"], done["error_file_id"]]
                     kept = manager.files.list(Paging(100), "batch_output")["data"]
                     assert sorted(each["id"] for each in kept) == sorted(outputs)
+                files = [each["id"] for each in manager.files.list(Paging(100))["data"]]
+                assert sorted(os.listdir(folder / "files")) == sorted(files)
             shutil.rmtree(folder)

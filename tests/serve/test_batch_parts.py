@@ -25,7 +25,7 @@ from qaic_ray.serve.batches.batch_record import (
     Outcome,
     RequestCounts,
 )
-from qaic_ray.serve.batches.fleet_cards import FleetAsCards, Lane, Places, RunStopped
+from qaic_ray.serve.batches.fleet_cards import BatchLane, FleetAsCards, Places, RunStopped
 from qaic_ray.serve.batches.pages import ASCENDING, DESCENDING, Paging, page_of
 from qaic_ray.serve.batches.request_lines import LineTable
 from qaic_ray.serve.batches.runner import BatchProgress
@@ -192,7 +192,7 @@ def test_the_oldest_lane_never_waits_while_a_younger_one_takes(
     woken: list[str] = []
     lanes = {name: places.lane(name, lambda name=name: woken.append(name)) for name in "abc"}
     for name, step in steps:
-        lane: Lane = lanes[name]
+        lane: BatchLane = lanes[name]
         woken.clear()
         if step == "want":
             is_blocked = any(lanes[older].is_waiting for older in "abc" if older < name)

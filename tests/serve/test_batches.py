@@ -352,6 +352,18 @@ def test_a_fleet_that_ends_leaves_its_batches_for_the_next_server(tmp_path: Path
         assert ended(manager, id_)["request_counts"]["completed"] == 9
 
 
+def test_rows_that_the_end_of_the_fleet_cancels_are_made_by_the_next_one(tmp_path: Path) -> None:
+    fleet = HeldFleet(is_free=False)
+    with opened(tmp_path, fleet) as manager:
+        id_ = begun(manager, jsonl([completion(f"c{number}") for number in range(9)]))
+        until(lambda: fleet.num_open == 4)
+        fleet.close(is_drained=True)
+        until(lambda: HELD in (manager.get(id_)["metadata"] or {}))
+        assert manager.get(id_)["request_counts"] == {"total": 9, "completed": 0, "failed": 0}
+    with opened(tmp_path, HeldFleet()) as manager:
+        assert ended(manager, id_)["request_counts"]["completed"] == 9
+
+
 def test_another_program_lets_a_batch_wait_for_its_own(tmp_path: Path) -> None:
     clock = Clock()
     fleet = HeldFleet(is_free=False)

@@ -19,7 +19,7 @@ from qaic_ray.pipeline.job import load_job, plan_job
 from qaic_ray.shipped.jobs import SHIPPED, job_file, shipped_jobs
 from qaic_ray.shipped.new_job import FIRST, write_job
 
-NAMES = ["chat", "dl2q-llama-7b", "dl2q-llama-7b-recipe", "smollm2", "start"]
+NAMES = ["chat", "dl2q-llama-7b", "dl2q-llama-7b-recipe", "serve", "smollm2", "start"]
 
 
 @pytest.fixture

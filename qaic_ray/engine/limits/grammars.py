@@ -6,11 +6,12 @@ own.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from collections.abc import Sequence as Listed
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qaic_ray.errors import RowError
 from qaic_ray.files.documents import shown
@@ -57,7 +58,8 @@ class GrammarGuide:
     def forced(self) -> Listed[int]:
         """The tokens that the text must go on with, as the tokenizer writes it; often none."""
         if self._forced is None:
-            self._forced = [] if self.is_done else self._matcher.compute_ff_tokens()
+            tokens = [] if self.is_done else self._matcher.compute_ff_tokens()
+            self._forced = tokens[: self._matcher.validate_tokens(tokens)] if tokens else tokens
             self._check()
         return self._forced
 
@@ -135,8 +137,8 @@ class Grammars:
     def _read_tokenizer(self) -> LLTokenizer:
         from llguidance import LLTokenizer
 
-        text = self._tokenizer_json()
         try:
+            text = _readable(self._tokenizer_json())
             tokenizer = LLTokenizer(text, eos_token=list(self._end_ids) or None)
             if self._num_tokens is not None and self._num_tokens > tokenizer.vocab_size:
                 # Logits may be wider than the vocabulary; what is beyond is never allowed.
@@ -149,6 +151,27 @@ class Grammars:
                 f"({_sentence(str(error))}): leave it out."
             ) from error
         return tokenizer
+
+
+def _readable(tokenizer_json: str) -> str:
+    """A `tokenizer.json` that adds no space before a text.
+
+    llguidance takes the tokens that a tokenizer writes a text with for those that the text needs.
+    """
+    document: dict[str, Any] = json.loads(tokenizer_json)
+    for step in _steps(document.get("pre_tokenizer"), "pretokenizers"):
+        if step.get("type") == "ByteLevel":
+            step["add_prefix_space"] = False
+    return json.dumps(document)
+
+
+def _steps(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    """The steps of a part of a tokenizer, which may be a sequence of them."""
+    if part is None:
+        return []
+    return (
+        [step for inner in part[name] for step in _steps(inner, name)] if name in part else [part]
+    )
 
 
 def _matcher(tokenizer: LLTokenizer, asked: StructuredOutputs) -> LLMatcher:

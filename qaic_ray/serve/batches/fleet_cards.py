@@ -61,16 +61,16 @@ class Places:
         self._fleet = fleet
         self._lock = threading.Lock()
         self._num_taken = 0
-        self._lanes: list[Lane] = []
+        self._lanes: list[BatchLane] = []
 
-    def lane(self, batch_id: str, wake: Callable[[], None]) -> Lane:
+    def lane(self, batch_id: str, wake: Callable[[], None]) -> BatchLane:
         """A batch's own way to places.
 
         Args:
             batch_id: by its order; the least is the oldest.
             wake: called, by any thread, when it may take places again.
         """
-        lane = Lane(self, batch_id, wake)
+        lane = BatchLane(self, batch_id, wake)
         with self._lock:
             self._lanes = sorted([*self._lanes, lane], key=lambda each: each.batch_id)
         return lane
@@ -80,7 +80,7 @@ class Places:
         """Places there are now."""
         return PLACES_A_SLOT * sum(worker.slots for worker in self._fleet.workers)
 
-    def take(self, lane: Lane) -> bool:
+    def take(self, lane: BatchLane) -> bool:
         """Take a place for a lane; False where it must wait."""
         with self._lock:
             if lane.is_closed:
@@ -93,18 +93,18 @@ class Places:
             lane.num_taken += 1
             return True
 
-    def give_back(self, lane: Lane, num_places: int) -> None:
+    def give_back(self, lane: BatchLane, num_places: int) -> None:
         """These places of a lane are free."""
         with self._lock:
             self._num_taken -= num_places
             lane.num_taken -= num_places
 
-    def rest(self, lane: Lane) -> None:
+    def rest(self, lane: BatchLane) -> None:
         """A lane wants nothing now."""
         with self._lock:
             lane.is_waiting = False
 
-    def close(self, lane: Lane) -> None:
+    def close(self, lane: BatchLane) -> None:
         """A lane is over."""
         with self._lock:
             self._num_taken -= lane.num_taken
@@ -120,7 +120,7 @@ class Places:
             waiting.wake()
 
 
-class Lane:
+class BatchLane:
     """One batch's way to places of the fleet; see `Places`. One thread's, but for `wake`."""
 
     def __init__(self, places: Places, batch_id: str, wake: Callable[[], None]) -> None:

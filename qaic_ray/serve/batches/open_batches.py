@@ -58,7 +58,7 @@ _SWEEP_S = 60.0
 _log = logging.getLogger(__name__)
 
 
-class _Kind(Enum):
+class _MessageKind(Enum):
     """What is done about a batch."""
 
     CHECK = "check"
@@ -68,7 +68,7 @@ class _Kind(Enum):
 
 @dataclass(frozen=True)
 class _Working:
-    kind: _Kind
+    kind: _MessageKind
     work: BatchWork
     thread: threading.Thread
 
@@ -302,19 +302,19 @@ class BatchManager(AbstractContextManager["BatchManager"]):
         if time.monotonic() >= until_s and (kind := self._next(record, is_over)) is not None:
             self._begin(record, kind)
 
-    def _next(self, record: BatchRecord, is_over: bool) -> _Kind | None:
+    def _next(self, record: BatchRecord, is_over: bool) -> _MessageKind | None:
         """What can be done about a batch that nobody works on."""
         if record.status is BatchStatus.VALIDATING:
-            kind, most = _Kind.CHECK, 1
+            kind, most = _MessageKind.CHECK, 1
         elif record.is_running and not is_over:
-            kind, most = _Kind.RUN, self._limits.max_running
+            kind, most = _MessageKind.RUN, self._limits.max_running
         else:
-            kind, most = _Kind.FINISH, 1
+            kind, most = _MessageKind.FINISH, 1
         with self._lock:
             num_such = sum(working.kind is kind for working in self._working.values())
         if num_such >= most:
             return None
-        if kind is not _Kind.FINISH or record.total:
+        if kind is not _MessageKind.FINISH or record.total:
             changes = differences(record.program, self._workplace.answering.program)
             if changes:
                 self._hold(
@@ -323,13 +323,17 @@ class BatchManager(AbstractContextManager["BatchManager"]):
                     "with that one, and it goes on.",
                 )
                 return None
-        if kind is _Kind.RUN and not self._fleet.workers:
+        if kind is _MessageKind.RUN and not self._fleet.workers:
             return None
         return kind
 
-    def _begin(self, record: BatchRecord, kind: _Kind) -> None:
+    def _begin(self, record: BatchRecord, kind: _MessageKind) -> None:
         work = BatchWork(self._workplace, record.id, self._progress.get(record.id))
-        what = {_Kind.CHECK: work.check, _Kind.RUN: work.run, _Kind.FINISH: work.finish}[kind]
+        what = {
+            _MessageKind.CHECK: work.check,
+            _MessageKind.RUN: work.run,
+            _MessageKind.FINISH: work.finish,
+        }[kind]
         # A daemon: a server that is told to end at once must not wait for it.
         thread = threading.Thread(
             target=self._work, args=(record.id, work, what), name=record.id, daemon=True

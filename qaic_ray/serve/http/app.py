@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -18,8 +19,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from qaic_ray import __version__
-from qaic_ray.serve.api_errors import ApiError, bad_request
-from qaic_ray.serve.http.event_stream import ClientGone, EventStream, gone, too_long
+from qaic_ray.serve.api_errors import CLIENT_GONE, ApiError, bad_request
+from qaic_ray.serve.http.event_stream import GONE, ClientGone, EventStream, gone, too_long
 from qaic_ray.serve.http.gate import Gate, refuse
 from qaic_ray.serve.http.request_log import RequestRecord
 from qaic_ray.serve.http.running import Running
@@ -41,6 +42,8 @@ from qaic_ray.serve.protocol.tokens import detokenized, tokenized
 
 log = logging.getLogger("qaic_ray.serve")
 
+_MAYBE_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""An escape that stands for half of a surrogate pair, or seems to."""
 _BODIES: dict[str, type[BaseModel]] = {
     COMPLETIONS: CompletionBody,
     CHAT: ChatBody,
@@ -238,12 +241,22 @@ async def read_body(request: Request, service: Service) -> Mapping[str, Any]:
                 pieces.append(piece)
     except TimeoutError as error:
         raise ApiError(408, "The body did not come in time: send it faster.") from error
+    return _document(b"".join(pieces))
+
+
+def _document(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body, whose texts can be written again."""
     try:
-        document = json.loads(b"".join(pieces), parse_constant=_no_number)
+        text = body.decode("utf-8-sig")
+        document = json.loads(text, parse_constant=_no_number)
+        if _MAYBE_HALF.search(text):
+            json.dumps(document, ensure_ascii=False).encode()
     except RecursionError as error:
         raise bad_request("The body is nested too deep.") from error
+    except UnicodeEncodeError as error:
+        raise bad_request("The body holds half of a surrogate pair, not a character.") from error
     except ValueError as error:
-        raise bad_request(f"The body is no JSON: {error}.") from error
+        raise bad_request(f"The body is no JSON of UTF-8: {error}.") from error
     if not isinstance(document, dict):
         raise bad_request("The body is no JSON object.")
     return document
@@ -274,6 +287,8 @@ async def _of_validation(_: Request, error: Exception) -> Response:
 
 
 async def _of_fault(request: Request, error: Exception) -> Response:
+    if isinstance(error, GONE):
+        return Response(status_code=CLIENT_GONE)  # nobody reads it
     record: RequestRecord = request.state.record
     log.error("%s: a fault of qaic-ray", record.request_id, exc_info=error)
     return refuse(ApiError(500, f"A fault of qaic-ray ({type(error).__name__}): please report it."))

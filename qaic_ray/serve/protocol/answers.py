@@ -211,7 +211,8 @@ def response_body(
         else {
             "input_tokens": total["prompt_tokens"],
             "input_tokens_details": {
-                "cached_tokens": total["prompt_tokens_details"]["cached_tokens"]
+                "cached_tokens": total["prompt_tokens_details"]["cached_tokens"],
+                "cache_write_tokens": 0,
             },
             "output_tokens": total["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": 0},

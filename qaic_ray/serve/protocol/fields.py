@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.files.documents import first_error, shown
 from qaic_ray.formats import row_fields
+from qaic_ray.formats.row_fields import check_unicode
 from qaic_ray.rows import Prompt
 from qaic_ray.sampling_params import MAX_LOGPROBS, SamplingParams
 from qaic_ray.sampling_params.structured_outputs import document_of_response_format
@@ -27,6 +28,8 @@ def body_of(kind: type[Body], document: Mapping[str, Any]) -> Body:
     Raises:
         ApiError: 400, with the field that is wrong.
     """
+    with refusing():
+        check_unicode("name of a field", "".join(document))
     try:
         return kind.model_validate(dict(document))
     except ValidationError as error:
@@ -34,7 +37,7 @@ def body_of(kind: type[Body], document: Mapping[str, Any]) -> Body:
         name = ".".join(str(part) for part in first["loc"]) or None
         if first["type"] == "missing":
             raise bad_request(f"{name} is missing.", name) from error
-        raise bad_request(f"{first_error(error)}.", str(first["loc"][0])) from error
+        raise bad_request(first_error(error), str(first["loc"][0])) from error
     except RecursionError as error:
         raise bad_request("The body is nested too deep.") from error
 
@@ -101,10 +104,24 @@ def sampling_fields(body: SamplingBody) -> dict[str, Any]:
     return fields
 
 
-def checked_params(context: ModelContext, fields: Mapping[str, Any]) -> SamplingParams:
-    if (asked := fields.get("logprobs")) is not None and asked > MAX_LOGPROBS:
-        name = "top_logprobs" if "max_tokens" not in fields else "logprobs"
-        raise bad_request(f"{name} is {asked}: it is at most {MAX_LOGPROBS}.", name)
+def checked_params(
+    context: ModelContext, fields: Mapping[str, Any], logprobs_name: str = "logprobs"
+) -> SamplingParams:
+    """The sampling parameters of fields, with the model's own defaults for the others.
+
+    Args:
+        context: has the defaults.
+        fields: by our names.
+        logprobs_name: what the request calls `logprobs`.
+
+    Raises:
+        ApiError: naming the field that is wrong.
+    """
+    asked = fields.get("logprobs")
+    if asked is not None and not 0 <= asked <= MAX_LOGPROBS:
+        raise bad_request(
+            f"{logprobs_name} is {shown(asked)}: it is from 0 to {MAX_LOGPROBS}.", logprobs_name
+        )
     with refusing():
         return context.defaults.updated(fields)
 

@@ -139,7 +139,7 @@ def _chat(document: Mapping[str, Any], context: ModelContext) -> Asked:
         fields["logprobs"] = body.top_logprobs or 0
     conversation = read_conversation(body, context)
     fields |= conversation.answer_fields
-    params = checked_params(context, fields)
+    params = checked_params(context, fields, "top_logprobs")
     ids = _rendered(conversation, _chat_options(body), context)
     prompt = prompt_of(0, ids, params, context=context, body=body)
     return Asked(
