@@ -194,7 +194,7 @@ def _quantization(options: Options) -> Quantization:
         channelwise=options.on("-enable-channelwise"),
         rowwise=options.on("-enable-rowwise"),
         kept_types=frozenset(filter(None, types)),
-        kept_values=frozenset(configs.read_node_precisions(names) if names else ()),
+        kept_nodes=frozenset(configs.read_node_precisions(names) if names else ()),
         list_file=values.get("-input-list-file"),
         random=values.get("-use-random-input-data"),
         profile=values.get("-load-profile"),
