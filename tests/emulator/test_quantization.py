@@ -441,7 +441,7 @@ def test_what_cannot_be_quantized_so_is_one_sentence(
 ) -> None:
     layer(tmp_path)
     calibration.write_profile(str(tmp_path / "other.yaml"), {"z": Range(0.0, 1.0)})
-    (tmp_path / "no").write_text("Names: [g]\n")
+    (tmp_path / "no.yaml").write_text("Names: [g]\n")
     argv = flags.format(folder=tmp_path).split()
     if list_text is not None:
         (tmp_path / "list.txt").write_text(list_text.format(folder=tmp_path))

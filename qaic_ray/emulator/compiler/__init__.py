@@ -19,8 +19,7 @@ from typing import Sequence, Tuple
 
 import onnx
 
-from ..container import FILE_NAME, steps
-from ..container.network import AI100
+from ..container import AI100, FILE_NAME, steps
 from ..folder import FolderError, current
 from ..lowering import graph
 from ..lowering.graph import GraphError
