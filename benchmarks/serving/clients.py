@@ -160,9 +160,9 @@ def _inference_perf(place: Place) -> list[str]:
 
 def _ray(place: Place) -> list[str]:
     return [
-        *(sys.executable, "-m", "ray.llm._internal.serve.benchmark", "-s", "-u", place.url),
+        *(sys.executable, "-m", "ray.llm._internal.serve.benchmark", "-u", place.url),
         *("-m", place.model, "--tokenizer", place.tokenizer, "--isl", "32", "--osl", "8"),
-        *("--num-turns", "2", "--concurrency", "2"),
+        *("--num-turns", "2", "--concurrency", "4", "--num-sessions", "8"),
     ]
 
 
