@@ -75,6 +75,9 @@ def serve(
 
         log_json = show.log_format == "json"
         if served.options.ray_serve:
+            from qaic_ray.serve.ray_serve.haproxy import choose
+
+            choose(served.options, served.request.ray)  # before Ray Serve is imported
             from qaic_ray.serve.ray_serve.application import serve_on_ray
 
             serve_on_ray(served, choice, screen, on_ready=ready, log_json=log_json)
