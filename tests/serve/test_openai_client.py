@@ -475,7 +475,8 @@ def test_clients_that_go_free_their_slots() -> None:
             ]
             stream = await begun[0]
             await anext(aiter(stream))
-            while service.num_running() < 64:
+            # All of them, unless the machine is so slow that some have ended.
+            while service.num_running() < 64 and not begun[-1].done():
                 await asyncio.sleep(0.01)
             for one in begun:
                 one.cancel()  # some wait for a slot, others have their first tokens
@@ -483,7 +484,7 @@ def test_clients_that_go_free_their_slots() -> None:
                 if isinstance(one, openai.AsyncStream):
                     await one.close()
 
-    with formula_fleet(num_cards=2, slots=8, step_s=0.02) as (fleet, cards):
+    with formula_fleet(num_cards=2, slots=8, step_s=0.05) as (fleet, cards):
         service = service_of(fleet)
         with serving(service) as url:
             asyncio.run(go(url, service))
