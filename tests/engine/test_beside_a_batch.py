@@ -49,7 +49,8 @@ def run(*, with_batch: bool, num_clients: int, num_requests: int = 60) -> Load:
 
     program.run = timed  # type: ignore[method-assign]
     engine = Engine(program, lambda: now_s, max_stall_s=0.0, prefix_reuse=False)
-    backlog = Backlog(kept_slots=num_clients)
+    engine.batcher.kept_slots = num_clients
+    backlog = Backlog()
     ask_s = [draw.expovariate(1.0) for _ in range(num_clients)]
     online: dict[Sequence, list[float]] = {}
     num_asked = 0
