@@ -168,13 +168,17 @@ class Batcher(InFlight):
             key=lambda row: row.num_computed,
         )[:wanted]
         for row in rows:
-            is_fruitless = len(row.output_ids) == row.num_kept
-            row.num_preempted = 1 + (row.num_preempted if is_fruitless else 0)
-            row.num_kept = len(row.output_ids)
-            self._release(row)
-            row.num_computed = 0
-            self.waiting.appendleft(row)
+            self._preempt(row)
         return rows
+
+    def _preempt(self, row: Sequence) -> None:
+        """Take a row's slot; of those that wait it goes first among the background."""
+        is_fruitless = len(row.output_ids) == row.num_kept
+        row.num_preempted = 1 + (row.num_preempted if is_fruitless else 0)
+        row.num_kept = len(row.output_ids)
+        self._release(row)
+        row.num_computed = 0
+        self.waiting.appendleft(row)
 
     def _next_waiting(self) -> Sequence | None:
         """Take out the sequence that gets the next slot: one of the foreground, where any waits."""
