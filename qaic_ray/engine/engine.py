@@ -144,6 +144,8 @@ class Engine:
         meter = self._meter
         num_generated = meter.generated_tokens  # before the rows: none that ends now counts twice
         running = list(self.batcher.running.values())
+        # A row that takes or gives its slot meanwhile is in one of the three.
+        rows = {*running, *self.batcher.waiting, *self.batcher.running.values()}
         positions = self._shapes.num_slots * self._shapes.ctx_len
         return EngineState(
             running=len(running),
@@ -151,7 +153,7 @@ class Engine:
             kv_usage=sum(row.num_computed for row in running) / positions,
             prompt_tokens=meter.prompt_tokens,
             reused_tokens=meter.reused_tokens,
-            generated_tokens=num_generated + sum(len(row.output_ids) for row in running),
+            generated_tokens=num_generated + sum(len(row.output_ids) for row in rows),
         )
 
     def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:

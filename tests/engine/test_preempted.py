@@ -149,6 +149,9 @@ class Card:
                 reader = rows[finished.sequence]
                 done[finished.sequence.key] = (finished, None if reader is None else reader.seen)
             self.batcher.check()
+            failed = {key for key, (one, _) in done.items() if one.error is not None}
+            counted = sum(len(row.output_ids) for row in rows if row.key not in failed)
+            assert self.engine.state().generated_tokens == counted
             for row, number in before.items():
                 self.came_s[row.key] += [self.now_s] * (len(row.output_ids) - number)
         raise AssertionError("rows run for ever")

@@ -19,7 +19,7 @@ MAX_STALL_S = 1.0
 """Seconds that running rows may wait for the prefill of others, by default."""
 BACKGROUND_S = 1.0
 """Seconds that rows of the background may wait, where `max_stall_s` is less: they do not mind."""
-RARE = 256
+RARE = 128
 """While rows of the foreground decode, they are made to wait by prefill of the background so rarely
 that no more than one decode step in so many comes behind a prefill: the 99th percentile of the
 times between their tokens does not tell. Where their own prefill makes as many wait, there is none.
