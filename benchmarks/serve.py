@@ -5,11 +5,11 @@
     python benchmarks/serve.py batch [--load 0.4] [--requests 400]
     python benchmarks/serve.py clients [NAME ...] [--folder FOLDER]
 
-`latency`: four emulated cards that compute nothing and take 20 ms a step, in simulated time, 8 slots
-each. Requests come at random at a share of the token rate that the cards have (their prefill steps
-counted); between which times a client gets its tokens, and when its first. Then 32 clients that each
-have a row running: CPU of the server's process a token, beside that of the driver of `qaic-ray run`
-on the same requests; and tokens/s of many requests at once beside such a run.
+`latency`: four emulated cards of 8 slots that compute nothing and take 20 ms a step, in simulated
+time. Requests come at random at a share of the token rate that the cards have (their prefill steps
+counted): milliseconds between a client's tokens, and to its first. Then 32 clients that each have
+a row running: CPU of the server's process a token, beside that of the driver of `qaic-ray run` on
+the same requests; and tokens/s of many requests at once beside such a run.
 
 `peers`: SmolLM2-135M on one emulated card, and on llama.cpp's own server (from the wheel xllamacpp,
 Q8_0), the same requests by 1, 8 and 32 clients, by turns.
@@ -71,7 +71,9 @@ def latency(options: argparse.Namespace) -> Figures:
 
     figures = latency.measure(options.loads, options.seconds, options.tokens)
     promised = latency.promises(figures)
-    title = f"{figures['cards']} cards of {figures['slots']} slots, {figures['step_ms']:g} ms a step"
+    title = (
+        f"{figures['cards']} cards of {figures['slots']} slots, {figures['step_ms']:g} ms a step"
+    )
     table_of(
         f"{title} (simulated); ms: p50 / p99 / most",
         ["load", "tokens/s", "between tokens", "first token", "errors", "others' cores"],

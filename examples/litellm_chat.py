@@ -1,8 +1,8 @@
 """A conversation through litellm, which speaks to many servers by one function.
 
-    qaic-ray serve smollm2-135m
-    pip install litellm
-    python examples/litellm_chat.py http://127.0.0.1:8000/v1
+qaic-ray serve smollm2-135m
+pip install litellm
+python examples/litellm_chat.py http://127.0.0.1:8000/v1
 """
 
 import sys

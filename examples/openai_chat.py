@@ -1,7 +1,7 @@
 """A streamed conversation, an answer in a form, and a batch, with openai-python.
 
-    qaic-ray serve smollm2-135m
-    python examples/openai_chat.py http://127.0.0.1:8000/v1
+qaic-ray serve smollm2-135m
+python examples/openai_chat.py http://127.0.0.1:8000/v1
 """
 
 import json

@@ -48,7 +48,9 @@ def card_s(tokens: int, step_ms: float = STEP_MS) -> float:
     return step_ms / 1e3 * (1 + (tokens - 1) / SLOTS)
 
 
-def arrivals(share: float, seconds: float, seed: int = 0) -> tuple[list[dict[str, Any]], list[float]]:
+def arrivals(
+    share: float, seconds: float, seed: int = 0
+) -> tuple[list[dict[str, Any]], list[float]]:
     """Requests that come at random and take this share of what the cards can give."""
     chance = random.Random(seed)
     mean_s = sum(card_s(length(chance)) for _ in range(20_000)) / 20_000
@@ -134,13 +136,11 @@ def promises(figures: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
     """What is promised of them: in words, the figure, the limit, and whether it holds."""
     step_ms = figures["step_ms"]
     at_80 = [one for one in figures["loads"] if one["load"] == 0.8]
-    found = []
+    found: list[tuple[str, float, float, bool]] = []
     for one in at_80:
-        gaps = one["inter_token_ms"]
-        found += [
-            ("inter-token p50 at 80 %, ms", gaps["p50"], 1.1 * step_ms, gaps["p50"] <= 1.1 * step_ms),
-            ("inter-token p99 at 80 %, ms", gaps["p99"], 2.2 * step_ms, gaps["p99"] <= 2.2 * step_ms),
-        ]  # fmt: skip
+        for quantile, most in (("p50", 1.1), ("p99", 2.2)):
+            value, limit = one["inter_token_ms"][quantile], most * step_ms
+            found.append((f"inter-token {quantile} at 80 %, ms", value, limit, value <= limit))
     beyond, share = figures["beyond_run_us_a_token"], figures["share_of_run"]
     return [
         *found,

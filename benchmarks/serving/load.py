@@ -192,7 +192,9 @@ def measured(found: Sequence[Request], quiet_s: float) -> dict[str, Any]:
         later - earlier
         for request in good
         # The last events are the end and the usage, which come with the last token.
-        for earlier, later in zip(request.events_s, request.events_s[1 : request.tokens], strict=False)
+        for earlier, later in zip(
+            request.events_s, request.events_s[1 : request.tokens], strict=False
+        )
     ]
     last_s = max(request.ended_s for request in found)
     cpu = os.times()

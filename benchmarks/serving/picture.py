@@ -100,7 +100,7 @@ def draw(
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}">'
                 f"<title>{note}</title></circle>"
             )
-        parts.append(_text(name, right + 12, heights[name] + 4, "name", colour))
+        parts.append(_text(name, right + 12, heights[name] + 4, "name", colour=colour))
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -123,7 +123,7 @@ def _axes(plane: Plane, loads: Sequence[float]) -> list[str]:
 
 
 def _text(
-    text: str, x: float, y: float, css: str, colour: str = "", *, anchor: str = "start"
+    text: str, x: float, y: float, css: str, *, colour: str = "", anchor: str = "start"
 ) -> str:
     style = f' style="fill:{colour}"' if colour else ""
     return (

@@ -225,7 +225,7 @@ class Decoding(Section):
     GROUP: ClassVar[str] = PROMPTS
 
     system: str | None = opt(
-        None, "With --chat: the system message of conversations that bring none."
+        None, "The system message of conversations that bring none; of prompts with --chat."
     )
     chat_template: TemplateText | None = opt(
         None, "A Jinja file instead of the model's own, or its text."

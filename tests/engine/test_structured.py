@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from qaic_ray.contract import IoContract, Specialization, Specializations
 from qaic_ray.engine.drafts import PromptLookup
 from qaic_ray.engine.engine import Engine, Finished
-from qaic_ray.engine.limits.grammars import Grammars
+from qaic_ray.engine.limits.grammars import GrammarGuide, Grammars
 from qaic_ray.engine.steps import Sequence
 from qaic_ray.errors import RowError
 from qaic_ray.rows import FinishReason
@@ -412,6 +412,46 @@ def test_limits_hold_for_drafted_tokens_too(
 
 
 # -- grammars that cannot be followed
+
+
+class FailingGuide(GrammarGuide):
+    """A grammar that becomes too complex behind some tokens, as llguidance's limits have it."""
+
+    def __init__(self, made: GrammarGuide, method: str, num_tokens: int) -> None:
+        vars(self).update(vars(made))
+        self._method, self._left = method, num_tokens
+
+    def _fail_in(self, method: str) -> None:
+        if method == self._method and self._left <= 0:
+            raise RowError("structured_outputs cannot be followed: ParserTooComplex.")
+
+    def allowed(self) -> bytes:
+        self._fail_in("allowed")
+        return super().allowed()
+
+    def take(self, token: int) -> None:
+        self._fail_in("take")
+        self._left -= 1
+        super().take(token)
+
+
+@pytest.mark.parametrize("method", ["allowed", "take"])
+@pytest.mark.parametrize("decode_len", [1, 3])
+def test_a_grammar_that_becomes_too_complex_ends_its_row_alone(
+    method: str, decode_len: int
+) -> None:
+    def made() -> list[Sequence]:
+        free = row(2, None, limit=9, stop_ids=(), temperature=1.0)
+        return [row(0, {"regex": "[a-f]{9}"}), row(1, {"regex": "[a-f]{9}"}), free]
+
+    rows = made()
+    rows[0].guide = FailingGuide(GRAMMARS.guide(StructuredOutputs(regex="[a-f]{9}")), method, 3)
+    done = answered(rows, decode_len=decode_len, proposer=PromptLookup())
+    assert str(done[0].error) == "structured_outputs cannot be followed: ParserTooComplex."
+    undisturbed = answered(made(), decode_len=decode_len)
+    for key in (1, 2):
+        assert done[key].error is None
+        assert rows[key].output_ids == undisturbed[key].sequence.output_ids
 
 
 def test_a_tokenizer_that_is_none_is_said() -> None:

@@ -97,6 +97,10 @@ def test_single_value_stands_for_a_list_of_one() -> None:
         (with_part("run", devices=[0, 0]), "same value twice"),
         (with_part("run", sampling={"temprature": 1}), "did you mean temperature"),
         (with_part("run", sampling={"top_p": 0}), r"run\.sampling: top_p is 0; allowed is"),
+        (
+            with_part("run", sampling={"structured_outputs": {"regex": "("}}),
+            r"run\.sampling: structured_outputs\.regex cannot be followed: unclosed group",
+        ),
         (with_part("run", sampling={"max_tokens": 4}), "another name in a job, run.generation_len"),
         (with_part("run", sampling=[1]), r"run\.sampling: .*given: \[1\]"),
         (with_part("run", seed=-1), r"run\.seed.*given: -1"),

@@ -45,9 +45,9 @@ def manager(tmp_path: Path, fleet: HeldFleet) -> Iterator[BatchManager]:
         yield made
 
 
-def app_of(manager: BatchManager) -> FastAPI:
+def app_of(manager: BatchManager, **how: Any) -> FastAPI:
     app = FastAPI()
-    app.include_router(batch_router(manager))
+    app.include_router(batch_router(manager, **how))
 
     async def refused(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
@@ -293,8 +293,10 @@ def test_a_body_that_says_that_it_is_too_large_is_not_read(manager: BatchManager
     assert answer.status_code == 413
 
 
-def test_an_upload_that_is_cut_off_leaves_nothing(manager: BatchManager) -> None:
-    app = app_of(manager)
+@pytest.mark.parametrize("end", ["disconnect", "silence"])
+def test_an_upload_that_is_cut_off_leaves_nothing(manager: BatchManager, end: str) -> None:
+    app = app_of(manager, stall_s=0.02)
+    sent: list[Any] = []
     begun = (
         b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
         b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + b"{}\n" * 99
@@ -313,20 +315,22 @@ def test_an_upload_that_is_cut_off_leaves_nothing(manager: BatchManager) -> None
     }
     messages = [
         {"type": "http.request", "body": begun, "more_body": True},
-        {"type": "http.disconnect"},
+        {"type": f"http.{end}"},
     ]
 
     async def receive() -> dict[str, Any]:
+        if len(messages) == 1 and end == "silence":
+            await asyncio.sleep(60.0)
         return messages.pop(0)
 
-    async def send(_: Any) -> None:
-        pass
+    async def send(message: Any) -> None:
+        sent.append(message.get("status"))
 
     async def upload() -> None:
         await app(scope, receive, send)
 
-    with pytest.raises(Exception, match=r"|disconnect"):
-        asyncio.run(upload())
+    asyncio.run(upload())
+    assert sent[0] == (408 if end == "silence" else 499)
     assert os.listdir(manager.files.folder) == []
 
 

@@ -204,11 +204,17 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+NO_FLAG = object()
+"""In place of a command's own default: an option that it does not have."""
+
+
 def flags_of(kind: type, defaults: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[Flag]:
     """The flags of a section, with those of sections in it."""
     entries, flags = options_of(kind), []
     for name, field in kind.__pydantic_fields__.items():  # type: ignore[attr-defined]
         value = OptionValue(field)
+        if defaults.get(name) is NO_FLAG:
+            continue
         if hasattr(value.kind, "__pydantic_fields__"):
             flags += flags_of(value.kind, {}, (*path, name))
         elif name in entries and entries[name].flag is not None:
@@ -228,7 +234,7 @@ def section_of(
     Raises:
         UsageError: naming the flag and the value.
     """
-    document: dict[str, Any] = dict(defaults)
+    document: dict[str, Any] = {n: value for n, value in defaults.items() if value is not NO_FLAG}
     for flag in flags:
         value = flag.read(words)
         if value is not ...:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, BinaryIO
 
+import anyio
 from fastapi import APIRouter, Request
 from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from qaic_ray.errors import QaicRayError
 from qaic_ray.files.documents import as_object, parse_json, shown
-from qaic_ray.serve.api_errors import ApiError, bad_request
+from qaic_ray.serve.api_errors import CLIENT_GONE, ApiError, bad_request
 from qaic_ray.serve.batches.batch_record import WINDOW, NewBatch, checked_metadata
 from qaic_ray.serve.batches.file_store import FileStore, kept_seconds, too_large
 from qaic_ray.serve.batches.open_batches import BatchManager
@@ -22,6 +24,7 @@ from qaic_ray.serve.batches.uploads import FORM_BYTES, UploadForm
 from qaic_ray.serve.protocol.fields import body_of
 
 FILES_A_PAGE, BATCHES_A_PAGE, BATCHES_BY_DEFAULT = 10_000, 100, 20
+STALL_S = 60.0
 _BODY_BYTES = 2**17
 _FED_BYTES = 2**18
 _READ_BYTES = 2**18
@@ -75,23 +78,24 @@ _FORM_PAGE = {
 }
 
 
-def batch_router(manager: BatchManager) -> APIRouter:
+def batch_router(manager: BatchManager, *, stall_s: float = STALL_S) -> APIRouter:
     """The routes of a server's files and batches; they raise ApiError.
 
     Args:
         manager: has them.
+        stall_s: seconds that a client may take to send the next piece of a body.
     """
     router = APIRouter(prefix="/v1")
-    _add_file_routes(router, manager.files)
-    _add_batch_routes(router, manager)
+    _add_file_routes(router, manager.files, stall_s)
+    _add_batch_routes(router, manager, stall_s)
     return router
 
 
-def _add_file_routes(router: APIRouter, files: FileStore) -> None:
+def _add_file_routes(router: APIRouter, files: FileStore, stall_s: float) -> None:
     @router.post("/files", openapi_extra=_FORM_PAGE)
     async def create_file(request: Request) -> JSONResponse:
         """Give a file whose lines are requests."""
-        return JSONResponse(await _received(request, files))
+        return JSONResponse(await _received(request, files, stall_s))
 
     @router.get("/files")
     async def list_files(request: Request) -> JSONResponse:
@@ -118,11 +122,11 @@ def _add_file_routes(router: APIRouter, files: FileStore) -> None:
         return ContentResponse(stream, record.num_bytes)
 
 
-def _add_batch_routes(router: APIRouter, manager: BatchManager) -> None:
+def _add_batch_routes(router: APIRouter, manager: BatchManager, stall_s: float) -> None:
     @router.post("/batches", openapi_extra=_BODY_PAGE)
     async def create_batch(request: Request) -> JSONResponse:
         """Have the requests of a file answered."""
-        asked = _new_batch(await _object(request))
+        asked = _new_batch(await _object(request, stall_s))
         return JSONResponse(await run_in_threadpool(manager.create, asked))
 
     @router.get("/batches")
@@ -163,10 +167,30 @@ def _new_batch(document: dict[str, Any]) -> NewBatch:
     return NewBatch(body.endpoint, body.input_file_id, body.metadata, kept_s)
 
 
-async def _object(request: Request) -> dict[str, Any]:
+async def _sent(request: Request, stall_s: float) -> AsyncIterator[bytes]:
+    """A body as it comes.
+
+    Raises:
+        ApiError: 408, nothing came for too long; 499, nothing ever will.
+    """
+    stream = request.stream()
+    while True:
+        try:
+            with anyio.fail_after(stall_s):
+                piece = await anext(stream)
+        except StopAsyncIteration:
+            return
+        except ClientDisconnect as error:
+            raise ApiError(CLIENT_GONE, "The client went away.", code="cancelled") from error
+        except TimeoutError as error:
+            raise ApiError(408, "The body did not come in time: send it faster.") from error
+        yield piece
+
+
+async def _object(request: Request, stall_s: float) -> dict[str, Any]:
     """The JSON object of a short body."""
     data = bytearray()
-    async for piece in request.stream():
+    async for piece in _sent(request, stall_s):
         data += piece
         if len(data) > _BODY_BYTES:
             raise ApiError(413, f"The body is longer than {_BODY_BYTES:,} bytes.")
@@ -178,14 +202,14 @@ async def _object(request: Request) -> dict[str, Any]:
         raise bad_request(said) from error
 
 
-async def _received(request: Request, files: FileStore) -> dict[str, Any]:
+async def _received(request: Request, files: FileStore, stall_s: float) -> dict[str, Any]:
     """The file of a form, on the disk; nothing is left of one that is refused or cut off."""
     length = request.headers.get("content-length", "")
     if length.isascii() and length.isdigit() and int(length[:18]) > files.max_bytes + FORM_BYTES:
         raise too_large(files.max_bytes)
     with UploadForm(files, request.headers.get("content-type", "")) as form:
         pieces = bytearray()
-        async for piece in request.stream():
+        async for piece in _sent(request, stall_s):
             pieces += piece
             if len(pieces) >= _FED_BYTES:
                 await run_in_threadpool(form.feed, bytes(pieces))

@@ -19,8 +19,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from qaic_ray import __version__
-from qaic_ray.serve.api_errors import ApiError, bad_request
-from qaic_ray.serve.http.event_stream import ClientGone, EventStream, gone, too_long
+from qaic_ray.serve.api_errors import CLIENT_GONE, ApiError, bad_request
+from qaic_ray.serve.http.event_stream import GONE, ClientGone, EventStream, gone, too_long
 from qaic_ray.serve.http.gate import Gate, refuse
 from qaic_ray.serve.http.request_log import RequestRecord
 from qaic_ray.serve.http.running import Running
@@ -287,6 +287,8 @@ async def _of_validation(_: Request, error: Exception) -> Response:
 
 
 async def _of_fault(request: Request, error: Exception) -> Response:
+    if isinstance(error, GONE):
+        return Response(status_code=CLIENT_GONE)  # nobody reads it
     record: RequestRecord = request.state.record
     log.error("%s: a fault of qaic-ray", record.request_id, exc_info=error)
     return refuse(ApiError(500, f"A fault of qaic-ray ({type(error).__name__}): please report it."))

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qaic_ray.serve.api_errors import BUSY_RETRY_S, CLIENT_GONE, CLOSED_RETRY_S, ApiError
-from qaic_ray.serve.http.event_stream import ClientGone
+from qaic_ray.serve.http.event_stream import GONE
 from qaic_ray.serve.http.keys import ApiKeys
 from qaic_ray.serve.http.request_log import RequestRecord
 
@@ -82,7 +82,7 @@ class Gate:
 
         try:
             await self._let_through(scope, receive, told, record=record)
-        except ClientGone:
+        except GONE:
             record.status = CLIENT_GONE
         finally:
             record.seconds = time.monotonic() - begun_s
