@@ -520,6 +520,27 @@ def test_the_background_leaves_slots_and_is_queued_in_no_worker() -> None:
     assert [prompt.index for prompt in given.prompts] == [28]
 
 
+def test_a_slot_that_is_free_goes_before_one_that_the_background_gives() -> None:
+    dispatcher = online(2, 4)
+    late = submit(dispatcher, *(Prompt(i, "", background=True) for i in range(8)))
+    ended = next(shard for shard in late.values() if shard.worker == "card 1")
+    finish(dispatcher, ended)
+    shards = [submit(dispatcher, Prompt(20 + i, ""))[20 + i].worker for i in range(3)]
+    assert shards[0] == "card 1", "nobody has to give a slot"
+    assert set(shards[1:]) == {"card 0", "card 1"}, "then the one with fewer requests goes first"
+    assert shards[1] == "card 0"
+
+
+def test_of_a_worker_that_dies_all_that_had_begun_may_be_to_blame() -> None:
+    dispatcher = online(1, 2)
+    submit(dispatcher, *(Prompt(i, "", background=True) for i in range(2)))
+    submit(dispatcher, *(Prompt(i, "") for i in range(2, 4)))
+    assert dispatcher._pool.workers["card 0"].engaged == 2
+    dispatcher.handle(WorkerLost("card 0", "gone"), 1.0)
+    check(dispatcher)
+    assert {entry.attempt for entry in dispatcher._table.open.values()} == {2}
+
+
 def test_a_worker_of_one_slot_does_the_background_too() -> None:
     dispatcher = online(1, 1, kept_slots=3)
     assert len(submit(dispatcher, Prompt(0, "", background=True))) == 1
