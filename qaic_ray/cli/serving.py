@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qaic_ray.cli.app import sdk_choice
-from qaic_ray.cli.flags.flag import NO_FLAG
 from qaic_ray.errors import UsageError
 
 if TYPE_CHECKING:
     from qaic_ray import options
     from qaic_ray.cli import parameters
 
-OF_REQUESTS = dict.fromkeys(("sampling", "seed", "generation_len"), NO_FLAG)
+OF_REQUESTS = dict.fromkeys(("sampling", "seed", "generation_len"), ...)
 """Options that requests say; what holds for those that do not is the model's or a job's."""
 
 SetOption = Annotated[
@@ -75,6 +74,9 @@ def serve(
 
         log_json = show.log_format == "json"
         if served.options.ray_serve:
+            from qaic_ray.serve.ray_serve.haproxy import choose
+
+            choose(served.options, served.request.ray)  # before Ray Serve is imported
             from qaic_ray.serve.ray_serve.application import serve_on_ray
 
             serve_on_ray(served, choice, screen, on_ready=ready, log_json=log_json)

@@ -217,6 +217,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--min-replicas --min_replicas": "2",
         "--max-replicas --max_replicas": "4",
         "--cards-per-replica --cards_per_replica": "2",
+        "--interface-replicas --interface_replicas": "2",
+        "--haproxy": FLAG,
         "--address": "auto",
         "--dashboard": FLAG,
         "--keep-ray --keep_ray": FLAG,
@@ -376,6 +378,8 @@ serve:
   min_replicas: 2
   max_replicas: 4
   cards_per_replica: 2
+  interface_replicas: 2
+  haproxy: true
 sdk: emulated
 emulator: {cards: 8, sku: ultra, apps_version: '1.22', numerics: fast}
 ray: {dashboard: false, keep_ray: true, address: auto}
