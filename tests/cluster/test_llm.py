@@ -239,12 +239,12 @@ def test_a_batch_is_answered_beside_others_and_a_conversation_stays_on_its_card(
         right = tuple(tiny.reference((n, 11), 4, stop_ids=()))
         assert pending.row(120.0).token_ids == right
     # Each slot is the batch's when twice as many prompts come; they need not wait for it.
-    late = {n: ask((*range(3, 23), n), background=True, most=24) for n in range(3, 15)}
+    late = {n: ask((*range(40, 60), n), background=True, most=24) for n in range(3, 15)}
     others = {n: ask((n, 9)) for n in range(3, 15)}
     for n, pending in others.items():
         assert pending.row(120.0).token_ids == tuple(tiny.reference((n, 9), 4, stop_ids=()))
     for n, pending in late.items():
-        right = tuple(tiny.reference((*range(3, 23), n), 24, stop_ids=()))
+        right = tuple(tiny.reference((*range(40, 60), n), 24, stop_ids=()))
         assert pending.row(120.0).token_ids == right
     ids, homes = tuple(range(3, 23)), set()
     for turn in range(5):
