@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qaic_ray.cli.app import sdk_choice
-from qaic_ray.cli.flags.flag import NO_FLAG
 from qaic_ray.errors import UsageError
 
 if TYPE_CHECKING:
     from qaic_ray import options
     from qaic_ray.cli import parameters
 
-OF_REQUESTS = dict.fromkeys(("sampling", "seed", "generation_len"), NO_FLAG)
+OF_REQUESTS = dict.fromkeys(("sampling", "seed", "generation_len"), ...)
 """Options that requests say; what holds for those that do not is the model's or a job's."""
 
 SetOption = Annotated[

@@ -17,6 +17,7 @@ from qaic_ray.option_types import (
     Count,
     Date,
     Devices,
+    Layout,
     Listed,
     NumCores,
     OutputFormat,
@@ -182,6 +183,9 @@ class CompileOptions(Section):
     )
     output: PathText = opt("qpc", "Folder that gets one folder a variant.", short="-o")
     parallel: PositiveInt | None = opt(None, "Compiles at once.", flag="--jobs", shown="one a CPU")
+    layout: Layout = opt(
+        Layout.RECIPE, "qefficient: also a folder qpc in each, which QEfficient's commands take."
+    )
 
 
 class VariantChoice(Section):

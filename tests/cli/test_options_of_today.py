@@ -114,6 +114,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--precision": "mx6,fp16",
         "--output -o": "qpcs",
         "--jobs": "2",
+        "--layout": "qefficient",
         "--dashboard": FLAG,
         "--keep-ray --keep_ray": FLAG,
         "--sdk": "emulated",
@@ -308,6 +309,7 @@ compile:
   comp_ctx_lengths: [256]
   output: /qpcs
   parallel: 2
+  layout: qefficient
 run:
   variant: {precision: fp16, num_cores: 7, batch_size: 4, prompt_len: 64+128, ctx_len: 512}
   devices: [0, 3]
