@@ -20,7 +20,7 @@ CARDS, SLOTS, STEP_MS = 2, 8, 1.0
 TURN = 500
 AT_ONCE = 40
 FLAT_MB = 20.0
-"""What the server may grow by in an hour, by its second half: Ray's own tables fill in the first."""
+"""What the server may grow by in an hour: a line through its second half, as tables fill before."""
 IDLE_S = 10.0
 
 
