@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from qaic_ray import options
     from qaic_ray.cli import parameters
 
+OF_REQUESTS = dict.fromkeys(("sampling", "seed", "generation_len"), ...)
+"""Options that requests say; what holds for those that do not is the model's or a job's."""
+
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change any key of a job: serve.port=9000."),
@@ -24,7 +27,7 @@ SetOption = Annotated[
 def serve(
     target: parameters.ServedOptions,
     how: options.ServeOptions,
-    decoding: options.Decoding,
+    decoding: Annotated[options.Decoding, OF_REQUESTS],
     cards: options.CardOptions,
     shapes: parameters.PrepareOptions,
     ray: Annotated[options.RayOptions, {"dashboard": False}],
