@@ -44,7 +44,7 @@ def cnn() -> Cnn:
 
         def draw(number: int) -> tuple[Any, Any]:
             labels = torch.randint(0, CLASSES, (number,))
-            return templates[labels] + 2.6 * torch.randn(number, 3, SIDE, SIDE), labels
+            return templates[labels] + 3.3 * torch.randn(number, 3, SIDE, SIDE), labels
 
         net = nn.Sequential(
             nn.Conv2d(3, 16, 3, padding=1),
@@ -336,7 +336,8 @@ def test_nodes_that_are_kept_are_those_of_fp32(tmp_path: Path) -> None:
     made = LoadedProgram(program, 1).activate().run({"x": x}, {"y": (16, 12)})["y"]
     np.testing.assert_allclose(made, truth, rtol=1e-5, atol=1e-5)
     kept = tmp_path / "kept.yaml"
-    kept.write_text('FP32NodeInstanceNames: ["g"]\n')
+    # In the form of the public files: names that are numbers, and keys of other things.
+    kept.write_text("FP16NodeInstanceNames: [g, 1421]\nenableFP32Bias: false\n")
     program, report = compiled(
         tmp_path, "layer", "-convert-to-quantize", listed, f"-node-precision-info={kept}"
     )
@@ -405,6 +406,12 @@ def test_inputs_of_several_files_and_kinds(tmp_path: Path) -> None:
         ("-convert-to-quantize -convert-to-fp16", None, 255, "cannot be used with quantization"),
         ("-convert-to-quantize -dump-profile=p", None, 255, "cannot be used along with"),
         ("-convert-to-quantize -input-list-file=/none", None, 255, "Failed to open file: /none"),
+        (
+            "-convert-to-quantize -node-precision-info={folder}/no.yaml",
+            None,
+            255,
+            "has none of FP16",
+        ),
         ("-load-profile=/none", None, 255, "Failed to open file: /none"),
         ("-convert-to-quantize", "\n", 255, "names no inputs"),
         (
@@ -434,6 +441,7 @@ def test_what_cannot_be_quantized_so_is_one_sentence(
 ) -> None:
     layer(tmp_path)
     calibration.write_profile(str(tmp_path / "other.yaml"), {"z": Range(0.0, 1.0)})
+    (tmp_path / "no.yaml").write_text("Names: [g]\n")
     argv = flags.format(folder=tmp_path).split()
     if list_text is not None:
         (tmp_path / "list.txt").write_text(list_text.format(folder=tmp_path))

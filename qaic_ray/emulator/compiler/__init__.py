@@ -19,8 +19,7 @@ from typing import Sequence, Tuple
 
 import onnx
 
-from ..container import FILE_NAME, steps
-from ..container.network import AI100
+from ..container import AI100, FILE_NAME, steps
 from ..folder import FolderError, current
 from ..lowering import graph
 from ..lowering.graph import GraphError
@@ -194,7 +193,7 @@ def _quantization(options: Options) -> Quantization:
         channelwise=options.on("-enable-channelwise"),
         rowwise=options.on("-enable-rowwise"),
         kept_types=frozenset(filter(None, types)),
-        kept_values=frozenset(configs.read_node_precisions(names) if names else ()),
+        kept_nodes=frozenset(configs.read_node_precisions(names) if names else ()),
         list_file=values.get("-input-list-file"),
         random=values.get("-use-random-input-data"),
         profile=values.get("-load-profile"),

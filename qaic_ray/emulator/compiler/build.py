@@ -11,9 +11,8 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 from onnx import TensorProto
 
 from .. import lowering
-from ..container import QpcWriter, aicapi, netdesc, network
+from ..container import AI100, QpcWriter, aicapi, netdesc, network
 from ..container.constants import ConstantsWriter
-from ..container.network import AI100
 from ..lowering import graph
 from ..lowering.dims import output_dims
 from ..lowering.graph import GraphError, State

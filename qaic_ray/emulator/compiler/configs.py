@@ -113,15 +113,16 @@ def read_custom_io(path: str) -> Dict[str, str]:
 
 
 def read_node_precisions(path: str) -> List[str]:
-    """First outputs of the nodes that a node-precision file keeps in fp16 or fp32."""
+    """Names, or first outputs, of the nodes that a node-precision file keeps in fp16 or fp32."""
     document = parse_mapping(read_text(path, ConfigError), path, ConfigError)
     names: List[str] = []
     for key in _PRECISION_KEYS:
         rows = document.get(key) or []
-        if not isinstance(rows, list) or not all(isinstance(row, str) for row in rows):
+        # Names that are numbers stand there without quotes.
+        if not isinstance(rows, list) or not all(isinstance(row, (str, int)) for row in rows):
             raise ConfigError(f"{path}: {key} must be a list of names")
-        names += rows
-    if not names:
+        names += map(str, rows)
+    if not any(key in document for key in _PRECISION_KEYS):
         raise ConfigError(f"{path}: it has none of {', '.join(_PRECISION_KEYS)}")
     return names
 

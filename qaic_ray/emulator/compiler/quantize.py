@@ -34,7 +34,10 @@ QUANTIZED = (
 
 
 class Quantization(NamedTuple):
-    """What the options say; `kept_types` and `kept_values` (first outputs) stay floating point."""
+    """What the options say; operators of `kept_types` and `kept_nodes` stay floating point.
+
+    A kept node is named by itself or by its first output.
+    """
 
     activations: str = UINT8_WHERE_POSITIVE
     constants: str = UINT8_WHERE_POSITIVE
@@ -45,7 +48,7 @@ class Quantization(NamedTuple):
     channelwise: bool = False
     rowwise: bool = False
     kept_types: FrozenSet[str] = frozenset()
-    kept_values: FrozenSet[str] = frozenset()
+    kept_nodes: FrozenSet[str] = frozenset()
     list_file: Optional[str] = None
     random: Optional[str] = None
     profile: Optional[str] = None
@@ -173,7 +176,8 @@ class _Plan:
         for node in model.graph.node:
             data = self.data_inputs(node)
             is_float = data and floats.issuperset([*data, node.output[0]])
-            kept = node.op_type in asked.kept_types or node.output[0] in asked.kept_values
+            kept = node.op_type in asked.kept_types
+            kept = kept or not asked.kept_nodes.isdisjoint([node.name, node.output[0]])
             fits = node.op_type in QUANTIZED and not node.domain and not kept
             (self.nodes if fits and is_float else self.floating).append(node)
         self._own = {node.output[0] for node in self.nodes}

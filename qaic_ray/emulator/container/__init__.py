@@ -15,6 +15,8 @@ from typing import Any, BinaryIO, Dict, List, NamedTuple, Sequence, Tuple
 import numpy as np
 
 MAGIC = 0x00A1CD7C
+AI100 = "ai100"
+"""The hardware that emulated cards are, as the compiler names it."""
 FILE_NAME = "programqpc.bin"
 NETWORK = "network.elf"
 NETWORK_DESC = "networkdesc.bin"

@@ -15,7 +15,6 @@ from .constants import FLOAT16, FLOAT32, KINDS, MXFP6, Constant
 REFERENCE = "reference"
 LOWERED = "lowered"
 JOINT = "joint"
-AI100 = "ai100"
 
 _MAGIC = b"QAICEMU4"
 _LENGTH_BYTES = 8

@@ -13,8 +13,7 @@ import numpy as np
 
 from ..card import Claim, Demand, Exhausted, NoDevice, faults, timing
 from ..card.cores import cores_of
-from ..container import QpcError
-from ..container.network import AI100
+from ..container import AI100, QpcError
 from .buffers import SlicingSpec, SpecError
 from .context import Context, Qpc, init_error
 from .types import (
