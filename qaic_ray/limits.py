@@ -29,7 +29,13 @@ CARDS = {
     "PCIe Pro": CardLimits("Pro", 16, 32692 * 2**20, 1, 75),
     "PCIe Ultra": CardLimits("Ultra", 16, 31391744 * 2**10, 4, 150),
 }
-"""By the word of `qaic-util` for the kind (`Sku Type`)."""
+"""By the word of `qaic-util` for the kind (`Sku Type`), as tools before Apps 1.21 spell it."""
+
+
+def card_limits(sku: str) -> CardLimits | None:
+    """What a kind of card has, by `qaic-util`'s word for it in any version's spelling."""
+    return next((found for word, found in CARDS.items() if word.lower() == sku.lower()), None)
+
 
 MAX_CORES = max(card.nsps for card in CARDS.values())
 """NSPs of the largest Cloud AI 100 SoC (Pro, Ultra)."""

@@ -41,6 +41,15 @@ class Precision(str, Enum):
     """Nothing converted, KV cache included: for exact checks."""
 
 
+class Layout(str, Enum):
+    """How a QPC's folder is laid out."""
+
+    RECIPE = "recipe"
+    """As the published recipe has it: the program and what it was compiled with in one folder."""
+    QEFFICIENT = "qefficient"
+    """Also as QEfficient's commands want it: the program in `qpc`, one folder further down."""
+
+
 class PromptFormat(str, Enum):
     """What a prompts file holds."""
 

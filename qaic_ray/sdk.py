@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,11 @@ _VERSION = re.compile(r"[0-9]{1,6}(\.[0-9A-Za-z_-]{1,20}){0,9}")
 
 @dataclass(frozen=True)
 class Device:
-    """One Cloud AI 100 SoC as `qaic-util -q` shows it; `qid` is the id that qaicrt takes."""
+    """One Cloud AI 100 SoC as `qaic-util -q` shows it; `qid` is the id that qaicrt takes.
+
+    `board` is the serial number of its board, empty where nobody says. The SoCs of a board are
+    peers: an Ultra board has four.
+    """
 
     qid: int
     status: str
@@ -49,6 +53,7 @@ class Device:
     nsp_free: int
     dram_total_bytes: int
     dram_free_bytes: int
+    board: str = ""
 
     @property
     def ready(self) -> bool:
@@ -293,9 +298,28 @@ def parse_devices(text: str) -> list[Device]:
                 nsp_free=_number(fields.get("Nsp Free", "0"), "Nsp Free"),
                 dram_total_bytes=_dram_bytes(fields.get("Dram Total", "0 MB")),
                 dram_free_bytes=_dram_bytes(fields.get("Dram Free", "0 MB")),
+                board=fields.get("Board serial", ""),
             )
         )
     return devices
+
+
+def boards(devices: Iterable[Device]) -> list[list[Device]]:
+    """The devices by board: those of one serial number, each list and all of them by QID.
+
+    A device of which no serial number is known is on a board of its own.
+    """
+    found: dict[str, list[Device]] = {}
+    for device in sorted(devices, key=lambda device: device.qid):
+        found.setdefault(device.board or f"QID {device.qid}", []).append(device)
+    return list(found.values())
+
+
+def qids_text(qids: Sequence[int]) -> str:
+    """`3`, `0-3` or `0,2,5`."""
+    if len(qids) > 1 and list(qids) == list(range(qids[0], qids[-1] + 1)):
+        return f"{qids[0]}-{qids[-1]}"
+    return ",".join(map(str, qids))
 
 
 def _default_name(vendor_root: Path, has_cards: Callable[[], bool]) -> str:

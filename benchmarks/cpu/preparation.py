@@ -31,7 +31,14 @@ class PeerMissing(Exception):
 # -- environments
 
 
-def peer_python(folder: Path, packages: tuple[str, ...], *, sees_ours: bool = False) -> Path:
+def peer_python(
+    folder: Path,
+    packages: tuple[str, ...],
+    *,
+    sees_ours: bool = False,
+    base: str = sys.executable,
+    with_dependencies: bool = True,
+) -> Path:
     """The Python of an environment with these packages, made where it is not there.
 
     Args:
@@ -39,6 +46,8 @@ def peer_python(folder: Path, packages: tuple[str, ...], *, sees_ours: bool = Fa
         packages: to install.
         sees_ours: whether it uses the torch and transformers of this environment where its
             packages have no other wish. Torch is never installed.
+        base: the Python that it is made of.
+        with_dependencies: whether what the packages need is installed too.
 
     Raises:
         PeerMissing: it could not be made.
@@ -50,13 +59,15 @@ def peer_python(folder: Path, packages: tuple[str, ...], *, sees_ours: bool = Fa
             return python
         if folder.exists():
             shutil.rmtree(folder)
-        _run([sys.executable, "-m", "venv", str(folder)])
+        _run([base, "-m", "venv", str(folder)])
         install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         if sees_ours:
             _show_ours(folder)
             pinned = folder / "constraints.txt"
             pinned.write_text(f"torch=={_torch_version()}\n")
             install += ["--constraint", str(pinned)]
+        if not with_dependencies:
+            install.append("--no-deps")
         _run([*install, *packages])
         if sees_ours:
             # A torchvision of another build of torch keeps transformers from being imported.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -19,6 +20,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
+
+_EVENT = b"\ndata: {"
+_LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
+_TOKENS = re.compile(rb'"completion_tokens":(\d+)')
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Connection(asyncio.Protocol):
         self._head = b""
         self._tail = b""
         self._has_head = False
+        self._left: int | None = None
 
     def connection_made(self, transport: Any) -> None:
         """See `asyncio.Protocol`."""
@@ -89,12 +95,16 @@ class Connection(asyncio.Protocol):
                 return
             self._has_head = True
             request.status = int(head[9:12])
+            length = _LENGTH.search(head)
+            self._left = None if length is None else int(length[1])
         # An event is never longer than a piece, but for the one that a piece ends in.
         joined = self._tail + data
-        number = joined.count(b"data: {") - self._tail.count(b"data: {")
+        number = joined.count(_EVENT) - self._tail.count(_EVENT)
         request.events_s.extend([now_s] * number)
         self._tail = joined[-4096:]
-        if self._tail.endswith(b"0\r\n\r\n"):
+        if self._left is not None:
+            self._left -= len(data)
+        if self._tail.endswith(b"0\r\n\r\n") if self._left is None else self._left <= 0:
             self._end(now_s)
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -110,8 +120,8 @@ class Connection(asyncio.Protocol):
         request.ended_s = now_s
         if not request.error and (request.status != 200 or b"[DONE]" not in self._tail):
             request.error = f"{request.status}: {self._tail[-300:]!r}"
-        usage = self._tail.rpartition(b'"completion_tokens":')[2]
-        request.tokens = int(usage.split(b",")[0]) if usage[:1].isdigit() else 0
+        told = _TOKENS.findall(self._tail)
+        request.tokens = int(told[-1]) if told else 0
         if not self._done.done():
             self._done.set_result(None)
 

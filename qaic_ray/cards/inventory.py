@@ -19,7 +19,7 @@ from qaic_ray.compile.store import read_record
 from qaic_ray.errors import DeviceError, SdkNotFound, UsageError
 from qaic_ray.limits import MAX_CORES
 from qaic_ray.options import EmulatorOptions
-from qaic_ray.sdk import Device, find_sdk
+from qaic_ray.sdk import Device, boards, find_sdk, qids_text
 
 CARD_RESOURCE = "QAIC"
 """One unit of this Ray resource is one card."""
@@ -179,7 +179,8 @@ def place(
     Args:
         nodes: what was found.
         devices: ids of cards, the same on every machine; None for all that are ready.
-        group_size: cards of one worker, for tensor-sliced QPCs: consecutive ones of a node.
+        group_size: cards of one worker, for tensor-sliced QPCs: of one node, and of one board where
+            that can be.
         partitions: workers of one card, each with as many of its NSPs.
         num_cores: what the QPC was compiled for, where that is known.
 
@@ -210,8 +211,7 @@ def place(
                 places.append(here(name=name, device_ids=(card.qid,), part=part))
             continue
         choices = _choices(found, used) if node.chooses and devices is None else ()
-        ends = range(group_size, len(cards) + 1, group_size)
-        for group in (tuple(card.qid for card in cards[end - group_size : end]) for end in ends):
+        for group in _groups(cards, group_size):
             name = f"{cards_name(group)}{where}"
             places.append(here(name=name, device_ids=group, choices=choices))
     if not places:
@@ -222,14 +222,25 @@ def place(
     ]
 
 
+def _groups(cards: Sequence[Device], size: int) -> list[tuple[int, ...]]:
+    """Groups of `size` cards, by their ids, on as few boards as can be: peers are near each other.
+
+    A board's own cards make groups first, or whole boards larger ones; what is left goes together.
+    """
+    within, left = [], []
+    for board in sorted(boards(cards), key=lambda board: (-min(len(board), size), board[0].qid)):
+        qids = [device.qid for device in board]
+        whole = len(qids) // size * size
+        within += qids[:whole]
+        left += qids[whole:]
+    ids = [*within, *left]
+    ends = range(size, len(ids) + 1, size)
+    return sorted(tuple(sorted(ids[end - size : end])) for end in ends)
+
+
 def cards_name(device_ids: Sequence[int]) -> str:
     """`card 3`, `cards 0-3` or `cards 0,2,5`."""
-    if len(device_ids) == 1:
-        return f"card {device_ids[0]}"
-    first, last = device_ids[0], device_ids[-1]
-    if list(device_ids) == list(range(first, last + 1)):
-        return f"cards {first}-{last}"
-    return f"cards {','.join(map(str, device_ids))}"
+    return f"card{'s' if len(device_ids) > 1 else ''} {qids_text(device_ids)}"
 
 
 def allot(

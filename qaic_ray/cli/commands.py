@@ -28,6 +28,7 @@ from qaic_ray.cli.new_job import demo, init
 from qaic_ray.cli.reporting import report
 from qaic_ray.cli.serving import key, serve
 from qaic_ray.errors import UsageError
+from qaic_ray.option_types import Layout
 
 if TYPE_CHECKING:
     from qaic_ray import options
@@ -154,6 +155,7 @@ def compile(  # the recipe's word
     show: parameters.ViewOptions,
 ) -> None:
     """Compile a model into QPCs: every combination of the lists, in parallel, each built once."""
+    from qaic_ray.compile.layout import QEFFICIENT_FOLDER
     from qaic_ray.compile.recipe_names import link_recipe_names
     from qaic_ray.compile.store import Build
     from qaic_ray.pipeline.compile_step import compile_step, requested_builds, specializations_file
@@ -169,6 +171,8 @@ def compile(  # the recipe's word
         if len(builds) == 1 and isinstance(outcomes[0][1], Build):
             for remark in link_recipe_names(builds[0]):
                 screen.remark(remark)
+        if grid.layout is Layout.QEFFICIENT and isinstance(outcomes[0][1], Build):
+            screen.note(f"QEfficient's commands take {outcomes[0][1].path / QEFFICIENT_FOLDER}.")
         screen.compiled_all(outcomes)
 
 

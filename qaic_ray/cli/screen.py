@@ -24,6 +24,7 @@ from qaic_ray.cli.live.live_text import Stage, warning_line
 from qaic_ray.compile.store import Build, BuildRequest
 from qaic_ray.errors import CompileError, ExitCode, QaicRayError, Unfinished
 from qaic_ray.files.documents import json_text
+from qaic_ray.sdk import boards
 
 if TYPE_CHECKING:
     from qaic_ray.cards.inventory import NodeCards
@@ -285,7 +286,9 @@ class Screen(AbstractContextManager["Screen"]):
     def devices(self, sdk: Sdk, devices: Sequence[Device]) -> None:
         """Print the cards."""
         self._out.print(_card_table(f"Cards ({sdk.label})", devices, {}))
-        self._end_with({"sdk": sdk.label, "devices": [vars(device) for device in devices]})
+        peers = {found[0].board: [device.qid for device in found] for found in boards(devices)}
+        document = {"sdk": sdk.label, "devices": [vars(device) for device in devices]}
+        self._end_with({**document, "boards": {name: qids for name, qids in peers.items() if name}})
 
     def inventory(self, nodes: Sequence[NodeCards], problems: Sequence[str]) -> None:
         """Print the cards of every node of a cluster, and what keeps some from being used."""
@@ -333,7 +336,8 @@ class Screen(AbstractContextManager["Screen"]):
 
 def _card_table(title: str, devices: Sequence[Device], held: Mapping[int, str]) -> Table:
     columns = _right("QID"), "status", "SKU", _right("NSPs free"), _right("DRAM free")
-    more = ["held by"] if held else []
+    boards_shown = any(len(board) > 1 for board in boards(devices))
+    more = [*(["board"] if boards_shown else []), *(["held by"] if held else [])]
     table = Table(*columns, *more, title=escape(title), title_justify="left")
     for device in devices:
         free, total = device.dram_free_bytes / GIB, device.dram_total_bytes / GIB
@@ -344,6 +348,7 @@ def _card_table(title: str, devices: Sequence[Device], held: Mapping[int, str]) 
             escape(device.sku),
             f"{device.nsp_free} of {device.nsp_total}",
             f"{free:.1f} of {total:.1f} GiB",
+            *([escape(device.board)] if boards_shown else ()),
             *([escape(held.get(device.qid, ""))] if held else ()),
         )
     return table

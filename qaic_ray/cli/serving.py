@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from qaic_ray import options
     from qaic_ray.cli import parameters
 
+OF_REQUESTS = dict.fromkeys(("sampling", "seed", "generation_len"), ...)
+"""Options that requests say; what holds for those that do not is the model's or a job's."""
+
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change any key of a job: serve.port=9000."),
@@ -24,7 +27,7 @@ SetOption = Annotated[
 def serve(
     target: parameters.ServedOptions,
     how: options.ServeOptions,
-    decoding: options.Decoding,
+    decoding: Annotated[options.Decoding, OF_REQUESTS],
     cards: options.CardOptions,
     shapes: parameters.PrepareOptions,
     ray: Annotated[options.RayOptions, {"dashboard": False}],
@@ -71,6 +74,9 @@ def serve(
 
         log_json = show.log_format == "json"
         if served.options.ray_serve:
+            from qaic_ray.serve.ray_serve.haproxy import choose
+
+            choose(served.options, served.request.ray)  # before Ray Serve is imported
             from qaic_ray.serve.ray_serve.application import serve_on_ray
 
             serve_on_ray(served, choice, screen, on_ready=ready, log_json=log_json)

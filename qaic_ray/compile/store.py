@@ -28,6 +28,7 @@ from qaic_ray.compile.compiler import (
     program_fault,
     run_compiler,
 )
+from qaic_ray.compile.layout import LAID_OUT, lay_out
 from qaic_ray.errors import CompileError, UsageError
 from qaic_ray.files.documents import checked, read_object, shown
 from qaic_ray.files.folders import (
@@ -41,6 +42,7 @@ from qaic_ray.files.folders import (
     sha256_of,
     write_whole,
 )
+from qaic_ray.option_types import Layout
 from qaic_ray.sdk import Sdk, compiler_digest
 
 CompilerCall = Callable[[list[str], Path], None]
@@ -50,7 +52,7 @@ VARIANT_FILE = "variant.json"
 SPECIALIZATIONS_FILE = "specializations.json"
 LOG_FILE = "compile.log"
 
-_OURS = {VARIANT_FILE, SPECIALIZATIONS_FILE, LOG_FILE, QPC_FILE}
+_OURS = {VARIANT_FILE, SPECIALIZATIONS_FILE, LOG_FILE, QPC_FILE, *LAID_OUT}
 _MARKS = (VARIANT_FILE, LOG_FILE)
 """One of them is in every folder of ours, and in no QPC folder of others."""
 
@@ -62,6 +64,7 @@ class BuildRequest:
     variant: Variant
     sdk: Sdk
     store: Path
+    layout: Layout = Layout.RECIPE
 
     @property
     def label(self) -> str:
@@ -130,6 +133,8 @@ def build(request: BuildRequest, compiler: CompilerCall | None = None) -> Build:
                         _compile_into(folder, request, entries, compiler or run_compiler)
                 except OSError as error:
                     raise CompileError(f"Cannot write {target}: {error.strerror}.") from error
+    if request.layout is Layout.QEFFICIENT:
+        lay_out(target, request.variant.source.custom_io)
     size = sum(file.stat().st_size for file in _files(target))
     return Build(target, request.variant.name, reused, time.monotonic() - start_s, size)
 
@@ -284,7 +289,9 @@ def _compile_into(
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    """The files of a compile; a second name of one of them is none."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path for path in found if path.relative_to(folder).as_posix() not in LAID_OUT]
 
 
 def _remember_anew(folder: Path) -> None:

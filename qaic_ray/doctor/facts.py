@@ -57,7 +57,7 @@ class SdkFacts:
         platform: version of the Platform SDK; empty where its file cannot be read.
         broken: parts that are missing or cannot be run, as paths inside of it.
         bindings: names of the files of the Python module `qaicrt`.
-        cards: how many cards the emulated SDK was laid down with; 0 for the vendor's.
+        cards: how many SoCs the emulated SDK was laid down with; 0 for the vendor's.
     """
 
     error: str = ""

@@ -31,6 +31,7 @@ from qaic_ray.doctor.facts import (
 from qaic_ray.errors import CompileError, DeviceError, QaicRayError, SdkNotFound
 from qaic_ray.files.documents import read_object, read_text
 from qaic_ray.files.folders import cache_folder
+from qaic_ray.limits import CARDS
 from qaic_ray.options import EmulatorOptions
 from qaic_ray.sdk import EMULATED_MARKER, Sdk, find_sdk
 
@@ -121,10 +122,12 @@ def _emulated_cards(sdk: Sdk) -> int:
     if sdk.kind != "emulated":
         return 0
     try:
-        number = read_object(sdk.root / EMULATED_MARKER).get("cards")
+        marker = read_object(sdk.root / EMULATED_MARKER)
     except QaicRayError:
         return 0
-    return number if isinstance(number, int) else 0
+    number, kind = marker.get("cards"), str(marker.get("sku"))
+    socs = next((card.socs for card in CARDS.values() if card.name.lower() == kind), 1)
+    return number * socs if isinstance(number, int) else 0
 
 
 def _cards(sdk: Sdk | None, root: Path, tries_cards: bool) -> CardFacts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from qaic_ray import limits
 from qaic_ray.doctor.facts import (
@@ -17,7 +17,7 @@ from qaic_ray.doctor.facts import (
     warn,
 )
 from qaic_ray.limits import GIB, version_of
-from qaic_ray.sdk import VENDOR_ROOT, Device
+from qaic_ray.sdk import VENDOR_ROOT, Device, boards, qids_text
 
 _TAG = re.compile(r"\.cpython-(\d)(\d+)")
 _ANY = re.compile(r"\.abi3\.|\.py$")
@@ -210,10 +210,11 @@ def cards_are_ready(facts: MachineFacts) -> Iterator[Finding]:
     found = [*_missing(facts, expected)]
     for device in cards.devices:
         found += _of_card(device, sdk, cards.held.get(device.qid, ""))
+    found += _of_boards(facts)
     yield from found
     if not found:
         kinds = ", ".join(dict.fromkeys(_kind(device) for device in cards.devices))
-        yield ok("cards", f"{len(cards.devices)} ready: {kinds}")
+        yield ok("cards", f"{len(cards.devices)} ready: {kinds}{_boards_said(cards.devices)}")
 
 
 def _expected(facts: MachineFacts) -> int:
@@ -243,7 +244,7 @@ def _of_card(device: Device, sdk: SdkFacts, holder: str) -> Iterator[Finding]:
             "Wait a minute; then reset it as an error." if is_starting else remedy,
         )
         return
-    limit = limits.CARDS.get(device.sku)
+    limit = limits.card_limits(device.sku)
     if limit is not None and device.nsp_total < limit.nsps:
         yield warn(
             label,
@@ -259,8 +260,32 @@ def _of_card(device: Device, sdk: SdkFacts, holder: str) -> Iterator[Finding]:
         )
 
 
+def _of_boards(facts: MachineFacts) -> Iterator[Finding]:
+    """Boards that show fewer SoCs than they have: a group of that many spreads over others."""
+    for board in boards(facts.cards.devices):
+        limit = limits.card_limits(board[0].sku)
+        if limit is None or not board[0].board or len(board) >= limit.socs:
+            continue
+        qids = ", ".join(str(device.qid) for device in board)
+        yield warn(
+            f"board {board[0].board}",
+            f"It shows {len(board)} of the {limit.socs} SoCs of an {limit.name} board: QID {qids}.",
+            f"Reset the others, or see `sudo dmesg | grep qaic`; a group of {limit.socs} cards "
+            "would be spread over boards until then, which is slower.",
+        )
+
+
+def _boards_said(devices: Sequence[Device]) -> str:
+    """` on 2 boards (QID 0-3, 4-7)` where a board has several SoCs."""
+    found = boards(devices)
+    if all(len(board) == 1 for board in found):
+        return ""
+    peers = ", ".join(qids_text([device.qid for device in board]) for board in found)
+    return f" on {len(found)} board{'s' if len(found) > 1 else ''} (QID {peers})"
+
+
 def _kind(device: Device) -> str:
-    limit = limits.CARDS.get(device.sku)
+    limit = limits.card_limits(device.sku)
     name = limit.name if limit else device.sku
     return f"{name} of {device.nsp_total} NSPs and {device.dram_total_bytes / GIB:.0f} GiB"
 

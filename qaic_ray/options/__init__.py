@@ -17,6 +17,7 @@ from qaic_ray.option_types import (
     Count,
     Date,
     Devices,
+    Layout,
     Listed,
     NumCores,
     OutputFormat,
@@ -182,6 +183,9 @@ class CompileOptions(Section):
     )
     output: PathText = opt("qpc", "Folder that gets one folder a variant.", short="-o")
     parallel: PositiveInt | None = opt(None, "Compiles at once.", flag="--jobs", shown="one a CPU")
+    layout: Layout = opt(
+        Layout.RECIPE, "qefficient: also a folder qpc in each, which QEfficient's commands take."
+    )
 
 
 class VariantChoice(Section):
@@ -225,7 +229,7 @@ class Decoding(Section):
     GROUP: ClassVar[str] = PROMPTS
 
     system: str | None = opt(
-        None, "With --chat: the system message of conversations that bring none."
+        None, "The system message of conversations that bring none; of prompts with --chat."
     )
     chat_template: TemplateText | None = opt(
         None, "A Jinja file instead of the model's own, or its text."

@@ -58,11 +58,22 @@ class ServeOptions(Section):
     ray_serve: bool = opt(
         False, "Serve as an application of Ray Serve, with its proxies and replicas.", group=SCALE
     )
-    min_replicas: PositiveInt = opt(1, "Replicas at least, each on its cards.", group=SCALE)
+    min_replicas: PositiveInt | None = opt(
+        None,
+        "Replicas at least, each on its cards.",
+        group=SCALE,
+        shown="one, or all that there are cards for where no most is said",
+    )
     max_replicas: PositiveInt | None = opt(
         None, "Replicas at most, by load.", group=SCALE, shown="as many as at least"
     )
     cards_per_replica: PositiveInt = opt(1, "Cards of a replica, all of one node.", group=SCALE)
     interface_replicas: PositiveInt = opt(
         1, "Replicas of the interface, which hold no card.", group=SCALE
+    )
+    haproxy: bool = opt(
+        False,
+        "Have HAProxy take requests to the interface, in a Ray that is started here; its pages of "
+        "counts (ports 8404 and 9101) are open to every network.",
+        group=SCALE,
     )

@@ -79,7 +79,7 @@ def requested_builds(
     """
     store = user_path(grid.output, "The folder of the QPCs").absolute()
     variants = requested_variants(model_dir, grid, sdk, specializations)
-    builds = [BuildRequest(variant, sdk, store) for variant in variants]
+    builds = [BuildRequest(variant, sdk, store, grid.layout) for variant in variants]
     for request in builds:
         user_path(request.target, "The folder of the QPC")
         check_request(request)

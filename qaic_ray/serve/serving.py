@@ -26,6 +26,7 @@ from qaic_ray.serve.api_errors import ApiError
 from qaic_ray.serve.batches.open_batches import BatchManager
 from qaic_ray.serve.batches.request_lines import Answering
 from qaic_ray.serve.batches.routes import batch_router
+from qaic_ray.serve.http.counted_fleet import CountedFleet
 from qaic_ray.serve.http.keys import ApiKeys
 from qaic_ray.serve.http.request_log import logging_to_stderr
 from qaic_ray.serve.http.server import listening_socket, run_in_loop, serve
@@ -107,8 +108,9 @@ def serve_model(
         request = with_defaults(served.request)
         cards = FolderFleet(request, sdk, listener, kept_slots=options.kept_slots)
         held.callback(cards.close, drain=False)
-        batches = held.enter_context(BatchManager(Path(options.folder), cards.fleet))
         service = Service(options, served.names, cards.fleet, keys=keys)
+        counted = CountedFleet(cards.fleet, service.metrics)
+        batches = held.enter_context(BatchManager(Path(options.folder), counted))
         service.routers.append(batch_router(batches, stall_s=options.client_stall_s))
 
         async def make_ready() -> None:

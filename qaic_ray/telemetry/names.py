@@ -169,6 +169,8 @@ CARD_READINGS = (
         "Board power(Watts)",
     ),
     _card("qaic_tdp_cap_watts", "The most that the board may take.", "TDP Cap(Watts)"),
+    _card("qaic_soc_power_watts", "Of one SoC; told from Apps 1.21 on.", "SOC power(Watts)"),
+    _card("qaic_soc_tdp_cap_watts", "The most that one SoC may take.", "SOC TDP Cap(Watts)"),
     _card("qaic_nsp_frequency_hertz", "Clock of the NSPs.", "NSP Frequency(Mhz)"),
     _card("qaic_ddr_frequency_hertz", "Clock of the DRAM.", "DDR Frequency(Mhz)"),
     _card("qaic_compnoc_frequency_hertz", "Clock of COMPNOC.", "COMPNOC Frequency(Mhz)"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -217,6 +218,39 @@ def test_no_card_is_given_twice_and_no_node_more_than_it_offers(
     for i, (cards, offers, failed) in enumerate(machines):
         ready = len(set(range(cards)) - failed)
         assert sum(m[0] == f"m{i}" for m, _ in taken) == min(ready, sum(offers))
+
+
+def board_of(qids: range, serial: str, missing: tuple[int, ...] = ()) -> list[Device]:
+    return [
+        replace(device(qid, "Error" if qid in missing else "Ready"), board=serial) for qid in qids
+    ]
+
+
+@pytest.mark.parametrize(
+    ("missing", "size", "groups"),
+    [
+        ((), 4, [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11)]),
+        # A board with a failed SoC does not shift the groups of the others.
+        ((1,), 4, [(4, 5, 6, 7), (8, 9, 10, 11)]),
+        ((1,), 2, [(0, 2), (4, 5), (6, 7), (8, 9), (10, 11)]),
+        ((1, 5), 2, [(0, 2), (3, 7), (4, 6), (8, 9), (10, 11)]),
+        # Two whole boards before parts of three.
+        ((1,), 8, [(4, 5, 6, 7, 8, 9, 10, 11)]),
+        ((0, 4, 8), 4, [(1, 2, 3, 5), (6, 7, 9, 10)]),
+        ((1,), 1, [(q,) for q in range(12) if q != 1]),
+    ],
+)
+def test_a_group_is_of_one_board_where_that_can_be(
+    missing: tuple[int, ...], size: int, groups: list[tuple[int, ...]]
+) -> None:
+    devices = [
+        *board_of(range(4), "A", missing),
+        *board_of(range(4, 8), "B", missing),
+        *board_of(range(8, 12), "C", missing),
+    ]
+    found = replace(node(cards=12), devices=tuple(devices))
+    found = replace(found, node=replace(found.node, offered=12))
+    assert [where.device_ids for where in place([found], group_size=size)] == groups
 
 
 # -- problems

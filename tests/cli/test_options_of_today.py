@@ -114,6 +114,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--precision": "mx6,fp16",
         "--output -o": "qpcs",
         "--jobs": "2",
+        "--layout": "qefficient",
         "--dashboard": FLAG,
         "--keep-ray --keep_ray": FLAG,
         "--sdk": "emulated",
@@ -187,22 +188,6 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--system": "Be brief.",
         "--chat-template --chat_template": "t.jinja",
         "--chat-template-kwargs --chat_template_kwargs": '{"enable_thinking": false}',
-        "--temperature": "0.7",
-        "--top-k --top_k": "40",
-        "--top-p --top_p": "0.9",
-        "--min-p --min_p": "0.1",
-        "--repetition-penalty --repetition_penalty": "1.1",
-        "--presence-penalty --presence_penalty": "0.5",
-        "--frequency-penalty --frequency_penalty": "-0.5",
-        "--seed": "7",
-        "--run-seed --run_seed": "8",
-        "--n": "2",
-        "--logprobs": "5",
-        "--max-tokens --max_tokens --generation-len --generation_len": "64",
-        "--min-tokens --min_tokens": "4",
-        "--stop": "END",
-        "--stop-token-ids --stop_token_ids": "13,198",
-        "--ignore-eos --ignore_eos": FLAG,
         "--speculate": "none",
         "--draft-qpc --draft_qpc": "qpc/d",
         "--device-id --device_id --devices": "0,3",
@@ -233,6 +218,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--min-replicas --min_replicas": "2",
         "--max-replicas --max_replicas": "4",
         "--cards-per-replica --cards_per_replica": "2",
+        "--interface-replicas --interface_replicas": "2",
+        "--haproxy": FLAG,
         "--address": "auto",
         "--dashboard": FLAG,
         "--keep-ray --keep_ray": FLAG,
@@ -322,6 +309,7 @@ compile:
   comp_ctx_lengths: [256]
   output: /qpcs
   parallel: 2
+  layout: qefficient
 run:
   variant: {precision: fp16, num_cores: 7, batch_size: 4, prompt_len: 64+128, ctx_len: 512}
   devices: [0, 3]
@@ -392,6 +380,8 @@ serve:
   min_replicas: 2
   max_replicas: 4
   cards_per_replica: 2
+  interface_replicas: 2
+  haproxy: true
 sdk: emulated
 emulator: {cards: 8, sku: ultra, apps_version: '1.22', numerics: fast}
 ray: {dashboard: false, keep_ray: true, address: auto}

@@ -41,7 +41,10 @@ def application(
     model = with_byte_tokenizer(tiny.checkpoint, tmp_path_factory.mktemp("ray-serve") / "words")
     with listening_socket("127.0.0.1", 0) as opened:
         port = opened.getsockname()[1]
-    options = ServeOptions(port=port, min_replicas=2, served_model_name=("tiny",), drain_s=5)
+    folder = str(tmp_path_factory.mktemp("serving"))
+    options = ServeOptions(
+        port=port, min_replicas=2, served_model_name=("tiny",), drain_s=5, folder=folder
+    )
     run = resolved(RunOptions(metrics=False, max_stall_s=0.0))
     qpc = tiny.qpc(ctx_len=CTX_LEN, batch_size=SLOTS)
     served = Served(RunRequest("tiny", str(model), qpc, run), options)
@@ -222,6 +225,50 @@ def test_a_client_that_goes_frees_its_slot(whole: Application, client: openai.Op
         for pid in workers():
             os.kill(pid, signal.SIGCONT)
     assert text_of(client, "for somebody")
+
+
+def test_a_batch_goes_on_in_another_replica_when_its_own_is_killed(
+    whole: Application, client: openai.OpenAI
+) -> None:
+    bodies = [
+        {"model": "tiny", "prompt": f"line {i}", "max_tokens": 100, "temperature": 0}
+        for i in range(60)
+    ]
+    lines = [
+        {"custom_id": f"id {i}", "method": "POST", "url": "/v1/completions", "body": body}
+        for i, body in enumerate(bodies)
+    ]
+    file = client.files.create(
+        file=("in.jsonl", "\n".join(map(json.dumps, lines)).encode()), purpose="batch"
+    )
+    batch = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+    )
+    until(lambda: in_progress(client, batch.id) > 0)
+    (desk,) = processes("ray::ServeReplica:tiny:Batches")
+    os.kill(desk, signal.SIGKILL)
+    until(lambda: status(client, batch.id) == "completed")
+    done = client.batches.retrieve(batch.id)
+    assert done.output_file_id is not None
+    answers = client.files.content(done.output_file_id).text.splitlines()
+    found = {one["custom_id"]: one["response"]["body"] for one in map(json.loads, answers)}
+    assert found.keys() == {f"id {i}" for i in range(60)}
+    for i in (0, 59):
+        alone = text_of(client, f"line {i}", max_tokens=100, extra_body={})
+        assert found[f"id {i}"]["choices"][0]["text"] == alone
+
+
+def status(client: openai.OpenAI, batch_id: str) -> str:
+    """Of a batch; while its replica is made anew nobody knows."""
+    try:
+        return client.batches.retrieve(batch_id).status
+    except openai.InternalServerError as error:
+        return str(error.status_code)
+
+
+def in_progress(client: openai.OpenAI, batch_id: str) -> int:
+    counts = client.batches.retrieve(batch_id).request_counts
+    return 0 if counts is None else counts.completed
 
 
 def test_errors_are_the_interfaces_and_a_server_that_drains_takes_nothing(

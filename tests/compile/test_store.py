@@ -23,7 +23,7 @@ from qaic_ray.compile.store import BuildRequest, build, check_kept, check_reques
 from qaic_ray.contract import Specializations
 from qaic_ray.errors import CompileError, UsageError
 from qaic_ray.files.folders import CACHE_VARIABLE
-from qaic_ray.option_types import Precision
+from qaic_ray.option_types import Layout, Precision
 from qaic_ray.sdk import Sdk, open_sdk
 from qaic_ray.timeouts import Timeouts
 
@@ -428,3 +428,55 @@ def test_exit_127_is_the_compiler_s_own(tmp_path: Path) -> None:
 def test_missing_compiler_is_named(tmp_path: Path) -> None:
     with pytest.raises(CompileError, match="Cannot start the compiler /nowhere/qaic-exec"):
         run_compiler(["/nowhere/qaic-exec"], tmp_path / "log")
+
+
+def compilation_dims(qpc: Path) -> tuple[int, int, int | None]:
+    """What QEfficient's commands do with the folder that they are given, 1.18 to 1.23."""
+    assert (qpc / "programqpc.bin").is_file()
+    above = os.path.dirname(os.path.normpath(qpc))
+    first = json.loads(Path(above, "specializations.json").read_text())["specializations"][0]
+    first = first.get("symbols", first)
+    slots = first.get("full_batch_size")
+    sizes = int(first["batch_size"]), int(first["ctx_len"])
+    return (*sizes, None if slots is None else int(slots))
+
+
+@pytest.mark.parametrize("slots", [None, 4])
+def test_qefficients_layout_is_the_same_program_below_its_specializations(
+    tmp_path: Path, slots: int | None
+) -> None:
+    plain = request(tmp_path)
+    shapes = Specializations.build(
+        batch_size=slots or 1, prompt_len=32, ctx_len=128, continuous=slots is not None
+    )
+    custom_io = tmp_path / "io.yaml"
+    custom_io.write_text(" - IOName: past_key.0\n   Precision: float16\n")
+    source = replace(plain.variant.source, custom_io=custom_io)
+    plain = replace(plain, variant=replace(plain.variant, specializations=shapes, source=source))
+    first = build(plain)
+    laid = replace(plain, layout=Layout.QEFFICIENT)
+    for _ in range(2):  # the program that is there, and the layout that is there
+        again = build(laid)
+        assert (again.reused, again.qpc_bytes) == (True, first.qpc_bytes)
+        assert compilation_dims(again.path / "qpc") == (1, 128, slots)
+        assert (again.path / "custom_io.yaml").read_bytes() == custom_io.read_bytes()
+    program = first.path / "programqpc.bin"
+    assert (first.path / "qpc" / "programqpc.bin").samefile(program)
+    assert build(plain).reused
+    check_kept(first.path / "qpc")
+    # Compiled anew, it has no leftover of the other layout, and gets the new program.
+    source = replace(source, digest="e" * 64)
+    changed = replace(plain, variant=replace(plain.variant, source=source))
+    assert not build(changed).reused
+    assert not (first.path / "qpc").exists()
+    build(replace(changed, layout=Layout.QEFFICIENT))
+    assert (first.path / "qpc" / "programqpc.bin").samefile(program)
+
+
+def test_a_stale_second_name_is_renewed(tmp_path: Path) -> None:
+    laid = replace(request(tmp_path), layout=Layout.QEFFICIENT)
+    second = build(laid).path / "qpc" / "programqpc.bin"
+    second.unlink()
+    second.write_bytes(b"an older program")
+    build(laid)
+    assert second.read_bytes() == (second.parent.parent / "programqpc.bin").read_bytes()

@@ -103,6 +103,21 @@ def test_a_machine_that_is_well_has_one_line_for_each_check(facts: MachineFacts)
     assert worst(found) is Verdict.OK
 
 
+ULTRA = tuple(
+    Device(qid, "Ready", "Pcie Ultra", 16, 16, 31391744 * 2**10, 31391744 * 2**10, f"B{qid // 4}")
+    for qid in range(8)
+)
+
+
+def test_the_socs_of_boards_are_shown_together() -> None:
+    facts = cards(devices=ULTRA, on_bus=8)
+    said = {one.check: one.says for one in of_machine(facts)}
+    assert said["cards"] == ("8 ready: Ultra of 16 NSPs and 30 GiB on 2 boards (QID 0-3, 4-7)")
+    lacking = not_well(cards(devices=ULTRA[:5] + ULTRA[6:], on_bus=7))
+    assert [(one.check, one.verdict) for one in lacking] == [("board B1", Verdict.WARN)]
+    assert lacking[0].says == "It shows 3 of the 4 SoCs of an Ultra board: QID 4, 6, 7."
+
+
 BAD: dict[str, tuple[MachineFacts, str, Verdict, str, str]] = {
     # the facts, the check, how bad, a part of what is said, a part of the remedy
     "no SDK": (sdk(error="There is no SDK."), "SDK", Verdict.FAIL, "no SDK", "--sdk"),

@@ -35,6 +35,7 @@ class CompiledProgram:
         self.num_cores = options.get("cores", 14)
         self.num_devices = options.get("devices", 1)
         self.apps_version = "1.20"
+        self.hardware = "ai100"
         self.batch = options.get("batch", 2)
         self.vocab = options.get("vocab", 8)
         self.constants_bytes = options.get("constants", 1 << 20)

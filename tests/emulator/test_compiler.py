@@ -10,15 +10,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from compiled import compile_tiny, write_inputs
+from onnx import helper
 from tiny_llama import TinyLlama
 
 from qaic_ray.emulator import compiler
 from qaic_ray.emulator.compiler import VERSION_VARIABLE, argv
 from qaic_ray.emulator.container import aicapi
-from qaic_ray.emulator.container.execution import CompiledProgram
+from qaic_ray.emulator.container.execution import CompiledProgram, LoadedProgram
 
 COMMAND = [
     sys.executable,
@@ -47,7 +50,7 @@ def test_a_compile_says_what_the_vendors_says(
     assert "Compile started ............... " in out
     assert "Compiling model with FP16 precision." in out
     assert out[-1] == f"Generated binary is present at {tmp_path / 'qpc'}"
-    assert os.listdir(tmp_path / "qpc") == ["programqpc.bin"]
+    assert sorted(os.listdir(tmp_path / "qpc")) == ["compile-report.json", "programqpc.bin"]
     assert [line for line in out if "no effect" in line and "-mos=1" in line]
     qpc = CompiledProgram.open(str(tmp_path / "qpc"))
     assert (qpc.name, qpc.num_cores, qpc.num_devices) == ("tiny", 14, 1)
@@ -121,6 +124,132 @@ def test_hardware_names_depend_on_the_version(
     monkeypatch.setenv(VERSION_VARIABLE, version)
     arguments = [a.replace("=2.0", "=ai100") for a in write_inputs(tmp_path, TinyLlama())]
     assert compiler.main(arguments) == status
+
+
+# What public programs pass: QEfficient, the vendor's Mask-RCNN, ck-qaic, axs2qaic, ai100-profiling.
+PUBLIC = [
+    "-mos=-1",
+    "-user-tiled",
+    "-split-retained-state-io",
+    "-quantization-schema=symmetric_with_uint8",
+    "-aic-minimize-host-traffic",
+    "-aic-op-stats",
+    "-qpc-crc",
+    "-aic-compile-only-test",
+    "-compiler-args=-aic-perf-metrics -aic-time-passes -aic-version -aic-ddr-to-multicast "
+    "-aic-form-axis-uniform-constants -aic-userdma-producer-dma -onnx-define-symbol=spare,1",
+]
+OBEYED = ("-qpc-crc", "-aic-compile-only-test", "-onnx-define-symbol=spare,1")
+
+
+def test_flags_of_public_programs_are_taken_and_those_without_effect_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QAIC_COMPILER_OPTS_UNSUPPORTED", "-debug-glow")
+    status, out, err = run([*write_inputs(tmp_path, TinyLlama()), *PUBLIC], capsys)
+    assert (status, err) == (0, [])
+    inner = [part.removeprefix("-compiler-args=") for a in PUBLIC for part in a.split(" ")]
+    expected = [a for a in inner if a not in OBEYED]
+    expected.append("QAIC_COMPILER_OPTS_UNSUPPORTED=-debug-glow")
+    said = [line.split()[1] for line in out if line.endswith("no effect on this emulated SDK.")]
+    assert said == expected
+    report = json.loads((tmp_path / "qpc" / "compile-report.json").read_text())
+    assert report["options_without_effect"] == expected
+    assert report["num_cores"] == 14
+    assert report["hardware"] == "ai100"
+    assert [entry["spare"] for entry in report["specializations"]] == [1, 1]
+    assert report["quantization"] is None
+
+
+@pytest.mark.parametrize(
+    ("argument", "text"),
+    [
+        ("-compiler-args=-nonsense", "Invalid option -nonsense. Use"),
+        ("-compiler-args='-mos=1", "No closing quotation"),
+        ("-compiler-args=-compiler-args=-mos=1", "cannot hold itself"),
+        ("-compiler-args", "requires a value"),
+        ("-mos=-2", "must be in [1, 16]"),
+        ("-output-node-name=a,,b", "must be names, by commas"),
+        ("-use-random-input-data=zeros", "must be one of gaussian, uniform"),
+        ("-quantization-schema=odd", "must be one of asymmetric"),
+    ],
+)
+def test_what_such_flags_cannot_be_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], argument: str, text: str
+) -> None:
+    status, _, err = run([*write_inputs(tmp_path, TinyLlama()), argument], capsys)
+    assert status == 255
+    assert text in err[0]
+
+
+def classifier(folder: Path) -> list[str]:
+    """As TensorFlow's converter writes it: values end in `:0`, nodes have plain names."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["scores:0"], name="scores"),
+        helper.make_node("Softmax", ["scores:0"], ["softmax_tensor:0"], name="softmax_tensor"),
+        helper.make_node("ArgMax", ["scores:0"], ["ArgMax:0"], name="ArgMax", axis=1, keepdims=0),
+    ]
+    weight = np.random.default_rng(1).standard_normal((16, 8), np.float32)
+    graph = helper.make_graph(
+        nodes,
+        "classifier",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 16])],
+        [
+            helper.make_tensor_value_info("softmax_tensor:0", onnx.TensorProto.FLOAT, [2, 8]),
+            helper.make_tensor_value_info("ArgMax:0", onnx.TensorProto.INT64, [2]),
+        ],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, folder / "classifier.onnx")
+    return [
+        f"-m={folder / 'classifier.onnx'}",
+        "-aic-hw",
+        "-compile-only",
+        f"-aic-binary-dir={folder / 'qpc'}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs"),
+    [
+        ("ArgMax", ["ArgMax:0"]),
+        ("softmax_tensor:0,ArgMax", ["ArgMax:0", "softmax_tensor:0"]),
+        ("scores", ["scores:0"]),  # no output of the model
+    ],
+)
+def test_outputs_are_those_that_are_named(tmp_path: Path, name: str, outputs: list[str]) -> None:
+    assert compiler.main([*classifier(tmp_path), f"-output-node-name={name}"]) == 0
+    qpc = CompiledProgram.open(str(tmp_path / "qpc"))
+    assert sorted(b.name for b in qpc.bindings if not b.is_input) == outputs
+    x = np.random.default_rng(2).standard_normal((2, 16), np.float32)
+    made = (
+        LoadedProgram(qpc, 1).activate().run({"x": x}, {b.name: b.dims for b in qpc.bindings[1:]})
+    )
+    model = onnx.load(tmp_path / "classifier.onnx")
+    scores = helper.make_tensor_value_info("scores:0", onnx.TensorProto.FLOAT, [2, 8])
+    model.graph.output.append(scores)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    for output, truth in zip(outputs, session.run(outputs, {"x": x}), strict=True):
+        np.testing.assert_allclose(made[output], truth, rtol=1e-5, atol=1e-6)
+
+
+def test_an_output_that_is_not_there_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run([*classifier(tmp_path), "-output-node-name=Argmax"], capsys)
+    assert status == 1
+    assert "Output node 'Argmax' is not in the model, whose outputs are softmax_tensor:0" in err[1]
+
+
+@pytest.mark.parametrize(("version", "status"), [("1.21.6", 255), ("1.22", 0)])
+def test_ai200_is_hardware_of_newer_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, status: int
+) -> None:
+    monkeypatch.setenv(VERSION_VARIABLE, version)
+    assert compiler.main([*classifier(tmp_path), "-aic-hw-version=ai200"]) == status
+    if status == 0:
+        assert CompiledProgram.open(str(tmp_path / "qpc")).hardware == "ai200"
 
 
 def test_a_dimension_without_a_value_is_named(

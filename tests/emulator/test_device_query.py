@@ -18,6 +18,7 @@ def test_util_tells_of_the_cards(qaicrt: ModuleType, machine: Machine) -> None:
     assert info.devStatus == qaicrt.QDevStatus.QDS_READY
     assert info.devData.resourceInfo.nspTotal == 14
     assert (info.qid, info.name, info.pciInfo.bus) == (2, "/dev/accel/accel2", 0x38)
+    assert info.mhiId == 2
     assert util.getPerformanceInfo(2)[1].ddrFrequencyHz == 2_133_000_000
     assert util.getDeviceInfo(8) == (status.QS_NODEV, None)
     assert util.getResourceInfo(8)[0] == util.getPerformanceInfo(8)[0] == status.QS_NODEV

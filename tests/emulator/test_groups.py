@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -98,7 +99,6 @@ def test_a_benchmark_with_wrong_buffers_fails_and_can_go_on(qaicrt: ModuleType) 
 def test_programs_of_a_group_share_their_cores(qaicrt: ModuleType, machine: Machine) -> None:
     context, status = qaicrt.Context(), qaicrt.QStatus
     group = qaicrt.ProgramGroup(context, 1, "pair", qaicrt.QAicProgramGroupProperties())
-    assert group.addProgram(qaicrt.Qpc("cores=8")) == (status.QS_INVAL, None)
     assert group.enable() == status.QS_SUCCESS
     programs = []
     for cores in (8, 12, 14):
@@ -126,3 +126,124 @@ def test_a_group_gets_no_cores_that_are_taken(qaicrt: ModuleType, machine: Machi
     status, program = group.addProgram(qaicrt.Qpc("cores=8"))
     assert (status, program) == (qaicrt.QStatus.QS_ERROR, None)
     taken.release()
+
+
+def test_programs_are_added_before_the_group_is_enabled(
+    qaicrt: ModuleType, machine: Machine
+) -> None:
+    """The order of calls of both public stable-diffusion programs."""
+    context, status = qaicrt.Context(), qaicrt.QStatus
+    group = qaicrt.ProgramGroup(context, 1, "pair", qaicrt.QAicProgramGroupProperties())
+    added = [group.addProgram(qaicrt.Qpc(f"cores={cores}")) for cores in (8, 14)]
+    assert [answer for answer, _ in added] == [status.QS_SUCCESS] * 2
+    assert machine.card(1).free == machine.card(1).total
+    with pytest.raises(RuntimeError, match="Failed to create execObj"):
+        qaicrt.ExecObj(context, added[0][1])
+    assert group.enable() == status.QS_SUCCESS
+    assert machine.card(1).free.num_nsps == 0
+    assert machine.card(1).num_active == 2
+    exec_obj = qaicrt.ExecObj(context, added[1][1])
+    qpc = added[1][1].qpc
+    assert exec_obj.setData(buffers(qaicrt, qpc, 3)) == status.QS_SUCCESS
+    assert group.enqueue(exec_obj) == status.QS_SUCCESS
+    assert exec_obj.waitForCompletion() == status.QS_SUCCESS
+    assert np.frombuffer(exec_obj.getData()[1][2], np.float32)[0] == 24
+    del exec_obj
+    for _ in range(2):
+        assert group.disable(False, 0) == status.QS_SUCCESS
+        assert machine.card(1).free == machine.card(1).total
+        assert group.enable() == status.QS_SUCCESS
+        assert machine.card(1).free.num_nsps == 0
+
+
+def test_a_group_that_does_not_fit_is_not_enabled_and_holds_nothing(
+    qaicrt: ModuleType, machine: Machine
+) -> None:
+    taken = machine.claim({1: Demand(7, 0, 1)})
+    group = qaicrt.ProgramGroup(qaicrt.Context(), 1, "late")
+    for cores in (4, 8):
+        assert group.addProgram(qaicrt.Qpc(f"cores={cores}"))[0] == qaicrt.QStatus.QS_SUCCESS
+    before = machine.card(1)
+    assert group.enable() == qaicrt.QStatus.QS_ERROR
+    assert machine.card(1) == before
+    taken.release()
+    assert group.enable() == qaicrt.QStatus.QS_SUCCESS
+
+
+def test_who_waits_for_a_submission_that_failed_gets_its_status(qaicrt: ModuleType) -> None:
+    qpc, status = qaicrt.Qpc("cores=2"), qaicrt.QStatus
+    inferences = qaicrt.InferenceSet(qaicrt.Context(), qpc, 0, 1, 1)
+    vector = qaicrt.InferenceVector(qpc.getBufferMappings())
+    vector.getVector()[1] = qaicrt.QBuffer(bytes(3))  # neither whole nor partial
+    with ThreadPoolExecutor(1) as waiting:
+        for number in range(3):
+            answer = waiting.submit(inferences.getCompletedId, number)
+            assert inferences.submit(vector, number) != status.QS_SUCCESS
+            failed, handle = answer.result(10)
+            assert failed == status.QS_ERROR
+            assert handle.id == number
+            assert inferences.putCompleted(handle) == status.QS_SUCCESS
+    # The place is there once, as before.
+    _, handle = inferences.getAvailable()
+    assert handle.setBuffers(buffers(qaicrt, qpc, 1)) == status.QS_SUCCESS
+    assert inferences.submit(handle, 7) == status.QS_SUCCESS
+    assert inferences.getCompletedId(7) == (status.QS_SUCCESS, handle)
+
+
+def test_a_benchmarks_callback_sees_results_and_gives_the_next_data(qaicrt: ModuleType) -> None:
+    qpc, status = qaicrt.Qpc("cores=1"), qaicrt.QStatus
+    benchmark = qaicrt.InferenceBenchmarkSet(
+        qaicrt.Context(), qpc, 0, 2, 2, buffers(qaicrt, qpc, 1), qaicrt.BenchmarkProperties()
+    )
+    assert benchmark.enable() == status.QS_SUCCESS
+    seen = []
+
+    def completed(exec_obj: Any, info: Any) -> None:
+        result = np.frombuffer(exec_obj.getData()[1][2], np.float32)[0]
+        seen.append(
+            (info.activationIndex, info.execObjIndex, info.programName, info.status, result)
+        )
+        assert exec_obj.setData(buffers(qaicrt, qpc, 5)) == status.QS_SUCCESS
+
+    assert benchmark.enableExecObjCompletionCallback(completed) is None
+    assert benchmark.run(8) == status.QS_SUCCESS
+    places = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    ok = status.QS_SUCCESS
+    assert seen == [
+        *((*place, "counter", ok, 8.0) for place in places),
+        *((*place, "counter", ok, 40.0) for place in places),
+    ]
+    benchmark.disableExecObjCompletionCallback()
+    assert benchmark.run(4) == ok
+    assert len(seen) == 8
+    with pytest.raises(TypeError):
+        benchmark.enableExecObjCompletionCallback(None)
+
+
+def test_an_error_of_a_callback_reaches_the_program_and_the_benchmark_goes_on(
+    qaicrt: ModuleType,
+) -> None:
+    qpc = qaicrt.Qpc("cores=1")
+    benchmark = qaicrt.InferenceBenchmarkSet(
+        qaicrt.Context(), qpc, 0, 3, 1, buffers(qaicrt, qpc, 1)
+    )
+    benchmark.enable()
+
+    def completed(exec_obj: Any, info: Any) -> None:
+        raise KeyError("mine")
+
+    benchmark.enableExecObjCompletionCallback(completed)
+    for _ in range(2):
+        with pytest.raises(KeyError, match="mine"):
+            benchmark.run(9)
+    benchmark.disableExecObjCompletionCallback()
+    assert benchmark.run(9) == qaicrt.QStatus.QS_SUCCESS
+    assert benchmark.getLastRunStats()[0] == 9
+
+
+def test_operators_are_not_measured_and_that_is_said(qaicrt: ModuleType) -> None:
+    qpc = qaicrt.Qpc("cores=1")
+    benchmark = qaicrt.InferenceBenchmarkSet(qaicrt.Context(), qpc, 0, 1, 1, [])
+    status = benchmark.enableOpStatsCallback(print, 0, 1, 1)
+    assert status == qaicrt.QStatus.QS_UNSUPPORTED
+    assert benchmark.disableOpStatsCallback() == qaicrt.QStatus.QS_SUCCESS

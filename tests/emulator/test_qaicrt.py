@@ -518,3 +518,14 @@ def test_any_order_of_calls_keeps_the_state_machine(qaicrt: ModuleType, calls: l
         info = qaicrt.Util().getResourceInfo(0)[1]
         assert info.nspFree == (7 if active else 14)
         assert (info.dramFree == 16308) == (not loaded)
+
+
+def test_a_program_for_other_hardware_is_not_loaded(qaicrt: ModuleType, machine: Machine) -> None:
+    context, qpc = qaicrt.Context(), qaicrt.Qpc("cores=2")
+    qpc.contents.hardware = "ai200"
+    program = qaicrt.Program(context, 0, qpc)
+    assert program.load() == qaicrt.QStatus.QS_ERROR
+    assert program.activate() == qaicrt.QStatus.QS_ERROR
+    assert machine.card(0).free == machine.card(0).total
+    with pytest.raises(RuntimeError, match="Failed to create execObj"):
+        qaicrt.ExecObj(context, program)

@@ -107,13 +107,50 @@ def test_the_parsers_in_the_wild_read_it(
     assert "NSP Frequency(Mhz):1450.00" in blocks[2]
 
 
-def test_from_1_21_on_dram_is_told_in_kilobytes(tmp_path: Path, machine: Machine) -> None:
+def test_from_1_21_on_dram_is_told_in_kilobytes_and_an_socs_power_beside_the_boards(
+    tmp_path: Path, machine: Machine
+) -> None:
     newer = Machine(Folder(tmp_path, "1.21.6", num_cards=1, sku="ultra"))
-    text = "\n".join(qaic_util.lines(newer, newer.card(0), 0.0))
-    assert "\nDram Total:31391744 KB\n" in text
-    assert "\nNsp Total:16\n" in text
-    assert "\nPc Total:7\n" in text
-    assert "\nSku Type:PCIe Ultra\n" in text
+    lines = qaic_util.lines(newer, newer.card(0), 0.0)
+    assert {"Dram Total:31391744 KB", "Nsp Total:16", "Pc Total:7"} <= set(lines)
+    # The end of a card's block, as it is public of an Ultra.
+    tail = [line.split(":")[0] for line in lines[-7:]]
+    assert tail == [
+        "Sku Type",
+        "Board serial",
+        "SoC temperature(degree C)",
+        "Board power(Watts)",
+        "Board TDP Cap(Watts)",
+        "SOC power(Watts)",
+        "SOC TDP Cap(Watts)",
+    ]
+    assert {"Sku Type:Pcie Ultra", "Board TDP Cap(Watts):150.00"} <= set(lines)
+    assert lines[-1] == "SOC TDP Cap(Watts):31.00"
+
+
+def test_the_socs_of_a_board_have_one_serial_and_one_power(tmp_path: Path) -> None:
+    ultra = Machine(Folder(tmp_path, "1.22", num_cards=2, sku="ultra"))
+
+    def told(qid: int) -> dict[str, str]:
+        lines = qaic_util.lines(ultra, ultra.card(qid), 7.0)
+        return dict(line.split(":", 1) for line in lines[1:])
+
+    idle = told(1)
+    claim = ultra.claim({1: Demand(16, 0, 1), 2: Demand(8, 0, 1)})
+    cards = [told(qid) for qid in range(8)]
+    claim.release()
+    boards = [card["Board serial"] for card in cards]
+    assert boards[:4] == [boards[0]] * 4
+    assert boards[4:] == [boards[4]] * 4
+    assert boards[0] != boards[4]
+    power = [float(card["Board power(Watts)"]) for card in cards]
+    assert power[:4] == [power[0]] * 4
+    # 24 of the board's 64 NSPs are held: 0.42 of 150 W at all of them.
+    gained = power[0] - float(idle["Board power(Watts)"])
+    assert gained == pytest.approx(0.42 * 150 * 24 / 64, abs=0.011)
+    soc = [float(card["SOC power(Watts)"]) for card in cards]
+    assert soc[1] > soc[2] > soc[0]
+    assert len({card["HW Serial"] for card in cards}) == 8
 
 
 def test_an_unknown_device(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:

@@ -205,10 +205,18 @@ def _plain(value: Any) -> str:
 
 
 def flags_of(kind: type, defaults: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[Flag]:
-    """The flags of a section, with those of sections in it."""
+    """The flags of a section, with those of sections in it.
+
+    Args:
+        kind: the section.
+        defaults: the command's own; `...` stands for an option that it does not have.
+        path: of the section in the one that is made.
+    """
     entries, flags = options_of(kind), []
     for name, field in kind.__pydantic_fields__.items():  # type: ignore[attr-defined]
         value = OptionValue(field)
+        if defaults.get(name) is ...:
+            continue
         if hasattr(value.kind, "__pydantic_fields__"):
             flags += flags_of(value.kind, {}, (*path, name))
         elif name in entries and entries[name].flag is not None:
@@ -228,7 +236,7 @@ def section_of(
     Raises:
         UsageError: naming the flag and the value.
     """
-    document: dict[str, Any] = dict(defaults)
+    document: dict[str, Any] = {n: value for n, value in defaults.items() if value is not ...}
     for flag in flags:
         value = flag.read(words)
         if value is not ...:

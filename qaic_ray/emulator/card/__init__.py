@@ -47,7 +47,10 @@ class Demand(NamedTuple):
 
 
 class Card(NamedTuple):
-    """One device at one moment; `parent` is the physical card that a derived device lives on."""
+    """One device at one moment; `parent` is the physical card that a derived device lives on.
+
+    `num_board_nsps` are the NSPs that are held on all SoCs of its board.
+    """
 
     qid: int
     sku: Sku
@@ -57,6 +60,7 @@ class Card(NamedTuple):
     num_active: int
     status: int
     parent: Optional[int] = None
+    num_board_nsps: int = 0
 
     @property
     def num_busy_nsps(self) -> int:
@@ -65,7 +69,9 @@ class Card(NamedTuple):
 
     def telemetry(self, now_s: float) -> Telemetry:
         """Simulated sensor readings at `now_s` seconds of the clock."""
-        return telemetry(self.sku, self.qid, self.num_busy_nsps, now_s)
+        qid = self.qid if self.parent is None else self.parent
+        board = self.num_board_nsps
+        return telemetry(self.sku, qid, self.num_busy_nsps, now_s, num_board_nsps=board)
 
 
 class Claim:
@@ -254,7 +260,20 @@ class Machine:
         for entry in living.values():
             for qid_text, demand in entry["takes"].items():
                 self._subtract(cards, int(qid_text), Demand(*demand), "derived" in entry)
-        return cards
+        return self._with_boards(cards)
+
+    def _with_boards(self, cards: Mapping[int, Card]) -> Dict[int, Card]:
+        """Each card with what is held on its board: of the SoCs that share its serial."""
+        busy: Dict[int, int] = {}
+        for card in cards.values():
+            if card.parent is None:
+                board = card.qid // self.sku.num_socs
+                busy[board] = busy.get(board, 0) + card.num_busy_nsps
+        return {
+            qid: card._replace(num_board_nsps=busy[soc // self.sku.num_socs])
+            for qid, card in cards.items()
+            for soc in [qid if card.parent is None else card.parent]
+        }
 
     def _subtract(
         self, cards: Dict[int, Card], qid: int, taken: Demand, is_reservation: bool

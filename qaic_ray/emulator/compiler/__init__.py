@@ -20,21 +20,30 @@ from typing import Sequence, Tuple
 import onnx
 
 from ..container import FILE_NAME, steps
+from ..container.network import AI100
 from ..folder import FolderError, current
 from ..lowering import graph
 from ..lowering.graph import GraphError
 from . import argv as command_line
 from . import build as builder
 from . import configs
+from . import report as reports
 from .argv import ArgvError, Options
-from .build import Build, Report
+from .build import Build
 from .configs import ConfigError, Partition
+from .quantize import UINT8_WHERE_POSITIVE, Quantization
+from .report import Report
 from .weights import ConstantError, Precision
 
 VERSION_VARIABLE = "QAIC_EMULATOR_APPS_VERSION"
+UNSUPPORTED_VARIABLE = "QAIC_COMPILER_OPTS_UNSUPPORTED"
+"""Options of the vendor's own developers, which public profiling programs set."""
 
+_KEPT_TYPES = ("-execute-nodes-in-fp16", "-keep-original-precision-for-nodes")
 _NAMED_SPECIALIZATIONS_SINCE = (1, 22)
 _HARDWARE_NAMES_SINCE = (1, 21)
+# Inferred: the first QEfficient that passes `ai200` is that of Apps 1.22.
+_AI200_SINCE = (1, 22)
 _DEFAULT_VERSION = "1.22"
 _REFUSED = 255
 _FAILED = 1
@@ -58,10 +67,16 @@ def main(argv: Sequence[str]) -> int:
     except (ArgvError, ConfigError) as error:
         print(error, file=sys.stderr)
         return _REFUSED
-    for argument in options.without_effect:
+    unheeded = _unheeded(options)
+    for argument in unheeded:
         print(f"Option {argument} is accepted and has no effect on this emulated SDK.")
     try:
-        report = run(build)
+        if "-dump-profile" in options.values:
+            return _dump(build, options.values["-dump-profile"])
+        report = run(build, unheeded)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return _REFUSED
     except (GraphError, ConstantError) as error:
         print(f"QAIC_ERROR:\nError message:  {error}", file=sys.stderr)
         print("QAICException:Unable to AddNodesToGraphFromModel", file=sys.stderr)
@@ -71,12 +86,20 @@ def main(argv: Sequence[str]) -> int:
         return _FAILED
     for line in report.warnings:
         print(line)
+    if build.quantization is not None and not build.quantization.has_inputs:
+        print("Warning: no -input-list-file: ranges are those of random data, and answers are too")
     if report.not_lowered is not None:
         print(f"The graph runs as it is, without faster operators: {report.not_lowered}")
     else:
         steps.make_kernels()
     print(f"Generated binary is present at {options.values['-aic-binary-dir']}")
     return 0
+
+
+def _unheeded(options: Options) -> Sequence[str]:
+    """The options that have no effect, those of the environment too."""
+    more = os.environ.get(UNSUPPORTED_VARIABLE)
+    return [*options.without_effect, *([f"{UNSUPPORTED_VARIABLE}={more}"] if more else [])]
 
 
 def apps_version() -> str:
@@ -108,12 +131,13 @@ def plan(options: Options) -> Build:
     """
     values = options.values
     version = apps_version()
-    for flag in ("-m", "-aic-hw", "-aic-binary-dir"):
+    dumps = "-dump-profile" in values
+    for flag in ("-m", *(() if dumps else ("-aic-hw", "-aic-binary-dir"))):
         if flag not in values:
             raise ArgvError(
                 f"Option {flag} is required. Use -h, -help, or --help for list of options."
             )
-    _check_hardware(values.get("-aic-hw-version", "2.0"), version)
+    hardware = _hardware(values.get("-aic-hw-version", "2.0"), version)
     partition = Partition(1, int(values.get("-aic-num-cores", "1")))
     if "-mdp-load-partition-config" in values:
         partition = configs.read_partition(values["-mdp-load-partition-config"])
@@ -130,7 +154,7 @@ def plan(options: Options) -> Build:
     batch_size = values.get("-batchsize")
     return Build(
         model_path=values["-m"],
-        target=os.path.abspath(values["-aic-binary-dir"]),
+        target=os.path.abspath(values.get("-aic-binary-dir", "")),
         apps_version=version,
         precision=Precision(options.on("-convert-to-fp16"), options.on("-mxfp6-matmul")),
         partition=partition,
@@ -138,22 +162,72 @@ def plan(options: Options) -> Build:
         io_precisions=io_precisions,
         retained=options.on("-retained-state"),
         batch_size=None if batch_size is None else int(batch_size),
+        hardware=hardware,
+        outputs=options.outputs,
+        quantization=_quantization(options) if options.quantizes else None,
     )
 
 
-def _check_hardware(hardware: str, version: str) -> None:
+def _quantization(options: Options) -> Quantization:
+    values = options.values
+    if options.on("-convert-to-fp16"):
+        raise ArgvError(
+            "Option -convert-to-fp16 cannot be used with quantization: leave out one of them."
+        )
+    if options.on("-convert-to-quantize") and {"-dump-profile", "-load-profile"} & set(values):
+        raise ArgvError(
+            "Option -convert-to-quantize cannot be used along with -dump-profile or -load-profile."
+        )
+    for flag in ("-input-list-file", "-load-profile"):
+        if flag in values and not os.path.isfile(values[flag]):
+            raise ConfigError(f"Failed to open file: {values[flag]}")
+    both = values.get("-quantization-schema", UINT8_WHERE_POSITIVE)
+    types = ",".join(values.get(flag, "") for flag in _KEPT_TYPES).split(",")
+    names = values.get("-node-precision-info")
+    return Quantization(
+        activations=values.get("-quantization-schema-activations", both),
+        constants=values.get("-quantization-schema-constants", both),
+        calibration=values.get("-quantization-calibration", "None"),
+        percentile=float(values.get("-percentile-calibration-value", "100")),
+        num_bins=int(values.get("-num-histogram-bins", "512")),
+        bias_bits=8 if values.get("-quantization-precision-bias") == "Int8" else 32,
+        channelwise=options.on("-enable-channelwise"),
+        rowwise=options.on("-enable-rowwise"),
+        kept_types=frozenset(filter(None, types)),
+        kept_values=frozenset(configs.read_node_precisions(names) if names else ()),
+        list_file=values.get("-input-list-file"),
+        random=values.get("-use-random-input-data"),
+        profile=values.get("-load-profile"),
+    )
+
+
+def _dump(build: Build, path: str) -> int:
+    """Write a quantization profile and nothing else, as the vendor's command does."""
+    print(f"Reading ONNX Model from {build.model_path}", flush=True)
+    builder.profile(build, graph.load(build.model_path), path)
+    print(f"Quantization profile is present at {path}")
+    return 0
+
+
+def _hardware(hardware: str, version: str) -> str:
+    """The hardware that an `-aic-hw-version` means, where this version knows it."""
     known = ["2.0"]
     if _numbers(version) >= _HARDWARE_NAMES_SINCE:
-        known.append("ai100")
+        known.append(AI100)
+    if _numbers(version) >= _AI200_SINCE:
+        known.append("ai200")
     if hardware not in known:
         raise ArgvError(
             f"Invalid value '{hardware}' for option -aic-hw-version: must be one of "
             f"{', '.join(known)}."
         )
+    return AI100 if hardware == "2.0" else hardware
 
 
-def run(build: Build) -> Report:
+def run(build: Build, unheeded: Sequence[str] = ()) -> Report:
     """Compile into a temporary folder and rename it to the target.
+
+    `unheeded` are the options that its report lists as without effect.
 
     Raises:
         GraphError, ConstantError: where the model is refused.
@@ -176,6 +250,8 @@ def run(build: Build) -> Report:
     os.mkdir(temporary)
     try:
         report = builder.write(build, model, os.path.join(temporary, FILE_NAME))
+        path = os.path.join(temporary, reports.FILE_NAME)
+        reports.write(path, build.facts(), report, unheeded)
         _sync_folder(temporary)
         os.rename(temporary, build.target)
     finally:

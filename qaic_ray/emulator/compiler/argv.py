@@ -1,15 +1,18 @@
 """The compiler's command line: single dashes, `-flag=value`; every flag that public sources name.
 
-A flag is obeyed, or accepted without effect (and then listed in the compiler's output), or
-unknown and refused with the vendor's text.
+A flag is obeyed, or accepted without effect (and then listed in the compiler's output and report),
+or unknown and refused with the vendor's text. `-compiler-args` holds more of them.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+import shlex
+from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 MAX_CORES = 16
+
+_COMPILER_ARGS = "-compiler-args"
 
 HELP_FLAGS = ("-h", "-help", "--help", "--usage")
 
@@ -54,6 +57,11 @@ def _numbers(low: int, high: int) -> Callable[[str, Optional[str]], str]:
     return check
 
 
+def _effort(flag: str, value: Optional[str]) -> str:
+    """Numbers of cores, or -1: as the compiler likes, which QEfficient passes by default."""
+    return "-1" if value == "-1" else _numbers(1, MAX_CORES)(flag, value)
+
+
 def _choice(*choices: str) -> Callable[[str, Optional[str]], str]:
     def check(flag: str, value: Optional[str]) -> str:
         text = _text(flag, value)
@@ -73,12 +81,27 @@ def _symbol(flag: str, value: Optional[str]) -> str:
     return text
 
 
+def _names(flag: str, value: Optional[str]) -> str:
+    names = [name.strip() for name in _text(flag, value).split(",")]
+    if not all(names):
+        raise ArgvError(f"Invalid value '{value}' for option {flag}: must be names, by commas.")
+    return ",".join(names)
+
+
+def _random_data(flag: str, value: Optional[str]) -> str:
+    return _choice("gaussian", "uniform")(flag, "gaussian" if value is None else value)
+
+
 class Flag(NamedTuple):
-    """One option: how its value is checked, whether it changes the program, what it is for."""
+    """One option: how its value is checked, whether it changes the program, what it is for.
+
+    What says how to quantize only changes programs that are quantized.
+    """
 
     check: Callable[[str, Optional[str]], str]
     obeyed: bool
     help: str
+    of_quantization: bool = False
 
 
 def _obeyed(check: Callable[[str, Optional[str]], str], text: str) -> Flag:
@@ -89,6 +112,10 @@ def _accepted(check: Callable[[str, Optional[str]], str], text: str) -> Flag:
     return Flag(check, False, text)
 
 
+def _quantizing(check: Callable[[str, Optional[str]], str], text: str) -> Flag:
+    return Flag(check, True, text, of_quantization=True)
+
+
 _SCHEMAS = _choice("asymmetric", "symmetric", "symmetric_with_uint8", "symmetric_with_power2_scale")
 _MANY = 1 << 30
 
@@ -96,8 +123,12 @@ FLAGS: Dict[str, Flag] = {
     "-m": _obeyed(_text, "path of the ONNX model"),
     "-model": _obeyed(_text, "same as -m"),
     "-aic-hw": _obeyed(_switch, "build for hardware"),
-    "-aic-hw-version": _obeyed(_text, "hardware: 2.0 or ai100"),
+    "-aic-hw-version": _obeyed(_text, "hardware: 2.0, ai100 or ai200"),
     "-compile-only": _obeyed(_switch, "do not run after compiling"),
+    "-aic-compile-only-test": _obeyed(_switch, "same as -compile-only"),
+    "-compiler-args": _obeyed(_text, "more options, separated by spaces"),
+    "-output-node-name": _obeyed(_names, "outputs of the program: nodes or values of the graph"),
+    "-qpc-crc": _obeyed(_switch, "CRC of the program; here there always is one"),
     "-aic-binary-dir": _obeyed(_text, "folder to make, for the program"),
     "-aic-num-cores": _obeyed(_number(1, MAX_CORES), "NSPs of one instance"),
     "-convert-to-fp16": _obeyed(_switch, "all floating point in fp16"),
@@ -111,7 +142,7 @@ FLAGS: Dict[str, Flag] = {
     "-v": _accepted(_switch, "more output"),
     "-vv": _accepted(_switch, "more output"),
     "-vvv": _accepted(_switch, "more output"),
-    "-mos": _accepted(_numbers(1, MAX_CORES), "effort to reduce on-chip memory"),
+    "-mos": _accepted(_effort, "effort to reduce on-chip memory"),
     "-ols": _accepted(_numbers(1, MAX_CORES), "operator splitting"),
     "-mdts-mos": _accepted(_number(0, MAX_CORES), "effort to reduce on-chip memory, slicing"),
     "-multicast-weights": _accepted(_switch, "load shared weights once"),
@@ -120,6 +151,15 @@ FLAGS: Dict[str, Flag] = {
     "-allow-mxint8-mdp-io": _accepted(_switch, "MXINT8 between SoCs"),
     "-mdp-dump-partition-config": _accepted(_text, "file for a partition"),
     "-mdp-compiler-visible": _accepted(_switch, "partitioning seen by the compiler"),
+    "-user-tiled": _accepted(_switch, "tiles as the graph's author has them"),
+    "-split-retained-state-io": _accepted(_switch, "buffers of retained states of their own"),
+    "-aic-minimize-host-traffic": _accepted(_switch, "less traffic with the host"),
+    "-aic-op-stats": _accepted(_switch, "statistics of operators"),
+    "-aic-time-passes": _accepted(_switch, "time of compiler passes"),
+    "-aic-version": _accepted(_switch, "version of the compiler"),
+    "-aic-ddr-to-multicast": _accepted(_switch, "multicast of what DDR holds"),
+    "-aic-form-axis-uniform-constants": _accepted(_switch, "constants of one value an axis"),
+    "-aic-userdma-producer-dma": _accepted(_switch, "DMA by the producer"),
     "-aic-enable-depth-first": _accepted(_switch, "depth-first scheduling"),
     "-aic-depth-first-mem": _accepted(_number(8, 32), "memory of depth-first scheduling"),
     "-allocator-dealloc-delay": _accepted(_number(0, 10), "buffer lifetime"),
@@ -154,24 +194,28 @@ FLAGS: Dict[str, Flag] = {
     "-use-producer-dma": _accepted(_switch, "DMA by the producer"),
     "-compile-threads": _accepted(_number(1, 1024), "compiler threads"),
     "-profiling-threads": _accepted(_number(1, 1024), "profiling threads"),
-    "-quantization-schema-activations": _accepted(_SCHEMAS, "quantization"),
-    "-quantization-schema-constants": _accepted(_SCHEMAS, "quantization"),
-    "-quantization-calibration": _accepted(
+    "-convert-to-quantize": _quantizing(_switch, "quantize, with ranges from inputs"),
+    "-input-list-file": _quantizing(_text, "list of inputs to find ranges with"),
+    "-use-random-input-data": _quantizing(_random_data, "random inputs to find ranges with"),
+    "-quantization-schema": _quantizing(_SCHEMAS, "quantization, of activations and constants"),
+    "-quantization-schema-activations": _quantizing(_SCHEMAS, "quantization"),
+    "-quantization-schema-constants": _quantizing(_SCHEMAS, "quantization"),
+    "-quantization-calibration": _quantizing(
         _choice("None", "KLMinimization", "KLMinimizationV2", "Percentile", "MSE", "SQNR"),
         "quantization",
     ),
-    "-percentile-calibration-value": _accepted(_number(90, 100), "quantization"),
-    "-num-histogram-bins": _accepted(_number(1, _MANY), "quantization"),
-    "-quantization-precision": _accepted(_choice("Int8"), "quantization"),
-    "-quantization-precision-bias": _accepted(_choice("Int8", "Int32"), "quantization"),
-    "-enable-rowwise": _accepted(_switch, "quantization"),
-    "-enable-channelwise": _accepted(_switch, "quantization"),
-    "-dump-profile": _accepted(_text, "quantization profile to write"),
-    "-load-profile": _accepted(_text, "quantization profile to read"),
+    "-percentile-calibration-value": _quantizing(_number(90, 100), "quantization"),
+    "-num-histogram-bins": _quantizing(_number(1, _MANY), "quantization"),
+    "-quantization-precision": _quantizing(_choice("Int8"), "quantization"),
+    "-quantization-precision-bias": _quantizing(_choice("Int8", "Int32"), "quantization"),
+    "-enable-rowwise": _quantizing(_switch, "quantization"),
+    "-enable-channelwise": _quantizing(_switch, "quantization"),
+    "-dump-profile": _quantizing(_text, "quantization profile to write"),
+    "-load-profile": _quantizing(_text, "quantization profile to read"),
     "-external-quantization": _accepted(_text, "quantization from a file"),
-    "-execute-nodes-in-fp16": _accepted(_text, "operators in fp16"),
-    "-keep-original-precision-for-nodes": _accepted(_text, "nodes kept in fp32"),
-    "-node-precision-info": _accepted(_text, "file of node precisions"),
+    "-execute-nodes-in-fp16": _quantizing(_names, "operators in fp16"),
+    "-keep-original-precision-for-nodes": _quantizing(_names, "operators kept as they are"),
+    "-node-precision-info": _quantizing(_text, "file of node precisions"),
     "-register-custom-op": _accepted(_text, "YAML of custom operators"),
     "-dynamic-shape-input": _accepted(_switch, "dynamic shapes"),
     "-operators-supported": _accepted(
@@ -181,15 +225,26 @@ FLAGS: Dict[str, Flag] = {
 
 
 class Options(NamedTuple):
-    """A checked command line: flag -> last value; repeated symbols; flags without effect."""
+    """A checked command line: flag -> last value; repeated symbols; flags without effect.
+
+    `outputs` are the names of `-output-node-name`, which may be repeated too; `arguments` are all
+    arguments, those inside of `-compiler-args` one by one.
+    """
 
     values: Dict[str, str]
     symbols: Dict[str, int]
+    outputs: Tuple[str, ...]
+    arguments: Tuple[str, ...]
     without_effect: Tuple[str, ...]
 
     def on(self, flag: str) -> bool:
         """Whether a switch was given and is not `false`."""
         return self.values.get(flag) == "true"
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the program, or a profile of it, is made by int8 quantization."""
+        return _quantizes(self.values)
 
 
 def parse(argv: Sequence[str]) -> Options:
@@ -200,8 +255,10 @@ def parse(argv: Sequence[str]) -> Options:
     """
     values: Dict[str, str] = {}
     symbols: Dict[str, int] = {}
+    outputs: Dict[str, None] = {}
     without_effect: List[str] = []
-    for argument in argv:
+    arguments = list(_spread(argv))
+    for argument in arguments:
         name, equals, text = argument.partition("=")
         flag = FLAGS.get(name)
         if flag is None:
@@ -213,9 +270,35 @@ def parse(argv: Sequence[str]) -> Options:
         if name == "-onnx-define-symbol":
             symbol, _, size = value.rpartition(",")
             symbols[symbol] = int(size)
-        if not flag.obeyed:
+        if name == "-output-node-name":
+            outputs.update(dict.fromkeys(value.split(",")))
+    for argument in arguments:
+        flag = FLAGS[argument.partition("=")[0]]
+        if not flag.obeyed or (flag.of_quantization and not _quantizes(values)):
             without_effect.append(argument)
-    return Options(values, symbols, tuple(without_effect))
+    return Options(values, symbols, tuple(outputs), tuple(arguments), tuple(without_effect))
+
+
+def _quantizes(values: Mapping[str, str]) -> bool:
+    by_profile = "-load-profile" in values or "-dump-profile" in values
+    return by_profile or values.get("-convert-to-quantize") == "true"
+
+
+def _spread(argv: Sequence[str]) -> Iterator[str]:
+    """The arguments, with those that `-compiler-args` holds in its place."""
+    for argument in argv:
+        name, equals, text = argument.partition("=")
+        if name != _COMPILER_ARGS:
+            yield argument
+            continue
+        try:
+            inner = shlex.split(_text(name, text if equals else None))
+        except ValueError as error:
+            raise ArgvError(f"Invalid value '{text[:200]}' for option {name}: {error}.") from error
+        for part in inner:
+            if part.partition("=")[0] == _COMPILER_ARGS:
+                raise ArgvError(f"Option {_COMPILER_ARGS} cannot hold itself.")
+            yield part
 
 
 def usage() -> str:
@@ -223,5 +306,6 @@ def usage() -> str:
     lines = ["Usage: -m=<model.onnx> -aic-hw -aic-binary-dir=<dir> [options]", ""]
     for name, flag in FLAGS.items():
         note = "" if flag.obeyed else " (accepted, no effect here)"
+        note = " (of quantization)" if flag.of_quantization else note
         lines.append(f"  {name:36s} {flag.help}{note}")
     return "\n".join(lines)

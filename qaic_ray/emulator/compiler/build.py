@@ -13,12 +13,16 @@ from onnx import TensorProto
 from .. import lowering
 from ..container import QpcWriter, aicapi, netdesc, network
 from ..container.constants import ConstantsWriter
+from ..container.network import AI100
 from ..lowering import graph
 from ..lowering.dims import output_dims
 from ..lowering.graph import GraphError, State
 from ..lowering.view import NotLowered
 from ..numbers import kv_cache
+from . import calibration, outputs, quantize
 from .configs import Partition
+from .quantize import Quantization
+from .report import Report
 from .weights import Precision, store_weights
 
 Dims = Tuple[int, ...]
@@ -49,7 +53,8 @@ class Build(NamedTuple):
     """Everything a compile needs to know, checked.
 
     `symbols` has one entry a specialization, `io_precisions` is IO name -> precision, `batch_size`
-    the value of a leading dimension that no symbol gives one.
+    the value of a leading dimension that no symbol gives one, `outputs` what the program's outputs
+    are in place of the model's.
     """
 
     model_path: str
@@ -61,18 +66,29 @@ class Build(NamedTuple):
     io_precisions: Dict[str, str]
     retained: bool
     batch_size: Optional[int]
+    hardware: str = AI100
+    outputs: Tuple[str, ...] = ()
+    quantization: Optional[Quantization] = None
 
     @property
     def network_name(self) -> str:
         """Name of the program: the model's file name."""
         return os.path.splitext(os.path.basename(self.model_path))[0]
 
-
-class Report(NamedTuple):
-    """What there is to say about a finished build; `not_lowered` is a reason, if there is one."""
-
-    warnings: List[str]
-    not_lowered: Optional[str]
+    def facts(self) -> Dict[str, Any]:
+        """What the compile's report says of it."""
+        return {
+            "model": self.model_path,
+            "network_name": self.network_name,
+            "apps_version": self.apps_version,
+            "hardware": self.hardware,
+            **self.precision._asdict(),
+            **self.partition._asdict(),
+            "specializations": self.symbols,
+            "io_precisions": self.io_precisions,
+            "retained_state": self.retained,
+            "output_node_names": list(self.outputs),
+        }
 
 
 def write(build: Build, model: Any, path: str) -> Report:
@@ -82,14 +98,19 @@ def write(build: Build, model: Any, path: str) -> Report:
         GraphError: where the model cannot be compiled.
         ConstantError: where a weight cannot be read.
     """
+    if build.outputs:
+        outputs.select(model, build.outputs)
+    quantized = None
+    if build.quantization is not None:
+        dims, folder = _input_dims(build, model), _folder(build)
+        quantized = quantize.apply(model, build.quantization, dims, folder)
     states = _states(build, model)
     described = _describe(build, model, states)
     kinds = {i.name: graph.compute_kind(i) for i in graph.inputs(model)}
     with open(path, "wb") as file:
         writer = QpcWriter(file)
         constants = ConstantsWriter(writer)
-        folder = os.path.dirname(os.path.abspath(build.model_path))
-        store_weights(model, constants, folder=folder, precision=build.precision)
+        store_weights(model, constants, folder=_folder(build), precision=build.precision)
         graph.widen_to_float32(model)
         graph.narrow_lookups(model, {c.name: c.kind for c in constants.table})
         lens = _ctx_len(described, states), _joint_length(build.symbols)
@@ -99,6 +120,7 @@ def write(build: Build, model: Any, path: str) -> Report:
         size = writer.end_segment()
         program = network.NetworkElf(
             apps_version=build.apps_version,
+            hardware=build.hardware,
             convert_to_fp16=build.precision.convert_to_fp16,
             mxfp6_matmul=build.precision.mxfp6_matmul,
             num_devices=build.partition.num_devices,
@@ -115,7 +137,30 @@ def write(build: Build, model: Any, path: str) -> Report:
             writer.write(data)
             writer.end_segment()
         writer.finish()
-    return Report(_warnings(constants), not_lowered)
+    return Report(_warnings(constants), not_lowered, quantized)
+
+
+def profile(build: Build, model: Any, path: str) -> None:
+    """Write the quantization profile of `model` in place of a program.
+
+    Raises:
+        GraphError, ConfigError, ConstantError, OSError: as `write`.
+    """
+    assert build.quantization is not None
+    if build.outputs:
+        outputs.select(model, build.outputs)
+    dims = _input_dims(build, model)
+    ranges = quantize.profile(model, build.quantization, dims, _folder(build))
+    calibration.write_profile(path, ranges)
+
+
+def _folder(build: Build) -> str:
+    return os.path.dirname(os.path.abspath(build.model_path))
+
+
+def _input_dims(build: Build, model: Any) -> Dict[str, Dims]:
+    resolved = _resolve(model, build.symbols[0], build.batch_size)
+    return {value.name: resolved[value.name] for value in graph.inputs(model)}
 
 
 def _packed(build: Build, described: netdesc.Network) -> List[str]:
@@ -192,8 +237,8 @@ def _describe(build: Build, model: Any, states: Mapping[str, State]) -> netdesc.
             netdesc.Io(v.name, _io_type(build, v), largest[v.name], v.name in partial)
             for v in values
         ]
-        _permute(ios, f"{build.network_name}/{len(sides)}")
         sides.append(ios)
+    _permute(sides[1], build.network_name)
     order = sides[0] + sides[1]
     allowed = [tuple((io.type, entry[io.name]) for io in order) for entry in resolved]
     return netdesc.Network(
@@ -302,7 +347,8 @@ def _io_type(build: Build, value: Any) -> int:
 
 
 def _permute(ios: List[netdesc.Io], seed: str) -> None:
-    # A real compiler orders bindings as it likes; programs have to go by name.
+    # A real compiler keeps the order of inputs, which programs bind by position, and orders outputs
+    # as it likes.
     order = list(ios)
     random.Random(seed).shuffle(ios)
     if ios == order:

@@ -9,10 +9,11 @@ import json
 import re
 from typing import Any, Dict, List, NamedTuple, Tuple
 
-from ..documents import read_text, shown
+from ..documents import parse_mapping, read_text, shown
 
 PRECISIONS = ("float", "float16", "mxint8")
 
+_PRECISION_KEYS = ("FP16NodeInstanceNames", "FP32NodeInstanceNames")
 _IO_LINE = re.compile(r"^\s*(-\s+)?(IOName|Precision|Layout)\s*:\s*(.*?)\s*$")
 
 
@@ -109,6 +110,20 @@ def read_custom_io(path: str) -> Dict[str, str]:
                 )
             precisions[name] = value.lower()
     return precisions
+
+
+def read_node_precisions(path: str) -> List[str]:
+    """First outputs of the nodes that a node-precision file keeps in fp16 or fp32."""
+    document = parse_mapping(read_text(path, ConfigError), path, ConfigError)
+    names: List[str] = []
+    for key in _PRECISION_KEYS:
+        rows = document.get(key) or []
+        if not isinstance(rows, list) or not all(isinstance(row, str) for row in rows):
+            raise ConfigError(f"{path}: {key} must be a list of names")
+        names += rows
+    if not names:
+        raise ConfigError(f"{path}: it has none of {', '.join(_PRECISION_KEYS)}")
+    return names
 
 
 def read_partition(path: str) -> Partition:

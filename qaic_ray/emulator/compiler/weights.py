@@ -54,7 +54,7 @@ def store_weights(
     for name, tensor in tensors.items():
         if name in made:
             continue
-        array = _open_initializer(tensor, folder)
+        array = open_initializer(tensor, folder)
         for copy, source in made.items():
             if source.name == name:
                 store.add(tensors[copy], array.T if source.transposed else array)
@@ -146,7 +146,7 @@ def _is_float(tensor: Any) -> bool:
     return tensor.data_type in FLOATS
 
 
-def _open_initializer(tensor: Any, directory: str) -> Any:
+def open_initializer(tensor: Any, directory: str) -> Any:
     """An initializer's array: a view of its bytes, memory-mapped where it is external.
 
     bfloat16 comes as uint16.

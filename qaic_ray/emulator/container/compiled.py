@@ -41,6 +41,7 @@ class CompiledProgram:
         self.num_cores = described.num_cores
         self.num_devices = self.program.num_devices
         self.apps_version = self.program.apps_version
+        self.hardware = self.program.hardware
         self.convert_to_fp16 = self.program.convert_to_fp16
         self.mxfp6_matmul = self.program.mxfp6_matmul
         self.states = self.program.states

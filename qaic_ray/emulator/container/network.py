@@ -15,8 +15,9 @@ from .constants import FLOAT16, FLOAT32, KINDS, MXFP6, Constant
 REFERENCE = "reference"
 LOWERED = "lowered"
 JOINT = "joint"
+AI100 = "ai100"
 
-_MAGIC = b"QAICEMU3"
+_MAGIC = b"QAICEMU4"
 _LENGTH_BYTES = 8
 _INPUT_KINDS = {"float32", "int64", "int32", "int16", "int8", "uint8", "bool"}
 
@@ -24,13 +25,14 @@ _INPUT_KINDS = {"float32", "int64", "int32", "int16", "int8", "uint8", "bool"}
 class NetworkElf(NamedTuple):
     """A compiled program but for its weights' bytes and its bindings.
 
-    `states` is retained input -> output, `roundings` retained input -> what it is rounded to,
-    `mxint8` the bindings whose buffers hold packed MXINT8, `input_kinds` the numpy dtype that an
-    input is computed in, `graphs` serialized ONNX models by `REFERENCE`, `LOWERED`
-    and `JOINT`.
+    `hardware` is what it was compiled for, `states` is retained input -> output, `roundings`
+    retained input -> what it is rounded to, `mxint8` the bindings whose buffers hold packed MXINT8,
+    `input_kinds` the numpy dtype that an input is computed in, `graphs` serialized ONNX models by
+    `REFERENCE`, `LOWERED` and `JOINT`.
     """
 
     apps_version: str
+    hardware: str
     convert_to_fp16: bool
     mxfp6_matmul: bool
     num_devices: int
@@ -88,6 +90,7 @@ def _program(facts: Dict[str, Any], blob: bytes) -> NetworkElf:
         raise ValueError("input_kinds")
     return NetworkElf(
         apps_version=str(facts["apps_version"]),
+        hardware=str(facts["hardware"]),
         convert_to_fp16=bool(facts["convert_to_fp16"]),
         mxfp6_matmul=bool(facts["mxfp6_matmul"]),
         num_devices=int(facts["num_devices"]),

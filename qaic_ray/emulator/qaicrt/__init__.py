@@ -3,8 +3,8 @@
 Covered: contexts, queues, programs (load, activate, deactivate, unload, device groups), ExecObjs
 (lists of QBuffers, lists of tuples, slices), inference sets, program groups, device queries; the
 statuses and exceptions of each as far as public sources tell them. Inferred: which side of a slice
-its offset counts on, and that slices last for one inference. Not covered: profiling handles, live
-reporting, DMA buffers.
+its offset counts on, and that slices last for one inference. Not covered: profiling handles,
+statistics of operators, live reporting, DMA buffers.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from .groups import (
     InferenceHandle,
     InferenceSet,
     InferenceVector,
-    ProgramGroup,
 )
 from .program import Program
+from .program_group import ProgramGroup
 from .types import (
     BenchmarkProperties,
     BufferIoTypeEnum,
+    ExecObjInfo,
     Properties,
     QAicBufferDataTypeEnum,
     QAicDeviceType,
@@ -53,6 +54,7 @@ __all__ = [
     "BufferMapping",
     "Context",
     "ExecObj",
+    "ExecObjInfo",
     "InferenceBenchmarkSet",
     "InferenceHandle",
     "InferenceSet",

@@ -18,6 +18,7 @@ from ..card.sku import (
     dram_unit,
     hardware_serial,
     image_version,
+    mhi_id,
 )
 from .types import (
     QAicDeviceType,
@@ -77,6 +78,7 @@ def device_info(machine: Machine, card: Card) -> QDevInfo:
         qid=card.qid,
         devStatus=QDevStatus(card.status),
         name=device_node(card.qid),
+        mhiId=mhi_id(card.qid, card.parent),
         pciInfo=QPciInfo()
         if is_derived
         else QPciInfo(

@@ -1,18 +1,20 @@
-"""`qaicrt` classes over many inferences: sets in flight, and groups of programs that take turns."""
+"""`qaicrt` classes over many inferences in flight: sets, and benchmarks of them."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import deque
-from typing import Callable, Deque, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Set, Tuple, Union
 
-from ..card import Claim, Demand, Exhausted, NoDevice
 from .buffers import BufferMapping, QBuffer
 from .context import Context, Qpc
 from .exec_obj import ExecObj, Queue
 from .program import Program
-from .types import Properties, QStatus, incompatible, to_uint
+from .types import ExecObjInfo, Properties, QStatus, incompatible, to_uint
+
+_MAX_REFUSED = 1024
+"""Failed submissions that a set remembers: nobody has to ask for them."""
 
 
 class InferenceVector:
@@ -36,12 +38,18 @@ class InferenceVector:
 
 
 class InferenceHandle:
-    """A place in an InferenceSet: an ExecObj, its buffers and the id it was submitted with."""
+    """A place in an InferenceSet: an ExecObj, its buffers and the id it was submitted with.
 
-    def __init__(self, exec_obj: ExecObj, instance: int) -> None:
+    `index` counts the places of one activation. One that `is_refused` stands for a submission that
+    failed; its place is free again.
+    """
+
+    def __init__(self, exec_obj: ExecObj, instance: int, index: int = 0) -> None:
         self._exec_obj = exec_obj
         self.instance = instance
+        self.index = index
         self.id: Optional[int] = None
+        self.is_refused = False
 
     def setBuffers(self, buffers: Sequence[QBuffer]) -> QStatus:
         """Buffers of the next inference."""
@@ -72,12 +80,13 @@ class InferenceSet:
         handles = []
         for instance in range(self._program.num_activations):
             handles += [
-                InferenceHandle(ExecObj(context, self._program, instance), instance)
-                for _ in range(max(1, to_uint(set_size, "InferenceSet")))
+                InferenceHandle(ExecObj(context, self._program, instance), instance, index)
+                for index in range(max(1, to_uint(set_size, "InferenceSet")))
             ]
         self._queues = [Queue(context, self._program.qids[0]) for _ in self._program.instances]
         self._available: Deque[InferenceHandle] = deque(handles)
         self._submitted: Dict[int, InferenceHandle] = {}
+        self._refused: Dict[int, Tuple[QStatus, InferenceHandle]] = {}
         self.num_handles = len(handles)
         self._changed = threading.Condition()
 
@@ -100,12 +109,24 @@ class InferenceSet:
         if status is QStatus.QS_SUCCESS:
             status = self._queues[handle.instance].enqueue(handle.execObj())
         if status is not QStatus.QS_SUCCESS:
+            self._refuse(handle, status)
             self.putCompleted(handle)
             return status
         with self._changed:
+            self._refused.pop(handle.id, None)
             self._submitted[handle.id] = handle
             self._changed.notify_all()
         return status
+
+    def _refuse(self, handle: InferenceHandle, status: QStatus) -> None:
+        """Keep a failed submission for who waits for its id, as programs do from other threads."""
+        refused = InferenceHandle(handle.execObj(), handle.instance, handle.index)
+        refused.id, refused.is_refused = handle.id, True
+        with self._changed:
+            self._refused[to_uint(handle.id, "submit")] = (status, refused)
+            if len(self._refused) > _MAX_REFUSED:
+                del self._refused[next(iter(self._refused))]
+            self._changed.notify_all()
 
     def getCompleted(self) -> Tuple[QStatus, InferenceHandle]:
         """The handle that was submitted first, when its inference has ended."""
@@ -115,9 +136,15 @@ class InferenceSet:
         return self.getCompletedId(first)
 
     def getCompletedId(self, id: int) -> Tuple[QStatus, InferenceHandle]:
-        """The handle that was submitted with `id`, when its inference has ended."""
+        """The handle that was submitted with `id`, when its inference has ended.
+
+        Waits for a submission that is still to come. One that failed gives the status that `submit`
+        gave, and a handle that may be put back like any other.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: id in self._submitted)
+            self._changed.wait_for(lambda: id in self._submitted or id in self._refused)
+            if id in self._refused:
+                return self._refused.pop(id)
             handle = self._submitted.pop(id)
         return handle.execObj().waitForCompletion(), handle
 
@@ -125,6 +152,8 @@ class InferenceSet:
         """Give a handle back."""
         if not isinstance(handle, InferenceHandle):
             raise incompatible("putCompleted")
+        if handle.is_refused:
+            return QStatus.QS_SUCCESS
         with self._changed:
             self._available.append(handle)
             self._changed.notify_all()
@@ -139,7 +168,11 @@ class InferenceSet:
 
 
 class InferenceBenchmarkSet:
-    """Runs the same buffers again and again and tells the rate."""
+    """Runs inferences again and again and tells the rate.
+
+    Each ExecObj keeps its buffers from one inference to the next; a completion callback may give it
+    others.
+    """
 
     def __init__(  # noqa: PLR0917 - the vendor's signature
         self,
@@ -154,7 +187,11 @@ class InferenceBenchmarkSet:
         self._arguments = (context, qpc, dev, setSize, numActivations)
         self._buffers = list(inferenceDataVector)
         self._set: Optional[InferenceSet] = None
+        self._filled: Set[Tuple[int, int]] = set()
+        self._on_completion: Optional[Callable[[ExecObj, ExecObjInfo], None]] = None
+        self._name = str(qpc.contents.name)
         self._batch_size = qpc.getInfo().batchSize
+        self._submitted = 0
         self._completed = 0
         self._last = (0, 0.0, 0, self._batch_size)
 
@@ -170,6 +207,41 @@ class InferenceBenchmarkSet:
     def disable(self) -> QStatus:
         """Release every instance."""
         self._set = None
+        self._filled = set()
+        return QStatus.QS_SUCCESS
+
+    def enableExecObjCompletionCallback(
+        self, callback: Callable[[ExecObj, ExecObjInfo], None]
+    ) -> None:
+        """Have `callback` called with each ExecObj that ended, in the thread that runs them.
+
+        There its results can be read, and `setData` gives the buffers of its next inference.
+        """
+        if not callable(callback):
+            raise incompatible("enableExecObjCompletionCallback")
+        self._on_completion = callback
+
+    def disableExecObjCompletionCallback(self) -> None:
+        """Call nothing when an ExecObj ends."""
+        self._on_completion = None
+
+    def enableOpStatsCallback(
+        self,
+        callback: Callable[..., None],
+        initialSampleIndex: int,
+        numSamplesPerProgramInstance: int,
+        format: Any,
+    ) -> QStatus:
+        """QS_UNSUPPORTED: an emulated card measures no operators."""
+        if not callable(callback):
+            raise incompatible("enableOpStatsCallback")
+        for number in (initialSampleIndex, numSamplesPerProgramInstance):
+            to_uint(number, "enableOpStatsCallback")
+        self._arguments[0].log.failure("OpStats: this emulated SDK measures no operators")
+        return QStatus.QS_UNSUPPORTED
+
+    def disableOpStatsCallback(self) -> QStatus:
+        """Nothing to do: no statistics are collected."""
         return QStatus.QS_SUCCESS
 
     def run(self, numInferencesToRun: int) -> QStatus:
@@ -188,32 +260,51 @@ class InferenceBenchmarkSet:
         start = time.monotonic()
         pending: Deque[int] = deque()
         statuses: List[QStatus] = []
-        submitted = 0
-        while goes_on(submitted, time.monotonic() - start):
-            if len(pending) == self._set.num_handles:
-                statuses.append(self._complete(self._set, pending.popleft()))
-            _, handle = self._set.getAvailable()
-            status = handle.setBuffers(self._buffers)
-            if status is QStatus.QS_SUCCESS:
-                status = self._set.submit(handle, submitted)
-            else:
-                self._set.putCompleted(handle)
-            if status is not QStatus.QS_SUCCESS:
-                statuses.append(status)
-                break
-            pending.append(submitted)
-            submitted += 1
-        statuses += [self._complete(self._set, id) for id in pending]
+        number = 0
+        try:
+            while goes_on(number, time.monotonic() - start):
+                if len(pending) == self._set.num_handles:
+                    statuses.append(self._complete(self._set, pending.popleft()))
+                status = self._submit(self._set)
+                if status is not QStatus.QS_SUCCESS:
+                    statuses.append(status)
+                    break
+                pending.append(self._submitted)
+                number += 1
+        except BaseException:  # a callback's own error: what is on its way is waited for
+            for id in pending:
+                self._complete(self._set, id, tells=False)
+            raise
+        while pending:
+            statuses.append(self._complete(self._set, pending.popleft()))
         seconds = max(time.monotonic() - start, 1e-9)
         completed = statuses.count(QStatus.QS_SUCCESS)
         self._completed += completed
         self._last = (completed, completed / seconds, round(seconds * 1e6), self._batch_size)
         return QStatus.QS_SUCCESS if completed == len(statuses) else QStatus.QS_ERROR
 
-    @staticmethod
-    def _complete(inferences: InferenceSet, id: int) -> QStatus:
+    def _submit(self, inferences: InferenceSet) -> QStatus:
+        """Start one more inference, under the number that `_submitted` is afterwards."""
+        _, handle = inferences.getAvailable()
+        place = handle.instance, handle.index
+        if place not in self._filled:
+            status = handle.setBuffers(self._buffers)
+            if status is not QStatus.QS_SUCCESS:
+                inferences.putCompleted(handle)
+                return status
+            self._filled.add(place)
+        self._submitted += 1
+        return inferences.submit(handle, self._submitted)
+
+    def _complete(self, inferences: InferenceSet, id: int, *, tells: bool = True) -> QStatus:
         status, handle = inferences.getCompletedId(id)
-        inferences.putCompleted(handle)
+        try:
+            if tells and self._on_completion is not None:
+                instance = handle.instance
+                info = ExecObjInfo(handle.index, instance, instance, self._name, status)
+                self._on_completion(handle.execObj(), info)
+        finally:
+            inferences.putCompleted(handle)
         return status
 
     def getLastRunStats(self) -> Tuple[int, float, int, int]:
@@ -223,68 +314,3 @@ class InferenceBenchmarkSet:
     def getInfCompleted(self) -> List[int]:
         """Inferences completed since `enable`."""
         return [self._completed]
-
-
-class ProgramGroup:
-    """Programs that take turns on the same NSPs of one card.
-
-    Holds the NSPs of its largest program; every program keeps its own DRAM and channel.
-    """
-
-    def __init__(
-        self, context: Context, dev: int, name: str, properties: Optional[Properties] = None
-    ) -> None:
-        if not isinstance(context, Context) or not isinstance(name, str):
-            raise incompatible("ProgramGroup")
-        self._context = context
-        self._qid = to_uint(dev, "ProgramGroup")
-        self._queue = Queue(context, self._qid)
-        self._turn = threading.Lock()
-        self._claim: Optional[Claim] = None
-        self._programs: List[Program] = []
-        self._num_nsps = 0
-
-    def enable(self) -> QStatus:
-        """Start the group; programs are added afterwards."""
-        if self._claim is None:
-            self._claim = self._context.machine.claim({self._qid: Demand()})
-        return QStatus.QS_SUCCESS
-
-    def addProgram(self, qpc: Qpc) -> Tuple[QStatus, Optional[Program]]:
-        """Load and activate a program in the group."""
-        if not isinstance(qpc, Qpc):
-            raise incompatible("addProgram")
-        if self._claim is None:
-            return QStatus.QS_INVAL, None
-        num_nsps = max(self._num_nsps, qpc.contents.num_cores)
-        try:
-            self._claim.change({self._qid: Demand(num_nsps=num_nsps)})
-        except (Exhausted, NoDevice) as error:
-            self._context.log.failure(f"Program group: {error}")
-            return QStatus.QS_ERROR, None
-        self._num_nsps = num_nsps
-        program = Program(self._context, self._qid, qpc)
-        program.group_lock = self._turn
-        status = program.activate()
-        if status is not QStatus.QS_SUCCESS:
-            return status, None
-        self._programs.append(program)
-        return status, program
-
-    def enqueue(self, execObj: ExecObj) -> QStatus:
-        """Start an inference when the group's NSPs are free for it."""
-        return self._queue.enqueue(execObj)
-
-    def disable(self, force: bool = False, timeoutMs: int = 0) -> QStatus:
-        """Release everything; QS_INVAL while an ExecObj lives, unless forced."""
-        statuses = [program.deactivate() for program in self._programs]
-        if not force and any(status is not QStatus.QS_SUCCESS for status in statuses):
-            return QStatus.QS_INVAL
-        for program in self._programs:
-            program.unload()
-        self._programs = []
-        if self._claim is not None:
-            self._claim.release()
-            self._claim = None
-        self._num_nsps = 0
-        return QStatus.QS_SUCCESS

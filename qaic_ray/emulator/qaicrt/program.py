@@ -14,6 +14,7 @@ import numpy as np
 from ..card import Claim, Demand, Exhausted, NoDevice, faults, timing
 from ..card.cores import cores_of
 from ..container import QpcError
+from ..container.network import AI100
 from .buffers import SlicingSpec, SpecError
 from .context import Context, Qpc, init_error
 from .types import (
@@ -82,6 +83,7 @@ class Program:
         self.properties = properties
         self.num_activations = 1
         self.group_lock: Optional[threading.Lock] = None
+        self.waits_for_group = False
         self.instances: List[Instance] = []
         self.failure = ""
         self._lock = threading.RLock()
@@ -129,6 +131,11 @@ class Program:
         return self._state is ACTIVE
 
     @property
+    def has_exec_objs(self) -> bool:
+        """Whether an ExecObj of it lives."""
+        return self._num_exec_objs > 0
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of constants, over all devices."""
         return int(self.qpc.contents.constants_bytes)
@@ -154,6 +161,12 @@ class Program:
         with self._lock:
             if self._state in {LOADED, ACTIVE, ACTIVATE_ERROR}:
                 return QStatus.QS_SUCCESS
+            hardware = self.qpc.contents.hardware
+            if hardware != AI100:
+                self.failure = f"The program was compiled for {hardware}, and the device is {AI100}"
+                self.context.log.failure(f"Failed to load program: {self.failure}")
+                self._state = LOAD_ERROR
+                return QStatus.QS_ERROR
             stopwatch = timing.Stopwatch(self.context.timing)
             status = self._take(faults.LOAD, 0)
             if status is QStatus.QS_SUCCESS:
@@ -202,6 +215,10 @@ class Program:
         with self._lock:
             if self._state is ACTIVE:
                 return QStatus.QS_SUCCESS
+            if self.waits_for_group:
+                self.failure = "The program's group is not enabled"
+                self.context.log.failure(self.failure)
+                return QStatus.QS_INVAL
             status = self.load()
             if status is not QStatus.QS_SUCCESS:
                 return status

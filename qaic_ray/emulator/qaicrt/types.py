@@ -265,6 +265,20 @@ class QPerformanceInfo:
 
 
 @dataclass
+class ExecObjInfo:
+    """Which ExecObj of a benchmark ended, and how.
+
+    `execObjIndex` counts within an activation. `programId` is inferred: it is the activation's.
+    """
+
+    execObjIndex: int
+    activationIndex: int
+    programId: int
+    programName: str
+    status: QStatus = QStatus.QS_INVAL
+
+
+@dataclass
 class QDevData:
     """What a card's firmware says of itself."""
 
@@ -287,10 +301,11 @@ class QDevData:
 
 @dataclass
 class QDevInfo:
-    """A card, as `Util.getDeviceInfo` tells it."""
+    """A card, as `Util.getDeviceInfo` tells it; `mhiId` is its number on the MHI bus."""
 
     qid: int
     devStatus: QDevStatus
     name: str
+    mhiId: int = 0
     pciInfo: QPciInfo = field(default_factory=QPciInfo)
     devData: QDevData = field(default_factory=QDevData)

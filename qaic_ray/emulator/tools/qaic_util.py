@@ -24,7 +24,10 @@ from ..card.sku import (
     dram_unit,
     hardware_serial,
     image_version,
+    mhi_id,
     pci_address,
+    sku_label,
+    tells_soc_power,
 )
 from ..folder import FolderError
 
@@ -158,14 +161,15 @@ def lines(machine: Machine, card: Card, now_s: float) -> List[str]:
     head = [
         f"QID {card.qid}",
         f"Status:{_STATUS_TO_TEXT[card.status]}",
-        f"MHI ID:{card.qid if card.parent is None else card.parent}",
+        f"MHI ID:{mhi_id(card.qid, card.parent)}",
         f"PCI Address:{address}",
         f"PCI Info:{info}",
         f"Dev Link:{device_node(card.qid)} ",
     ]
     if card.status != READY:
         return head
-    return head + _firmware(machine, card) + _resources(machine, card, now_s) + _tail(card, now_s)
+    known = head + _firmware(machine, card) + _resources(machine, card, now_s)
+    return known + _tail(card, now_s, machine.folder.version)
 
 
 def _firmware(machine: Machine, card: Card) -> List[str]:
@@ -218,19 +222,22 @@ def _number(value: float) -> str:
     return str(int(value)) if value == int(value) else str(value)
 
 
-def _tail(card: Card, now_s: float) -> List[str]:
+def _tail(card: Card, now_s: float, version: Tuple[int, ...]) -> List[str]:
     sensors = card.telemetry(now_s)
+    power = [("Board power", sensors.board_power_uw), ("TDP Cap", sensors.tdp_cap_uw)]
+    if tells_soc_power(version):
+        power[1] = "Board TDP Cap", sensors.tdp_cap_uw
+        power += [("SOC power", sensors.soc_power_uw), ("SOC TDP Cap", sensors.soc_tdp_cap_uw)]
     return [
         "Metadata Version:0.10",
         "NNC Command Protocol Version:8.1",
         "SBL Image:",
         "PVS Image Version:0",
         "NSP Defective PG Mask: 0x0",
-        f"Sku Type:{card.sku.label}",
+        f"Sku Type:{sku_label(card.sku, version)}",
         f"Board serial:{board_serial(card.sku, card.qid)}",
         f"SoC temperature(degree C):{sensors.soc_temperature_mc / 1e3:.2f}",
-        f"Board power(Watts):{sensors.board_power_uw / 1e6:.2f}",
-        f"TDP Cap(Watts):{sensors.tdp_cap_uw / 1e6:.2f}",
+        *(f"{name}(Watts):{microwatts / 1e6:.2f}" for name, microwatts in power),
     ]
 
 
@@ -242,7 +249,8 @@ def _write_json(machine: Machine, cards: Sequence[Card], path: str) -> int:
             {
                 "qid": card.qid,
                 "dev_status": _STATUS_TO_TEXT[card.status],
-                "sku_type": card.sku.label,
+                "mhi_id": mhi_id(card.qid, card.parent),
+                "sku_type": sku_label(card.sku, machine.folder.version),
                 "pci_address": pci_address(card.qid),
                 "hw_serial": hardware_serial(card.qid),
                 "board_serial": board_serial(card.sku, card.qid),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -86,51 +87,59 @@ class ServerMetrics:
         self._sink = PrometheusSink()
         self._recorders: dict[str, RequestRecorder] = {}
         self._stood: dict[str, EngineState] = {}
+        self._lock = threading.RLock()  # of both: the loop's thread and the fleet's count here
         self.recorder("")
 
     def recorder(self, worker: str) -> RequestRecorder:
         """The recorder of a worker's requests."""
-        if worker not in self._recorders:
-            self._recorders[worker] = RequestRecorder(
-                self._sink, model_name=self._model, engine=worker
-            )
-        return self._recorders[worker]
+        with self._lock:
+            if worker not in self._recorders:
+                self._recorders[worker] = RequestRecorder(
+                    self._sink, model_name=self._model, engine=worker
+                )
+            return self._recorders[worker]
 
     def looked(self, engines: Mapping[str, EngineState], num_waiting: int) -> None:
         """How the engine of each worker stands, and how many prompts no worker has.
 
         A worker that is not there any more has no rows.
         """
-        for worker in self._recorders.keys() - engines.keys() - {""}:
-            before = self._stood.get(worker, NO_ENGINE)
-            self._recorders[worker].looked(replace(before, running=0, waiting=0, kv_usage=0.0))
-        for worker, state in engines.items():
-            self.recorder(worker).looked(state)
-            self._stood[worker] = state
-        self.recorder("").looked(EngineState(waiting=num_waiting))
+        with self._lock:
+            for worker in self._recorders.keys() - engines.keys() - {""}:
+                before = self._stood.get(worker, NO_ENGINE)
+                gone = replace(before, running=0, waiting=0, kv_usage=0.0)
+                self._recorders[worker].looked(gone)
+            for worker, state in engines.items():
+                self.recorder(worker).looked(state)
+                self._stood[worker] = state
+            self.recorder("").looked(EngineState(waiting=num_waiting))
 
     def ended(self, rows: Sequence[Row], arrived_at: float) -> None:
         """Rows of a request that came at `arrived_at`, Unix time in seconds."""
-        for row in rows:
-            recorder = self.recorder(row.worker)
-            if not row.ok:
-                reason = "abort" if row.finish_reason is FinishReason.ABORT else "error"
-                recorder.unanswered(reason)
-                continue
-            end_s = 0.0 if row.ended_at is None else max(0.0, row.ended_at - arrived_at)
-            first_s = max(0.0, end_s - row.decode_s)
-            scheduled_s = max(0.0, first_s - max(0.0, row.ttft_s - (row.queue_s or 0.0)))
-            for sample in row.choices or (row,):
-                recorder.ended(
-                    EndedRequest(
-                        finished_reason=sample.finish_reason.value,
-                        prompt_tokens=row.prompt_tokens,
-                        generated_tokens=len(sample.token_ids),
-                        scheduled_s=scheduled_s,
-                        first_token_s=first_s,
-                        end_s=end_s,
-                    )
+        with self._lock:
+            for row in rows:
+                self._ended(row, arrived_at)
+
+    def _ended(self, row: Row, arrived_at: float) -> None:
+        recorder = self.recorder(row.worker)
+        if not row.ok:
+            reason = "abort" if row.finish_reason is FinishReason.ABORT else "error"
+            recorder.unanswered(reason)
+            return
+        end_s = 0.0 if row.ended_at is None else max(0.0, row.ended_at - arrived_at)
+        first_s = max(0.0, end_s - row.decode_s)
+        scheduled_s = max(0.0, first_s - max(0.0, row.ttft_s - (row.queue_s or 0.0)))
+        for sample in row.choices or (row,):
+            recorder.ended(
+                EndedRequest(
+                    finished_reason=sample.finish_reason.value,
+                    prompt_tokens=row.prompt_tokens,
+                    generated_tokens=len(sample.token_ids),
+                    scheduled_s=scheduled_s,
+                    first_token_s=first_s,
+                    end_s=end_s,
                 )
+            )
 
     def exposition(self) -> bytes:
         """All of it, as Prometheus reads it."""

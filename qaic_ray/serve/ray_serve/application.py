@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.context import _get_global_client
@@ -20,7 +21,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from qaic_ray.cards.inventory import CARD_RESOURCE
 from qaic_ray.cluster.connection import CARD_CPUS, first_line
-from qaic_ray.errors import QaicRayError
+from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.files.documents import user_path
 from qaic_ray.options import ServeOptions
 from qaic_ray.pipeline.local_cards import on_local_cards
@@ -201,11 +202,11 @@ class Application(AbstractContextManager["Application"]):
 
 def _application(served: Served, plan: CardsPlan, keys: ApiKeys | None) -> serve.Application:
     options = served.options
-    scale: dict[str, Any] = {"num_replicas": options.min_replicas}
+    scale: dict[str, Any] = {"num_replicas": _num_replicas(options)}
     if options.max_replicas is not None:
         scale = {
             "autoscaling_config": {
-                "min_replicas": options.min_replicas,
+                "min_replicas": _num_replicas(options),
                 "max_replicas": options.max_replicas,
                 "target_ongoing_requests": plan.slots,
             }
@@ -241,6 +242,29 @@ def _application(served: Served, plan: CardsPlan, keys: ApiKeys | None) -> serve
     answering = cards.bind(plan)
     batches = desk.bind(DeskPlan(served, plan.sdk, plan.emulated), answering)
     return interface.bind(InterfacePlan(served, keys), answering, batches)
+
+
+def _num_replicas(options: ServeOptions) -> int:
+    """Replicas of cards to begin with.
+
+    Raises:
+        UsageError: the Ray has no cards for them, which Ray Serve would wait for.
+    """
+    offered = int(ray.cluster_resources().get(CARD_RESOURCE, 0))
+    there = offered // options.cards_per_replica
+    wanted = options.min_replicas
+    if wanted is None:
+        wanted = max(there, 1) if options.max_replicas is None else 1
+    if wanted > there:
+        raise UsageError(
+            f"{wanted} replicas of {options.cards_per_replica} cards are asked for, and the Ray "
+            f"offers {offered} cards: ask for fewer, by --min-replicas or --cards-per-replica."
+        )
+    if options.max_replicas is not None and options.max_replicas < wanted:
+        raise UsageError(
+            f"--max-replicas {options.max_replicas} is less than --min-replicas {wanted}."
+        )
+    return wanted
 
 
 def _start_serve(options: ServeOptions) -> int:

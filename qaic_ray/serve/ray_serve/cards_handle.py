@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+import logging
 
 import ray
 import ray.exceptions as ray_errors
@@ -15,6 +15,8 @@ from qaic_ray.serve.ray_serve.question import FleetState, Question
 from qaic_ray.serve.ray_serve.remote_fleet import RemoteFleet, ReplicaLost
 from qaic_ray.serve.ray_serve.replica_choice import ReplicaChoice
 from qaic_ray.serve.ray_serve.token_mail import TokenInbox
+
+log = logging.getLogger("qaic_ray.serve")
 
 LOOK_S = 1.0
 """Interval at which replicas are asked how they stand."""
@@ -61,10 +63,13 @@ class CardsHandle:
     async def _look(self) -> None:
         while True:
             await asyncio.sleep(LOOK_S)
-            told = self._handle.broadcast("state")
-            with suppress(TimeoutError):  # asked again
+            try:
+                told = self._handle.broadcast("state")
                 states = await told.results_async(timeout_s=TOLD_S, return_exceptions=True)
-                self.fleet.stands([one for one in states if isinstance(one, FleetState)])
+            except Exception as error:  # noqa: BLE001  # of a replica that dies meanwhile; ask again
+                log.warning("Replicas do not tell how they stand: %r", error)
+                continue
+            self.fleet.stands([one for one in states if isinstance(one, FleetState)])
 
     async def _ask(self, question: Question) -> Row:
         """See `remote_fleet.Ask`."""

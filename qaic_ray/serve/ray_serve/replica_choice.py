@@ -77,8 +77,13 @@ class ReplicaChoice:
     def end(self, prompt: Prompt, row: Row | None = None) -> None:
         """A prompt is done, or is given up; with its row, what the slot holds now."""
         with self._lock:
-            self._meant.pop(prompt.index, None)
+            meant = self._meant.pop(prompt.index, None)
             name = self._running.pop(prompt.index, None)
+            if name is None and meant is not None and row is not None:
+                # Ray Serve does not say who takes a request where no replica may refuse one.
+                name = meant
+                if name in self._held:
+                    self._held[name].begin(prompt)
             if name is not None and (held := self._held.get(name)) is not None:
                 held.end(prompt, row)
 

@@ -74,6 +74,17 @@ def test_what_others_gave_a_replica_counts() -> None:
     ]
 
 
+def test_a_replica_holds_what_it_answered_though_nobody_said_that_it_took_it() -> None:
+    choice = ReplicaChoice()
+    asked = prompt(0, 1, 2)
+    name = choice.order(asked, [A, B])[0]
+    choice.end(asked, answered(asked, 3))
+    other = prompt(1, 9)
+    full = choice.order(other, [A, B])
+    assert choice.order(prompt(2, 1, 2, 3, 4), [A, B])[0] == name
+    assert choice.load(full[0]) + choice.load(full[1]) == 2
+
+
 def test_a_question_leaves_its_choice_in_the_process_that_asks() -> None:
     asked = Question(prompt(0, 1), 3, Inbox("127.0.0.1", 1, "secret"), ReplicaChoice())
     read = pickle.loads(pickle.dumps(asked))

@@ -1,0 +1,349 @@
+"""int8 by calibration: values and weights on a grid of 256 levels, as the vendor's options say.
+
+What a card computes in int8 is here the same operator between a QuantizeLinear and a
+DequantizeLinear; sums are as wide as a card's. Covered: schemas, calibrations, per-channel weights,
+biases, nodes kept in floating point. Inferred: which operators a card has in int8 (`QUANTIZED`),
+and that an activation function is fused with what it follows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, FrozenSet, List, Mapping, NamedTuple, Optional, Set, Tuple
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+
+from ..lowering import graph
+from ..lowering.graph import FLOATS, GraphError
+from . import calibration
+from .calibration import Range
+from .weights import open_initializer
+
+ASYMMETRIC = "asymmetric"
+UINT8_WHERE_POSITIVE = "symmetric_with_uint8"
+POWER_OF_TWO = "symmetric_with_power2_scale"
+
+_WEIGHTED = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
+"""Operators with a weight as second input -> the axis of its output channels."""
+_FUSED = frozenset(["Relu", "Clip", "LeakyRelu"])
+_ONE_INPUT = frozenset(["Clip", "Sigmoid", "Tanh", "Softmax", "AveragePool", "GlobalAveragePool"])
+QUANTIZED = (
+    frozenset(["Add", "Sub", "Mul", "Concat", "HardSwish"]) | _ONE_INPUT | _FUSED.union(_WEIGHTED)
+)
+"""Operators that are computed in int8; those that only move values are on its grid anyway."""
+
+
+class Quantization(NamedTuple):
+    """What the options say; `kept_types` and `kept_values` (first outputs) stay floating point."""
+
+    activations: str = UINT8_WHERE_POSITIVE
+    constants: str = UINT8_WHERE_POSITIVE
+    calibration: str = "None"
+    percentile: float = 100.0
+    num_bins: int = 512
+    bias_bits: int = 32
+    channelwise: bool = False
+    rowwise: bool = False
+    kept_types: FrozenSet[str] = frozenset()
+    kept_values: FrozenSet[str] = frozenset()
+    list_file: Optional[str] = None
+    random: Optional[str] = None
+    profile: Optional[str] = None
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether ranges are found with inputs of the user's."""
+        return self.list_file is not None or self.profile is not None
+
+
+class Grid(NamedTuple):
+    """Levels: `value = scale * (level - zero_point)`, for a tensor or for each of its channels."""
+
+    scale: Any
+    zero_point: Any
+
+    @property
+    def limits(self) -> Tuple[int, int]:
+        """The lowest and the highest level."""
+        info = np.iinfo(self.zero_point.dtype)
+        return int(info.min), int(info.max)
+
+    def levels(self, values: Any, axis: Optional[int]) -> Any:
+        """The nearest level of each value; `axis` is that of the channels."""
+        scale, zero = self.scale, self.zero_point.astype(np.int64)
+        if axis is not None:
+            shape = [1] * values.ndim
+            shape[axis] = -1
+            scale, zero = scale.reshape(shape), zero.reshape(shape)
+        rounded = np.round(values.astype(np.float64) / scale) + zero
+        return np.clip(rounded, *self.limits).astype(self.zero_point.dtype)
+
+
+def grid_of(low: Any, high: Any, schema: str) -> Grid:
+    """The int8 levels of a range by a schema; zero is always one of them.
+
+    Args:
+        low: of the values, a number or one a channel.
+        high: likewise.
+        schema: the vendor's word.
+    """
+    low = np.minimum(np.asarray(low, np.float64), 0.0)
+    high = np.maximum(np.asarray(high, np.float64), 0.0)
+    tiny = np.finfo(np.float32).tiny * 256
+    if schema == ASYMMETRIC:
+        scale = np.maximum((high - low) / 255, tiny)
+        zero = np.clip(np.round(-128 - low / scale), -128, 127).astype(np.int8)
+    elif schema == UINT8_WHERE_POSITIVE and np.all(low >= 0):
+        scale = np.maximum(high / 255, tiny)
+        zero = np.zeros(scale.shape, np.uint8)
+    else:
+        scale = np.maximum(np.maximum(-low, high) / 127, tiny)
+        if schema == POWER_OF_TWO:
+            scale = np.exp2(np.ceil(np.log2(scale)))
+        zero = np.zeros(scale.shape, np.int8)
+    return Grid(scale.astype(np.float32), zero)
+
+
+def profile(model: Any, asked: Quantization, dims: Mapping[str, Any], folder: str) -> Any:
+    """Ranges of every value that quantization needs, by running the model; weights are read in.
+
+    Raises:
+        GraphError, ConfigError: where the model or the inputs do not fit.
+    """
+    _read_weights(model, folder)
+    inputs = graph.inputs(model)
+    data = calibration.samples(asked.list_file, asked.random, inputs, dims)
+    return calibration.observe(model, _Plan(model, asked).measured, data, asked.num_bins)
+
+
+def apply(model: Any, asked: Quantization, dims: Mapping[str, Any], folder: str) -> Dict[str, Any]:
+    """Quantize a model in place; what the report says of it.
+
+    Raises:
+        GraphError, ConfigError: where the model, the inputs or the profile do not fit.
+    """
+    if asked.profile is None:
+        ranges = profile(model, asked, dims, folder)
+    else:
+        _read_weights(model, folder)
+        ranges = calibration.read_profile(asked.profile)
+    plan = _Plan(model, asked)
+    missing = [name for name in plan.measured if name not in ranges]
+    if missing:
+        raise GraphError(
+            f"The quantization profile has no range of '{missing[0]}': make it of this model and "
+            "these options with -dump-profile"
+        )
+    _Quantizer(model, asked, ranges, plan).run()
+    source = asked.profile or asked.list_file
+    data = f"random ({asked.random or 'gaussian'})" if source is None else source
+    return {
+        "ranges_from": data,
+        "activations": asked.activations,
+        "constants": asked.constants,
+        "calibration": asked.calibration,
+        "channelwise": asked.channelwise,
+        "rowwise": asked.rowwise,
+        "quantized_nodes": len(plan.nodes),
+        "floating_point_nodes": len(plan.floating),
+    }
+
+
+def _read_weights(model: Any, folder: str) -> None:
+    for value in [*graph.inputs(model), *model.graph.initializer]:
+        typed = value.data_type if hasattr(value, "data_type") else 0
+        kind = typed or value.type.tensor_type.elem_type
+        if kind in FLOATS and kind != TensorProto.FLOAT:
+            name = TensorProto.DataType.Name(kind)
+            raise GraphError(f"Quantization needs a float32 model, and '{value.name}' is {name}")
+    for tensor in model.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            array = np.array(open_initializer(tensor, folder))
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+
+
+class _Plan:
+    """Which nodes are quantized, and which values have to be measured for that."""
+
+    def __init__(self, model: Any, asked: Quantization) -> None:
+        self.constants = {t.name: t for t in model.graph.initializer}
+        self.nodes: List[Any] = []
+        self.floating: List[Any] = []
+        floats = _float_values(model)
+        for node in model.graph.node:
+            data = self.data_inputs(node)
+            is_float = data and floats.issuperset([*data, node.output[0]])
+            kept = node.op_type in asked.kept_types or node.output[0] in asked.kept_values
+            fits = node.op_type in QUANTIZED and not node.domain and not kept
+            (self.nodes if fits and is_float else self.floating).append(node)
+        self._own = {node.output[0] for node in self.nodes}
+        self.wide = set() if graph.has_subgraphs(model) else self._fused(model)
+        """Outputs that a fused activation function reads as they are."""
+        wanted = dict.fromkeys(n for node in self.nodes for n in self._values(node))
+        self.measured = [name for name in wanted if name not in self.wide]
+
+    def _fused(self, model: Any) -> Set[str]:
+        readers: Dict[str, List[Any]] = {o.name: [None] for o in model.graph.output}
+        for node in model.graph.node:
+            for name in node.input:
+                readers.setdefault(name, []).append(node)
+        found = set()
+        for node in self.nodes:
+            after = readers.get(node.output[0], [])
+            if len(after) != 1 or after[0] is None or node.op_type in _ONE_INPUT:
+                continue
+            if after[0].op_type in _FUSED and after[0].output[0] in self._own:
+                found.add(node.output[0])
+        return found
+
+    def data_inputs(self, node: Any) -> List[str]:
+        """The inputs that are quantized values: no weights, biases or bounds."""
+        if node.op_type in _WEIGHTED:
+            return [name for name in node.input[:2] if name not in self.constants]
+        names = node.input[:1] if node.op_type in _ONE_INPUT | _FUSED else node.input
+        return [name for name in names if name and name not in self.constants]
+
+    def is_made_quantized(self, name: str) -> bool:
+        """Whether a quantized node makes this value."""
+        return name in self._own
+
+    def _values(self, node: Any) -> List[str]:
+        return [*self.data_inputs(node), node.output[0]]
+
+
+def _float_values(model: Any) -> Set[str]:
+    """Names of the values that are float32."""
+    inferred = graph.infer_shapes(model)
+    values = [*inferred.input, *inferred.output, *inferred.value_info]
+    found = {v.name for v in values if v.type.tensor_type.elem_type == TensorProto.FLOAT}
+    return found | {t.name for t in model.graph.initializer if t.data_type == TensorProto.FLOAT}
+
+
+class _Quantizer:
+    def __init__(
+        self, model: Any, asked: Quantization, ranges: Mapping[str, Range], plan: _Plan
+    ) -> None:
+        self._graph = model.graph
+        self._constants = plan.constants
+        self._asked = asked
+        self._ranges = ranges
+        self._plan = plan
+        self._grids: Dict[str, Grid] = {}
+        self._read: Dict[str, str] = {}
+        """Value -> its quantized form, for values that floating point makes."""
+        self._nodes: List[Any] = []
+
+    def run(self) -> None:
+        quantized = {id(node) for node in self._plan.nodes}
+        for node in list(self._graph.node):
+            if id(node) not in quantized:
+                self._nodes.append(node)
+                continue
+            self._quantize(node)
+        copies = [type(node).FromString(node.SerializeToString()) for node in self._nodes]
+        del self._graph.node[:]
+        self._graph.node.extend(copies)
+
+    def _quantize(self, node: Any) -> None:
+        data = set(self._plan.data_inputs(node))
+        for position, name in enumerate(node.input):
+            if name in data:
+                node.input[position] = self._value(name)
+            elif name in self._constants and self._is_constant_operand(node, position):
+                node.input[position] = self._constant(node, position, name)
+        output = node.output[0]
+        if output in self._plan.wide:
+            self._nodes.append(node)
+            return
+        node.output[0] = f"{output}/wide"
+        self._nodes.append(node)
+        self._add_grid(f"{output}/wide", output, self._grid(output))
+
+    def _is_constant_operand(self, node: Any, position: int) -> bool:
+        if self._constants[node.input[position]].data_type != TensorProto.FLOAT:
+            return False
+        return position == 0 or node.op_type not in _ONE_INPUT | _FUSED
+
+    def _value(self, name: str) -> str:
+        """The quantized form of a value: itself where a quantized node makes it."""
+        if self._plan.is_made_quantized(name):
+            return name
+        if name not in self._read:
+            self._read[name] = f"{name}/quantized"
+            self._add_grid(name, self._read[name], self._grid(name))
+        return self._read[name]
+
+    def _grid(self, name: str) -> Grid:
+        if name not in self._grids:
+            asked = self._asked
+            bounds = calibration.bounds_of(self._ranges[name], asked.calibration, asked.percentile)
+            self._grids[name] = grid_of(*bounds, asked.activations)
+        return self._grids[name]
+
+    def _constant(self, node: Any, position: int, name: str) -> str:
+        """The quantized form of a constant operand: a weight, a bias or another number."""
+        array = numpy_helper.to_array(self._constants[name])
+        is_weight = position == 1 and node.op_type in _WEIGHTED
+        is_bias = position == 2 and node.op_type in _WEIGHTED
+        if is_bias and self._asked.bias_bits == 32:
+            return self._wide_bias(node, name, array)
+        axis = self._channel_axis(node, array) if is_weight else None
+        made = f"{name}/quantized" + ("" if axis is None else f"/{axis}")
+        if made in self._read:
+            return made
+        self._read[made] = made
+        over = None if axis is None else tuple(i for i in range(array.ndim) if i != axis)
+        low, high = (array.min(over), array.max(over)) if array.size else (0.0, 0.0)
+        grid = grid_of(low, high, self._asked.constants)
+        self._grids[made] = grid
+        self._store(made, grid.levels(array, axis), grid, axis)
+        return made
+
+    def _channel_axis(self, node: Any, array: Any) -> Optional[int]:
+        is_convolution = node.op_type in ("Conv", "ConvTranspose")
+        if not (self._asked.channelwise if is_convolution else self._asked.rowwise):
+            return None
+        set_attributes = {a.name: a.i for a in node.attribute}
+        if node.op_type == "ConvTranspose" and set_attributes.get("group", 1) > 1:
+            return None
+        transposed = set_attributes.get("transB")
+        axis = 0 if transposed else _WEIGHTED[node.op_type]
+        return axis if array.ndim == 2 or is_convolution else None
+
+    def _wide_bias(self, node: Any, name: str, array: Any) -> str:
+        """A bias on the grid of the sums: the input's scale times the weight's."""
+        made = f"{node.output[0]}/bias"
+        source, weight = node.input[0], node.input[1]
+        of_input = self._grids.get(source.rsplit("/quantized", 1)[0]) or self._grids.get(source)
+        of_weight = self._grids.get(weight)
+        if of_input is None or of_weight is None:
+            return name
+        scale = (of_input.scale * of_weight.scale).astype(np.float32)
+        # Whatever a bias is, its sums fit 32 bits: a smaller scale would not keep it.
+        least = np.abs(array).max(initial=0.0) / (1 << 30)
+        scale = np.maximum(scale, np.float32(max(least, np.finfo(np.float32).tiny)))
+        axis = 0 if np.ndim(scale) else None
+        if axis is not None and array.shape != scale.shape:
+            return name
+        grid = Grid(scale, np.zeros(np.shape(scale), np.int32))
+        self._store(made, grid.levels(array, axis), grid, axis)
+        return made
+
+    def _store(self, made: str, levels: Any, grid: Grid, axis: Optional[int]) -> None:
+        initializers = self._graph.initializer
+        initializers.append(numpy_helper.from_array(levels, f"{made}/levels"))
+        initializers.append(numpy_helper.from_array(grid.scale, f"{made}/scale"))
+        initializers.append(numpy_helper.from_array(grid.zero_point, f"{made}/zero"))
+        names = [f"{made}/{part}" for part in ("levels", "scale", "zero")]
+        more = {} if axis is None else {"axis": axis}
+        self._nodes.append(helper.make_node("DequantizeLinear", names, [made], **more))
+
+    def _add_grid(self, source: str, target: str, grid: Grid) -> None:
+        """`target` is `source` on its grid."""
+        initializers = self._graph.initializer
+        initializers.append(numpy_helper.from_array(grid.scale, f"{target}/scale"))
+        initializers.append(numpy_helper.from_array(grid.zero_point, f"{target}/zero"))
+        with_grid = [f"{target}/scale", f"{target}/zero"]
+        levels = f"{target}/levels"
+        self._nodes.append(helper.make_node("QuantizeLinear", [source, *with_grid], [levels]))
+        self._nodes.append(helper.make_node("DequantizeLinear", [levels, *with_grid], [target]))

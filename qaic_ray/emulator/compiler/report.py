@@ -1,0 +1,32 @@
+"""`compile-report.json` beside the program: what a compile did and did not do, as data."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+FILE_NAME = "compile-report.json"
+
+
+class Report(NamedTuple):
+    """What there is to say of a finished build.
+
+    `not_lowered` is the reason why the graph runs as it is, if it does; `quantization` says how the
+    program was quantized, None where it was not.
+    """
+
+    warnings: List[str]
+    not_lowered: Optional[str]
+    quantization: Optional[Dict[str, Any]] = None
+
+
+def write(path: str, facts: Dict[str, Any], report: Report, unheeded: Sequence[str]) -> None:
+    """Write the report: what was compiled, by name, and the options that had no effect."""
+    document = dict(facts)
+    document["options_without_effect"] = list(unheeded)
+    document["warnings"] = report.warnings
+    document["not_lowered"] = report.not_lowered
+    document["quantization"] = report.quantization
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(document, file, indent=2)
+        file.write("\n")
