@@ -60,7 +60,7 @@ def test_a_qpc_gives_what_onnxruntime_gives(machine: Machine, tmp_path: Path, fo
     shape, kind = session.model_input_shape_dict["features"]
     assert (shape, kind) == ((ROWS, 4), np.float32)
     assert session.model_output_shape_dict()["best"] == ((ROWS,), np.int64)
-    assert list(session.model_input_shape_dict()) == ["features", "words"] or True
+    assert list(session.model_input_shape_dict()) == ["features", "words"]
     session.setup()
     assert machine.card(1).free.num_nsps == 13
     inputs = inputs_of(1)
@@ -240,7 +240,10 @@ def test_a_failed_inference_raises_and_gives_its_place_back(
             "oversubscription_name needs num_activations=1",
         ),
         ({"onnx_define_symbol": 3}, r"onnx_define_symbol must be a list of \(symbol, value\)"),
-        ({"onnx_define_symbol": [3]}, r"onnx_define_symbol: 3 is no pair"),
+        (
+            {"onnx_define_symbol": [3]},
+            r"onnx_define_symbol must have pairs \(symbol, value\), not 3",
+        ),
         ({"mos": {}}, "mos cannot be a dict of 0"),
     ],
 )
@@ -251,7 +254,9 @@ def test_wrong_options(given: dict[str, Any], text: str) -> None:
 
 def test_options_become_the_compilers_flags(tmp_path: Path) -> None:
     path = tmp_path / "options.yaml"
-    path.write_text(OPTIONS + "mos: [1, 2]\ncustom_io_list_file: io.yaml\nmulticast-weights: true\n")
+    path.write_text(
+        OPTIONS + "mos: [1, 2]\ncustom_io_list_file: io.yaml\nmulticast-weights: true\n"
+    )
     options = read_options(str(path), {"num_activations": 3, "ols": 2, "dev_id": 1})
     assert (options.num_activations, options.dev_id) == (3, 1)
     assert sorted(options.compile_flags) == [
@@ -263,7 +268,7 @@ def test_options_become_the_compilers_flags(tmp_path: Path) -> None:
         "-onnx-define-symbol=batch,2",
         "-onnx-define-symbol=length,5",
     ]
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="Failed to open file"):
         read_options(str(tmp_path / "none.yaml"), {})
     path.write_text("- 1")
     with pytest.raises(ValueError, match="must be a mapping"):
