@@ -28,7 +28,6 @@ from qaic_ray.cli.new_job import demo, init
 from qaic_ray.cli.reporting import report
 from qaic_ray.cli.serving import key, serve
 from qaic_ray.errors import UsageError
-from qaic_ray.option_types import Layout
 
 if TYPE_CHECKING:
     from qaic_ray import options
@@ -158,6 +157,7 @@ def compile(  # the recipe's word
     from qaic_ray.compile.layout import QEFFICIENT_FOLDER
     from qaic_ray.compile.recipe_names import link_recipe_names
     from qaic_ray.compile.store import Build
+    from qaic_ray.option_types import Layout
     from qaic_ray.pipeline.compile_step import compile_step, requested_builds, specializations_file
 
     with live_screen(show) as screen:

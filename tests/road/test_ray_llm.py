@@ -17,20 +17,20 @@ from cpu import preparation  # noqa: E402
 from serving.clients import VLLM_PACKAGES  # noqa: E402
 
 APPLICATION = """
-import json, sys
+import json, socket, sys
 import ray
 from openai import BadRequestError, OpenAI
 from ray import serve
 
 sys.path.append(sys.argv[1])
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
 ray.init(num_cpus=4, resources={"QAIC": 2}, include_dashboard=False, log_to_driver=False)
-serve.start(http_options={"host": "127.0.0.1", "port": 0})
+serve.start(http_options={"host": "127.0.0.1", "port": port})
 from ray_serve_llm import app
 
 serve.run(app)
-from ray.serve.context import _get_global_client
-
-port = _get_global_client().http_config.port
 client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
 asked = {"model": "smollm2", "temperature": 0, "max_tokens": 8}
 messages = [{"role": "user", "content": "Say hi."}]
