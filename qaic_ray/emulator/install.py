@@ -53,6 +53,8 @@ _QAIC_COMPILE_SINCE = (1, 21, 6)
 _TOOLS = {
     "exec/qaic-exec": "compiler",
     "exec/qaic-runner": "runner",
+    "exec/qaic-api-test": "runner.api_test",
+    "exec/qaic-opstats": "tools.qaic_opstats",
     "tools/qaic-util": "tools.qaic_util",
     "tools/qaic-qpc": "tools.qaic_qpc",
     "tools/qaic-device-partition": "tools.qaic_device_partition",

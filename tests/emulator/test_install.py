@@ -25,6 +25,8 @@ LIBRARY = f"dev/lib/{platform.machine()}"
 COMMANDS = {
     "exec/qaic-exec",
     "exec/qaic-runner",
+    "exec/qaic-api-test",
+    "exec/qaic-opstats",
     "tools/qaic-util",
     "tools/qaic-qpc",
     "tools/qaic-device-partition",

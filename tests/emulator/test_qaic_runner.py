@@ -22,10 +22,12 @@ from small_nets import ROWS, adding_up, compile_net, inputs_of, truth, two_input
 
 from qaic_ray.emulator import runner
 from qaic_ray.emulator.card import Machine
+from qaic_ray.emulator.qaic import raw_stats
 from qaic_ray.emulator.qaic.hosting import Flight, HostedProgram, Hosting
+from qaic_ray.emulator.runner import api_test
 from qaic_ray.emulator.runner.argv import HelpAsked, RunnerError, RunnerOptions, parse
 from qaic_ray.emulator.runner.batches import open_source
-from qaic_ray.emulator.tools import qaic_version_util
+from qaic_ray.emulator.tools import qaic_opstats, qaic_version_util
 
 STATS = re.compile(
     r"^ ---- Stats ----\nInferenceCnt (\d+) TotalDuration (\d+)us BatchSize (\d+) "
@@ -443,3 +445,49 @@ def test_version_util(
 ) -> None:  # fmt: skip
     assert qaic_version_util.main(argv) == status
     assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_raw_statistics_and_what_opstats_makes_of_them(
+    machine: Machine, net: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, made = tmp_path / "raw", tmp_path / "made"
+    argv = ["-t", str(net), "-n", "20", "-S", "2", "--aic-profiling-out-dir", str(raw)]
+    argv += ["--aic-profiling-start-iter", "5", "--aic-profiling-num-samples", "3"]
+    argv += ["--aic-profiling-type", "raw_device_stats", "--aic-profiling-type", "latency"]
+    assert api_test.main(argv) == 0
+    said = capsys.readouterr().out
+    # As ai100-profiling reads it: the first number after the metric's name.
+    report = said.partition("Aggregated Device Metrics Report")[2].splitlines()
+    metric, average, *_ = (cell.strip() for cell in report[2].split(","))
+    assert metric == "ExecTimeUs_Func_0"
+    frame = pandas.read_csv(
+        raw / "aic-profiling-program-0-latency.txt", skiprows=4, skipinitialspace=True
+    )
+    assert float(average) == pytest.approx(frame["execToCompleteUs"].mean(), rel=1e-3)
+    (raw / "aic-profiling-program-0-latency.txt").unlink()
+    decode = ["--qpc", str(net / "programqpc.bin"), "--input-dir", str(raw), "--output-dir"]
+    assert qaic_opstats.main([*decode, str(made), "--summary", "--trace"]) == 0
+    stems = [f"aic-profiling-program-0-activation-0-inf-{number}" for number in (5, 6, 7)]
+    assert {path.name for path in made.iterdir()} == {
+        f"{stem}.qaic-opstats.{ending}"
+        for stem in stems
+        for ending in ("summary.txt", "trace.json")
+    }
+    for number, stem in enumerate(stems):
+        events = json.loads((made / f"{stem}.qaic-opstats.trace.json").read_text())["traceEvents"]
+        (ran,) = [event["dur"] for event in events if event["name"] == "Execute"]
+        assert ran == pytest.approx(frame["execToCompleteUs"][number], abs=0.01)
+        table = (made / f"{stem}.qaic-opstats.summary.txt").read_text()
+        assert re.search(rf" {ran:.3f} +\d+\.\d\d%  Execute\n", table)
+    (raw / "foreign.bin").write_bytes(b"\x00vendor")
+    assert qaic_opstats.main([*decode, str(made)]) == 1
+    assert "foreign.bin is no raw statistics file" in capsys.readouterr().err
+    assert qaic_opstats.main([*decode[:2], "--input-dir", str(tmp_path / "in")]) == 1
+    assert "holds no raw statistics" in capsys.readouterr().err
+
+
+@given(data=st.binary(max_size=60) | ANY.map(lambda value: json.dumps(value).encode()))
+def test_any_raw_file_is_read_or_refused(data: bytes) -> None:
+    for content in (data, raw_stats.MAGIC + data):
+        with contextlib.suppress(raw_stats.RawStatsError):
+            raw_stats.summary("n", raw_stats.parse(content, "f").events)

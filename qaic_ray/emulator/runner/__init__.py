@@ -2,8 +2,8 @@
 
 Covered: the options that public programs use, file names, the latency file, the `Stats` block.
 Inferred: which columns the latency file has and their order, the tolerance of `-c`, the range of
-bounded random values, the status of an unknown option (1). Not covered: device-side statistics
-(`stats`, `raw_device_stats`) and live reporting.
+bounded random values, the status of an unknown option (1). Not covered: operators and cycles of a
+device (`stats` and `raw_device_stats` hold host times) and live reporting.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from ..folder import FolderError
 from ..qaic.hosting import Flight, HostedProgram, Hosting, stream
 from .argv import DEFAULT_NUM_ITERATIONS, HelpAsked, RunnerError, RunnerOptions, parse, usage
 from .batches import Source, open_source
-from .profiling import LatencyLog, write_latencies, write_traces
+from .profiling import (
+    LatencyLog,
+    performance_lines,
+    write_latencies,
+    write_statistics,
+    write_traces,
+)
 from .results import Validation, write_outputs
 
 PROGRAM = "qaic-runner"
@@ -97,20 +103,18 @@ class RunLoop:
         if self._source.is_random:
             kind = "unbounded" if options.unbound_random else "bounded"
             print(f"Using {kind} random inputs", flush=True)
-        self._say_what_is_missing()
         count, seconds = stream(
             self._host, self._begin, goes_on=self._goes_on, finished=self._finished
         )
-        if "latency" in options.profiling_types:
-            write_latencies(
-                options.profiling_dir, self._logs, self._host.qpc.contents.name, options.set_size
-            )
+        self._write_profiles()
         batch_size = self._host.qpc.getInfo().batchSize
         print(" ---- Stats ----")
         print(
             f"InferenceCnt {count} TotalDuration {round(seconds * 1e6)}us BatchSize {batch_size} "
             f"Inf/Sec {count * batch_size / seconds:.3f}"
         )
+        if "raw_device_stats" in options.profiling_types:
+            print("\n".join(performance_lines(self._logs)))
         if "trace" in options.profiling_types:
             write_traces(options.profiling_dir, self._logs)
         if self._validation.num_failed:
@@ -122,13 +126,14 @@ class RunLoop:
                 print("Output validation successful!")
         return 0
 
-    def _say_what_is_missing(self) -> None:
-        for kind in self._options.profiling_types:
-            if kind not in ("latency", "trace"):
-                print(
-                    f"Profiling type {kind} needs a device: this emulated SDK writes no such file",
-                    file=sys.stderr,
-                )
+    def _write_profiles(self) -> None:
+        folder, kinds = self._options.profiling_dir, self._options.profiling_types
+        name = self._host.qpc.contents.name
+        for kind, raw in (("raw_device_stats", True), ("stats", False)):
+            if kind in kinds:
+                write_statistics(folder, self._logs, name, raw=raw)
+        if "latency" in kinds:
+            write_latencies(folder, self._logs, name, self._options.set_size)
 
     def _goes_on(self, count: int, seconds: float) -> bool:
         options = self._options

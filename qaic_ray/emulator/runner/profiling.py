@@ -5,10 +5,12 @@ Times are the host's, measured around the emulated runtime. There is no device t
 
 from __future__ import annotations
 
-import json
 from array import array
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
+import numpy as np
+
+from ..qaic import raw_stats
 from ..qaic.hosting import Flight
 from .results import write_file
 
@@ -76,6 +78,15 @@ class LatencyLog:
             lines.append(", ".join([str(sample), *cells, str(set_size), str(queued)]))
         return "\n".join(lines) + "\n"
 
+    def exec_us(self) -> np.ndarray:
+        """Microseconds that each inference was computed for."""
+        moments = np.array(self._moments).reshape(-1, 6)
+        return np.asarray((moments[:, 4] - moments[:, 3]) * _US)
+
+    def samples(self) -> List[int]:
+        """Numbers of the inferences that are kept."""
+        return list(self._samples)
+
     def events(self, instance: int) -> List[Dict[str, Any]]:
         """The same as events of a Chrome trace, in microseconds."""
         made = []
@@ -111,6 +122,32 @@ def write_latencies(folder: str, logs: Sequence[LatencyLog], name: str, set_size
 def write_traces(folder: str, logs: Sequence[LatencyLog]) -> None:
     """Write `aic-profiling-program-A-trace.json` for each instance A."""
     for instance, log in enumerate(logs):
-        content = {"traceEvents": log.events(instance), "displayTimeUnit": "ms"}
-        data = json.dumps(content).encode()
+        data = raw_stats.trace(log.events(instance)).encode()
         write_file(folder, f"aic-profiling-program-{instance}-trace.json", data)
+
+
+def write_statistics(folder: str, logs: Sequence[LatencyLog], name: str, *, raw: bool) -> None:
+    """Write a file of each kept inference: its raw statistics, or the summary of them."""
+    for instance, log in enumerate(logs):
+        events, parts = log.events(instance), len(_PARTS)
+        for place, number in enumerate(log.samples()):
+            own = events[parts * place : parts * (place + 1)]
+            stem = f"aic-profiling-program-0-activation-{instance}-inf-{number}"
+            if raw:
+                data = raw_stats.serialize(raw_stats.RawStats(name, number, own))
+                write_file(folder, f"{stem}.bin", data)
+            else:
+                write_file(folder, f"{stem}.txt", raw_stats.summary(name, own).encode())
+
+
+def performance_lines(logs: Sequence[LatencyLog]) -> List[str]:
+    """The block of metrics that the vendor's tool prints; ours are of this machine."""
+    times = np.concatenate([log.exec_us() for log in logs])
+    if not times.size:
+        return []
+    figures = (times.mean(), times.min(), times.max(), times.std())
+    return [
+        "Aggregated Device Metrics Report (host times of this machine: the SDK is emulated)",
+        "Metric, Avg, Min, Max, Std",
+        ", ".join(["ExecTimeUs_Func_0", *(f"{figure:.3f}" for figure in figures)]),
+    ]
