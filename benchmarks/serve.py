@@ -3,6 +3,7 @@
     python benchmarks/serve.py latency [--loads 0.2 0.8] [--seconds 15] [--picture serve.svg]
     python benchmarks/serve.py peers [--clients 1 8 32] [--folder FOLDER]
     python benchmarks/serve.py batch [--load 0.4] [--requests 400]
+    python benchmarks/serve.py hour [--requests 36000]
     python benchmarks/serve.py clients [NAME ...] [--folder FOLDER]
 
 `latency`: four emulated cards of 8 slots that compute nothing and take 20 ms a step, in simulated
@@ -15,6 +16,9 @@ the same requests; and tokens/s of many requests at once beside such a run.
 Q8_0), the same requests by 1, 8 and 32 clients, by turns.
 
 `batch`: the cards of `latency`, requests that come at random, alone and beside a batch.
+
+`hour`: as many requests as come in an hour at ten a second, as fast as they go: most of their
+clients vanish, stall or send too much. The server's memory by a line through it, and its files.
 
 `clients`: programs of other people against our server, each in an environment of its own in
 `--folder`: what they say, and what the server's log says of their requests.
@@ -163,6 +167,20 @@ def batch(options: argparse.Namespace) -> Figures:
     return figures
 
 
+def hour(options: argparse.Namespace) -> Figures:
+    """See the module."""
+    from serving import hour
+
+    figures = hour.measure(options.requests)
+    first, last = figures["mb_first_and_last"]
+    rows = [[kind.replace("_", " "), f"{number:,}"] for kind, number in figures["kinds"].items()]
+    rows.append(["seconds", f"{figures['seconds']:,.0f}"])
+    rows.append(["MB at first, at last", f"{first:,.0f}, {last:,.0f}"])
+    table_of(f"{figures['requests']:,} requests", ["", ""], rows)
+    verdicts(hour.promises(figures))
+    return figures
+
+
 def clients(options: argparse.Namespace) -> Figures:
     """See the module."""
     from serving import clients
@@ -205,6 +223,8 @@ def arguments() -> argparse.Namespace:
     part.add_argument("--load", type=float, default=0.4)
     part.add_argument("--seconds", type=float, default=20.0)
     part.add_argument("--requests", type=int, default=600, help="of the batch")
+    part = parts.add_parser("hour")
+    part.add_argument("--requests", type=int, default=36_000)
     part = parts.add_parser("clients")
     part.add_argument("names", nargs="*", help="all of them")
     for one in (parts.choices["peers"], parts.choices["clients"]):
@@ -215,7 +235,13 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Run and print."""
     options = arguments()
-    run = {"latency": latency, "peers": peers, "batch": batch, "clients": clients}[options.part]
+    run = {
+        "latency": latency,
+        "peers": peers,
+        "batch": batch,
+        "hour": hour,
+        "clients": clients,
+    }[options.part]
     figures = run(options)
     print(json.dumps({"part": options.part, "machine": machine.processor(), **figures}))
 

@@ -64,6 +64,7 @@ def _check_shard(table: PromptTable, shard: Shard) -> None:
     entries = [e for i in worker.shards for e in table.shards[i].unfinished.values()]
     assert worker.num_unfinished == len(entries)
     assert worker.taken == sum(entry.num_slots for entry in entries)
+    assert worker.lent == sum(entry.num_slots for entry in entries if entry.prompt.background)
     late = [shard.unfinished for shard in map(table.shards.__getitem__, worker.shards)]
     is_late = [{e.prompt.background for e in each.values()} for each in late]
     assert all(len(kinds) <= 1 for kinds in is_late), "background and foreground in one shard"
@@ -94,7 +95,7 @@ def _check_pool(pool: WorkerPool) -> None:
         assert worker.timer_s <= worker.deadline_s(pool.listening_s), "nobody looks at it"
         assert worker.timer_s == math.inf or worker.name in timed
         assert worker.status is WorkerStatus.READY or not worker.shards
-        assert worker.shards or not worker.taken
+        assert worker.shards or not (worker.taken or worker.lent)
         assert worker.held is None or worker.status is WorkerStatus.READY
 
 

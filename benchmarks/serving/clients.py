@@ -160,9 +160,9 @@ def _inference_perf(place: Place) -> list[str]:
 
 def _ray(place: Place) -> list[str]:
     return [
-        *(sys.executable, "-m", "ray.llm._internal.serve.benchmark", "-s", "-u", place.url),
+        *(sys.executable, "-m", "ray.llm._internal.serve.benchmark", "-u", place.url),
         *("-m", place.model, "--tokenizer", place.tokenizer, "--isl", "32", "--osl", "8"),
-        *("--num-turns", "2", "--concurrency", "2"),
+        *("--num-turns", "2", "--concurrency", "4", "--num-sessions", "8"),
     ]
 
 
@@ -228,6 +228,8 @@ def _scored(folder: Path, scratch: Path) -> dict[str, Any]:
     env.pop("QAIC_EMULATOR_TIMING", None)
     with ours(scratch, arguments, env=env) as server:
         found = _client("lm-eval", server, folder, tokenizer=made["model"], model="model")
+    if "scratch" not in found:
+        return found
     samples = list(found.pop("scratch").rglob("samples_*.jsonl"))
     if len(samples) == 1:
         done = subprocess.run(
@@ -255,7 +257,7 @@ def _client(
     try:
         python = _python(client, folder / name.replace(" ", "-"))
     except PeerMissing as error:
-        return {"client": name, "said": f"left out: {error}", "is_wrong": False, "scratch": scratch}
+        return {"client": name, "said": f"left out: {error}", "is_wrong": False}
     place = Place(python, server.address, tokenizer, scratch, model)
     env = {**os.environ, "RAY_AUTH_MODE": "disabled", "COLUMNS": "100"}
     env |= {key: value for key, value in client.env.items() if value is not None}
@@ -279,7 +281,7 @@ def _client(
         code, said = -1, f"{error}"
     logged = _LOGGED.findall(server.log.read_text())[before:]
     refused = [status for _, status in logged if not status.startswith("2")]
-    lines = [line.strip() for line in said.splitlines() if re.search(r"\w", line)]
+    lines = [line.strip(" │╰╯─") for line in said.splitlines() if re.search(r"\w", line)]
     found = {
         "client": name,
         "requests": len(logged),
@@ -308,9 +310,7 @@ def _python(client: Client, folder: Path) -> Path:
     """
     if not client.packages:
         return Path(sys.executable)
-    base = shutil.which(client.python) if client.python else sys.executable
-    if base is None:
-        raise PeerMissing(f"there is no {client.python}")
+    base = _found(client.python) if client.python else sys.executable
     return preparation.peer_python(
         folder,
         client.packages,
@@ -318,3 +318,23 @@ def _python(client: Client, folder: Path) -> Path:
         base=base,
         with_dependencies=not client.without_dependencies,
     )
+
+
+def _found(name: str) -> str:
+    """A Python of this machine, by the name of its command.
+
+    Raises:
+        PeerMissing: there is none, or it does not start.
+    """
+    code = "import sys; print(sys.executable)"
+    # Version managers have a command for each Python that they know, and start none of these
+    # unless they are told.
+    managed = sorted(Path.home().glob(f".pyenv/versions/{name.removeprefix('python')}*/bin/{name}"))
+    for command in (*map(str, managed), shutil.which(name)):
+        if command is not None:
+            done = subprocess.run(
+                [command, "-c", code], capture_output=True, text=True, check=False
+            )
+            if done.returncode == 0:
+                return done.stdout.strip()
+    raise PeerMissing(f"there is no {name}")

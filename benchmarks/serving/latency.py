@@ -67,7 +67,7 @@ def arrivals(
 def under_load(server: Server, share: float, seconds: float) -> dict[str, Any]:
     """The figures at a share of the cards' token rate."""
     bodies, at_s = arrivals(share, seconds)
-    with machine.others_watched([server.pid]) as others:
+    with machine.others_watched(server.pids) as others:
         found = load(server, Plan(COMPLETIONS, bodies, at_s=at_s, quiet_s=SETTLE_S))
     offered = sum(one["max_tokens"] for one in bodies)
     return {"load": share, "offered_tokens": offered, **found, **others}

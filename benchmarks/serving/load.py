@@ -36,7 +36,6 @@ class Plan:
         clients: that ask one request after the other; None where each begins at its time.
         at_s: when each request begins, where there are no such clients.
         quiet_s: requests that begin before this are not in the figures.
-        stop_s: no request begins after this; 0 for all of them.
     """
 
     path: str
@@ -44,7 +43,6 @@ class Plan:
     clients: int | None = None
     at_s: Sequence[float] = ()
     quiet_s: float = 0.0
-    stop_s: float = 0.0
 
 
 @dataclass
@@ -63,6 +61,7 @@ class Connection(asyncio.Protocol):
     """One connection, one request at a time; an event of text is a token's."""
 
     def __init__(self) -> None:
+        self.is_open = True
         self._transport: Any = None
         self._request: Request | None = None
         self._done: asyncio.Future[None] | None = None
@@ -109,6 +108,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """See `asyncio.Protocol`."""
+        self.is_open = False
         if self._request is not None:
             self._request.error = f"the connection was lost ({error})"
             self._end(time.perf_counter())
@@ -140,33 +140,58 @@ def raw_request(address: str, path: str, body: dict[str, Any]) -> bytes:
     return f"{head}content-length: {len(payload)}\r\n\r\n".encode() + payload
 
 
-async def run(address: str, plan: Plan) -> list[Request]:
-    """Ask it all; the requests in the order of the plan."""
-    parts = urlsplit(address)
-    loop = asyncio.get_running_loop()
-    free: list[Connection] = []
-    raws = [raw_request(address, plan.path, body) for body in plan.bodies]
-    found: list[Request] = []
-    begun_s = time.perf_counter()
+class Asker:
+    """Asks a server over connections that are kept.
 
-    async def one(raw: bytes) -> None:
+    Attributes:
+        found: the requests so far, in the order in which they began.
+    """
+
+    def __init__(self, address: str) -> None:
+        parts = urlsplit(address)
+        self._where = parts.hostname, parts.port
+        self._free: list[Connection] = []
+        self.found: list[Request] = []
+
+    async def one(self, raw: bytes) -> None:
+        """A request, to its end."""
         request = Request(time.perf_counter())
-        found.append(request)
-        if free:
-            connection = free.pop()
-        else:
-            _, connection = await loop.create_connection(Connection, parts.hostname, parts.port)
-        await connection.ask(raw, request)
+        self.found.append(request)
+        connection = self._kept()
+        if connection is not None:
+            await connection.ask(raw, request)
+            if request.error and not request.status:  # it was closed while it was idle
+                request.error, connection = "", None
+        if connection is None:
+            loop = asyncio.get_running_loop()
+            _, connection = await loop.create_connection(Connection, *self._where)
+            await connection.ask(raw, request)
         if request.error:
             connection.close()
         else:
-            free.append(connection)
+            self._free.append(connection)
+
+    def _kept(self) -> Connection | None:
+        while self._free:
+            if (connection := self._free.pop()).is_open:
+                return connection
+        return None
+
+    def close(self) -> None:
+        """Leave the server."""
+        for connection in self._free:
+            connection.close()
+
+
+async def run(address: str, plan: Plan) -> list[Request]:
+    """Ask it all; the requests in the order in which they began."""
+    raws = [raw_request(address, plan.path, body) for body in plan.bodies]
+    asker = Asker(address)
+    begun_s = time.perf_counter()
 
     async def client(todo: Iterator[bytes]) -> None:
         for raw in todo:
-            if plan.stop_s and time.perf_counter() - begun_s > plan.stop_s:
-                return
-            await one(raw)
+            await asker.one(raw)
 
     if plan.clients is not None:
         todo = iter(raws)
@@ -175,10 +200,9 @@ async def run(address: str, plan: Plan) -> list[Request]:
         async with asyncio.TaskGroup() as group:
             for at_s, raw in zip(plan.at_s, raws, strict=True):
                 await asyncio.sleep(max(0.0, begun_s + at_s - time.perf_counter()))
-                group.create_task(one(raw))
-    for connection in free:
-        connection.close()
-    return found
+                group.create_task(asker.one(raw))
+    asker.close()
+    return asker.found
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:

@@ -75,8 +75,7 @@ def _round(
         for clients in options.clients:
             bodies = _bodies(clients * REQUESTS_A_CLIENT, options.new_tokens, clients)
             machine.wait_until_quiet(options.wait)
-            pids = [server.pid, *(child.pid for child in server.process.children(recursive=True))]
-            with machine.others_watched(pids) as others:
+            with machine.others_watched(server.pids) as others:
                 figures = load(server, Plan(COMPLETIONS, bodies, clients=clients))
             if figures["errors"]:
                 raise ServerFailed(f"{name}: {figures['first_error']}")

@@ -48,6 +48,11 @@ class Server:
         return psutil.Process(self.pid)
 
     @property
+    def pids(self) -> list[int]:
+        """Of its process, and of all that it started."""
+        return [self.pid, *(child.pid for child in self.process.children(recursive=True))]
+
+    @property
     def cpu_s(self) -> float:
         """CPU seconds of its process so far, all threads together."""
         times = self.process.cpu_times()

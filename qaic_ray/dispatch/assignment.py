@@ -114,8 +114,9 @@ class Assignment:
     ) -> WorkerState | None:
         """Of those that want a shard the one for the next prompt; None where none has room for it.
 
-        One with a free slot goes before one that only has room in its queue. Of these it is the one
-        whose slots hold the longest beginning of the prompt, else the one with the least taken.
+        One with a slot that is free, or lent to the background, goes before one that only has room
+        in its queue. Of these it is the one whose slots hold the longest beginning of the prompt,
+        else the one with the least taken.
         """
         for worker in tuple(self.requesting):
             if not self._wants(worker):
@@ -130,7 +131,7 @@ class Assignment:
             return (
                 workers[0] if workers else None
             )  # each in turn is asked whether it takes a suspect
-        free = [worker for worker in workers if worker.taken < worker.slots]
+        free = [worker for worker in workers if worker.engaged < worker.slots]
         if self._pool.holds_beginnings and len(free) > 1 and not entry.prompt.background:
             beginning = beginning_of(entry.prompt, self._policy)
             held = [0 if w.held is None else w.held.num_held(beginning) for w in free]
@@ -172,7 +173,7 @@ class Assignment:
             return True
         if worker.draining or len(worker.shards) == self._policy.max_shards:
             return False
-        num_held = worker.taken if self._table.is_open else worker.num_unfinished
+        num_held = worker.engaged if self._table.is_open else worker.num_unfinished
         if self._is_late or (self._table.is_dry and self._is_nearly_done):
             share = math.inf
             if self._pool.num_awaited and not self._table.is_open:
@@ -222,7 +223,7 @@ class Assignment:
         """Whether each prompt looks for a worker of its own, and its row waits for no other one."""
         if waiting is self._table.background:
             return True
-        return self._table.is_open and worker.taken < worker.slots
+        return self._table.is_open and worker.engaged < worker.slots
 
     @property
     def _is_nearly_done(self) -> bool:
@@ -312,5 +313,5 @@ class Assignment:
         return None
 
 
-def _load(worker: WorkerState) -> float:
+def _load(worker: WorkerState) -> tuple[float, float]:
     return worker.load

@@ -340,9 +340,11 @@ class Dispatcher:
     def _on_worker_failed(self, worker: WorkerState, error: str, *, runs: bool) -> None:
         """Let a worker that is lost or of no use rest, or give it up; `runs`: its process may."""
         ran = [s for i in worker.shards if (s := self._table.shards[i]).unfinished and not s.held]
-        # A worker begins prompts in the order they came, as many as it has slots: the others had
-        # no part in its end. One that fails again and again may have another order (static rows).
-        num_begun = worker.slots if not worker.failures else worker.num_unfinished
+        # A worker begins prompts in the order they came, as many as it has slots and have lent
+        # theirs: the others had no part in its end. One that fails again and again may have
+        # another order (static rows).
+        most = worker.slots + worker.lent
+        num_begun = most if not worker.failures else worker.num_unfinished
         # Where a lone prompt may be to blame, the worker is not.
         worker.failures += not any(shard.alone for shard in ran)
         worker.openings += worker.status is WorkerStatus.OPENING

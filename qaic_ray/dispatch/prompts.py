@@ -44,6 +44,11 @@ class OpenPrompt:
         """Slots that it takes, one for each of its samples."""
         return 1 if self.prompt.sampling is None else self.prompt.sampling.n
 
+    def count_at(self, worker: WorkerState, sign: int) -> None:
+        """Count it as one of a worker's, or no more."""
+        is_late = self.prompt.background
+        worker.count_prompt(sign * self.work, sign * self.num_slots, background=is_late)
+
 
 @dataclass(slots=True, eq=False)
 class Shard:
@@ -262,8 +267,7 @@ class PromptTable:
         worker.alone = alone
         for entry in entries:
             entry.shard_ids += (shard.id,)
-            worker.work += entry.work
-            worker.taken += entry.num_slots
+            entry.count_at(worker, 1)
             if alone:
                 self._waiting_with(entry).suspects.pop(entry.prompt.index, None)
             if worker.held is not None:
@@ -366,8 +370,7 @@ class PromptTable:
         worker.alone = worker.alone and not shard.alone
         for entry in shard.unfinished.values():
             entry.shard_ids = tuple(id_ for id_ in entry.shard_ids if id_ != shard.id)
-            worker.work -= entry.work
-            worker.taken -= entry.num_slots
+            entry.count_at(worker, -1)
             if worker.held is not None:
                 worker.held.end(entry.prompt)
         worker.num_unfinished -= len(shard.unfinished)
@@ -384,8 +387,7 @@ class PromptTable:
             worker = shard.worker
             del shard.unfinished[index]
             worker.num_unfinished -= 1
-            worker.work -= entry.work
-            worker.taken -= entry.num_slots
+            entry.count_at(worker, -1)
             if worker.held is not None:
                 worker.held.end(entry.prompt, row)
         del self.open[index]

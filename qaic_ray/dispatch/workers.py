@@ -35,7 +35,8 @@ class WorkerState:
         slots: prompts it runs side by side; 0 while it is not ready.
         shards: ids of the shards it holds, oldest first.
         num_unfinished: prompts of these that have no row yet; `work` is their estimated work, and
-            `taken` how many slots they take, more than there are where some are queued.
+            `taken` how many slots they take, more than there are where some are queued, and
+            `lent` how many of these are the background's, which gives them to others.
         failures: failures since its last row.
         openings: failures to open since it was last ready.
         lives: how many times it was ready.
@@ -63,6 +64,7 @@ class WorkerState:
     num_unfinished: int = 0
     work: float = 0.0
     taken: int = 0
+    lent: int = 0
 
     failures: int = 0
     openings: int = 0
@@ -96,9 +98,21 @@ class WorkerState:
         self.timer_s = math.inf
 
     @property
-    def load(self) -> float:
-        """The share of its slots that is taken; above 1 where prompts are queued."""
-        return self.taken / self.slots
+    def engaged(self) -> int:
+        """Slots that prompts of the foreground take: no other one finds room there."""
+        return self.taken - self.lent
+
+    @property
+    def load(self) -> tuple[float, float]:
+        """The share of its slots that is taken, above 1 where prompts are queued; then engaged."""
+        return self.taken / self.slots, self.engaged / self.slots
+
+    def count_prompt(self, work: float, num_slots: int, *, background: bool) -> None:
+        """It gets a prompt of so much work for so many slots, or loses one: both less than 0."""
+        self.work += work
+        self.taken += num_slots
+        if background:
+            self.lent += num_slots
 
     def lose_state(self) -> None:
         """Its engine was made anew: its slots hold nothing any more."""

@@ -26,6 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Dict, Iterator, Mapping, Optional, Sequence
 
+from . import wheel
 from .card.sku import SKUS
 from .documents import parse_json, read_text
 from .folder import MARKER, ROOT_VARIABLE, FolderError
@@ -51,9 +52,14 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.E
 _QAIC_COMPILE_SINCE = (1, 21, 6)
 _TOOLS = {
     "exec/qaic-exec": "compiler",
+    "exec/qaic-runner": "runner",
+    "exec/qaic-api-test": "runner.api_test",
+    "exec/qaic-opstats": "tools.qaic_opstats",
     "tools/qaic-util": "tools.qaic_util",
     "tools/qaic-qpc": "tools.qaic_qpc",
     "tools/qaic-device-partition": "tools.qaic_device_partition",
+    "tools/qaic-dev-partition": "tools.qaic_device_partition",
+    "tools/qaic-version-util": "tools.qaic_version_util",
 }
 _OURS = (
     MARKER,
@@ -63,6 +69,8 @@ _OURS = (
     "versions/platform.xml",
     "dev/python/QAicApi_pb2.py",
     "dev/lib/*/qaicrt.py",
+    "dev/lib/*/qaic.py",
+    "dev/lib/*/qaic-*.whl",
     f"dev/lib/*/{PACKAGE}/*.py",
     "dev/*/__pycache__/*.pyc",
 )
@@ -232,7 +240,7 @@ def _others(prefix: Path) -> Iterator[str]:
 def _replace(prefix: Path, sources: Mapping[str, bytes], marker: Mapping[str, object]) -> None:
     built = Path(tempfile.mkdtemp(prefix=f".{prefix.name}.installing-", dir=prefix.parent))
     try:
-        _build(built, sources, marker)
+        _build(built, sources, marker, prefix)
         built.chmod(0o755)
         if prefix.exists() and any(prefix.iterdir()):
             _exchange(built, prefix)
@@ -256,12 +264,19 @@ def _exchange(built: Path, prefix: Path) -> None:
     aside.replace(built)
 
 
-def _build(root: Path, sources: Mapping[str, bytes], marker: Mapping[str, object]) -> None:
+def _build(
+    root: Path, sources: Mapping[str, bytes], marker: Mapping[str, object], prefix: Path
+) -> None:
+    """Write the folder to `root`; `prefix` is where it will lie."""
     apps_version = str(marker["apps_version"])
     library = root / "dev" / "lib" / platform.machine()
     for name, content in sources.items():
         _write(library / PACKAGE / name, content)
-    _write(library / "qaicrt.py", sources["door.py"])
+    door = sources["door.py"]
+    _write(library / "qaicrt.py", door)
+    _write(library / "qaic.py", door)
+    at_home = door.replace(b'_LAID_DOWN = ""', f"_LAID_DOWN = {str(prefix)!r}".encode())
+    _write(library / wheel.NAME, wheel.build(at_home))
     _write(root / "dev" / "python" / "QAicApi_pb2.py", sources["container/aicapi.py"])
     tools = dict(_TOOLS)
     if tuple(int(part) for part in apps_version.split(".")) >= _QAIC_COMPILE_SINCE:

@@ -23,6 +23,7 @@ from qaic_ray.engine.batching.stalls import MAX_STALL_S, Stalls
 from qaic_ray.engine.bindings import Logits
 from qaic_ray.engine.picking.prompt_scores import score_prompts
 from qaic_ray.engine.picking.token_picker import TokenPicker
+from qaic_ray.engine.row_times import RowTimes
 from qaic_ray.engine.sampler import Selector
 from qaic_ray.engine.session import Session
 from qaic_ray.engine.step_io import (
@@ -126,14 +127,7 @@ class Engine:
         self._errors: dict[Sequence, RowError] = {}
         self._scored: set[Sequence] = set()
         self._meter = Measurement()
-        self._awaiting: dict[Sequence, float] = {}
-        self._first: dict[Sequence, tuple[float, float]] = {}
-        self._scheduled: dict[Sequence, float] = {}
-        self._step_before: Step | None = None
-        # When running rows had their last tokens: all at the end of the last decode step, but those
-        # that a prefill has answered since.
-        self._decoded_s = 0.0
-        self._prefilled_s: dict[Sequence, float] = {}
+        self._times = RowTimes(self._meter)
 
     @property
     def busy(self) -> bool:
@@ -150,6 +144,8 @@ class Engine:
         meter = self._meter
         num_generated = meter.generated_tokens  # before the rows: none that ends now counts twice
         running = list(self.batcher.running.values())
+        # A row that takes or gives its slot meanwhile is in one of the three.
+        rows = {*running, *self.batcher.waiting, *self.batcher.running.values()}
         positions = self._shapes.num_slots * self._shapes.ctx_len
         return EngineState(
             running=len(running),
@@ -157,7 +153,7 @@ class Engine:
             kv_usage=sum(row.num_computed for row in running) / positions,
             prompt_tokens=meter.prompt_tokens,
             reused_tokens=meter.reused_tokens,
-            generated_tokens=num_generated + sum(len(row.output_ids) for row in running),
+            generated_tokens=num_generated + sum(len(row.output_ids) for row in rows),
         )
 
     def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
@@ -181,7 +177,7 @@ class Engine:
 
     def add(self, sequence: Sequence, reader: StopReader | None = None) -> None:
         """Queue a sequence; its time to first token starts now."""
-        self._awaiting[sequence] = self._clock()
+        self._times.enter(sequence, self._clock())
         if reader is not None:
             self._readers[sequence] = reader
             sequence.num_read = len(sequence.output_ids)
@@ -200,16 +196,15 @@ class Engine:
             DeviceError: from the session; the engine's rows are then lost with the card's state.
         """
         start_s = self._clock()
+        for sequence in self.batcher.make_room():
+            self._picker.preempt(sequence)
+            self._times.preempt(sequence)
         could_decode = self.batcher.num_decoding > 0
         self.batcher.admit()
         step = self.batcher.plan(decode_first=self._stalls.must_decode(start_s, self.batcher))
         if step is None:
             return []
-        # A steady step is the same object again and again, with no row that is new.
-        if self._awaiting and step is not self._step_before:
-            for _, sequence in step.rows:
-                self._scheduled.setdefault(sequence, start_s)
-        self._step_before = step
+        self._times.begin(step, start_s)
         drafts = None if self._proposer is None or step.is_prefill else self._draft(step)
         built = self._inputs.build(step, drafts)
         meanwhile = self._read if self._unread else None
@@ -222,15 +217,14 @@ class Engine:
         num_before = 0 if drafts is None else _num_output(step)
         ended = self.batcher.commit(step, chosen)
         end_s = self._clock()
-        num_first = self._note_first(step, built, end_s) if self._awaiting else 0
         self._measure(step, built, end_s - start_s)
-        self._note_gaps(step, built, end_s, num_first)
+        self._times.end(step, built, end_s)
         if drafts is not None:
             num_kept = _num_output(step) - num_before - sum(built.answers)
             self._meter.drafted_tokens += sum(map(len, drafts))
             self._meter.accepted_tokens += num_kept
             self._meter.decode_tokens += num_kept
-        self._stalls.made(step, start_s, end_s, could_decode=could_decode)
+        self._stalls.made(step, end_s, could_decode=could_decode)
         if self._readers:
             answered = compress(step.rows, built.answers)
             self._unread = [row for _, row in answered if row in self._readers]
@@ -241,10 +235,7 @@ class Engine:
     def abort(self, sequence: Sequence) -> None:
         """End a row that waits or runs, between two steps; no step returns it."""
         self.batcher.abort(sequence)
-        self._awaiting.pop(sequence, None)
-        self._first.pop(sequence, None)
-        self._scheduled.pop(sequence, None)
-        self._prefilled_s.pop(sequence, None)
+        self._times.forget(sequence)
         self._unread = [row for row in self._unread if row is not sequence]
         self._forget(sequence)
 
@@ -327,39 +318,8 @@ class Engine:
         meter.decode_rows += num_answered
         meter.decode_tokens += num_answered
 
-    def _note_first(self, step: Step, built: StepInputs, end_s: float) -> int:
-        """Note rows that have their first token now; how many."""
-        num_before = len(self._awaiting)
-        for _, sequence in compress(step.rows, built.answers):
-            if sequence in self._awaiting:
-                entered_s = self._awaiting.pop(sequence)
-                self._first[sequence] = (entered_s, end_s)
-                self._meter.ttft.count(end_s - entered_s)
-        return num_before - len(self._awaiting)
-
-    def _note_gaps(self, step: Step, built: StepInputs, end_s: float, num_first: int) -> None:
-        """Count the time since the last tokens of each answered row, but those with their first."""
-        gaps, prefilled_s = self._meter.inter_token, self._prefilled_s
-        if step.is_prefill:
-            for _, sequence in compress(step.rows, built.answers):
-                if self._first[sequence][1] != end_s:
-                    gaps.count(end_s - prefilled_s.get(sequence, self._decoded_s))
-                prefilled_s[sequence] = end_s
-            return
-        # Every row that has a token already is in a decode step: most share one gap.
-        num_steady = sum(built.answers) - num_first - len(prefilled_s)
-        if num_steady > 0:
-            gaps.count(end_s - self._decoded_s, num_steady)
-        if prefilled_s:
-            for since_s in prefilled_s.values():
-                gaps.count(end_s - since_s)
-            prefilled_s.clear()
-        self._decoded_s = end_s
-
     def _finish(self, sequence: Sequence, end_s: float) -> Finished:
-        entered_s, first_s = self._first.pop(sequence)
-        scheduled_s = self._scheduled.pop(sequence)
-        self._prefilled_s.pop(sequence, None)
+        times = self._times.leave(sequence)
         self._forget(sequence)
         error = self._errors.pop(sequence, None)
         if error is None:
@@ -369,8 +329,8 @@ class Engine:
             meter.prompt_tokens += len(sequence.prompt_ids)
             meter.reused_tokens += sequence.num_reused
             meter.generated_tokens += len(sequence.output_ids)
-        ttft_s, decode_s = first_s - entered_s, end_s - first_s
-        return Finished(sequence, ttft_s, decode_s, error, entered_s, scheduled_s)
+        ttft_s, decode_s = times.first_s - times.entered_s, end_s - times.first_s
+        return Finished(sequence, ttft_s, decode_s, error, times.entered_s, times.scheduled_s)
 
     def _forget(self, sequence: Sequence) -> None:
         self._picker.leave(sequence)

@@ -95,15 +95,16 @@ class PositionIdsInputs:
         # Rows are in the order of their slots.
         where: slice | list[int] = slice(None) if num_rows == len(ids) else rows
         at.fill(contract.PADDING_POSITION)
-        # A row with an answer feeds the last token of it, and nothing else.
+        answers = [
+            len(sequence.prompt_ids) + len(sequence.output_ids) == position + 1
+            for (_, sequence), position in zip(step.rows, positions, strict=True)
+        ]
+        # Most rows feed the last token of their answer.
         ids[where, 0] = [
-            sequence.output_ids[-1] if sequence.output_ids else sequence.newest
-            for _, sequence in step.rows
+            sequence.output_ids[-1] if answered and sequence.output_ids else sequence.newest
+            for (_, sequence), answered in zip(step.rows, answers, strict=True)
         ]
         at[where, 0] = positions
-        answers = [
-            bool(sequence.output_ids) or sequence.num_uncomputed == 1 for _, sequence in step.rows
-        ]
         return StepInputs(shape, inputs, rows, [0] * num_rows, answers)
 
     def _build_many(self, step: Step, drafts: Drafts | None) -> StepInputs:

@@ -64,7 +64,8 @@ class Sequence:
     values the card holds, `num_reused` those of the prompt that it held already. `slot` is set
     while the row runs. `num_read` tokens of the answer were looked through for stop strings.
     `guide` follows the answer's grammar, and `bad_ids` are runs of tokens that it may not have.
-    Rows of the `background` give way to the others.
+    Rows of the `background` give way to the others, and their slots too: `num_preempted` times
+    since the row's last token, when its answer had `num_kept` tokens.
     `prompt_logprobs` is a list where the prompt's tokens are to have theirs: one for each token
     but the first, as they are computed; such a row starts from no other row's cache.
     """
@@ -86,6 +87,8 @@ class Sequence:
     slot: int | None = None
     finish_reason: FinishReason | None = None
     background: bool = False
+    num_preempted: int = 0
+    num_kept: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -110,6 +113,13 @@ class Sequence:
         if start + count <= 0:
             return self.prompt_ids[self.num_computed : self.num_computed + count]
         return (*self.prompt_ids[self.num_computed :], *self.output_ids[: start + count])
+
+    def first_ids(self, count: int) -> tuple[int, ...]:
+        """The first `count` tokens of prompt and answer."""
+        num_prompt = len(self.prompt_ids)
+        if count <= num_prompt:
+            return self.prompt_ids[:count]
+        return (*self.prompt_ids, *self.output_ids[: count - num_prompt])
 
     def take(self, tokens: Listed[int]) -> int:
         """Append chosen tokens until one of them ends the row; how many were kept.
@@ -201,6 +211,11 @@ class ProgramShapes:
             prefills=prefills,
             decodes=decodes,
         )
+
+    @property
+    def ride_columns(self) -> int:
+        """Tokens of a row that a decode step takes and is no longer for it."""
+        return min((shape.seq_len for shape in self.decodes), default=self.decode_len)
 
     def prefill_shape(self, seq_len: int, num_positions: int) -> Specialization:
         """The prefill of `seq_len` that reaches `num_positions` with the least of the cache."""

@@ -44,8 +44,9 @@ if TYPE_CHECKING:
     from qaic_ray.runs.result import FleetResult
 
 SHARDS_BESIDE = 8
-"""A prompt that comes alone is a shard of its own: a worker may have one for each of its slots, and
-so many beside them, queued or left with a last row."""
+"""A prompt that comes alone is a shard of its own: a worker may have two for each of its slots, of
+which one waits until it has its slot again, and so many beside them, queued or left with a last
+row."""
 
 
 class FolderFleet:
@@ -154,7 +155,7 @@ class FolderFleet:
         slots = slots_of(request.qpc) or 1
         policy = replace(
             DEFAULT_POLICY,
-            max_shards=max(DEFAULT_POLICY.max_shards, slots + SHARDS_BESIDE),
+            max_shards=max(DEFAULT_POLICY.max_shards, 2 * slots + SHARDS_BESIDE),
             kept_slots=self._kept_slots,
             block_tokens=DEFAULT_POLICY.block_tokens if request.run.prefix_reuse else 0,
         )

@@ -38,15 +38,11 @@ _Waiting = tuple[steps.Sequence, StopFinder | None]
 class Backlog:
     """Sequences that the engine has no place for yet: those of the foreground go first.
 
-    One of the background is given to the engine when a slot is free for it at once, so that none of
-    the foreground ever waits behind it there.
-
-    Args:
-        kept_slots: slots that the background leaves free, of all but one.
+    One of the background is given to the engine when a slot is free for it at once, beside those
+    that are kept.
     """
 
-    def __init__(self, kept_slots: int = 0) -> None:
-        self._kept_slots = kept_slots
+    def __init__(self) -> None:
         self._foreground: deque[_Waiting] = deque()
         self._background: deque[_Waiting] = deque()
 
@@ -63,7 +59,8 @@ class Backlog:
         if self._foreground:
             shapes = batcher.shapes
             most = shapes.num_slots * (1 if shapes.continuous else STATIC_LOOKAHEAD)
-            return self._foreground.popleft() if len(batcher.waiting) < most else None
+            num_waiting = sum(not row.background for row in batcher.waiting)
+            return self._foreground.popleft() if num_waiting < most else None
         if self._background and self._has_spare(batcher):
             return self._background.popleft()
         return None
@@ -83,12 +80,9 @@ class Backlog:
         self._background.clear()
 
     def _has_spare(self, batcher: Batcher | LockstepBatcher) -> bool:
-        shapes = batcher.shapes
-        if batcher.running and not shapes.continuous:
+        if batcher.running and not batcher.shapes.continuous:
             return False  # it would only wait in the engine
-        most = min(shapes.num_slots, shapes.num_rows)
-        most -= min(self._kept_slots, most - 1)
-        return len(batcher.running) + len(batcher.waiting) < most
+        return len(batcher.running) + len(batcher.waiting) < batcher.background_rows
 
 
 class EngineThread:
@@ -99,7 +93,7 @@ class EngineThread:
         make_engine: makes the engine, and another one when that was lost with the card's state.
         goes_on: whether the card can go on after an error that did not lose it.
         feed: is told of each step.
-        kept_slots: see `Backlog`.
+        kept_slots: slots that the background leaves free where it begins, of all but one.
         timeouts: `gather_s` and `again_s` are used.
         on_lost: is told how many sequences an error has ended.
     """
@@ -115,9 +109,10 @@ class EngineThread:
         timeouts: Timeouts,
         on_lost: Callable[[int], None],
     ) -> None:
-        self.engine = make_engine()
-        self._name = name
         self._make_engine = make_engine
+        self._kept_slots = kept_slots
+        self.engine = self._new_engine()
+        self._name = name
         self._goes_on = goes_on
         self._feed = feed
         self._timeouts = timeouts
@@ -125,7 +120,7 @@ class EngineThread:
         self._past = Measurement()  # of the engines before this one
         self._num_past = 0
         self._lock = threading.Condition()  # its lock may be taken again
-        self._backlog = Backlog(kept_slots)
+        self._backlog = Backlog()
         self._owner: dict[steps.Sequence, RowQueue] = {}
         self._beginning: set[int] = set()  # rows whose sequences are being made
         self._cancelled: set[int] = set()
@@ -254,6 +249,11 @@ class EngineThread:
                 engine.abort(sequence)
             self._owner.pop(sequence).put(Finished(sequence, 0.0, 0.0))
 
+    def _new_engine(self) -> Engine:
+        engine = self._make_engine()
+        engine.batcher.kept_slots = self._kept_slots
+        return engine
+
     def _fail(self, error: QaicRayError) -> bool:
         """End every shard that is here with the error; return whether the thread goes on.
 
@@ -265,7 +265,7 @@ class EngineThread:
             if lives:
                 self._past += self.engine.measurement
                 self._num_past += 1
-                self.engine = self._make_engine()
+                self.engine = self._new_engine()
             else:
                 self._failure = error
             self._end_shards(error)

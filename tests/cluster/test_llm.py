@@ -226,9 +226,10 @@ def test_many_threads_ask_at_once(llm: LLM, tiny: TinyQpcs) -> None:
 def test_a_batch_is_answered_beside_others_and_a_conversation_stays_on_its_card(
     llm: LLM, tiny: TinyQpcs
 ) -> None:
-    fleet, params = llm.fleet, Params(max_tokens=4, ignore_eos=True)
+    fleet = llm.fleet
 
-    def ask(ids: tuple[int, ...], *, background: bool = False) -> PendingRow:
+    def ask(ids: tuple[int, ...], *, background: bool = False, most: int = 4) -> PendingRow:
+        params = Params(max_tokens=most, ignore_eos=True)
         prompt = Prompt(0, "", token_ids=ids, sampling=params, background=background)
         return fleet.submit(prompt)
 
@@ -236,6 +237,14 @@ def test_a_batch_is_answered_beside_others_and_a_conversation_stays_on_its_card(
     assert ask((5, 7)).row(120.0).token_ids == tuple(tiny.reference((5, 7), 4, stop_ids=()))
     for n, pending in late.items():
         right = tuple(tiny.reference((n, 11), 4, stop_ids=()))
+        assert pending.row(120.0).token_ids == right
+    # Each slot is the batch's when twice as many prompts come; they need not wait for it.
+    late = {n: ask((*range(40, 60), n), background=True, most=24) for n in range(3, 15)}
+    others = {n: ask((n, 9)) for n in range(3, 15)}
+    for n, pending in others.items():
+        assert pending.row(120.0).token_ids == tuple(tiny.reference((n, 9), 4, stop_ids=()))
+    for n, pending in late.items():
+        right = tuple(tiny.reference((*range(40, 60), n), 24, stop_ids=()))
         assert pending.row(120.0).token_ids == right
     ids, homes = tuple(range(3, 23)), set()
     for turn in range(5):

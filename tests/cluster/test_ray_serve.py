@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -34,9 +37,9 @@ SLOTS = 4
 
 
 @pytest.fixture(scope="module")
-def application(
+def served(
     one_ray: OneRay, tiny: TinyQpcs, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Application]:
+) -> tuple[Served, SdkChoice]:
     one_ray.use("four cards", four_cards)
     model = with_byte_tokenizer(tiny.checkpoint, tmp_path_factory.mktemp("ray-serve") / "words")
     with listening_socket("127.0.0.1", 0) as opened:
@@ -47,9 +50,14 @@ def application(
     )
     run = resolved(RunOptions(metrics=False, max_stall_s=0.0))
     qpc = tiny.qpc(ctx_len=CTX_LEN, batch_size=SLOTS)
-    served = Served(RunRequest("tiny", str(model), qpc, run), options)
     sdk = SdkChoice(tiny.sdk, str(tiny.sdk.root), EmulatorOptions())
-    with Application(served, cards_plan(served, sdk, 0), keys=None) as deployed:
+    return Served(RunRequest("tiny", str(model), qpc, run), options), sdk
+
+
+@pytest.fixture(scope="module")
+def application(served: tuple[Served, SdkChoice]) -> Iterator[Application]:
+    what, sdk = served
+    with Application(what, cards_plan(what, sdk, 0), keys=None) as deployed:
         yield deployed
 
 
@@ -290,3 +298,37 @@ def test_errors_are_the_interfaces_and_a_server_that_drains_takes_nothing(
 def application_is_ready(application: Application) -> bool:
     url = f"http://127.0.0.1:{application.port}/ready"
     return httpx.get(url, timeout=30).status_code == 200
+
+
+@pytest.mark.slow
+def test_an_application_that_is_deployed_anew_goes_on_answering_and_is_the_new_ones(
+    application: Application, client: openai.OpenAI, served: tuple[Served, SdkChoice]
+) -> None:
+    def deployed(kept_slots: int) -> Application:
+        what, sdk = served
+        options = what.options.model_copy(update={"kept_slots": kept_slots})
+        changed = replace(what, options=options)
+        return Application(changed, cards_plan(changed, sdk, 0), keys=None)
+
+    is_over = threading.Event()
+
+    def ask_on() -> set[str]:
+        found = set()
+        while not is_over.is_set():
+            found.add(text_of(client, "a long story", max_tokens=100))
+        return found
+
+    with deployed(2) as first, ThreadPoolExecutor(1) as thread:
+        before = replicas()
+        right = text_of(client, "a long story", max_tokens=100)
+        asking = thread.submit(ask_on)
+        try:
+            with deployed(3):
+                is_over.set()
+                assert asking.result() == {right}
+                assert not set(before) & set(replicas())
+                for older in (application, first):
+                    asyncio.run(older.watch())  # ends at once, and takes nothing away
+                assert text_of(client, "a long story", max_tokens=100) == right
+        finally:
+            is_over.set()

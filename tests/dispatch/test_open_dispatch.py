@@ -74,9 +74,26 @@ class Slots:
     def held(self, prompt: Prompt) -> int:
         return max((common(one, prompt.token_ids or ()) for one in self.free), default=0)
 
+    @property
+    def num_engaged(self) -> int:
+        return sum(not prompt.background for prompt in self.running.values())
+
+    @property
+    def spare(self) -> int:
+        """Slots that no prompt has, begun or waiting for its slot again."""
+        return self.num_slots - len(self.running) - len(self.queued)
+
     def begin(self, prompt: Prompt) -> None:
         if not self.free:
             self.queued[prompt.index] = prompt
+            late = next((i for i, one in self.running.items() if one.background), None)
+            if late is None or prompt.background:
+                return
+            # One of the background gives its slot, and goes on later.
+            one = self.running.pop(late)
+            self.free.append(())
+            self.begin(self.queued.pop(prompt.index))
+            self.queued[late] = one
             return
         self.running[prompt.index] = prompt
         self.free.remove(max(self.free, key=lambda one: common(one, prompt.token_ids or ())))
@@ -87,7 +104,8 @@ class Slots:
         prompt = self.running.pop(index)
         self.free.append((*(prompt.token_ids or ()), *answer))
         if self.queued:
-            self.begin(self.queued.pop(next(iter(self.queued))))
+            first = min(self.queued, key=lambda index: self.queued[index].background)
+            self.begin(self.queued.pop(first))
 
 
 class Online(RuleBasedStateMachine):
@@ -152,21 +170,20 @@ class Online(RuleBasedStateMachine):
     def check_choice(self, shard: RunShard, prompt: Prompt) -> None:
         assert prompt.index in self.waiting, "assigned twice"
         cards, card = self.cards, self.cards[shard.worker]
-        room = {name: card.num_slots - len(card.running) for name, card in cards.items()}
         if prompt.background:
             kept = min(self.kept, card.num_slots - 1)
-            assert room[shard.worker] > kept, "a slot that is kept, or a queue"
+            assert card.spare > kept, "a slot that is kept, or a queue"
             return
         if shard.attempt > 1 or self.losses:
             return  # who died is not trusted with everything
-        free = [name for name, number in room.items() if number > 0]
+        free = [name for name, card in cards.items() if card.num_engaged < card.num_slots]
         if not free:
             return  # so much waits that some is queued
         assert shard.worker in free, "to a full worker while another has room"
         held = {name: cards[name].held(prompt) for name in free}
         assert held[shard.worker] == max(held.values()), "not to the longest beginning"
         equal = [name for name in free if held[name] == held[shard.worker]]
-        loads = {name: len(cards[name].running) / cards[name].num_slots for name in equal}
+        loads = {name: 1 - cards[name].spare / cards[name].num_slots for name in equal}
         assert loads[shard.worker] == min(loads.values()), "not to the least loaded"
 
     # -- what happens
@@ -251,10 +268,10 @@ class Online(RuleBasedStateMachine):
     def nobody_waits_for_a_slot_that_is_free(self) -> None:
         if self.losses or self.dispatcher is None:
             return
-        spare = {name: card.num_slots - len(card.running) for name, card in self.cards.items()}
+        spare = {name: card.spare for name, card in self.cards.items()}
         kinds = {prompt.background for prompt in self.waiting.values()}
         if False in kinds:
-            assert not any(spare.values())
+            assert all(card.num_engaged >= card.num_slots for card in self.cards.values())
         if True in kinds:
             kept = {name: min(self.kept, self.slots[name] - 1) for name in spare}
             assert all(number <= kept[name] for name, number in spare.items())
@@ -488,12 +505,40 @@ def test_the_background_leaves_slots_and_is_queued_in_no_worker() -> None:
     assert len(begun) == 6
     first = submit(dispatcher, Prompt(20, "now"), Prompt(21, "now"))
     assert sorted(shard.worker for shard in first.values()) == ["card 0", "card 1"]
-    assert submit(dispatcher, Prompt(22, "waits: every slot is taken")) == {}
+    more = submit(dispatcher, *(Prompt(i, "now, and six give their slots") for i in range(22, 28)))
+    workers = [shard.worker for shard in more.values()]
+    assert sorted(workers.count(name) for name in ("card 0", "card 1")) == [3, 3]
+    assert submit(dispatcher, Prompt(28, "waits: every slot is another request's")) == {}
     one = begun[0]
-    rows = (row_of(Prompt(0, "")),)
+    rows = (row_of(Prompt(0, "", background=True)),)
+    commands = dispatcher.handle(RowsFinished(one.worker, one.shard_id, rows), 1.0)
+    assert not any(isinstance(command, RunShard) for command in commands), "it had no slot"
+    one = first[20]
+    rows = (row_of(Prompt(20, "")),)
     commands = dispatcher.handle(RowsFinished(one.worker, one.shard_id, rows), 1.0)
     (given,) = [command for command in commands if isinstance(command, RunShard)]
-    assert [prompt.index for prompt in given.prompts] == [22]
+    assert [prompt.index for prompt in given.prompts] == [28]
+
+
+def test_a_slot_that_is_free_goes_before_one_that_the_background_gives() -> None:
+    dispatcher = online(2, 4)
+    late = submit(dispatcher, *(Prompt(i, "", background=True) for i in range(8)))
+    ended = next(shard for shard in late.values() if shard.worker == "card 1")
+    finish(dispatcher, ended)
+    shards = [submit(dispatcher, Prompt(20 + i, ""))[20 + i].worker for i in range(3)]
+    assert shards[0] == "card 1", "nobody has to give a slot"
+    assert set(shards[1:]) == {"card 0", "card 1"}, "then the one with fewer requests goes first"
+    assert shards[1] == "card 0"
+
+
+def test_of_a_worker_that_dies_all_that_had_begun_may_be_to_blame() -> None:
+    dispatcher = online(1, 2)
+    submit(dispatcher, *(Prompt(i, "", background=True) for i in range(2)))
+    submit(dispatcher, *(Prompt(i, "") for i in range(2, 4)))
+    assert dispatcher._pool.workers["card 0"].engaged == 2
+    dispatcher.handle(WorkerLost("card 0", "gone"), 1.0)
+    check(dispatcher)
+    assert {entry.attempt for entry in dispatcher._table.open.values()} == {2}
 
 
 def test_a_worker_of_one_slot_does_the_background_too() -> None:

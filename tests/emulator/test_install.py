@@ -22,7 +22,17 @@ from qaic_ray.emulator.install import APPS_VERSIONS, InstallError, install
 
 PACKAGE = Path(str(qaic_ray.emulator.__file__)).parent
 LIBRARY = f"dev/lib/{platform.machine()}"
-COMMANDS = {"exec/qaic-exec", "tools/qaic-util", "tools/qaic-qpc", "tools/qaic-device-partition"}
+COMMANDS = {
+    "exec/qaic-exec",
+    "exec/qaic-runner",
+    "exec/qaic-api-test",
+    "exec/qaic-opstats",
+    "tools/qaic-util",
+    "tools/qaic-qpc",
+    "tools/qaic-device-partition",
+    "tools/qaic-dev-partition",
+    "tools/qaic-version-util",
+}
 
 
 @pytest.fixture
@@ -47,6 +57,8 @@ def test_layout_by_version(version: str, tmp_path: Path) -> None:
     expected = COMMANDS | {
         "dev/python/QAicApi_pb2.py",
         f"{LIBRARY}/qaicrt.py",
+        f"{LIBRARY}/qaic.py",
+        f"{LIBRARY}/qaic-0.0.1-py3-none-any.whl",
         "versions/apps.xml",
         "versions/platform.xml",
         folder.MARKER,
@@ -55,7 +67,7 @@ def test_layout_by_version(version: str, tmp_path: Path) -> None:
         expected.add("exec/qaic-compile")
     found = {name for name in files(root) if "qaic_emulated_sdk" not in name}
     assert found == expected
-    for command in expected - {name for name in expected if "/qaic-" not in name}:
+    for command in (*COMMANDS, *(expected & {"exec/qaic-compile"})):
         assert (root / command).stat().st_mode & 0o777 == 0o755
     for name in ("apps.xml", "platform.xml"):
         element = ElementTree.parse(root / "versions" / name).getroot().find(".//base_version")

@@ -369,10 +369,15 @@ class AnyArrival(RuleBasedStateMachine):
         # What a card would hold: the token at each position of each slot.
         self.cache = [[-1] * (16 + decode_len) for _ in range(num_slots)]
 
-    @rule(prompt=st.lists(st.integers(3, 4), min_size=1, max_size=16), wanted=st.integers(1, 20))
-    def add(self, prompt: list[int], wanted: int) -> None:
+    @rule(
+        prompt=st.lists(st.integers(3, 4), min_size=1, max_size=16),
+        wanted=st.integers(1, 20),
+        late=st.booleans(),
+    )
+    def add(self, prompt: list[int], wanted: int, late: bool) -> None:
         limit = self.batcher.new_token_limit(len(prompt), wanted)
-        row = Sequence(len(self.added), tuple(prompt), limit, frozenset({EOS}))
+        key = len(self.added)
+        row = Sequence(key, tuple(prompt), limit, frozenset({EOS}), background=late)
         self.added.append(row)
         self.batcher.add(row)
 
@@ -409,6 +414,17 @@ class AnyArrival(RuleBasedStateMachine):
                 self.cache[slot][start + count : start + count + drafted] = kept[:-1]
             chosen.append(kept)
         self.finished += self.batcher.commit(step, chosen)
+
+    @rule()
+    def make_room(self) -> None:
+        before = {row: list(row.output_ids) for row in self.batcher.running.values()}
+        lost = self.batcher.make_room()
+        assert all(row.background and row.output_ids == before[row] for row in lost)
+        self.batcher.admit()
+        if self.batcher.shapes.continuous:
+            kinds = {row.background for row in self.batcher.waiting}
+            running = self.batcher.running.values()
+            assert not (False in kinds and any(row.background for row in running))
 
     @rule(keep=st.integers(0, 3))
     def stop(self, keep: int) -> None:

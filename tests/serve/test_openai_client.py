@@ -462,7 +462,7 @@ def test_greedy_texts_are_the_same_whatever_runs_beside_them(served: Served) -> 
     until(served.is_idle)
 
 
-def test_clients_that_go_free_their_slots_within_a_second() -> None:
+def test_clients_that_go_free_their_slots() -> None:
     async def go(url: str, service: Service) -> None:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
             begun = [
@@ -475,7 +475,8 @@ def test_clients_that_go_free_their_slots_within_a_second() -> None:
             ]
             stream = await begun[0]
             await anext(aiter(stream))
-            while service.num_running() < 64:
+            # All of them, unless the machine is so slow that some have ended.
+            while service.num_running() < 64 and not begun[-1].done():
                 await asyncio.sleep(0.01)
             for one in begun:
                 one.cancel()  # some wait for a slot, others have their first tokens
@@ -483,10 +484,10 @@ def test_clients_that_go_free_their_slots_within_a_second() -> None:
                 if isinstance(one, openai.AsyncStream):
                     await one.close()
 
-    with formula_fleet(num_cards=2, slots=8, step_s=0.02) as (fleet, cards):
+    with formula_fleet(num_cards=2, slots=8, step_s=0.05) as (fleet, cards):
         service = service_of(fleet)
         with serving(service) as url:
             asyncio.run(go(url, service))
-            until(lambda: service.num_running() == 0, 1.0)
-            until(lambda: fleet.num_open == 0, 1.0)
-            until(lambda: cards.num_in_slots == 0, 1.0)
+            until(lambda: not (service.num_running() or fleet.num_open or cards.num_in_slots))
+            num_tokens = sum(worker.progress()[1] for worker in cards.workers.values())
+            assert num_tokens < 64 * 400 / 4  # nobody's answer was made to its end

@@ -54,7 +54,8 @@ def answer_of(row: Sequence, prompt: Prompt | None = None) -> Answer:
 def test_the_foreground_goes_first_and_has_its_slots(
     asked: list[tuple[bool, int]], slots: int, kept: int, continuous: bool
 ) -> None:
-    engine, backlog = engine_of(slots, continuous=continuous), Backlog(kept)
+    engine, backlog = engine_of(slots, continuous=continuous), Backlog()
+    engine.batcher.kept_slots = kept
     rows: list[Sequence] = []
     most = slots - min(kept, slots - 1)
 
@@ -67,7 +68,10 @@ def test_the_foreground_goes_first_and_has_its_slots(
         late = sum(row.background for row in engine.batcher.running.values())
         assert late <= most
         if continuous:
-            assert not any(row.background for row in engine.batcher.waiting)
+            waiting_rows = [*engine.batcher.waiting, *(one[0] for one in backlog._foreground)]
+            kinds = {row.background for row in waiting_rows}
+            assert all(row.num_preempted for row in engine.batcher.waiting if row.background)
+            assert not (False in kinds and late), "it waits behind the background"
 
     for key, (background, steps) in enumerate(asked):
         rows.append(sequence(key, 3, background=background))
@@ -132,9 +136,12 @@ def left_in(thread: EngineThread) -> dict[str, int]:
         **{f"feed{name}": getattr(thread._feed, name) for name in ("_running", "_ended")},
         **{
             name: getattr(engine, name)
-            for name in ("_readers", "_unread", "_stops", "_errors", "_awaiting", "_first")
+            for name in ("_readers", "_unread", "_stops", "_errors", "_scored")
         },
-        **{name: getattr(engine, name) for name in ("_scheduled", "_prefilled_s")},
+        **{
+            name: getattr(engine._times, name)
+            for name in ("_awaiting", "_first", "_scheduled", "_prefilled_s", "_preempted_s")
+        },
         "running": batcher.running,
         "waiting": batcher.waiting,
         "prefilling": getattr(batcher, "_prefilling", ()),

@@ -227,6 +227,11 @@ class ExecObj:
                 return QStatus.QS_INVAL, None
         return self._set_listed(whole), handle
 
+    @property
+    def last(self) -> Optional[Inference]:
+        """The inference that was enqueued last; the emulator's own, not the vendor's."""
+        return self._last
+
     def run(self, buffers: Optional[Sequence[QBuffer]] = None) -> QStatus:
         """Run one inference and wait for it, on `buffers` when given."""
         if buffers is not None:

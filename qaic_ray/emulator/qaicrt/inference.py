@@ -20,7 +20,10 @@ from .types import QStatus
 
 
 class Inference:
-    """What an ExecObj enqueued; `results` and `status` are valid once it is done."""
+    """What an ExecObj enqueued; `results` and `status` are valid once it is done.
+
+    `started_s` and `ended_s` are when a queue began and ended it, as `time.perf_counter` says.
+    """
 
     def __init__(
         self,
@@ -34,6 +37,8 @@ class Inference:
     ) -> None:
         self.status = QStatus.QS_ERROR
         self.results: Dict[str, np.ndarray] = {}
+        self.started_s = 0.0
+        self.ended_s = 0.0
         self._program = program
         self._instance = instance
         self._inputs = inputs
@@ -55,9 +60,11 @@ class Inference:
 
     def execute(self) -> None:
         """Run it; it is done afterwards, also where this raises."""
+        self.started_s = time.perf_counter()
         try:
             self.status = self._execute()
         finally:
+            self.ended_s = time.perf_counter()
             self._inputs = {}
             self._running.release()
 

@@ -6,8 +6,10 @@
     at most `ride_len`            in the decode shape, together with every other such row
     more                          in a prefill shape, `prefill_rows` rows at a time: see `_sharing`
     more, and no prefill shape    in the decode shape, `decode_len` at a time (a `pl1` program)
+    more, of the background       in either: it rides in decode steps that are made for others
 
-so a prompt's last token and an answer's newest are one case.
+so a prompt's last token and an answer's newest are one case, and so is an answer that is computed
+again.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from qaic_ray.engine.steps import ProgramShapes, Sequence, Step
 PREFIX_BLOCK = 16
 """Tokens by which a beginning that a slot holds is longer than another; fewer where a prefill takes
 fewer."""
+MAX_PREEMPTED = 64
+"""A row of the background that lost its slot so often and got no token in between keeps the next
+one until it has."""
 
 
 class Batcher(InFlight):
@@ -43,6 +48,7 @@ class Batcher(InFlight):
         self._prefix_reuse = prefix_reuse
         self._block = min(PREFIX_BLOCK, *shapes.prefill_lens, shapes.ctx_len)
         self._ride_len = max(ride_len or 1, shapes.decode_len)
+        self._ride_columns = shapes.ride_columns
         # Slot -> the tokens its cache holds, the longest free first.
         self._free: dict[int, tuple[int, ...]] = dict.fromkeys(range(shapes.num_slots), ())
         self._steady: Step | None = None
@@ -104,10 +110,10 @@ class Batcher(InFlight):
             if sequence.finish_reason is not None:
                 self._release(sequence)
                 finished.append(sequence)
-        if step is not self._steady:
-            self._sort(step)
-        elif self.shapes.decode_len > 1:
+        if step is not self._steady or self.shapes.decode_len > 1:
             self._steady = None
+        if self._prefilling:
+            self._sort(step)
         return finished
 
     def check(self) -> None:
@@ -130,20 +136,59 @@ class Batcher(InFlight):
         """See `InFlight.admit`."""
         if not self.waiting or (self.running and not self.shapes.continuous):
             return
-        while self.waiting and self._free and len(self.running) < self.shapes.num_rows:
-            sequence = self.waiting.popleft()
-            # What is reused is not computed, and so has no logits.
-            known = sequence.prompt_ids if sequence.prompt_logprobs is None else ()
+        while self._free and len(self.running) < self.shapes.num_rows:
+            sequence = self._next_waiting()
+            if sequence is None:
+                return
+            known = _known(sequence)
             slot = self._best_slot(known)
-            reused = num_common(self._free.pop(slot), known)
-            # The last token of a prompt is always computed: its logits are the answer's first.
-            sequence.num_computed = sequence.num_reused = min(reused, len(sequence.prompt_ids) - 1)
+            # The last token is always computed: its logits are the next one's.
+            reused = min(num_common(self._free.pop(slot), known), sequence.num_tokens - 1)
+            sequence.num_computed = reused
+            if not sequence.num_preempted:
+                sequence.num_reused = min(reused, len(sequence.prompt_ids) - 1)
             sequence.slot = slot
             self.running[slot] = sequence
             self.num_background += sequence.background
             if self._wants_prefill(sequence):
                 self._prefilling[slot] = sequence
             self._steady = None
+
+    def make_room(self) -> list[Sequence]:
+        """See `InFlight.make_room`: those lose their slots that have the least to lose."""
+        if not (self.waiting and self.num_background and self.shapes.continuous):
+            return []
+        places = min(len(self._free), self.shapes.num_rows - len(self.running))
+        wanted = sum(not row.background for row in self.waiting) - places
+        if wanted <= 0:
+            return []
+        # Of equals the one that began last. Those that began first end so, one after another.
+        rows = sorted(
+            (row for row in reversed(self.running.values()) if _can_be_preempted(row)),
+            key=lambda row: row.num_computed,
+        )[:wanted]
+        for row in rows:
+            self._preempt(row)
+        return rows
+
+    def _preempt(self, row: Sequence) -> None:
+        """Take a row's slot; of those that wait it goes first among the background."""
+        is_fruitless = len(row.output_ids) == row.num_kept
+        row.num_preempted = 1 + (row.num_preempted if is_fruitless else 0)
+        row.num_kept = len(row.output_ids)
+        self._release(row)
+        row.num_computed = 0
+        self.waiting.appendleft(row)
+
+    def _next_waiting(self) -> Sequence | None:
+        """Take out the sequence that gets the next slot: one of the foreground, where any waits."""
+        if not self.waiting:
+            return None
+        sequence = next((row for row in self.waiting if not row.background), self.waiting[0])
+        if sequence.background and len(self.running) >= self.background_rows:
+            return None
+        self.waiting.remove(sequence)
+        return sequence
 
     def _best_slot(self, prompt_ids: tuple[int, ...]) -> int:
         """The free slot whose cache shares the longest prefix with a prompt.
@@ -212,13 +257,23 @@ class Batcher(InFlight):
         return -(-num_tokens // self.shapes.prefill_lens[-1])
 
     def _decode(self) -> Step:
-        rows = tuple(sorted(i for i in self.running.items() if i[0] not in self._prefilling))
-        counts = tuple(min(self.shapes.decode_len, row.num_uncomputed) for _, row in rows)
+        prefilling = self._prefilling
+        rows = tuple(
+            sorted(
+                (slot, row)
+                for slot, row in self.running.items()
+                if row.background or slot not in prefilling
+            )
+        )
+        most = self.shapes.decode_len
+        counts = tuple(
+            self._ride_columns if slot in prefilling else min(most, row.num_uncomputed)
+            for slot, row in rows
+        )
         return Step(False, self.shapes.decode_len, rows, counts)
 
     def _sort(self, step: Step) -> None:
-        """After a prefill: which of its rows decode from now on."""
-        self._steady = None
+        """Which of a step's rows want no more prefill."""
         for slot, sequence in step.rows:
             if slot in self._prefilling and not self._wants_prefill(sequence):
                 del self._prefilling[slot]
@@ -230,9 +285,25 @@ class Batcher(InFlight):
         self._steady = None
         # The last token of an answer was never fed, and what was drafted behind it is not held.
         num_held = min(sequence.num_computed, sequence.num_tokens - 1)
-        held = (*sequence.prompt_ids, *sequence.output_ids)[:num_held]
-        self._free[slot] = held if self._prefix_reuse else ()
+        self._free[slot] = sequence.first_ids(num_held) if self._prefix_reuse else ()
         return slot
+
+
+def _known(sequence: Sequence) -> tuple[int, ...]:
+    """The tokens of a row that are not computed again where a slot holds them.
+
+    What is reused has no logits, which a prompt that is scored wants of all its tokens.
+    """
+    scores = sequence.prompt_logprobs
+    if scores is not None and len(scores) + 1 < len(sequence.prompt_ids):
+        return sequence.first_ids(len(scores))
+    return sequence.first_ids(sequence.num_tokens)
+
+
+def _can_be_preempted(row: Sequence) -> bool:
+    if not row.background:
+        return False
+    return row.num_preempted < MAX_PREEMPTED or len(row.output_ids) > row.num_kept
 
 
 def num_common(left: tuple[int, ...], right: tuple[int, ...]) -> int:

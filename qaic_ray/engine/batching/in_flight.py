@@ -14,6 +14,9 @@ class InFlight:
 
     Args:
         shapes: what the program can run.
+
+    Attributes:
+        kept_slots: slots that rows of the background leave free where they begin, of all but one.
     """
 
     def __init__(self, shapes: ProgramShapes) -> None:
@@ -21,12 +24,19 @@ class InFlight:
         self.costs = ShapeCosts(shapes.prefill_lens)
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}
+        self.kept_slots = 0
         self.num_background = 0  # running rows that others go before
 
     @property
     def busy(self) -> bool:
         """Whether any sequence waits or runs."""
         return bool(self.waiting or self.running)
+
+    @property
+    def background_rows(self) -> int:
+        """Rows of any kind among which one of the background may be, where it begins."""
+        most = min(self.shapes.num_slots, self.shapes.num_rows)
+        return most - min(self.kept_slots, most - 1)
 
     def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
         """How many tokens a prompt may generate: what was asked for, within the context.
@@ -49,6 +59,13 @@ class InFlight:
     def admit(self) -> None:
         """Give waiting sequences slots, where a row may begin now; `plan` does it too."""
 
+    def make_room(self) -> list[Sequence]:
+        """Take slots from rows of the background for others that wait; who lost theirs.
+
+        They wait with the tokens that they have, and are computed again.
+        """
+        return []
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose `max_new_tokens` came from `new_token_limit`."""
         self.waiting.append(sequence)
@@ -58,6 +75,8 @@ class InFlight:
         dropped = sequence.cut(num_tokens)
         if sequence.slot is not None:
             self._release(sequence)
+        elif sequence in self.waiting:  # its slot was taken before its last tokens were read
+            self.waiting.remove(sequence)
         return dropped
 
     def abort(self, sequence: Sequence) -> None:

@@ -2,10 +2,11 @@
 
     rows that decode    rows that want prefill    decode goes first
     some of foreground  some of foreground        once a stall would be longer than `max_stall_s`
-    some of foreground  of background only        too while background rests, `REST` of its prefills
+    some of foreground  of background only        too but for one prefill in `RARE` decode steps
     of background only  any                       once a stall would be longer than `BACKGROUND_S`
 
-A stall is the time since rows could last decode; one prefill is made in any case.
+A stall is the time since rows could last decode; one prefill is made in any case. Rows of the
+background that get no prefill ride in the decode steps (`Batcher`).
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ MAX_STALL_S = 1.0
 """Seconds that running rows may wait for the prefill of others, by default."""
 BACKGROUND_S = 1.0
 """Seconds that rows of the background may wait, where `max_stall_s` is less: they do not mind."""
-REST = 4.0
-"""While rows of the foreground decode, a prefill of the background is followed by so many times its
-own time without another: it takes a fifth of the card's time at most."""
+RARE = 128
+"""While rows of the foreground decode, they are made to wait by prefill of the background so rarely
+that no more than one decode step in so many comes behind a prefill: the 99th percentile of the
+times between their tokens does not tell. Where their own prefill makes as many wait, there is none.
+"""
+MAX_DEBT = 4
+"""So many prefills of the foreground count at most against those of the background to come."""
 
 
 class Stalls:
@@ -34,28 +39,26 @@ class Stalls:
         self._max_stall_s = max_stall_s
         self._has_stalled = False
         self._since_s = 0.0
-        self._is_background_turn = False
-        self._background_at_s = 0.0
+        self._decodes_foreground = False
+        self._credit = 1.0  # prefills of the background that may be made
 
     def must_decode(self, now_s: float, batcher: Batcher | LockstepBatcher) -> bool:
         """Whether the step that begins now has to be one of decode, where any row can decode."""
-        self._is_background_turn = False
         limit_s = self._max_stall_s
-        if batcher.num_background:
-            if not batcher.decodes_foreground:
-                limit_s = max(limit_s, BACKGROUND_S)
-            elif not batcher.prefills_foreground:
-                self._is_background_turn = True
-                if now_s < self._background_at_s:
-                    return True
+        self._decodes_foreground = not batcher.num_background or batcher.decodes_foreground
+        if not self._decodes_foreground:
+            limit_s = max(limit_s, BACKGROUND_S)
+        elif batcher.num_background and not batcher.prefills_foreground and self._credit < 1:
+            return True
         if not self._has_stalled:
             return False
         return limit_s <= 0 or now_s - self._since_s + batcher.costs.slowest_s > limit_s
 
-    def made(self, step: Step, start_s: float, end_s: float, *, could_decode: bool) -> None:
+    def made(self, step: Step, end_s: float, *, could_decode: bool) -> None:
         """Note a step; `could_decode`: whether any row could when it was planned."""
         self._has_stalled = step.is_prefill and could_decode
         if not self._has_stalled:
             self._since_s = end_s
-        elif self._is_background_turn:
-            self._background_at_s = end_s + REST * (end_s - start_s)
+        if could_decode and self._decodes_foreground:
+            change = -1.0 if step.is_prefill else 1 / RARE
+            self._credit = max(-MAX_DEBT, min(1.0, self._credit + change))

@@ -24,7 +24,8 @@ def score_prompts(step: Step, inputs: StepInputs, logits: Logits) -> None:
         num_top = sequence.params.prompt_logprobs or 0
         # The logits of a token are about the one behind it.
         behind = sequence.prompt_ids[position + 1 : position + 1 + count]
-        for at, token in enumerate(behind, start=column):
+        known = max(len(scores) - position, 0)  # of a row that is computed again
+        for at, token in enumerate(behind[known:], start=column + known):
             scores.append(token_logprob(logits[inputs.rows[i], at], token, num_top))
 
 

@@ -50,11 +50,15 @@ class TokenPicker:
         if sequence.guide is not None:
             self._guided.add(sequence)
 
-    def leave(self, sequence: Sequence) -> None:
-        """Forget a sequence that has ended."""
+    def preempt(self, sequence: Sequence) -> None:
+        """A sequence gives its slot, and comes back with the tokens that it has."""
         slot = self._in_selector.pop(sequence, None)
         if slot is not None:
             self._selector.leave(slot)
+
+    def leave(self, sequence: Sequence) -> None:
+        """Forget a sequence that has ended."""
+        self.preempt(sequence)
         self._special.discard(sequence)
         self._guided.discard(sequence)
 

@@ -319,5 +319,5 @@ class ResponseWriter:
         return event({"type": kind, "sequence_number": self._number - 1, **fields}, kind)
 
 
-def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+# Made once: json.dumps makes an encoder for each call that is not of its defaults.
+_dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -13,11 +14,12 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
+from ray.serve.schema import ApplicationStatus
 
 from qaic_ray.cards.inventory import CARD_RESOURCE
 from qaic_ray.cluster.connection import CARD_CPUS, first_line
@@ -33,7 +35,7 @@ from qaic_ray.serve.http.request_log import logging_to_stderr
 from qaic_ray.serve.http.server import heard, listening_socket, run_in_loop
 from qaic_ray.serve.ray_serve.batch_desk import BatchDesk, DeskPlan
 from qaic_ray.serve.ray_serve.card_fleet import CardsPlan
-from qaic_ray.serve.ray_serve.cards import Cards
+from qaic_ray.serve.ray_serve.cards import CardsReplica
 from qaic_ray.serve.ray_serve.cards_handle import node_address
 from qaic_ray.serve.ray_serve.interface import Interface, InterfacePlan
 from qaic_ray.serve.serving import Served, address_of, keys_of, with_defaults
@@ -45,7 +47,10 @@ to another one, or waits where the interface is until Ray Serve scales up."""
 MAX_CONNECTIONS = 100_000
 HEALTH_S = 5.0
 """Interval at which Ray Serve asks a replica for its health."""
-LOOK_S = 1.0
+LOOK_S = 2.0
+"""Interval at which the application is looked at."""
+ANSWER_S = 10.0
+"""How long a replica of the interface may take to answer this process."""
 POLL_S = 0.2
 CARDS, INTERFACE, BATCHES = "Cards", "Interface", "Batches"
 
@@ -132,11 +137,12 @@ class Application(AbstractContextManager["Application"]):
         self._name = served.request.name
         self._drain_s = served.options.drain_s
         self._is_ours = True
+        self._deployed_by = secrets.token_hex(8)
         self._has_started_serve = _client() is None
         self.port = _start_serve(served.options)
         try:
             self._handle: DeploymentHandle = serve.run(
-                _application(served, plan, keys),
+                _application(plan, InterfacePlan(served, keys, self._deployed_by)),
                 name=self._name,
                 route_prefix="/",
                 logging_config={"enable_access_log": False},
@@ -150,7 +156,6 @@ class Application(AbstractContextManager["Application"]):
         except BaseException:
             self.__exit__()
             raise
-        self._deployed_at = self._status().last_deployed_time_s
 
     def __exit__(self, *_: object) -> None:
         """Take the application away; requests that run end first, for a while."""
@@ -185,22 +190,22 @@ class Application(AbstractContextManager["Application"]):
                 await asyncio.sleep(POLL_S)
 
     def _look(self) -> None:
-        self._is_ours = self._status().last_deployed_time_s == self._deployed_at
-
-    def _status(self) -> ApplicationStatusOverview:
         found = serve.status().applications.get(self._name)
         if found is None or found.status is ApplicationStatus.DELETING:
             self._is_ours = False
             raise QaicRayError(f"Somebody has deleted the application {self._name} of Ray Serve.")
-        return found
+        with suppress(TimeoutError, RayError):  # of a replica that is made anew: asked again
+            now = self._handle.deployed_by.remote().result(timeout_s=ANSWER_S)
+            self._is_ours = now == self._deployed_by
 
     def num_running(self, *, drain: bool) -> int:
         """Requests that are being answered; with `drain` no more are taken from now on."""
         told = self._handle.broadcast("num_running", drain=drain)
-        return sum(told.results(timeout_s=LOOK_S * 10))
+        return sum(told.results(timeout_s=ANSWER_S))
 
 
-def _application(served: Served, plan: CardsPlan, keys: ApiKeys | None) -> serve.Application:
+def _application(plan: CardsPlan, interface_plan: InterfacePlan) -> serve.Application:
+    served = interface_plan.served
     options = served.options
     scale: dict[str, Any] = {"num_replicas": _num_replicas(options)}
     if options.max_replicas is not None:
@@ -216,7 +221,7 @@ def _application(served: Served, plan: CardsPlan, keys: ApiKeys | None) -> serve
         "graceful_shutdown_timeout_s": options.drain_s,
         "graceful_shutdown_wait_loop_s": POLL_S,
     }
-    cards = serve.deployment(Cards).options(
+    cards = serve.deployment(CardsReplica).options(
         name=CARDS,
         max_ongoing_requests=QUEUED_PER_SLOT * plan.slots,
         ray_actor_options={"num_cpus": 0, "resources": {CARD_RESOURCE: plan.num_cards}},
@@ -241,7 +246,7 @@ def _application(served: Served, plan: CardsPlan, keys: ApiKeys | None) -> serve
     )
     answering = cards.bind(plan)
     batches = desk.bind(DeskPlan(served, plan.sdk, plan.emulated), answering)
-    return interface.bind(InterfacePlan(served, keys), answering, batches)
+    return interface.bind(interface_plan, answering, batches)
 
 
 def _num_replicas(options: ServeOptions) -> int:

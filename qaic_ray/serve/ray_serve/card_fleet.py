@@ -86,7 +86,7 @@ class CardFleet:
         slots = slots_of(plan.request.qpc) or 1
         policy = replace(
             DEFAULT_POLICY,
-            max_shards=max(DEFAULT_POLICY.max_shards, slots + SHARDS_BESIDE),
+            max_shards=max(DEFAULT_POLICY.max_shards, 2 * slots + SHARDS_BESIDE),
             kept_slots=plan.kept_slots,
         )
         with ExitStack() as held:

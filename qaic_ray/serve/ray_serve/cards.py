@@ -21,7 +21,7 @@ from qaic_ray.serve.ray_serve.request_router import SLOTS
 from qaic_ray.serve.ray_serve.token_mail import TokenOutbox, Told
 
 
-class Cards:
+class CardsReplica:
     """An open fleet over some cards of this node.
 
     Args:

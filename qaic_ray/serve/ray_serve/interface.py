@@ -25,10 +25,12 @@ class InterfacePlan:
     Attributes:
         served: the model, and the server's options.
         keys: who may ask; None for everybody.
+        deployed_by: tells apart the processes that deploy an application of this name.
     """
 
     served: Served
     keys: ApiKeys | None
+    deployed_by: str
 
 
 class Interface:
@@ -46,6 +48,7 @@ class Interface:
     ) -> None:
         log_to_stderr()
         served = plan.served
+        self._deployed_by = plan.deployed_by
         self._cards = CardsHandle(cards)
         ctx_len = await self._cards.open()
         self._service = Service(served.options, served.names, self._cards.fleet, keys=plan.keys)
@@ -63,6 +66,10 @@ class Interface:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """See Ray Serve."""
         return create_app(self._service)
+
+    async def deployed_by(self) -> str:
+        """Which process deployed this replica."""
+        return self._deployed_by
 
     async def num_running(self, drain: bool = False) -> int:
         """Requests that are being answered.

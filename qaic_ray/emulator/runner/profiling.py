@@ -1,0 +1,153 @@
+"""The profiles of `qaic-runner`: the latency file and the trace of each instance.
+
+Times are the host's, measured around the emulated runtime. There is no device to ask for cycles.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
+
+import numpy as np
+
+from ..qaic import raw_stats
+from ..qaic.hosting import Flight
+from .results import write_file
+
+COLUMNS = (
+    "hostRoundTripUs",
+    "enqTimeUs",
+    "preProcTimeUs",
+    "submitTimeUs",
+    "execTotalUs",
+    "exectoVcUs",
+    "execToCompleteUs",
+    "postProcUs",
+    "totalRoundtripTimeUs",
+)
+"""Public readers skip four lines, drop `Sample`, `queueDepth` and `numInfInQueue` by name, and take
+the third column from the right for the whole time."""
+
+_PARTS = ("PreProcess", "Enqueue", "Wait", "Execute", "PostProcess")
+_US = 1e6
+
+
+class LatencyLog:
+    """The times of some inferences of one instance, from a number on."""
+
+    def __init__(self, start: int, count: int) -> None:
+        self._numbers = range(start, start + count)
+        self._samples = array("q")
+        self._queued = array("q")
+        self._moments = array("d")
+
+    def add(self, flight: Flight) -> None:
+        """Keep the times of an inference that has ended, where it is one of those asked for."""
+        times = flight.times
+        if flight.number not in self._numbers or times is None:
+            return
+        self._samples.append(flight.number)
+        self._queued.append(flight.in_queue)
+        # Who waits for another inference first comes late to this one: that is not its time.
+        post = times.finished - times.woken
+        enqueued = min(times.enqueued, times.started)
+        self._moments.extend(
+            (times.begun, times.prepared, enqueued, times.started, times.ended, times.ended + post)
+        )
+
+    def _rows(self) -> Iterator[Tuple[int, int, Sequence[float]]]:
+        for place, (sample, queued) in enumerate(zip(self._samples, self._queued)):
+            yield sample, queued, self._moments[6 * place : 6 * place + 6]
+
+    def text(self, head: Sequence[str], set_size: int) -> str:
+        """The latency file: four lines of head, the columns' names, and a line a sample."""
+        lines = [*head, ", ".join(["Sample", *COLUMNS, "queueDepth", "numInfInQueue"])]
+        for sample, queued, (begun, prepared, enqueued, started, ended, finished) in self._rows():
+            times = (
+                ended - enqueued,
+                enqueued - prepared,
+                prepared - begun,
+                0.0,  # queue and device are one program here: nothing is submitted between them
+                ended - enqueued,
+                started - enqueued,
+                ended - started,
+                finished - ended,
+                finished - begun,
+            )
+            cells = [f"{seconds * _US:.3f}" for seconds in times]
+            lines.append(", ".join([str(sample), *cells, str(set_size), str(queued)]))
+        return "\n".join(lines) + "\n"
+
+    def exec_us(self) -> np.ndarray:
+        """Microseconds that each inference was computed for."""
+        moments = np.array(self._moments).reshape(-1, 6)
+        return np.asarray((moments[:, 4] - moments[:, 3]) * _US)
+
+    def samples(self) -> List[int]:
+        """Numbers of the inferences that are kept."""
+        return list(self._samples)
+
+    def events(self, instance: int) -> List[Dict[str, Any]]:
+        """The same as events of a Chrome trace, in microseconds."""
+        made = []
+        for sample, _, moments in self._rows():
+            for name, begin, end in zip(_PARTS, moments, moments[1:]):
+                made.append(
+                    {
+                        "name": name,
+                        "ph": "X",
+                        "ts": begin * _US,
+                        "dur": (end - begin) * _US,
+                        "pid": "HOST_PROC",
+                        "tid": f"activation {instance}",
+                        "args": {"inference": sample},
+                    }
+                )
+        return made
+
+
+def write_latencies(folder: str, logs: Sequence[LatencyLog], name: str, set_size: int) -> None:
+    """Write `aic-profiling-program-A-latency.txt` for each instance A."""
+    for instance, log in enumerate(logs):
+        head = [
+            f"Network: {name}",
+            f"Program: {instance}",
+            "Host times in microseconds, of this machine: the SDK is emulated",
+            "",
+        ]
+        text = log.text(head, set_size)
+        write_file(folder, f"aic-profiling-program-{instance}-latency.txt", text.encode())
+
+
+def write_traces(folder: str, logs: Sequence[LatencyLog]) -> None:
+    """Write `aic-profiling-program-A-trace.json` for each instance A."""
+    for instance, log in enumerate(logs):
+        data = raw_stats.trace(log.events(instance)).encode()
+        write_file(folder, f"aic-profiling-program-{instance}-trace.json", data)
+
+
+def write_statistics(folder: str, logs: Sequence[LatencyLog], name: str, *, raw: bool) -> None:
+    """Write a file of each kept inference: its raw statistics, or the summary of them."""
+    for instance, log in enumerate(logs):
+        events, parts = log.events(instance), len(_PARTS)
+        for place, number in enumerate(log.samples()):
+            own = events[parts * place : parts * (place + 1)]
+            stem = f"aic-profiling-program-0-activation-{instance}-inf-{number}"
+            if raw:
+                data = raw_stats.serialize(raw_stats.RawStats(name, number, own))
+                write_file(folder, f"{stem}.bin", data)
+            else:
+                write_file(folder, f"{stem}.txt", raw_stats.summary(name, own).encode())
+
+
+def performance_lines(logs: Sequence[LatencyLog]) -> List[str]:
+    """The block of metrics that the vendor's tool prints; ours are of this machine."""
+    times = np.concatenate([log.exec_us() for log in logs])
+    if not times.size:
+        return []
+    figures = (times.mean(), times.min(), times.max(), times.std())
+    return [
+        "Aggregated Device Metrics Report (host times of this machine: the SDK is emulated)",
+        "Metric, Avg, Min, Max, Std",
+        ", ".join(["ExecTimeUs_Func_0", *(f"{figure:.3f}" for figure in figures)]),
+    ]
