@@ -151,6 +151,11 @@ CARD_INFO = _gauge(
     "qaic_device_info", "1; its tags say which card it is.", (*CARD_TAGS, *CARD_INFO_LINES)
 )
 CARD_STATUS = _card("qaic_device_status", "0 initializing, 1 ready, 2 error.", "Status")
+SOC_READINGS = (
+    _card("qaic_soc_power_watts", "Of one SoC; told from Apps 1.21 on.", "SOC power(Watts)"),
+    _card("qaic_soc_tdp_cap_watts", "The most that one SoC may take.", "SOC TDP Cap(Watts)"),
+)
+"""What older tools do not tell."""
 CARD_READINGS = (
     _card("qaic_nsp_total", "NSPs of the card.", "Nsp Total"),
     _card("qaic_nsp_free", "NSPs that no program holds.", "Nsp Free"),
@@ -169,8 +174,7 @@ CARD_READINGS = (
         "Board power(Watts)",
     ),
     _card("qaic_tdp_cap_watts", "The most that the board may take.", "TDP Cap(Watts)"),
-    _card("qaic_soc_power_watts", "Of one SoC; told from Apps 1.21 on.", "SOC power(Watts)"),
-    _card("qaic_soc_tdp_cap_watts", "The most that one SoC may take.", "SOC TDP Cap(Watts)"),
+    *SOC_READINGS,
     _card("qaic_nsp_frequency_hertz", "Clock of the NSPs.", "NSP Frequency(Mhz)"),
     _card("qaic_ddr_frequency_hertz", "Clock of the DRAM.", "DDR Frequency(Mhz)"),
     _card("qaic_compnoc_frequency_hertz", "Clock of COMPNOC.", "COMPNOC Frequency(Mhz)"),

@@ -133,8 +133,9 @@ def test_a_run_is_exported_with_the_names_types_tags_and_values_of_the_table(
     exported: Exported,
 ) -> None:
     samples = exported.samples
-    assert exported_names() - samples.keys() == set()
-    for metric in METRICS:
+    told = [metric for metric in METRICS if metric not in names.SOC_READINGS]
+    assert exported_names(told) - samples.keys() == set()
+    for metric in told:
         # The parser names a counter's family without its suffix.
         assert exported.types[f"ray_{metric.name}"] == metric.kind.value, metric.name
         for sample in (sample for name in metric.exported for sample in samples[name]):

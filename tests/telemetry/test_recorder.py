@@ -156,8 +156,7 @@ QID 3
 def test_each_line_of_qaic_util_is_a_gauge_in_base_units() -> None:
     sink = MemorySink()
     CardRecorder(sink).looked(parse_lines(OPEN_TOOL))
-    of_soc = {"qaic_soc_power_watts", "qaic_soc_tdp_cap_watts"}  # this tool does not tell them
-    told = [metric for metric in names.CARD_METRICS if metric.name not in of_soc]
+    told = [metric for metric in names.CARD_METRICS if metric not in names.SOC_READINGS]
     of_first = {metric.name: sink.value(metric, qid="0") for metric in told}
     assert of_first == {
         "qaic_device_info": 1,
