@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
+import gc
 import hashlib
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -156,6 +158,28 @@ def test_a_state_stays_on_the_card_until_it_is_given(machine: Machine, tmp_path:
     session.reset()
     np.testing.assert_array_equal(session.run({"x": x})["doubled"], 2 * x)
     session.reset()
+
+
+def test_a_session_that_is_forgotten_gives_the_device_back(
+    machine: Machine, tmp_path: Path
+) -> None:
+    path = str(compile_net(tmp_path, two_inputs(), "-aic-num-cores=14"))
+    for name in ("", "group1"):
+        session = Session(path, oversubscription_name=name)
+        session.run(inputs_of(0))
+        assert machine.card(0).free.num_nsps == 0
+        del session
+        wait_until_free(machine)
+
+
+def wait_until_free(machine: Machine) -> None:
+    """A queue's thread lets go of the program a moment after its last inference."""
+    for _ in range(1000):
+        gc.collect()
+        if machine.card(0).free == machine.card(0).total:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"still taken: {machine.card(0).free}")
 
 
 def test_sessions_of_one_name_share_the_cores(machine: Machine, tmp_path: Path) -> None:
