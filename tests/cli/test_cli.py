@@ -367,6 +367,21 @@ def test_devices_are_listed(run: Run, sdk: Path) -> None:
     assert [(card["qid"], card["nsp_total"]) for card in cards] == [(0, 14), (1, 14)]
 
 
+def test_socs_of_a_board_are_grouped(run: Run, sdk: Path) -> None:
+    lines = "".join(
+        f"QID {qid}\n\tStatus:Ready\n\tNsp Total:16\n\tNsp Free:16\n"
+        f"\tSku Type:Pcie Ultra\n\tBoard serial:B{qid // 4}\n"
+        for qid in range(8)
+    )
+    (sdk / "tools" / "qaic-util").write_text(f"#!/bin/sh\ncat <<'END'\n{lines}END\n")
+    code, out, _ = run("devices", "--sdk", str(sdk), "--json")
+    assert code == 0
+    assert json.loads(out)["boards"] == {"B0": [0, 1, 2, 3], "B1": [4, 5, 6, 7]}
+    _, out, _ = run("devices", "--sdk", str(sdk))
+    assert "board" in out
+    assert out.count("B1") == 4
+
+
 def test_unknown_option_is_refused_by_name(run: Run) -> None:
     code, _, err = run("devices", "--no-such-option")
     assert code == 2

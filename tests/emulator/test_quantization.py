@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,13 +12,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given
+from compiled import FUZZ_EXAMPLES
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from qaic_ray.emulator import compiler
-from qaic_ray.emulator.compiler import calibration
+from qaic_ray.emulator.compiler import argv, calibration, configs
 from qaic_ray.emulator.compiler.calibration import Range, bounds_of
 from qaic_ray.emulator.compiler.quantize import grid_of
 from qaic_ray.emulator.container.execution import CompiledProgram, LoadedProgram
@@ -466,3 +468,49 @@ def test_a_model_of_other_numbers_is_refused(
     argv = [f"-m={tmp_path / 'half.onnx'}", "-aic-hw", f"-aic-binary-dir={tmp_path / 'qpc'}"]
     assert compiler.main([*argv, "-convert-to-quantize"]) == 1
     assert "needs a float32 model, and 'x' is FLOAT16" in capsys.readouterr().err
+
+
+# -- files and command lines of anybody
+
+
+Value = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["NodeProfiles", "NodeOutputName", "Min", "Max", "Histogram", "x"])
+            | st.sampled_from(["FP16NodeInstanceNames", "FP32NodeInstanceNames"]),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=FUZZ_EXAMPLES)
+@given(Value.map(json.dumps) | st.text(max_size=200))
+def test_no_file_is_a_traceback(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    for read in (calibration.read_profile, configs.read_node_precisions):
+        with suppress(configs.ConfigError):
+            read(str(path))
+
+
+@settings(max_examples=FUZZ_EXAMPLES)
+@given(
+    st.lists(
+        st.builds(
+            "{}{}{}".format,
+            st.sampled_from([*argv.FLAGS, "-compiler-args", "--x", ""]),
+            st.sampled_from(["=", "", " "]),
+            st.text(max_size=12) | st.sampled_from(["-mos=1 -ols=2", "-1", "a,b", "'"]),
+        ),
+        max_size=4,
+    )
+)
+def test_no_command_line_is_a_traceback(arguments: list[str]) -> None:
+    with suppress(argv.ArgvError):
+        options = argv.parse(arguments)
+        assert set(options.without_effect) <= set(options.arguments)

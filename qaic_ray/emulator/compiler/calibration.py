@@ -193,7 +193,7 @@ def bounds_of(seen: Range, method: str, percentile: float) -> Bounds:
     `MSE` and `SQNR` take the part with the least squared error, which is the same part. How
     `KLMinimizationV2` differs from `KLMinimization` is not public: it is the same here.
     """
-    if method == "None" or not seen.counts or seen.low >= seen.high:
+    if method == "None" or not any(seen.counts) or seen.low >= seen.high:
         return seen.low, seen.high
     if method == "Percentile":
         return _percentile(seen, percentile)
@@ -243,6 +243,19 @@ def _divergence(centers: Any, counts: Any, part: Bounds) -> float:
     return float((p * np.log(p / (q / q.sum()))).sum())
 
 
+def _range(row: Mapping[str, Any]) -> Range:
+    found = Range(float(row["Min"]), float(row["Max"]), tuple(int(n) for n in row["Histogram"]))
+    if not (_is_number(found.low) and _is_number(found.high) and found.low <= found.high):
+        raise ValueError("bounds")
+    if min(found.counts, default=0) < 0:
+        raise ValueError("Histogram")
+    return found
+
+
+def _is_number(value: float) -> bool:
+    return bool(abs(value) <= np.finfo(np.float32).max)
+
+
 def write_profile(path: str, ranges: Mapping[str, Range]) -> None:
     """Keep ranges in a file, which is JSON and so YAML."""
     profiles = [
@@ -262,12 +275,7 @@ def read_profile(path: str) -> Dict[str, Range]:
     """
     document = parse_mapping(read_text(path, ConfigError), path, ConfigError)
     try:
-        return {
-            str(row["NodeOutputName"]): Range(
-                float(row["Min"]), float(row["Max"]), tuple(int(n) for n in row["Histogram"])
-            )
-            for row in document["NodeProfiles"]
-        }
+        return {str(row["NodeOutputName"]): _range(row) for row in document["NodeProfiles"]}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
             f"{path} is not a quantization profile of -dump-profile ({error!r:.80})"
