@@ -7,8 +7,10 @@ import concurrent.futures
 import gc
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable
@@ -106,6 +108,25 @@ def test_external_weights_are_part_of_the_key(machine: Machine, onnx_file: Path)
         session = Session(str(onnx_file), options_path=options)
         assert_right(session.run(inputs_of(seed)), inputs_of(seed), two_inputs(seed))
         session.reset()
+
+
+def test_the_cache_of_a_model_that_lies_where_nothing_can_be_written(
+    machine: Machine, onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = str(onnx_file.parent / "options.yaml")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    session = Session(str(onnx_file), options_path=options)
+    assert_right(session.run(inputs_of(0)), inputs_of(0), two_inputs())
+    session.reset()
+    (apart,) = (tmp_path / "temporary").iterdir()
+    assert apart.stat().st_mode & 0o777 == 0o700
+    assert not (onnx_file.parent / ".qaic-cache").exists()
+    shutil.rmtree(apart)
+    apart.symlink_to(tmp_path)
+    with pytest.raises(RuntimeError, match="belongs to someone else"):
+        Session(str(onnx_file), options_path=options)
 
 
 def test_output_dir(machine: Machine, onnx_file: Path, tmp_path: Path) -> None:
