@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
+import gc
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +110,25 @@ def test_external_weights_are_part_of_the_key(machine: Machine, onnx_file: Path)
         session.reset()
 
 
+def test_the_cache_of_a_model_that_lies_where_nothing_can_be_written(
+    machine: Machine, onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = str(onnx_file.parent / "options.yaml")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    session = Session(str(onnx_file), options_path=options)
+    assert_right(session.run(inputs_of(0)), inputs_of(0), two_inputs())
+    session.reset()
+    (apart,) = (tmp_path / "temporary").iterdir()
+    assert apart.stat().st_mode & 0o777 == 0o700
+    assert not (onnx_file.parent / ".qaic-cache").exists()
+    shutil.rmtree(apart)
+    apart.symlink_to(tmp_path)
+    with pytest.raises(RuntimeError, match="belongs to someone else"):
+        Session(str(onnx_file), options_path=options)
+
+
 def test_output_dir(machine: Machine, onnx_file: Path, tmp_path: Path) -> None:
     options = str(onnx_file.parent / "options.yaml")
     target = tmp_path / "mine"
@@ -156,6 +179,28 @@ def test_a_state_stays_on_the_card_until_it_is_given(machine: Machine, tmp_path:
     session.reset()
     np.testing.assert_array_equal(session.run({"x": x})["doubled"], 2 * x)
     session.reset()
+
+
+def test_a_session_that_is_forgotten_gives_the_device_back(
+    machine: Machine, tmp_path: Path
+) -> None:
+    path = str(compile_net(tmp_path, two_inputs(), "-aic-num-cores=14"))
+    for name in ("", "group1"):
+        session = Session(path, oversubscription_name=name)
+        session.run(inputs_of(0))
+        assert machine.card(0).free.num_nsps == 0
+        del session
+        wait_until_free(machine)
+
+
+def wait_until_free(machine: Machine) -> None:
+    """A queue's thread lets go of the program a moment after its last inference."""
+    for _ in range(1000):
+        gc.collect()
+        if machine.card(0).free == machine.card(0).total:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"still taken: {machine.card(0).free}")
 
 
 def test_sessions_of_one_name_share_the_cores(machine: Machine, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -82,11 +83,20 @@ def _sha256(path: Path) -> str:
 
 
 def _cache_of(model: Path) -> Path:
-    """A folder beside the model; where none can be written, one below the user's temporary ones."""
+    """A folder beside the model; where none can be written, the user's own among temporary ones.
+
+    Raises:
+        RuntimeError: where that one is another user's.
+    """
     beside = model.parent / CACHE_NAME
     if os.access(beside if beside.is_dir() else model.parent, os.W_OK | os.X_OK):
         return beside
-    return Path(tempfile.gettempdir(), f"qaic-cache-{os.getuid()}")
+    apart = Path(tempfile.gettempdir(), f"qaic-cache-{os.getuid()}")
+    apart.mkdir(mode=0o700, exist_ok=True)
+    found = apart.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise RuntimeError(f"{apart} belongs to someone else; name an output_dir of yours")
+    return apart
 
 
 def _is_of(target: Path, key: Dict[str, Any]) -> bool:

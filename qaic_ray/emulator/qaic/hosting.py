@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import deque
 from typing import Any, Callable, Deque, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
@@ -160,7 +161,7 @@ class HostedProgram:
         self._free: Deque[Place] = deque()
         self._begun = [0] * hosting.num_activations
         self._num_flying = 0
-        self._group: Optional[SharedGroup] = None
+        self._leave: Callable[[], Any] = lambda: None
         self._program: Any = None
         self.num_places = hosting.num_activations * hosting.set_size
         try:
@@ -195,8 +196,10 @@ class HostedProgram:
                 self._free.append(Place(exec_obj, instance, queue.enqueue))
 
     def _in_group(self, hosting: Hosting) -> None:
-        self._group = SharedGroup.join(hosting.group, hosting.qids[0])
-        status, program = self._group.group.addProgram(self.qpc)
+        shared = SharedGroup.join(hosting.group, hosting.qids[0])
+        # Also for who forgets to close: a group would live as long as the process.
+        self._leave = weakref.finalize(self, shared.leave)
+        status, program = shared.group.addProgram(self.qpc)
         if program is None:
             raise RuntimeError(
                 f"Failed to add program to group {hosting.group}: {status}; qaic-util -q shows "
@@ -204,8 +207,8 @@ class HostedProgram:
             )
         self._program = program
         for _ in range(hosting.set_size):
-            exec_obj = qaicrt.ExecObj(self._group.context, program)
-            self._free.append(Place(exec_obj, 0, self._group.group.enqueue))
+            exec_obj = qaicrt.ExecObj(shared.context, program)
+            self._free.append(Place(exec_obj, 0, shared.group.enqueue))
 
     def shapes(self, inputs: Mapping[str, np.ndarray]) -> Dict[str, Dims]:
         """Dims of every binding in the first specialization that has the shapes of `inputs`.
@@ -330,9 +333,7 @@ class HostedProgram:
         if program is not None:
             program.deactivate()
             program.unload()
-        if self._group is not None:
-            self._group.leave()
-            self._group = None
+        self._leave()
 
 
 def _target(num_bytes: int) -> Any:

@@ -28,9 +28,15 @@ from .results import Validation, write_outputs
 
 PROGRAM = "qaic-runner"
 
+_INTERRUPTED = 130
+
 
 def main(argv: Sequence[str], program: str = PROGRAM) -> int:
-    """Run the tool on its arguments, the program's name not included; 1 where anything failed."""
+    """Run the tool on its arguments, the program's name not included.
+
+    Returns:
+        0, or 1 where anything failed, or 130 after Ctrl+C.
+    """
     try:
         options = parse(argv)
     except HelpAsked:
@@ -53,6 +59,8 @@ def main(argv: Sequence[str], program: str = PROGRAM) -> int:
     except (RunnerError, RuntimeError, ValueError) as error:
         print(f"{error}\nFailed to run QAIC runner", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     finally:
         host.close()
 
