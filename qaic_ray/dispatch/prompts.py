@@ -46,8 +46,11 @@ class OpenPrompt:
 
     def count_at(self, worker: WorkerState, sign: int) -> None:
         """Count it as one of a worker's, or no more."""
-        is_late = self.prompt.background
-        worker.count_prompt(sign * self.work, sign * self.num_slots, background=is_late)
+        num_slots = sign * self.num_slots
+        worker.work += sign * self.work
+        worker.taken += num_slots
+        if self.prompt.background:
+            worker.lent += num_slots
 
 
 @dataclass(slots=True, eq=False)

@@ -107,13 +107,6 @@ class WorkerState:
         """The share of its slots that is taken, above 1 where prompts are queued; then engaged."""
         return self.taken / self.slots, self.engaged / self.slots
 
-    def count_prompt(self, work: float, num_slots: int, *, background: bool) -> None:
-        """It gets a prompt of so much work for so many slots, or loses one: both less than 0."""
-        self.work += work
-        self.taken += num_slots
-        if background:
-            self.lent += num_slots
-
     def lose_state(self) -> None:
         """Its engine was made anew: its slots hold nothing any more."""
         if self.held is not None:

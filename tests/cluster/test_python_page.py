@@ -22,7 +22,7 @@ pytestmark = pytest.mark.cluster
 
 
 def test_every_block_is_run() -> None:
-    assert len(BLOCKS) == PAGE.read_text().count("```python") == 6
+    assert len(BLOCKS) == PAGE.read_text().count("```python") == 7
 
 
 @pytest.mark.parametrize(
