@@ -151,7 +151,7 @@ def test_a_server_loses_a_card_and_drains(
     with serving(tmp_path, tiny_checkpoint, tiny_qpc) as server:
         assert server.status("/ready") == server.status("/health") == 200
         begun = server.streams()
-        os.kill(server.pids_of(b"ray::")[0], signal.SIGKILL)
+        os.kill(server.pids_of(b"ray::card")[0], signal.SIGKILL)
         for one in begun:
             one.join(120)
         # Greedy, so that the card which takes over says the same; what was said is not said again.
