@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from qaic_ray.rows import Prompt
@@ -64,7 +64,3 @@ class Asked:
         A client may give every request of a conversation one id: its prompt grows all the same.
         """
         return f"{answer_id}/{len(self.prompts[0].token_ids or ())}/{index}"
-
-    def in_background(self) -> Asked:
-        """The same as work that nobody waits for."""
-        return replace(self, prompts=tuple(replace(p, background=True) for p in self.prompts))

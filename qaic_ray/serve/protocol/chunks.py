@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from qaic_ray.errors import QaicRayError
 from qaic_ray.rows import Row
@@ -101,7 +101,9 @@ class _Choices:
 
 
 class _EventWriter:
-    """What completions and chat have in common."""
+    """What completions and chat have in common; `_field` is where a choice has its text."""
+
+    _field: ClassVar[str]
 
     def __init__(
         self, asked: Asked, context: ModelContext, answer_id: str, *, created: int, name: str
@@ -142,9 +144,27 @@ class _EventWriter:
             )
         return self._logprobs[index]
 
+    def _choice(
+        self,
+        index: int,
+        said: str,
+        logprobs: str = "null",
+        *,
+        finish: str = "null",
+        stop: str = "null",
+        more: str = "",
+    ) -> str:
+        """A choice as JSON text; the arguments are JSON texts too."""
+        return (
+            f'{{"index":{index},"{self._field}":{said},"logprobs":{logprobs},'
+            f'"finish_reason":{finish},"stop_reason":{stop}{more}}}'
+        )
+
 
 class CompletionWriter(_EventWriter):
     """Events of /v1/completions."""
+
+    _field = "text"
 
     def __init__(self, asked: Asked, context: ModelContext, answer_id: str, created: int) -> None:
         super().__init__(asked, context, answer_id, created=created, name="text_completion")
@@ -154,7 +174,7 @@ class CompletionWriter(_EventWriter):
         if not self._asked.echo:
             return b""
         num_samples = self._asked.num_samples
-        told = [self._choice(at, text) for at, text in self._prompts(num_samples)]
+        told = [self._choice(at, _dumps(text)) for at, text in self._prompts(num_samples)]
         return b"".join(map(self._chunk, told))
 
     def _prompts(self, num_samples: int) -> list[tuple[int, str]]:
@@ -185,26 +205,15 @@ class CompletionWriter(_EventWriter):
             return b""
         if self._asked.shows_ids:
             more = f',"token_ids":{_dumps(list(token_ids))}'
-        return self._chunk(self._choice(index, text, logprobs, finish=finish, stop=stop, more=more))
-
-    @staticmethod
-    def _choice(
-        index: int,
-        text: str,
-        logprobs: str = "null",
-        *,
-        finish: str = "null",
-        stop: str = "null",
-        more: str = "",
-    ) -> str:
-        return (
-            f'{{"index":{index},"text":{_dumps(text)},"logprobs":{logprobs},'
-            f'"finish_reason":{finish},"stop_reason":{stop}{more}}}'
+        return self._chunk(
+            self._choice(index, _dumps(text), logprobs, finish=finish, stop=stop, more=more)
         )
 
 
 class ChatWriter(_EventWriter):
     """Events of /v1/chat/completions."""
+
+    _field = "delta"
 
     def __init__(self, asked: Asked, context: ModelContext, answer_id: str, created: int) -> None:
         super().__init__(asked, context, answer_id, created=created, name="chat.completion.chunk")
@@ -247,21 +256,6 @@ class ChatWriter(_EventWriter):
             sent += self._chunk(self._choice(index, _dumps(delta), logprobs, more=more))
             logprobs, more = "null", ""  # each token once
         return sent
-
-    @staticmethod
-    def _choice(
-        index: int,
-        delta: str,
-        logprobs: str = "null",
-        *,
-        finish: str = "null",
-        stop: str = "null",
-        more: str = "",
-    ) -> str:
-        return (
-            f'{{"index":{index},"delta":{delta},"logprobs":{logprobs},'
-            f'"finish_reason":{finish},"stop_reason":{stop}{more}}}'
-        )
 
 
 class ResponseWriter:
