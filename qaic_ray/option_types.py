@@ -182,7 +182,7 @@ class OptionValue:
     @property
     def is_path(self) -> bool:
         """Whether it is a path."""
-        return any(getattr(entry, "func", None) is _path for entry in self.metadata)
+        return any(getattr(entry, "func", None) is as_path for entry in self.metadata)
 
     @property
     def item(self) -> Any:
@@ -259,7 +259,8 @@ def _share(value: Any) -> Any:
     return float(value)
 
 
-def _path(value: Any) -> Any:
+def as_path(value: Any) -> Any:
+    """A path with `~` expanded; any other value as it is."""
     if not isinstance(value, str):
         return value
     try:
@@ -275,7 +276,7 @@ def is_template(text: str) -> bool:
 
 
 def _template(value: Any) -> Any:
-    return value if isinstance(value, str) and is_template(value) else _path(value)
+    return value if isinstance(value, str) and is_template(value) else as_path(value)
 
 
 def as_tuple(value: Any) -> Any:
@@ -345,7 +346,7 @@ PositiveInt = Annotated[int, Field(ge=1, le=MAX_SIZE), BeforeValidator(_whole_nu
 Count = Annotated[int, Field(ge=0, le=MAX_SIZE), BeforeValidator(_whole_number)]
 NumCores = Annotated[int, AfterValidator(_num_cores), BeforeValidator(_whole_number)]
 Share = Annotated[float | str, AfterValidator(_share)]
-PathText = Annotated[str, BeforeValidator(_path)]
+PathText = Annotated[str, BeforeValidator(as_path)]
 TemplateText = Annotated[str, BeforeValidator(_template)]
 PrecisionName = Annotated[Precision, one_of(known.value for known in Precision)]
 PromptLen = Annotated[int | str, BeforeValidator(_prompt_len)]

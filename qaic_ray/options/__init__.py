@@ -25,13 +25,14 @@ from qaic_ray.option_types import (
     PositiveInt,
     Precision,
     PrecisionName,
-    PromptFormat,
     PromptLen,
     Section,
     TemplateText,
     Words,
     opt,
 )
+from qaic_ray.options.inputs import PROMPTS as PROMPTS
+from qaic_ray.options.inputs import PromptOptions as PromptOptions
 from qaic_ray.options.machine import CARDS as CARDS
 from qaic_ray.options.machine import RAY as RAY
 from qaic_ray.options.machine import ClusterOptions as ClusterOptions
@@ -46,7 +47,6 @@ from qaic_ray.options.serving import ServeOptions as ServeOptions
 from qaic_ray.rows import ChatOptions
 from qaic_ray.sampling_params import ANSWER_END, MAX_SEED, Sampling, SamplingParams
 
-PROMPTS = "Prompts"
 DRAFTS = "Speculative decoding (a QPC of --num-speculative-tokens)"
 CHECKS = "Checks"
 FOLDER = "The run and its folder"
@@ -196,31 +196,6 @@ class VariantChoice(Section):
     batch_size: PositiveInt | None = opt(None, "One of the grid's.", flag=None)
     prompt_len: PromptLen | None = opt(None, "One of the grid's.", flag=None)
     ctx_len: PositiveInt | None = opt(None, "One of the grid's.", flag=None)
-
-
-class PromptOptions(Section):
-    """What is answered."""
-
-    GROUP: ClassVar[str] = PROMPTS
-
-    prompt: str | None = opt(
-        None, r"Prompts separated by |, as in the recipe; \| is a pipe of the text."
-    )
-    prompts: PathText | None = opt(
-        None,
-        "A file: lines of text; .jsonl, .csv: prompt or messages; - for stdin.",
-        flag="--input",
-        aliases=("--prompts-file",),
-        short="-i",
-        metavar="FILE",
-        free=True,
-    )
-    prompts_format: PromptFormat | None = opt(
-        None, "What the prompts file holds.", shown="by name and content"
-    )
-    max_prompts: PositiveInt | None = opt(
-        None, "Answer only the first so many, to try a run out.", shown="all"
-    )
 
 
 class Decoding(Section):

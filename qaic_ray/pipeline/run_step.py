@@ -28,9 +28,7 @@ from qaic_ray.model.tokenizer import text_parts
 from qaic_ray.pipeline.early_warning import EarlyWarning
 from qaic_ray.pipeline.local_cards import on_local_cards, slots_of
 from qaic_ray.pipeline.request import (
-    STDIN,
     Listener,
-    RunInput,
     RunRequest,
     SdkChoice,
     absolute_model,
@@ -38,6 +36,7 @@ from qaic_ray.pipeline.request import (
 )
 from qaic_ray.pipeline.run_record import Compiles, RunRecording, recorded
 from qaic_ray.rows import Prompt, Row
+from qaic_ray.runs.run_input import STDIN, RunInput
 from qaic_ray.sdk import DEFAULT_NUMERICS, NUMERICS_VARIABLE, Sdk, name_for_others
 from qaic_ray.worker.checks import check_program
 

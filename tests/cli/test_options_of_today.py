@@ -134,7 +134,10 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--prompt": "a|b",
         "--input -i --prompts-file --prompts_file": "-",
         "--prompts-format --prompts_format": "openai",
-        "--max-prompts --max_prompts": "100",
+        "--limit --max-prompts --max_prompts": "100",
+        "--shard": "3/64",
+        "--sample": "5%",
+        "--sample-seed --sample_seed": "7",
         "--chat": FLAG,
         "--system": "Be brief.",
         "--chat-template --chat_template": "t.jinja",
@@ -316,6 +319,9 @@ run:
   prompts: /p.jsonl
   prompts_format: jsonl
   prompt: null
+  shard: 3/64
+  sample: 5%
+  sample_seed: 7
   max_prompts: 100
   generation_len: 64
   sampling:
