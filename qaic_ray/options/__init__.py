@@ -336,6 +336,14 @@ class RunOptions(CardOptions, Generation, PromptOptions):
         group=FOLDER,
         repeated=True,
     )
+    output_parts: PathText | None = opt(
+        None,
+        "Also write parquet part files while the run goes, into this folder or URI "
+        "(s3://bucket/folder); each is whole or not there.",
+        metavar="FOLDER",
+        group=FOLDER,
+    )
+    part_rows: PositiveInt = opt(100_000, "Rows of a part file.", group=FOLDER)
 
 
 class Job(SdkOptions):

@@ -215,6 +215,7 @@ def launch_job(
         run_input = request.open_input()
         exported = export_step(job.model, job.export, listener)
         check_chat_template(request)
+        request.check_parts()
         builds = requested_builds(exported.folder, job.compile, sdk.here)
         from qaic_ray.pipeline.open_ray import open_ray
 
@@ -329,6 +330,8 @@ def _absolute(job: Job) -> Job:
     job = job.changed("export", **absolute_paths(job.export, "output"))
     job = job.changed("compile", **absolute_paths(job.compile, "output"))
     job = job.changed("run", **absolute_paths(job.run, "output", "draft_qpc"))
+    if job.run.output_parts is not None:
+        job = job.changed("run", output_parts=absolute_sources(job.run.output_parts))
     return job if job.sdk in SDK_NAMES else job.model_copy(update=absolute_paths(job, "sdk"))
 
 

@@ -152,8 +152,9 @@ class RunRequest:
         """The same request as it is understood in every folder."""
         request = replace(self, model=absolute_model(self.model), qpc=self.qpc.absolute())
         changes: dict[str, Any] = absolute_paths(self.run, "draft_qpc")
-        if self.run.prompts is not None:
-            changes["prompts"] = absolute_sources(self.run.prompts)
+        for name in ("prompts", "output_parts"):
+            if (named := getattr(self.run, name)) is not None:
+                changes[name] = absolute_sources(named)
         return request.with_run(**changes)
 
     @property
@@ -190,6 +191,17 @@ class RunRequest:
             raise UsageError(
                 'There is nothing to answer: give a prompt, --prompt "a|b" or --input FILE.'
             )
+
+    def check_parts(self) -> None:
+        """See, before anything is made for them, that the part files of a new run have a place.
+
+        Raises:
+            UsageError: they have none; one sentence.
+        """
+        if self.run.output_parts is not None and self.resume is None:
+            from qaic_ray.runs.shards.part_files import check_part_place
+
+            check_part_place(self.run.output_parts, self.run.shard)
 
     def _before(self) -> Fingerprint | None:
         """What the input was when the run that is resumed began."""

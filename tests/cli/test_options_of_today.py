@@ -169,6 +169,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--ctx-len --ctx_len": "128",
         "--output -o": "elsewhere",
         "--output-format --output_format": "parquet",
+        "--output-parts --output_parts": "s3://bucket/parts",
+        "--part-rows --part_rows": "5000",
         "--metrics / --no-metrics": FLAG,
         "--resume": "runs/a",
         "--retry-errors --retry_errors": FLAG,
@@ -365,6 +367,8 @@ run:
   metrics: false
   output: /elsewhere
   output_formats: [openai, parquet]
+  output_parts: s3://bucket/parts
+  part_rows: 5000
 serve:
   host: 0.0.0.0
   port: 9000
