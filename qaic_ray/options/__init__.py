@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
+from qaic_ray.contract import NUM_LOGITS_TO_KEEP
 from qaic_ray.errors import RowError, UsageError
 from qaic_ray.option_types import (
     Date,
@@ -51,13 +52,16 @@ TYPED_LEN = 256
 """Most tokens of an answer to a prompt that is typed on the command line, unless they are said."""
 _ANSWER_LEN = f"{TYPED_LEN} for prompts typed here, else the context"
 
+
 class PromptOptions(Section):
     """What is answered."""
 
     GROUP: ClassVar[str] = PROMPTS
 
     prompt: str | None = opt(
-        None, r"Prompts separated by |, as in the recipe; \| is a pipe of the text."
+        None,
+        r"Prompts separated by |, as in the recipe; \| is a pipe of the text.",
+        sample="My name is|The capital of France is",
     )
     prompts: PathText | None = opt(
         None,
@@ -67,12 +71,13 @@ class PromptOptions(Section):
         short="-i",
         metavar="FILE",
         free=True,
+        sample="prompts.jsonl",
     )
     prompts_format: PromptFormat | None = opt(
         None, "What the prompts file holds.", shown="by name and content"
     )
     max_prompts: PositiveInt | None = opt(
-        None, "Answer only the first so many, to try a run out.", shown="all"
+        None, "Answer only the first so many, to try a run out.", shown="all", sample=10
     )
 
 
@@ -82,10 +87,12 @@ class Decoding(Section):
     GROUP: ClassVar[str] = PROMPTS
 
     system: str | None = opt(
-        None, "The system message of conversations that bring none; of prompts with --chat."
+        None,
+        "The system message of conversations that bring none; of prompts with --chat.",
+        sample="Answer in one sentence.",
     )
     chat_template: TemplateText | None = opt(
-        None, "A Jinja file instead of the model's own, or its text."
+        None, "A Jinja file instead of the model's own, or its text.", sample="template.jinja"
     )
     chat_template_kwargs: dict[str, Any] = opt(
         {}, "Variables for the template.", example='{"enable_thinking": false}'
@@ -106,6 +113,7 @@ class Decoding(Section):
         flag="--run-seed",
         group=SamplingParams.GROUP,
         shown="drawn",
+        sample=7,
     )
     generation_len: PositiveInt | None = opt(
         None,
@@ -114,6 +122,7 @@ class Decoding(Section):
         aliases=("--generation-len",),
         group=ANSWER_END,
         shown=_ANSWER_LEN,
+        sample=64,
     )
     drafts: Literal["auto", "none", "prompt-lookup"] = opt(
         "auto",
@@ -123,7 +132,10 @@ class Decoding(Section):
         group=DRAFTS,
     )
     draft_qpc: PathText | None = opt(
-        None, "Folder of a smaller model's QPC, to run beside the other.", group=DRAFTS
+        None,
+        "Folder of a smaller model's QPC, to run beside the other.",
+        group=DRAFTS,
+        sample="qpc/draft",
     )
     max_stall_s: float = opt(
         1.0,
@@ -135,8 +147,12 @@ class Decoding(Section):
     prefix_reuse: bool = opt(
         True, "Start a prompt from what a slot's cache holds of it already.", flag=None
     )
-    input_len: PositiveInt | None = opt(None, "Tokens of a prefill of the QPC.", group=CHECKS)
-    ctx_len: PositiveInt | None = opt(None, "Tokens of a context of the QPC.", group=CHECKS)
+    input_len: PositiveInt | None = opt(
+        None, "Tokens of a prefill of the QPC.", group=CHECKS, sample=64
+    )
+    ctx_len: PositiveInt | None = opt(
+        None, "Tokens of a context of the QPC.", group=CHECKS, sample=512
+    )
 
     @property
     def defaults(self) -> SamplingParams:
@@ -213,7 +229,17 @@ class RunOptions(CardOptions, Generation, PromptOptions):
         flag="--output-format",
         group=FOLDER,
         repeated=True,
+        sample=["parquet"],
     )
+
+
+_GIVEN = {"not": {"type": "null"}}
+
+
+def _has(part: str, **keys: Any) -> dict[str, Any]:
+    """Of a job that has these keys in a part, each as its schema says."""
+    inner = {"type": "object", "required": list(keys), "properties": keys}
+    return {"required": [part], "properties": {part: inner}}
 
 
 class Job(SdkOptions):
@@ -225,6 +251,7 @@ class Job(SdkOptions):
         flag=None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         max_length=100,
+        sample="mine",
     )
     model: ModelOptions
     export: ExportOptions = ExportOptions()
@@ -233,6 +260,20 @@ class Job(SdkOptions):
     serve: ServeOptions = ServeOptions()
     emulator: EmulatorOptions = EmulatorOptions()
     ray: RayOptions = RayOptions()
+
+    RULES: ClassVar[tuple[dict[str, Any], ...]] = (
+        {
+            "if": _has("compile", num_speculative_tokens={"minimum": 1}),
+            "then": _has("export", logits={"const": NUM_LOGITS_TO_KEEP}),
+        },
+        {
+            "if": _has("compile", comp_ctx_lengths={"not": {"maxItems": 0}}),
+            "then": _has("export", comp_ctx_lengths={"const": True}),
+            "else": {"not": _has("export", comp_ctx_lengths={"const": True})},
+        },
+        {"not": _has("run", prompts=_GIVEN, prompt=_GIVEN)},
+    )
+    """What is refused when a job is read (`pipeline/job.py`)."""
 
     def changed(self, part: str, **options: Any) -> Job:
         """The same job with other options in one of its parts; they are not checked."""

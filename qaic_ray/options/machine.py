@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from qaic_ray.files.documents import read_object
-from qaic_ray.option_types import PathText, Section, one_of, opt
+from qaic_ray.option_schemas import one_of
+from qaic_ray.option_types import PathText, Section, opt
 
 CARDS = "Cards"
 RAY = "Ray"
@@ -42,7 +43,10 @@ class ClusterOptions(Section):
     GROUP: ClassVar[str] = RAY
 
     address: str | None = opt(
-        None, "A running Ray cluster, in place of a local one for the command's time.", free=True
+        None,
+        "A running Ray cluster, in place of a local one for the command's time.",
+        free=True,
+        sample="auto",
     )
 
 
@@ -70,4 +74,5 @@ class SdkOptions(Section):
         metavar="NAME",
         environment=("QAIC_RAY_SDK",),
         free=True,
+        sample="emulated",
     )

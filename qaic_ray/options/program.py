@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
@@ -38,7 +38,7 @@ MODEL_NAMES: dict[str, Any] = {
 class ModelOptions(Section):
     """Which checkpoint."""
 
-    name: PathText = opt(..., MODEL_HELP, argument="[MODEL]", **MODEL_NAMES)
+    name: PathText = opt(..., MODEL_HELP, argument="[MODEL]", **MODEL_NAMES, sample="smollm2-135m")
     model_class: Literal["LlamaForCausalLM"] = opt(
         "LlamaForCausalLM", "The model's class, as in the published recipe."
     )
@@ -51,7 +51,11 @@ class ExportOptions(Section):
     """How the graph is made."""
 
     output: PathText | None = opt(
-        None, "Folder to write; its name is the model's.", short="-o", shown="<base>-kv"
+        None,
+        "Folder to write; its name is the model's.",
+        short="-o",
+        shown="<base>-kv",
+        sample="my-llama-kv",
     )
     io: IoContract = opt(
         IoContract.POSITION_IDS, "The interface: position-ids, or cache-index as the recipe's."
@@ -83,6 +87,31 @@ class ExportOptions(Section):
         "Check against PyTorch. quick: the first and last two layers; auto: full under two "
         "billion parameters, else quick.",
     )
+
+    RULES: ClassVar[tuple[dict[str, Any], ...]] = (
+        {
+            "if": {
+                "required": ["io"],
+                "properties": {"io": {"const": IoContract.CACHE_INDEX.value}},
+            },
+            "then": {
+                "required": ["continuous_batching"],
+                "properties": {
+                    "continuous_batching": {"const": False},
+                    "logits": {"not": {"const": NUM_LOGITS_TO_KEEP}},
+                    COMP_CTX_LENGTHS: {"const": False},
+                },
+            },
+        },
+        {
+            "if": {
+                "required": [COMP_CTX_LENGTHS],
+                "properties": {COMP_CTX_LENGTHS: {"const": True}},
+            },
+            "then": {"properties": {"opset": {"not": {"const": 13}}}},
+        },
+    )
+    """What `_fit_together` refuses."""
 
     @property
     def graph_opset(self) -> int:
@@ -144,7 +173,7 @@ class CompileOptions(Section):
         1, "Rows of a continuous-batching program that one prefill computes, up to batch_size."
     )
     num_speculative_tokens: Count = opt(
-        0, "Tokens guessed ahead in a decode step; of an export with num_logits_to_keep."
+        0, "Tokens guessed ahead in a decode step; of an export with num_logits_to_keep.", sample=3
     )
     comp_ctx_lengths: Words[PositiveInt] = opt(
         (),
@@ -152,7 +181,9 @@ class CompileOptions(Section):
         example="512,1024",
     )
     output: PathText = opt("qpc", "Folder that gets one folder a variant.", short="-o")
-    parallel: PositiveInt | None = opt(None, "Compiles at once.", flag="--jobs", shown="one a CPU")
+    parallel: PositiveInt | None = opt(
+        None, "Compiles at once.", flag="--jobs", shown="one a CPU", sample=2
+    )
     layout: Layout = opt(
         Layout.RECIPE, "qefficient: also a folder qpc in each, which QEfficient's commands take."
     )
@@ -162,7 +193,7 @@ class VariantChoice(Section):
     """Which variant is run; what is absent must have one value in a job's grid."""
 
     precision: PrecisionName | None = opt(None, "One of the grid's.", flag=None)
-    num_cores: NumCores | None = opt(None, "One of the grid's.", flag=None)
-    batch_size: PositiveInt | None = opt(None, "One of the grid's.", flag=None)
-    prompt_len: PromptLen | None = opt(None, "One of the grid's.", flag=None)
-    ctx_len: PositiveInt | None = opt(None, "One of the grid's.", flag=None)
+    num_cores: NumCores | None = opt(None, "One of the grid's.", flag=None, sample=14)
+    batch_size: PositiveInt | None = opt(None, "One of the grid's.", flag=None, sample=8)
+    prompt_len: PromptLen | None = opt(None, "One of the grid's.", flag=None, sample=64)
+    ctx_len: PositiveInt | None = opt(None, "One of the grid's.", flag=None, sample=512)
