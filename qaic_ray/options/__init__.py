@@ -222,7 +222,9 @@ class RunOptions(CardOptions, Generation, PromptOptions):
         group=RAY,
         free=True,
     )
-    output: PathText = opt("runs", "Folder that gets one folder a run.", short="-o", group=FOLDER)
+    output: PathText = opt(
+        "runs", "Folder that gets one folder a run.", short="-o", group=FOLDER, sample="elsewhere"
+    )
     output_formats: Words[OutputFormat] = opt(
         (),
         "Also write this, beside outputs.jsonl; may be repeated.",

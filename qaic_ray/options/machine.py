@@ -26,14 +26,19 @@ class EmulatorOptions(Section):
         LIMITS["cards"]["default"], "How many cards.", ge=1, le=LIMITS["cards"]["most"]
     )
     sku: Annotated[str, one_of(LIMITS["sku"]["known"])] = opt(
-        LIMITS["sku"]["default"], f"{', '.join(LIMITS['sku']['known'])}."
+        LIMITS["sku"]["default"],
+        f"The kind of card: {', '.join(LIMITS['sku']['known'])}.",
+        sample="ultra",
     )
     apps_version: Annotated[str, one_of(LIMITS["apps_version"]["known"])] = opt(
-        LIMITS["apps_version"]["default"], f"{', '.join(LIMITS['apps_version']['known'])}."
+        LIMITS["apps_version"]["default"],
+        f"Version of the Apps SDK: {', '.join(LIMITS['apps_version']['known'])}.",
+        sample="1.22",
     )
     numerics: Annotated[str, one_of(LIMITS["numerics"]["known"])] = opt(
         LIMITS["numerics"]["default"],
         "How emulated cards compute: exact, or fast, with activations of 8 bits.",
+        sample="fast",
     )
 
 

@@ -158,7 +158,7 @@ class SamplingParams:
         repeated=True,
         allowed=f"a text, or a list of up to {MAX_STOPS} texts, none of them empty, of "
         f"{MAX_STOP_CHARS} characters together",
-        sample=["\n\n", "User:"],
+        sample=["User:", "###"],
     )
     stop_token_ids: Annotated[tuple[_TokenId, ...], FailFast()] = opt(
         (),

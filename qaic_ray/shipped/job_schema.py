@@ -113,7 +113,7 @@ def sample_of(entry: Opt, value: OptionValue, default: Any) -> Any:
         return default * 2
     if isinstance(default, str):
         return default
-    raise LookupError("The option has neither a sample nor a default that shows its form.")
+    raise LookupError(f"Nothing shows a value of {entry.help!r}: give it a sample.")
 
 
 def _inlined(schema: Any, words: dict[str, Any]) -> Any:
