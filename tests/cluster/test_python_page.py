@@ -1,4 +1,4 @@
-"""The blocks of docs/python.md run as they stand, but for the model, which is a tiny one."""
+"""The blocks of docs/how-to/python.md run as they stand, but for the model, which is a tiny one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from byte_tokens import with_byte_tokenizer
 from one_ray import OneRay, four_cards
 from tiny_qpcs import TinyQpcs
 
-PAGE = Path(__file__).parents[2] / "docs" / "python.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "python.md"
 BLOCKS = re.findall(
     r"## ([^\n]*)\n(?:[^`#][^\n]*\n)*```python\n(.*?)```", PAGE.read_text(), re.DOTALL
 )

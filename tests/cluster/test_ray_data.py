@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.cluster
 
-EXAMPLE = Path(__file__).parents[2] / "docs" / "ray_data_parquet.py"
-PAGE = Path(__file__).parents[2] / "docs" / "ray-data.md"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "ray_data_parquet.py"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "ray-data.md"
 NUM_TOKENS = 5
 
 
@@ -115,7 +115,7 @@ def test_parquet_becomes_parquet(tiny: TinyQpcs, model: str, tmp_path: Path, add
 
 
 def program_of_page(**changes: str) -> str:
-    """The program in docs/ray-data.md with other words in some places."""
+    """The program in docs/how-to/ray-data.md with other words in some places."""
     (program,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
     for before, after in changes.items():
         assert program.count(before) == 1

@@ -50,7 +50,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_page_is_named_by_the_index() -> None:
-    index = ROOT / "docs" / "README.md"
+    index = ROOT / "docs" / "index.md"
     linked = {
         (index.parent / target).resolve()
         for _, _, target in _LINK.findall(index.read_text(encoding="utf-8"))
@@ -137,7 +137,7 @@ def test_the_first_page_has_commands_for_everybody() -> None:
 
 
 def test_the_wheel_that_pages_name_is_the_one_that_is_built() -> None:
-    for page in [FIRST, ROOT / "docs" / "cluster.md"]:
+    for page in [FIRST, ROOT / "docs" / "how-to" / "clusters.md"]:
         wheels = set(re.findall(r"qaic_ray-[\w.]+-py3-none-any\.whl", page.read_text("utf-8")))
         assert wheels == {f"qaic_ray-{__version__}-py3-none-any.whl"}
     planned = subprocess.run(
