@@ -1,7 +1,7 @@
 """The QPC container, `programqpc.bin`: a header, a table of named segments, and their bytes.
 
-`docs/emulated-sdk/formats.md` has the layout. Covered: everything that a reader of the container needs.
-Inferred: the content of `constantsdesc.bin` and `metadata.crc`. Not covered: `network.elf` is not
+`docs/emulated-sdk/formats.md` has the layout. Covered: everything that a reader of the container
+needs. Inferred: the content of `constantsdesc.bin` and `metadata.crc`. Not covered: `network.elf` is not
 machine code for a card; it carries our own magic, so that a card's loader refuses it.
 """
 
