@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
-from page_reader import PageReader, Prepare
+import pytest
+from page_reader import PageReader
 
 AMBER = "models--LLM360--Amber/snapshots/e691febcfceb864f235225f4e6dcae07e2be6332"
 
@@ -22,7 +25,25 @@ def amber(reader: PageReader) -> None:
     place.symlink_to(model.resolve())
 
 
-PLACES: dict[str, Prepare] = {"docs/from-the-recipe.md": amber}
+PLACES: dict[str, Callable[[PageReader], None]] = {"docs/from-the-recipe.md": amber}
+
+
+def rates_are_the_scripts(reader: PageReader) -> None:
+    """runModel.py's arithmetic on each run's own rows gives the rate that its report has."""
+    runs = sorted((reader.folder / "runs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    for run, size in zip(runs, (1, 4), strict=True):
+        rows = [json.loads(line) for line in (run / "outputs.jsonl").read_text().splitlines()]
+        steps = sum(len(row["token_ids"]) - 2 for row in rows)
+        seconds = sum(row["decode_s"] for row in rows)
+        rate = json.loads((run / "report.json").read_text())["runmodel_tokens_per_s"]
+        assert rate == pytest.approx(size * steps / seconds, rel=0.001)
+        assert {row["worker"] for row in rows} <= {"card 2", "card 3"}
+
+
+AFTERWARDS: dict[str, Callable[[PageReader], None]] = {
+    "docs/from-the-recipe.md": rates_are_the_scripts
+}
+"""What is true of a reader's folder when the page is read, beside what the page shows."""
 
 
 def end_kept_ray(reader: PageReader) -> None:

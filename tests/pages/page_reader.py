@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -139,7 +139,3 @@ def _at_home(line: str, homes: tuple[str, ...]) -> str:
     for home in homes:
         line = line.replace(home, READERS_HOME)
     return line
-
-
-Prepare = Callable[[PageReader], None]
-"""What a page says that its reader has before the first command."""

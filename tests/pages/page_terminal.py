@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import select
+import signal
 import struct
 import subprocess
 import termios
@@ -19,10 +20,17 @@ from terminal import Screenful
 
 COLUMNS = 100
 _INTERRUPT = b"\x03"
+# 141: who read the output of a pipe's beginning has enough, like `head`.
 _PRELUDE = """set -o pipefail
-trap 'code=$?; [ "$failed" -ne 0 ] || failed=$code' ERR
+trap 'code=$?; [ $code -eq 141 ] || [ "$failed" -ne 0 ] || failed=$code' ERR
 trap : INT
 """
+
+
+def _as_a_login_shell() -> None:
+    """Own the terminal, and hear Ctrl-C also where the tests were started with `&`."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class ShellGone(Exception):
@@ -55,7 +63,7 @@ class PageTerminal:
             stderr=inner,
             pass_fds=(script, codes),
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_as_a_login_shell,
         )
         for end in (script, codes, inner):
             os.close(end)
