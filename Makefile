@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 
-.PHONY: demo test test-all test-unit test-slow check wheel install clean
+.PHONY: demo test test-all test-unit test-cluster test-slow test-pages check wheel install clean
 
 install: .venv/.installed
 
@@ -20,8 +20,15 @@ test: install
 test-unit: install
 	scripts/test tests/unit
 
+test-cluster: install
+	scripts/test cluster
+
 test-slow: install
 	scripts/test slow
+
+# Every page of the documentation, typed from top to bottom; one: scripts/test tests/pages -k quickstart
+test-pages: install
+	scripts/test tests/pages
 
 test-all: install
 	scripts/test all
