@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 
-.PHONY: docs demo test test-all test-unit test-cluster test-slow check wheel install clean
+.PHONY: docs demo test test-all test-unit test-cluster test-slow test-pages check wheel install clean
 
 install: .venv/.installed
 
@@ -25,6 +25,10 @@ test-cluster: install
 
 test-slow: install
 	scripts/test slow
+
+# Every page of the documentation, typed from top to bottom; one: scripts/test tests/pages -k quickstart
+test-pages: install
+	scripts/test tests/pages
 
 test-all: install
 	scripts/test all

@@ -91,7 +91,7 @@ def _uri(target: str) -> str:
     if target in PAGES:
         return PAGES[target]
     if target in HOME:
-        return "index.md" if (ROOT / "docs" / "index.md").exists() else "README.md"
+        return "index.md"
     if target.startswith("docs/"):
         return target.removeprefix("docs/")
     return f"{SOURCES}/{target}/index.md" if (ROOT / target).is_dir() else _source_uri(target)

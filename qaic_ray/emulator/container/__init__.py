@@ -1,8 +1,8 @@
 """The QPC container, `programqpc.bin`: a header, a table of named segments, and their bytes.
 
-`docs/emulated-sdk.md` has the layout. Covered: everything that a reader of the container needs.
-Inferred: the content of `constantsdesc.bin` and `metadata.crc`. Not covered: `network.elf` is not
-machine code for a card; it carries our own magic, so that a card's loader refuses it.
+`docs/emulated-sdk/formats.md` has the layout. Covered: everything that a reader of the container
+needs. Inferred: the content of `constantsdesc.bin` and `metadata.crc`. Not covered: `network.elf`
+is not machine code for a card; it carries our own magic, so that a card's loader refuses it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Prompts of parquet files, answered through Ray Data into parquet files: an actor a card.
 
-    python docs/ray_data_parquet.py prompts.parquet answers/ --cards 4 \\
+    python examples/ray_data_parquet.py prompts.parquet answers/ --cards 4 \\
         --model smollm2-135m --qpc qpc/smollm2-135m-kv-64pl-512cl-14c-8BS-mx6
 
 The column `prompt` is answered; every column of the input is in the output, with the answer's.
