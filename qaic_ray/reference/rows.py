@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from qaic_ray.contract import MAX_SIZE
 from qaic_ray.formats.json_rows import Origin, response_line
-from qaic_ray.formats.row_fields import ALIASES, NO_EFFECT, NOT_OFFERED, SPECIAL
+from qaic_ray.formats.row_fields import ALIASES, NO_EFFECT, NOT_OFFERED, SPECIAL, NotOffered
 from qaic_ray.formats.tables import row_schema
 from qaic_ray.option_types import OptionValue, options_of
 from qaic_ray.reference.markdown import (
@@ -196,7 +196,7 @@ def _sampling() -> Iterator[tuple[str, ...]]:
         yield code(name), shown, allowed, entry.help, value(example)
 
 
-def _refused() -> Iterator[tuple[str, object]]:
+def _refused() -> Iterator[tuple[str, NotOffered]]:
     return iter(sorted((n, f) for n, f in NOT_OFFERED.items() if n not in SPECIAL))
 
 
