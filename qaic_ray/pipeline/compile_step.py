@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qaic_ray import contract
 from qaic_ray.compile.compiler import Source, Variant, grid_variants
+from qaic_ray.compile.probe import check_reads_weights
 from qaic_ray.compile.store import SPECIALIZATIONS_FILE, Build, BuildRequest, build, check_request
 from qaic_ray.errors import CompileError, DeviceError, QaicRayError, UsageError
 from qaic_ray.files.documents import read_text, shown, user_path
@@ -83,10 +84,14 @@ def requested_builds(
     """The builds of `requested_variants`, by paths that mean the same on every node.
 
     Raises:
-        UsageError: as `requested_variants`, and for folders that may not be replaced.
+        UsageError: as `requested_variants`, for folders that may not be replaced, and for an SDK
+            that does not read weights from where the model points.
     """
     store = user_path(grid.output, "The folder of the QPCs").absolute()
     variants = requested_variants(model_dir, grid, sdk, specializations)
+    external = variants[0].source.external
+    if external is not None:
+        check_reads_weights(sdk, external.dtypes)
     builds = [BuildRequest(variant, sdk, store, grid.layout) for variant in variants]
     for request in builds:
         user_path(request.target, "The folder of the QPC")

@@ -27,6 +27,7 @@ ROOT_VARIABLE = "AIC_EXTERNAL_DATA_ROOT"
 
 _VERSION = 5
 _FORMAT = "safetensors"
+_MAX_SAID = 1000
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,9 @@ def read_places(text: str, source: str, folder: Path) -> dict[str, TensorEntry]:
         UsageError: the document is malformed, or a file or tensor is not there.
     """
     document = checked(_Document, as_object(parse_json(text, source), source), source)
-    roots = [os.environ.get(ROOT_VARIABLE, ""), document.external_data_root or "", str(folder)]
-    if document.model_id and os.path.isabs(document.model_id):
-        roots.append(os.path.dirname(os.path.normpath(document.model_id)))
+    named = os.path.expanduser(os.environ.get(ROOT_VARIABLE, ""))
+    model_root = os.path.dirname(os.path.normpath(document.model_id or ""))
+    roots = [named, document.external_data_root or "", str(folder.absolute()), model_root]
     headers: dict[str, dict[str, TensorEntry]] = {}
     places = {}
     for item in document.inputs:
@@ -141,15 +142,15 @@ def read_places(text: str, source: str, folder: Path) -> dict[str, TensorEntry]:
         try:
             name = document.path(item.location)
             if name not in headers:
-                found = _found(name, [Path(root).expanduser() for root in roots if root])
+                found = _found(name, [Path(root) for root in roots if os.path.isabs(root)])
                 headers[name] = read_entries([found])
             places[item.name] = headers[name][item.location.key]
         except ValueError as error:
             raise UsageError(f"{source} places {shown(item.name)} wrongly: {error}.") from error
         except KeyError as error:
             raise UsageError(
-                f"{source} takes {shown(item.name)} from {shown(item.location.key)} of {name}, "
-                "which has no such tensor: export the model again."
+                f"{source} takes {shown(item.name)} from {shown(item.location.key)} of "
+                f"{shown(name)}, which has no such tensor: export the model again."
             ) from error
         except CheckpointError as error:
             raise UsageError(str(error)) from error
@@ -162,6 +163,10 @@ def _found(name: str, roots: list[Path]) -> Path:
         if path.exists():
             return path
     raise UsageError(
-        f"The weights are not where the model points: {candidates[-1]} is not there. Put the "
-        "checkpoint back, or export the model again."
+        f"The weights are not where the model points: {_said(str(candidates[-1]))} is not there. "
+        "Put the checkpoint back, or export the model again."
     )
+
+
+def _said(path: str) -> str:
+    return path if path.isprintable() and len(path) <= _MAX_SAID else shown(path)

@@ -31,6 +31,7 @@ _FORMAT = "safetensors"
 _MAX_HEADER_BYTES = 100 << 20
 _MAX_SIZE = 1 << 53
 _MAX_RANK = 32
+_MAX_SAID = 1000
 _PARAMETER_ENDS = (".weight", ".bias")
 
 # safetensors' name of a type: ONNX's, and numpy's of the bytes (a bfloat16 is two of them).
@@ -78,7 +79,7 @@ class ExternalTensor(NamedTuple):
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ExternalDataError(
-                f"External data of '{name}' cannot be read: {self.path} ({reason})"
+                f"External data of {shown(name)} cannot be read: {self.path} ({reason})"
             ) from error
         return array if own_type == data_type else to_float32(array, own_type)
 
@@ -123,14 +124,16 @@ def attach(model: Any, folder: str) -> Dict[str, ExternalTensor]:
     found: Dict[str, ExternalTensor] = {}
     for entry in spec.entries:
         if entry.name not in inputs:
-            raise ExternalDataError(f"External data of '{entry.name}': the graph has no such input")
+            raise ExternalDataError(
+                f"External data of {shown(entry.name)}: the graph has no such input"
+            )
         if entry.name in found:
-            raise ExternalDataError(f"{METADATA_KEY} has an entry of '{entry.name}' twice")
+            raise ExternalDataError(f"{METADATA_KEY} has an entry of {shown(entry.name)} twice")
         found[entry.name] = _fitting(inputs[entry.name], places.tensor(entry))
     for name in inputs:
         if name not in found and (name in places.keys or name.endswith(_PARAMETER_ENDS)):
             raise ExternalDataError(
-                f"The graph input '{name}' is a weight, and {METADATA_KEY} has no entry of it"
+                f"The graph input {shown(name)} is a weight, and {METADATA_KEY} has no entry of it"
             )
     for index in reversed(range(len(model.graph.input))):
         if model.graph.input[index].name in found:
@@ -210,6 +213,10 @@ def _path(path: Any) -> str:
     return path
 
 
+def _said(path: str) -> str:
+    return path if path.isprintable() and len(path) <= _MAX_SAID else shown(path)
+
+
 def _entry(item: Any, files: Sequence[str]) -> Optional[Entry]:
     name = item.get("name") if isinstance(item, dict) else None
     if not isinstance(name, str) or not name:
@@ -220,20 +227,20 @@ def _entry(item: Any, files: Sequence[str]) -> Optional[Entry]:
     role = item.get("role", _PLAIN_ROLE)
     if role != _PLAIN_ROLE or item.get("quantization") is not None:
         raise ExternalDataError(
-            f"External data of '{name}' is quantized already ({shown(role)}); this compiler reads "
-            "plain weights: export without MXFP6, and give -mxfp6-matmul here"
+            f"External data of {shown(name)} is quantized already ({shown(role)}); this compiler "
+            "reads plain weights: export without MXFP6, and give -mxfp6-matmul here"
         )
     place, key = (
         (location.get("file"), location.get("key")) if isinstance(location, dict) else (None, None)
     )
     if not isinstance(key, str):
-        raise ExternalDataError(f"The location of '{name}' in {METADATA_KEY} has no key")
+        raise ExternalDataError(f"The location of {shown(name)} in {METADATA_KEY} has no key")
     if type(place) is int and 0 <= place < len(files):
         return Entry(name, files[place], key)
     if isinstance(place, str):
         return Entry(name, _path(place), key)
     raise ExternalDataError(
-        f"The location of '{name}' in {METADATA_KEY} has the file {shown(place)}; there are "
+        f"The location of {shown(name)} in {METADATA_KEY} has the file {shown(place)}; there are "
         f"{len(files)}"
     )
 
@@ -263,7 +270,9 @@ class _Places:
             self._headers[path] = read_header(path)
         tensor = self._headers[path].get(entry.key)
         if tensor is None:
-            raise ExternalDataError(f"External data of '{entry.name}': {path} has no '{entry.key}'")
+            raise ExternalDataError(
+                f"External data of {shown(entry.name)}: {path} has no {shown(entry.key)}"
+            )
         return tensor
 
     def path(self, entry: Entry) -> str:
@@ -272,8 +281,8 @@ class _Places:
             path = os.path.normpath(entry.path)
             if not any(path.startswith(os.path.join(root, "")) for root in self._roots):
                 raise ExternalDataError(
-                    f"External data of '{entry.name}' lies outside of the folders that it may lie "
-                    f"in: {path}"
+                    f"External data of {shown(entry.name)} lies outside of the folders that it may "
+                    f"lie in: {_said(path)}"
                 )
             candidates = [path]
         else:
@@ -281,9 +290,10 @@ class _Places:
         for path in candidates:
             if os.path.exists(path):
                 return path
+        tried = ", ".join(map(_said, candidates))
         raise ExternalDataError(
-            f"External data of '{entry.name}' is not there: {', '.join(candidates)}; "
-            f"{ROOT_VARIABLE} may name the folder of {shown(entry.path)}"
+            f"External data of {shown(entry.name)} is not there: {tried}; {ROOT_VARIABLE} may name "
+            f"the folder of {shown(entry.path)}"
         )
 
 
@@ -359,17 +369,19 @@ def _fitting(value: Any, tensor: ExternalTensor) -> ExternalTensor:
     dims = value.type.tensor_type.shape.dim
     shape = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in dims)
     if -1 in shape:
-        raise ExternalDataError(f"The graph input '{value.name}', a weight, has no fixed shape")
+        raise ExternalDataError(
+            f"The graph input {shown(value.name)}, a weight, has no fixed shape"
+        )
     if shape != tensor.shape:
         raise ExternalDataError(
-            f"External data of '{value.name}' has the shape {list(tensor.shape)} in {tensor.path}; "
-            f"the graph has {list(shape)}"
+            f"External data of {shown(value.name)} has the shape {list(tensor.shape)} in "
+            f"{tensor.path}; the graph has {list(shape)}"
         )
     wanted = value.type.tensor_type.elem_type
     stored = _TYPES.get(tensor.dtype, (None,))[0]
     if stored != wanted and not (wanted == TensorProto.FLOAT and stored in _HALVES):
         raise ExternalDataError(
-            f"External data of '{value.name}' is {shown(tensor.dtype)} in {tensor.path}; the graph "
-            f"has {TensorProto.DataType.Name(wanted)}"
+            f"External data of {shown(value.name)} is {shown(tensor.dtype)} in {tensor.path}; the "
+            f"graph has {TensorProto.DataType.Name(wanted)}"
         )
     return tensor
