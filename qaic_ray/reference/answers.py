@@ -88,6 +88,7 @@ _ANY = {
     "num_replicate_kv_heads": Told("Copies of each KV head.", 1),
     "comp_ctx_lengths": Told("Whether there is such an input.", False),
     "files": Told("The export's own files.", []),
+    "weights": Told("`copy`, or `reference`: they stay in the checkpoint's files.", "copy"),
 }
 _EXPORT: Fields = {
     "folder": Told("The folder that was made.", "smollm2-135m-kv"),
