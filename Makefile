@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 
-.PHONY: demo test test-all test-unit test-slow check wheel install clean
+.PHONY: demo test test-all test-unit test-cluster test-slow check wheel install clean
 
 install: .venv/.installed
 
@@ -19,6 +19,9 @@ test: install
 
 test-unit: install
 	scripts/test tests/unit
+
+test-cluster: install
+	scripts/test cluster
 
 test-slow: install
 	scripts/test slow
