@@ -34,6 +34,7 @@ from qaic_ray.emulator.container import (
 )
 from qaic_ray.emulator.container.execution import CompiledProgram
 from qaic_ray.emulator.install import APPS_VERSIONS
+from qaic_ray.emulator.tools import qaic_qpc
 
 GIB = 1 << 30
 IO_BYTES = {0: 4, 1: 2, 7: 8, 8: 1}
@@ -444,6 +445,7 @@ def test_programs_of_others_are_refused_with_what_to_do(
     with pytest.raises(QpcError, match=said) as caught:
         CompiledProgram.open(str(path))
     assert "damaged" not in str(caught.value)
+    assert qaic_qpc.main(["validate", "-i", str(path)]) == 0
 
 
 def test_a_program_of_ours_without_its_own_checksums_is_refused(tmp_path: Path) -> None:
