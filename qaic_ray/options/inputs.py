@@ -85,7 +85,9 @@ class PromptOptions(Section):
     GROUP: ClassVar[str] = PROMPTS
 
     prompt: str | None = opt(
-        None, r"Prompts separated by |, as in the recipe; \| is a pipe of the text."
+        None,
+        r"Prompts separated by |, as in the recipe; \| is a pipe of the text.",
+        sample="My name is|The capital of France is",
     )
     prompts: Sources | None = opt(
         None,
@@ -117,11 +119,12 @@ class PromptOptions(Section):
         metavar="N|N%",
         shown="every row",
     )
-    sample_seed: Count = opt(0, "Another number gives another sample.")
+    sample_seed: Count = opt(0, "Another number gives another sample.", sample=7)
     max_prompts: PositiveInt | None = opt(
         None,
         "Of that, answer only the first so many, to try a run out.",
         flag="--limit",
         aliases=("--max-prompts",),
         shown="all",
+        sample=10,
     )

@@ -213,7 +213,7 @@ def launch_job(
     request, num_cards = on_local_cards(request, sdk, slots, listener)
     with resuming(request, sdk):
         run_input = request.open_input()
-        exported = export_step(job.model, job.export, listener)
+        exported = export_step(job.model, job.export, listener, sdk=sdk.here)
         check_chat_template(request)
         request.check_parts()
         builds = requested_builds(exported.folder, job.compile, sdk.here)

@@ -68,6 +68,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--log-format --log_format": "json",
         "--json": FLAG,
     },
+    "schema": {"[JOB]": "job.yaml", "--json": FLAG},
     "init": {"NAME": "mine", "--from": "chat", "--model -m": "org/x", "--json": FLAG},
     "plan": {
         "JOB": "job.yaml",
