@@ -257,14 +257,18 @@ class MergeOptions(Section):
         "replaced.",
         short="-o",
         metavar="FOLDER",
+        sample="merged",
     )
     output_parts: PathText | None = opt(
         None,
         "Also write the rows as parquet part files, into this folder or URI.",
         metavar="FOLDER",
+        sample="s3://bucket/answers",
     )
     part_rows: PositiveInt = opt(
-        options.RunOptions.model_fields["part_rows"].default, "Rows of a part file."
+        options.RunOptions.model_fields["part_rows"].default,
+        "Rows of a part file.",
+        sample=20_000,
     )
 
 
