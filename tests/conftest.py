@@ -42,6 +42,7 @@ GROUPS = {
     "road": ("tests/road/",),
     "tiny": ("tests/engine/", "tests/worker/", "tests/emulator/test_lowered_"),
     "model": ("tests/smollm2/",),
+    "pages": ("tests/pages/",),
 }
 """Of tests that share what is dear, begun before all others: a Ray, an export and the Rays of
 commands, the QPCs of `tiny`, SmolLM2."""

@@ -113,7 +113,7 @@ class Commands(TyperGroup):
 
 
 _IN_ORDER = (
-    ("Run", ("run", "serve", "demo", "init", "launch", "plan")),
+    ("Run", ("run", "serve", "demo", "init", "launch", "plan", "schema")),
     ("Step by step", ("export", "compile")),
     ("Look at runs", ("report", "runs", "status", "logs", "show", "stop")),
     ("Machines", ("devices", "doctor", "monitoring", "key", "ray", "emulator")),

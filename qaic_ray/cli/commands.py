@@ -24,7 +24,7 @@ from qaic_ray.cli.launching import (
 )
 from qaic_ray.cli.looking import looking
 from qaic_ray.cli.monitoring import monitoring
-from qaic_ray.cli.new_job import demo, init
+from qaic_ray.cli.new_job import demo, init, schema
 from qaic_ray.cli.reporting import report
 from qaic_ray.cli.serving import key, serve
 from qaic_ray.errors import UsageError
@@ -266,6 +266,11 @@ command(
     example="""qaic-ray init mine
 qaic-ray init tour --from chat --model org/model""",
 )(init)
+command(
+    app,
+    example="""qaic-ray schema
+qaic-ray schema mine.yaml""",
+)(schema)
 command(
     app,
     example="""qaic-ray report smollm2-20261129-090500

@@ -1,7 +1,7 @@
 """`weight_spec.json`: which tensor of which file each weight of a graph is, as QEfficient has it.
 
 A graph whose weights are inputs has the same text in its metadata, where a compiler reads it.
-`docs/emulated-sdk.md` has the form.
+`docs/emulated-sdk/formats.md` has the form.
 """
 
 from __future__ import annotations

@@ -172,6 +172,7 @@ def test_commands_stand_in_the_order_of_use() -> None:
         "init",
         "launch",
         "plan",
+        "schema",
         "export",
         "compile",
         "report",

@@ -43,6 +43,8 @@ CHEAP: dict[str, tuple[str, ...]] = {
     "report run-1": ("rows", "tokens_per_s"),
     "report run-1 run-2": ("runs",),
     "runs": ("runs",),
+    "schema": ("$schema", "properties"),
+    "schema job.yaml": ("job", "schema"),
     "show run-1 0": ("row",),
     "status": ("runs", "jobs"),
 }

@@ -67,6 +67,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--log-format --log_format": "json",
         "--json": FLAG,
     },
+    "schema": {"[JOB]": "job.yaml", "--json": FLAG},
     "init": {"NAME": "mine", "--from": "chat", "--model -m": "org/x", "--json": FLAG},
     "plan": {
         "JOB": "job.yaml",
@@ -135,7 +136,10 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--prompt": "a|b",
         "--input -i --prompts-file --prompts_file": "-",
         "--prompts-format --prompts_format": "openai",
-        "--max-prompts --max_prompts": "100",
+        "--limit --max-prompts --max_prompts": "100",
+        "--shard": "3/64",
+        "--sample": "5%",
+        "--sample-seed --sample_seed": "7",
         "--chat": FLAG,
         "--system": "Be brief.",
         "--chat-template --chat_template": "t.jinja",
@@ -167,6 +171,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--ctx-len --ctx_len": "128",
         "--output -o": "elsewhere",
         "--output-format --output_format": "parquet",
+        "--output-parts --output_parts": "s3://bucket/parts",
+        "--part-rows --part_rows": "5000",
         "--metrics / --no-metrics": FLAG,
         "--resume": "runs/a",
         "--retry-errors --retry_errors": FLAG,
@@ -318,6 +324,9 @@ run:
   prompts: /p.jsonl
   prompts_format: jsonl
   prompt: null
+  shard: 3/64
+  sample: 5%
+  sample_seed: 7
   max_prompts: 100
   generation_len: 64
   sampling:
@@ -361,6 +370,8 @@ run:
   metrics: false
   output: /elsewhere
   output_formats: [openai, parquet]
+  output_parts: s3://bucket/parts
+  part_rows: 5000
 serve:
   host: 0.0.0.0
   port: 9000

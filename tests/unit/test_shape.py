@@ -39,7 +39,7 @@ def test_no_room_without_a_purpose() -> None:
 
 
 def test_the_architecture_page_names_every_file_outside_the_emulator() -> None:
-    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    page = (PACKAGE.parent / "docs" / "explanation" / "architecture.md").read_text(encoding="utf-8")
     tree = page.split("## Where things are")[1].split("```")[1]
     apart = {PACKAGE / "emulator"}
     expected = {

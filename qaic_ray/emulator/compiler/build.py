@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
-import struct
+import zlib
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from onnx import TensorProto
 
 from .. import lowering
-from ..container import AI100, QpcWriter, aicapi, netdesc, network
+from ..container import (
+    AI100,
+    MDP_META_INFO,
+    SEGMENTS,
+    ConstantsDesc,
+    QpcWriter,
+    aicapi,
+    metadata,
+    netdesc,
+    network,
+)
 from ..container.constants import ConstantsWriter
 from ..lowering import graph
 from ..lowering.dims import output_dims
@@ -109,7 +120,8 @@ def write(build: Build, model: Any, path: str) -> Report:
     described = _describe(build, model, states)
     kinds = {i.name: graph.compute_kind(i) for i in graph.inputs(model)}
     with open(path, "wb") as file:
-        writer = QpcWriter(file)
+        devices = (MDP_META_INFO,) if build.partition.num_devices > 1 else ()
+        writer = QpcWriter(file, (*SEGMENTS, *devices))
         constants = ConstantsWriter(writer)
         store_weights(model, constants, files=files, precision=build.precision)
         graph.widen_to_float32(model)
@@ -118,7 +130,8 @@ def write(build: Build, model: Any, path: str) -> Report:
         graphs, not_lowered = _lowered(model, states, constants, lens)
         graph.round_states(model, states)
         graphs[network.REFERENCE] = graph.expand(model).SerializeToString()
-        size = writer.end_segment()
+        desc = ConstantsDesc.of(writer.size())
+        writer.end_segment()
         program = network.NetworkElf(
             apps_version=build.apps_version,
             hardware=build.hardware,
@@ -132,14 +145,27 @@ def write(build: Build, model: Any, path: str) -> Report:
             input_kinds=kinds,
             graphs=graphs,
         )
-        # The vendor's field for the size of the constants has 32 bits, and wraps.
-        constants_desc = struct.pack("<I", size & 0xFFFFFFFF)
-        for data in (network.serialize(program), netdesc.serialize(described), constants_desc):
+        needed = metadata.serialize(_needs(build, described, desc))
+        parts = [network.serialize(program, needed), netdesc.serialize(described), desc.pack()]
+        for data in (*parts, *(_partition_json(build.partition) for _ in devices)):
             writer.write(data)
             writer.end_segment()
-        writer.finish()
+        writer.finish(zlib.crc32(needed))
     external = sorted({tensor.path for tensor in files.external.values()})
     return Report(_warnings(constants), not_lowered, quantized, external)
+
+
+def _needs(build: Build, described: netdesc.Network, desc: ConstantsDesc) -> metadata.Needs:
+    buffers = described.dma_buffers()
+    return metadata.Needs(described.name, build.hardware, described.num_cores, buffers, desc)
+
+
+def _partition_json(partition: Partition) -> bytes:
+    """The devices of a program for several, in the form of `-mdp-load-partition-config`."""
+    devices = [
+        {"deviceId": i, "numCores": partition.num_cores} for i in range(partition.num_devices)
+    ]
+    return json.dumps({"partitions": [{"name": "Partition0", "devices": devices}]}).encode()
 
 
 def profile(build: Build, model: Any, path: str) -> None:
