@@ -282,7 +282,7 @@ def test_the_export_step_asks_the_sdk_first(
 ) -> None:
     from qaic_ray.options import ModelOptions
     from qaic_ray.pipeline.export_step import export_step
-    from qaic_ray.pipeline.request import LogListener
+    from qaic_ray.api.quiet import LogListener
 
     checkpoint = make_checkpoint()
     version = {"old": "1.20", "new": "1.22"}[name]
