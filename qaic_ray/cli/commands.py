@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from qaic_ray.pipeline.request import RunRequest, SdkChoice
 
 
-__all__ = ["Interrupted", "app", "switches"]
+__all__ = ["Interrupted", "app", "command_tree", "switches"]
 
 emulator_app = typer.Typer(
     cls=Commands,
@@ -349,3 +349,8 @@ def emulator_run(
     except OSError as error:
         raise UsageError(f"Cannot run {words[0]}: {error.strerror}.") from error
     raise typer.Exit(code if code >= 0 else 128 - code)
+
+
+def command_tree() -> Any:
+    """All commands, as click has them."""
+    return typer.main.get_command(app)

@@ -2,57 +2,57 @@
 
 from __future__ import annotations
 
-from qaic_ray.reference.markdown import Fields, Told, field_table, page, section
+from qaic_ray.reference.markdown import Fields, Note, field_table, page, section
 
 _DIGEST = "5d0a..."
 _PROOF: Fields = {
-    "rows_in": Told("Rows of the input.", 1000),
-    "rows_ok": Told("Rows with an answer.", 998),
-    "rows_error": Told("Rows with an error. Together they are `rows_in`.", 2),
-    "inputs_sha256": Told("Digest over the rows of the input, in order.", "9f2c..."),
-    "outputs_sha256": Told("Digest of the bytes of outputs.jsonl.", _DIGEST),
+    "rows_in": Note("Rows of the input.", 1000),
+    "rows_ok": Note("Rows with an answer.", 998),
+    "rows_error": Note("Rows with an error. Together they are `rows_in`.", 2),
+    "inputs_sha256": Note("Digest over the rows of the input, in order.", "9f2c..."),
+    "outputs_sha256": Note("Digest of the bytes of outputs.jsonl.", _DIGEST),
 }
 MERGED: Fields = {
-    "format": Told("Version of this document.", 1),
+    "format": Note("Version of this document.", 1),
     **_PROOF,
-    "inputs_sha256": Told(
+    "inputs_sha256": Note(
         "SHA-256 of the `inputs_sha256` of all shards, as bytes, one behind the other.", "9f2c..."
     ),
-    "errors_sha256": Told("Digest of the bytes of errors.jsonl.", "e3b0..."),
-    "model": Told("The model, as the runs named it.", "smollm2-135m"),
-    "qpc": Told("Name of the program.", "smollm2-135m-kv-64pl-512cl-14c-8BS-mx6"),
-    "qpc_sha256": Told("Digest of the program.", "5f5f..."),
-    "run_seed": Told("What the seeds of rows were made from.", 0),
-    "dates": Told("What chat templates took for the date, in any of the runs.", ["2026-11-29"]),
-    "chosen": Told(
+    "errors_sha256": Note("Digest of the bytes of errors.jsonl.", "e3b0..."),
+    "model": Note("The model, as the runs named it.", "smollm2-135m"),
+    "qpc": Note("Name of the program.", "smollm2-135m-kv-64pl-512cl-14c-8BS-mx6"),
+    "qpc_sha256": Note("Digest of the program.", "5f5f..."),
+    "run_seed": Note("What the seeds of rows were made from.", 0),
+    "dates": Note("What chat templates took for the date, in any of the runs.", ["2026-11-29"]),
+    "chosen": Note(
         "`sample`, `sample_seed` and `limit` of every shard, where they were given.",
         {"sample": 0.05, "sample_seed": 0},
     ),
-    "shards[].shard": Told("A shard.", "3/64"),
-    "shards[].run": Told("Name of its run folder.", "run-20261129-090500-shard-3-of-64"),
-    "shards[].first_row": Told("Index of its first row in the whole.", 500),
+    "shards[].shard": Note("A shard.", "3/64"),
+    "shards[].run": Note("Name of its run folder.", "run-20261129-090500-shard-3-of-64"),
+    "shards[].first_row": Note("Index of its first row in the whole.", 500),
     **{f"shards[].{name}": told for name, told in _PROOF.items()},
-    "files[].name": Told("A file of the input, below what named it.", "part-00002.jsonl.gz"),
-    "files[].bytes": Told("Its size.", 4096, "bytes"),
-    "files[].sha256": Told("Digest of its bytes; absent for a file at a URI.", "1b4f..."),
-    "files[].mtime_ns": Told(
+    "files[].name": Note("A file of the input, below what named it.", "part-00002.jsonl.gz"),
+    "files[].bytes": Note("Its size.", 4096, "bytes"),
+    "files[].sha256": Note("Digest of its bytes; absent for a file at a URI.", "1b4f..."),
+    "files[].mtime_ns": Note(
         "When a file at a URI was changed last.", 1764396395000000000, "Unix time, nanoseconds"
     ),
 }
 """Keys of proof.json, which `merge --json` prints too."""
 
 PARTS_DONE: Fields = {
-    "format": Told("Version of this document.", 1),
-    "run": Told("Name of the run folder, or of the folder of the merge.", "run-20261129-090500"),
-    "shard": Told("The shard that the parts are of; null for a whole.", None),
+    "format": Note("Version of this document.", 1),
+    "run": Note("Name of the run folder, or of the folder of the merge.", "run-20261129-090500"),
+    "shard": Note("The shard that the parts are of; null for a whole.", None),
     **{f"proof.{name}": told for name, told in _PROOF.items()},
-    "proof.complete": Told("Whether the input was read to its end, and was one input.", True),
-    "parts[].name": Told("A part file.", "part-00000.parquet"),
-    "parts[].first": Told("Index of its first row.", 0),
-    "parts[].rows": Told("Its rows.", 100000),
-    "parts[].rows_sha256": Told("Digest of these rows as lines of outputs.jsonl.", "77ab..."),
-    "parts[].bytes": Told("Its size.", 5242880, "bytes"),
-    "parts[].sha256": Told("Digest of its bytes.", "c0de..."),
+    "proof.complete": Note("Whether the input was read to its end, and was one input.", True),
+    "parts[].name": Note("A part file.", "part-00000.parquet"),
+    "parts[].first": Note("Index of its first row.", 0),
+    "parts[].rows": Note("Its rows.", 100000),
+    "parts[].rows_sha256": Note("Digest of these rows as lines of outputs.jsonl.", "77ab..."),
+    "parts[].bytes": Note("Its size.", 5242880, "bytes"),
+    "parts[].sha256": Note("Digest of its bytes.", "c0de..."),
 }
 """Keys of `_SUCCESS`."""
 

@@ -92,6 +92,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--continuous-batching": FLAG,
         "--opset": "13",
         "--dtype": "float16",
+        "--weights": "reference",
         "--kv-dtype": "mxint8",
         "--logits": "all",
         "--next-tokens": FLAG,
@@ -308,6 +309,7 @@ export:
   continuous_batching: true
   opset: 17
   dtype: float16
+  weights: copy
   kv_dtype: mxint8
   logits: num_logits_to_keep
   next_tokens: true
