@@ -175,6 +175,32 @@ RAYS = (
     ),
     Variable("RAY_USAGE_STATS_ENABLED", "1 lets Ray report its usage to its makers.", "0", "1"),
 )
+STORES = (
+    Variable(
+        "AWS_ACCESS_KEY_ID",
+        "The account by which prompts in S3 are read and parts written there.",
+        "a profile of ~/.aws, or the machine's role",
+        "AKIA...",
+    ),
+    Variable("AWS_SECRET_ACCESS_KEY", "Its secret.", "as that of AWS_ACCESS_KEY_ID", "wJalr..."),
+    Variable(
+        "AWS_SESSION_TOKEN", "The token of a role that is taken for hours.", "none", "IQoJ..."
+    ),
+    Variable("AWS_PROFILE", "The profile of ~/.aws that is used.", "default", "batch"),
+    Variable("AWS_DEFAULT_REGION", "The region of S3.", "the bucket's own", "eu-west-1"),
+    Variable(
+        "AWS_ENDPOINT_URL",
+        "Another server that speaks S3; endpoint_override of a URI goes before it.",
+        "Amazon's",
+        "http://127.0.0.1:9000",
+    ),
+    Variable(
+        "GOOGLE_APPLICATION_CREDENTIALS",
+        "The file of the account for gs:// URIs.",
+        "the machine's account",
+        "/home/me/key.json",
+    ),
+)
 OTHERS = (
     Variable(
         "HF_HOME", "Folder of the Hugging Face hub's files.", "~/.cache/huggingface", "/data/hf"
@@ -208,6 +234,7 @@ GROUPS = {
     "Ours": OURS,
     "The emulated SDK": EMULATED,
     "Ray": RAYS,
+    "Object stores": STORES,
     "The hub, the terminal and the machine": OTHERS,
 }
 """All that are read, and what they are of."""
