@@ -194,7 +194,7 @@ class OptionValue:
     @property
     def is_path(self) -> bool:
         """Whether it is a path."""
-        return any(getattr(entry, "func", None) is _path for entry in self.metadata)
+        return any(getattr(entry, "func", None) is as_path for entry in self.metadata)
 
     @property
     def item(self) -> Any:
@@ -271,7 +271,8 @@ def _share(value: Any) -> Any:
     return float(value)
 
 
-def _path(value: Any) -> Any:
+def as_path(value: Any) -> Any:
+    """A path with `~` expanded; any other value as it is."""
     if not isinstance(value, str):
         return value
     try:
@@ -287,7 +288,7 @@ def is_template(text: str) -> bool:
 
 
 def _template(value: Any) -> Any:
-    return value if isinstance(value, str) and is_template(value) else _path(value)
+    return value if isinstance(value, str) and is_template(value) else as_path(value)
 
 
 def as_tuple(value: Any) -> Any:
@@ -349,7 +350,7 @@ NumCores = Annotated[
     WithJsonSchema(schemas.NUM_CORES),
 ]
 Share = Annotated[float | str, AfterValidator(_share)]
-PathText = Annotated[str, BeforeValidator(_path)]
+PathText = Annotated[str, BeforeValidator(as_path)]
 TemplateText = Annotated[str, BeforeValidator(_template)]
 PrecisionName = Annotated[Precision, one_of(known.value for known in Precision)]
 PromptLen = Annotated[int | str, BeforeValidator(_prompt_len), WithJsonSchema(schemas.PROMPT_LEN)]

@@ -23,6 +23,7 @@ from qaic_ray.cli.launching import (
     with_ray,
 )
 from qaic_ray.cli.looking import looking
+from qaic_ray.cli.merging import merge
 from qaic_ray.cli.monitoring import monitoring
 from qaic_ray.cli.new_job import demo, init, schema
 from qaic_ray.cli.reporting import report
@@ -276,6 +277,11 @@ command(
     example="""qaic-ray report smollm2-20261129-090500
 qaic-ray report runs/before runs/after -o both.html""",
 )(report)
+command(
+    app,
+    example="""qaic-ray merge 'shards/run-*' -o merged
+qaic-ray merge runs/a runs/b -o merged --output-parts s3://bucket/merged""",
+)(merge)
 command(app, example="qaic-ray monitoring ./monitoring")(monitoring)
 command(
     app,

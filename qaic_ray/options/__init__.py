@@ -17,12 +17,13 @@ from qaic_ray.option_types import (
     OutputFormat,
     PathText,
     PositiveInt,
-    PromptFormat,
     Section,
     TemplateText,
     Words,
     opt,
 )
+from qaic_ray.options.inputs import PROMPTS as PROMPTS
+from qaic_ray.options.inputs import PromptOptions as PromptOptions
 from qaic_ray.options.machine import CARDS as CARDS
 from qaic_ray.options.machine import RAY as RAY
 from qaic_ray.options.machine import ClusterOptions as ClusterOptions
@@ -43,7 +44,6 @@ from qaic_ray.options.serving import ServeOptions as ServeOptions
 from qaic_ray.rows import ChatOptions
 from qaic_ray.sampling_params import ANSWER_END, MAX_SEED, Sampling, SamplingParams
 
-PROMPTS = "Prompts"
 DRAFTS = "Speculative decoding (a QPC of --num-speculative-tokens)"
 CHECKS = "Checks"
 FOLDER = "The run and its folder"
@@ -51,34 +51,6 @@ FOLDER = "The run and its folder"
 TYPED_LEN = 256
 """Most tokens of an answer to a prompt that is typed on the command line, unless they are said."""
 _ANSWER_LEN = f"{TYPED_LEN} for prompts typed here, else the context"
-
-
-class PromptOptions(Section):
-    """What is answered."""
-
-    GROUP: ClassVar[str] = PROMPTS
-
-    prompt: str | None = opt(
-        None,
-        r"Prompts separated by |, as in the recipe; \| is a pipe of the text.",
-        sample="My name is|The capital of France is",
-    )
-    prompts: PathText | None = opt(
-        None,
-        "A file: lines of text; .jsonl, .csv: prompt or messages; - for stdin.",
-        flag="--input",
-        aliases=("--prompts-file",),
-        short="-i",
-        metavar="FILE",
-        free=True,
-        sample="prompts.jsonl",
-    )
-    prompts_format: PromptFormat | None = opt(
-        None, "What the prompts file holds.", shown="by name and content"
-    )
-    max_prompts: PositiveInt | None = opt(
-        None, "Answer only the first so many, to try a run out.", shown="all", sample=10
-    )
 
 
 class Decoding(Section):
@@ -233,6 +205,15 @@ class RunOptions(CardOptions, Generation, PromptOptions):
         repeated=True,
         sample=["parquet"],
     )
+    output_parts: PathText | None = opt(
+        None,
+        "Also write parquet part files while the run goes, into this folder or URI "
+        "(s3://bucket/folder); each is whole or not there.",
+        metavar="FOLDER",
+        group=FOLDER,
+        sample="s3://bucket/answers",
+    )
+    part_rows: PositiveInt = opt(100_000, "Rows of a part file.", group=FOLDER)
 
 
 _GIVEN = {"not": {"type": "null"}}

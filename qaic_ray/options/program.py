@@ -69,6 +69,11 @@ class ExportOptions(Section):
     dtype: Literal["float32", "float16"] = opt(
         "float32", "Weights in the files; what the card computes with is the compile's precision."
     )
+    weights: Literal["copy", "reference"] = opt(
+        "copy",
+        "copy: into the model's folder; reference: they stay in the checkpoint's files, which the "
+        "model points at and the SDK's compiler reads.",
+    )
     kv_dtype: Literal["float16", "mxint8"] = opt(
         "float16", "KV cache on the card (custom_io.yaml)."
     )
@@ -110,6 +115,10 @@ class ExportOptions(Section):
             },
             "then": {"properties": {"opset": {"not": {"const": 13}}}},
         },
+        {
+            "if": {"required": ["weights"], "properties": {"weights": {"const": "reference"}}},
+            "then": {"properties": {"replicate_kv_heads": {"const": 1}}},
+        },
     )
     """What `_fit_together` refuses."""
 
@@ -135,6 +144,11 @@ class ExportOptions(Section):
                 raise ValueError(
                     f"The cache-index contract has no {COMP_CTX_LENGTHS}; use position-ids"
                 )
+        if self.weights == "reference" and self.replicate_kv_heads > 1:
+            raise ValueError(
+                "Copies of key and value heads (replicate_kv_heads) are in no checkpoint, so "
+                "weights cannot be reference; use copy"
+            )
         if self.comp_ctx_lengths and self.graph_opset < 17:
             raise ValueError(
                 f"{COMP_CTX_LENGTHS} needs opset 17: the compilers of older opsets know no such "

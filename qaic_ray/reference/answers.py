@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from qaic_ray.model.checkpoint import ModelManifest
 from qaic_ray.reference.markdown import Fields, Note, field_table, page, section
+from qaic_ray.reference.shards import MERGED
 
 _RUN = "mine-20261129-090500"
 _QPC = "smollm2-135m-kv-64pl-512cl-14c-8BS-mx6"
@@ -88,6 +89,7 @@ _ANY = {
     "num_replicate_kv_heads": Note("Copies of each KV head.", 1),
     "comp_ctx_lengths": Note("Whether there is such an input.", False),
     "files": Note("The export's own files.", []),
+    "weights": Note("`copy`, or `reference`: they stay in the checkpoint's files.", "copy"),
 }
 _EXPORT: Fields = {
     "folder": Note("The folder that was made.", "smollm2-135m-kv"),
@@ -226,6 +228,7 @@ ANSWERS: Mapping[str, tuple[str, Fields]] = {
             "commands.grafana": Note("What starts Grafana.", "grafana server ..."),
         },
     ),
+    "merge": ("The proof of the whole, which is proof.json of its folder too.", MERGED),
     "key": (
         "A new API key.",
         {

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from command_lines import all_names, context_of, of_name
 from run_folders import FolderMaker
+from shard_drivers import drive, run_of
 
 from qaic_ray.cli import main
 from qaic_ray.cli.answers import Answers, Streaming
@@ -38,6 +39,7 @@ CHEAP: dict[str, tuple[str, ...]] = {
     "init mine": ("job", "prompts", "model"),
     "key alice": ("name", "key", "line"),
     "emulator install sdk": ("sdk", "root", "cards"),
+    "merge shards/* -o merged": ("rows_in", "outputs_sha256", "shards"),
     "monitoring m": ("folder", "files", "commands"),
     "plan job.yaml": ("job", "text", "compiles"),
     "ray stop": ("ended",),
@@ -59,6 +61,10 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "jobs" / "smollm2.yaml", folder / "job.yaml")
     for number in (1, 2):
         FolderMaker(folder / "runs" / f"run-{number}").session(3)
+    (folder / "p.txt").write_text("a\nb\n")
+    for shard in ("1/2", "2/2"):
+        made = drive(run_of(folder / "made", prompts=str(folder / "p.txt"), shard=shard)).folder
+        shutil.copytree(made, folder / "shards" / made.name)
     return folder
 
 

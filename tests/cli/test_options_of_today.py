@@ -33,6 +33,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--model -m --model-name": "smollm2-135m",
         "--prompt": "a|b",
         "--input -i --prompts-file": "p.txt",
+        "--shard": "3/64",
         "--max-tokens --generation-len": "64",
         "--device-id --devices": "0,3",
         "--sdk": "emulated",
@@ -75,6 +76,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--model -m --model-name": "smollm2-135m",
         "--prompt": "a|b",
         "--input -i --prompts-file": "p.txt",
+        "--shard": "3/64",
         "--max-tokens --generation-len": "64",
         "--device-id --devices": "0,3",
         "--sdk": "emulated",
@@ -90,6 +92,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--continuous-batching": FLAG,
         "--opset": "13",
         "--dtype": "float16",
+        "--weights": "reference",
         "--kv-dtype": "mxint8",
         "--logits": "all",
         "--next-tokens": FLAG,
@@ -135,7 +138,10 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--prompt": "a|b",
         "--input -i --prompts-file --prompts_file": "-",
         "--prompts-format --prompts_format": "openai",
-        "--max-prompts --max_prompts": "100",
+        "--limit --max-prompts --max_prompts": "100",
+        "--shard": "3/64",
+        "--sample": "5%",
+        "--sample-seed --sample_seed": "7",
         "--chat": FLAG,
         "--system": "Be brief.",
         "--chat-template --chat_template": "t.jinja",
@@ -167,6 +173,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--ctx-len --ctx_len": "128",
         "--output -o": "elsewhere",
         "--output-format --output_format": "parquet",
+        "--output-parts --output_parts": "s3://bucket/parts",
+        "--part-rows --part_rows": "5000",
         "--metrics / --no-metrics": FLAG,
         "--resume": "runs/a",
         "--retry-errors --retry_errors": FLAG,
@@ -253,6 +261,13 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "doctor": {"--address": "auto", "--sdk": "real", "--try-cards": FLAG, "--json": FLAG},
     "devices": {"--address": "auto", "--sdk": "real", "--json": FLAG},
     "report": {"RUN...": "runs/a", "--output -o --html": "page.html", "--json": FLAG},
+    "merge": {
+        "RUN...": "runs/a",
+        "--output -o": "merged",
+        "--output-parts --output_parts": "s3://bucket/parts",
+        "--part-rows --part_rows": "5000",
+        "--json": FLAG,
+    },
     "monitoring": {"FOLDER": "m", "--json": FLAG},
     "key": {"NAME": "alice", "--json": FLAG},
     "emulator install": {
@@ -274,6 +289,7 @@ NEEDED = {
     "plan": ["JOB"],
     "compile": ["MODEL_DIR"],
     "report": ["RUN..."],
+    "merge": ["RUN...", "--output -o"],
     "monitoring": ["FOLDER"],
     "key": ["NAME"],
     "serve": ["[TARGET]"],
@@ -293,6 +309,7 @@ export:
   continuous_batching: true
   opset: 17
   dtype: float16
+  weights: copy
   kv_dtype: mxint8
   logits: num_logits_to_keep
   next_tokens: true
@@ -317,6 +334,9 @@ run:
   prompts: /p.jsonl
   prompts_format: jsonl
   prompt: null
+  shard: 3/64
+  sample: 5%
+  sample_seed: 7
   max_prompts: 100
   generation_len: 64
   sampling:
@@ -360,6 +380,8 @@ run:
   metrics: false
   output: /elsewhere
   output_formats: [openai, parquet]
+  output_parts: s3://bucket/parts
+  part_rows: 5000
 serve:
   host: 0.0.0.0
   port: 9000
