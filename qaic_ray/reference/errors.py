@@ -46,6 +46,7 @@ ROOMS = {
     "report": "Runs and their folders",
     "fleet": "Runs and their folders",
     "model": "Models",
+    "weight_files": "Models",
     "export": "Models",
     "compile": "Compiling",
     "contract.py": "Compiling",

@@ -280,9 +280,9 @@ def test_copies_of_heads_cannot_be_pointed_at() -> None:
 def test_the_export_step_asks_the_sdk_first(
     tmp_path: Path, name: str, make_checkpoint: Callable[..., Checkpoint]
 ) -> None:
+    from qaic_ray.api.quiet import LogListener
     from qaic_ray.options import ModelOptions
     from qaic_ray.pipeline.export_step import export_step
-    from qaic_ray.api.quiet import LogListener
 
     checkpoint = make_checkpoint()
     version = {"old": "1.20", "new": "1.22"}[name]
