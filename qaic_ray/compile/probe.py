@@ -12,12 +12,15 @@ import json
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import StrictBool
+
 from qaic_ray.compile.compiler import program_fault, run_compiler
 from qaic_ray.errors import CompileError, UsageError
-from qaic_ray.files.documents import read_object
+from qaic_ray.files.documents import checked, read_object
 from qaic_ray.files.folders import cache_folder, write_whole
 from qaic_ray.sdk import Sdk, compiler_digest
 from qaic_ray.weight_files.spec import METADATA_KEY, WeightPlaces
@@ -30,6 +33,13 @@ _FORMAT = 1  # raised when the probes change
 _SIZE = 64
 _SHAPES = {"probe.weight": (_SIZE, _SIZE), "probe.bias": (_SIZE,)}
 _WEIGHTS_FILE = "probe.safetensors"
+
+
+@dataclass(frozen=True)
+class _Answer:
+    reads: StrictBool
+    sdk: str
+    dtypes: list[str]
 
 
 def check_reads_weights(sdk: Sdk, dtypes: Iterable[str]) -> None:
@@ -61,7 +71,7 @@ def reads_weights(sdk: Sdk, dtypes: Iterable[str]) -> bool:
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     place = cache_folder() / PROBES_FOLDER / f"{name}.json"
     with suppress(UsageError):  # none yet, or damaged
-        return read_object(place)["reads"] is True
+        return checked(_Answer, read_object(place), str(place)).reads
     try:
         with tempfile.TemporaryDirectory(prefix="qaic-ray-probe-") as folder:
             reads = all(_reads(sdk, kind, Path(folder)) for kind in kinds)
@@ -69,7 +79,7 @@ def reads_weights(sdk: Sdk, dtypes: Iterable[str]) -> bool:
         raise CompileError(f"Cannot write {error.filename}: {error.strerror}.") from error
     with suppress(OSError):  # a cache that cannot be written: tried again the next time
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(place, json.dumps({"reads": reads, "sdk": sdk.label, "dtypes": kinds}) + "\n")
+        write_whole(place, json.dumps(asdict(_Answer(reads, sdk.label, kinds))) + "\n")
     return reads
 
 

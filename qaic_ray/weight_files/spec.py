@@ -160,7 +160,7 @@ def read_places(text: str, source: str, folder: Path) -> dict[str, TensorEntry]:
 def _found(name: str, roots: list[Path]) -> Path:
     candidates = [Path(name)] if os.path.isabs(name) else [root / inside(name) for root in roots]
     for path in candidates:
-        if path.exists():
+        if os.path.exists(path):  # unlike Path.exists also of names that no file system takes
             return path
     raise UsageError(
         f"The weights are not where the model points: {_said(str(candidates[-1]))} is not there. "

@@ -8,6 +8,7 @@ megabytes.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -72,7 +73,10 @@ def read_into(entry: TensorEntry, start: int, buffer: npt.NDArray[np.uint8]) -> 
 
 def _read_file(path: Path) -> list[TensorEntry]:
     try:
-        size = os.path.getsize(path)
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            raise CheckpointError(f"{path} is not a file.")
+        size = status.st_size
         with path.open("rb") as file:
             start = file.read(8)
             length = int.from_bytes(start, "little")

@@ -33,6 +33,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--model -m --model-name": "smollm2-135m",
         "--prompt": "a|b",
         "--input -i --prompts-file": "p.txt",
+        "--shard": "3/64",
         "--max-tokens --generation-len": "64",
         "--device-id --devices": "0,3",
         "--sdk": "emulated",
@@ -75,6 +76,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--model -m --model-name": "smollm2-135m",
         "--prompt": "a|b",
         "--input -i --prompts-file": "p.txt",
+        "--shard": "3/64",
         "--max-tokens --generation-len": "64",
         "--device-id --devices": "0,3",
         "--sdk": "emulated",
@@ -90,6 +92,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--continuous-batching": FLAG,
         "--opset": "13",
         "--dtype": "float16",
+        "--weights": "reference",
         "--kv-dtype": "mxint8",
         "--logits": "all",
         "--next-tokens": FLAG,
@@ -258,6 +261,13 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "doctor": {"--address": "auto", "--sdk": "real", "--try-cards": FLAG, "--json": FLAG},
     "devices": {"--address": "auto", "--sdk": "real", "--json": FLAG},
     "report": {"RUN...": "runs/a", "--output -o --html": "page.html", "--json": FLAG},
+    "merge": {
+        "RUN...": "runs/a",
+        "--output -o": "merged",
+        "--output-parts --output_parts": "s3://bucket/parts",
+        "--part-rows --part_rows": "5000",
+        "--json": FLAG,
+    },
     "monitoring": {"FOLDER": "m", "--json": FLAG},
     "key": {"NAME": "alice", "--json": FLAG},
     "emulator install": {
@@ -279,6 +289,7 @@ NEEDED = {
     "plan": ["JOB"],
     "compile": ["MODEL_DIR"],
     "report": ["RUN..."],
+    "merge": ["RUN...", "--output -o"],
     "monitoring": ["FOLDER"],
     "key": ["NAME"],
     "serve": ["[TARGET]"],
@@ -298,6 +309,7 @@ export:
   continuous_batching: true
   opset: 17
   dtype: float16
+  weights: copy
   kv_dtype: mxint8
   logits: num_logits_to_keep
   next_tokens: true

@@ -15,8 +15,6 @@ import onnx
 import pytest
 import safetensors.numpy
 from compiled import compile_tiny, write_inputs
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from mutations import documents, texts
 from onnx import TensorProto, helper, numpy_helper
 from tiny_llama import TinyLlama
@@ -446,8 +444,7 @@ def test_odd_metadata_and_headers_are_read_or_refused_in_a_line(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@given(st.integers(0, 2**32))
-@settings(max_examples=1)
-def test_ten_thousand_of_each(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
-    assert 0 < fuzz_metadata(tmp_path_factory.mktemp("fuzz"), seed, 10_000) < 10_000
-    assert 0 < fuzz_headers(seed, 10_000) < 10_000
+@pytest.mark.parametrize("seed", range(2, 12))
+def test_ten_thousand_of_each(tmp_path: Path, seed: int) -> None:
+    assert 0 < fuzz_metadata(tmp_path, seed, 1000) < 1000
+    assert 0 < fuzz_headers(seed, 1000) < 1000
