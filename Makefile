@@ -38,7 +38,7 @@ check: install
 
 # The pages of docs/ as a site in site/, to be opened as files or served; no network is needed.
 docs: install
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
 	@echo "site/index.html is the first page."
 
 # The package as a file, as configs/cluster/dl2q.yaml carries it to the nodes of a cluster.

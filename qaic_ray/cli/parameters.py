@@ -35,7 +35,7 @@ GENERAL = "General"
 _RUNS = options.RunOptions.model_fields["output"].default
 
 JOB_KEYS = (
-    *("model.name", "run.prompt", "run.prompts", "run.generation_len"),
+    *("model.name", "run.prompt", "run.prompts", "run.shard", "run.generation_len"),
     *("run.devices", "sdk", "run.output"),
 )
 """Keys of a job that have flags in the commands that take one; `--set` changes any."""
@@ -245,6 +245,30 @@ class PageOptions(Section):
         metavar="FILE",
         shown="report.html of the run's folder",
         sample="both.html",
+    )
+
+
+class MergeOptions(Section):
+    """Where the rows of shards are joined."""
+
+    output: PathText = opt(
+        ...,
+        "Folder to make: outputs.jsonl, errors.jsonl and proof.json; an earlier merge there is "
+        "replaced.",
+        short="-o",
+        metavar="FOLDER",
+        sample="merged",
+    )
+    output_parts: PathText | None = opt(
+        None,
+        "Also write the rows as parquet part files, into this folder or URI.",
+        metavar="FOLDER",
+        sample="s3://bucket/answers",
+    )
+    part_rows: PositiveInt = opt(
+        options.RunOptions.model_fields["part_rows"].default,
+        "Rows of a part file.",
+        sample=20_000,
     )
 
 

@@ -28,6 +28,13 @@ class PartPlace(Protocol):
             QaicRayError: it cannot be looked into.
         """
 
+    def read(self, name: str) -> bytes | None:
+        """A small file there; None where there is none.
+
+        Raises:
+            QaicRayError: it cannot be read.
+        """
+
     def put(self, name: str, file: Path) -> None:
         """Copy a file there under a name, in place of one that has it.
 
@@ -72,6 +79,14 @@ class LocalFolder:
         with os.scandir(self.folder) as entries:
             return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
 
+    def read(self, name: str) -> bytes | None:
+        """See `PartPlace`."""
+        path = self.folder / name
+        try:
+            return path.read_bytes() if path.exists() else None
+        except OSError as error:
+            raise QaicRayError(f"{path} cannot be read: {error.strerror}.") from error
+
     def put(self, name: str, file: Path) -> None:
         """See `PartPlace`."""
         path = self.folder / name
@@ -110,6 +125,19 @@ class RemoteFolder:
         except (OSError, pyarrow.ArrowException) as error:
             raise QaicRayError(f"{self.place.uri} cannot be reached: {reason(error)}.") from error
         return {info.base_name: info.size for info in infos if info.is_file}
+
+    def read(self, name: str) -> bytes | None:
+        """See `PartPlace`."""
+        import pyarrow
+
+        at = self.place.written(name)
+        try:
+            if not at.filesystem.get_file_info(at.path).is_file:
+                return None
+            with at.filesystem.open_input_stream(at.path, compression=None) as stream:
+                return bytes(stream.read())
+        except (OSError, pyarrow.ArrowException) as error:
+            raise QaicRayError(f"{at.uri} cannot be read: {reason(error)}.") from error
 
     def put(self, name: str, file: Path) -> None:
         """See `PartPlace`."""

@@ -358,9 +358,11 @@ def specs_on(nodes: Sequence[NodeCards], request: RunRequest) -> list[WorkerSpec
 
 
 def _new_run_folder(request: RunRequest) -> Path:
-    """`<output>/<name>-<UTC time>`, with a number behind it where that is taken."""
+    """`<output>/<name>-<UTC time>` and its shard, with a number behind it where that is taken."""
     output = Path(request.run.output).absolute()
     name = f"{request.name}-{datetime.now(timezone.utc).strftime('%Y%m%d-%H%M%S')}"
+    if request.run.shard is not None:
+        name += f"-shard-{request.run.shard.replace('/', '-of-')}"
     for number in range(1, 1000):
         folder = output / (f"{name}-{number}" if number > 1 else name)
         try:

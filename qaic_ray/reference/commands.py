@@ -7,9 +7,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-import typer
-
-from qaic_ray.cli.commands import app
+from qaic_ray.cli.commands import command_tree
 from qaic_ray.cli.flags.flag import Flag
 from qaic_ray.cli.flags.page import HelpEntry
 from qaic_ray.reference.markdown import block, code, page, section, table
@@ -42,7 +40,7 @@ def commands_page() -> str:
         "What stands behind `also` is another name of the flag. An option that is not given has "
         "its default. `qaic-ray --install-completion` lets a shell complete commands, options and "
         "names of runs.",
-        section("Before the command", _table(*_entries("", root()))),
+        section("Before the command", _table(*_entries("", command_tree()))),
         *(
             section(
                 f"qaic-ray {name}",
@@ -55,14 +53,9 @@ def commands_page() -> str:
     )
 
 
-def root() -> Any:
-    """The program's own command."""
-    return typer.main.get_command(app)
-
-
 def all_commands() -> Iterator[tuple[str, Any]]:
     """Each command that can be run, in the order of use."""
-    top = root()
+    top = command_tree()
     for name in top.list_commands(None):
         command = top.commands[name]
         if hasattr(command, "commands"):

@@ -40,6 +40,7 @@ ROOMS = {
     "shipped": "Options and job files",
     "sampling_params": "Sampling",
     "formats": "Prompts files",
+    "rows.py": "Prompts files",
     "runs": "Runs and their folders",
     "inspect": "Runs and their folders",
     "report": "Runs and their folders",
@@ -190,6 +191,7 @@ def sentences() -> list[Said]:
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and node.args:
                 name = node.func.id if isinstance(node.func, ast.Name) else ""
+                name = "UsageError" if name == "raises" else name  # the caller's kind of it
                 text = _text(node.args[0], constants)
                 if name in names and _is_sentence(text):
                     found.setdefault(text, Said(text, name, room))
@@ -210,7 +212,7 @@ def _constants(tree: ast.Module) -> dict[str, str]:
 def _is_sentence(text: str) -> bool:
     """More of it is said than filled in."""
     words = re.sub("‹.*?›", "", text).split()
-    return len(words) > 3 and text[-1] in ".!?"
+    return len(words) > 3 and text[-1] in ".!?›"
 
 
 def _text(node: ast.expr, constants: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 HEAD = "<!-- Made by scripts/reference: change the code, then run it. -->"
 
 
-class Told(NamedTuple):
+class Note(NamedTuple):
     """What people read of a field: what it means, a value, and the unit where it has one."""
 
     meaning: str
@@ -17,7 +17,7 @@ class Told(NamedTuple):
     unit: str = ""
 
 
-Fields = Mapping[str, Told]
+Fields = Mapping[str, Note]
 """By name; `a.b` is in an object `a`, `a[].b` in each object of a list."""
 
 

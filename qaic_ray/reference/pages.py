@@ -11,6 +11,7 @@ from qaic_ray.reference.job import job_page
 from qaic_ray.reference.markdown import page, table
 from qaic_ray.reference.rows import rows_page
 from qaic_ray.reference.run_files import events_page, report_page
+from qaic_ray.reference.shards import shards_page
 from qaic_ray.shipped.job_schema import SCHEMA_NAME, schema_text
 
 ABOUT = {
@@ -19,6 +20,7 @@ ABOUT = {
     "rows.md": ("fields of prompts files and of answers", rows_page),
     "report.md": ("fields of report.json", report_page),
     "events.md": ("lines of events.jsonl", events_page),
+    "shards.md": ("fields of a merge's proof, and of the end mark of part files", shards_page),
     "answers.md": ("what commands print with --json", answers_page),
     "environment.md": ("environment variables", environment_page),
     "exit-codes.md": ("exit codes", exit_codes_page),

@@ -53,6 +53,7 @@ def open_run_input(run: RunOptions, before: Fingerprint | None = None) -> RunInp
     Raises:
         UsageError: where there are none, or they are not those of `before`.
     """
+    _ = run.defaults  # refused before anything is read
     if run.prompts is None or is_stream(run.prompts):
         if run.shard is not None or run.sample is not None:
             raise UsageError(

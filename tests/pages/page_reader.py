@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -25,12 +24,11 @@ class PageReader:
     Args:
         home: an empty folder; paths below it are shown as those of /home/you.
         models: a folder of models that need not be fetched again.
-        environment: more variables.
+        kept: a folder of what other readers made, for who is not the first: their programs, and
+            the machine code of the emulated step.
     """
 
-    def __init__(
-        self, home: Path, models: Path, environment: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, home: Path, models: Path, kept: Path | None = None) -> None:
         self.home = home
         self.models = models
         self.folder = home / "try"
@@ -38,15 +36,17 @@ class PageReader:
         cache = home / ".cache" / "qaic-ray"
         cache.mkdir(parents=True)
         (cache / "models").symlink_to(models.resolve())
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(_CHANGED)}
-        kept.pop("NO_COLOR", None)
-        self.environment = kept | {
+        for name in ("programs", "emulator") if kept else ():
+            (kept / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+            (cache / name).symlink_to((kept / name).resolve())
+        others = {k: value for k, value in os.environ.items() if not k.startswith(_CHANGED)}
+        others.pop("NO_COLOR", None)
+        self.environment = others | {
             "HOME": str(home),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "TERM": "xterm-256color",
             "LANG": "C.UTF-8",
             "RAY_AUTH_MODE": "disabled",
-            **(environment or {}),
         }
         self._stack = ExitStack()
         self._terminal: PageTerminal | None = None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import dataset, parquet
 from s3_here import BUCKET, objects, s3_server, set_environment
@@ -159,6 +159,7 @@ KILLS = st.lists(
 )
 
 
+@settings(max_examples=settings().max_examples // 2)
 @given(KILLS, st.integers(1, 20))
 def test_whatever_ends_it_every_row_is_there_once(
     tmp_path_factory: pytest.TempPathFactory, kills: list[tuple[str, int]], part_rows: int

@@ -66,7 +66,7 @@ class PartNames:
 
 
 @dataclass(frozen=True)
-class Part:
+class WrittenPart:
     """A part that is there: the first of its rows and how many, their digest as lines of
     `outputs.jsonl`, and the file's size and digest."""
 
@@ -138,6 +138,7 @@ class PartFiles(AbstractContextManager["PartFiles"]):
         names: of the parts.
         part_rows: rows of a part.
         lines: `outputs.jsonl`, opened to read what is written to it.
+        again: what a user does after a part could not be written; empty for going on with the run.
 
     Raises:
         QaicRayError: the place cannot be looked into.
@@ -151,7 +152,9 @@ class PartFiles(AbstractContextManager["PartFiles"]):
         *,
         part_rows: int,
         lines: BinaryIO,
+        again: str = "",
     ) -> None:
+        self._again = again or f"go on with `qaic-ray run --resume {folder}`"
         self._folder, self._place, self._names = folder, place, names
         self._part_rows, self._lines = part_rows, lines
         self._digest = hashlib.sha256()
@@ -160,7 +163,7 @@ class PartFiles(AbstractContextManager["PartFiles"]):
         self._says_success = names.success in sizes
         noted = {part.name: part for part in _noted(folder / PARTS_NAME)}
         self._there = {name: part for name, part in noted.items() if sizes.get(name) == part.bytes}
-        self._made: list[Part] = []
+        self._made: list[WrittenPart] = []
         self._error: Exception | None = None
         self._is_over = False
         self._queue: queue.SimpleQueue[_Lines | None] = queue.SimpleQueue()
@@ -192,7 +195,7 @@ class PartFiles(AbstractContextManager["PartFiles"]):
         if self._rows == self._part_rows:
             self._give()
 
-    def finish(self, proof: Proof) -> list[Part]:
+    def finish(self, proof: Proof) -> list[WrittenPart]:
         """Wait for all parts, and say that they are there, if the run is complete.
 
         Returns:
@@ -225,7 +228,7 @@ class PartFiles(AbstractContextManager["PartFiles"]):
         if self._error is not None:
             raise Unfinished(
                 f"{str(self._error).rstrip('.')}. What was answered is kept: put that right, then "
-                f"go on with `qaic-ray run --resume {self._folder}`."
+                f"{self._again}."
             ) from self._error
 
     # -- in the thread
@@ -252,7 +255,7 @@ class PartFiles(AbstractContextManager["PartFiles"]):
                 self._place.remove(self._names.success)
                 self._says_success = False
             self._place.put(name, unfinished)
-            part = Part(
+            part = WrittenPart(
                 *(name, lines.first, lines.rows, lines.sha256),
                 bytes=unfinished.stat().st_size,
                 sha256=sha256_of(unfinished),
@@ -288,11 +291,11 @@ class PartFiles(AbstractContextManager["PartFiles"]):
             file.unlink(missing_ok=True)
 
 
-def _noted(path: Path) -> Iterator[Part]:
+def _noted(path: Path) -> Iterator[WrittenPart]:
     """The parts that are noted; the last line may be torn."""
     if not path.exists():
         return
     for line in path.read_bytes().splitlines(keepends=True):
         with suppress(ValueError, TypeError):
             if line.endswith(b"\n"):
-                yield Part(**json.loads(line))
+                yield WrittenPart(**json.loads(line))
