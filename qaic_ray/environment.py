@@ -110,6 +110,13 @@ EMULATED = (
         "1",
     ),
     Variable(
+        "AIC_EXTERNAL_DATA_ROOT",
+        "Folder in which a compiler looks first for the weight files that a graph names (the "
+        "vendor's variable).",
+        "the folders that the graph names, and its own",
+        "/models/llama",
+    ),
+    Variable(
         "QAIC_COMPILER_OPTS_UNSUPPORTED",
         "More options for the emulated compiler, which lists them as without effect (the vendor's "
         "variable).",
@@ -175,32 +182,6 @@ RAYS = (
     ),
     Variable("RAY_USAGE_STATS_ENABLED", "1 lets Ray report its usage to its makers.", "0", "1"),
 )
-STORES = (
-    Variable(
-        "AWS_ACCESS_KEY_ID",
-        "The account by which prompts in S3 are read and parts written there.",
-        "a profile of ~/.aws, or the machine's role",
-        "AKIA...",
-    ),
-    Variable("AWS_SECRET_ACCESS_KEY", "Its secret.", "as that of AWS_ACCESS_KEY_ID", "wJalr..."),
-    Variable(
-        "AWS_SESSION_TOKEN", "The token of a role that is taken for hours.", "none", "IQoJ..."
-    ),
-    Variable("AWS_PROFILE", "The profile of ~/.aws that is used.", "default", "batch"),
-    Variable("AWS_DEFAULT_REGION", "The region of S3.", "the bucket's own", "eu-west-1"),
-    Variable(
-        "AWS_ENDPOINT_URL",
-        "Another server that speaks S3; endpoint_override of a URI goes before it.",
-        "Amazon's",
-        "http://127.0.0.1:9000",
-    ),
-    Variable(
-        "GOOGLE_APPLICATION_CREDENTIALS",
-        "The file of the account for gs:// URIs.",
-        "the machine's account",
-        "/home/me/key.json",
-    ),
-)
 OTHERS = (
     Variable(
         "HF_HOME", "Folder of the Hugging Face hub's files.", "~/.cache/huggingface", "/data/hf"
@@ -230,11 +211,34 @@ OTHERS = (
         "203.0.113.5 50022 198.51.100.7 22",
     ),
 )
+REMOTE = (
+    Variable(
+        "AWS_ACCESS_KEY_ID",
+        "Who asks for s3:// files, with AWS_SECRET_ACCESS_KEY.",
+        "the role of the machine",
+        "AKIA...",
+    ),
+    Variable("AWS_SECRET_ACCESS_KEY", "The secret of that key.", "the role of the machine", "..."),
+    Variable("AWS_REGION", "The region of s3:// files.", "the bucket's own", "eu-central-1"),
+    Variable(
+        "AWS_ENDPOINT_URL",
+        "Another server of S3; `?endpoint_override=` of a URI says it for that URI.",
+        "Amazon's",
+        "http://127.0.0.1:9000",
+    ),
+    Variable(
+        "GOOGLE_APPLICATION_CREDENTIALS",
+        "The file of the key for gs:// files.",
+        "the machine's own account",
+        "key.json",
+    ),
+)
+"""Read by pyarrow's filesystems."""
 GROUPS = {
     "Ours": OURS,
     "The emulated SDK": EMULATED,
     "Ray": RAYS,
-    "Object stores": STORES,
+    "Remote files": REMOTE,
     "The hub, the terminal and the machine": OTHERS,
 }
 """All that are read, and what they are of."""
