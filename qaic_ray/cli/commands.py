@@ -197,6 +197,7 @@ def run(
 
     What is missing is made first: the model is exported and compiled into the user's cache.
     """
+    from qaic_ray.pipeline.local_cards import check_named
     from qaic_ray.pipeline.request import resumed
     from qaic_ray.pipeline.run_step import run_step
 
@@ -208,6 +209,8 @@ def run(
         if resume is not None:
             request = resumed(resume, asked)
         else:
+            if ray.address is None and asked.devices != "all":
+                check_named(asked.devices, choice)  # before minutes of compiling
             request = _new_run(program, asked, shapes, sdk=choice, screen=screen)
         request = replace(
             request,
