@@ -252,12 +252,12 @@ class MergeOptions(Section):
     """Where the rows of shards are joined."""
 
     output: PathText = opt(
-        ...,
+        "merged",
         "Folder to make: outputs.jsonl, errors.jsonl and proof.json; an earlier merge there is "
         "replaced.",
         short="-o",
         metavar="FOLDER",
-        sample="merged",
+        sample="answers",
     )
     output_parts: PathText | None = opt(
         None,

@@ -289,7 +289,7 @@ NEEDED = {
     "plan": ["JOB"],
     "compile": ["MODEL_DIR"],
     "report": ["RUN..."],
-    "merge": ["RUN...", "--output -o"],
+    "merge": ["RUN..."],
     "monitoring": ["FOLDER"],
     "key": ["NAME"],
     "serve": ["[TARGET]"],
