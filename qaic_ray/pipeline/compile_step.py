@@ -23,6 +23,7 @@ from qaic_ray.files.folders import inside, sha256_of
 from qaic_ray.limits import too_many_cores
 from qaic_ray.model.checkpoint import CUSTOM_IO_FILE, MANIFEST_FILE, check_files, read_manifest
 from qaic_ray.options import CompileOptions, LocalRayOptions
+from qaic_ray.pipeline.artifact_checks import check_builds
 from qaic_ray.pipeline.request import Listener
 from qaic_ray.sdk import Sdk
 
@@ -75,7 +76,8 @@ def requested_builds(
     """The builds of `requested_variants`, by paths that mean the same on every node.
 
     Raises:
-        UsageError: as `requested_variants`, and for folders that may not be replaced.
+        UsageError: as `requested_variants`, for folders that may not be replaced, and for what the
+            compiler or every card of this machine would refuse.
     """
     store = user_path(grid.output, "The folder of the QPCs").absolute()
     variants = requested_variants(model_dir, grid, sdk, specializations)
@@ -83,6 +85,7 @@ def requested_builds(
     for request in builds:
         user_path(request.target, "The folder of the QPC")
         check_request(request)
+    check_builds(builds)
     return builds
 
 
@@ -161,6 +164,7 @@ def compile_step(
     if len(requests) == 1 and ray == _NO_DASHBOARD:
         (request,) = requests
         result: Build | QaicRayError
+        _remark(requests, listener)
         listener.compiling(1)
         listener.building(request)
         try:
@@ -187,6 +191,7 @@ def compile_on(
         outcomes[label] = (by_label[label].variant, result)
         listener.compiled(*outcomes[label])
 
+    _remark(requests, listener)
     listener.compiling(len(by_label))
     cluster.compile_variants(
         build,
@@ -196,6 +201,11 @@ def compile_on(
         on_begin=lambda label: listener.building(by_label[label]),
     )
     return [outcomes[label] for label in by_label]
+
+
+def _remark(requests: Sequence[BuildRequest], listener: Listener) -> None:
+    for one in check_builds(requests):
+        listener.remark(f"{one.place}: {one.says} {one.remedy}")
 
 
 def _shapes_of(path: Path, model: ModelFolder, model_dir: Path) -> contract.Specializations:
