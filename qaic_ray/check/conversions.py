@@ -9,7 +9,14 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from qaic_ray.check.config_checks import RETAINED
-from qaic_ray.check.facts import Artifact, CustomIoFacts, PartitionFacts, ShapesFacts, Target
+from qaic_ray.check.facts import (
+    Artifact,
+    CustomIoFacts,
+    PartitionFacts,
+    ShapesFacts,
+    Target,
+    size_of,
+)
 from qaic_ray.check.shape_checks import ALSO_CALLED, free_context
 from qaic_ray.contract import COMP_CTX_LENGTHS, NUM_LOGITS_TO_KEEP
 from qaic_ray.limits import MAX_CORES, NAMED_SPECIALIZATIONS_FROM
@@ -68,9 +75,9 @@ def _as_text(value: object) -> object:
 
 def _step_down(entries: list[dict[str, Any]]) -> bool:
     """Give prefill entries compute contexts that no decode entry has; whether any changed."""
-    sizes = [_size(entry.get(COMP_CTX_LENGTHS)) for entry in entries]
-    lens = [_size(entry.get("seq_len")) or 1 for entry in entries]
-    kept = [_size(entry.get(NUM_LOGITS_TO_KEEP)) or 1 for entry in entries]
+    sizes = [size_of(entry.get(COMP_CTX_LENGTHS)) for entry in entries]
+    lens = [size_of(entry.get("seq_len")) or 1 for entry in entries]
+    kept = [size_of(entry.get(NUM_LOGITS_TO_KEEP)) or 1 for entry in entries]
     is_decode = [seq_len == kept_here for seq_len, kept_here in zip(lens, kept, strict=True)]
     decodes = {size for size, decode in zip(sizes, is_decode, strict=True) if size and decode}
     taken, changed = {size for size in sizes if size}, False
@@ -81,10 +88,6 @@ def _step_down(entries: list[dict[str, Any]]) -> bool:
             entry[COMP_CTX_LENGTHS] = str(free)
             changed = True
     return changed
-
-
-def _size(value: object) -> int | None:
-    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else None
 
 
 def _custom_io(facts: CustomIoFacts) -> list[Conversion]:

@@ -87,7 +87,7 @@ class ShapesFacts:
     def sizes(self) -> tuple[Mapping[str, int], ...]:
         """Symbol -> size of each entry, of the values that are sizes in any spelling."""
         return tuple(
-            {key: size for key, value in entry.items() if (size := size_of(value)) is not None}
+            {key: size for key, value in entry.items() if (size := size_of(value) or 0) >= 1}
             for entry in self.entries
         )
 
@@ -195,7 +195,7 @@ class TensorFacts:
 
 
 @dataclass(frozen=True)
-class NodeFacts:
+class OperatorFacts:
     """An operator; `label` is its name or first output."""
 
     op: str
@@ -224,7 +224,7 @@ class GraphFacts:
     inputs: tuple[ValueFacts, ...] = ()
     outputs: tuple[ValueFacts, ...] = ()
     tensors: Mapping[str, TensorFacts] = field(default_factory=dict)
-    nodes: tuple[NodeFacts, ...] = ()
+    nodes: tuple[OperatorFacts, ...] = ()
     fixed: frozenset[str] = frozenset()
     shapes: tuple[Mapping[str, Dims], ...] = ()
     functions: frozenset[tuple[str, str]] = frozenset()

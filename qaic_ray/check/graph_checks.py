@@ -7,7 +7,7 @@ from functools import lru_cache
 from math import prod
 from typing import TypeAlias
 
-from qaic_ray.check.facts import Artifact, ArtifactFinding, Dims, GraphFacts, NodeFacts, Target
+from qaic_ray.check.facts import Artifact, ArtifactFinding, Dims, GraphFacts, OperatorFacts, Target
 from qaic_ray.check.rules import found
 from qaic_ray.files.documents import shown
 from qaic_ray.limits import CACHE_INDEX_BEFORE, OLDEST_APPS
@@ -29,7 +29,7 @@ IO_TYPES = frozenset(
 _RIGHT_ALIGNED = frozenset(
     {
         *("Add", "Sub", "Mul", "Div", "Pow", "Mod", "Max", "Min", "Where", "And", "Or", "Xor"),
-        *("Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "PRelu"),
+        *("Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual"),
     }
 )
 """Operators whose inputs are broadcast to each other."""
@@ -188,7 +188,7 @@ def _shapes(facts: GraphFacts) -> Iterator[tuple[str, str, str]]:
                 yield one
 
 
-def _misfit(node: NodeFacts, shapes: Mapping[str, Dims]) -> tuple[str, str, str] | None:
+def _misfit(node: OperatorFacts, shapes: Mapping[str, Dims]) -> tuple[str, str, str] | None:
     dims = [shapes.get(name) for name in node.inputs]
     known = [each for each in dims if each is not None]
     if node.op == "ScatterND" and len(known) == len(dims) == 3:
@@ -205,7 +205,7 @@ def _misfit(node: NodeFacts, shapes: Mapping[str, Dims]) -> tuple[str, str, str]
     return None
 
 
-def _scatter(node: NodeFacts, dims: list[Dims]) -> tuple[str, str, str] | None:
+def _scatter(node: OperatorFacts, dims: list[Dims]) -> tuple[str, str, str] | None:
     data, indices, updates = dims
     depth = indices[-1] if indices else None
     if not indices or depth is None or depth > len(data):
@@ -224,7 +224,9 @@ def _scatter(node: NodeFacts, dims: list[Dims]) -> tuple[str, str, str] | None:
     )
 
 
-def _reshape(node: NodeFacts, given: Dims | None, made: Dims | None) -> tuple[str, str, str] | None:
+def _reshape(
+    node: OperatorFacts, given: Dims | None, made: Dims | None
+) -> tuple[str, str, str] | None:
     if given is None or made is None or None in given or None in made:
         return None
     before, after = (prod(d for d in dims if d is not None) for dims in (given, made))

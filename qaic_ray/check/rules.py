@@ -115,7 +115,15 @@ RULES: Mapping[str, Rule] = {
 }
 
 
+MAX_CHARS = 600
+
+
 def found(rule: str, place: str, says: str, remedy: str) -> ArtifactFinding:
-    """A finding of a rule."""
+    """A finding of a rule; names of a file that are no names of a sane length are cut."""
     known = RULES[rule]
-    return ArtifactFinding(rule, known.grade, place, says, remedy, known.source)
+    return ArtifactFinding(rule, known.grade, place, _line(says), _line(remedy), known.source)
+
+
+def _line(text: str) -> str:
+    whole = text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+    return whole if len(whole) <= MAX_CHARS else f"{whole[:MAX_CHARS]}..."

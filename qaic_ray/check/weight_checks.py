@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TypeAlias
 
-from qaic_ray.check.facts import Artifact, ArtifactFinding, GraphFacts, NodeFacts, Target
+from qaic_ray.check.facts import Artifact, ArtifactFinding, GraphFacts, OperatorFacts, Target
 from qaic_ray.check.rules import found
 from qaic_ray.limits import GIB
 
@@ -79,7 +79,10 @@ def multiplied(facts: GraphFacts) -> list[Multiplied]:
 
 
 def _trace(
-    node: NodeFacts, facts: GraphFacts, makers: Mapping[str, NodeFacts], inputs: Mapping[str, int]
+    node: OperatorFacts,
+    facts: GraphFacts,
+    makers: Mapping[str, OperatorFacts],
+    inputs: Mapping[str, int],
 ) -> Multiplied | None:
     """What a multiplication's second operand is made of; None where that is no weight."""
     name, passed, is_gathered = node.inputs[1], list[str](), False

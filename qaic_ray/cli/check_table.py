@@ -11,7 +11,7 @@ from rich.text import Text
 from qaic_ray.check.facts import Grade
 
 if TYPE_CHECKING:
-    from qaic_ray.pipeline.check_step import Checked
+    from qaic_ray.check.check_step import Checked
 
 _STYLES = {Grade.REFUSED: "red", Grade.REMARK: "yellow"}
 

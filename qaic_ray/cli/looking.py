@@ -265,9 +265,9 @@ def check(
     show: parameters.JsonOptions,
 ) -> None:
     """Find out what a compiler or card would refuse of a file or folder, or do slowly, and why."""
+    from qaic_ray.check.check_step import CheckAsked, as_folder, check_step
     from qaic_ray.cli import tables
     from qaic_ray.cli.check_table import check_table
-    from qaic_ray.pipeline.check_step import CheckAsked, as_folder, check_step
 
     asked = CheckAsked(
         path, sdk.sdk, target.sdk_version or "", target.sku or "", as_folder(target.convert)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qaic_ray import contract
+from qaic_ray.check.builds import check_builds
 from qaic_ray.compile.compiler import Source, Variant, grid_variants
 from qaic_ray.compile.store import SPECIALIZATIONS_FILE, Build, BuildRequest, build, check_request
 from qaic_ray.errors import CompileError, DeviceError, QaicRayError, UsageError
@@ -23,7 +24,6 @@ from qaic_ray.files.folders import inside, sha256_of
 from qaic_ray.limits import too_many_cores
 from qaic_ray.model.checkpoint import CUSTOM_IO_FILE, MANIFEST_FILE, check_files, read_manifest
 from qaic_ray.options import CompileOptions, LocalRayOptions
-from qaic_ray.pipeline.artifact_checks import check_builds
 from qaic_ray.pipeline.request import Listener
 from qaic_ray.sdk import Sdk
 

@@ -406,9 +406,7 @@ FOLDERS = {
     ),
     "70B in MXFP6 on one Ultra SoC": situation(
         with_hole(
-            qefficient(
-                _with("-aic-num-cores=16"), graph=huge_model(SEVENTY_B), cores=16
-            ),
+            qefficient(_with("-aic-num-cores=16"), graph=huge_model(SEVENTY_B), cores=16),
             4 * SEVENTY_B,
         ),
         "dram",

@@ -12,7 +12,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, numpy_helper
 
-from qaic_ray.check.facts import GraphFacts, NodeFacts, TensorFacts, ValueFacts
+from qaic_ray.check.facts import GraphFacts, OperatorFacts, TensorFacts, ValueFacts
 from qaic_ray.check.reading import extdata, inference
 from qaic_ray.check.reading.wire import KEPT_BYTES, WireError, slim_model
 from qaic_ray.files.documents import shown
@@ -84,14 +84,14 @@ def _facts(
     functions = frozenset((f.domain, f.name) for f in model.functions)
     model = _inlined(model)
     graph = model.graph
-    tensors = {tensor.name: tensor for tensor in _tensors(graph)}
+    tensors = {_name(tensor.name): tensor for tensor in _tensors(graph)}
     names = {tensor.name for tensor in graph.initializer}
     values = [v for v in graph.input if v.name not in names]
     faults = list(_external_faults(tensors, path.parent))
     weight_inputs: frozenset[str] = frozenset()
-    text = next((p.value for p in model.metadata_props if p.key == extdata.KEY), "")
+    text = next((_name(p.value) for p in model.metadata_props if p.key == extdata.KEY), "")
     if text:
-        shapes = {v.name: _value(v).dims for v in values}
+        shapes = {_name(v.name): _value(v).dims for v in values}
         weight_inputs, more = extdata.look(text, path.parent, shapes)
         faults += [("extdata", fault) for fault in more]
     return GraphFacts(
@@ -172,10 +172,17 @@ def _constant(attribute: Any) -> Any:
     return None
 
 
+def _name(value: str | bytes) -> str:
+    """A text of a model; protobuf gives the bytes where they are no text."""
+    if isinstance(value, bytes):
+        raise WireError(f"a name in it is not UTF-8: {shown(value)}")
+    return value
+
+
 def _tensor(tensor: Any) -> TensorFacts:
-    name, kind, dims = tensor.name, type_name(tensor.data_type), tuple(tensor.dims)
+    name, kind, dims = _name(tensor.name), type_name(tensor.data_type), tuple(tensor.dims)
     elements = math.prod(max(0, dim) for dim in dims)
-    entries = {entry.key: entry.value for entry in tensor.external_data}
+    entries = {_name(entry.key): _name(entry.value) for entry in tensor.external_data}
     offset = entries.get("offset", "0")
     return TensorFacts(
         name=name,
@@ -193,7 +200,8 @@ def _largest(tensor: Any, kind: str, elements: int) -> float:
     if kind not in ("FLOAT", "DOUBLE") or not is_small or tensor.data_location:
         return 0.0
     try:
-        array = np.abs(numpy_helper.to_array(tensor).astype(np.float64))
+        with np.errstate(invalid="ignore"):  # of signalling NaNs
+            array = np.abs(numpy_helper.to_array(tensor).astype(np.float64))
     except _DAMAGE:
         return 0.0  # a reader of values says so, with the tensor's name
     finite = array[np.isfinite(array)]
@@ -203,15 +211,17 @@ def _largest(tensor: Any, kind: str, elements: int) -> float:
 def _value(value: Any) -> ValueFacts:
     tensor = value.type.tensor_type
     dims = tuple(
-        dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in tensor.shape.dim
+        dim.dim_value if dim.HasField("dim_value") else _name(dim.dim_param)
+        for dim in tensor.shape.dim
     )
-    return ValueFacts(value.name, type_name(tensor.elem_type), dims)
+    return ValueFacts(_name(value.name), type_name(tensor.elem_type), dims)
 
 
-def _node(node: Any) -> NodeFacts:
-    label = node.name or (node.output[0] if node.output else node.op_type)
-    domain = "" if node.domain == "ai.onnx" else node.domain
-    return NodeFacts(node.op_type, domain, label, tuple(node.input), tuple(node.output))
+def _node(node: Any) -> OperatorFacts:
+    label = _name(node.name or (node.output[0] if node.output else node.op_type))
+    domain = "" if node.domain == "ai.onnx" else _name(node.domain)
+    inputs, outputs = tuple(map(_name, node.input)), tuple(map(_name, node.output))
+    return OperatorFacts(_name(node.op_type), domain, label, inputs, outputs)
 
 
 def _fixed(graph: Any, names: set[str]) -> frozenset[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qaic_ray.check.artifacts import read_artifacts
+from qaic_ray.check.builds import cards_of
 from qaic_ray.check.checks import findings, refused
 from qaic_ray.check.conversions import Conversion, conversions
 from qaic_ray.check.facts import ArtifactFinding, Target
@@ -17,7 +18,6 @@ from qaic_ray.files.documents import shown, user_path
 from qaic_ray.files.folders import building, locked
 from qaic_ray.limits import CARDS, CardLimits, card_limits, version_of
 from qaic_ray.options import EmulatorOptions
-from qaic_ray.pipeline.artifact_checks import cards_of
 from qaic_ray.sdk import find_sdk
 
 
