@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 
-.PHONY: demo test test-all test-unit test-cluster test-slow check wheel install clean
+.PHONY: docs demo test test-all test-unit test-cluster test-slow test-pages check wheel install clean
 
 install: .venv/.installed
 
@@ -26,11 +26,20 @@ test-cluster: install
 test-slow: install
 	scripts/test slow
 
+# Every page of the documentation, typed from top to bottom; one: scripts/test tests/pages -k quickstart
+test-pages: install
+	scripts/test tests/pages
+
 test-all: install
 	scripts/test all
 
 check: install
 	scripts/check
+
+# The pages of docs/ as a site in site/, to be opened as files or served; no network is needed.
+docs: install
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
+	@echo "site/index.html is the first page."
 
 # The package as a file, as configs/cluster/dl2q.yaml carries it to the nodes of a cluster.
 wheel: install
@@ -38,4 +47,4 @@ wheel: install
 	.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf .venv build dist qpc runs *-kv
+	rm -rf .venv build dist site qpc runs *-kv

@@ -6,7 +6,8 @@
         outputs = llm.generate(["The capital of France is"], qaic_ray.SamplingParams(max_tokens=8))
 
 Importing the package loads nothing heavy: no ray, torch, onnxruntime or transformers. Each name is
-found where it stands when it is first asked for; `__init__.pyi` has their types (docs/python.md).
+found where it stands when it is first asked for; `__init__.pyi` has their types. How they are used:
+docs/how-to/python.md.
 """
 
 from __future__ import annotations

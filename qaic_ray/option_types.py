@@ -7,20 +7,28 @@ job files and the reference page are made from sections.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import Enum
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+)
 from pydantic.fields import FieldInfo
 
+from qaic_ray import option_schemas as schemas
 from qaic_ray.contract import MAX_SIZE
 from qaic_ray.errors import UsageError
 from qaic_ray.files.documents import shown, user_path
 from qaic_ray.limits import MAX_CORES
+from qaic_ray.option_schemas import OneOrSeveral, one_of
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Section")
@@ -88,7 +96,8 @@ class Opt:
     with commas. Of one with `off` only the opposite is a flag, and this is its help. `free` ones
     may be said anew of a run that goes on. `environment` are variables that are read where the flag
     is absent. `completes` is what a shell offers for its value. Nobody is shown a `hidden` flag.
-    `allowed` ends the sentence that refuses a value.
+    `allowed` ends the sentence that refuses a value. The help shows an `example`;
+    `sample` is a value as a job has it, which the reference shows where there is no example.
     """
 
     help: str
@@ -99,6 +108,7 @@ class Opt:
     argument: str = ""
     shown: str = ""
     example: str = ""
+    sample: Any = None
     allowed: str = ""
     environment: tuple[str, ...] = ()
     completes: Literal["", "models", "runs"] = ""
@@ -125,10 +135,12 @@ def opt(default: Any, help: str, **more: Any) -> Any:
 class Section(BaseModel):
     """Options that belong together: frozen, and with no key but its own.
 
-    `GROUP` is the panel of its options in the help.
+    `GROUP` is the panel of its options in the help. `RULES` say, as parts of a JSON schema, what no
+    field says alone; they are for editors, and a test compares them with what is refused.
     """
 
     GROUP: ClassVar[str] = ""
+    RULES: ClassVar[tuple[dict[str, Any], ...]] = ()
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
@@ -182,7 +194,7 @@ class OptionValue:
     @property
     def is_path(self) -> bool:
         """Whether it is a path."""
-        return any(getattr(entry, "func", None) is _path for entry in self.metadata)
+        return any(getattr(entry, "func", None) is as_path for entry in self.metadata)
 
     @property
     def item(self) -> Any:
@@ -259,7 +271,8 @@ def _share(value: Any) -> Any:
     return float(value)
 
 
-def _path(value: Any) -> Any:
+def as_path(value: Any) -> Any:
+    """A path with `~` expanded; any other value as it is."""
     if not isinstance(value, str):
         return value
     try:
@@ -275,7 +288,7 @@ def is_template(text: str) -> bool:
 
 
 def _template(value: Any) -> Any:
-    return value if isinstance(value, str) and is_template(value) else _path(value)
+    return value if isinstance(value, str) and is_template(value) else as_path(value)
 
 
 def as_tuple(value: Any) -> Any:
@@ -328,28 +341,31 @@ def _device_ids(value: Any) -> Any:
     return _once(ids)
 
 
-def one_of(known: Iterable[str]) -> BeforeValidator:
-    """The check that a word is among the known ones; case does not matter."""
-    words = tuple(known)
-
-    def check(value: Any) -> Any:
-        word = value.lower() if isinstance(value, str) else value
-        if word not in words:
-            raise ValueError(f"must be one of {', '.join(words)}, not {shown(value)}")
-        return word
-
-    return BeforeValidator(check)
-
-
 PositiveInt = Annotated[int, Field(ge=1, le=MAX_SIZE), BeforeValidator(_whole_number)]
 Count = Annotated[int, Field(ge=0, le=MAX_SIZE), BeforeValidator(_whole_number)]
-NumCores = Annotated[int, AfterValidator(_num_cores), BeforeValidator(_whole_number)]
+NumCores = Annotated[
+    int,
+    AfterValidator(_num_cores),
+    BeforeValidator(_whole_number),
+    WithJsonSchema(schemas.NUM_CORES),
+]
 Share = Annotated[float | str, AfterValidator(_share)]
-PathText = Annotated[str, BeforeValidator(_path)]
+PathText = Annotated[str, BeforeValidator(as_path)]
 TemplateText = Annotated[str, BeforeValidator(_template)]
 PrecisionName = Annotated[Precision, one_of(known.value for known in Precision)]
-PromptLen = Annotated[int | str, BeforeValidator(_prompt_len)]
-Listed = Annotated[tuple[T, ...], BeforeValidator(as_tuple), AfterValidator(_once)]
-Words = Annotated[tuple[T, ...], BeforeValidator(as_tuple)]
-Devices = Annotated[Literal["all"] | tuple[int, ...], BeforeValidator(_device_ids)]
-Date = Annotated[str, AfterValidator(lambda text: datetime.fromisoformat(text).isoformat())]
+PromptLen = Annotated[int | str, BeforeValidator(_prompt_len), WithJsonSchema(schemas.PROMPT_LEN)]
+Listed = Annotated[
+    tuple[T, ...],
+    BeforeValidator(as_tuple),
+    AfterValidator(_once),
+    OneOrSeveral(minItems=1, maxItems=MAX_LISTED),
+]
+Words = Annotated[tuple[T, ...], BeforeValidator(as_tuple), OneOrSeveral(maxItems=MAX_LISTED)]
+Devices = Annotated[
+    Literal["all"] | tuple[int, ...], BeforeValidator(_device_ids), WithJsonSchema(schemas.DEVICES)
+]
+Date = Annotated[
+    str,
+    AfterValidator(lambda text: datetime.fromisoformat(text).isoformat()),
+    WithJsonSchema(schemas.DATE),
+]

@@ -109,7 +109,8 @@ class Prompt:
 
     Where there are `messages`, they are the prompt, and `text` is the user's last message, which
     the row shows. Where there are `token_ids`, the model is given them as they are. `sampling` None
-    means the run's, and so does `chat`. With `stream` its tokens are told while they come;
+    means the run's, and so does `chat`. Where the row draws tokens at random, its seed is made of
+    `draw`, or of `index` where that is None. With `stream` its tokens are told while they come;
     `background` is work that nobody waits for, and gives way to the rest. Neither changes an
     answer.
     """
@@ -123,6 +124,7 @@ class Prompt:
     stream: bool = False
     token_ids: tuple[int, ...] | None = None
     background: bool = False
+    draw: int | None = None
 
 
 @dataclass(frozen=True)

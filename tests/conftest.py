@@ -45,6 +45,7 @@ GROUPS = {
         "tests/check/test_known_good",
     ),
     "model": ("tests/smollm2/",),
+    "pages": ("tests/pages/",),
 }
 """Of tests that share what is dear, begun before all others: a Ray, an export and the Rays of
 commands, the QPCs of `tiny`, SmolLM2."""

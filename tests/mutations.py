@@ -60,7 +60,7 @@ def _changed(value: Any, rng: random.Random) -> Any:
     """One place of a value made odd."""
     holders = list(_holders(value))
     if not holders or rng.random() < 0.05:
-        return rng.choice(ODD)
+        return copy.deepcopy(rng.choice(ODD))
     holder = rng.choice(holders)
     keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
     key = rng.choice(keys)
@@ -68,7 +68,7 @@ def _changed(value: Any, rng: random.Random) -> Any:
     if kind == 0:
         del holder[key]
     elif kind == 1 and isinstance(holder, dict):
-        holder[rng.choice(["", "x", "k" * 3000, key + "s"])] = rng.choice(ODD)
+        holder[rng.choice(["", "x", "k" * 3000, key + "s"])] = copy.deepcopy(rng.choice(ODD))
     elif kind == 2:
         deep: Any = holder[key]
         for _ in range(rng.choice((1, 50, 400))):

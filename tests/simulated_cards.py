@@ -91,6 +91,7 @@ class SimulatedCards:
     this prompt kills this card; `hangs(card, prompt)`: the card says nothing more. `open_s[i]`
     None: card i cannot be opened. `slowness[card]`: so many times slower. `mean_life_s`: cards die
     at random after so long in the mean, from `seed`. `progress_s`: steps are told so often.
+    `answer` makes the row of a prompt, on a card, at an attempt.
     """
 
     open_s: Sequence[float | None]
@@ -102,6 +103,7 @@ class SimulatedCards:
     mean_life_s: float | None = None
     progress_s: float | None = None
     seed: int = 0
+    answer: Callable[[Prompt, str, int], Row] = answer
     now_s: float = 0.0
     ran: list[RunShard] = field(default_factory=list)
     replaced: list[tuple[float, str, int]] = field(default_factory=list)
@@ -228,7 +230,7 @@ class SimulatedCards:
             card.free -= 1
             seconds = self.seconds_of(prompt) * self.slowness.get(worker, 1.0)
             self.busy_s[worker] += seconds
-            row = answer(prompt, worker, attempt)
+            row = self.answer(prompt, worker, attempt)
             self._later(seconds, RowsFinished(worker, shard_id, (row,)))
 
     def _later(self, seconds: float, event: Event) -> None:

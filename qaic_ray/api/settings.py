@@ -239,5 +239,5 @@ def _unknown(name: str) -> str:
     own = [known for known in LlmSettings.__dataclass_fields__ if known != "others"]
     known = sorted({*own, *_GENERATION, *_REFUSED, *NO_EFFECT, "tokenizer"})
     near = difflib.get_close_matches(name[:100], known, n=1)
-    hint = f"did you mean {near[0]}?" if near else "docs/python.md lists what LLM takes."
+    hint = f"did you mean {near[0]}?" if near else "docs/how-to/python.md lists what LLM takes."
     return f"LLM has no argument {shown(name)}: {hint}"

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,8 +23,9 @@ from qaic_ray.cli.launching import (
     with_ray,
 )
 from qaic_ray.cli.looking import looking
+from qaic_ray.cli.merging import merge
 from qaic_ray.cli.monitoring import monitoring
-from qaic_ray.cli.new_job import demo, init
+from qaic_ray.cli.new_job import demo, init, schema
 from qaic_ray.cli.reporting import report
 from qaic_ray.cli.serving import key, serve
 from qaic_ray.errors import UsageError
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from qaic_ray.pipeline.request import RunRequest, SdkChoice
 
 
-__all__ = ["Interrupted", "app", "switches"]
+__all__ = ["Interrupted", "app", "command_tree", "switches"]
 
 emulator_app = typer.Typer(
     cls=Commands,
@@ -268,9 +269,19 @@ qaic-ray init tour --from chat --model org/model""",
 )(init)
 command(
     app,
+    example="""qaic-ray schema
+qaic-ray schema mine.yaml""",
+)(schema)
+command(
+    app,
     example="""qaic-ray report smollm2-20261129-090500
 qaic-ray report runs/before runs/after -o both.html""",
 )(report)
+command(
+    app,
+    example="""qaic-ray merge 'shards/run-*' -o merged
+qaic-ray merge runs/a runs/b -o merged --output-parts s3://bucket/merged""",
+)(merge)
 command(app, example="qaic-ray monitoring ./monitoring")(monitoring)
 command(
     app,
@@ -333,3 +344,8 @@ def emulator_run(
     except OSError as error:
         raise UsageError(f"Cannot run {words[0]}: {error.strerror}.") from error
     raise typer.Exit(code if code >= 0 else 128 - code)
+
+
+def command_tree() -> Any:
+    """All commands, as click has them."""
+    return typer.main.get_command(app)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qaic_ray.cli.launching import launch_here, live_screen, with_ray
+from qaic_ray.files.documents import user_path
 
 if TYPE_CHECKING:
     from qaic_ray import options
@@ -90,4 +91,34 @@ def init(
         "like, then\n\n"
         f"    qaic-ray plan {file}      # what it would compile\n"
         f"    qaic-ray launch {file}    # export, compile, run on every card, report\n"
+    )
+
+
+def schema(
+    show: parameters.JsonOptions,
+    job: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[JOB]",
+            help="A job file of yours: the schema is written beside it, and its first line names "
+            "it, so that editors check and complete it.",
+            show_default="print the schema",
+        ),
+    ] = None,
+) -> None:
+    """Print the JSON schema of job files, or give it to a job for editors."""
+    from qaic_ray.cli.screen import write
+    from qaic_ray.files.documents import json_text
+    from qaic_ray.shipped.job_schema import give_schema, job_schema, schema_text
+
+    if job is None:
+        write(json_text(job_schema()) + "\n" if show.as_json else schema_text())
+        return
+    written = give_schema(user_path(job, "JOB"))
+    if show.as_json:
+        write(json_text({"job": str(job), "schema": str(written)}) + "\n")
+        return
+    write(
+        f"Editors with a YAML language server check {job} by {written.name} beside it, and "
+        "complete its keys.\n"
     )

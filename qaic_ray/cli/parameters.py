@@ -35,7 +35,7 @@ GENERAL = "General"
 _RUNS = options.RunOptions.model_fields["output"].default
 
 JOB_KEYS = (
-    *("model.name", "run.prompt", "run.prompts", "run.generation_len"),
+    *("model.name", "run.prompt", "run.prompts", "run.shard", "run.generation_len"),
     *("run.devices", "sdk", "run.output"),
 )
 """Keys of a job that have flags in the commands that take one; `--set` changes any."""
@@ -47,15 +47,20 @@ class ProgramOptions(Section):
     GROUP: ClassVar[str] = PROGRAM
 
     model_name: PathText | None = opt(
-        None, options.MODEL_HELP, argument="[MODEL]", **options.MODEL_NAMES
+        None, options.MODEL_HELP, argument="[MODEL]", **options.MODEL_NAMES, sample="smollm2-135m"
     )
     text: str | None = opt(
-        None, "One prompt, in which a | is text.", argument="[PROMPT]", hidden=True
+        None,
+        "One prompt, in which a | is text.",
+        argument="[PROMPT]",
+        hidden=True,
+        sample="The capital of France is",
     )
     qpc: PathText | None = opt(
         None,
         "Folder of a compiled variant; without it one is made, in the user's cache, and found "
         "there the next time.",
+        sample="qpc/my-llama",
     )
 
 
@@ -65,9 +70,12 @@ class PrepareOptions(options.VariantChoice):
     GROUP: ClassVar[str] = "The program that is made where no --qpc is given"
 
     precision: PrecisionName | None = opt(None, "How weights are kept on the card.", shown="mx6")
-    num_cores: NumCores | None = opt(None, "NSPs of the program.", shown="all of a card")
+    num_cores: NumCores | None = opt(None, "NSPs of the program.", shown="all of a card", sample=7)
     batch_size: PositiveInt | None = opt(
-        None, "Prompts that a card answers side by side.", shown="1 for one prompt, else 8"
+        None,
+        "Prompts that a card answers side by side.",
+        shown="1 for one prompt, else 8",
+        sample=8,
     )
 
 
@@ -83,9 +91,13 @@ class ServedOptions(Section):
         argument="[TARGET]",
         flag="--target",
         hidden=True,
+        sample="smollm2-135m",
     )
     model_name: PathText | None = opt(
-        None, "With the folder of a QPC: its model.", **{**options.MODEL_NAMES, "argument": ""}
+        None,
+        "With the folder of a QPC: its model.",
+        **{**options.MODEL_NAMES, "argument": ""},
+        sample="org/model",
     )
 
 
@@ -96,6 +108,7 @@ class ShapesOptions(Section):
         None,
         "A specializations.json, in place of the options for shapes below; the one of this "
         "folder is used where none of them is given.",
+        sample="specializations.json",
     )
 
 
@@ -111,6 +124,7 @@ class ResumeOptions(Section):
         bare=RESUME_LAST,
         completes="runs",
         free=True,
+        sample="runs/mine-20261129-090500",
     )
     retry_errors: bool = opt(False, "With --resume: its rows of errors once more.", free=True)
 
@@ -168,12 +182,14 @@ class SubmitOptions(Section):
         "Where the job's relative paths start, on the machine that runs it.",
         metavar="PATH",
         shown="this folder",
+        sample="/shared/me",
     )
     python: str | None = opt(
         None,
         "With --detach: the Python on the cluster's head that has qaic-ray.",
         metavar="PATH",
         shown="this one's path",
+        sample="/opt/qaic-ray/bin/python",
     )
     send_prompts: bool = opt(
         True, "With --detach: send the prompts file, or read it at its path there."
@@ -184,7 +200,10 @@ class DemoOptions(Section):
     """Where the demonstration runs, and on which cards."""
 
     folder: PathText | None = opt(
-        None, "Where its model, QPCs and run are kept.", shown="demo in the user's cache"
+        None,
+        "Where its model, QPCs and run are kept.",
+        shown="demo in the user's cache",
+        sample="demo",
     )
     devices: Devices = opt((0, 1, 2, 3), "Ids of cards, or all.", flag="--device-id")
 
@@ -197,6 +216,7 @@ class JobsOptions(Section):
         "The cluster's dashboard, http://host:8265, or its head, host:6379.",
         environment=("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"),
         shown="this machine's cluster",
+        sample="http://127.0.0.1:8265",
     )
 
 
@@ -224,6 +244,31 @@ class PageOptions(Section):
         short="-o",
         metavar="FILE",
         shown="report.html of the run's folder",
+        sample="both.html",
+    )
+
+
+class MergeOptions(Section):
+    """Where the rows of shards are joined."""
+
+    output: PathText = opt(
+        ...,
+        "Folder to make: outputs.jsonl, errors.jsonl and proof.json; an earlier merge there is "
+        "replaced.",
+        short="-o",
+        metavar="FOLDER",
+        sample="merged",
+    )
+    output_parts: PathText | None = opt(
+        None,
+        "Also write the rows as parquet part files, into this folder or URI.",
+        metavar="FOLDER",
+        sample="s3://bucket/answers",
+    )
+    part_rows: PositiveInt = opt(
+        options.RunOptions.model_fields["part_rows"].default,
+        "Rows of a part file.",
+        sample=20_000,
     )
 
 
@@ -233,18 +278,24 @@ class CheckOptions(Section):
     GROUP: ClassVar[str] = PROGRAM
 
     sdk_version: str | None = opt(
-        None, "Apps version of the compiler.", metavar="VERSION", shown="that of the SDK here"
+        None,
+        "Apps version of the compiler.",
+        metavar="VERSION",
+        shown="that of the SDK here",
+        sample="1.20",
     )
     sku: str | None = opt(
         None,
         "Kind of card: standard, pro or ultra.",
         metavar="NAME",
         shown="that of the cards here",
+        sample="standard",
     )
     convert: PathText | None = opt(
         None,
         "New folder for the files that can be converted.",
         metavar="FOLDER",
+        sample="converted",
     )
 
 

@@ -24,6 +24,7 @@ from qaic_ray.option_types import Precision, check_num_cores, prompt_lens
 from qaic_ray.options import CompileOptions
 from qaic_ray.sdk import Sdk
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts
+from qaic_ray.weight_files.content import PointedAt
 
 QPC_FILE = "programqpc.bin"
 QPC_MAGIC = bytes.fromhex("7ccda100")
@@ -40,13 +41,15 @@ class Source:
     """What is compiled: an exported model, as files.
 
     `name` is its folder's (`<base>-kv`); `digest` stands for graph and weights together.
-    `custom_io` is absent for a model whose state is left as the graph has it.
+    `custom_io` is absent for a model whose state is left as the graph has it; `external` are
+    weights that lie in the files of a checkpoint.
     """
 
     name: str
     onnx: Path
     custom_io: Path | None
     digest: str
+    external: PointedAt | None = None
 
 
 @dataclass(frozen=True)

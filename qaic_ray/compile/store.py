@@ -271,8 +271,10 @@ def _compile_into(
     specializations.write_text(text, encoding="utf-8")
     binary_dir = folder / "qpc"
     start_s = time.monotonic()
+    _check_unchanged(variant)
     compiler(variant.argv(sdk, specializations, binary_dir), log)
     check_qpc(binary_dir, log)
+    _check_unchanged(variant)  # the key is of the bytes that were looked at
     for produced in binary_dir.iterdir():
         os.replace(produced, folder / produced.name)
     binary_dir.rmdir()
@@ -286,6 +288,13 @@ def _compile_into(
         "compile_s": round(time.monotonic() - start_s, 3),
     }
     _remember(folder, document, [path.relative_to(folder).as_posix() for path in _files(folder)])
+
+
+def _check_unchanged(variant: Variant) -> None:
+    external = variant.source.external
+    change = "" if external is None else external.change()
+    if change:
+        raise CompileError(f"{change}: compile again, and export again where it is another model.")
 
 
 def _files(folder: Path) -> list[Path]:

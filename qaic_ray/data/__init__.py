@@ -2,7 +2,8 @@
 
     from qaic_ray.data import QAICEngineProcessorConfig, build_processor
 
-A program that was written for `ray.data.llm` changes this import and its config (docs/ray-data.md).
+A program that was written for `ray.data.llm` changes this import and its config: see
+docs/how-to/ray-data.md.
 """
 
 from __future__ import annotations

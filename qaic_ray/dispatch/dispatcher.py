@@ -1,7 +1,7 @@
 """Which worker answers which prompts next: events in, commands out.
 
-`docs/dispatch.md` describes the policy, `policy.py` has its numbers. Retry is decided here and
-nowhere else. What an event costs does not grow with the fleet.
+`docs/explanation/dispatch.md` describes the policy, `policy.py` has its numbers. Retry is decided
+here and nowhere else. What an event costs does not grow with the fleet.
 
 Events and commands are plain frozen data that pickles. Each command that something must come of has
 its events:

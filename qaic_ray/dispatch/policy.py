@@ -1,6 +1,6 @@
 """Every number by which the dispatcher decides, and when by them a prompt is to blame.
 
-`docs/dispatch.md` says how they work together.
+`docs/explanation/dispatch.md` says how they work together.
 """
 
 from __future__ import annotations

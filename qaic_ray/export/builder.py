@@ -43,7 +43,8 @@ class WeightSpec:
 
     `shape` is the one in the graph; with `transpose` the checkpoint's is its reverse. `source` is
     the name in the checkpoint, None for a rotary table. Every block of `copied_rows` rows of the
-    checkpoint (a head) is stored `copies` times, one after the other.
+    checkpoint (a head) is stored `copies` times, one after the other. `dtype` is the type in the
+    graph (of `onnx.TensorProto`) where it is not that of the others.
     """
 
     name: str
@@ -52,6 +53,7 @@ class WeightSpec:
     transpose: bool = False
     copies: int = 1
     copied_rows: int = 1
+    dtype: int | None = None
 
     @property
     def source_shape(self) -> tuple[int, ...]:
@@ -92,8 +94,9 @@ class GraphBuilder:
 
     def weight(self, name: str, shape: tuple[int, ...], *, source: str | None, **how: Any) -> Value:
         """Declare a tensor that is written beside the model; `how` are fields of `WeightSpec`."""
-        self.weights.append(WeightSpec(name, shape, source, **how))
-        return Value(name, self.dtype, shape)
+        spec = WeightSpec(name, shape, source, **how)
+        self.weights.append(spec)
+        return Value(name, spec.dtype or self.dtype, shape)
 
     def constant(self, values: Any, dtype: int = TensorProto.INT64) -> Value:
         """A small constant; equal ones are one initializer."""
@@ -229,7 +232,7 @@ class GraphBuilder:
         `outputs` gives their order.
         """
         made = {value.name: value for value in self._outputs}
-        weights = [Value(w.name, self.dtype, w.shape) for w in self.weights]
+        weights = [Value(w.name, w.dtype or self.dtype, w.shape) for w in self.weights]
         graph = helper.make_graph(
             self._nodes,
             name,

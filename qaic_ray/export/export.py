@@ -25,15 +25,22 @@ from qaic_ray import __version__
 from qaic_ray.contract import past_names, retained
 from qaic_ray.errors import ExportError, UsageError
 from qaic_ray.export.architecture import Architecture, read_architecture, table_blocks
-from qaic_ray.export.builder import PRODUCER
 from qaic_ray.export.check.verify import (
     VerifyReport,
     read_report,
     verify_export,
     write_report,
 )
-from qaic_ray.export.graph import COSINE_TABLE, SINE_TABLE, Simplifier, author, simplifying
-from qaic_ray.export.tensors import read_entries
+from qaic_ray.export.graph import (
+    COSINE_TABLE,
+    SINE_TABLE,
+    AuthoredGraph,
+    Simplifier,
+    author,
+    simplifying,
+)
+from qaic_ray.export.own_folder import GRAPH_FOLDER, check_ours
+from qaic_ray.export.reference import point_at, spec_of
 from qaic_ray.export.weights import (
     Table,
     WeightPlan,
@@ -42,36 +49,28 @@ from qaic_ray.export.weights import (
     weights_sha256,
     write_weights,
 )
-from qaic_ray.files.documents import read_object, shown
+from qaic_ray.files.documents import shown
 from qaic_ray.files.folders import (
     KeptFile,
     SourceFile,
     building,
     first_fault,
-    foreign_files,
     locked,
 )
 from qaic_ray.model.checkpoint import (
     CUSTOM_IO_FILE,
     MANIFEST_FILE,
     MANIFEST_FORMAT,
-    VERIFY_FILE,
     Checkpoint,
     ModelManifest,
     read_manifest,
 )
 from qaic_ray.options import ExportOptions
-
-GRAPH_FOLDER = "generatedModels"
+from qaic_ray.weight_files.spec import WeightPlaces
+from qaic_ray.weight_files.tensors import TensorEntry, read_entries
 
 _TOOLS = ("numpy", "onnx", "onnxsim")
-_OURS = {MANIFEST_FILE, CUSTOM_IO_FILE, VERIFY_FILE}
-_MARKS = {"format", "onnx_file", "weights_sha256", "architecture_sha256", "tool_versions"}
-"""Keys that a manifest of every version has."""
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EROFS)
-_PRODUCER_WITHIN = 64
-"""Bytes at the start of an ONNX file among which is the producer's name."""
-
 
 FULL_PARAMETERS = 2_000_000_000
 """Models below this are compared with PyTorch in all their layers by default."""
@@ -228,6 +227,7 @@ class _Making:
             self._manifest(old.weights_sha256, old.num_clipped).same_making(old)
             and old.files
             and not first_fault(self.folder, old.files)
+            and self._points_as(old)
             and (old.sources == self._sources() or (hashing and self._hashes_as(old)))
         )
         return old if unchanged else None
@@ -241,10 +241,12 @@ class _Making:
 
     def _write(self, folder: Path) -> ModelManifest:
         sources = self._sources()
-        graph = author(self.architecture, self.options)
-        plan = plan_weights(
-            graph.weights, read_entries(self.checkpoint.weight_files), self.options.dtype
-        )
+        entries = read_entries(self.checkpoint.weight_files)
+        graph = self._authored(entries)
+        plan = plan_weights(graph.weights, entries, self.options.dtype)
+        spec = self._spec(graph, entries)
+        if spec is not None:
+            plan = plan.of_tables()
         manifest = self._manifest("", 0)
         onnx_path, data_file = folder / manifest.onnx_file, f"{manifest.onnx_file}.data"
         onnx_path.parent.mkdir()
@@ -259,15 +261,20 @@ class _Making:
             data = pool.submit(KeptFile.of, folder, data_file)
             model = simplified()
         _attach_weights(model, plan, Path(data_file).name)
+        small_files = [manifest.onnx_file, CUSTOM_IO_FILE]
+        if spec is not None:
+            name = point_at(model, spec, onnx_path.parent)
+            small_files.append(f"{GRAPH_FOLDER}/{name}")
         onnx.save(model, onnx_path)
         onnx.checker.check_model(str(onnx_path))
         if self._sources() != sources:
             raise ExportError(f"The weights of {self.checkpoint.name} changed while being read.")
         text = custom_io(self.architecture.num_layers, self.options.kv_dtype)
         (folder / CUSTOM_IO_FILE).write_text(text)
-        small = [KeptFile.of(folder, name) for name in (manifest.onnx_file, CUSTOM_IO_FILE)]
+        small = [KeptFile.of(folder, name) for name in small_files]
+        weights = written.sha256 if spec is None else spec.sha256
         manifest = replace(
-            self._manifest(written.sha256, written.num_clipped), files=(*small, data.result())
+            self._manifest(weights, written.num_clipped), files=(*small, data.result())
         )
         (folder / MANIFEST_FILE).write_text(manifest.to_json())
         return manifest
@@ -292,6 +299,7 @@ class _Making:
             max_position=a.max_position,
             opset=o.graph_opset,
             dtype=o.dtype,
+            weights=o.weights,
             eos_ids=self.checkpoint.eos_ids,
             onnx_file=f"{GRAPH_FOLDER}/{self.folder.name}_fp16_simplified.onnx",
             weights_sha256=weights,
@@ -309,7 +317,32 @@ class _Making:
     def _sources(self) -> tuple[SourceFile, ...]:
         return tuple(SourceFile.of(path) for path in self.checkpoint.weight_files)
 
+    def _authored(self, entries: Mapping[str, TensorEntry]) -> AuthoredGraph:
+        stored = {name: entry.dtype for name, entry in entries.items()}
+        in_place = self.options.weights == "reference"
+        return author(self.architecture, self.options, stored if in_place else None)
+
+    def _spec(
+        self, graph: AuthoredGraph, entries: Mapping[str, TensorEntry]
+    ) -> WeightPlaces | None:
+        """What points at the checkpoint's tensors, where the weights stay there."""
+        if self.options.weights == "copy":
+            return None
+        return spec_of(self.checkpoint, graph.weights, entries)
+
+    def _points_as(self, old: ModelManifest) -> bool:
+        """Whether weights that stay in the checkpoint would be pointed at in the same way."""
+        if self.options.weights == "copy":
+            return True
+        entries = read_entries(self.checkpoint.weight_files)
+        graph = self._authored(entries)
+        plan_weights(graph.weights, entries, self.options.dtype)
+        spec = self._spec(graph, entries)
+        return spec is not None and spec.sha256 == old.weights_sha256
+
     def _hashes_as(self, old: ModelManifest) -> bool:
+        if self.options.weights == "reference":
+            return False  # made again in less time than the weights are read
         entries = read_entries(self.checkpoint.weight_files)
         specs = author(self.architecture, self.options).weights
         hashed = weights_sha256(plan_weights(specs, entries, self.options.dtype))
@@ -329,51 +362,6 @@ def _check_extra(*, has_check: bool) -> None:
             f"An export needs {' and '.join(missing)}, which this Python has not: install what "
             "belongs to it with `pip install 'qaic-ray[export]'`."
         )
-
-
-def check_ours(folder: Path) -> None:
-    """Refuse to replace a folder that is not an export of ours.
-
-    Raises:
-        UsageError: naming what is there.
-    """
-    if not os.path.lexists(folder):
-        return
-    remedy = "choose another --output, or move it away"
-    onnx_file = _exported_file(folder) if folder.is_dir() else None
-    if onnx_file is None:
-        content = sorted(os.listdir(folder)) if folder.is_dir() else [folder.name]
-        if not content:
-            return
-        raise UsageError(
-            f"{folder} exists and is not an exported model of this tool "
-            f"({', '.join(map(shown, content[:3]))}): {remedy}."
-        )
-    ours = {onnx_file, f"{onnx_file}.data", *_OURS}
-    rest = foreign_files(folder, ours.__contains__)
-    if rest:
-        raise UsageError(
-            f"{folder} would be replaced, and holds what no export put there "
-            f"({', '.join(map(shown, rest))}): {remedy}."
-        )
-
-
-def _exported_file(folder: Path) -> str | None:
-    """Name of the graph in an export of ours, of any version; None for any other folder."""
-    try:
-        document = read_object(folder / MANIFEST_FILE)
-    except UsageError:
-        document = {}
-    named = document.get("onnx_file")
-    if isinstance(named, str) and document.keys() >= _MARKS:
-        return named
-    # A damaged manifest beside a graph that says who wrote it.
-    graphs = sorted((folder / GRAPH_FOLDER).glob("*.onnx"))
-    if (folder / MANIFEST_FILE).exists() and len(graphs) == 1 and graphs[0].is_file():
-        with graphs[0].open("rb") as stream:
-            if PRODUCER.encode() in stream.read(_PRODUCER_WITHIN):
-                return f"{GRAPH_FOLDER}/{graphs[0].name}"
-    return None
 
 
 def _attach_weights(model: Any, plan: WeightPlan, location: str) -> None:

@@ -2,6 +2,7 @@
 
 Operators, their order and their names are those of the published Llama exports; every MatMul with
 a weight has it as a constant [K, N] right operand, which is what the compiler can hold in MXFP6.
+Weights that stay in the checkpoint have its shape and type, and a Cast and a Transpose behind them.
 onnxsim runs in a process of its own: it loads torch, and weights can be written meanwhile.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,11 @@ COSINE_TABLE = "model.cos_cached"
 SINE_TABLE = "model.sin_cached"
 
 _TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+_STORED_TYPES = {
+    "F32": TensorProto.FLOAT,
+    "F16": TensorProto.FLOAT16,
+    "BF16": TensorProto.BFLOAT16,
+}
 _INT64_MAX = 2**63 - 1
 
 Simplifier = Callable[
@@ -56,8 +62,15 @@ class AuthoredGraph:
     weights: tuple[WeightSpec, ...]
 
 
-def author(architecture: Architecture, options: ExportOptions) -> AuthoredGraph:
+def author(
+    architecture: Architecture, options: ExportOptions, stored: Mapping[str, str] | None = None
+) -> AuthoredGraph:
     """Write the graph of a decoder.
+
+    Args:
+        architecture: of the decoder.
+        options: of the export.
+        stored: safetensors' type of each tensor by its name, where weights stay in the checkpoint.
 
     Raises:
         UsageError: its heads cannot be shared out as the options say.
@@ -69,8 +82,8 @@ def author(architecture: Architecture, options: ExportOptions) -> AuthoredGraph:
             f"share one of the model's key and value heads; {num_copies} does not."
         )
     g = GraphBuilder(_TYPES[options.dtype])
-    stored = replace(architecture, num_kv_heads=architecture.num_kv_heads * num_copies)
-    decoder = _Decoder(g, stored, options)
+    cached = replace(architecture, num_kv_heads=architecture.num_kv_heads * num_copies)
+    decoder = _Decoder(g, cached, options, stored)
     decoder.write()
     functions = []
     if options.io is IoContract.POSITION_IDS:
@@ -96,9 +109,16 @@ def output_names(architecture: Architecture, options: ExportOptions) -> list[str
 
 
 class _Decoder:
-    def __init__(self, g: GraphBuilder, architecture: Architecture, options: ExportOptions) -> None:
+    def __init__(
+        self,
+        g: GraphBuilder,
+        architecture: Architecture,
+        options: ExportOptions,
+        stored: Mapping[str, str] | None,
+    ) -> None:
         self._g = g
         self._a = architecture
+        self._stored = stored
         self._options = options
         self._contract = (
             CacheIndexContract(g, architecture, options)
@@ -108,8 +128,10 @@ class _Decoder:
 
     def write(self) -> None:
         g, a = self._g, self._a
-        embedding = self._weight("model.embed_tokens.weight", a.vocab_size, a.hidden_size)
+        name = "model.embed_tokens.weight"
+        embedding = self._place(name, (a.vocab_size, a.hidden_size), name)
         hidden = g.gather("/model/embed_tokens", embedding, self._contract.input_ids)
+        hidden = g.cast("/model/embed_tokens", hidden, g.dtype)
         hidden = self._scaled("/model", hidden, a.embedding_multiplier)
         self._rotary = (self._table(COSINE_TABLE), self._table(SINE_TABLE))
         for layer in range(a.num_layers):
@@ -211,9 +233,7 @@ class _Decoder:
         """The graph's first output: logits of the chosen tokens, or their most likely ids."""
         g, a = self._g, self._a
         source = "model.embed_tokens.weight" if a.tied_embeddings else "lm_head.weight"
-        weight = g.weight(
-            "lm_head.weight", (a.hidden_size, a.vocab_size), source=source, transpose=True
-        )
+        weight = self._right_operand("lm_head", source, (a.hidden_size, a.vocab_size))
         shape, float32 = (*hidden.shape[:-1], a.vocab_size), TensorProto.FLOAT
         # The result that is the output of the graph has to be made under the output's name.
         name = None if self._options.next_tokens else contract.LOGITS
@@ -248,22 +268,38 @@ class _Decoder:
         g, scope, dim = self._g, _scope(module), self._a.head_dim if copies > 1 else 1
         source = f"{module}.weight"
         rows = int(value.shape[-1] or 0)
-        weight = g.weight(
-            source, (rows, width), source=source, transpose=True, copies=copies, copied_rows=dim
-        )
+        weight = self._right_operand(module, source, (rows, width), copies=copies, copied_rows=dim)
         product = g.matmul(scope, value, weight)
         if not bias:
             return product
         source = f"{module}.bias"
-        added = g.weight(source, (width,), source=source, copies=copies, copied_rows=dim)
+        added = self._weight(source, width, copies=copies, copied_rows=dim)
         return g.elementwise("Add", scope, added, product)
 
     def _norm(self, module: str, value: Value, width: int) -> Value:
         weight = self._weight(f"{module}.weight", width)
         return self._contract.norm(_scope(module), value, weight, self._a.rms_norm_eps)
 
-    def _weight(self, name: str, *shape: int) -> Value:
-        return self._g.weight(name, shape, source=name)
+    def _weight(self, name: str, *shape: int, **how: int) -> Value:
+        """A weight in the type that is computed with."""
+        scope = _scope(name.rpartition(".")[0])
+        return self._g.cast(scope, self._place(name, shape, name, **how), self._g.dtype)
+
+    def _right_operand(self, module: str, source: str, shape: tuple[int, int], **how: int) -> Value:
+        """[K, N], the weight of a MatMul; the checkpoint has [N, K]."""
+        name, scope = f"{module}.weight", _scope(module)
+        if self._stored is None:
+            return self._place(name, shape, source, transpose=True, **how)
+        g, rows = self._g, self._place(name, shape[::-1], source)
+        return g.transpose(scope, g.cast(scope, rows, g.dtype), [1, 0])
+
+    def _place(self, name: str, shape: tuple[int, ...], source: str, **how: Any) -> Value:
+        """A weight as it is stored."""
+        # A tensor that is missing is found when the weights are planned.
+        kind = None if self._stored is None else self._stored.get(source)
+        return self._g.weight(
+            name, shape, source=source, dtype=_STORED_TYPES.get(kind or ""), **how
+        )
 
     def _table(self, name: str) -> Value:
         """[batch, 1, seq, head_dim]: the rows of a rotary table for every token."""

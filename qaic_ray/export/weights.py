@@ -21,7 +21,8 @@ import numpy.typing as npt
 from qaic_ray.errors import CheckpointError
 from qaic_ray.export.architecture import Architecture
 from qaic_ray.export.builder import WeightSpec
-from qaic_ray.export.tensors import ITEM_BYTES, Array, Converter, TensorEntry, read_into
+from qaic_ray.export.conversion import Array, Converter
+from qaic_ray.weight_files.tensors import ITEM_BYTES, TensorEntry, read_into
 
 ALIGNMENT_BYTES = 4096
 """Of every tensor's offset, so that readers can map it."""
@@ -81,6 +82,11 @@ class WeightPlan:
         """Size of the external data file."""
         last = self.placements[-1]
         return last.offset + last.num_bytes
+
+    def of_tables(self) -> WeightPlan:
+        """The plan of what no file of the checkpoint holds, which stands in front."""
+        tables = tuple(place for place in self.placements if place.spec.source is None)
+        return replace(self, placements=tables)
 
     def by_source(self) -> dict[str, list[Placement]]:
         """The places of each tensor of the checkpoint, in the order of its files."""

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qaic_ray.errors import QaicRayError, UsageError
 
 if TYPE_CHECKING:
-    from pydantic import ValidationError
+    from pydantic import TypeAdapter, ValidationError
     from yaml import SafeLoader
 
 MAX_DOCUMENT_BYTES = 64 * 2**20
@@ -186,14 +186,23 @@ def checked(
         source: names it in errors.
         raises: the error to raise.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(kind).validate_python(value)
+        adapter: TypeAdapter[T] = _adapter(cast("Any", kind))
+        return adapter.validate_python(value)
     except ValidationError as error:
         raise raises(f"{source}: {first_error(error)}") from error
     except RecursionError as error:
         raise raises(f"{source} is nested too deep to be read.") from error
+
+
+@lru_cache(maxsize=64)
+def _adapter(kind: Any) -> Any:
+    """pydantic's reader of a type: made in milliseconds, so once."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def first_error(error: ValidationError) -> str:

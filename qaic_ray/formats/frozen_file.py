@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from qaic_ray.errors import QaicRayError
 
@@ -23,6 +23,17 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 2**20
 _DIGEST_BYTES = 8
 _KEPT_BLOCKS = 8
+
+
+class KnownFile(Protocol):
+    """A file whose content is known well enough to notice that it has become another one."""
+
+    def open(self) -> io.BufferedReader:
+        """The content as a seekable file, whose reading raises InputChanged where it differs.
+
+        Raises:
+            OSError: it cannot be opened any more.
+        """
 
 
 class InputChanged(QaicRayError):

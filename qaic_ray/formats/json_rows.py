@@ -24,6 +24,7 @@ from qaic_ray.errors import RowError
 from qaic_ray.formats import lines
 from qaic_ray.formats.lines import PromptInput
 from qaic_ray.formats.row_fields import Document, as_type, check_unicode, json_type
+from qaic_ray.formats.row_range import ALL_ROWS, RowRange
 from qaic_ray.formats.row_reader import Draft, OwnFields
 from qaic_ray.rows import Prompt, Row
 
@@ -43,8 +44,9 @@ def prompts_from_json(
     own: OwnFields,
     *,
     only_requests: bool = False,
+    rows: RowRange = ALL_ROWS,
 ) -> Iterator[Prompt | Row]:
-    """An item for each document.
+    """An item for each document that is read.
 
     Args:
         name: of the input and of what a document is in it, for its error rows: `p.jsonl line`.
@@ -52,6 +54,7 @@ def prompts_from_json(
         own: the fields that the run says.
         only_requests: all are requests of the OpenAI batch format; otherwise those are that have a
             `custom_id` or a `body`, and neither `prompt` nor `messages`.
+        rows: which documents are read.
     """
     requests = BatchRequests(own)
 
@@ -60,7 +63,7 @@ def prompts_from_json(
         read = requests.read if only_requests or is_request(document) else own.read_row
         return read(draft, document)
 
-    for index, text in enumerate(documents):
+    for index, text in rows.of(documents):
         yield Draft(index, text).read(prompt, None, f"{name} {index + 1}: ")
 
 

@@ -24,7 +24,7 @@ from qaic_ray.errors import QaicRayError, UsageError
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-    from qaic_ray.formats.frozen_file import FrozenFile
+    from qaic_ray.formats.frozen_file import KnownFile
 
 STDIN = "-"
 
@@ -38,6 +38,7 @@ MAX_SKIPPED_BYTES = 2**30
 _LOOK_BYTES = 2**16  # how far a format is looked for
 _BUFFER_BYTES = 2**16
 _LONGEST_MAGIC = 6
+_MAX_REASON_CHARS = 300  # a remote file's error may hold the server's whole answer
 
 _GZIP = b"\x1f\x8b"
 _BZIP2 = b"BZh"
@@ -68,6 +69,10 @@ _ZSTD_BLOCK_BYTES = 4096
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
 
 
+class EmptyInput(UsageError):
+    """There are no prompts in an input."""
+
+
 def check_readable(path: str) -> None:
     """Check that a prompts file can be opened.
 
@@ -92,6 +97,7 @@ class PromptInput:
     Args:
         path: of the file, or `-`.
         frozen: the file as it was when the run began; without it, it is read as it is.
+        name: how error rows name it; empty for the file's own name.
 
     Raises:
         UsageError: for a packing that cannot be read.
@@ -101,9 +107,9 @@ class PromptInput:
     last = ""
     """What was read last, for the error of an input that breaks off: `line 7`."""
 
-    def __init__(self, path: str, frozen: FrozenFile | None = None) -> None:
+    def __init__(self, path: str, frozen: KnownFile | None = None, name: str = "") -> None:
         self.path = path
-        self.name = "stdin" if path == STDIN else PurePath(path).name
+        self.name = name or ("stdin" if path == STDIN else PurePath(path).name)
         """How error rows name it."""
         self._frozen = frozen
         self.head = b""
@@ -207,11 +213,12 @@ def _endless() -> str:
 def cannot_read(path: str, last: str, error: Exception) -> QaicRayError:
     """The error of an input that breaks off; `last` is what was read last, if anything."""
     past = f" past {last}" if last else ""
-    reason = getattr(error, "strerror", None) or str(error).removesuffix(".")
+    reason = getattr(error, "strerror", None) or str(error)
+    reason = " ".join(reason.split())[:_MAX_REASON_CHARS].removesuffix(".")
     return QaicRayError(f"The prompts in {path} cannot be read{past}: {reason}.")
 
 
-def _opened(path: str, frozen: FrozenFile | None) -> io.BufferedReader:
+def _opened(path: str, frozen: KnownFile | None) -> io.BufferedReader:
     if path != STDIN:
         return open(path, "rb") if frozen is None else frozen.open()
     if sys.stdin is None:

@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.formats.frozen_file import FrozenFile
+from qaic_ray.formats.delimited import csv_records, prompts_from_csv
+from qaic_ray.formats.frozen_file import KnownFile
 from qaic_ray.formats.json_rows import array_items, json_object, prompts_from_json
-from qaic_ray.formats.lines import STDIN, PromptInput, check_readable
+from qaic_ray.formats.lines import STDIN, EmptyInput, PromptInput, check_readable
+from qaic_ray.formats.row_range import ALL_ROWS, RowRange
 from qaic_ray.formats.row_reader import DEFAULT_CHAT, Draft, OwnFields
-from qaic_ray.formats.tables import prompts_from_csv, prompts_from_parquet
+from qaic_ray.formats.tables import check_parquet, open_parquet, prompts_from_parquet
 from qaic_ray.option_types import PromptFormat
 from qaic_ray.rows import ChatOptions, Prompt, Row
 from qaic_ray.sampling_params import SamplingParams
@@ -90,7 +92,7 @@ def one_prompt(text: str) -> str:
 
 def prompts_from_text(text: str) -> Iterator[Prompt | Row]:
     """The prompts of a `--prompt` argument; an empty piece is an error row."""
-    return _numbered(split_prompts(text))
+    return _numbered(enumerate(split_prompts(text)))
 
 
 def prompts_from_file(
@@ -99,7 +101,9 @@ def prompts_from_file(
     sampling: SamplingParams = GREEDY,
     chat: ChatOptions = DEFAULT_CHAT,
     *,
-    frozen: FrozenFile | None = None,
+    frozen: KnownFile | None = None,
+    name: str = "",
+    rows: RowRange = ALL_ROWS,
 ) -> Iterator[Prompt | Row]:
     r"""The prompts of a file, or of stdin for `-`; one item a line, so that index = line - 1.
 
@@ -114,6 +118,8 @@ def prompts_from_file(
         sampling: the run's, for what a row's own fields leave open.
         chat: the run's, likewise.
         frozen: the file as it was when the run began; without it, it is read as it is.
+        name: how error rows name it; empty for the file's own name.
+        rows: which of the rows are read; their indexes are those of the file.
 
     Raises:
         UsageError: at once, when there is no such file, or none that may be read, or one without
@@ -122,25 +128,77 @@ def prompts_from_file(
     """
     path = os.fspath(path)
     own = OwnFields(sampling, chat)
-    if path != STDIN:
-        check_readable(path)
-    if path == STDIN or not os.path.isfile(path):
-        # A stream is opened once: what is read to look at it is gone.
-        return _items(PromptInput(path), own, prompt_format)
-    if (prompt_format or _kind_of_file(path)) is PromptFormat.PARQUET:
-        return prompts_from_parquet(path, own, frozen)
+    source = PromptInput(path, frozen, name)
+    if frozen is None:
+        if path != STDIN:
+            check_readable(path)
+        if path == STDIN or not os.path.isfile(path):
+            # A stream is opened once: what is read to look at it is gone.
+            return _items(source, own, prompt_format, rows=rows)
+    if _kind_of_file(path, prompt_format, frozen) is PromptFormat.PARQUET:
+        return prompts_from_parquet(path, own, frozen, name=source.name, rows=rows)
+    with source:
+        known = _recognise(source, prompt_format)
+    return _items(PromptInput(path, frozen, name), own, prompt_format, known, rows=rows)
+
+
+def check_prompts_file(path: str, prompt_format: PromptFormat | None, frozen: KnownFile) -> None:
+    """See what a look at the beginning of a file tells.
+
+    Raises:
+        UsageError: as `prompts_from_file` at once.
+    """
+    if _kind_of_file(path, prompt_format, frozen) is PromptFormat.PARQUET:
+        check_parquet(path, frozen)
+        return
+    with PromptInput(path, frozen) as source:
+        _recognise(source, prompt_format)
+
+
+def count_rows(
+    path: str, prompt_format: PromptFormat | None = None, frozen: KnownFile | None = None
+) -> int:
+    """How many items `prompts_from_file` gives of a regular file, without what they hold.
+
+    Raises:
+        QaicRayError: as reading them does.
+    """
+    if _kind_of_file(path, prompt_format, frozen) is PromptFormat.PARQUET:
+        with open_parquet(path, frozen) as table:
+            return int(table.metadata.num_rows)
     with PromptInput(path, frozen) as source:
         known = _recognise(source, prompt_format)
-    return _items(PromptInput(path, frozen), own, prompt_format, known)
+        rows: Iterable[object] = source.lines()
+        if known.is_array:
+            rows = array_items(source)
+        elif known.form in (PromptFormat.CSV, PromptFormat.TSV):
+            _, _, rows = csv_records(source, known.form)
+        return sum(1 for _ in rows)
 
 
-def _kind_of_file(path: str) -> PromptFormat | None:
-    """PARQUET, or what the name says."""
+def has_known_name(name: str) -> bool:
+    """Whether a file's name says that it holds prompts: it ends as one of the formats, or bare."""
+    suffix = _suffix(name)
+    return not suffix or suffix in _FORMAT_OF_SUFFIX
+
+
+def has_lines(name: str) -> bool:
+    """Whether a file's name says that each of its lines, unpacked, is about a row."""
+    return PurePath(name).suffix.lower() in (".txt", ".jsonl", ".ndjson", ".csv", ".tsv")
+
+
+def _kind_of_file(
+    path: str, said: PromptFormat | None, frozen: KnownFile | None
+) -> PromptFormat | None:
+    """What is said, or PARQUET, or what the name says."""
+    if said is not None:
+        return said
     try:
-        with open(path, "rb") as stream:
+        with open(path, "rb") if frozen is None else frozen.open() as stream:
             has_magic = stream.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+        reason = error.strerror or str(error).partition("\n")[0]
+        raise UsageError(f"{path} cannot be read: {reason}.") from error
     return PromptFormat.PARQUET if has_magic else _FORMAT_OF_SUFFIX.get(_suffix(path))
 
 
@@ -149,35 +207,40 @@ def _items(
     own: OwnFields,
     said: PromptFormat | None,
     known: _Recognised | None = None,
+    *,
+    rows: RowRange,
 ) -> Iterator[Prompt | Row]:
     """The rows of an input, which is recognised first where it is not `known`.
 
     Raises:
-        UsageError: at the end, where there was none.
+        UsageError: at the end, where all were to be read and there was none.
     """
     with source:
         known = known or _recognise(source, said)
         items: Iterator[Prompt | Row]
         if known.form is PromptFormat.TEXT:
-            items = _numbered(source.lines(), f"{source.name} line ", is_guess=known.is_guess)
+            texts = rows.of(source.lines())
+            items = _numbered(texts, f"{source.name} line ", is_guess=known.is_guess)
         elif known.form in (PromptFormat.CSV, PromptFormat.TSV):
-            items = prompts_from_csv(source, own, known.form)
+            items = prompts_from_csv(source, own, known.form, rows)
         else:
             items = prompts_from_json(
                 f"{source.name} {'item' if known.is_array else 'line'}",
                 array_items(source) if known.is_array else source.lines(),
                 own,
                 only_requests=known.form is PromptFormat.OPENAI,
+                rows=rows,
             )
         first = next(items, None)
-        if first is None:
-            raise UsageError(f"There are no prompts in {source.name}: give some.")
-        yield first
-        yield from items
+        if first is not None:
+            yield first
+            yield from items
+        elif rows.is_whole:
+            raise EmptyInput(f"There are no prompts in {source.name}: give some.")
 
 
 def _numbered(
-    texts: Iterable[str | bytes], place: str = "", *, is_guess: bool = False
+    texts: Iterable[tuple[int, str | bytes]], place: str = "", *, is_guess: bool = False
 ) -> Iterator[Prompt | Row]:
     def prompt(draft: Draft, _: None) -> Prompt:
         draft.text = draft.decoded()
@@ -188,7 +251,7 @@ def _numbered(
             )
         return draft.prompt()
 
-    for index, text in enumerate(texts):
+    for index, text in texts:
         yield Draft(index, text).read(prompt, None, place and f"{place}{index + 1}: ")
 
 
@@ -218,7 +281,7 @@ def _recognise(source: PromptInput, said: PromptFormat | None) -> _Recognised:
         UsageError: it is empty, or cannot be lines of prompts.
     """
     if not source.look_on() and source.damage is None:
-        raise UsageError(f"There is nothing in {source.name}: give prompts.")
+        raise EmptyInput(f"There is nothing in {source.name}: give prompts.")
     form = said or _FORMAT_OF_SUFFIX.get(_suffix(source.path))
     if form is PromptFormat.PARQUET or source.head.startswith(_PARQUET_MAGIC):
         raise UsageError(

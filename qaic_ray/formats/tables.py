@@ -1,11 +1,8 @@
-"""Tables: the rows of a CSV, TSV or parquet file as prompts, and a run's rows as a parquet table.
+"""Parquet tables: their rows as prompts, and a run's rows as one.
 
-Prompts have a column for each field that a line of JSONL could have; others are not read. An empty
-cell or null means that the row has no such field.
-
-In CSV and TSV the first row names the columns. `prompt`, `id` and `stop` are texts; any other cell
-that holds JSON (a number, true, a list, an object) is that value. In parquet `prompt` is a column
-of texts, `messages` one of lists of structs.
+Prompts have a column for each field that a line of JSONL could have; others are not read. A null
+means that the row has no such field. `prompt` is a column of texts, `messages` one of lists of
+structs.
 
 A written table has a typed column for each key of a row; `stop_reason` is two columns, the stop
 string and `stop_reason_token`.
@@ -13,34 +10,29 @@ string and `stop_reason_token`.
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import islice
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.formats.lines import MAX_LINE_BYTES, PromptInput, cannot_read
+from qaic_ray.formats.lines import EmptyInput, cannot_read
 from qaic_ray.formats.row_fields import is_known, mistake
+from qaic_ray.formats.row_range import ALL_ROWS, RowRange
 from qaic_ray.formats.row_reader import Draft, OwnFields
-from qaic_ray.option_types import PromptFormat
 from qaic_ray.rows import Prompt, Row
 
 if TYPE_CHECKING:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    from qaic_ray.formats.frozen_file import FrozenFile
+    from qaic_ray.formats.frozen_file import KnownFile
 
-# A semicolon is what spreadsheets write where the comma is a decimal mark.
-_DELIMITERS = {PromptFormat.CSV: ",;", PromptFormat.TSV: "\t"}
-_PROMPTS = frozenset({"prompt", "messages"})
+PROMPT_COLUMNS = frozenset({"prompt", "messages"})
+"""A table of prompts has one of them."""
+
 _ONCE = ("prompt", "messages", "id")
-_PYTHON_WORDS = {"True": "true", "False": "false", "None": "null", "nan": "null", "NaN": "null"}
-
 _READ_ROWS = 256
 _READ_BYTES = 2**20
 _WRITE_ROWS = 1024
@@ -48,7 +40,7 @@ _GROUP_BYTES = 64 * 2**20
 _GROUP_ROWS = 2**18
 
 
-def _checked_columns(name: str, columns: Sequence[str]) -> list[str]:
+def checked_columns(name: str, columns: Sequence[str]) -> list[str]:
     """Those of a table's columns that are read; the others are the user's own.
 
     Raises:
@@ -60,7 +52,7 @@ def _checked_columns(name: str, columns: Sequence[str]) -> list[str]:
             raise UsageError(f"{name}: {error}")
         if column in read and columns.count(column) > 1:
             raise UsageError(f'{name} has several columns "{column}": keep one of them.')
-    if _PROMPTS.isdisjoint(columns):
+    if PROMPT_COLUMNS.isdisjoint(columns):
         some = ", ".join(c[:40] if c.isprintable() else repr(c[:40]) for c in columns[:20])
         raise UsageError(
             f'{name} has no column "prompt" and no "messages": its columns are {some}.'
@@ -68,116 +60,11 @@ def _checked_columns(name: str, columns: Sequence[str]) -> list[str]:
     return read
 
 
-def prompts_from_csv(
-    source: PromptInput, own: OwnFields, form: PromptFormat
-) -> Iterator[Prompt | Row]:
-    """An item for each row; an error names the line that the row begins in.
-
-    Args:
-        source: opened.
-        own: reads the rows' fields.
-        form: CSV or TSV.
+def open_parquet(path: str, frozen: KnownFile | None = None) -> ParquetFile:
+    """A parquet file, of which the footer is read.
 
     Raises:
-        UsageError: while reading, for a header that names no prompts.
-        QaicRayError: while reading, when that fails, and for a cell that is never closed.
-    """
-    csv.field_size_limit(MAX_LINE_BYTES)  # Python's own limit is less than a long prompt
-    lines = (line.decode("utf-8", "surrogateescape") for line in source.whole_lines())
-    first = next(lines, "")
-    delimiter = _delimiter(first, _DELIMITERS[form])
-    # Not pyarrow's reader: it waits for a megabyte, ends at the first row of another length, and
-    # guesses types from its first block.
-    records = _records(source, csv.reader(chain([first], lines), delimiter=delimiter, strict=True))
-    _, header = next(records, (1, []))
-    if isinstance(header, csv.Error):
-        raise UsageError(
-            f"{source.name}: the first line, which names the columns, is damaged: {header}."
-        )
-    columns = [column.strip() for column in header]
-    read = set(_checked_columns(source.name, columns))
-
-    def prompt(draft: Draft, cells: list[str] | csv.Error) -> Prompt:
-        if isinstance(cells, csv.Error):
-            raise RowError(f"Not {form.value.upper()}: {cells}.")
-        if len(cells) != len(columns):
-            raise RowError(
-                f"It has {len(cells)} cells, and the header has {len(columns)}: put quotes around "
-                f"a cell that holds {delimiter!r}."
-            )
-        row = {key: cell for key, cell in zip(columns, cells, strict=True) if key in read}
-        return own.read_row(draft, _document(row))
-
-    for index, (line, cells) in enumerate(records):
-        raw = "" if isinstance(cells, csv.Error) else delimiter.join(cells)
-        yield Draft(index, raw).read(prompt, cells, f"{source.name} line {line}: ")
-
-
-def _delimiter(header: str, possible: str) -> str:
-    """The delimiter with which a column of the header holds prompts."""
-    for delimiter in possible:
-        with suppress(csv.Error):  # raised again with the first record
-            if not _PROMPTS.isdisjoint(next(csv.reader([header], delimiter=delimiter), [])):
-                return delimiter
-    return possible[0]
-
-
-def _records(
-    source: PromptInput, reader: Any
-) -> Iterator[tuple[int, list[str]] | tuple[int, csv.Error]]:
-    """Each record, or its error, with the line that it begins in."""
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if reader.line_num > line:
-                source.last = f"line {line - 1}"
-                raise source.broken(f"a cell that begins in line {line} is not closed") from error
-            yield line, error
-            continue
-        if cells:  # a blank line is no record
-            yield line, cells
-
-
-def _document(row: dict[str, str]) -> dict[str, Any]:
-    """The row's fields as JSON values."""
-    fields = {}
-    for key, cell in row.items():
-        if not cell and key != "prompt":
-            continue
-        if any("\udc80" <= character <= "\udcff" for character in cell):
-            raise RowError(f'Not UTF-8: the column "{key}".')
-        is_text = key in ("prompt", "id") or (key == "stop" and not cell.startswith("["))
-        fields[key] = cell if is_text else _value(cell)
-    if "messages" in fields and not fields.get("prompt"):
-        fields.pop("prompt", None)
-    return fields
-
-
-def _value(cell: str) -> Any:
-    """A cell as JSON where it is JSON, else as text."""
-    try:
-        return json.loads(_PYTHON_WORDS.get(cell, cell))
-    except (ValueError, RecursionError):
-        return cell
-
-
-def prompts_from_parquet(
-    path: str, own: OwnFields, frozen: FrozenFile | None = None
-) -> Iterator[Prompt | Row]:
-    """An item for each row; an error names the row by its `index`, which counts from 0.
-
-    Args:
-        path: of the file.
-        own: reads the rows' fields.
-        frozen: the file as it was when the run began; without it, it is read as it is.
-
-    Raises:
-        UsageError: at once, for a file that is not parquet, or has no prompts in it.
-        QaicRayError: while reading, when that fails.
+        UsageError: it is none.
     """
     import pyarrow
     from pyarrow.parquet import ParquetFile
@@ -185,14 +72,36 @@ def prompts_from_parquet(
     try:
         # Not pre-buffered: that holds a whole row group, which may be the whole file.
         source = path if frozen is None else pyarrow.PythonFile(frozen.open(), mode="r")
-        table = ParquetFile(source, buffer_size=_READ_BYTES, pre_buffer=False)
+        return ParquetFile(source, buffer_size=_READ_BYTES, pre_buffer=False)
     except (OSError, pyarrow.ArrowException) as error:
         raise UsageError(
             f"{path} is no parquet file that can be read: {_first_line(error)}"
         ) from error
-    columns = _prompt_columns(path, table.schema_arrow)
-    if table.metadata.num_rows == 0:
-        raise UsageError(f"There are no rows in {path}: give prompts.")
+
+
+def prompts_from_parquet(
+    path: str,
+    own: OwnFields,
+    frozen: KnownFile | None = None,
+    *,
+    name: str = "",
+    rows: RowRange = ALL_ROWS,
+) -> Iterator[Prompt | Row]:
+    """An item for each row that is read; an error names it by its `index`, counted from 0.
+
+    Args:
+        path: of the file.
+        own: reads the rows' fields.
+        frozen: the file as it was when the run began; without it, it is read as it is.
+        name: of the file in error rows; empty for its own.
+        rows: which are read; row groups before the first are not touched.
+
+    Raises:
+        UsageError: at once, for a file that is not parquet, or has no prompts in it.
+        QaicRayError: while reading, when that fails.
+    """
+    table = open_parquet(path, frozen)
+    columns = _checked_table(path, table)
 
     def prompt(draft: Draft, row: dict[str, Any] | Exception) -> Prompt:
         if isinstance(row, UnicodeDecodeError):
@@ -201,11 +110,40 @@ def prompts_from_parquet(
             raise RowError(f"A value that cannot be read: {_first_line(row)}") from row
         return own.read_row(draft, row)
 
-    name = PurePath(path).name
+    shown = name or PurePath(path).name
+    groups, start = _groups_from(table, rows.first)
     return (
-        Draft(index, "").read(prompt, row, f"{name} row index {index}: ")
-        for index, row in enumerate(_rows(path, table, columns))
+        Draft(index, "").read(prompt, row, f"{shown} row index {index}: ")
+        for index, row in rows.of(_rows(path, table, columns, groups=groups, start=start), start)
     )
+
+
+def _groups_from(table: ParquetFile, first: int) -> tuple[range, int]:
+    """The row groups from that of a row on, and the number of the first row in them."""
+    start = 0
+    for group in range(table.num_row_groups):
+        num_rows = table.metadata.row_group(group).num_rows
+        if start + num_rows > first:
+            return range(group, table.num_row_groups), start
+        start += num_rows
+    return range(0), min(start, first)
+
+
+def check_parquet(path: str, frozen: KnownFile) -> None:
+    """See whether a parquet file has prompts, by its footer.
+
+    Raises:
+        UsageError: as `prompts_from_parquet`.
+    """
+    with open_parquet(path, frozen) as table:
+        _checked_table(path, table)
+
+
+def _checked_table(path: str, table: ParquetFile) -> list[str]:
+    columns = _prompt_columns(path, table.schema_arrow)
+    if table.metadata.num_rows == 0:
+        raise EmptyInput(f"There are no rows in {path}: give prompts.")
+    return columns
 
 
 def _prompt_columns(path: str, schema: pyarrow.Schema) -> list[str]:
@@ -216,7 +154,7 @@ def _prompt_columns(path: str, schema: pyarrow.Schema) -> list[str]:
     """
     from pyarrow import types
 
-    columns = _checked_columns(path, schema.names)
+    columns = checked_columns(path, schema.names)
     for name, allows, allowed in (
         ("prompt", _is_text, "texts"),
         ("messages", _is_list, 'lists of structs with "role" and "content"'),
@@ -239,18 +177,19 @@ def _is_list(types: Any, kind: Any) -> bool:
 
 
 def _rows(
-    path: str, table: ParquetFile, columns: list[str]
+    path: str, table: ParquetFile, columns: list[str], *, groups: range, start: int
 ) -> Iterator[dict[str, Any] | Exception]:
     import pyarrow
 
-    num_rows = 0
+    num_rows = start
+    how: dict[str, Any] = {"columns": columns, "use_threads": False, "row_groups": list(groups)}
     try:
         with table:
-            for batch in table.iter_batches(_READ_ROWS, columns=columns, use_threads=False):
+            for batch in table.iter_batches(_READ_ROWS, **how) if groups else ():
                 yield from _python_rows(batch)
                 num_rows += batch.num_rows
     except (OSError, pyarrow.ArrowException) as error:
-        last = f"row index {num_rows - 1}" if num_rows else ""
+        last = f"row index {num_rows - 1}" if num_rows > start else ""
         raise cannot_read(path, last, OSError(_first_line(error))) from error
 
 

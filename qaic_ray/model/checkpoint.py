@@ -275,7 +275,9 @@ class ModelManifest:
     the weight files have changed, without reading them. `files` are the export's own; older
     versions list none. `num_kv_heads` is that of the KV cache: the checkpoint's times
     `num_replicate_kv_heads`. `logits` and `next_tokens` describe the first output, `kv_dtype` is
-    what custom_io.yaml asks for, `comp_ctx_lengths` tells whether there is such an input.
+    what custom_io.yaml asks for, `comp_ctx_lengths` tells whether there is such an input. Where
+    `weights` is `reference` they stay in the checkpoint: `weights_sha256` is then of what points at
+    them, and nothing is clipped.
     """
 
     format: int
@@ -306,6 +308,7 @@ class ModelManifest:
     next_tokens: bool = False
     num_replicate_kv_heads: int = 1
     comp_ctx_lengths: bool = False
+    weights: str = "copy"
     files: tuple[KeptFile, ...] = ()
 
     def same_making(self, other: ModelManifest) -> bool:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from qaic_ray.files.documents import read_object
-from qaic_ray.option_types import PathText, Section, one_of, opt
+from qaic_ray.option_schemas import one_of
+from qaic_ray.option_types import PathText, Section, opt
 
 CARDS = "Cards"
 RAY = "Ray"
@@ -25,14 +26,19 @@ class EmulatorOptions(Section):
         LIMITS["cards"]["default"], "How many cards.", ge=1, le=LIMITS["cards"]["most"]
     )
     sku: Annotated[str, one_of(LIMITS["sku"]["known"])] = opt(
-        LIMITS["sku"]["default"], f"{', '.join(LIMITS['sku']['known'])}."
+        LIMITS["sku"]["default"],
+        f"The kind of card: {', '.join(LIMITS['sku']['known'])}.",
+        sample="ultra",
     )
     apps_version: Annotated[str, one_of(LIMITS["apps_version"]["known"])] = opt(
-        LIMITS["apps_version"]["default"], f"{', '.join(LIMITS['apps_version']['known'])}."
+        LIMITS["apps_version"]["default"],
+        f"Version of the Apps SDK: {', '.join(LIMITS['apps_version']['known'])}.",
+        sample="1.22",
     )
     numerics: Annotated[str, one_of(LIMITS["numerics"]["known"])] = opt(
         LIMITS["numerics"]["default"],
         "How emulated cards compute: exact, or fast, with activations of 8 bits.",
+        sample="fast",
     )
 
 
@@ -42,7 +48,10 @@ class ClusterOptions(Section):
     GROUP: ClassVar[str] = RAY
 
     address: str | None = opt(
-        None, "A running Ray cluster, in place of a local one for the command's time.", free=True
+        None,
+        "A running Ray cluster, in place of a local one for the command's time.",
+        free=True,
+        sample="auto",
     )
 
 
@@ -70,4 +79,5 @@ class SdkOptions(Section):
         metavar="NAME",
         environment=("QAIC_RAY_SDK",),
         free=True,
+        sample="emulated",
     )

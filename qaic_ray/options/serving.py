@@ -21,18 +21,22 @@ class ServeOptions(Section):
     GROUP: ClassVar[str] = SERVER
 
     host: str = opt("127.0.0.1", "Address to listen at; 0.0.0.0 for every network of the machine.")
-    port: int = opt(8000, "Port to listen at; 0 for a free one.", ge=0, le=65535)
+    port: int = opt(8000, "Port to listen at; 0 for a free one.", ge=0, le=65535, sample=9000)
     served_model_name: Words[str] = opt(
         (),
         "Name of the model for clients; may be repeated.",
         repeated=True,
         shown="the model's own",
+        sample=["my-llama"],
     )
     folder: PathText = opt(
         "serving", "Folder that keeps files and batches, and goes on with them.", flag="--folder"
     )
     api_keys: PathText | None = opt(
-        None, "File of API keys' digests, as `qaic-ray key` prints them.", metavar="FILE"
+        None,
+        "File of API keys' digests, as `qaic-ray key` prints them.",
+        metavar="FILE",
+        sample="keys.txt",
     )
     no_auth: bool = opt(False, "Let everybody who reaches the address use it.")
     tool_form: Literal["auto", "llama3_json", "hermes", "mistral", "none"] = opt(
@@ -63,9 +67,10 @@ class ServeOptions(Section):
         "Replicas at least, each on its cards.",
         group=SCALE,
         shown="one, or all that there are cards for where no most is said",
+        sample=2,
     )
     max_replicas: PositiveInt | None = opt(
-        None, "Replicas at most, by load.", group=SCALE, shown="as many as at least"
+        None, "Replicas at most, by load.", group=SCALE, shown="as many as at least", sample=4
     )
     cards_per_replica: PositiveInt = opt(1, "Cards of a replica, all of one node.", group=SCALE)
     interface_replicas: PositiveInt = opt(

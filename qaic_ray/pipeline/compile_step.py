@@ -17,15 +17,24 @@ from typing import TYPE_CHECKING, Any
 from qaic_ray import contract
 from qaic_ray.check.builds import check_builds
 from qaic_ray.compile.compiler import Source, Variant, grid_variants
+from qaic_ray.compile.probe import check_reads_weights
 from qaic_ray.compile.store import SPECIALIZATIONS_FILE, Build, BuildRequest, build, check_request
 from qaic_ray.errors import CompileError, DeviceError, QaicRayError, UsageError
-from qaic_ray.files.documents import shown, user_path
-from qaic_ray.files.folders import inside, sha256_of
+from qaic_ray.files.documents import read_text, shown, user_path
+from qaic_ray.files.folders import SourceFile, inside, sha256_of
 from qaic_ray.limits import too_many_cores
-from qaic_ray.model.checkpoint import CUSTOM_IO_FILE, MANIFEST_FILE, check_files, read_manifest
+from qaic_ray.model.checkpoint import (
+    CUSTOM_IO_FILE,
+    MANIFEST_FILE,
+    ModelManifest,
+    check_files,
+    read_manifest,
+)
 from qaic_ray.options import CompileOptions, LocalRayOptions
 from qaic_ray.pipeline.request import Listener
 from qaic_ray.sdk import Sdk
+from qaic_ray.weight_files.content import PointedAt, pointed_at
+from qaic_ray.weight_files.spec import METADATA_KEY, SPEC_FILE, read_places
 
 if TYPE_CHECKING:
     from qaic_ray.cluster.cluster import Cluster
@@ -76,11 +85,15 @@ def requested_builds(
     """The builds of `requested_variants`, by paths that mean the same on every node.
 
     Raises:
-        UsageError: as `requested_variants`, for folders that may not be replaced, and for what the
-            compiler or every card of this machine would refuse.
+        UsageError: as `requested_variants`, for folders that may not be replaced, for an SDK that
+            does not read weights from where the model points, and for what the compiler or every
+            card of this machine would refuse.
     """
     store = user_path(grid.output, "The folder of the QPCs").absolute()
     variants = requested_variants(model_dir, grid, sdk, specializations)
+    external = variants[0].source.external
+    if external is not None:
+        check_reads_weights(sdk, external.dtypes)
     builds = [BuildRequest(variant, sdk, store, grid.layout) for variant in variants]
     for request in builds:
         user_path(request.target, "The folder of the QPC")
@@ -278,15 +291,35 @@ def open_folder(model_dir: Path) -> ModelFolder:
         if not file.is_file():
             raise UsageError(f"{model_dir} has no {file.relative_to(model_dir)}: export it again.")
     check_files(model_dir, manifest)
+    external = _external(onnx, manifest) if manifest.weights == "reference" else None
     # The graph's file holds no weights: its bytes and the weights' digest are the whole content.
-    digest = hashlib.sha256(onnx.read_bytes() + manifest.weights_sha256.encode()).hexdigest()
+    weights = manifest.weights_sha256 if external is None else external.sha256
+    digest = hashlib.sha256(onnx.read_bytes() + weights.encode()).hexdigest()
     return ModelFolder(
-        Source(model_dir.resolve().name, onnx.absolute(), custom_io.absolute(), digest),
+        Source(model_dir.resolve().name, onnx.absolute(), custom_io.absolute(), digest, external),
         continuous=manifest.continuous,
         num_logits_to_keep=manifest.logits == contract.NUM_LOGITS_TO_KEEP,
         comp_ctx_lengths=manifest.comp_ctx_lengths,
         max_position=manifest.max_position,
     )
+
+
+def _external(onnx: Path, manifest: ModelManifest) -> PointedAt:
+    """The weights of an export of ours in the checkpoint's files.
+
+    Raises:
+        UsageError: they are not there, or not those that the model was made from.
+    """
+    spec = onnx.with_name(SPEC_FILE)
+    places = read_places(read_text(spec), str(spec), onnx.parent)
+    made_from = {source.name: source for source in manifest.sources}
+    for path in sorted({entry.path for entry in places.values()}):
+        if SourceFile.of(path) != made_from.get(path.name):
+            raise UsageError(
+                f"{path} has changed since {manifest.name} was exported from it: export it again, "
+                "which takes seconds."
+            )
+    return pointed_at(places)
 
 
 def _chosen(model_dir: Path, graphs: list[Path]) -> Path:
@@ -307,9 +340,10 @@ def _of_graph(model_dir: Path, onnx_path: Path) -> ModelFolder:
     from google.protobuf.message import DecodeError
 
     try:
-        graph = onnx.load(onnx_path, load_external_data=False).graph
+        model = onnx.load(onnx_path, load_external_data=False)
     except (OSError, DecodeError) as error:
         raise UsageError(f"{onnx_path} cannot be read as an ONNX model: {error}.") from error
+    graph = model.graph
     inputs = {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
     if contract.INPUT_IDS not in inputs or not any(map(contract.is_past, inputs)):
         raise UsageError(
@@ -325,11 +359,15 @@ def _of_graph(model_dir: Path, onnx_path: Path) -> ModelFolder:
         if not path.is_file():
             raise UsageError(f"{onnx_path} keeps weights in {path}, which is not there.")
         digest.update(f"{name} {sha256_of(path)}".encode())
+    external = None
+    for text in [entry.value for entry in model.metadata_props if entry.key == METADATA_KEY]:
+        external = pointed_at(read_places(text, str(onnx_path), onnx_path.parent))
+        digest.update(external.sha256.encode())
     custom_io = model_dir / CUSTOM_IO_FILE
     custom_io_path = custom_io.absolute() if custom_io.is_file() else None
     name = model_dir.resolve().name
     return ModelFolder(
-        Source(name, onnx_path.absolute(), custom_io_path, digest.hexdigest()),
+        Source(name, onnx_path.absolute(), custom_io_path, digest.hexdigest(), external),
         continuous=contract.BATCH_INDEX in inputs,
         num_logits_to_keep=contract.NUM_LOGITS_TO_KEEP in inputs,
         comp_ctx_lengths=contract.COMP_CTX_LENGTHS in inputs,

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 from qaic_ray import interruption
 from qaic_ray.errors import ExportError
 from qaic_ray.model.checkpoint import Checkpoint, open_checkpoint
-from qaic_ray.options import ExportOptions, ModelOptions
+from qaic_ray.options import EmulatorOptions, ExportOptions, ModelOptions
 from qaic_ray.pipeline.request import Listener
+from qaic_ray.sdk import SDK_VARIABLE, VENDOR_ROOT, Sdk, find_sdk
+from qaic_ray.weight_files.tensors import ITEM_BYTES, read_entries
 
 if TYPE_CHECKING:
     from qaic_ray.export.export import ExportResult
@@ -26,16 +28,45 @@ CLEAN_UP_S = 8.0
 """How long an export that is interrupted may still be in a call that computes."""
 
 
-def export_step(model: ModelOptions, options: ExportOptions, listener: Listener) -> ExportResult:
+def export_step(
+    model: ModelOptions, options: ExportOptions, listener: Listener, *, sdk: Sdk | None = None
+) -> ExportResult:
     """Export a model; a folder that is still right is kept as it is.
 
     One that is made runs in a process of its own: checking against PyTorch takes gigabytes, and the
     driver of a fleet should not keep them.
+
+    Args:
+        model: a checkpoint.
+        options: of the export.
+        listener: who is told.
+        sdk: what will compile the model, where that is known.
+
+    Raises:
+        UsageError: the model is to point at its weights, and the SDK does not read them there.
     """
+    if options.weights == "reference":
+        _check_sdk(model, sdk or _installed_sdk())
     listener.began(f"export {model.name}")
     result = _kept(model, options) or _made(model, options)
     listener.ended(f"export {result.folder.name} {'kept' if result.reused else 'written'}")
     return result
+
+
+def _check_sdk(model: ModelOptions, sdk: Sdk | None) -> None:
+    """What is not known now is found out when the model is compiled."""
+    from qaic_ray.compile.probe import check_reads_weights
+
+    if sdk is not None:
+        entries = read_entries(open_model(model).weight_files)
+        check_reads_weights(sdk, {e.dtype for e in entries.values()} & ITEM_BYTES.keys())
+
+
+def _installed_sdk() -> Sdk | None:
+    """The SDK that this machine compiles with; None where the emulated one would be laid down."""
+    if os.environ.get(SDK_VARIABLE) or VENDOR_ROOT.is_dir():
+        return find_sdk(None, EmulatorOptions())
+    return None
 
 
 def _kept(model: ModelOptions, options: ExportOptions) -> ExportResult | None:

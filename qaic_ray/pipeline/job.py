@@ -28,7 +28,6 @@ from qaic_ray.pipeline.export_step import export_step
 from qaic_ray.pipeline.local_cards import on_local_cards
 from qaic_ray.pipeline.prepare_step import export_options, program_folder
 from qaic_ray.pipeline.request import (
-    STDIN,
     Listener,
     RunRequest,
     absolute_model,
@@ -38,6 +37,7 @@ from qaic_ray.pipeline.request import (
 )
 from qaic_ray.pipeline.run_record import compile_facts
 from qaic_ray.pipeline.run_step import check_chat_template, resuming, run_on
+from qaic_ray.runs.run_input import absolute_sources, beside
 from qaic_ray.sdk import SDK_NAMES, VENDOR_ROOT, Sdk, find_sdk
 from qaic_ray.shipped.jobs import job_file
 
@@ -72,8 +72,7 @@ def load_job(
     for key, value in (changes or {}).items():
         for other in _IN_PLACE_OF.get(key, ()):
             _parent_of(document, other).pop(other.rpartition(".")[2], None)
-        is_file = key == "run.prompts" and value != STDIN
-        _put(document, key, str(Path(value).absolute()) if is_file else value)
+        _put(document, key, absolute_sources(value) if key == "run.prompts" else value)
     for override in overrides:
         _override(document, override)
     job = job_from(document, source=str(path))
@@ -134,9 +133,12 @@ def _check_shapes(job: Job, source: str) -> None:
 
 
 def _with_files_beside(job: Job, folder: Path) -> Job:
-    files = {"prompts": job.run.prompts, "chat_template": job.run.chat_template}
-    absolute = {name: str(folder / path) for name, path in files.items() if path not in (None, "-")}
-    return job.changed("run", **absolute)
+    changes: dict[str, Any] = {}
+    if job.run.prompts is not None:
+        changes["prompts"] = beside(job.run.prompts, folder)
+    if job.run.chat_template is not None:
+        changes["chat_template"] = str(folder / job.run.chat_template)
+    return job.changed("run", **changes)
 
 
 def _override(document: dict[str, Any], override: str) -> None:
@@ -211,8 +213,9 @@ def launch_job(
     request, num_cards = on_local_cards(request, sdk, slots, listener)
     with resuming(request, sdk):
         run_input = request.open_input()
-        exported = export_step(job.model, job.export, listener)
+        exported = export_step(job.model, job.export, listener, sdk=sdk.here)
         check_chat_template(request)
+        request.check_parts()
         builds = requested_builds(exported.folder, job.compile, sdk.here)
         from qaic_ray.pipeline.open_ray import open_ray
 
@@ -327,6 +330,8 @@ def _absolute(job: Job) -> Job:
     job = job.changed("export", **absolute_paths(job.export, "output"))
     job = job.changed("compile", **absolute_paths(job.compile, "output"))
     job = job.changed("run", **absolute_paths(job.run, "output", "draft_qpc"))
+    if job.run.output_parts is not None:
+        job = job.changed("run", output_parts=absolute_sources(job.run.output_parts))
     return job if job.sdk in SDK_NAMES else job.model_copy(update=absolute_paths(job, "sdk"))
 
 

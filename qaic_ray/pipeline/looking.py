@@ -17,6 +17,8 @@ from qaic_ray.cluster.ray_session import KEPT_NOTE
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.files.documents import user_path
 from qaic_ray.files.folders import cache_folder
+from qaic_ray.formats.inputs.filesystems import is_uri
+from qaic_ray.formats.inputs.named_files import is_stream, named_files, parts_of
 from qaic_ray.inspect.holder import holder_of, stop_driver
 from qaic_ray.inspect.run_status import RUNNING, RunStatus, RunWatch, run_folders
 from qaic_ray.pipeline.request import REQUEST_NAME, read_request
@@ -179,11 +181,8 @@ def total_rows(folder: Path) -> int | None:
     """The rows of a run's input, read as the run reads them; None where that takes long."""
     try:
         request = read_request(folder)
-        named = request.run.prompts
-        if named is not None:
-            path = Path(named)
-            if not path.is_file() or path.stat().st_size > MAX_COUNTED_BYTES:
-                return None
+        if request.run.prompts is not None and not _is_small(request.run.prompts):
+            return None
         deadline_s = time.monotonic() + COUNT_S
         count = 0
         for count, _ in enumerate(request.open_input().prompts, start=1):
@@ -192,6 +191,14 @@ def total_rows(folder: Path) -> int | None:
     except (QaicRayError, OSError):
         return None
     return count
+
+
+def _is_small(given: str | tuple[str, ...]) -> bool:
+    """Whether an input is files of this machine that are quickly read through."""
+    if is_stream(given) or any(map(is_uri, parts_of(given))):
+        return False
+    files = named_files(given, any_name=True)
+    return sum(file.num_bytes for file in files) <= MAX_COUNTED_BYTES
 
 
 def stop(what: str, address: str | None, output: Path) -> Statuses:

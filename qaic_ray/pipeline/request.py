@@ -6,11 +6,10 @@ A run's request is kept in its folder, so that it can go on.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,25 +18,23 @@ import yaml
 from qaic_ray.errors import QaicRayError, RowError, UsageError
 from qaic_ray.files.documents import checked, read_text, read_yaml, user_path
 from qaic_ray.files.folders import write_whole
-from qaic_ray.formats.frozen_file import FrozenFile, InputChanged
-from qaic_ray.formats.prompts import prompts_from_file, prompts_from_text
 from qaic_ray.model.chat import check_kwargs
 from qaic_ray.model.sources import NAMED_MODELS
 from qaic_ray.option_types import is_template
 from qaic_ray.options import TYPED_LEN, EmulatorOptions, Generation, RayOptions, RunOptions
-from qaic_ray.runs.intake import INPUT, STREAM_SOURCE, Fingerprint, file_source, text_source
+from qaic_ray.runs.intake import INPUT, Fingerprint
+from qaic_ray.runs.run_input import RunInput, absolute_sources, open_run_input
 from qaic_ray.sdk import Device, Sdk, find_sdk
 
 if TYPE_CHECKING:
     from qaic_ray.compile.compiler import Variant
     from qaic_ray.compile.store import Build, BuildRequest
-    from qaic_ray.rows import Prompt, Row
+    from qaic_ray.rows import Row
     from qaic_ray.runs.run_view import RunFollower, RunView
     from qaic_ray.runs.token_streams import TokenDelta
     from qaic_ray.worker.worker import WorkerInfo
 
 REQUEST_NAME = "request.yaml"
-STDIN = "-"
 _MAX_REASON_CHARS = 500
 
 
@@ -127,18 +124,6 @@ def choose_sdk(name: str, emulated: EmulatorOptions, listener: Listener) -> SdkC
 
 
 @dataclass(frozen=True)
-class RunInput:
-    """The prompts of a run, which can be read once, and their part of its fingerprint.
-
-    `rows_guess` is about how many they are, where the input tells that before it is read.
-    """
-
-    source: Fingerprint
-    prompts: Iterator[Prompt | Row]
-    rows_guess: int | None = None
-
-
-@dataclass(frozen=True)
 class RunRequest:
     """Prompts for one QPC on some cards.
 
@@ -166,7 +151,11 @@ class RunRequest:
     def absolute(self) -> RunRequest:
         """The same request as it is understood in every folder."""
         request = replace(self, model=absolute_model(self.model), qpc=self.qpc.absolute())
-        return request.with_run(**absolute_paths(self.run, "draft_qpc", "prompts"))
+        changes: dict[str, Any] = absolute_paths(self.run, "draft_qpc")
+        for name in ("prompts", "output_parts"):
+            if (named := getattr(self.run, name)) is not None:
+                changes[name] = absolute_sources(named)
+        return request.with_run(**changes)
 
     @property
     def generation(self) -> Generation:
@@ -180,13 +169,8 @@ class RunRequest:
             UsageError: where there are none, or two sources of them, or parameters that no row
                 could be answered with.
         """
-        whole, most = self._whole_input(), self.run.max_prompts
-        guess = whole.rows_guess
-        return replace(
-            whole,
-            prompts=islice(whole.prompts, most),
-            rows_guess=guess if guess is None or most is None else min(guess, most),
-        )
+        self.check_prompts()
+        return open_run_input(self.run, self._before())
 
     def check_prompts(self) -> None:
         """See, before anything is made for them, whether there are prompts.
@@ -208,35 +192,25 @@ class RunRequest:
                 'There is nothing to answer: give a prompt, --prompt "a|b" or --input FILE.'
             )
 
-    def _whole_input(self) -> RunInput:
-        self.check_prompts()
-        run = self.run
-        defaults, chat = run.defaults, run.chat_options
-        if run.prompt is not None:
-            return RunInput(text_source(run.prompt), prompts_from_text(run.prompt))
-        source, form = str(run.prompts), run.prompts_format
-        path = user_path(source, "--input")
-        if source == STDIN or not path.is_file():
-            # A pipe can be read only once: its rows' digests are all there is.
-            return RunInput(STREAM_SOURCE, prompts_from_file(source, form, defaults, chat))
-        frozen = self._frozen(path)
-        prompts = prompts_from_file(frozen.path, form, defaults, chat, frozen=frozen)
-        return RunInput(file_source(frozen), prompts, frozen.num_lines or None)
+    def check_parts(self) -> None:
+        """See, before anything is made for them, that the part files of a new run have a place.
 
-    def _frozen(self, path: Path) -> FrozenFile:
-        """The prompts file as it is, or as much of it as the run that is resumed began with."""
+        Raises:
+            UsageError: they have none; one sentence.
+        """
+        if self.run.output_parts is not None and self.resume is None:
+            from qaic_ray.runs.shards.part_files import check_part_place
+
+            check_part_place(self.run.output_parts, self.run.shard)
+
+    def _before(self) -> Fingerprint | None:
+        """What the input was when the run that is resumed began."""
         from qaic_ray.runs.journal import last_fingerprint
 
         if self.resume is None or self.new_input:
-            return FrozenFile.of(path)
+            return None
         before = last_fingerprint(self.resume)
-        try:
-            return FrozenFile.of(path, None if before is None else before[INPUT].get("bytes"))
-        except InputChanged as error:
-            raise UsageError(
-                f"{error} Go on with a file whose answered rows are as they were, by "
-                "--input FILE, or begin a new run."
-            ) from error
+        return None if before is None else before[INPUT]
 
     def to_yaml(self) -> str:
         """All of it that belongs to the run."""
@@ -258,7 +232,8 @@ def resolved(run: RunOptions, resume: Path | None = None) -> RunOptions:
     begun = None if resume is None else read_request(resume).run
     changes: dict[str, Any] = {}
     if run.seed is None:
-        changes["seed"] = secrets.randbits(32) if begun is None else begun.seed
+        drawn = 0 if run.shard else secrets.randbits(32)  # shards of one whole have one seed
+        changes["seed"] = drawn if begun is None else begun.seed
     if run.date is None:  # local time
         now = datetime.now().isoformat(timespec="seconds")
         changes["date"] = now if begun is None else begun.date
@@ -281,7 +256,7 @@ def absolute_paths(section: Any, *names: str) -> dict[str, str]:
     return {
         name: str(user_path(path, "the path").absolute())
         for name, path in given.items()
-        if path not in (None, STDIN)
+        if path is not None
     }
 
 

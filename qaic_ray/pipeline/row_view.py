@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.pipeline.looking import known_run
-from qaic_ray.pipeline.request import STDIN, RunRequest, read_request
+from qaic_ray.pipeline.request import RunRequest, read_request
+from qaic_ray.runs.run_input import STDIN
 
 if TYPE_CHECKING:
     from qaic_ray.inspect.row_history import RowRecord

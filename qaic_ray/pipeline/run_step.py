@@ -28,9 +28,7 @@ from qaic_ray.model.tokenizer import text_parts
 from qaic_ray.pipeline.early_warning import EarlyWarning
 from qaic_ray.pipeline.local_cards import on_local_cards, slots_of
 from qaic_ray.pipeline.request import (
-    STDIN,
     Listener,
-    RunInput,
     RunRequest,
     SdkChoice,
     absolute_model,
@@ -38,6 +36,7 @@ from qaic_ray.pipeline.request import (
 )
 from qaic_ray.pipeline.run_record import Compiles, RunRecording, recorded
 from qaic_ray.rows import Prompt, Row
+from qaic_ray.runs.run_input import STDIN, RunInput
 from qaic_ray.sdk import DEFAULT_NUMERICS, NUMERICS_VARIABLE, Sdk, name_for_others
 from qaic_ray.worker.checks import check_program
 
@@ -69,6 +68,7 @@ def run_step(request: RunRequest, sdk: SdkChoice, listener: Listener) -> RunSumm
     run_input = request.open_input()
     _checkpoint(request)  # a model that is none is said before Ray starts
     check_chat_template(request)
+    request.check_parts()
     from qaic_ray.pipeline.open_ray import open_ray
 
     with (
@@ -236,6 +236,7 @@ def _answer(
     from qaic_ray.runs.metering import metered
     from qaic_ray.runs.result import BrokenOff, Cause
     from qaic_ray.runs.run_view import RunFollower
+    from qaic_ray.runs.shards.part_files import part_files
     from qaic_ray.worker.worker import CardWorker
 
     parts = content_parts(request, sdk.here)
@@ -246,6 +247,7 @@ def _answer(
             folder, same, retry_errors=request.retry_errors, new_input=request.new_input
         ) as journal,
         RowWriter(folder, resumed=resumed) as write,
+        part_files(request.run, folder, write) as part_writer,
         recorder_of(request, folder.name, listener.remark) as recorder,
     ):
         if request.new_input:
@@ -264,8 +266,12 @@ def _answer(
         if changes := differences(parts, content_parts(request, sdk.here)):
             error = f"While the run went, {' and '.join(changes)}: its rows may be of either."
             result = replace(result, broken_off=BrokenOff(Cause.CHANGED, error))
-    complete = result.broken_off is None
-    return result, write.proof(result.rows_in, result.inputs_sha256, complete=complete)
+        complete = result.broken_off is None
+        proof = write.proof(result.rows_in, result.inputs_sha256, complete=complete)
+        if part_writer is not None:
+            made = part_writer.finish(proof)
+            listener.note(f"{len(made)} parts in {request.run.output_parts}")
+    return result, proof
 
 
 def _streamed(item: Prompt | Row) -> Prompt | Row:
@@ -352,9 +358,11 @@ def specs_on(nodes: Sequence[NodeCards], request: RunRequest) -> list[WorkerSpec
 
 
 def _new_run_folder(request: RunRequest) -> Path:
-    """`<output>/<name>-<UTC time>`, with a number behind it where that is taken."""
+    """`<output>/<name>-<UTC time>` and its shard, with a number behind it where that is taken."""
     output = Path(request.run.output).absolute()
     name = f"{request.name}-{datetime.now(timezone.utc).strftime('%Y%m%d-%H%M%S')}"
+    if request.run.shard is not None:
+        name += f"-shard-{request.run.shard.replace('/', '-of-')}"
     for number in range(1, 1000):
         folder = output / (f"{name}-{number}" if number > 1 else name)
         try:

@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from qaic_ray import __version__
 from qaic_ray.errors import QaicRayError, UsageError
+from qaic_ray.formats.inputs.filesystems import is_uri
+from qaic_ray.formats.inputs.named_files import is_stream, parts_of
 from qaic_ray.options import Job
 from qaic_ray.pipeline.job import dump_job
+from qaic_ray.runs.run_input import with_paths
 
 if TYPE_CHECKING:
     from qaic_ray.cluster.jobs import SubmittedJob, SubmittedJobs
@@ -121,18 +124,11 @@ def pack(request: SubmitRequest, folder: Path) -> Parcel:
     Raises:
         UsageError: for prompts that are not there, or cannot be sent.
     """
-    job, expected = request.job, []
-    if job.run.prompts == "-":
-        raise UsageError("A detached job has no stdin to read prompts from: name a file.")
-    if job.run.prompts is not None and request.send_prompts:
-        prompts = Path(job.run.prompts)
-        _check_sendable(prompts)
-        inside = folder / PROMPTS_FOLDER / prompts.name
-        inside.parent.mkdir()
-        shutil.copyfile(prompts, inside)
-        job = job.changed("run", prompts=str(inside.relative_to(folder)))
-    elif job.run.prompts is not None:
-        expected.append(job.run.prompts)
+    job: Job = request.job
+    expected: list[str] = []
+    if job.run.prompts is not None:
+        kept, expected = _prompts_there(job.run.prompts, folder, send=request.send_prompts)
+        job = job.changed("run", prompts=kept)
     model = Path(job.model.name).expanduser()
     if model.exists():
         expected.append(str(model.absolute()))
@@ -143,6 +139,30 @@ def pack(request: SubmitRequest, folder: Path) -> Parcel:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sent = {str(path.relative_to(folder)): path.stat().st_size for path in files}
     return Parcel(sent, tuple(expected))
+
+
+def _prompts_there(
+    given: str | tuple[str, ...], folder: Path, *, send: bool
+) -> tuple[str | tuple[str, ...], list[str]]:
+    """The input as the cluster's machine is to read it, and paths that must be there."""
+    if is_stream(given):
+        raise UsageError("A detached job has no stdin to read prompts from: name a file.")
+    paths = [part for part in parts_of(given) if not is_uri(part)]
+    if not send:
+        return given, paths
+    if len(paths) > 1:
+        raise UsageError(
+            "Only one file of prompts is sent: name URIs that the cluster reads, or paths that "
+            "its machines see, with --no-send-prompts."
+        )
+    for path in map(Path, paths):
+        _check_sendable(path)
+        inside = folder / PROMPTS_FOLDER / path.name
+        inside.parent.mkdir()
+        shutil.copyfile(path, inside)
+        sent = str(inside.relative_to(folder))
+        given = with_paths(given, lambda _, sent=sent: sent)  # type: ignore[misc]
+    return given, []
 
 
 def job_statuses(address: str | None, submission_id: str | None = None) -> list[JobStatus]:

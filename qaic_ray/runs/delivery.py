@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qaic_ray.files.folders import new_file, replacing, sync_path
 from qaic_ray.formats.json_rows import Origin, response_line, token_number
@@ -279,6 +279,9 @@ class RowWriter(AbstractContextManager["RowWriter"]):
         QaicRayError: when the disk refuses.
     """
 
+    on_line: Callable[[bytes], None] | None = None
+    """Called with each line of `outputs.jsonl` when it is written."""
+
     def __init__(self, folder: Path, *, resumed: bool = False) -> None:
         self._folder = folder
         self._paths = [folder / OUTPUTS_NAME, folder / ERRORS_NAME]
@@ -318,6 +321,12 @@ class RowWriter(AbstractContextManager["RowWriter"]):
         self._sha256.update(line)
         self._rows_ok += is_ok
         self._rows_error += not is_ok
+        if self.on_line is not None:
+            self.on_line(line)
+
+    def open_lines(self) -> BinaryIO:
+        """`outputs.jsonl` as it is written by now, to be read while that goes on."""
+        return (self._paths if self._published else self._unfinished)[0].open("rb")
 
     def _sync(self) -> None:
         """Write the files to the disk; they replace those of an earlier session."""

@@ -1,4 +1,4 @@
-"""What happened in a run beside its rows: `events.jsonl` in the run folder (docs/report.md).
+"""What happened in a run beside its rows: `events.jsonl` in the run folder (docs/how-to/report.md).
 
 A line is a JSON object with `at`, the Unix time (UTC) by the driver's clock, and `event`, a name.
 Each session adds to the file. A line is written at once, so all but the last survive a kill.

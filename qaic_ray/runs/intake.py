@@ -89,7 +89,7 @@ def file_source(file: FrozenFile) -> Fingerprint:
     return {"bytes": file.num_bytes, "sha256": file.sha256}
 
 
-_NO_CONTENT = ("index", "stream", "background")
+_NO_CONTENT = ("index", "draw", "stream", "background")
 
 
 def row_digest(item: Prompt | Row) -> bytes:

@@ -78,10 +78,17 @@ class SamplingParams:
     GROUP: ClassVar[str] = "Sampling (a JSONL row's own fields go first)"
 
     n: int = opt(
-        1, "Answers to each prompt; more than one needs a temperature.", ge=1, le=MAX_SAMPLES
+        1,
+        "Answers to each prompt; more than one needs a temperature.",
+        ge=1,
+        le=MAX_SAMPLES,
+        sample=4,
     )
     max_tokens: _Count | None = opt(
-        None, "Most tokens of an answer; until the context is full when absent.", flag=None
+        None,
+        "Most tokens of an answer; until the context is full when absent.",
+        flag=None,
+        sample=64,
     )
     min_tokens: int = opt(
         0,
@@ -89,6 +96,7 @@ class SamplingParams:
         ge=0,
         le=_INT32_MAX,
         group=ANSWER_END,
+        sample=8,
     )
     temperature: float = opt(
         0.0,
@@ -96,6 +104,7 @@ class SamplingParams:
         ge=0,
         le=100,
         allowed="a number from 0 (greedy) to 100",
+        sample=0.7,
     )
     top_k: int = opt(
         0,
@@ -103,6 +112,7 @@ class SamplingParams:
         ge=-1,
         le=_INT32_MAX,
         allowed=f"a whole number from 1 to {_INT32_MAX}, or 0 or -1 for all tokens",
+        sample=40,
     )
     top_p: float = opt(
         1.0,
@@ -110,21 +120,27 @@ class SamplingParams:
         gt=0,
         le=1,
         allowed="a number above 0 and up to 1",
+        sample=0.9,
     )
     min_p: float = opt(
-        0.0, "Draw of tokens at least this many times as likely as the likeliest.", ge=0, le=1
+        0.0,
+        "Draw of tokens at least this many times as likely as the likeliest.",
+        ge=0,
+        le=1,
+        sample=0.05,
     )
     repetition_penalty: float = opt(
         1.0,
         "Over 1: shun tokens of prompt and answer, by division of their logits.",
         ge=0.01,
         le=100,
+        sample=1.1,
     )
     presence_penalty: _Penalty = opt(
-        0.0, "Over 0: shun tokens that the answer has, by subtraction."
+        0.0, "Over 0: shun tokens that the answer has, by subtraction.", sample=0.5
     )
     frequency_penalty: _Penalty = opt(
-        0.0, "Over 0: the same, for each time that the answer has them."
+        0.0, "Over 0: the same, for each time that the answer has them.", sample=0.5
     )
     seed: int | None = opt(
         None,
@@ -132,6 +148,7 @@ class SamplingParams:
         ge=0,
         le=MAX_SEED,
         shown="by --run-seed",
+        sample=7,
     )
     stop: Annotated[tuple[_StopText, ...], FailFast()] = opt(
         (),
@@ -141,6 +158,7 @@ class SamplingParams:
         repeated=True,
         allowed=f"a text, or a list of up to {MAX_STOPS} texts, none of them empty, of "
         f"{MAX_STOP_CHARS} characters together",
+        sample=["User:", "###"],
     )
     stop_token_ids: Annotated[tuple[_TokenId, ...], FailFast()] = opt(
         (),
@@ -159,6 +177,7 @@ class SamplingParams:
         "Give each token's logprob, and those of so many likeliest ones.",
         ge=0,
         le=MAX_LOGPROBS,
+        sample=5,
     )
     prompt_logprobs: int | None = opt(
         None,
@@ -167,6 +186,7 @@ class SamplingParams:
         flag=None,
         ge=0,
         le=MAX_LOGPROBS,
+        sample=5,
     )
     structured_outputs: InstanceOf[StructuredOutputs] | None = opt(
         None,
@@ -190,6 +210,7 @@ class SamplingParams:
         min_length=1,
         max_length=MAX_ALLOWED_IDS,
         allowed=f"a list of 1 to {MAX_ALLOWED_IDS} token ids",
+        sample=[13, 198],
     )
     bad_words: Annotated[tuple[_StopText, ...], FailFast()] = opt(
         (),
@@ -197,6 +218,7 @@ class SamplingParams:
         flag=None,
         max_length=MAX_BAD_WORDS,
         allowed=f"a list of up to {MAX_BAD_WORDS} texts, none of them empty",
+        sample=["maybe"],
     )
     skip_special_tokens: bool = opt(True, "Leave special tokens out of the text.", flag=None)
 

@@ -26,6 +26,31 @@ KINDS = ("json", "json_object", "regex", "choice", "grammar")
 
 FIELD = "structured_outputs"
 
+
+def _given(kind: str) -> dict[str, Any]:
+    return {"required": [kind], "properties": {kind: {"not": {"enum": [None, False, []]}}}}
+
+
+_TEXT: dict[str, Any] = {"type": ["string", "null"]}
+_SWITCH: dict[str, Any] = {"type": ["boolean", "null"]}
+_OBJECT: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "json": {"type": ["object", "string", "boolean", "null"]},
+        "json_object": _SWITCH,
+        "regex": _TEXT,
+        "choice": {"type": ["array", "null"], "items": {"type": "string"}, "minItems": 1},
+        "grammar": _TEXT,
+        "disable_any_whitespace": _SWITCH,
+        "whitespace_pattern": _TEXT,
+        "disable_fallback": {},
+    },
+    "oneOf": [_given(kind) for kind in KINDS],
+}
+SCHEMA: dict[str, Any] = {"anyOf": [_OBJECT, {"type": "null"}]}
+"""What `StructuredOutputs.read` takes, as far as a JSON schema can say it."""
+
 _NOT_OFFERED = {
     "structural_tag": "write its form as a grammar",
     "disable_additional_properties": 'write "additionalProperties": false into the schema',

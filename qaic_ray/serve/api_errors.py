@@ -15,15 +15,19 @@ CLOSED_RETRY_S = 5
 CLIENT_GONE = 499
 """The status, for logs alone, of a request whose client went away."""
 
-_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    408: "timeout_error",
-    413: "invalid_request_error",
-    429: "rate_limit_error",
-    503: "service_unavailable_error",
+STATUSES = {
+    400: ("invalid_request_error", "A field is wrong: `param` names it."),
+    401: ("authentication_error", "There is no API key, or no such key."),
+    403: ("permission_error", "The address is not one of this machine's own names."),
+    404: ("not_found_error", "There is no such route, model, file or batch."),
+    408: ("timeout_error", "The body, or the answer, did not come in time."),
+    413: ("invalid_request_error", "The body is longer than the server takes."),
+    429: ("rate_limit_error", "Too much is open: come again after `Retry-After` seconds."),
+    500: ("internal_error", "A card failed at each attempt, or there is a fault of qaic-ray."),
+    503: ("service_unavailable_error", "The server starts or ends: come again."),
+    507: ("internal_error", "The server's folder of files and batches cannot be written."),
 }
+"""Statuses, the interface's word for each, and what it means here."""
 
 
 class ApiError(QaicRayError):
@@ -56,7 +60,7 @@ class ApiError(QaicRayError):
     def type(self) -> str:
         """The interface's word for the kind of error."""
         default = "invalid_request_error" if self.status < 500 else "internal_error"
-        return _TYPES.get(self.status, default)
+        return STATUSES.get(self.status, (default, ""))[0]
 
     @property
     def headers(self) -> dict[str, str]:

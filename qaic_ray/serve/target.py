@@ -74,7 +74,7 @@ def served_job(job: Job, sdk: SdkChoice, listener: Listener) -> Served:
     """
     chosen_at = chosen_index(job)
     request = run_request(job)
-    exported = export_step(job.model, job.export, listener)
+    exported = export_step(job.model, job.export, listener, sdk=sdk.here)
     builds = requested_builds(exported.folder, job.compile, sdk.here)
     _, chosen = compile_step([builds[chosen_at]], None, listener)[0]
     if not isinstance(chosen, Build):

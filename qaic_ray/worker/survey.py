@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 from qaic_ray.errors import RowError
-from qaic_ray.formats.lines import STDIN
+from qaic_ray.formats.inputs.named_files import NamedFile, is_stream, named_files
+from qaic_ray.formats.lines import EmptyInput
 from qaic_ray.formats.prompts import prompts_from_file, prompts_from_text
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer
 from qaic_ray.options import RunOptions
@@ -88,14 +88,25 @@ def _num_answers(item: Prompt | Row, run: RunOptions) -> int:
 
 
 def _items(run: RunOptions) -> Iterator[Prompt | Row] | None:
-    """The prompts; None where they can be read only once, or there are none to look at."""
-    items: Iterator[Prompt | Row]
+    """The prompts; None where they can be read only once, or there are none to look at.
+
+    Of a shard those of the whole, so that every shard of it gets the same program.
+    """
     if run.prompt is not None:
-        items = prompts_from_text(run.prompt)
-    elif run.prompts in (None, STDIN) or not Path(str(run.prompts)).expanduser().is_file():
+        return islice(prompts_from_text(run.prompt), run.max_prompts)
+    if run.prompts is None or is_stream(run.prompts):
         return None
-    else:
-        items = prompts_from_file(
-            Path(str(run.prompts)).expanduser(), run.prompts_format, run.defaults, run.chat_options
-        )
-    return islice(items, run.max_prompts)
+    files = named_files(run.prompts, any_name=run.prompts_format is not None)
+    return islice(_of_files(files, run), run.max_prompts)
+
+
+def _of_files(files: Sequence[NamedFile], run: RunOptions) -> Iterator[Prompt | Row]:
+    for file in files:
+        try:
+            yield from prompts_from_file(
+                *(file.path, run.prompts_format, run.defaults, run.chat_options),
+                frozen=file.remote,
+            )
+        except EmptyInput:
+            if len(files) == 1:
+                raise

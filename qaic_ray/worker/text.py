@@ -110,6 +110,7 @@ class Answerer:
         stop_ids = frozenset(params.stop_token_ids) | self._ending_ids(params)
         form, bad_ids = params.structured_outputs, self._bad_ids(params)
         scores = params.prompt_logprobs is not None
+        number = prompt.index if prompt.draw is None else prompt.draw
         sequences = [
             steps.Sequence(
                 key=prompt.index,
@@ -117,7 +118,7 @@ class Answerer:
                 max_new_tokens=limit,
                 stop_ids=stop_ids,
                 params=params,
-                seed=sample_seed(params, self._generation.seed or 0, prompt.index, sample),
+                seed=sample_seed(params, self._generation.seed or 0, number, sample),
                 guide=None if form is None else self._grammars.guide(form),
                 bad_ids=bad_ids,
                 background=prompt.background,

@@ -207,7 +207,7 @@ def test_arguments_are_options_of_a_run() -> None:
         ({"tensor_paralel_size": 1}, "did you mean tensor_parallel_size"),
         ({"max_modl_len": 1}, "did you mean max_model_len"),
         ({"sistem": "x"}, "did you mean system"),
-        ({"zzz": 1}, "docs/python.md"),
+        ({"zzz": 1}, "docs/how-to/python.md"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2, .*group_size"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size is 2"),
         ({"enable_lora": True}, "merge the adapter"),

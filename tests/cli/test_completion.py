@@ -60,7 +60,7 @@ def script(home: Path) -> Path:
     [
         ("ru", ["run", "runs"]),
         ("emulator ", ["install", "run"]),
-        ("run --max", ["--max-prompts", "--max-tokens"]),
+        ("run --sa", ["--sample", "--sample-seed"]),
         # A name that is only taken is offered where no other begins so.
         ("run --generation", ["--generation-len"]),
         ("run --model", ["--model"]),
@@ -110,13 +110,13 @@ def test_a_completion_loads_nothing_heavy(home: Path) -> None:
         "import json, sys\nfrom qaic_ray.cli import main\nsys.argv = ['qaic-ray']\n"
         "try: main()\nexcept SystemExit: pass\nprint(json.dumps(sorted(sys.modules)))"
     )
-    asked = environment(home) | {"COMP_WORDS": "qaic-ray run --ma", "COMP_CWORD": "2"}
+    asked = environment(home) | {"COMP_WORDS": "qaic-ray run --sa", "COMP_CWORD": "2"}
     asked |= {"_QAIC_RAY_COMPLETE": "complete_bash"}
     done = subprocess.run(
         [sys.executable, "-c", program], env=asked, capture_output=True, text=True, check=True
     )
     *offered, modules = done.stdout.splitlines()
-    assert offered == ["--max-prompts", "--max-tokens"]
+    assert offered == ["--sample", "--sample-seed"]
     assert HEAVY.isdisjoint(name.partition(".")[0] for name in json.loads(modules))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from command_lines import all_names, context_of, examples_of, is_group, of_name, words_of
 from run_folders import FolderMaker
+from shard_drivers import drive, run_of
 from small_graphs import write_decoder
 from typer.testing import CliRunner
 
@@ -121,6 +122,10 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         FolderMaker(folder / path).session(3)
     (folder / "runs" / RUN / "logs").mkdir()
     (folder / "runs" / RUN / "logs" / "card-0.log").write_text("opened\n")
+    (folder / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    for shard in ("1/2", "2/2"):
+        made = drive(run_of(folder / "made", prompts=str(folder / "p.jsonl"), shard=shard)).folder
+        shutil.copytree(made, folder / "shards" / made.name)
     (folder / "my_program.py").write_text("import qaicrt\n")
     (folder / "smollm2-135m-kv" / "generatedModels").mkdir(parents=True)
     write_decoder(folder / "smollm2-135m-kv" / "generatedModels" / "smollm2.onnx")
@@ -142,7 +147,7 @@ DEAR = (
     "ray env",
     "ray stop",
 )
-DEAR_OPTIONS = re.compile(r"--watch|--try-cards")
+DEAR_OPTIONS = re.compile(r"--watch|--try-cards|s3://")
 CHEAP = {
     example: None
     for name, example in EXAMPLES
@@ -178,10 +183,12 @@ def test_commands_stand_in_the_order_of_use() -> None:
         "init",
         "launch",
         "plan",
+        "schema",
         "export",
         "compile",
         "check",
         "report",
+        "merge",
         "runs",
     ]
     wanted += ["status", "logs", "show", "stop", "devices", "doctor"]

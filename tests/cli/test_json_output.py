@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from command_lines import all_names, context_of, of_name
 from run_folders import FolderMaker
+from shard_drivers import drive, run_of
 
 from qaic_ray.cli import main
 from qaic_ray.cli.answers import Answers, Streaming
@@ -26,6 +27,7 @@ from qaic_ray.errors import CompileError, UsageError
 from qaic_ray.files.folders import CACHE_VARIABLE
 from qaic_ray.options import Job
 from qaic_ray.pipeline.submit_step import Parcel, SubmitRequest
+from qaic_ray.reference.answers import ANSWERS
 from qaic_ray.rows import FinishReason, Row
 
 ROOT = Path(__file__).parents[2]
@@ -38,12 +40,15 @@ CHEAP: dict[str, tuple[str, ...]] = {
     "init mine": ("job", "prompts", "model"),
     "key alice": ("name", "key", "line"),
     "emulator install sdk": ("sdk", "root", "cards"),
+    "merge shards/* -o merged": ("rows_in", "outputs_sha256", "shards"),
     "monitoring m": ("folder", "files", "commands"),
     "plan job.yaml": ("job", "text", "compiles"),
     "ray stop": ("ended",),
     "report run-1": ("rows", "tokens_per_s"),
     "report run-1 run-2": ("runs",),
     "runs": ("runs",),
+    "schema": ("$schema", "properties"),
+    "schema job.yaml": ("job", "schema"),
     "show run-1 0": ("row",),
     "status": ("runs", "jobs"),
 }
@@ -59,6 +64,10 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(shapes, folder / "specializations.json")
     for number in (1, 2):
         FolderMaker(folder / "runs" / f"run-{number}").session(3)
+    (folder / "p.txt").write_text("a\nb\n")
+    for shard in ("1/2", "2/2"):
+        made = drive(run_of(folder / "made", prompts=str(folder / "p.txt"), shard=shard)).folder
+        shutil.copytree(made, folder / "shards" / made.name)
     return folder
 
 
@@ -97,6 +106,37 @@ def test_stdout_is_one_object_on_one_line(line: str, stdout: Says) -> None:
     said = stdout(*line.split(), "--json")
     assert said.count("\n") == 1
     assert set(CHEAP[line]) <= set(json.loads(said))
+
+
+TOLD = {
+    "schema job.yaml": "schema JOB",
+    "status": "status, stop",
+    "devices --sdk emulated": "devices",
+    "doctor --sdk emulated": "doctor",
+    "init mine": "init",
+    "key alice": "key",
+    "emulator install sdk": "emulator install",
+    "monitoring m": "monitoring",
+    "plan job.yaml": "plan",
+    "ray stop": "ray stop",
+    "runs": "runs",
+    "show run-1 0": "show",
+}
+"""Commands whose answers the reference tells, by their titles there."""
+
+
+@pytest.mark.parametrize("line", TOLD)
+def test_the_reference_tells_what_is_printed(line: str, here: Path, stdout: Says) -> None:
+    for made in ("mine.yaml", "mine-prompts.jsonl"):
+        (here / made).unlink(missing_ok=True)
+    shutil.rmtree(here / "m", ignore_errors=True)
+    document = json.loads(stdout(*line.split(), "--json"))
+    _, told = ANSWERS[TOLD[line]]
+    outer = {name.partition("[")[0].partition(".")[0] for name in told}
+    assert set(document) == outer
+    for name, value in document.items():
+        if isinstance(value, list) and any(other.startswith(f"{name}[].") for other in told):
+            assert all(f"{name}[].{key}" in told for item in value for key in item), name
 
 
 def test_nothing_to_resume_is_an_object_too(stdout: Says) -> None:

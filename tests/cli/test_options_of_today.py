@@ -33,6 +33,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--model -m --model-name": "smollm2-135m",
         "--prompt": "a|b",
         "--input -i --prompts-file": "p.txt",
+        "--shard": "3/64",
         "--max-tokens --generation-len": "64",
         "--device-id --devices": "0,3",
         "--sdk": "emulated",
@@ -67,6 +68,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--log-format --log_format": "json",
         "--json": FLAG,
     },
+    "schema": {"[JOB]": "job.yaml", "--json": FLAG},
     "init": {"NAME": "mine", "--from": "chat", "--model -m": "org/x", "--json": FLAG},
     "plan": {
         "JOB": "job.yaml",
@@ -74,6 +76,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--model -m --model-name": "smollm2-135m",
         "--prompt": "a|b",
         "--input -i --prompts-file": "p.txt",
+        "--shard": "3/64",
         "--max-tokens --generation-len": "64",
         "--device-id --devices": "0,3",
         "--sdk": "emulated",
@@ -89,6 +92,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--continuous-batching": FLAG,
         "--opset": "13",
         "--dtype": "float16",
+        "--weights": "reference",
         "--kv-dtype": "mxint8",
         "--logits": "all",
         "--next-tokens": FLAG,
@@ -134,7 +138,10 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--prompt": "a|b",
         "--input -i --prompts-file --prompts_file": "-",
         "--prompts-format --prompts_format": "openai",
-        "--max-prompts --max_prompts": "100",
+        "--limit --max-prompts --max_prompts": "100",
+        "--shard": "3/64",
+        "--sample": "5%",
+        "--sample-seed --sample_seed": "7",
         "--chat": FLAG,
         "--system": "Be brief.",
         "--chat-template --chat_template": "t.jinja",
@@ -166,6 +173,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--ctx-len --ctx_len": "128",
         "--output -o": "elsewhere",
         "--output-format --output_format": "parquet",
+        "--output-parts --output_parts": "s3://bucket/parts",
+        "--part-rows --part_rows": "5000",
         "--metrics / --no-metrics": FLAG,
         "--resume": "runs/a",
         "--retry-errors --retry_errors": FLAG,
@@ -260,6 +269,13 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "doctor": {"--address": "auto", "--sdk": "real", "--try-cards": FLAG, "--json": FLAG},
     "devices": {"--address": "auto", "--sdk": "real", "--json": FLAG},
     "report": {"RUN...": "runs/a", "--output -o --html": "page.html", "--json": FLAG},
+    "merge": {
+        "RUN...": "runs/a",
+        "--output -o": "merged",
+        "--output-parts --output_parts": "s3://bucket/parts",
+        "--part-rows --part_rows": "5000",
+        "--json": FLAG,
+    },
     "monitoring": {"FOLDER": "m", "--json": FLAG},
     "key": {"NAME": "alice", "--json": FLAG},
     "emulator install": {
@@ -282,6 +298,7 @@ NEEDED = {
     "compile": ["MODEL_DIR"],
     "check": ["PATH"],
     "report": ["RUN..."],
+    "merge": ["RUN...", "--output -o"],
     "monitoring": ["FOLDER"],
     "key": ["NAME"],
     "serve": ["[TARGET]"],
@@ -301,6 +318,7 @@ export:
   continuous_batching: true
   opset: 17
   dtype: float16
+  weights: copy
   kv_dtype: mxint8
   logits: num_logits_to_keep
   next_tokens: true
@@ -325,6 +343,9 @@ run:
   prompts: /p.jsonl
   prompts_format: jsonl
   prompt: null
+  shard: 3/64
+  sample: 5%
+  sample_seed: 7
   max_prompts: 100
   generation_len: 64
   sampling:
@@ -368,6 +389,8 @@ run:
   metrics: false
   output: /elsewhere
   output_formats: [openai, parquet]
+  output_parts: s3://bucket/parts
+  part_rows: 5000
 serve:
   host: 0.0.0.0
   port: 9000

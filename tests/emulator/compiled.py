@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import settings
 from tiny_llama import TinyLlama
 
 from qaic_ray.emulator import compiler
-from qaic_ray.emulator.container import SEGMENTS, QpcWriter
+from qaic_ray.emulator.container import CHECKSUMS, NETWORK, QpcWriter, elf
 from qaic_ray.emulator.container.execution import CompiledProgram, LoadedProgram
 
 FUZZ_EXAMPLES = int(os.environ.get("QAIC_FUZZ_EXAMPLES") or settings().max_examples)
@@ -74,13 +75,14 @@ def compile_tiny(
 
 
 def write_qpc(path: str, segments: Mapping[str, bytes]) -> None:
-    """Write a container from whole segments (all of `SEGMENTS` but the CRC)."""
+    """Write a container from whole segments; what it has of checksums is written anew."""
+    names = [name for name in segments if name not in CHECKSUMS]
     with open(path, "wb") as file:
-        writer = QpcWriter(file)
-        for name in SEGMENTS[:-1]:
+        writer = QpcWriter(file, names)
+        for name in names:
             writer.write(segments[name])
             writer.end_segment()
-        writer.finish()
+        writer.finish(zlib.crc32(elf.find(segments[NETWORK], "metadata_fb") or b""))
 
 
 def three_ways(qpc: CompiledProgram) -> list[LoadedProgram]:

@@ -111,7 +111,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
 
 
 def test_the_files_shown_in_the_docs_are_read() -> None:
-    page = Path(__file__).parents[2] / "docs" / "emulated-sdk.md"
+    page = Path(__file__).parents[2] / "docs" / "emulated-sdk" / "faults.md"
     blocks = page.read_text(encoding="utf-8").split("```yaml\n")[1:]
     fault_file, timing_file = (block.partition("```")[0] for block in blocks)
     seed, found = faults.parse(fault_file, "docs")

@@ -23,7 +23,8 @@ from qaic_ray.export.check.verify import (
     read_report,
     write_report,
 )
-from qaic_ray.export.export import check_ours, custom_io, default_level, export_model
+from qaic_ray.export.export import custom_io, default_level, export_model
+from qaic_ray.export.own_folder import check_ours
 from qaic_ray.files.documents import checked
 from qaic_ray.files.folders import SourceFile
 from qaic_ray.model.checkpoint import (

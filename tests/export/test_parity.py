@@ -22,7 +22,7 @@ from qaic_ray.contract import NUM_LOGITS_TO_KEEP, IoContract
 from qaic_ray.errors import ExportError
 from qaic_ray.export.architecture import inverse_frequencies, read_architecture, table_blocks
 from qaic_ray.export.check.verify import NUM_DECODE_STEPS, VerifyReport, compare, verify_export
-from qaic_ray.export.tensors import FLOAT16_MAX
+from qaic_ray.export.conversion import FLOAT16_MAX
 from qaic_ray.model.checkpoint import Checkpoint, load_torch_model
 from qaic_ray.options import ExportOptions
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from qaic_ray.errors import CheckpointError
 from qaic_ray.export import weights
 from qaic_ray.export.builder import WeightSpec
-from qaic_ray.export.tensors import Converter, clip_to_float16, read_entries
+from qaic_ray.export.conversion import Converter, clip_to_float16
 from qaic_ray.export.weights import BlockSizes, plan_weights, weights_sha256, write_weights
+from qaic_ray.weight_files.tensors import read_entries
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}
 DTYPES["BF16"] = np.dtype(ml_dtypes.bfloat16)

@@ -126,6 +126,7 @@ def test_the_way_from_another_machine(
 
 def test_the_pages_pictures_are_there() -> None:
     docs = Path(__file__).parents[2] / "docs"
-    named = {word.partition(")")[0] for word in (docs / "dashboard.md").read_text().split("](")[1:]}
-    assert {name for name in named if not (docs / name).exists()} == set()
+    page = docs / "how-to" / "dashboard.md"
+    named = {word.partition(")")[0] for word in page.read_text().split("](")[1:]}
+    assert {name for name in named if not (page.parent / name).exists()} == set()
     assert sum(path.stat().st_size for path in (docs / "pictures").iterdir()) < 10**6

@@ -20,7 +20,12 @@ RUN = RunOptions(
     prompt="a|b\n– ü",
     prompts_format="openai",
     max_prompts=2,
+    shard="3/64",
+    sample="5%",
+    sample_seed=7,
     output_formats=("parquet",),
+    output_parts="s3://bucket/parts",
+    part_rows=5000,
     input_len=16,
     ctx_len=64,
     generation_len=9,
@@ -85,7 +90,9 @@ def test_every_option_differs_from_its_default_here_so_that_none_is_forgotten() 
 
 def test_a_request_of_an_older_version_is_read(tmp_path: Path) -> None:
     (tmp_path / REQUEST_NAME).write_text(OLDER, encoding="utf-8")
-    older = replace(REQUEST.with_run(max_prompts=None), resume=tmp_path)
+    newer = {"max_prompts": None, "shard": None, "sample": None, "sample_seed": 0}
+    newer |= {"output_parts": None, "part_rows": 100_000}
+    older = replace(REQUEST.with_run(**newer), resume=tmp_path)
     assert read_request(tmp_path) == older
     (tmp_path / REQUEST_NAME).write_text(
         "{name: r, model: m, qpc: /q, devices: null, prompts_file: p, max_stall_s: null}"

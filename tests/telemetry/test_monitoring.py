@@ -170,5 +170,5 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_every_metric_is_on_the_page_about_monitoring() -> None:
-    page = (KEPT.parents[2] / "docs" / "monitoring.md").read_text()
+    page = (KEPT.parents[2] / "docs" / "how-to" / "monitoring.md").read_text()
     assert {metric.name for metric in METRICS if f"`{metric.name}`" not in page} == set()

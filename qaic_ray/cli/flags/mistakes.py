@@ -26,7 +26,7 @@ _OTHER_WORDS = {
     "build": "compile", "convert": "export", "start": "launch", "submit": "launch",
     "check": "doctor", "info": "doctor", "cards": "devices", "tail": "logs", "new": "init",
     "compare": "report", "resume": "run", "generateONNX.py": "export", "runModel.py": "run",
-    "compileModel.sh": "compile",
+    "compileModel.sh": "compile", "join": "merge", "concat": "merge",
 }  # fmt: skip
 """Commands as other programs call them."""
 

@@ -1,8 +1,8 @@
 """Faults on demand: cards that are absent, fail, hang, lie or are slow, the same way every time.
 
 `QAIC_EMULATOR_FAULTS` names a YAML or JSON file with a `seed` and a list of `faults`; each has a
-`kind`, a `device` and what it fires at. `docs/emulated-sdk.md` shows one of each kind. Events are
-numbered from 1 for each card, over all processes, for as long as the state folder lives.
+`kind`, a `device` and what it fires at. `docs/emulated-sdk/faults.md` shows one of each kind.
+Events are numbered from 1 for each card, over all processes, for as long as the state folder lives.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Card time: a stated latency model that pads the compute, or stands in for it.
 
-Off unless `QAIC_EMULATOR_TIMING` names a YAML or JSON file; `docs/emulated-sdk.md` has its keys.
-The time of an inference is base_ms + per_token_ms * tokens + weights / (bandwidth_gb_s *
-efficiency). While it is on, `QAIC_EMULATOR_TIMING_ACTIVE` is set in the process to one line that
-states the model, so that every report of a figure can print it. These times are simulated.
+Off unless `QAIC_EMULATOR_TIMING` names a YAML or JSON file; its keys are in
+`docs/emulated-sdk/faults.md`. The time of an inference is base_ms + per_token_ms * tokens + weights
+/ (bandwidth_gb_s * efficiency). While it is on, `QAIC_EMULATOR_TIMING_ACTIVE` is set in the process
+to one line that states the model, so that every report of a figure can print it. These times are
+simulated.
 """
 
 from __future__ import annotations

@@ -43,6 +43,8 @@ _NAMED_SPECIALIZATIONS_SINCE = (1, 22)
 _HARDWARE_NAMES_SINCE = (1, 21)
 # Inferred: the first QEfficient that passes `ai200` is that of Apps 1.22.
 _AI200_SINCE = (1, 22)
+# Inferred: QEfficient released weight-free exports after it, and for no named version.
+_EXTDATA_SINCE = (1, 22)
 _DEFAULT_VERSION = "1.22"
 _REFUSED = 255
 _FAILED = 1
@@ -164,6 +166,7 @@ def plan(options: Options) -> Build:
         hardware=hardware,
         outputs=options.outputs,
         quantization=_quantization(options) if options.quantizes else None,
+        reads_extdata=_numbers(version) >= _EXTDATA_SINCE,
     )
 
 

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
-import struct
+import zlib
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from onnx import TensorProto
 
 from .. import lowering
-from ..container import AI100, QpcWriter, aicapi, netdesc, network
+from ..container import (
+    AI100,
+    MDP_META_INFO,
+    SEGMENTS,
+    ConstantsDesc,
+    QpcWriter,
+    aicapi,
+    metadata,
+    netdesc,
+    network,
+)
 from ..container.constants import ConstantsWriter
 from ..lowering import graph
 from ..lowering.dims import output_dims
 from ..lowering.graph import GraphError, State
 from ..lowering.view import NotLowered
 from ..numbers import kv_cache
-from . import calibration, outputs, quantize
+from . import calibration, extdata, outputs, quantize
 from .configs import Partition
 from .quantize import Quantization
 from .report import Report
-from .weights import Precision, store_weights
+from .weights import Precision, WeightFiles, store_weights
 
 Dims = Tuple[int, ...]
 
@@ -53,7 +64,7 @@ class Build(NamedTuple):
 
     `symbols` has one entry a specialization, `io_precisions` is IO name -> precision, `batch_size`
     the value of a leading dimension that no symbol gives one, `outputs` what the program's outputs
-    are in place of the model's.
+    are in place of the model's, `reads_extdata` whether weights may be in files of a checkpoint.
     """
 
     model_path: str
@@ -68,6 +79,7 @@ class Build(NamedTuple):
     hardware: str = AI100
     outputs: Tuple[str, ...] = ()
     quantization: Optional[Quantization] = None
+    reads_extdata: bool = True
 
     @property
     def network_name(self) -> str:
@@ -97,26 +109,29 @@ def write(build: Build, model: Any, path: str) -> Report:
         GraphError: where the model cannot be compiled.
         ConstantError: where a weight cannot be read.
     """
+    files = _weight_files(build, model)
     if build.outputs:
         outputs.select(model, build.outputs)
     quantized = None
     if build.quantization is not None:
-        dims, folder = _input_dims(build, model), _folder(build)
-        quantized = quantize.apply(model, build.quantization, dims, folder)
+        dims = _input_dims(build, model)
+        quantized = quantize.apply(model, build.quantization, dims, files)
     states = _states(build, model)
     described = _describe(build, model, states)
     kinds = {i.name: graph.compute_kind(i) for i in graph.inputs(model)}
     with open(path, "wb") as file:
-        writer = QpcWriter(file)
+        devices = (MDP_META_INFO,) if build.partition.num_devices > 1 else ()
+        writer = QpcWriter(file, (*SEGMENTS, *devices))
         constants = ConstantsWriter(writer)
-        store_weights(model, constants, folder=_folder(build), precision=build.precision)
+        store_weights(model, constants, files=files, precision=build.precision)
         graph.widen_to_float32(model)
         graph.narrow_lookups(model, {c.name: c.kind for c in constants.table})
         lens = _ctx_len(described, states), _joint_length(build.symbols)
         graphs, not_lowered = _lowered(model, states, constants, lens)
         graph.round_states(model, states)
         graphs[network.REFERENCE] = graph.expand(model).SerializeToString()
-        size = writer.end_segment()
+        desc = ConstantsDesc.of(writer.size())
+        writer.end_segment()
         program = network.NetworkElf(
             apps_version=build.apps_version,
             hardware=build.hardware,
@@ -130,13 +145,27 @@ def write(build: Build, model: Any, path: str) -> Report:
             input_kinds=kinds,
             graphs=graphs,
         )
-        # The vendor's field for the size of the constants has 32 bits, and wraps.
-        constants_desc = struct.pack("<I", size & 0xFFFFFFFF)
-        for data in (network.serialize(program), netdesc.serialize(described), constants_desc):
+        needed = metadata.serialize(_needs(build, described, desc))
+        parts = [network.serialize(program, needed), netdesc.serialize(described), desc.pack()]
+        for data in (*parts, *(_partition_json(build.partition) for _ in devices)):
             writer.write(data)
             writer.end_segment()
-        writer.finish()
-    return Report(_warnings(constants), not_lowered, quantized)
+        writer.finish(zlib.crc32(needed))
+    external = sorted({tensor.path for tensor in files.external.values()})
+    return Report(_warnings(constants), not_lowered, quantized, external)
+
+
+def _needs(build: Build, described: netdesc.Network, desc: ConstantsDesc) -> metadata.Needs:
+    buffers = described.dma_buffers()
+    return metadata.Needs(described.name, build.hardware, described.num_cores, buffers, desc)
+
+
+def _partition_json(partition: Partition) -> bytes:
+    """The devices of a program for several, in the form of `-mdp-load-partition-config`."""
+    devices = [
+        {"deviceId": i, "numCores": partition.num_cores} for i in range(partition.num_devices)
+    ]
+    return json.dumps({"partitions": [{"name": "Partition0", "devices": devices}]}).encode()
 
 
 def profile(build: Build, model: Any, path: str) -> None:
@@ -146,15 +175,18 @@ def profile(build: Build, model: Any, path: str) -> None:
         GraphError, ConfigError, ConstantError, OSError: as `write`.
     """
     assert build.quantization is not None
+    files = _weight_files(build, model)
     if build.outputs:
         outputs.select(model, build.outputs)
     dims = _input_dims(build, model)
-    ranges = quantize.profile(model, build.quantization, dims, _folder(build))
+    ranges = quantize.profile(model, build.quantization, dims, files)
     calibration.write_profile(path, ranges)
 
 
-def _folder(build: Build) -> str:
-    return os.path.dirname(os.path.abspath(build.model_path))
+def _weight_files(build: Build, model: Any) -> WeightFiles:
+    """Make constants of the weights that are graph inputs; where the bytes of all weights are."""
+    folder = os.path.dirname(os.path.abspath(build.model_path))
+    return WeightFiles(folder, extdata.attach(model, folder) if build.reads_extdata else {})
 
 
 def _input_dims(build: Build, model: Any) -> Dict[str, Dims]:

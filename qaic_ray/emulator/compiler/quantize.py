@@ -17,7 +17,7 @@ from ..lowering import graph
 from ..lowering.graph import FLOATS, GraphError
 from . import calibration
 from .calibration import Range
-from .weights import open_initializer
+from .weights import WeightFiles
 
 ASYMMETRIC = "asymmetric"
 UINT8_WHERE_POSITIVE = "symmetric_with_uint8"
@@ -107,28 +107,30 @@ def grid_of(low: Any, high: Any, schema: str) -> Grid:
     return Grid(scale.astype(np.float32), zero)
 
 
-def profile(model: Any, asked: Quantization, dims: Mapping[str, Any], folder: str) -> Any:
+def profile(model: Any, asked: Quantization, dims: Mapping[str, Any], files: WeightFiles) -> Any:
     """Ranges of every value that quantization needs, by running the model; weights are read in.
 
     Raises:
         GraphError, ConfigError: where the model or the inputs do not fit.
     """
-    _read_weights(model, folder)
+    _read_weights(model, files)
     inputs = graph.inputs(model)
     data = calibration.samples(asked.list_file, asked.random, inputs, dims)
     return calibration.observe(model, _Plan(model, asked).measured, data, asked.num_bins)
 
 
-def apply(model: Any, asked: Quantization, dims: Mapping[str, Any], folder: str) -> Dict[str, Any]:
+def apply(
+    model: Any, asked: Quantization, dims: Mapping[str, Any], files: WeightFiles
+) -> Dict[str, Any]:
     """Quantize a model in place; what the report says of it.
 
     Raises:
         GraphError, ConfigError: where the model, the inputs or the profile do not fit.
     """
     if asked.profile is None:
-        ranges = profile(model, asked, dims, folder)
+        ranges = profile(model, asked, dims, files)
     else:
-        _read_weights(model, folder)
+        _read_weights(model, files)
         ranges = calibration.read_profile(asked.profile)
     plan = _Plan(model, asked)
     missing = [name for name in plan.measured if name not in ranges]
@@ -152,7 +154,7 @@ def apply(model: Any, asked: Quantization, dims: Mapping[str, Any], folder: str)
     }
 
 
-def _read_weights(model: Any, folder: str) -> None:
+def _read_weights(model: Any, files: WeightFiles) -> None:
     for value in [*graph.inputs(model), *model.graph.initializer]:
         typed = value.data_type if hasattr(value, "data_type") else 0
         kind = typed or value.type.tensor_type.elem_type
@@ -161,7 +163,7 @@ def _read_weights(model: Any, folder: str) -> None:
             raise GraphError(f"Quantization needs a float32 model, and '{value.name}' is {name}")
     for tensor in model.graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL:
-            array = np.array(open_initializer(tensor, folder))
+            array = np.array(files.open(tensor))
             tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
 
 

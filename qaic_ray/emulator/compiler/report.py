@@ -12,12 +12,14 @@ class Report(NamedTuple):
     """What there is to say of a finished build.
 
     `not_lowered` is the reason why the graph runs as it is, if it does; `quantization` says how the
-    program was quantized, None where it was not.
+    program was quantized, None where it was not; `external_weights` are the files of a checkpoint
+    that weights were read from.
     """
 
     warnings: List[str]
     not_lowered: Optional[str]
     quantization: Optional[Dict[str, Any]] = None
+    external_weights: Sequence[str] = ()
 
 
 def write(path: str, facts: Dict[str, Any], report: Report, unheeded: Sequence[str]) -> None:
@@ -27,6 +29,7 @@ def write(path: str, facts: Dict[str, Any], report: Report, unheeded: Sequence[s
     document["warnings"] = report.warnings
     document["not_lowered"] = report.not_lowered
     document["quantization"] = report.quantization
+    document["external_weights"] = list(report.external_weights)
     with open(path, "w", encoding="utf-8") as file:
         json.dump(document, file, indent=2)
         file.write("\n")

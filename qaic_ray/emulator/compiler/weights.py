@@ -1,8 +1,8 @@
 """Moves the weights of a graph into `constants.bin`, rounded and packed as the flags say.
 
-Each MatMul is given a weight of its own before: unshared, and not behind a Transpose. A compiler
-folds `Transpose(weight)`, and packs a tied embedding where it is a MatMul's weight but not where
-rows of it are looked up.
+Each MatMul is given a weight of its own before: unshared, and not behind a Transpose or a Cast. A
+compiler folds `Transpose(Cast(weight))`, and packs a tied embedding where it is a MatMul's weight
+but not where rows of it are looked up.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ..container.constants import FLOAT16, FLOAT32, ConstantsWriter, to_float16, to_float32
 from ..lowering.graph import FLOATS, INLINE_ELEMENTS, has_subgraphs, replace_by_stub
+from .extdata import ExternalTensor
+
+_NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 class ConstantError(Exception):
@@ -34,13 +37,37 @@ class Precision(NamedTuple):
         return FLOAT16 if self.convert_to_fp16 else FLOAT32
 
 
+class WeightFiles(NamedTuple):
+    """Where the bytes of a model's initializers are, if not in it.
+
+    `folder` is what ONNX's external data is relative to; `external` are the weights that lie in
+    files of a checkpoint.
+    """
+
+    folder: str
+    external: Mapping[str, ExternalTensor] = {}
+
+    def open(self, tensor: Any) -> Any:
+        """An initializer's array: a view of its bytes, memory-mapped where they are in a file.
+
+        bfloat16 comes as uint16.
+
+        Raises:
+            ConstantError, ExternalDataError: where the file is missing, too short or outside of the
+                folder.
+        """
+        if tensor.data_location == TensorProto.EXTERNAL and tensor.name in self.external:
+            return self.external[tensor.name].open(tensor.name, tensor.data_type)
+        return open_initializer(tensor, self.folder)
+
+
 def store_weights(
-    model: Any, writer: ConstantsWriter, *, folder: str, precision: Precision
+    model: Any, writer: ConstantsWriter, *, files: WeightFiles, precision: Precision
 ) -> None:
     """Move each large initializer into `writer`, and round what stays in the graph.
 
     The model keeps a float32 (or integer) stand-in without bytes for each moved tensor. Inline
-    bytes are dropped as soon as they are written. `folder` is what external data is relative to.
+    bytes are dropped as soon as they are written.
     """
     plain = not has_subgraphs(model)
     made = _own_weights(model, separate=precision.mxfp6_matmul) if plain else {}
@@ -54,10 +81,10 @@ def store_weights(
     for name, tensor in tensors.items():
         if name in made:
             continue
-        array = open_initializer(tensor, folder)
+        array = files.open(tensor)
         for copy, source in made.items():
             if source.name == name:
-                store.add(tensors[copy], array.T if source.transposed else array)
+                store.add(tensors[copy], source.values(array, tensor.data_type))
         if name in read:
             store.add(tensor, array)
         del array
@@ -186,10 +213,51 @@ def open_initializer(tensor: Any, directory: str) -> Any:
 
 
 class _Source(NamedTuple):
-    """The initializer that a new one is made of, as it is or transposed."""
+    """The initializer that a new one is made of: as it is, transposed, or rounded to float16."""
 
     name: str
-    transposed: bool
+    transposed: bool = False
+    halved: bool = False
+
+    def values(self, array: Any, data_type: int) -> Any:
+        """The new initializer's array."""
+        if self.halved:
+            array = to_float16(to_float32(array, data_type))[0]
+        return array.T if self.transposed else array
+
+
+def _fold_casts(model: Any, initializers: Dict[str, Any]) -> Dict[str, _Source]:
+    """Remove Casts of constants: to a type that holds the same values, or to float16.
+
+    Returns:
+        The initializers that are rounded to float16, declared without bytes in the model.
+    """
+    graph = model.graph
+    kept = {o.name for o in graph.output}
+    read: Dict[str, str] = {}
+    made: Dict[str, _Source] = {}
+    for index in reversed(range(len(graph.node))):
+        node = graph.node[index]
+        if node.op_type != "Cast" or node.domain or node.output[0] in kept:
+            continue
+        tensor = initializers.get(node.input[0])
+        if tensor is None or tensor.data_type not in FLOATS:
+            continue
+        to = next((a.i for a in node.attribute if a.name == "to"), None)
+        if to == tensor.data_type or (to == TensorProto.FLOAT and tensor.data_type in _NARROW):
+            read[node.output[0]] = tensor.name
+        elif to == TensorProto.FLOAT16:
+            name = f"{tensor.name}/float16"
+            if name not in made:
+                made[name] = _Source(tensor.name, halved=True)
+                graph.initializer.add(name=name, data_type=to, dims=tensor.dims)
+            read[node.output[0]] = name
+        else:
+            continue
+        del graph.node[index]
+    for node in graph.node if read else ():
+        node.input[:] = [read.get(name, name) for name in node.input]
+    return made
 
 
 def _own_weights(model: Any, *, separate: bool) -> Dict[str, _Source]:
@@ -199,6 +267,7 @@ def _own_weights(model: Any, *, separate: bool) -> Dict[str, _Source]:
         model: changed in place; new initializers are declared without bytes.
         separate: whether to copy a weight that is read by others too.
     """
+    made = _fold_casts(model, {t.name: t for t in model.graph.initializer})
     initializers = {t.name: t for t in model.graph.initializer}
     transposes = {
         node.output[0]: node.input[0]
@@ -209,22 +278,19 @@ def _own_weights(model: Any, *, separate: bool) -> Dict[str, _Source]:
     for node in model.graph.node:
         for name in node.input:
             num_reads[name] = num_reads.get(name, 0) + 1
-    made: Dict[str, _Source] = {}
     for node in model.graph.node:
         if node.domain or node.op_type not in ("MatMul", "Gemm"):
             continue
         weight = node.input[1]
-        if weight in transposes:
-            source = _Source(transposes[weight], transposed=True)
-        elif separate and weight in initializers and num_reads[weight] > 1:
-            source = _Source(weight, transposed=False)
-        else:
+        transposed = weight in transposes
+        if not transposed and not (separate and weight in initializers and num_reads[weight] > 1):
             continue
-        name = f"{source.name}/{'transposed' if source.transposed else 'matmul'}"
+        own = transposes.get(weight, weight)
+        name = f"{own}/{'transposed' if transposed else 'matmul'}"
         if name not in made:
-            made[name] = source
-            tensor = initializers[source.name]
-            dims = tensor.dims[::-1] if source.transposed else tensor.dims
+            made[name] = made.get(own, _Source(own))._replace(transposed=transposed)
+            tensor = initializers[own]
+            dims = tensor.dims[::-1] if transposed else tensor.dims
             model.graph.initializer.add(name=name, data_type=tensor.data_type, dims=dims)
         node.input[1] = name
     _drop(model, transposes)

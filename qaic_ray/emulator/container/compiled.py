@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import Any
+from typing import Any, Sequence
 
 from . import (
     CONSTANTS,
     CONSTANTS_DESC,
-    CRC,
+    INTEGRITY,
     NETWORK,
     NETWORK_DESC,
+    ConstantsDesc,
     Container,
     QpcError,
     aicapi,
@@ -25,6 +26,7 @@ class CompiledProgram:
 
     Attributes:
         bindings: inputs then outputs, in the compiler's own order inside each kind.
+        dma_buffers: what carries them between host and card.
         allowed_shapes: per specialization (type, dims) in binding order; empty when there is one.
         states: retained input -> its output.
         constants_bytes: DRAM that loading takes.
@@ -33,6 +35,8 @@ class CompiledProgram:
 
     def __init__(self, container: Container) -> None:
         self.path = container.path
+        if INTEGRITY not in container.segments:
+            raise network.refusal(bytes(container.segment(NETWORK)))
         container.check([NETWORK, NETWORK_DESC, CONSTANTS_DESC])
         described = netdesc.parse(bytes(container.segment(NETWORK_DESC)))
         self._container = container
@@ -48,8 +52,10 @@ class CompiledProgram:
         self.graphs = self.program.graphs
         self.allowed_shapes = described.allowed_shapes
         self.bindings = described.bindings()
+        self.dma_buffers = described.dma_buffers()
         self._check_states()
         self.constants_bytes = len(container.segment(CONSTANTS))
+        self._check_constants()
         kept = set(self.states.values())
         self.activation_bytes = sum(b.size for b in self.bindings if b.name not in kept)
 
@@ -70,10 +76,15 @@ class CompiledProgram:
         if not (set(self.states) <= inputs and set(self.states.values()) <= outputs):
             raise QpcError(f"{self.path} retains a state that it has no binding for")
 
+    def _check_constants(self) -> None:
+        desc = ConstantsDesc.parse(bytes(self._container.segment(CONSTANTS_DESC)))
+        if sum(desc) != self.constants_bytes:
+            raise QpcError(f"{self.path} has {self.constants_bytes} bytes of constants, not {desc}")
+
     def digest(self) -> str:
         """What tells this program from any other."""
         parts = hashlib.sha256(self._container.segment(NETWORK))
-        parts.update(bytes(self._container.segment(CRC)))
+        parts.update(bytes(self._container.segment(INTEGRITY)))
         return parts.hexdigest()
 
     def constants_segment(self) -> Any:
@@ -81,24 +92,39 @@ class CompiledProgram:
         return self._container.segment(CONSTANTS)
 
     def io_descriptor(self) -> bytes:
-        """A serialized `aicapi.IoDesc`."""
-        desc = aicapi.IoDesc(program_name=self.name)
+        """A serialized `aicapi.IoDesc`, byte for byte what the open runtime makes of this QPC."""
+        desc = aicapi.IoDesc()
         default = desc.io_sets.add(name="default")
         for b in self.bindings:
-            default.bindings.add(
-                name=b.name,
-                index=b.index,
-                type=b.type,
-                dir=aicapi.BUFFER_IO_TYPE_INPUT if b.is_input else aicapi.BUFFER_IO_TYPE_OUTPUT,
-                quant_scale=1.0,
-                dims=b.dims,
-                size=b.size & 0xFFFFFFFF,
-                is_partial_buf_allowed=b.is_partial_buf_allowed,
-                is_valid=True,
-            )
+            _add_binding(default, b, b.dims)
         desc.selected_set.CopyFrom(default)
+        carried = desc.io_sets.add(name="dma") if self.dma_buffers else None
+        numbers = {buffer.binding: number for number, buffer in enumerate(self.dma_buffers)}
+        for b in self.bindings if carried else ():
+            number = numbers.get(b.index)
+            if number is None:
+                _add_binding(carried, b, b.dims).is_valid = False
+                continue
+            binding = _add_binding(carried, b, self.dma_buffers[number].dims)
+            binding.dma_buf_info.add(dma_buf_index=number, dma_size=b.size)
+        for number, buffer in enumerate(self.dma_buffers):
+            desc.dma_buf.add(index=number, size=buffer.size, dir=int(not buffer.is_input))
         for shapes in self.allowed_shapes:
             entry = desc.allowed_shapes.add()
             for type_, dims in shapes:
                 entry.shapes.add(type=type_, dims=dims)
         return bytes(desc.SerializeToString())
+
+
+def _add_binding(io_set: Any, b: netdesc.Binding, dims: Sequence[int]) -> Any:
+    return io_set.bindings.add(
+        name=b.name,
+        index=b.index,
+        type=b.type,
+        dir=aicapi.BUFFER_IO_TYPE_INPUT if b.is_input else aicapi.BUFFER_IO_TYPE_OUTPUT,
+        quant_scale=1.0,
+        dims=dims,
+        size=b.size & 0xFFFFFFFF,
+        is_partial_buf_allowed=b.is_partial_buf_allowed,
+        is_valid=True,
+    )

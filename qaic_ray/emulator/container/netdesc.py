@@ -17,6 +17,10 @@ from . import QpcError, aicapi
 
 MAJOR_VERSION = 9
 _PACKAGE = "aicnwdesc"
+_ALIGN_BYTES = 64
+_COPY_DMA_BUFFER = 6
+_MAX_DMA_BYTES = 0xFFFFFFFF
+_MAX_DIM = 0x7FFFFFFF
 
 DTYPES: Dict[int, np.dtype[Any]] = {
     aicapi.FLOAT_TYPE: np.dtype(np.float32),
@@ -43,10 +47,21 @@ _MESSAGES: Dict[str, Dict[str, Tuple[int, str]]] = {
         "dims": (4, "*int32"),
         "layout": (5, "int32"),
     },
+    "CopyDMABuffer": {"dir": (1, "int32"), "offset": (2, "uint32"), "buffer_num": (3, "uint32")},
+    "transform": {
+        "kind": (1, "int32"),
+        "type": (2, "int32"),
+        "scale": (3, "float"),
+        "offset": (4, "int32"),
+        "dims": (5, "*int32"),
+        "copy_dma_buffer": (9, "CopyDMABuffer"),
+    },
+    "DMABuffer": {"size": (1, "uint32"), "dir": (2, "int32")},
     "IOBinding": {
         "name": (1, "string"),
         "io_initial": (2, "IODescriptor"),
         "io_transformed": (3, "IODescriptor"),
+        "transformseq": (4, "*transform"),
         "is_partial_allowed": (5, "bool"),
         "align": (6, "uint32"),
     },
@@ -56,6 +71,7 @@ _MESSAGES: Dict[str, Dict[str, Tuple[int, str]]] = {
         "network_name": (3, "string"),
         "inputs": (4, "*IOBinding"),
         "outputs": (5, "*IOBinding"),
+        "dma_buffers": (6, "*DMABuffer"),
         "num_cores": (7, "uint32"),
         "num_threads": (8, "uint32"),
         "batch_size": (14, "int32"),
@@ -91,6 +107,20 @@ class Io(NamedTuple):
     is_partial_buf_allowed: bool
 
 
+class DmaBuffer(NamedTuple):
+    """What carries one binding's bytes between host and card, in `size` bytes.
+
+    `dims` is the shape of the bytes in it. A partial input lies behind a header that tells where
+    it begins and how long it is; a reader takes its first dim for the number of its elements, so
+    it has only that one.
+    """
+
+    binding: int
+    size: int
+    is_input: bool
+    dims: Tuple[int, ...]
+
+
 class Network(NamedTuple):
     """What the descriptor says; `allowed_shapes` has (type, dims) per IO, inputs then outputs."""
 
@@ -117,6 +147,22 @@ class Network(NamedTuple):
             result.append(Binding(io.name, index, io.type, is_input, io.dims, size, partial))
         return tuple(result)
 
+    def dma_buffers(self) -> Tuple[DmaBuffer, ...]:
+        """One a binding, in order; one that the fields of 32 bits cannot tell (4 GiB) has none.
+
+        Raises:
+            QpcError: as `bindings`.
+        """
+        buffers = []
+        for binding in self.bindings():
+            size, dims = binding.size, binding.dims
+            if binding.is_input and binding.is_partial_buf_allowed:
+                size += _ALIGN_BYTES  # the header, and the alignment of what follows
+                dims = (math.prod(dims),)
+            if size <= _MAX_DMA_BYTES and max(dims, default=0) <= _MAX_DIM:
+                buffers.append(DmaBuffer(binding.index, size, binding.is_input, dims))
+        return tuple(buffers)
+
 
 _NetworkDescriptor = aicapi.message_class(
     aicapi.message_pool("networkdesc.proto", _PACKAGE, _MESSAGES), f"{_PACKAGE}.networkDescriptor"
@@ -133,14 +179,24 @@ def serialize(network: Network) -> bytes:
         num_threads=1,
         batch_size=network.batch_size,
     )
+    bindings = []
     for field, ios in ((message.inputs, network.inputs), (message.outputs, network.outputs)):
         for io in ios:
             binding = field.add(name=io.name, is_partial_allowed=io.is_partial_buf_allowed)
-            binding.align = 64
+            bindings.append(binding)
+            binding.align = _ALIGN_BYTES
             for descriptor in (binding.io_initial, binding.io_transformed):
                 descriptor.type = io.type
                 descriptor.qscale = 1.0
                 descriptor.dims.extend(io.dims)
+    for number, buffer in enumerate(network.dma_buffers()):
+        direction = int(not buffer.is_input)
+        message.dma_buffers.add(size=buffer.size, dir=direction)
+        carried = bindings[buffer.binding]
+        transform = carried.transformseq.add(kind=_COPY_DMA_BUFFER, scale=1.0, dims=buffer.dims)
+        transform.type = carried.io_initial.type
+        transform.copy_dma_buffer.dir = direction
+        transform.copy_dma_buffer.buffer_num = number
     for shapes in network.allowed_shapes:
         entry = message.allowed_shapes.add()
         for type_, dims in shapes:

@@ -1,7 +1,7 @@
 """`network.elf`: what this SDK runs. Graphs without weights, the table of constants, the states.
 
-The vendor's segment is machine code; ours carries its own magic, so that a card's loader refuses
-it and ours refuses the vendor's.
+The vendor's segment is machine code with what a runtime has to know in section `metadata_fb`; ours
+has that section too, and one with its own name and magic in place of the code.
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ from __future__ import annotations
 import json
 from typing import Any, Dict, List, NamedTuple
 
-from . import NETWORK, QpcError
+from . import NETWORK, QpcError, elf
 from .constants import FLOAT16, FLOAT32, KINDS, MXFP6, Constant
 
 REFERENCE = "reference"
 LOWERED = "lowered"
 JOINT = "joint"
 
-_MAGIC = b"QAICEMU4"
+METADATA_SECTION = "metadata_fb"
+PROGRAM_SECTION = "qaic_emulator"
+
+_OURS = b"QAICEMU"
+_MAGIC = b"QAICEMU5"
 _LENGTH_BYTES = 8
 _INPUT_KINDS = {"float32", "int64", "int32", "int16", "int8", "uint8", "bool"}
 
@@ -43,14 +47,28 @@ class NetworkElf(NamedTuple):
     graphs: Dict[str, bytes]
 
 
-def serialize(program: NetworkElf) -> bytes:
-    """The bytes of `network.elf`."""
+def serialize(program: NetworkElf, metadata: bytes) -> bytes:
+    """The bytes of `network.elf`; `metadata` is section `metadata_fb`."""
     facts = program._asdict()
     facts["constants"] = [list(constant) for constant in program.constants]
     facts["graphs"] = [[name, len(data)] for name, data in program.graphs.items()]
     text = json.dumps(facts).encode()
     header = _MAGIC + len(text).to_bytes(_LENGTH_BYTES, "little")
-    return b"".join([header, text, *program.graphs.values()])
+    ours = b"".join([header, text, *program.graphs.values()])
+    return elf.build({METADATA_SECTION: metadata, PROGRAM_SECTION: ours})
+
+
+def refusal(data: bytes) -> QpcError:
+    """Why a `network.elf` that has no program of this SDK's present form is not run."""
+    ours = data.startswith(_OURS) or elf.find(data, PROGRAM_SECTION) is not None
+    if data.startswith(elf.IDENT) and not ours:
+        return QpcError(
+            f"{NETWORK} is machine code of the vendor's compiler, which only a card runs; compile "
+            "the model with the emulated SDK's own compiler to run it here"
+        )
+    return QpcError(
+        f"{NETWORK} was not made by this version of the emulated SDK; compile the model again"
+    )
 
 
 def parse(data: bytes) -> NetworkElf:
@@ -59,14 +77,13 @@ def parse(data: bytes) -> NetworkElf:
     Raises:
         QpcError: where it was not made by this SDK, or is damaged.
     """
-    if not data.startswith(_MAGIC):
-        raise QpcError(
-            f"{NETWORK} was not made by this version of the emulated SDK; compile the model again"
-        )
+    ours = elf.find(data, PROGRAM_SECTION)
+    if ours is None or not ours.startswith(_MAGIC):
+        raise refusal(data)
     start = len(_MAGIC) + _LENGTH_BYTES
-    end = start + int.from_bytes(data[len(_MAGIC) : start], "little")
+    end = start + int.from_bytes(ours[len(_MAGIC) : start], "little")
     try:
-        return _program(json.loads(data[start:end]), data[end:])
+        return _program(json.loads(ours[start:end]), ours[end:])
     except (
         ArithmeticError,
         AttributeError,

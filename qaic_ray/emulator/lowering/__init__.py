@@ -2,7 +2,7 @@
 
 Attention over a cache that stays in place (GroupQueryAttention), rotary embeddings and RMS norms
 become one operator each. A graph is lowered as a whole or not at all: where any retained state is
-used in a way that is not known, the reference graph runs (`docs/emulated-sdk.md`).
+used in a way that is not known, the reference graph runs (`docs/emulated-sdk/formats.md`).
 
 The lowered graph takes rows of any length without padding: `position_ids` are all valid, two more
 inputs say how long each row's context is (`SEQLENS`, `TOTAL`), and each past input has to be the

@@ -6,7 +6,7 @@ nearest, ties to even, and saturates. The scale's exponent is floor(log2(max)) -
 
 Packed form of a [K, N] weight: blocks run along K. 32 rows make one [25, N] tile: its first row is
 the scales, and each three further rows hold four rows of codes, little end first. A last tile is
-filled with zeros. `docs/emulated-sdk.md` says it in full.
+filled with zeros. `docs/emulated-sdk/formats.md` says it in full.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from typing import Any, Dict, Iterator, Sequence
 import onnx
 from google.protobuf.message import DecodeError
 
+from ..compiler import extdata
 from ..container import FILE_NAME
 from ..folder import Folder, current
 
@@ -67,6 +68,10 @@ def _weight_files(model: Path) -> Iterator[str]:
         graph = onnx.load(str(model), load_external_data=False)
     except DecodeError as error:
         raise RuntimeError(f"{model} is not an ONNX model") from error
+    try:
+        yield from extdata.files_of(graph, str(model.parent.absolute()))
+    except extdata.ExternalDataError as error:
+        raise RuntimeError(f"{model} cannot be compiled: {error}") from error
     for tensor in onnx.external_data_helper._get_all_tensors(graph):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             for entry in tensor.external_data:

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Dict, Optional, Sequence
+from typing import Dict, Optional, Sequence, Tuple
 
 from ..container import NETWORK_DESC, QpcError, netdesc, read_qpc
 
@@ -44,9 +44,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _read(path: str) -> Tuple[Dict[str, bytes], netdesc.Network]:
+    path, segments = read_qpc(path)
+    if NETWORK_DESC not in segments:
+        raise QpcError(f"{path} has no segment {NETWORK_DESC}")
+    return segments, netdesc.parse(segments[NETWORK_DESC])
+
+
 def _validate(path: str) -> int:
-    _, segments = read_qpc(path)
-    network = netdesc.parse(segments[NETWORK_DESC])
+    segments, network = _read(path)
     print(f"Network name: {network.name}")
     print(f"Number of NSP required: {network.num_cores}")
     print(f"Batch size: {network.batch_size}")
@@ -56,9 +62,8 @@ def _validate(path: str) -> int:
 
 
 def _extract(path: str, target: Path, patterns: Sequence[str]) -> int:
-    _, segments = read_qpc(path)
+    segments, network = _read(path)
     files: Dict[str, bytes] = {_ALIASES.get(name, name): data for name, data in segments.items()}
-    network = netdesc.parse(segments[NETWORK_DESC])
     files[f"{NETWORK_DESC}_dir/networkdesc.json"] = _as_json(network).encode()
     for name, content in files.items():
         if not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):

@@ -21,6 +21,7 @@ from onnx import TensorProto, helper
 from qaic_ray import contract
 from qaic_ray.contract import IoContract
 from qaic_ray.export.functions import use_plain_functions
+from qaic_ray.export.reference import mapped, take_inputs_out
 from qaic_ray.model.checkpoint import ModelManifest
 
 NUM_KEPT = 2
@@ -243,6 +244,7 @@ def open_replay(
 
     path = model_dir / manifest.onnx_file
     model = onnx.load(path, load_external_data=False)
+    places = take_inputs_out(model, path)
     use_plain_functions(model)
     cut_layers(model, layers)
     watched = watch_activations(model)
@@ -251,6 +253,12 @@ def open_replay(
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(path.parent)
     )
+    kept = {t.name: t.data_type for t in model.graph.initializer if t.name in places}
+    values = [
+        onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(mapped(places[name]), kind)
+        for name, kind in kept.items()
+    ]
+    options.add_external_initializers(list(kept), values)
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

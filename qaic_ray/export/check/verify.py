@@ -28,7 +28,7 @@ from qaic_ray.export.check.replay import (
     kept_layers,
     open_replay,
 )
-from qaic_ray.export.tensors import FLOAT16_MAX
+from qaic_ray.export.conversion import FLOAT16_MAX
 from qaic_ray.files.documents import checked, read_object
 from qaic_ray.files.folders import write_whole
 from qaic_ray.model.checkpoint import (

@@ -22,6 +22,7 @@ from qaic_ray.serve.batches.open_batches import BatchManager
 from qaic_ray.serve.batches.pages import read_paging
 from qaic_ray.serve.batches.uploads import FORM_BYTES, UploadForm
 from qaic_ray.serve.protocol.fields import body_of
+from qaic_ray.serve.protocol.models import said
 
 FILES_A_PAGE, BATCHES_A_PAGE, BATCHES_BY_DEFAULT = 10_000, 100, 20
 STALL_S = 60.0
@@ -35,8 +36,8 @@ class ExpiresAfter(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    anchor: str
-    seconds: int
+    anchor: str = said("created_at: the time counts from there.", "created_at", default=...)
+    seconds: int = said("So many seconds.", 86400, default=...)
 
 
 class BatchBody(BaseModel):
@@ -44,11 +45,13 @@ class BatchBody(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    input_file_id: str
-    endpoint: str
-    completion_window: str
-    metadata: dict[str, str] | None = None
-    output_expires_after: ExpiresAfter | None = None
+    input_file_id: str = said("Id of a file whose lines are requests.", "file-1f2e", default=...)
+    endpoint: str = said("The route that answers them.", "/v1/chat/completions", default=...)
+    completion_window: str = said("24h; nothing depends on it.", "24h", default=...)
+    metadata: dict[str, str] | None = said("Texts of yours, which the batch keeps.", {"by": "me"})
+    output_expires_after: ExpiresAfter | None = said(
+        "When the files of answers are removed.", {"anchor": "created_at", "seconds": 86400}
+    )
 
 
 _BODY_PAGE = {
@@ -198,8 +201,8 @@ async def _object(request: Request, stall_s: float) -> dict[str, Any]:
         text = data.decode()
         return as_object(parse_json(text, "The body"), "The body")
     except (QaicRayError, UnicodeDecodeError) as error:
-        said = str(error) if isinstance(error, QaicRayError) else "The body is not UTF-8."
-        raise bad_request(said) from error
+        why = str(error) if isinstance(error, QaicRayError) else "The body is not UTF-8."
+        raise bad_request(why) from error
 
 
 async def _received(request: Request, files: FileStore, stall_s: float) -> dict[str, Any]:

@@ -57,16 +57,7 @@ def create_app(service: Service) -> ASGIApp:
     Args:
         service: what answers; it may not be ready yet.
     """
-    app = FastAPI(title="qaic-ray", version=__version__, openapi_url="/openapi.json")
-    app.include_router(_about(service))
-    app.include_router(_answering(service))
-    app.include_router(_tokens(service))
-    for router in service.routers:
-        app.include_router(router)
-    app.add_exception_handler(ApiError, _of_api)
-    app.add_exception_handler(HTTPException, _of_http)
-    app.add_exception_handler(RequestValidationError, _of_validation)
-    app.add_exception_handler(Exception, _of_fault)
+    app = routes_of(service)
     options = service.options
     gate = Gate(
         app,
@@ -78,6 +69,21 @@ def create_app(service: Service) -> ASGIApp:
     )
     service.num_running = lambda: gate.num_running
     return gate
+
+
+def routes_of(service: Service) -> FastAPI:
+    """The routes alone, without what stands before them."""
+    app = FastAPI(title="qaic-ray", version=__version__, openapi_url="/openapi.json")
+    app.include_router(_about(service))
+    app.include_router(_answering(service))
+    app.include_router(_tokens(service))
+    for router in service.routers:
+        app.include_router(router)
+    app.add_exception_handler(ApiError, _of_api)
+    app.add_exception_handler(HTTPException, _of_http)
+    app.add_exception_handler(RequestValidationError, _of_validation)
+    app.add_exception_handler(Exception, _of_fault)
+    return app
 
 
 # -- how the server is

@@ -12,14 +12,32 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Number = int | float
 
+_TOOL = {"type": "function", "function": {"name": "weather"}}
+_TURN = {"role": "user", "content": "Why is it so?"}
+_NO_THINKING = {"enable_thinking": False}
+
+
+def said(meaning: str, example: Any, *, default: Any = None, **bounds: Any) -> Any:
+    """A field of a body with what people read of it.
+
+    What the sampling fields mean is said where sampling parameters are.
+
+    Args:
+        meaning: a sentence.
+        example: a value.
+        default: `...` for a field that must be there.
+        bounds: as pydantic takes them.
+    """
+    return Field(default, description=meaning, examples=[example], **bounds)
+
 
 class StreamOptions(BaseModel):
     """What a stream tells besides its text."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: bool = said("End the stream with the counts of tokens.", True, default=False)
+    continuous_usage_stats: bool = said("Give the counts with each chunk.", True, default=False)
 
 
 class SamplingBody(BaseModel):
@@ -27,7 +45,7 @@ class SamplingBody(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
-    model: str | None = Field(None, description="One of /v1/models; may be left out.")
+    model: str | None = said("One of /v1/models; may be left out.", "smollm2-135m")
     max_tokens: int | None = None
     temperature: Number | None = None
     top_p: Number | None = None
@@ -48,12 +66,16 @@ class SamplingBody(BaseModel):
     bad_words: list[str] | None = None
     prompt_logprobs: int | None = None
     structured_outputs: dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    truncate_prompt_tokens: int | None = None
-    return_token_ids: bool | None = None
-    return_tokens_as_token_ids: bool | None = None
+    response_format: dict[str, Any] | None = said(
+        "text, json_object or json_schema.", {"type": "json_object"}
+    )
+    stream: bool | None = said("Send the answer while it comes, as server-sent events.", True)
+    stream_options: StreamOptions | None = said("What a stream tells too.", {"include_usage": True})
+    truncate_prompt_tokens: int | None = said(
+        "Keep the prompt's last tokens; -1: a whole context.", 256
+    )
+    return_token_ids: bool | None = said("Give token ids beside the text.", True)
+    return_tokens_as_token_ids: bool | None = said("Write tokens of logprobs as token_id:ID.", True)
 
 
 SAMPLING = frozenset(
@@ -70,31 +92,38 @@ SAMPLING = frozenset(
 class CompletionBody(SamplingBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    echo: bool | None = None
-    logprobs: int | None = None
-    suffix: str | None = None
-    best_of: int | None = None
-    add_special_tokens: bool | None = None
+    prompt: str | list[str] | list[int] | list[list[int]] = said(
+        "A text or token ids, or several.", "My name is", default=...
+    )
+    echo: bool | None = said("Give the prompt before the answer.", True)
+    logprobs: int | None = said("Give logprobs of each token, and of so many likeliest ones.", 5)
+    suffix: str | None = said("Not offered: an answer only follows its prompt.", "")
+    best_of: int | None = said("Allowed where it is 1, or as much as n.", 1)
+    add_special_tokens: bool | None = said("Begin as the tokenizer begins a text.", True)
 
 
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    reasoning_effort: str | None = None
-    echo: bool | None = None
-    add_special_tokens: bool | None = None
+    messages: list[dict[str, Any]] = said(
+        "Turns: each has a role and a content.",
+        [_TURN],
+        default=...,
+        min_length=1,
+    )
+    max_completion_tokens: int | None = said("Another name of max_tokens.", 64)
+    logprobs: bool | None = said("Give logprobs of each token.", True)
+    top_logprobs: int | None = said("With logprobs: those of so many likeliest tokens too.", 5)
+    tools: list[dict[str, Any]] | None = said("Tools that the model may call.", [_TOOL])
+    tool_choice: str | dict[str, Any] | None = said("auto, none, required, or a function.", "auto")
+    parallel_tool_calls: bool | None = said("false: one call at most.", False)
+    add_generation_prompt: bool | None = said("Let the assistant begin its answer.", False)
+    continue_final_message: bool | None = said("Go on with the last message.", True)
+    chat_template: str | None = said("Not offered: see --chat-template.", None)
+    chat_template_kwargs: dict[str, Any] | None = said("Variables of the template.", _NO_THINKING)
+    reasoning_effort: str | None = said("A variable for the chat template.", "low")
+    echo: bool | None = said("Only false: there is no echo of a chat.", False)
+    add_special_tokens: bool | None = said("Only false: the template has them.", False)
 
 
 class ResponseBody(BaseModel):
@@ -102,16 +131,20 @@ class ResponseBody(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
-    model: str | None = None
-    input: str | list[dict[str, Any]]
-    instructions: str | None = None
-    max_output_tokens: int | None = None
-    temperature: Number | None = None
-    top_p: Number | None = None
-    stream: bool | None = None
-    text: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
-    truncation: Literal["auto", "disabled"] | None = None
+    model: str | None = said("One of /v1/models; may be left out.", "smollm2-135m")
+    input: str | list[dict[str, Any]] = said("A text, or turns.", "Why is it so?", default=...)
+    instructions: str | None = said("The system message.", "Answer in one sentence.")
+    max_output_tokens: int | None = said("Most tokens of the answer.", 64)
+    temperature: Number | None = said("Divides the logits; 0 is greedy.", 0.7)
+    top_p: Number | None = said("Draw of tokens that are together this probable.", 0.9)
+    stream: bool | None = said("Send the answer while it comes, as server-sent events.", True)
+    text: dict[str, Any] | None = said(
+        "The form of the answer.", {"format": {"type": "json_object"}}
+    )
+    tools: list[dict[str, Any]] | None = said("Only an empty list: tools are for chats.", [])
+    truncation: Literal["auto", "disabled"] | None = said(
+        "disabled: too long is an error.", "disabled"
+    )
 
 
 class TokenizeBody(BaseModel):
@@ -119,16 +152,16 @@ class TokenizeBody(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    model: str | None = None
-    prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    add_special_tokens: bool | None = None
-    return_token_strs: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    model: str | None = said("One of /v1/models; may be left out.", "smollm2-135m")
+    prompt: str | None = said("A text. Either this or messages is needed.", "Why is it so?")
+    messages: list[dict[str, Any]] | None = said("A conversation.", [_TURN])
+    add_special_tokens: bool | None = said("Begin as the model's tokenizer begins a text.", False)
+    return_token_strs: bool | None = said("Give the text of each token too.", True)
+    add_generation_prompt: bool | None = said("Let the assistant begin its answer.", False)
+    continue_final_message: bool | None = said("Go on with the last message.", True)
+    chat_template: str | None = said("Not offered: see --chat-template.", None)
+    chat_template_kwargs: dict[str, Any] | None = said("Variables of the template.", _NO_THINKING)
+    tools: list[dict[str, Any]] | None = said("Tools that the template shows.", [_TOOL])
 
 
 class DetokenizeBody(BaseModel):
@@ -136,5 +169,5 @@ class DetokenizeBody(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    model: str | None = None
-    tokens: list[int]
+    model: str | None = said("One of /v1/models; may be left out.", "smollm2-135m")
+    tokens: list[int] = said("Token ids.", [2437, 338], default=...)
