@@ -267,7 +267,6 @@ def check(
     """Find out what a compiler or card would refuse of a file or folder, or do slowly, and why."""
     from qaic_ray.check.check_step import CheckAsked, as_folder, check_step
     from qaic_ray.cli import tables
-    from qaic_ray.cli.check_table import check_table
 
     asked = CheckAsked(
         path, sdk.sdk, target.sdk_version or "", target.sku or "", as_folder(target.convert)
@@ -276,6 +275,6 @@ def check(
     if show.as_json:
         tables.write_json(found.to_json())
     else:
-        tables.draw(lambda _: check_table(found))
+        tables.draw(lambda _: tables.check_table(found))
     if not found.is_well:
         raise SystemExit(ExitCode.FAILED)

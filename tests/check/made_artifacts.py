@@ -158,7 +158,7 @@ def program(folder: Path, *, cores: int = 14, constants: int = 64) -> Path:
         for data in (bytes(constants), b"\x7fELF", netdesc.serialize(network), b"\0\0\0\0"):
             writer.write(data)
             writer.end_segment()
-        writer.finish()
+        writer.finish(0)
     return path
 
 

@@ -17,6 +17,7 @@ from qaic_ray.check.reading import extdata, inference
 from qaic_ray.check.reading.wire import KEPT_BYTES, WireError, slim_model
 from qaic_ray.files.documents import shown
 from qaic_ray.files.folders import inside
+from qaic_ray.weight_files.spec import METADATA_KEY
 
 AISW, CLOUD, MICROSOFT = "com.qti.aisw.onnx", "com.qualcomm.cloud", "com.microsoft"
 CARD_DOMAINS = frozenset({AISW, CLOUD})
@@ -89,7 +90,7 @@ def _facts(
     values = [v for v in graph.input if v.name not in names]
     faults = list(_external_faults(tensors, path.parent))
     weight_inputs: frozenset[str] = frozenset()
-    text = next((_name(p.value) for p in model.metadata_props if p.key == extdata.METADATA_KEY), "")
+    text = next((_name(p.value) for p in model.metadata_props if p.key == METADATA_KEY), "")
     if text:
         shapes = {_name(v.name): _value(v).dims for v in values}
         weight_inputs, more = extdata.look(text, path.parent, shapes)
