@@ -239,6 +239,11 @@ def _new_run(
     from qaic_ray.pipeline.request import RunRequest, resolved, with_typed_bound
 
     if program.text is not None:
+        if asked.prompts is not None and Path(program.text).exists():
+            raise UsageError(
+                f"{program.text} stands behind --input and is no prompt: put a glob between "
+                "quotes, or write -i before each file."
+            )
         if asked.prompt is not None:
             raise UsageError("The prompt is given twice, by --prompt too: give it once.")
         asked = asked.model_copy(update={"prompt": one_prompt(program.text)})

@@ -36,6 +36,7 @@ from qaic_ray.export.graph import (
     SINE_TABLE,
     AuthoredGraph,
     Simplifier,
+    as_authored,
     author,
     simplifying,
 )
@@ -245,15 +246,16 @@ class _Making:
         graph = self._authored(entries)
         plan = plan_weights(graph.weights, entries, self.options.dtype)
         spec = self._spec(graph, entries)
+        simplifier = self.simplifier
         if spec is not None:
-            plan = plan.of_tables()
+            plan, simplifier = plan.of_tables(), as_authored
         manifest = self._manifest("", 0)
         onnx_path, data_file = folder / manifest.onnx_file, f"{manifest.onnx_file}.data"
         onnx_path.parent.mkdir()
         # Beside the new folder, where the next builder sweeps it away after a kill.
         with (
             tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
-            self.simplifier(graph.model, Path(scratch)) as simplified,
+            simplifier(graph.model, Path(scratch)) as simplified,
             ThreadPoolExecutor(1) as pool,
         ):
             written = write_weights(plan, folder / data_file, self._tables())

@@ -141,10 +141,10 @@ def _of_root(command: Any) -> Iterator[tuple[HelpEntry, str]]:
 
 def _table(*entries: tuple[HelpEntry, str]) -> Iterator[str]:
     rows = (
-        (code(", ".join(entry.names)), default_of(entry), text_of(entry), code(example))
+        (code(", ".join(entry.names)), text_of(entry), default_of(entry), code(example))
         for entry, example in entries
     )
-    return table(("option", "default", "meaning", "example"), rows)
+    return table(("option", "meaning", "default", "example"), rows)
 
 
 def default_of(entry: HelpEntry) -> str:

@@ -23,14 +23,17 @@ from qaic_ray.compile.compiler import run_compiler
 from qaic_ray.compile.store import build
 from qaic_ray.emulator.container.execution import CompiledProgram, LoadedProgram
 from qaic_ray.errors import CompileError, UsageError
+from qaic_ray.export.architecture import read_architecture
 from qaic_ray.export.check.verify import verify_export
-from qaic_ray.export.export import ExportResult, export_model, kept_export
+from qaic_ray.export.export import ExportResult, kept_export
+from qaic_ray.export.graph import author, simplifying
 from qaic_ray.export.own_folder import check_ours
 from qaic_ray.model.checkpoint import Checkpoint
 from qaic_ray.options import CompileOptions, EmulatorOptions, ExportOptions
 from qaic_ray.pipeline.compile_step import open_folder, requested_builds
 from qaic_ray.sdk import Sdk, find_sdk
 from qaic_ray.weight_files.spec import METADATA_KEY
+from qaic_ray.weight_files.tensors import read_entries
 
 REFERENCE = ExportOptions(weights="reference")
 
@@ -125,19 +128,19 @@ def test_layers_in_the_middle_are_left_out_of_a_quick_check(tmp_path: Path) -> N
     assert (result.layers, result.passed) == ((0, 1, 4, 5), True)
 
 
-def test_onnxsim_leaves_it_as_it_is(tmp_path: Path) -> None:
-    checkpoint = in_type(write_checkpoint(tmp_path / "m"), "bfloat16")
-    graphs = []
-    for export in (export_model, export_untouched):
-        result = export(checkpoint, REFERENCE, output=tmp_path / "m-kv", verify="off")
-        graphs.append(onnx.load(result.onnx_path, load_external_data=False).graph)
-        shutil.rmtree(result.folder)
-    simplified, authored = graphs
-    assert simplified.input == authored.input
-    assert [n.op_type for n in simplified.node].count("MatMul") == [
-        n.op_type for n in authored.node
-    ].count("MatMul")
-    assert {n.name for n in simplified.node} <= {n.name for n in authored.node}
+@pytest.mark.parametrize("contract", ["continuous", "static", "cache-index"])
+def test_onnxsim_would_change_nothing(tmp_path: Path, contract: str) -> None:
+    options = {"continuous": CONTINUOUS, "static": STATIC, "cache-index": CACHE_INDEX}[contract]
+    options = options.model_copy(update={"weights": "reference"})
+    checkpoint = in_type(write_checkpoint(tmp_path / "m", "Qwen3", head_dim=12), "bfloat16")
+    entries = read_entries(checkpoint.weight_files)
+    stored = {name: entry.dtype for name, entry in entries.items()}
+    authored = author(read_architecture(checkpoint.config), options, stored).model
+    with simplifying(authored, tmp_path) as simplified:
+        graph = simplified().graph
+    assert list(graph.node) == list(authored.graph.node)
+    assert list(graph.input) == list(authored.graph.input)
+    assert {t.name for t in graph.initializer} == {t.name for t in authored.graph.initializer}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "mx6"])

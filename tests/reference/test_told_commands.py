@@ -75,11 +75,22 @@ def needed(name: str, option: str) -> list[str]:
     for param in of_name(name).get_params(context_of(name)):
         place = str(param.metavar or (param.name or "").upper())
         is_asked = param.required or (place in BESIDE and name in ("serve", "export"))
+        if param.param_type_name == "option" and param.required and param.opts[0] != option:
+            words += shlex.split(flag_named(name, param.opts[0]))
         if param.param_type_name == "argument" and is_asked and place.strip("[]") != option:
             words += shlex.split(TYPED.get(place) or BESIDE[place])
     if option in ("MODEL", "--model") and name == "export":
         return []
     return words
+
+
+def flag_named(name: str, flag: str) -> str:
+    """The example of an option of the same command."""
+    return next(
+        example
+        for entry, example in options_of_command(name, of_name(name))
+        if flag == entry.names[-1].split(" ")[0]
+    )
 
 
 # -- keys of a job

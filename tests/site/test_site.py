@@ -90,6 +90,12 @@ def test_every_page_of_the_repository_is_in_the_site(site: Path) -> None:
     assert "Quickstart" in text
 
 
+def test_a_pipe_in_code_of_a_table_is_shown_as_it_is(site: Path) -> None:
+    shown = (site / "reference" / "job.html").read_text(encoding="utf-8")
+    assert "<code>prompt: My name is|The capital of France is</code>" in shown
+    assert "<td>&lt;base&gt;-kv</td>" in shown
+
+
 def test_a_file_that_a_page_links_to_is_a_page_too(site: Path) -> None:
     shown = (site / "files" / "examples" / "ray_serve_llm.html").read_text(encoding="utf-8")
     assert "QaicServer" in shown
