@@ -39,3 +39,9 @@ def test_every_rule_has_a_situation_or_a_test_of_its_own() -> None:
     elsewhere = {"onnx-too-large", "context-beyond-model", "export-changed", "program-changed"}
     elsewhere |= {"model-moved"}
     assert of_situations | elsewhere == set(RULES)
+
+
+def test_the_page_has_every_rule() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "check.md").read_text()
+    rows = [f"| `{name}` | {rule.grade.value} | {rule.source} |" for name, rule in RULES.items()]
+    assert [row for row in rows if row not in page] == []
