@@ -167,12 +167,15 @@ def _of_export(folder: Path, root: Path) -> Artifact:
     except UsageError as error:
         return Artifact(folder, faults=(("export-changed", place, str(error)),))
     onnx, custom_io = folder / manifest.onnx_file, folder / CUSTOM_IO_FILE
+    shapes = folder / SPECIALIZATIONS_FILE
+    said = read_shapes(shapes, _place(shapes, root)) if shapes.is_file() else None
     fault = first_fault(folder, manifest.files)
     if not fault and not onnx.is_file():
         fault = f"{manifest.onnx_file} is not there"
     return Artifact(
         folder,
-        graph=read_graph(onnx, _place(onnx, root)) if onnx.is_file() else None,
+        graph=read_graph(onnx, _place(onnx, root), _wanted(said)) if onnx.is_file() else None,
+        shapes=said,
         custom_io=read_custom_io(custom_io, _place(custom_io, root))
         if custom_io.is_file()
         else None,

@@ -57,7 +57,7 @@ RULES: Mapping[str, Rule] = {
     "custom-io-precision": _refused(_IO_LIST),
     "custom-io-name": _remark(_IO_LIST),
     "custom-io-half": _refused(f"{_IO_LIST}: a state's input and output together"),
-    "custom-io-integer": _refused(_IO_LIST),
+    "custom-io-integer": _remark(_IO_LIST),
     "custom-io-wide": _remark(f"{_IO_LIST}: the cache as float16 or mxint8"),
     "mxint8-width": _refused("community reports of the compiler: mxint8 in blocks of 32"),
     # MDP
@@ -75,7 +75,7 @@ RULES: Mapping[str, Rule] = {
     "weights-short": _refused("ONNX: external data"),
     "extdata": _refused(_EXTDATA),
     "operator": _refused(f"{_QDOC}/index_Operator-and-Datatype-support.html"),
-    "einsum": _refused(f"{_QDOC}/index_Operator-and-Datatype-support.html: einsum"),
+    "einsum": _remark(f"{_QDOC}/index_Operator-and-Datatype-support.html: einsum"),
     "io-type": _refused(f"{_PAGES}: types of buffers, QAicApi"),
     "range": _refused(f"{_SEEN}: Range: Non-constant start tensor not supported"),
     "shape-at-run-time": _refused(f"{_QEFF}: customop/ctx_scatter_gather_cb.py, of repeats"),
