@@ -272,6 +272,33 @@ class MergeOptions(Section):
     )
 
 
+class CheckOptions(Section):
+    """What an artifact is for, and where it is converted to."""
+
+    GROUP: ClassVar[str] = PROGRAM
+
+    sdk_version: str | None = opt(
+        None,
+        "Apps version of the compiler.",
+        metavar="VERSION",
+        shown="that of the SDK here",
+        sample="1.20",
+    )
+    sku: str | None = opt(
+        None,
+        "Kind of card: standard, pro or ultra.",
+        metavar="NAME",
+        shown="that of the cards here",
+        sample="standard",
+    )
+    convert: PathText | None = opt(
+        None,
+        "New folder for the files that can be converted.",
+        metavar="FOLDER",
+        sample="converted",
+    )
+
+
 @dataclass(frozen=True)
 class Given:
     """The flags that stand on the command line, but for those of `Opt.free`; and all of these."""

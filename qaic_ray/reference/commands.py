@@ -14,6 +14,7 @@ from qaic_ray.reference.markdown import block, code, page, section, table
 from qaic_ray.shipped.job_schema import sample_of
 
 TYPED = {
+    "PATH": "smollm2-135m-kv",
     "JOB": "smollm2",
     "MODEL_DIR": "smollm2-135m-kv",
     "NAME": "mine",
