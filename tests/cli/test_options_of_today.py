@@ -268,6 +268,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--part-rows --part_rows": "5000",
         "--json": FLAG,
     },
+    "compare": {"A": "a", "B": "b", "--tolerance": "0.1", "--json": FLAG},
     "monitoring": {"FOLDER": "m", "--json": FLAG},
     "key": {"NAME": "alice", "--json": FLAG},
     "emulator install": {
@@ -290,6 +291,7 @@ NEEDED = {
     "compile": ["MODEL_DIR"],
     "report": ["RUN..."],
     "merge": ["RUN...", "--output -o"],
+    "compare": ["A", "B"],
     "monitoring": ["FOLDER"],
     "key": ["NAME"],
     "serve": ["[TARGET]"],
