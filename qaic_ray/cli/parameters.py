@@ -248,6 +248,18 @@ class PageOptions(Section):
     )
 
 
+class ComparingOptions(Section):
+    """How far apart two bundles may be."""
+
+    tolerance: float | None = opt(
+        None,
+        "How far numbers may be apart, and beside it which share of B's; without it no bit may "
+        "differ.",
+        ge=0,
+        sample=0.05,
+    )
+
+
 class MergeOptions(Section):
     """Where the rows of shards are joined."""
 
