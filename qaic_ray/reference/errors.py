@@ -51,6 +51,7 @@ ROOMS = {
     "compile": "Compiling",
     "contract.py": "Compiling",
     "sdk.py": "SDK and cards",
+    "bundles": "SDK and cards",
     "cards": "SDK and cards",
     "engine": "SDK and cards",
     "worker": "SDK and cards",
