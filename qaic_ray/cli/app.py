@@ -115,7 +115,7 @@ class Commands(TyperGroup):
 _IN_ORDER = (
     ("Run", ("run", "serve", "demo", "init", "launch", "plan", "schema")),
     ("Step by step", ("export", "compile", "check")),
-    ("Look at runs", ("report", "merge", "runs", "status", "logs", "show", "stop")),
+    ("Look at runs", ("report", "merge", "compare", "runs", "status", "logs", "show", "stop")),
     ("Machines", ("devices", "doctor", "monitoring", "key", "ray", "emulator")),
 )
 """The commands, as one after the other is of use to somebody who is new."""

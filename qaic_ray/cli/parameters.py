@@ -248,16 +248,28 @@ class PageOptions(Section):
     )
 
 
+class ComparingOptions(Section):
+    """How far apart two bundles may be."""
+
+    tolerance: float | None = opt(
+        None,
+        "How far numbers may be apart, and beside it which share of B's; without it no bit may "
+        "differ.",
+        ge=0,
+        sample=0.05,
+    )
+
+
 class MergeOptions(Section):
     """Where the rows of shards are joined."""
 
     output: PathText = opt(
-        ...,
+        "merged",
         "Folder to make: outputs.jsonl, errors.jsonl and proof.json; an earlier merge there is "
         "replaced.",
         short="-o",
         metavar="FOLDER",
-        sample="merged",
+        sample="answers",
     )
     output_parts: PathText | None = opt(
         None,

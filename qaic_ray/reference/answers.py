@@ -248,6 +248,21 @@ ANSWERS: Mapping[str, tuple[str, Fields]] = {
         },
     ),
     "merge": ("The proof of the whole, which is proof.json of its folder too.", MERGED),
+    "compare": (
+        "Where two bundles differ first. The exit code is 1 where they do.",
+        {
+            "equal": Note("Whether they do not differ.", False),
+            "executions": Note("Executions that are equal, from the first on.", 3),
+            "largest": Note("The largest difference of two numbers up to there.", 0.0),
+            "difference": Note("Null where they do not differ.", None),
+            "difference.execution": Note("Number of the execution, from 0.", 3),
+            "difference.direction": Note("`input`, `output`, or `number of`.", "output"),
+            "difference.tensor": Note("Name of the tensor.", "logits"),
+            "difference.element": Note("Index in it; null for the whole tensor.", [0, 0, 17]),
+            "difference.first": Note("What the first bundle has.", "1.5"),
+            "difference.second": Note("What the second one has.", "1.25"),
+        },
+    ),
     "key": (
         "A new API key.",
         {

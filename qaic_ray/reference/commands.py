@@ -21,6 +21,8 @@ TYPED = {
     "RUN...": "runs/before runs/after",
     "FOLDER": "./monitoring",
     "WHAT": "smollm2-20261129-090500",
+    "A": "runs/a/bundles/card-0",
+    "B": "runs/b/bundles/card-0",
     "RUN": "smollm2-20261129-090500",
     "ROW": "0",
     "PREFIX": "./sdk",

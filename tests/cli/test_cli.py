@@ -228,6 +228,18 @@ def test_impossible_runs_are_refused(
     assert_refused(run(*base, *prompt, *arguments), words)
 
 
+def test_cards_that_are_not_there_are_refused_before_anything_is_made(
+    run: Run, sdk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(
+        "qaic_ray.pipeline.prepare_step.prepare_for", lambda *a, **k: made.append(a)
+    )
+    command = ["run", "smollm2-135m", "Hello", "--sdk", str(sdk), "--device-id", "9"]
+    assert_refused(run(*command), "no device 9: the cards here are 0, 1")
+    assert made == []
+
+
 def test_run_options_are_the_sampling_fields_of_that_name(
     run: Run, sdk: Path, qpc: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -189,6 +189,7 @@ def test_commands_stand_in_the_order_of_use() -> None:
         "check",
         "report",
         "merge",
+        "compare",
         "runs",
     ]
     wanted += ["status", "logs", "show", "stop", "devices", "doctor"]

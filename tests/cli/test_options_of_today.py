@@ -276,6 +276,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--part-rows --part_rows": "5000",
         "--json": FLAG,
     },
+    "compare": {"A": "a", "B": "b", "--tolerance": "0.1", "--json": FLAG},
     "monitoring": {"FOLDER": "m", "--json": FLAG},
     "key": {"NAME": "alice", "--json": FLAG},
     "emulator install": {
@@ -298,7 +299,8 @@ NEEDED = {
     "compile": ["MODEL_DIR"],
     "check": ["PATH"],
     "report": ["RUN..."],
-    "merge": ["RUN...", "--output -o"],
+    "merge": ["RUN..."],
+    "compare": ["A", "B"],
     "monitoring": ["FOLDER"],
     "key": ["NAME"],
     "serve": ["[TARGET]"],

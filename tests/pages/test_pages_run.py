@@ -52,6 +52,7 @@ def home() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.mark.timeout(3600)  # each command has a limit of its own
 @pytest.mark.parametrize("page", list(_typed()))
 def test_a_page_is_what_happens(page: Path, home: Path) -> None:
     name = name_of(page)
