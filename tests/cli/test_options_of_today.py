@@ -175,6 +175,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--output-format --output_format": "parquet",
         "--output-parts --output_parts": "s3://bucket/parts",
         "--part-rows --part_rows": "5000",
+        "--record": "100",
         "--metrics / --no-metrics": FLAG,
         "--resume": "runs/a",
         "--retry-errors --retry_errors": FLAG,
@@ -393,6 +394,7 @@ run:
   output_formats: [openai, parquet]
   output_parts: s3://bucket/parts
   part_rows: 5000
+  record: 100
 serve:
   host: 0.0.0.0
   port: 9000
