@@ -48,6 +48,7 @@ ROOMS = {
     "model": "Models",
     "weight_files": "Models",
     "export": "Models",
+    "check": "Compiling",
     "compile": "Compiling",
     "contract.py": "Compiling",
     "sdk.py": "SDK and cards",
