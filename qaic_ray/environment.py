@@ -61,6 +61,20 @@ EMULATED = (
         "timing.yaml",
     ),
     Variable(
+        "QAIC_EMULATOR_RECORD",
+        "Dump the first executions of each activation of any program, as aic_batch_io.json: how "
+        "many, and into which folder.",
+        "nothing is dumped",
+        "100:/tmp/bundles",
+    ),
+    Variable(
+        "AIC_EXTERNAL_DATA_ROOT",
+        "Folder in which compilers look first for the files of a model whose weights lie in a "
+        "checkpoint.",
+        "the model's folder, and that of the checkpoint",
+        "/data/checkpoints",
+    ),
+    Variable(
         "QAIC_EMULATOR_NUMERICS",
         "How emulated cards compute: exact or fast.",
         "what the SDK was laid down with",

@@ -114,8 +114,8 @@ class Commands(TyperGroup):
 
 _IN_ORDER = (
     ("Run", ("run", "serve", "demo", "init", "launch", "plan", "schema")),
-    ("Step by step", ("export", "compile")),
-    ("Look at runs", ("report", "merge", "runs", "status", "logs", "show", "stop")),
+    ("Step by step", ("export", "compile", "check")),
+    ("Look at runs", ("report", "merge", "compare", "runs", "status", "logs", "show", "stop")),
     ("Machines", ("devices", "doctor", "monitoring", "key", "ray", "emulator")),
 )
 """The commands, as one after the other is of use to somebody who is new."""

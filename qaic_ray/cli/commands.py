@@ -26,7 +26,7 @@ from qaic_ray.cli.looking import looking
 from qaic_ray.cli.merging import merge
 from qaic_ray.cli.monitoring import monitoring
 from qaic_ray.cli.new_job import demo, init, schema
-from qaic_ray.cli.reporting import report
+from qaic_ray.cli.reporting import compare, report
 from qaic_ray.cli.serving import key, serve
 from qaic_ray.errors import UsageError
 
@@ -290,6 +290,12 @@ command(
     example="""qaic-ray merge 'shards/run-*' -o merged
 qaic-ray merge runs/a runs/b -o merged --output-parts s3://bucket/merged""",
 )(merge)
+
+command(
+    app,
+    example="""qaic-ray compare runs/a/bundles/card-0 runs/b/bundles/card-0
+qaic-ray compare bundle fp32-bundle --tolerance 0.05""",
+)(compare)
 command(app, example="qaic-ray monitoring ./monitoring")(monitoring)
 command(
     app,

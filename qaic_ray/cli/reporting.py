@@ -1,4 +1,4 @@
-"""The command that draws a run's report anew, and compares runs."""
+"""The commands that draw a run's report anew, compare runs, and compare what cards computed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qaic_ray.cli.flags.completion import run_names
+from qaic_ray.errors import ExitCode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -55,6 +56,41 @@ def report(
         write_json(document)
     else:
         _print(parts)
+
+
+def compare(
+    first: Annotated[
+        Path,
+        typer.Argument(
+            metavar="A",
+            help="A bundle that --record left, or a folder of outputs of qaic-runner.",
+        ),
+    ],
+    second: Annotated[
+        Path, typer.Argument(metavar="B", help="The other one, such as that of an fp32 program.")
+    ],
+    how: parameters.ComparingOptions,
+    show: parameters.JsonOptions,
+) -> None:
+    """Name the first execution, tensor and element in which two bundles differ."""
+    from dataclasses import asdict
+
+    from qaic_ray.bundles.compare import compare_bundles, read_bundle
+    from qaic_ray.cli.tables import write_json
+
+    found = compare_bundles(read_bundle(first), read_bundle(second), tolerance=how.tolerance)
+    if show.as_json:
+        write_json({"equal": found.difference is None, **asdict(found)})
+    elif found.difference is not None:
+        typer.echo(f"They differ in {found.difference.text}.")
+    else:
+        within = "equal" if how.tolerance is None else f"within {how.tolerance:g}"
+        typer.echo(
+            f"{found.executions} executions are {within}; the largest difference of two numbers "
+            f"is {found.largest:g}."
+        )
+    if found.difference is not None:
+        raise SystemExit(ExitCode.FAILED)
 
 
 def _print(parts: Iterable[RenderableType]) -> None:

@@ -6,6 +6,7 @@ Only this file and `bindings.py` call qaicrt, and only as public programs do.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from qaic_ray.bundles.record import BundleWriter, Recording
 from qaic_ray.contract import Specialization
 from qaic_ray.engine.bindings import (
     LISTED_SINCE,
@@ -43,6 +45,8 @@ _UNSAID = "QS_ERROR"
 # The runtime's texts, from its sources and from logs of real cards.
 _BUSY_TEXTS = ("NSP_ALLOC_FAILED", "allocate NSP", "Not enough NSPs", "suitable device")
 _LOST_TEXTS = ("Failed to create Context", "Invalid Device")
+
+_log = logging.getLogger(__name__)
 
 Runtime = tuple[ModuleType, ModuleType]
 StrPath = Path | str
@@ -73,6 +77,8 @@ class Session:
         self._program: Any = None
         self._exec_obj: Any = None
         self._buffers: Buffers | None = None
+        self._bundle: BundleWriter | None = None
+        self._label = sdk.label
         try:
             self._open(api, sdk.version)
         except BaseException:
@@ -104,6 +110,22 @@ class Session:
         else:
             self._buffers = PositionalBuffers(rt, self._exec_obj, interface)
 
+    def record(self, recording: Recording) -> None:
+        """Dump the executions from here on, into a folder called by the cards below `recording`'s.
+
+        Called before the first one, so that a program that was just activated replays them: what
+        stays on the card is not dumped.
+
+        Raises:
+            UsageError: the folder cannot be made.
+        """
+        place = Path(recording.folder) / f"card-{'-'.join(map(str, self.device_ids))}"
+        facts = {"qpc": str(self.qpc), "sdk": self._label}
+        try:
+            self._bundle = BundleWriter(place, recording.most, facts)
+        except OSError as error:
+            raise UsageError(f"Cannot write {place}: {error.strerror}.") from error
+
     @property
     def simulated_time(self) -> str:
         """The emulated SDK's description of the time model that is on; empty for real times."""
@@ -134,8 +156,11 @@ class Session:
         Raises:
             DeviceError: with the vendor's status and, for a refused shape, the shapes.
         """
-        buffers = self._buffers
+        buffers, bundle = self._buffers, self._bundle
         assert buffers is not None, "the session is closed"
+        if bundle is not None:
+            given = {**self._interface.lasting[shape], **inputs}
+            given = {name: np.array(array) for name, array in given.items()}
         with _runtime_errors(f"Cannot run {self.qpc} on device {self._devices_text}"):
             status = buffers.send(shape, inputs)
             self._check(status, "set the buffers of")
@@ -145,9 +170,20 @@ class Session:
             self._check(self._exec_obj.waitForCompletion(), "run", shapes=inputs)
             status, output = buffers.receive(shape)
         self._check(status, "read the outputs of")
+        if bundle is not None:
+            self._dump(bundle, given, output)
         if self.emits_tokens:
             return output.reshape(output.shape[0], -1)
         return output if output.ndim == 3 else output[:, np.newaxis]
+
+    def _dump(self, bundle: BundleWriter, given: Mapping[str, Array], output: Output) -> None:
+        try:
+            bundle.add(given, {self._interface.output: output})
+        except OSError as error:
+            _log.warning("Cannot record in %s: %s; no more is.", bundle.folder, error.strerror)
+            bundle.close()
+        if bundle.is_full:
+            self._bundle = None
 
     @property
     def vocab_size(self) -> int | None:
@@ -170,6 +206,9 @@ class Session:
     def close(self) -> None:
         """Give the card back; safe to call twice, and after a constructor that failed."""
         self._buffers = None  # it holds the ExecObj too
+        bundle, self._bundle = self._bundle, None
+        if bundle is not None:
+            bundle.close()
         self._exec_obj = None  # the runtime refuses to deactivate under a live ExecObj
         program, self._program = self._program, None
         if program is not None:

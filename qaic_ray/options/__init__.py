@@ -214,6 +214,14 @@ class RunOptions(CardOptions, Generation, PromptOptions):
         sample="s3://bucket/answers",
     )
     part_rows: PositiveInt = opt(100_000, "Rows of a part file.", group=FOLDER)
+    record: PositiveInt | None = opt(
+        None,
+        "Dump the first N executions of each card's program into bundles/ of the run folder, as "
+        "aic_batch_io.json: qaic-runner replays them, `qaic-ray compare` compares them.",
+        metavar="N",
+        group=FOLDER,
+        sample=100,
+    )
 
 
 _GIVEN = {"not": {"type": "null"}}

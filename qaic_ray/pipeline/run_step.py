@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qaic_ray import interruption
+from qaic_ray.bundles.record import Recording
 from qaic_ray.compile.recipe_names import led_to
 from qaic_ray.compile.store import content_key
 from qaic_ray.errors import QaicRayError, Unfinished, UsageError
@@ -40,6 +41,8 @@ from qaic_ray.runs.run_input import STDIN, RunInput
 from qaic_ray.sdk import DEFAULT_NUMERICS, NUMERICS_VARIABLE, Sdk, name_for_others
 from qaic_ray.worker.checks import check_program
 
+BUNDLES_FOLDER = "bundles"
+"""Of a run folder, on the machine of each card; has what `--record` dumps."""
 LOGS_FOLDER = "logs"
 """Of a run folder; has what each card's process has printed."""
 
@@ -114,6 +117,9 @@ def run_on(
     folder = request.resume.absolute() if request.resume else _new_run_folder(request)
     listener.run_folder(folder)
     cluster.write_logs_to(folder / LOGS_FOLDER, listener.remark)
+    if request.run.record is not None:
+        recording_to = Recording(str(folder / BUNDLES_FOLDER), request.run.record)
+        specs = [replace(spec, recording=recording_to) for spec in specs]
 
     def run_prompts(prompts: Iterator[Prompt | Row], **how: Any) -> FleetResult:
         return cluster.run_prompts(prompts, specs, **how)

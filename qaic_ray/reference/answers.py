@@ -219,6 +219,25 @@ ANSWERS: Mapping[str, tuple[str, Fields]] = {
             "facts": Note("All that is known of each machine.", [{"host": "node-7"}]),
         },
     ),
+    "check": (
+        "What was found of files. The exit code is 1 where something would be refused.",
+        {
+            "ok": Note("Whether nothing would be refused.", False),
+            "path": Note("What was looked at.", "specializations.json"),
+            "artifacts": Note("How many programs or files that is.", 1),
+            "sdk_version": Note("The Apps version that counts; empty for any.", "1.20"),
+            "sku": Note("The kind of card that counts; empty for any.", "Standard"),
+            "findings[].rule": Note("The rule.", "specializations-named"),
+            "findings[].grade": Note("`refused` or `remark`.", "refused"),
+            "findings[].place": Note("The file.", "specializations.json"),
+            "findings[].says": Note("What is wrong.", "Its entries are named ..."),
+            "findings[].remedy": Note("What to do.", "Convert it: --convert FOLDER."),
+            "findings[].source": Note("Where the rule stands.", "https://github.com/quic/..."),
+            "converted[].file": Note("A file that was written.", "specializations.json"),
+            "converted[].to": Note("What of it was changed.", "flat entries"),
+            "folder": Note("Where they are; null where none was written.", "converted"),
+        },
+    ),
     "monitoring": (
         "The configuration that was written.",
         {
@@ -229,6 +248,21 @@ ANSWERS: Mapping[str, tuple[str, Fields]] = {
         },
     ),
     "merge": ("The proof of the whole, which is proof.json of its folder too.", MERGED),
+    "compare": (
+        "Where two bundles differ first. The exit code is 1 where they do.",
+        {
+            "equal": Note("Whether they do not differ.", False),
+            "executions": Note("Executions that are equal, from the first on.", 3),
+            "largest": Note("The largest difference of two numbers up to there.", 0.0),
+            "difference": Note("Null where they do not differ.", None),
+            "difference.execution": Note("Number of the execution, from 0.", 3),
+            "difference.direction": Note("`input`, `output`, or `number of`.", "output"),
+            "difference.tensor": Note("Name of the tensor.", "logits"),
+            "difference.element": Note("Index in it; null for the whole tensor.", [0, 0, 17]),
+            "difference.first": Note("What the first bundle has.", "1.5"),
+            "difference.second": Note("What the second one has.", "1.25"),
+        },
+    ),
     "key": (
         "A new API key.",
         {

@@ -14,12 +14,15 @@ from qaic_ray.reference.markdown import block, code, page, section, table
 from qaic_ray.shipped.job_schema import sample_of
 
 TYPED = {
+    "PATH": "smollm2-135m-kv",
     "JOB": "smollm2",
     "MODEL_DIR": "smollm2-135m-kv",
     "NAME": "mine",
     "RUN...": "runs/before runs/after",
     "FOLDER": "./monitoring",
     "WHAT": "smollm2-20261129-090500",
+    "A": "runs/a/bundles/card-0",
+    "B": "runs/b/bundles/card-0",
     "RUN": "smollm2-20261129-090500",
     "ROW": "0",
     "PREFIX": "./sdk",

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+from qaic_ray.bundles.record import Recording
 from qaic_ray.cards.inventory import WorkerPlace
 from qaic_ray.cards.lease import open_session
 from qaic_ray.engine.drafts import Drafting, open_drafting
@@ -44,7 +45,8 @@ class WorkerSpec(WorkerPlace):
     `model` is anything `open_checkpoint` takes; only its tokenizer and configuration are read, and
     these must have the `text` parts that the run began with, if any are given. `incarnation` is how
     often the worker was opened before, `kept_slots` how many slots rows of the background leave
-    free, `metrics` whether its actor records what it does.
+    free, `metrics` whether its actor records what it does, `recording` what is dumped of its
+    program's executions.
     """
 
     qpc: str
@@ -54,6 +56,7 @@ class WorkerSpec(WorkerPlace):
     incarnation: int = 0
     kept_slots: int = 0
     metrics: bool = False
+    recording: Recording | None = None
     timeouts: Timeouts = DEFAULT_TIMEOUTS
 
 
@@ -132,6 +135,8 @@ class CardWorker:
                 timeouts=self.spec.timeouts,
             )
             undo.push(held)
+            if self.spec.recording is not None:
+                session.record(self.spec.recording)
             check_shapes(self.spec.generation, self.spec.qpc, session.specializations)
             drafting = open_drafting(self.spec.generation, sdk, session)
             undo.callback(drafting.close)

@@ -12,11 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from command_lines import all_names, context_of, of_name
 from run_folders import FolderMaker
 from shard_drivers import drive, run_of
 
+from qaic_ray.bundles.record import BundleWriter
 from qaic_ray.cli import main
 from qaic_ray.cli.answers import Answers, Streaming
 from qaic_ray.cli.launching import streaming
@@ -34,6 +36,8 @@ ROOT = Path(__file__).parents[2]
 
 # Each with what its document has. `stop` ends with the document of `status`.
 CHEAP: dict[str, tuple[str, ...]] = {
+    "check specializations.json --sdk emulated": ("ok", "findings", "converted"),
+    "compare bundle bundle": ("equal", "executions", "difference"),
     "devices --sdk emulated": ("sdk", "devices"),
     "doctor --sdk emulated": ("checks",),
     "init mine": ("job", "prompts", "model"),
@@ -59,9 +63,12 @@ ELSEWHERE = {"export", "compile", "run", "serve", "launch", "demo", "stop", "ray
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("json")
     shutil.copy(ROOT / "jobs" / "smollm2.yaml", folder / "job.yaml")
+    shapes = ROOT / "configs" / "specializations" / "pl128-cl1024-bs4.json"
+    shutil.copy(shapes, folder / "specializations.json")
     for number in (1, 2):
         FolderMaker(folder / "runs" / f"run-{number}").session(3)
     (folder / "p.txt").write_text("a\nb\n")
+    BundleWriter(folder / "bundle", 1, {}).add({"x": np.zeros(2)}, {"y": np.zeros(2)})
     for shard in ("1/2", "2/2"):
         made = drive(run_of(folder / "made", prompts=str(folder / "p.txt"), shard=shard)).folder
         shutil.copytree(made, folder / "shards" / made.name)

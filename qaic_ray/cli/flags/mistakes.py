@@ -25,7 +25,7 @@ _OTHER_WORDS = {
     "cancel": "stop", "generate": "run", "infer": "run", "chat": "run", "prompt": "run",
     "build": "compile", "convert": "export", "start": "launch", "submit": "launch",
     "check": "doctor", "info": "doctor", "cards": "devices", "tail": "logs", "new": "init",
-    "compare": "report", "resume": "run", "generateONNX.py": "export", "runModel.py": "run",
+    "diff": "compare", "resume": "run", "generateONNX.py": "export", "runModel.py": "run",
     "compileModel.sh": "compile", "join": "merge", "concat": "merge",
 }  # fmt: skip
 """Commands as other programs call them."""

@@ -11,6 +11,7 @@ from typing import Any, List, Optional, Tuple
 from ..card import Card, Machine, NoDevice, timing
 from ..container import QpcError
 from ..container.netdesc import Binding
+from . import recording
 from .buffers import BufferMapping, mapping_of
 from .types import QDevStatus, QIDList, QLogLevel, QStatus, incompatible
 
@@ -53,7 +54,8 @@ def init_error(name: str, message: str) -> RuntimeError:
 class Context:
     """Devices to use, a log, and the machine's cards.
 
-    `machine` and `timing` are the emulator's own; programs of the vendor's API do not see them.
+    `machine`, `timing` and `recording` are the emulator's own; programs of the vendor's API do not
+    see them.
     """
 
     def __init__(self, devices: Optional[QIDList] = None) -> None:
@@ -63,6 +65,7 @@ class Context:
         self.log = Log(f"Aic-{self._id}")
         self.machine = Machine.here()
         self.timing = timing.from_environment()
+        self.recording = recording.from_environment()
         self.qids: Tuple[int, ...] = tuple(devices or ())
         present = {card.qid for card in self.machine.cards()}
         for qid in self.qids:

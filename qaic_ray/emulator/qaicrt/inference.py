@@ -16,6 +16,7 @@ from ..card.timing import Stopwatch
 from ..container.netdesc import Binding
 from .buffers import Wiring
 from .program import RETAINED_SUFFIX, Instance, Program
+from .recording import RecordingError
 from .types import QStatus
 
 
@@ -112,7 +113,18 @@ class Inference:
                 part = results[binding.name][wiring.card]
                 wiring.array[wiring.host] = part.view(wiring.array.dtype)
         self.results = {name: results[name] for name in self._outputs}
+        if self._instance.recorder is not None:
+            wired = [binding.name for binding, _ in self._wirings if not binding.is_input]
+            self._record(inputs, {name: results[name] for name in (*self._outputs, *wired)})
         return QStatus.QS_SUCCESS
+
+    def _record(self, inputs: Dict[str, np.ndarray], outputs: Dict[str, np.ndarray]) -> None:
+        recorder = self._instance.recorder
+        try:
+            if recorder is not None:
+                recorder.add(inputs, outputs)
+        except RecordingError as error:
+            self._program.context.log.failure(str(error))
 
     def _patched(self) -> Dict[str, np.ndarray]:
         """Retained inputs that slices are written into, whole."""

@@ -16,6 +16,7 @@ from ..card.cores import cores_of
 from ..container import AI100, QpcError
 from .buffers import SlicingSpec, SpecError
 from .context import Context, Qpc, init_error
+from .recording import ActivationRecorder
 from .types import (
     DEFAULT_NUM_RETRIES,
     DEFAULT_TIMEOUT_MS,
@@ -56,6 +57,7 @@ class Instance:
         self.lock = lock or threading.Lock()
         self.jobs: Deque[Any] = deque()
         self.has_run = False
+        self.recorder: Optional[ActivationRecorder] = None
         self.mirrored: Dict[str, Optional[np.ndarray]] = dict.fromkeys(mirrored)
 
     def run_next(self) -> None:
@@ -229,12 +231,18 @@ class Program:
             return status
 
     def _make_instances(self) -> None:
+        asked = self.context.recording
         try:
-            activations = [self._loaded.activate() for _ in range(self.num_activations)]
+            for _ in range(self.num_activations):
+                activation = self._loaded.activate()
+                self.instances.append(Instance(activation, self.group_lock, self._mirrored))
+                if asked is not None:
+                    sdk = f"emulated SDK {self.context.machine.folder.apps_version}"
+                    recorder = ActivationRecorder(asked, self.qpc.contents.name, sdk)
+                    self.instances[-1].recorder = recorder
         except BaseException:
             self._deactivate()
             raise
-        self.instances = [Instance(each, self.group_lock, self._mirrored) for each in activations]
         self._state = ACTIVE
 
     def deactivate(self) -> QStatus:

@@ -1,8 +1,9 @@
 """Files at URIs (s3, gs, hdfs, abfs), through pyarrow's filesystems.
 
-Credentials are the environment's, as each filesystem's own client reads them (`AWS_*`, Google's
-application default, Hadoop's configuration). `AWS_ENDPOINT_URL`, or `?endpoint_override=` of the
-URI, names another server that speaks S3.
+Credentials are the environment's, as each filesystem's own client reads them: AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_PROFILE, AWS_REGION for S3;
+GOOGLE_APPLICATION_CREDENTIALS for gs; Hadoop's own configuration. AWS_ENDPOINT_URL, or
+`?endpoint_override=` of the URI, names another server that speaks S3.
 """
 
 from __future__ import annotations

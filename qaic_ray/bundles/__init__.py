@@ -1,0 +1,1 @@
+"""Bundles: executions of a program, dumped in the vendor's batch form, and two of them compared."""
