@@ -124,6 +124,13 @@ EMULATED = (
         "1",
     ),
     Variable(
+        "AIC_EXTERNAL_DATA_ROOT",
+        "Folder in which a compiler looks first for the weight files that a graph names (the "
+        "vendor's variable).",
+        "the folders that the graph names, and its own",
+        "/models/llama",
+    ),
+    Variable(
         "QAIC_COMPILER_OPTS_UNSUPPORTED",
         "More options for the emulated compiler, which lists them as without effect (the vendor's "
         "variable).",
@@ -218,10 +225,34 @@ OTHERS = (
         "203.0.113.5 50022 198.51.100.7 22",
     ),
 )
+REMOTE = (
+    Variable(
+        "AWS_ACCESS_KEY_ID",
+        "Who asks for s3:// files, with AWS_SECRET_ACCESS_KEY.",
+        "the role of the machine",
+        "AKIA...",
+    ),
+    Variable("AWS_SECRET_ACCESS_KEY", "The secret of that key.", "the role of the machine", "..."),
+    Variable("AWS_REGION", "The region of s3:// files.", "the bucket's own", "eu-central-1"),
+    Variable(
+        "AWS_ENDPOINT_URL",
+        "Another server of S3; `?endpoint_override=` of a URI says it for that URI.",
+        "Amazon's",
+        "http://127.0.0.1:9000",
+    ),
+    Variable(
+        "GOOGLE_APPLICATION_CREDENTIALS",
+        "The file of the key for gs:// files.",
+        "the machine's own account",
+        "key.json",
+    ),
+)
+"""Read by pyarrow's filesystems."""
 GROUPS = {
     "Ours": OURS,
     "The emulated SDK": EMULATED,
     "Ray": RAYS,
+    "Remote files": REMOTE,
     "The hub, the terminal and the machine": OTHERS,
 }
 """All that are read, and what they are of."""

@@ -40,7 +40,10 @@ _one_ray: OneRay | None = None
 GROUPS = {
     "ray": ("tests/cluster/",),
     "road": ("tests/road/",),
-    "tiny": ("tests/engine/", "tests/worker/", "tests/emulator/test_lowered_"),
+    "tiny": (
+        *("tests/engine/", "tests/worker/", "tests/emulator/test_lowered_"),
+        "tests/check/test_known_good",
+    ),
     "model": ("tests/smollm2/",),
     "pages": ("tests/pages/",),
 }
@@ -149,6 +152,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyQpcs:
 @pytest.fixture
 def make_model_dir(tmp_path: Path) -> Callable[..., Path]:
     """Write a folder that `qaic-ray compile` takes for an exported model."""
+    from small_graphs import write_decoder
+
     from qaic_ray.contract import IoContract
     from qaic_ray.model.checkpoint import (
         CUSTOM_IO_FILE,
@@ -163,8 +168,13 @@ def make_model_dir(tmp_path: Path) -> Callable[..., Path]:
         folder = tmp_path / name
         onnx_file = f"generatedModels/{name}_fp16_simplified.onnx"
         (folder / onnx_file).parent.mkdir(parents=True)
-        (folder / onnx_file).touch()
-        (folder / CUSTOM_IO_FILE).touch()
+        write_decoder(folder / onnx_file, continuous=continuous)
+        (folder / CUSTOM_IO_FILE).write_text(
+            "".join(
+                f" - IOName: {name}\n   Precision: float16\n"
+                for name in ("past_key.0", "past_key.0_RetainedState")
+            )
+        )
         manifest = ModelManifest(
             format=MANIFEST_FORMAT,
             name=name,

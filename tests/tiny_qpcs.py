@@ -99,6 +99,11 @@ class TinyQpcs:
             self._qpcs[options, shapes, num_cores] = build(request, compile_here).path
         return self._qpcs[options, shapes, num_cores]
 
+    def exported_for(self, qpc: Path) -> Path:
+        """The folder of the model that a QPC was compiled from."""
+        options = next(key[0] for key, path in self._qpcs.items() if path == qpc)
+        return self._exports[options]
+
     def exported(self, options: ExportOptions) -> Path:
         """The folder of an exported model."""
         if options not in self._exports:

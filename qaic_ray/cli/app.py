@@ -114,7 +114,7 @@ class Commands(TyperGroup):
 
 _IN_ORDER = (
     ("Run", ("run", "serve", "demo", "init", "launch", "plan", "schema")),
-    ("Step by step", ("export", "compile")),
+    ("Step by step", ("export", "compile", "check")),
     ("Look at runs", ("report", "merge", "compare", "runs", "status", "logs", "show", "stop")),
     ("Machines", ("devices", "doctor", "monitoring", "key", "ray", "emulator")),
 )

@@ -197,6 +197,7 @@ def run(
 
     What is missing is made first: the model is exported and compiled into the user's cache.
     """
+    from qaic_ray.pipeline.local_cards import check_named
     from qaic_ray.pipeline.request import resumed
     from qaic_ray.pipeline.run_step import run_step
 
@@ -208,6 +209,8 @@ def run(
         if resume is not None:
             request = resumed(resume, asked)
         else:
+            if ray.address is None and asked.devices != "all":
+                check_named(asked.devices, choice)  # before minutes of compiling
             request = _new_run(program, asked, shapes, sdk=choice, screen=screen)
         request = replace(
             request,
@@ -239,6 +242,11 @@ def _new_run(
     from qaic_ray.pipeline.request import RunRequest, resolved, with_typed_bound
 
     if program.text is not None:
+        if asked.prompts is not None and Path(program.text).exists():
+            raise UsageError(
+                f"{program.text} stands behind --input and is no prompt: put a glob between "
+                "quotes, or write -i before each file."
+            )
         if asked.prompt is not None:
             raise UsageError("The prompt is given twice, by --prompt too: give it once.")
         asked = asked.model_copy(update={"prompt": one_prompt(program.text)})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qaic_ray.cli.app import command, sdk_choice
+from qaic_ray.cli.app import command, known_path, sdk_choice
 from qaic_ray.cli.flags.completion import run_names
 from qaic_ray.errors import ExitCode
 
@@ -242,5 +242,39 @@ def doctor(
         tables.write_json(found.to_json())
     else:
         tables.draw(lambda _: tables.findings_table(found.findings))
+    if not found.is_well:
+        raise SystemExit(ExitCode.FAILED)
+
+
+@command(
+    looking,
+    example="""qaic-ray check smollm2-135m-kv
+qaic-ray check specializations.json --sdk-version 1.20 --convert converted""",
+)
+def check(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            callback=known_path,
+            help="An ONNX file, a specializations.json, a custom IO list, an MDP file, a QPC, or a "
+            "folder of export, compile or QEfficient.",
+        ),
+    ],
+    target: parameters.CheckOptions,
+    sdk: options.SdkOptions,
+    show: parameters.JsonOptions,
+) -> None:
+    """Find out what a compiler or card would refuse of a file or folder, or do slowly, and why."""
+    from qaic_ray.check.check_step import CheckAsked, as_folder, check_step
+    from qaic_ray.cli import tables
+
+    asked = CheckAsked(
+        path, sdk.sdk, target.sdk_version or "", target.sku or "", as_folder(target.convert)
+    )
+    found = check_step(asked)
+    if show.as_json:
+        tables.write_json(found.to_json())
+    else:
+        tables.draw(lambda _: tables.check_table(found))
     if not found.is_well:
         raise SystemExit(ExitCode.FAILED)

@@ -91,6 +91,7 @@ def init(
         "like, then\n\n"
         f"    qaic-ray plan {file}      # what it would compile\n"
         f"    qaic-ray launch {file}    # export, compile, run on every card, report\n"
+        f"    qaic-ray schema {file}    # let your editor check it, and complete its keys\n"
     )
 
 

@@ -264,12 +264,12 @@ class MergeOptions(Section):
     """Where the rows of shards are joined."""
 
     output: PathText = opt(
-        ...,
+        "merged",
         "Folder to make: outputs.jsonl, errors.jsonl and proof.json; an earlier merge there is "
         "replaced.",
         short="-o",
         metavar="FOLDER",
-        sample="merged",
+        sample="answers",
     )
     output_parts: PathText | None = opt(
         None,
@@ -281,6 +281,33 @@ class MergeOptions(Section):
         options.RunOptions.model_fields["part_rows"].default,
         "Rows of a part file.",
         sample=20_000,
+    )
+
+
+class CheckOptions(Section):
+    """What an artifact is for, and where it is converted to."""
+
+    GROUP: ClassVar[str] = PROGRAM
+
+    sdk_version: str | None = opt(
+        None,
+        "Apps version of the compiler.",
+        metavar="VERSION",
+        shown="that of the SDK here",
+        sample="1.20",
+    )
+    sku: str | None = opt(
+        None,
+        "Kind of card: standard, pro or ultra.",
+        metavar="NAME",
+        shown="that of the cards here",
+        sample="standard",
+    )
+    convert: PathText | None = opt(
+        None,
+        "New folder for the files that can be converted.",
+        metavar="FOLDER",
+        sample="converted",
     )
 
 

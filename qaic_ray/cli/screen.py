@@ -92,7 +92,7 @@ class Screen(AbstractContextManager["Screen"]):
         """Say which SDK everything goes through, and what that means for figures."""
         if sdk.kind == "emulated":
             self._say(
-                f"[yellow]{sdk.label}[/]: there is no card here. The steps are a card's, the speed "
+                f"[yellow]{sdk.label}[/]: there is no card here. The steps are the same, the speed "
                 "is this machine's."
             )
         else:

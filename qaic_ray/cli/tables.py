@@ -20,11 +20,13 @@ from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
+from qaic_ray.check.facts import Grade
 from qaic_ray.cli.screen import write
 from qaic_ray.doctor.facts import Finding, Verdict
 from qaic_ray.files.documents import json_text
 
 if TYPE_CHECKING:
+    from qaic_ray.check.check_step import Checked
     from qaic_ray.inspect.run_status import RunStatus
     from qaic_ray.pipeline.looking import Statuses
     from qaic_ray.pipeline.row_view import RowView
@@ -37,6 +39,7 @@ _BETWEEN = 3
 """Columns that a table puts between two of its own."""
 
 _STATE_STYLES = {"running": "cyan", "done": "green", "failed": "red", "unfinished": "yellow"}
+_GRADE_STYLES = {Grade.REFUSED: "red", Grade.REMARK: "yellow"}
 _VERDICT_STYLES = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "red"}
 
 
@@ -352,3 +355,33 @@ def _summary(findings: Sequence[Finding]) -> Text:
     said = [f"{count} {words[verdict]}" for verdict, count in counts.items() if count]
     worst = next((v for v in reversed(Verdict) if counts[v]), Verdict.OK)
     return Text(", ".join(said), _VERDICT_STYLES[worst])
+
+
+def check_table(found: Checked) -> RenderableType:
+    """A line for each finding: what is wrong, what to do, and where the rule stands."""
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for one in found.findings:
+        text = Text(f"{one.place}: {one.says}")
+        text.append(f"\n{one.remedy}", "bold")
+        text.append(f"\n{one.rule}: {one.source}", "dim")
+        table.add_row(Text(one.grade.value, _GRADE_STYLES[one.grade]), text)
+    for made in found.converted:
+        table.add_row(Text("converted", "green"), Text(f"{found.folder}/{made.place}: {made.says}"))
+    return Group(*([table] if table.row_count else []), _check_summary(found))
+
+
+def _check_summary(found: Checked) -> Text:
+    counts = {grade: sum(one.grade is grade for one in found.findings) for grade in Grade}
+    target, card = found.target, found.target.card
+    of = f"Apps {target.apps_text}" if target.apps else "any Apps version"
+    of += f" and {card.name} cards" if card is not None else ""
+    if not found.findings:
+        return Text(f"Nothing found, for {of}.", "green")
+    refused, remarks = counts[Grade.REFUSED], counts[Grade.REMARK]
+    said = [
+        *([f"{refused} would be refused"] if refused else []),
+        *([f"{remarks} remark{'s' if remarks > 1 else ''}"] if remarks else []),
+    ]
+    return Text(f"{', '.join(said)}, for {of}.", "red" if refused else "yellow")

@@ -21,6 +21,13 @@ _WHOLE_ON_CLOSE = ("s3", "gcs", "abfs")
 class PartPlace(Protocol):
     """A folder of part files."""
 
+    def check(self) -> None:
+        """See that it can hold files.
+
+        Raises:
+            UsageError: it cannot, as far as that is seen without writing.
+        """
+
     def sizes(self) -> dict[str, int]:
         """The files that are there, and their bytes.
 
@@ -63,8 +70,6 @@ def part_place(text: str) -> PartPlace:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{folder} cannot be made a folder: {error.strerror}.") from error
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"{folder} may not be written to: check its permissions.")
     return LocalFolder(folder)
 
 
@@ -73,6 +78,11 @@ class LocalFolder:
     """A folder of this machine."""
 
     folder: Path
+
+    def check(self) -> None:
+        """See `PartPlace`."""
+        if not os.access(self.folder, os.W_OK):
+            raise UsageError(f"{self.folder} may not be written to: check its permissions.")
 
     def sizes(self) -> dict[str, int]:
         """See `PartPlace`."""
@@ -113,6 +123,23 @@ class RemoteFolder:
     """A folder at a URI."""
 
     place: RemotePlace
+
+    def check(self) -> None:
+        """See `PartPlace`."""
+        import pyarrow
+        from pyarrow import fs
+
+        system = self.place.filesystem
+        top = self.place.path.partition("/")[0]
+        try:
+            is_there = not top or system.get_file_info(top).type != fs.FileType.NotFound
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UsageError(f"{self.place.uri} cannot be reached: {reason(error)}.") from error
+        if not is_there:
+            raise UsageError(
+                f"There is no {top} for {self.place.uri}: make the bucket first, or look at the "
+                "account whose credentials are in the environment."
+            )
 
     def sizes(self) -> dict[str, int]:
         """See `PartPlace`."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qaic_ray import contract
+from qaic_ray.check.builds import check_builds
 from qaic_ray.compile.compiler import Source, Variant, grid_variants
 from qaic_ray.compile.probe import check_reads_weights
 from qaic_ray.compile.store import SPECIALIZATIONS_FILE, Build, BuildRequest, build, check_request
@@ -84,8 +85,9 @@ def requested_builds(
     """The builds of `requested_variants`, by paths that mean the same on every node.
 
     Raises:
-        UsageError: as `requested_variants`, for folders that may not be replaced, and for an SDK
-            that does not read weights from where the model points.
+        UsageError: as `requested_variants`, for folders that may not be replaced, for an SDK that
+            does not read weights from where the model points, and for what the compiler or every
+            card of this machine would refuse.
     """
     store = user_path(grid.output, "The folder of the QPCs").absolute()
     variants = requested_variants(model_dir, grid, sdk, specializations)
@@ -96,6 +98,7 @@ def requested_builds(
     for request in builds:
         user_path(request.target, "The folder of the QPC")
         check_request(request)
+    check_builds(builds)
     return builds
 
 
@@ -174,6 +177,7 @@ def compile_step(
     if len(requests) == 1 and ray == _NO_DASHBOARD:
         (request,) = requests
         result: Build | QaicRayError
+        _remark(requests, listener)
         listener.compiling(1)
         listener.building(request)
         try:
@@ -200,6 +204,7 @@ def compile_on(
         outcomes[label] = (by_label[label].variant, result)
         listener.compiled(*outcomes[label])
 
+    _remark(requests, listener)
     listener.compiling(len(by_label))
     cluster.compile_variants(
         build,
@@ -209,6 +214,11 @@ def compile_on(
         on_begin=lambda label: listener.building(by_label[label]),
     )
     return [outcomes[label] for label in by_label]
+
+
+def _remark(requests: Sequence[BuildRequest], listener: Listener) -> None:
+    for one in check_builds(requests):
+        listener.remark(f"{one.place}: {one.says} {one.remedy}")
 
 
 def _shapes_of(path: Path, model: ModelFolder, model_dir: Path) -> contract.Specializations:

@@ -45,13 +45,24 @@ def on_local_cards(
                 f"{len(wanted)} of {len(ready)} cards {are} enough for these prompts; --device-id "
                 "opens others"
             )
+    check_named(wanted, sdk)
+    return request.with_run(devices=wanted), len(wanted)
+
+
+def check_named(wanted: tuple[int, ...], sdk: SdkChoice) -> None:
+    """Refuse cards of this machine that a run names and cannot have.
+
+    Raises:
+        UsageError: for ids that are not there.
+        DeviceError: where a card is not ready.
+    """
+    known = {device.qid: device for device in sdk.devices}
     for qid in wanted:
         if qid not in known:
             there = ", ".join(map(str, known)) or "none"
             raise UsageError(f"There is no device {qid}: the cards here are {there}.")
         if not known[qid].ready:
             raise DeviceError(f"Device {qid} is not ready: its status is {known[qid].status}.")
-    return request.with_run(devices=wanted), len(wanted)
 
 
 def slots_of(qpc: Path) -> int | None:

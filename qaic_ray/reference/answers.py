@@ -219,6 +219,25 @@ ANSWERS: Mapping[str, tuple[str, Fields]] = {
             "facts": Note("All that is known of each machine.", [{"host": "node-7"}]),
         },
     ),
+    "check": (
+        "What was found of files. The exit code is 1 where something would be refused.",
+        {
+            "ok": Note("Whether nothing would be refused.", False),
+            "path": Note("What was looked at.", "specializations.json"),
+            "artifacts": Note("How many programs or files that is.", 1),
+            "sdk_version": Note("The Apps version that counts; empty for any.", "1.20"),
+            "sku": Note("The kind of card that counts; empty for any.", "Standard"),
+            "findings[].rule": Note("The rule.", "specializations-named"),
+            "findings[].grade": Note("`refused` or `remark`.", "refused"),
+            "findings[].place": Note("The file.", "specializations.json"),
+            "findings[].says": Note("What is wrong.", "Its entries are named ..."),
+            "findings[].remedy": Note("What to do.", "Convert it: --convert FOLDER."),
+            "findings[].source": Note("Where the rule stands.", "https://github.com/quic/..."),
+            "converted[].file": Note("A file that was written.", "specializations.json"),
+            "converted[].to": Note("What of it was changed.", "flat entries"),
+            "folder": Note("Where they are; null where none was written.", "converted"),
+        },
+    ),
     "monitoring": (
         "The configuration that was written.",
         {

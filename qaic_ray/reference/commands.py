@@ -14,6 +14,7 @@ from qaic_ray.reference.markdown import block, code, page, section, table
 from qaic_ray.shipped.job_schema import sample_of
 
 TYPED = {
+    "PATH": "smollm2-135m-kv",
     "JOB": "smollm2",
     "MODEL_DIR": "smollm2-135m-kv",
     "NAME": "mine",
@@ -142,10 +143,10 @@ def _of_root(command: Any) -> Iterator[tuple[HelpEntry, str]]:
 
 def _table(*entries: tuple[HelpEntry, str]) -> Iterator[str]:
     rows = (
-        (code(", ".join(entry.names)), default_of(entry), text_of(entry), code(example))
+        (code(", ".join(entry.names)), text_of(entry), default_of(entry), code(example))
         for entry, example in entries
     )
-    return table(("option", "default", "meaning", "example"), rows)
+    return table(("option", "meaning", "default", "example"), rows)
 
 
 def default_of(entry: HelpEntry) -> str:

@@ -46,6 +46,7 @@ ROOMS = {
     "report": "Runs and their folders",
     "fleet": "Runs and their folders",
     "model": "Models",
+    "weight_files": "Models",
     "export": "Models",
     "compile": "Compiling",
     "contract.py": "Compiling",
@@ -125,7 +126,7 @@ def errors_page() -> str:
         section(
             "Kinds of errors",
             "Programs in Python catch these classes of `qaic_ray.errors`.",
-            table(("class", "exit code", "meaning"), _classes()),
+            table(("class", "meaning", "exit code"), _classes()),
         ),
         section(
             "Errors of one row",
@@ -159,7 +160,7 @@ def _classes() -> Iterator[tuple[str, str, str]]:
         else:
             ends = ExitCode.UNFINISHED if kind in _GO_ON else ExitCode.FAILED
         text = inspect.getdoc(kind) or ""
-        yield code(kind.__name__), code(str(ends.value)), text.partition("\n\n")[0]
+        yield code(kind.__name__), text.partition("\n\n")[0], code(str(ends.value))
 
 
 _GO_ON = (errors.Unfinished, errors.ClusterLost)

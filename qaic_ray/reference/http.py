@@ -51,7 +51,7 @@ def http_page() -> str:
         "`qaic-ray serve` has these routes. `GET /openapi.json` gives the same for programs, and "
         "`GET /docs` shows it in a browser. A request that is wrong gets one of the statuses of "
         "[errors](errors.md#errors-of-the-server). Every answer has the header `X-Request-Id`.",
-        section("Routes", table(("route", "key needed", "what it does"), _routes())),
+        section("Routes", table(("route", "what it does", "key needed"), _routes())),
         section(
             "Fields of completions and chats",
             "Fields that say how tokens are chosen have the names and meanings of vLLM. Where a "
@@ -93,7 +93,7 @@ def _routes() -> Iterator[tuple[str, str, str]]:
     for method, path, about in routes():
         if path in BODIES and method == "POST" and about.startswith("POST"):
             about = _ANSWERS[path]
-        yield code(f"{method} {path}"), "no" if path in OPEN_PATHS else "yes", about
+        yield code(f"{method} {path}"), about, "no" if path in OPEN_PATHS else "yes"
 
 
 _ANSWERS = {
@@ -119,7 +119,7 @@ def _fields(kind: type[BaseModel], leave_out: type[BaseModel] | None = None) -> 
     left_out = leave_out.model_fields if leave_out and issubclass(kind, leave_out) else {}
     names = [name for name in kind.model_fields if name not in left_out]
     return table(
-        ("field", "default", "meaning", "example"), (field_row(kind, name) for name in names)
+        ("field", "meaning", "default", "example"), (field_row(kind, name) for name in names)
     )
 
 
@@ -132,10 +132,10 @@ def field_row(kind: type[BaseModel], name: str) -> tuple[str, ...]:
     field = kind.model_fields[name]
     default = "required" if field.is_required() else value(field.default)
     if field.description and field.examples:
-        return code(name), default, field.description, value(field.examples[0])
+        return code(name), field.description, default, value(field.examples[0])
     known = options_of(SamplingParams)
     if name not in known:
         raise LookupError(f"{kind.__name__}.{name} has no meaning and example: write `said(...)`.")
     own = SamplingParams.__pydantic_fields__[name]  # type: ignore[attr-defined]
     example = sample_of(known[name], OptionValue(own), own.default)
-    return code(name), default, known[name].help, value(example)
+    return code(name), known[name].help, default, value(example)

@@ -87,11 +87,11 @@ def _section(place: str, kind: Any, schema: dict[str, Any]) -> Iterator[str]:
     rows = (
         (
             code(name),
+            entry.help,
             default_key(default, entry),
             entry.allowed.replace(f" to {MAX_SIZE}", "")
             if kind is SamplingParams
             else allowed_text(inner["properties"][name], is_path=option.is_path),
-            entry.help,
             code(f"{name}: {yaml_text(sample_of(entry, option, default))}"),
         )
         for name, entry, option, default in keys_of(kind)
@@ -99,7 +99,7 @@ def _section(place: str, kind: Any, schema: dict[str, Any]) -> Iterator[str]:
     return section(
         place or "The job itself",
         *([f"{said} A mapping under the key {code(place)}."] if place else []),
-        table(("key", "default", "allowed", "meaning", "example"), rows),
+        table(("key", "meaning", "default", "allowed", "example"), rows),
         *(
             ["With every key at its default:", block("yaml", _defaults(place, kind))]
             if place

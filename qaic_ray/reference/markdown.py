@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+_CODE = re.compile(r"(`+[^`]*`+)")
 HEAD = "<!-- Made by scripts/reference: change the code, then run it. -->"
 
 
@@ -55,8 +57,16 @@ def field_table(fields: Fields) -> Iterator[str]:
 
 
 def cell(text: object) -> str:
-    """A text as a cell of a table has it."""
-    return str(text).replace("|", "\\|").replace("\n", " ").strip()
+    """A text as a cell of a table has it; angle brackets outside of code are no HTML."""
+    parts = _CODE.split(str(text).replace("\n", " ").strip())
+    parts[::2] = [_prose(part) for part in parts[::2]]
+    parts[1::2] = [part.replace("|", "\\|") for part in parts[1::2]]
+    return "".join(parts)
+
+
+def _prose(text: str) -> str:
+    text = text.replace("\\|", "&#92;|").replace("|", "&#124;")
+    return re.sub(r"(?<!\\)<", "&lt;", text)
 
 
 def code(text: object) -> str:

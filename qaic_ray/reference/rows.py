@@ -136,7 +136,7 @@ def _rows_in() -> Iterator[Iterator[str]]:
     yield section(
         "How tokens are chosen",
         "The names and meanings are vLLM's and the OpenAI interface's.",
-        table(("field", "default", "allowed", "meaning", "example"), _sampling()),
+        table(("field", "meaning", "default", "allowed", "example"), _sampling()),
         level=3,
     )
     yield section(
@@ -200,7 +200,7 @@ def _sampling() -> Iterator[tuple[str, ...]]:
         shown = "the run's seed" if name == "seed" else value(default)
         example = sample_of(entry, OptionValue(field), field.default)
         allowed = entry.allowed.replace(f" to {MAX_SIZE}", "")
-        yield code(name), shown, allowed, entry.help, value(example)
+        yield code(name), entry.help, shown, allowed, value(example)
 
 
 def _refused() -> Iterator[tuple[str, NotOffered]]:

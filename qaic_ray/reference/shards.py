@@ -72,7 +72,7 @@ def shards_page() -> str:
         section(
             "_SUCCESS",
             "A run with `--output-parts` writes it beside its part files when all of them are "
-            "there. That of a shard is called `_SUCCESS-3-of-64`.",
+            "there. That of a shard is called `_SUCCESS-03-of-64`.",
             field_table(PARTS_DONE),
         ),
     )

@@ -40,7 +40,7 @@ SEGMENT_BYTES = 64 * 2**20
 MAX_OPEN_SEGMENTS = 16
 
 BEFORE_JSON = len("01234567 ")
-MAX_HEADER_BYTES = 2**20
+MAX_HEADER_BYTES = 2**26  # it names every file of the input
 _MAX_NAMED_CHARS = 800
 _SEGMENT = re.compile("[0-9]{6,12}")
 _ROW_INDEX = re.compile(rb'"row":\{"index":(\d+)')

@@ -60,8 +60,8 @@ class RunSummary:
         how = {
             Cause.CARDS: f"{safe}: when cards are well again, go on with {resume}`.",
             Cause.INPUT: (
-                f"{safe}: with a file whose answered rows are as they were, go on with {resume} "
-                "--input FILE`, or begin a new run."
+                f"{safe}: when the input is as it was and can be read, go on with {resume}`; with "
+                "another one whose answered rows are the same, add --input; or begin a new run."
             ),
             Cause.CHANGED: "Begin a new run.",
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +13,7 @@ from qaic_ray.formats.lines import EmptyInput
 from qaic_ray.formats.prompts import prompts_from_file, prompts_from_text
 from qaic_ray.model.checkpoint import Checkpoint, load_tokenizer
 from qaic_ray.options import RunOptions
+from qaic_ray.options.inputs import sample_of, shard_of
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.worker.prompt_encoder import PromptEncoder
 
@@ -67,18 +69,24 @@ def survey(run: RunOptions, checkpoint: Checkpoint) -> Survey:
 def count_sequences(run: RunOptions, most: int) -> int | None:
     """The answers that a run's prompts ask for; None for more than `most`, and for a stream.
 
+    Of a shard, or a share of the rows, it is what their part of the whole would be.
+
     Raises:
         UsageError: as reading them does.
     """
     items = _items(run)
     if items is None:
         return None
+    size = None if run.sample is None else sample_of(run.sample)
+    share = size if isinstance(size, float) else 1.0
+    if run.shard is not None:
+        share /= shard_of(run.shard)[1]
     number = 0
     for item in items:
         number += _num_answers(item, run)
-        if number > most:
+        if number * share > most:
             return None
-    return number
+    return math.ceil(number * share)
 
 
 def _num_answers(item: Prompt | Row, run: RunOptions) -> int:
@@ -97,7 +105,10 @@ def _items(run: RunOptions) -> Iterator[Prompt | Row] | None:
     if run.prompts is None or is_stream(run.prompts):
         return None
     files = named_files(run.prompts, any_name=run.prompts_format is not None)
-    return islice(_of_files(files, run), run.max_prompts)
+    bounds = [run.max_prompts, run.sample if isinstance(run.sample, int) else None]
+    if run.shard is not None:  # each shard has so many
+        bounds = [None if most is None else most * shard_of(run.shard)[1] for most in bounds]
+    return islice(_of_files(files, run), min((m for m in bounds if m is not None), default=None))
 
 
 def _of_files(files: Sequence[NamedFile], run: RunOptions) -> Iterator[Prompt | Row]:

@@ -37,6 +37,8 @@ SOURCES = "files"
 
 _BLOCK = re.compile(r"^( *)(```+).*?^\1\2`*\s*$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(!?\[(?:[^\]\[]|\[[^\]]*\])*\]\()([^)\s]+)(\))")
+_CODE_IN_ROW = re.compile(r"(?<=[|\s])`[^`\n]*\\\|[^`\n]*`(?=.*\|$)", re.MULTILINE)
+"""A pipe in code is written with a backslash in a table; MkDocs would show that too."""
 _SPAN = re.compile(r"(`+)(?!`).*?(?<!`)\1(?!`)", re.DOTALL)
 
 
@@ -73,8 +75,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links out of docs/ become links within the site."""
+    """Links out of docs/ become links within the site, and tables show what a git host shows."""
     here = page.file.src_uri
+    markdown = _CODE_IN_ROW.sub(lambda found: found[0].replace("\\|", "|"), markdown)
     for link, target in set(_outside(_place(here), markdown)):
         uri = _uri(target)
         if files.get_file_from_path(uri) is None:

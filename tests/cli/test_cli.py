@@ -192,6 +192,16 @@ def qpc(tmp_path: Path) -> Path:
         (["--device-id", "0,0"], "device 0 is given twice"),
         (["--device-id", "first"], "whole number"),
         (["--prompts-file", "gone.txt"], "gone.txt"),
+        (["-i", "gone/*.jsonl"], "No file matches gone/*.jsonl."),
+        (["-i", "-", "-i", "gone.txt"], "can be read only once"),
+        (["-i", "s4://b/x"], "s4://b/x cannot be reached"),
+        (["-i", "s3://a:secret@b/x"], "give s3://b/x, and the credentials by the environment"),
+        (["-i", __file__, "--shard", "0/2"], "--shard: must be K/N with K from 1 to N"),
+        (["-i", __file__, "--shard", "3/2"], "--shard: must be K/N with K from 1 to N"),
+        (["-i", __file__, "--sample", "0%"], "--sample: must be a number of rows, or a share"),
+        (["-i", __file__, "--limit", "0"], "--limit must be at least 1, not 0."),
+        (["--shard", "1/2"], "--shard and --sample are of files"),
+        (["--output-parts", f"{__file__}/parts"], "cannot be made a folder"),
         (["--temperature", "-1"], "temperature is -1.0; allowed is a number from 0"),
         (["--temperature", "nan"], "temperature is nan"),
         (["--top_p", "2"], "top_p is 2.0; allowed is"),
@@ -214,8 +224,20 @@ def test_impossible_runs_are_refused(
     run: Run, sdk: Path, qpc: Path, arguments: list[str], words: str
 ) -> None:
     base = ["run", "--model-name", "smollm2-135m", "--qpc", str(qpc), "--sdk", str(sdk)]
-    prompt = [] if "--prompts-file" in arguments else ["--prompt", "Hello"]
+    prompt = [] if {"--prompts-file", "-i"} & set(arguments) else ["--prompt", "Hello"]
     assert_refused(run(*base, *prompt, *arguments), words)
+
+
+def test_cards_that_are_not_there_are_refused_before_anything_is_made(
+    run: Run, sdk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(
+        "qaic_ray.pipeline.prepare_step.prepare_for", lambda *a, **k: made.append(a)
+    )
+    command = ["run", "smollm2-135m", "Hello", "--sdk", str(sdk), "--device-id", "9"]
+    assert_refused(run(*command), "no device 9: the cards here are 0, 1")
+    assert made == []
 
 
 def test_run_options_are_the_sampling_fields_of_that_name(

@@ -15,10 +15,12 @@ import pytest
 from command_lines import all_names, context_of, examples_of, is_group, of_name, words_of
 from run_folders import FolderMaker
 from shard_drivers import drive, run_of
+from small_graphs import write_decoder
 from typer.testing import CliRunner
 
 from qaic_ray.cli.commands import app
 from qaic_ray.cli.flags.page import HelpEntry, HelpPage, page_text
+from qaic_ray.contract import Specializations
 from qaic_ray.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +127,10 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made = drive(run_of(folder / "made", prompts=str(folder / "p.jsonl"), shard=shard)).folder
         shutil.copytree(made, folder / "shards" / made.name)
     (folder / "my_program.py").write_text("import qaicrt\n")
+    (folder / "smollm2-135m-kv" / "generatedModels").mkdir(parents=True)
+    write_decoder(folder / "smollm2-135m-kv" / "generatedModels" / "smollm2.onnx")
+    shapes = Specializations.build(batch_size=1, prompt_len=8, ctx_len=64, continuous=False)
+    (folder / "specializations.json").write_text(shapes.to_json(named=False))
     return folder
 
 
@@ -180,6 +186,7 @@ def test_commands_stand_in_the_order_of_use() -> None:
         "schema",
         "export",
         "compile",
+        "check",
         "report",
         "merge",
         "compare",

@@ -36,6 +36,7 @@ ROOT = Path(__file__).parents[2]
 
 # Each with what its document has. `stop` ends with the document of `status`.
 CHEAP: dict[str, tuple[str, ...]] = {
+    "check specializations.json --sdk emulated": ("ok", "findings", "converted"),
     "compare bundle bundle": ("equal", "executions", "difference"),
     "devices --sdk emulated": ("sdk", "devices"),
     "doctor --sdk emulated": ("checks",),
@@ -62,6 +63,8 @@ ELSEWHERE = {"export", "compile", "run", "serve", "launch", "demo", "stop", "ray
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("json")
     shutil.copy(ROOT / "jobs" / "smollm2.yaml", folder / "job.yaml")
+    shapes = ROOT / "configs" / "specializations" / "pl128-cl1024-bs4.json"
+    shutil.copy(shapes, folder / "specializations.json")
     for number in (1, 2):
         FolderMaker(folder / "runs" / f"run-{number}").session(3)
     (folder / "p.txt").write_text("a\nb\n")

@@ -47,9 +47,12 @@ def test_init_ends_with_commands_that_run_as_they_stand(
     said = capsys.readouterr().out
     assert load_job(Path("mine.yaml")).model.name == "org/m"
     commands = [shlex.split(line, comments=True) for line in said.split("\n") if line[:1] == " "]
-    assert commands == [["qaic-ray", "plan", "mine.yaml"], ["qaic-ray", "launch", "mine.yaml"]]
+    assert commands == [["qaic-ray", w, "mine.yaml"] for w in ("plan", "launch", "schema")]
     assert run(*commands[0][1:]) == 0
     assert "org/m" in capsys.readouterr().out
+    assert run(*commands[2][1:]) == 0
+    assert load_job(Path("mine.yaml")).model.name == "org/m"
+    assert Path("job.schema.json").exists()
 
 
 def test_init_says_for_programs_what_it_wrote(

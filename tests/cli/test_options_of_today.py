@@ -175,6 +175,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--output-format --output_format": "parquet",
         "--output-parts --output_parts": "s3://bucket/parts",
         "--part-rows --part_rows": "5000",
+        "--record": "100",
         "--metrics / --no-metrics": FLAG,
         "--resume": "runs/a",
         "--retry-errors --retry_errors": FLAG,
@@ -258,6 +259,14 @@ COMMANDS: dict[str, dict[str, Any]] = {
     },
     "runs": {"[FOLDER]": "runs", "--output -o": "elsewhere", "--json": FLAG},
     "show": {"RUN": "runs/a", "ROW": "3", "--output -o": "elsewhere", "--json": FLAG},
+    "check": {
+        "PATH": "m-kv",
+        "--sdk-version --sdk_version": "1.20",
+        "--sku": "standard",
+        "--convert": "converted",
+        "--sdk": "real",
+        "--json": FLAG,
+    },
     "doctor": {"--address": "auto", "--sdk": "real", "--try-cards": FLAG, "--json": FLAG},
     "devices": {"--address": "auto", "--sdk": "real", "--json": FLAG},
     "report": {"RUN...": "runs/a", "--output -o --html": "page.html", "--json": FLAG},
@@ -289,8 +298,9 @@ NEEDED = {
     "init": ["NAME"],
     "plan": ["JOB"],
     "compile": ["MODEL_DIR"],
+    "check": ["PATH"],
     "report": ["RUN..."],
-    "merge": ["RUN...", "--output -o"],
+    "merge": ["RUN..."],
     "compare": ["A", "B"],
     "monitoring": ["FOLDER"],
     "key": ["NAME"],
@@ -384,6 +394,7 @@ run:
   output_formats: [openai, parquet]
   output_parts: s3://bucket/parts
   part_rows: 5000
+  record: 100
 serve:
   host: 0.0.0.0
   port: 9000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,18 +115,42 @@ def test_little_is_read_of_a_large_parquet_file(monkeypatch: pytest.MonkeyPatch)
     parquet.write_table(table, sink, row_group_size=200, compression="none", use_dictionary=False)
     put("large/p.parquet", sink.getvalue())
     num_bytes = 0
-    real = filesystems._RemoteReader.readinto
+    real = filesystems._RemoteReader.read_block
 
-    def counted(reader: Any, buffer: Any) -> int:
+    def counted(reader: Any, number: int) -> bytes:
         nonlocal num_bytes
-        got = real(reader, buffer)
-        num_bytes += got
-        return got
+        block = real(reader, number)
+        num_bytes += len(block)
+        return block
 
     monkeypatch.setattr(filesystems, "READ_BYTES", 2**16)
-    monkeypatch.setattr(filesystems._RemoteReader, "readinto", counted)
+    monkeypatch.setattr(filesystems, "KEPT_BLOCKS", 20)
+    monkeypatch.setattr(filesystems._RemoteReader, "read_block", counted)
     assert read(opened(f"s3://{BUCKET}/large", RowChoice((7, 10)))) == texts[2400:2800]
     assert num_bytes < len(sink.getvalue()) / 3  # three readings of the footer are in it
+
+
+def test_a_file_is_read_once_in_large_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little is asked for at a time."""
+    lines = b"".join(b"%d %s\n" % (row, b"y" * 90) for row in range(5000))
+    put("lines/p.txt", lines)
+    put("packed/p.txt.gz", gzip.compress(lines, 0))
+    asked: list[tuple[str, int]] = []
+    real = filesystems._RemoteReader.read_block
+
+    def noted(reader: Any, number: int) -> bytes:
+        asked.append((reader._file.path, number))
+        return real(reader, number)
+
+    monkeypatch.setattr(filesystems, "READ_BYTES", 2**17)
+    monkeypatch.setattr(filesystems._RemoteReader, "read_block", noted)
+    for folder in ("lines", "packed"):
+        files = opened(f"s3://{BUCKET}/{folder}")
+        asked.clear()
+        assert len(read(files)) == 5000
+        numbers = [number for _, number in asked if number]
+        assert numbers == sorted(set(numbers))
+        assert len(numbers) == 3
 
 
 def test_a_file_is_known_by_its_size_and_time() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from page_blocks import ROOT
 from page_reader import PageReader
 
 AMBER = "models--LLM360--Amber/snapshots/e691febcfceb864f235225f4e6dcae07e2be6332"
@@ -25,7 +26,15 @@ def amber(reader: PageReader) -> None:
     place.symlink_to(model.resolve())
 
 
-PLACES: dict[str, Callable[[PageReader], None]] = {"docs/from-the-recipe.md": amber}
+def checkout(reader: PageReader) -> None:
+    """The examples of the repository."""
+    (reader.folder / "examples").symlink_to(ROOT / "examples")
+
+
+PLACES: dict[str, Callable[[PageReader], None]] = {
+    "docs/from-the-recipe.md": amber,
+    "docs/how-to/serving.md": checkout,
+}
 
 
 def rates_are_the_scripts(reader: PageReader) -> None:

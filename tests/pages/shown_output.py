@@ -13,6 +13,8 @@ from collections.abc import Sequence
 LEFT_OUT = "..."
 
 _SUBSTITUTES: tuple[tuple[re.Pattern[str], str], ...] = (
+    # A run, and a job that was handed to a cluster.
+    (re.compile(r"\d{8}-\d{6}(?:-[0-9a-f]{4})?\b"), "#"),
     (re.compile(r"\x1b\[[0-9;?]*[A-Za-z]"), ""),
     # Digests and ids in hexadecimal, with a figure in them: no word of a language.
     (re.compile(r"\b(?=[0-9a-f]*\d)(?=[0-9a-f]*[a-f])[0-9a-f]{6,}\b"), "#"),

@@ -41,6 +41,8 @@ def test_examples_say_commands_that_there_are() -> None:
         typed = [line for line in lines if line.startswith("qaic-ray ")]
         block = Block(example, 1, "sh", "".join(f"{line}\n" for line in typed))
         check_commands(block, [])
+        if example.suffix == ".py":
+            check_text(Block(example, 1, "python", example.read_text(encoding="utf-8")))
 
 
 def test_a_file_a_console_and_a_note_are_read() -> None:

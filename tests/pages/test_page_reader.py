@@ -106,6 +106,7 @@ def test_what_is_left_out_at_the_mark_may_be_anything(
             "run folder /home/you/try/runs/run-20261129-174012",
             "run folder /home/you/try/runs/run-1",
         ),
+        ("mine-20261129-183508-08a6 done", "mine-20261130-080000-ffff done"),
         ("key 1f2e3d4c5b", "key 0a9b8c7d6e5f"),
         ("───── 1.2 GiB", "── 800 MiB"),
         ("at 2026-11-29T17:40:12Z", "at 2025-01-02T03:04:05Z"),

@@ -20,7 +20,7 @@ from qaic_ray.files.folders import cache_folder
 FIRST = frozenset({"README.md", "docs/quickstart.md"})
 """Pages of somebody who is new: nothing but the model is there. Who reads another one has a program
 that a page before it made."""
-FAST = frozenset({"docs/emulated-sdk/coverage.md", "jobs/README.md"})
+FAST = frozenset({"docs/emulated-sdk/coverage.md", "docs/how-to/check.md", "jobs/README.md"})
 """Pages that start no Ray, and end within seconds."""
 WITH_RAY = frozenset({"docs/quickstart.md", "docs/how-to/resume.md"})
 """Pages of the tier that starts Rays; all others are slow."""
@@ -52,6 +52,7 @@ def home() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.mark.timeout(3600)  # each command has a limit of its own
 @pytest.mark.parametrize("page", list(_typed()))
 def test_a_page_is_what_happens(page: Path, home: Path) -> None:
     name = name_of(page)

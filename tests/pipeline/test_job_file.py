@@ -222,6 +222,34 @@ def job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+def test_parts_of_an_input_are_beside_the_job_too(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    parts = ["parts/*.jsonl", "s3://bucket/more", "/far"]
+    path.write_text(yaml.safe_dump(with_part("run", prompts=parts)))
+    there = (f"{tmp_path}/parts/*.jsonl", "s3://bucket/more", "/far")
+    assert load_job(path).run.prompts == there
+    path.write_text(dump_job(load_job(path)))
+    assert load_job(path).run.prompts == there
+    run = load_job(path, changes={"run.prompts": ("a", "gs://b/c")}).run
+    assert run.prompts == (str(Path.cwd() / "a"), "gs://b/c")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("prompts", [], "must name a file, a folder, a glob or a URI"),
+        ("prompts", ["a", 3], "must be a text, or a list of texts"),
+        ("shard", "0/3", "K from 1 to N"),
+        ("shard", 3, "must be K/N"),
+        ("sample", 0, "must be a number of rows"),
+        ("sample", "101%", "a share over 0 and up to 100%"),
+    ],
+)
+def test_what_is_no_part_of_an_input(key: str, value: object, words: str) -> None:
+    with pytest.raises(JobError, match=rf"run\.{key}: .*{words}"):
+        job_from(with_part("run", **{key: value}), source="job.yaml")
+
+
 def test_prompts_of_the_caller_start_in_the_callers_folder(job_file: Path) -> None:
     assert load_job(job_file).run.prompts == str(job_file.parent / "p.txt")
     run = load_job(job_file, changes={"run.prompts": "mine.jsonl"}).run

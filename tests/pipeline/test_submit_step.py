@@ -92,6 +92,18 @@ def test_prompts_that_cannot_be_sent_are_refused(
         packed(request_for(prompts=prompts), tmp_path)
 
 
+def test_uris_are_read_there_and_only_one_file_is_sent(
+    request_for: Request, tmp_path: Path
+) -> None:
+    (tmp_path / "home" / "job.yaml.jsonl").write_text('{"prompt": "a"}\n')
+    parcel, folder = packed(request_for(prompts=["s3://b/x", "job.yaml.jsonl"]), tmp_path)
+    assert set(parcel.sent) == {"job.yaml", "prompts/job.yaml.jsonl"}
+    sent = load_job(folder / "job.yaml").run.prompts
+    assert sent == ("s3://b/x", str(folder / "prompts" / "job.yaml.jsonl"))
+    with pytest.raises(UsageError, match="Only one file of prompts is sent"):
+        pack(request_for(prompts=["job.yaml.jsonl", "job.yaml"]), folder)
+
+
 def test_the_command_is_the_interpreter_and_words(request_for: Request) -> None:
     command = entry_command(request_for(prompt="a"))
     assert command[:2] == ["/py thon", "-c"]

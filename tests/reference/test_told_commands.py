@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -24,6 +25,16 @@ BESIDE = {
 """What a command needs that has no entry in TYPED."""
 
 
+@cache
+def page_of_commands() -> str:
+    return commands_page()
+
+
+@cache
+def page_of_jobs() -> str:
+    return job_page()
+
+
 def section_of(page: str, title: str) -> str:
     found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
     assert found, title
@@ -32,7 +43,7 @@ def section_of(page: str, title: str) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_command_stands_there_with_every_option(name: str) -> None:
-    section = section_of(commands_page(), f"qaic-ray {name}")
+    section = section_of(page_of_commands(), f"qaic-ray {name}")
     for param in of_name(name).get_params(context_of(name)):
         if param.param_type_name == "argument" or param.hidden or "--help" in param.opts:
             continue
@@ -75,6 +86,8 @@ def needed(name: str, option: str) -> list[str]:
     for param in of_name(name).get_params(context_of(name)):
         place = str(param.metavar or (param.name or "").upper())
         is_asked = param.required or (place in BESIDE and name in ("serve", "export"))
+        if param.param_type_name == "option" and param.required and param.opts[0] != option:
+            words += shlex.split(flag_named(name, param.opts[0]))
         if param.param_type_name == "argument" and is_asked and place.strip("[]") != option:
             words += shlex.split(TYPED.get(place) or BESIDE[place])
     if option in ("MODEL", "--model") and name == "export":
@@ -82,11 +95,20 @@ def needed(name: str, option: str) -> list[str]:
     return words
 
 
+def flag_named(name: str, flag: str) -> str:
+    """The example of an option of the same command."""
+    return next(
+        example
+        for entry, example in options_of_command(name, of_name(name))
+        if flag == entry.names[-1].split(" ")[0]
+    )
+
+
 # -- keys of a job
 
 
 def test_every_key_of_a_job_stands_there() -> None:
-    page = job_page()
+    page = page_of_jobs()
     job = job_from({"name": "a", "model": {"name": "m"}}, source="job")
     document = yaml.safe_load(dump_job(job))
 
@@ -105,7 +127,7 @@ def test_the_blocks_of_sections_are_the_defaults() -> None:
     document: dict[str, Any] = {"name": "a"}
     for place, _ in sections():
         if place:
-            blocks = re.findall(r"```yaml\n(.*?)```", section_of(job_page(), place), re.DOTALL)
+            blocks = re.findall(r"```yaml\n(.*?)```", section_of(page_of_jobs(), place), re.DOTALL)
             merge(document, yaml.safe_load(blocks[-1]))
     name = document["model"]["name"]
     assert job_from(document, source="job") == job_from(

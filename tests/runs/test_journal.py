@@ -29,7 +29,13 @@ from qaic_ray.runs.intake import (
     row_digest,
     text_source,
 )
-from qaic_ray.runs.journal import MAX_OPEN_SEGMENTS, Entry, Journal, line_of
+from qaic_ray.runs.journal import (
+    MAX_OPEN_SEGMENTS,
+    Entry,
+    Journal,
+    last_fingerprint,
+    line_of,
+)
 from qaic_ray.sampling_params import SamplingParams
 from qaic_ray.sampling_params.structured_outputs import StructuredOutputs
 
@@ -387,3 +393,15 @@ def test_all_that_an_answer_depends_on_is_in_the_digest_and_its_place_is_not() -
         row_digest(Prompt(0, "a", "1", sampling=SamplingParams(top_k=5))).hex()[:16]
         == "a96caccf95e187bf"
     )
+
+
+def test_a_run_of_very_many_files_goes_on(tmp_path: Path) -> None:
+    """Every segment names them all."""
+    files = [{"name": f"dt={n % 365}/part-{n:06}.parquet", "bytes": n} for n in range(30_000)]
+    same = {"input": {"files": files}}
+    Journal(tmp_path, same).close()
+    assert last_fingerprint(tmp_path) == same
+    Journal(tmp_path, same).close()
+    with pytest.raises(UsageError, match="cannot go on") as caught:
+        Journal(tmp_path, {"input": {"files": files[1:]}})
+    assert len(str(caught.value)) < 1200

@@ -270,6 +270,8 @@ def test_parts_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             (local / key["Key"].removeprefix("out/parts/")).write_bytes(body)
         assert client.list_multipart_uploads(Bucket=BUCKET).get("Uploads") is None
         gone = f"s3://no-such-bucket/{uri[-5:]}"
+        with pytest.raises(UsageError, match=r"There is no no-such-bucket for s3://no-such"):
+            check_part_place(gone, None)
         with pytest.raises(Unfinished, match=r"s3://no-such-bucket/parts/part-00000\.parquet"):
             session(tmp_path / "other", part_place(gone))
     assert found(local) == as_read(ROWS)

@@ -89,6 +89,7 @@ def test_manifests(make_model_dir: Callable[..., Path]) -> None:
     good = json.loads(path.read_text())
     status = {"name": "a", "num_bytes": 0, "mtime_ns": 1, "ctime_ns": 1, "inode": 1}
     good["sources"] = [status]
+    (folder / "custom_io.yaml").write_bytes(b"")
     empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     good["files"] = [{"name": "custom_io.yaml", "status": status, "sha256": empty}]
     path.write_text(json.dumps(good))

@@ -91,6 +91,25 @@ def test_the_first_rows_of_a_folder_are_looked_at(checkpoint: Checkpoint, tmp_pa
     assert count_sequences(RunOptions(prompts=str(tmp_path)), 3) is None
 
 
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [
+        ({"shard": "2/3"}, 14),
+        ({"sample": "10%"}, 4),
+        ({"sample": "10%", "shard": "1/4"}, 1),
+        ({"sample": 7}, 7),
+        ({"sample": 7, "shard": "1/4"}, 7),
+        ({"max_prompts": 3, "shard": "1/4"}, 3),
+        ({}, 40),
+    ],
+)
+def test_cards_are_opened_for_the_rows_that_are_answered(
+    said: dict[str, object], number: int, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("a\n" * 40)
+    assert count_sequences(RunOptions(prompts=str(tmp_path), **said), 50) == number
+
+
 def test_prompts_that_cannot_be_read_are_refused_before_anything_is_made(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:

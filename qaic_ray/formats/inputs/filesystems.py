@@ -1,8 +1,9 @@
 """Files at URIs (s3, gs, hdfs, abfs), through pyarrow's filesystems.
 
-Credentials are the environment's, as each filesystem's own client reads them (`AWS_*`, Google's
-application default, Hadoop's configuration). `AWS_ENDPOINT_URL`, or `?endpoint_override=` of the
-URI, names another server that speaks S3.
+Credentials are the environment's, as each filesystem's own client reads them: AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_PROFILE, AWS_REGION for S3;
+GOOGLE_APPLICATION_CREDENTIALS for gs; Hadoop's own configuration. AWS_ENDPOINT_URL, or
+`?endpoint_override=` of the URI, names another server that speaks S3.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 READ_BYTES = 4 * 2**20
-"""One request to the server asks for so many; a stream holds them."""
+"""One request to the server asks for so many."""
+KEPT_BLOCKS = 4
+"""An opened file holds so many of these: the columns of a parquet file are read side by side."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _MAX_REASON_CHARS = 240
@@ -151,7 +155,7 @@ class RemoteFile:
         Raises:
             OSError: it cannot be opened any more.
         """
-        return io.BufferedReader(_RemoteReader(self), READ_BYTES)
+        return io.BufferedReader(_RemoteReader(self))
 
     def check(self) -> None:
         """See that it is still the one that it was.
@@ -171,13 +175,14 @@ class RemoteFile:
 
 
 class _RemoteReader(io.RawIOBase):
-    """Reads a remote file from any place on, in requests as large as the buffer above it."""
+    """Reads a remote file from any place on, in blocks as large as one request."""
 
     def __init__(self, file: RemoteFile) -> None:
         file.check()
         self._file = file
         self._stream = file.place.filesystem.open_input_file(file.place.path)
         self._position = 0
+        self._block = lru_cache(KEPT_BLOCKS)(self.read_block)
 
     def readable(self) -> bool:
         return True
@@ -192,16 +197,29 @@ class _RemoteReader(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
-        view = memoryview(buffer).cast("B")
-        wanted = min(len(view), self._file.status.num_bytes - self._position)
-        if wanted <= 0:
+        if self._position >= self._file.status.num_bytes:
             return 0
-        piece = self._stream.read_at(wanted, self._position)
-        self._position += len(piece)
-        if len(piece) < wanted or self._position == self._file.status.num_bytes:
-            self._file.check()  # of what was read before, no byte is of another file
+        view = memoryview(buffer).cast("B")
+        number, offset = divmod(self._position, READ_BYTES)
+        piece = self._block(number)[offset : offset + len(view)]
         view[: len(piece)] = piece
+        self._position += len(piece)
         return len(piece)
+
+    def read_block(self, number: int) -> bytes:
+        """A block, counted from 0.
+
+        Raises:
+            InputChanged: the file is seen to be another one, or this was its last block and it is.
+        """
+        offset, size = number * READ_BYTES, self._file.status.num_bytes
+        wanted = min(READ_BYTES, size - offset)
+        block = bytes(self._stream.read_at(wanted, offset))
+        if len(block) < wanted or offset + wanted == size:
+            self._file.check()
+        if len(block) < wanted:
+            raise InputChanged(f"{self._file.path} ends at byte {offset + len(block)} of {size}.")
+        return block
 
     def close(self) -> None:
         if not self.closed:

@@ -33,6 +33,8 @@ _MAGIC = re.compile(r"[*?\[]")
 _HIDDEN = (".", "_")
 _ANY_DEPTH = "**"
 _MAX_NAMED = 3
+MAX_FILES = 200_000
+"""Files of one input; each segment of a run's journal names them all."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,11 @@ def named_files(given: str | Sequence[str], *, any_name: bool = False) -> list[N
     for part in parts_of(given):
         local = _local_path(part)
         found += _remote(part, any_name) if local is None else _local(local, any_name)
+    if len(found) > MAX_FILES:
+        raise UsageError(
+            f"The input has {len(found):,} files, and a run takes {MAX_FILES:,}: join them to "
+            "larger ones, or make a run for each folder."
+        )
     seen: set[str] = set()
     for file in found:
         place = file.path if file.remote else os.path.realpath(file.path)

@@ -187,6 +187,7 @@ def _check_place(place: PartPlace, named: str, key: str) -> None:
     Raises:
         UsageError: it does.
     """
+    place.check()
     taken = sorted(filter(PartNames().are_of, place.sizes()))
     if taken and key not in (place.read(MERGE_NAME) or b"").decode(errors="replace"):
         raise UsageError(f"{named} holds other parts ({taken[0]}): name another folder.")

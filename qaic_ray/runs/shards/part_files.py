@@ -85,8 +85,9 @@ def check_part_place(text: str, shard: str | None) -> None:
         UsageError: the place cannot be written to, or has such parts already.
         QaicRayError: it cannot be looked into.
     """
-    names = PartNames(shard)
-    taken = sorted(filter(names.are_of, part_place(text).sizes()))
+    names, place = PartNames(shard), part_place(text)
+    place.check()
+    taken = sorted(filter(names.are_of, place.sizes()))
     if taken:
         raise UsageError(
             f"{text} holds parts of another run ({taken[0]}): name another folder, or go on with "

@@ -1,0 +1,1 @@
+"""Files as facts: ONNX models, the compiler's config files, programs. Only headers of weights."""
