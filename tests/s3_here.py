@@ -22,7 +22,7 @@ CREDENTIALS = {
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """The server, with an empty bucket; its URL."""
+    """The server, with a bucket; its URL. Servers of one process have the same objects."""
     import boto3
     from moto.server import ThreadedMotoServer
 

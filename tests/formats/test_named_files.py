@@ -81,6 +81,20 @@ def test_names_are_those_below_what_was_given(here: Path) -> None:
     ]
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders(here: Path) -> None:
+    for name in ("x/a/p.txt", "x/b/p.txt", "y/a/p.txt", "y/q.txt"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text("1\n")
+    given = ["x/a", "x/b/p.txt", "y/a", "y/q.txt"]
+    files = {file.path: file.name for file in named_files(given)}
+    assert files == {
+        "x/a/p.txt": "x/a/p.txt",
+        "x/b/p.txt": "b/p.txt",
+        "y/a/p.txt": "y/a/p.txt",
+        "y/q.txt": "q.txt",
+    }
+
+
 def refused(*given: str) -> str:
     with pytest.raises(UsageError) as caught:
         named_files(given)

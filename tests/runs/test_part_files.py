@@ -262,7 +262,7 @@ def test_parts_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(UsageError, match="holds parts of another run"):
             check_part_place(uri, None)
         client = objects()
-        keys = client.list_objects_v2(Bucket=BUCKET)["Contents"]
+        keys = client.list_objects_v2(Bucket=BUCKET, Prefix="out/")["Contents"]
         local = tmp_path / "parts"
         local.mkdir()
         for key in keys:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
@@ -43,7 +44,8 @@ class NamedFile:
 
     Attributes:
         path: of the file, as it is shown; a URI of a remote one.
-        name: below the folder or glob that named it, which may lie elsewhere when a run goes on.
+        name: below the folder or glob that named it, which may lie elsewhere when a run goes on;
+            longer by as many folders as tell it from others.
         num_bytes: as it was when it was found.
         remote: the file where it is at a URI; else None.
     """
@@ -113,7 +115,22 @@ def named_files(given: str | Sequence[str], *, any_name: bool = False) -> list[N
         if place in seen:
             raise UsageError(f"{file.path} is named twice by the input: its rows would be too.")
         seen.add(place)
-    return found
+    return _told_apart(found)
+
+
+def _told_apart(files: list[NamedFile]) -> list[NamedFile]:
+    """The same files; those of one name have more of their path in it."""
+    counts = Counter(file.name for file in files)
+    if len(counts) == len(files):
+        return files
+    longer = []
+    for file in files:
+        whole = file.path if file.remote is None else file.remote.place.path
+        path, size = PurePosixPath(whole).parts, len(PurePosixPath(file.name).parts)
+        has_more = counts[file.name] > 1 and size < len(path)
+        name = str(PurePosixPath(*path[-size - 1 :])) if has_more else file.name
+        longer.append(replace(file, name=name))
+    return _told_apart(longer) if longer != files else files
 
 
 def _local_path(part: str) -> str | None:
