@@ -54,7 +54,6 @@ ROOMS = {
     "sdk.py": "SDK and cards",
     "bundles": "SDK and cards",
     "cards": "SDK and cards",
-    "bundles": "SDK and cards",
     "engine": "SDK and cards",
     "worker": "SDK and cards",
     "doctor": "SDK and cards",
