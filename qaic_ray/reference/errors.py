@@ -53,6 +53,7 @@ ROOMS = {
     "contract.py": "Compiling",
     "sdk.py": "SDK and cards",
     "cards": "SDK and cards",
+    "bundles": "SDK and cards",
     "engine": "SDK and cards",
     "worker": "SDK and cards",
     "doctor": "SDK and cards",
