@@ -30,6 +30,23 @@ DEVICES: dict[str, Any] = {
     ]
 }
 DATE: dict[str, Any] = {"type": "string", "pattern": "^[0-9]{4}-[0-9]{2}-[0-9]{2}([T ].+)?$"}
+_SOURCE: dict[str, Any] = {"type": "string", "minLength": 1}
+SOURCES: dict[str, Any] = {
+    "anyOf": [_SOURCE, {"type": "array", "items": _SOURCE, "minItems": 1, "maxItems": 1024}]
+}
+SHARD: dict[str, Any] = {
+    "type": "string",
+    "pattern": "^ *0*[1-9][0-9]{0,5} */ *0*[1-9][0-9]{0,5} *$",
+}
+SAMPLE: dict[str, Any] = {
+    "anyOf": [
+        {"type": "integer", "minimum": 1, "maximum": 10**9 - 1},
+        {
+            "type": "string",
+            "pattern": r"^(?!0*(\.0*)?%)(100(\.0*)?|[0-9]{1,2}(\.[0-9]*)?)%$",
+        },
+    ]
+}
 
 
 class OneOf(BeforeValidator):

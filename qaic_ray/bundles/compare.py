@@ -29,6 +29,7 @@ _BY_SIZE = {1: "int8", 2: "float16", 4: "float32", 8: "int64"}
 """What an element of so many bytes is taken for, where nothing says it."""
 _WORDS = {"in": "input", "out": "output"}
 _MAX_DIM = 1 << 40
+_MAX_RANK = 32
 _MAX_EXECUTIONS = 1_000_000
 _KINDS = ("float32", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
 
@@ -132,7 +133,9 @@ def _tensor(batch: Path, number: int, item: Mapping[str, Any]) -> _Tensor:
         raise UsageError(f"{where}: {shown(name)} needs the path of a file, not {shown(path)}.")
     dims, size = item.get("dims"), item.get("elem-size")
     if dims is not None and not (
-        isinstance(dims, list) and all(type(d) is int and 0 <= d <= _MAX_DIM for d in dims)
+        isinstance(dims, list)
+        and len(dims) <= _MAX_RANK
+        and all(type(d) is int and 0 <= d <= _MAX_DIM for d in dims)
     ):
         raise UsageError(f"{where}: dims of {shown(name)} must be numbers, not {shown(dims)}.")
     if size is not None and (type(size) is not int or size not in _BY_SIZE):

@@ -6,8 +6,9 @@ import re
 from contextlib import suppress
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, WithJsonSchema
 
+from qaic_ray import option_schemas as schemas
 from qaic_ray.option_types import (
     Count,
     PositiveInt,
@@ -74,9 +75,11 @@ def _sample(value: Any) -> Any:
     return size if isinstance(size, int) else str(value).strip()
 
 
-Sources = Annotated[str | tuple[str, ...], BeforeValidator(_sources)]
-Shard = Annotated[str, BeforeValidator(_shard)]
-SampleSize = Annotated[int | str, BeforeValidator(_sample)]
+Sources = Annotated[
+    str | tuple[str, ...], BeforeValidator(_sources), WithJsonSchema(schemas.SOURCES)
+]
+Shard = Annotated[str, BeforeValidator(_shard), WithJsonSchema(schemas.SHARD)]
+SampleSize = Annotated[int | str, BeforeValidator(_sample), WithJsonSchema(schemas.SAMPLE)]
 
 
 class PromptOptions(Section):

@@ -145,6 +145,9 @@ _SAID = (
     (schemas.PROMPT_LEN, "a power of two, or several like `32+64`"),
     (schemas.DEVICES, "`all`, an id from 0, or a list of ids"),
     (schemas.DATE, "a date, or a date and time"),
+    (schemas.SOURCES, "a path, a glob or a URI, or a list of them"),
+    (schemas.SHARD, "K/N, with K from 1 to N"),
+    (schemas.SAMPLE, "a number of rows, or a share like `5%`"),
 )
 
 

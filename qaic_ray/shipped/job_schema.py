@@ -32,6 +32,7 @@ _DIALECT = "http://json-schema.org/draft-07/schema#"
 _MODELINE = "# yaml-language-server: $schema="
 _OF_RUN = "max_tokens"  # it is run.generation_len in a job
 _LISTS = ("stop", "stop_token_ids", "bad_words")
+_OR_ONE = ("stop", "bad_words")
 
 
 def job_schema() -> dict[str, Any]:
@@ -151,7 +152,8 @@ def _sampling() -> dict[str, Any]:
     for name in _LISTS:
         items = fields[name]["items"]
         fields[name]["type"] = ["array", "null"]
-        fields[name] = _or(fields[name], items)
+        if name in _OR_ONE:
+            fields[name] = _or(fields[name], items)
     bias = fields["logit_bias"]["items"]["prefixItems"][1]
     most = fields["logit_bias"]["maxItems"]
     fields["logit_bias"] = _kept(fields["logit_bias"]) | {

@@ -25,11 +25,16 @@ from tiny_llama import TinyLlama
 from tiny_qpcs import TinyQpcs
 
 from qaic_ray.check.artifacts import read_artifacts
+from qaic_ray.check.builds import check_builds
 from qaic_ray.check.checks import findings
 from qaic_ray.check.facts import ArtifactFinding, Target
-from qaic_ray.compile.compiler import Source
-from qaic_ray.contract import IoContract
+from qaic_ray.compile.compiler import Source, Variant
+from qaic_ray.compile.store import BuildRequest
+from qaic_ray.contract import IoContract, Specializations
 from qaic_ray.limits import CARDS, version_of
+from qaic_ray.option_types import Precision
+from qaic_ray.options import ExportOptions
+from qaic_ray.pipeline.compile_step import open_folder
 from qaic_ray.pipeline.job import job_variants, load_job
 from qaic_ray.shipped.jobs import shipped_jobs
 
@@ -66,6 +71,17 @@ def test_exports_and_programs_of_ours(name: str, tiny: TinyQpcs) -> None:
     assert found(folder / "programqpc.bin", apps) == []
     exported = tiny.exported_for(folder)
     assert found(exported, apps) == []
+
+
+def test_an_export_whose_weights_stay_where_they_are(tiny: TinyQpcs, tmp_path: Path) -> None:
+    exported = tiny.exported(ExportOptions(weights="reference"))
+    assert found(exported) == []
+    graph = next(exported.rglob("*.onnx"))
+    assert found(graph) == []
+    shapes = Specializations.build(batch_size=2, prompt_len=8, ctx_len=64, continuous=True)
+    for precision in Precision:
+        variant = Variant(open_folder(exported).source, precision, 14, shapes)
+        assert check_builds([BuildRequest(variant, tiny.sdk, tmp_path)]) == []
 
 
 @pytest.mark.parametrize("name", shipped_jobs())

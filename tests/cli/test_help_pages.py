@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from command_lines import all_names, context_of, examples_of, is_group, of_name, words_of
 from run_folders import FolderMaker
@@ -18,6 +19,7 @@ from shard_drivers import drive, run_of
 from small_graphs import write_decoder
 from typer.testing import CliRunner
 
+from qaic_ray.bundles.record import BundleWriter
 from qaic_ray.cli.commands import app
 from qaic_ray.cli.flags.page import HelpEntry, HelpPage, page_text
 from qaic_ray.contract import Specializations
@@ -126,6 +128,9 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for shard in ("1/2", "2/2"):
         made = drive(run_of(folder / "made", prompts=str(folder / "p.jsonl"), shard=shard)).folder
         shutil.copytree(made, folder / "shards" / made.name)
+    for bundle in ("runs/a/bundles/card-0", "runs/b/bundles/card-0", "bundle", "fp32-bundle"):
+        (folder / bundle).parent.mkdir(parents=True, exist_ok=True)
+        BundleWriter(folder / bundle, 1, {}).add({"x": np.zeros(2)}, {"y": np.zeros(2)})
     (folder / "my_program.py").write_text("import qaicrt\n")
     (folder / "smollm2-135m-kv" / "generatedModels").mkdir(parents=True)
     write_decoder(folder / "smollm2-135m-kv" / "generatedModels" / "smollm2.onnx")

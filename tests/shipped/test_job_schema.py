@@ -13,7 +13,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given, note
+from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from qaic_ray.errors import JobError, UsageError
@@ -31,6 +31,7 @@ BEYOND = (
     r"structured_outputs\.\w+ cannot be followed",
     r"run\.date: ",  # a schema knows a date's form, and not its months
     r"has a NUL|no path",
+    r"run\.shard: must be K/N with K from 1 to N",  # that K is at most N
 )
 """What no schema can say."""
 
@@ -186,7 +187,7 @@ def values_for(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
     any_one = one | NUMBERS | FLOATS | TEXTS | st.booleans() | st.none()
     listed = st.lists(any_one, max_size=4) | st.lists(one, min_size=1, max_size=3)
     objects = st.dictionaries(st.sampled_from(["1", "a", "regex", "choice"]), any_one, max_size=2)
-    return one | any_one | listed | objects
+    return one | one | any_one | listed | objects
 
 
 @st.composite
@@ -218,14 +219,27 @@ def is_converted(given: Any, dumped: Any) -> bool:
     return not (same_type and given == dumped)
 
 
-@given(mutated_jobs())
-def test_the_schema_and_the_loader_agree(document: dict[str, Any]) -> None:
+def check_agreement(document: dict[str, Any]) -> None:
     job, said = loader_says(document)
-    faults = [
-        f"{error.json_path}: {error.message[:100]}" for error in validator().iter_errors(document)
-    ]
+    faults = [f"{e.json_path}: {e.message[:100]}" for e in validator().iter_errors(document)]
     note(f"{said or 'taken'}; {faults}")
     if job is None:
         assert faults or any(re.search(pattern, said) for pattern in BEYOND)
     elif faults:
         assert is_converted(document, {"name": job.name, **job.model_dump(mode="json")})
+
+
+@given(mutated_jobs())
+def test_the_schema_and_the_loader_agree(document: dict[str, Any]) -> None:
+    check_agreement(document)
+
+
+@pytest.mark.parametrize(("place", "schema"), LEAVES, ids=[".".join(p) for p, _ in LEAVES])
+@settings(max_examples=max(5, settings.default.max_examples // 4))
+@given(data=st.data())
+def test_they_agree_on_each_key(
+    place: tuple[str, ...], schema: dict[str, Any], data: st.DataObject
+) -> None:
+    document = base()
+    put(document, place, data.draw(values_for(schema)))
+    check_agreement(document)
