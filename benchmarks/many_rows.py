@@ -39,8 +39,9 @@ SLOTS, PART_ROWS = 64, 100_000
 NUM_SHOWN = 12
 KILLED_SHARD, KILLED_AT = 2, 0.4
 FLAT_MB = 40.0
-"""What a driver may have at its end over what it had at a quarter of its way, or when it had
-written its first part file, which takes some memory for good."""
+"""What a driver that came to its end may have had at most in the second half of its rows, over what
+it had at most in the first. Writing a part takes memory for a moment, so that one look at either
+tells nothing."""
 BUCKET = "many-rows"
 ROW_BITS = 40
 
@@ -126,11 +127,12 @@ class Watched:
         self.samples.append((time.monotonic() - self.began_s, rows, rss_mb))
         return True
 
-    def growth_mb(self, part_rows: int) -> float:
-        """At the end over a quarter of the rows, and over a part and a quarter."""
-        _, last, last_mb = self.samples[-1]
-        from_rows = min(last, max(last / 4, 1.25 * part_rows))
-        return last_mb - next(mb for _, rows, mb in self.samples if rows >= from_rows)
+    @property
+    def growth_mb(self) -> float:
+        """The peak of the second half of the rows over that of the first."""
+        half = self.samples[-1][1] / 2
+        first = max(mb for _, rows, mb in self.samples if rows <= half)
+        return max(mb for _, rows, mb in self.samples if rows > half) - first
 
 
 def start(folder: Path, name: str, words: dict[str, Any], shard: int) -> Watched:
@@ -254,7 +256,7 @@ def show(figures: dict[str, Any], watched: list[Watched]) -> None:
     print(f"{figures['merge_s']:.0f} s to merge, {figures['merge_peak_mb']:.0f} MB at most")
     holds = figures["growth_mb"] < FLAT_MB
     print(
-        f"{figures['growth_mb']:.0f} MB more at a driver's end than after its first part: "
+        f"{figures['growth_mb']:.0f} MB more in the second half of a driver's rows: "
         f"{'holds' if holds else 'MISSED'}"
     )
 
@@ -338,7 +340,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], 
     figures |= {
         "seconds": seconds,
         "rows_per_s": options.rows / seconds,
-        "growth_mb": max(one.growth_mb(options.part_rows) for one in watched),
+        "growth_mb": max(one.growth_mb for one in watched if one.process.returncode == 0),
         "peak_mb": max(mb for one in watched for _, _, mb in one.samples),
         "drivers": [
             {"shard": one.shard, "samples": one.samples[:: max(1, len(one.samples) // 20)]}
