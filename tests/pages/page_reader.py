@@ -40,7 +40,8 @@ class PageReader:
             (kept / name).mkdir(parents=True, exist_ok=True, mode=0o700)
             (cache / name).symlink_to((kept / name).resolve())
         others = {k: value for k, value in os.environ.items() if not k.startswith(_CHANGED)}
-        others.pop("NO_COLOR", None)
+        for name in ("NO_COLOR", "COLUMNS", "LINES"):  # a terminal says them
+            others.pop(name, None)
         self.environment = others | {
             "HOME": str(home),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

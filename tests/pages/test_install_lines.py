@@ -47,5 +47,7 @@ def test_each_way_to_install_puts_the_command_there(tmp_path: Path, line: str) -
 
 
 def test_make_demo_is_the_demo() -> None:
-    planned = subprocess.check_output(["make", "--dry-run", "demo"], cwd=ROOT, text=True)
+    # These tests may be run by make, which then tells where it is.
+    command = ["make", "--dry-run", "--no-print-directory", "demo"]
+    planned = subprocess.check_output(command, cwd=ROOT, text=True)
     assert planned.splitlines()[-1] == ".venv/bin/qaic-ray demo"

@@ -26,6 +26,7 @@ RUN = RunOptions(
     output_formats=("parquet",),
     output_parts="s3://bucket/parts",
     part_rows=5000,
+    record=3,
     input_len=16,
     ctx_len=64,
     generation_len=9,
@@ -91,7 +92,7 @@ def test_every_option_differs_from_its_default_here_so_that_none_is_forgotten() 
 def test_a_request_of_an_older_version_is_read(tmp_path: Path) -> None:
     (tmp_path / REQUEST_NAME).write_text(OLDER, encoding="utf-8")
     newer = {"max_prompts": None, "shard": None, "sample": None, "sample_seed": 0}
-    newer |= {"output_parts": None, "part_rows": 100_000}
+    newer |= {"output_parts": None, "part_rows": 100_000, "record": None}
     older = replace(REQUEST.with_run(**newer), resume=tmp_path)
     assert read_request(tmp_path) == older
     (tmp_path / REQUEST_NAME).write_text(
