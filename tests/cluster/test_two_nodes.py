@@ -256,7 +256,7 @@ def test_a_card_that_turns_to_error_is_given_up_and_the_others_go_on(fleet: Flee
     fleet.set_faults(SLOW, {"kind": "error", "device": 1, "after": 10})
     result = fleet.run(prompts(150), fleet.places())
     failed = {worker.name: worker.error for worker in result.workers if worker.error}
-    assert set(failed) == {"card 1"}
+    assert set(failed) == {"card 1"}, failed
     assert result.broken_off is None
 
 
