@@ -257,6 +257,7 @@ def _new_run(
         )
     request = RunRequest("run", program.model_name, Path(), with_typed_bound(resolved(asked)))
     request.check_prompts()
+    request.check_parts()
     if program.qpc is not None:
         if said := ", ".join(f"--{name.replace('_', '-')}" for name in shapes.model_fields_set):
             raise UsageError(f"{said} is of a program that is made: leave it, or --qpc, out.")

@@ -23,7 +23,7 @@ from qaic_ray.model.sources import NAMED_MODELS
 from qaic_ray.option_types import is_template
 from qaic_ray.options import TYPED_LEN, EmulatorOptions, Generation, RayOptions, RunOptions
 from qaic_ray.runs.intake import INPUT, Fingerprint
-from qaic_ray.runs.run_input import RunInput, absolute_sources, open_run_input
+from qaic_ray.runs.run_input import RunInput, absolute_sources, check_choice, open_run_input
 from qaic_ray.sdk import Device, Sdk, find_sdk
 
 if TYPE_CHECKING:
@@ -191,6 +191,7 @@ class RunRequest:
             raise UsageError(
                 'There is nothing to answer: give a prompt, --prompt "a|b" or --input FILE.'
             )
+        check_choice(run)
 
     def check_parts(self) -> None:
         """See, before anything is made for them, that the part files of a new run have a place.

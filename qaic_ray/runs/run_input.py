@@ -54,12 +54,8 @@ def open_run_input(run: RunOptions, before: Fingerprint | None = None) -> RunInp
         UsageError: where there are none, or they are not those of `before`.
     """
     _ = run.defaults  # refused before anything is read
+    check_choice(run)
     if run.prompts is None or is_stream(run.prompts):
-        if run.shard is not None or run.sample is not None:
-            raise UsageError(
-                "--shard and --sample are of files: prompts that are typed, and those of a "
-                "stream, can only be limited, by --limit."
-            )
         return _of_text_or_stream(run)
     form, choice = run.prompts_format, row_choice(run)
     if choice == RowChoice(limit=run.max_prompts) and is_plain_file(run.prompts):
@@ -70,6 +66,20 @@ def open_run_input(run: RunOptions, before: Fingerprint | None = None) -> RunInp
     except InputChanged as error:
         raise _other_input(error) from error
     return RunInput(files.source, files.prompts(run.defaults, run.chat_options), files.rows_guess)
+
+
+def check_choice(run: RunOptions) -> None:
+    """See that rows of this input can be chosen as is wished.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    is_of_files = run.prompts is not None and not is_stream(run.prompts)
+    if not is_of_files and not (run.shard is None and run.sample is None):
+        raise UsageError(
+            "--shard and --sample are of files: prompts that are typed, and those of a stream, "
+            "can only be limited, by --limit."
+        )
 
 
 def _of_text_or_stream(run: RunOptions) -> RunInput:

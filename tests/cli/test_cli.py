@@ -192,7 +192,7 @@ def qpc(tmp_path: Path) -> Path:
         (["--device-id", "0,0"], "device 0 is given twice"),
         (["--device-id", "first"], "whole number"),
         (["--prompts-file", "gone.txt"], "gone.txt"),
-        (["-i", "gone/*.jsonl"], "No file matches gone/*.jsonl."),
+        (["-i", "gone/*.jsonl"], "No file matches gone/*.jsonl: give a pattern"),
         (["-i", "-", "-i", "gone.txt"], "can be read only once"),
         (["-i", "s4://b/x"], "s4://b/x cannot be reached"),
         (["-i", "s3://a:secret@b/x"], "give s3://b/x, and the credentials by the environment"),
@@ -228,15 +228,24 @@ def test_impossible_runs_are_refused(
     assert_refused(run(*base, *prompt, *arguments), words)
 
 
-def test_cards_that_are_not_there_are_refused_before_anything_is_made(
-    run: Run, sdk: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device-id", "9"], "no device 9: the cards here are 0, 1"),
+        (["--shard", "1/2"], "--shard and --sample are of files"),
+        (["--sample", "5%"], "--shard and --sample are of files"),
+        (["--output-parts", "ftp://x/y"], "ftp://x/y cannot be reached"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_made(
+    run: Run, sdk: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
 ) -> None:
     made: list[object] = []
     monkeypatch.setattr(
         "qaic_ray.pipeline.prepare_step.prepare_for", lambda *a, **k: made.append(a)
     )
-    command = ["run", "smollm2-135m", "Hello", "--sdk", str(sdk), "--device-id", "9"]
-    assert_refused(run(*command), "no device 9: the cards here are 0, 1")
+    command = ["run", "smollm2-135m", "Hello", "--sdk", str(sdk), *arguments]
+    assert_refused(run(*command), words)
     assert made == []
 
 

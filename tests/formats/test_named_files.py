@@ -105,7 +105,10 @@ def refused(*given: str) -> str:
 
 def test_what_names_nothing_is_refused_in_one_sentence(here: Path) -> None:
     (here / "empty").mkdir()
-    assert refused("in/*.xml") == "No file matches in/*.xml."
+    assert (
+        refused("in/*.xml")
+        == "No file matches in/*.xml: give a pattern of prompt files that are there."
+    )
     assert "no prompts file in/gone.jsonl" in refused("in/gone.jsonl")
     assert "no prompt files in empty: it is empty" in refused("empty")
     (here / "empty" / "_SUCCESS").touch()

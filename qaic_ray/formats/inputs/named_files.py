@@ -166,7 +166,7 @@ def _local(path: str, any_name: bool) -> list[NamedFile]:
                 for inner in _in_folder(match, any_name, needed=False)
             ]
     if not found:
-        raise UsageError(f"No file matches {path}.")
+        raise UsageError(f"No file matches {path}: give a pattern of prompt files that are there.")
     return found
 
 
@@ -224,7 +224,9 @@ def _remote(uri: str, any_name: bool) -> list[NamedFile]:
             if matches.fullmatch(name) and not _is_hidden(name, pattern)
         ]
         if not kept:
-            raise UsageError(f"No file matches {uri}.")
+            raise UsageError(
+                f"No file matches {uri}: give a pattern of prompt files that are there."
+            )
     return [_remote_file(files[name], name) for name in kept]
 
 
