@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -32,6 +33,21 @@ class Recording:
 
     folder: str
     most: int
+
+
+def replay_command(folder: Path, qpc: Path) -> str | None:
+    """What a shell replays the first bundle of `qpc` below a folder by; None where there is none.
+
+    The number of executions is given: `qaic-runner` writes the outputs of one where none is.
+    """
+    for bundle in sorted(path.parent for path in folder.glob(f"*/{BATCH_FILE}")):
+        num_lines = (bundle / BATCH_FILE).read_bytes().count(b"\n")
+        if num_lines > 1:  # the last line ends the list
+            words = ["qaic-runner", "-t", str(qpc)]
+            words += ["--aic-batch-json-input", str(bundle / BATCH_FILE)]
+            words += ["--write-output-dir", f"{bundle.name}-again"]
+            return shlex.join([*words, "--write-output-num-samples", str(num_lines - 1)])
+    return None
 
 
 class BundleWriter:
