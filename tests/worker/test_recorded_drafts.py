@@ -1,4 +1,4 @@
-"""A worker with a draft QPC records both programs, each in a folder that replays to the last bit."""
+"""A worker with a draft QPC records both programs; each bundle replays to the last bit."""
 
 from __future__ import annotations
 
