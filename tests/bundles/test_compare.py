@@ -144,6 +144,32 @@ def test_outputs_of_the_runner_have_the_types_of_the_bundle_beside_them(tmp_path
     assert found.text == "execution 10, output p_y at [1]: -1.0 and -2.0"
 
 
+@pytest.mark.parametrize("written", [range(1), range(2), range(1, 3), range(2, 3)])
+def test_what_the_runner_did_not_write_is_said_with_the_option(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    written: range,
+) -> None:
+    values = np.zeros(2, np.float32)
+    first = bundle(tmp_path / "a", [{"y": values}] * 3)
+    outputs = tmp_path / "out"
+    outputs.mkdir()
+    for number in written:
+        values.tofile(outputs / f"y-activation-0-inf-{number}.bin")
+    missing = next(number for number in range(3) if number not in written)
+    for pair in ([first, outputs], [outputs, first]):
+        assert run(["compare", *map(str, pair)], monkeypatch) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"has no outputs of execution {missing}," in said
+        assert "--write-output-num-samples 3" in said
+    if 0 in written:  # what differs before that is found first
+        (values + 1).tofile(outputs / "y-activation-0-inf-0.bin")
+        found = compared(first, outputs).difference
+        assert found is not None
+        assert found.text == "execution 0, output y at [0]: 0.0 and 1.0"
+
+
 def test_a_bundle_without_facts_is_read_by_the_sizes_of_elements(tmp_path: Path) -> None:
     """As QEfficient's artifact-only mode leaves one."""
     first = bundle(tmp_path / "a", [{"y": np.array([1, 2], np.float32)}])

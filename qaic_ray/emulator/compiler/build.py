@@ -112,6 +112,7 @@ def write(build: Build, model: Any, path: str) -> Report:
     files = _weight_files(build, model)
     if build.outputs:
         outputs.select(model, build.outputs)
+    graph.check_names(model)
     quantized = None
     if build.quantization is not None:
         dims = _input_dims(build, model)
@@ -259,6 +260,9 @@ def _describe(build: Build, model: Any, states: Mapping[str, State]) -> netdesc.
     resolved = [_buffer_dims(build, model, symbols) for symbols in build.symbols]
     largest = _largest(resolved)
     varying = {name for name in largest if len({entry[name] for entry in resolved}) > 1}
+    empty = next((name for name, dims in largest.items() if not all(d > 0 for d in dims)), None)
+    if empty is not None:
+        raise GraphError(f"'{empty}' has the shape {list(largest[empty])}: a buffer needs a size")
     for name in varying & set(states):
         raise GraphError(f"Retained state '{name}' has different shapes in the specializations")
     partial = varying | set(states) | {state.output for state in states.values()}
