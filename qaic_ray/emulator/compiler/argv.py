@@ -118,6 +118,7 @@ def _quantizing(check: Callable[[str, Optional[str]], str], text: str) -> Flag:
 
 _SCHEMAS = _choice("asymmetric", "symmetric", "symmetric_with_uint8", "symmetric_with_power2_scale")
 _MANY = 1 << 30
+_MOST_BINS = 1 << 16
 
 FLAGS: Dict[str, Flag] = {
     "-m": _obeyed(_text, "path of the ONNX model"),
@@ -205,7 +206,7 @@ FLAGS: Dict[str, Flag] = {
         "quantization",
     ),
     "-percentile-calibration-value": _quantizing(_number(90, 100), "quantization"),
-    "-num-histogram-bins": _quantizing(_number(1, _MANY), "quantization"),
+    "-num-histogram-bins": _quantizing(_number(1, _MOST_BINS), "quantization"),
     "-quantization-precision": _quantizing(_choice("Int8"), "quantization"),
     "-quantization-precision-bias": _quantizing(_choice("Int8", "Int32"), "quantization"),
     "-enable-rowwise": _quantizing(_switch, "quantization"),

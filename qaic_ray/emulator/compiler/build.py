@@ -113,13 +113,13 @@ def write(build: Build, model: Any, path: str) -> Report:
     if build.outputs:
         outputs.select(model, build.outputs)
     graph.check_names(model)
+    states = _states(build, model)
+    described = _describe(build, model, states)
+    kinds = {i.name: graph.compute_kind(i) for i in graph.inputs(model)}
     quantized = None
     if build.quantization is not None:
         dims = _input_dims(build, model)
         quantized = quantize.apply(model, build.quantization, dims, files)
-    states = _states(build, model)
-    described = _describe(build, model, states)
-    kinds = {i.name: graph.compute_kind(i) for i in graph.inputs(model)}
     with open(path, "wb") as file:
         devices = (MDP_META_INFO,) if build.partition.num_devices > 1 else ()
         writer = QpcWriter(file, (*SEGMENTS, *devices))

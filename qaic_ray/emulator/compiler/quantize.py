@@ -8,11 +8,12 @@ and that an activation function is fused with what it follows.
 
 from __future__ import annotations
 
-from typing import Any, Dict, FrozenSet, List, Mapping, NamedTuple, Optional, Set, Tuple
+from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 import numpy as np
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
+from ..container.constants import to_float32
 from ..lowering import graph
 from ..lowering.graph import FLOATS, GraphError
 from . import calibration
@@ -31,6 +32,10 @@ QUANTIZED = (
     frozenset(["Add", "Sub", "Mul", "Concat", "HardSwish"]) | _ONE_INPUT | _FUSED.union(_WEIGHTED)
 )
 """Operators that are computed in int8; those that only move values are on its grid anyway."""
+
+
+_PIECE = 1 << 22
+"""Numbers of a weight that are put on their levels at once."""
 
 
 class Quantization(NamedTuple):
@@ -108,15 +113,16 @@ def grid_of(low: Any, high: Any, schema: str) -> Grid:
 
 
 def profile(model: Any, asked: Quantization, dims: Mapping[str, Any], files: WeightFiles) -> Any:
-    """Ranges of every value that quantization needs, by running the model; weights are read in.
+    """Ranges of every value that quantization needs, by running the model.
 
     Raises:
         GraphError, ConfigError: where the model or the inputs do not fit.
     """
-    _read_weights(model, files)
     inputs = graph.inputs(model)
     data = calibration.samples(asked.list_file, asked.random, inputs, dims)
-    return calibration.observe(model, _Plan(model, asked).measured, data, asked.num_bins)
+    return calibration.observe(
+        model, files, _Plan(model, asked).measured, data, num_bins=asked.num_bins
+    )
 
 
 def apply(
@@ -130,7 +136,6 @@ def apply(
     if asked.profile is None:
         ranges = profile(model, asked, dims, files)
     else:
-        _read_weights(model, files)
         ranges = calibration.read_profile(asked.profile)
     plan = _Plan(model, asked)
     missing = [name for name in plan.measured if name not in ranges]
@@ -139,7 +144,7 @@ def apply(
             f"The quantization profile has no range of '{missing[0]}': make it of this model and "
             "these options with -dump-profile"
         )
-    _Quantizer(model, asked, ranges, plan).run()
+    _Quantizer(model, files, asked, ranges=ranges, plan=plan).run()
     source = asked.profile or asked.list_file
     data = f"random ({asked.random or 'gaussian'})" if source is None else source
     return {
@@ -154,17 +159,37 @@ def apply(
     }
 
 
-def _read_weights(model: Any, files: WeightFiles) -> None:
-    for value in [*graph.inputs(model), *model.graph.initializer]:
-        typed = value.data_type if hasattr(value, "data_type") else 0
-        kind = typed or value.type.tensor_type.elem_type
-        if kind in FLOATS and kind != TensorProto.FLOAT:
-            name = TensorProto.DataType.Name(kind)
-            raise GraphError(f"Quantization needs a float32 model, and '{value.name}' is {name}")
-    for tensor in model.graph.initializer:
-        if tensor.data_location == TensorProto.EXTERNAL:
-            array = np.array(files.open(tensor))
-            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+def _pieces(array: Any, kind: int) -> Iterator[Tuple[slice, Any]]:
+    """Parts of an array along its first axis, as float32: a whole weight may be large."""
+    if not array.ndim:
+        yield slice(None), to_float32(array[np.newaxis], kind)
+        return
+    at_once = max(1, _PIECE // max(1, array[:1].size))
+    for first in range(0, len(array), at_once):
+        rows = slice(first, first + at_once)
+        yield rows, to_float32(array[rows], kind)
+
+
+def _extremes(array: Any, kind: int, axis: Optional[int]) -> Tuple[Any, Any]:
+    """The smallest and the largest number, of all or of each channel along `axis`."""
+    if not array.size:
+        return 0.0, 0.0
+    over = None if axis is None else tuple(i for i in range(array.ndim) if i != axis)
+    parts = [(values.min(over), values.max(over)) for _, values in _pieces(array, kind)]
+    lows, highs = ([part[i] for part in parts] for i in (0, 1))
+    if axis == 0:
+        return np.concatenate(lows), np.concatenate(highs)
+    return np.min(lows, 0), np.max(highs, 0)
+
+
+def _levels_of(array: Any, kind: int, grid: Grid, axis: Optional[int]) -> Any:
+    """`Grid.levels` of a weight, piece by piece."""
+    levels = np.empty(array.shape, grid.zero_point.dtype)
+    rows_of = levels if levels.ndim else levels[np.newaxis]
+    for rows, values in _pieces(array, kind):
+        own = Grid(grid.scale[rows], grid.zero_point[rows]) if axis == 0 else grid
+        rows_of[rows] = own.levels(values, axis)
+    return levels
 
 
 class _Plan:
@@ -218,18 +243,25 @@ class _Plan:
 
 
 def _float_values(model: Any) -> Set[str]:
-    """Names of the values that are float32."""
+    """Names of the values that are floating point, whose type a program computes as float32."""
     inferred = graph.infer_shapes(model)
     values = [*inferred.input, *inferred.output, *inferred.value_info]
-    found = {v.name for v in values if v.type.tensor_type.elem_type == TensorProto.FLOAT}
-    return found | {t.name for t in model.graph.initializer if t.data_type == TensorProto.FLOAT}
+    found = {v.name for v in values if v.type.tensor_type.elem_type in FLOATS}
+    return found | {t.name for t in model.graph.initializer if t.data_type in FLOATS}
 
 
 class _Quantizer:
     def __init__(
-        self, model: Any, asked: Quantization, ranges: Mapping[str, Range], plan: _Plan
+        self,
+        model: Any,
+        files: WeightFiles,
+        asked: Quantization,
+        *,
+        ranges: Mapping[str, Range],
+        plan: _Plan,
     ) -> None:
         self._graph = model.graph
+        self._files = files
         self._constants = plan.constants
         self._asked = asked
         self._ranges = ranges
@@ -266,7 +298,7 @@ class _Quantizer:
         self._add_grid(f"{output}/wide", output, self._grid(output))
 
     def _is_constant_operand(self, node: Any, position: int) -> bool:
-        if self._constants[node.input[position]].data_type != TensorProto.FLOAT:
+        if self._constants[node.input[position]].data_type not in FLOATS:
             return False
         return position == 0 or node.op_type not in _ONE_INPUT | _FUSED
 
@@ -288,21 +320,19 @@ class _Quantizer:
 
     def _constant(self, node: Any, position: int, name: str) -> str:
         """The quantized form of a constant operand: a weight, a bias or another number."""
-        array = numpy_helper.to_array(self._constants[name])
+        array, kind = self._files.open(self._constants[name]), self._constants[name].data_type
         is_weight = position == 1 and node.op_type in _WEIGHTED
         is_bias = position == 2 and node.op_type in _WEIGHTED
         if is_bias and self._asked.bias_bits == 32:
-            return self._wide_bias(node, name, array)
+            return self._wide_bias(node, name, to_float32(array, kind))
         axis = self._channel_axis(node, array) if is_weight else None
         made = f"{name}/quantized" + ("" if axis is None else f"/{axis}")
         if made in self._read:
             return made
         self._read[made] = made
-        over = None if axis is None else tuple(i for i in range(array.ndim) if i != axis)
-        low, high = (array.min(over), array.max(over)) if array.size else (0.0, 0.0)
-        grid = grid_of(low, high, self._asked.constants)
+        grid = grid_of(*_extremes(array, kind, axis), self._asked.constants)
         self._grids[made] = grid
-        self._store(made, grid.levels(array, axis), grid, axis)
+        self._store(made, _levels_of(array, kind, grid, axis), grid, axis)
         return made
 
     def _channel_axis(self, node: Any, array: Any) -> Optional[int]:

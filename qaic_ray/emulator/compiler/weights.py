@@ -92,7 +92,7 @@ def store_weights(
         if graph.initializer[index].name not in read:
             del graph.initializer[index]
     for node in graph.node:
-        _round_constant(node, precision)
+        round_constant(node, precision)
 
 
 def matmul_weights(model: Any) -> Dict[str, bool]:
@@ -153,7 +153,8 @@ def _rounded(array: Any, data_type: int, precision: Precision) -> Any:
     return np.asarray(values, np.float32)
 
 
-def _round_constant(node: Any, precision: Precision) -> None:
+def round_constant(node: Any, precision: Precision) -> None:
+    """Make float32 of the numbers of a Constant, rounded as the flags say."""
     if node.op_type not in ("Constant", "ConstantOfShape") or node.domain:
         return
     for attribute in node.attribute:
