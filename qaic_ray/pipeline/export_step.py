@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -79,19 +80,32 @@ def _made(model: ModelOptions, options: ExportOptions) -> ExportResult:
     with ProcessPoolExecutor(
         max_workers=1, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
     ) as pool:
+        others = active_children()
         try:
             with _no_main_program():
                 made = pool.submit(_export, model, options)
+            exporting = [child for child in active_children() if child not in others]
             return made.result()
         except KeyboardInterrupt:
             for child in active_children():
                 child.terminate()  # it is waited for below, and cleans up
             raise
         except BrokenProcessPool as error:
-            raise ExportError(
-                f"The process that exported {model.name} died: most often the machine ran out of "
-                "memory; try --verify quick, or off."
-            ) from error
+            end = _end_of(exporting[0].exitcode)
+            raise ExportError(f"The process that exported {model.name} {end}.") from error
+
+
+def _end_of(exit_code: int | None) -> str:
+    """How a process ended that should not have; `exit_code` as multiprocessing has it."""
+    if exit_code is None or exit_code >= 0:
+        return f"ended with exit code {exit_code} before it was done: give the command again"
+    name = signal.Signals(-exit_code).name
+    if exit_code == -signal.SIGKILL:
+        return (
+            f"was ended by {name}, most often of a machine that is out of memory: try --verify "
+            "quick, or off"
+        )
+    return f"was ended by {name} before it was done: give the command again"
 
 
 @contextmanager
