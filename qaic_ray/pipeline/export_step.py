@@ -77,35 +77,45 @@ def _kept(model: ModelOptions, options: ExportOptions) -> ExportResult | None:
 
 
 def _made(model: ModelOptions, options: ExportOptions) -> ExportResult:
-    with ProcessPoolExecutor(
-        max_workers=1, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
-    ) as pool:
-        others = active_children()
-        try:
+    others = active_children()
+    try:
+        with _one_process() as pool:
             with _no_main_program():
                 made = pool.submit(_export, model, options)
             exporting = [child for child in active_children() if child not in others]
             return made.result()
+    except BrokenProcessPool as error:
+        # Known now that the pool has waited for it; none are there where it ended at once.
+        end = _end_of(next((child.exitcode for child in exporting), None))
+        raise ExportError(f"The process that exported {model.name} {end}.") from error
+
+
+@contextmanager
+def _one_process() -> Iterator[ProcessPoolExecutor]:
+    """A process beside this one, which an interruption of this one ends."""
+    with ProcessPoolExecutor(
+        max_workers=1, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
+    ) as pool:
+        try:
+            yield pool
         except KeyboardInterrupt:
             for child in active_children():
                 child.terminate()  # it is waited for below, and cleans up
             raise
-        except BrokenProcessPool as error:
-            end = _end_of(exporting[0].exitcode)
-            raise ExportError(f"The process that exported {model.name} {end}.") from error
 
 
 def _end_of(exit_code: int | None) -> str:
-    """How a process ended that should not have; `exit_code` as multiprocessing has it."""
+    """How a process ended that should not have; `exit_code` is multiprocessing's, None unknown."""
+    again = "before it was done: give the command again"
     if exit_code is None or exit_code >= 0:
-        return f"ended with exit code {exit_code} before it was done: give the command again"
+        return f"ended{'' if exit_code is None else f' with exit code {exit_code}'} {again}"
     name = signal.Signals(-exit_code).name
     if exit_code == -signal.SIGKILL:
         return (
             f"was ended by {name}, most often of a machine that is out of memory: try --verify "
             "quick, or off"
         )
-    return f"was ended by {name} before it was done: give the command again"
+    return f"was ended by {name} {again}"
 
 
 @contextmanager
