@@ -22,7 +22,7 @@ from ray._private.worker import RayContext
 
 from qaic_ray.cards.inventory import CARD_RESOURCE, Node, NodeCards, look, problems
 from qaic_ray.cluster.actor_process import chooses_units
-from qaic_ray.cluster.actors import CardActors, cards_needed, loss, on_node
+from qaic_ray.cluster.actors import CardActors, cards_needed, on_node
 from qaic_ray.cluster.compile_tasks import Request, Result, run_builds
 from qaic_ray.cluster.connection import (
     CARD_CPUS,
@@ -35,6 +35,7 @@ from qaic_ray.cluster.connection import (
 )
 from qaic_ray.cluster.dashboard import Dashboard, dashboard_of
 from qaic_ray.cluster.kept_ray import KeptRay
+from qaic_ray.cluster.losses import loss
 from qaic_ray.cluster.worker_logs import WorkerLogs
 from qaic_ray.dispatch.dispatcher import Dispatcher
 from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import ray
-import ray.exceptions as ray_errors
 from fake_worker import IMPATIENT, FakeSpec, FakeWorker, specs
 
 from qaic_ray.cards.lease import Part
 from qaic_ray.cluster.actor_process import chooses_units
-from qaic_ray.cluster.actors import CardActors, cards_needed, loss
+from qaic_ray.cluster.actors import CardActors, cards_needed
 from qaic_ray.cluster.cluster import Cluster
 from qaic_ray.dispatch.dispatcher import (
     Event,
@@ -104,24 +103,6 @@ def test_a_worker_on_a_node_that_is_gone_cannot_open(cluster: Cluster) -> None:
     with actors_of(FakeSpec("card 0", (0,), node_id="ab" * 28)) as cards:
         event = last(events_until(cards, WorkerLost))
     assert event.error.startswith("its node is gone (ActorUnschedulableError: ")
-
-
-@pytest.mark.parametrize(
-    ("error", "why"),
-    [
-        (ray_errors.ActorDiedError(), "its process died (ActorDiedError: "),
-        (ray_errors.ActorUnschedulableError("no node"), "its node is gone ("),
-        (ray_errors.ActorUnavailableError("rpc", None), "its process cannot be reached ("),
-        (ray_errors.OutOfMemoryError("killed"), "its node ran out of memory, and Ray ended it ("),
-        (ray_errors.ObjectStoreFullError("full"), "its node has no room left for its rows ("),
-        (ray_errors.OutOfDiskError("full"), "its node has no room left for its rows ("),
-        (ray_errors.ObjectLostError("0" * 56, None, ""), "rows of it were lost on their way ("),
-        (ray_errors.RaySystemError("odd"), "Ray lost it (RaySystemError: System error: odd"),
-    ],
-)
-def test_every_loss_is_a_sentence(error: ray_errors.RayError, why: str) -> None:
-    assert loss(error).startswith(why)
-    assert "\n" not in loss(error)
 
 
 def test_what_a_worker_takes_of_its_node() -> None:
