@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Set
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import AttributeProto, TensorProto, helper
+from onnx import AttributeProto, TensorProto, helper, version_converter
 
 from ..numbers import kv_cache
 from . import cardops
@@ -24,7 +24,12 @@ INLINE_ELEMENTS = 64
 """Tensors of fewer elements stay in the graph."""
 
 _LARGE_TABLE = 1 << 20
-_MIN_OPSET = 13
+_MIN_OPSET = 7
+"""The oldest that onnxruntime runs."""
+
+_OWN_OPSET = 13
+"""The oldest that what is added to a graph is written in."""
+
 _MICROSOFT = "com.microsoft"
 
 
@@ -64,6 +69,28 @@ def load(path: str) -> Any:
     _check_operators(model)
     _take_constants_out(model)
     return model
+
+
+def raised(model: Any) -> Any:
+    """The model in an operator set that this compiler's own nodes can be added to; the same values.
+
+    Raises:
+        GraphError: where onnx cannot convert it.
+    """
+    if opset_of(model) >= _OWN_OPSET:
+        return model
+    try:
+        return version_converter.convert_version(model, _OWN_OPSET)
+    except (RuntimeError, ValueError) as error:
+        raise GraphError(
+            f"opset_version-{opset_of(model)} cannot be converted to {_OWN_OPSET}, which int8, "
+            f"retained states and the card's own operators need ({error}); export the model anew"
+        ) from error
+
+
+def has_card_operators(model: Any) -> bool:
+    """Whether a node is one of the card's own operators."""
+    return any((node.domain, node.op_type) in cardops.NAMES for node in model.graph.node)
 
 
 def _inliner() -> Any:
