@@ -26,7 +26,7 @@ import onnxruntime as ort
 from google.protobuf.message import EncodeError
 from onnx import helper
 
-from ..documents import parse_mapping, read_text, shown
+from ..documents import MAX_NUMBER, parse_mapping, read_text, shown
 from ..lowering import graph
 from ..lowering.graph import GraphError
 from ..lowering.view import ORT_ERRORS
@@ -101,8 +101,9 @@ def _raw(path: str, name: str, kind: Any, dims: Tuple[int, ...]) -> Any:
                 f"{kind.name} has {expected}"
             )
         return np.fromfile(path, kind).reshape(dims)
-    except OSError as error:
-        raise ConfigError(f"Failed to open file: {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"Failed to open file: {path}: {reason}") from error
 
 
 def _random_samples(
@@ -247,7 +248,7 @@ def _range(row: Mapping[str, Any]) -> Range:
     found = Range(float(row["Min"]), float(row["Max"]), tuple(int(n) for n in row["Histogram"]))
     if not (_is_number(found.low) and _is_number(found.high) and found.low <= found.high):
         raise ValueError("bounds")
-    if min(found.counts, default=0) < 0:
+    if not all(0 <= count <= MAX_NUMBER for count in found.counts):
         raise ValueError("Histogram")
     return found
 
