@@ -10,6 +10,8 @@ import re
 import shlex
 from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
+from ..documents import Refusal
+
 MAX_CORES = 16
 
 _COMPILER_ARGS = "-compiler-args"
@@ -17,7 +19,7 @@ _COMPILER_ARGS = "-compiler-args"
 HELP_FLAGS = ("-h", "-help", "--help", "--usage")
 
 
-class ArgvError(Exception):
+class ArgvError(Refusal):
     """A command line that the compiler refuses; the message is its text."""
 
 

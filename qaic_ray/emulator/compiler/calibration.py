@@ -26,7 +26,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from ..container.constants import to_float32
-from ..documents import parse_mapping, read_text, shown
+from ..documents import MAX_NUMBER, parse_mapping, read_text, shown
 from ..lowering import graph
 from ..lowering.graph import FLOATS, GraphError
 from ..lowering.view import ORT_ERRORS
@@ -111,8 +111,9 @@ def _raw(path: str, name: str, kind: int, dims: Tuple[int, ...]) -> Any:
                 f"{_name(kind)} has {expected}"
             )
         array = np.fromfile(path, dtype).reshape(dims)
-    except OSError as error:
-        raise ConfigError(f"Failed to open file: {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"Failed to open file: {path}: {reason}") from error
     return to_float32(array, kind) if kind in FLOATS else array
 
 
@@ -313,7 +314,7 @@ def _range(row: Mapping[str, Any]) -> Range:
     found = Range(float(row["Min"]), float(row["Max"]), tuple(int(n) for n in row["Histogram"]))
     if not (_is_number(found.low) and _is_number(found.high) and found.low <= found.high):
         raise ValueError("bounds")
-    if min(found.counts, default=0) < 0:
+    if not all(0 <= count <= MAX_NUMBER for count in found.counts):
         raise ValueError("Histogram")
     return found
 

@@ -9,7 +9,7 @@ import json
 import re
 from typing import Any, Dict, List, NamedTuple, Tuple
 
-from ..documents import parse_mapping, read_text, shown
+from ..documents import Refusal, parse_mapping, read_text, shown
 
 PRECISIONS = ("float", "float16", "mxint8")
 
@@ -17,7 +17,7 @@ _PRECISION_KEYS = ("FP16NodeInstanceNames", "FP32NodeInstanceNames")
 _IO_LINE = re.compile(r"^\s*(-\s+)?(IOName|Precision|Layout)\s*:\s*(.*?)\s*$")
 
 
-class ConfigError(Exception):
+class ConfigError(Refusal):
     """A config file that the compiler refuses; the message is its text."""
 
 

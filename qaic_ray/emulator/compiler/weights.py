@@ -15,13 +15,14 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from ..container.constants import FLOAT16, FLOAT32, ConstantsWriter, to_float16, to_float32
+from ..documents import Refusal
 from ..lowering.graph import FLOATS, INLINE_ELEMENTS, has_subgraphs, replace_by_stub
 from .extdata import ExternalTensor
 
 _NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
-class ConstantError(Exception):
+class ConstantError(Refusal):
     """A weight that cannot be read; the message says which and why."""
 
 
@@ -180,8 +181,16 @@ def open_initializer(tensor: Any, directory: str) -> Any:
     bfloat16 comes as uint16.
 
     Raises:
-        ConstantError: where the external file is missing, too short or outside of the folder.
+        ConstantError: where the external file is missing, too short or outside of the folder, or
+            the initializer contradicts itself.
     """
+    try:
+        return _opened(tensor, directory)
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise ConstantError(f"The constant '{tensor.name}' is malformed: {error}") from error
+
+
+def _opened(tensor: Any, directory: str) -> Any:
     if tensor.data_location != TensorProto.EXTERNAL:
         if tensor.data_type == TensorProto.BFLOAT16 and tensor.raw_data:
             return np.frombuffer(tensor.raw_data, np.uint16).reshape(tuple(tensor.dims))

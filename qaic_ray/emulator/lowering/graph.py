@@ -12,6 +12,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, TensorProto, helper, version_converter
 
+from ..documents import Refusal
 from ..numbers import kv_cache
 from . import cardops
 
@@ -33,7 +34,7 @@ _OWN_OPSET = 13
 _MICROSOFT = "com.microsoft"
 
 
-class GraphError(Exception):
+class GraphError(Refusal):
     """A model that cannot be compiled; the message is what the compiler prints."""
 
 
@@ -54,6 +55,8 @@ def load(path: str) -> Any:
         model = onnx.load(path, load_external_data=False)
     except OSError as error:
         raise GraphError(f"Cannot open ONNX model file: {path} ({error.strerror})") from error
+    except ValueError as error:
+        raise GraphError(f"Cannot open ONNX model file: {path} ({error})") from error
     except DecodeError as error:
         raise GraphError(f"Unable to parse ONNX model: {path}") from error
     if not model.graph.output or not model.graph.node:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 from typing import Any, Dict, List, NamedTuple, Sequence
 
-from ..documents import is_number, parse_json
+from ..documents import Refusal, is_number, parse_json
 
 MAGIC = b"QAICEMUSTATS 1\n"
 
 Event = Dict[str, Any]
 
 
-class RawStatsError(ValueError):
+class RawStatsError(Refusal, ValueError):
     """The file is no raw statistics of this SDK, or is damaged."""
 
 

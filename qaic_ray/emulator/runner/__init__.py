@@ -179,5 +179,6 @@ def _bytes(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read()
-    except OSError as error:
-        raise RunnerError(f"Failed to open file: {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunnerError(f"Failed to open file: {path}: {reason}") from error
