@@ -33,7 +33,7 @@ from small_cnn import (
 from qaic_ray.emulator import compiler
 from qaic_ray.emulator.compiler import argv, calibration, configs
 from qaic_ray.emulator.compiler.calibration import Range, bounds_of
-from qaic_ray.emulator.compiler.quantize import grid_of
+from qaic_ray.emulator.compiler.levels import grid_of
 from qaic_ray.emulator.container.execution import LoadedProgram
 
 
@@ -377,7 +377,9 @@ Value = st.recursive(
         st.lists(inner, max_size=4)
         | st.dictionaries(
             st.sampled_from(["NodeProfiles", "NodeOutputName", "Min", "Max", "Histogram", "x"])
-            | st.sampled_from(["FP16NodeInstanceNames", "FP32NodeInstanceNames"]),
+            | st.sampled_from(["FP16NodeInstanceNames", "FP32NodeInstanceNames"])
+            | st.sampled_from(["activation_encodings", "param_encodings", "bitwidth", "bw"])
+            | st.sampled_from(["name", "dtype", "enc_type", "scale", "offset"]),
             inner,
             max_size=5,
         )
@@ -386,12 +388,19 @@ Value = st.recursive(
 )
 
 
+READERS: tuple[Any, ...] = (
+    calibration.read_profile,
+    configs.read_node_precisions,
+    configs.read_encodings,
+)
+
+
 @settings(max_examples=FUZZ_EXAMPLES)
 @given(Value.map(json.dumps) | st.text(max_size=200))
 def test_no_file_is_a_traceback(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    for read in (calibration.read_profile, configs.read_node_precisions):
+    for read in READERS:
         with suppress(configs.ConfigError):
             read(str(path))
 

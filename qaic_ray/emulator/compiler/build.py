@@ -29,7 +29,7 @@ from ..lowering.dims import output_dims
 from ..lowering.graph import GraphError, State
 from ..lowering.view import NotLowered
 from ..numbers import kv_cache
-from . import calibration, extdata, outputs, quantize
+from . import calibration, extdata, quantize
 from .configs import Partition
 from .quantize import Quantization
 from .report import Report
@@ -111,7 +111,7 @@ def write(build: Build, model: Any, path: str) -> Report:
     """
     files = _weight_files(build, model)
     if build.outputs:
-        outputs.select(model, build.outputs)
+        graph.select_outputs(model, build.outputs)
     states = _states(build, model)
     described = _describe(build, model, states)
     kinds = {i.name: graph.compute_kind(i) for i in graph.inputs(model)}
@@ -177,7 +177,7 @@ def profile(build: Build, model: Any, path: str) -> None:
     assert build.quantization is not None
     files = _weight_files(build, model)
     if build.outputs:
-        outputs.select(model, build.outputs)
+        graph.select_outputs(model, build.outputs)
     dims = _input_dims(build, model)
     ranges = quantize.profile(model, build.quantization, dims, files)
     calibration.write_profile(path, ranges)
