@@ -84,7 +84,9 @@ def main(argv: Sequence[str]) -> int:
         print("QAICException:Unable to AddNodesToGraphFromModel", file=sys.stderr)
         return _FAILED
     except OSError as error:
-        print(f"QAIC_ERROR:\nError message:  {error}", file=sys.stderr)
+        named = error.strerror and error.filename
+        reason = f"{error.filename}: {error.strerror}" if named else error
+        print(f"QAIC_ERROR:\nError message:  {reason}", file=sys.stderr)
         return _FAILED
     for line in report.warnings:
         print(line)

@@ -111,6 +111,7 @@ def apply(
         "rowwise": asked.rowwise,
         "quantized_nodes": len(plan.nodes),
         "floating_point_nodes": len(plan.floating),
+        "names_not_in_the_model": plan.unknown,
     }
 
 
@@ -129,6 +130,9 @@ class _Plan:
             kept = kept or not asked.kept_nodes.isdisjoint([node.name, node.output[0]])
             fits = node.op_type in QUANTIZED and not node.domain and not kept
             (self.nodes if fits and is_float else self.floating).append(node)
+        names = {name for node in model.graph.node for name in (node.name, *node.output[:1])}
+        self.unknown = sorted(asked.kept_nodes - names)
+        """Of the nodes that are to be kept, the names that no node has."""
         self._own = {node.output[0] for node in self.nodes}
         self.wide = set() if graph.has_subgraphs(model) else self._fused(model)
         """Outputs that a fused activation function reads as they are."""
