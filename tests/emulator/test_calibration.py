@@ -27,7 +27,7 @@ from small_cnn import (
     write_list,
 )
 
-from qaic_ray.emulator.compiler.quantize import _extremes, _levels_of, grid_of
+from qaic_ray.emulator.compiler.levels import extremes, grid_of, levels_of
 from qaic_ray.emulator.container.execution import CompiledProgram, LoadedProgram
 
 
@@ -135,10 +135,10 @@ CHANNELS = [(shape, axis) for shape in ((3000, 7), (7, 3000), (40, 3, 3, 3)) for
 def test_a_weight_in_pieces_has_the_levels_of_the_whole(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], axis: int | None
 ) -> None:
-    monkeypatch.setattr("qaic_ray.emulator.compiler.quantize._PIECE", 64)
+    monkeypatch.setattr("qaic_ray.emulator.compiler.levels._PIECE", 64)
     values = np.random.default_rng(2).standard_normal(shape).astype(np.float16)
     over = None if axis is None else tuple(i for i in range(len(shape)) if i != axis)
-    low, high = _extremes(values, TensorProto.FLOAT16, axis)
+    low, high = extremes(values, TensorProto.FLOAT16, axis)
     np.testing.assert_array_equal(low, values.min(over))
     np.testing.assert_array_equal(high, values.max(over))
     grid = grid_of(low, high, "asymmetric")
@@ -146,7 +146,7 @@ def test_a_weight_in_pieces_has_the_levels_of_the_whole(
     if axis is not None:
         expanded = [np.expand_dims(part, over) for part in expanded]
     whole = np.clip(np.round(values.astype(np.float64) / expanded[0]) + expanded[1], -128, 127)
-    np.testing.assert_array_equal(_levels_of(values, TensorProto.FLOAT16, grid, axis), whole)
+    np.testing.assert_array_equal(levels_of(values, TensorProto.FLOAT16, grid, axis), whole)
 
 
 WIDE, NARROW, FILLED = 40_960, 8192, 64

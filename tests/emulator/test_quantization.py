@@ -33,7 +33,7 @@ from small_cnn import (
 from qaic_ray.emulator import compiler
 from qaic_ray.emulator.compiler import argv, calibration, configs
 from qaic_ray.emulator.compiler.calibration import Range, bounds_of
-from qaic_ray.emulator.compiler.quantize import grid_of
+from qaic_ray.emulator.compiler.levels import grid_of
 from qaic_ray.emulator.container.execution import LoadedProgram
 
 
@@ -256,6 +256,7 @@ def test_nodes_that_are_kept_are_those_of_fp32(tmp_path: Path) -> None:
         tmp_path, "layer", "-convert-to-quantize", listed, f"-node-precision-info={kept}"
     )
     assert report["quantization"]["quantized_nodes"] == 1
+    assert report["quantization"]["names_not_in_the_model"] == ["1421"]
     made = LoadedProgram(program, 1).activate().run({"x": x}, {"y": (16, 12)})["y"]
     # Only Relu's range was rounded: half a step of 255 levels from zero to the largest.
     assert 0 < np.abs(made - truth).max() <= 2 * truth.max() / 127
@@ -341,7 +342,17 @@ def test_inputs_of_several_files_and_kinds(tmp_path: Path) -> None:
             255,
             "of shape [16, 40] and type float32 has",
         ),
+        ("-convert-to-quantize", "a\0b.raw", 255, "Failed to open file: a\0b.raw: embedded null"),
         ("-load-profile={folder}/list.txt", "text", 255, "list.txt"),
+        (
+            "-load-profile={folder}/list.txt",
+            "---\nGlowToolsVersion: 2021-06-30\n...\n---\n- NodeOutputName: 'x:0'\n...\n",
+            255,
+            "is a profile of the vendor's compiler",
+        ),
+        ("-dump-profile={folder}", None, 255, "Failed to open file: {folder}: it is not a file"),
+        ("-dump-profile={folder}/none/p", None, 255, "none/p: No such file or directory"),
+        ("-dump-profile={folder}/layer.onnx/p", None, 255, "layer.onnx/p: Not a directory"),
         ("-load-profile={folder}/other.yaml", "x", 1, "no range of 'x'"),
     ],
 )
@@ -363,9 +374,10 @@ def test_what_cannot_be_quantized_so_is_one_sentence(
             argv.append(f"-input-list-file={tmp_path / 'list.txt'}")
     target = tmp_path / "qpc"
     model = [f"-m={tmp_path / 'layer.onnx'}", "-aic-hw", f"-aic-binary-dir={target}"]
+    before = sorted(p.name for p in tmp_path.iterdir())
     assert compiler.main([*model, *argv]) == status
-    assert words in capsys.readouterr().err
-    assert not target.exists()
+    assert words.format(folder=tmp_path) in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
 # -- files and command lines of anybody
@@ -377,7 +389,9 @@ Value = st.recursive(
         st.lists(inner, max_size=4)
         | st.dictionaries(
             st.sampled_from(["NodeProfiles", "NodeOutputName", "Min", "Max", "Histogram", "x"])
-            | st.sampled_from(["FP16NodeInstanceNames", "FP32NodeInstanceNames"]),
+            | st.sampled_from(["FP16NodeInstanceNames", "FP32NodeInstanceNames"])
+            | st.sampled_from(["activation_encodings", "param_encodings", "bitwidth", "bw"])
+            | st.sampled_from(["name", "dtype", "enc_type", "scale", "offset"]),
             inner,
             max_size=5,
         )
@@ -386,12 +400,19 @@ Value = st.recursive(
 )
 
 
+READERS: tuple[Any, ...] = (
+    calibration.read_profile,
+    configs.read_node_precisions,
+    configs.read_encodings,
+)
+
+
 @settings(max_examples=FUZZ_EXAMPLES)
 @given(Value.map(json.dumps) | st.text(max_size=200))
 def test_no_file_is_a_traceback(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    for read in (calibration.read_profile, configs.read_node_precisions):
+    for read in READERS:
         with suppress(configs.ConfigError):
             read(str(path))
 

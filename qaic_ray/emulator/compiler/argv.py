@@ -15,6 +15,7 @@ from ..documents import Refusal
 MAX_CORES = 16
 
 _COMPILER_ARGS = "-compiler-args"
+_EXTERNAL = "-external-quantization"
 
 HELP_FLAGS = ("-h", "-help", "--help", "--usage")
 
@@ -159,6 +160,7 @@ FLAGS: Dict[str, Flag] = {
     "-aic-minimize-host-traffic": _accepted(_switch, "less traffic with the host"),
     "-aic-op-stats": _accepted(_switch, "statistics of operators"),
     "-aic-time-passes": _accepted(_switch, "time of compiler passes"),
+    "-version": _accepted(_switch, "version of the compiler"),
     "-aic-version": _accepted(_switch, "version of the compiler"),
     "-aic-ddr-to-multicast": _accepted(_switch, "multicast of what DDR holds"),
     "-aic-form-axis-uniform-constants": _accepted(_switch, "constants of one value an axis"),
@@ -215,7 +217,7 @@ FLAGS: Dict[str, Flag] = {
     "-enable-channelwise": _quantizing(_switch, "quantization"),
     "-dump-profile": _quantizing(_text, "quantization profile to write"),
     "-load-profile": _quantizing(_text, "quantization profile to read"),
-    "-external-quantization": _accepted(_text, "quantization from a file"),
+    "-external-quantization": _quantizing(_text, "encodings of AIMET to quantize with"),
     "-execute-nodes-in-fp16": _quantizing(_names, "operators in fp16"),
     "-keep-original-precision-for-nodes": _quantizing(_names, "operators kept as they are"),
     "-node-precision-info": _quantizing(_text, "file of node precisions"),
@@ -276,15 +278,19 @@ def parse(argv: Sequence[str]) -> Options:
         if name == "-output-node-name":
             outputs.update(dict.fromkeys(value.split(",")))
     for argument in arguments:
-        flag = FLAGS[argument.partition("=")[0]]
-        if not flag.obeyed or (flag.of_quantization and not _quantizes(values)):
+        name = argument.partition("=")[0]
+        flag = FLAGS[name]
+        # A file of encodings says all that there is to say of quantization.
+        apart = _EXTERNAL in values and name != _EXTERNAL
+        unused = flag.of_quantization and (apart or not _quantizes(values))
+        if not flag.obeyed or unused:
             without_effect.append(argument)
     return Options(values, symbols, tuple(outputs), tuple(arguments), tuple(without_effect))
 
 
 def _quantizes(values: Mapping[str, str]) -> bool:
-    by_profile = "-load-profile" in values or "-dump-profile" in values
-    return by_profile or values.get("-convert-to-quantize") == "true"
+    by_file = not {"-load-profile", "-dump-profile", _EXTERNAL}.isdisjoint(values)
+    return by_file or values.get("-convert-to-quantize") == "true"
 
 
 def _spread(argv: Sequence[str]) -> Iterator[str]:

@@ -6,6 +6,7 @@ largest number and a histogram between them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from typing import (
@@ -44,6 +45,8 @@ _LEVELS = 255
 _FEWEST_KL_BINS = 128
 _LEAST_SHARE = 1e-4
 """Of a part that keeps nothing where the whole has something; else a rare outlier would decide."""
+
+_VENDORS_MARK = "GlowToolsVersion:"
 
 
 class _Observed(NamedTuple):
@@ -324,14 +327,28 @@ def _is_number(value: float) -> bool:
 
 
 def write_profile(path: str, ranges: Mapping[str, Range]) -> None:
-    """Keep ranges in a file, which is JSON and so YAML."""
+    """Keep ranges in a file, which is JSON and so YAML; whole or not at all.
+
+    Raises:
+        ConfigError: where it cannot be written.
+    """
     profiles = [
         {"NodeOutputName": name, "Min": seen.low, "Max": seen.high, "Histogram": list(seen.counts)}
         for name, seen in ranges.items()
     ]
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump({"NodeProfiles": profiles}, file)
-        file.write("\n")
+    temporary = f"{path}.tmp-{os.getpid()}"
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ConfigError(f"Failed to open file: {path}: it is not a file")
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump({"NodeProfiles": profiles}, file)
+            file.write("\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"Failed to open file: {path}: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.unlink(temporary)
 
 
 def read_profile(path: str) -> Dict[str, Range]:
@@ -340,7 +357,13 @@ def read_profile(path: str) -> Dict[str, Range]:
     Raises:
         ConfigError: where it is none.
     """
-    document = parse_mapping(read_text(path, ConfigError), path, ConfigError)
+    text = read_text(path, ConfigError)
+    if _VENDORS_MARK in text:
+        raise ConfigError(
+            f"{path} is a profile of the vendor's compiler, whose names are those of a graph of "
+            "its own: make one here, of the same inputs, with -dump-profile"
+        )
+    document = parse_mapping(text, path, ConfigError)
     try:
         return {str(row["NodeOutputName"]): _range(row) for row in document["NodeProfiles"]}
     except (KeyError, TypeError, ValueError, OverflowError) as error:

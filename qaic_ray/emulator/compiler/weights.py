@@ -15,7 +15,7 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from ..container.constants import FLOAT16, FLOAT32, ConstantsWriter, to_float16, to_float32
-from ..documents import Refusal
+from ..documents import Refusal, shown
 from ..lowering.graph import FLOATS, INLINE_ELEMENTS, has_subgraphs, replace_by_stub
 from .extdata import ExternalTensor
 
@@ -206,8 +206,8 @@ def _opened(tensor: Any, directory: str) -> Any:
     dtype = np.dtype(np.uint16) if bfloat else helper.tensor_dtype_to_np_dtype(tensor.data_type)
     shape = tuple(tensor.dims)
     needed = math.prod(shape) * dtype.itemsize
-    offset = int(entries.get("offset", 0))
     try:
+        offset = int(entries.get("offset", 0))
         if os.path.getsize(path) < offset + needed:
             raise ConstantError(
                 f"External data of '{tensor.name}' is too short: "
@@ -216,9 +216,10 @@ def _opened(tensor: Any, directory: str) -> Any:
         if needed == 0:
             return np.empty(shape, dtype)
         return np.memmap(path, dtype, "r", offset, shape)
-    except OSError as error:
+    except (OSError, ValueError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ConstantError(
-            f"External data of '{tensor.name}' cannot be read: {path} ({error.strerror})"
+            f"External data of '{tensor.name}' cannot be read: {shown(path)} ({reason})"
         ) from error
 
 
