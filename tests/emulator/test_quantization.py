@@ -342,7 +342,7 @@ def test_inputs_of_several_files_and_kinds(tmp_path: Path) -> None:
             255,
             "of shape [16, 40] and type float32 has",
         ),
-        ("-convert-to-quantize", "a\0b.raw", 255, "Failed to open file: a\0b.raw: embedded null"),
+        ("-convert-to-quantize", "a\0b.raw", 255, "Failed to open file: a?b.raw: embedded null"),
         ("-load-profile={folder}/list.txt", "text", 255, "list.txt"),
         (
             "-load-profile={folder}/list.txt",

@@ -29,7 +29,7 @@ from ..lowering.dims import output_dims
 from ..lowering.graph import GraphError, State
 from ..lowering.view import NotLowered
 from ..numbers import kv_cache
-from . import calibration, extdata, quantize
+from . import calibration, extdata, preparation, quantize
 from .configs import Partition
 from .quantize import Quantization
 from .report import Report
@@ -187,11 +187,11 @@ def _prepared(build: Build, model: Any) -> Tuple[Any, WeightFiles]:
     folder = os.path.dirname(os.path.abspath(build.model_path))
     files = WeightFiles(folder, extdata.attach(model, folder) if build.reads_extdata else {})
     if build.outputs:
-        graph.select_outputs(model, build.outputs)
-    graph.check_names(model)
+        preparation.select_outputs(model, build.outputs)
+    preparation.check_names(model)
     retained = build.retained and graph.retained_pairs(model)
-    if build.quantization is not None or retained or graph.has_card_operators(model):
-        model = graph.raised(model)
+    if build.quantization is not None or retained or preparation.has_card_operators(model):
+        model = preparation.raised(model)
     return model, files
 
 

@@ -6,11 +6,11 @@ The result is the reference graph: always correct, for any graph that onnxruntim
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import AttributeProto, TensorProto, helper, version_converter
+from onnx import AttributeProto, TensorProto, helper
 
 from ..documents import Refusal
 from ..numbers import kv_cache
@@ -28,11 +28,7 @@ _LARGE_TABLE = 1 << 20
 _MIN_OPSET = 7
 """The oldest that onnxruntime runs."""
 
-_OWN_OPSET = 13
-"""The oldest that what is added to a graph is written in."""
-
 _MICROSOFT = "com.microsoft"
-_SHOWN_OUTPUTS = 8
 
 
 class GraphError(Refusal):
@@ -73,28 +69,6 @@ def load(path: str) -> Any:
     _check_operators(model)
     _take_constants_out(model)
     return model
-
-
-def raised(model: Any) -> Any:
-    """The model in an operator set that this compiler's own nodes can be added to; the same values.
-
-    Raises:
-        GraphError: where onnx cannot convert it.
-    """
-    if opset_of(model) >= _OWN_OPSET:
-        return model
-    try:
-        return version_converter.convert_version(model, _OWN_OPSET)
-    except (RuntimeError, ValueError) as error:
-        raise GraphError(
-            f"opset_version-{opset_of(model)} cannot be converted to {_OWN_OPSET}, which int8, "
-            f"retained states and the card's own operators need ({error}); export the model anew"
-        ) from error
-
-
-def has_card_operators(model: Any) -> bool:
-    """Whether a node is one of the card's own operators."""
-    return any((node.domain, node.op_type) in cardops.NAMES for node in model.graph.node)
 
 
 def _inliner() -> Any:
@@ -146,37 +120,6 @@ def _check_operators(model: Any) -> None:
                 f"[Operator-'{node.name}', opset_version-{opset_of(model)}, "
                 f"ir_version-{model.ir_version}] : {node.op_type}: Unsupported operator"
             )
-
-
-def check_names(model: Any) -> None:
-    """Refuse inputs and outputs of which no program can have buffers, which are called by name.
-
-    Raises:
-        GraphError: for a name that is empty, that two of them have, or that nothing computes.
-    """
-    graph = model.graph
-    made = {name for node in graph.node for name in node.output}
-    made.update(tensor.name for tensor in graph.initializer)
-    given: Set[str] = set()
-    for value in inputs(model):
-        if not value.name or value.name in given:
-            what = f"two inputs '{value.name}'" if value.name else "an input without a name"
-            raise GraphError(f"The graph has {what}: a buffer needs a name of its own")
-        given.add(value.name)
-    seen: Set[str] = set()
-    for output in graph.output:
-        name = output.name
-        if not name or name in seen:
-            what = f"two outputs '{name}'" if name else "an output without a name"
-            raise GraphError(f"The graph has {what}: a buffer needs a name of its own")
-        if name in given:
-            raise GraphError(
-                f"'{name}' is an input and an output of the graph: a buffer has one direction, so "
-                "hand the value out by an Identity of another name"
-            )
-        if name not in made:
-            raise GraphError(f"The output '{name}' is computed by no operator of the graph")
-        seen.add(name)
 
 
 def opset_of(model: Any) -> int:
@@ -373,54 +316,3 @@ def round_states(model: Any, states: Mapping[str, State]) -> None:
             nodes.extend(added)
             graph.initializer.extend(initializers)
     _set_nodes(graph, nodes)
-
-
-def select_outputs(model: Any, names: Sequence[str]) -> None:
-    """Make the values of these names the only outputs of the model.
-
-    A name is that of a value, or of a node, which stands for all its outputs; TensorFlow's `:0` may
-    be left out, as the vendor's programs do.
-
-    Raises:
-        GraphError: for a name that is not in the model, or a value of which no type is known.
-    """
-    wanted: Dict[str, None] = {}
-    for name in names:
-        wanted.update(dict.fromkeys(_values_called(model, name)))
-    known = {value.name: value for value in model.graph.output}
-    if not set(wanted) <= set(known):
-        inferred = infer_shapes(model)
-        for value in [*inferred.value_info, *inferred.input]:
-            known.setdefault(value.name, value)
-    missing = [name for name in wanted if name not in known]
-    if missing:
-        raise GraphError(f"The type of output '{missing[0]}' cannot be inferred")
-    chosen = [type(known[name]).FromString(known[name].SerializeToString()) for name in wanted]
-    del model.graph.output[:]
-    model.graph.output.extend(chosen)
-    if not has_subgraphs(model):
-        _prune(model.graph)
-
-
-def _values_called(model: Any, name: str) -> List[str]:
-    made = [o for node in model.graph.node for o in node.output if o]
-    for value in (name, f"{name}:0"):
-        if value in made:
-            return [value]
-    for node in model.graph.node:
-        if node.name == name:
-            return [o for o in node.output if o]
-    own = [output.name for output in model.graph.output]
-    shown = ", ".join(own[:_SHOWN_OUTPUTS]) + (", ..." if len(own) > _SHOWN_OUTPUTS else "")
-    raise GraphError(f"Output node '{name}' is not in the model, whose outputs are {shown}")
-
-
-def _prune(model_graph: Any) -> None:
-    """Remove the nodes that no output needs."""
-    needed: Set[str] = {output.name for output in model_graph.output}
-    for index in reversed(range(len(model_graph.node))):
-        node = model_graph.node[index]
-        if needed.isdisjoint(node.output):
-            del model_graph.node[index]
-        else:
-            needed.update(node.input)
