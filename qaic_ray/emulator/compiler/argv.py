@@ -189,6 +189,10 @@ FLAGS: Dict[str, Flag] = {
     "-aic-profiling-type": _accepted(
         _choice("stats", "trace", "latency", "raw_device_stats"), "device profiling"
     ),
+    "-aic-profiling-format": _accepted(_choice("ascii", "json"), "form of device profiles"),
+    "-aic-profiling-out-dir": _accepted(_text, "folder of device profiles"),
+    "-aic-profiling-num-samples": _accepted(_number(0, _MANY), "device profiles to write"),
+    "-aic-profiling-start-iter": _accepted(_number(0, _MANY), "first inference that is profiled"),
     "-io-crc": _accepted(_switch, "CRC of inputs and outputs"),
     "-io-crc-stride": _accepted(_number(1, _MANY), "stride of that CRC"),
     "-io-encrypt": _accepted(_text, "encryption of inputs and outputs"),
