@@ -24,13 +24,16 @@ LONGEST_S = 20
 MOST_CHARS = 5000
 """Of a refusal; what it shows of an input is a small part of it."""
 
+LONG = (pytest.mark.slow, pytest.mark.fuzz, pytest.mark.timeout(3600))
+"""Marks of a test with many inputs; each input has a limit of its own."""
+
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
 def counts(few: int = FEW) -> list[object]:
     """Values for a parameter: how many inputs, in the fast tier and in the slow one."""
-    return [few, pytest.param(MANY, marks=[pytest.mark.slow, pytest.mark.fuzz])]
+    return [few, pytest.param(MANY, marks=LONG)]
 
 
 class Outcome(NamedTuple):

@@ -153,6 +153,7 @@ def test_odd_files_are_survived(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.fuzz
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_odd_files_are_survived(kind: str, tmp_path: Path) -> None:
     fuzz(kind, tmp_path, MANY // 10)
