@@ -1,7 +1,8 @@
 """What was measured of one inference, as a file: `qaic-runner` writes it, `qaic-opstats` reads it.
 
 The vendor's raw statistics are a device's, and not public. Ours hold events of the host, around the
-emulated runtime and of the operators that onnxruntime ran, under a mark of our own: neither tool takes the other's file for its own.
+emulated runtime and of the operators that onnxruntime ran, under a mark of our own: neither tool
+takes the other's file for its own.
 """
 
 from __future__ import annotations

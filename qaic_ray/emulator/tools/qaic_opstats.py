@@ -1,6 +1,6 @@
 """`qaic-opstats`: turns the raw statistics of `qaic-runner` into summaries and traces.
 
-Covered: `--qpc`, `--input-dir`, `--output-dir`, `--summary`, `--trace`, with host times, also of the
+Covered: `--qpc`, `--input-dir`, `--output-dir`, `--summary`, `--trace`, with host times, also of
 operators as onnxruntime ran them. Accepted without effect: `--merge-mq-traces`, `--flow-events`.
 Not covered: cycles, cores and engines of a device.
 """
