@@ -61,9 +61,13 @@ _TOOLS = {
     "tools/qaic-dev-partition": "tools.qaic_device_partition",
     "tools/qaic-version-util": "tools.qaic_version_util",
 }
+_SCRIPTS = {"scripts/qaic-model-configurator/model_configurator.py": "configurator"}
+"""Commands that programs give to a Python of theirs."""
+
 _OURS = (
     MARKER,
     *_TOOLS,
+    *_SCRIPTS,
     "exec/qaic-compile",
     "versions/apps.xml",
     "versions/platform.xml",
@@ -88,6 +92,24 @@ exec "${{{python_variable}:-{python}}}" -E -c 'import sys
 sys.path[:] = [sys.argv.pop(1)] + [p for p in sys.path if p]
 from {package}.{module} import main
 sys.exit(main(sys.argv[1:]))' "$lib" "$@"
+"""
+_SCRIPT = """\
+#!/usr/bin/env python3
+import glob
+import os
+import sys
+
+root = os.path.realpath(__file__)
+for _ in range(3):
+    root = os.path.dirname(root)
+os.environ["{root_variable}"] = root
+lib = os.path.dirname(glob.glob(os.path.join(root, "dev", "lib", "*", "{package}"))[0])
+python = os.environ.get("{python_variable}") or {python!r}
+code = (
+    "import sys; sys.path[:] = [sys.argv.pop(1)] + [p for p in sys.path if p]; "
+    "from {package}.{module} import main; sys.exit(main(sys.argv[1:]))"
+)
+os.execv(python, [python, "-E", "-c", code, lib] + sys.argv[1:])
 """
 _VERSIONS_XML = """\
 <?xml version="1.0"?>
@@ -281,14 +303,14 @@ def _build(
     tools = dict(_TOOLS)
     if tuple(int(part) for part in apps_version.split(".")) >= _QAIC_COMPILE_SINCE:
         tools["exec/qaic-compile"] = "compiler"
+    names = {
+        "root_variable": ROOT_VARIABLE, "package": PACKAGE, "python_variable": PYTHON_VARIABLE,
+    }  # fmt: skip
     for name, module in tools.items():
-        script = _COMMAND.format(
-            root_variable=ROOT_VARIABLE,
-            package=PACKAGE,
-            python_variable=PYTHON_VARIABLE,
-            python=shlex.quote(sys.executable),
-            module=module,
-        )
+        script = _COMMAND.format(python=shlex.quote(sys.executable), module=module, **names)
+        _write(root / name, script.encode(), mode=0o755)
+    for name, module in _SCRIPTS.items():
+        script = _SCRIPT.format(python=sys.executable, module=module, **names)
         _write(root / name, script.encode(), mode=0o755)
     for name, key in (("apps.xml", "apps_version"), ("platform.xml", "platform_version")):
         _write(root / "versions" / name, _VERSIONS_XML.format(base=marker[key]).encode())

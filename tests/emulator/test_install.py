@@ -32,6 +32,7 @@ COMMANDS = {
     "tools/qaic-device-partition",
     "tools/qaic-dev-partition",
     "tools/qaic-version-util",
+    "scripts/qaic-model-configurator/model_configurator.py",
 }
 
 

@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_nets import ROWS, adding_up, compile_net, inputs_of, truth, two_inputs
 
-from qaic_ray.emulator import runner
+from qaic_ray.emulator import folder, runner
 from qaic_ray.emulator.card import Machine
+from qaic_ray.emulator.install import install
 from qaic_ray.emulator.qaic import raw_stats
 from qaic_ray.emulator.qaic.hosting import Flight, HostedProgram, Hosting
 from qaic_ray.emulator.runner import api_test
@@ -232,6 +233,32 @@ def test_outputs_are_compared_byte_for_byte(
     assert "Number of output files (1) is not that of the outputs (2)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("version", "first"), [("1.17", 0), ("1.20", 1), ("1.22", 1)])
+def test_latency_files_are_numbered_as_in_their_version(
+    machine: Machine, net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str,
+    first: int,
+) -> None:  # fmt: skip
+    """The performance tutorials of 2023 read programs 0 to 6, that of 2025 programs 1 to 7."""
+    install(tmp_path / "sdk", apps_version=version)
+    monkeypatch.setenv(folder.ROOT_VARIABLE, str(tmp_path / "sdk"))
+    argv = ["-t", str(net), "-a", "7", "-n", "14", "--aic-profiling-out-dir", str(tmp_path / "out")]
+    assert runner.main([*argv, "--aic-profiling-type", "latency"]) == 0
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    expected = range(first, first + 7)
+    assert found == {f"aic-profiling-program-{number}-latency.txt" for number in expected}
+
+
+def test_the_batch_size_of_the_statistics(
+    machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    qpc = compile_net(tmp_path, two_inputs(), "-stats-batchsize=8")
+    assert "-stats-batchsize" not in capsys.readouterr().out
+    assert runner.main(["-t", str(qpc), "-n", "4"]) == 0
+    count, duration_us, batch_size, rate = stats(capsys.readouterr().out)
+    assert (count, batch_size) == (4, 8)
+    assert rate == pytest.approx(4 * 8 / (duration_us * 1e-6), rel=1e-2)
+
+
 def test_the_latency_file_as_public_programs_read_it(
     machine: Machine, net: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,7 +266,7 @@ def test_the_latency_file_as_public_programs_read_it(
     argv += [str(tmp_path), "--aic-profiling-start-iter", "10"]
     argv += ["--aic-profiling-num-samples", "99999", "--aic-profiling-type", "latency"]
     assert runner.main([*argv, "--aic-profiling-type", "trace"]) == 0
-    for activation in range(2):
+    for activation in (1, 2):
         path = tmp_path / f"aic-profiling-program-{activation}-latency.txt"
         # The vendor's classifier and BERT samples, and its latency_stats tutorial.
         frame = pandas.read_csv(path, skiprows=4, skipinitialspace=True)
@@ -461,10 +488,10 @@ def test_raw_statistics_and_what_opstats_makes_of_them(
     metric, average, *_ = (cell.strip() for cell in report[2].split(","))
     assert metric == "ExecTimeUs_Func_0"
     frame = pandas.read_csv(
-        raw / "aic-profiling-program-0-latency.txt", skiprows=4, skipinitialspace=True
+        raw / "aic-profiling-program-1-latency.txt", skiprows=4, skipinitialspace=True
     )
     assert float(average) == pytest.approx(frame["execToCompleteUs"].mean(), rel=1e-3)
-    (raw / "aic-profiling-program-0-latency.txt").unlink()
+    (raw / "aic-profiling-program-1-latency.txt").unlink()
     decode = ["--qpc", str(net / "programqpc.bin"), "--input-dir", str(raw), "--output-dir"]
     assert qaic_opstats.main([*decode, str(made), "--summary", "--trace"]) == 0
     stems = [f"aic-profiling-program-0-activation-0-inf-{number}" for number in (5, 6, 7)]

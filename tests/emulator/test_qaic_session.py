@@ -248,8 +248,16 @@ def test_sessions_of_one_name_share_the_cores(machine: Machine, tmp_path: Path) 
         (lambda i: i.pop("words"), "input 'words' is missing; the model takes features, words"),
         (lambda i: i.update(other=1), "'other' is no input of the model"),
         (
-            lambda i: i.update(features=i["features"].astype("f8")),
-            r"input 'features' must be float32, not float64; convert it with astype\('float32'\)",
+            lambda i: i.update(features=i["features"].astype("i4")),
+            r"input 'features' must be float32, not int32; convert it with astype\('float32'\)",
+        ),
+        (
+            lambda i: i.update(words=i["words"].astype("f4")),
+            r"input 'words' must be int64, not float32; convert it with astype\('int64'\)",
+        ),
+        (
+            lambda i: i.update(words=i["words"].astype("u8") + (1 << 63)),
+            r"input 'words' must be int64, not uint64; convert it with astype\('int64'\)",
         ),
         (
             lambda i: i.update(features=i["features"][:1]),
@@ -268,6 +276,35 @@ def test_wrong_inputs(
     with pytest.raises(ValueError, match=text):
         session.run(inputs)
     assert_right(session.run(inputs_of(0)), inputs_of(0), model)  # and no place was lost
+    session.reset()
+
+
+def test_a_program_that_ends_without_a_reset_ends_quietly(
+    machine: Machine, tmp_path: Path, sdk: Path
+) -> None:
+    # As the vendor's Whisper sample: two sessions of one name, and the end of the script.
+    paths = [str(compile_net(tmp_path / name, two_inputs())) for name in ("encoder", "decoder")]
+    script = (
+        "import numpy as np, qaic\n"
+        f"both = [qaic.Session(path, oversubscription_name='group1') for path in {paths!r}]\n"
+        "inputs = {'features': np.ones((2, 4), 'f4'), 'words': np.ones((2, 5), 'i8')}\n"
+        "print([session.run(inputs)['scores'].shape for session in both])\n"
+    )
+    (library,) = sdk.glob("dev/lib/*")
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(library)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[(2, 3), (2, 3)]\n", "")
+
+
+def test_inputs_of_another_width_are_converted(machine: Machine, tmp_path: Path) -> None:
+    model = two_inputs()
+    session = Session(str(compile_net(tmp_path, model)))
+    inputs = inputs_of(4)
+    # The vendor's DETR tutorial gives numpy's default, float64.
+    wide = {"features": inputs["features"].astype("f8"), "words": inputs["words"].astype("i2")}
+    assert_right(session.run(wide), inputs, model)
     session.reset()
 
 

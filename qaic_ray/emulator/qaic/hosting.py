@@ -134,8 +134,9 @@ class SharedGroup:
             shared._num_users += 1
             return shared
 
-    def leave(self) -> None:
-        """One program less; after the last one the NSPs are free."""
+    def leave(self, places: Deque[Place]) -> None:
+        """One program less, with its places; after the last one the NSPs are free."""
+        places.clear()  # an ExecObj that lives forbids to deactivate
         with self._lock:
             self._num_users -= 1
             if not self._num_users:
@@ -203,7 +204,7 @@ class HostedProgram:
     def _in_group(self, hosting: Hosting) -> None:
         shared = SharedGroup.join(hosting.group, hosting.qids[0])
         # Also for who forgets to close: a group would live as long as the process.
-        self._leave = weakref.finalize(self, shared.leave)
+        self._leave = weakref.finalize(self, shared.leave, self._free)
         status, program = shared.group.addProgram(self.qpc)
         if program is None:
             raise RuntimeError(
@@ -352,6 +353,9 @@ def _of_type(binding: Binding, value: Any) -> np.ndarray:
     array = np.asarray(value)
     if array.dtype == np.bool_ and binding.dtype == np.int8:
         array = array.view(np.int8)
+    if array.dtype.kind == binding.dtype.kind:
+        same = array.astype(binding.dtype, copy=False)  # samples give float64 for float32
+        array = same if same.dtype.kind == "f" or np.array_equal(same, array) else array
     if array.dtype != binding.dtype:
         raise ValueError(
             f"input '{binding.name}' must be {binding.dtype}, not {array.dtype}; convert it with "

@@ -10,6 +10,7 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import numpy as np
 
+from ..folder import current
 from ..qaic import raw_stats
 from ..qaic.hosting import Flight
 from .results import write_file
@@ -27,6 +28,9 @@ COLUMNS = (
 )
 """Public readers skip four lines, drop `Sample`, `queueDepth` and `numInfInQueue` by name, and take
 the third column from the right for the whole time."""
+
+_COUNTED_FROM_ONE_SINCE = (1, 20)
+"""Apps version, inferred: public logs count from 0 in January 2024, from 1 in April 2025."""
 
 _PARTS = ("PreProcess", "Enqueue", "Wait", "Execute", "PostProcess")
 _US = 1e6
@@ -156,24 +160,29 @@ def _event(
 
 
 def write_latencies(folder: str, logs: Sequence[LatencyLog], name: str, set_size: int) -> None:
-    """Write `aic-profiling-program-A-latency.txt` for each instance A."""
-    for instance, log in enumerate(logs):
+    """Write `aic-profiling-program-A-latency.txt` for each instance, A as `_numbered` counts."""
+    for number, log in _numbered(logs):
         head = [
             f"Network: {name}",
-            f"Program: {instance}",
+            f"Program: {number}",
             "Host times in microseconds, of this machine: the SDK is emulated",
             "",
         ]
         text = log.text(head, set_size)
-        write_file(folder, f"aic-profiling-program-{instance}-latency.txt", text.encode())
+        write_file(folder, f"aic-profiling-program-{number}-latency.txt", text.encode())
 
 
 def write_traces(folder: str, logs: Sequence[LatencyLog]) -> None:
-    """Write `aic-profiling-program-A-trace.json` for each instance A."""
-    for instance, log in enumerate(logs):
+    """Write `aic-profiling-program-A-trace.json` for each instance, A as `_numbered` counts."""
+    for instance, (number, log) in enumerate(_numbered(logs)):
         events = [event for own in log.events(instance) for event in own]
         data = raw_stats.trace(events).encode()
-        write_file(folder, f"aic-profiling-program-{instance}-trace.json", data)
+        write_file(folder, f"aic-profiling-program-{number}-trace.json", data)
+
+
+def _numbered(logs: Sequence[LatencyLog]) -> Iterator[Tuple[int, LatencyLog]]:
+    """The logs with the numbers that their files have in this version of the SDK."""
+    return enumerate(logs, int(current().version >= _COUNTED_FROM_ONE_SINCE))
 
 
 def write_statistics(folder: str, logs: Sequence[LatencyLog], name: str, *, raw: bool) -> None:
