@@ -308,3 +308,21 @@ def test_the_real_command_compiles_it(tmp_path: Path, sdk: Sdk) -> None:
     built = build(request, compiler=run_compiler)
     assert not built.reused
     assert build(requested_builds(result.folder, grid(tmp_path / "qpc", "mx6"), sdk)[0]).reused
+
+
+def test_a_moved_checkpoint_is_found_by_the_variable_of_compilers(
+    tmp_path: Path, sdk: Sdk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same key and constants as before, though neither the link nor the old path is there."""
+    result = exported(write_checkpoint(tmp_path / "m"), tmp_path / "m-kv")
+    (request,) = requested_builds(result.folder, grid(tmp_path / "before"), sdk)
+    before = CompiledProgram.open(str(build(request, compiler=run_compiler).path))
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "m", tmp_path / "elsewhere" / "m")
+    with pytest.raises(UsageError, match="The weights are not where the model points"):
+        requested_builds(result.folder, grid(tmp_path / "after"), sdk)
+    monkeypatch.setenv("AIC_EXTERNAL_DATA_ROOT", str(tmp_path / "elsewhere"))
+    (moved,) = requested_builds(result.folder, grid(tmp_path / "after"), sdk)
+    assert dict(moved.entries)["model"] == dict(request.entries)["model"]
+    after = CompiledProgram.open(str(build(moved, compiler=run_compiler).path))
+    assert after.constants_bytes == before.constants_bytes

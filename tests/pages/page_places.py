@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,12 @@ def amber(reader: PageReader) -> None:
     place.symlink_to(model.resolve())
 
 
+def own_checkpoint(reader: PageReader) -> None:
+    """A checkpoint of the reader's own, that may be moved."""
+    (model,) = reader.models.glob("gguf-*")
+    shutil.copytree(model.resolve(), reader.folder / "my-llama")
+
+
 def checkout(reader: PageReader) -> None:
     """The examples of the repository."""
     (reader.folder / "examples").symlink_to(ROOT / "examples")
@@ -34,6 +41,7 @@ def checkout(reader: PageReader) -> None:
 PLACES: dict[str, Callable[[PageReader], None]] = {
     "docs/from-the-recipe.md": amber,
     "docs/how-to/serving.md": checkout,
+    "docs/how-to/weight-free.md": own_checkpoint,
 }
 
 
