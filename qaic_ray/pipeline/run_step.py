@@ -299,7 +299,7 @@ def recorder_of(
 
     if not request.run.metrics:
         return nullcontext(RunRecorder(NoSink()))
-    from qaic_ray.cluster.ray_metrics import recorded_run
+    from qaic_ray.cluster.monitoring.ray_metrics import recorded_run
 
     return recorded_run(name, on_fault)
 

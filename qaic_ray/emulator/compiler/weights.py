@@ -15,7 +15,7 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from ..container.constants import FLOAT16, FLOAT32, ConstantsWriter, to_float16, to_float32
-from ..documents import Refusal
+from ..documents import Refusal, shown
 from ..lowering.graph import FLOATS, INLINE_ELEMENTS, has_subgraphs, replace_by_stub
 from .extdata import ExternalTensor
 
@@ -93,7 +93,7 @@ def store_weights(
         if graph.initializer[index].name not in read:
             del graph.initializer[index]
     for node in graph.node:
-        _round_constant(node, precision)
+        round_constant(node, precision)
 
 
 def matmul_weights(model: Any) -> Dict[str, bool]:
@@ -154,7 +154,8 @@ def _rounded(array: Any, data_type: int, precision: Precision) -> Any:
     return np.asarray(values, np.float32)
 
 
-def _round_constant(node: Any, precision: Precision) -> None:
+def round_constant(node: Any, precision: Precision) -> None:
+    """Make float32 of the numbers of a Constant, rounded as the flags say."""
     if node.op_type not in ("Constant", "ConstantOfShape") or node.domain:
         return
     for attribute in node.attribute:
@@ -205,8 +206,8 @@ def _opened(tensor: Any, directory: str) -> Any:
     dtype = np.dtype(np.uint16) if bfloat else helper.tensor_dtype_to_np_dtype(tensor.data_type)
     shape = tuple(tensor.dims)
     needed = math.prod(shape) * dtype.itemsize
-    offset = int(entries.get("offset", 0))
     try:
+        offset = int(entries.get("offset", 0))
         if os.path.getsize(path) < offset + needed:
             raise ConstantError(
                 f"External data of '{tensor.name}' is too short: "
@@ -215,9 +216,10 @@ def _opened(tensor: Any, directory: str) -> Any:
         if needed == 0:
             return np.empty(shape, dtype)
         return np.memmap(path, dtype, "r", offset, shape)
-    except OSError as error:
+    except (OSError, ValueError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ConstantError(
-            f"External data of '{tensor.name}' cannot be read: {path} ({error.strerror})"
+            f"External data of '{tensor.name}' cannot be read: {shown(path)} ({reason})"
         ) from error
 
 

@@ -6,7 +6,7 @@ The result is the reference graph: always correct, for any graph that onnxruntim
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Set
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 
 import onnx
 from google.protobuf.message import DecodeError
@@ -25,7 +25,9 @@ INLINE_ELEMENTS = 64
 """Tensors of fewer elements stay in the graph."""
 
 _LARGE_TABLE = 1 << 20
-_MIN_OPSET = 13
+_MIN_OPSET = 7
+"""The oldest that onnxruntime runs."""
+
 _MICROSOFT = "com.microsoft"
 
 
@@ -118,37 +120,6 @@ def _check_operators(model: Any) -> None:
                 f"[Operator-'{node.name}', opset_version-{opset_of(model)}, "
                 f"ir_version-{model.ir_version}] : {node.op_type}: Unsupported operator"
             )
-
-
-def check_names(model: Any) -> None:
-    """Refuse inputs and outputs of which no program can have buffers, which are called by name.
-
-    Raises:
-        GraphError: for a name that is empty, that two of them have, or that nothing computes.
-    """
-    graph = model.graph
-    made = {name for node in graph.node for name in node.output}
-    made.update(tensor.name for tensor in graph.initializer)
-    given: Set[str] = set()
-    for value in inputs(model):
-        if not value.name or value.name in given:
-            what = f"two inputs '{value.name}'" if value.name else "an input without a name"
-            raise GraphError(f"The graph has {what}: a buffer needs a name of its own")
-        given.add(value.name)
-    seen: Set[str] = set()
-    for output in graph.output:
-        name = output.name
-        if not name or name in seen:
-            what = f"two outputs '{name}'" if name else "an output without a name"
-            raise GraphError(f"The graph has {what}: a buffer needs a name of its own")
-        if name in given:
-            raise GraphError(
-                f"'{name}' is an input and an output of the graph: a buffer has one direction, so "
-                "hand the value out by an Identity of another name"
-            )
-        if name not in made:
-            raise GraphError(f"The output '{name}' is computed by no operator of the graph")
-        seen.add(name)
 
 
 def opset_of(model: Any) -> int:
