@@ -216,8 +216,8 @@ class RunOptions(CardOptions, Generation, PromptOptions):
     part_rows: PositiveInt = opt(100_000, "Rows of a part file.", group=FOLDER, sample=20_000)
     record: PositiveInt | None = opt(
         None,
-        "Dump the first N executions of each card's program into bundles/ of the run folder, as "
-        "aic_batch_io.json: qaic-runner replays them, `qaic-ray compare` compares them.",
+        "Dump the first N executions of each card's program, and of its draft QPC, into bundles/ "
+        "of the run folder, as aic_batch_io.json for qaic-runner and `qaic-ray compare`.",
         metavar="N",
         group=FOLDER,
         sample=100,
