@@ -15,7 +15,7 @@ from small_nets import compile_net, two_inputs
 from tiny_llama import TinyLlama
 
 from qaic_ray.emulator import runner
-from qaic_ray.emulator.card import Machine
+from qaic_ray.emulator.card import Machine, timing
 from qaic_ray.emulator.container.execution import LoadedProgram
 from qaic_ray.emulator.qaic import raw_stats
 from qaic_ray.emulator.runner.profiling import LatencyLog, share_operators
@@ -74,6 +74,16 @@ def test_random_inputs_fit_a_program_of_several_specializations(
     compile_tiny(tmp_path, TinyLlama())
     assert runner.main(["-t", str(tmp_path / "qpc"), "-n", "2"]) == 0
     assert "InferenceCnt 2 " in capsys.readouterr().out
+
+
+def test_a_program_that_computes_nothing_has_no_operators(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "timing.yaml").write_text("{mode: replace, seed: 5}")
+    monkeypatch.setenv(timing.VARIABLE, str(tmp_path / "timing.yaml"))
+    summaries, traces = profiled(compile_net(tmp_path / "net", two_inputs()), tmp_path, "-n", "2")
+    assert "or was not measured" in summaries[0]
+    assert [e["name"] for e in traces[0]][-1] == "PostProcess"
 
 
 def flight(number: int, started: float) -> Any:

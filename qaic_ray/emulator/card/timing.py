@@ -145,6 +145,10 @@ class SimulatedProgram:
     def reset(self) -> None:
         """Forget the retained state, of which there is none."""
 
+    def operator_profiles(self) -> List[str]:
+        """Nothing: no operator is run."""
+        return []
+
     def run(
         self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, Tuple[int, ...]]
     ) -> Dict[str, np.ndarray]:
