@@ -29,7 +29,7 @@ from ..lowering.dims import output_dims
 from ..lowering.graph import GraphError, State
 from ..lowering.view import NotLowered
 from ..numbers import kv_cache
-from . import calibration, extdata, outputs, quantize
+from . import calibration, extdata, preparation, quantize
 from .configs import Partition
 from .quantize import Quantization
 from .report import Report
@@ -109,16 +109,14 @@ def write(build: Build, model: Any, path: str) -> Report:
         GraphError: where the model cannot be compiled.
         ConstantError: where a weight cannot be read.
     """
-    files = _weight_files(build, model)
-    if build.outputs:
-        outputs.select(model, build.outputs)
+    model, files = _prepared(build, model)
+    states = _states(build, model)
+    described = _describe(build, model, states)
+    kinds = {i.name: graph.compute_kind(i) for i in graph.inputs(model)}
     quantized = None
     if build.quantization is not None:
         dims = _input_dims(build, model)
         quantized = quantize.apply(model, build.quantization, dims, files)
-    states = _states(build, model)
-    described = _describe(build, model, states)
-    kinds = {i.name: graph.compute_kind(i) for i in graph.inputs(model)}
     with open(path, "wb") as file:
         devices = (MDP_META_INFO,) if build.partition.num_devices > 1 else ()
         writer = QpcWriter(file, (*SEGMENTS, *devices))
@@ -175,18 +173,26 @@ def profile(build: Build, model: Any, path: str) -> None:
         GraphError, ConfigError, ConstantError, OSError: as `write`.
     """
     assert build.quantization is not None
-    files = _weight_files(build, model)
-    if build.outputs:
-        outputs.select(model, build.outputs)
+    model, files = _prepared(build, model)
     dims = _input_dims(build, model)
     ranges = quantize.profile(model, build.quantization, dims, files)
     calibration.write_profile(path, ranges)
 
 
-def _weight_files(build: Build, model: Any) -> WeightFiles:
-    """Make constants of the weights that are graph inputs; where the bytes of all weights are."""
+def _prepared(build: Build, model: Any) -> Tuple[Any, WeightFiles]:
+    """The model with the outputs that are asked for, and where the bytes of its weights are.
+
+    Weights that are graph inputs are constants then, and what is to be added to the graph can be.
+    """
     folder = os.path.dirname(os.path.abspath(build.model_path))
-    return WeightFiles(folder, extdata.attach(model, folder) if build.reads_extdata else {})
+    files = WeightFiles(folder, extdata.attach(model, folder) if build.reads_extdata else {})
+    if build.outputs:
+        preparation.select_outputs(model, build.outputs)
+    preparation.check_names(model)
+    retained = build.retained and graph.retained_pairs(model)
+    if build.quantization is not None or retained or preparation.has_card_operators(model):
+        model = preparation.raised(model)
+    return model, files
 
 
 def _input_dims(build: Build, model: Any) -> Dict[str, Dims]:
@@ -259,6 +265,9 @@ def _describe(build: Build, model: Any, states: Mapping[str, State]) -> netdesc.
     resolved = [_buffer_dims(build, model, symbols) for symbols in build.symbols]
     largest = _largest(resolved)
     varying = {name for name in largest if len({entry[name] for entry in resolved}) > 1}
+    empty = next((name for name, dims in largest.items() if not all(d > 0 for d in dims)), None)
+    if empty is not None:
+        raise GraphError(f"'{empty}' has the shape {list(largest[empty])}: a buffer needs a size")
     for name in varying & set(states):
         raise GraphError(f"Retained state '{name}' has different shapes in the specializations")
     partial = varying | set(states) | {state.output for state in states.values()}

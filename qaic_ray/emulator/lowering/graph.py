@@ -12,6 +12,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, TensorProto, helper
 
+from ..documents import Refusal
 from ..numbers import kv_cache
 from . import cardops
 
@@ -24,11 +25,13 @@ INLINE_ELEMENTS = 64
 """Tensors of fewer elements stay in the graph."""
 
 _LARGE_TABLE = 1 << 20
-_MIN_OPSET = 13
+_MIN_OPSET = 7
+"""The oldest that onnxruntime runs."""
+
 _MICROSOFT = "com.microsoft"
 
 
-class GraphError(Exception):
+class GraphError(Refusal):
     """A model that cannot be compiled; the message is what the compiler prints."""
 
 
@@ -49,6 +52,8 @@ def load(path: str) -> Any:
         model = onnx.load(path, load_external_data=False)
     except OSError as error:
         raise GraphError(f"Cannot open ONNX model file: {path} ({error.strerror})") from error
+    except ValueError as error:
+        raise GraphError(f"Cannot open ONNX model file: {path} ({error})") from error
     except DecodeError as error:
         raise GraphError(f"Unable to parse ONNX model: {path}") from error
     if not model.graph.output or not model.graph.node:
