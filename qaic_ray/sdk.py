@@ -247,7 +247,8 @@ def install_emulated(place: Path, wanted: EmulatorOptions, *, below: bool = Fals
     ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise SdkNotFound(result.stderr.strip() or "The emulated SDK could not be laid down.")
+        said = result.stderr.strip().removeprefix("error: ").rstrip(".")
+        raise SdkNotFound(f"{said or 'The emulated SDK could not be laid down'}.")
     return Path(result.stdout.rstrip("\n").rpartition("\n")[2]) if below else place
 
 
@@ -258,7 +259,10 @@ def open_sdk(root: Path) -> Sdk:
         SdkNotFound: naming the folder and what it lacks.
     """
     if not root.is_dir():
-        raise SdkNotFound(f"There is no Cloud AI SDK folder {root}.")
+        raise SdkNotFound(
+            f"There is no Cloud AI SDK folder {root}: name the one that is there, or give "
+            "--sdk emulated."
+        )
     has_compiler = any((root / "exec" / name).exists() for name in ("qaic-compile", "qaic-exec"))
     versions = root / "versions" / "apps.xml"
     if not has_compiler or not versions.is_file():

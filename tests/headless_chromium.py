@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import aiohttp
+from awaited import ended
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 REMEDY = "Needs headless Chromium: `apt install chromium`."
@@ -66,7 +67,7 @@ class HeadlessChromium:
             self._loop.run_until_complete(self._socket.close())
             self._loop.run_until_complete(self._session.close())
         self._process.terminate()
-        self._process.wait()
+        ended(self._process)
         self._loop.close()
 
     async def _connect(self) -> None:

@@ -98,6 +98,11 @@ def read_bundle(path: Path) -> Bundle:
     Raises:
         UsageError: it is none, or malformed.
     """
+    if not path.exists():
+        raise UsageError(
+            f"{path} is not there: give a bundle of `qaic-ray run --record`, or a folder of "
+            "outputs of qaic-runner."
+        )
     batch = path / BATCH_FILE if path.is_dir() else path
     if path.is_dir() and not batch.exists():
         return _outputs(path)

@@ -118,20 +118,22 @@ def logs(
 ) -> None:
     """Print the logs of a run's folder, or what a detached job has printed."""
     from qaic_ray.cli.screen import write
-    from qaic_ray.pipeline.looking import find_run, run_logs
+    from qaic_ray.pipeline.looking import find_run, of_a_job, run_logs
 
-    folder = find_run(what, Path(where.output))
+    output = Path(where.output)
+    folder = find_run(what, output)
     if folder is not None:
         if not run_logs(folder, write, follow=follow):
             sys.stderr.write(f"There are no logs in {folder / 'logs'}.\n")
         return
     from qaic_ray.cluster.jobs import SubmittedJobs
 
-    submitted = SubmittedJobs(jobs.address)
-    if follow:
-        submitted.follow(what, write)
-    else:
-        write(submitted.log(what))
+    with of_a_job(what, jobs.address, output):
+        submitted = SubmittedJobs(jobs.address)
+        if follow:
+            submitted.follow(what, write)
+        else:
+            write(submitted.log(what))
 
 
 @command(looking, example="qaic-ray stop smollm2-20261129-090500")

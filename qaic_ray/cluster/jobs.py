@@ -32,6 +32,8 @@ from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts, tries
 # These go before an address that is given, in Ray; here they stand for one that is not.
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
+_NO_RAY = "Could not find any running Ray instance"  # Ray's words
+
 
 @dataclass(frozen=True)
 class SubmittedJob:
@@ -167,6 +169,11 @@ class SubmittedJobs:
         except ray_errors.AuthenticationError as error:
             raise wants_token(where) from error
         except OSError as error:
+            if self._address == "auto" and _NO_RAY in str(error):
+                raise UsageError(
+                    "No Ray runs on this machine that could have jobs: give --address for those of "
+                    "a cluster."
+                ) from error
             raise UsageError(
                 f"No Ray dashboard answers for the cluster {where} ({first_line(error)}): start "
                 "the head with `ray start --head --include-dashboard=true`, or, where it listens "

@@ -19,6 +19,7 @@ from qaic_ray.errors import QaicRayError, UsageError
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
+    from pydantic_core import ErrorDetails
     from yaml import SafeLoader
 
 MAX_DOCUMENT_BYTES = 64 * 2**20
@@ -27,6 +28,13 @@ MAX_NODES = 1_000_000
 """The most values of a YAML document, where a few lines of aliases can mean billions."""
 MAX_SHOWN_CHARS = 80
 
+# Kinds of pydantic's faults -> what names the bound, and our words before it.
+_BOUNDS = {
+    "greater_than": ("gt", "more than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 T = TypeVar("T")
@@ -213,11 +221,19 @@ def first_error(error: ValidationError) -> str:
         place = shown(place)  # keys are the writer's too
     if first["type"] == "missing":
         return f"the key '{place}' is missing."
-    said = first["msg"].removeprefix("Value error, ").rstrip(".")
     where = f"{place}: " if place else ""
+    if (bound := bound_of(first)) is not None:
+        return f"{where}{bound}, not {shown(first['input'])}."
+    said = first["msg"].removeprefix("Value error, ").rstrip(".")
     if first["type"] == "value_error" and isinstance(first["input"], Mapping):
         return f"{where}{said}."  # it names the value that it means
     return f"{where}{with_given(said, first['input'])}."
+
+
+def bound_of(fault: ErrorDetails) -> str | None:
+    """What a number must be, where pydantic says that it is beyond a bound."""
+    words = _BOUNDS.get(fault["type"])
+    return None if words is None else f"must be {words[1]} {fault['ctx'][words[0]]}"
 
 
 def with_given(said: str, value: object) -> str:

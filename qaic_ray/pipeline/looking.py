@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,15 +102,8 @@ class StatusLook:
         return Statuses(runs, jobs, hidden, remark)
 
     def _job(self) -> list[JobStatus]:
-        try:
+        with of_a_job(str(self._what), self._address, self._output):
             return job_statuses(self._address, self._what)
-        except QaicRayError as error:
-            if self._address is not None:
-                raise
-            raise UsageError(
-                f"{self._what} is no run folder, {self._output} has none of that name, and of a "
-                f"job nothing is known: {error}"
-            ) from error
 
     def _in_folder(self, folder: Path) -> tuple[list[RunStatus], int]:
         statuses = [self._status(run) for run in run_folders(folder, REQUEST_NAME)]
@@ -148,6 +142,20 @@ def find_run(what: str, output: Path) -> Path | None:
         if (folder / REQUEST_NAME).is_file():
             return folder
     return None
+
+
+@contextmanager
+def of_a_job(what: str, address: str | None, output: Path) -> Iterator[None]:
+    """Say of what is no run that nothing is known of it as a job either, where that is so."""
+    try:
+        yield
+    except UsageError as error:
+        if address is not None:
+            raise
+        raise UsageError(
+            f"{what} is no run folder, {output} has none of that name, and of a job nothing is "
+            f"known: {error}"
+        ) from error
 
 
 def known_run(what: str, output: Path) -> Path:
@@ -211,7 +219,8 @@ def stop(what: str, address: str | None, output: Path) -> Statuses:
 
     folder = find_run(what, output)
     if folder is None:
-        return Statuses([], [stop_job(address, what)])
+        with of_a_job(what, address, output):
+            return Statuses([], [stop_job(address, what)])
     has_ended = stop_driver(folder, DEFAULT_TIMEOUTS.stop_s)
     status = RunWatch(folder, REQUEST_NAME, total_rows).look()
     remark = "" if has_ended else "It was told to end, and saves what it has."

@@ -95,7 +95,9 @@ def write_monitoring(folder: Path, ray_dashboards: Mapping[str, str]) -> Monitor
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, text)
     except OSError as error:
-        raise UsageError(f"{folder} cannot be written ({error.strerror}).") from error
+        raise UsageError(
+            f"{folder} cannot be written ({error.strerror}): name a new folder, or your own."
+        ) from error
     return MonitoringFolder(folder, tuple(folder / name for name in texts))
 
 

@@ -314,7 +314,8 @@ def test_a_node_tells_of_its_cards_and_who_holds_them(
 
 def test_a_node_without_an_sdk_says_so(tmp_path: Path) -> None:
     found = look(Node("a", "10.0.0.1", 2), str(tmp_path / "x"), EMULATED)
-    assert (found.devices, found.error) == ((), f"There is no Cloud AI SDK folder {tmp_path}/x.")
+    assert found.devices == ()
+    assert found.error.startswith(f"There is no Cloud AI SDK folder {tmp_path}/x: ")
 
 
 def test_real_cards_are_the_machines_and_emulated_ones_their_folders() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from awaited import ended, said
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,7 +53,7 @@ def hold() -> Iterator[Hold]:
     yield start
     for process in running:
         process.kill()
-        process.communicate()
+        said(process)
 
 
 def test_a_card_is_held_once_and_the_message_names_the_holder(hold: Hold) -> None:
@@ -75,7 +76,7 @@ def test_the_death_of_its_holder_frees_a_card(hold: Hold) -> None:
     other = hold(0)
     os.kill(other.pid, signal.SIGKILL)
     CardLocks([0]).acquire(timeout_s=120)  # waits for the kernel
-    other.wait()
+    ended(other)
     assert [holder.pid for holder in held_cards()[0]] == [os.getpid()]
 
 

@@ -21,6 +21,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from awaited import ended
 from rich.console import Console, RenderableType
 
 from qaic_ray.cli import tables
@@ -220,7 +221,7 @@ def on_terminal(folder: Path, width: int, *words: str, **variables: str) -> str:
             written += os.read(reader, 65536)
         except OSError:  # its other end is closed
             break
-    process.wait()
+    ended(process)
     os.close(reader)
     return written.decode().replace("\r\n", "\n")
 

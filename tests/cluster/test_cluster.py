@@ -17,6 +17,7 @@ from typing import Any
 import fake_worker
 import pytest
 import ray
+from awaited import joined
 from fake_worker import IMPATIENT, FakeWorker, build, meet, specs
 
 from qaic_ray.cluster.cluster import Cluster
@@ -233,7 +234,7 @@ def test_more_cards_than_the_cluster_has_are_refused_with_the_remedy(cluster: Cl
 
 def test_cards_that_others_hold_are_busy(cluster: Cluster) -> None:
     holder = ray.remote(FakeWorker).options(resources={"QAIC": 2}, num_cpus=0).remote(specs(1)[0])
-    ray.get(holder.open.remote())
+    ray.get(holder.open.remote(), timeout=60)
     try:
         until(lambda: ray.available_resources().get("QAIC") == 2)
         told: list[str] = []
@@ -394,7 +395,7 @@ def test_an_address_of_something_else_is_one_sentence() -> None:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(UsageError, match="is no Ray head: its port is 6379"):
             join(address, Timeouts(), name="test")
-        thread.join()
+        joined(thread)
 
 
 def refuse(said: bytes, error: Exception) -> Callable[..., None]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray
+from awaited import joined
 from fake_worker import IMPATIENT, OF_SILENCE, FakeSpec, FakeWorker, specs
 
 from qaic_ray.cards.lease import Part
@@ -112,7 +113,7 @@ def test_what_a_worker_takes_of_its_node() -> None:
 
 
 def test_cards_that_ray_chooses_are_reported_by_who_got_them(cluster: Cluster) -> None:
-    assert ray.get(ray.remote(chooses_units).remote())
+    assert ray.get(ray.remote(chooses_units).remote(), timeout=60)
     cards = [
         *(FakeSpec(f"worker {i}", (i,), choices=(10, 11, 12, 13)) for i in (0, 1)),
         FakeSpec("worker 2", (2, 3), choices=(10, 11, 12, 13)),
@@ -198,7 +199,7 @@ def test_two_jobs_share_one_cluster(cluster: Cluster) -> None:
         policy=IMPATIENT,
         audience=Audience(on_wait=told.append),
     )
-    first.join()
+    joined(first)
     assert result.ok
     assert told == [
         "2 cards are asked for and 1 of them are held by others: waiting for up to 20 s."

@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from awaited import ended, said
 from marked_processes import until
 
 from qaic_ray.cluster import kept_ray
@@ -36,7 +37,7 @@ def sleeping(**how: object) -> Iterator[subprocess.Popen[bytes]]:
         yield process
     finally:
         process.kill()
-        process.wait()
+        ended(process)
 
 
 def kept_by(pid: int, folder: str = "/nowhere") -> KeptRay:
@@ -174,7 +175,7 @@ def test_it_lives_without_who_began_it_and_ends_with_all_that_is_its_own(
         assert kept_ray.find() is None
         assert user.poll() is None
         assert other.poll() is None
-    user.communicate()
+    said(user)
     assert user.returncode == 0
     session._keeper.wait(60)
 

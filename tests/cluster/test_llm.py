@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from awaited import joined
 from byte_tokens import with_byte_tokenizer
 from one_ray import OneRay, four_cards
 from tiny_qpcs import TinyQpcs
@@ -219,7 +220,7 @@ def test_many_threads_ask_at_once(llm: LLM, tiny: TinyQpcs) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        joined(thread)
     assert found == {n: tiny.reference((n, 5), 8, stop_ids=()) for n in range(3, 13)}
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from awaited import said
 
 from qaic_ray.cluster.ray_session import RaySession, marked
 from qaic_ray.errors import QaicRayError
@@ -98,7 +99,7 @@ def driver(base: Path) -> tuple[subprocess.Popen[str], Path, int]:
 def test_a_killed_driver_leaves_no_process_and_no_folder(base: Path) -> None:
     process, folder, _ = driver(base)
     process.kill()
-    process.communicate()
+    said(process)
     until(lambda: not folder.exists())
     assert marked(str(folder)) == []
 
@@ -131,12 +132,12 @@ def test_what_hides_its_environment_is_told_by_its_parent_or_its_log(
     assert parent.stdout is not None
     hidden = int(parent.stdout.readline())
     if not parent_lives:
-        parent.communicate()
+        said(parent)
     with (opened.folder / "read along").open("w"), (opened.folder / "read along").open() as stream:
         assert hidden in marked(str(opened.folder))
         opened.close()
         assert stream.read() == ""  # whoever reads along lives on
-    parent.communicate()
+    said(parent)
     assert not Path(f"/proc/{hidden}/fd").exists() or not cmdline(Path(f"/proc/{hidden}"))
 
 
@@ -150,7 +151,7 @@ def test_what_was_killed_with_its_keeper_is_swept_by_the_next(base: Path) -> Non
     ]
     os.kill(guard, 9)
     process.kill()
-    process.communicate()
+    said(process)
     assert folder.exists()
     assert marked(str(folder)) == [pid]
     living, other, _ = driver(base)
@@ -159,7 +160,7 @@ def test_what_was_killed_with_its_keeper_is_swept_by_the_next(base: Path) -> Non
     RaySession(DEFAULT_TIMEOUTS).close()
     assert other.exists()  # somebody has it
     living.kill()
-    living.communicate()
+    said(living)
 
 
 def cmdline(entry: Path) -> bytes:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import yaml
+from awaited import said
 from byte_tokens import with_byte_tokenizer
 
 from qaic_ray.cli import main
@@ -63,7 +64,7 @@ def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, s
         assert head.stdout is not None
         dashboard, gcs = json.loads(head.stdout.readline())
         yield f"http://{dashboard}", gcs
-        head.communicate()
+        said(head)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from awaited import joined
 
 from qaic_ray import interruption
 from qaic_ray.cluster.connection import ClusterWatch, call_for
@@ -63,7 +64,7 @@ def test_another_thread_is_not_interrupted_through_the_main_one() -> None:
         target=lambda: found.append(ClusterWatch(dead=lambda: "gone", timeouts=QUICK))
     )
     thread.start()
-    thread.join()
+    joined(thread)
     deadline_s = time.monotonic() + 120
     while found[0].loss is None:
         assert time.monotonic() < deadline_s

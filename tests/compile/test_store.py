@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import awaited
 import pytest
 
 from qaic_ray.compile.compiler import Source, Variant, run_compiler
@@ -142,7 +143,7 @@ def test_killed_build_leaves_nothing_and_the_next_one_is_whole(tmp_path: Path) -
         assert time.monotonic() < deadline, "the compiler never started"
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    awaited.ended(process)
     assert not (tmp_path / "qpc" / wanted.variant.name).exists()
 
     make_sdk(wanted.sdk.root, GOOD)
@@ -332,7 +333,7 @@ def test_builders_of_other_caches_and_paths_compile_once(tmp_path: Path) -> None
         builders.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         )
-    said = [builder.communicate()[0].strip() for builder in builders]
+    said = [awaited.said(builder)[0].strip() for builder in builders]
     assert sorted(said) == ["False", "True", "True", "True"]
     assert runs(wanted) == 1
 
@@ -391,7 +392,7 @@ def test_no_compiler_outlives_its_caller(
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
     os.kill(caller.pid, how)
-    caller.wait()
+    awaited.ended(caller)
     for pid in pids:
         await_end(pid)
 
@@ -400,7 +401,7 @@ def test_a_compiler_does_not_outlive_its_guard_either(tmp_path: Path) -> None:
     caller, pids = family(tmp_path)
     guard = int(Path(f"/proc/{pids[-1]}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(guard, signal.SIGKILL)
-    assert caller.wait() == 1  # it says that the compiler ended with -9
+    assert awaited.ended(caller) == 1  # it says that the compiler ended with -9
     for pid in (pids[0], pids[2]):  # one in a session of its own is not seen any more
         await_end(pid)
     os.kill(pids[1], signal.SIGKILL)

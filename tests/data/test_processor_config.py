@@ -74,7 +74,7 @@ def test_vllm_s_engine_arguments_are_fields_here_or_change_nothing() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"batch_size": 0}, "batch_size: Input should be greater than or equal to 1"),
+        ({"batch_size": 0}, "batch_size: must be at least 1, not 0"),
         ({"concurrency": (3, 1)}, "the least is more than the most"),
         ({"concurency": 2}, "concurency"),
         ({"task_type": "embed"}, "task_type is not offered .* texts are generated"),

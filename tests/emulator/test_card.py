@@ -13,6 +13,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
+from awaited import ended, said
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
@@ -162,7 +163,7 @@ def test_a_forked_child_holds_nothing_and_frees_nothing(machine: Machine) -> Non
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        process.wait()
+        ended(process)
         deadline = time.monotonic() + 120
         while machine.card(0).free != machine.card(0).total:
             assert time.monotonic() < deadline, "the child keeps its parent's claim"
@@ -199,7 +200,7 @@ def kill(process: subprocess.Popen[str], chance: random.Random) -> None:
     time.sleep(chance.random() * 0.01)
     assert process.poll() is None
     process.send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV]))
-    process.communicate()
+    said(process)
 
 
 def test_killed_processes_leave_nothing_behind(machine: Machine) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from awaited import ended
 from compiled import compile_tiny, write_inputs
 from onnx import helper
 from tiny_llama import TinyLlama
@@ -339,7 +340,7 @@ def test_a_killed_compile_leaves_nothing_that_looks_finished(tmp_path: Path) -> 
         assert process.poll() is None
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    ended(process)
     assert not (tmp_path / "qpc").exists()
     assert len(list(tmp_path.glob(".qpc.tmp-*"))) == 1
     assert compiler.main(write_inputs(tmp_path, TinyLlama())) == 0

@@ -9,6 +9,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from awaited import ended
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,12 +54,12 @@ def test_processes_count_each_other_and_not_the_dead(tmp_path: Path) -> None:
                 assert two.stdout is not None
                 assert two.stdout.readline() == "2\n"
                 os.kill(two.pid, signal.SIGKILL)
-                two.wait()
+                ended(two)
             with mine.share(8) as beside_a_dead_one:
                 assert beside_a_dead_one == 8 // 3
         one.stdin.write("\n")
         one.stdin.flush()
-        one.wait()
+        ended(one)
     with mine.share(8) as alone:
         assert alone == 8
 

@@ -17,6 +17,7 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from awaited import said
 from hypothesis import given
 
 from qaic_ray.emulator.card import Machine, faults
@@ -220,7 +221,7 @@ def test_hang_until_killed(machine: Machine, ask: Ask) -> None:
         process.wait(timeout=0.3)
     assert machine.card(0).free.num_nsps == 0
     process.kill()
-    process.communicate()
+    said(process)
 
 
 @pytest.mark.parametrize(

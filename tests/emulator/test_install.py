@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from awaited import said
 
 import qaic_ray.emulator
 from qaic_ray.emulator import folder
@@ -206,7 +207,7 @@ def test_concurrent_installs_of_one_prefix(tmp_path: Path) -> None:
         for number in range(8)
     ]
     for process in processes:
-        process.communicate()
+        said(process)
     assert [process.returncode for process in processes] == [0] * 8
     assert json.loads((root / folder.MARKER).read_text())["cards"] in {2, 3}
     assert (root / LIBRARY / "qaicrt.py").is_file()

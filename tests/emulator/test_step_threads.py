@@ -12,6 +12,7 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from awaited import joined
 from hypothesis import given, settings
 from step_programs import SLOTS, Row, TinyProgram, TinyPrograms, prompt
 
@@ -162,7 +163,7 @@ def test_a_forked_child_goes_on_alone(
             assert child.exitcode == 0
     finally:
         stop.set()
-        busy.join()
+        joined(busy)
     for name, state in program.states(activation).items():
         np.testing.assert_array_equal(state, kept[name])
     assert_same(answers(program, activation, 4), alone[4])

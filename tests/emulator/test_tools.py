@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from awaited import said
 from compiled import write_qpc
 
 from qaic_ray.emulator.card import Demand, Machine
@@ -258,7 +259,7 @@ def test_device_partition_holds_a_derived_device_while_it_runs(
     assert "\tPCI Address:0000:00:00.0\n" in text
     assert machine.card(2).free.num_nsps == 10
     process.kill()
-    process.communicate()
+    said(process)
     assert machine.card(2).free.num_nsps == 14
     assert qaic_util.main(["-q", "-d", "100"]) == 255
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 import pytest
+from awaited import joined
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -237,7 +238,7 @@ def test_selectors_in_several_threads_choose_what_each_chooses_alone() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        joined(thread)
     assert [found[seed] for seed in range(4)] == wanted
 
 
@@ -410,7 +411,7 @@ class TestLoader:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            joined(thread)
         assert loads == [1]
 
     def test_what_is_not_cached_is_compiled_by_another_process_and_then_loaded(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from answering import engine_on, outputs, rows_of, run
+from awaited import joined
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -109,7 +110,7 @@ def test_four_cards_at_once_give_what_one_gives(tiny: TinyQpcs) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        joined(thread)
     for device in range(4):
         assert found[device] == [tiny.reference(prompt(key), 8, ()) for key in range(device, 24, 4)]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from awaited import joined
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from invariants import check
@@ -394,7 +395,7 @@ def test_a_journal_may_be_closed_by_another_thread(tmp_path: Path) -> None:
     journal = journal_of(tmp_path)
     thread = threading.Thread(target=journal.close)
     thread.start()
-    thread.join()
+    joined(thread)
     journal_of(tmp_path).close()
 
 

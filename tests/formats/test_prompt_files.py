@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+from awaited import joined
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -120,7 +121,7 @@ def test_a_pipe_is_read_once(tmp_path: Path) -> None:
     writer = threading.Thread(target=path.write_bytes, args=(REQUEST,))
     writer.start()
     assert list(prompts_from_file(path)) == [Prompt(0, "a", "x")]
-    writer.join()
+    joined(writer)
 
 
 def test_parquet_that_is_no_file_is_one_sentence() -> None:

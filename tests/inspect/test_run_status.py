@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from awaited import ended
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,7 +70,7 @@ def driver(run: Path) -> Iterator[subprocess.Popen[str]]:
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
-    process.wait()
+    ended(process)
     process.stdout.close()
 
 
@@ -202,7 +203,7 @@ def test_the_driver_is_the_process_that_holds_the_lock(
     assert holder_of(run) == RunHolder(driver.pid)
     assert look(run).pid == driver.pid
     assert stop_driver(run, 20.0)
-    assert driver.wait() == -signal.SIGTERM
+    assert ended(driver) == -signal.SIGTERM
     assert holder_of(run) is None
     assert look(run).state == "unfinished"
 
@@ -241,7 +242,7 @@ def test_looking_does_not_keep_a_driver_from_beginning(run: Path) -> None:
             write(run)
     finally:
         looks.kill()
-        looks.wait()
+        ended(looks)
         looks.stdout.close()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from awaited import joined
 from chat_templates import CONVERSATIONS, KWARGS, TEMPLATES
 from hypothesis import given
 from hypothesis import strategies as st
@@ -280,7 +281,7 @@ def test_the_date_is_the_runs() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        joined(thread)
     assert set(seen) == {"03 Feb 2031 04:05:06"}
     now = datetime.strptime(template.render(HELLO, options), "%d %b %Y %H:%M:%S")
     assert abs((datetime.now() - now).total_seconds()) < 60

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import awaited
 from terminal import Screenful
 
 COLUMNS = 100
@@ -125,7 +126,7 @@ class PageTerminal:
             self._shell.wait(1)
         if self._shell.poll() is None:
             self._shell.kill()
-            self._shell.wait()
+            awaited.ended(self._shell)
         os.close(self._terminal)
         os.close(self._codes)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from awaited import joined
 
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.pipeline import submit_step
@@ -170,7 +171,7 @@ def web_server() -> Iterator[str]:
         thread.start()
         yield f"127.0.0.1:{server.server_port}"
         server.shutdown()
-        thread.join()
+        joined(thread)
 
 
 def test_what_is_no_cluster_is_said_in_one_sentence(

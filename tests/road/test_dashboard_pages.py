@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from awaited import ended
 from headless_chromium import PROGRAM, REMEDY, HeadlessChromium
 from marked_processes import MARK_VARIABLE, marked, until
 
@@ -101,7 +102,7 @@ def seen(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             yield Seen(page, url, {os.uname().nodename: "my-machine", str(folder): "/home/me"})
     finally:
         run.terminate()
-        run.wait()
+        ended(run)
         until(lambda: not marked(str(folder)), 60)
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from awaited import ended
 from marked_processes import MARK_VARIABLE, marked, until
 
 pytestmark = pytest.mark.cluster
@@ -72,7 +73,7 @@ class Work:
             yield process
         finally:
             process.kill()
-            process.wait()
+            ended(process)
             until(lambda: not self.left(), 60)
 
     def said(self) -> str:
@@ -170,7 +171,7 @@ def test_a_killed_driver_leaves_nothing(work: Work) -> None:
     with work.running(*work.command("killed", "--no-stream")) as run:
         until(lambda: work.rows("killed") > 20 or run.poll() is not None)
         run.kill()
-        run.wait()
+        ended(run)
         until(lambda: not work.left(), 60)
 
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from awaited import ended
 from marked_processes import MARK_VARIABLE, marked, until
 
 pytestmark = pytest.mark.cluster
@@ -164,7 +165,7 @@ def test_a_killed_driver_frees_its_cards_and_leaves_the_ray(desk: Desk, kept: st
     refused = desk.does("ray", "stop", code=2)
     assert f"in use (process {driver.pid})" in refused.stderr
     driver.send_signal(signal.SIGKILL)
-    driver.wait()
+    ended(driver)
     done = desk.does("run", "--resume", "--output", "killed", "--no-stream")
     assert STAYS in done.stderr
     assert desk.rays() == {raylet}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from awaited import ended
 
 pytestmark = pytest.mark.cluster
 
@@ -86,7 +87,7 @@ def test_a_run_in_another_window(window: Window, tiny_checkpoint: Path, tiny_qpc
         assert run.wait(60) == 143
     finally:
         run.kill()
-        run.wait()
+        ended(run)
     assert (stopped["state"], stopped["pid"]) == ("unfinished", None)
     assert going["rows"] <= stopped["rows"] < NUM_ROWS
     assert window.status()["state"] == "unfinished"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from awaited import ended
 from marked_processes import MARK_VARIABLE, marked, until
 
 pytestmark = pytest.mark.cluster
@@ -92,7 +93,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(
     assert running.poll() is None, (work / "said").read_text()
     assert len(marked(mark)) > 1
     running.send_signal(signal.SIGKILL)
-    running.wait()
+    ended(running)
     until(lambda: not marked(mark))
     (cut,) = (work / "cut").iterdir()
     assert not (cut / "report.json").exists()

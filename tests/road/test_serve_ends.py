@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from awaited import ended
 from marked_processes import MARK_VARIABLE, marked, until
 from test_ends import COMMAND
 
@@ -121,7 +122,7 @@ def serving(folder: Path, checkpoint: Path, qpc: Path, *more: str) -> Iterator[S
         yield Server(folder, process, address)
     finally:
         process.kill()
-        process.wait()
+        ended(process)
         assert process.stdout is not None
         process.stdout.close()
         until(lambda: not marked(str(folder)), 60)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from awaited import joined
 from hypothesis import given
 from hypothesis import strategies as st
 from simulated_cards import DirectReader, SimulatedCards
@@ -131,7 +132,7 @@ def test_power_is_written_until_the_sdk_fails(tmp_path: Path) -> None:
 
     with RunHistory(tmp_path, pytest.fail) as history:
         with PowerWatch(watts, history, 0.0, said.append) as watch:
-            watch._thread.join()
+            joined(watch._thread)
         powers = [h["watts"] for h in read_history(tmp_path)]
     assert powers == [{"B1": 40.0}, {"B1": 41.5}]
     assert said == ["The cards' power is no longer read: qaic-util failed: gone"]

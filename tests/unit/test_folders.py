@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 import pytest
+from awaited import ended, joined, said
 
 from qaic_ray.errors import UsageError
 from qaic_ray.files.folders import (
@@ -123,7 +124,7 @@ def held(target: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
         yield process
     finally:
         process.kill()
-        process.communicate()
+        said(process)
 
 
 def test_builders_by_different_paths_and_caches_wait_for_each_other(
@@ -144,7 +145,7 @@ def test_builders_by_different_paths_and_caches_wait_for_each_other(
             assert not got.wait(0.01)
         os.kill(holder.pid, signal.SIGKILL)  # the kernel frees what it held
         assert got.wait(120)
-        waiting.join()
+        joined(waiting)
     host = os.uname().nodename
     assert f"which process {holder.pid} on {host} since 2" in caplog.text
     assert names(tmp_path / "real") == []
@@ -155,7 +156,7 @@ def test_no_lock_is_held_by_two_while_its_file_comes_and_goes(tmp_path: Path) ->
     counter.write_text("0")
     command = [sys.executable, "-c", COUNT, str(tmp_path / "x"), str(counter), "60"]
     others = [subprocess.Popen(command) for _ in range(4)]
-    assert [other.wait() for other in others] == [0] * 4
+    assert [ended(other) for other in others] == [0] * 4
     assert counter.read_text() == "240"
     assert names(tmp_path) == ["counter"]
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+import awaited
 import pytest
 
 PROLOGUE = """
@@ -89,7 +90,7 @@ def interrupted(
     said = ""
     for number in numbers:
         while (line := process.stdout.readline()) != "ready\n":
-            assert line, process.communicate()[1]
+            assert line, awaited.said(process)[1]
             said += line
         os.kill(process.pid, number)
     out, err = process.communicate(timeout=120)
