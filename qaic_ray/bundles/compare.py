@@ -179,12 +179,18 @@ def compare_bundles(
             no bit may differ.
 
     Raises:
-        UsageError: a file cannot be read, or is not as long as its dims say.
+        UsageError: a file cannot be read, or is not as long as its dims say; or a folder of outputs
+            lacks those of an execution that the other bundle has.
     """
     directions = ("in", "out") if first.has_inputs and second.has_inputs else ("out",)
     sides = (first, second)
     largest = 0.0
-    for number, pair in enumerate(zip(first.executions, second.executions, strict=False)):
+    num_executions = max(len(side.executions) for side in sides)
+    for number in range(num_executions):
+        _check_written(sides, number, num_executions)
+        if any(number >= len(side.executions) for side in sides):
+            break
+        pair = [side.executions[number] for side in sides]
         for direction in directions:
             names = [
                 _names(side, tensors, direction) for side, tensors in zip(sides, pair, strict=True)
@@ -214,6 +220,20 @@ def compare_bundles(
     return BundleComparison(counts[0], largest, None)
 
 
+def _check_written(sides: tuple[Bundle, Bundle], number: int, num_executions: int) -> None:
+    """Refuse a folder of outputs that has none of an execution of the other bundle.
+
+    Whatever asks `qaic-runner` for outputs and no number gets those of one execution.
+    """
+    for side in sides:
+        if not side.has_inputs and not any(side.executions[number : number + 1]):
+            raise UsageError(
+                f"{side.folder} has no outputs of execution {number}, and the other bundle has "
+                f"{num_executions} executions: run qaic-runner again with "
+                f"--write-output-num-samples {num_executions}, without --write-output-start-iter."
+            )
+
+
 def _names(
     side: Bundle, tensors: Mapping[tuple[str, str], _Tensor], direction: str
 ) -> dict[str, _Tensor]:
@@ -235,6 +255,11 @@ def _array(tensor: _Tensor, pair: list[_Tensor], sides: tuple[Bundle, Bundle]) -
         data = tensor.path.read_bytes() if tensor.path.is_file() else None
     except OSError as error:
         raise UsageError(f"{tensor.path} cannot be read: {error.strerror}.") from error
+    if data is None and tensor.direction == "out":
+        raise UsageError(
+            f"{tensor.path} is not there, or is not a file: a bundle that was made without running "
+            "the program has no outputs; replay it with qaic-runner, and compare what that writes."
+        )
     if data is None:
         raise UsageError(f"{tensor.path} is not there, or is not a file.")
     dims = tensor.dims or next((t.dims for t in pair if t.dims is not None), None)

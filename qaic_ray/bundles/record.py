@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -32,6 +33,25 @@ class Recording:
 
     folder: str
     most: int
+
+
+def replay_command(folder: Path, qpc: Path, runner: Sequence[str]) -> str | None:
+    """What a shell replays the first bundle below a folder by; None where there is none.
+
+    The number of executions is given: `qaic-runner` writes the outputs of one where none is.
+
+    Args:
+        folder: of bundles.
+        qpc: the program that was recorded.
+        runner: the words that start `qaic-runner`.
+    """
+    for bundle in sorted(path.parent for path in folder.glob(f"*/{BATCH_FILE}")):
+        num_lines = (bundle / BATCH_FILE).read_bytes().count(b"\n")
+        if num_lines > 1:  # the last line ends the list
+            words = [*runner, "-t", str(qpc), "--aic-batch-json-input", str(bundle / BATCH_FILE)]
+            words += ["--write-output-dir", f"{bundle.name}-again"]
+            return shlex.join([*words, "--write-output-num-samples", str(num_lines - 1)])
+    return None
 
 
 class BundleWriter:

@@ -23,20 +23,24 @@ from qaic_ray.sdk import Device, boards, find_sdk, qids_text
 
 CARD_RESOURCE = "QAIC"
 """One unit of this Ray resource is one card."""
+KEPT_LABEL = "qaic-ray/kept"
+"""The node of a Ray that `--keep-ray` left up has this label."""
 
 
 @dataclass(frozen=True)
 class Node:
     """A node as its Ray cluster describes it.
 
-    `offered` is its `QAIC` resource; `chooses` says whether Ray itself chooses which of a node's
-    cards an actor gets (`custom_unit_instance_resources`).
+    `offered` is its `QAIC` resource; `is_kept` says whether `--keep-ray` left it up, `chooses`
+    whether Ray itself chooses which of a node's cards an actor gets
+    (`custom_unit_instance_resources`).
     """
 
     node_id: str
     address: str
     offered: int
     is_head: bool = False
+    is_kept: bool = False
     chooses: bool = False
 
 
@@ -132,17 +136,27 @@ def _of_machine(nodes: Sequence[NodeCards], head: str) -> list[str]:
     mine = max(0, cards - (offered - last.node.offered))
     words.append(
         f"{found.host} ({last.node.address}) has {_cards(cards)} and offers {offered} to Ray: "
-        + remedy(last, mine, head)
+        + remedy(last.node, mine, head)
     )
     return words
 
 
-def remedy(found: NodeCards, cards: int, head: str = "<head>") -> str:
-    """The command that lets a node offer so many cards."""
-    to = "--head" if found.node.is_head else f"--address={head}"
+def remedy(node: Node | None, cards: int | None = None, head: str = "<head>") -> str:
+    """How a node comes to offer so many cards; None for one that is not known, or what it has.
+
+    No Ray is to be stopped that may be another's: it is said how who runs it is to start it.
+    """
+    if node is not None and node.is_kept:
+        return (
+            "`qaic-ray ray stop` ends this Ray, which is kept, and the next command with "
+            "--keep-ray starts one that offers all."
+        )
+    to = "--head" if node is not None and node.is_head else f"--address={head}"
+    there = "on the nodes that have them" if node is None else "there"
+    number = "<cards of the node>" if cards is None else cards
     return (
-        f"run `ray stop` there, and then `ray start {to} "
-        f"--resources='{{\"{CARD_RESOURCE}\": {cards}}}'`."
+        f"whoever runs Ray {there} is to start it with `ray start {to} "
+        f"--resources='{{\"{CARD_RESOURCE}\": {number}}}'`."
     )
 
 
@@ -272,7 +286,7 @@ def allot(
             offered = sum(found.node.offered for found, _ in shares)
             raise UsageError(
                 f"{len(wanted)} cards of {machine[0]} are asked for and it offers {offered} to "
-                f"Ray: {remedy(shares[0][0], len(known))}"
+                f"Ray: {remedy(shares[0][0].node, len(known))}"
             )
     return result
 
@@ -346,10 +360,8 @@ def _check_cores(card: Device, partitions: int, num_cores: int | None) -> None:
 
 def _nothing(nodes: Sequence[NodeCards], group_size: int) -> DeviceError:
     if not any(found.node.offered for found in nodes):
-        return DeviceError(
-            "No node of the Ray cluster offers cards: start Ray on those that have them with "
-            f"`ray start --address=<head> --resources='{{\"{CARD_RESOURCE}\": <cards>}}'`."
-        )
+        kept = next((found.node for found in nodes if found.node.is_kept), None)
+        return DeviceError(f"No node of the Ray cluster offers cards: {remedy(kept)}")
     errors = [f"{found.host}: {found.error}" for found in nodes if found.error]
     number = sum(len(found.devices) for found in usable(nodes))
     why = "; ".join(errors) or f"{number} found, and none, or no {group_size} of a node, are ready"

@@ -62,6 +62,7 @@ def graph(artifact: Artifact, target: Target) -> Findings:
     checks: Sequence[_Check] = (
         _size,
         _operators,
+        _names,
         _types,
         _ranges,
         _run_time_shapes,
@@ -135,6 +136,32 @@ def _operators(facts: GraphFacts) -> Iterator[tuple[str, str, str]]:
                 f"{node.label}: Einsum may not be supported.",
                 "Write it as Transpose, Reshape and MatMul; the vendor's Model Preparator does.",
             )
+
+
+def _names(facts: GraphFacts) -> Iterator[tuple[str, str, str]]:
+    """Inputs and outputs that cannot be the buffers of a program."""
+    made = {name for node in facts.nodes for name in node.outputs} | facts.tensors.keys()
+    given: set[str] = set()
+    asked: set[str] = set()
+    for side, values, seen in (("input", facts.inputs, given), ("output", facts.outputs, asked)):
+        for value in values:
+            name = value.name
+            if not name or name in seen:
+                what = f"two {side}s {shown(name)}" if name else f"an {side} without a name"
+                yield "io-names", f"It has {what}.", "Give each a name of its own."
+            elif side == "output" and name in given:
+                yield (
+                    "io-names",
+                    f"{shown(name)} is an input and an output: a buffer has one direction.",
+                    "Hand the value out by an Identity of another name.",
+                )
+            elif side == "output" and name not in made:
+                yield (
+                    "io-names",
+                    f"No operator computes the output {shown(name)}.",
+                    "Look at what the exporter left out.",
+                )
+            seen.add(name)
 
 
 def _types(facts: GraphFacts) -> Iterator[tuple[str, str, str]]:

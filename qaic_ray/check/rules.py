@@ -76,6 +76,7 @@ RULES: Mapping[str, Rule] = {
     "extdata": _refused(_EXTDATA),
     "operator": _refused(f"{_QDOC}/index_Operator-and-Datatype-support.html"),
     "einsum": _remark(f"{_QDOC}/index_Operator-and-Datatype-support.html: einsum"),
+    "io-names": _refused("QAicApi and qaicrt: a buffer is called by its name"),
     "io-type": _refused(f"{_PAGES}: types of buffers, QAicApi"),
     "range": _refused(f"{_SEEN}: Range: Non-constant start tensor not supported"),
     "shape-at-run-time": _refused(f"{_QEFF}: customop/ctx_scatter_gather_cb.py, of repeats"),

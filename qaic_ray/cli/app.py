@@ -137,6 +137,11 @@ qaic-ray help run""",
     context_settings=_SETTINGS,
 )
 
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change any key of a job: export.opset=13."),
+]
+
 switches = SimpleNamespace(debug=False)
 """What stands before the command."""
 

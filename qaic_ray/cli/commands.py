@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qaic_ray.cli.app import Commands, Interrupted, app, command, known_path, sdk_choice, switches
+from qaic_ray.cli.app import (
+    Commands,
+    Interrupted,
+    SetOption,
+    app,
+    command,
+    known_path,
+    sdk_choice,
+    switches,
+)
 from qaic_ray.cli.flags.completion import jobs
 from qaic_ray.cli.kept_ray import ray_app
 from qaic_ray.cli.launching import (
@@ -53,10 +62,6 @@ JobArgument = Annotated[
         help="A job file, or the name of a job that comes along, like smollm2.",
         autocompletion=jobs,
     ),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change any key: export.opset=13."),
 ]
 
 

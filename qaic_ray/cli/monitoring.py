@@ -20,7 +20,7 @@ def monitoring(
 ) -> None:
     """Write configuration for Prometheus and Grafana: Ray's dashboards, and one of cards."""
     from qaic_ray.cli.screen import write
-    from qaic_ray.cluster.ray_dashboards import ray_dashboards
+    from qaic_ray.cluster.monitoring.ray_dashboards import ray_dashboards
     from qaic_ray.files.documents import json_text
     from qaic_ray.telemetry.monitoring import write_monitoring
 

@@ -21,6 +21,7 @@ from qaic_ray.option_types import (
     Section,
     Share,
     opt,
+    same,
 )
 
 RESUME_LAST = "last"
@@ -32,6 +33,8 @@ CLUSTER = "On a cluster"
 PRINTED = "What is printed"
 GENERAL = "General"
 
+_GRID = options.CompileOptions
+_ONE: dict[str, Any] = {"default": None, "argument": "", "example": ""}
 _RUNS = options.RunOptions.model_fields["output"].default
 
 JOB_KEYS = (
@@ -69,8 +72,8 @@ class PrepareOptions(options.VariantChoice):
 
     GROUP: ClassVar[str] = "The program that is made where no --qpc is given"
 
-    precision: PrecisionName | None = opt(None, "How weights are kept on the card.", shown="mx6")
-    num_cores: NumCores | None = opt(None, "NSPs of the program.", shown="all of a card", sample=7)
+    precision: PrecisionName | None = same(_GRID, "precision", shown="mx6", **_ONE)
+    num_cores: NumCores | None = same(_GRID, "num_cores", shown="all of a card", sample=7, **_ONE)
     batch_size: PositiveInt | None = opt(
         None,
         "Prompts that a card answers side by side.",
@@ -205,7 +208,7 @@ class DemoOptions(Section):
         shown="demo in the user's cache",
         sample="demo",
     )
-    devices: Devices = opt((0, 1, 2, 3), "Ids of cards, or all.", flag="--device-id")
+    devices: Devices = same(options.CardOptions, "devices", default=(0, 1, 2, 3), group="")
 
 
 class JobsOptions(Section):
@@ -229,9 +232,7 @@ class RunsOptions(Section):
 class ListedRunsOptions(RunsOptions):
     """The same of a command that takes nothing else."""
 
-    output: PathText = opt(
-        _RUNS, "The folder of runs, as run's --output.", short="-o", argument="[FOLDER]"
-    )
+    output: PathText = same(RunsOptions, "output", argument="[FOLDER]")
 
 
 class PageOptions(Section):
@@ -271,17 +272,8 @@ class MergeOptions(Section):
         metavar="FOLDER",
         sample="answers",
     )
-    output_parts: PathText | None = opt(
-        None,
-        "Also write the rows as parquet part files, into this folder or URI.",
-        metavar="FOLDER",
-        sample="s3://bucket/answers",
-    )
-    part_rows: PositiveInt = opt(
-        options.RunOptions.model_fields["part_rows"].default,
-        "Rows of a part file.",
-        sample=20_000,
-    )
+    output_parts: PathText | None = same(options.RunOptions, "output_parts", group="")
+    part_rows: PositiveInt = same(options.RunOptions, "part_rows", group="")
 
 
 class CheckOptions(Section):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qaic_ray.cli.app import sdk_choice
+from qaic_ray.cli.app import SetOption, sdk_choice
 from qaic_ray.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 
 OF_REQUESTS = dict.fromkeys(("sampling", "seed", "generation_len"), ...)
 """Options that requests say; what holds for those that do not is the model's or a job's."""
-
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change any key of a job: serve.port=9000."),
-]
 
 
 def serve(

@@ -14,7 +14,7 @@ import ray._raylet
 
 from qaic_ray.cards.inventory import CARD_RESOURCE
 from qaic_ray.cluster.connection import call_for, first_line
-from qaic_ray.cluster.ray_metrics import record_worker
+from qaic_ray.cluster.monitoring.ray_metrics import record_worker
 from qaic_ray.cluster.worker_logs import say
 from qaic_ray.timeouts import Timeouts
 

@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from qaic_ray.cards.inventory import CARD_RESOURCE
 from qaic_ray.cluster.actor_process import open_worker, said_by
 from qaic_ray.cluster.connection import CARD_CPUS, call_for
+from qaic_ray.cluster.losses import loss
 from qaic_ray.cluster.ready_refs import ReadyRefs
 from qaic_ray.dispatch.dispatcher import (
     Event,
@@ -347,26 +348,6 @@ def _share(number: float, part: Part | None) -> float:
     if part is None:
         return float(number)
     return int(number * _RESOURCE_STEPS) // part.count / _RESOURCE_STEPS
-
-
-def loss(error: ray_errors.RayError) -> str:
-    """Why a worker is gone: words for a sentence, with Ray's own behind them."""
-    said = str(error)
-    if isinstance(error, ray_errors.OutOfMemoryError) or "running low on memory" in said:
-        why = "its node ran out of memory, and Ray ended it"
-    elif isinstance(error, ray_errors.ObjectStoreFullError | ray_errors.OutOfDiskError):
-        why = "its node has no room left for its rows"
-    elif isinstance(error, ray_errors.ObjectLostError):
-        why = "rows of it were lost on their way"
-    elif isinstance(error, ray_errors.ActorUnschedulableError) or "node has died" in said:
-        why = "its node is gone"
-    elif isinstance(error, ray_errors.ActorUnavailableError):
-        why = "its process cannot be reached"
-    elif isinstance(error, ray_errors.ActorDiedError | ray_errors.WorkerCrashedError):
-        why = "its process died"
-    else:
-        why = "Ray lost it"
-    return f"{why} ({said_by(error)})"
 
 
 def _control(method: ActorMethod, *arguments: object) -> ObjectRef:

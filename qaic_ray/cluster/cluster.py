@@ -20,9 +20,17 @@ from ray import ObjectRef
 from ray._private.state import available_resources_per_node
 from ray._private.worker import RayContext
 
-from qaic_ray.cards.inventory import CARD_RESOURCE, Node, NodeCards, look, problems
+from qaic_ray.cards.inventory import (
+    CARD_RESOURCE,
+    KEPT_LABEL,
+    Node,
+    NodeCards,
+    look,
+    problems,
+    remedy,
+)
 from qaic_ray.cluster.actor_process import chooses_units
-from qaic_ray.cluster.actors import CardActors, cards_needed, loss, on_node
+from qaic_ray.cluster.actors import CardActors, cards_needed, on_node
 from qaic_ray.cluster.compile_tasks import Request, Result, run_builds
 from qaic_ray.cluster.connection import (
     CARD_CPUS,
@@ -35,6 +43,7 @@ from qaic_ray.cluster.connection import (
 )
 from qaic_ray.cluster.dashboard import Dashboard, dashboard_of
 from qaic_ray.cluster.kept_ray import KeptRay
+from qaic_ray.cluster.losses import loss
 from qaic_ray.cluster.worker_logs import WorkerLogs
 from qaic_ray.dispatch.dispatcher import Dispatcher
 from qaic_ray.dispatch.policy import DEFAULT_POLICY, Policy
@@ -277,11 +286,10 @@ class Cluster(AbstractContextManager["Cluster"]):
         total = math.ceil(sum(needed.values()))
         offered = ray.cluster_resources().get(CARD_RESOURCE, 0)
         if offered < total:
-            head = ray.get_runtime_context().gcs_address
+            kept = next((node for node in _nodes() if node.is_kept), None)
             raise UsageError(
-                f"{total} cards are asked for and the Ray cluster offers {offered:g}: start Ray on "
-                f"the nodes that have them with `ray start --address={head} "
-                f"--resources='{{\"{CARD_RESOURCE}\": <cards of the node>}}'`."
+                f"{total} cards are asked for and the Ray cluster offers {offered:g}: "
+                + remedy(kept, head=ray.get_runtime_context().gcs_address)
             )
         is_told = False
         for is_last in tries(self._timeouts.busy_s, self._timeouts.busy_poll_s):
@@ -359,6 +367,7 @@ def _nodes() -> list[Node]:
             node["NodeManagerAddress"],
             int(node["Resources"].get(CARD_RESOURCE, 0)),
             is_head="node:__internal_head__" in node["Resources"],
+            is_kept=KEPT_LABEL in node["Labels"],
         )
         for node in ray.nodes()
         if node["Alive"]

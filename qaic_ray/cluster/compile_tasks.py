@@ -11,6 +11,7 @@ import ray.exceptions as ray_errors
 from ray import ObjectRef
 
 from qaic_ray.cluster.connection import call_for
+from qaic_ray.cluster.losses import loss, ran_out_of_memory
 from qaic_ray.cluster.worker_logs import say
 from qaic_ray.errors import CompileError, QaicRayError
 from qaic_ray.timeouts import Timeouts
@@ -35,7 +36,7 @@ def run_builds(
         requests: label -> request.
         parallel: how many run at a time.
         on_done: called with each label and its result, as they come. An error of ours is a
-            result; a task whose process died is a CompileError.
+            result; a task that was lost is a CompileError.
         on_begin: called with each label whose task is submitted.
         timeouts: `cancel_s` is used.
     """
@@ -90,8 +91,17 @@ def _built(label: str, ref: ObjectRef[Result | QaicRayError]) -> Result | QaicRa
     except ray_errors.RayTaskError as error:
         raise error.cause from error
     except ray_errors.RayError as error:
-        return CompileError(
-            f"The process that compiled {label} died ({type(error).__name__}): most often the "
-            "machine ran out of memory; compile fewer at a time with --jobs."
-        )
+        why, remedy = loss(error), _remedy(error)
+        return CompileError(f"The compile of {label} was lost, {why}: {remedy}.")
     return result
+
+
+def _remedy(error: ray_errors.RayError) -> str:
+    if isinstance(error, ray_errors.RuntimeEnvSetupError):
+        return "mend the runtime environment that Ray was given"
+    if ran_out_of_memory(error):
+        return "compile fewer at a time with --jobs"
+    if isinstance(error, ray_errors.WorkerCrashedError):
+        # The kernel's own end of a process for its memory is not told to Ray.
+        return "if `dmesg` says that it had too much memory, compile fewer at a time with --jobs"
+    return "give the command again, and what is compiled already stays"

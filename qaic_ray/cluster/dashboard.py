@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from ray._private.worker import RayContext
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DEFAULT_SSH_PORT = "22"
+
+_PATH = "RAY_AUTH_TOKEN_PATH"
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def dashboard_of(context: RayContext, token_file: Path | None) -> Dashboard:
 
     Args:
         context: as `ray.init` gave it.
-        token_file: of a Ray of ours; None for what Ray itself would look for.
+        token_file: of a Ray of ours; None for what the environment names, or Ray would look for.
     """
     url = f"http://{context.dashboard_url}"
     head = ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]")
@@ -81,6 +84,7 @@ def dashboard_of(context: RayContext, token_file: Path | None) -> Dashboard:
     is_elsewhere = urlsplit(url).hostname in LOOPBACK and head not in here
     command = None
     if is_token_auth_enabled():
-        show = f"cat {shlex.quote(str(token_file))}"
-        command = "ray get-auth-token" if token_file is None else show
+        # A job of the Ray that is kept has the file in its environment; a person's shell has not.
+        file = token_file or (None if "RAY_AUTH_TOKEN" in os.environ else os.environ.get(_PATH))
+        command = "ray get-auth-token" if file is None else f"cat {shlex.quote(str(file))}"
     return Dashboard(url, head if is_elsewhere else None, command)

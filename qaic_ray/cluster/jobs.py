@@ -24,6 +24,7 @@ from qaic_ray.cluster.connection import (
     wants_token,
 )
 from qaic_ray.cluster.kept_ray import find as find_kept_ray
+from qaic_ray.cluster.losses import last_line
 from qaic_ray.cluster.ray_session import changed_environment
 from qaic_ray.errors import QaicRayError, UsageError
 from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts, tries
@@ -36,8 +37,8 @@ _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 class SubmittedJob:
     """A job as its cluster describes it; times are Unix times in seconds.
 
-    `state` is Ray's word: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED. `message` is Ray's own
-    explanation of it, `metadata` what the job was submitted with.
+    `state` is Ray's word: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED. `message` is the
+    line of Ray's explanation that tells most, `metadata` what the job was submitted with.
     """
 
     id: str
@@ -216,7 +217,7 @@ def _job(details: JobDetails) -> SubmittedJob:
     return SubmittedJob(
         id=details.submission_id,
         state=str(details.status.value),
-        message=details.message or "",
+        message=last_line(details.message or ""),
         started_s=details.start_time and details.start_time / 1000,
         ended_s=details.end_time and details.end_time / 1000,
         exit_code=details.driver_exit_code,

@@ -27,7 +27,7 @@ import ray
 from ray._private.worker import RayContext
 
 from qaic_ray import __version__
-from qaic_ray.cards.inventory import CARD_RESOURCE
+from qaic_ray.cards.inventory import CARD_RESOURCE, KEPT_LABEL
 from qaic_ray.cluster.connection import (
     CARD_CPUS,
     OBJECT_STORE_BYTES,
@@ -118,9 +118,14 @@ class KeptRay:
         return None
 
     def misfit(self, num_cards: int) -> str | None:
-        """Why this command cannot use it: a sentence without its end; None where it can."""
+        """Why this command cannot use it, as a sentence with the remedy; None where it can."""
         if self.user != os.getuid():
-            return f"The Ray that is kept is of another user (id {self.user})"
+            return f"The Ray that is kept is of another user (id {self.user}), who can end it."
+        why = self._difference(num_cards)
+        return None if why is None else f"{why}: {END_IT}."
+
+    def _difference(self, num_cards: int) -> str | None:
+        """What it has otherwise than this command: a sentence without its end."""
         for what, here in _made_by().items():
             there = self.made_by.get(what, "nothing")
             if here != there:
@@ -202,7 +207,7 @@ def usable(num_cards: int) -> tuple[KeptRay | None, str | None]:
     except UsageError as error:
         return None, str(error)
     why = kept.misfit(num_cards) if kept is not None else None
-    return (kept, None) if why is None else (None, f"{why}: {END_IT}.")
+    return (kept, None) if why is None else (None, why)
 
 
 def start(num_cards: int, *, wanted: int = 0, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> KeptRay:
@@ -295,9 +300,11 @@ def _started(session: RaySession, num_cards: int) -> KeptRay:
         # Enough for as many actors as there are cards beside those that share all of this machine.
         "num_cpus": (os.cpu_count() or 1) + math.ceil(CARD_CPUS * num_cards) + 1,
         "resources": {CARD_RESOURCE: num_cards},
+        "labels": {KEPT_LABEL: "true"},
         "include_dashboard": True,
         "dashboard_host": "127.0.0.1",
         "dashboard_port": None,  # 8265, or the next that is free
+        "dashboard_agent_listen_port": 0,  # a head whose agent finds its port taken runs no jobs
         "object_store_memory": OBJECT_STORE_BYTES,
         "temp_dir": str(session.temp_dir),
     }

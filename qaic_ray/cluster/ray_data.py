@@ -263,7 +263,7 @@ class CardPredictor(AbstractContextManager["CardPredictor"]):
             worker = self.worker_class(spec)
             held.callback(worker.close)
             if self.metrics and _is_actor():
-                from qaic_ray.cluster.ray_metrics import record_worker
+                from qaic_ray.cluster.monitoring.ray_metrics import record_worker
 
                 held.enter_context(record_worker(worker))
             self.info = worker.open()

@@ -19,7 +19,17 @@ MAX_NODES = 1_000_000
 MAX_NUMBER = 1 << 53
 
 _MAX_SHOWN = 80
+_MAX_MESSAGE = 2000
 _FAILED = "Failed to open file: {}: "  # the vendor's words
+
+
+class Refusal(Exception):
+    """An error whose message is one line of a sane length, whatever it repeats of its input."""
+
+    def __init__(self, text: str) -> None:
+        if not text.isprintable():
+            text = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
+        super().__init__(text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}...")
 
 
 def read_text(path: str, raises: Type[Exception], called: str = "") -> str:

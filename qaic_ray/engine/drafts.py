@@ -29,6 +29,10 @@ RIDE_LEN = 4
 own; after a draft that was accepted whole there are two."""
 
 
+DRAFT_ROLE = "draft"
+"""What a bundle of a draft QPC's executions is called by, beside that of the main one."""
+
+
 @dataclass
 class _Text:
     """The tokens of one row, and where each n-gram ended last."""

@@ -110,16 +110,22 @@ class Session:
         else:
             self._buffers = PositionalBuffers(rt, self._exec_obj, interface)
 
-    def record(self, recording: Recording) -> None:
+    def record(self, recording: Recording, role: str = "") -> None:
         """Dump the executions from here on, into a folder called by the cards below `recording`'s.
 
         Called before the first one, so that a program that was just activated replays them: what
         stays on the card is not dumped.
 
+        Args:
+            recording: how many, and where.
+            role: of a program that is not the main one of its cards; the folder's name ends with
+                it.
+
         Raises:
             UsageError: the folder cannot be made.
         """
-        place = Path(recording.folder) / f"card-{'-'.join(map(str, self.device_ids))}"
+        name = "-".join(["card", *map(str, self.device_ids), *filter(None, [role])])
+        place = Path(recording.folder) / name
         facts = {"qpc": str(self.qpc), "sdk": self._label}
         try:
             self._bundle = BundleWriter(place, recording.most, facts)

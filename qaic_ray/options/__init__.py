@@ -207,13 +207,13 @@ class RunOptions(CardOptions, Generation, PromptOptions):
     )
     output_parts: PathText | None = opt(
         None,
-        "Also write parquet part files while the run goes, into this folder or URI "
-        "(s3://bucket/folder); each is whole or not there.",
+        "Also write the rows as parquet part files, into this folder or URI (s3://bucket/folder); "
+        "each is whole or not there.",
         metavar="FOLDER",
         group=FOLDER,
         sample="s3://bucket/answers",
     )
-    part_rows: PositiveInt = opt(100_000, "Rows of a part file.", group=FOLDER)
+    part_rows: PositiveInt = opt(100_000, "Rows of a part file.", group=FOLDER, sample=20_000)
     record: PositiveInt | None = opt(
         None,
         "Dump the first N executions of each card's program into bundles/ of the run folder, as "

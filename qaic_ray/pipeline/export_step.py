@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -76,22 +77,45 @@ def _kept(model: ModelOptions, options: ExportOptions) -> ExportResult | None:
 
 
 def _made(model: ModelOptions, options: ExportOptions) -> ExportResult:
+    others = active_children()
+    try:
+        with _one_process() as pool:
+            with _no_main_program():
+                made = pool.submit(_export, model, options)
+            exporting = [child for child in active_children() if child not in others]
+            return made.result()
+    except BrokenProcessPool as error:
+        # Known now that the pool has waited for it; none are there where it ended at once.
+        end = _end_of(next((child.exitcode for child in exporting), None))
+        raise ExportError(f"The process that exported {model.name} {end}.") from error
+
+
+@contextmanager
+def _one_process() -> Iterator[ProcessPoolExecutor]:
+    """A process beside this one, which an interruption of this one ends."""
     with ProcessPoolExecutor(
         max_workers=1, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
     ) as pool:
         try:
-            with _no_main_program():
-                made = pool.submit(_export, model, options)
-            return made.result()
+            yield pool
         except KeyboardInterrupt:
             for child in active_children():
                 child.terminate()  # it is waited for below, and cleans up
             raise
-        except BrokenProcessPool as error:
-            raise ExportError(
-                f"The process that exported {model.name} died: most often the machine ran out of "
-                "memory; try --verify quick, or off."
-            ) from error
+
+
+def _end_of(exit_code: int | None) -> str:
+    """How a process ended that should not have; `exit_code` is multiprocessing's, None unknown."""
+    again = "before it was done: give the command again"
+    if exit_code is None or exit_code >= 0:
+        return f"ended{'' if exit_code is None else f' with exit code {exit_code}'} {again}"
+    name = signal.Signals(-exit_code).name
+    if exit_code == -signal.SIGKILL:
+        return (
+            f"was ended by {name}, most often of a machine that is out of memory: try --verify "
+            "quick, or off"
+        )
+    return f"was ended by {name} {again}"
 
 
 @contextmanager

@@ -5,6 +5,7 @@ A run's request is kept in its folder, so that it can go on.
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,15 @@ from qaic_ray.option_types import is_template
 from qaic_ray.options import TYPED_LEN, EmulatorOptions, Generation, RayOptions, RunOptions
 from qaic_ray.runs.intake import INPUT, Fingerprint
 from qaic_ray.runs.run_input import RunInput, absolute_sources, check_choice, open_run_input
-from qaic_ray.sdk import Device, Sdk, find_sdk
+from qaic_ray.sdk import (
+    DEFAULT_NUMERICS,
+    NUMERICS_VARIABLE,
+    SDK_NAMES,
+    SDK_VARIABLE,
+    Device,
+    Sdk,
+    find_sdk,
+)
 
 if TYPE_CHECKING:
     from qaic_ray.compile.compiler import Variant
@@ -104,6 +113,18 @@ class SdkChoice:
     here: Sdk
     name: str
     emulated: EmulatorOptions
+
+    def tool(self, name: str) -> list[str]:
+        """The words by which a shell starts a tool of this SDK, with the same numerics."""
+        if self.here.kind != "emulated":
+            return [str(self.here.root / "exec" / name)]
+        words = ["qaic-ray", "emulator", "run"]
+        is_default = self.name in SDK_NAMES and SDK_VARIABLE not in os.environ
+        if not is_default or self.emulated != EmulatorOptions():
+            words += ["--sdk", str(self.here.root)]
+        if self.here.numerics != DEFAULT_NUMERICS:
+            words.insert(0, f"{NUMERICS_VARIABLE}={self.here.numerics}")
+        return [*words, "--", name]
 
     @cached_property
     def devices(self) -> tuple[Device, ...]:

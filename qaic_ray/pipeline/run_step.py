@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qaic_ray import interruption
-from qaic_ray.bundles.record import Recording
+from qaic_ray.bundles.record import Recording, replay_command
 from qaic_ray.compile.recipe_names import led_to
 from qaic_ray.compile.store import content_key
 from qaic_ray.errors import QaicRayError, Unfinished, UsageError
@@ -153,6 +153,7 @@ def run_on(
             model=request.model,
             qpc=request.qpc.name,
             proof=proof,
+            replay=replay_command(folder / BUNDLES_FOLDER, request.qpc, sdk.tool("qaic-runner")),
         )
         write_report(summary, recording.statistics)  # last: by it a run is known as done
         return summary
@@ -298,7 +299,7 @@ def recorder_of(
 
     if not request.run.metrics:
         return nullcontext(RunRecorder(NoSink()))
-    from qaic_ray.cluster.ray_metrics import recorded_run
+    from qaic_ray.cluster.monitoring.ray_metrics import recorded_run
 
     return recorded_run(name, on_fault)
 

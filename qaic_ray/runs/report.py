@@ -39,7 +39,10 @@ _STEPS = ("prefill_steps", "prefill_s", "decode_steps", "decode_tokens", "decode
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run's result, its job, model and QPC; `sdk` is the SDK's label."""
+    """A run's result, its job, model and QPC; `sdk` is the SDK's label.
+
+    `replay` is the command that replays what was recorded, None where nothing was.
+    """
 
     result: FleetResult
     job: str
@@ -48,6 +51,7 @@ class RunSummary:
     model: str = ""
     qpc: str = ""
     proof: Proof | None = None
+    replay: str | None = None
 
     @property
     def error(self) -> str | None:
@@ -102,7 +106,9 @@ class RunSummary:
 
     def renderables(self) -> Iterator[RenderableType]:
         """What the terminal shows."""
-        return tables(self.document())
+        yield from tables(self.document())
+        if self.replay is not None:
+            yield Text.assemble(("replay  ", "dim"), self.replay)
 
 
 def is_finished(run_folder: Path) -> bool:

@@ -1,6 +1,6 @@
 """Turns what happens on a card and in the driver into values of metrics, for a sink to keep.
 
-Ray's sink is in `cluster/ray_metrics.py`; tests have one in memory.
+Ray's sink is in `cluster/monitoring/ray_metrics.py`; tests have one in memory.
 """
 
 from __future__ import annotations

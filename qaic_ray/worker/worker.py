@@ -19,7 +19,7 @@ from typing import ClassVar
 from qaic_ray.bundles.record import Recording
 from qaic_ray.cards.inventory import WorkerPlace
 from qaic_ray.cards.lease import open_session
-from qaic_ray.engine.drafts import Drafting, open_drafting
+from qaic_ray.engine.drafts import DRAFT_ROLE, Drafting, open_drafting
 from qaic_ray.engine.engine import Engine
 from qaic_ray.engine.session import Session
 from qaic_ray.errors import DeviceError, RowError
@@ -140,6 +140,8 @@ class CardWorker:
             check_shapes(self.spec.generation, self.spec.qpc, session.specializations)
             drafting = open_drafting(self.spec.generation, sdk, session)
             undo.callback(drafting.close)
+            if self.spec.recording is not None and drafting.session is not None:
+                drafting.session.record(self.spec.recording, DRAFT_ROLE)
             thread = self._engine_thread(session, drafting)
             answerer = Answerer(
                 tokenizer,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fuzzing import counts, put_through
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -144,6 +145,32 @@ def test_outputs_of_the_runner_have_the_types_of_the_bundle_beside_them(tmp_path
     assert found.text == "execution 10, output p_y at [1]: -1.0 and -2.0"
 
 
+@pytest.mark.parametrize("written", [range(1), range(2), range(1, 3), range(2, 3)])
+def test_what_the_runner_did_not_write_is_said_with_the_option(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    written: range,
+) -> None:
+    values = np.zeros(2, np.float32)
+    first = bundle(tmp_path / "a", [{"y": values}] * 3)
+    outputs = tmp_path / "out"
+    outputs.mkdir()
+    for number in written:
+        values.tofile(outputs / f"y-activation-0-inf-{number}.bin")
+    missing = next(number for number in range(3) if number not in written)
+    for pair in ([first, outputs], [outputs, first]):
+        assert run(["compare", *map(str, pair)], monkeypatch) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"has no outputs of execution {missing}," in said
+        assert "--write-output-num-samples 3" in said
+    if 0 in written:  # what differs before that is found first
+        (values + 1).tofile(outputs / "y-activation-0-inf-0.bin")
+        found = compared(first, outputs).difference
+        assert found is not None
+        assert found.text == "execution 0, output y at [0]: 0.0 and 1.0"
+
+
 def test_a_bundle_without_facts_is_read_by_the_sizes_of_elements(tmp_path: Path) -> None:
     """As QEfficient's artifact-only mode leaves one."""
     first = bundle(tmp_path / "a", [{"y": np.array([1, 2], np.float32)}])
@@ -210,29 +237,31 @@ def test_the_command_says_it_and_ends_with_1(
     assert said["difference"]["element"] == [1]
 
 
-def fuzz(folder: Path, seed: int, number: int) -> int:
-    """So many odd batch files; how many of them were compared."""
-    good = bundle(folder / "good", [{"y": np.zeros(2, np.float32)}])
-    first = read_bundle(good)
-    text = (good / BATCH_FILE).read_text()
-    said, num_read = [], 0
-    odd = [json.dumps(value).encode() for value in documents(json.loads(text), seed, number // 2)]
-    for data in [*odd, *texts(text, seed, number // 2)]:
-        (good / BATCH_FILE).write_bytes(data)
+def odd_bundles(folder: Path, seed: int, number: int) -> Iterator[tuple[Path, bytes]]:
+    """Batches and the facts beside them, by their structure and by their bytes."""
+    for name in (BATCH_FILE, FACTS_FILE):
+        text = (folder / name).read_text()
+        for value in documents(json.loads(text), seed, number // 4):
+            yield folder / name, json.dumps(value).encode()
+        for data in texts(text, seed, number // 4):
+            yield folder / name, data
+
+
+@pytest.mark.parametrize("number", counts())
+def test_odd_bundles_are_read_or_refused_in_a_line(tmp_path: Path, number: int) -> None:
+    first = read_bundle(bundle(tmp_path / "first", [{"y": np.zeros(2, np.float32)}]))
+    second = bundle(tmp_path / "second", [{"y": np.zeros(2, np.float32)}])
+    good = {name: (second / name).read_bytes() for name in (BATCH_FILE, FACTS_FILE)}
+
+    def read(odd: tuple[Path, bytes]) -> None:
+        path, data = odd
+        path.write_bytes(data)
         try:
-            compare_bundles(first, read_bundle(good), tolerance=random.choice((None, 0.1)))
-            num_read += 1
-        except UsageError as error:
-            said.append(str(error))
-    assert all("\n" not in text and len(text) < 2500 for text in said)
-    return num_read
+            for tolerance in (None, 0.1):
+                compare_bundles(first, read_bundle(second), tolerance=tolerance)
+        finally:
+            path.write_bytes(good[path.name])
 
-
-def test_odd_batches_are_read_or_refused_in_a_line(tmp_path: Path) -> None:
-    assert 0 < fuzz(tmp_path, 1, 300) < 300
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 12))
-def test_ten_thousand_batches(tmp_path: Path, seed: int) -> None:
-    assert 0 < fuzz(tmp_path, seed, 1000) < 1000
+    found = put_through("compare", odd_bundles(second, number, number), read, (UsageError,))
+    assert sum(found) == number
+    assert 0 < found.read < number

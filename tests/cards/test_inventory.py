@@ -45,6 +45,7 @@ def node(
     cards: int = 4,
     host: str = "dl2q-1",
     head: bool = False,
+    kept: bool = False,
     emulated: bool = False,
     chooses: bool = False,
     failed: tuple[int, ...] = (),
@@ -52,7 +53,7 @@ def node(
     nsps: int = 14,
 ) -> NodeCards:
     return NodeCards(
-        Node(name, f"10.0.0.{ord(name[0]) - 96}", offered, is_head=head, chooses=chooses),
+        Node(name, f"10.0.0.{ord(name[0]) - 96}", offered, head, kept, chooses),
         host,
         f"boot of {host}",
         sdk_root="/opt/qti-aic",
@@ -263,14 +264,17 @@ def test_a_group_is_of_one_board_where_that_can_be(
         ([node("a", offered=1), node("b", offered=3)], None),
         ([node(offered=0, emulated=True)], None),
         ([node(offered=2, head=True)],
-         "dl2q-1 (10.0.0.1) has 4 cards and offers 2 to Ray: run `ray stop` there, and then "
-         "`ray start --head --resources='{\"QAIC\": 4}'`."),
+         "dl2q-1 (10.0.0.1) has 4 cards and offers 2 to Ray: whoever runs Ray there is to "
+         "start it with `ray start --head --resources='{\"QAIC\": 4}'`."),
         ([node(offered=6)],
-         "dl2q-1 (10.0.0.1) has 4 cards and offers 6 to Ray: run `ray stop` there, and then "
-         "`ray start --address=h:6379 --resources='{\"QAIC\": 4}'`."),
+         "dl2q-1 (10.0.0.1) has 4 cards and offers 6 to Ray: whoever runs Ray there is to "
+         "start it with `ray start --address=h:6379 --resources='{\"QAIC\": 4}'`."),
         ([node("a", offered=1), node("b", offered=1)],
-         "dl2q-1 (10.0.0.2) has 4 cards and offers 2 to Ray: run `ray stop` there, and then "
-         "`ray start --address=h:6379 --resources='{\"QAIC\": 3}'`."),
+         "dl2q-1 (10.0.0.2) has 4 cards and offers 2 to Ray: whoever runs Ray there is to "
+         "start it with `ray start --address=h:6379 --resources='{\"QAIC\": 3}'`."),
+        ([node(offered=1, head=True, kept=True)],
+         "dl2q-1 (10.0.0.1) has 4 cards and offers 1 to Ray: `qaic-ray ray stop` ends this "
+         "Ray, which is kept, and the next command with --keep-ray starts one that offers all."),
         ([node(failed=(3,))], "Card 3 of dl2q-1 is not ready: its status is Error."),
         ([node(cards=0, error="There is no SDK.")],
          "dl2q-1 (10.0.0.1) offers 4 cards to Ray, and none can be seen there: There is no SDK."),

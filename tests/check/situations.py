@@ -237,6 +237,19 @@ GRAPHS = {
         "io-type",
         says="DOUBLE",
     ),
+    "an input that is an output": situation(
+        model(outputs=[info("input_ids", IDS, TensorProto.INT64)]),
+        "io-names",
+        says="'input_ids' is an input and an output",
+    ),
+    "two outputs of one name": situation(
+        model(node("Identity", ["logits"], ["x"]), outputs=[info("x", [1]), info("x", [1])]),
+        "io-names",
+        says="two outputs 'x'",
+    ),
+    "an output of no operator": situation(
+        model(outputs=[info("x", [1])]), "io-names", says="the output 'x'"
+    ),
     "a range from run time": situation(
         model(
             node("ReduceMax", ["input_ids"], ["start"], keepdims=0),
@@ -309,6 +322,10 @@ GRAPHS = {
     "a cache that is no state": situation(model(suffix="_out"), "state-alone"),
     "a state of two types": situation(
         model(
+            *(
+                node("Cast", [name], [f"{name}_RetainedState"], to=TensorProto.FLOAT16)
+                for name in ("past_key.0", "past_value.0")
+            ),
             suffix="_out",
             outputs=[
                 info(

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
+import logging
+import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
+from fuzzing import MANY, awake, changed_bytes
 from made_artifacts import (
     COMMAND,
     FLOAT16,
@@ -38,27 +36,9 @@ from qaic_ray.errors import QaicRayError
 from qaic_ray.limits import CARDS
 
 FAST = 25
-SLOW = int(os.environ.get("QAIC_FUZZ_EXAMPLES") or 1000)
-"""Of each of the ten kinds: 250 in the fast tier, 10,000 in the slow one."""
-LONGEST_S = 20
+"""Of each of the ten kinds, in the fast tier; the slow one has a tenth of `MANY` of each."""
 MAX_ERROR_CHARS = 1500
 TARGETS = (Target(), Target((1, 14), CARDS["PCIe"]), Target((1, 22), CARDS["PCIe Ultra"]))
-
-
-@contextmanager
-def awake() -> Iterator[None]:
-    """An error where something takes longer than anybody would wait."""
-
-    def too_long(_: int, frame: FrameType | None) -> None:
-        raise AssertionError(f"it hangs at {frame}")
-
-    old = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(LONGEST_S)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, old)
 
 
 def survived(path: Path, target: Target) -> None:
@@ -77,27 +57,6 @@ def survived(path: Path, target: Target) -> None:
     for text in said:
         assert "\n" not in text
         assert len(text) <= MAX_ERROR_CHARS, text[:300]
-
-
-def changed_bytes(good: bytes, seed: int, number: int) -> Iterator[bytes]:
-    """So many byte strings that differ from a good one in a few places."""
-    rng = random.Random(seed)
-    for _ in range(number):
-        data = bytearray(good)
-        for _ in range(rng.choice((1, 1, 2, 4, 16))):
-            at = rng.randrange(len(data)) if data else 0
-            kind = rng.randrange(5)
-            if kind == 0 and data:
-                data[at] ^= 1 << rng.randrange(8)
-            elif kind == 1 and data:
-                data[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF))
-            elif kind == 2:
-                del data[at : at + rng.randrange(1, 30)]
-            elif kind == 3:
-                data[at:at] = data[at : at + rng.randrange(1, 60)]
-            else:
-                data[at : at + 8] = rng.randbytes(8)
-        yield bytes(data[: rng.randrange(1, len(data) + 1)] if rng.random() < 0.1 else data)
 
 
 def _tiny() -> bytes:
@@ -175,6 +134,7 @@ KINDS: dict[str, tuple[str, Kind]] = {
 
 def fuzz(kind: str, folder: Path, number: int) -> None:
     name, make = KINDS[kind]
+    start_s = time.perf_counter()
     seed = zlib.crc32(kind.encode())
     count = 0
     for data in make(folder, seed, number):
@@ -182,6 +142,8 @@ def fuzz(kind: str, folder: Path, number: int) -> None:
         survived(folder / name, TARGETS[count % len(TARGETS)])
         count += 1
     assert count == number
+    took_s = time.perf_counter() - start_s
+    logging.getLogger(__name__).info("check, %s: %d inputs, %.1f s", kind, count, took_s)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -190,6 +152,8 @@ def test_odd_files_are_survived(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.fuzz
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_odd_files_are_survived(kind: str, tmp_path: Path) -> None:
-    fuzz(kind, tmp_path, SLOW)
+    fuzz(kind, tmp_path, MANY // 10)

@@ -56,7 +56,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     },
     "demo": {
         "--folder": "there",
-        "--device-id --device_id": "0,1",
+        "--device-id --device_id --devices": "0,1",
         "--address": "auto",
         "--dashboard / --no-dashboard": FLAG,
         "--keep-ray --keep_ray": FLAG,

@@ -7,17 +7,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import ray
-import ray.exceptions as ray_errors
-from fake_worker import IMPATIENT, FakeSpec, FakeWorker, specs
+from fake_worker import IMPATIENT, OF_SILENCE, FakeSpec, FakeWorker, specs
 
 from qaic_ray.cards.lease import Part
 from qaic_ray.cluster.actor_process import chooses_units
-from qaic_ray.cluster.actors import CardActors, cards_needed, loss
+from qaic_ray.cluster.actors import CardActors, cards_needed
 from qaic_ray.cluster.cluster import Cluster
 from qaic_ray.dispatch.dispatcher import (
     Event,
@@ -106,24 +104,6 @@ def test_a_worker_on_a_node_that_is_gone_cannot_open(cluster: Cluster) -> None:
     assert event.error.startswith("its node is gone (ActorUnschedulableError: ")
 
 
-@pytest.mark.parametrize(
-    ("error", "why"),
-    [
-        (ray_errors.ActorDiedError(), "its process died (ActorDiedError: "),
-        (ray_errors.ActorUnschedulableError("no node"), "its node is gone ("),
-        (ray_errors.ActorUnavailableError("rpc", None), "its process cannot be reached ("),
-        (ray_errors.OutOfMemoryError("killed"), "its node ran out of memory, and Ray ended it ("),
-        (ray_errors.ObjectStoreFullError("full"), "its node has no room left for its rows ("),
-        (ray_errors.OutOfDiskError("full"), "its node has no room left for its rows ("),
-        (ray_errors.ObjectLostError("0" * 56, None, ""), "rows of it were lost on their way ("),
-        (ray_errors.RaySystemError("odd"), "Ray lost it (RaySystemError: System error: odd"),
-    ],
-)
-def test_every_loss_is_a_sentence(error: ray_errors.RayError, why: str) -> None:
-    assert loss(error).startswith(why)
-    assert "\n" not in loss(error)
-
-
 def test_what_a_worker_takes_of_its_node() -> None:
     assert cards_needed(FakeSpec("", (0, 1, 2, 3))) == 4  # type: ignore[arg-type]
     for count in range(2, 15):
@@ -177,8 +157,7 @@ def test_an_only_card_that_dies_is_opened_again(cluster: Cluster) -> None:
     assert infos[0].pid != infos[1].pid
     assert result.settings == {
         "min_backoff_s": 0.1,
-        "min_stall_s": 3.0,
-        "stall_steps": 10,
+        "min_stall_s": 60.0,
         "steps_s": 0.3,
     }
     (worker,) = result.workers
@@ -187,11 +166,10 @@ def test_an_only_card_that_dies_is_opened_again(cluster: Cluster) -> None:
 
 
 def test_a_process_that_hangs_is_ended_and_replaced(cluster: Cluster) -> None:
-    policy = replace(IMPATIENT, first_stall_s=2.0)
     infos: list[WorkerInfo] = []
     prompts = texts(*("stop" if i == 20 else f"prompt {i}" for i in range(40)))
     cards = specs(1, row_s=0.05, well_from=1)
-    result, rows = run(cluster, prompts, cards, policy, on_worker_ready=infos.append)
+    result, rows = run(cluster, prompts, cards, OF_SILENCE, on_worker_ready=infos.append)
     assert result.ok
     assert "made no step for" in (result.workers[0].error or "")
     assert max(row.attempts for row in rows) == 2

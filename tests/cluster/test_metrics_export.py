@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray.util import metrics as ray_metrics
 
 from qaic_ray.cluster.cluster import Cluster
-from qaic_ray.cluster.ray_metrics import RaySink, recorded_run
+from qaic_ray.cluster.monitoring.ray_metrics import RaySink, recorded_run
 from qaic_ray.options import Generation
 from qaic_ray.rows import Prompt, Row
 from qaic_ray.runs.driver import Audience, Progress

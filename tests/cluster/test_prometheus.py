@@ -22,8 +22,8 @@ from byte_tokens import with_byte_tokenizer
 from names_of_dashboards import DATA_LLM, NOT_OURS, SERVE_LLM, asked_for, is_known
 
 from qaic_ray.cluster.cluster import Cluster
-from qaic_ray.cluster.ray_dashboards import ray_dashboards
-from qaic_ray.cluster.ray_metrics import recorded_run
+from qaic_ray.cluster.monitoring.ray_dashboards import ray_dashboards
+from qaic_ray.cluster.monitoring.ray_metrics import recorded_run
 from qaic_ray.options import Generation
 from qaic_ray.rows import Prompt
 from qaic_ray.runs.driver import Audience, Progress

@@ -7,14 +7,14 @@ import secrets
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from byte_tokens import with_byte_tokenizer
 from compiled_here import compile_here
-from fake_worker import IMPATIENT
+from fake_worker import IMPATIENT, OF_SILENCE
 from ray.cluster_utils import Cluster as Nodes
 
 from qaic_ray.cards.inventory import Node, WorkerPlace, place
@@ -262,14 +262,12 @@ def test_a_card_that_turns_to_error_is_given_up_and_the_others_go_on(fleet: Flee
 
 def test_a_card_that_hangs_is_replaced(fleet: Fleet) -> None:
     fleet.set_faults({"kind": "hang", "device": 2, "at": 40})
-    policy = replace(IMPATIENT, first_stall_s=4.0)
-    result = fleet.run(prompts(30), fleet.places(devices=[2]), policy=policy)
+    result = fleet.run(prompts(30), fleet.places(devices=[2]), policy=OF_SILENCE)
     assert "made no step for" in (result.workers[0].error or "")
     assert len({info.pid for info in fleet.infos}) == 2
 
 
 def test_a_node_that_is_killed_takes_only_its_cards_along(fleet: Fleet) -> None:
-    policy = replace(IMPATIENT, min_stall_s=60.0)  # a busy machine stalls cards that are well
     victim = fleet.nodes.worker_nodes.copy().pop()
     gone: list[object] = []
 
@@ -280,7 +278,7 @@ def test_a_node_that_is_killed_takes_only_its_cards_along(fleet: Fleet) -> None:
 
     fleet.set_faults(SLOW)
     places = fleet.places()
-    result = fleet.run(prompts(200), places, policy=policy, on_progress=on_progress)
+    result = fleet.run(prompts(200), places, on_progress=on_progress)
     lost = {worker.name: worker.error or "" for worker in result.workers if worker.error}
     assert result.broken_off is None
     there = {where.name for where in places if where.node_id == victim.node_id}

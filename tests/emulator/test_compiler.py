@@ -135,6 +135,12 @@ PUBLIC = [
     "-aic-minimize-host-traffic",
     "-aic-op-stats",
     "-qpc-crc",
+    "-version",
+    "-aic-profiling-type=trace",
+    "-aic-profiling-format=json",
+    "-aic-profiling-out-dir=optraces",
+    "-aic-profiling-num-samples=5",
+    "-aic-profiling-start-iter=10",
     "-aic-compile-only-test",
     "-compiler-args=-aic-perf-metrics -aic-time-passes -aic-version -aic-ddr-to-multicast "
     "-aic-form-axis-uniform-constants -aic-userdma-producer-dma -onnx-define-symbol=spare,1",

@@ -194,4 +194,13 @@ def test_external_data_must_be_inside_of_the_models_folder_and_whole(
     onnx.save(model, tmp_path / "small.onnx")
     status, _, err = run(small_argv(tmp_path), capsys)
     assert (status, "outside" in err[1]) == (1, True)
+    for key, value in (("location", "a\0b"), ("offset", "many"), ("offset", "-64")):
+        damaged = onnx.load(tmp_path / "small.onnx", load_external_data=False)
+        entries = damaged.graph.initializer[0].external_data
+        entries[0].value = "small.data"
+        next(entry for entry in entries if entry.key == key).value = value
+        onnx.save(damaged, tmp_path / "damaged.onnx")
+        argv = [a.replace("small.onnx", "damaged.onnx") for a in small_argv(tmp_path)]
+        status, _, err = run(argv, capsys)
+        assert (status, "cannot be read" in err[1], len(err)) == (1, True, 3)
     assert not (tmp_path / "qpc").exists()

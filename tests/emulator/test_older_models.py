@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qaic_ray.emulator import compiler
 from qaic_ray.emulator.card import Machine
+from qaic_ray.emulator.compiler import preparation
 from qaic_ray.emulator.container.execution import CompiledProgram, LoadedProgram
 from qaic_ray.emulator.lowering import graph
 from qaic_ray.emulator.qaic import Session
@@ -139,7 +140,7 @@ def test_the_refusal_of_a_model_too_old_to_run(
 @given(opset=st.sampled_from(OLD), seed=st.integers(0, 1 << 16))
 def test_raising_a_model_changes_no_value(opset: int, seed: int) -> None:
     model = classifier(opset, seed)
-    raised = graph.raised(model)
+    raised = preparation.raised(model)
     assert graph.opset_of(raised) >= 13
     onnx.checker.check_model(raised, full_check=True)
     assert [i.name for i in raised.graph.input] == ["image"]

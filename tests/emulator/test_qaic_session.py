@@ -6,6 +6,7 @@ import base64
 import concurrent.futures
 import gc
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -45,6 +46,22 @@ def assert_right(found: dict[str, Any], inputs: dict[str, Any], model: Any) -> N
     for name, array in expected.items():
         assert found[name].dtype == array.dtype
         np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-6)
+
+
+def test_outputs_whose_shape_varies_are_fetched_in_each_specialization(
+    machine: Machine, tmp_path: Path
+) -> None:
+    model = two_inputs()
+    entries = [{"batch": str(rows), "length": "5"} for rows in (ROWS, 2 * ROWS)]
+    (tmp_path / "shapes.json").write_text(json.dumps({"specializations": entries}))
+    shapes = f"-network-specialization-config={tmp_path / 'shapes.json'}"
+    session = Session(str(compile_net(tmp_path / "net", model, shapes) / "programqpc.bin"))
+    for rows in (ROWS, 2 * ROWS, ROWS):
+        inputs = inputs_of(rows, rows)
+        assert_right(session.run(inputs), inputs, model)
+    with pytest.raises(ValueError, match="input 'words' is missing"):
+        session.run({"features": inputs["features"]})
+    session.reset()
 
 
 @pytest.fixture

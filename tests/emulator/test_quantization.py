@@ -6,127 +6,40 @@ import copy
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from compiled import FUZZ_EXAMPLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from torch import nn
+from small_cnn import (
+    NUM_WEIGHTS,
+    PER_CHANNEL,
+    SHAPE,
+    Cnn,
+    accuracy,
+    compiled,
+    logits_of,
+    relative_error,
+    save,
+    trained,
+    write,
+    write_list,
+)
 
 from qaic_ray.emulator import compiler
 from qaic_ray.emulator.compiler import argv, calibration, configs
 from qaic_ray.emulator.compiler.calibration import Range, bounds_of
-from qaic_ray.emulator.compiler.quantize import grid_of
-from qaic_ray.emulator.container.execution import CompiledProgram, LoadedProgram
-
-CLASSES, SIDE, BATCH = 10, 12, 500
-
-
-class Cnn(NamedTuple):
-    """A trained classifier, images that it never saw, and images to calibrate with."""
-
-    net: nn.Sequential
-    images: Any
-    labels: Any
-    seen: Any
+from qaic_ray.emulator.compiler.levels import grid_of
+from qaic_ray.emulator.container.execution import LoadedProgram
 
 
 @pytest.fixture(scope="module")
 def cnn() -> Cnn:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as quick, and the machine is others' too
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        templates = torch.randn(CLASSES, 3, SIDE, SIDE)
-
-        def draw(number: int) -> tuple[Any, Any]:
-            labels = torch.randint(0, CLASSES, (number,))
-            return templates[labels] + 3.3 * torch.randn(number, 3, SIDE, SIDE), labels
-
-        net = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(16, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(32 * 36, CLASSES),
-        )
-        optimizer = torch.optim.Adam(net.parameters(), 3e-3)
-        for _ in range(100):
-            images, labels = draw(64)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(net(images), labels).backward()
-            optimizer.step()
-        images, labels = draw(2000)
-        seen, _ = draw(BATCH)
-    torch.set_num_threads(threads)
-    return Cnn(net.eval(), images.numpy(), labels.numpy(), seen.numpy())
-
-
-def write(net: nn.Sequential, folder: Path) -> None:
-    """The network as ONNX, each operator and weight torch's own."""
-    weights = {name.replace(".", "_"): p.detach().numpy() for name, p in net.named_parameters()}
-    pads = {"pads": [1, 1, 1, 1], "kernel_shape": [3, 3]}
-    nodes = [
-        helper.make_node("Conv", ["image", "0_weight", "0_bias"], ["c0"], name="conv0", **pads),
-        helper.make_node("Relu", ["c0"], ["r0"]),
-        helper.make_node("MaxPool", ["r0"], ["p0"], kernel_shape=[2, 2], strides=[2, 2]),
-        helper.make_node("Conv", ["p0", "3_weight", "3_bias"], ["c1"], name="conv1", **pads),
-        helper.make_node("Relu", ["c1"], ["r1"]),
-        helper.make_node("Flatten", ["r1"], ["f"]),
-        helper.make_node("Gemm", ["f", "6_weight", "6_bias"], ["logits"], transB=1),
-    ]
-    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, SIDE, SIDE])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES])
-    tensors = [numpy_helper.from_array(array, name) for name, array in weights.items()]
-    save(helper.make_graph(nodes, "cnn", [image], [logits], tensors), folder / "cnn.onnx")
-
-
-def save(graph: Any, path: Path) -> None:
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, path)
-
-
-def compiled(folder: Path, name: str, *flags: str) -> tuple[CompiledProgram, dict[str, Any]]:
-    """The program of `name`.onnx with these flags, and its report."""
-    target = folder / f"qpc-{len(list(folder.iterdir()))}"
-    argv = [f"-m={folder / name}.onnx", "-aic-hw", "-compile-only", f"-aic-binary-dir={target}"]
-    assert compiler.main([*argv, *flags]) == 0
-    report = json.loads((target / "compile-report.json").read_text())
-    return CompiledProgram.open(str(target)), report
-
-
-def logits_of(program: CompiledProgram, images: Any) -> Any:
-    activation = LoadedProgram(program, 2).activate()
-    parts = np.split(images, len(images) // BATCH)
-    wanted = {"logits": (BATCH, CLASSES)}
-    return np.concatenate([activation.run({"image": x}, wanted)["logits"] for x in parts])
-
-
-def write_list(folder: Path, images: Any) -> str:
-    path = folder / "image.raw"
-    images.tofile(path)
-    (folder / "list.txt").write_text(f"{path}\n")
-    return f"-input-list-file={folder / 'list.txt'}"
-
-
-def accuracy(logits: Any, labels: Any) -> float:
-    return float((logits.argmax(1) == labels).mean())
-
-
-def relative_error(made: Any, truth: Any) -> float:
-    return float(np.linalg.norm(made - truth) / np.linalg.norm(truth))
-
-
-SHAPE = f"-onnx-define-symbol=batch,{BATCH}"
-PER_CHANNEL = ("-enable-channelwise", "-enable-rowwise")
+    return trained()
 
 
 @pytest.mark.parametrize(
@@ -150,8 +63,7 @@ def test_a_cnn_keeps_its_accuracy_in_int8(
     write(cnn.net, tmp_path)
     listed = write_list(tmp_path, cnn.seen)
     program, report = compiled(tmp_path, "cnn", SHAPE, "-convert-to-quantize", listed, *flags)
-    with torch.no_grad():
-        truth = cnn.net(torch.from_numpy(cnn.images)).numpy()
+    truth = cnn.logits()
     made = logits_of(program, cnn.images)
     in_fp32 = accuracy(truth, cnn.labels)
     assert 0.8 < in_fp32 < 0.995  # else a loss would not be seen
@@ -161,7 +73,7 @@ def test_a_cnn_keeps_its_accuracy_in_int8(
     assert report["quantization"]["ranges_from"] == str(tmp_path / "list.txt")
     assert report["options_without_effect"] == []
     # A byte a weight, where fp32 has four.
-    assert program.constants_bytes < 1.2 * (3 * 16 * 9 + 16 * 32 * 9 + 32 * 36 * CLASSES)
+    assert program.constants_bytes < 1.2 * NUM_WEIGHTS
 
 
 def test_one_large_filter_costs_the_others_nothing_with_scales_of_their_own(
@@ -344,6 +256,7 @@ def test_nodes_that_are_kept_are_those_of_fp32(tmp_path: Path) -> None:
         tmp_path, "layer", "-convert-to-quantize", listed, f"-node-precision-info={kept}"
     )
     assert report["quantization"]["quantized_nodes"] == 1
+    assert report["quantization"]["names_not_in_the_model"] == ["1421"]
     made = LoadedProgram(program, 1).activate().run({"x": x}, {"y": (16, 12)})["y"]
     # Only Relu's range was rounded: half a step of 255 levels from zero to the largest.
     assert 0 < np.abs(made - truth).max() <= 2 * truth.max() / 127
@@ -429,7 +342,17 @@ def test_inputs_of_several_files_and_kinds(tmp_path: Path) -> None:
             255,
             "of shape [16, 40] and type float32 has",
         ),
+        ("-convert-to-quantize", "a\0b.raw", 255, "Failed to open file: a?b.raw: embedded null"),
         ("-load-profile={folder}/list.txt", "text", 255, "list.txt"),
+        (
+            "-load-profile={folder}/list.txt",
+            "---\nGlowToolsVersion: 2021-06-30\n...\n---\n- NodeOutputName: 'x:0'\n...\n",
+            255,
+            "is a profile of the vendor's compiler",
+        ),
+        ("-dump-profile={folder}", None, 255, "Failed to open file: {folder}: it is not a file"),
+        ("-dump-profile={folder}/none/p", None, 255, "none/p: No such file or directory"),
+        ("-dump-profile={folder}/layer.onnx/p", None, 255, "layer.onnx/p: Not a directory"),
         ("-load-profile={folder}/other.yaml", "x", 1, "no range of 'x'"),
     ],
 )
@@ -451,23 +374,10 @@ def test_what_cannot_be_quantized_so_is_one_sentence(
             argv.append(f"-input-list-file={tmp_path / 'list.txt'}")
     target = tmp_path / "qpc"
     model = [f"-m={tmp_path / 'layer.onnx'}", "-aic-hw", f"-aic-binary-dir={target}"]
+    before = sorted(p.name for p in tmp_path.iterdir())
     assert compiler.main([*model, *argv]) == status
-    assert words in capsys.readouterr().err
-    assert not target.exists()
-
-
-def test_a_model_of_other_numbers_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    value = helper.make_tensor_value_info("x", TensorProto.FLOAT16, [2])
-    out = helper.make_tensor_value_info("y", TensorProto.FLOAT16, [2])
-    save(
-        helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "half", [value], [out]),
-        tmp_path / "half.onnx",
-    )
-    argv = [f"-m={tmp_path / 'half.onnx'}", "-aic-hw", f"-aic-binary-dir={tmp_path / 'qpc'}"]
-    assert compiler.main([*argv, "-convert-to-quantize"]) == 1
-    assert "needs a float32 model, and 'x' is FLOAT16" in capsys.readouterr().err
+    assert words.format(folder=tmp_path) in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
 # -- files and command lines of anybody
@@ -479,7 +389,9 @@ Value = st.recursive(
         st.lists(inner, max_size=4)
         | st.dictionaries(
             st.sampled_from(["NodeProfiles", "NodeOutputName", "Min", "Max", "Histogram", "x"])
-            | st.sampled_from(["FP16NodeInstanceNames", "FP32NodeInstanceNames"]),
+            | st.sampled_from(["FP16NodeInstanceNames", "FP32NodeInstanceNames"])
+            | st.sampled_from(["activation_encodings", "param_encodings", "bitwidth", "bw"])
+            | st.sampled_from(["name", "dtype", "enc_type", "scale", "offset"]),
             inner,
             max_size=5,
         )
@@ -488,12 +400,19 @@ Value = st.recursive(
 )
 
 
+READERS: tuple[Any, ...] = (
+    calibration.read_profile,
+    configs.read_node_precisions,
+    configs.read_encodings,
+)
+
+
 @settings(max_examples=FUZZ_EXAMPLES)
 @given(Value.map(json.dumps) | st.text(max_size=200))
 def test_no_file_is_a_traceback(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    for read in (calibration.read_profile, configs.read_node_precisions):
+    for read in READERS:
         with suppress(configs.ConfigError):
             read(str(path))
 

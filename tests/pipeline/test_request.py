@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from qaic_ray import sdk
 from qaic_ray.errors import UsageError
-from qaic_ray.options import RunOptions
+from qaic_ray.options import EmulatorOptions, RunOptions
 from qaic_ray.pipeline.job import load_job, run_request
-from qaic_ray.pipeline.request import REQUEST_NAME, RunRequest, read_request
+from qaic_ray.pipeline.request import REQUEST_NAME, RunRequest, SdkChoice, read_request
 from qaic_ray.rows import Prompt
 from qaic_ray.sampling_params import SamplingParams
 
@@ -178,3 +180,34 @@ def test_a_jobs_kept_text_means_the_same_everywhere(
     assert document["run"]["output"] == str(tmp_path / "r")
     assert document["run"]["draft_qpc"] == str(tmp_path / "d")
     assert document["sdk"] == str(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("name", "emulated", "variable", "words"),
+    [
+        ("auto", {}, None, "qaic-ray emulator run -- qaic-runner"),
+        ("emulated", {}, None, "qaic-ray emulator run -- qaic-runner"),
+        ("auto", {"cards": 2}, None, "qaic-ray emulator run --sdk {root} -- qaic-runner"),
+        ("auto", {}, "{root}", "qaic-ray emulator run --sdk {root} -- qaic-runner"),
+        ("{root}", {}, None, "qaic-ray emulator run --sdk {root} -- qaic-runner"),
+        ("real", None, None, "{root}/exec/qaic-runner"),
+    ],
+)
+def test_a_tool_is_started_as_the_run_found_its_sdk(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    emulated: dict[str, Any] | None,
+    variable: str | None,
+    words: str,
+) -> None:
+    monkeypatch.delenv(sdk.SDK_VARIABLE, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(sdk.SDK_VARIABLE, variable.format(root=tmp_path))
+    (tmp_path / sdk.EMULATED_MARKER).write_text("{}")
+    here = sdk.Sdk(tmp_path, "real" if emulated is None else "emulated", "1.20")
+    choice = SdkChoice(here, name.format(root=tmp_path), EmulatorOptions(**(emulated or {})))
+    assert " ".join(choice.tool("qaic-runner")) == words.format(root=tmp_path)
+    if emulated is not None:
+        monkeypatch.setenv(sdk.NUMERICS_VARIABLE, "fast")
+        assert choice.tool("qaic-runner")[0] == "QAIC_EMULATOR_NUMERICS=fast"

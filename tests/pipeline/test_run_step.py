@@ -35,7 +35,7 @@ def run(request: RunRequest, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> N
     names = ["answered", "saved", "generated", "running", "card_ready", "remark", "run_folder"]
     listener: Any = SimpleNamespace(**{n: lambda _: None for n in names}, wants_tokens=False)
     here = SimpleNamespace(description="none", numerics=None, card_lines=dict)
-    sdk: Any = SimpleNamespace(name="auto", here=here)
+    sdk: Any = SimpleNamespace(name="auto", here=here, tool=lambda name: [name])
     run_step.run_on(cluster, request, request.open_input(), sdk=sdk, listener=listener)
 
 

@@ -6,9 +6,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ pytestmark = pytest.mark.cluster
 COMMAND = [sys.executable, "-c", "from qaic_ray.cli import main; main()"]
 RAY = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
 STAYS = "Ray, which stays: `qaic-ray ray stop` ends it"
+AGENT_PORT = 52365  # Ray's default of `--dashboard-agent-listen-port`
 SLOW = {"faults": [{"kind": "slow", "factor": 40}]}
 
 
@@ -69,8 +72,11 @@ def desk(
 
 @pytest.fixture(scope="module")
 def kept(desk: Desk) -> str:
-    """What the command said that began it."""
-    return desk.does(*desk.run, "--keep-ray").stderr
+    """What the command said that began it, where another Ray has the port that agents take."""
+    with socket.socket() as other:
+        with suppress(OSError):  # another Ray has it indeed
+            other.bind(("127.0.0.1", AGENT_PORT))
+        return desk.does(*desk.run, "--keep-ray").stderr
 
 
 def test_the_ways_into_the_dashboard_are_lines_of_their_own(desk: Desk, kept: str) -> None:
@@ -118,6 +124,33 @@ def test_one_that_does_not_fit_is_left_alone(desk: Desk, kept: str) -> None:
     assert "with another QAIC_RAY_LOCKS: `qaic-ray ray stop` ends it." in refused.stderr
     address = desk.does(*desk.run, "--keep-ray", "--address", "auto", code=2)
     assert "--keep-ray is for a Ray of this machine" in address.stderr
+    assert desk.rays() == {raylet}
+
+
+def test_a_detached_job_advises_what_ends_this_ray(
+    desk: Desk, kept: str, tiny_checkpoint: Path
+) -> None:
+    (raylet,) = desk.rays()
+    job = {
+        "name": "more-cards",
+        "model": {"name": str(tiny_checkpoint)},
+        "export": {"verify": "off"},
+        "compile": {"precision": "fp32", "batch_size": 1, "prompt_len": 8, "ctx_len": 32},
+        "run": {"prompts": "p.jsonl", "generation_len": 2, "devices": [0], "max_prompts": 2},
+        "emulator": {"cards": 6},  # more than this Ray offers
+    }
+    (desk.folder / "more-cards.yaml").write_text(json.dumps(job))  # JSON is YAML
+    begun = desk.does("launch", "more-cards.yaml", "--detach")
+    submission_id = begun.stdout.strip()
+    assert f"qaic-ray status|logs|stop {submission_id}" in begun.stderr
+    said = desk.does("logs", submission_id, "--follow").stdout
+    assert re.search(r"has 6 cards and offers \d to Ray: `qaic-ray ray stop` ends this Ray", said)
+    assert "`ray stop`" not in said
+    told = json.loads(desk.does("status", submission_id, "--json").stdout)
+    assert [job["state"] for job in told["jobs"]] == ["done"], said
+    token = re.search(r"It asks for a token: cat (\S+)", said)  # what this user's shell can do
+    assert token is not None
+    assert Path(token[1]).is_file()
     assert desk.rays() == {raylet}
 
 

@@ -38,6 +38,12 @@ def terminal(summary: RunSummary) -> str:
     return console.file.getvalue()
 
 
+def test_a_recorded_run_ends_with_what_replays_it(tmp_path: Path) -> None:
+    command = "qaic-runner -t qpc --write-output-num-samples 3"
+    assert terminal(make_summary(tmp_path, replay=command)).splitlines()[-1] == f"replay  {command}"
+    assert "replay" not in terminal(make_summary(tmp_path)).splitlines()[-1]
+
+
 # -- the document
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from qaic_ray.cluster.ray_dashboards import ray_dashboards
+from qaic_ray.cluster.monitoring.ray_dashboards import ray_dashboards
 from qaic_ray.errors import UsageError
 from qaic_ray.telemetry import names
 from qaic_ray.telemetry.grafana import dashboard

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from fuzzing import changed_bytes, counts, put_through
 from mutations import documents, texts
 
-from qaic_ray.errors import UsageError
+from qaic_ray.errors import CheckpointError, UsageError
 from qaic_ray.files.folders import CACHE_VARIABLE
 from qaic_ray.weight_files import content
 from qaic_ray.weight_files.content import DIGESTS_FOLDER, pointed_at
 from qaic_ray.weight_files.spec import ROOT_VARIABLE, read_places
+from qaic_ray.weight_files.tensors import read_entries
 
 
 @pytest.fixture(autouse=True)
@@ -97,28 +100,49 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
         read_places(json.dumps(spec(tmp_path / "c")), "m.onnx", tmp_path)
 
 
-def fuzz(folder: Path, seed: int, number: int) -> int:
-    """So many odd documents; how many of them were read."""
-    save(folder / "c")
-    good = spec(folder / "c") | {"external_data_root": str(folder), "checkpoint_files": []}
-    said, num_read = [], 0
-    odd = [json.dumps(value) for value in documents(good, seed, number // 2)]
-    odd += [t.decode("utf-8", "replace") for t in texts(json.dumps(good), seed, number // 2)]
-    for text in odd:
-        try:
-            read_places(text, "m.onnx", folder)
-            num_read += 1
-        except UsageError as error:
-            said.append(str(error))
-    assert all("\n" not in text and len(text) < 2500 and text[-1] == "." for text in said)
-    return num_read
+def of_json(good: Any, seed: int, number: int) -> Iterator[str]:
+    """So many odd documents, as values and as damaged texts."""
+    yield from map(json.dumps, documents(good, seed, number // 2))
+    for data in texts(json.dumps(good), seed, number // 2):
+        yield data.decode("utf-8", "replace")
 
 
-def test_odd_documents_are_read_or_refused_in_a_line(tmp_path: Path) -> None:
-    assert 0 < fuzz(tmp_path, 1, 300) < 300
+@pytest.mark.parametrize("number", counts())
+def test_odd_documents_are_read_or_refused_in_a_line(tmp_path: Path, number: int) -> None:
+    save(tmp_path / "c")
+    good = spec(tmp_path / "c") | {"external_data_root": str(tmp_path), "checkpoint_files": []}
+    found = put_through(
+        "places of weights",
+        of_json(good, number, number),
+        lambda text: read_places(text, "m.onnx", tmp_path),
+        (UsageError,),
+    )
+    assert sum(found) == number
+    assert 0 < found.read < number
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 12))
-def test_ten_thousand_documents(tmp_path: Path, seed: int) -> None:
-    assert 0 < fuzz(tmp_path, seed, 1000) < 1000
+@pytest.mark.parametrize("number", counts())
+def test_odd_headers_are_read_or_refused_in_a_line(tmp_path: Path, number: int) -> None:
+    """What is read lies inside of the file, behind the header."""
+    path = tmp_path / "model.safetensors"
+    header = {
+        "__metadata__": {"format": "pt"},
+        "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+        "b": {"dtype": "BF16", "shape": [5], "data_offsets": [24, 34]},
+    }
+    good = len(json.dumps(header)).to_bytes(8, "little") + json.dumps(header).encode() + bytes(34)
+
+    def files() -> Iterator[bytes]:
+        yield from changed_bytes(good, number, number // 2)
+        for text in of_json(header, number, number - number // 2):
+            data = text.encode("utf-8", "surrogatepass")
+            yield len(data).to_bytes(8, "little") + data + bytes(34)
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        for entry in read_entries([path]).values():
+            assert 8 <= entry.offset <= entry.offset + entry.num_bytes <= len(data)
+
+    found = put_through("safetensors headers", files(), read, (CheckpointError,))
+    assert sum(found) == number
+    assert 0 < found.read < number

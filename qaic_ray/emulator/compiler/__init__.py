@@ -30,7 +30,8 @@ from . import report as reports
 from .argv import ArgvError, Options
 from .build import Build
 from .configs import ConfigError, Partition
-from .quantize import UINT8_WHERE_POSITIVE, Quantization
+from .levels import UINT8_WHERE_POSITIVE
+from .quantize import Quantization
 from .report import Report
 from .weights import ConstantError, Precision
 
@@ -83,7 +84,9 @@ def main(argv: Sequence[str]) -> int:
         print("QAICException:Unable to AddNodesToGraphFromModel", file=sys.stderr)
         return _FAILED
     except OSError as error:
-        print(f"QAIC_ERROR:\nError message:  {error}", file=sys.stderr)
+        named = error.strerror and error.filename
+        reason = f"{error.filename}: {error.strerror}" if named else error
+        print(f"QAIC_ERROR:\nError message:  {reason}", file=sys.stderr)
         return _FAILED
     for line in report.warnings:
         print(line)
@@ -180,7 +183,12 @@ def _quantization(options: Options) -> Quantization:
         raise ArgvError(
             "Option -convert-to-quantize cannot be used along with -dump-profile or -load-profile."
         )
-    for flag in ("-input-list-file", "-load-profile"):
+    others = {"-convert-to-quantize", "-dump-profile", "-load-profile"}.intersection(values)
+    if "-external-quantization" in values and others:
+        raise ArgvError(
+            f"Option -external-quantization cannot be used along with {sorted(others)[0]}."
+        )
+    for flag in ("-input-list-file", "-load-profile", "-external-quantization"):
         if flag in values and not os.path.isfile(values[flag]):
             raise ConfigError(f"Failed to open file: {values[flag]}")
     both = values.get("-quantization-schema", UINT8_WHERE_POSITIVE)
@@ -200,6 +208,7 @@ def _quantization(options: Options) -> Quantization:
         list_file=values.get("-input-list-file"),
         random=values.get("-use-random-input-data"),
         profile=values.get("-load-profile"),
+        encodings=values.get("-external-quantization"),
     )
 
 

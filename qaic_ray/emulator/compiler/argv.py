@@ -10,14 +10,17 @@ import re
 import shlex
 from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
+from ..documents import Refusal
+
 MAX_CORES = 16
 
 _COMPILER_ARGS = "-compiler-args"
+_EXTERNAL = "-external-quantization"
 
 HELP_FLAGS = ("-h", "-help", "--help", "--usage")
 
 
-class ArgvError(Exception):
+class ArgvError(Refusal):
     """A command line that the compiler refuses; the message is its text."""
 
 
@@ -118,6 +121,7 @@ def _quantizing(check: Callable[[str, Optional[str]], str], text: str) -> Flag:
 
 _SCHEMAS = _choice("asymmetric", "symmetric", "symmetric_with_uint8", "symmetric_with_power2_scale")
 _MANY = 1 << 30
+_MOST_BINS = 1 << 16
 
 FLAGS: Dict[str, Flag] = {
     "-m": _obeyed(_text, "path of the ONNX model"),
@@ -156,6 +160,7 @@ FLAGS: Dict[str, Flag] = {
     "-aic-minimize-host-traffic": _accepted(_switch, "less traffic with the host"),
     "-aic-op-stats": _accepted(_switch, "statistics of operators"),
     "-aic-time-passes": _accepted(_switch, "time of compiler passes"),
+    "-version": _accepted(_switch, "version of the compiler"),
     "-aic-version": _accepted(_switch, "version of the compiler"),
     "-aic-ddr-to-multicast": _accepted(_switch, "multicast of what DDR holds"),
     "-aic-form-axis-uniform-constants": _accepted(_switch, "constants of one value an axis"),
@@ -184,6 +189,10 @@ FLAGS: Dict[str, Flag] = {
     "-aic-profiling-type": _accepted(
         _choice("stats", "trace", "latency", "raw_device_stats"), "device profiling"
     ),
+    "-aic-profiling-format": _accepted(_choice("ascii", "json"), "form of device profiles"),
+    "-aic-profiling-out-dir": _accepted(_text, "folder of device profiles"),
+    "-aic-profiling-num-samples": _accepted(_number(0, _MANY), "device profiles to write"),
+    "-aic-profiling-start-iter": _accepted(_number(0, _MANY), "first inference that is profiled"),
     "-io-crc": _accepted(_switch, "CRC of inputs and outputs"),
     "-io-crc-stride": _accepted(_number(1, _MANY), "stride of that CRC"),
     "-io-encrypt": _accepted(_text, "encryption of inputs and outputs"),
@@ -205,14 +214,14 @@ FLAGS: Dict[str, Flag] = {
         "quantization",
     ),
     "-percentile-calibration-value": _quantizing(_number(90, 100), "quantization"),
-    "-num-histogram-bins": _quantizing(_number(1, _MANY), "quantization"),
+    "-num-histogram-bins": _quantizing(_number(1, _MOST_BINS), "quantization"),
     "-quantization-precision": _quantizing(_choice("Int8"), "quantization"),
     "-quantization-precision-bias": _quantizing(_choice("Int8", "Int32"), "quantization"),
     "-enable-rowwise": _quantizing(_switch, "quantization"),
     "-enable-channelwise": _quantizing(_switch, "quantization"),
     "-dump-profile": _quantizing(_text, "quantization profile to write"),
     "-load-profile": _quantizing(_text, "quantization profile to read"),
-    "-external-quantization": _accepted(_text, "quantization from a file"),
+    "-external-quantization": _quantizing(_text, "encodings of AIMET to quantize with"),
     "-execute-nodes-in-fp16": _quantizing(_names, "operators in fp16"),
     "-keep-original-precision-for-nodes": _quantizing(_names, "operators kept as they are"),
     "-node-precision-info": _quantizing(_text, "file of node precisions"),
@@ -273,15 +282,19 @@ def parse(argv: Sequence[str]) -> Options:
         if name == "-output-node-name":
             outputs.update(dict.fromkeys(value.split(",")))
     for argument in arguments:
-        flag = FLAGS[argument.partition("=")[0]]
-        if not flag.obeyed or (flag.of_quantization and not _quantizes(values)):
+        name = argument.partition("=")[0]
+        flag = FLAGS[name]
+        # A file of encodings says all that there is to say of quantization.
+        apart = _EXTERNAL in values and name != _EXTERNAL
+        unused = flag.of_quantization and (apart or not _quantizes(values))
+        if not flag.obeyed or unused:
             without_effect.append(argument)
     return Options(values, symbols, tuple(outputs), tuple(arguments), tuple(without_effect))
 
 
 def _quantizes(values: Mapping[str, str]) -> bool:
-    by_profile = "-load-profile" in values or "-dump-profile" in values
-    return by_profile or values.get("-convert-to-quantize") == "true"
+    by_file = not {"-load-profile", "-dump-profile", _EXTERNAL}.isdisjoint(values)
+    return by_file or values.get("-convert-to-quantize") == "true"
 
 
 def _spread(argv: Sequence[str]) -> Iterator[str]:

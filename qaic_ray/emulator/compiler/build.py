@@ -29,7 +29,7 @@ from ..lowering.dims import output_dims
 from ..lowering.graph import GraphError, State
 from ..lowering.view import NotLowered
 from ..numbers import kv_cache
-from . import calibration, extdata, outputs, quantize
+from . import calibration, extdata, preparation, quantize
 from .configs import Partition
 from .quantize import Quantization
 from .report import Report
@@ -110,13 +110,13 @@ def write(build: Build, model: Any, path: str) -> Report:
         ConstantError: where a weight cannot be read.
     """
     model, files = _prepared(build, model)
+    states = _states(build, model)
+    described = _describe(build, model, states)
+    kinds = {i.name: graph.compute_kind(i) for i in graph.inputs(model)}
     quantized = None
     if build.quantization is not None:
         dims = _input_dims(build, model)
         quantized = quantize.apply(model, build.quantization, dims, files)
-    states = _states(build, model)
-    described = _describe(build, model, states)
-    kinds = {i.name: graph.compute_kind(i) for i in graph.inputs(model)}
     with open(path, "wb") as file:
         devices = (MDP_META_INFO,) if build.partition.num_devices > 1 else ()
         writer = QpcWriter(file, (*SEGMENTS, *devices))
@@ -187,10 +187,11 @@ def _prepared(build: Build, model: Any) -> Tuple[Any, WeightFiles]:
     folder = os.path.dirname(os.path.abspath(build.model_path))
     files = WeightFiles(folder, extdata.attach(model, folder) if build.reads_extdata else {})
     if build.outputs:
-        outputs.select(model, build.outputs)
+        preparation.select_outputs(model, build.outputs)
+    preparation.check_names(model)
     retained = build.retained and graph.retained_pairs(model)
-    if build.quantization is not None or retained or graph.has_card_operators(model):
-        model = graph.raised(model)
+    if build.quantization is not None or retained or preparation.has_card_operators(model):
+        model = preparation.raised(model)
     return model, files
 
 
@@ -264,6 +265,9 @@ def _describe(build: Build, model: Any, states: Mapping[str, State]) -> netdesc.
     resolved = [_buffer_dims(build, model, symbols) for symbols in build.symbols]
     largest = _largest(resolved)
     varying = {name for name in largest if len({entry[name] for entry in resolved}) > 1}
+    empty = next((name for name, dims in largest.items() if not all(d > 0 for d in dims)), None)
+    if empty is not None:
+        raise GraphError(f"'{empty}' has the shape {list(largest[empty])}: a buffer needs a size")
     for name in varying & set(states):
         raise GraphError(f"Retained state '{name}' has different shapes in the specializations")
     partial = varying | set(states) | {state.output for state in states.values()}

@@ -6,6 +6,7 @@ largest number and a histogram between them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from typing import (
@@ -23,14 +24,15 @@ from typing import (
 
 import numpy as np
 import onnxruntime as ort
-from google.protobuf.message import EncodeError
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 
-from ..documents import parse_mapping, read_text, shown
+from ..container.constants import to_float32
+from ..documents import MAX_NUMBER, parse_mapping, read_text, shown
 from ..lowering import graph
-from ..lowering.graph import GraphError
+from ..lowering.graph import FLOATS, GraphError
 from ..lowering.view import ORT_ERRORS
 from .configs import ConfigError
+from .weights import Precision, WeightFiles, round_constant
 
 Bounds = Tuple[float, float]
 
@@ -44,6 +46,15 @@ _FEWEST_KL_BINS = 128
 _LEAST_SHARE = 1e-4
 """Of a part that keeps nothing where the whole has something; else a rare outlier would decide."""
 
+_VENDORS_MARK = "GlowToolsVersion:"
+
+
+class _Observed(NamedTuple):
+    """A session of a model, and the arrays of its weights, which it takes as inputs."""
+
+    session: Any
+    weights: Dict[str, Any]
+
 
 class Range(NamedTuple):
     """What a value was seen to be: its bounds, and how often in equal parts between them."""
@@ -56,9 +67,10 @@ class Range(NamedTuple):
 def samples(
     list_file: Optional[str], random: Optional[str], inputs: Sequence[Any], dims: Mapping[str, Any]
 ) -> Callable[[], Iterator[Dict[str, Any]]]:
-    """Inputs to run a model with, which may be gone through again.
+    """Inputs to run a model with, which may be gone through again; floating point as float32.
 
-    A line of the list names a raw file for each input, in the model's order, parted by commas.
+    A line of the list names a raw file for each input, in the model's order and type, parted by
+    commas.
 
     Args:
         list_file: the list; None for random data.
@@ -69,7 +81,7 @@ def samples(
     Raises:
         ConfigError: where the list or a file of it is not what the model takes.
     """
-    kinds = {i.name: helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in inputs}
+    kinds = {i.name: i.type.tensor_type.elem_type for i in inputs}
     if list_file is None:
         return lambda: _random_samples(random or "gaussian", kinds, dims)
     lines = [line.strip() for line in read_text(list_file, ConfigError).splitlines()]
@@ -91,51 +103,69 @@ def samples(
     return read
 
 
-def _raw(path: str, name: str, kind: Any, dims: Tuple[int, ...]) -> Any:
-    expected = int(np.prod(dims, dtype=np.int64)) * kind.itemsize
+def _raw(path: str, name: str, kind: int, dims: Tuple[int, ...]) -> Any:
+    dtype = _stored(kind)
+    expected = int(np.prod(dims, dtype=np.int64)) * dtype.itemsize
     try:
         size = os.path.getsize(path)
         if size != expected:
             raise ConfigError(
                 f"{path} has {size} bytes, and input '{name}' of shape {list(dims)} and type "
-                f"{kind.name} has {expected}"
+                f"{_name(kind)} has {expected}"
             )
-        return np.fromfile(path, kind).reshape(dims)
-    except OSError as error:
-        raise ConfigError(f"Failed to open file: {path}: {error.strerror}") from error
+        array = np.fromfile(path, dtype).reshape(dims)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"Failed to open file: {path}: {reason}") from error
+    return to_float32(array, kind) if kind in FLOATS else array
+
+
+def _stored(kind: int) -> Any:
+    """The dtype that an ONNX type is read as; bfloat16 is read as uint16."""
+    bfloat = kind == TensorProto.BFLOAT16
+    return np.dtype(np.uint16) if bfloat else helper.tensor_dtype_to_np_dtype(kind)
+
+
+def _name(kind: int) -> str:
+    return "bfloat16" if kind == TensorProto.BFLOAT16 else str(_stored(kind).name)
 
 
 def _random_samples(
-    law: str, kinds: Mapping[str, Any], dims: Mapping[str, Any]
+    law: str, kinds: Mapping[str, int], dims: Mapping[str, Any]
 ) -> Iterator[Dict[str, Any]]:
     draw = np.random.default_rng(0)
     for _ in range(NUM_RANDOM):
         sample: Dict[str, Any] = {}
         for name, kind in kinds.items():
             shape = dims[name]
-            if kind.kind != "f":
-                sample[name] = draw.integers(0, 2, shape).astype(kind)
+            if kind not in FLOATS:
+                sample[name] = draw.integers(0, 2, shape).astype(_stored(kind))
             elif law == "gaussian":
-                sample[name] = draw.standard_normal(shape).astype(kind)
+                sample[name] = draw.standard_normal(shape).astype(np.float32)
             else:
-                sample[name] = draw.uniform(-1, 1, shape).astype(kind)
+                sample[name] = draw.uniform(-1, 1, shape).astype(np.float32)
         yield sample
 
 
 def observe(
     model: Any,
+    files: WeightFiles,
     names: Sequence[str],
     data: Callable[[], Iterator[Dict[str, Any]]],
+    *,
     num_bins: int,
 ) -> Dict[str, Range]:
     """The range of each of these values over all samples, with a histogram of `num_bins`.
 
+    The model runs in float32. Its weights stay where they are: in it, or mapped from their files.
+
     Raises:
+        ConstantError, ExternalDataError: where a weight cannot be read.
         GraphError: where onnxruntime cannot run the model on a sample.
     """
     of_inputs = {i.name for i in graph.inputs(model)}
     made = [name for name in names if name not in of_inputs]
-    session = _session(model, made)
+    session = _session(model, files, made)
     bounds: Dict[str, List[float]] = {name: [np.inf, -np.inf] for name in names}
     for values in _runs(session, made, data):
         for name in names:
@@ -150,38 +180,78 @@ def observe(
     for values in _runs(session, made, data):
         for name in names:
             low, high = bounds[name]
-            counts[name] += np.histogram(values[name], num_bins, (low, max(high, low + 1e-12)))[0]
+            if low < high:
+                # In float64: float32 has too few numbers between near bounds for their bins.
+                wide = values[name].astype(np.float64)
+                counts[name] += np.histogram(wide, num_bins, (low, high))[0]
+            else:
+                counts[name][0] += values[name].size
     return {
         name: Range(low, high, tuple(counts[name].tolist())) for name, (low, high) in bounds.items()
     }
 
 
-def _session(model: Any, names: Sequence[str]) -> Any:
-    try:
-        whole = graph.expand(type(model).FromString(model.SerializeToString()))
-    except (EncodeError, ValueError) as error:
-        raise GraphError(
-            "A model of 2 GiB of weights and more cannot be quantized by this emulated SDK"
-        ) from error
+def _session(model: Any, files: WeightFiles, names: Sequence[str]) -> _Observed:
+    whole, weights = _in_float32(model, files)
+    whole = graph.expand(whole)
     outputs = {output.name for output in whole.graph.output}
     missing = [name for name in names if name not in outputs]
     whole.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in missing)
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     try:
-        return ort.InferenceSession(
+        session = ort.InferenceSession(
             whole.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
     except ORT_ERRORS as error:
         raise GraphError(f"The model cannot be run to find its ranges: {error}") from error
+    return _Observed(session, weights)
+
+
+def _in_float32(model: Any, files: WeightFiles) -> Tuple[Any, Dict[str, Any]]:
+    """A copy of a model that computes in float32, and the arrays of its weights.
+
+    Its weights are inputs: onnxruntime would make copies of initializers, and reads inputs where
+    they are. float16 weights stay what they are, and are widened one by one while the copy runs.
+    """
+    copy = graph.structure(model)
+    stubs = list(copy.graph.initializer)
+    del copy.graph.initializer[:]
+    del copy.graph.input[:]
+    copy.graph.input.extend(graph.inputs(model))
+    graph.widen_to_float32(copy)
+    nodes: List[Any] = []
+    weights: Dict[str, Any] = {}
+    for stub, tensor in zip(stubs, model.graph.initializer):
+        name, kind, array = tensor.name, tensor.data_type, files.open(tensor)
+        is_narrow = kind in FLOATS and kind != TensorProto.FLOAT
+        if stub.data_location != TensorProto.EXTERNAL:
+            values = to_float32(array, kind) if is_narrow else array
+            copy.graph.initializer.append(numpy_helper.from_array(values, name))
+            continue
+        source = f"{name}/stored" if is_narrow else name
+        if is_narrow:
+            nodes.append(helper.make_node("Cast", [source], [name], to=TensorProto.FLOAT))
+        if kind == TensorProto.BFLOAT16:  # numpy has no such type to hand it over in
+            kind, array = TensorProto.FLOAT, to_float32(array, kind)
+        copy.graph.input.append(helper.make_tensor_value_info(source, kind, tensor.dims))
+        weights[source] = array
+    for node in copy.graph.node:
+        round_constant(node, Precision(convert_to_fp16=False, mxfp6_matmul=False))
+    nodes += list(copy.graph.node)
+    del copy.graph.node[:]
+    copy.graph.node.extend(nodes)
+    return copy, weights
 
 
 def _runs(
-    session: Any, made: Sequence[str], data: Callable[[], Iterator[Dict[str, Any]]]
+    observed: _Observed, made: Sequence[str], data: Callable[[], Iterator[Dict[str, Any]]]
 ) -> Iterator[Dict[str, Any]]:
     for sample in data():
+        feeds = {**observed.weights, **sample}
         try:
-            values = session.run(list(made), sample) if made else []
+            values = observed.session.run(list(made), feeds) if made else []
         except ORT_ERRORS as error:
             raise GraphError(f"The model cannot be run on an input of the list: {error}") from error
         yield {**sample, **dict(zip(made, values))}
@@ -247,7 +317,7 @@ def _range(row: Mapping[str, Any]) -> Range:
     found = Range(float(row["Min"]), float(row["Max"]), tuple(int(n) for n in row["Histogram"]))
     if not (_is_number(found.low) and _is_number(found.high) and found.low <= found.high):
         raise ValueError("bounds")
-    if min(found.counts, default=0) < 0:
+    if not all(0 <= count <= MAX_NUMBER for count in found.counts):
         raise ValueError("Histogram")
     return found
 
@@ -257,14 +327,28 @@ def _is_number(value: float) -> bool:
 
 
 def write_profile(path: str, ranges: Mapping[str, Range]) -> None:
-    """Keep ranges in a file, which is JSON and so YAML."""
+    """Keep ranges in a file, which is JSON and so YAML; whole or not at all.
+
+    Raises:
+        ConfigError: where it cannot be written.
+    """
     profiles = [
         {"NodeOutputName": name, "Min": seen.low, "Max": seen.high, "Histogram": list(seen.counts)}
         for name, seen in ranges.items()
     ]
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump({"NodeProfiles": profiles}, file)
-        file.write("\n")
+    temporary = f"{path}.tmp-{os.getpid()}"
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ConfigError(f"Failed to open file: {path}: it is not a file")
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump({"NodeProfiles": profiles}, file)
+            file.write("\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"Failed to open file: {path}: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.unlink(temporary)
 
 
 def read_profile(path: str) -> Dict[str, Range]:
@@ -273,7 +357,13 @@ def read_profile(path: str) -> Dict[str, Range]:
     Raises:
         ConfigError: where it is none.
     """
-    document = parse_mapping(read_text(path, ConfigError), path, ConfigError)
+    text = read_text(path, ConfigError)
+    if _VENDORS_MARK in text:
+        raise ConfigError(
+            f"{path} is a profile of the vendor's compiler, whose names are those of a graph of "
+            "its own: make one here, of the same inputs, with -dump-profile"
+        )
+    document = parse_mapping(text, path, ConfigError)
     try:
         return {str(row["NodeOutputName"]): _range(row) for row in document["NodeProfiles"]}
     except (KeyError, TypeError, ValueError, OverflowError) as error:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
-from ..documents import parse_mapping, read_text, shown
+from ..documents import Refusal, is_number, parse_mapping, read_text, shown
 
 PRECISIONS = ("float", "float16", "mxint8")
 
 _PRECISION_KEYS = ("FP16NodeInstanceNames", "FP32NodeInstanceNames")
+_ENCODING_KEYS = ("activation_encodings", "param_encodings")
+_SMALLEST_SCALE, _LARGEST_SCALE = 1e-37, 1e37
 _IO_LINE = re.compile(r"^\s*(-\s+)?(IOName|Precision|Layout)\s*:\s*(.*?)\s*$")
 
 
-class ConfigError(Exception):
+class ConfigError(Refusal):
     """A config file that the compiler refuses; the message is its text."""
 
 
@@ -26,6 +28,13 @@ class Partition(NamedTuple):
 
     num_devices: int
     num_cores: int
+
+
+class Encoding(NamedTuple):
+    """The 256 levels of a value, or of each channel of a weight: `scale * (level + offset)`."""
+
+    scale: Tuple[float, ...]
+    offset: Tuple[int, ...]
 
 
 def _read_json(path: str) -> Any:
@@ -125,6 +134,59 @@ def read_node_precisions(path: str) -> List[str]:
     if not any(key in document for key in _PRECISION_KEYS):
         raise ConfigError(f"{path}: it has none of {', '.join(_PRECISION_KEYS)}")
     return names
+
+
+def read_encodings(path: str) -> Dict[str, Encoding]:
+    """The 8-bit encodings of a file that AIMET exports beside an ONNX model, as JSON or YAML.
+
+    Forms 0.6 (a mapping of names) and 1.0 (a list with names) are read. Values of 16 bits and more,
+    and those of floating point, have none here.
+
+    Raises:
+        ConfigError: for another form, fewer bits, blocks, and numbers that are no encoding.
+    """
+    document = parse_mapping(read_text(path, ConfigError), path, ConfigError)
+    rows: List[Tuple[str, Any]] = []
+    for key in _ENCODING_KEYS:
+        part = document.get(key) or []
+        if isinstance(part, dict):
+            rows += [(str(name), row) for name, row in part.items()]
+        elif isinstance(part, list) and all(isinstance(row, dict) for row in part):
+            rows += [(str(row.get("name")), row) for row in part]
+        else:
+            raise ConfigError(f"{path}: {key} must be a mapping of names, or a list with names")
+    if not any(key in document for key in _ENCODING_KEYS):
+        raise ConfigError(
+            f"{path} has none of {', '.join(_ENCODING_KEYS)}: give the encodings that AIMET "
+            "exports with an ONNX model"
+        )
+    found = ((name, _encoding(f"{path}: {shown(name)}", row)) for name, row in rows)
+    return {name: encoding for name, encoding in found if encoding is not None}
+
+
+def _encoding(where: str, row: Any) -> Optional[Encoding]:
+    channels = row if isinstance(row, list) else [row]
+    if not channels or not all(isinstance(channel, dict) for channel in channels):
+        raise ConfigError(f"{where} must be an encoding, or a list with one for each channel")
+    bits = channels[0].get("bitwidth", channels[0].get("bw"))
+    if str(channels[0].get("dtype", "int")).lower() == "float" or bits in (16, 31, 32):
+        return None
+    if bits != 8 or "BLOCK" in str(channels[0].get("enc_type")).upper():
+        raise ConfigError(f"{where} has other encodings than those of 8 bits, one or one a channel")
+    scales = [scale for channel in channels for scale in _listed(channel.get("scale"))]
+    offsets = [offset for channel in channels for offset in _listed(channel.get("offset"))]
+    if len(scales) != len(offsets) or not scales:
+        raise ConfigError(f"{where} must have a scale and an offset for each channel")
+    for scale, offset in zip(scales, offsets):
+        if not is_number(scale) or not _SMALLEST_SCALE <= scale <= _LARGEST_SCALE:
+            raise ConfigError(f"{where}: {shown(str(scale))} is no scale")
+        if not is_number(offset) or offset != int(offset) or not -255 <= offset <= 0:
+            raise ConfigError(f"{where}: offset {shown(str(offset))} is not in [-255, 0]")
+    return Encoding(tuple(map(float, scales)), tuple(map(int, offsets)))
+
+
+def _listed(value: Any) -> List[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def read_partition(path: str) -> Partition:

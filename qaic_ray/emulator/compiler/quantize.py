@@ -8,20 +8,25 @@ and that an activation function is fused with what it follows.
 
 from __future__ import annotations
 
-from typing import Any, Dict, FrozenSet, List, Mapping, NamedTuple, Optional, Set, Tuple
+from typing import Any, Dict, FrozenSet, List, Mapping, NamedTuple, Optional, Set
 
 import numpy as np
-from onnx import TensorProto, helper, numpy_helper
 
+from ..container.constants import to_float32
 from ..lowering import graph
 from ..lowering.graph import FLOATS, GraphError
-from . import calibration
+from . import calibration, configs
 from .calibration import Range
+from .levels import (
+    UINT8_WHERE_POSITIVE,
+    Grid,
+    Rewriter,
+    extremes,
+    grid_of,
+    grid_of_offsets,
+    levels_of,
+)
 from .weights import WeightFiles
-
-ASYMMETRIC = "asymmetric"
-UINT8_WHERE_POSITIVE = "symmetric_with_uint8"
-POWER_OF_TWO = "symmetric_with_power2_scale"
 
 _WEIGHTED = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
 """Operators with a weight as second input -> the axis of its output channels."""
@@ -52,71 +57,25 @@ class Quantization(NamedTuple):
     list_file: Optional[str] = None
     random: Optional[str] = None
     profile: Optional[str] = None
+    encodings: Optional[str] = None
 
     @property
     def has_inputs(self) -> bool:
         """Whether ranges are found with inputs of the user's."""
-        return self.list_file is not None or self.profile is not None
-
-
-class Grid(NamedTuple):
-    """Levels: `value = scale * (level - zero_point)`, for a tensor or for each of its channels."""
-
-    scale: Any
-    zero_point: Any
-
-    @property
-    def limits(self) -> Tuple[int, int]:
-        """The lowest and the highest level."""
-        info = np.iinfo(self.zero_point.dtype)
-        return int(info.min), int(info.max)
-
-    def levels(self, values: Any, axis: Optional[int]) -> Any:
-        """The nearest level of each value; `axis` is that of the channels."""
-        scale, zero = self.scale, self.zero_point.astype(np.int64)
-        if axis is not None:
-            shape = [1] * values.ndim
-            shape[axis] = -1
-            scale, zero = scale.reshape(shape), zero.reshape(shape)
-        rounded = np.round(values.astype(np.float64) / scale) + zero
-        return np.clip(rounded, *self.limits).astype(self.zero_point.dtype)
-
-
-def grid_of(low: Any, high: Any, schema: str) -> Grid:
-    """The int8 levels of a range by a schema; zero is always one of them.
-
-    Args:
-        low: of the values, a number or one a channel.
-        high: likewise.
-        schema: the vendor's word.
-    """
-    low = np.minimum(np.asarray(low, np.float64), 0.0)
-    high = np.maximum(np.asarray(high, np.float64), 0.0)
-    tiny = np.finfo(np.float32).tiny * 256
-    if schema == ASYMMETRIC:
-        scale = np.maximum((high - low) / 255, tiny)
-        zero = np.clip(np.round(-128 - low / scale), -128, 127).astype(np.int8)
-    elif schema == UINT8_WHERE_POSITIVE and np.all(low >= 0):
-        scale = np.maximum(high / 255, tiny)
-        zero = np.zeros(scale.shape, np.uint8)
-    else:
-        scale = np.maximum(np.maximum(-low, high) / 127, tiny)
-        if schema == POWER_OF_TWO:
-            scale = np.exp2(np.ceil(np.log2(scale)))
-        zero = np.zeros(scale.shape, np.int8)
-    return Grid(scale.astype(np.float32), zero)
+        return any(f is not None for f in (self.list_file, self.profile, self.encodings))
 
 
 def profile(model: Any, asked: Quantization, dims: Mapping[str, Any], files: WeightFiles) -> Any:
-    """Ranges of every value that quantization needs, by running the model; weights are read in.
+    """Ranges of every value that quantization needs, by running the model.
 
     Raises:
         GraphError, ConfigError: where the model or the inputs do not fit.
     """
-    _read_weights(model, files)
     inputs = graph.inputs(model)
     data = calibration.samples(asked.list_file, asked.random, inputs, dims)
-    return calibration.observe(model, _Plan(model, asked).measured, data, asked.num_bins)
+    return calibration.observe(
+        model, files, _Plan(model, asked).measured, data, num_bins=asked.num_bins
+    )
 
 
 def apply(
@@ -127,10 +86,11 @@ def apply(
     Raises:
         GraphError, ConfigError: where the model, the inputs or the profile do not fit.
     """
+    if asked.encodings is not None:
+        return apply_encodings(model, asked.encodings, files)
     if asked.profile is None:
         ranges = profile(model, asked, dims, files)
     else:
-        _read_weights(model, files)
         ranges = calibration.read_profile(asked.profile)
     plan = _Plan(model, asked)
     missing = [name for name in plan.measured if name not in ranges]
@@ -139,7 +99,7 @@ def apply(
             f"The quantization profile has no range of '{missing[0]}': make it of this model and "
             "these options with -dump-profile"
         )
-    _Quantizer(model, asked, ranges, plan).run()
+    _Quantizer(model, files, asked, ranges=ranges, plan=plan).run()
     source = asked.profile or asked.list_file
     data = f"random ({asked.random or 'gaussian'})" if source is None else source
     return {
@@ -151,20 +111,8 @@ def apply(
         "rowwise": asked.rowwise,
         "quantized_nodes": len(plan.nodes),
         "floating_point_nodes": len(plan.floating),
+        "names_not_in_the_model": plan.unknown,
     }
-
-
-def _read_weights(model: Any, files: WeightFiles) -> None:
-    for value in [*graph.inputs(model), *model.graph.initializer]:
-        typed = value.data_type if hasattr(value, "data_type") else 0
-        kind = typed or value.type.tensor_type.elem_type
-        if kind in FLOATS and kind != TensorProto.FLOAT:
-            name = TensorProto.DataType.Name(kind)
-            raise GraphError(f"Quantization needs a float32 model, and '{value.name}' is {name}")
-    for tensor in model.graph.initializer:
-        if tensor.data_location == TensorProto.EXTERNAL:
-            array = np.array(files.open(tensor))
-            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
 
 
 class _Plan:
@@ -182,6 +130,9 @@ class _Plan:
             kept = kept or not asked.kept_nodes.isdisjoint([node.name, node.output[0]])
             fits = node.op_type in QUANTIZED and not node.domain and not kept
             (self.nodes if fits and is_float else self.floating).append(node)
+        names = {name for node in model.graph.node for name in (node.name, *node.output[:1])}
+        self.unknown = sorted(asked.kept_nodes - names)
+        """Of the nodes that are to be kept, the names that no node has."""
         self._own = {node.output[0] for node in self.nodes}
         self.wide = set() if graph.has_subgraphs(model) else self._fused(model)
         """Outputs that a fused activation function reads as they are."""
@@ -218,18 +169,35 @@ class _Plan:
 
 
 def _float_values(model: Any) -> Set[str]:
-    """Names of the values that are float32."""
+    """Names of the values that are floating point, whose type a program computes as float32."""
     inferred = graph.infer_shapes(model)
     values = [*inferred.input, *inferred.output, *inferred.value_info]
-    found = {v.name for v in values if v.type.tensor_type.elem_type == TensorProto.FLOAT}
-    return found | {t.name for t in model.graph.initializer if t.data_type == TensorProto.FLOAT}
+    found = {v.name for v in values if v.type.tensor_type.elem_type in FLOATS}
+    return found | {t.name for t in model.graph.initializer if t.data_type in FLOATS}
 
 
-class _Quantizer:
+def _output_channels(node: Any, rank: int) -> Optional[int]:
+    """The axis of a weight's output channels; None where it has none of its own."""
+    is_convolution = node.op_type in ("Conv", "ConvTranspose")
+    set_attributes = {a.name: a.i for a in node.attribute}
+    if node.op_type == "ConvTranspose" and set_attributes.get("group", 1) > 1:
+        return None
+    axis = 0 if set_attributes.get("transB") else _WEIGHTED[node.op_type]
+    return axis if rank == 2 or is_convolution else None
+
+
+class _Quantizer(Rewriter):
     def __init__(
-        self, model: Any, asked: Quantization, ranges: Mapping[str, Range], plan: _Plan
+        self,
+        model: Any,
+        files: WeightFiles,
+        asked: Quantization,
+        *,
+        ranges: Mapping[str, Range],
+        plan: _Plan,
     ) -> None:
-        self._graph = model.graph
+        super().__init__(model.graph)
+        self._files = files
         self._constants = plan.constants
         self._asked = asked
         self._ranges = ranges
@@ -237,18 +205,15 @@ class _Quantizer:
         self._grids: Dict[str, Grid] = {}
         self._read: Dict[str, str] = {}
         """Value -> its quantized form, for values that floating point makes."""
-        self._nodes: List[Any] = []
 
     def run(self) -> None:
         quantized = {id(node) for node in self._plan.nodes}
-        for node in list(self._graph.node):
+        for node in list(self.graph.node):
             if id(node) not in quantized:
-                self._nodes.append(node)
+                self.nodes.append(node)
                 continue
             self._quantize(node)
-        copies = [type(node).FromString(node.SerializeToString()) for node in self._nodes]
-        del self._graph.node[:]
-        self._graph.node.extend(copies)
+        self.replace_nodes()
 
     def _quantize(self, node: Any) -> None:
         data = set(self._plan.data_inputs(node))
@@ -259,14 +224,14 @@ class _Quantizer:
                 node.input[position] = self._constant(node, position, name)
         output = node.output[0]
         if output in self._plan.wide:
-            self._nodes.append(node)
+            self.nodes.append(node)
             return
         node.output[0] = f"{output}/wide"
-        self._nodes.append(node)
-        self._add_grid(f"{output}/wide", output, self._grid(output))
+        self.nodes.append(node)
+        self.add_grid(f"{output}/wide", output, self._grid(output))
 
     def _is_constant_operand(self, node: Any, position: int) -> bool:
-        if self._constants[node.input[position]].data_type != TensorProto.FLOAT:
+        if self._constants[node.input[position]].data_type not in FLOATS:
             return False
         return position == 0 or node.op_type not in _ONE_INPUT | _FUSED
 
@@ -276,7 +241,7 @@ class _Quantizer:
             return name
         if name not in self._read:
             self._read[name] = f"{name}/quantized"
-            self._add_grid(name, self._read[name], self._grid(name))
+            self.add_grid(name, self._read[name], self._grid(name))
         return self._read[name]
 
     def _grid(self, name: str) -> Grid:
@@ -288,33 +253,26 @@ class _Quantizer:
 
     def _constant(self, node: Any, position: int, name: str) -> str:
         """The quantized form of a constant operand: a weight, a bias or another number."""
-        array = numpy_helper.to_array(self._constants[name])
+        array, kind = self._files.open(self._constants[name]), self._constants[name].data_type
         is_weight = position == 1 and node.op_type in _WEIGHTED
         is_bias = position == 2 and node.op_type in _WEIGHTED
         if is_bias and self._asked.bias_bits == 32:
-            return self._wide_bias(node, name, array)
+            return self._wide_bias(node, name, to_float32(array, kind))
         axis = self._channel_axis(node, array) if is_weight else None
         made = f"{name}/quantized" + ("" if axis is None else f"/{axis}")
         if made in self._read:
             return made
         self._read[made] = made
-        over = None if axis is None else tuple(i for i in range(array.ndim) if i != axis)
-        low, high = (array.min(over), array.max(over)) if array.size else (0.0, 0.0)
-        grid = grid_of(low, high, self._asked.constants)
+        grid = grid_of(*extremes(array, kind, axis), self._asked.constants)
         self._grids[made] = grid
-        self._store(made, grid.levels(array, axis), grid, axis)
+        self.store(made, levels_of(array, kind, grid, axis), grid, axis)
         return made
 
     def _channel_axis(self, node: Any, array: Any) -> Optional[int]:
         is_convolution = node.op_type in ("Conv", "ConvTranspose")
         if not (self._asked.channelwise if is_convolution else self._asked.rowwise):
             return None
-        set_attributes = {a.name: a.i for a in node.attribute}
-        if node.op_type == "ConvTranspose" and set_attributes.get("group", 1) > 1:
-            return None
-        transposed = set_attributes.get("transB")
-        axis = 0 if transposed else _WEIGHTED[node.op_type]
-        return axis if array.ndim == 2 or is_convolution else None
+        return _output_channels(node, array.ndim)
 
     def _wide_bias(self, node: Any, name: str, array: Any) -> str:
         """A bias on the grid of the sums: the input's scale times the weight's."""
@@ -332,24 +290,91 @@ class _Quantizer:
         if axis is not None and array.shape != scale.shape:
             return name
         grid = Grid(scale, np.zeros(np.shape(scale), np.int32))
-        self._store(made, grid.levels(array, axis), grid, axis)
+        self.store(made, grid.levels(array, axis), grid, axis)
         return made
 
-    def _store(self, made: str, levels: Any, grid: Grid, axis: Optional[int]) -> None:
-        initializers = self._graph.initializer
-        initializers.append(numpy_helper.from_array(levels, f"{made}/levels"))
-        initializers.append(numpy_helper.from_array(grid.scale, f"{made}/scale"))
-        initializers.append(numpy_helper.from_array(grid.zero_point, f"{made}/zero"))
-        names = [f"{made}/{part}" for part in ("levels", "scale", "zero")]
-        more = {} if axis is None else {"axis": axis}
-        self._nodes.append(helper.make_node("DequantizeLinear", names, [made], **more))
 
-    def _add_grid(self, source: str, target: str, grid: Grid) -> None:
-        """`target` is `source` on its grid."""
-        initializers = self._graph.initializer
-        initializers.append(numpy_helper.from_array(grid.scale, f"{target}/scale"))
-        initializers.append(numpy_helper.from_array(grid.zero_point, f"{target}/zero"))
-        with_grid = [f"{target}/scale", f"{target}/zero"]
-        levels = f"{target}/levels"
-        self._nodes.append(helper.make_node("QuantizeLinear", [source, *with_grid], [levels]))
-        self._nodes.append(helper.make_node("DequantizeLinear", [levels, *with_grid], [target]))
+def apply_encodings(model: Any, path: str, files: WeightFiles) -> Dict[str, Any]:
+    """Put values and weights of a model on the levels that a file gives; what the report says.
+
+    Raises:
+        ConfigError: where the file is refused.
+        GraphError: where it is not of this model.
+    """
+    return _Encoder(model, path, files).run()
+
+
+class _Encoder(Rewriter):
+    """Levels from a file: what it gives none is floating point, as it is where they were found."""
+
+    def __init__(self, model: Any, path: str, files: WeightFiles) -> None:
+        super().__init__(model.graph)
+        self._path, self._files = path, files
+        self._given = configs.read_encodings(path)
+        self._constants = {t.name: t for t in model.graph.initializer if t.data_type in FLOATS}
+        self._inputs = [value.name for value in graph.inputs(model)]
+        self._floats = _float_values(model)
+        self._read: Dict[str, str] = {}
+
+    def run(self) -> Dict[str, Any]:
+        made = [name for node in self.graph.node for name in node.output]
+        values = [n for n in (*self._inputs, *made) if n in self._given and n in self._floats]
+        weights = [name for name in self._constants if name in self._given]
+        unknown = sorted(self._given.keys() - {*values, *weights})
+        if not values and not weights:
+            raise GraphError(
+                f"None of the {len(unknown)} names of {self._path} with 8 bits is in the model: "
+                "give the encodings that were exported with it"
+            )
+        for name in weights:
+            self._read_weight(name)
+        for name in self._inputs:
+            if name in values:
+                self._read[name] = f"{name}/quantized"
+                self.add_grid(name, self._read[name], self._grid(name))
+        for node in list(self.graph.node):
+            node.input[:] = [self._read.get(name, name) for name in node.input]
+            self.nodes.append(node)
+            for position, name in enumerate(node.output):
+                if name in values:
+                    node.output[position] = f"{name}/wide"
+                    self.add_grid(f"{name}/wide", name, self._grid(name))
+        self.replace_nodes()
+        return {
+            "ranges_from": self._path,
+            "quantized_values": len(values),
+            "quantized_weights": len(weights),
+            "names_not_in_the_model": unknown,
+        }
+
+    def _grid(self, name: str) -> Grid:
+        encoding = self._given[name]
+        if len(encoding.scale) > 1:
+            raise GraphError(
+                f"{self._path}: '{name}' has {len(encoding.scale)} scales, and only weights have "
+                "one for each channel"
+            )
+        return grid_of_offsets(encoding.scale[0], encoding.offset[0])
+
+    def _read_weight(self, name: str) -> None:
+        tensor, encoding = self._constants[name], self._given[name]
+        if len(encoding.scale) == 1:
+            axis, grid = None, self._grid(name)
+        else:
+            axis, grid = self._axis(name), grid_of_offsets(encoding.scale, encoding.offset)
+        array, made = self._files.open(tensor), f"{name}/quantized"
+        self.store(made, levels_of(array, tensor.data_type, grid, axis), grid, axis)
+        self._read[name] = made
+
+    def _axis(self, name: str) -> int:
+        """The axis of a weight that has as many channels as scales."""
+        dims, num_scales = self._constants[name].dims, len(self._given[name].scale)
+        for node in self.graph.node:
+            if node.op_type in _WEIGHTED and not node.domain and name in node.input[1:2]:
+                axis = _output_channels(node, len(dims))
+                if axis is not None and dims[axis] == num_scales:
+                    return axis
+        raise GraphError(
+            f"{self._path}: '{name}' has {num_scales} scales, which is not the number of output "
+            f"channels of a weight of shape {list(dims)}"
+        )

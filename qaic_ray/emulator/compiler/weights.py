@@ -15,13 +15,14 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from ..container.constants import FLOAT16, FLOAT32, ConstantsWriter, to_float16, to_float32
+from ..documents import Refusal, shown
 from ..lowering.graph import FLOATS, INLINE_ELEMENTS, has_subgraphs, replace_by_stub
 from .extdata import ExternalTensor
 
 _NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
-class ConstantError(Exception):
+class ConstantError(Refusal):
     """A weight that cannot be read; the message says which and why."""
 
 
@@ -92,7 +93,7 @@ def store_weights(
         if graph.initializer[index].name not in read:
             del graph.initializer[index]
     for node in graph.node:
-        _round_constant(node, precision)
+        round_constant(node, precision)
 
 
 def matmul_weights(model: Any) -> Dict[str, bool]:
@@ -153,7 +154,8 @@ def _rounded(array: Any, data_type: int, precision: Precision) -> Any:
     return np.asarray(values, np.float32)
 
 
-def _round_constant(node: Any, precision: Precision) -> None:
+def round_constant(node: Any, precision: Precision) -> None:
+    """Make float32 of the numbers of a Constant, rounded as the flags say."""
     if node.op_type not in ("Constant", "ConstantOfShape") or node.domain:
         return
     for attribute in node.attribute:
@@ -179,8 +181,16 @@ def open_initializer(tensor: Any, directory: str) -> Any:
     bfloat16 comes as uint16.
 
     Raises:
-        ConstantError: where the external file is missing, too short or outside of the folder.
+        ConstantError: where the external file is missing, too short or outside of the folder, or
+            the initializer contradicts itself.
     """
+    try:
+        return _opened(tensor, directory)
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise ConstantError(f"The constant '{tensor.name}' is malformed: {error}") from error
+
+
+def _opened(tensor: Any, directory: str) -> Any:
     if tensor.data_location != TensorProto.EXTERNAL:
         if tensor.data_type == TensorProto.BFLOAT16 and tensor.raw_data:
             return np.frombuffer(tensor.raw_data, np.uint16).reshape(tuple(tensor.dims))
@@ -196,8 +206,8 @@ def open_initializer(tensor: Any, directory: str) -> Any:
     dtype = np.dtype(np.uint16) if bfloat else helper.tensor_dtype_to_np_dtype(tensor.data_type)
     shape = tuple(tensor.dims)
     needed = math.prod(shape) * dtype.itemsize
-    offset = int(entries.get("offset", 0))
     try:
+        offset = int(entries.get("offset", 0))
         if os.path.getsize(path) < offset + needed:
             raise ConstantError(
                 f"External data of '{tensor.name}' is too short: "
@@ -206,9 +216,10 @@ def open_initializer(tensor: Any, directory: str) -> Any:
         if needed == 0:
             return np.empty(shape, dtype)
         return np.memmap(path, dtype, "r", offset, shape)
-    except OSError as error:
+    except (OSError, ValueError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ConstantError(
-            f"External data of '{tensor.name}' cannot be read: {path} ({error.strerror})"
+            f"External data of '{tensor.name}' cannot be read: {shown(path)} ({reason})"
         ) from error
 
 

@@ -14,6 +14,8 @@ from typing import Any, BinaryIO, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
+from ..documents import Refusal
+
 MAGIC = 0x00A1CD7C
 AI100 = "ai100"
 """The hardware that emulated cards are, as the compiler names it."""
@@ -46,7 +48,7 @@ _MAX_SEGMENTS = 64
 _MAX_NAME_BYTES = 256
 
 
-class QpcError(Exception):
+class QpcError(Refusal):
     """Not a QPC, a damaged one, or one of a form that this SDK does not run."""
 
 

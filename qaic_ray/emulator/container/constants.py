@@ -268,9 +268,16 @@ class Weights:
         for name in self._maps:
             read_constant(self._segment, self._constants[name], self.arrays[name])
 
-    def session(self, model: Any, num_threads: int) -> Any:
-        """An onnxruntime session over these weights; they have to live as long as it."""
-        return _open(model, _options(num_threads), self.arrays)
+    def session(self, model: Any, num_threads: int, profile: str = "") -> Any:
+        """An onnxruntime session over these weights; they have to live as long as it.
+
+        It writes a profile of its operators into a file that begins with `profile`, if given.
+        """
+        options = _options(num_threads)
+        if profile:
+            options.enable_profiling = True
+            options.profile_file_prefix = profile
+        return _open(model, options, self.arrays)
 
 
 def _options(num_threads: int) -> Any:

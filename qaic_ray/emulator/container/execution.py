@@ -15,7 +15,11 @@ import logging
 import math
 import mmap
 import os
+import shutil
+import tempfile
 import threading
+import weakref
+from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
@@ -68,6 +72,7 @@ class LoadedProgram:
         use_step: whether to run it as a compiled step where there is one.
         numerics: `exact`, or `fast`: activations are rounded to 8 bits a block of 32.
         cores: what this machine's cards share; None for a card that is alone.
+        measures_operators: whether onnxruntime measures its operators, for `operator_profiles`.
 
     Attributes:
         step: the compiled step, None where there is none.
@@ -83,8 +88,14 @@ class LoadedProgram:
         use_step: bool = True,
         numerics: str = EXACT,
         cores: Optional[Cores] = None,
+        measures_operators: bool = False,
     ) -> None:
         self.qpc = qpc
+        self._profiles = ""
+        if measures_operators:
+            self._profiles = tempfile.mkdtemp(prefix="qaic-emulator-")
+            weakref.finalize(self, shutil.rmtree, self._profiles, ignore_errors=True)
+        self._profiled: List[Any] = []
         self.numerics = numerics
         self._cores = Cores(None, num_threads) if cores is None else cores
         self._num_threads = num_threads
@@ -157,7 +168,16 @@ class LoadedProgram:
     def _session(self, name: str) -> Tuple[Any, Weights]:
         model = self._model(name)
         weights = Weights(model, self._constants, self.qpc.constants_segment())
-        return weights.session(model, self._num_threads), weights
+        prefix = self._profiles and os.path.join(self._profiles, name)
+        session = weights.session(model, self._num_threads, prefix)
+        if prefix:
+            self._profiled.append(session)
+        return session, weights
+
+    def operator_profiles(self) -> List[str]:
+        """What onnxruntime measured until now, as its JSON; a compiled step has no operators."""
+        sessions, self._profiled = self._profiled, []
+        return [Path(session.end_profiling()).read_text("utf-8") for session in sessions]
 
     def _lowered_session(self) -> Any:
         """The lowered session with its weights in memory once; None where it is not sound."""

@@ -10,8 +10,9 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import AttributeProto, TensorProto, helper, version_converter
+from onnx import AttributeProto, TensorProto, helper
 
+from ..documents import Refusal
 from ..numbers import kv_cache
 from . import cardops
 
@@ -27,13 +28,10 @@ _LARGE_TABLE = 1 << 20
 _MIN_OPSET = 7
 """The oldest that onnxruntime runs."""
 
-_OWN_OPSET = 13
-"""The oldest that what is added to a graph is written in."""
-
 _MICROSOFT = "com.microsoft"
 
 
-class GraphError(Exception):
+class GraphError(Refusal):
     """A model that cannot be compiled; the message is what the compiler prints."""
 
 
@@ -54,6 +52,8 @@ def load(path: str) -> Any:
         model = onnx.load(path, load_external_data=False)
     except OSError as error:
         raise GraphError(f"Cannot open ONNX model file: {path} ({error.strerror})") from error
+    except ValueError as error:
+        raise GraphError(f"Cannot open ONNX model file: {path} ({error})") from error
     except DecodeError as error:
         raise GraphError(f"Unable to parse ONNX model: {path}") from error
     if not model.graph.output or not model.graph.node:
@@ -69,28 +69,6 @@ def load(path: str) -> Any:
     _check_operators(model)
     _take_constants_out(model)
     return model
-
-
-def raised(model: Any) -> Any:
-    """The model in an operator set that this compiler's own nodes can be added to; the same values.
-
-    Raises:
-        GraphError: where onnx cannot convert it.
-    """
-    if opset_of(model) >= _OWN_OPSET:
-        return model
-    try:
-        return version_converter.convert_version(model, _OWN_OPSET)
-    except (RuntimeError, ValueError) as error:
-        raise GraphError(
-            f"opset_version-{opset_of(model)} cannot be converted to {_OWN_OPSET}, which int8, "
-            f"retained states and the card's own operators need ({error}); export the model anew"
-        ) from error
-
-
-def has_card_operators(model: Any) -> bool:
-    """Whether a node is one of the card's own operators."""
-    return any((node.domain, node.op_type) in cardops.NAMES for node in model.graph.node)
 
 
 def _inliner() -> Any:

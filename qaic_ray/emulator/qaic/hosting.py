@@ -36,10 +36,11 @@ class Hosting(NamedTuple):
     set_size: int = DEFAULT_SET_SIZE
     group: str = ""
     num_threads: int = DEFAULT_NUM_QUEUE_THREADS
+    measures_operators: bool = False
 
 
 class Times(NamedTuple):
-    """Moments of one inference, in seconds of `time.perf_counter`."""
+    """Moments of one inference, in seconds of `time.perf_counter`, and the thread that ran it."""
 
     begun: float
     prepared: float
@@ -48,6 +49,7 @@ class Times(NamedTuple):
     ended: float
     woken: float
     finished: float
+    thread: int
 
 
 class Place(NamedTuple):
@@ -101,7 +103,7 @@ class Flight:
             last = exec_obj.last
             self.times = Times(
                 self.begun_s, self.prepared_s, self.enqueued_s,
-                last.started_s, last.ended_s, woken, time.perf_counter(),
+                last.started_s, last.ended_s, woken, time.perf_counter(), last.thread,
             )  # fmt: skip
             return results
         finally:
@@ -158,6 +160,8 @@ class HostedProgram:
     def _set_up(self, hosting: Hosting) -> None:
         self.inputs: List[Binding] = [b for b in self.qpc.bindings if b.is_input]
         self.outputs: List[Binding] = [b for b in self.qpc.bindings if not b.is_input]
+        states = self.qpc.contents.states
+        self.states = frozenset([*states, *states.values()])
         self._changed = threading.Condition()
         self._free: Deque[Place] = deque()
         self._begun = [0] * hosting.num_activations
@@ -183,6 +187,7 @@ class HostedProgram:
         first = qids[0] if len(qids) == 1 else None
         program = qaicrt.Program(context, first, self.qpc, properties)  # type: ignore[arg-type]
         program.num_activations = hosting.num_activations
+        program.measures_operators = hosting.measures_operators
         self._program = program
         queues = []
         for _ in range(hosting.num_activations):
@@ -242,16 +247,14 @@ class HostedProgram:
             ValueError: for a name that is no input, a missing input, or a wrong type.
         """
         names = [b.name for b in self.inputs]
-        unknown = [name for name in inputs if name not in names]
-        if unknown:
-            raise ValueError(
-                f"'{unknown[0]}' is no input of the model; they are {', '.join(names)}"
-            )
+        for name in inputs:
+            if name not in names:
+                raise ValueError(f"'{name}' is no input of the model; they are {', '.join(names)}")
         arrays = {}
         for binding in self.inputs:
             if binding.name in inputs:
                 arrays[binding.name] = _of_type(binding, inputs[binding.name])
-            elif not binding.is_partial_buf_allowed:
+            elif binding.name not in self.states:
                 raise ValueError(
                     f"input '{binding.name}' is missing; the model takes {', '.join(names)}"
                 )
@@ -316,6 +319,10 @@ class HostedProgram:
         status = place.exec_obj.setData(buffers, dims)
         if status is not SUCCESS:
             raise RuntimeError(f"ExecObj set data failed: {status}")
+
+    def operator_profiles(self) -> List[str]:
+        """What was measured of operators until now, where `Hosting` says so."""
+        return list(self._program.operator_profiles())
 
     def give_back(self, place: Place) -> None:
         """The place is free again."""

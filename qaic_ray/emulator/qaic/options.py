@@ -10,7 +10,7 @@ import difflib
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from ..compiler.argv import FLAGS
-from ..documents import parse_mapping, read_text, shown
+from ..documents import Refusal, parse_mapping, read_text, shown
 from .hosting import DEFAULT_SET_SIZE
 
 Symbols = List[Tuple[str, int]]
@@ -28,6 +28,10 @@ _KEYWORD_TO_FLAG = {
 }
 _ALWAYS_PASSED = ("aic_hw", "aic_hw_version", "compile_only")
 _NAMED_BY_SESSION = ("m", "model", "aic_binary_dir", "h", "help")
+
+
+class OptionError(Refusal, ValueError):
+    """An option, or a file of them, that a session does not take."""
 
 
 class SessionOptions(NamedTuple):
@@ -51,12 +55,12 @@ def read_options(options_path: Optional[str], given: Mapping[str, Any]) -> Sessi
     """The options of a file, and those that were given, which win.
 
     Raises:
-        ValueError: for an unknown option, a wrong value, or a file that cannot be read.
+        OptionError: for an unknown option, a wrong value, or a file that cannot be read.
     """
     merged: Dict[str, Any] = {}
     if options_path is not None:
-        text = read_text(str(options_path), ValueError)
-        merged.update(_named(parse_mapping(text, str(options_path), ValueError)))
+        text = read_text(str(options_path), OptionError)
+        merged.update(_named(parse_mapping(text, str(options_path), OptionError)))
     merged.update(_named(given))
     own = {name: merged.pop(name) for name in _OWN if name in merged}
     options = SessionOptions(**{name: _checked(name, value) for name, value in own.items()})
@@ -68,12 +72,12 @@ def updated(options: SessionOptions, given: Mapping[str, Any]) -> SessionOptions
     """The options with some of the session's own changed.
 
     Raises:
-        ValueError: for an option that a session cannot change, or a wrong value.
+        OptionError: for an option that a session cannot change, or a wrong value.
     """
     changes = {}
     for name, value in _named(given).items():
         if name not in _OWN:
-            raise ValueError(f"{name} cannot be changed after creation; {_meant(name, _OWN)}")
+            raise OptionError(f"{name} cannot be changed after creation; {_meant(name, _OWN)}")
         changes[name] = _checked(name, value)
     changed = options._replace(**changes)
     _check_together(changed)
@@ -86,14 +90,14 @@ def _named(given: Mapping[str, Any]) -> Dict[str, Any]:
 
 def _check_together(options: SessionOptions) -> None:
     if options.enable_metrics and options.enable_profiling:
-        raise ValueError(
+        raise OptionError(
             "enable_metrics and enable_profiling cannot be used together; enable_profiling gives "
             "the metrics too"
         )
     if options.oversubscription_name and options.num_activations != 1:
-        raise ValueError("oversubscription_name needs num_activations=1")
+        raise OptionError("oversubscription_name needs num_activations=1")
     if options.backend not in (_BACKEND, "qaic"):
-        raise ValueError(f"backend {shown(options.backend)} is not supported; it is '{_BACKEND}'")
+        raise OptionError(f"backend {shown(options.backend)} is not supported; it is '{_BACKEND}'")
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -103,10 +107,10 @@ def _checked(name: str, value: Any) -> Any:
     if kind is int:
         least = 0 if name == "dev_id" else 1
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _MAX_COUNT:
-            raise ValueError(f"{name} must be a number from {least} on, not {shown(value)}")
+            raise OptionError(f"{name} must be a number from {least} on, not {shown(value)}")
     elif not isinstance(value, kind):
         words = "a text" if kind is str else "true or false"
-        raise ValueError(f"{name} must be {words}, not {shown(value)}")
+        raise OptionError(f"{name} must be {words}, not {shown(value)}")
     return value
 
 
@@ -118,7 +122,7 @@ def _flags(given: Mapping[str, Any]) -> List[str]:
         if name in _ALWAYS_PASSED:
             continue
         if name not in known:
-            raise ValueError(f"unknown option {name}; {_meant(name, (*_OWN, *known))}")
+            raise OptionError(f"unknown option {name}; {_meant(name, (*_OWN, *known))}")
         flags += _arguments(known[name], name, value)
     return flags
 
@@ -145,18 +149,18 @@ def _arguments(flag: str, name: str, value: Any) -> List[str]:
         return [f"{flag}={','.join(map(str, value))}"]
     if isinstance(value, (str, int, float)):
         return [f"{flag}={value}"]
-    raise ValueError(f"{name} cannot be {shown(value)}")
+    raise OptionError(f"{name} cannot be {shown(value)}")
 
 
 def _symbols(value: Any) -> Symbols:
     """`{"batch": 1}`, or `[("batch", 1)]`."""
     pairs = list(value.items()) if isinstance(value, dict) else value
     if not isinstance(pairs, (list, tuple)):
-        raise ValueError("onnx_define_symbol must be a list of (symbol, value)")
+        raise OptionError("onnx_define_symbol must be a list of (symbol, value)")
     symbols = []
     for pair in pairs:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise ValueError(
+            raise OptionError(
                 f"onnx_define_symbol must have pairs (symbol, value), not {shown(pair)}"
             )
         symbols.append((str(pair[0]), pair[1]))

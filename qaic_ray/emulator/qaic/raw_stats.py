@@ -1,22 +1,27 @@
 """What was measured of one inference, as a file: `qaic-runner` writes it, `qaic-opstats` reads it.
 
 The vendor's raw statistics are a device's, and not public. Ours hold events of the host, around the
-emulated runtime, under a mark of our own: neither tool takes the other's file for its own.
+emulated runtime and of the operators that onnxruntime ran, under a mark of our own: neither tool
+takes the other's file for its own.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any, Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from ..documents import is_number, parse_json
+from ..documents import Refusal, is_number, parse_json
 
 MAGIC = b"QAICEMUSTATS 1\n"
 
 Event = Dict[str, Any]
 
+_US = 1e6
+_MEASURED = "_kernel_time"
+"""What onnxruntime's name of an operator's event ends with."""
 
-class RawStatsError(ValueError):
+
+class RawStatsError(Refusal, ValueError):
     """The file is no raw statistics of this SDK, or is damaged."""
 
 
@@ -67,21 +72,95 @@ def _is_event(event: Any) -> bool:
     )
 
 
+class Operator(NamedTuple):
+    """An execution of a node: seconds from when its run began, and how many it took."""
+
+    node: str
+    kind: str
+    begun: float
+    seconds: float
+
+
+class Run(NamedTuple):
+    """One run of a graph, and its operators in order."""
+
+    seconds: float
+    operators: List[Operator]
+
+
+def runs(profiles: Sequence[str]) -> Dict[int, List[Run]]:
+    """The runs that onnxruntime measured, by the thread that did them, in order.
+
+    A thread that ran several graphs is left out: their clocks are not the same.
+
+    Args:
+        profiles: its JSON, one of each session.
+    """
+    found: Dict[int, List[Run]] = {}
+    twice = set()
+    for text in profiles:
+        for thread, made in _runs_of(json.loads(text)).items():
+            if thread in found:
+                twice.add(thread)
+            found[thread] = made
+    return {thread: made for thread, made in found.items() if thread not in twice}
+
+
+def _runs_of(events: Sequence[Event]) -> Dict[int, List[Run]]:
+    ordered = sorted((e for e in events if "ts" in e), key=lambda e: (e["ts"], -e["dur"]))
+    made: Dict[int, List[Run]] = {}
+    begun: Dict[int, float] = {}
+    for event in ordered:
+        thread, name = int(event["tid"]), str(event["name"])
+        if event["cat"] == "Session" and name == "model_run":
+            made.setdefault(thread, []).append(Run(event["dur"] / _US, []))
+            begun[thread] = event["ts"]
+        elif event["cat"] == "Node" and name.endswith(_MEASURED) and thread in made:
+            node = name[: -len(_MEASURED)]
+            moment = (event["ts"] - begun[thread]) / _US
+            kind = str(event["args"].get("op_name"))
+            operator = Operator(node.rpartition("#")[0] or node, kind, moment, event["dur"] / _US)
+            made[thread][-1].operators.append(operator)
+    return made
+
+
+def _kind(event: Event) -> Optional[str]:
+    """The type of the operator that an event is of; None for a part of an inference."""
+    details = event.get("args")
+    kind = details.get("opKind") if isinstance(details, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
 def summary(network: str, events: Sequence[Event]) -> str:
-    """A table of the events by name: how often, how long in microseconds, and what share."""
-    totals: Dict[str, List[float]] = {}
-    for event in events:
-        totals.setdefault(event["name"], []).append(event["dur"])
-    whole = sum(map(sum, totals.values())) or 1.0
+    """Tables of the parts of an inference, and of operators by type.
+
+    A row says how often, how long in microseconds, and what share of its table.
+    """
+    parts = [(event["name"], event["dur"]) for event in events if _kind(event) is None]
+    kinds = [(kind, event["dur"]) for event in events if (kind := _kind(event)) is not None]
     lines = [
         f"[{network}] host time on this machine: the SDK is emulated, and has no device cycles",
         "",
-        f"{'count':>6} {'us':>14} {'us(%)':>8}  event",
+        *_table("event", parts),
+        "",
     ]
+    if kinds:
+        lines += _table("operators of Execute, as onnxruntime ran them", kinds)
+    else:
+        lines.append("No operators: the program runs as one compiled step, or was not measured.")
+    return "\n".join(lines) + "\n"
+
+
+def _table(heading: str, rows: Sequence[Tuple[str, float]]) -> List[str]:
+    totals: Dict[str, List[float]] = {}
+    for name, duration in rows:
+        totals.setdefault(name, []).append(duration)
+    whole = sum(map(sum, totals.values())) or 1.0
+    lines = [f"{'count':>6} {'us':>14} {'us(%)':>8}  {heading}"]
     for name, times in sorted(totals.items(), key=lambda item: -sum(item[1])):
         share = 100 * sum(times) / whole
         lines.append(f"{len(times):>6} {sum(times):>14.3f} {share:>7.2f}%  {name}")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def trace(events: Sequence[Event]) -> str:

@@ -206,7 +206,7 @@ def _wanted(host: HostedProgram, inputs: Mapping[str, Any]) -> Optional[List[str
     """The outputs to fetch: all, but no state where one was left on the device."""
     if len(inputs) == len(host.inputs):
         return None
-    return [b.name for b in host.outputs if not b.is_partial_buf_allowed]
+    return [b.name for b in host.outputs if b.name not in host.states]
 
 
 def _positive(name: str, value: Any) -> int:
@@ -221,11 +221,14 @@ def _positive(name: str, value: Any) -> int:
 
 def _random(host: HostedProgram) -> Dict[str, np.ndarray]:
     generator = np.random.default_rng(_SEED)
-    return {b.name: bounded_random(b, generator) for b in host.inputs}
+    shapes = host.specializations()[0]
+    return {b.name: bounded_random(b, shapes[b.name], generator) for b in host.inputs}
 
 
-def bounded_random(binding: Binding, generator: np.random.Generator) -> np.ndarray:
+def bounded_random(
+    binding: Binding, dims: Tuple[int, ...], generator: np.random.Generator
+) -> np.ndarray:
     """Values that every model takes: floats in [0, 1), integers 0 or 1, as any table has them."""
     if binding.dtype.kind == "f":
-        return generator.random(binding.dims, np.float32).astype(binding.dtype)
-    return generator.integers(0, 2, binding.dims).astype(binding.dtype)
+        return generator.random(dims, np.float32).astype(binding.dtype)
+    return generator.integers(0, 2, dims).astype(binding.dtype)

@@ -23,7 +23,8 @@ from .types import QStatus
 class Inference:
     """What an ExecObj enqueued; `results` and `status` are valid once it is done.
 
-    `started_s` and `ended_s` are when a queue began and ended it, as `time.perf_counter` says.
+    `started_s` and `ended_s` are when a queue began and ended it, as `time.perf_counter` says, and
+    `thread` is the system's id of the queue's thread that did.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Inference:
         self.results: Dict[str, np.ndarray] = {}
         self.started_s = 0.0
         self.ended_s = 0.0
+        self.thread = 0
         self._program = program
         self._instance = instance
         self._inputs = inputs
@@ -62,6 +64,7 @@ class Inference:
     def execute(self) -> None:
         """Run it; it is done afterwards, also where this raises."""
         self.started_s = time.perf_counter()
+        self.thread = threading.get_native_id()
         try:
             self.status = self._execute()
         finally:

@@ -83,6 +83,7 @@ class Program:
         self.qpc = qpcObj
         self.properties = properties
         self.num_activations = 1
+        self.measures_operators = False
         self.group_lock: Optional[threading.Lock] = None
         self.waits_for_group = False
         self.instances: List[Instance] = []
@@ -195,11 +196,16 @@ class Program:
                 execution.num_threads_of_environment(),
                 numerics=numerics_of_environment(machine.folder.numerics),
                 cores=cores_of(machine.state),
+                measures_operators=self.measures_operators,
             )
         except (QpcError, ValueError) as error:
             self.context.log.failure(f"Failed to load program: {error}")
             return QStatus.QS_ERROR
         return QStatus.QS_SUCCESS
+
+    def operator_profiles(self) -> List[str]:
+        """As `LoadedProgram.operator_profiles`; nothing where it was not to be measured."""
+        return self._loaded.operator_profiles() if self.measures_operators else []
 
     def unload(self) -> QStatus:
         """Give the DRAM back; QS_ERROR while active."""

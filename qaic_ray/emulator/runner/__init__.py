@@ -2,8 +2,8 @@
 
 Covered: the options that public programs use, file names, the latency file, the `Stats` block.
 Inferred: which columns the latency file has and their order, the tolerance of `-c`, the range of
-bounded random values, the status of an unknown option (1). Not covered: operators and cycles of a
-device (`stats` and `raw_device_stats` hold host times) and live reporting.
+bounded random values, the status of an unknown option (1). Not covered: cycles and cores of a
+device (`stats` and `raw_device_stats` hold host times, of operators too) and live reporting.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .batches import Source, open_source
 from .profiling import (
     LatencyLog,
     performance_lines,
+    share_operators,
     write_latencies,
     write_statistics,
     write_traces,
@@ -29,6 +30,7 @@ from .results import Validation, write_outputs
 PROGRAM = "qaic-runner"
 
 _INTERRUPTED = 130
+_WITH_OPERATORS = frozenset(["stats", "raw_device_stats", "trace"])
 
 
 def main(argv: Sequence[str], program: str = PROGRAM) -> int:
@@ -87,6 +89,7 @@ def _open(options: RunnerOptions) -> HostedProgram:
             num_activations=options.num_activations,
             set_size=options.set_size,
             num_threads=options.num_threads,
+            measures_operators=not _WITH_OPERATORS.isdisjoint(options.profiling_types),
         ),
     )
 
@@ -114,6 +117,7 @@ class RunLoop:
         count, seconds = stream(
             self._host, self._begin, goes_on=self._goes_on, finished=self._finished
         )
+        share_operators(self._logs, self._host.operator_profiles())
         self._write_profiles()
         batch_size = self._host.qpc.getInfo().batchSize
         print(" ---- Stats ----")
@@ -162,7 +166,7 @@ class RunLoop:
         if len(given) == len(host.inputs) or (self._source.is_random and self._written):
             return None
         asked = expected | self._source.outputs | set(self._validation.names)
-        return [b.name for b in host.outputs if not b.is_partial_buf_allowed or b.name in asked]
+        return [b.name for b in host.outputs if b.name not in host.states or b.name in asked]
 
     def _finished(self, index: int, flight: Flight) -> None:
         outputs = flight.finish()
@@ -179,5 +183,6 @@ def _bytes(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read()
-    except OSError as error:
-        raise RunnerError(f"Failed to open file: {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunnerError(f"Failed to open file: {path}: {reason}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+from ..documents import Refusal
 from ..qaic.hosting import DEFAULT_SET_SIZE
 from ..qaicrt.types import DEFAULT_NUM_QUEUE_THREADS
 
@@ -17,7 +18,7 @@ PROFILING_TYPES = ("latency", "trace", "stats", "raw_device_stats")
 _STREAM_TYPES = ("trace_stream", "latency_stream")
 
 
-class RunnerError(Exception):
+class RunnerError(Refusal):
     """The command line or a file that it names is refused; the message is for stderr."""
 
 
@@ -291,7 +292,8 @@ def _check_folder(what: str, path: str) -> None:
     """The folder is made where there is none, as the open runner does."""
     try:
         os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise RunnerError(f"Invalid {what} dir: {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunnerError(f"Invalid {what} dir: {path}: {reason}") from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise RunnerError(f"Invalid {what} dir: {path}: it cannot be written")

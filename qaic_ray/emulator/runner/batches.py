@@ -83,14 +83,18 @@ class Source:
     def _random(self) -> Arrays:
         generator = np.random.default_rng(_SEED)
         made = {}
+        shapes = self._host.specializations()[0]
         for binding in self._host.inputs:
-            if binding.is_partial_buf_allowed:
-                continue  # a retained state stays on the device
+            if binding.name in self._host.states:
+                continue  # it stays on the device
+            dims = shapes[binding.name]
             if self._options.unbound_random:
-                data = np.frombuffer(generator.bytes(binding.size), binding.dtype)
-                made[binding.name] = data.reshape(binding.dims)
+                size = math.prod(dims) * binding.dtype.itemsize
+                made[binding.name] = np.frombuffer(generator.bytes(size), binding.dtype).reshape(
+                    dims
+                )
             else:
-                made[binding.name] = bounded_random(binding, generator)
+                made[binding.name] = bounded_random(binding, dims, generator)
         return made
 
     def _read(self, place: int) -> Batch:
@@ -202,7 +206,7 @@ def _files_of(folder: str) -> List[str]:
 def _in_order(host: HostedProgram, paths: Sequence[str]) -> Dict[str, IoFile]:
     """Files for the inputs in their order: for all, or for all but the retained states."""
     names = [b.name for b in host.inputs]
-    sent = [b.name for b in host.inputs if not b.is_partial_buf_allowed]
+    sent = [b.name for b in host.inputs if b.name not in host.states]
     for chosen in (names, sent):
         if len(chosen) == len(paths):
             return {name: IoFile(path.strip(), None) for name, path in zip(chosen, paths)}

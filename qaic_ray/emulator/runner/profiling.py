@@ -44,11 +44,19 @@ class LatencyLog:
         self._samples = array("q")
         self._queued = array("q")
         self._moments = array("d")
+        self._begun = array("d")
+        self._threads = array("q")
+        self._runs: Dict[float, raw_stats.Run] = {}
+        """Of the inference that began then."""
 
     def add(self, flight: Flight) -> None:
         """Keep the times of an inference that has ended, where it is one of those asked for."""
         times = flight.times
-        if flight.number not in self._numbers or times is None:
+        if times is None:
+            return
+        self._begun.append(times.started)
+        self._threads.append(times.thread)
+        if flight.number not in self._numbers:
             return
         self._samples.append(flight.number)
         self._queued.append(flight.in_queue)
@@ -58,6 +66,14 @@ class LatencyLog:
         self._moments.extend(
             (times.begun, times.prepared, enqueued, times.started, times.ended, times.ended + post)
         )
+
+    def all_begun(self) -> Iterator[Tuple[float, int]]:
+        """When each inference began, kept or not, and the thread that ran it."""
+        return zip(self._begun, self._threads)
+
+    def keep_run(self, begun: float, run: raw_stats.Run) -> None:
+        """The run of the graph that the inference was which began then."""
+        self._runs[begun] = run
 
     def _rows(self) -> Iterator[Tuple[int, int, Sequence[float]]]:
         for place, (sample, queued) in enumerate(zip(self._samples, self._queued)):
@@ -91,23 +107,56 @@ class LatencyLog:
         """Numbers of the inferences that are kept."""
         return list(self._samples)
 
-    def events(self, instance: int) -> List[Dict[str, Any]]:
-        """The same as events of a Chrome trace, in microseconds."""
+    def events(self, instance: int) -> List[List[Dict[str, Any]]]:
+        """Of each inference the same as events of a Chrome trace, in microseconds."""
         made = []
         for sample, _, moments in self._rows():
-            for name, begin, end in zip(_PARTS, moments, moments[1:]):
-                made.append(
-                    {
-                        "name": name,
-                        "ph": "X",
-                        "ts": begin * _US,
-                        "dur": (end - begin) * _US,
-                        "pid": "HOST_PROC",
-                        "tid": f"activation {instance}",
-                        "args": {"inference": sample},
-                    }
-                )
+            thread = f"activation {instance}"
+            own = [
+                _event(name, (begin, end - begin), thread, {"inference": sample})
+                for name, begin, end in zip(_PARTS, moments, moments[1:])
+            ]
+            run = self._runs.get(moments[3])
+            spare = moments[4] - moments[3] - run.seconds if run else 0.0
+            for operator in run.operators if run else ():
+                # Two clocks: the run is put into the middle of what it was a part of.
+                times = moments[3] + max(spare, 0.0) / 2 + operator.begun, operator.seconds
+                details = {"inference": sample, "opName": operator.node, "opKind": operator.kind}
+                own.append(_event(operator.kind, times, f"{thread} operators", details))
+            made.append(own)
         return made
+
+
+def share_operators(logs: Sequence[LatencyLog], profiles: Sequence[str]) -> None:
+    """Give each inference the run of the graph that was measured of it.
+
+    A thread's runs are its inferences in their order. Where there are not as many of the one as of
+    the other, that thread's operators are not told.
+    """
+    done: Dict[int, List[Tuple[float, int]]] = {}
+    for number, log in enumerate(logs):
+        for begun, thread in log.all_begun():
+            done.setdefault(thread, []).append((begun, number))
+    for thread, runs in raw_stats.runs(profiles).items():
+        inferences = sorted(done.get(thread, []))
+        if len(inferences) == len(runs):
+            for (begun, number), run in zip(inferences, runs):
+                logs[number].keep_run(begun, run)
+
+
+def _event(
+    name: str, times: Tuple[float, float], thread: str, details: Dict[str, Any]
+) -> Dict[str, Any]:
+    begun, seconds = times
+    return {
+        "name": name,
+        "ph": "X",
+        "ts": begun * _US,
+        "dur": seconds * _US,
+        "pid": "HOST_PROC",
+        "tid": thread,
+        "args": details,
+    }
 
 
 def write_latencies(folder: str, logs: Sequence[LatencyLog], name: str, set_size: int) -> None:
@@ -126,7 +175,8 @@ def write_latencies(folder: str, logs: Sequence[LatencyLog], name: str, set_size
 def write_traces(folder: str, logs: Sequence[LatencyLog]) -> None:
     """Write `aic-profiling-program-A-trace.json` for each instance, A as `_numbered` counts."""
     for instance, (number, log) in enumerate(_numbered(logs)):
-        data = raw_stats.trace(log.events(instance)).encode()
+        events = [event for own in log.events(instance) for event in own]
+        data = raw_stats.trace(events).encode()
         write_file(folder, f"aic-profiling-program-{number}-trace.json", data)
 
 
@@ -138,9 +188,7 @@ def _numbered(logs: Sequence[LatencyLog]) -> Iterator[Tuple[int, LatencyLog]]:
 def write_statistics(folder: str, logs: Sequence[LatencyLog], name: str, *, raw: bool) -> None:
     """Write a file of each kept inference: its raw statistics, or the summary of them."""
     for instance, log in enumerate(logs):
-        events, parts = log.events(instance), len(_PARTS)
-        for place, number in enumerate(log.samples()):
-            own = events[parts * place : parts * (place + 1)]
+        for number, own in zip(log.samples(), log.events(instance)):
             stem = f"aic-profiling-program-0-activation-{instance}-inf-{number}"
             if raw:
                 data = raw_stats.serialize(raw_stats.RawStats(name, number, own))

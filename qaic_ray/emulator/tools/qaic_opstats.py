@@ -1,7 +1,8 @@
 """`qaic-opstats`: turns the raw statistics of `qaic-runner` into summaries and traces.
 
-Covered: `--qpc`, `--input-dir`, `--output-dir`, `--summary`, `--trace`, with host times. Accepted
-without effect: `--merge-mq-traces`, `--flow-events`. Not covered: operators and cycles of a device.
+Covered: `--qpc`, `--input-dir`, `--output-dir`, `--summary`, `--trace`, with host times, also of
+operators as onnxruntime ran them. Accepted without effect: `--merge-mq-traces`, `--flow-events`.
+Not covered: cycles, cores and engines of a device.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import ray
 import ray.exceptions as ray_errors
 from ray.serve.handle import DeploymentHandle
 
+from qaic_ray.cluster.losses import loss
 from qaic_ray.errors import FleetClosed
 from qaic_ray.rows import Row
 from qaic_ray.serve.ray_serve.question import FleetState, Question
@@ -85,7 +86,7 @@ class CardsHandle:
                 raise ReplicaLost(str(error.cause)) from error
             raise
         except ray_errors.RayError as error:
-            raise ReplicaLost(next(iter(str(error).splitlines()), "")) from error
+            raise ReplicaLost(loss(error)) from error
 
 
 def node_address() -> str:

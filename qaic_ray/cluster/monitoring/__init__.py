@@ -1,0 +1,1 @@
+"""Metrics through Ray, and the dashboards that show them."""

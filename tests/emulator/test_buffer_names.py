@@ -1,0 +1,60 @@
+"""Graphs whose inputs and outputs cannot be buffers of a program are refused by the compiler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from qaic_ray.emulator import compiler
+
+
+def refusal(
+    folder: Path, given: list[Any], made: list[Any], capsys: pytest.CaptureFixture[str]
+) -> list[str]:
+    """What the compiler says of a graph of one Add, which it has to refuse."""
+    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "g", given, made)
+    opset = [helper.make_opsetid("", 14)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), folder / "m.onnx")
+    argv = [f"-m={folder / 'm.onnx'}", f"-aic-binary-dir={folder / 'qpc'}", "-aic-hw"]
+    assert compiler.main([*argv, "-aic-hw-version=2.0", "-compile-only"]) == 1
+    return capsys.readouterr().err.splitlines()
+
+
+NAMES: dict[str, tuple[Any, str]] = {
+    "an input that is an output": ((["x"], ["x", "y"]), "'x' is an input and an output"),
+    "two inputs of one name": ((["x", "x"], ["y"]), "two inputs 'x'"),
+    "two outputs of one name": ((["x"], ["y", "y"]), "two outputs 'y'"),
+    "an input without a name": ((["x", ""], ["y"]), "an input without a name"),
+    "an output without a name": ((["x"], ["y", ""]), "an output without a name"),
+    "an output of no operator": ((["x"], ["z"]), "'z' is computed by no operator"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_no_buffer_can_be_called_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    sides, text = NAMES[name]
+    given, made = (
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 3]) for n in side]
+        for side in sides
+    )
+    err = refusal(tmp_path, given, made, capsys)
+    assert (err[0], err[2]) == (
+        "QAIC_ERROR:",
+        "QAICException:Unable to AddNodesToGraphFromModel",
+    )
+    assert text in err[1]
+    assert not (tmp_path / "qpc").exists()
+
+
+def test_a_buffer_without_elements_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value, made = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [0, 3]) for name in "xy")
+    err = refusal(tmp_path, [value], [made], capsys)
+    assert "has the shape [0, 3]: a buffer needs a size" in err[1]
