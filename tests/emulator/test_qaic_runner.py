@@ -248,17 +248,6 @@ def test_latency_files_are_numbered_as_in_their_version(
     assert found == {f"aic-profiling-program-{number}-latency.txt" for number in expected}
 
 
-def test_the_batch_size_of_the_statistics(
-    machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    qpc = compile_net(tmp_path, two_inputs(), "-stats-batchsize=8")
-    assert "-stats-batchsize" not in capsys.readouterr().out
-    assert runner.main(["-t", str(qpc), "-n", "4"]) == 0
-    count, duration_us, batch_size, rate = stats(capsys.readouterr().out)
-    assert (count, batch_size) == (4, 8)
-    assert rate == pytest.approx(4 * 8 / (duration_us * 1e-6), rel=1e-2)
-
-
 def test_the_latency_file_as_public_programs_read_it(
     machine: Machine, net: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -155,7 +155,7 @@ def plan(options: Options) -> Build:
     io_precisions = {}
     if "-custom-IO-list-file" in values:
         io_precisions = configs.read_custom_io(values["-custom-IO-list-file"])
-    batch_size, stats_batch_size = values.get("-batchsize"), values.get("-stats-batchsize")
+    batch_size = values.get("-batchsize")
     return Build(
         model_path=values["-m"],
         target=os.path.abspath(values.get("-aic-binary-dir", "")),
@@ -170,7 +170,6 @@ def plan(options: Options) -> Build:
         outputs=options.outputs,
         quantization=_quantization(options) if options.quantizes else None,
         reads_extdata=_numbers(version) >= _EXTDATA_SINCE,
-        stats_batch_size=None if stats_batch_size is None else int(stats_batch_size),
     )
 
 

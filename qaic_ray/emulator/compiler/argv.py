@@ -150,7 +150,7 @@ FLAGS: Dict[str, Flag] = {
     "-ols": _accepted(_numbers(1, MAX_CORES), "operator splitting"),
     "-mdts-mos": _accepted(_number(0, MAX_CORES), "effort to reduce on-chip memory, slicing"),
     "-multicast-weights": _accepted(_switch, "load shared weights once"),
-    "-stats-batchsize": _obeyed(_number(1, _MANY), "batch for statistics"),
+    "-stats-batchsize": _accepted(_number(1, _MANY), "batch for statistics"),
     "-dump-custom-IO-config-template": _accepted(_text, "file for a custom IO template"),
     "-allow-mxint8-mdp-io": _accepted(_switch, "MXINT8 between SoCs"),
     "-mdp-dump-partition-config": _accepted(_text, "file for a partition"),

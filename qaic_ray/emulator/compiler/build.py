@@ -64,8 +64,7 @@ class Build(NamedTuple):
 
     `symbols` has one entry a specialization, `io_precisions` is IO name -> precision, `batch_size`
     the value of a leading dimension that no symbol gives one, `outputs` what the program's outputs
-    are in place of the model's, `reads_extdata` whether weights may be in files of a checkpoint,
-    `stats_batch_size` what the tools multiply inferences with, where it is not the batch size.
+    are in place of the model's, `reads_extdata` whether weights may be in files of a checkpoint.
     """
 
     model_path: str
@@ -81,7 +80,6 @@ class Build(NamedTuple):
     outputs: Tuple[str, ...] = ()
     quantization: Optional[Quantization] = None
     reads_extdata: bool = True
-    stats_batch_size: Optional[int] = None
 
     @property
     def network_name(self) -> str:
@@ -288,8 +286,7 @@ def _describe(build: Build, model: Any, states: Mapping[str, State]) -> netdesc.
         inputs=tuple(sides[0]),
         outputs=tuple(sides[1]),
         num_cores=build.partition.num_cores,
-        batch_size=build.stats_batch_size
-        or build.symbols[0].get("batch_size", build.batch_size or 1),
+        batch_size=build.symbols[0].get("batch_size", build.batch_size or 1),
         allowed_shapes=tuple(allowed) if len(allowed) > 1 else (),
     )
 
