@@ -484,7 +484,7 @@ def test_clients_that_go_free_their_slots() -> None:
                 if isinstance(one, openai.AsyncStream):
                     await one.close()
 
-    with formula_fleet(num_cards=2, slots=8, step_s=0.05) as (fleet, cards):
+    with formula_fleet(num_cards=2, slots=8, step_s=0.2) as (fleet, cards):
         service = service_of(fleet)
         with serving(service) as url:
             asyncio.run(go(url, service))
