@@ -86,12 +86,12 @@ class Claim:
 
     @property
     def held(self) -> bool:
-        """Whether this process still holds the claim."""
-        return self._descriptor is not None
+        """Whether this process still holds the claim; what ends a process gives it back too."""
+        return self._descriptor is not None and self._finalizer.alive
 
     def change(self, demands: Mapping[int, Demand]) -> None:
         """Hold `demands` (by QID) instead of what is held now, all or nothing."""
-        if self._descriptor is None:
+        if self._descriptor is None or not self._finalizer.alive:
             raise RuntimeError("this claim was released")
         self._machine.change(self._path, self._descriptor, demands)
 
