@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -77,24 +78,37 @@ def _kept(model: ModelOptions, options: ExportOptions) -> ExportResult | None:
 
 
 def _made(model: ModelOptions, options: ExportOptions) -> ExportResult:
-    others = active_children()
+    context = _KnownProcesses()
     try:
-        with _one_process() as pool:
+        with _one_process(context) as pool:
             with _no_main_program():
                 made = pool.submit(_export, model, options)
-            exporting = [child for child in active_children() if child not in others]
             return made.result()
-    except BrokenProcessPool as error:
-        # Known now that the pool has waited for it; none are there where it ended at once.
-        end = _end_of(next((child.exitcode for child in exporting), None))
+    except BrokenProcessPool as error:  # the pool has waited for it
+        end = _end_of(next((process.exitcode for process in context.made), None))
         raise ExportError(f"The process that exported {model.name} {end}.") from error
 
 
+class _KnownProcesses(SpawnContext):
+    """Makes processes, and knows them still when they have ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[SpawnProcess] = []
+
+    def Process(  # type: ignore[override]  # noqa: N802 - the pool calls it so
+        self, *args: Any, **more: Any
+    ) -> SpawnProcess:
+        """As any context's."""
+        self.made.append(SpawnProcess(*args, **more))
+        return self.made[-1]
+
+
 @contextmanager
-def _one_process() -> Iterator[ProcessPoolExecutor]:
+def _one_process(context: SpawnContext) -> Iterator[ProcessPoolExecutor]:
     """A process beside this one, which an interruption of this one ends."""
     with ProcessPoolExecutor(
-        max_workers=1, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
+        max_workers=1, mp_context=context, initializer=_begin, initargs=(os.getpid(),)
     ) as pool:
         try:
             yield pool

@@ -153,7 +153,9 @@ def run_on(
             model=request.model,
             qpc=request.qpc.name,
             proof=proof,
-            replay=replay_command(folder / BUNDLES_FOLDER, request.qpc, sdk.tool("qaic-runner")),
+            replay=None
+            if request.run.record is None
+            else replay_command(folder / BUNDLES_FOLDER, request.qpc, sdk.tool("qaic-runner")),
         )
         write_report(summary, recording.statistics)  # last: by it a run is known as done
         return summary

@@ -183,7 +183,7 @@ def test_a_bundle_without_facts_is_read_by_the_sizes_of_elements(tmp_path: Path)
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "no bundle": (lambda f: shutil.rmtree(f) or f.mkdir(), "is no bundle"),
-    "not there": (shutil.rmtree, "cannot be read"),
+    "not there": (shutil.rmtree, "is not there: give a bundle"),
     "no lists": (lambda f: (f / BATCH_FILE).write_text('{"IO-files": 3}'), "IO-files"),
     "a file is gone": (lambda f: shutil.rmtree(f / "data"), "is not there, or is not a file"),
     "a file is short": (

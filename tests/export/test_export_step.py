@@ -153,7 +153,7 @@ STATIC = {"io": IoContract.CACHE_INDEX, "continuous_batching": False}
         ({"dtype": "bfloat16"}, "dtype: .*'float32' or 'float16' .given: 'bfloat16'"),
         ({"kv_dtype": "int8"}, "kv_dtype: .*'float16' or 'mxint8' .given: 'int8'"),
         ({"logits": "first"}, "logits: .*'all' or 'num_logits_to_keep' .given: 'first'"),
-        ({"replicate_kv_heads": 0}, "replicate_kv_heads: .*equal to 1 .given: 0"),
+        ({"replicate_kv_heads": 0}, "replicate_kv_heads: must be at least 1, not 0"),
         ({"io": IoContract.CACHE_INDEX}, "no continuous batching"),
         (STATIC | {"logits": "num_logits_to_keep"}, "no num_logits_to_keep"),
     ],

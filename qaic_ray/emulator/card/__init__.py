@@ -80,32 +80,29 @@ class Claim:
     def __init__(self, machine: Machine, path: Path, descriptor: int) -> None:
         self._machine = machine
         self._path = path
-        self._descriptor: Optional[int] = descriptor
+        self._descriptor = descriptor
         self._finalizer = weakref.finalize(self, _discard, path, descriptor)
         _open_claims.add(self)
 
     @property
     def held(self) -> bool:
-        """Whether this process still holds the claim; what ends a process gives it back too."""
-        return self._descriptor is not None and self._finalizer.alive
+        """Whether this process still holds the claim; not once it ends, in whichever order."""
+        return self._finalizer.alive
 
     def change(self, demands: Mapping[int, Demand]) -> None:
         """Hold `demands` (by QID) instead of what is held now, all or nothing."""
-        if self._descriptor is None or not self._finalizer.alive:
+        if not self.held:
             raise RuntimeError("this claim was released")
         self._machine.change(self._path, self._descriptor, demands)
 
     def release(self) -> None:
         """Give everything back; a second call does nothing."""
-        self._descriptor = None
         self._finalizer()
 
     def disown(self) -> None:
         """Forget the claim in a forked child: it stays the parent's."""
-        self._finalizer.detach()
-        if self._descriptor is not None:
+        if self._finalizer.detach() is not None:
             os.close(self._descriptor)
-            self._descriptor = None
 
 
 def _discard(path: Path, descriptor: int) -> None:

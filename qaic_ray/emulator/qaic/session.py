@@ -13,9 +13,10 @@ from .. import qaicrt
 from ..container import FILE_NAME
 from ..container.netdesc import Binding
 from .compiled_beside import compiled
-from .hosting import Flight, HostedProgram, Hosting, stream
+from .hosting import Flight, HostedProgram, Hosting
 from .measurements import Latencies, Profiles
 from .options import SessionOptions, read_options, updated
+from .streaming import stream
 
 DEFAULT_NUM_INFERENCES = 40
 

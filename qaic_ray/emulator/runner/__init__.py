@@ -14,7 +14,8 @@ from typing import List, Optional, Sequence, Set
 from ..card import READY, Machine
 from ..card.faults import FaultFileError
 from ..folder import FolderError
-from ..qaic.hosting import Flight, HostedProgram, Hosting, stream
+from ..qaic.hosting import Flight, HostedProgram, Hosting
+from ..qaic.streaming import stream
 from .argv import DEFAULT_NUM_ITERATIONS, HelpAsked, RunnerError, RunnerOptions, parse, usage
 from .batches import Source, open_source
 from .profiling import (
