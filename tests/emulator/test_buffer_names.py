@@ -1,15 +1,19 @@
-"""Graphs whose inputs and outputs cannot be buffers of a program are refused by the compiler."""
+"""Inputs and outputs of a graph as buffers: their order, and those that the compiler refuses."""
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from qaic_ray.emulator import compiler
+from qaic_ray.emulator.container.execution import CompiledProgram
 
 
 def refusal(
@@ -58,3 +62,30 @@ def test_a_buffer_without_elements_is_refused(
     value, made = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [0, 3]) for name in "xy")
     err = refusal(tmp_path, [value], [made], capsys)
     assert "has the shape [0, 3]: a buffer needs a size" in err[1]
+
+
+@given(st.permutations(["hidden", "pooled", "flags", "images"]))
+def test_outputs_stand_in_the_order_in_which_the_graph_makes_them(listed: list[str]) -> None:
+    # As the vendor's stable-diffusion samples take them, by position: CLIP's hidden state before
+    # its pooled one, a safety checker's flags before its images.
+    nodes = [
+        helper.make_node("Mul", ["x", "x"], ["hidden"]),
+        helper.make_node("ReduceSum", ["hidden"], ["pooled"]),
+        helper.make_node("Greater", ["hidden", "pooled"], ["flags"]),
+        helper.make_node("Where", ["flags", "x", "hidden"], ["images"]),
+    ]
+    real, truth = TensorProto.FLOAT, TensorProto.BOOL
+    io = {n: helper.make_tensor_value_info(n, real, [2, 3]) for n in ("x", "hidden", "images")}
+    io["pooled"] = helper.make_tensor_value_info("pooled", real, [1, 1])
+    io["flags"] = helper.make_tensor_value_info("flags", truth, [2, 3])
+    outputs = [io[name] for name in listed]
+    model = helper.make_model(
+        helper.make_graph(nodes, "order", [io["x"]], outputs),
+        opset_imports=[helper.make_opsetid("", 17)], ir_version=8,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        onnx.save(model, f"{folder}/net.onnx")
+        flags = ["-aic-hw", "-compile-only", f"-aic-binary-dir={folder}/qpc"]
+        assert compiler.main([f"-m={folder}/net.onnx", *flags]) == 0
+        names = [b.name for b in CompiledProgram.open(f"{folder}/qpc").bindings]
+    assert names == ["x", "hidden", "pooled", "flags", "images"]

@@ -102,6 +102,17 @@ def test_a_forgotten_claim_is_free(machine: Machine) -> None:
     assert machine.card(3).free == machine.card(3).total
 
 
+def test_a_claim_that_the_end_of_the_process_gave_back_is_not_held(machine: Machine) -> None:
+    claim = machine.claim({3: Demand(14, GIB, 1)})
+    assert claim.held
+    claim._finalizer()  # as Python does at exit, before finalizers that were made earlier
+    assert not claim.held
+    with pytest.raises(RuntimeError, match="this claim was released"):
+        claim.change({3: Demand(7, GIB, 1)})
+    claim.release()
+    assert machine.card(3).free == machine.card(3).total
+
+
 def test_a_derived_device_has_its_part_and_dies_with_its_claim(machine: Machine) -> None:
     qid, reservation = machine.reserve(2, Demand(4, 5 * GIB, 2))
     assert qid == 100

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import zlib
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
@@ -271,14 +270,18 @@ def _describe(build: Build, model: Any, states: Mapping[str, State]) -> netdesc.
     for name in varying & set(states):
         raise GraphError(f"Retained state '{name}' has different shapes in the specializations")
     partial = varying | set(states) | {state.output for state in states.values()}
+    # Inputs keep the model's order, which programs bind by position. Outputs stand in the order in
+    # which the graph makes them: retained states before logits, CLIP's hidden state before its
+    # pooled one. The vendor's stable-diffusion programs read that by position too.
+    made = _made_order(model)
+    results = sorted(model.graph.output, key=lambda value: made.get(value.name, -1))
     sides: List[List[netdesc.Io]] = []
-    for values in (graph.inputs(model), list(model.graph.output)):
+    for values in (graph.inputs(model), results):
         ios = [
             netdesc.Io(v.name, _io_type(build, v), largest[v.name], v.name in partial)
             for v in values
         ]
         sides.append(ios)
-    _permute(sides[1], build.network_name)
     order = sides[0] + sides[1]
     allowed = [tuple((io.type, entry[io.name]) for io in order) for entry in resolved]
     return netdesc.Network(
@@ -386,10 +389,7 @@ def _io_type(build: Build, value: Any) -> int:
     return _IO_TYPES[kind] if kind is not None and type_ in _FLOATS else type_
 
 
-def _permute(ios: List[netdesc.Io], seed: str) -> None:
-    # A real compiler keeps the order of inputs, which programs bind by position, and orders outputs
-    # as it likes.
-    order = list(ios)
-    random.Random(seed).shuffle(ios)
-    if ios == order:
-        ios.reverse()
+def _made_order(model: Any) -> Dict[str, int]:
+    """Per value that a node of the graph makes, its place among all of them."""
+    made = (name for node in model.graph.node for name in node.output)
+    return {name: place for place, name in enumerate(made)}
