@@ -172,19 +172,18 @@ def test_wrong_configuration_files(
         (["-model", "net.onnx", "-device-id", "9"], "Invalid device:9"),
         (["-model", "net.onnx", "-cores", "a"], "'a' must be numbers between commas"),
         (["-model", "net.onnx", "-cores", "15"], "no configuration fits the 14 cores"),
+        ([], "no model is given: name an ONNX file with -model"),
+        (["-model", "net.onnx", "-fast"], "unrecognized arguments: -fast"),
+        (["-model", "net.onnx", "-time", "0"], "argument -time: '0' is not a positive number"),
+        (["-model", "net.onnx", "net.onnx", "tensorflow"], "invalid choice: 'tensorflow'"),
     ],
 )
 def test_wrong_command_lines(
     machine: Machine, place: Path, capsys: pytest.CaptureFixture[str], argv: list[str], text: str
 ) -> None:
     assert configurator.main(argv) == 2
-    assert text in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("argv", [["-fast"], ["-time", "0"], ["net.onnx", "tensorflow"]])
-def test_unknown_options(machine: Machine, place: Path, argv: list[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        configurator.main(["-model", "net.onnx", *argv])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert text in line
 
 
 ANY = st.recursive(

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 from ..card import Machine, NoDevice
 from ..compiler.argv import FLAGS
@@ -195,9 +195,12 @@ def plan(argv: Sequence[str]) -> Job:
         ConfigurationError: where one of them is refused.
     """
     asked, flags = _parse(argv)
-    model = Path(asked.model or asked.path or "")
+    name = asked.model or asked.path
+    if not name:
+        raise ConfigurationError("no model is given: name an ONNX file with -model")
+    model = Path(name)
     if not model.is_file():
-        raise ConfigurationError(f"Failed to open file: {model}; name an ONNX model with -model")
+        raise ConfigurationError(f"Failed to open file: {name}; name an ONNX file with -model")
     try:
         num_cores = Machine.here().card(asked.device_id).total.num_nsps
     except NoDevice as error:
@@ -238,9 +241,16 @@ def plan(argv: Sequence[str]) -> Job:
     )  # fmt: skip
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one line, without the usage of twenty options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message}; -h lists the options")
+
+
 def _parse(argv: Sequence[str]) -> Tuple[argparse.Namespace, List[str]]:
     """What is this tool's, and the options that are the compiler's."""
-    parser = argparse.ArgumentParser(prog="model_configurator.py", allow_abbrev=False)
+    parser = _Parser(prog="model_configurator.py", allow_abbrev=False)
     parser.add_argument("path", nargs="?", help="the model, before Apps 1.20")
     parser.add_argument("framework", nargs="?", choices=("onnx",), default="onnx")
     parser.add_argument("-model", help="the ONNX file")

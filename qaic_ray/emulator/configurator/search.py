@@ -10,7 +10,7 @@ import itertools
 import math
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
-from ..documents import parse_json, read_text, shown
+from ..documents import Refusal, parse_json, read_text, shown
 
 NAMES = ("cores", "mos", "ols", "batchSize", "instances", "setSize")
 """Parameters in the order of a point, as the vendor's log calls them."""
@@ -37,7 +37,7 @@ Point = Tuple[int, ...]
 Costs = Dict[Point, float]
 
 
-class ConfigurationError(Exception):
+class ConfigurationError(Refusal):
     """The command line or the configuration file is refused; the message is for stderr."""
 
 
