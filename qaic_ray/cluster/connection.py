@@ -5,6 +5,7 @@ Uses what is private to Ray for that: its signal handlers, the interface it list
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -23,7 +24,9 @@ import ray._private.worker
 import ray._raylet
 import ray.exceptions as ray_errors
 from ray._private import ray_constants
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.worker import RayContext
+from ray.dashboard.modules.job.common import JOB_ID_METADATA_KEY, JobInfoStorageClient
 from ray.job_config import JobConfig
 
 from qaic_ray import interruption
@@ -148,7 +151,7 @@ def join(address: str, timeouts: Timeouts, *, name: str) -> RayContext:
             around.enter_context(_on_loopback())
         try:
             with _native_stderr_to(said), _signals_are_ours():
-                return ray.init(address=address, job_config=_named(name), **_QUIET)
+                context = ray.init(address=address, job_config=_named(name), **_QUIET)
         except (ray_errors.AuthenticationError, OSError, RuntimeError, ValueError) as error:
             ray.shutdown()
             said.seek(0)
@@ -159,6 +162,26 @@ def join(address: str, timeouts: Timeouts, *, name: str) -> RayContext:
                 f"The Ray cluster at {address} could not be joined ({first_line(error)}): run on "
                 f"one of its machines, with its version of Ray; here it is {ray.__version__}."
             ) from error
+    if address == "auto" and _is_of_another_job():
+        joined = ray.get_runtime_context().gcs_address
+        ray.shutdown()
+        raise UsageError(
+            f"Ray has sent this job to another Ray, at {joined}, for several run on this machine: "
+            "start the job's with `ray start`, or be it the only one."
+        )
+    return context
+
+
+def _is_of_another_job() -> bool:
+    """Whether this is the driver of a submitted job that the joined Ray does not know.
+
+    Ray tells a driver the address that its own Ray has left on the machine, or else that of any.
+    """
+    told = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
+    submission_id = told.get("metadata", {}).get(JOB_ID_METADATA_KEY)
+    key = JobInfoStorageClient.JOB_DATA_KEY.format(job_id=submission_id).encode()
+    head, jobs = ray._private.worker.global_worker.gcs_client, ray_constants.KV_NAMESPACE_JOB
+    return submission_id is not None and not head.internal_kv_exists(key, jobs)
 
 
 def _end(session: RaySession, timeouts: Timeouts) -> None:

@@ -55,13 +55,16 @@ from qaic_ray.timeouts import DEFAULT_TIMEOUTS, Timeouts, tries
 
 END_IT = "`qaic-ray ray stop` ends it"
 
-# As `ray start` does, but without the server for Ray Client, which would take a fixed port.
+# As `ray start` does, but without the server for Ray Client, which would take a fixed port. The
+# address in its folder is where Ray sends the drivers of jobs: to any Ray of the machine otherwise.
 _START = """
 import json, sys
 from ray._private.node import Node
 from ray._private.parameter import RayParams
+from ray._private.utils import write_ray_address
 params = RayParams(**json.loads(sys.argv[1]))
 node = Node(params, head=True, shutdown_at_exit=False, spawn_reaper=False)
+write_ray_address(node.gcs_address, params.temp_dir)
 vital = {kind: node.all_processes[kind][0].process.pid for kind in ("gcs_server", "raylet")}
 print(json.dumps([node.gcs_address, node.webui_url, vital]))
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -378,6 +379,27 @@ def test_an_address_without_a_cluster_is_one_sentence(address: str, sentence: st
     )
     assert sentence in result.stdout
     assert len(result.stdout.splitlines()) == 1
+
+
+def test_a_driver_that_ray_sent_to_another_ray_says_so(cluster: Cluster) -> None:
+    """As its supervisor does where several Rays run on the machine."""
+    told = {"metadata": {"job_submission_id": "of-another-ray"}}
+    address = ray.get_runtime_context().gcs_address
+    result = subprocess.run(
+        [sys.executable, "-c", JOIN.format(address="auto")],
+        env=os.environ
+        | {
+            "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(told),
+            "RAY_ADDRESS": address,
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as in `own_driver`
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    (sentence,) = result.stdout.splitlines()
+    assert sentence.startswith(f"Ray has sent this job to another Ray, at {address}, for several")
 
 
 def test_an_address_of_something_else_is_one_sentence() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,16 +30,20 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 DEADLINE_S = 120.0
 
 # A Ray with a dashboard, which the session's own has not; it lives as long as its stdin. Its agent
-# takes any port: where another Ray's has 52365, a head takes no jobs.
+# takes any port: where another Ray's has 52365, a head takes no jobs. Its address is in its folder:
+# Ray would send its jobs to any of the machine otherwise.
 HEAD = """
 import functools, json, ray, sys
 from ray._private.parameter import RayParams
+from ray._private.utils import write_ray_address
 RayParams.__init__ = functools.partialmethod(RayParams.__init__, dashboard_agent_listen_port=0)
 context = ray.init(
     address="local", _node_ip_address="127.0.0.1", num_cpus=4, resources={"QAIC": 4},
+    _temp_dir=sys.argv[1],
     include_dashboard=True, dashboard_port=0,
     log_to_driver=False, logging_level="ERROR", object_store_memory=100 * 2**20,
 )
+write_ray_address(context.address_info["gcs_address"], sys.argv[1])
 print(json.dumps([context.dashboard_url, context.address_info["gcs_address"]]), flush=True)
 sys.stdin.read()
 """
@@ -54,13 +59,16 @@ def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, s
         "RAY_AUTH_MODE": "disabled",
         CACHE_VARIABLE: str(tmp_path_factory.mktemp("cache")),
     }
-    with subprocess.Popen(
-        [sys.executable, "-c", HEAD],
-        env=environment,
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as head:
+    with (
+        tempfile.TemporaryDirectory() as folder,  # of a short name: sockets are in it
+        subprocess.Popen(
+            [sys.executable, "-c", HEAD, folder],
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as head,
+    ):
         assert head.stdout is not None
         dashboard, gcs = json.loads(head.stdout.readline())
         yield f"http://{dashboard}", gcs

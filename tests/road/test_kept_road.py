@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from awaited import ended
 from marked_processes import MARK_VARIABLE, marked, until
+from ray._private import services
 
 pytestmark = pytest.mark.cluster
 
@@ -126,6 +127,20 @@ def test_one_that_does_not_fit_is_left_alone(desk: Desk, kept: str) -> None:
     address = desk.does(*desk.run, "--keep-ray", "--address", "auto", code=2)
     assert "--keep-ray is for a Ray of this machine" in address.stderr
     assert desk.rays() == {raylet}
+
+
+def test_jobs_are_sent_to_this_ray_where_there_are_others(
+    desk: Desk, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's supervisor of a job asks this; without the answer it takes any Ray of the machine."""
+    (raylet,) = (line for line in marked(str(desk.folder)).values() if b"raylet/raylet" in line)
+    (temp_dir,) = re.findall(rb"--temp_dir=([^\x00 ]+)", raylet)
+    (address,) = set(re.findall(rb"--gcs-address=([^\x00 ]+)", raylet))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    found = ["192.0.2.1:6379", address.decode()]
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: found)
+    taken = services.get_ray_address_from_environment("auto", temp_dir.decode())
+    assert taken == address.decode()
 
 
 def test_a_detached_job_advises_what_ends_this_ray(
