@@ -24,7 +24,6 @@ from ..container import (
 )
 from ..container.constants import ConstantsWriter
 from ..lowering import graph
-from ..lowering.dims import output_dims
 from ..lowering.graph import GraphError, State
 from ..lowering.view import NotLowered
 from ..numbers import kv_cache
@@ -111,10 +110,11 @@ def write(build: Build, model: Any, path: str) -> Report:
     model, files = _prepared(build, model)
     states = _states(build, model)
     described = _describe(build, model, states)
+    graph.forget_shapes(model)
     kinds = {i.name: graph.compute_kind(i) for i in graph.inputs(model)}
     quantized = None
     if build.quantization is not None:
-        dims = _input_dims(build, model)
+        dims = preparation.input_dims(model, build.symbols[0], build.batch_size)
         quantized = quantize.apply(model, build.quantization, dims, files)
     with open(path, "wb") as file:
         devices = (MDP_META_INFO,) if build.partition.num_devices > 1 else ()
@@ -126,7 +126,7 @@ def write(build: Build, model: Any, path: str) -> Report:
         lens = _ctx_len(described, states), _joint_length(build.symbols)
         graphs, not_lowered = _lowered(model, states, constants, lens)
         graph.round_states(model, states)
-        graphs[network.REFERENCE] = graph.expand(model).SerializeToString()
+        graphs[network.REFERENCE] = graph.expand(model, states).SerializeToString()
         desc = ConstantsDesc.of(writer.size())
         writer.end_segment()
         program = network.NetworkElf(
@@ -173,7 +173,8 @@ def profile(build: Build, model: Any, path: str) -> None:
     """
     assert build.quantization is not None
     model, files = _prepared(build, model)
-    dims = _input_dims(build, model)
+    graph.forget_shapes(model)
+    dims = preparation.input_dims(model, build.symbols[0], build.batch_size)
     ranges = quantize.profile(model, build.quantization, dims, files)
     calibration.write_profile(path, ranges)
 
@@ -192,11 +193,6 @@ def _prepared(build: Build, model: Any) -> Tuple[Any, WeightFiles]:
     if build.quantization is not None or retained or preparation.has_card_operators(model):
         model = preparation.raised(model)
     return model, files
-
-
-def _input_dims(build: Build, model: Any) -> Dict[str, Dims]:
-    resolved = _resolve(model, build.symbols[0], build.batch_size)
-    return {value.name: resolved[value.name] for value in graph.inputs(model)}
 
 
 def _packed(build: Build, described: netdesc.Network) -> List[str]:
@@ -261,7 +257,10 @@ def _warnings(constants: ConstantsWriter) -> List[str]:
 
 
 def _describe(build: Build, model: Any, states: Mapping[str, State]) -> netdesc.Network:
-    resolved = [_buffer_dims(build, model, symbols) for symbols in build.symbols]
+    resolved = [preparation.resolve(model, symbols, build.batch_size) for symbols in build.symbols]
+    for dims in resolved:
+        _check_states(states, dims)
+        _pack(build, dims)
     largest = _largest(resolved)
     varying = {name for name in largest if len({entry[name] for entry in resolved}) > 1}
     empty = next((name for name, dims in largest.items() if not all(d > 0 for d in dims)), None)
@@ -294,19 +293,27 @@ def _describe(build: Build, model: Any, states: Mapping[str, State]) -> netdesc.
     )
 
 
-def _buffer_dims(build: Build, model: Any, symbols: Mapping[str, int]) -> Dict[str, Dims]:
-    """Dims of every buffer under one specialization; a packed one has its bytes as last axis."""
-    resolved = _resolve(model, symbols, build.batch_size)
+def _check_states(states: Mapping[str, State], dims: Mapping[str, Dims]) -> None:
+    for name, state in states.items():
+        if dims[name] != dims[state.output]:
+            raise GraphError(
+                f"Retained state '{name}' has the shape {list(dims[name])} and its output "
+                f"'{state.output}' {list(dims[state.output])}: what stays on the card keeps its "
+                "shape"
+            )
+
+
+def _pack(build: Build, dims: Dict[str, Dims]) -> None:
+    """Make the last axis of each packed buffer its bytes."""
     for name, kind in build.io_precisions.items():
-        if kind == kv_cache.MXINT8 and name in resolved:
-            *outer, width = resolved[name]
+        if kind == kv_cache.MXINT8 and name in dims:
+            *outer, width = dims[name]
             if width % kv_cache.BLOCK:
                 raise GraphError(
                     f"'{name}' cannot be mxint8: its last dimension is {width}, not a multiple "
                     f"of {kv_cache.BLOCK}"
                 )
-            resolved[name] = (*outer, width // kv_cache.BLOCK * kv_cache.BLOCK_BYTES)
-    return resolved
+            dims[name] = (*outer, width // kv_cache.BLOCK * kv_cache.BLOCK_BYTES)
 
 
 def _binding_type(value: Any) -> int:
@@ -320,62 +327,6 @@ def _binding_type(value: Any) -> int:
         name = TensorProto.DataType.Name(elem_type)
         raise GraphError(f"Unsupported data type {name} of input or output '{value.name}'")
     return _ONNX_TO_IO_TYPE[elem_type]
-
-
-def _resolve(
-    model: Any, symbols: Mapping[str, int], batch_size: Optional[int] = None
-) -> Dict[str, Dims]:
-    """Dims of every input and output under one specialization.
-
-    `batch_size` is the value of a first dimension that has none among the symbols.
-
-    Raises:
-        GraphError: where a dimension of an input has no value, or an output's cannot be inferred.
-    """
-    dims: Dict[str, Dims] = {}
-    if batch_size is not None:
-        symbols = dict(_leading(model, batch_size), **symbols)
-    for value in graph.inputs(model):
-        shape = _dims(value, symbols)
-        if -1 in shape:
-            raise GraphError(
-                f"Dynamic dimension {_symbol_names(value)} of input '{value.name}' has no value; "
-                "give it by -network-specialization-config or -onnx-define-symbol"
-            )
-        dims[value.name] = tuple(shape)
-    outputs = {o.name: _dims(o, symbols) for o in model.graph.output}
-    if any(-1 in shape or not shape for shape in outputs.values()):
-        # Exporters leave out an output's rank, or make names for its dims that nobody knows.
-        inferred = output_dims(model, dims)
-        outputs.update(
-            {n: list(inferred.get(n, [-1])) for n, s in outputs.items() if -1 in s or not s}
-        )
-    for name, shape in outputs.items():
-        if -1 in shape:
-            raise GraphError(f"The shape of output '{name}' cannot be inferred")
-        dims[name] = tuple(shape)
-    return dims
-
-
-def _leading(model: Any, batch_size: int) -> Dict[str, int]:
-    dims = [v.type.tensor_type.shape.dim for v in graph.inputs(model)]
-    return {d[0].dim_param: batch_size for d in dims if len(d) and d[0].dim_param}
-
-
-def _dims(value: Any, symbols: Mapping[str, int]) -> List[int]:
-    result = []
-    for dim in value.type.tensor_type.shape.dim:
-        if dim.HasField("dim_value"):
-            result.append(dim.dim_value)
-        else:
-            result.append(symbols.get(dim.dim_param, -1))
-    return result
-
-
-def _symbol_names(value: Any) -> str:
-    dims = value.type.tensor_type.shape.dim
-    names = [d.dim_param or "?" for d in dims if not d.HasField("dim_value")]
-    return ", ".join(f"'{name}'" for name in names)
 
 
 def _largest(resolved: Sequence[Mapping[str, Dims]]) -> Dict[str, Dims]:

@@ -1,13 +1,16 @@
-"""A model made ready for its compile: outputs chosen, names checked, the operator set raised."""
+"""A model made ready for its compile: outputs chosen, names checked, dims found, opset raised."""
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Sequence, Set
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 from onnx import version_converter
 
 from ..lowering import cardops, graph
+from ..lowering.dims import output_dims
 from ..lowering.graph import GraphError
+
+Dims = Tuple[int, ...]
 
 _OWN_OPSET = 13
 """The oldest that what is added to a graph is written in."""
@@ -95,6 +98,48 @@ def has_card_operators(model: Any) -> bool:
     return any((node.domain, node.op_type) in cardops.NAMES for node in model.graph.node)
 
 
+def resolve(
+    model: Any, symbols: Mapping[str, int], batch_size: Optional[int] = None
+) -> Dict[str, Dims]:
+    """Dims of every input and output under one specialization.
+
+    An output's are what the graph computes: exporters declare names for its dims that nobody knows,
+    or those of others. Only where they cannot be inferred is what is declared believed.
+
+    Raises:
+        GraphError: where a dimension of an input or an output has no value.
+    """
+    dims = input_dims(model, symbols, batch_size)
+    inferred = output_dims(model, dims)
+    symbols = dict(_leading(model, batch_size), **symbols)
+    for value in model.graph.output:
+        declared = _dims(value, symbols)
+        shape = inferred.get(value.name, [None] * len(declared) or [None])
+        if len(declared) != len(shape):
+            declared = [-1] * len(shape)
+        dims[value.name] = tuple(d if s is None else s for s, d in zip(shape, declared))
+        if -1 in dims[value.name]:
+            raise GraphError(f"The shape of output '{value.name}' cannot be inferred")
+    return dims
+
+
+def input_dims(
+    model: Any, symbols: Mapping[str, int], batch_size: Optional[int]
+) -> Dict[str, Dims]:
+    """Dims of every input; `batch_size` is that of a first one that has none among the symbols."""
+    dims: Dict[str, Dims] = {}
+    symbols = dict(_leading(model, batch_size), **symbols)
+    for value in graph.inputs(model):
+        shape = _dims(value, symbols)
+        if -1 in shape:
+            raise GraphError(
+                f"Dynamic dimension {_symbol_names(value)} of input '{value.name}' has no value; "
+                "give it by -network-specialization-config or -onnx-define-symbol"
+            )
+        dims[value.name] = tuple(shape)
+    return dims
+
+
 def _values_called(model: Any, name: str) -> List[str]:
     made = [o for node in model.graph.node for o in node.output if o]
     for value in (name, f"{name}:0"):
@@ -117,3 +162,26 @@ def _prune(model_graph: Any) -> None:
             del model_graph.node[index]
         else:
             needed.update(node.input)
+
+
+def _leading(model: Any, batch_size: Optional[int]) -> Dict[str, int]:
+    if batch_size is None:
+        return {}
+    dims = [v.type.tensor_type.shape.dim for v in graph.inputs(model)]
+    return {d[0].dim_param: batch_size for d in dims if len(d) and d[0].dim_param}
+
+
+def _dims(value: Any, symbols: Mapping[str, int]) -> List[int]:
+    result = []
+    for dim in value.type.tensor_type.shape.dim:
+        if dim.HasField("dim_value"):
+            result.append(dim.dim_value)
+        else:
+            result.append(symbols.get(dim.dim_param, -1))
+    return result
+
+
+def _symbol_names(value: Any) -> str:
+    dims = value.type.tensor_type.shape.dim
+    names = [d.dim_param or "?" for d in dims if not d.HasField("dim_value")]
+    return ", ".join(f"'{name}'" for name in names)

@@ -10,7 +10,7 @@ scatter or gather derives from its indices is the same in every layer, so it is 
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Dict, List, Mapping, Tuple
 
 import onnx
 from onnx import helper
@@ -202,14 +202,14 @@ _FUNCTIONS = {
 }
 
 
-def expand(nodes: List[Any], dims: Callable[[str], Any]) -> List[Any]:
+def expand(nodes: List[Any], given: Mapping[str, str]) -> List[Any]:
     """The same nodes with the card's operators replaced; they need `functions`.
 
     Args:
         nodes: in order.
-        dims: shape of a value, or None; equal ones let layers share what they derive from indices.
+        given: input -> its shape; caches of one shape share what is derived from indices.
     """
-    expander = _Expander(dims)
+    expander = _Expander(given)
     return [made for node in nodes for made in expander.expand(node)]
 
 
@@ -258,8 +258,8 @@ def rms_norm_node(inputs: List[str], outputs: List[str], name: str, epsilon: flo
 
 
 class _Expander:
-    def __init__(self, dims: Callable[[str], Any]) -> None:
-        self._dims = dims
+    def __init__(self, given: Mapping[str, str]) -> None:
+        self._shapes = dict(given)
         self._shared: Dict[Tuple[Any, ...], List[str]] = {}
 
     def expand(self, node: Any) -> List[Any]:
@@ -272,6 +272,8 @@ class _Expander:
         if kind in (SCATTER, SCATTER_CB):
             suffix = "CB" if kind == SCATTER_CB else ""
             data, *index, updates = node.input
+            if data in self._shapes:
+                self._shapes[node.output[0]] = self._shapes[data]
             made, derived = self._derive(node, f"ScatterIndex{suffix}", [data, *index, updates], 3)
             inputs = [data, updates, *derived]
             return [*made, self._apply(node, "ScatterApply", inputs)]
@@ -289,10 +291,11 @@ class _Expander:
         self, node: Any, kind: str, inputs: List[str], num_outputs: int
     ) -> Tuple[List[Any], List[str]]:
         """What is derived from indices; made by no node where another layer has it already."""
-        measured = [inputs[0]] + (inputs[-1:] if kind.startswith("Scatter") else [])
-        shapes = [self._dims(name) for name in measured]
-        key = (kind, *[n for n in inputs if n not in measured], *map(str, shapes))
-        if None not in shapes and key in self._shared:
+        shape = self._shapes.get(inputs[0])
+        # Updates are as high as the cache and as long as the index: they need no place in the key.
+        index = inputs[1:-1] if kind.startswith("Scatter") else inputs[1:]
+        key = (kind, *index, shape)
+        if shape is not None and key in self._shared:
             return [], self._shared[key]
         outputs = [f"{node.output[0]}/index_{i}" for i in range(num_outputs)]
         self._shared[key] = outputs

@@ -8,14 +8,14 @@ along with the dims, so that what depends on dims alone is computed.
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from . import cardops
-from .graph import GraphError, opset_of
+from .graph import GraphError, infer_shapes, opset_of
 from .graph import inputs as graph_inputs
 
 Dims = Tuple[int, ...]
@@ -24,19 +24,10 @@ NamedDims = Optional[Tuple[Any, ...]]
 # Sizes for a graph's dimensions: no product of two of them is one of them, and a slice of a cache
 # to a compute-context length is as long as that.
 _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43)
-_RISING = {
-    name: order
-    for order, name in enumerate(
-        (
-            "batch_size",
-            "num_logits_to_keep",
-            "seq_len",
-            "full_batch_size",
-            "comp_ctx_lengths",
-            "ctx_len",
-        )
-    )
-}
+_RISING = (
+    *("batch_size", "num_logits_to_keep", "seq_len"),
+    *("full_batch_size", "comp_ctx_lengths", "ctx_len"),
+)
 
 _MAX_ELEMENTS = 1024
 """Larger values than this are no part of a shape, and are not computed."""
@@ -45,19 +36,33 @@ _MAX_ELEMENTS = 1024
 _NOT_COMPUTED = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
 
-def output_dims(model: Any, inputs: Mapping[str, Dims]) -> Dict[str, Dims]:
-    """Dims of each output that they can be told of, from those of the inputs.
+def output_dims(model: Any, inputs: Mapping[str, Dims]) -> Dict[str, Tuple[Any, ...]]:
+    """Dims of each output of which the rank can be told, from those of the inputs; None: unknown.
+
+    What the model declares of its outputs and of the values inside it has no say.
 
     Raises:
         GraphError: where an operator cannot take what it is given.
     """
-    walk = _Walk(model)
-    for value in graph_inputs(model):
-        walk.learn(value.name, value.type.tensor_type.elem_type, inputs[value.name])
-    for node in model.graph.node:
-        walk.visit(node)
-    known = {o.name: walk.dims(o.name) for o in model.graph.output}
-    return {name: dims for name, dims in known.items() if dims is not None}
+    inferred = infer_shapes(model, inputs)
+    found = {value.name: _partial_dims(value.type) for value in inferred.output}
+    if any(dims is None or None in dims for dims in found.values()):
+        walk = _walked(model, inputs)
+        found = {name: _both(dims, walk.partial_dims(name)) for name, dims in found.items()}
+    return {name: dims for name, dims in found.items() if dims is not None}
+
+
+def _both(one: NamedDims, other: NamedDims) -> NamedDims:
+    if one is None or other is None or len(one) != len(other):
+        return one or other
+    return tuple(b if a is None else a for a, b in zip(one, other))
+
+
+def _partial_dims(kind: Any) -> NamedDims:
+    if not kind.tensor_type.HasField("shape"):
+        return None
+    sizes = kind.tensor_type.shape.dim
+    return tuple(size.dim_value if size.HasField("dim_value") else None for size in sizes)
 
 
 def named_dims(model: Any) -> Dict[str, NamedDims]:
@@ -68,20 +73,18 @@ def named_dims(model: Any) -> Dict[str, NamedDims]:
     Raises:
         GraphError: where an operator cannot take what it is given.
     """
-    values = graph_inputs(model)
-    names = {d.dim_param for v in values for d in v.type.tensor_type.shape.dim if d.dim_param}
-    rising = sorted(names, key=lambda name: _RISING.get(name, len(_RISING) / 2))
+    values = {v.name: v.type.tensor_type.shape.dim for v in graph_inputs(model)}
+    names = {d.dim_param for dims in values.values() for d in dims if d.dim_param}
+    middle = len(_RISING) / 2
+    rising = sorted(names, key=lambda n: _RISING.index(n) if n in _RISING else middle)
     walks = []
     for primes in (_PRIMES, _PRIMES[1:]):
         sizes = dict(zip(rising, primes))
-        walk = _Walk(model)
-        for value in values:
-            dims = value.type.tensor_type.shape.dim
-            known = [d.dim_value or sizes.get(d.dim_param, 1) for d in dims]
-            walk.learn(value.name, value.type.tensor_type.elem_type, known)
-        for node in model.graph.node:
-            walk.visit(node)
-        walks.append((walk, {size: name for name, size in sizes.items()}))
+        given = {
+            name: [d.dim_value or sizes.get(d.dim_param, 1) for d in dims]
+            for name, dims in values.items()
+        }
+        walks.append((_walked(model, given), {size: name for name, size in sizes.items()}))
     return {name: _named(walks, name) for name in walks[0][0].names()}
 
 
@@ -94,6 +97,15 @@ def _named(walks: List[Tuple[_Walk, Dict[int, str]]], name: str) -> NamedDims:
         a if a == b else symbols.get(a) if symbols.get(a) == other_symbols.get(b) else None
         for a, b in zip(one, other)
     )
+
+
+def _walked(model: Any, inputs: Mapping[str, Sequence[int]]) -> _Walk:
+    walk = _Walk(model)
+    for value in graph_inputs(model):
+        walk.learn(value.name, value.type.tensor_type.elem_type, inputs[value.name])
+    for node in model.graph.node:
+        walk.visit(node)
+    return walk
 
 
 class _Walk:
@@ -118,14 +130,13 @@ class _Walk:
     def names(self) -> Iterable[str]:
         return self._types
 
-    def dims(self, name: str) -> Optional[Dims]:
+    def partial_dims(self, name: str) -> NamedDims:
         kind = self._types.get(name)
-        if kind is None or not kind.tensor_type.HasField("shape"):
-            return None
-        sizes = kind.tensor_type.shape.dim
-        if not all(size.HasField("dim_value") for size in sizes):
-            return None
-        return tuple(size.dim_value for size in sizes)
+        return None if kind is None else _partial_dims(kind)
+
+    def dims(self, name: str) -> Optional[Dims]:
+        dims = self.partial_dims(name)
+        return None if dims is None or None in dims else dims
 
     def visit(self, node: Any) -> None:
         """Take in what a node makes."""
@@ -158,11 +169,7 @@ class _Walk:
         except onnx.defs.SchemaError:
             return {}
         types = {name: self._types[name] for name in node.input if name}
-        content = {
-            name: numpy_helper.from_array(self._values[name])
-            for name in types
-            if name in self._values
-        }
+        content = {n: numpy_helper.from_array(self._values[n]) for n in types if n in self._values}
         try:
             made = shape_inference.infer_node_outputs(
                 schema, node, types, content, opset_imports=self._opsets

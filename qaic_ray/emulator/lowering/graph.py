@@ -6,7 +6,7 @@ The result is the reference graph: always correct, for any graph that onnxruntim
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import onnx
 from google.protobuf.message import DecodeError
@@ -128,17 +128,16 @@ def opset_of(model: Any) -> int:
     return int(max(versions, default=0))
 
 
-def expand(model: Any) -> Any:
+def expand(model: Any, states: Optional[Mapping[str, State]] = None) -> Any:
     """The model with the card's operators replaced by plain ones, for onnxruntime to run.
 
-    Use the returned one only.
+    Use the returned one only. Outputs of `states` have the dims of their inputs.
     """
     graph = model.graph
-    shapes: Dict[str, str] = {}
-    for value in [*graph.input, *graph.output, *graph.value_info]:
-        shapes[value.name] = str(value.type.tensor_type.shape)
+    given = {value.name: str(value.type.tensor_type.shape) for value in inputs(model)}
+    given.update({state.output: given[name] for name, state in (states or {}).items()})
     _choose_booleans(model)
-    _set_nodes(graph, cardops.expand(list(graph.node), shapes.get))
+    _set_nodes(graph, cardops.expand(list(graph.node), given))
     model.functions.extend(cardops.functions(opset_of(model)))
     import_domain(model, cardops.LOCAL)
     import_domain(model, _MICROSOFT)
@@ -196,20 +195,38 @@ def structure(model: Any) -> Any:
     return copy
 
 
-def infer_shapes(model: Any) -> Any:
+def infer_shapes(model: Any, dims: Optional[Mapping[str, Sequence[int]]] = None) -> Any:
     """A copy of the graph of a model with what is known of its values' shapes.
 
+    With `dims` of its inputs, they are what is known, and nothing that is declared of other values.
+
     Raises:
-        GraphError: where operators contradict each other.
+        GraphError: where types contradict each other; not with `dims`.
     """
     copy = structure(model)
     copy.functions.extend(cardops.shape_functions(opset_of(model)))
     import_domain(copy, cardops.CLOUD)
     import_domain(copy, cardops.AISW)
+    if dims is not None:
+        forget_shapes(copy)
+        for value in inputs(copy):
+            elem_type = value.type.tensor_type.elem_type
+            value.type.CopyFrom(helper.make_tensor_type_proto(elem_type, dims[value.name]))
     try:
-        return onnx.shape_inference.infer_shapes(copy, check_type=True, data_prop=True).graph
+        known = onnx.shape_inference.infer_shapes(copy, check_type=dims is None, data_prop=True)
     except (RuntimeError, ValueError) as error:
         raise GraphError(f"Shape inference failed: {error}") from error
+    return known.graph
+
+
+def forget_shapes(model: Any) -> None:
+    """Take away what is declared of the dims of outputs and of the values inside.
+
+    Exporters write wrong ones, and onnxruntime gives values the same memory that are said to be of
+    one size.
+    """
+    for value in [*model.graph.output, *model.graph.value_info]:
+        value.type.tensor_type.ClearField("shape")
 
 
 def retained_pairs(model: Any) -> Dict[str, str]:
@@ -305,7 +322,8 @@ def round_states(model: Any, states: Mapping[str, State]) -> None:
     """Round each state where it is made, so that every reader sees what the card would hold."""
     graph = model.graph
     roundings = {s.output: s.rounding for s in states.values() if s.rounding is not None}
-    ranks = {o.name: len(o.type.tensor_type.shape.dim) for o in graph.output}
+    given = {i.name: len(i.type.tensor_type.shape.dim) for i in graph.input}
+    ranks = {state.output: given[name] for name, state in states.items()}
     nodes: List[Any] = []
     for node in graph.node:
         nodes.append(node)
