@@ -54,7 +54,7 @@ MOST_LOST = 0.01
 def main() -> int:
     """Measure, show, and judge."""
     cnn = small_cnn.trained()
-    truth = cnn.logits()
+    truth = cnn.logits
     rows: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,11 +53,15 @@ commands, the QPCs of `tiny`, SmolLM2."""
 
 RAY_GROUPS = ("ray", "road")
 
+MACHINE_CODE_VARIABLE = "QAIC_EMULATOR_CACHE"
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Have each process of tests use cards, locks and a cache that nobody else uses.
 
-    Where it cannot be passed on it is in the environment: tests start processes of their own.
+    All share one thing, which depends on nothing that a test does: the machine code of emulated
+    cards takes seconds to compile. Where it cannot be passed on it is in the environment: tests
+    start processes of their own.
     """
     models = cache_folder() / "models"
     models.mkdir(parents=True, exist_ok=True)
@@ -64,11 +69,24 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
     (cache / "models").symlink_to(models.absolute())
     os.environ[CACHE_VARIABLE] = str(cache)
+    if not hasattr(config, "workerinput"):  # the first process, whose environment others inherit
+        os.environ[MACHINE_CODE_VARIABLE] = str(cache)
     # Tiny models are slower on several threads, and slower still beside another process of tests.
     os.environ["QAIC_EMULATOR_THREADS"] = "1"
     # As in a terminal: what a shell started with `&` ignores SIGINT, and so would its children.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Read all tests without a search for garbage, and never search what they imported."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from qaic_ray.cli.commands import app
 from qaic_ray.shipped.jobs import shipped_jobs
 
 QAIC_RAY = Path(sys.executable).with_name("qaic-ray")
@@ -55,40 +56,57 @@ def script(home: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("words", "offered"),
-    [
-        ("ru", ["run", "runs"]),
-        ("emulator ", ["install", "run"]),
-        ("run --sa", ["--sample", "--sample-seed"]),
-        # A name that is only taken is offered where no other begins so.
-        ("run --generation", ["--generation-len"]),
-        ("run --model", ["--model"]),
-        ("status --", ["--watch", "--address", "--output", "--json", "--help"]),
-        ("run --stream ", ["auto", "rows", "ordered", "tokens"]),
-        ("run --log-format=j", ["json"]),
-        ("compile m ", ["fp16", "mx6", "fp32"]),
-        ("run ", ["smollm2-135m", "meta-llama/Llama-3.2-1B"]),
-        ("export -m meta", ["meta-llama/Llama-3.2-1B"]),
-        ("launch ", ["jobs/chat.yaml", "jobs/long.yaml", *shipped_jobs()]),
-        ("launch s", ["serve", "smollm2", "start"]),
-        ("plan jobs/l", ["jobs/long.yaml"]),
-        ("report ", ["second-2", "first-1"]),
-        ("report runs/f", ["runs/first-1"]),
-        ("run --resume ", ["runs/second-2", "runs/first-1"]),
-        ("status -o elsewhere ", ["third-3"]),
-        ("run m -i ", []),  # bash offers files then
-        ("run m --output r", []),
-    ],
-)
-def test_bash_offers(words: str, offered: list[str], home: Path, script: Path) -> None:
+OFFERED: dict[str, list[str]] = {
+    "ru": ["run", "runs"],
+    "emulator ": ["install", "run"],
+    "run --sa": ["--sample", "--sample-seed"],
+    # A name that is only taken is offered where no other begins so.
+    "run --generation": ["--generation-len"],
+    "run --model": ["--model"],
+    "status --": ["--watch", "--address", "--output", "--json", "--help"],
+    "run --stream ": ["auto", "rows", "ordered", "tokens"],
+    "run --log-format=j": ["json"],
+    "compile m ": ["fp16", "mx6", "fp32"],
+    "run ": ["smollm2-135m", "meta-llama/Llama-3.2-1B"],
+    "export -m meta": ["meta-llama/Llama-3.2-1B"],
+    "launch ": ["jobs/chat.yaml", "jobs/long.yaml", *shipped_jobs()],
+    "launch s": ["serve", "smollm2", "start"],
+    "plan jobs/l": ["jobs/long.yaml"],
+    "report ": ["second-2", "first-1"],
+    "report runs/f": ["runs/first-1"],
+    "run --resume ": ["runs/second-2", "runs/first-1"],
+    "status -o elsewhere ": ["third-3"],
+    "run m -i ": [],  # bash offers files then
+    "run m --output r": [],
+}
+
+
+@pytest.mark.parametrize("words", OFFERED)
+def test_a_word_is_offered(
+    words: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Asked as the script for bash asks, of a program that is loaded."""
+    monkeypatch.chdir(home)
+    line = ["qaic-ray", *words.split(" ")]
+    asked = {"COMP_WORDS": "\n".join(line), "COMP_CWORD": str(len(line) - 1)}
+    asked["_QAIC_RAY_COMPLETE"] = "complete_bash"
+    for name, value in (environment(home) | asked).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        app(prog_name="qaic-ray")
+    assert ended.value.code == 0
+    assert [word for word in capsys.readouterr().out.splitlines() if word] == OFFERED[words]
+
+
+@pytest.mark.parametrize("words", ["emulator ", "run ", "run --log-format=j", "run m -i "])
+def test_bash_offers(words: str, home: Path, script: Path) -> None:
     line = ["qaic-ray", *words.split(" ")]
     asked = subprocess.run(
         ["bash", "--norc", "-c", ASK, "bash", str(script), *line], cwd=home,
         env=environment(home), capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert asked.stderr == ""
-    assert [word for word in asked.stdout.splitlines() if word] == offered
+    assert [word for word in asked.stdout.splitlines() if word] == OFFERED[words]
 
 
 def test_files_are_completed_where_nothing_is_offered(script: Path) -> None:

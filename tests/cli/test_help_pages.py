@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from small_graphs import write_decoder
 from typer.testing import CliRunner
 
 from qaic_ray.bundles.record import BundleWriter
+from qaic_ray.cli import main
 from qaic_ray.cli.commands import app
 from qaic_ray.cli.flags.page import HelpEntry, HelpPage, page_text
 from qaic_ray.contract import Specializations
@@ -160,22 +162,52 @@ CHEAP = {
 }
 
 
-@pytest.mark.parametrize("example", CHEAP)
-def test_a_cheap_example_runs(example: str, here: Path, tmp_path: Path) -> None:
-    """As a shell would have it."""
-    environment = {
+FIRST = {name: example for name, example in reversed(EXAMPLES) if example in CHEAP}
+"""The first cheap example of each command."""
+
+
+def at_home(home: Path, here: Path) -> dict[str, str]:
+    """Variables of somebody who has a home, and nothing set."""
+    return {
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
-        "HOME": str(tmp_path),
+        "HOME": str(home),
         "QAIC_RAY_CACHE": str(here / "cache"),
         "QAIC_RAY_LOCKS": str(here / "locks"),
     }
+
+
+@pytest.mark.parametrize("example", dict.fromkeys(FIRST.values()))
+def test_the_first_cheap_example_of_a_command_runs(
+    example: str, here: Path, tmp_path: Path
+) -> None:
+    """As a shell would have it."""
     done = subprocess.run(
-        ["bash", "-c", example], cwd=here, env=environment, capture_output=True, text=True,
-        check=False, timeout=120,
+        ["bash", "-c", example], cwd=here, env=at_home(tmp_path, here), capture_output=True,
+        text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     if "--json" in example:
         assert isinstance(json.loads(done.stdout), dict)
+
+
+@pytest.mark.parametrize("example", [e for e in CHEAP if e not in FIRST.values()])
+def test_another_cheap_example_runs(
+    example: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """As the same program takes the words that a shell would hand it."""
+    monkeypatch.chdir(here)
+    for name in [name for name in os.environ if name.startswith(("QAIC_", "RAY_", "XDG_"))]:
+        monkeypatch.delenv(name)
+    for name, value in at_home(tmp_path, here).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["qaic-ray", *words_of(example)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out, err = capfd.readouterr()
+    assert not end.value.code, err
+    if "--json" in example:
+        assert isinstance(json.loads(out), dict)
 
 
 def test_commands_stand_in_the_order_of_use() -> None:

@@ -24,7 +24,7 @@ import pytest
 from awaited import ended
 from rich.console import Console, RenderableType
 
-from qaic_ray.cli import tables
+from qaic_ray.cli import main, tables
 from qaic_ray.doctor.facts import Finding, Verdict
 from qaic_ray.inspect.row_history import RowRecord
 from qaic_ray.inspect.run_status import RunStatus
@@ -253,54 +253,69 @@ def test_watch_redraws_and_ends_with_the_run(folder: Path) -> None:
     assert re.fullmatch(rf"\d\d:\d\d:\d\d {run}: unfinished, 1 of 3 rows, 0 failed, .*\n", dumb)
 
 
-def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def test_off_a_terminal_lines_are_whole(folder: Path) -> None:
     """A command with no terminal at all."""
-    return subprocess.run(
-        [sys.executable, "-c", "from qaic_ray.cli import main; main()", *words],
+    done = subprocess.run(
+        [sys.executable, "-c", "from qaic_ray.cli import main; main()", "runs"],
         cwd=folder, env=without_terminal(), capture_output=True, text=True, check=False,
     )  # fmt: skip
-
-
-def test_off_a_terminal_lines_are_whole(folder: Path) -> None:
-    done = command(folder, "runs")
     assert done.returncode == 0
     assert re.fullmatch(r"run +state +rows +failed +tok/s +started +worked +tokens +model +program",
                         done.stdout.splitlines()[0])  # fmt: skip
 
 
-def test_json_is_all_that_stdout_has(folder: Path) -> None:
-    runs = json.loads(command(folder, "runs", "--json").stdout)["runs"]
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    """A command of this process in that folder: its exit code, stdout and stderr."""
+    monkeypatch.chdir(folder)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qaic-ray", *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return (end.value.code or 0, *capsys.readouterr())  # type: ignore[return-value]
+
+    return run
+
+
+def test_json_is_all_that_stdout_has(command: Command) -> None:
+    runs = json.loads(command("runs", "--json")[1])["runs"]
     assert {run["name"]: run["state"] for run in runs} == {
         "run-20260101-000000": "unfinished",
         "run-20260102-000000": "done",
     }
-    found = json.loads(command(folder, "status", "--json").stdout)
+    found = json.loads(command("status", "--json")[1])
     assert [run["total_rows"] for run in found["runs"]] == [3, 3]
     assert found["jobs"] == []
 
 
-def test_show_says_what_it_can_where_the_model_is_gone(folder: Path) -> None:
-    done = command(folder, "show", "run-20260101-000000", "0", "--json")
-    assert done.returncode == 0
-    document = json.loads(done.stdout)
+def test_show_says_what_it_can_where_the_model_is_gone(command: Command) -> None:
+    code, out, _ = command("show", "run-20260101-000000", "0", "--json")
+    assert code == 0
+    document = json.loads(out)
     assert document["row"]["text"] == "b"
     assert "cannot be rendered again" in document["remark"]
-    assert command(folder, "show", "run-20260101-000000", "5").returncode == 2
+    assert command("show", "run-20260101-000000", "5")[0] == 2
 
 
-def test_what_is_not_there_is_one_sentence(folder: Path) -> None:
-    done = command(folder, "runs", "nowhere")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    done = command(folder, "stop", "run-20260101-000000")
-    assert done.returncode == 2
-    assert "there is nothing to stop" in done.stderr
+def test_what_is_not_there_is_one_sentence(command: Command) -> None:
+    code, _, err = command("runs", "nowhere")
+    assert (code, err.count("\n")) == (2, 1)
+    code, _, err = command("stop", "run-20260101-000000")
+    assert code == 2
+    assert "there is nothing to stop" in err
 
 
-def test_logs_of_a_run_folder(folder: Path) -> None:
+def test_logs_of_a_run_folder(folder: Path, command: Command) -> None:
     logs = folder / "runs" / "run-20260101-000000" / "logs"
-    assert "no logs" in command(folder, "logs", "run-20260101-000000").stderr
+    assert "no logs" in command("logs", "run-20260101-000000")[2]
     logs.mkdir()
     (logs / "card-0.log").write_text("opened\n")
     (logs / "card-1.log").write_text("lost\n")
-    done = command(folder, "logs", "run-20260101-000000")
-    assert done.stdout == ("==> logs/card-0.log <==\nopened\n==> logs/card-1.log <==\nlost\n")
+    _, out, _ = command("logs", "run-20260101-000000")
+    assert out == "==> logs/card-0.log <==\nopened\n==> logs/card-1.log <==\nlost\n"

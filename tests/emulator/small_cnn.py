@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,21 +23,25 @@ PER_CHANNEL = ("-enable-channelwise", "-enable-rowwise")
 
 
 class Cnn(NamedTuple):
-    """A trained classifier, images that it never saw, and images to calibrate with."""
+    """A trained classifier, images that it never saw, and images to calibrate with.
+
+    Attributes:
+        logits: what torch makes of the images, in float32.
+    """
 
     net: nn.Sequential
     images: Any
     labels: Any
     seen: Any
-
-    def logits(self) -> Any:
-        """What torch makes of the images, in float32."""
-        with torch.no_grad():
-            return self.net(torch.from_numpy(self.images)).numpy()
+    logits: Any
 
 
+@cache
 def trained() -> Cnn:
-    """The same network each time: noisy copies of ten random images, and which one each is of."""
+    """The same network each time: noisy copies of ten random images, and which one each is of.
+
+    A process trains it once, and nobody changes what it is given.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as quick, and the machine is others' too
     with torch.random.fork_rng():
@@ -64,8 +69,10 @@ def trained() -> Cnn:
             optimizer.step()
         images, labels = draw(2000)
         seen, _ = draw(BATCH)
+    with torch.no_grad():
+        logits = net.eval()(images)
     torch.set_num_threads(threads)
-    return Cnn(net.eval(), images.numpy(), labels.numpy(), seen.numpy())
+    return Cnn(net, images.numpy(), labels.numpy(), seen.numpy(), logits.numpy())
 
 
 def write(net: nn.Sequential, folder: Path, *, kind: int = TensorProto.FLOAT) -> None:

@@ -46,7 +46,7 @@ def test_a_float16_cnn_keeps_its_accuracy(tmp_path: Path, cnn: Cnn, flags: tuple
     listed = write_list(tmp_path, cnn.seen.astype(np.float16))
     program, report = compiled(tmp_path, "cnn", SHAPE, "-convert-to-quantize", listed, *flags)
     assert {b.dtype for b in program.bindings} == {np.dtype(np.float16)}
-    truth, made = cnn.logits(), logits_of(program, cnn.images.astype(np.float16))
+    truth, made = cnn.logits, logits_of(program, cnn.images.astype(np.float16))
     assert accuracy(made, cnn.labels) > accuracy(truth, cnn.labels) - 0.01
     assert 0.001 < relative_error(made, truth) < 0.05
     assert report["quantization"]["quantized_nodes"] == 5

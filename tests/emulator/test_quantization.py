@@ -63,7 +63,7 @@ def test_a_cnn_keeps_its_accuracy_in_int8(
     write(cnn.net, tmp_path)
     listed = write_list(tmp_path, cnn.seen)
     program, report = compiled(tmp_path, "cnn", SHAPE, "-convert-to-quantize", listed, *flags)
-    truth = cnn.logits()
+    truth = cnn.logits
     made = logits_of(program, cnn.images)
     in_fp32 = accuracy(truth, cnn.labels)
     assert 0.8 < in_fp32 < 0.995  # else a loss would not be seen

@@ -15,6 +15,8 @@ COMMAND_S = 600.0
 """A command that takes longer hangs."""
 CTRL_C = "^C"
 READERS_HOME = "/home/you"
+MACHINE_CODE = "QAIC_EMULATOR_CACHE"
+"""Names a folder: no link to one is taken, as what is in it is run."""
 _CHANGED = ("QAIC_RAY_", "QAIC_EMULATOR_", "RAY_", "XDG_", "PYTEST_", "COV_", "PYTHON")
 
 
@@ -24,8 +26,9 @@ class PageReader:
     Args:
         home: an empty folder; paths below it are shown as those of /home/you.
         models: a folder of models that need not be fetched again.
-        kept: a folder of what other readers made, for who is not the first: their programs, and
-            the machine code of the emulated step.
+        kept: a folder of the programs that other readers made, for who is not the first. Such a
+            reader also has the machine code of emulated cards, which a process of tests shares
+            with all others.
     """
 
     def __init__(self, home: Path, models: Path, kept: Path | None = None) -> None:
@@ -36,9 +39,9 @@ class PageReader:
         cache = home / ".cache" / "qaic-ray"
         cache.mkdir(parents=True)
         (cache / "models").symlink_to(models.resolve())
-        for name in ("programs", "emulator") if kept else ():
-            (kept / name).mkdir(parents=True, exist_ok=True, mode=0o700)
-            (cache / name).symlink_to((kept / name).resolve())
+        if kept:
+            (kept / "programs").mkdir(parents=True, exist_ok=True, mode=0o700)
+            (cache / "programs").symlink_to((kept / "programs").resolve())
         others = {k: value for k, value in os.environ.items() if not k.startswith(_CHANGED)}
         for name in ("NO_COLOR", "COLUMNS", "LINES"):  # a terminal says them
             others.pop(name, None)
@@ -49,6 +52,8 @@ class PageReader:
             "LANG": "C.UTF-8",
             "RAY_AUTH_MODE": "disabled",
         }
+        if kept:
+            self.environment[MACHINE_CODE] = os.environ[MACHINE_CODE]
         self._stack = ExitStack()
         self._terminal: PageTerminal | None = None
         self._staying: list[PageTerminal] = []

@@ -37,10 +37,15 @@ def page_of_errors() -> str:
 
 
 PACKAGE = Path(qaic_ray.__file__).parent
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
 OUR_OWN = {"QAIC_RAY_SESSION", "QAIC_EMULATOR_TIMING_ACTIVE"}
 """Set by a process of ours for those that it starts, and by nobody else."""
 KNOWN = {variable.name: variable for group in GROUPS.values() for variable in group}
+
+
+@cache
+def trees() -> dict[Path, ast.Module]:
+    """Every module of the package: parsed by the tests that ask, and not by who only collects."""
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
 
 
 def constants(tree: ast.AST) -> dict[str, tuple[str, ...]]:
@@ -53,10 +58,6 @@ def constants(tree: ast.AST) -> dict[str, tuple[str, ...]]:
             if texts and all(isinstance(text, str) for text in texts):
                 found[node.targets[0].id] = tuple(map(str, texts))
     return found
-
-
-OF_MODULES = {path: constants(tree) for path, tree in TREES.items()}
-CONSTANTS = {name: texts for found in OF_MODULES.values() for name, texts in found.items()}
 
 
 def is_environ(node: ast.AST) -> bool:
@@ -79,14 +80,16 @@ def asked(tree: ast.AST) -> Iterator[ast.expr]:
 
 
 def read_variables() -> set[str]:
+    of_modules = {path: constants(tree) for path, tree in trees().items()}
+    of_any = {name: texts for own in of_modules.values() for name, texts in own.items()}
     found: set[str] = set()
-    for path, tree in TREES.items():
+    for path, tree in trees().items():
         for node in asked(tree):
             if isinstance(node, ast.Constant):
                 found.add(str(node.value))
             elif isinstance(node, ast.Name):
-                own = OF_MODULES[path].get(node.id)
-                found.update(own or CONSTANTS.get(node.id, ()))
+                own = of_modules[path].get(node.id)
+                found.update(own or of_any.get(node.id, ()))
     return set(filter(None, found))
 
 
@@ -100,7 +103,7 @@ def test_every_variable_that_is_told_is_in_the_code() -> None:
     """Or, where another library reads it, in a page that says for what."""
     pages = (p for p in (PACKAGE.parent / "docs").rglob("*.md") if p.parent.name != "reference")
     own = PACKAGE / "environment.py"
-    text = "".join(p.read_text("utf-8") for p in (*TREES, *pages) if p != own)
+    text = "".join(p.read_text("utf-8") for p in (*trees(), *pages) if p != own)
     left = {name for name in KNOWN if name not in text and not name[4:].islower()}
     assert left - {"GOOGLE_APPLICATION_CREDENTIALS"} == set()
     page = environment_page()
@@ -167,7 +170,7 @@ def test_a_sentence_that_people_meet_is_found(typed: str) -> None:
 def test_every_error_of_a_request_is_found_by_its_room() -> None:
     """A room whose errors nobody sorted would be left out."""
     names = {kind.__name__ for kind in error_classes()}
-    for path, tree in TREES.items():
+    for path, tree in trees().items():
         room = path.relative_to(PACKAGE).parts[0]
         for node in ast.walk(tree):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
@@ -188,7 +191,7 @@ def test_every_route_is_told() -> None:
 
 
 def test_every_status_of_the_server_is_told() -> None:
-    text = "".join(p.read_text("utf-8") for p in TREES if PACKAGE / "serve" in p.parents)
+    text = "".join(p.read_text("utf-8") for p in trees() if PACKAGE / "serve" in p.parents)
     used = set(map(int, re.findall(r"ApiError\(\s*(\d{3})", text)))
     assert used <= set(STATUSES)
     assert all(f"| `{status}` |" in page_of_errors() for status in STATUSES)
