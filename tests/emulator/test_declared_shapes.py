@@ -181,6 +181,21 @@ def test_of_an_output_only_the_axes_that_cannot_be_inferred_are_believed(tmp_pat
     assert_right(tmp_path)
 
 
+def test_branches_have_the_shapes_that_they_compute(tmp_path: Path) -> None:
+    branches = {
+        name: helper.make_graph([node(kind, "hidden", name)], name, [], [declared(name, ["batch"])])
+        for name, kind in (("then_branch", "Neg"), ("else_branch", "Abs"))
+    }
+    nodes = [
+        node("MatMul", "x", "W", "hidden"),
+        node("ReduceSum", "x", "sum", keepdims=0),
+        node("Cast", "sum", "chosen", to=TensorProto.BOOL),
+        node("If", "chosen", "y", **branches),
+    ]
+    save(tmp_path / "net.onnx", nodes, [declared("y", ["batch"])])
+    assert_right(tmp_path)
+
+
 def test_a_state_that_does_not_keep_its_shape_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

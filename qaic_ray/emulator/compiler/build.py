@@ -110,7 +110,7 @@ def write(build: Build, model: Any, path: str) -> Report:
     model, files = _prepared(build, model)
     states = _states(build, model)
     described = _describe(build, model, states)
-    graph.forget_shapes(model)
+    graph.forget_shapes(model.graph)
     kinds = {i.name: graph.compute_kind(i) for i in graph.inputs(model)}
     quantized = None
     if build.quantization is not None:
@@ -173,7 +173,7 @@ def profile(build: Build, model: Any, path: str) -> None:
     """
     assert build.quantization is not None
     model, files = _prepared(build, model)
-    graph.forget_shapes(model)
+    graph.forget_shapes(model.graph)
     dims = preparation.input_dims(model, build.symbols[0], build.batch_size)
     ranges = quantize.profile(model, build.quantization, dims, files)
     calibration.write_profile(path, ranges)

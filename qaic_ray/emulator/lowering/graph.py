@@ -208,7 +208,7 @@ def infer_shapes(model: Any, dims: Optional[Mapping[str, Sequence[int]]] = None)
     import_domain(copy, cardops.CLOUD)
     import_domain(copy, cardops.AISW)
     if dims is not None:
-        forget_shapes(copy)
+        forget_shapes(copy.graph)
         for value in inputs(copy):
             elem_type = value.type.tensor_type.elem_type
             value.type.CopyFrom(helper.make_tensor_type_proto(elem_type, dims[value.name]))
@@ -219,14 +219,16 @@ def infer_shapes(model: Any, dims: Optional[Mapping[str, Sequence[int]]] = None)
     return known.graph
 
 
-def forget_shapes(model: Any) -> None:
-    """Take away what is declared of the dims of outputs and of the values inside.
+def forget_shapes(model_graph: Any) -> None:
+    """Take away what is declared of the dims of outputs and of values inside, of inner graphs too.
 
-    Exporters write wrong ones, and onnxruntime gives values the same memory that are said to be of
-    one size.
+    It may be wrong, and onnxruntime shares memory by it.
     """
-    for value in [*model.graph.output, *model.graph.value_info]:
+    for value in [*model_graph.output, *model_graph.value_info]:
         value.type.tensor_type.ClearField("shape")
+    for attribute in (a for node in model_graph.node for a in node.attribute):
+        for inner in [attribute.g] * attribute.HasField("g") + list(attribute.graphs):
+            forget_shapes(inner)
 
 
 def retained_pairs(model: Any) -> Dict[str, str]:
