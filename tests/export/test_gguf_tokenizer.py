@@ -15,6 +15,7 @@ from llama_cpp import LlamaCpp
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from qaic_ray.errors import CheckpointError
+from qaic_ray.model import chat
 from qaic_ray.model.checkpoint import load_tokenizer
 from qaic_ray.model.gguf_file import GgufFile
 from qaic_ray.model.gguf_tokenizer import SPLITTINGS, write_tokenizer
@@ -104,6 +105,17 @@ def llama_cpp() -> Iterator[LlamaCpp]:
         yield running
 
 
+@pytest.fixture
+def loads_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers reads tokenizers in this process: to start one that has it takes a second.
+
+    Other tests have them read as users do, in a child.
+    """
+    monkeypatch.setattr(chat, "_limit_cpu", lambda _: None)
+    load = chat._load
+    monkeypatch.setattr(chat, "ask_child", lambda task, cpu_s: load(task | {"cpu_s": cpu_s}))
+
+
 def check(llama_cpp: LlamaCpp, folder: Path, keys: dict[str, Any], asked: list[str]) -> None:
     """Ids of llama.cpp, of ours and of transformers, and texts that come back."""
     num_tokens = len(keys["tokenizer.ggml.tokens"])
@@ -121,6 +133,7 @@ def check(llama_cpp: LlamaCpp, folder: Path, keys: dict[str, Any], asked: list[s
         assert ours.decode(ours.encode(text)) == text
 
 
+@pytest.mark.usefixtures("loads_here")
 @pytest.mark.parametrize("pre", [*SPLITTINGS, None])
 def test_byte_level_vocabularies(
     llama_cpp: LlamaCpp, tmp_path: Path, byte_level: dict[str, Any], pre: str | None
@@ -133,6 +146,7 @@ def test_byte_level_vocabularies(
     check(llama_cpp, tmp_path, keys, asked)
 
 
+@pytest.mark.usefixtures("loads_here")
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("model", ["byte_level", "sentencepiece"])
 def test_what_is_put_around_a_text(
@@ -143,6 +157,7 @@ def test_what_is_put_around_a_text(
     check(llama_cpp, tmp_path, keys, TEXTS[:4])
 
 
+@pytest.mark.usefixtures("loads_here")
 @pytest.mark.parametrize("prefix", [True, False, None])
 def test_sentencepiece_vocabularies(
     llama_cpp: LlamaCpp, tmp_path: Path, sentencepiece: dict[str, Any], prefix: bool | None
