@@ -12,10 +12,10 @@ import pytest
 import transformers
 from gguf_models import GgufModel, opened, random_model
 from llama_cpp import LlamaCpp
+from loaded_here import loaded_here
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from qaic_ray.errors import CheckpointError
-from qaic_ray.model import chat
 from qaic_ray.model.checkpoint import load_tokenizer
 from qaic_ray.model.gguf_file import GgufFile
 from qaic_ray.model.gguf_tokenizer import SPLITTINGS, write_tokenizer
@@ -106,14 +106,10 @@ def llama_cpp() -> Iterator[LlamaCpp]:
 
 
 @pytest.fixture
-def loads_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers reads tokenizers in this process: to start one that has it takes a second.
-
-    Other tests have them read as users do, in a child.
-    """
-    monkeypatch.setattr(chat, "_limit_cpu", lambda _: None)
-    load = chat._load
-    monkeypatch.setattr(chat, "ask_child", lambda task, cpu_s: load(task | {"cpu_s": cpu_s}))
+def loads_here() -> Iterator[None]:
+    """Other tests have tokenizers read as users do, in a child."""
+    with loaded_here():
+        yield
 
 
 def check(llama_cpp: LlamaCpp, folder: Path, keys: dict[str, Any], asked: list[str]) -> None:
