@@ -12,6 +12,7 @@ import pytest
 import transformers
 from gguf_models import GgufModel, opened, random_model
 from llama_cpp import LlamaCpp
+from loaded_here import loaded_here
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from qaic_ray.errors import CheckpointError
@@ -104,6 +105,13 @@ def llama_cpp() -> Iterator[LlamaCpp]:
         yield running
 
 
+@pytest.fixture
+def loads_here() -> Iterator[None]:
+    """Other tests have tokenizers read as users do, in a child."""
+    with loaded_here():
+        yield
+
+
 def check(llama_cpp: LlamaCpp, folder: Path, keys: dict[str, Any], asked: list[str]) -> None:
     """Ids of llama.cpp, of ours and of transformers, and texts that come back."""
     num_tokens = len(keys["tokenizer.ggml.tokens"])
@@ -121,6 +129,7 @@ def check(llama_cpp: LlamaCpp, folder: Path, keys: dict[str, Any], asked: list[s
         assert ours.decode(ours.encode(text)) == text
 
 
+@pytest.mark.usefixtures("loads_here")
 @pytest.mark.parametrize("pre", [*SPLITTINGS, None])
 def test_byte_level_vocabularies(
     llama_cpp: LlamaCpp, tmp_path: Path, byte_level: dict[str, Any], pre: str | None
@@ -133,6 +142,7 @@ def test_byte_level_vocabularies(
     check(llama_cpp, tmp_path, keys, asked)
 
 
+@pytest.mark.usefixtures("loads_here")
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("model", ["byte_level", "sentencepiece"])
 def test_what_is_put_around_a_text(
@@ -143,6 +153,7 @@ def test_what_is_put_around_a_text(
     check(llama_cpp, tmp_path, keys, TEXTS[:4])
 
 
+@pytest.mark.usefixtures("loads_here")
 @pytest.mark.parametrize("prefix", [True, False, None])
 def test_sentencepiece_vocabularies(
     llama_cpp: LlamaCpp, tmp_path: Path, sentencepiece: dict[str, Any], prefix: bool | None

@@ -19,6 +19,7 @@ from awaited import joined
 from chat_templates import CONVERSATIONS, KWARGS, TEMPLATES
 from hypothesis import given
 from hypothesis import strategies as st
+from loaded_here import loaded_here
 from tokenizer_folders import FOLDERS
 
 from qaic_ray.errors import UsageError
@@ -46,9 +47,11 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first rendering is done here too: a start a template would take a second each."""
+def no_child(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tokenizers are loaded and templates first rendered here: a start takes a second each."""
     monkeypatch.setattr(chat, "_why_never", lambda *_: None)
+    with loaded_here():
+        yield
 
 
 def auto_tokenizer(folder: Path) -> Any:
@@ -69,7 +72,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, Tokenizer
     for name in names:
         folder = tmp_path_factory.mktemp("chat")
         FOLDERS[name](folder)
-        made.append((auto_tokenizer(folder), ours(folder)))
+        with loaded_here():
+            made.append((auto_tokenizer(folder), ours(folder)))
     return made
 
 

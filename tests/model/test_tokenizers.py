@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from loaded_here import loaded_here
 from tokenizer_folders import FOLDERS, TEXTS
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
@@ -39,16 +40,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module", autouse=True)
 def in_process() -> Iterator[None]:
-    """The child's part is done in this process: a start a case would take a second each."""
-
-    def ask(task: dict[str, Any], cpu_s: int) -> None:
-        failure = chat._failure(task | {"cpu_s": cpu_s})
-        if failure is not None:
-            raise chat.ChildFailed(failure["error"], is_final=failure["is_final"])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat, "ask_child", ask)
-        patch.setattr(chat, "_limit_cpu", lambda _: None)
+    """A start of a child a case would take a second each."""
+    with loaded_here():
         yield
 
 
