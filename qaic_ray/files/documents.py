@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -35,6 +36,38 @@ _BOUNDS = {
     "less_than": ("lt", "less than"),
     "less_than_equal": ("le", "at most"),
 }
+# Kinds of pydantic's faults -> what the value has to be. A field with `{}` is of the fault.
+_KINDS = {
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "set_type": "a list",
+    "frozen_set_type": "a list",
+    "dict_type": "an object",
+    "mapping_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "dataclass_type": "an object",
+    "dataclass_exact_type": "an object",
+    "is_instance_of": "an object ({class})",
+    "string_type": "a text",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing_size": "a smaller whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "none_required": "null",
+    "literal_error": "{expected}",
+    "enum": "{expected}",
+    "too_short": "at least {min_length} long",
+    "too_long": "at most {max_length} long",
+    "string_too_short": "at least {min_length} long",
+    "string_too_long": "at most {max_length} long",
+}
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 T = TypeVar("T")
@@ -61,7 +94,11 @@ def user_path(text: str | os.PathLike[str], what: str) -> Path:
 
 
 def read_text(
-    path: Path, *, raises: type[QaicRayError] = UsageError, max_bytes: int = MAX_DOCUMENT_BYTES
+    path: Path,
+    *,
+    raises: type[QaicRayError] = UsageError,
+    max_bytes: int = MAX_DOCUMENT_BYTES,
+    makes: str = "",
 ) -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
@@ -69,6 +106,7 @@ def read_text(
         path: of the file.
         raises: the error to raise.
         max_bytes: a longer file is refused before it is read.
+        makes: where it is not there, a command that makes one: `qaic-ray key NAME > keys`.
     """
     try:
         # Opening a pipe would wait for its writer.
@@ -76,6 +114,8 @@ def read_text(
             raise raises(f"{path} is not a file.")
         with path.open("rb") as stream:
             data = stream.read(max_bytes + 1)
+    except FileNotFoundError as error:
+        raise raises(missing_file(path, makes=makes)) from error
     except (OSError, ValueError) as error:
         raise raises(f"{path} cannot be read: {_reason(error)}.") from error
     if len(data) > max_bytes:
@@ -88,6 +128,21 @@ def read_text(
         raise raises(
             f"{path} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}."
         ) from error
+
+
+def missing_file(path: Path, *, makes: str = "") -> str:
+    """What is said of a file that is not there: which one was meant perhaps, or what makes one."""
+    if path.is_symlink():
+        return f"{path} is a link to {shown(os.readlink(path))}, which is not there."
+    if not path.parent.is_dir():
+        return f"There is no file {path}, since there is no folder {path.parent}."
+    with suppress(OSError):
+        # Without what a suffix has in common: `a.yaml` is no near word of `b.yaml`.
+        names = {Path(name).stem: name for name in sorted(os.listdir(path.parent))}
+        near = get_close_matches(path.stem, names, n=1)
+        if near:
+            return f"There is no file {path}; did you mean {path.with_name(names[near[0]])}?"
+    return f"There is no file {path}: {f'`{makes}` makes one' if makes else 'check its path'}."
 
 
 def read_object(path: Path, *, raises: type[QaicRayError] = UsageError) -> dict[str, Any]:
@@ -216,24 +271,35 @@ def _adapter(kind: Any) -> Any:
 def first_error(error: ValidationError) -> str:
     """The first fault that pydantic found, as the rest of a sentence."""
     first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
+    place = place_of(first["loc"])
     if len(place) > MAX_SHOWN_CHARS or not place.isprintable():
         place = shown(place)  # keys are the writer's too
-    if first["type"] == "missing":
+    if first["type"] in ("missing", "missing_argument"):
         return f"the key '{place}' is missing."
+    if first["type"] in _UNKNOWN:
+        return f"there is no key '{place}' here: leave it out."
     where = f"{place}: " if place else ""
-    if (bound := bound_of(first)) is not None:
-        return f"{where}{bound}, not {shown(first['input'])}."
+    if (must := must_be(first)) is not None:
+        return f"{where}{must}, not {shown(first['input'])}."
     said = first["msg"].removeprefix("Value error, ").rstrip(".")
     if first["type"] == "value_error" and isinstance(first["input"], Mapping):
         return f"{where}{said}."  # it names the value that it means
     return f"{where}{with_given(said, first['input'])}."
 
 
-def bound_of(fault: ErrorDetails) -> str | None:
-    """What a number must be, where pydantic says that it is beyond a bound."""
-    words = _BOUNDS.get(fault["type"])
-    return None if words is None else f"must be {words[1]} {fault['ctx'][words[0]]}"
+def place_of(location: Sequence[str | int]) -> str:
+    """Where in a document something stands, as people write it: `compile.ctx_len[0]`."""
+    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)
+    return "".join(steps).removeprefix(".")
+
+
+def must_be(fault: ErrorDetails) -> str | None:
+    """What a value must be, where pydantic says that it is of another type, or beyond a bound."""
+    kind = fault["type"]
+    if kind in _BOUNDS:
+        name, words = _BOUNDS[kind]
+        return f"must be {words} {fault['ctx'][name]}"
+    return f"must be {_KINDS[kind].format(**fault.get('ctx', {}))}" if kind in _KINDS else None
 
 
 def with_given(said: str, value: object) -> str:

@@ -255,6 +255,9 @@ ANSWERS: Mapping[str, tuple[str, Fields]] = {
             "executions": Note("Executions that are equal, from the first on.", 3),
             "largest": Note("The largest difference of two numbers up to there.", 0.0),
             "difference": Note("Null where they do not differ.", None),
+            "difference.activation": Note(
+                "The activation, of outputs of `qaic-runner -a 2`; null where there is one.", None
+            ),
             "difference.execution": Note("Number of the execution, from 0.", 3),
             "difference.direction": Note("`input`, `output`, or `number of`.", "output"),
             "difference.tensor": Note("Name of the tensor.", "logits"),

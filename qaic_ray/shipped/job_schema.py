@@ -7,6 +7,7 @@ meant: numbers without quotes, and words in small letters.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -16,7 +17,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from qaic_ray.errors import UsageError
-from qaic_ray.files.documents import json_text, read_object, read_text
+from qaic_ray.files.documents import json_text, parse_yaml, read_object, read_text
 from qaic_ray.files.folders import write_whole
 from qaic_ray.option_types import Opt, OptionValue, Section, options_of
 from qaic_ray.options import Job
@@ -61,10 +62,17 @@ def give_schema(job: Path) -> Path:
         The schema's file.
 
     Raises:
-        UsageError: there is no such file, or another schema has that name; nothing is written.
+        UsageError: there is no such file, it is no job, or another schema has that name; nothing
+            is written.
     """
     path = job.resolve()
-    text = read_text(path)
+    text = read_text(path, makes=f"qaic-ray init {shlex.quote(path.stem)}")
+    if path.suffix == ".json":
+        raise UsageError(
+            f"{path} is JSON, which has no place for the schema's name: write the job as YAML."
+        )
+    if not isinstance(parse_yaml(text, str(path)), dict | None):
+        raise UsageError(f"{path} is no job: a job is a mapping with at least 'name' and 'model'.")
     schema = path.with_name(SCHEMA_NAME)
     if schema.exists() and read_object(schema).get("$id") != SCHEMA_ID:
         raise UsageError(

@@ -145,6 +145,69 @@ def test_outputs_of_the_runner_have_the_types_of_the_bundle_beside_them(tmp_path
     assert found.text == "execution 10, output p_y at [1]: -1.0 and -2.0"
 
 
+def outputs_of(folder: Path, activations: dict[int, list[float]]) -> Path:
+    """A folder as `qaic-runner -a` leaves it: one float32 an execution, by activation."""
+    folder.mkdir()
+    for activation, values in activations.items():
+        for number, value in enumerate(values):
+            path = folder / f"y-activation-{activation}-inf-{number}.bin"
+            np.array([value], np.float32).tofile(path)
+    return folder
+
+
+@given(
+    st.dictionaries(
+        st.integers(0, 12), st.lists(st.integers(0, 3), min_size=1, max_size=4), min_size=2
+    ),
+    st.data(),
+)
+def test_several_activations_are_compared_whole(
+    tmp_path_factory: pytest.TempPathFactory, values: dict[int, list[float]], data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("activations")
+    first = outputs_of(folder / "a", values)
+    assert compared(first, first) == BundleComparison(sum(map(len, values.values())), 0.0, None)
+    activation = data.draw(st.sampled_from(sorted(values)))
+    place = data.draw(st.integers(0, len(values[activation]) - 1))
+    changed = {number: list(each) for number, each in values.items()}
+    changed[activation][place] += 4
+    found = compared(first, outputs_of(folder / "b", changed))
+    assert found.difference is not None
+    before = sum(len(each) for number, each in values.items() if number < activation)
+    assert found.executions == before + place
+    assert found.difference.text == (
+        f"activation {activation}, execution {place}, output y at [0]: "
+        f"{float(values[activation][place])} and {float(changed[activation][place])}"
+    )
+
+
+def test_one_activation_is_that_of_a_bundle_whatever_its_number(tmp_path: Path) -> None:
+    batch = bundle(tmp_path / "a", [{"y": np.array([v], np.float32)} for v in (1, 2)])
+    written = outputs_of(tmp_path / "b", {1: [1, 3]})
+    found = compared(batch, written).difference
+    assert found is not None
+    assert found.text == "execution 1, output y at [0]: 2.0 and 3.0"
+
+
+def test_other_activations_are_refused_with_the_option(tmp_path: Path) -> None:
+    batch = bundle(tmp_path / "a", [{"y": np.array([1], np.float32)}])
+    two = outputs_of(tmp_path / "two", {0: [1], 1: [1]})
+    for pair in ((batch, two), (two, batch)):
+        with pytest.raises(UsageError, match=r"of activations 0, 1, and .*again without -a"):
+            compared(*pair)
+    others = {
+        "one": {0: [1.0]},
+        "three": {0: [1.0], 1: [1.0], 2: [1.0]},
+        "else": {0: [1.0], 2: [1.0]},
+    }
+    for name, values in others.items():
+        with pytest.raises(UsageError, match=r"of activations .* with one -a for both"):
+            compared(two, outputs_of(tmp_path / name, values))
+    fewer = outputs_of(tmp_path / "fewer", {0: [1], 1: [1, 2]})
+    with pytest.raises(UsageError, match=r"no outputs of execution 1 of activation 1, and"):
+        compared(two, fewer)
+
+
 @pytest.mark.parametrize("written", [range(1), range(2), range(1, 3), range(2, 3)])
 def test_what_the_runner_did_not_write_is_said_with_the_option(
     tmp_path: Path,
@@ -184,7 +247,19 @@ def test_a_bundle_without_facts_is_read_by_the_sizes_of_elements(tmp_path: Path)
 REFUSED: dict[str, tuple[Any, str]] = {
     "no bundle": (lambda f: shutil.rmtree(f) or f.mkdir(), "is no bundle"),
     "not there": (shutil.rmtree, "is not there: give a bundle"),
-    "no lists": (lambda f: (f / BATCH_FILE).write_text('{"IO-files": 3}'), "IO-files"),
+    "no lists": (
+        lambda f: (f / BATCH_FILE).write_text('{"IO-files": 3}'),
+        "IO-files: must be a list, not 3: give a bundle of .*, or a folder of outputs",
+    ),
+    "lists of something else": (
+        lambda f: (f / BATCH_FILE).write_text('{"IO-files": [[1]]}'),
+        r"IO-files: \[0\]\[0\]: must be an object, not 1: give a bundle",
+    ),
+    "another document": (
+        lambda f: (f / BATCH_FILE).write_text('{"results": []}'),
+        "is no bundle, since it has no IO-files: give a bundle",
+    ),
+    "no object": (lambda f: (f / BATCH_FILE).write_text("[[]]"), "is no bundle, since"),
     "a file is gone": (lambda f: shutil.rmtree(f / "data"), "is not there, or is not a file"),
     "a file is short": (
         lambda f: (f / "data" / "000000-out-y.raw").write_bytes(b"123"),

@@ -119,6 +119,28 @@ def test_programs_of_a_group_share_their_cores(qaicrt: ModuleType, machine: Mach
     assert machine.card(1).free == machine.card(1).total
 
 
+def test_a_group_that_is_disabled_by_force_lets_go_of_what_exec_objs_hold(
+    qaicrt: ModuleType, machine: Machine, capfd: pytest.CaptureFixture[str]
+) -> None:
+    status, context = qaicrt.QStatus, qaicrt.Context()
+    group = qaicrt.ProgramGroup(context, 1, "forced")
+    group.enable()
+    program = group.addProgram(qaicrt.Qpc("cores=4"))[1]
+    exec_obj = qaicrt.ExecObj(context, program)
+    assert group.disable(True, 0) == status.QS_SUCCESS
+    assert machine.card(1).free == machine.card(1).total
+    assert capfd.readouterr().err == ""
+    assert group.enqueue(exec_obj) == status.QS_INVAL
+    assert group.enable() == status.QS_SUCCESS
+    assert group.enqueue(exec_obj) == status.QS_INVAL  # it was of the activation that is gone
+    again = qaicrt.ExecObj(context, program)
+    again.setData([(1, np.ones((2, 1), np.int64))])
+    assert group.enqueue(again) == status.QS_SUCCESS
+    assert again.waitForCompletion() == status.QS_SUCCESS
+    del exec_obj, again
+    assert group.disable(False, 0) == status.QS_SUCCESS
+
+
 def test_a_group_gets_no_cores_that_are_taken(qaicrt: ModuleType, machine: Machine) -> None:
     taken = machine.claim({1: Demand(7, 0, 1)})
     group = qaicrt.ProgramGroup(qaicrt.Context(), 1, "late")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from compiled import compile_tiny, write_qpc
+from onnx import helper
 from small_nets import adding_up, compile_net, two_inputs
 from tiny_llama import TinyLlama
 
@@ -37,7 +38,7 @@ from qaic_ray.emulator.install import APPS_VERSIONS
 from qaic_ray.emulator.tools import qaic_qpc
 
 GIB = 1 << 30
-IO_BYTES = {0: 4, 1: 2, 7: 8, 8: 1}
+IO_BYTES = {0: 4, 1: 2, 3: 1, 6: 4, 7: 8, 8: 1}
 PARTIAL_HEADER_BYTES = 64
 MDP = {"partitions": [{"name": "P", "devices": [{"deviceId": i, "numCores": 5} for i in (0, 1)]}]}
 
@@ -180,10 +181,32 @@ def product(dims: list[int]) -> int:
     return size
 
 
-@pytest.fixture(scope="module", params=["llm", "state", "plain", "two devices"])
+def of_many_types() -> Any:
+    """Inputs and outputs of every type; the graph makes the outputs in another order than listed.
+
+    An output is made by an operator of its own, and named after its type.
+    """
+    kinds = {"flag": 9, "half": 10, "wide": 7, "single": 1}  # bool, float16, int64, float32
+    inputs = {"bytes": 2, "chars": 3, "words": 6}  # uint8, int8, int32
+    nodes = [helper.make_node("Cast", [name], [f"{name}/f"], to=1) for name in inputs]
+    nodes += [
+        helper.make_node("Sum", [f"{name}/f" for name in inputs], ["single"]),
+        *(helper.make_node("Cast", ["single"], [n], to=kinds[n]) for n in ("wide", "half", "flag")),
+    ]
+    sides = [
+        [helper.make_tensor_value_info(name, kind, [3, 2]) for name, kind in side.items()]
+        for side in (inputs, kinds)
+    ]
+    graph = helper.make_graph(nodes, "types", *sides)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.fixture(scope="module", params=["llm", "state", "plain", "many types", "two devices"])
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of programs with states and specializations, with one state, with none, for two."""
     folder = tmp_path_factory.mktemp("qpc")
+    if request.param == "many types":
+        return compile_net(folder, of_many_types())
     if request.param == "llm":
         flags = ("-convert-to-fp16", "-mxfp6-matmul")
         return Path(compile_tiny(folder, TinyLlama(num_layers=1, vocab=7, ffn=8), *flags).path)
@@ -247,6 +270,15 @@ def test_the_descriptor_has_a_dma_buffer_for_each_binding(program: Path) -> None
         copy = fields_of(transform[9][0])
         assert (copy.get(1, [0]), copy.get(2, [0]), copy.get(3, [0])) == ([side], [0], [number])
         assert binding[6] == [PARTIAL_HEADER_BYTES]
+
+
+def test_outputs_stand_in_the_order_in_which_the_graph_makes_them(tmp_path: Path) -> None:
+    net = compile_net(tmp_path, of_many_types())
+    desc = fields_of(table_of(file_of(net))["networkdesc.bin"][1])
+    names = [[fields_of(io)[1][0].decode() for io in desc[field]] for field in (4, 5)]
+    assert names == [["bytes", "chars", "words"], ["single", "wide", "half", "flag"]]
+    kinds = [fields_of(fields_of(io)[3][0]).get(1, [0])[0] for io in desc[5]]
+    assert kinds == [0, 7, 1, 8]  # the vendor's numbers: a bool is an int8 of it
 
 
 def test_the_metadata_says_what_the_descriptor_says(program: Path) -> None:

@@ -298,6 +298,28 @@ def test_a_program_that_ends_without_a_reset_ends_quietly(
     assert (done.returncode, done.stdout, done.stderr) == (0, "[(2, 3), (2, 3)]\n", "")
 
 
+def test_a_program_of_a_group_that_an_inference_ends_says_only_why(
+    machine: Machine, tmp_path: Path, sdk: Path
+) -> None:
+    # What fails is held by the traceback until the very end, and so is its ExecObj.
+    path = str(compile_net(tmp_path, two_inputs()))
+    script = (
+        "import numpy as np, qaic\n"
+        f"session = qaic.Session({path!r}, oversubscription_name='group1')\n"
+        "session.run({'features': np.ones((2, 4), 'f4'), 'words': np.full((2, 5), 1000)})\n"
+    )
+    (library,) = sdk.glob("dev/lib/*")
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(library)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert "indices element out of data bounds" in lines[0]
+    assert lines[1].startswith("Traceback")
+    assert lines[-1] == "RuntimeError: Inference run failed: QStatus.QS_ERROR"
+
+
 def test_inputs_of_another_width_are_converted(machine: Machine, tmp_path: Path) -> None:
     model = two_inputs()
     session = Session(str(compile_net(tmp_path, model)))

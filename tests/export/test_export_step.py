@@ -147,12 +147,12 @@ STATIC = {"io": IoContract.CACHE_INDEX, "continuous_batching": False}
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"opset": 12}, r"opset: Input should be 13 or 17 .given: 12"),
+        ({"opset": 12}, r"opset: must be 13 or 17, not 12"),
         ({"comp_ctx_lengths": True, "opset": 13}, "needs opset 17"),
         (STATIC | {"comp_ctx_lengths": True, "opset": 13}, "no comp_ctx_lengths"),
-        ({"dtype": "bfloat16"}, "dtype: .*'float32' or 'float16' .given: 'bfloat16'"),
-        ({"kv_dtype": "int8"}, "kv_dtype: .*'float16' or 'mxint8' .given: 'int8'"),
-        ({"logits": "first"}, "logits: .*'all' or 'num_logits_to_keep' .given: 'first'"),
+        ({"dtype": "bfloat16"}, "dtype: must be 'float32' or 'float16', not 'bfloat16'"),
+        ({"kv_dtype": "int8"}, "kv_dtype: must be 'float16' or 'mxint8', not 'int8'"),
+        ({"logits": "first"}, "logits: must be .*'all' or 'num_logits_to_keep', not 'first'"),
         ({"replicate_kv_heads": 0}, "replicate_kv_heads: must be at least 1, not 0"),
         ({"io": IoContract.CACHE_INDEX}, "no continuous batching"),
         (STATIC | {"logits": "num_logits_to_keep"}, "no num_logits_to_keep"),

@@ -160,9 +160,26 @@ def test_a_schema_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_job_that_is_not_there_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match=r"no file .*none\.yaml: `qaic-ray init none` makes one"):
         give_schema(tmp_path / "none.yaml")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("mine.json", '{"name": "mine"}', "write the job as YAML"),
+        ("mine.yaml", "[1, 2]", "is no job"),
+        ("mine.yaml", "text", "is no job"),
+        ("mine.yaml", "a: [", "is not YAML"),
+    ],
+)
+def test_what_is_no_job_is_left_alone(tmp_path: Path, name: str, text: str, words: str) -> None:
+    job = tmp_path / name
+    job.write_text(text)
+    with pytest.raises(UsageError, match=words):
+        give_schema(job)
+    assert [path.read_text() for path in tmp_path.iterdir()] == [text]
 
 
 # -- mutated jobs

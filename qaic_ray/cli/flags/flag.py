@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from qaic_ray.cli.flags.completion import words_for
 from qaic_ray.errors import UsageError
-from qaic_ray.files.documents import as_object, bound_of, parse_json, shown, with_given
+from qaic_ray.files.documents import as_object, must_be, parse_json, shown, with_given
 from qaic_ray.option_types import Opt, OptionValue, Section, options_of
 
 BY_NAME = inspect.Parameter.KEYWORD_ONLY
@@ -262,6 +262,6 @@ def _refusal(error: ValidationError, flags: list[Flag]) -> str:
     value, limits = shown(first["input"]), first.get("ctx", {})
     if first["type"] in ("literal_error", "enum"):
         return f"{flag} takes {limits['expected'].replace(chr(39), '')}, not {value}."
-    if (bound := bound_of(first)) is not None:
-        return f"{flag} {bound}, not {value}."
+    if (must := must_be(first)) is not None:
+        return f"{flag} {must}, not {value}."
     return f"{flag}: {with_given(said, first['input'])}."

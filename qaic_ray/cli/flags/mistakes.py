@@ -120,8 +120,10 @@ def _too_much(error: Any, context: Any, name: str) -> str:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str | None:
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return found[0] if found else None
+    # Without dashes, which all options have in common: `--model` is no near word of `--nope`.
+    bare = {name.lstrip("-"): name for name in known}
+    found = difflib.get_close_matches(word.lstrip("-"), bare, n=1, cutoff=0.6)
+    return bare[found[0]] if found else None
 
 
 def _lower(text: str) -> str:

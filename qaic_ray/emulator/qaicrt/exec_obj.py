@@ -248,7 +248,7 @@ class ExecObj:
 
     def submit(self) -> QStatus:
         """Queue an inference with the present buffers on the activation."""
-        if not self.program.is_active:
+        if not self.program.is_active or self.instance not in self.program.instances:
             self.context.log.failure("Invalid program state, not activated")
             return QStatus.QS_INVAL
         if self._last is not None and not self._last.is_done:

@@ -263,6 +263,17 @@ class Program:
                 self._deactivate()
             return QStatus.QS_SUCCESS
 
+    def withdraw(self) -> None:
+        """Deactivate and unload, whatever ExecObjs live: a group was disabled by force.
+
+        They refuse to enqueue from then on, also after the program was activated again.
+        """
+        with self._lock:
+            if self._state is ACTIVE:
+                self._deactivate()
+            self._release()
+            self._state = INIT
+
     def _deactivate(self) -> None:
         self.instances = []
         self._is_auto_activated = False

@@ -90,8 +90,7 @@ class ProgramGroup:
         """Deactivate and unload; the programs stay in the group, which may be enabled again."""
         for program in self._programs:
             program.waits_for_group = True
-            program.deactivate()
-            program.unload()
+            program.withdraw()
         if self._claim is not None:
             self._claim.release()
             self._claim = None

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from qaic_ray import __version__
+from qaic_ray.files.documents import must_be
 from qaic_ray.serve.api_errors import CLIENT_GONE, ApiError, bad_request
 from qaic_ray.serve.http.event_stream import GONE, ClientGone, EventStream, gone, too_long
 from qaic_ray.serve.http.gate import Gate, refuse
@@ -289,7 +290,7 @@ async def _of_validation(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     name = str(first["loc"][-1])
-    return refuse(bad_request(f"{name}: {first['msg']}.", name))
+    return refuse(bad_request(f"{name}: {must_be(first) or first['msg']}.", name))
 
 
 async def _of_fault(request: Request, error: Exception) -> Response:

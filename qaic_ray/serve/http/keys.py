@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import re
 import secrets
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,8 +37,9 @@ class ApiKeys:
         Raises:
             UsageError: it cannot be read, holds no key, or a line that is none.
         """
+        text = read_text(path, makes=f"qaic-ray key NAME >> {shlex.quote(str(path))}")
         digests: dict[str, bytes] = {}
-        for number, line in enumerate(read_text(path).splitlines(), start=1):
+        for number, line in enumerate(text.splitlines(), start=1):
             words = line.partition("#")[0].strip()
             if not words:
                 continue

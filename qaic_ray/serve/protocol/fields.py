@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from qaic_ray.errors import RowError, UsageError
-from qaic_ray.files.documents import first_error, shown
+from qaic_ray.files.documents import first_error, place_of, shown
 from qaic_ray.formats import row_fields
 from qaic_ray.formats.row_fields import check_unicode
 from qaic_ray.rows import Prompt
@@ -34,7 +34,7 @@ def body_of(kind: type[Body], document: Mapping[str, Any]) -> Body:
         return kind.model_validate(dict(document))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"]) or None
+        name = place_of(first["loc"]) or None
         if first["type"] == "missing":
             raise bad_request(f"{name} is missing.", name) from error
         raise bad_request(first_error(error), str(first["loc"][0])) from error

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from qaic_ray.files.documents import shown
+from qaic_ray.files.documents import must_be, shown
 from qaic_ray.serve.api_errors import ApiError, bad_request
 
 MAX_NAME_CHARS = 64
@@ -295,7 +295,7 @@ def _fault(error: ValidationError, place: str, param: str) -> ApiError:
             "digits, _, - and dots.",
             param,
         )
-    said = first["msg"].removeprefix("Input ").rstrip(".")
+    said = must_be(first) or first["msg"].removeprefix("Input ").rstrip(".")
     return bad_request(f"{place} is {shown(first['input'])}: it {said}.", param)
 
 

@@ -48,7 +48,7 @@ REFUSED: list[tuple[Body, str]] = [
     ({"tools": [{"type": "function"}]}, r"^tools\[0\]\.function is missing\.$"),
     ({"tools": [tool(name="a b")]}, r"^tools\[0\]\.function\.name is 'a b': a name has 1 to 64"),
     ({"tools": [tool(name="")]}, r"^tools\[0\]\.function\.name is '': a name has 1 to 64"),
-    ({"tools": [tool(parameters=[])]}, r"parameters is \[\]: it should be a valid dictionary\.$"),
+    ({"tools": [tool(parameters=[])]}, r"parameters is \[\]: it must be an object\.$"),
     (
         {"tools": [tool(parameters={"type": "array"})]},
         "parameters is a schema of 'array': arguments are an object",
@@ -78,7 +78,10 @@ REFUSED: list[tuple[Body, str]] = [
     ({"messages": [{"content": "x"}]}, r"^messages\[0\]\.role is missing\.$"),
     ({"messages": [{"role": "robot", "content": "x"}]}, r"role is 'robot': roles are system,"),
     ({"messages": [{"role": "user"}]}, r"^messages\[0\]\.content is missing: give a text"),
-    ({"messages": [{"role": "user", "content": 1}]}, r"^messages\[0\]\.content is 1: it should be"),
+    (
+        {"messages": [{"role": "user", "content": 1}]},
+        r"^messages\[0\]\.content is 1: it must be a text\.$",
+    ),
     ({"messages": [{"role": "user", "content": "\ud83d"}]}, "half of a surrogate pair"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
