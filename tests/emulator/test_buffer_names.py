@@ -64,6 +64,16 @@ def test_a_buffer_without_elements_is_refused(
     assert "has the shape [0, 3]: a buffer needs a size" in err[1]
 
 
+@pytest.mark.parametrize("side", ["x", "y"])
+def test_sequences_have_no_buffers(
+    side: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy"}
+    values[side] = helper.make_tensor_sequence_value_info(side, TensorProto.FLOAT, [2])
+    err = refusal(tmp_path, [values["x"]], [values["y"]], capsys)
+    assert f"Unsupported data type UNDEFINED of input or output '{side}'" in err[1]
+
+
 @given(st.permutations(["hidden", "pooled", "flags", "images"]))
 def test_outputs_stand_in_the_order_in_which_the_graph_makes_them(listed: list[str]) -> None:
     # As the vendor's stable-diffusion samples take them, by position: CLIP's hidden state before

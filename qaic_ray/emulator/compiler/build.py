@@ -189,6 +189,8 @@ def _prepared(build: Build, model: Any) -> Tuple[Any, WeightFiles]:
     if build.outputs:
         preparation.select_outputs(model, build.outputs)
     preparation.check_names(model)
+    for value in (*graph.inputs(model), *model.graph.output):
+        _binding_type(value)
     retained = build.retained and graph.retained_pairs(model)
     if build.quantization is not None or retained or preparation.has_card_operators(model):
         model = preparation.raised(model)
