@@ -47,8 +47,11 @@ Simplifier = Callable[
 """Starts on a model, with an empty folder for its files; the function that it gives waits for the
 result. `simplifying` is the real one."""
 
+# onnxsim loads torch where it is installed, which takes longer than all else; only GPUs need it.
 _PROGRAM = """
-import sys, onnx, onnxsim
+import sys
+sys.modules["torch"] = None
+import onnx, onnxsim
 model, _ = onnxsim.simplify(onnx.load(sys.argv[1]))
 onnx.save(model, sys.argv[2])
 """

@@ -19,14 +19,7 @@ from qaic_ray.compile.compiler import Source, Variant, grid_variants
 from qaic_ray.compile.store import Build
 from qaic_ray.contract import NUM_LOGITS_TO_KEEP
 from qaic_ray.errors import JobError, SdkNotFound, UsageError
-from qaic_ray.files.documents import (
-    MAX_SHOWN_CHARS,
-    first_error,
-    parse_yaml,
-    place_of,
-    read_yaml,
-    shown,
-)
+from qaic_ray.files.documents import MAX_SHOWN_CHARS, first_error, parse_yaml, read_yaml, shown
 from qaic_ray.model.checkpoint import CUSTOM_IO_FILE
 from qaic_ray.option_types import OptionValue
 from qaic_ray.options import Job
@@ -175,11 +168,11 @@ def _first_error(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     if first["type"] != "extra_forbidden":
         return first_error(error)
-    *parents, key = map(str, first["loc"])
-    known = _known_keys(parents)
-    near = difflib.get_close_matches(key[:MAX_SHOWN_CHARS], known, n=1)
+    location = [str(part) for part in first["loc"]]
+    known = _known_keys(location[:-1])
+    near = difflib.get_close_matches(location[-1][:MAX_SHOWN_CHARS], known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}."
-    return f"unknown key {shown(place_of(first['loc']))}; {hint}"
+    return f"unknown key {shown('.'.join(location))}; {hint}"
 
 
 def _known_keys(location: Sequence[str]) -> list[str]:

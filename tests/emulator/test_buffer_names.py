@@ -61,7 +61,17 @@ def test_a_buffer_without_elements_is_refused(
 ) -> None:
     value, made = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [0, 3]) for name in "xy")
     err = refusal(tmp_path, [value], [made], capsys)
-    assert "has the shape [0, 3]: a buffer needs a size" in err[1]
+    assert "has the shape [0, 3]: no buffer is that big" in err[1]
+
+
+@pytest.mark.parametrize("side", ["x", "y"])
+def test_sequences_have_no_buffers(
+    side: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy"}
+    values[side] = helper.make_tensor_sequence_value_info(side, TensorProto.FLOAT, [2])
+    err = refusal(tmp_path, [values["x"]], [values["y"]], capsys)
+    assert f"Unsupported data type UNDEFINED of input or output '{side}'" in err[1]
 
 
 @given(st.permutations(["hidden", "pooled", "flags", "images"]))

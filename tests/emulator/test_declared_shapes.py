@@ -274,3 +274,33 @@ def test_a_language_model_is_the_same_whatever_it_declares(
         feeds["batch_index"] = np.arange(SLOTS)[:, None]
         made = loaded.activate().run(feeds, {"logits": found["logits"]})["logits"]
         np.testing.assert_allclose(made[:, 0], expected, rtol=error, atol=error)
+
+
+MALFORMED: dict[str, Any] = {
+    "a Concat without an axis": lambda: [node("Concat", "x", "x", "y")],
+    "a Slice without an end": lambda: [node("Slice", "x", "W", "y")],
+    "a Constant without a value": lambda: [node("Constant", "c"), node("Add", "x", "c", "y")],
+    "a Cast of nothing": lambda: [helper.make_node("Cast", [], ["y"], to=1)],
+    "a TopK of one output": lambda: [node("TopK", "x", "y")],
+}
+
+
+@pytest.mark.parametrize("dims", [["batch", 4], None], ids=["declared", "undeclared"])
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_nodes_are_refused_in_one_line(
+    name: str, dims: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "net.onnx", MALFORMED[name](), [declared("y", dims)])
+    err = refusal(tmp_path, capsys).splitlines()
+    assert err[0] == "QAIC_ERROR:"
+    assert err[-1].startswith("QAICException:")
+
+
+def test_a_constant_whose_bytes_are_too_few_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "net.onnx", [node("MatMul", "x", "W", "y")], [declared("y", ["batch", 6])])
+    model = onnx.load(tmp_path / "net.onnx")
+    model.graph.initializer[0].dims[1] = 7
+    onnx.save(model, tmp_path / "net.onnx")
+    assert "'W'" in refusal(tmp_path, capsys)

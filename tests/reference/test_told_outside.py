@@ -42,9 +42,9 @@ OUR_OWN = {"QAIC_RAY_SESSION", "QAIC_EMULATOR_TIMING_ACTIVE"}
 KNOWN = {variable.name: variable for group in GROUPS.values() for variable in group}
 
 
-@cache
+@pytest.fixture(scope="module")
 def trees() -> dict[Path, ast.Module]:
-    """Every module of the package: parsed by the tests that ask, and not by who only collects."""
+    """Every module of the package."""
     return {path: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
 
 
@@ -79,11 +79,11 @@ def asked(tree: ast.AST) -> Iterator[ast.expr]:
             yield node.left
 
 
-def read_variables() -> set[str]:
-    of_modules = {path: constants(tree) for path, tree in trees().items()}
+def read_variables(trees: dict[Path, ast.Module]) -> set[str]:
+    of_modules = {path: constants(tree) for path, tree in trees.items()}
     of_any = {name: texts for own in of_modules.values() for name, texts in own.items()}
     found: set[str] = set()
-    for path, tree in trees().items():
+    for path, tree in trees.items():
         for node in asked(tree):
             if isinstance(node, ast.Constant):
                 found.add(str(node.value))
@@ -93,17 +93,17 @@ def read_variables() -> set[str]:
     return set(filter(None, found))
 
 
-def test_every_variable_that_is_read_is_told() -> None:
-    found = read_variables()
+def test_every_variable_that_is_read_is_told(trees: dict[Path, ast.Module]) -> None:
+    found = read_variables(trees)
     assert {"QAIC_RAY_SDK", "QAIC_EMULATOR_TIMING", "QAIC_EMULATOR_FAULTS", "TERM"} <= found
     assert found - OUR_OWN <= set(KNOWN)
 
 
-def test_every_variable_that_is_told_is_in_the_code() -> None:
+def test_every_variable_that_is_told_is_in_the_code(trees: dict[Path, ast.Module]) -> None:
     """Or, where another library reads it, in a page that says for what."""
     pages = (p for p in (PACKAGE.parent / "docs").rglob("*.md") if p.parent.name != "reference")
     own = PACKAGE / "environment.py"
-    text = "".join(p.read_text("utf-8") for p in (*trees(), *pages) if p != own)
+    text = "".join(p.read_text("utf-8") for p in (*trees, *pages) if p != own)
     left = {name for name in KNOWN if name not in text and not name[4:].islower()}
     assert left - {"GOOGLE_APPLICATION_CREDENTIALS"} == set()
     page = environment_page()
@@ -167,10 +167,10 @@ def test_a_sentence_that_people_meet_is_found(typed: str) -> None:
     assert typed in page_of_errors().replace("\\", "")
 
 
-def test_every_error_of_a_request_is_found_by_its_room() -> None:
+def test_every_error_of_a_request_is_found_by_its_room(trees: dict[Path, ast.Module]) -> None:
     """A room whose errors nobody sorted would be left out."""
     names = {kind.__name__ for kind in error_classes()}
-    for path, tree in trees().items():
+    for path, tree in trees.items():
         room = path.relative_to(PACKAGE).parts[0]
         for node in ast.walk(tree):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
@@ -190,8 +190,8 @@ def test_every_route_is_told() -> None:
         assert about, path
 
 
-def test_every_status_of_the_server_is_told() -> None:
-    text = "".join(p.read_text("utf-8") for p in trees() if PACKAGE / "serve" in p.parents)
+def test_every_status_of_the_server_is_told(trees: dict[Path, ast.Module]) -> None:
+    text = "".join(p.read_text("utf-8") for p in trees if PACKAGE / "serve" in p.parents)
     used = set(map(int, re.findall(r"ApiError\(\s*(\d{3})", text)))
     assert used <= set(STATUSES)
     assert all(f"| `{status}` |" in page_of_errors() for status in STATUSES)

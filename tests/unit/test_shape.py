@@ -20,12 +20,19 @@ def names(path: Path) -> str:
     return str(path.relative_to(PACKAGE))
 
 
+@pytest.fixture(scope="module")
+def trees() -> dict[Path, ast.Module]:
+    """Every file of the package, parsed once."""
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+
 @pytest.mark.parametrize("path", FILES, ids=names)
-def test_file_says_what_it_is_for_and_keeps_its_size(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    tree = ast.parse(text)
+def test_file_says_what_it_is_for_and_keeps_its_size(
+    trees: dict[Path, ast.Module], path: Path
+) -> None:
+    tree = trees[path]
     assert ast.get_docstring(tree), "the module has no docstring"
-    assert len(text.splitlines()) <= 400
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or 0) - node.lineno + 1
@@ -56,10 +63,9 @@ def test_a_room_stays_small(room: Path) -> None:
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["core", "emulator"])
-def test_a_class_has_a_name_of_its_own(apart: bool) -> None:
-    files = [path for path in FILES if (PACKAGE / "emulator" in path.parents) is apart]
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
-    classes = [n.name for tree in trees for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
+def test_a_class_has_a_name_of_its_own(trees: dict[Path, ast.Module], apart: bool) -> None:
+    inside = [t for path, t in trees.items() if (PACKAGE / "emulator" in path.parents) is apart]
+    classes = [n.name for tree in inside for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
     assert sorted(set(classes)) == sorted(classes)
 
 
@@ -70,8 +76,8 @@ def test_the_emulator_does_not_grow_files() -> None:
     assert len(rooms) - len(step) <= 83
 
 
-def test_a_module_says_what_it_is_in_few_words() -> None:
-    said = {path: ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "" for path in FILES}
+def test_a_module_says_what_it_is_in_few_words(trees: dict[Path, ast.Module]) -> None:
+    said = {path: ast.get_docstring(tree) or "" for path, tree in trees.items()}
     assert {names(path): n for path, text in said.items() if (n := len(text.split())) > 120} == {}
 
 

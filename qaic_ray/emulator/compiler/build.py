@@ -189,6 +189,8 @@ def _prepared(build: Build, model: Any) -> Tuple[Any, WeightFiles]:
     if build.outputs:
         preparation.select_outputs(model, build.outputs)
     preparation.check_names(model)
+    for value in (*graph.inputs(model), *model.graph.output):
+        _binding_type(value)
     retained = build.retained and graph.retained_pairs(model)
     if build.quantization is not None or retained or preparation.has_card_operators(model):
         model = preparation.raised(model)
@@ -263,9 +265,9 @@ def _describe(build: Build, model: Any, states: Mapping[str, State]) -> netdesc.
         _pack(build, dims)
     largest = _largest(resolved)
     varying = {name for name in largest if len({entry[name] for entry in resolved}) > 1}
-    empty = next((name for name, dims in largest.items() if not all(d > 0 for d in dims)), None)
+    empty = next((n for n, dims in largest.items() if not all(0 < d < 2**31 for d in dims)), None)
     if empty is not None:
-        raise GraphError(f"'{empty}' has the shape {list(largest[empty])}: a buffer needs a size")
+        raise GraphError(f"'{empty}' has the shape {list(largest[empty])}: no buffer is that big")
     for name in varying & set(states):
         raise GraphError(f"Retained state '{name}' has different shapes in the specializations")
     partial = varying | set(states) | {state.output for state in states.values()}

@@ -251,7 +251,7 @@ def _fold_casts(model: Any, initializers: Dict[str, Any]) -> Dict[str, _Source]:
         node = graph.node[index]
         if node.op_type != "Cast" or node.domain or node.output[0] in kept:
             continue
-        tensor = initializers.get(node.input[0])
+        tensor = initializers.get(next(iter(node.input), ""))
         if tensor is None or tensor.data_type not in FLOATS:
             continue
         to = next((a.i for a in node.attribute if a.name == "to"), None)

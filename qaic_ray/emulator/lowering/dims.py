@@ -7,6 +7,7 @@ along with the dims, so that what depends on dims alone is computed.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
@@ -15,7 +16,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from . import cardops
-from .graph import GraphError, infer_shapes, opset_of
+from .graph import ONNX_ERRORS, GraphError, infer_shapes, opset_of
 from .graph import inputs as graph_inputs
 
 Dims = Tuple[int, ...]
@@ -122,7 +123,9 @@ class _Walk:
             self.learn(tensor.name, tensor.data_type, tensor.dims)
             external = tensor.data_location == TensorProto.EXTERNAL
             if not external and math.prod(tensor.dims) <= _MAX_ELEMENTS:
-                self._values[tensor.name] = numpy_helper.to_array(tensor)
+                # One that cannot be read is refused by name where the weights are stored.
+                with contextlib.suppress(ValueError, TypeError):
+                    self._values[tensor.name] = numpy_helper.to_array(tensor)
 
     def learn(self, name: str, elem_type: int, dims: Iterable[int]) -> None:
         self._types[name] = helper.make_tensor_type_proto(elem_type, list(dims))
@@ -174,7 +177,7 @@ class _Walk:
             made = shape_inference.infer_node_outputs(
                 schema, node, types, content, opset_imports=self._opsets
             )
-        except shape_inference.InferenceError as error:
+        except ONNX_ERRORS as error:
             if any(a.HasField("g") for a in node.attribute):
                 return {}  # its graph may read values that are not among its inputs
             raise GraphError(

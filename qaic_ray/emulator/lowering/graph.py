@@ -11,6 +11,8 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, TensorProto, helper
+from onnx.checker import ValidationError
+from onnx.shape_inference import InferenceError
 
 from ..documents import Refusal
 from ..numbers import kv_cache
@@ -29,6 +31,7 @@ _MIN_OPSET = 7
 """The oldest that onnxruntime runs."""
 
 _MICROSOFT = "com.microsoft"
+ONNX_ERRORS = (ValueError, RuntimeError, InferenceError, ValidationError)
 
 
 class GraphError(Refusal):
@@ -87,7 +90,7 @@ def _take_constants_out(model: Any) -> None:
     graph = model.graph
     for index in reversed(range(len(graph.node))):
         node = graph.node[index]
-        if node.op_type == "Constant" and not node.domain and node.attribute[0].name == "value":
+        if node.op_type == "Constant" and [a.name for a in node.attribute] == ["value"]:
             tensor = node.attribute[0].t
             if math.prod(tensor.dims) >= INLINE_ELEMENTS:
                 tensor.name = node.output[0]
@@ -207,6 +210,7 @@ def infer_shapes(model: Any, dims: Optional[Mapping[str, Sequence[int]]] = None)
     copy.functions.extend(cardops.shape_functions(opset_of(model)))
     import_domain(copy, cardops.CLOUD)
     import_domain(copy, cardops.AISW)
+    import_domain(copy, _MICROSOFT)
     if dims is not None:
         forget_shapes(copy.graph)
         for value in inputs(copy):
@@ -214,7 +218,7 @@ def infer_shapes(model: Any, dims: Optional[Mapping[str, Sequence[int]]] = None)
             value.type.CopyFrom(helper.make_tensor_type_proto(elem_type, dims[value.name]))
     try:
         known = onnx.shape_inference.infer_shapes(copy, check_type=dims is None, data_prop=True)
-    except (RuntimeError, ValueError) as error:
+    except ONNX_ERRORS as error:
         raise GraphError(f"Shape inference failed: {error}") from error
     return known.graph
 
@@ -234,11 +238,8 @@ def forget_shapes(model_graph: Any) -> None:
 def retained_pairs(model: Any) -> Dict[str, str]:
     """Input -> output of each state that a program may keep: `X` and `X_RetainedState`."""
     outputs = {o.name for o in model.graph.output}
-    return {
-        i.name: i.name + RETAINED_SUFFIX
-        for i in inputs(model)
-        if i.name + RETAINED_SUFFIX in outputs
-    }
+    states = {i.name: i.name + RETAINED_SUFFIX for i in inputs(model)}
+    return {name: output for name, output in states.items() if output in outputs}
 
 
 def inputs(model: Any) -> List[Any]:
@@ -249,8 +250,7 @@ def inputs(model: Any) -> List[Any]:
 
 def is_float_input(model: Any, name: str) -> bool:
     """Whether an input holds floating point."""
-    elem_types = {i.name: i.type.tensor_type.elem_type for i in inputs(model)}
-    return elem_types[name] in FLOATS
+    return any(i.name == name and i.type.tensor_type.elem_type in FLOATS for i in inputs(model))
 
 
 def compute_kind(value: Any) -> str:
@@ -265,16 +265,13 @@ def widen_to_float32(model: Any) -> None:
     """Make every value of another floating type float32: what it is computed with."""
     narrow = (TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
     graph = model.graph
-    for value in list(graph.input) + list(graph.output):
+    for value in [*graph.input, *graph.output, *graph.value_info]:
         if value.type.tensor_type.elem_type in narrow:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
     for node in graph.node:
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i in narrow:
                 attribute.i = TensorProto.FLOAT
-    for value in graph.value_info:
-        if value.type.tensor_type.elem_type in narrow:
-            value.type.tensor_type.elem_type = TensorProto.FLOAT
 
 
 def narrow_lookups(model: Any, kinds: Dict[str, str]) -> None:

@@ -7,6 +7,7 @@ makes sure that what it puts in a part's place computes the same.
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Set, Tuple
 
 import numpy as np
@@ -117,7 +118,7 @@ def _shapes(model: Any) -> Tuple[Dict[str, Shape], Dict[str, int]]:
     except GraphError as error:
         raise NotLowered(str(error)) from error
     shapes: Dict[str, Shape] = {t.name: tuple(t.dims) for t in model.graph.initializer}
-    types: Dict[str, int] = {t.name: t.data_type for t in model.graph.initializer}
+    types = defaultdict(int, {t.name: t.data_type for t in model.graph.initializer})
     # Exporters make up names for dims that they do not know; those of inputs get a value.
     names = {d.dim_param for i in graph.input for d in i.type.tensor_type.shape.dim}
     for value in list(graph.value_info) + list(graph.input) + list(graph.output):
