@@ -304,3 +304,18 @@ def test_a_constant_whose_bytes_are_too_few_is_refused(
     model.graph.initializer[0].dims[1] = 7
     onnx.save(model, tmp_path / "net.onnx")
     assert "'W'" in refusal(tmp_path, capsys)
+
+
+@pytest.mark.parametrize("kind", ["INT4", "UINT4", "FLOAT8E4M3FN", "FLOAT8E5M2", "STRING"])
+def test_a_large_constant_of_a_type_that_no_card_holds_is_refused(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    number = TensorProto.DataType.Value(kind)
+    values = [b"1"] * 4096 if kind == "STRING" else [1] * 4096
+    nodes = [helper.make_node("Cast", ["q"], ["wide"], to=1), node("MatMul", "x", "wide", "y")]
+    save(tmp_path / "net.onnx", nodes, [declared("y", ["batch", 1024])])
+    model = onnx.load(tmp_path / "net.onnx")
+    model.graph.initializer.append(helper.make_tensor("q", number, [4, 1024], values))
+    model.opset_import[0].version = 21
+    onnx.save(model, tmp_path / "net.onnx")
+    assert f"The constant 'q' is of the type {kind}" in refusal(tmp_path, capsys)

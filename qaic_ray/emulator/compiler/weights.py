@@ -49,9 +49,7 @@ class WeightFiles(NamedTuple):
     external: Mapping[str, ExternalTensor] = {}
 
     def open(self, tensor: Any) -> Any:
-        """An initializer's array: a view of its bytes, memory-mapped where they are in a file.
-
-        bfloat16 comes as uint16.
+        """An initializer's array, bfloat16 as uint16: a view of its bytes, memory-mapped in files.
 
         Raises:
             ConstantError, ExternalDataError: where the file is missing, too short or outside of the
@@ -124,17 +122,21 @@ class _Store:
     def add(self, tensor: Any, array: Any) -> None:
         """Write one tensor, or round it where it is small; `tensor` then has no other bytes."""
         if array.size < INLINE_ELEMENTS:
+            values = np.array(array)
             if _is_float(tensor):
                 values = _rounded(array, tensor.data_type, self._precision)
-            else:
-                values = np.array(array)
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-        elif not _is_float(tensor):
+        elif _is_float(tensor):
+            self._add_float(tensor, array)
+            replace_by_stub(tensor, TensorProto.FLOAT)
+        elif array.dtype.kind in "biuc":
             self._writer.add(tensor.name, array, tensor.data_type, array.dtype.name)
             replace_by_stub(tensor, tensor.data_type)
         else:
-            self._add_float(tensor, array)
-            replace_by_stub(tensor, TensorProto.FLOAT)
+            kind = TensorProto.DataType.Name(tensor.data_type)
+            raise ConstantError(
+                f"The constant '{tensor.name}' is of the type {kind}, which is refused"
+            )
 
     def _add_float(self, tensor: Any, array: Any) -> None:
         k_is_last = self._packed.get(tensor.name)
@@ -149,8 +151,7 @@ class _Store:
 
 def _rounded(array: Any, data_type: int, precision: Precision) -> Any:
     values = to_float32(np.array(array), data_type)
-    if precision.convert_to_fp16:
-        values = to_float16(values)[0]
+    values = to_float16(values)[0] if precision.convert_to_fp16 else values
     return np.asarray(values, np.float32)
 
 
@@ -213,9 +214,7 @@ def _opened(tensor: Any, directory: str) -> Any:
                 f"External data of '{tensor.name}' is too short: "
                 f"{path} needs {needed} bytes from {offset}"
             )
-        if needed == 0:
-            return np.empty(shape, dtype)
-        return np.memmap(path, dtype, "r", offset, shape)
+        return np.memmap(path, dtype, "r", offset, shape) if needed else np.empty(shape, dtype)
     except (OSError, ValueError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConstantError(
