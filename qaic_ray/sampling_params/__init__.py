@@ -203,7 +203,7 @@ class SamplingParams:
         max_length=MAX_BIASES,
         allowed=f"an object of up to {MAX_BIASES} token ids with a number from -100 to 100 each",
     )
-    allowed_token_ids: tuple[_TokenId, ...] | None = opt(
+    allowed_token_ids: Annotated[tuple[_TokenId, ...] | None, FailFast()] = opt(
         None,
         "No other token is chosen.",
         flag=None,

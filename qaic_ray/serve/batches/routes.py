@@ -21,6 +21,7 @@ from qaic_ray.serve.batches.file_store import FileStore, kept_seconds, too_large
 from qaic_ray.serve.batches.open_batches import BatchManager
 from qaic_ray.serve.batches.pages import read_paging
 from qaic_ray.serve.batches.uploads import FORM_BYTES, UploadForm
+from qaic_ray.serve.body_model import BodyModel
 from qaic_ray.serve.protocol.fields import body_of
 from qaic_ray.serve.protocol.models import said
 
@@ -40,10 +41,10 @@ class ExpiresAfter(BaseModel):
     seconds: int = said("So many seconds.", 86400, default=...)
 
 
-class BatchBody(BaseModel):
+class BatchBody(BodyModel):
     """POST /v1/batches."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(extra="forbid")
 
     input_file_id: str = said("Id of a file whose lines are requests.", "file-1f2e", default=...)
     endpoint: str = said("The route that answers them.", "/v1/chat/completions", default=...)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+
+from qaic_ray.serve.body_model import BodyModel
 
 Number = int | float
 
@@ -31,19 +33,17 @@ def said(meaning: str, example: Any, *, default: Any = None, **bounds: Any) -> A
     return Field(default, description=meaning, examples=[example], **bounds)
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(BodyModel):
     """What a stream tells besides its text."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     include_usage: bool = said("End the stream with the counts of tokens.", True, default=False)
     continuous_usage_stats: bool = said("Give the counts with each chunk.", True, default=False)
 
 
-class SamplingBody(BaseModel):
+class SamplingBody(BodyModel):
     """Fields that say how tokens are chosen, and where an answer ends."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     model: str | None = said("One of /v1/models; may be left out.", "smollm2-135m")
     max_tokens: int | None = None
@@ -126,10 +126,10 @@ class ChatBody(SamplingBody):
     add_special_tokens: bool | None = said("Only false: the template has them.", False)
 
 
-class ResponseBody(BaseModel):
+class ResponseBody(BodyModel):
     """POST /v1/responses, in its plain text form."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     model: str | None = said("One of /v1/models; may be left out.", "smollm2-135m")
     input: str | list[dict[str, Any]] = said("A text, or turns.", "Why is it so?", default=...)
@@ -147,10 +147,8 @@ class ResponseBody(BaseModel):
     )
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(BodyModel):
     """POST /tokenize."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | None = said("One of /v1/models; may be left out.", "smollm2-135m")
     prompt: str | None = said("A text. Either this or messages is needed.", "Why is it so?")
@@ -164,10 +162,8 @@ class TokenizeBody(BaseModel):
     tools: list[dict[str, Any]] | None = said("Tools that the template shows.", [_TOOL])
 
 
-class DetokenizeBody(BaseModel):
+class DetokenizeBody(BodyModel):
     """POST /detokenize."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | None = said("One of /v1/models; may be left out.", "smollm2-135m")
     tokens: list[int] = said("Token ids.", [2437, 338], default=...)

@@ -10,10 +10,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
 from qaic_ray.files.documents import must_be, shown
 from qaic_ray.serve.api_errors import ApiError, bad_request
+from qaic_ray.serve.body_model import BodyModel
 
 MAX_NAME_CHARS = 64
 _NAME = rf"^[a-zA-Z0-9_.-]{{1,{MAX_NAME_CHARS}}}$"
@@ -27,11 +28,7 @@ Name = Annotated[str, StringConstraints(pattern=_NAME)]
 Checked = TypeVar("Checked", bound=BaseModel)
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
-
-class ToolFunction(_Part):
+class ToolFunction(BodyModel):
     """What a tool is: its name, what it is for, and the JSON schema of its arguments."""
 
     name: Name
@@ -40,34 +37,34 @@ class ToolFunction(_Part):
     strict: bool | None = None
 
 
-class ToolBody(_Part):
+class ToolBody(BodyModel):
     """One of a request's `tools`."""
 
     type: Literal["function"]
     function: ToolFunction
 
 
-class ChosenFunction(_Part):
+class ChosenFunction(BodyModel):
     """The name of a tool."""
 
     name: str
 
 
-class NamedChoice(_Part):
+class NamedChoice(BodyModel):
     """A `tool_choice` that names a tool."""
 
     type: Literal["function"]
     function: ChosenFunction
 
 
-class CalledFunction(_Part):
+class CalledFunction(BodyModel):
     """What a call of an earlier answer called."""
 
     name: str = Field(min_length=1)
     arguments: str
 
 
-class CallBody(_Part):
+class CallBody(BodyModel):
     """A call of an earlier answer."""
 
     id: str = Field(min_length=1)
@@ -75,7 +72,7 @@ class CallBody(_Part):
     function: CalledFunction
 
 
-class TextPart(_Part):
+class TextPart(BodyModel):
     """A part of a message's content."""
 
     type: Literal["text", "refusal"]
@@ -83,7 +80,7 @@ class TextPart(_Part):
     refusal: str | None = None
 
 
-class MessageBody(_Part):
+class MessageBody(BodyModel):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -299,7 +296,7 @@ def _fault(error: ValidationError, place: str, param: str) -> ApiError:
     return bad_request(f"{place} is {shown(first['input'])}: it {said}.", param)
 
 
-def _refuse_unknown(part: _Part, place: str, param: str, *, allow_unknown: bool) -> None:
+def _refuse_unknown(part: BodyModel, place: str, param: str, *, allow_unknown: bool) -> None:
     if allow_unknown:
         return
     for name, value in (part.model_extra or {}).items():
