@@ -49,6 +49,8 @@ AI100_HW_VERSION_FROM: Version = (1, 21)
 """`-aic-hw-version=ai100` in place of `2.0`."""
 NAMED_SPECIALIZATIONS_FROM: Version = (1, 22)
 """The compiler reads `{name, symbols}` specializations; older ones exit 255."""
+EXTDATA_FROM: Version = (1, 22)
+"""The compiler reads weights in a checkpoint's files (`com.qti.aisw.extdata`). Inferred."""
 
 GOOD_PAIRS = frozenset({((1, 14), (1, 12))})
 """(Apps, Platform) of two releases that are known to work together: that of the DL2q images."""

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from qaic_ray.check.facts import Artifact, ArtifactFinding, Dims, GraphFacts, OperatorFacts, Target
 from qaic_ray.check.rules import found
 from qaic_ray.files.documents import shown
-from qaic_ray.limits import CACHE_INDEX_BEFORE, OLDEST_APPS
+from qaic_ray.limits import CACHE_INDEX_BEFORE, EXTDATA_FROM, OLDEST_APPS
 
 Findings: TypeAlias = Iterator[ArtifactFinding]
 
@@ -336,6 +336,15 @@ def _of_sdk(facts: GraphFacts, target: Target) -> Findings:
             f"{cloud.label}: {cloud.op} is no operator of Apps {target.apps_text}: these compilers "
             "take graphs with cache_index.",
             "Export with --io cache-index, or compile with Apps 1.16 or newer.",
+        )
+    if facts.weight_inputs and target.before(EXTDATA_FROM):
+        yield found(
+            "extdata-sdk",
+            facts.place,
+            f"Weights lie in files of a checkpoint, {min(facts.weight_inputs)} for one, which the "
+            f"compiler of Apps {target.apps_text} is not known to read: they become inputs, to be "
+            "given in each run.",
+            "Export with --weights copy, or compile with Apps 1.22 or newer.",
         )
     if facts.states and target.before(OLDEST_APPS):
         yield found(

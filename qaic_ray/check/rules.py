@@ -74,6 +74,7 @@ RULES: Mapping[str, Rule] = {
     "weights-missing": _refused("ONNX: external data"),
     "weights-short": _refused("ONNX: external data"),
     "extdata": _refused(_EXTDATA),
+    "extdata-sdk": _remark(f"{_EXTDATA}; the version is inferred"),
     "operator": _refused(f"{_QDOC}/index_Operator-and-Datatype-support.html"),
     "einsum": _remark(f"{_QDOC}/index_Operator-and-Datatype-support.html: einsum"),
     "io-names": _refused("QAicApi and qaicrt: a buffer is called by its name"),

@@ -396,6 +396,9 @@ GRAPHS = {
     "a checkpoint that is not there": situation(
         weight_free(files=["elsewhere/model.safetensors"]), "extdata", says="elsewhere"
     ),
+    "weights in files for Apps 1.20": situation(
+        weight_free(), "extdata-sdk", apps="1.20", says="v for one"
+    ),
     "metadata of another version": situation(weight_free(version=99), "extdata", says="99"),
     "metadata that names no input": situation(
         weight_free(inputs=[{"name": "u", "location": {"file": 0, "key": "lm.weight"}}]),
