@@ -34,6 +34,8 @@ class Watched:
     kinds: str = ""
     given: dict[int, Sequence] = field(default_factory=dict)
     came_s: dict[int, list[float]] = field(default_factory=dict)
+    away: set[tuple[int, int]] = field(default_factory=set)
+    """Rows of the background that gave their slot to others, and how many tokens they had."""
 
     def __post_init__(self) -> None:
         entries = (
@@ -72,6 +74,8 @@ class Watched:
         self.engine.batcher.check()
         for key, row in self.given.items():
             self.came_s[key] += [self.now_s] * (len(row.output_ids) - before[key])
+            if row.background and row.slot is None:
+                self.away.add((key, len(row.output_ids)))
 
     def run(self) -> None:
         while self.engine.busy:
@@ -82,9 +86,10 @@ class Watched:
             assert row.stop_ids or len(row.output_ids) == row.max_new_tokens
 
     def gaps(self, key: int) -> list[float]:
-        """Between its tokens; the time to the first one is none of them."""
-        times = self.came_s[key][1:]
-        return [after - before for before, after in pairwise(times)]
+        """Between its tokens, but for those between which it had no slot: such a row waits as long
+        as requests do. The time to the first token is none of them."""
+        times = enumerate(pairwise(self.came_s[key][1:]), 1)
+        return [after - before for count, (before, after) in times if (key, count) not in self.away]
 
 
 rows = st.tuples(st.integers(1, 30), st.integers(1, 25), st.integers(0, 12), st.booleans())
