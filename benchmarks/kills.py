@@ -202,7 +202,9 @@ def victims(target: str, process: subprocess.Popen[bytes]) -> list[int]:
                 and b"CardWorker" in line]  # fmt: skip
     if target == "compiler":
         return [pid for pid, line in found.items() if b"qaic-exec" in line or b"-compile" in line]
-    others = [pid for pid, line in found.items() if pid != process.pid and not of_ray(line)]
+    # Python's tracker of resources is Python's own: another takes its place, with a stack.
+    others = [pid for pid, line in found.items() if pid != process.pid and not of_ray(line)
+              and b"multiprocessing.resource_tracker" not in line]  # fmt: skip
     return others or [process.pid]
 
 

@@ -170,7 +170,7 @@ def test_a_program_without_a_main_guard_makes_its_own_qpc_and_finds_it_again(
     cache = tmp_path / "of its own"
     program = program_of_page(**on(address), **{
         '"smollm2-135m"': f'"{model}", sdk="{tiny.sdk.root}", slots=2',
-        "range(100)": "range(10)",
+        "range(8)": "range(10)",
     })  # fmt: skip
     made: list[int] = []
     answers = []
