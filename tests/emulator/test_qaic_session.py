@@ -279,6 +279,15 @@ def test_wrong_inputs(
     session.reset()
 
 
+def program_of(script: str, sdk: Path) -> subprocess.CompletedProcess[str]:
+    """A program of its own that has the SDK's module."""
+    (library,) = sdk.glob("dev/lib/*")
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(library)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
 def test_a_program_that_ends_without_a_reset_ends_quietly(
     machine: Machine, tmp_path: Path, sdk: Path
 ) -> None:
@@ -290,11 +299,7 @@ def test_a_program_that_ends_without_a_reset_ends_quietly(
         "inputs = {'features': np.ones((2, 4), 'f4'), 'words': np.ones((2, 5), 'i8')}\n"
         "print([session.run(inputs)['scores'].shape for session in both])\n"
     )
-    (library,) = sdk.glob("dev/lib/*")
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": str(library)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = program_of(script, sdk)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[(2, 3), (2, 3)]\n", "")
 
 
@@ -308,11 +313,7 @@ def test_a_program_of_a_group_that_an_inference_ends_says_only_why(
         f"session = qaic.Session({path!r}, oversubscription_name='group1')\n"
         "session.run({'features': np.ones((2, 4), 'f4'), 'words': np.full((2, 5), 1000)})\n"
     )
-    (library,) = sdk.glob("dev/lib/*")
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": str(library)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = program_of(script, sdk)
     assert done.returncode == 1
     lines = done.stderr.splitlines()
     assert "indices element out of data bounds" in lines[0]

@@ -13,6 +13,29 @@ import qaic_ray
 
 PACKAGE = Path(qaic_ray.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
+TOP = {
+    ".ci",
+    ".gitignore",
+    ".pre-commit-config.yaml",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "benchmarks",
+    "configs",
+    "constraints.txt",
+    "docs",
+    "examples",
+    "jobs",
+    "mkdocs.yml",
+    "pyproject.toml",
+    "qaic_ray",
+    "scripts",
+    "tests",
+}
+"""What stands beside the package; what a trial leaves there is not committed."""
 NO_ROOM = {"utils", "util", "common", "helpers", "base", "manager"}
 
 
@@ -38,6 +61,16 @@ def test_file_says_what_it_is_for_and_keeps_its_size(
             lines = (node.end_lineno or 0) - node.lineno + 1
             lines -= len((ast.get_docstring(node) or "").splitlines())
             assert lines <= 60, f"{node.name} has {lines} lines"
+
+
+def test_nothing_else_stands_at_the_top() -> None:
+    root = PACKAGE.parent
+    if not (root / ".git").exists():
+        pytest.skip("no checkout")
+    kept = subprocess.run(
+        ["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert {name.partition("/")[0] for name in kept.stdout.splitlines()} <= TOP
 
 
 def test_no_room_without_a_purpose() -> None:
